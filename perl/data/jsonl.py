@@ -1,0 +1,281 @@
+"""Own files: JSON Lines in TRL's standard formats, as plain text or as chat messages.
+
+    {"prompt": …, "completion": …}                    a demonstration
+    {"messages": […]}                                 a demonstration: a whole conversation
+    {"prompt": …, "completion": …, "label": true}     a rating
+    {"prompt": …, "chosen": …, "rejected": …}         a comparison
+    {"chosen": …, "rejected": …}                      a comparison; what both share is the prompt
+    {"prompt": …}                                     a prompt
+
+Every row also yields a prompt: its context, with the row's further fields as columns. A row that does not
+fit is a `Problem` and is left out; only a file that cannot be used at all is an error.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from perl.data.records import (
+    Comparison,
+    Context,
+    Demonstration,
+    Problem,
+    Prompt,
+    Rating,
+    Records,
+    Speaker,
+    Turn,
+)
+from perl.data.rows import RowError, first_user_key, kind, label_of, shown, strict_json, usable_text
+from perl.errors import UserError
+
+MAX_LINE_BYTES = 10_000_000
+"""Longer lines are a `Problem`: some other file, or one whose newlines were lost."""
+
+FORMATS = (
+    'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
+    '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
+)
+
+Record = Demonstration | Rating | Comparison | Prompt
+Row = Mapping[str, Any]
+
+_SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
+_DIALOGUE_FIELDS = ("dialogue", "conversation_id")
+_HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
+
+
+def read_jsonl(path: str | Path) -> Records:
+    """Reads a JSON Lines file; the rows left out stand in `problems` as `FILE:LINE`.
+
+    Prompts are unique: rows of one context and the same columns share one.
+
+    Raises:
+        UserError: the file is missing, a folder or unreadable, or holds no usable row.
+    """
+    records = Records()
+    prompts: dict[tuple[Context, str], Prompt] = {}
+    for number, line in _numbered_lines(Path(path)):
+        parsed = parse_line(line, f"{path}:{number}")
+        if isinstance(parsed, Problem):
+            records.problems.append(parsed)
+            continue
+        for record in parsed:
+            match record:
+                case Demonstration():
+                    records.demonstrations.append(record)
+                case Rating():
+                    records.ratings.append(record)
+                case Comparison():
+                    records.comparisons.append(record)
+                case Prompt():
+                    columns = json.dumps(record.columns, sort_keys=True)
+                    prompts.setdefault((record.context, columns), record)
+    records.prompts = list(prompts.values())
+    if not (records.prompts or records.demonstrations):
+        first = records.problems[0] if records.problems else None
+        what = f"no usable row; the first: {first.where}: {first.what}" if first else "the file is empty"
+        raise UserError(what, where=str(path), remedy=f"Write {FORMATS}.")
+    return records
+
+
+def parse_line(line: bytes, where: str) -> list[Record] | Problem:
+    """The records of one line, or what is wrong with it. Never raises, whatever the bytes."""
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise RowError(f"the line is longer than {MAX_LINE_BYTES:,} bytes")
+        if b"\0" in line:
+            raise RowError("the line holds NUL bytes")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
+        return parse_row(strict_json(text))
+    except RowError as error:
+        return Problem(where, str(error))
+    except RecursionError:
+        return Problem(where, "nested too deeply")
+
+
+def parse_row(row: object) -> list[Record]:
+    """The records of one row: what it is, and its context as a prompt.
+
+    Raises:
+        RowError: the row fits no format.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"the row is {kind(row)}; an object expected")
+    build = _FORMATS.get(frozenset(row) & _FIELDS)
+    if build is None:
+        raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
+    record = build(row)
+    columns = {key: value for key, value in row.items() if key not in _FIELDS.union(_DIALOGUE_FIELDS)}
+    prompt = Prompt(record.context, record.dialogue, columns)
+    if isinstance(record, Prompt):
+        return [prompt]
+    # A conversation that the assistant opens has no context that could be answered.
+    return [record, prompt] if record.context else [record]
+
+
+# One function a format.
+
+
+def _prompt(row: Row) -> Prompt:
+    context = _context(row["prompt"])
+    return Prompt(context, _dialogue(row, context))
+
+
+def _demonstration(row: Row) -> Demonstration:
+    context = _context(row["prompt"])
+    answer = _answer(row["completion"], "completion", context)
+    return Demonstration(context, (answer,), _dialogue(row, context))
+
+
+def _conversation(row: Row) -> Demonstration:
+    turns = _messages(row["messages"], "messages")
+    context = tuple(takewhile(lambda turn: turn.speaker != "agent", turns))
+    answer = turns[len(context) :]
+    if not any(turn.text.strip() for turn in answer if turn.speaker == "agent"):
+        raise RowError("messages hold no text by the assistant")
+    return Demonstration(context, answer, _dialogue(row, turns))
+
+
+def _rating(row: Row) -> Rating:
+    context = _context(row["prompt"])
+    answer = _answer(row["completion"], "completion", context)
+    return Rating(context, answer, label_of(row["label"], "label"), _dialogue(row, context))
+
+
+def _comparison(row: Row) -> Comparison:
+    return _preferred(row, _context(row["prompt"]), row["chosen"], row["rejected"])
+
+
+def _comparison_without_prompt(row: Row) -> Comparison:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        cut = _shared_text(chosen, rejected)
+        return _preferred(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
+    better, worse = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    cut = _shared(better, worse)
+    if not cut:
+        raise RowError("chosen and rejected share no first message, and there is no prompt")
+    return _preferred(row, better[:cut], chosen[cut:], rejected[cut:])
+
+
+def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> Comparison:
+    better = _answer(chosen, "chosen", context)
+    worse = _answer(rejected, "rejected", context)
+    if better == worse:
+        raise RowError("chosen and rejected are the same")
+    return Comparison(context, better, worse, _dialogue(row, context))
+
+
+_FORMATS: dict[frozenset[str], Callable[[Row], Record]] = {
+    frozenset({"prompt"}): _prompt,
+    frozenset({"prompt", "completion"}): _demonstration,
+    frozenset({"messages"}): _conversation,
+    frozenset({"prompt", "completion", "label"}): _rating,
+    frozenset({"prompt", "chosen", "rejected"}): _comparison,
+    frozenset({"chosen", "rejected"}): _comparison_without_prompt,
+}
+_FIELDS = frozenset[str]().union(*_FORMATS)
+
+
+# The parts of a row.
+
+
+def _context(value: object) -> Context:
+    if isinstance(value, str):
+        turns: Context = (Turn("text", usable_text(value, "prompt")),)
+    else:
+        turns = _messages(value, "prompt")
+    if not any(turn.text.strip() for turn in turns):
+        raise RowError("prompt is empty")
+    return turns
+
+
+def _answer(value: object, name: str, context: Context) -> Turn:
+    plain = context[0].speaker == "text"
+    if isinstance(value, str):
+        answer = Turn("text" if plain else "agent", usable_text(value, name))
+    else:
+        turns = _messages(value, name)
+        if len(turns) != 1 or turns[0].speaker != "agent":
+            roles = shown([turn.speaker for turn in turns])
+            raise RowError(f"{name} has messages by {roles} after the prompt; one by the assistant expected")
+        if plain:
+            raise RowError(f"the prompt is plain text, but {name} is a list of messages")
+        answer = turns[0]
+    if not answer.text.strip():
+        raise RowError(f"{name} is empty")
+    return answer
+
+
+def _messages(value: object, name: str) -> Context:
+    if not isinstance(value, list):
+        raise RowError(f"{name} is {kind(value)}; text or a list of messages expected")
+    return tuple(_message(message, f"{name}[{index}]") for index, message in enumerate(value))
+
+
+def _message(message: object, name: str) -> Turn:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise RowError(f"{name} is {shown(message)}; an object with role and content expected")
+    role = message["role"]
+    speaker = _SPEAKERS.get(role) if isinstance(role, str) else None
+    if speaker is None:
+        raise RowError(f"{name} has the unknown role {shown(role)}; one of {', '.join(_SPEAKERS)} expected")
+    return Turn(speaker, usable_text(message["content"], f"{name}.content"))
+
+
+def _dialogue(row: Row, turns: Context) -> str:
+    given = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
+    if given is None:
+        return first_user_key(turns)
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise RowError(f"dialogue is {kind(given)}; text or a whole number expected")
+    return usable_text(str(given), "dialogue")
+
+
+def _shared(one: Iterable[object], other: Iterable[object]) -> int:
+    """How many items two sequences share at their beginnings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _shared_text(chosen: str, rejected: str) -> int:
+    """Where the prompt ends in two texts that begin alike.
+
+    TRL cuts at the first character that differs. That can lie inside a word or, where both answers begin
+    alike, inside the answer: so we go back to where hh-rlhf's last answer begins, else to a word's end.
+    """
+    prompt = chosen[: _shared(chosen, rejected)]
+    marker = prompt.rfind(_HH_ANSWER)
+    if marker >= 0:
+        return marker + len(_HH_ANSWER)
+    last_word = re.search(r"\s\S*\Z", prompt)
+    return last_word.start() if last_word else 0
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, numbered from 1; of a line that is too long only its beginning."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise UserError("there is no such file", where=str(path), remedy="Check data.path.") from None
+    except IsADirectoryError:
+        remedy = "Set data.path to a .jsonl file, or data.source to the source whose folder this is."
+        raise UserError("is a folder; a file expected", where=str(path), remedy=remedy) from None
+    except OSError as error:
+        remedy = "Check the file and its permissions."
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None

@@ -1,0 +1,50 @@
+"""Ratings that speak of one context: repeats, contradictions, and the preference pairs they make."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from perl.data.records import Comparison, Context, Rating, Turn
+
+
+def labels_by_answer(ratings: Iterable[Rating]) -> dict[tuple[Context, Turn], set[bool]]:
+    """The labels that each (context, answer) was given: two where raters contradict each other."""
+    labels: dict[tuple[Context, Turn], set[bool]] = defaultdict(set)
+    for rating in ratings:
+        labels[rating.context, rating.answer].add(rating.label)
+    return dict(labels)
+
+
+def without_repeats(ratings: Iterable[Rating]) -> list[Rating]:
+    """Each (context, answer) once, the first; those with both labels not at all."""
+    ratings = list(ratings)
+    labels = labels_by_answer(ratings)
+    first = {(rating.context, rating.answer): rating for rating in reversed(ratings)}
+    return [first[key] for key, given in labels.items() if len(given) == 1]
+
+
+def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison]:
+    """Comparisons from the contexts that have both an up and a down answer: each up × each down.
+
+    Args:
+        ratings: in any order; repeats count once, answers with both labels not at all.
+        at_most: the pairs of one context, so that no context outweighs the others. As many different
+            answers as possible are used.
+    """
+    by_context: dict[Context, list[Rating]] = defaultdict(list)
+    for rating in without_repeats(ratings):
+        by_context[rating.context].append(rating)
+    comparisons = []
+    for context, rated in by_context.items():
+        ups = [rating for rating in rated if rating.label]
+        downs = [rating for rating in rated if not rating.label]
+        for up, down in _diagonally(ups, downs)[:at_most]:
+            comparisons.append(Comparison(context, up.answer, down.answer, up.dialogue))
+    return comparisons
+
+
+def _diagonally(ups: Sequence[Rating], downs: Sequence[Rating]) -> list[tuple[Rating, Rating]]:
+    """All pairs, the diagonal first, so that the first few pairs share no answer where that is possible."""
+    longer = max(len(ups), len(downs))
+    indices = sorted(product(range(len(ups)), range(len(downs))), key=lambda pair: (pair[1] - pair[0]) % longer)
+    return [(ups[up], downs[down]) for up, down in indices]

@@ -1,0 +1,102 @@
+"""The records every source yields: demonstrations, ratings, comparisons and prompts.
+
+A record speaks of turns, never of tokens: `perl.model.chat` turns turns into tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Speaker = Literal["system", "user", "agent", "api", "text"]
+"""Who says a turn. `text` is plain text outside any chat format, rendered as it stands."""
+
+CALL = "call "
+"""An agent turn that begins so is an API call: `call NAME {"argument": "value"}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a dialogue."""
+
+    speaker: Speaker
+    text: str
+
+    @property
+    def is_call(self) -> bool:
+        """Whether this is an API call by the agent."""
+        return self.speaker == "agent" and self.text.startswith(CALL)
+
+
+Context = tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A context and how it went on. The loss falls on the agent's turns (and `text`) of the answer.
+
+    A whole dialogue is one demonstration: its first turns are the context, all others the answer.
+    """
+
+    context: Context
+    answer: Context
+    dialogue: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """One answer with a thumb up (True) or down (False).
+
+    `gold` is the judgement of a source that knows the truth; training never sees it.
+    """
+
+    context: Context
+    answer: Turn
+    label: bool
+    dialogue: str
+    gold: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two answers to one context, of which the first was preferred."""
+
+    context: Context
+    better: Turn
+    worse: Turn
+    dialogue: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A context that ends where the policy is to answer.
+
+    `columns` are the further fields of the row: reward functions and the judge receive them.
+    """
+
+    context: Context
+    dialogue: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that was left out: where it stands and what is wrong with it."""
+
+    where: str
+    what: str
+
+
+Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+"""Gold scores in [0, 1] of one answer for each prompt."""
+
+
+@dataclass(slots=True)
+class Records:
+    """All that a source holds, and the rows it could not read."""
+
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    ratings: list[Rating] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    judge: Judge | None = None

@@ -1,0 +1,189 @@
+"""Plays dialogues, and writes rated turns as rows in Taskmaster's own format."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from random import Random
+from typing import Any
+
+from perl.data.records import CALL, Context, Turn
+from perl.data.simulator.acts import API, parse, parse_call
+from perl.data.simulator.agent import speak
+from perl.data.simulator.customer import Customer
+from perl.data.simulator.judge import Mistake, Verdict, judge_turn
+from perl.data.simulator.shop import Shop
+from perl.data.simulator.state import KINDS, Kind, State
+
+LONGEST = 8
+"""Agent turns after which a dialogue ends, however far it has come."""
+
+SPAN = 1_000_000
+"""Dialogue seeds set aside for each seed of a collection of dialogues."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One agent turn: where it stands among the turns, the state before it, its deliberate mistake."""
+
+    at: int
+    state: State
+    mistake: Mistake | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A played dialogue: it begins with the customer and ends with the agent."""
+
+    key: str
+    turns: Context
+    steps: tuple[Step, ...]
+
+
+def play(seed: int, skill: float) -> Dialogue:
+    """One dialogue of an agent of this skill, the same for the same seed."""
+    rng = Random(seed)
+    shop, customer = Shop.opened(rng), Customer.arrived(rng)
+    opening, said = customer.open()
+    turns, state = [Turn("user", opening)], State(said=said)
+    steps: list[Step] = []
+    while len(steps) < LONGEST:
+        text, mistake = speak(state, skill, rng)
+        steps.append(Step(len(turns), state, mistake))
+        turns.append(Turn("agent", text))
+        verdict = judge_turn(state, text)
+        if len(steps) == LONGEST or (verdict.right and verdict.kind == "bye"):
+            break
+        if turns[-1].is_call:
+            replies, state = _after_call(state, text, verdict, shop, customer)
+        else:
+            replies, state = _after_words(state, text, verdict, customer)
+        turns += replies
+    return Dialogue(f"coffee-{seed}", tuple(turns), tuple(steps))
+
+
+def _after_words(state: State, text: str, verdict: Verdict, customer: Customer) -> tuple[list[Turn], State]:
+    """The customer's reply to what the agent said. A mistake leaves the dialogue where it was."""
+    act = parse(text)
+    if not verdict.right or act is None:
+        words, said = customer.notice(verdict, state)
+    elif act.kind == "ask":
+        words, said = customer.answer(act.slot, state)
+    elif act.kind == "read":
+        words, said = customer.confirm()
+        state = state if said else replace(state, phase="confirmed")
+    elif act.kind == "offer":
+        words, said = customer.choose(state.lacking[0], act.options)
+        state = replace(state, phase="confirmed", response={})
+    else:
+        words, said = customer.thank()
+        state = replace(state, phase="closing", response={})
+    return [Turn("user", words)], replace(state, said={**state.said, **said})
+
+
+def _after_call(
+    state: State, text: str, verdict: Verdict, shop: Shop, customer: Customer
+) -> tuple[list[Turn], State]:
+    """The API's answer, and the customer's word where the order that went through is not theirs."""
+    response = shop.order(parse_call(text))
+    replies = [Turn("api", json.dumps(response))]
+    if response["status"] == "sold out":
+        named = replace(state, phase="answered", response=response)
+        slot, word = named.lacking
+        state = replace(state, sold_out=(*state.sold_out, word))
+        if state.said.get(slot) == word:  # true news even where the call was wrong: it is passed on
+            return replies, replace(state, phase="answered", response=response)
+    if verdict.right:
+        return replies, replace(state, phase="answered", response=response)
+    if response["status"] == "error" and verdict.mistake is not Mistake.TOO_EARLY:
+        return replies, state  # the API has complained already
+    words, said = customer.notice(verdict, state)
+    return [*replies, Turn("user", words)], replace(state, said={**state.said, **said})
+
+
+def played(seed: int, skill: float) -> Iterator[Dialogue]:
+    """Endless dialogues; other ones for another seed as long as fewer than `SPAN` are taken."""
+    n = seed * SPAN
+    while True:
+        yield play(n, skill)
+        n += 1
+
+
+def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
+    """A point where the agent is to speak in each of endless dialogues: key, context and state.
+
+    Every kind of due act comes about equally often, whether reached straight or after mistakes.
+    """
+    rng = Random(seed)
+    taken: Counter[Kind] = Counter({kind: 0 for kind in KINDS})
+    for dialogue in played(seed, skill):
+        rarest = min({step.state.due: None for step in dialogue.steps}, key=taken.__getitem__)
+        step = rng.choice([step for step in dialogue.steps if step.state.due == rarest])
+        taken[rarest] += 1
+        yield dialogue.key, dialogue.turns[: step.at], step.state
+
+
+def rated_rows(seed: int, ratings: int, skill: float, noise: float) -> list[Row]:
+    """Rated agent turns as Taskmaster's rows, with the keys `gold` and `state` added.
+
+    Each context comes with two answers of the agent, so that contexts with both a thumb up and a
+    thumb down make pairs, as in the real data; and as there, the two are at times the same.
+
+    Args:
+        seed: which dialogues are rated.
+        ratings: how many rows.
+        skill: the agent's.
+        noise: the probability that a rating is not the gold judgement.
+    """
+    rng = Random(f"ratings {seed}")
+    rows: list[Row] = []
+    for key, context, state in islice(moments(seed, skill), (ratings + 1) // 2):
+        for _ in range(2):
+            # Spoken afresh: of a dialogue's own turns at one stage, only the last is right, so
+            # drawing one of them would favour the right ones.
+            text, _ = speak(state, skill, rng)
+            gold = judge_turn(state, text).right
+            rows.append(
+                {
+                    "conversation_id": key,
+                    "context": json.dumps([to_row(turn) for turn in context]),
+                    "generation": json.dumps(to_row(Turn("agent", text))),
+                    "reward": float(gold != (rng.random() < noise)),
+                    "gold": float(gold),
+                    "state": state.to_dict(),
+                }
+            )
+    return rows[:ratings]
+
+
+def to_row(turn: Turn) -> Row:
+    """A turn as Taskmaster writes it. The arguments of a call that is not valid JSON stay a string."""
+    if turn.speaker == "api":
+        return {"role": "api", "response": {API: json.loads(turn.text)}}
+    if turn.is_call:
+        name, _, arguments = turn.text.removeprefix(CALL).partition(" ")
+        return {"role": "agent", "api": {name: _loaded(arguments)}}
+    return {"role": turn.speaker, "text": turn.text}
+
+
+def _loaded(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def from_row(row: Row) -> Turn:
+    """The turn that `to_row` wrote."""
+    if "response" in row:
+        return Turn("api", json.dumps(row["response"][API]))
+    if "api" in row:
+        ((name, arguments),) = row["api"].items()
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        return Turn("agent", f"{CALL}{name} {text}")
+    return Turn(row["role"], row["text"])

@@ -1,0 +1,79 @@
+"""Where a dialogue stands, as far as its visible turns tell: never the customer's hidden goal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from perl.data.simulator.shop import MENU, NEEDED, SLOTS, Order
+
+Phase = Literal["gather", "confirmed", "answered", "closing"]
+"""The order is being taken; the customer said yes; the API has answered; the customer said thanks."""
+
+Kind = Literal["ask", "read", "call", "offer", "tell", "bye"]
+"""What an agent's turn does: ask for a slot, read the order back, call the API, say what is sold out
+and offer what there is, tell price and minutes, say goodbye."""
+
+KINDS: tuple[Kind, ...] = ("ask", "read", "call", "offer", "tell", "bye")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the turns so far have established. Replaced, never changed in place.
+
+    Args:
+        phase: how far the dialogue has come.
+        said: what the customer has asked for, corrections included.
+        sold_out: what the API has named as sold out.
+        response: the API's answer that the agent has still to pass on; empty otherwise.
+    """
+
+    phase: Phase = "gather"
+    said: Order = field(default_factory=dict)
+    sold_out: tuple[str, ...] = ()
+    response: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """The needed slots that the customer has not said yet."""
+        return [slot for slot in NEEDED if slot not in self.said]
+
+    @property
+    def due(self) -> Kind:
+        """What the agent should do now."""
+        if self.phase == "gather":
+            return "ask" if self.missing else "read"
+        if self.phase == "answered":
+            return "tell" if self.response["status"] == "ok" else "offer"
+        return "call" if self.phase == "confirmed" else "bye"
+
+    @property
+    def lacking(self) -> tuple[str, str]:
+        """The slot and value that the API's answer names as sold out; empty words if it names none."""
+        named = [(slot, self.response[slot]) for slot in SLOTS if slot in self.response]
+        return named[0] if named else ("", "")
+
+    def available(self, slot: str) -> list[str]:
+        """What can be offered for a slot, as far as the dialogue tells."""
+        return [value for value in MENU[slot] if value not in self.sold_out]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain JSON values."""
+        return {
+            "phase": self.phase,
+            "said": dict(self.said),
+            "sold_out": list(self.sold_out),
+            "response": dict(self.response),
+        }
+
+    @staticmethod
+    def from_dict(row: Mapping[str, Any]) -> State:
+        """The state of `to_dict`, also after a trip through Arrow, which fills absent keys with None."""
+        said, response = row.get("said") or {}, row.get("response") or {}
+        return State(
+            row["phase"],
+            {slot: value for slot, value in said.items() if value},
+            tuple(row.get("sold_out") or ()),
+            {key: value for key, value in response.items() if value},
+        )

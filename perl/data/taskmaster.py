@@ -1,0 +1,252 @@
+"""Taskmaster Coffee and Ticketing: the dialogues and rated turns released with the PERL paper.
+
+A rated turn holds its context and its answer as JSON strings; a dialogue holds the API calls as annotations
+of the utterance that caused them. Both become turns of one rendering: `call NAME {"argument": "value"}` by
+the agent, `{"NAME":{…}}` by the API.
+
+The rows as published repeat and contradict each other: `read_rows` has them all, `read_taskmaster` those
+that training should see.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from perl.data.pairs import without_repeats
+from perl.data.records import CALL, Context, Demonstration, Problem, Prompt, Rating, Records, Speaker, Turn
+from perl.data.rows import RowError, first_user_key, kind, label_of, shown, strict_json, usable_text
+from perl.errors import UserError
+
+Domain = Literal["coffee", "ticketing"]
+RELEASES: dict[Domain, str] = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}
+"""The folder of the public repository that holds each domain."""
+
+_SPEAKERS: dict[str, Speaker] = {"user": "user", "agent": "agent", "assistant": "agent"}
+_Row = TypeVar("_Row", Rating, Demonstration)
+
+
+def read_taskmaster(folder: str | Path, domain: Domain) -> Records:
+    """Reads a checkout of the repository, or its folder of this domain, for training.
+
+    Each (context, answer) is rated once; those with both labels are left out. Coffee's demonstrations are
+    its dialogues, Ticketing's its thumbs-up answers. Prompts are the contexts of the ratings.
+
+    Raises:
+        UserError: a folder is missing, or it holds no usable row.
+    """
+    records = read_rows(folder, domain)
+    ratings = without_repeats(records.ratings)
+    return _assemble(domain, ratings, records.demonstrations, records.problems)
+
+
+def read_rows(folder: str | Path, domain: Domain) -> Records:
+    """As `read_taskmaster`, with the ratings that repeat or contradict others."""
+    release = _release(Path(folder).expanduser(), domain)
+    ratings, problems = _read(release / "reward", lambda row, where: rated(row, where, domain))
+    dialogues: list[Demonstration] = []
+    if domain == "coffee":
+        dialogues, bad = _read(release / "data", lambda row, where: whole_dialogue(row, where, domain))
+        problems += bad
+    return _assemble(domain, ratings, dialogues, problems)
+
+
+def _assemble(
+    domain: Domain, ratings: list[Rating], dialogues: list[Demonstration], problems: list[Problem]
+) -> Records:
+    # An empty context, which a few rated turns have, cannot be answered.
+    prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in ratings if rating.context}
+    return Records(
+        demonstrations=dialogues if domain == "coffee" else _thumbs_up(ratings),
+        ratings=ratings,
+        prompts=list(prompts.values()),
+        problems=problems,
+    )
+
+
+def _thumbs_up(ratings: list[Rating]) -> list[Demonstration]:
+    return [
+        Demonstration(rating.context, (rating.answer,), rating.dialogue)
+        for rating in ratings
+        if rating.label and rating.answer.text
+    ]
+
+
+def rated(row: object, where: str, domain: str = "coffee") -> Rating | Problem:
+    """One rated turn as published. Never raises, whatever the row.
+
+    Args:
+        row: an object with `context` and `generation`, both JSON strings, and `reward`, 1.0 or 0.0.
+        where: the place that a `Problem` names.
+        domain: prefixed to the dialogue's key.
+    """
+    try:
+        fields = _fields(row, "context", "generation", "reward")
+        turns = strict_json(usable_text(fields["context"], "context"))
+        context = tuple(_turn(turn, f"context[{i}]") for i, turn in enumerate(_list(turns, "context")))
+        answer = _turn(strict_json(usable_text(fields["generation"], "generation")), "generation")
+        if answer.speaker != "agent":
+            raise RowError(f"generation is by {answer.speaker}; a turn by the agent expected")
+        label = label_of(fields["reward"], "reward")
+        return Rating(context, answer, label, first_user_key(context, domain))
+    except RowError as error:
+        return Problem(where, str(error))
+    except RecursionError:
+        return Problem(where, "nested too deeply")
+
+
+def whole_dialogue(row: object, where: str, domain: str = "coffee") -> Demonstration | Problem:
+    """One dialogue as published: up to the first user turn it is context, all else the answer.
+
+    Never raises, whatever the row. Requests and responses that are not valid JSON are kept as they stand.
+    """
+    try:
+        utterances = _list(_fields(row, "utterances")["utterances"], "utterances")
+        turns: list[Turn] = []
+        for index, utterance in enumerate(utterances):
+            turns += _utterance(utterance, f"utterances[{index}]")
+        first = next((i for i, turn in enumerate(turns) if turn.speaker == "user"), len(turns))
+        context, answer = tuple(turns[: first + 1]), tuple(turns[first + 1 :])
+        if not any(turn.speaker == "agent" for turn in answer):
+            raise RowError("the agent says nothing after the first user turn")
+        return Demonstration(context, answer, first_user_key(context, domain))
+    except RowError as error:
+        return Problem(where, str(error))
+    except RecursionError:
+        return Problem(where, "nested too deeply")
+
+
+def call_turn(name: str, arguments: object) -> Turn:
+    """An API call as a turn of the agent: `call NAME {"argument": "value"}`.
+
+    Arguments that are a string stand as they are.
+    """
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return Turn("agent", usable_text(f"{CALL}{name} {text}", "call"))
+
+
+def response_turn(response: object) -> Turn:
+    """An API response, `{NAME: {…}}`, as a turn of the API: compact JSON."""
+    return Turn("api", usable_text(_compact(response), "response"))
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _turn(turn: object, name: str) -> Turn:
+    """One turn of a rated row's context, or its generation."""
+    match turn:
+        case {"role": "agent", "api": dict(api)} if len(turn) == 2 and len(api) == 1:
+            ((call, arguments),) = api.items()
+            if isinstance(arguments, dict):
+                return call_turn(call, arguments)
+        case {"role": "api", "response": dict(response)} if len(turn) == 2:
+            return response_turn(response)
+        case {"role": "user" | "agent" as role, "text": str(text)} if len(turn) == 2:
+            return Turn(_SPEAKERS[role], usable_text(text, name))
+    raise RowError(f"{name} is {shown(turn)}; a text by user or agent, one api call, or a response expected")
+
+
+def _utterance(utterance: object, name: str) -> Iterator[Turn]:
+    """What was said, then the calls and responses it caused."""
+    fields = _fields(utterance, "speaker", "text", name=name)
+    speaker, text = fields["speaker"], usable_text(fields["text"], f"{name}.text")
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise RowError(f"{name} has the unknown speaker {shown(speaker)}; user or assistant expected")
+    if not text.strip():
+        raise RowError(f"{name}.text is empty")
+    yield Turn(_SPEAKERS[speaker], text)
+    yield from _calls(_list(fields.get("annotations") or [], f"{name}.annotations"), name)
+
+
+def _calls(annotations: list[Any], name: str) -> Iterator[Turn]:
+    """Runs of `api_call`, `request`, `api_response`, `response`; `request` may be missing: no arguments."""
+    call = response = None
+    arguments: object = {}
+    for annotation in annotations:
+        fields = _fields(annotation, "name", "value", name=f"{name}.annotations")
+        part, value = fields["name"], usable_text(fields["value"], f"{name}.annotations.value")
+        if call is not None and part != "request":
+            yield call_turn(call, arguments)
+            call, arguments = None, {}
+        if part == "api_call":
+            call = value
+        elif part == "request" and call is not None:
+            arguments = _json_or_text(value)
+        elif part == "api_response":
+            response = value
+        elif part == "response" and response is not None:
+            yield _response_to(response, _json_or_text(value))
+            response = None
+        else:
+            raise RowError(f"{name}.annotations has {shown(part)} out of place")
+    if call is not None:
+        yield call_turn(call, arguments)
+
+
+def _json_or_text(value: str) -> object:
+    """The parsed value, or the string itself where it is not JSON, as in `{"id": ""latte-12""}`."""
+    try:
+        return strict_json(value, control_characters=True)
+    except RowError:
+        return value
+
+
+def _response_to(name: str, response: object) -> Turn:
+    if isinstance(response, str):  # not JSON: it stands as it is inside the same wrapping
+        return Turn("api", f"{{{_compact(name)}:{response}}}")
+    return response_turn({name: response})
+
+
+def _fields(row: object, *names: str, name: str = "the row") -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RowError(f"{name} is {kind(row)}; an object expected")
+    if missing := [field for field in names if field not in row]:
+        raise RowError(f"{name} has no {', '.join(missing)}")
+    return row
+
+
+def _list(value: object, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RowError(f"{name} is {kind(value)}; a list expected")
+    return value
+
+
+# Files.
+
+
+def _release(folder: Path, domain: Domain) -> Path:
+    """The domain's folder: the one given, or in the checkout given."""
+    name = RELEASES[domain]
+    release = folder if name in (folder.name, folder.resolve().name) else folder / name
+    for part in ("reward", "data") if domain == "coffee" else ("reward",):
+        if not (release / part).is_dir():
+            remedy = (
+                f"Run `perl-rlhf data fetch taskmaster-{domain}`, or set data.path to a checkout of "
+                f"github.com/google-research-datasets/Taskmaster, which has {name}/{part}."
+            )
+            raise UserError(f"there is no folder {name}/{part}", where=str(folder), remedy=remedy)
+    return release
+
+
+def _read(folder: Path, parse: Callable[[object, str], _Row | Problem]) -> tuple[list[_Row], list[Problem]]:
+    """All rows of a folder's files, in the files' order."""
+    rows: list[_Row] = []
+    problems: list[Problem] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            values = _list(strict_json(path.read_text(encoding="utf-8")), "the file")
+        except (RowError, OSError, UnicodeDecodeError) as error:
+            problems.append(Problem(str(path), str(error)))
+            continue
+        for index, value in enumerate(values):
+            row = parse(value, f"{path}[{index}]")
+            if isinstance(row, Problem):
+                problems.append(row)
+            else:
+                rows.append(row)
+    if not rows:
+        what = f"no usable row; the first: {problems[0].where}: {problems[0].what}" if problems else "no *.json"
+        raise UserError(what, where=str(folder), remedy="Fetch the data again, or check data.path.")
+    return rows, problems

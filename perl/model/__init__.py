@@ -1,0 +1,1 @@
+"""The one shared base and the roles on it."""

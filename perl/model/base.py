@@ -1,0 +1,177 @@
+"""The frozen base: loaded once, from a hub id, a folder or a bare configuration, and told apart by its hash."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from perl.errors import UserError
+from perl.model.chat import ChatFormat
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that every role shares, and how it writes dialogues."""
+
+    name: str
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    sha256: str
+    """Of the weights as loaded; see `weights_sha256`."""
+    parameters: int
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the base takes, in tokens."""
+        return int(getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def load_base(model: str, dtype: torch.dtype, device: torch.device, four_bit: bool = False) -> Base:
+    """Load a causal LM and its tokenizer from the hub or a folder; safetensors only.
+
+    Raises:
+        UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, or a tokenizer
+            with more tokens than the model has embeddings.
+    """
+    remedy = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError("no such folder", where=f"base.model {model}", remedy=remedy)
+    lm = _load_weights(model, dtype, device, four_bit, remedy)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
+        raise UserError(
+            f"no usable tokenizer: {_first_line(error)}",
+            where=f"base.model {model}",
+            remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
+        ) from None
+    return _base(model, lm, tokenizer)
+
+
+def random_base(config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Base:
+    """A base of random weights from a configuration alone, with a tokenizer of its vocabulary's size.
+
+    Raises:
+        UserError: the configuration is not one of a causal LM.
+    """
+    try:
+        parsed = AutoConfig.for_model(**config)
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"not the configuration of a causal LM: {_first_line(error)}",
+            where="base.config",
+            remedy="Give model_type (such as llama) and that model's own keys.",
+        ) from None
+    name = f"random {config.get('model_type')}"
+    return _base(name, lm, _numbered_tokens(lm.get_input_embeddings().weight.shape[0]))
+
+
+def _base(name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
+    embeddings = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings",
+            where=f"base.model {name}",
+            remedy="Use the tokenizer that belongs to this model.",
+        )
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    return Base(name, lm, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters)
+
+
+def _load_weights(
+    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, remedy: str
+) -> PreTrainedModel:
+    where = f"base.model {model}"
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if four_bit:
+        options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"not a model: {_first_line(error)}", where=where, remedy=remedy) from None
+    architectures = config.architectures or []
+    if any(
+        not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    ):
+        raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=remedy)
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot be loaded: {_first_line(error)}", where=where, remedy=remedy) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights are not in its files, {missing[0]} among them",
+            where=where,
+            remedy="Complete the files: missing weights would be random.",
+        )
+    assert isinstance(lm, PreTrainedModel)
+    return lm if four_bit else lm.to(device)  # type: ignore[arg-type]
+
+
+def _four_bit(dtype: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "4-bit weights need bitsandbytes, which is not installed",
+            where="base.quantization",
+            remedy="pip install bitsandbytes, or set base.quantization: none.",
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every weight of the base, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in _base_weights(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights by the names they have without LoRA (peft moves a wrapped layer to `base_layer`)."""
+    named = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
+    yield from sorted(named.items())
+
+
+def _numbered_tokens(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer for random weights: byte-sized characters, then as many numbered tokens as fit."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<end>", *alphabet]
+    names = [*names, *(f"<{index}>" for index in range(len(names), size))][:size]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,39 @@
+"""Progress bars with the time left, on everything that takes longer than a few seconds."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Where everything but a command's result goes."""
+
+
+@contextlib.contextmanager
+def track(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar over `total` steps; call what it yields once a step, with the figures to show beside the bar."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total, completed=done, figures="")
+
+        def advance(**figures: float) -> None:
+            shown = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+            progress.update(task, advance=1, figures=shown)
+
+        yield advance

@@ -1,0 +1,321 @@
+"""The recipe: one YAML file that says what a run does, checked before anything is loaded.
+
+Only the stages and the command line read a recipe; all that lies below takes plain values.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from perl.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: typed, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Build(Section):
+    """A tiny base, trained by the recipe itself on the source's dialogues, and cached."""
+
+    hidden_size: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 4
+    vocabulary: Positive = 512
+    """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
+    max_length: Positive = 512
+    """Context length, in tokens."""
+    steps: Positive = 600
+    batch_tokens: Positive = 8192
+    learning_rate: Rate = 3e-3
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Build":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}")
+        return self
+
+
+class Base(Section):
+    """The frozen base that all roles share."""
+
+    model: str | None = None
+    """A hub id or a folder with a causal language model."""
+    build: Build | None = None
+    config: dict[str, Any] | None = None
+    """A transformers configuration with its `model_type`; needs `random_init: true`."""
+    random_init: bool = False
+    """Take only the configuration and draw the weights at random: for measuring, not for use."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "4bit"] = "none"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Base":
+        if sum(origin is not None for origin in (self.model, self.build, self.config)) != 1:
+            raise ValueError("give exactly one of model, build and config")
+        if self.config is not None and not self.random_init:
+            raise ValueError("config has no weights: add random_init: true, or give model instead")
+        return self
+
+
+class Lora(Section):
+    """The adapters: the same shape for every role."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["attention", "all-linear"] | list[str] = "all-linear"
+    """Modules that get an adapter: attention projections (the paper), all linear layers, or names."""
+    layers: Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]] = "all"
+
+
+class Data(Section):
+    """Where the records come from."""
+
+    source: str = "coffee-simulator"
+    path: str | None = None
+    """A folder or file that the source reads instead of its own."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the dialogues kept for evaluation."""
+
+
+class Supervised(Section):
+    """What SFT and reward training have in common."""
+
+    epochs: Positive = 1
+    batch_size: Positive = 16
+    learning_rate: Rate = 1e-3
+    max_length: Positive = 512
+    """Longest sequence, in tokens; older context is cut off first."""
+
+
+class Sft(Supervised):
+    """Supervised fine-tuning on demonstrations."""
+
+
+class Reward(Supervised):
+    """The reward model."""
+
+    loss: Literal["thumbs", "pairs"] = "thumbs"
+    epochs: Positive = 2
+
+
+class RewardFrom(Section):
+    """Where the RL reward comes from; empty means the reward stage's model."""
+
+    function: str | None = None
+    """FILE.py:NAME, called as TRL calls reward functions."""
+
+
+class Rl(Section):
+    """Reinforcement learning against the reward."""
+
+    algorithm: Literal["reinforce", "ppo", "rloo"] = "reinforce"
+    critic: Literal["shared", "adapter", "none"] | None = None
+    """A head on the policy's trunk, an adapter of its own, or none. Unset: none for rloo, else shared."""
+    reward: RewardFrom = RewardFrom()
+    steps: Positive = 100
+    prompts_per_step: Positive = 16
+    samples_per_prompt: Positive = 1
+    epochs: Positive = 1
+    """Passes over each rollout."""
+    micro_batch_size: Positive = 4
+    max_prompt_length: Positive = 512
+    """Longest prompt, in tokens; older context is cut off first."""
+    max_new_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    learning_rate: Rate = 1e-4
+    kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """β of the objective (1-β) r - β KL(π‖reference)."""
+    missing_end_penalty: NonNegative = 1.0
+    """Taken off the score of an answer that was cut before its end-of-turn."""
+    eval_prompts: Positive = 128
+    """Held-out prompts on which the policy is judged before and after."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Rl":
+        if self.algorithm == "rloo" and self.samples_per_prompt < 2:
+            raise ValueError("rloo compares answers to one prompt: samples_per_prompt must be at least 2")
+        if self.algorithm == "rloo" and self.critic not in (None, "none"):
+            raise ValueError(f"rloo has no critic: critic {self.critic!r} would never be used")
+        if self.algorithm != "rloo" and self.critic == "none":
+            raise ValueError(f"{self.algorithm} needs a critic: shared or adapter")
+        if self.algorithm == "reinforce" and self.epochs > 1:
+            raise ValueError("reinforce is on-policy: epochs must be 1 (ppo allows more)")
+        return self
+
+    @property
+    def critic_kind(self) -> Literal["shared", "adapter", "none"]:
+        """The critic in use, the default resolved."""
+        return self.critic or ("none" if self.algorithm == "rloo" else "shared")
+
+
+StageName = Literal["sft", "reward", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
+
+
+class Recipe(Section):
+    """A complete run. A stage runs if its section is there."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    tuning: Literal["lora"] = "lora"
+    base: Base
+    lora: Lora = Lora()
+    data: Data = Data()
+    sft: Sft | None = None
+    reward: Reward | None = None
+    rl: Rl | None = None
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> "Recipe":
+        if not self.stages:
+            raise ValueError("no stage to run: add a section sft, reward or rl")
+        if self.rl and not self.rl.reward.function and not self.reward:
+            raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        return self
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages to run, in order."""
+        return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
+        text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths and check it.
+
+    A relative path is looked up beside the recipe first, then in the working folder.
+
+    Raises:
+        UserError: unreadable file, broken YAML, unknown key, impossible value.
+    """
+    path = Path(path)
+    content = _read_mapping(path)
+    for override in overrides or []:
+        _apply_override(content, override)
+    _resolve_paths(content, path.parent)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later key overwrite an earlier one in silence; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise UserError(
+            "no such recipe", where=str(path), remedy="Check the path; see recipes/ for complete ones."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot be read: {error}", where=str(path), remedy="A recipe is a YAML file in UTF-8."
+        ) from None
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"not valid YAML: {reason}", where=str(path), remedy="Mend the line named.") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            "a recipe is a mapping of keys to values", where=str(path), remedy="See recipes/quickstart.yaml."
+        )
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not KEY=VALUE", remedy="For example rl.algorithm=ppo.")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError):
+        raise UserError(f"value {text!r} is not valid YAML", where=key, remedy="Quote it as YAML would.") from None
+    *parents, last = key.split(".")
+    if parents and parents[0] in STAGES and content.get(parents[0]) is None:
+        remedy = f"Add `{parents[0]}: {{}}` to the recipe first."
+        raise UserError(f"the recipe has no section {parents[0]}", where=override, remedy=remedy)
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise UserError(f"{parent} is a value, not a section", where=override, remedy="Check the key.")
+    content[last] = value
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
+
+    def resolve(section: Any, key: str) -> None:
+        text = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(text, str) or "\0" in text:
+            return
+        file, colon, name = text.partition(".py:")
+        file += ".py" if colon else ""
+        for candidate in (folder / Path(file).expanduser(), Path(file).expanduser()):
+            try:
+                if candidate.exists():
+                    section[key] = str(candidate.resolve()) + (f":{name}" if colon else "")
+                    return
+            except OSError:  # a name too long to be a path
+                return
+
+    resolve(content.get("base"), "model")
+    resolve(content.get("data"), "path")
+    rl = content.get("rl")
+    resolve(rl.get("reward") if isinstance(rl, dict) else None, "function")
+
+
+def _explain(error: ValidationError, path: Path) -> UserError:
+    """The first complaint of pydantic in the recipe's own words, with the nearest valid key."""
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in location if part.isidentifier() or part.isdigit())
+    where = f"{path}: {key}" if key else str(path)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_beside(location)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        remedy = (
+            f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Valid keys: {', '.join(valid)}."
+        )
+        return UserError("unknown key", where=where, remedy=remedy)
+    if first["type"] == "missing":
+        return UserError(
+            "missing", where=where, remedy="Add this key; recipes/quickstart.yaml shows a complete recipe."
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = "" if isinstance(given, dict | BaseModel) else f" (the value is {str(given)[:80]!r})"
+    return UserError(f"{message[0].lower()}{message[1:]}{shown}", where=where, remedy="Correct this value.")
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    """The valid keys of the section that holds the last part of `location`."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    return list(section.model_fields)

@@ -1,0 +1,167 @@
+"""Where the reward of an answer comes from: the reward adapter, or a function of the user's own.
+
+Both are called with prompts and their answers and give one score each.
+"""
+
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from perl.data.records import Context, Prompt
+from perl.errors import UserError
+from perl.model.chat import MESSAGE_ROLES
+from perl.model.roles import Role, Roles
+from perl.rl.sampler import left_pad
+
+
+class RewardSource(Protocol):
+    """Scores answers to prompts."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        answer_ids: Sequence[list[int]],
+        texts: Sequence[str],
+    ) -> list[float]:
+        """One finite score an answer."""
+
+
+class RewardModel:
+    """The reward adapter's score, centred and scaled to unit spread on its training rows.
+
+    Args:
+        mean: of its scores on those rows; it is taken off.
+        std: their standard deviation; the rest is divided by it.
+        micro_batch_size: rows scored at once.
+    """
+
+    def __init__(self, roles: Roles, pad_id: int, mean: float, std: float, micro_batch_size: int) -> None:
+        self._roles, self._pad_id = roles, pad_id
+        self._mean, self._std = mean, std
+        self._micro_batch_size = micro_batch_size
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        answer_ids: Sequence[list[int]],
+        texts: Sequence[str],
+    ) -> list[float]:
+        """Scores of prompt and answer together, read at the answer's last token."""
+        rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
+        scores = score_rows(self._roles, rows, self._pad_id, self._micro_batch_size)
+        return [(score - self._mean) / self._std for score in scores]
+
+
+@torch.no_grad()
+def score_rows(roles: Roles, rows: Sequence[list[int]], pad_id: int, micro_batch_size: int) -> list[float]:
+    """The reward adapter's score of each row of tokens, as trained; rows of like length are read together."""
+    device = roles.lm.get_output_embeddings().weight.device
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    scores = [0.0] * len(rows)
+    for start in range(0, len(order), micro_batch_size):
+        chosen = order[start : start + micro_batch_size]
+        ids_BL, mask_BL = left_pad([rows[index] for index in chosen], pad_id, device)
+        outputs = roles(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD)
+        for index, score in zip(chosen, outputs.scores_B.tolist(), strict=True):
+            scores[index] = score
+    return scores
+
+
+class RewardFunction:
+    """A function `FILE.py:NAME`, called as TRL calls its reward functions.
+
+    It receives `prompts`, `completions`, `completion_ids` and the further columns of the rows, each a list with
+    an entry an answer (chat prompts as lists of messages), and returns a list of numbers.
+
+    Raises:
+        UserError: no such file or name; or, when called, an exception inside, another count of scores, or a
+            score that is not a finite number.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._function = _import(location)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        answer_ids: Sequence[list[int]],
+        texts: Sequence[str],
+    ) -> list[float]:
+        """The function's scores, checked."""
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in _columns(prompts)}
+        chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
+        try:
+            scores = self._function(
+                prompts=[_messages(prompt.context) for prompt in prompts],
+                completions=[
+                    [{"role": "assistant", "content": text}] if is_chat else text
+                    for text, is_chat in zip(texts, chat, strict=True)
+                ],
+                completion_ids=list(answer_ids),
+                **columns,
+            )
+        except Exception as error:  # the user's own code
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"the reward function failed: {type(error).__name__}: {error}",
+                where=f"{frame.filename}:{frame.lineno}",
+                remedy="Mend the function; no answer is scored 0 for a failure.",
+            ) from error
+        return self._check(scores, len(prompts))
+
+    def _check(self, scores: Any, count: int) -> list[float]:
+        try:
+            numbers = [float(score) for score in scores]
+        except (TypeError, ValueError):
+            numbers = []
+        wrong = [index for index, number in enumerate(numbers) if not math.isfinite(number)]
+        if len(numbers) != count or wrong:
+            what = f"score {wrong[0]} is {numbers[wrong[0]]}" if wrong else f"it returned {str(scores)[:80]}"
+            raise UserError(
+                f"the reward function must return {count} finite numbers, one an answer; {what}",
+                where=self._location,
+                remedy="Return a list of floats.",
+            )
+        return numbers
+
+
+def _columns(prompts: Sequence[Prompt]) -> list[str]:
+    return sorted({name for prompt in prompts for name in prompt.columns})
+
+
+def _messages(context: Context) -> str | list[dict[str, str]]:
+    if context[-1].speaker == "text":
+        return "".join(turn.text for turn in context)
+    return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]
+
+
+def _import(location: str) -> Callable[..., Any]:
+    file, _, name = location.rpartition(":")
+    remedy = "Give FILE.py:NAME, the file beside the recipe."
+    if not Path(file).is_file():
+        raise UserError("no such file", where=f"rl.reward.function {location}", remedy=remedy)
+    spec = importlib.util.spec_from_file_location(f"reward_function_{Path(file).stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code
+        raise UserError(
+            f"cannot be imported: {type(error).__name__}: {error}", where=file, remedy="Mend the file."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"has no function {name!r}", where=file, remedy=remedy)
+    return function

@@ -1,0 +1,1 @@
+"""The three stages of alignment: SFT, reward model, RL."""

@@ -13,12 +13,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Advance = Callable[..., None]
+"""Called once a step, with the figures to show beside the bar."""
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Where everything but a command's result goes."""
 
 
 @contextlib.contextmanager
-def track(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar over `total` steps; call what it yields once a step, with the figures to show beside the bar."""
     columns = (
         TextColumn("{task.description:<12}"),

@@ -26,15 +26,15 @@ class Section(BaseModel):
 class Build(Section):
     """A tiny base, trained by the recipe itself on the source's dialogues, and cached."""
 
-    hidden_size: Positive = 192
-    layers: Positive = 4
+    hidden_size: Positive = 128
+    layers: Positive = 3
     heads: Positive = 4
     vocabulary: Positive = 512
     """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
     max_length: Positive = 512
     """Context length, in tokens."""
-    steps: Positive = 600
-    batch_tokens: Positive = 8192
+    steps: Positive = 1200
+    batch_tokens: Positive = 1536
     learning_rate: Rate = 3e-3
 
     @model_validator(mode="after")
@@ -128,8 +128,8 @@ class Rl(Section):
     epochs: Positive = 1
     """Passes over each rollout."""
     micro_batch_size: Positive = 4
-    max_prompt_length: Positive = 512
-    """Longest prompt, in tokens; older context is cut off first."""
+    max_prompt_length: Positive | None = None
+    """Cut older context off so that prompts have at most so many tokens; unset, a longer prompt is refused."""
     max_new_tokens: Positive = 64
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     learning_rate: Rate = 1e-4
@@ -168,6 +168,8 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tuning: Literal["lora"] = "lora"
+    checkpoint_activations: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     base: Base
     lora: Lora = Lora()
     data: Data = Data()

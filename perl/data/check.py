@@ -26,7 +26,7 @@ class Spread:
 
     def __str__(self) -> str:
         """The three, as a cell of the table."""
-        return f"{self.median:,} / {self.p95:,} / {self.longest:,}"
+        return f"{self.median:,}/{self.p95:,}/{self.longest:,}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Summary:
     count: int
     dialogues: int
     duplicates: int
-    turns_per_context: Spread
+    context_turns: Spread
     context_characters: Spread
-    answer_characters: Spread
+    answer_characters: Spread | None
     calls: int
     texts: int
 
@@ -103,32 +103,32 @@ def check(source_or_file: str) -> int:
     description = describe(records)
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    console.print(_table(description))
+    console.print(_counts_table(description))
+    console.print(_sizes_table(description))
     console.print(f"{description.dialogues:,} dialogues in all")
     if description.balance:
         console.print(_balance_line(description.balance))
     for problem in records.problems[:SHOWN_PROBLEMS]:
         console.print(f"{problem.where}: {problem.what}")
-    if hidden := len(records.problems) - SHOWN_PROBLEMS:
-        if hidden > 0:
-            console.print(f"… and {hidden:,} more")
+    if len(records.problems) > SHOWN_PROBLEMS:
+        console.print(f"… and {len(records.problems) - SHOWN_PROBLEMS:,} more")
     console.print(f"{len(records.problems):,} rows left out" if records.problems else "every row is usable")
     return 2 if records.problems else 0
 
 
-def _table(description: Description) -> Table:
-    """One row a figure and one column a kind, so that it fits a narrow terminal."""
-    kinds = description.kinds.values()
-    table = Table("", *description.kinds, box=None)
-    table.add_row("rows", *(f"{kind.count:,}" for kind in kinds))
-    table.add_row("dialogues", *(f"{kind.dialogues:,}" for kind in kinds))
-    table.add_row("duplicates", *(f"{kind.duplicates:,}" for kind in kinds))
-    table.add_row("agent's calls", *(f"{kind.calls:,}" for kind in kinds))
-    table.add_row("agent's texts", *(f"{kind.texts:,}" for kind in kinds))
-    table.add_row("median / 95 % / longest")
-    table.add_row("  turns of context", *(str(kind.turns_per_context) for kind in kinds))
-    table.add_row("  characters of context", *(str(kind.context_characters) for kind in kinds))
-    table.add_row("  characters of answer", *(str(kind.answer_characters) for kind in kinds))
+def _counts_table(description: Description) -> Table:
+    table = Table("", "rows", "dialogues", "duplicates", "agent's calls", "agent's texts", box=None)
+    for name, kind in description.kinds.items():
+        counts = (kind.count, kind.dialogues, kind.duplicates, kind.calls, kind.texts)
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _sizes_table(description: Description) -> Table:
+    table = Table("median/95 %/longest", "context: turns", "characters", "answer: characters", box=None)
+    for name, kind in description.kinds.items():
+        answer = str(kind.answer_characters) if kind.answer_characters else "–"
+        table.add_row(name, str(kind.context_turns), str(kind.context_characters), answer)
     return table
 
 
@@ -148,9 +148,9 @@ def _summary(rows: Sequence[Record]) -> Summary:
         count=len(rows),
         dialogues=len({row.dialogue for row in rows}),
         duplicates=len(rows) - len({_identity(row) for row in rows}),
-        turns_per_context=_spread(len(row.context) for row in rows),
+        context_turns=_spread(len(row.context) for row in rows),
         context_characters=_spread(_characters(row.context) for row in rows),
-        answer_characters=_spread(_characters(answer) for answer in answers),
+        answer_characters=_spread(_characters(answer) for answer in answers) if answers else None,
         calls=calls,
         texts=len(by_agent) - calls,
     )
@@ -197,7 +197,5 @@ def _characters(turns: Sequence[Turn]) -> int:
 
 def _spread(sizes: Iterable[int]) -> Spread:
     ordered = sorted(sizes)
-    if not ordered:
-        return Spread(0, 0, 0)
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     return Spread(statistics.median_high(ordered), p95, ordered[-1])

@@ -1,5 +1,6 @@
 """Downloads the public data at a pinned commit, and checks every file against its pinned hash and size."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -94,14 +95,16 @@ def _download(url: str, target: Path, pin: Pin) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = _stream(url, part, pin.size)
         if (digest, size) != (pin.sha256, pin.size):
-            what = f"is not the file pinned: {size:,} bytes or more, SHA-256 {digest}; {pin.size:,}, {pin.sha256}"
-            raise UserError(f"{what} expected", where=url, remedy=_by_hand())
+            found = f"more than {pin.size:,} bytes" if size > pin.size else f"{size:,} bytes, SHA-256 {digest}"
+            what = f"is not the file pinned: {found}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
+            raise UserError(what, where=url, remedy=_by_hand())
         part.replace(target)
     except (OSError, http.client.HTTPException) as error:
         what = f"cannot be fetched into {target.parent}: {error or type(error).__name__}"
         raise UserError(what, where=url, remedy=_by_hand()) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _stream(url: str, part: Path, expected: int) -> tuple[str, int]:

@@ -76,9 +76,9 @@ def read_jsonl(path: str | Path) -> Records:
                     prompts.setdefault((record.context, columns), record)
     records.prompts = list(prompts.values())
     if not (records.prompts or records.demonstrations):
-        first = records.problems[0] if records.problems else None
-        what = f"no usable row; the first: {first.where}: {first.what}" if first else "the file is empty"
-        raise UserError(what, where=str(path), remedy=f"Write {FORMATS}.")
+        problems = records.problems
+        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"
+        raise UserError(f"no usable row{first}", where=str(path), remedy=f"Write {FORMATS}.")
     return records
 
 
@@ -113,6 +113,7 @@ def parse_row(row: object) -> list[Record]:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
     record = build(row)
     columns = {key: value for key, value in row.items() if key not in _FIELDS.union(_DIALOGUE_FIELDS)}
+    usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
     prompt = Prompt(record.context, record.dialogue, columns)
     if isinstance(record, Prompt):
         return [prompt]

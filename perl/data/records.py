@@ -100,3 +100,5 @@ class Records:
     prompts: list[Prompt] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     judge: Judge | None = None
+    corpus: list[Demonstration] = field(default_factory=list)
+    """Dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from perl.data.fetch import cache_folder, pins
 from perl.data.jsonl import read_jsonl
 from perl.data.records import Records
-from perl.data.simulator.source import simulate
+from perl.data.simulator.source import corpus, simulate
 from perl.data.taskmaster import Domain, read_rows, read_taskmaster
 from perl.errors import UserError
 
@@ -26,12 +26,15 @@ def load_records(source: str, path: str | None, seed: int) -> Records:
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
     """
-    return _named(SOURCES, source)(path, seed)
+    if source not in SOURCES:
+        raise _unknown(source)
+    return SOURCES[source](path, seed)
 
 
 def load_rows(source: str, path: str | None, seed: int) -> Records:
     """As `load_records`, with the rows that repeat or contradict others where training leaves them out."""
-    return {**SOURCES, **_UNTIDIED}.get(source, _named(SOURCES, source))(path, seed)
+    untidied = _UNTIDIED.get(source)
+    return untidied(path, seed) if untidied else load_records(source, path, seed)
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
@@ -48,24 +51,24 @@ def parse_source(text: str) -> tuple[str, str | None]:
     # A file in own formats needs no name before it.
     if text.endswith((".jsonl", ".json")) or Path(text).expanduser().is_file():
         return "jsonl", text
-    _named(SOURCES, name)
-    raise AssertionError("unreachable: an unknown name is refused")
+    raise _unknown(name)
 
 
-def _named(sources: dict[str, Loader], name: str) -> Loader:
-    if name in sources:
-        return sources[name]
-    near = difflib.get_close_matches(name, sources, n=1)
+def _unknown(name: str) -> UserError:
+    near = difflib.get_close_matches(name, SOURCES, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
-    remedy = f"{hint}There are {', '.join(sources)}; own data is a file that ends in .jsonl."
-    raise UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
+    remedy = f"{hint}There are {', '.join(SOURCES)}; own data is a file that ends in .jsonl."
+    return UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
 
 
 def _coffee_simulator(path: str | None, seed: int) -> Records:
     if path is not None:
         remedy = "Leave data.path out, or set data.source to jsonl to read a file."
         raise UserError(f"coffee-simulator reads no files, but is given {path}", where="data.path", remedy=remedy)
-    return simulate(seed=seed, dialogues=3000, ratings=4000, prompts=1500, noise=0.1)
+    records = simulate(seed=seed, dialogues=3000, ratings=4000, prompts=1500, noise=0.1)
+    # One corpus whatever the seed: the base is what all runs have in common.
+    records.corpus = corpus(seed=0, dialogues=8_000)
+    return records
 
 
 def _taskmaster(domain: Domain, read: Callable[[str | Path, Domain], Records]) -> Loader:

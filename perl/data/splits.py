@@ -19,8 +19,8 @@ _REMEDY = "Use more data, another seed, or a data.held_out nearer to 0.5."
 def split(records: Records, held_out: float, seed: int) -> tuple[Records, Records]:
     """Splits into what is trained on and what is held out; no dialogue is on both sides, in any kind.
 
-    The same keys, share and seed always give the same split. The judge goes to both sides, the problems to
-    the first.
+    The same keys, share and seed always give the same split. The judge goes to both sides, the problems and
+    the corpus to the first.
 
     Args:
         records: what a source holds.
@@ -43,7 +43,7 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     train, held = _side(records, set(order[count:])), _side(records, set(order[:count]))
     for name, side in (("training", train), ("held-out", held)):
         _check(name, side, records)
-    train.problems = records.problems
+    train.problems, train.corpus = records.problems, records.corpus
     return train, held
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from perl.data.pairs import without_repeats
-from perl.data.records import CALL, Context, Demonstration, Problem, Prompt, Rating, Records, Speaker, Turn
+from perl.data.records import CALL, Demonstration, Problem, Prompt, Rating, Records, Speaker, Turn
 from perl.data.rows import RowError, first_user_key, kind, label_of, shown, strict_json, usable_text
 from perl.errors import UserError
 
@@ -55,7 +55,8 @@ def _assemble(
     domain: Domain, ratings: list[Rating], dialogues: list[Demonstration], problems: list[Problem]
 ) -> Records:
     # An empty context, which a few rated turns have, cannot be answered.
-    prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in ratings if rating.context}
+    answerable = [rating for rating in ratings if rating.context]
+    prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in answerable}
     return Records(
         demonstrations=dialogues if domain == "coffee" else _thumbs_up(ratings),
         ratings=ratings,
@@ -136,15 +137,16 @@ def _compact(value: object) -> str:
 
 def _turn(turn: object, name: str) -> Turn:
     """One turn of a rated row's context, or its generation."""
-    match turn:
-        case {"role": "agent", "api": dict(api)} if len(turn) == 2 and len(api) == 1:
-            ((call, arguments),) = api.items()
-            if isinstance(arguments, dict):
-                return call_turn(call, arguments)
-        case {"role": "api", "response": dict(response)} if len(turn) == 2:
-            return response_turn(response)
-        case {"role": "user" | "agent" as role, "text": str(text)} if len(turn) == 2:
-            return Turn(_SPEAKERS[role], usable_text(text, name))
+    if isinstance(turn, dict) and len(turn) == 2:
+        match turn:
+            case {"role": "agent", "api": dict(api)} if len(api) == 1:
+                ((call, arguments),) = api.items()
+                if isinstance(arguments, dict):
+                    return call_turn(call, arguments)
+            case {"role": "api", "response": dict(response)}:
+                return response_turn(response)
+            case {"role": "user" | "agent" as role, "text": str(text)}:
+                return Turn(_SPEAKERS[role], usable_text(text, name))
     raise RowError(f"{name} is {shown(turn)}; a text by user or agent, one api call, or a response expected")
 
 
@@ -247,6 +249,7 @@ def _read(folder: Path, parse: Callable[[object, str], _Row | Problem]) -> tuple
             else:
                 rows.append(row)
     if not rows:
-        what = f"no usable row; the first: {problems[0].where}: {problems[0].what}" if problems else "no *.json"
-        raise UserError(what, where=str(folder), remedy="Fetch the data again, or check data.path.")
+        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ""
+        remedy = "Fetch the data again, or check data.path."
+        raise UserError(f"no usable row{first}", where=str(folder), remedy=remedy)
     return rows, problems

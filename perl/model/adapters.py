@@ -65,7 +65,7 @@ def save_adapter(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
     config = dataclasses.replace(roles.lora, base_model_name_or_path=stamp.base, inference_mode=True)
     config.task_type = "CAUSAL_LM"
     if role in roles.heads:
-        weights[HEAD] = roles.heads[role].weight.detach().cpu()
+        weights[HEAD] = roles.head(role).weight.detach().cpu()
         config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
     with whole_folder(folder) as unfinished:
         save_file(
@@ -91,8 +91,8 @@ def load_adapter(roles: Roles, role: Role, folder: Path, base: Base) -> Stamp:
     }.items():
         if getattr(stamp, name) != getattr(expected, name):
             raise UserError(
-                f"belongs to another {what}: it was trained on {stamp.base}, {name} {str(getattr(stamp, name))[:12]}, "
-                f"not {str(getattr(expected, name))[:12]}",
+                f"belongs to another {what}: trained on {stamp.base}, {name} {str(getattr(stamp, name))[:12]}; "
+                f"here it is {str(getattr(expected, name))[:12]}",
                 where=str(folder),
                 remedy="Use the base named in its perl.json, or train the adapter again.",
             )
@@ -105,9 +105,9 @@ def load_adapter(roles: Roles, role: Role, folder: Path, base: Base) -> Stamp:
     head = weights.pop(HEAD, None)
     if role not in roles.roles:
         roles.add(role, adapter=bool(weights), head=head is not None)
-    targets: dict[str, torch.nn.Parameter] = {f"{PREFIX}{name}": p for name, p in roles.adapter(role).items()}
+    targets: dict[str, torch.Tensor] = {f"{PREFIX}{name}": p for name, p in roles.adapter(role).items()}
     if head is not None:
-        weights[HEAD], targets[HEAD] = head, roles.heads[role].weight
+        weights[HEAD], targets[HEAD] = head, roles.head(role).weight
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if shapes != {name: tuple(parameter.shape) for name, parameter in targets.items()}:
         raise UserError(

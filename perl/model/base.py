@@ -39,8 +39,17 @@ class Base:
         return int(getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**31))
 
 
-def load_base(model: str, dtype: torch.dtype, device: torch.device, four_bit: bool = False) -> Base:
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    four_bit: bool = False,
+    random_seed: int | None = None,
+) -> Base:
     """Load a causal LM and its tokenizer from the hub or a folder; safetensors only.
+
+    With a `random_seed` only the configuration is read, and the weights are drawn at random.
 
     Raises:
         UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, or a tokenizer
@@ -49,7 +58,10 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, four_bit: bo
     remedy = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UserError("no such folder", where=f"base.model {model}", remedy=remedy)
-    lm = _load_weights(model, dtype, device, four_bit, remedy)
+    if random_seed is None:
+        lm = _load_weights(model, dtype, device, four_bit, remedy)
+    else:
+        lm = _random_weights(_load_config(model, remedy), dtype, device, random_seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
@@ -68,10 +80,7 @@ def random_base(config: dict[str, Any], dtype: torch.dtype, device: torch.device
         UserError: the configuration is not one of a causal LM.
     """
     try:
-        parsed = AutoConfig.for_model(**config)
-        with torch.random.fork_rng(), torch.device(device):
-            torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+        lm = _random_weights(AutoConfig.for_model(**config), dtype, device, seed)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"not the configuration of a causal LM: {_first_line(error)}",
@@ -94,13 +103,17 @@ def _base(name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return Base(name, lm, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters)
 
 
-def _load_weights(
-    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, remedy: str
-) -> PreTrainedModel:
+def _random_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert isinstance(lm, PreTrainedModel)
+    return lm
+
+
+def _load_config(model: str, remedy: str) -> Any:
+    """The configuration of a causal LM."""
     where = f"base.model {model}"
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if four_bit:
-        options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -110,6 +123,17 @@ def _load_weights(
         not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
     ):
         raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=remedy)
+    return config
+
+
+def _load_weights(
+    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, remedy: str
+) -> PreTrainedModel:
+    where = f"base.model {model}"
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if four_bit:
+        options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
+    config = _load_config(model, remedy)
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -122,7 +146,7 @@ def _load_weights(
             remedy="Complete the files: missing weights would be random.",
         )
     assert isinstance(lm, PreTrainedModel)
-    return lm if four_bit else lm.to(device)  # type: ignore[arg-type]
+    return lm if four_bit else lm.to(device)
 
 
 def _four_bit(dtype: torch.dtype) -> Any:

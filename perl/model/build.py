@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +26,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", *(f"<|{role}|>" for role in MESSAGE_ROLES.values())]
+PIECES = r"\d| ?[^\W\d_]+|[^\w\s]+(?: [^\w\s]+)*|\s+|_"
+"""What BPE never merges across: digits one by one, for numbers are to be copied; a word with the space before
+it; a run of punctuation such as JSON's `": "`."""
+INITIALIZER_RANGE = 0.08
+"""Standard deviation of the first weights. At transformers' 0.02 a model this narrow learns to copy words from
+the dialogue several times later (docs/experiments.md)."""
+BUCKET = 32
+"""Rows are padded to a multiple of this: few shapes, which oneDNN and the allocator like."""
 VERSION = 1
 """Raised when the same settings would build another base."""
 
@@ -63,12 +71,13 @@ def build_base(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=hidden_size * 8 // 3,
+        intermediate_size=hidden_size * 3,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -88,9 +97,11 @@ def _cache() -> Path:
 
 def _train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    # Digits one by one: numbers are to be copied, not memorised.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -132,8 +143,7 @@ def _pretrain(
             if not batches:
                 batches = _batches(rows, batch_tokens, rng)
             ids_BL, labels_BL = _pad(batches.pop())
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=ids_BL, labels=labels_BL).loss
+            loss = model(input_ids=ids_BL, labels=labels_BL).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -145,19 +155,20 @@ def _pretrain(
 
 def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
     """Rows of like length together, about `batch_tokens` tokens a batch, in random order."""
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rng.random()))
-    batches: list[list[list[int]]] = [[]]
-    for index in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(rows[index]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(rows[index])
+    buckets: dict[int, list[list[int]]] = {}
+    for row in rng.sample(rows, len(rows)):
+        buckets.setdefault(-(-len(row) // BUCKET), []).append(row)
+    batches = []
+    for bucket, members in sorted(buckets.items()):
+        size = max(1, batch_tokens // (bucket * BUCKET))
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
     rng.shuffle(batches)
     return batches
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded to a multiple of 16: causal attention never looks at it, and its labels are ignored."""
-    length = -(-max(len(row) for row in rows) // 16) * 16
+    """Right-padded to a multiple of `BUCKET`: causal attention never looks at it, and its labels are ignored."""
+    length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
     ids_BL = torch.zeros(len(rows), length, dtype=torch.long)
     labels_BL = torch.full((len(rows), length), -100)
     for index, row in enumerate(rows):

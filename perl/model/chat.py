@@ -93,8 +93,7 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without its end-of-turn."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        assert isinstance(text, str)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
@@ -162,7 +161,8 @@ class ChatFormat:
                 where=self.tokenizer.name_or_path,
                 remedy="Add the end token after the assistant's content in the chat template.",
             )
-        return min(found)[1]
+        token: str = min(found)[1]
+        return token
 
     def _find_pad(self) -> int:
         """A token for padding that is not the end: masks, not this id, say what is padding."""

@@ -28,7 +28,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from perl.errors import UserError
 from perl.model.log_probs import log_probs_and_entropy
 
-
 CHUNK = 1024
 """Tokens whose logits are held at a time."""
 
@@ -90,6 +89,12 @@ class Roles(nn.Module):
         return Role.SFT if Role.SFT in self.roles else Role.BASE
 
     @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        device: torch.device = self.lm.get_output_embeddings().weight.device
+        return device
+
+    @property
     def active(self) -> Role:
         """The role that computes now."""
         return self._active
@@ -112,11 +117,9 @@ class Roles(nn.Module):
                     parameter.data.copy_(source[name].data)
         if head:
             width = self.lm.get_output_embeddings().weight.shape[1]
-            device = self.lm.get_output_embeddings().weight.device
-            self.heads[role] = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
-            nn.init.zeros_(self.heads[role].weight)
-            if copy_of in self.heads:
-                self.heads[role].weight.data.copy_(self.heads[copy_of].weight.data)
+            self.heads[role] = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
+            start = self.head(copy_of).weight if copy_of in self.heads else torch.zeros(1, width)
+            self.head(role).weight.data.copy_(start)
 
     def _add_adapter(self, role: Role) -> None:
         try:
@@ -141,6 +144,12 @@ class Roles(nn.Module):
             for name, parameter in self.lm.named_parameters()
             if "lora_" in name and mark in name
         }
+
+    def head(self, role: Role) -> nn.Linear:
+        """The scalar head of a role that scores."""
+        head = self.heads[role]
+        assert isinstance(head, nn.Linear)
+        return head
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
         """All that the roles learn: adapters and heads."""
@@ -246,9 +255,9 @@ class Roles(nn.Module):
         if answer_length == 0 and head is not None:
             last_B = mask_BL.long().cumsum(1).argmax(1)
             last_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-            scores_B = self.heads[head](last_BD.float()).squeeze(-1)
+            scores_B = self.head(head)(last_BD.float()).squeeze(-1)
         elif head is not None:
-            values_BT = self.heads[head](hidden_BLD[:, -answer_length - 1 : -1].float()).squeeze(-1)
+            values_BT = self.head(head)(hidden_BLD[:, -answer_length - 1 : -1].float()).squeeze(-1)
         if temperature is not None:
             answer_BT = mask_BL[:, -answer_length:]
             embedding = self.lm.get_output_embeddings()

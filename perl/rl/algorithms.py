@@ -175,4 +175,4 @@ def algorithm(name: str, samples_per_prompt: int) -> Algorithm:
     """The algorithm of a recipe's `rl.algorithm`."""
     if name == "rloo":
         return Rloo(samples_per_prompt)
-    return {"reinforce": Reinforce(), "ppo": Ppo()}[name]
+    return Ppo() if name == "ppo" else Reinforce()

@@ -170,7 +170,8 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
 def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
     """RLOO's advantage: r_i - mean of the r of the other answers to its prompt.
 
-    (Kool et al. 2019, and for language models Ahmadian et al. 2024, arXiv 2402.14740.) The others' mean does not depend on answer i, so it is a baseline that leaves the gradient unbiased.
+    (Kool et al. 2019, and for language models Ahmadian et al. 2024, arXiv 2402.14740.) The others'
+    mean does not depend on answer i, so it is a baseline that leaves the gradient unbiased.
 
     Args:
         score_B: fp32; the answers to one prompt stand side by side.

@@ -63,12 +63,11 @@ class RewardModel:
 @torch.no_grad()
 def score_rows(roles: Roles, rows: Sequence[list[int]], pad_id: int, micro_batch_size: int) -> list[float]:
     """The reward adapter's score of each row of tokens, as trained; rows of like length are read together."""
-    device = roles.lm.get_output_embeddings().weight.device
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     scores = [0.0] * len(rows)
     for start in range(0, len(order), micro_batch_size):
         chosen = order[start : start + micro_batch_size]
-        ids_BL, mask_BL = left_pad([rows[index] for index in chosen], pad_id, device)
+        ids_BL, mask_BL = left_pad([rows[index] for index in chosen], pad_id, roles.device)
         outputs = roles(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD)
         for index, score in zip(chosen, outputs.scores_B.tolist(), strict=True):
             scores[index] = score
@@ -161,7 +160,7 @@ def _import(location: str) -> Callable[..., Any]:
         raise UserError(
             f"cannot be imported: {type(error).__name__}: {error}", where=file, remedy="Mend the file."
         ) from error
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"has no function {name!r}", where=file, remedy=remedy)
     return function

@@ -121,7 +121,8 @@ def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor |
 def micro_batches(samples: Samples, size: int) -> Iterator[Tensor]:
     """Row numbers, rows of like length together."""
     order = samples.mask_BL.sum(1).argsort(stable=True)
-    yield from order.split(size)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def trim(samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -71,7 +71,7 @@ def sample(
         generator: on the base's device.
         head: whose head reads the value of each state.
     """
-    device = roles.lm.get_output_embeddings().weight.device
+    device = roles.device
     prompt_ids_BP, prompt_mask_BP = left_pad(prompts, pad_id, device)
     batch = len(prompts)
     ids_BT = torch.full((batch, max_new_tokens), pad_id, device=device)
@@ -95,8 +95,8 @@ def sample(
             ids_BT[rows, step] = drawn_B[:, 0]
             mask_BT[rows, step] = True
             log_probs_BT[rows, step] = all_log_probs_BV.gather(1, drawn_B)[:, 0]
-            if values_BT is not None:
-                values_BT[rows, step] = roles.heads[str(head)](hidden_BD.float())[:, 0]
+            if values_BT is not None and head is not None:
+                values_BT[rows, step] = roles.head(head)(hidden_BD.float())[:, 0]
             done_B = drawn_B[:, 0] == end_id
             ended_B[rows[done_B]] = True
             ids, positions = drawn_B, positions[:, -1:] + 1

@@ -1,0 +1,128 @@
+"""The command line. Exit status: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from perl.errors import UserError
+from perl.progress import console
+
+app = typer.Typer(
+    name="perl-rlhf",
+    help="RLHF in which every learned part is a LoRA adapter on one frozen base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Fetch and check data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as rl.algorithm=ppo.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+@app.command("run")
+def run_command(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Run the recipe's stages in order; called again, go on with the first unfinished one."""
+    _run(recipe, overrides, out)
+
+
+@app.command("sft")
+def sft_command(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    _run(recipe, overrides, out, "sft")
+
+
+@app.command("reward")
+def reward_command(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the reward model on thumbs or pairs."""
+    _run(recipe, overrides, out, "reward")
+
+
+@app.command("rl")
+def rl_command(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the policy against the reward."""
+    _run(recipe, overrides, out, "rl")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Run,
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="reward or policy.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SOURCE[:PATH]", help="A source or a file; the run's own by default."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")
+    ] = None,
+) -> None:
+    """Judge a trained reward model on rated data, or a policy on prompts."""
+    from perl.evaluate import evaluate
+
+    evaluate(run, role, data, json_file)
+
+
+@app.command("chat")
+def chat_command(run: Run) -> None:
+    """Talk to base, SFT and RL policy side by side."""
+    from perl.chat import chat
+
+    chat(run)
+
+
+@data_app.command("fetch")
+def fetch_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Such as taskmaster-coffee.")],
+) -> None:
+    """Download a source, checked against pinned hashes."""
+    from perl.data.fetch import fetch
+
+    console.print(f"{source} is in {fetch(source)}")
+
+
+@data_app.command("check")
+def check_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
+) -> None:
+    """Describe a source or file, and name every bad row."""
+    from perl.data.check import check
+
+    raise typer.Exit(check(source))
+
+
+def main() -> None:
+    """Run a command and turn what goes wrong into one message and an exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        # click's own errors leave with status 2 and one message, as ours do.
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted: finished stages are saved; run the same command again to go on")
+        sys.exit(130)
+
+
+def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any = None) -> None:
+    from perl.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    # After the recipe is read: torch and transformers take seconds to import, a typo should not wait for them.
+    from perl.pipeline import run
+
+    run(loaded, out or Path("runs") / loaded.name, [stage] if stage else None)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

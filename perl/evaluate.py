@@ -1,0 +1,93 @@
+"""`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from perl.data.sources import load_records, parse_source
+from perl.errors import UserError
+from perl.files import write_json
+from perl.model.roles import Role
+from perl.progress import console
+from perl.rl.rollout import EncodedPrompts
+from perl.rundir import STAGE_ROLE, RunFolder
+from perl.stages.reward import evaluate_rows, tokenize_rows
+from perl.stages.rl import encode_prompts, evaluate_policy, reward_source
+from perl.stages.session import Session, open_session
+
+
+def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> None:
+    """Judge a role of a finished run, print the figures, and write them where asked.
+
+    Args:
+        run: the run folder.
+        role: `reward` or `policy`.
+        data: a source or file; the held-out part of the run's own data by default.
+        json_file: where the figures go as JSON.
+
+    Raises:
+        UserError: no such run or role, a stage that is not finished, or data that cannot be used.
+    """
+    if role not in ("reward", "policy"):
+        raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
+    session = open_run(run)
+    if data is not None:
+        source, path = parse_source(data)
+        session.held_out = load_records(source, path, session.recipe.seed)
+    figures = _reward(session, data) if role == "reward" else _policy(session)
+    _print(f"{role} of {run}", figures)
+    if json_file is not None:
+        _write(json_file, figures)
+
+
+def open_run(run: Path) -> Session:
+    """The session of a run that was started: its base, and whatever adapters it has, to be loaded.
+
+    Raises:
+        UserError: this is no run folder.
+    """
+    return open_session(RunFolder(run).recipe(), run)
+
+
+def _reward(session: Session, data: str | None) -> dict[str, Any]:
+    session.load(Role.REWARD)
+    settings = session.recipe.reward
+    assert settings is not None
+    length = min(settings.max_length, session.base.context_length)
+    source = data or session.recipe.data.source
+    # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
+    rows = tokenize_rows(session.base.chat, session.held_out, "any", length, source)
+    return evaluate_rows(session.roles, rows, session.base.chat.pad_id)
+
+
+def _policy(session: Session) -> dict[str, Any]:
+    if session.recipe.rl is None:
+        raise UserError("the run has no policy", where=str(session.folder.path), remedy="Add rl to its recipe.")
+    if session.recipe.sft is not None:
+        session.load(Role.SFT)
+    session.load(Role.POLICY)
+    prompts = encode_prompts(session, session.held_out.prompts[: session.recipe.rl.eval_prompts])
+    reward = reward_source(session)
+    before = evaluate_policy(session, reward, session.roles.reference, prompts)
+    after = evaluate_policy(session, reward, Role.POLICY, prompts)
+    return {"n": len(prompts), **_labelled(before, "before"), **_labelled(after, "after")}
+
+
+def _labelled(figures: dict[str, float], when: str) -> dict[str, float]:
+    return {f"{name}_{when}": value for name, value in figures.items()}
+
+
+def _print(title: str, figures: dict[str, Any]) -> None:
+    table = Table("figure", "value", title=title)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _write(file: Path, figures: dict[str, Any]) -> None:
+    try:
+        write_json(file, figures)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file.") from None

@@ -1,0 +1,146 @@
+"""The run folder: where every stage reads what the one before it wrote.
+
+recipe.yaml                              the recipe as resolved
+sft/ reward/ policy/ critic/
+    adapter/                             see perl.model.adapters
+    metrics.jsonl                        a line a step
+    result.json                          what the stage came to; there when the stage is finished
+report.json
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from perl.errors import UserError
+from perl.files import write_json, write_whole
+from perl.model.roles import Role
+from perl.recipe import Recipe, StageName, load_recipe
+
+STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
+"""The role that each stage trains; its folder bears the role's name."""
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's, and this process's until it ends.
+
+        Raises:
+            UserError: the folder cannot be written, holds another recipe's run, or another run is using it.
+        """
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  held until the process ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_whole(self.path / "recipe.yaml", recipe.to_yaml())
+        except BlockingIOError:
+            raise UserError(
+                "another run is using this folder",
+                where=str(self.path),
+                remedy="Wait for it, or use another --out.",
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror}", where=str(self.path), remedy="Use another --out."
+            ) from None
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds another recipe's run.
+
+        Raises:
+            UserError: naming the first key that differs.
+        """
+        if not (self.path / "recipe.yaml").exists():
+            return
+        mine, theirs = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                raise UserError(
+                    f"holds another run: there {key} is {theirs.get(key)!r}, here {mine.get(key)!r}",
+                    where=str(self.path),
+                    remedy="Use another --out, or remove that folder.",
+                )
+
+    def recipe(self) -> Recipe:
+        """The recipe of a run that was started.
+
+        Raises:
+            UserError: this is no run folder.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            raise UserError(
+                "not a run folder", where=str(self.path), remedy="Give the --out of a `perl-rlhf run`."
+            )
+        return load_recipe(file)
+
+    def role(self, role: Role) -> Path:
+        """The folder of a role."""
+        return self.path / role
+
+    def adapter(self, role: Role) -> Path:
+        """The adapter folder of a role."""
+        return self.role(role) / "adapter"
+
+    def metrics(self, stage: StageName) -> "MetricsLog":
+        """The step-by-step figures of a stage, begun anew."""
+        return MetricsLog(self.role(STAGE_ROLE[stage]) / "metrics.jsonl")
+
+    def result(self, stage: StageName) -> dict[str, Any] | None:
+        """What a finished stage came to; None if it is not finished."""
+        file = self.role(STAGE_ROLE[stage]) / "result.json"
+        try:
+            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"not JSON: {error}", where=str(file), remedy="Remove it to run the stage again."
+            ) from None
+        return result
+
+    def finish(self, stage: StageName, result: dict[str, Any]) -> None:
+        """Note what a stage came to: from now on it is finished."""
+        write_json(self.role(STAGE_ROLE[stage]) / "result.json", result)
+
+
+class MetricsLog:
+    """A file of JSON lines, one a step."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(file, "w", encoding="utf-8")  # noqa: SIM115  closed with the log
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Add a line, at once on disk for who follows the run."""
+        line = {"step": step, **{name: _finite(value) for name, value in figures.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,363 @@
+"""The RL stage: sample, score, estimate, improve.
+
+The policy begins as a copy of the SFT adapter (or as the identity on the bare base) and stays near it: that is
+the reference. All randomness of a step follows from the recipe's seed and the step's number, so the whole
+state of the loop is the step, the adapters and heads, and the optimizer.
+
+Axis letters: B answers, T answer positions.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from perl.data.records import Prompt
+from perl.errors import UserError
+from perl.model.adapters import read_stamp, save_adapter, stamp_for
+from perl.model.roles import Role
+from perl.progress import console, track
+from perl.recipe import Rl
+from perl.rl.algorithms import Algorithm, Scored, Targets, algorithm
+from perl.rl.arithmetic import kl_k1, masked_mean
+from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
+from perl.rl.rollout import (
+    Answers,
+    EncodedPrompts,
+    Sampling,
+    draw,
+    micro_batches,
+    read_answers,
+    score,
+    scored,
+    trim,
+)
+from perl.stages.session import Session
+
+VALUE_COEF = 0.1
+"""Weight of the critic's loss beside the policy's."""
+HEAD_LEARNING_RATE = 10.0
+"""A head learns this much faster than an adapter: it starts from zero and has no bottleneck."""
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass
+class Loop:
+    """All state of RL training, in one place, and what the steps read."""
+
+    settings: Rl
+    session: Session
+    algorithm: Algorithm
+    reward: RewardSource
+    prompts: EncodedPrompts
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    learners: list[list[torch.nn.Parameter]]
+    step: int = 0
+
+    @property
+    def value_head(self) -> Role | None:
+        """Whose head reads values; None without a critic."""
+        return Role.CRITIC if self.algorithm.needs_critic else None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(self.settings.max_new_tokens, self.settings.temperature)
+
+
+def check(session: Session) -> None:
+    """Refuse what RL cannot use, before anything is trained or written."""
+    assert session.recipe.rl is not None
+    encode_prompts(session, [*session.train.prompts, *session.held_out.prompts])
+    if session.recipe.rl.reward.function is not None:
+        RewardFunction(session.recipe.rl.reward.function)
+
+
+def train_rl(session: Session) -> dict[str, Any]:
+    """Train the policy (and its critic) and write them; return the stage's result."""
+    settings = session.recipe.rl
+    assert settings is not None
+    loop = _begin(session, settings)
+    eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
+    before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+    meter, log = session.meter(), session.folder.metrics("rl")
+    with track("rl", settings.steps) as bar:
+        for step in range(settings.steps):
+            loop.step = step
+            with meter.step() as count:
+                answers, rollout = collect(loop)
+                targets = loop.algorithm.estimate(rollout, settings.kl_coef)
+                losses = improve(loop, answers, rollout, targets)
+                count(int(answers.samples.mask_BL.sum()))
+            figures = {**describe(answers, rollout), **losses}
+            log.write(step + 1, figures)
+            bar(reward=figures["reward"], kl=figures["kl"])
+    log.close()
+    after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
+    _save(session, settings)
+    return {
+        "trainable_parameters": sum(parameter.numel() for group in loop.learners for parameter in group),
+        **meter.figures(),
+        "eval": {
+            "algorithm": settings.algorithm,
+            "critic": settings.critic_kind,
+            "steps": settings.steps,
+            "n": len(eval_prompts),
+            **{f"{name}_before": value for name, value in before.items() if name != "kl"},
+            **{f"{name}_after": value for name, value in after.items() if name != "kl"},
+            "kl": after["kl"],
+        },
+    }
+
+
+def collect(loop: Loop) -> tuple[Answers, Scored]:
+    """Sample and score: answers of the policy to this step's prompts, their rewards, reference and values."""
+    session, settings, roles = loop.session, loop.settings, loop.session.roles
+    roles.eval()
+    generator = torch.Generator(session.device).manual_seed(_seed(session.recipe.seed, "sample", loop.step))
+    prompts = loop.prompts.take(_chosen(loop))
+    shared = loop.value_head if settings.critic_kind == "shared" else None
+    samples, texts = draw(roles, Role.POLICY, session.base.chat, prompts, loop.sampling, generator, head=shared)
+    answers = score(loop.reward, prompts, samples, texts, settings.missing_end_penalty)
+    reference_BT, _ = read_answers(
+        roles, roles.reference, samples, settings.micro_batch_size, temperature=settings.temperature, head=None
+    )
+    values_BT = samples.values_BT
+    if settings.critic_kind == "adapter":
+        _, values_BT = read_answers(
+            roles, Role.CRITIC, samples, settings.micro_batch_size, temperature=None, head=Role.CRITIC
+        )
+    assert reference_BT is not None
+    return answers, scored(answers, reference_BT, values_BT)
+
+
+def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> dict[str, float]:
+    """One update a pass over the rollout; micro-batches' gradients add up to the whole rollout's.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the update is not made.
+    """
+    samples, settings = answers.samples, loop.settings
+    tokens = float(rollout.mask_BT.sum())
+    sums: dict[str, float] = {}
+    for _ in range(settings.epochs):
+        sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "sampler_mismatch": 0.0}
+        for rows in micro_batches(samples, settings.micro_batch_size):
+            with loop.session.roles.checkpointed(loop.session.recipe.checkpoint_activations):
+                _accumulate(loop, answers, rollout, targets, rows, tokens, sums)
+        for group in loop.learners:
+            norm = float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient of step {loop.step + 1} is not finite; it was not applied")
+            sums["grad_norm"] = max(sums.get("grad_norm", 0.0), norm)
+        loop.optimizer.step()
+        loop.optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def _accumulate(
+    loop: Loop,
+    answers: Answers,
+    rollout: Scored,
+    targets: Targets,
+    rows: Tensor,
+    tokens: float,
+    sums: dict[str, float],
+) -> None:
+    """Add the gradients of one micro-batch."""
+    ids_bl, mask_bl, length = trim(answers.samples, rows)
+    mask_bt = rollout.mask_BT[rows, :length]
+    shared = loop.value_head if loop.settings.critic_kind == "shared" else None
+    policy = loop.model(
+        Role.POLICY, ids_bl, mask_bl, answer_length=length, temperature=loop.settings.temperature, head=shared
+    )
+    sampler_bt = rollout.sampler_log_probs_BT[rows, :length]
+    policy_loss = loop.algorithm.policy_loss(
+        policy.log_probs_BT, sampler_bt, targets.advantages_BT[rows, :length], mask_bt, tokens
+    )
+    loss = policy_loss
+    if targets.returns_BT is not None:
+        assert rollout.values_BT is not None
+        values_bt = policy.values_BT
+        if shared is None:
+            values_bt = loop.model(Role.CRITIC, ids_bl, mask_bl, answer_length=length, head=Role.CRITIC).values_BT
+        value_loss = loop.algorithm.value_loss(
+            values_bt, rollout.values_BT[rows, :length], targets.returns_BT[rows, :length], mask_bt, tokens
+        )
+        loss = loss + VALUE_COEF * value_loss
+        sums["value_loss"] += float(value_loss.detach())
+    loop.accelerator.backward(loss)
+    sums["policy_loss"] += float(policy_loss.detach())
+    sums["entropy"] += float(policy.entropy_BT.detach().sum()) / tokens
+    sums["sampler_mismatch"] += float((policy.log_probs_BT.detach() - sampler_bt).abs()[mask_bt].sum()) / tokens
+
+
+def describe(answers: Answers, rollout: Scored) -> dict[str, float]:
+    """A rollout in figures; `kl` is the k1 estimate in nats an answer."""
+    kl_BT = kl_k1(rollout.sampler_log_probs_BT, rollout.reference_log_probs_BT)
+    return {
+        "reward": float(answers.rewards_B.mean()),
+        "score": float(answers.scores_B.mean()),
+        "kl": float(kl_BT.masked_fill(~rollout.mask_BT, 0.0).sum(1).mean()),
+        "kl_token": float(masked_mean(kl_BT, rollout.mask_BT)),
+        "answer_tokens": float(rollout.mask_BT.sum(1).float().mean()),
+        "ended": float(answers.samples.ended_B.float().mean()),
+    }
+
+
+def evaluate_policy(
+    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
+) -> dict[str, float]:
+    """Reward, gold score, KL to the reference (nats an answer, k1) and length of answers to held-out prompts."""
+    settings = session.recipe.rl
+    assert settings is not None
+    session.roles.eval()
+    generator = torch.Generator(session.device).manual_seed(_seed(session.recipe.seed, "evaluate", 0))
+    sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    totals: dict[str, float] = {}
+    for start in range(0, len(prompts), EVAL_BATCH):
+        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
+        samples, texts = draw(session.roles, role, session.base.chat, part, sampling, generator)
+        answers = score(reward, part, samples, texts, settings.missing_end_penalty)
+        reference_BT, _ = read_answers(
+            session.roles,
+            session.roles.reference,
+            samples,
+            settings.micro_batch_size,
+            temperature=settings.temperature,
+            head=None,
+        )
+        assert reference_BT is not None
+        figures = describe(answers, scored(answers, reference_BT, None))
+        if session.held_out.judge is not None:
+            figures["gold"] = sum(session.held_out.judge(part.prompts, texts)) / len(part)
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
+    kept = ("reward", "gold", "kl", "answer_tokens", "ended")
+    return {name: totals[name] for name in kept if name in totals}
+
+
+EVAL_BATCH = 64
+"""Answers sampled at once in evaluation."""
+
+
+def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    """Prompts as tokens.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in the base's context; a kind of prompt is mixed with
+            another.
+    """
+    settings, chat = session.recipe.rl, session.base.chat
+    assert settings is not None
+    room = session.base.context_length - settings.max_new_tokens
+    limit = settings.max_prompt_length
+    if room < 1 or (limit is not None and limit > room):
+        raise UserError(
+            f"the base's context is {session.base.context_length} tokens: no room for prompts of {limit or 1} and "
+            f"answers of {settings.max_new_tokens}",
+            where="rl.max_new_tokens",
+            remedy="Lower rl.max_new_tokens or rl.max_prompt_length.",
+        )
+    ids = [chat.context(prompt.context)[-(limit or 0) :] for prompt in prompts]
+    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    if len(ids[longest]) > room:
+        raise UserError(
+            f"a prompt has {len(ids[longest])} tokens, the base has room for {room} beside the answer",
+            where=f"prompt of dialogue {prompts[longest].dialogue[:60]!r}",
+            remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
+        )
+    return EncodedPrompts(list(prompts), ids)
+
+
+def reward_source(session: Session) -> RewardSource:
+    """The reward of a recipe: a function, or the reward stage's adapter."""
+    settings = session.recipe.rl
+    assert settings is not None
+    if settings.reward.function is not None:
+        return RewardFunction(settings.reward.function)
+    session.load(Role.REWARD)
+    stamp = read_stamp(session.folder.adapter(Role.REWARD))
+    pad_id = session.base.chat.pad_id
+    return RewardModel(session.roles, pad_id, stamp.score_mean, stamp.score_std, settings.micro_batch_size)
+
+
+def _begin(session: Session, settings: Rl) -> Loop:
+    """The policy, its critic and their optimizer, before the first step."""
+    roles = session.roles
+    if session.recipe.sft is not None:
+        session.load(Role.SFT)
+    reward = reward_source(session)
+    roles.add(Role.POLICY, copy_of=roles.reference)
+    learners = [Role.POLICY]
+    if settings.critic_kind != "none":
+        own = settings.critic_kind == "adapter"
+        start = Role.REWARD if own and Role.REWARD in roles.roles else Role.BASE
+        roles.add(Role.CRITIC, copy_of=start, adapter=own, head=True)
+        learners.append(Role.CRITIC)
+    roles.train_only(*learners)
+    adapters = [parameter for role in learners for parameter in roles.adapter(role).values()]
+    heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
+    groups = [{"params": adapters, "lr": settings.learning_rate}]
+    if heads:
+        groups.append({"params": heads, "lr": settings.learning_rate * HEAD_LEARNING_RATE})
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(roles, torch.optim.AdamW(groups, weight_decay=0.0))
+    return Loop(
+        settings=settings,
+        session=session,
+        algorithm=algorithm(settings.algorithm, settings.samples_per_prompt),
+        reward=reward,
+        prompts=encode_prompts(session, session.train.prompts),
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        learners=[roles.parameters_of(role) for role in learners],
+    )
+
+
+def _chosen(loop: Loop) -> list[int]:
+    """This step's prompts: all are seen once before any is seen again; a prompt's answers stand side by side."""
+    per_step, count = loop.settings.prompts_per_step, len(loop.prompts)
+    chosen = []
+    for place in range(loop.step * per_step, (loop.step + 1) * per_step):
+        passed, within = divmod(place, count)
+        order = random.Random(_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
+        chosen += [order[within]] * loop.settings.samples_per_prompt
+    return chosen
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)
+
+
+def _save(session: Session, settings: Rl) -> None:
+    parent = {Role.POLICY: session.roles.reference, Role.CRITIC: Role.REWARD}
+    for role in (Role.POLICY, Role.CRITIC):
+        if role in session.roles.roles:
+            stamp = stamp_for(role, session.base, parent_sha256=session.parent(parent[role]))
+            save_adapter(session.roles, role, session.folder.adapter(role), stamp)
+
+
+def summary(result: dict[str, Any]) -> None:
+    """Say in words how much better the policy got."""
+    figures = result["eval"]
+    better = "rose" if figures["reward_after"] > figures["reward_before"] else "did not rise"
+    text = (
+        f"[bold]RL[/] ({figures['algorithm']}, {figures['steps']} steps): on {figures['n']} held-out prompts the reward "
+        f"{better}, {figures['reward_before']:.2f} before and {figures['reward_after']:.2f} after, at a KL of "
+        f"{figures['kl']:.1f} nats an answer."
+    )
+    if "gold_before" in figures:
+        text += (
+            f" The gold judge, which training never sees, found {figures['gold_before']:.0%} of the answers right "
+            f"before and {figures['gold_after']:.0%} after."
+        )
+    console.print(text)

@@ -1,0 +1,118 @@
+"""SFT: the `sft` adapter learns the demonstrations, with TRL's SFTTrainer; the loss falls on agent turns only."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from perl.data.records import Demonstration
+from perl.errors import UserError
+from perl.model.adapters import save_adapter, stamp_for
+from perl.model.roles import Role
+from perl.progress import console, track
+from perl.stages.session import Session
+from perl.stages.training import Watch
+
+
+def check(session: Session) -> None:
+    """Refuse what SFT cannot use, before anything is trained or written."""
+    tokenized(session, session.train.demonstrations)
+    tokenized(session, session.held_out.demonstrations)
+
+
+def train_sft(session: Session) -> dict[str, Any]:
+    """Train the `sft` adapter and write it; return the stage's result."""
+    settings, roles = session.recipe.sft, session.roles
+    assert settings is not None
+    train = tokenized(session, session.train.demonstrations)
+    held_out = tokenized(session, session.held_out.demonstrations)
+    roles.add(Role.SFT)
+    trained = roles.train_only(Role.SFT)
+    steps = -(-len(train) // settings.batch_size) * settings.epochs
+    meter, log = session.meter(), session.folder.metrics("sft")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        track("sft", steps) as bar,
+        roles.role(Role.SFT),
+        roles.checkpointed(session.recipe.checkpoint_activations),
+        _unpatched(roles.lm),
+    ):
+        trainer = SFTTrainer(
+            model=roles.lm,
+            args=SFTConfig(
+                output_dir=scratch,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                per_device_eval_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                max_length=None,
+                pad_to_multiple_of=16,
+                train_sampling_strategy="group_by_length",
+                dataset_kwargs={"skip_prepare_dataset": True},
+                **session.trainer_settings(),
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=session.base.tokenizer,
+            callbacks=[Watch(bar, log, meter)],
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+    log.close()
+    save_adapter(roles, Role.SFT, session.folder.adapter(Role.SFT), stamp_for(Role.SFT, session.base))
+    tokens = sum(len(ids) for ids in train["input_ids"]) * settings.epochs
+    return {
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        **meter.figures(tokens),
+        "eval": {"n": len(held_out), "loss_before": before, "loss_after": after},
+    }
+
+
+def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
+    """Demonstrations as `input_ids` and `labels`; -100 stands where the agent does not speak.
+
+    Raises:
+        UserError: after cutting to `sft.max_length`, no agent turn is left in any of them.
+    """
+    assert session.recipe.sft is not None
+    length = min(session.recipe.sft.max_length, session.base.context_length)
+    rows = []
+    for record in demonstrations:
+        tokens = session.base.chat.dialogue(record.context, record.answer).last(length)
+        if any(tokens.spoken):
+            labels = [token if spoken else -100 for token, spoken in zip(tokens.ids, tokens.spoken, strict=True)]
+            rows.append({"input_ids": tokens.ids, "labels": labels})
+    if not rows:
+        raise UserError(
+            f"no demonstration has an agent turn within {length} tokens",
+            where="sft.max_length",
+            remedy="Raise it, or check the data with `perl-rlhf data check`.",
+        )
+    return Dataset.from_list(rows)
+
+
+@contextmanager
+def _unpatched(lm: PreTrainedModel) -> Iterator[None]:
+    """SFTTrainer puts a forward of its own on the model and does not take it off; the base is others' too."""
+    had = vars(lm).get("forward")
+    try:
+        yield
+    finally:
+        if had is None:
+            vars(lm).pop("forward", None)
+        else:
+            lm.forward = had
+
+
+def summary(result: dict[str, Any]) -> None:
+    """Say in words what SFT came to."""
+    figures = result["eval"]
+    console.print(
+        f"[bold]SFT[/]: the loss on {figures['n']} held-out demonstrations fell from {figures['loss_before']:.3f} "
+        f"to {figures['loss_after']:.3f}; {result['trainable_parameters']:,} parameters learnt."
+    )

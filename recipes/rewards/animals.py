@@ -1,0 +1,13 @@
+"""A reward function, called as TRL calls its own: how many different animals a story mentions."""
+
+import re
+from typing import Any
+
+ANIMALS = re.compile(
+    r"\b(cat|dog|bird|bunny|rabbit|bear|fish|frog|duck|mouse|lion|tiger|monkey|elephant|horse|cow|pig|sheep|fox|bee)s?\b"
+)
+
+
+def animals(completions: list[str], **columns: Any) -> list[float]:
+    """One point for each kind of animal, three at most."""
+    return [float(min(3, len(set(ANIMALS.findall(text.lower()))))) for text in completions]

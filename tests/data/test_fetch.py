@@ -1,0 +1,147 @@
+"""The downloader, against a server on this machine: whole files, wrong files, and no network."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from perl.data.fetch import COMMIT, FETCHABLE, cache_folder, fetch, pins
+from perl.errors import UserError
+
+FILES = {
+    "TM-3-2020/reward/reward_00.json": b"[1]",
+    "TM-3-2020/reward/reward_01.json": b"[2]" * 100_000,
+    "TM-4-2024/data/data_00.json": b"[3]",
+}
+FIRST, SECOND, OTHER = FILES
+
+
+@dataclass
+class Server:
+    url: str
+    files: dict[str, bytes]
+    announced: dict[str, int] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    state = Server("", dict(FILES))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.removeprefix("/")
+            state.asked.append(path)
+            if path not in state.files:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(state.announced.get(path, len(state.files[path]))))
+            self.end_headers()
+            self.wfile.write(state.files[path])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{httpd.server_port}"
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    yield state
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture
+def listing(tmp_path: Path) -> Path:
+    path = tmp_path / "pins.sha256"
+    lines = [f"{hashlib.sha256(data).hexdigest()}  {len(data)}  {name}\n" for name, data in FILES.items()]
+    path.write_text("".join(lines))
+    return path
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_fetches_what_the_source_needs_and_nothing_else(server: Server, listing: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    assert fetch("taskmaster-ticketing", folder, server.url, listing) == folder
+    assert files_in(folder) == {name: FILES[name] for name in (FIRST, SECOND)}
+
+
+def test_good_files_are_kept_and_damaged_ones_fetched_again(server: Server, listing: Path, tmp_path: Path) -> None:
+    fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+    server.asked.clear()
+    (tmp_path / "cache" / FIRST).write_bytes(b"[9]")  # the size is right, the content is not
+    fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+    assert server.asked == [FIRST]
+    assert (tmp_path / "cache" / FIRST).read_bytes() == b"[1]"
+
+
+@pytest.mark.parametrize(
+    ("served", "announced", "what"),
+    [
+        (b"[9]" * 100_000, None, "SHA-256"),  # another file of the same size
+        (b"[2]" * 200_000, None, "more than 300,000 bytes"),
+        (b"[2]" * 50_000, None, "150,000 bytes"),
+        (b"[2]" * 50_000, 300_000, "150,000 bytes"),  # the connection breaks off
+    ],
+)
+def test_a_wrong_file_is_refused_and_not_left_behind(
+    server: Server, listing: Path, tmp_path: Path, served: bytes, announced: int | None, what: str
+) -> None:
+    server.files[SECOND] = served
+    if announced:
+        server.announced[SECOND] = announced
+    with pytest.raises(UserError, match="is not the file pinned") as error:
+        fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+    assert what in error.value.what
+    assert error.value.where == f"{server.url}/{SECOND}"
+    assert list(files_in(tmp_path / "cache")) == [FIRST], "what came before is kept, no part is left"
+
+
+def test_errors_of_server_network_and_disk_tell_how_to_go_on(
+    server: Server, listing: Path, tmp_path: Path
+) -> None:
+    del server.files[FIRST]
+    (tmp_path / "file").touch()
+    cases = {
+        "404": (server.url, tmp_path / "cache"),
+        "refused": ("http://127.0.0.1:1", tmp_path / "cache"),
+        "file": (server.url, tmp_path / "file"),  # a file where the folder should be
+    }
+    for cause, (url, folder) in cases.items():
+        with pytest.raises(UserError, match="cannot be fetched") as error:
+            fetch("taskmaster-ticketing", folder, url, listing)
+        assert cause in error.value.what
+        assert "git clone" in error.value.remedy
+        assert "data.path" in error.value.remedy
+        assert COMMIT in error.value.remedy
+
+
+def test_a_source_that_is_not_fetched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="taskmaster-ticketing"):
+        fetch("coffee-simulator", tmp_path)
+
+
+def test_the_pins_of_each_source_are_those_of_the_readers_folders() -> None:
+    paths = {source: [pin.path for pin in pins(source)] for source in FETCHABLE}
+    coffee, ticketing = paths["taskmaster-coffee"], paths["taskmaster-ticketing"]
+    assert [sum(f"/{part}/" in path for path in coffee) for part in ("data", "reward")] == [8, 7]
+    assert ticketing == [f"TM-3-2020/reward/reward_0{n}.json" for n in range(8)]
+    assert all(len(pin.sha256) == 64 and pin.size > 100_000 for source in FETCHABLE for pin in pins(source))
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "perl-rlhf" / "taskmaster"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "perl-rlhf" / "taskmaster"

@@ -1,0 +1,262 @@
+"""Own files: every format, every kind of bad row, and files that cannot be used."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perl.data.jsonl import MAX_LINE_BYTES, parse_line, read_jsonl
+from perl.data.pairs import pair_ratings, without_repeats
+from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Records, Turn
+from perl.errors import UserError
+
+EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
+USER = {"role": "user", "content": "Hi  There"}
+AGENT = {"role": "assistant", "content": "hello"}
+
+
+def parse(row: object) -> list[object] | Problem:
+    return parse_line(json.dumps(row).encode(), "f:1")
+
+
+def read(tmp_path: Path, *rows: object) -> Records:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_jsonl(path)
+
+
+def test_plain_text_becomes_text_turns() -> None:
+    text = (Turn("text", "Q: a?"),)
+    rating, prompt = parse({"prompt": "Q: a?", "completion": " b", "label": 0})
+    assert rating == Rating(text, Turn("text", " b"), False, "q: a?")
+    assert prompt == Prompt(text, "q: a?")
+    assert parse({"prompt": "Q: a?", "completion": " b"})[0] == Demonstration(text, (Turn("text", " b"),), "q: a?")
+    assert parse({"prompt": "Q: a?", "chosen": " b", "rejected": " c"})[0] == Comparison(
+        text, Turn("text", " b"), Turn("text", " c"), "q: a?"
+    )
+
+
+def test_chat_messages_become_turns_by_their_speakers() -> None:
+    tool = {"role": "tool", "content": "{}"}
+    system = {"role": "system", "content": "Be kind."}
+    rating, _ = parse({"prompt": [system, USER, AGENT, tool], "completion": [AGENT], "label": True})
+    assert [turn.speaker for turn in rating.context] == ["system", "user", "agent", "api"]
+    assert rating.answer == Turn("agent", "hello")
+    assert rating.label is True
+    assert rating.dialogue == "hi there", "the first user turn, not the system's"
+
+
+def test_a_text_completion_of_a_chat_is_the_agents() -> None:
+    assert parse({"prompt": [USER], "completion": "hello"})[0].answer == (Turn("agent", "hello"),)
+
+
+def test_a_conversation_is_context_up_to_the_first_assistant_message() -> None:
+    demonstration, prompt = parse({"messages": [USER, AGENT, USER, AGENT]})
+    assert demonstration.context == prompt.context == (Turn("user", "Hi  There"),)
+    assert [turn.speaker for turn in demonstration.answer] == ["agent", "user", "agent"]
+
+
+def test_a_conversation_the_assistant_opens_has_no_prompt() -> None:
+    (demonstration,) = parse({"messages": [AGENT, USER, AGENT]})
+    assert demonstration.context == ()
+    assert demonstration.dialogue == "hi there"
+
+
+def test_implicit_prompts_of_conversations() -> None:
+    other = {"role": "assistant", "content": "go away"}
+    comparison, prompt = parse({"chosen": [USER, AGENT, USER, AGENT], "rejected": [USER, AGENT, USER, other]})
+    assert len(comparison.context) == 3
+    assert (comparison.better.text, comparison.worse.text) == ("hello", "go away")
+    assert prompt.context == comparison.context
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "answers"),
+    [
+        ("Sky? Blue.", "Sky? Green.", "Sky?", (" Blue.", " Green.")),
+        ("It is nine", "It is nil", "It is", (" nine", " nil")),  # not inside a word
+        ("\n\nHuman: a?\n\nAssistant: I am", "\n\nHuman: a?\n\nAssistant: I was", None, (" I am", " I was")),
+    ],
+)
+def test_implicit_prompts_of_texts(
+    chosen: str, rejected: str, prompt: str | None, answers: tuple[str, str]
+) -> None:
+    comparison = parse({"chosen": chosen, "rejected": rejected})[0]
+    assert (comparison.better.text, comparison.worse.text) == answers
+    assert comparison.context[0].text == (prompt or "\n\nHuman: a?\n\nAssistant:")
+
+
+def test_further_fields_are_columns_and_a_dialogue_is_the_key() -> None:
+    (prompt,) = parse({"prompt": "1+1", "answer": 2, "dialogue": "d7"})
+    assert prompt == Prompt((Turn("text", "1+1"),), "d7", {"answer": 2})
+    assert parse({"prompt": "1+1", "conversation_id": 12})[0].dialogue == "12"
+    assert parse({"prompt": "1+1", "dialogue": None, "conversation_id": "c"})[0].dialogue == "c"
+
+
+def test_the_examples_of_the_readme_are_what_it_says() -> None:
+    readme = (Path(__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("```json\n")[1].split("```")[0].splitlines()
+    kinds = [type(parse_line(line.encode(), "f")[0]) for line in lines]
+    assert kinds == [Demonstration, Demonstration, Rating, Comparison, Comparison, Prompt]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b'{"prompt": "a', "not JSON"),
+        (b"[1]", "the row is a list"),
+        (b'{"completion": "a"}', "fit no format"),
+        (b'{"prompt": "a", "label": true}', "fit no format"),
+        (b'{"prompt": "a", "completion": "b", "label": true, "chosen": "c"}', "fit no format"),
+        (b'{"prompt": 3}', "prompt is a number"),
+        (b'{"prompt": null}', "prompt is null"),
+        (b'{"prompt": " "}', "prompt is empty"),
+        (b'{"prompt": []}', "prompt is empty"),
+        (b'{"prompt": "a", "completion": ""}', "completion is empty"),
+        (b'{"prompt": "a", "completion": "b", "label": NaN}', "NaN is not JSON"),
+        (b'{"prompt": "a", "completion": "b", "label": 1e999}', "label is inf"),
+        (b'{"prompt": "a", "completion": "b", "label": 0.5}', "label is 0.5"),
+        (b'{"prompt": "a", "completion": "b", "label": "yes"}', "label is 'yes'"),
+        (b'{"prompt": "a", "completion": "b", "label": null}', "label is None"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
+        (b'{"chosen": "b c", "rejected": "d e"}', "prompt is empty"),
+        (b'{"chosen": "a b", "rejected": "a b c"}', None),
+        (b'{"chosen": "a b", "rejected": "a"}', "prompt is empty"),
+        (b'{"prompt": [{"role": "bot", "content": "a"}]}', "unknown role 'bot'"),
+        (b'{"prompt": [{"role": ["user"], "content": "a"}]}', "unknown role"),
+        (b'{"prompt": [{"role": "user"}]}', "role and content expected"),
+        (b'{"prompt": [{"role": "user", "content": null}]}', "prompt[0].content is null"),
+        (b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "prompt is plain text"),
+        (b'{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', "one by the assistant"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "no text by the assistant"),
+        (b'{"prompt": "a", "dialogue": [1]}', "dialogue is a list"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at 15"),
+        (b'{"prompt": "a\0"}', "NUL"),
+        (b'{"prompt": "a\\u0000"}', "NUL"),
+        (b'{"prompt": "a\\ud800"}', "surrogate"),
+        (b'{"prompt": "a", "x": ["\\ud800"]}', "a further field holds half a surrogate pair"),
+        (b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', "longer than 10,000,000 bytes"),
+    ],
+)
+def test_a_bad_row_is_a_problem_that_says_why(line: bytes, what: str | None) -> None:
+    parsed = parse_line(line, "own.jsonl:7")
+    if what is None:
+        assert isinstance(parsed, list)
+        return
+    assert isinstance(parsed, Problem)
+    assert parsed.where == "own.jsonl:7"
+    assert what in parsed.what
+    assert len(parsed.what) < 400, "a long row is not quoted whole"
+
+
+def test_reading_keeps_the_good_rows_and_numbers_the_bad(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    good = json.dumps({"prompt": "a", "completion": "b", "label": True}).encode()
+    huge = b'{"prompt": "' + b"a" * (2 * MAX_LINE_BYTES) + b'"}'
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\n" + huge + b"\n{oops\n" + good)
+    records = read_jsonl(path)
+    assert len(records.ratings) == 2
+    assert [problem.where for problem in records.problems] == [f"{path}:3", f"{path}:4"]
+
+
+def test_prompts_are_unique_by_context_and_columns(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "label": True}
+    records = read(tmp_path, row, {**row, "label": False}, {**row, "hard": True})
+    assert [prompt.columns for prompt in records.prompts] == [{}, {"hard": True}]
+
+
+def test_files_that_cannot_be_used_are_user_errors(tmp_path: Path) -> None:
+    empty, bad, loop = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl", tmp_path / "loop.jsonl"
+    empty.touch()
+    bad.write_text("oops\n")
+    loop.symlink_to(loop)
+    expected = {
+        tmp_path / "none.jsonl": "no such file",
+        tmp_path: "is a folder",
+        loop: "cannot be read",
+        empty: "no usable row: it is empty",
+        bad: f"no usable row; the first: {bad}:1: not JSON",
+    }
+    for path, what in expected.items():
+        with pytest.raises(UserError) as error:
+            read_jsonl(path)
+        assert what in error.value.what
+        assert error.value.where == str(path)
+        assert error.value.remedy
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+TEXTS = st.text("ab \0\ud800é", max_size=4)
+WORDS = st.text("abé", min_size=1, max_size=4)
+
+
+def messages(role: str, *, most: int) -> st.SearchStrategy[object]:
+    return st.lists(st.fixed_dictionaries({"role": st.just(role), "content": WORDS}), min_size=1, max_size=most)
+
+
+CHATS = st.tuples(messages("user", most=3), messages("assistant", most=2)).map(lambda both: both[0] + both[1])
+PROMPTS = WORDS | messages("user", most=2) | CHATS
+ANSWERS = WORDS | messages("assistant", most=1)
+GOOD_ROWS = st.one_of(
+    st.fixed_dictionaries({"prompt": PROMPTS}, optional={"dialogue": WORDS, "more": JSON_VALUES}),
+    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": st.booleans()}),
+    st.fixed_dictionaries({"chosen": ANSWERS, "rejected": ANSWERS}, optional={"prompt": PROMPTS}),
+    st.fixed_dictionaries({"messages": CHATS}),
+)
+FIELD_NAMES = ["messages", "prompt", "completion", "label", "chosen", "rejected", "dialogue", "more"]
+CHANGES = st.dictionaries(st.sampled_from(FIELD_NAMES), TEXTS | PROMPTS | JSON_VALUES, max_size=1)
+ROWS = st.builds(lambda row, changes: {**row, **changes}, GOOD_ROWS, CHANGES)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.binary() | (ROWS | JSON_VALUES).map(lambda row: json.dumps(row).encode()))
+def test_any_line_gives_usable_records_or_a_problem(line: bytes) -> None:
+    parsed = parse_line(line, "f:1")
+    if isinstance(parsed, Problem):
+        assert parsed.where == "f:1"
+        assert parsed.what
+        return
+    assert parsed
+    for record in parsed:
+        assert isinstance(record, Demonstration | Rating | Comparison | Prompt)
+        record.dialogue.encode()
+        for turn in record.context:
+            turn.text.encode()
+        if isinstance(record, Rating):
+            assert isinstance(record.label, bool)
+            assert record.answer.text.strip()
+
+
+def rating(answer: str, label: bool, context: str = "q") -> Rating:
+    return Rating((Turn("user", context),), Turn("agent", answer), label, context)
+
+
+def test_pairs_are_made_within_a_context_only() -> None:
+    ratings = [rating("a", True), rating("b", False), rating("c", True, "other")]
+    (pair,) = pair_ratings(ratings)
+    assert (pair.better.text, pair.worse.text, pair.dialogue) == ("a", "b", "q")
+
+
+def test_an_answer_with_both_labels_is_in_no_pair() -> None:
+    ratings = [rating("a", True), rating("a", False), rating("b", False), rating("c", True)]
+    assert [(pair.better.text, pair.worse.text) for pair in pair_ratings(ratings)] == [("c", "b")]
+
+
+def test_few_pairs_use_many_answers() -> None:
+    ratings = [rating(f"up{i}", True) for i in range(3)] + [rating(f"down{i}", False) for i in range(3)]
+    pairs = pair_ratings(ratings, at_most=3)
+    assert len({pair.better for pair in pairs}) == len({pair.worse for pair in pairs}) == 3
+    assert len(pair_ratings(ratings, at_most=99)) == 9
+
+
+def test_repeats_are_kept_once_in_order() -> None:
+    ratings = [rating("b", True), rating("a", False), rating("b", True), rating("c", True), rating("c", False)]
+    assert without_repeats(ratings) == ratings[:2]

@@ -1,6 +1,5 @@
 """`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from perl.errors import UserError
 from perl.files import write_json
 from perl.model.roles import Role
 from perl.progress import console
-from perl.rl.rollout import EncodedPrompts
-from perl.rundir import STAGE_ROLE, RunFolder
+from perl.rundir import RunFolder
 from perl.stages.reward import evaluate_rows, tokenize_rows
 from perl.stages.rl import encode_prompts, evaluate_policy, reward_source
 from perl.stages.session import Session, open_session
@@ -90,4 +88,6 @@ def _write(file: Path, figures: dict[str, Any]) -> None:
     try:
         write_json(file, figures)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file.") from None
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file."
+        ) from None

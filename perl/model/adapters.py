@@ -38,9 +38,11 @@ class Stamp:
     end_id: int
     parent_sha256: str | None = None
     """Of the weights file of the adapter that this one started from."""
-    score_mean: float = 0.0
-    """Mean of a reward model's score on its training rows; RL takes it off."""
-    score_std: float = 1.0
+    reward_is_probability: bool = False
+    """A reward model of thumbs: its score is the log-odds of a thumb up, and RL takes the probability."""
+    reward_mean: float = 0.0
+    """Mean of the reward on the training rows; RL takes it off."""
+    reward_std: float = 1.0
     """Their standard deviation; RL divides by it."""
     perl: str = __version__
 

@@ -13,8 +13,10 @@ Axis letters: B rows, L positions of prompt and answer, T positions of the answe
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -73,7 +76,7 @@ class Roles(nn.Module):
         self.lora = lora
         self.heads = nn.ModuleDict()
         self._layers: list[LoraLayer] = []
-        self._checkpointed: list[nn.Module] = []
+        self._checkpointed: list[GradientCheckpointingLayer] = []
         self._active = Role.BASE
         _check_logits(lm)
 
@@ -123,7 +126,9 @@ class Roles(nn.Module):
 
     def _add_adapter(self, role: Role) -> None:
         try:
-            inject_adapter_in_model(self.lora, self.lm, adapter_name=role)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
+                inject_adapter_in_model(self.lora, self.lm, adapter_name=role)
         except ValueError as error:
             raise UserError(
                 f"LoRA does not fit this model: {error}",
@@ -205,17 +210,21 @@ class Roles(nn.Module):
         def same_role() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self.role(self._active)
 
-        self.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": same_role})
+        # On the blocks themselves: the model's own method for it changes its name between versions.
         self._checkpointed = [
             block for block in self.lm.modules() if isinstance(block, GradientCheckpointingLayer)
         ]
+        for block in self._checkpointed:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=same_role)
         self.train(self.training)
         try:
             yield
         finally:
+            for block in self._checkpointed:
+                block.gradient_checkpointing = False
             self._checkpointed = []
             self.train(self.training)
-            self.lm.gradient_checkpointing_disable()
 
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states (B, L, D) after the last norm, under the active role.

@@ -15,6 +15,7 @@ import torch
 
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
+from perl.model.adapters import Stamp
 from perl.model.chat import MESSAGE_ROLES
 from perl.model.roles import Role, Roles
 from perl.rl.sampler import left_pad
@@ -34,17 +35,18 @@ class RewardSource(Protocol):
 
 
 class RewardModel:
-    """The reward adapter's score, centred and scaled to unit spread on its training rows.
+    """The reward adapter's reward, centred and scaled to unit spread on its training rows.
+
+    Of a model of thumbs the reward is the probability of a thumb up, not its log-odds: unbounded log-odds pay the
+    policy for making sure answers surer still (docs/experiments.md).
 
     Args:
-        mean: of its scores on those rows; it is taken off.
-        std: their standard deviation; the rest is divided by it.
+        stamp: of the reward adapter; it holds mean and spread.
         micro_batch_size: rows scored at once.
     """
 
-    def __init__(self, roles: Roles, pad_id: int, mean: float, std: float, micro_batch_size: int) -> None:
-        self._roles, self._pad_id = roles, pad_id
-        self._mean, self._std = mean, std
+    def __init__(self, roles: Roles, pad_id: int, stamp: Stamp, micro_batch_size: int) -> None:
+        self._roles, self._pad_id, self._stamp = roles, pad_id, stamp
         self._micro_batch_size = micro_batch_size
 
     def __call__(
@@ -57,7 +59,14 @@ class RewardModel:
         """Scores of prompt and answer together, read at the answer's last token."""
         rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
         scores = score_rows(self._roles, rows, self._pad_id, self._micro_batch_size)
-        return [(score - self._mean) / self._std for score in scores]
+        rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
+        return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
+
+
+def probabilities(scores: Sequence[float]) -> list[float]:
+    """Log-odds as probabilities."""
+    chances: list[float] = torch.tensor(scores, dtype=torch.float64).sigmoid().tolist()
+    return chances
 
 
 @torch.no_grad()

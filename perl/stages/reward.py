@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Context, Rating, Records, Turn
@@ -24,7 +25,7 @@ from perl.model.adapters import save_adapter, stamp_for
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.progress import console, track
-from perl.rl.rewards import score_rows
+from perl.rl.rewards import probabilities, score_rows
 from perl.rl.sampler import left_pad
 from perl.stages.session import Session
 from perl.stages.training import Watch
@@ -77,7 +78,7 @@ def train_reward(session: Session) -> dict[str, Any]:
         track("reward", steps) as bar,
         roles.checkpointed(session.recipe.checkpoint_activations),
     ):
-        _RewardTrainer(
+        trainer = _RewardTrainer(
             model=roles,
             args=TrainingArguments(
                 output_dir=scratch,
@@ -88,14 +89,16 @@ def train_reward(session: Session) -> dict[str, Any]:
                 length_column_name="length",
                 **session.trainer_settings(),
             ),
-            train_dataset=examples,
+            train_dataset=Dataset.from_list(examples),
             data_collator=_Collator(session.base.chat.pad_id, session.device),
             callbacks=[Watch(bar, log, meter)],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     log.close()
     roles.eval()
-    mean, std = _scale(roles, train, session.base.chat.pad_id)
-    stamp = stamp_for(Role.REWARD, session.base, score_mean=mean, score_std=std)
+    scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
+    stamp = stamp_for(Role.REWARD, session.base, **scale)
     save_adapter(roles, Role.REWARD, session.folder.adapter(Role.REWARD), stamp)
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
@@ -218,11 +221,16 @@ class _RewardTrainer(Trainer):
         return pairs_loss(*scores_B.chunk(2))
 
 
-def _scale(roles: Roles, rows: Rows, pad_id: int) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of evenly spaced training rows."""
+def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str, Any]:
+    """Mean and standard deviation of the rewards of evenly spaced training rows, for the stamp."""
     step = max(1, len(rows.ids) // SCALE_ROWS)
     scores = score_rows(roles, rows.ids[::step], pad_id, micro_batch_size=32)
-    return statistics.fmean(scores), max(statistics.pstdev(scores), 1e-3)
+    rewards = probabilities(scores) if probability else scores
+    return {
+        "reward_is_probability": probability,
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": max(statistics.pstdev(rewards), 1e-3),
+    }
 
 
 def evaluate_rows(roles: Roles, rows: Rows, pad_id: int) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def reward_source(session: Session) -> RewardSource:
     session.load(Role.REWARD)
     stamp = read_stamp(session.folder.adapter(Role.REWARD))
     pad_id = session.base.chat.pad_id
-    return RewardModel(session.roles, pad_id, stamp.score_mean, stamp.score_std, settings.micro_batch_size)
+    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
 
 
 def _begin(session: Session, settings: Rl) -> Loop:
@@ -351,9 +351,9 @@ def summary(result: dict[str, Any]) -> None:
     figures = result["eval"]
     better = "rose" if figures["reward_after"] > figures["reward_before"] else "did not rise"
     text = (
-        f"[bold]RL[/] ({figures['algorithm']}, {figures['steps']} steps): on {figures['n']} held-out prompts the reward "
-        f"{better}, {figures['reward_before']:.2f} before and {figures['reward_after']:.2f} after, at a KL of "
-        f"{figures['kl']:.1f} nats an answer."
+        f"[bold]RL[/] ({figures['algorithm']}, {figures['steps']} steps): on {figures['n']} held-out prompts the "
+        f"reward {better}, {figures['reward_before']:.2f} before and {figures['reward_after']:.2f} after, at a KL "
+        f"of {figures['kl']:.1f} nats an answer."
     )
     if "gold_before" in figures:
         text += (

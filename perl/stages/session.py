@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from perl.data.records import Demonstration, Records
 from perl.data.sources import load_records
@@ -59,7 +61,6 @@ class Session:
             "data_seed": self.recipe.seed,
             "use_cpu": self.device.type == "cpu",
             "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
-            "gradient_checkpointing": False,  # the roles do their own
             "save_strategy": "no",
             "eval_strategy": "no",
             "logging_steps": 1,
@@ -80,6 +81,7 @@ def open_session(recipe: Recipe, out: Path) -> Session:
     Raises:
         UserError: whatever of the recipe, the data or the base cannot be used.
     """
+    _quiet_libraries()
     seed_everything(recipe.seed)
     folder = RunFolder(out)
     folder.check(recipe)
@@ -140,6 +142,13 @@ def _check_records(recipe: Recipe, train: Records) -> None:
                 where="data.source",
                 remedy=f"Use another source, or take the section {stage} out of the recipe.",
             )
+
+
+def _quiet_libraries() -> None:
+    """No bars and notes of the libraries' own beside ours."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 def seed_everything(seed: int) -> None:

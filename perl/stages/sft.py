@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
@@ -50,6 +50,7 @@ def train_sft(session: Session) -> dict[str, Any]:
                 per_device_eval_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
                 max_length=None,
+                gradient_checkpointing=False,  # the roles do their own
                 pad_to_multiple_of=16,
                 train_sampling_strategy="group_by_length",
                 dataset_kwargs={"skip_prepare_dataset": True},
@@ -60,6 +61,7 @@ def train_sft(session: Session) -> dict[str, Any]:
             processing_class=session.base.tokenizer,
             callbacks=[Watch(bar, log, meter)],
         )
+        trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]

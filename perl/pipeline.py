@@ -48,16 +48,16 @@ def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) ->
     for stage in unfinished:
         _check_earlier(session, stage, wanted)
         CHECK[stage](session)
-    session.folder.claim(recipe)
-    for stage in wanted:
-        result = session.folder.result(stage)
-        if result is None:
-            result = TRAIN[stage](session)
-            session.folder.finish(stage, result)
-        else:
-            console.print(f"{stage} is finished already; its result:")
-        SUMMARY[stage](result)
-    report = write_report(session)
+    with session.folder.claim(recipe):
+        for stage in wanted:
+            result = session.folder.result(stage)
+            if result is None:
+                result = TRAIN[stage](session)
+                session.folder.finish(stage, result)
+            else:
+                console.print(f"{stage} is finished already; its result:")
+            SUMMARY[stage](result)
+        report = write_report(session)
     console.print(f"Written: {report} and the adapters beside it, in {out}/")
 
 

@@ -8,11 +8,13 @@ sft/ reward/ policy/ critic/
 report.json
 """
 
+import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from perl.errors import UserError
 from perl.files import write_json, write_whole
@@ -28,30 +30,32 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: TextIO | None = None
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's, and this process's until it ends.
+    @contextlib.contextmanager
+    def claim(self, recipe: Recipe) -> Iterator[None]:
+        """Make the folder this recipe's, and this process's inside the block.
 
         Raises:
             UserError: the folder cannot be written, holds another recipe's run, or another run is using it.
         """
-        self.check(recipe)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  held until the process ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_whole(self.path / "recipe.yaml", recipe.to_yaml())
-        except BlockingIOError:
-            raise UserError(
-                "another run is using this folder",
-                where=str(self.path),
-                remedy="Wait for it, or use another --out.",
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot be written: {error.strerror}", where=str(self.path), remedy="Use another --out."
-            ) from None
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.path / ".lock", "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.check(recipe)  # now that no other run can write it
+                write_whole(self.path / "recipe.yaml", recipe.to_yaml())
+            except BlockingIOError:
+                raise UserError(
+                    "another run is using this folder",
+                    where=str(self.path),
+                    remedy="Wait for it, or use another --out.",
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"cannot be written: {error.strerror}", where=str(self.path), remedy="Use another --out."
+                ) from None
+            yield
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a folder that holds another recipe's run.

@@ -321,7 +321,10 @@ def lora_config(
             where="lora.targets",
             remedy=f"This base has: {', '.join(available)}.",
         )
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2 stores its weights so
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
+    )
 
 
 def _linear_layers(lm: PreTrainedModel) -> list[str]:

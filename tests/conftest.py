@@ -1,0 +1,185 @@
+"""What all tests share: tiny models, small files of every kind of record, and the command line in-process."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from perl import cli
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["A latte, please.", "What size would you like?", "Large.", "User: hello", "Agent: yes, no, thank you"]
+DRINKS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
+
+RunCli = Callable[..., tuple[int, str]]
+WriteRecipe = Callable[..., Path]
+
+
+def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens, the special ones among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **tokens)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches of a session of tests are its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (context 256), its tokenizer and a ChatML template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    special = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = make_tokenizer(special, CHATML, pad_token="<|pad|>", eos_token="<|im_end|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 (context 256) and a tokenizer that has no chat template and no padding."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    tokenizer = make_tokenizer(["<|endoftext|>"], None, eos_token="<|endoftext|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        end = tokenizer.eos_token_id
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, rows: list[Any]) -> Path:
+    """A JSON Lines file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demonstrations, ratings, pairs and prompts of ten dialogues, as JSON Lines."""
+    folder = tmp_path_factory.mktemp("data")
+    asked = [[{"role": "user", "content": f"A {drink}, please."}] for drink in DRINKS]
+    good = [f"One {drink}. What size?" for drink in DRINKS]
+    write_rows(
+        folder / "demonstrations.jsonl",
+        [{"prompt": prompt, "completion": answer} for prompt, answer in zip(asked, good, strict=True)],
+    )
+    write_rows(
+        folder / "ratings.jsonl",
+        [
+            {"prompt": prompt, "completion": text, "label": label}
+            for prompt, answer in zip(asked, good, strict=True)
+            for text, label in ((answer, True), ("No.", False))
+        ],
+    )
+    write_rows(
+        folder / "pairs.jsonl",
+        [
+            {"prompt": prompt, "chosen": answer, "rejected": "No."}
+            for prompt, answer in zip(asked, good, strict=True)
+        ],
+    )
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_llama: Path, small_data: Path) -> WriteRecipe:
+    """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
+
+    def write(**changes: Any) -> Path:
+        (tmp_path / "rewards.py").write_text(
+            "def length(completions, **columns):\n    return [float(len(str(text))) for text in completions]\n"
+        )
+        recipe: dict[str, Any] = {
+            "name": "tiny",
+            "base": {"model": str(tiny_llama), "dtype": "float32"},
+            "lora": {"rank": 2, "alpha": 4},
+            "data": {"source": "jsonl", "path": str(small_data / "ratings.jsonl"), "held_out": 0.3},
+            "reward": {"loss": "thumbs", "epochs": 1, "batch_size": 4, "max_length": 64},
+            "rl": {
+                "reward": {"function": "rewards.py:length"},
+                "steps": 1,
+                "prompts_per_step": 2,
+                "max_new_tokens": 4,
+                "eval_prompts": 2,
+            },
+            **changes,
+        }
+        recipe = {key: value for key, value in recipe.items() if value is not None}
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch) -> RunCli:
+    """Run `perl-rlhf ARGUMENTS` in this process; its exit status, and what it wrote to stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["perl-rlhf", *map(str, arguments)])
+        found, written, status = signal.getsignal(signal.SIGTERM), io.StringIO(), 0
+        try:
+            with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+                cli.main()
+        except SystemExit as leaving:
+            status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        finally:
+            signal.signal(signal.SIGTERM, found)
+        return status, written.getvalue()
+
+    return run

@@ -11,6 +11,8 @@ import typer
 from perl.errors import UserError
 from perl.progress import console
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="perl-rlhf",
     help="RLHF in which every learned part is a LoRA adapter on one frozen base.",
@@ -109,9 +111,12 @@ def main() -> None:
     except UserError as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as leaving:
+        # typer itself turns KeyboardInterrupt into an exit without a word
+        if isinstance(leaving, SystemExit) and leaving.code != INTERRUPTED:
+            raise
         console.print("interrupted: finished stages are saved; run the same command again to go on")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any = None) -> None:

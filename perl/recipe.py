@@ -4,6 +4,8 @@ Only the stages and the command line read a recipe; all that lies below takes pl
 """
 
 import difflib
+import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +35,7 @@ class Build(Section):
     """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
     max_length: Positive = 512
     """Context length, in tokens."""
-    steps: Positive = 1200
+    steps: Positive = 1800
     batch_tokens: Positive = 1536
     learning_rate: Rate = 3e-3
 
@@ -238,7 +240,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot be read: {error}", where=str(path), remedy="A recipe is a YAML file in UTF-8."
         ) from None
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+    except Exception as error:  # for a value under a wrong tag, such as `!!float x`, yaml raises all sorts
         reason = " ".join(str(error).split())
         raise UserError(f"not valid YAML: {reason}", where=str(path), remedy="Mend the line named.") from None
     if not isinstance(content, dict):
@@ -254,7 +256,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r} is not KEY=VALUE", remedy="For example rl.algorithm=ppo.")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError):
+    except Exception:  # as in reading a recipe
         raise UserError(f"value {text!r} is not valid YAML", where=key, remedy="Quote it as YAML would.") from None
     *parents, last = key.split(".")
     if parents and parents[0] in STAGES and content.get(parents[0]) is None:
@@ -276,13 +278,14 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return
         file, colon, name = text.partition(".py:")
         file += ".py" if colon else ""
-        for candidate in (folder / Path(file).expanduser(), Path(file).expanduser()):
-            try:
+        try:
+            given = Path(os.path.expanduser(file))  # Path's own raises for the home of nobody
+            for candidate in (folder / given, given):
                 if candidate.exists():
                     section[key] = str(candidate.resolve()) + (f":{name}" if colon else "")
                     return
-            except OSError:  # a name too long to be a path
-                return
+        except OSError:  # a name too long to be a path
+            return
 
     resolve(content.get("base"), "model")
     resolve(content.get("data"), "path")
@@ -308,8 +311,8 @@ def _explain(error: ValidationError, path: Path) -> UserError:
             "missing", where=where, remedy="Add this key; recipes/quickstart.yaml shows a complete recipe."
         )
     message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = "" if isinstance(given, dict | BaseModel) else f" (the value is {str(given)[:80]!r})"
+    # A section's own complaint is about several of its keys together: it names the values itself.
+    shown = "" if first["type"] == "value_error" else f" (the value is {reprlib.repr(first['input'])})"
     return UserError(f"{message[0].lower()}{message[1:]}{shown}", where=where, remedy="Correct this value.")
 
 

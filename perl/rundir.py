@@ -104,8 +104,12 @@ class RunFolder:
         file = self.role(STAGE_ROLE[stage]) / "result.json"
         try:
             result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise UserError(
+                f"cannot be read: {error.strerror}", where=str(file), remedy="Check its permissions."
+            ) from None
         except ValueError as error:
             raise UserError(
                 f"not JSON: {error}", where=str(file), remedy="Remove it to run the stage again."
@@ -130,7 +134,10 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Close the file."""
         os.fsync(self._file.fileno())
         self._file.close()

@@ -69,7 +69,7 @@ def fetch(source: str, folder: str | Path | None = None, base_url: str = BASE_UR
         UserError: the source is not one that is fetched, the network or the disk fails, or a file is not the
             one pinned. What was fetched before is kept; a file is never left half written.
     """
-    root = Path(folder).expanduser() if folder else cache_folder()
+    root = Path(os.path.expanduser(folder)) if folder else cache_folder()
     needed = pins(source, listing)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(source, total=sum(pin.size for pin in needed))

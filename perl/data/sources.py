@@ -1,6 +1,7 @@
 """The registry of sources: every name that `data.source` and `--data` take, and what reads it."""
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def parse_source(text: str) -> tuple[str, str | None]:
             raise UserError(f"{text!r} names no path", remedy=f"Write {name} or {name}:PATH.")
         return name, path or None
     # A file in own formats needs no name before it.
-    if text.endswith((".jsonl", ".json")) or Path(text).expanduser().is_file():
+    if text.endswith((".jsonl", ".json")) or os.path.isfile(os.path.expanduser(text)):
         return "jsonl", text
     raise _unknown(name)
 
@@ -65,7 +66,7 @@ def _coffee_simulator(path: str | None, seed: int) -> Records:
     if path is not None:
         remedy = "Leave data.path out, or set data.source to jsonl to read a file."
         raise UserError(f"coffee-simulator reads no files, but is given {path}", where="data.path", remedy=remedy)
-    records = simulate(seed=seed, dialogues=3000, ratings=4000, prompts=1500, noise=0.1)
+    records = simulate(seed=seed, dialogues=1250, ratings=6000, prompts=1500, noise=0.1)
     # One corpus whatever the seed: the base is what all runs have in common.
     records.corpus = corpus(seed=0, dialogues=8_000)
     return records
@@ -90,7 +91,7 @@ def _fetched(source: str) -> Path:
 def _jsonl(path: str | None, seed: int) -> Records:
     if path is None:
         raise UserError("jsonl needs a file", where="data.path", remedy="Set data.path to a .jsonl file.")
-    return read_jsonl(Path(path).expanduser())
+    return read_jsonl(os.path.expanduser(path))
 
 
 SOURCES: dict[str, Loader] = {

@@ -9,6 +9,7 @@ that training should see.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -42,7 +43,7 @@ def read_taskmaster(folder: str | Path, domain: Domain) -> Records:
 
 def read_rows(folder: str | Path, domain: Domain) -> Records:
     """As `read_taskmaster`, with the ratings that repeat or contradict others."""
-    release = _release(Path(folder).expanduser(), domain)
+    release = _release(Path(os.path.expanduser(folder)), domain)
     ratings, problems = _read(release / "reward", lambda row, where: rated(row, where, domain))
     dialogues: list[Demonstration] = []
     if domain == "coffee":

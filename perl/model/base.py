@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -63,7 +64,7 @@ def load_base(
     else:
         lm = _random_weights(_load_config(model, remedy), dtype, device, random_seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
         raise UserError(
             f"no usable tokenizer: {_first_line(error)}",
@@ -81,7 +82,7 @@ def random_base(config: dict[str, Any], dtype: torch.dtype, device: torch.device
     """
     try:
         lm = _random_weights(AutoConfig.for_model(**config), dtype, device, seed)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
         raise UserError(
             f"not the configuration of a causal LM: {_first_line(error)}",
             where="base.config",
@@ -115,8 +116,8 @@ def _load_config(model: str, remedy: str) -> Any:
     """The configuration of a causal LM."""
     where = f"base.model {model}"
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # a broken configuration raises all sorts of things
         raise UserError(f"not a model: {_first_line(error)}", where=where, remedy=remedy) from None
     architectures = config.architectures or []
     if any(
@@ -135,8 +136,8 @@ def _load_weights(
         options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
     config = _load_config(model, remedy)
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot be loaded: {_first_line(error)}", where=where, remedy=remedy) from None
     missing = sorted(info["missing_keys"])
     if missing:
@@ -198,4 +199,7 @@ def _numbered_tokens(size: int) -> PreTrainedTokenizerFast:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+    """What an error says in its first line; in its second too where the first only announces it."""
+    first, _, rest = str(error).strip().partition("\n")
+    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""
+    return f"{first} {second}".strip()[:300]

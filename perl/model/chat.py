@@ -84,7 +84,8 @@ class ChatFormat:
         if answer[-1].speaker == "text":
             prompt, completion = self._tokenize_text(context), self.answer(context, answer[-1])
             return Tokens(prompt + completion, [False] * len(prompt) + [True] * len(completion))
-        turns = [*context, *answer]
+        last = max(index for index, turn in enumerate(answer) if turn.speaker == "agent")
+        turns = [*context, *answer[: last + 1]]
         return self._tokenize(self._segments(turns, self._render(turns), first=len(context)))
 
     def ends(self, context: Sequence[Turn]) -> int:

@@ -156,8 +156,8 @@ def _messages(context: Context) -> str | list[dict[str, str]]:
 def _import(location: str) -> Callable[..., Any]:
     file, _, name = location.rpartition(":")
     remedy = "Give FILE.py:NAME, the file beside the recipe."
-    if not Path(file).is_file():
-        raise UserError("no such file", where=f"rl.reward.function {location}", remedy=remedy)
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError("no such Python file", where=f"rl.reward.function {location}", remedy=remedy)
     spec = importlib.util.spec_from_file_location(f"reward_function_{Path(file).stem}", file)
     assert spec is not None
     assert spec.loader is not None

@@ -72,8 +72,9 @@ def train_reward(session: Session) -> dict[str, Any]:
     trained = roles.train_only(Role.REWARD)
     examples = _examples(train, settings.loss)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
-    meter, log = session.meter(), session.folder.metrics("reward")
+    meter = session.meter()
     with (
+        session.folder.metrics("reward") as log,
         tempfile.TemporaryDirectory() as scratch,
         track("reward", steps) as bar,
         roles.checkpointed(session.recipe.checkpoint_activations),
@@ -95,7 +96,6 @@ def train_reward(session: Session) -> dict[str, Any]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    log.close()
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
     stamp = stamp_for(Role.REWARD, session.base, **scale)

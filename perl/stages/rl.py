@@ -87,8 +87,8 @@ def train_rl(session: Session) -> dict[str, Any]:
     loop = _begin(session, settings)
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
     before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
-    meter, log = session.meter(), session.folder.metrics("rl")
-    with track("rl", settings.steps) as bar:
+    meter = session.meter()
+    with session.folder.metrics("rl") as log, track("rl", settings.steps) as bar:
         for step in range(settings.steps):
             loop.step = step
             with meter.step() as count:
@@ -99,7 +99,6 @@ def train_rl(session: Session) -> dict[str, Any]:
             figures = {**describe(answers, rollout), **losses}
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
-    log.close()
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session, settings)
     return {
@@ -265,6 +264,14 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompt
             f"answers of {settings.max_new_tokens}",
             where="rl.max_new_tokens",
             remedy="Lower rl.max_new_tokens or rl.max_prompt_length.",
+        )
+    text = [prompt.context[-1].speaker == "text" for prompt in prompts]
+    if any(text) != all(text):
+        raise UserError(
+            f"the prompts are of two kinds, {sum(text)} of plain text and {len(text) - sum(text)} of messages, whose "
+            f"answers end differently",
+            where=f"data.source {session.recipe.data.source}",
+            remedy="Write all prompts as text, or all as messages.",
         )
     ids = [chat.context(prompt.context)[-(limit or 0) :] for prompt in prompts]
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))

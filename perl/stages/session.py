@@ -1,6 +1,7 @@
 """What the stages of one run share: the recipe, the records, the base with its roles, and the run folder."""
 
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    # TRL's default sets the old name, and releases of transformers before the new one know no other.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def seed_everything(seed: int) -> None:

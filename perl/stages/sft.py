@@ -33,8 +33,9 @@ def train_sft(session: Session) -> dict[str, Any]:
     roles.add(Role.SFT)
     trained = roles.train_only(Role.SFT)
     steps = -(-len(train) // settings.batch_size) * settings.epochs
-    meter, log = session.meter(), session.folder.metrics("sft")
+    meter = session.meter()
     with (
+        session.folder.metrics("sft") as log,
         tempfile.TemporaryDirectory() as scratch,
         track("sft", steps) as bar,
         roles.role(Role.SFT),
@@ -65,7 +66,6 @@ def train_sft(session: Session) -> dict[str, Any]:
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-    log.close()
     save_adapter(roles, Role.SFT, session.folder.adapter(Role.SFT), stamp_for(Role.SFT, session.base))
     tokens = sum(len(ids) for ids in train["input_ids"]) * settings.epochs
     return {

@@ -1,0 +1,270 @@
+"""Recipes: round trip, overrides, paths, messages; and that nothing but a Recipe or a UserError comes of any text."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perl.errors import UserError
+from perl.recipe import Recipe, load_recipe
+
+EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+GOOD: dict[str, Any] = {
+    "name": "good",
+    "seed": 3,
+    "base": {"build": {"steps": 2, "hidden_size": 32, "heads": 2}},
+    "lora": {"rank": 4, "targets": ["q_proj"], "layers": [0, 1]},
+    "data": {"source": "jsonl", "path": "own.jsonl", "held_out": 0.25},
+    "sft": {"epochs": 2},
+    "reward": {"loss": "pairs", "learning_rate": 2e-3},
+    "rl": {"algorithm": "rloo", "samples_per_prompt": 4, "reward": {"function": "f.py:f"}, "kl_coef": 0.0},
+}
+
+
+def write(folder: Path, content: Any) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+def refused(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_loads_and_says_what_it_is_called(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.name == file.stem
+    assert recipe.stages
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD,
+        {"name": "a", "base": {"model": "org/model"}, "reward": {}},
+        {
+            "name": "b",
+            "base": {"config": {"model_type": "llama", "bos_token_id": None, "x": {"y": None}}, "random_init": True},
+            "reward": {},
+        },
+    ],
+    ids=["full", "least", "config"],
+)
+def test_what_is_written_reads_as_the_same_recipe(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, content))
+    again = tmp_path / "again"
+    again.mkdir()
+    assert load_recipe(write(again, recipe.to_yaml())) == recipe
+
+
+def test_overrides_take_yaml_values_and_make_sections(tmp_path: Path) -> None:
+    file = write(tmp_path, {"name": "x", "base": {"model": "org/model"}, "reward": {}})
+    overrides = ["reward.learning_rate=1e-3", "lora.layers=[0, 2]", "data.held_out=0.5", "name=y", "seed=4"]
+    recipe = load_recipe(file, overrides)
+    assert recipe.reward is not None
+    assert recipe.reward.learning_rate == 1e-3
+    assert recipe.lora.layers == [0, 2]
+    assert recipe.data.held_out == 0.5
+    assert (recipe.name, recipe.seed) == ("y", 4)
+    assert load_recipe(file, ["seed=1", "seed=2"]).seed == 2, "the later one holds"
+    assert load_recipe(file, ["data.path=a=b"]).data.path == "a=b", "the first = divides"
+
+
+def test_an_override_takes_a_value_back_to_its_default(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    assert load_recipe(file, ["data.path="]).data.path is None
+    assert load_recipe(file, ["sft="]).stages == ("reward", "rl")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("rl.kl_coeff", "rl.kl_coef"),
+        ("rl.reward.functoin", "rl.reward.function"),
+        ("rl.max_tokens", "rl.max_new_tokens"),
+        ("sft.batchsize", "sft.batch_size"),
+        ("reward.lr", None),
+        ("lora.r", None),
+        ("lora.target", "lora.targets"),
+        ("base.build.hiddensize", "base.build.hidden_size"),
+        ("data.heldout", "data.held_out"),
+        ("sede", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, meant: str | None, tmp_path: Path) -> None:
+    message = refused(write(tmp_path, GOOD), f"{key}=1")
+    assert f"recipe.yaml: {key}: unknown key" in message
+    assert (f"Did you mean {meant}?" if meant else "Valid keys: ") in message
+
+
+@pytest.mark.parametrize(
+    "text", ["name: a\nname: b\n", "rl:\n  steps: 1\n  steps: 2\n", "base: {model: a, model: b}\n"]
+)
+def test_a_key_given_twice_is_refused(text: str, tmp_path: Path) -> None:
+    assert "twice" in refused(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rl.steps=0", "rl.steps"),
+        ("rl.steps=1.5", "rl.steps"),
+        ("rl.steps=", "rl.steps"),
+        ("rl.temperature=0", "rl.temperature"),
+        ("rl.temperature=.inf", "rl.temperature"),
+        ("rl.learning_rate=.nan", "rl.learning_rate"),
+        ("rl.kl_coef=1", "rl.kl_coef"),
+        ("rl.critic=adapter", "rloo has no critic"),
+        ("rl.algorithm=ppo2", "rl.algorithm"),
+        ("rl.reward=", "rl.reward"),
+        ("lora.layers=middle", "lora.layers"),
+        ("lora.layers=[-1]", "lora.layers"),
+        ("lora.dropout=1", "lora.dropout"),
+        ("seed=-1", "seed"),
+        ("seed=4294967296", "seed"),
+        ("tuning=half", "tuning"),
+        ("base.dtype=float8", "base.dtype"),
+        ("base.model=org/model", "exactly one of model, build and config"),
+        ("base.build.heads=3", "hidden_size 32 is not an even multiple of heads 3"),
+        ("base.build={steps: many}", "base.build.steps"),
+        ("data.held_out=0", "data.held_out"),
+        ("data=own.jsonl", "data"),
+        ("name=a/b", "name"),
+        ("name=", "name"),
+    ],
+)
+def test_impossible_values_are_refused_where_they_stand(override: str, says: str, tmp_path: Path) -> None:
+    message = refused(write(tmp_path, GOOD), override)
+    assert says in message
+    assert "recipe.yaml" in message
+    what, remedy = message.split("\n")
+    assert remedy.strip()
+    value = override.partition("=")[2]
+    assert len(what) < 400, value
+
+
+def test_paths_are_looked_up_beside_the_recipe_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        (folder / "model").mkdir(parents=True)
+    (beside / "f.py").touch()
+    (here / "own.jsonl").touch()
+    monkeypatch.chdir(here)
+    recipe = load_recipe(write(beside, GOOD), ["base={model: model}"])
+    assert recipe.base.model == str((beside / "model").resolve())
+    assert recipe.data.path == str((here / "own.jsonl").resolve())
+    assert recipe.rl is not None
+    assert recipe.rl.reward.function == f"{(beside / 'f.py').resolve()}:f"
+
+
+def test_what_is_no_path_stays_as_it_is(tmp_path: Path) -> None:
+    overrides = ["base={model: org/model}", "data.path=~no-such-user/x", f"rl.reward.function={'x' * 5000}.py:f"]
+    recipe = load_recipe(write(tmp_path, GOOD), overrides)
+    assert recipe.base.model == "org/model"
+    assert recipe.data.path == "~no-such-user/x"
+
+
+# Fuzzing: whatever the text, a Recipe or a UserError.
+
+WORDS = st.sampled_from(
+    ["name", "base", "build", "model", "rl", "reward", "sft", "steps", "lora", "layers", "config", "1", "-1", "1e-3"]
+    + [".inf", ".nan", "null", "true", "~", "*a", "&a", "<<", "? ", ": ", "- ", "[", "]", "{", "}", ",", "|", ">"]
+    + ["!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!binary ", "!!set ", "!!map ", "!!omap ", "!x ", "2001-1-1"]
+    + ["\n", "\n  ", "\n    ", "'", '"', "#", "%", "@", "`", "\t", "---\n", "...\n", "\\x", "0x", "1:60", "é", "\ud7ff"]
+)
+TEXTS = st.one_of(st.text(), st.lists(WORDS, max_size=30).map("".join))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.dates(), st.binary(max_size=5)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """A good recipe with some keys renamed, removed, given twice over or given other values."""
+    content = copy.deepcopy(GOOD)
+    for _ in range(draw(st.integers(1, 3))):
+        section = content
+        while True:
+            key = draw(st.sampled_from(sorted(section, key=str)))
+            if isinstance(section[key], dict) and section[key] and draw(st.booleans()):
+                section = section[key]
+                continue
+            break
+        match draw(st.sampled_from(["value", "name", "remove", "word"])):
+            case "value":
+                section[key] = draw(VALUES)
+            case "name":
+                section[draw(SCALARS)] = section[key]
+            case "remove" if len(section) > 1:
+                del section[key]
+            case _:
+                section[key] = draw(WORDS)
+    text: str = yaml.dump(content)
+    if draw(st.booleans()):
+        cut = draw(st.integers(0, len(text)))
+        text = text[:cut] + draw(WORDS) + text[cut:]
+    return text
+
+
+OVERRIDES = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.builds("{}={}".format, st.sampled_from(["rl.steps", "base.build", "name", "data.path", "a.b.c", "", "."]), TEXTS),
+    ),
+    max_size=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def load_or_refuse(folder: Path, text: str, overrides: list[str]) -> None:
+    file = folder / "recipe.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        recipe = load_recipe(file, overrides)
+    except UserError as error:
+        assert error.what
+        assert error.remedy
+        assert len(str(error)) < 3000
+        return
+    assert isinstance(recipe, Recipe)
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(TEXTS, OVERRIDES)
+def test_any_text_is_a_recipe_or_refused(folder: Path, text: str, overrides: list[str]) -> None:
+    load_or_refuse(folder, text, overrides)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(mutated(), OVERRIDES)
+def test_any_mutated_recipe_is_a_recipe_or_refused(folder: Path, text: str, overrides: list[str]) -> None:
+    load_or_refuse(folder, text, overrides)
+
+
+@settings(max_examples=EXAMPLES // 5, deadline=None)
+@given(st.binary())
+def test_any_bytes_are_refused(folder: Path, content: bytes) -> None:
+    file = folder / "bytes.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError):
+        load_recipe(file)

@@ -159,7 +159,9 @@ RECIPES = [
 ]
 
 DATA = [
-    Case("no such source", ("no source 'jsonll'", "data.source", "mean jsonl?"), overrides=("data.source=jsonll",)),
+    Case(
+        "no such source", ("no source 'jsonll'", "data.source", "mean jsonl?"), overrides=("data.source=jsonll",)
+    ),
     Case("no such file", ("no such file", "gone.jsonl", "Check data.path"), overrides=("data.path=gone.jsonl",)),
     Case("nobody's home", ("no such file", "~nobody-here", "data.path"), overrides=("data.path=~nobody-here/x",)),
     Case("no path", ("needs a file", "data.path", "Set data.path"), overrides=("data.path=",)),
@@ -223,7 +225,11 @@ DATA = [
         ("no such Python file", "gone.py:f", "Give FILE.py:NAME"),
         overrides=("rl.reward.function=gone.py:f",),
     ),
-    Case("no name in it", ("has no function 'f'", "own.py", "FILE.py:NAME"), overrides=("rl.reward.function=own.py:f",)),
+    Case(
+        "no name in it",
+        ("has no function 'f'", "own.py", "FILE.py:NAME"),
+        overrides=("rl.reward.function=own.py:f",),
+    ),
     Case("no function", ("has no function", "number", "Give"), overrides=("rl.reward.function=own.py:number",)),
     Case(
         "broken Python",
@@ -237,8 +243,16 @@ MODELS = [
     Case("no such hub id", ("not a model", "base.model no/such", "hub id"), overrides=("base.model=no/such",)),
     Case("a file", ("no such folder", "own.py", "Give a hub id"), overrides=("base.model=own.py",)),
     Case("no config", ("not a model", "base.model", "config.json"), spoil=no_config),
-    Case("broken config", ("not a model", "base.model", "config.json"), spoil=lambda f: (f / "config.json").write_text("{")),
-    Case("unknown model", ("not a model", "xyzzy", "Give a hub id"), spoil=edit_json("config.json", model_type="xyzzy")),
+    Case(
+        "broken config",
+        ("not a model", "base.model", "config.json"),
+        spoil=lambda f: (f / "config.json").write_text("{"),
+    ),
+    Case(
+        "unknown model",
+        ("not a model", "xyzzy", "Give a hub id"),
+        spoil=edit_json("config.json", model_type="xyzzy"),
+    ),
     Case(
         "code of its own",
         ("custom code", "base.model", "Give a hub id"),
@@ -294,7 +308,9 @@ FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("case", [*RECIPES, *DATA, *MODELS, *FOLDERS], ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case", [*RECIPES, *DATA, *MODELS, *FOLDERS], ids=lambda case: case.name.replace(" ", "-")
+)
 def test_bad_input_is_one_message(
     case: Case,
     run_cli: RunCli,

@@ -53,7 +53,10 @@ def test_every_recipe_loads_and_says_what_it_is_called(file: Path) -> None:
         {"name": "a", "base": {"model": "org/model"}, "reward": {}},
         {
             "name": "b",
-            "base": {"config": {"model_type": "llama", "bos_token_id": None, "x": {"y": None}}, "random_init": True},
+            "base": {
+                "config": {"model_type": "llama", "bos_token_id": None, "x": {"y": None}},
+                "random_init": True,
+            },
             "reward": {},
         },
     ],
@@ -176,10 +179,54 @@ def test_what_is_no_path_stays_as_it_is(tmp_path: Path) -> None:
 # Fuzzing: whatever the text, a Recipe or a UserError.
 
 WORDS = st.sampled_from(
-    ["name", "base", "build", "model", "rl", "reward", "sft", "steps", "lora", "layers", "config", "1", "-1", "1e-3"]
+    [
+        "name",
+        "base",
+        "build",
+        "model",
+        "rl",
+        "reward",
+        "sft",
+        "steps",
+        "lora",
+        "layers",
+        "config",
+        "1",
+        "-1",
+        "1e-3",
+    ]
     + [".inf", ".nan", "null", "true", "~", "*a", "&a", "<<", "? ", ": ", "- ", "[", "]", "{", "}", ",", "|", ">"]
-    + ["!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!binary ", "!!set ", "!!map ", "!!omap ", "!x ", "2001-1-1"]
-    + ["\n", "\n  ", "\n    ", "'", '"', "#", "%", "@", "`", "\t", "---\n", "...\n", "\\x", "0x", "1:60", "é", "\ud7ff"]
+    + [
+        "!!int ",
+        "!!float ",
+        "!!bool ",
+        "!!timestamp ",
+        "!!binary ",
+        "!!set ",
+        "!!map ",
+        "!!omap ",
+        "!x ",
+        "2001-1-1",
+    ]
+    + [
+        "\n",
+        "\n  ",
+        "\n    ",
+        "'",
+        '"',
+        "#",
+        "%",
+        "@",
+        "`",
+        "\t",
+        "---\n",
+        "...\n",
+        "\\x",
+        "0x",
+        "1:60",
+        "é",
+        "\ud7ff",
+    ]
 )
 TEXTS = st.one_of(st.text(), st.lists(WORDS, max_size=30).map("".join))
 SCALARS = st.one_of(
@@ -223,7 +270,11 @@ def mutated(draw: st.DrawFn) -> str:
 OVERRIDES = st.lists(
     st.one_of(
         st.text(max_size=20),
-        st.builds("{}={}".format, st.sampled_from(["rl.steps", "base.build", "name", "data.path", "a.b.c", "", "."]), TEXTS),
+        st.builds(
+            "{}={}".format,
+            st.sampled_from(["rl.steps", "base.build", "name", "data.path", "a.b.c", "", "."]),
+            TEXTS,
+        ),
     ),
     max_size=2,
 )

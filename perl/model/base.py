@@ -62,7 +62,13 @@ def load_base(
     if random_seed is None:
         lm = _load_weights(model, dtype, device, four_bit, remedy)
     else:
-        lm = _random_weights(_load_config(model, remedy), dtype, device, random_seed)
+        config = _load_config(model, remedy)
+        try:
+            lm = _random_weights(config, dtype, device, random_seed)
+        except Exception as error:  # as in `random_base`
+            raise UserError(
+                f"not a causal LM: {_first_line(error)}", where=f"base.model {model}", remedy=remedy
+            ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
@@ -100,8 +106,22 @@ def _base(name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             where=f"base.model {name}",
             remedy="Use the tokenizer that belongs to this model.",
         )
+    _check_causal(lm, name)
     parameters = sum(parameter.numel() for parameter in lm.parameters())
     return Base(name, lm, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters)
+
+
+@torch.no_grad()
+def _check_causal(lm: PreTrainedModel, name: str) -> None:
+    """BERT and its like pass for language models, but read what comes after a token too."""
+    ids_BL = torch.tensor([[0, 1, 2], [0, 1, 3]], device=lm.get_input_embeddings().weight.device)
+    logits_BLV = lm.eval()(input_ids=ids_BL).logits.float()
+    if not torch.allclose(logits_BLV[0, :2], logits_BLV[1, :2], rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{type(lm).__name__} is not causal: what it says of a token depends on later ones",
+            where=f"base.model {name}",
+            remedy="Use a causal LM; of a BERT-like one, a configuration with is_decoder: true.",
+        )
 
 
 def _random_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:

@@ -20,11 +20,11 @@ PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}"
     "{% for m in messages %}"
     "{{ {'system': 'System', 'user': 'User', 'assistant': 'Agent', 'tool': 'Api'}[m.role] }}: {{ m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Agent:{% endif %}"
 )
-"""For tokenizers that bring no chat template of their own."""
+"""For tokenizers that bring no chat template of their own. A bare newline after a block would be trimmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,9 @@ class ChatFormat:
         for index, turn in enumerate(turns):
             if turn.speaker != "agent":
                 continue
-            before = self._render(turns[:index], add_generation_prompt=True)
             said = turn.text.strip()
+            # Templates refuse an empty conversation: where the agent speaks first, its words show the start.
+            before = self._render(turns[:index], add_generation_prompt=True) if index else text[: text.find(said)]
             at = text.find(said, len(before))
             end = text.find(self._end_of_turn, at + len(said))
             if not text.startswith(before) or at < 0 or end < 0:

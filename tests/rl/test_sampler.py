@@ -1,0 +1,79 @@
+"""What the sampler says it drew is what a teacher-forced forward says of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from perl.model.base import load_base
+from perl.model.roles import Role, Roles, lora_config
+from perl.rl.rollout import micro_batches, read_answers, trim
+from perl.rl.sampler import Samples, sample
+
+
+def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
+    base = load_base(str(folder), torch.float32, torch.device("cpu"))
+    roles = Roles(base.lm, lora_config(4, 8, 0.0, "all-linear", "all", base.lm))
+    roles.add(Role.POLICY)
+    roles.add(Role.CRITIC, adapter=False, head=True)
+    torch.manual_seed(1)
+    for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
+        parameter.data.normal_(std=0.3)
+    prompts = [torch.randint(3, 250, (length,)).tolist() for length in (3, 20, 9, 14, 1)]
+    # A token of some likelihood ends answers here, so that some end early and some are cut.
+    logits = roles.lm(torch.tensor([prompts[1]])).logits[0, -1]
+    end_id = int(logits.argmax())
+    samples = sample(
+        roles,
+        Role.POLICY,
+        prompts * 8,
+        end_id=end_id,
+        pad_id=0,
+        max_new_tokens=40,
+        temperature=0.7,
+        generator=torch.Generator().manual_seed(seed),
+        head=Role.CRITIC,
+    )
+    return roles, samples, end_id
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
+def test_sampled_log_probs_and_values_equal_teacher_forced_ones(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    roles, samples, _ = rollout(request.getfixturevalue(model))
+    log_probs_BT, values_BT = read_answers(roles, Role.POLICY, samples, 7, temperature=0.7, head=Role.CRITIC)
+    mask_BT = samples.answer_mask_BT
+    torch.testing.assert_close(log_probs_BT[mask_BT], samples.log_probs_BT[mask_BT], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values_BT[mask_BT], samples.values_BT[mask_BT], rtol=1e-4, atol=1e-5)
+    assert log_probs_BT[mask_BT].abs().max() > 0.1
+    assert samples.log_probs_BT[~mask_BT].eq(0).all()
+
+
+def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
+    _, samples, end_id = rollout(tiny_llama)
+    assert samples.ended_B.any()
+    assert not samples.ended_B.all()
+    for ids, ended in zip(samples.answers(), samples.ended_B, strict=True):
+        assert end_id not in ids[:-1]
+        assert (ids[-1] == end_id) == bool(ended)
+        assert ended or len(ids) == 40
+
+
+def test_the_same_seed_draws_the_same_answers(tiny_llama: Path) -> None:
+    first, again, other = (rollout(tiny_llama, seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first.ids_BL, again.ids_BL)
+    assert torch.equal(first.log_probs_BT, again.log_probs_BT)
+    assert not torch.equal(first.ids_BL, other.ids_BL)
+
+
+def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) -> None:
+    _, samples, _ = rollout(tiny_llama)
+    seen = []
+    for rows in micro_batches(samples, 7):
+        seen += rows.tolist()
+        ids_bl, mask_bl, length = trim(samples, rows)
+        assert mask_bl.sum() == samples.mask_BL[rows].sum()
+        assert torch.equal(ids_bl[mask_bl], samples.ids_BL[rows][samples.mask_BL[rows]])
+        assert mask_bl[:, -length:].sum() == samples.answer_mask_BT[rows].sum()
+    assert sorted(seen) == list(range(40))

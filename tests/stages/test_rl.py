@@ -1,0 +1,174 @@
+"""The RL stage: each algorithm learns, from several seeds, and a run repeats to the byte."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.conftest import RunCli
+
+WORDS = [f"w{index}" for index in range(30)]
+REWARD = """
+def contains(completions, **columns):
+    return [float("w7" in text.split()) for text in completions]
+"""
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "reinforce": {"algorithm": "reinforce", "critic": "shared"},
+    "reinforce, own critic": {"algorithm": "reinforce", "critic": "adapter"},
+    "ppo": {"algorithm": "ppo", "critic": "shared", "epochs": 2},
+    "ppo, own critic": {"algorithm": "ppo", "critic": "adapter", "epochs": 2},
+    "rloo": {"algorithm": "rloo", "samples_per_prompt": 4, "prompts_per_step": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 32 words, prompts, and the reward: the answer is to contain w7."""
+    folder = tmp_path_factory.mktemp("toy")
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<end>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(
+        folder
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                initializer_range=0.15,
+                bos_token_id=None,
+                eos_token_id=1,
+                pad_token_id=0,
+            )
+        ).save_pretrained(folder)
+    rows = [{"prompt": f"w{a} w{b}"} for a in range(8) for b in range(8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def recipe(toy: Path, file: Path, seed: int = 0, **rl: Any) -> Path:
+    settings = {
+        "reward": {"function": "reward.py:contains"},
+        "steps": 40,
+        "prompts_per_step": 32,
+        "micro_batch_size": 32,
+        "max_new_tokens": 8,
+        "learning_rate": 0.01,
+        "kl_coef": 0.01,
+        "missing_end_penalty": 0.0,
+        "eval_prompts": 16,
+    }
+    content = {
+        "name": "toy",
+        "seed": seed,
+        "base": {"model": str(toy), "dtype": "float32"},
+        "data": {"source": "jsonl", "path": str(toy / "prompts.jsonl"), "held_out": 0.25},
+        "rl": settings | rl | {"reward": {"function": f"{toy}/reward.py:contains"}},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def run(run_cli: RunCli, recipe_file: Path, out: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    code, text = run_cli("run", str(recipe_file), "--out", str(out))
+    assert code == 0, text
+    report = json.loads((out / "report.json").read_text())
+    lines = (out / "policy" / "metrics.jsonl").read_text().splitlines()
+    return report["stages"]["rl"]["eval"], [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_learns_to_say_a_word(
+    name: str, seed: int, toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    figures, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", seed, **ALGORITHMS[name]), tmp_path / "out")
+    first, last = steps[0], [step["reward"] for step in steps[-5:]]
+    assert first["kl"] == pytest.approx(0, abs=1e-4)  # the policy begins as the reference
+    assert first["sampler_mismatch"] < 1e-5 or ALGORITHMS[name].get("epochs", 1) > 1  # the ratio begins as 1
+    assert first["reward"] < 0.5
+    assert sum(last) / 5 > max(0.8, first["reward"] + 0.35)
+    assert figures["kl"] > 0.1
+
+
+def test_the_first_pass_of_ppo_has_ratio_one(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    settings = {"algorithm": "ppo", "steps": 3, "epochs": 1, "micro_batch_size": 5}
+    _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", **settings), tmp_path / "out")
+    assert all(step["sampler_mismatch"] < 1e-5 for step in steps)
+
+
+@pytest.mark.parametrize("name", ["ppo, own critic", "rloo"])
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(
+    name: str, toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    weights = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        settings = ALGORITHMS[name] | {"steps": 3}
+        run(run_cli, recipe(toy, tmp_path / f"{place}.yaml", seed, **settings), tmp_path / place)
+        weights.append((tmp_path / place / "policy" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo, own critic"])
+def test_micro_batches_and_checkpointing_change_no_step(
+    name: str, toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    """The gradients of micro-batches add up to the whole rollout's."""
+    curves = []
+    for size, checkpointing in ((32, "false"), (5, "false"), (32, "true")):
+        out = tmp_path / f"{size}{checkpointing}"
+        file = recipe(toy, tmp_path / "r.yaml", **ALGORITHMS[name], steps=3, micro_batch_size=size)
+        code, text = run_cli("run", str(file), f"checkpoint_activations={checkpointing}", "--out", str(out))
+        assert code == 0, text
+        lines = (out / "policy" / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line) for line in lines])
+    for other in curves[1:]:
+        for one, two in zip(curves[0], other, strict=True):
+            assert two["policy_loss"] == pytest.approx(one["policy_loss"], abs=1e-4)
+            assert two["value_loss"] == pytest.approx(one["value_loss"], rel=1e-3)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    file = recipe(toy, tmp_path / "r.yaml", steps=2)
+    run(run_cli, file, tmp_path / "out")
+    weights = tmp_path / "out" / "policy" / "adapter" / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    code, text = run_cli("run", str(file), "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert "finished already" in text
+    assert weights.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('x')", "reward function failed: KeyError"),
+        ("return [float('nan')] * 32", "finite numbers"),
+    ],
+)
+def test_a_reward_function_that_fails_stops_the_run(
+    body: str, message: str, toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    (tmp_path / "bad.py").write_text(f"def contains(completions, **columns):\n    {body}\n")
+    file = recipe(toy, tmp_path / "r.yaml", steps=2)
+    content = yaml.safe_load(file.read_text())
+    content["rl"]["reward"]["function"] = f"{tmp_path}/bad.py:contains"
+    file.write_text(yaml.safe_dump(content))
+    code, text = run_cli("run", str(file), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text

@@ -1,0 +1,184 @@
+"""The command line: help, usage errors, `data check`, and a run that is interrupted and goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from perl import cli
+from tests.conftest import RunCli, WriteRecipe, write_rows
+
+COMMANDS = ["run", "sft", "reward", "rl", "evaluate", "chat", "data", "data fetch", "data check"]
+
+
+def test_every_command_is_in_the_table_above() -> None:
+    group = typer.main.get_command(cli.app)
+    names = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        names += [name, *(f"{name} {below}" for below in getattr(command, "commands", ()))]
+    assert sorted(names) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_says_what_a_command_does(command: str, run_cli: RunCli) -> None:
+    status, written = run_cli(*command.split(), "--help")
+    assert status == 0
+    assert f"perl-rlhf {command}".strip() in written.splitlines()[0]
+    assert "--help" in written
+    assert len(written.splitlines()) > 4
+
+
+def test_help_lists_every_command(run_cli: RunCli) -> None:
+    _, written = run_cli("--help")
+    for command in COMMANDS:
+        assert re.search(rf"^  {command.split()[0]}  +[A-Z]", written, re.MULTILINE), command
+
+
+def test_python_m_perl_is_the_same_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "perl", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "Usage: " in done.stdout
+    assert "evaluate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("runn",), "No such command 'runn'"),
+        (("run",), "Missing argument 'RECIPE'"),
+        (("run", "recipe.yaml", "--ou", "x"), "No such option"),
+        (("run", "recipe.yaml", "--out"), "requires an argument"),
+        (("evaluate", "x"), "Missing argument 'ROLE'"),
+        (("data", "check"), "Missing argument"),
+        (("data", "look"), "No such command 'look'"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...], says: str, run_cli: RunCli) -> None:
+    status, written = run_cli(*arguments)
+    assert status == 2
+    assert says in written
+    assert "Traceback" not in written
+
+
+def test_data_check_describes_a_good_file(run_cli: RunCli, small_data: Path) -> None:
+    status, written = run_cli("data", "check", small_data / "ratings.jsonl")
+    assert status == 0
+    assert "10 thumbs up, 10 down" in written
+    assert "10 dialogues in all" in written
+    assert "every row is usable" in written
+
+
+def test_data_check_names_every_bad_row(run_cli: RunCli, tmp_path: Path) -> None:
+    good = {"prompt": "a", "completion": "b", "label": True}
+    file = write_rows(tmp_path / "own.jsonl", [good, {"prompt": "a"} | {"label": True}, good | {"label": 2}, []])
+    status, written = run_cli("data", "check", file)
+    assert status == 2
+    for line, what in ((2, "fit no format"), (3, "label is 2"), (4, "a list; an object expected")):
+        assert re.search(rf"{re.escape(str(file))}:{line}: .*{what}", written), line
+    assert f"{file}:1:" not in written
+    assert "3 rows left out" in written
+
+
+def test_a_run_writes_its_folder_and_is_not_repeated(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe()
+    status, written = run_cli("run", recipe)
+    assert status == 0, written
+    out = tmp_path / "runs" / "tiny"
+    report = json.loads((out / "report.json").read_text())
+    assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
+    assert list(report["stages"]) == ["reward", "rl"]
+    status, again = run_cli("run", recipe)
+    assert status == 0
+    assert "reward is finished already" in again
+    assert "rl is finished already" in again
+    assert json.loads((out / "report.json").read_text())["stages"] == report["stages"]
+
+
+def test_stages_run_one_by_one(
+    run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
+) -> None:
+    data = {"source": "jsonl", "path": str(small_data / "demonstrations.jsonl"), "held_out": 0.3}
+    recipe, out = write_recipe(sft={"max_length": 64, "batch_size": 4}, reward=None, data=data), tmp_path / "out"
+    assert run_cli("rl", recipe, "--out", out)[0] == 2, "it starts from the SFT policy, which is not there"
+    assert not out.exists()
+    for stage in ("sft", "rl"):
+        status, written = run_cli(stage, recipe, "--out", out)
+        assert status == 0, written
+    assert list(json.loads((out / "report.json").read_text())["stages"]) == ["sft", "rl"]
+
+
+def test_evaluate_writes_its_figures(
+    run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
+) -> None:
+    recipe, out, figures = write_recipe(), tmp_path / "out", tmp_path / "figures.json"
+    assert run_cli("run", recipe, "--out", out)[0] == 0
+    data = f"jsonl:{small_data / 'pairs.jsonl'}"
+    assert run_cli("evaluate", out, "reward", "--data", data, "--json", figures)[0] == 0
+    assert json.loads(figures.read_text())["n"] == 20
+    assert run_cli("evaluate", out, "policy", "--json", figures)[0] == 0
+    assert json.loads(figures.read_text())["n"] == 2
+    status, written = run_cli("evaluate", out, "policy", "--json", tmp_path / "gone" / "figures.json")
+    assert status == 2
+    assert "cannot be written" in written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_says_so_and_goes_on(
+    number: signal.Signals, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    rl = {
+        "reward": {"function": "rewards.py:length"},
+        "steps": 60,
+        "prompts_per_step": 1,
+        "max_new_tokens": 2,
+        "eval_prompts": 1,
+    }
+    recipe, out = write_recipe(reward=None, rl=rl), tmp_path / "out"
+    metrics = out / "policy" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "perl", "run", str(recipe), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # or it might be done before the next line is
+    status, refusal = run_cli("run", recipe, "--out", out)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    written, _ = process.communicate(timeout=60)
+
+    assert status == 2, "a second process on the folder"
+    assert "another run is using this folder" in refusal
+    assert process.returncode == 130, written
+    assert "interrupted" in written
+    assert "run the same command again" in written
+    assert "Traceback" not in written
+    assert not (out / "policy" / "result.json").exists()
+    assert not list(out.glob("**/*.unfinished"))
+
+    status, written = run_cli("run", recipe, "--out", out)
+    assert status == 0, written
+    assert len(metrics.read_text().splitlines()) == rl["steps"]

@@ -10,7 +10,7 @@ from perl.recipe import Recipe, StageName
 from perl.report import write_report
 from perl.rundir import STAGE_ROLE
 from perl.stages import reward, rl, sft
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session, open_session, seed_everything
 
 TRAIN: dict[StageName, Callable[[Session], dict[str, Any]]] = {
     "sft": sft.train_sft,
@@ -52,6 +52,7 @@ def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) ->
         for stage in wanted:
             result = session.folder.result(stage)
             if result is None:
+                seed_everything(recipe.seed)  # so that a stage draws the same whatever ran before it
                 result = TRAIN[stage](session)
                 session.folder.finish(stage, result)
             else:

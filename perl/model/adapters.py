@@ -111,15 +111,26 @@ def load_adapter(roles: Roles, role: Role, folder: Path, base: Base) -> Stamp:
     if head is not None:
         weights[HEAD], targets[HEAD] = head, roles.head(role).weight
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if shapes != {name: tuple(parameter.shape) for name, parameter in targets.items()}:
+    fits = shapes == {name: tuple(parameter.shape) for name, parameter in targets.items()}
+    if not fits or _scaling(folder) != (roles.lora.r, roles.lora.lora_alpha):
         raise UserError(
-            "has another shape than the recipe's lora section",
+            "has another rank, alpha, targets or layers than the recipe's lora section",
             where=str(folder),
-            remedy="Set lora.rank, lora.targets and lora.layers as in its adapter_config.json.",
+            remedy="Set lora.rank, alpha, targets and layers as in its adapter_config.json.",
         )
     for name, parameter in targets.items():
         parameter.data.copy_(weights[name])
     return stamp
+
+
+def _scaling(folder: Path) -> tuple[int, float]:
+    """Rank and alpha: the weights alone do not say by what they are multiplied."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError) as error:
+        where = str(folder / "adapter_config.json")
+        raise UserError(f"cannot be read: {error}", where=where, remedy="Train this stage again.") from None
 
 
 def read_stamp(folder: Path) -> Stamp:

@@ -268,8 +268,8 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompt
     text = [prompt.context[-1].speaker == "text" for prompt in prompts]
     if any(text) != all(text):
         raise UserError(
-            f"the prompts are of two kinds, {sum(text)} of plain text and {len(text) - sum(text)} of messages, whose "
-            f"answers end differently",
+            f"the prompts are of two kinds, {sum(text)} of plain text and {len(text) - sum(text)} of messages, "
+            "whose answers end differently",
             where=f"data.source {session.recipe.data.source}",
             remedy="Write all prompts as text, or all as messages.",
         )

@@ -171,7 +171,7 @@ def test_a_random_base_has_a_tokenizer_of_its_size(size: int) -> None:
     ids=["empty", "unknown", "t5", "heads", "negative"],
 )
 def test_a_configuration_that_makes_no_model_is_refused(config: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="base.config") as caught:
+    with pytest.raises(UserError, match=r"base\.config") as caught:
         random_base(config, torch.float32, CPU, 0)
     assert "Give model_type" in str(caught.value)
 

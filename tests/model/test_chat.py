@@ -13,7 +13,8 @@ LLAMA_2 = (
     "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
 )
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|mid|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}<|start|>{{ m.role }}<|mid|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|mid|>\n\n{% endif %}"
 )
 
@@ -195,7 +196,7 @@ def test_a_template_that_rewrites_turns_is_refused(template: str) -> None:
     tokenizer = make_tokenizer(special, CHATML, eos_token="<|im_end|>")
     chat = ChatFormat(tokenizer)
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="rewrites the agent's turn 'One. Two.'") as caught:
+    with pytest.raises(UserError, match=r"rewrites the agent's turn 'One\. Two\.'") as caught:
         chat.dialogue((Turn("user", "Hi"),), [Turn("agent", "One. Two.")])
     assert "Use a base whose chat template" in str(caught.value)
 

@@ -11,8 +11,8 @@ from perl.files import write_json
 from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
+from perl.stages.policy import encode_prompts, evaluate_policy, reward_source
 from perl.stages.reward import evaluate_rows, tokenize_rows
-from perl.stages.rl import encode_prompts, evaluate_policy, reward_source
 from perl.stages.session import Session, open_session
 
 

@@ -12,7 +12,8 @@ from perl.data.records import Demonstration, Turn
 from perl.errors import UserError
 from perl.model.adapters import load_adapter, read_stamp, weights_file_sha256
 from perl.model.base import load_base
-from perl.model.roles import Role, Roles, lora_config
+from perl.model.lora import lora_config
+from perl.model.roles import Role, Roles
 from perl.recipe import load_recipe
 from perl.stages.session import open_session
 from perl.stages.sft import tokenized, train_sft

@@ -9,7 +9,6 @@ Axis letters: B answers, T answer positions.
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from perl.data.records import Prompt
-from perl.errors import UserError
-from perl.model.adapters import read_stamp, save_adapter, stamp_for
+from perl.model.adapters import save_adapter, stamp_for
 from perl.model.roles import Role
 from perl.progress import console, track
 from perl.recipe import Rl
 from perl.rl.algorithms import Algorithm, Scored, Targets, algorithm
-from perl.rl.arithmetic import kl_k1, masked_mean
-from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
+from perl.rl.rewards import RewardFunction, RewardSource
 from perl.rl.rollout import (
     Answers,
     EncodedPrompts,
@@ -37,6 +33,7 @@ from perl.rl.rollout import (
     scored,
     trim,
 )
+from perl.stages.policy import derived_seed, describe, encode_prompts, evaluate_policy, reward_source
 from perl.stages.session import Session
 
 VALUE_COEF = 0.1
@@ -120,7 +117,7 @@ def collect(loop: Loop) -> tuple[Answers, Scored]:
     """Sample and score: answers of the policy to this step's prompts, their rewards, reference and values."""
     session, settings, roles = loop.session, loop.settings, loop.session.roles
     roles.eval()
-    generator = torch.Generator(session.device).manual_seed(_seed(session.recipe.seed, "sample", loop.step))
+    generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "sample", loop.step))
     prompts = loop.prompts.take(_chosen(loop))
     shared = loop.value_head if settings.critic_kind == "shared" else None
     samples, texts = draw(roles, Role.POLICY, session.base.chat, prompts, loop.sampling, generator, head=shared)
@@ -198,104 +195,6 @@ def _accumulate(
     sums["sampler_mismatch"] += float((policy.log_probs_BT.detach() - sampler_bt).abs()[mask_bt].sum()) / tokens
 
 
-def describe(answers: Answers, rollout: Scored) -> dict[str, float]:
-    """A rollout in figures; `kl` is the k1 estimate in nats an answer."""
-    kl_BT = kl_k1(rollout.sampler_log_probs_BT, rollout.reference_log_probs_BT)
-    return {
-        "reward": float(answers.rewards_B.mean()),
-        "score": float(answers.scores_B.mean()),
-        "kl": float(kl_BT.masked_fill(~rollout.mask_BT, 0.0).sum(1).mean()),
-        "kl_token": float(masked_mean(kl_BT, rollout.mask_BT)),
-        "answer_tokens": float(rollout.mask_BT.sum(1).float().mean()),
-        "ended": float(answers.samples.ended_B.float().mean()),
-    }
-
-
-def evaluate_policy(
-    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
-) -> dict[str, float]:
-    """Reward, gold score, KL to the reference (nats an answer, k1) and length of answers to held-out prompts."""
-    settings = session.recipe.rl
-    assert settings is not None
-    session.roles.eval()
-    generator = torch.Generator(session.device).manual_seed(_seed(session.recipe.seed, "evaluate", 0))
-    sampling = Sampling(settings.max_new_tokens, settings.temperature)
-    totals: dict[str, float] = {}
-    for start in range(0, len(prompts), EVAL_BATCH):
-        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
-        samples, texts = draw(session.roles, role, session.base.chat, part, sampling, generator)
-        answers = score(reward, part, samples, texts, settings.missing_end_penalty)
-        reference_BT, _ = read_answers(
-            session.roles,
-            session.roles.reference,
-            samples,
-            settings.micro_batch_size,
-            temperature=settings.temperature,
-            head=None,
-        )
-        assert reference_BT is not None
-        figures = describe(answers, scored(answers, reference_BT, None))
-        if session.held_out.judge is not None:
-            figures["gold"] = sum(session.held_out.judge(part.prompts, texts)) / len(part)
-        for name, value in figures.items():
-            totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
-    kept = ("reward", "gold", "kl", "answer_tokens", "ended")
-    return {name: totals[name] for name in kept if name in totals}
-
-
-EVAL_BATCH = 64
-"""Answers sampled at once in evaluation."""
-
-
-def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
-    """Prompts as tokens.
-
-    Raises:
-        UserError: a prompt leaves no room for an answer in the base's context; a kind of prompt is mixed with
-            another.
-    """
-    settings, chat = session.recipe.rl, session.base.chat
-    assert settings is not None
-    room = session.base.context_length - settings.max_new_tokens
-    limit = settings.max_prompt_length
-    if room < 1 or (limit is not None and limit > room):
-        raise UserError(
-            f"the base's context is {session.base.context_length} tokens: no room for prompts of {limit or 1} and "
-            f"answers of {settings.max_new_tokens}",
-            where="rl.max_new_tokens",
-            remedy="Lower rl.max_new_tokens or rl.max_prompt_length.",
-        )
-    text = [prompt.context[-1].speaker == "text" for prompt in prompts]
-    if any(text) != all(text):
-        raise UserError(
-            f"the prompts are of two kinds, {sum(text)} of plain text and {len(text) - sum(text)} of messages, "
-            "whose answers end differently",
-            where=f"data.source {session.recipe.data.source}",
-            remedy="Write all prompts as text, or all as messages.",
-        )
-    ids = [chat.context(prompt.context)[-(limit or 0) :] for prompt in prompts]
-    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
-    if len(ids[longest]) > room:
-        raise UserError(
-            f"a prompt has {len(ids[longest])} tokens, the base has room for {room} beside the answer",
-            where=f"prompt of dialogue {prompts[longest].dialogue[:60]!r}",
-            remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
-        )
-    return EncodedPrompts(list(prompts), ids)
-
-
-def reward_source(session: Session) -> RewardSource:
-    """The reward of a recipe: a function, or the reward stage's adapter."""
-    settings = session.recipe.rl
-    assert settings is not None
-    if settings.reward.function is not None:
-        return RewardFunction(settings.reward.function)
-    session.load(Role.REWARD)
-    stamp = read_stamp(session.folder.adapter(Role.REWARD))
-    pad_id = session.base.chat.pad_id
-    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
-
-
 def _begin(session: Session, settings: Rl) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
     roles = session.roles
@@ -336,13 +235,9 @@ def _chosen(loop: Loop) -> list[int]:
     chosen = []
     for place in range(loop.step * per_step, (loop.step + 1) * per_step):
         passed, within = divmod(place, count)
-        order = random.Random(_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
+        order = random.Random(derived_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
         chosen += [order[within]] * loop.settings.samples_per_prompt
     return chosen
-
-
-def _seed(seed: int, purpose: str, number: int) -> int:
-    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)
 
 
 def _save(session: Session, settings: Rl) -> None:

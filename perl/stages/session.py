@@ -19,7 +19,8 @@ from perl.measure.meter import Meter
 from perl.model.adapters import load_adapter, weights_file_sha256
 from perl.model.base import Base, load_base, random_base
 from perl.model.build import build_base
-from perl.model.roles import Role, Roles, lora_config
+from perl.model.lora import lora_config
+from perl.model.roles import Role, Roles
 from perl.progress import console
 from perl.recipe import Recipe
 from perl.rundir import RunFolder

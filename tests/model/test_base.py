@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 
 from perl.errors import UserError
 from perl.model.base import load_base, random_base, weights_sha256
-from perl.model.roles import Role, Roles, lora_config
+from perl.model.lora import lora_config
+from perl.model.roles import Role, Roles
 
 CPU = torch.device("cpu")
 CONFIG = {

@@ -16,7 +16,8 @@ from transformers import (
 
 from perl.errors import UserError
 from perl.model.base import weights_sha256
-from perl.model.roles import Role, Roles, lora_config
+from perl.model.lora import lora_config
+from perl.model.roles import Role, Roles
 
 TRAINED = (Role.POLICY, Role.REWARD, Role.CRITIC)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from perl.model.base import load_base
-from perl.model.roles import Role, Roles, lora_config
+from perl.model.lora import lora_config
+from perl.model.roles import Role, Roles
 from perl.rl.rollout import micro_batches, read_answers, trim
 from perl.rl.sampler import Samples, sample
 

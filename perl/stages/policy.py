@@ -1,0 +1,118 @@
+"""Judging a policy: its prompts, where its reward comes from, and its figures on held-out prompts."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from perl.data.records import Prompt
+from perl.errors import UserError
+from perl.model.adapters import read_stamp
+from perl.model.roles import Role
+from perl.rl.algorithms import Scored
+from perl.rl.arithmetic import kl_k1, masked_mean
+from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
+from perl.rl.rollout import Answers, EncodedPrompts, Sampling, draw, read_answers, score, scored
+from perl.stages.session import Session
+
+EVAL_BATCH = 64
+"""Answers sampled at once in evaluation."""
+
+
+def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    """Prompts as tokens.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in the base's context; a kind of prompt is mixed with
+            another.
+    """
+    settings, chat = session.recipe.rl, session.base.chat
+    assert settings is not None
+    room = session.base.context_length - settings.max_new_tokens
+    limit = settings.max_prompt_length
+    if room < 1 or (limit is not None and limit > room):
+        raise UserError(
+            f"the base's context is {session.base.context_length} tokens: no room for prompts of {limit or 1} and "
+            f"answers of {settings.max_new_tokens}",
+            where="rl.max_new_tokens",
+            remedy="Lower rl.max_new_tokens or rl.max_prompt_length.",
+        )
+    text = [prompt.context[-1].speaker == "text" for prompt in prompts]
+    if any(text) != all(text):
+        raise UserError(
+            f"the prompts are of two kinds, {sum(text)} of plain text and {len(text) - sum(text)} of messages, "
+            "whose answers end differently",
+            where=f"data.source {session.recipe.data.source}",
+            remedy="Write all prompts as text, or all as messages.",
+        )
+    ids = [chat.context(prompt.context)[-(limit or 0) :] for prompt in prompts]
+    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    if len(ids[longest]) > room:
+        raise UserError(
+            f"a prompt has {len(ids[longest])} tokens, the base has room for {room} beside the answer",
+            where=f"prompt of dialogue {prompts[longest].dialogue[:60]!r}",
+            remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
+        )
+    return EncodedPrompts(list(prompts), ids)
+
+
+def reward_source(session: Session) -> RewardSource:
+    """The reward of a recipe: a function, or the reward stage's adapter."""
+    settings = session.recipe.rl
+    assert settings is not None
+    if settings.reward.function is not None:
+        return RewardFunction(settings.reward.function)
+    session.load(Role.REWARD)
+    stamp = read_stamp(session.folder.adapter(Role.REWARD))
+    pad_id = session.base.chat.pad_id
+    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
+
+
+def evaluate_policy(
+    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
+) -> dict[str, float]:
+    """Reward, gold score, KL to the reference (nats an answer, k1) and length of answers to held-out prompts."""
+    settings = session.recipe.rl
+    assert settings is not None
+    session.roles.eval()
+    generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "evaluate", 0))
+    sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    totals: dict[str, float] = {}
+    for start in range(0, len(prompts), EVAL_BATCH):
+        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
+        samples, texts = draw(session.roles, role, session.base.chat, part, sampling, generator)
+        answers = score(reward, part, samples, texts, settings.missing_end_penalty)
+        reference_BT, _ = read_answers(
+            session.roles,
+            session.roles.reference,
+            samples,
+            settings.micro_batch_size,
+            temperature=settings.temperature,
+            head=None,
+        )
+        assert reference_BT is not None
+        figures = describe(answers, scored(answers, reference_BT, None))
+        if session.held_out.judge is not None:
+            figures["gold"] = sum(session.held_out.judge(part.prompts, texts)) / len(part)
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
+    kept = ("reward", "gold", "kl", "answer_tokens", "ended")
+    return {name: totals[name] for name in kept if name in totals}
+
+
+def describe(answers: Answers, rollout: Scored) -> dict[str, float]:
+    """A rollout in figures; `kl` is the k1 estimate in nats an answer."""
+    kl_BT = kl_k1(rollout.sampler_log_probs_BT, rollout.reference_log_probs_BT)
+    return {
+        "reward": float(answers.rewards_B.mean()),
+        "score": float(answers.scores_B.mean()),
+        "kl": float(kl_BT.masked_fill(~rollout.mask_BT, 0.0).sum(1).mean()),
+        "kl_token": float(masked_mean(kl_BT, rollout.mask_BT)),
+        "answer_tokens": float(rollout.mask_BT.sum(1).float().mean()),
+        "ended": float(answers.samples.ended_B.float().mean()),
+    }
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

@@ -143,7 +143,8 @@ def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> 
     samples, settings = answers.samples, loop.settings
     tokens = float(rollout.mask_BT.sum())
     sums: dict[str, float] = {}
-    for _ in range(settings.epochs):
+    mismatch = 0.0
+    for epoch in range(settings.epochs):
         sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "sampler_mismatch": 0.0}
         for rows in micro_batches(samples, settings.micro_batch_size):
             with loop.session.roles.checkpointed(loop.session.recipe.checkpoint_activations):
@@ -153,9 +154,11 @@ def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> 
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient of step {loop.step + 1} is not finite; it was not applied")
             sums["grad_norm"] = max(sums.get("grad_norm", 0.0), norm)
+        # Only before the first update is the policy the one that sampled: there they must agree.
+        mismatch = sums["sampler_mismatch"] if epoch == 0 else mismatch
         loop.optimizer.step()
         loop.optimizer.zero_grad(set_to_none=True)
-    return sums
+    return sums | {"sampler_mismatch": mismatch}
 
 
 def _accumulate(

@@ -38,6 +38,8 @@ class Build(Section):
     steps: Positive = 1800
     batch_tokens: Positive = 1536
     learning_rate: Rate = 3e-3
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the base alone: like a pretrained model, it stays the same when the run's seed changes."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Build":

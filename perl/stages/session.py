@@ -107,7 +107,7 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> Base:
     """The base of a recipe: loaded, built or drawn at random."""
     spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
     if spec.build is not None:
-        folder = build_base(_corpus(train), seed=recipe.seed, **spec.build.model_dump())
+        folder = build_base(_corpus(train), **spec.build.model_dump())
         return load_base(str(folder), dtype, device)
     if spec.config is not None:
         return random_base(spec.config, dtype, device, recipe.seed)

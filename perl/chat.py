@@ -38,7 +38,7 @@ def chat(run: Path) -> None:
 
 def _load(session: Session) -> list[Role]:
     """Load the language-model roles that the run has trained."""
-    trained = [role for role in (Role.SFT, Role.POLICY) if session.folder.adapter(role).exists()]
+    trained = [role for role in (Role.SFT, Role.POLICY) if session.saved(role).exists()]
     for role in trained:
         session.load(role)
     return [Role.BASE, *trained]

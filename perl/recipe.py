@@ -124,7 +124,8 @@ class Rl(Section):
 
     algorithm: Literal["reinforce", "ppo", "rloo"] = "reinforce"
     critic: Literal["shared", "adapter", "none"] | None = None
-    """A head on the policy's trunk, an adapter of its own, or none. Unset: none for rloo, else shared."""
+    """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
+    for rloo; else shared under LoRA, adapter under full tuning."""
     reward: RewardFrom = RewardFrom()
     steps: Positive = 100
     prompts_per_step: Positive = 16
@@ -156,11 +157,6 @@ class Rl(Section):
             raise ValueError("reinforce is on-policy: epochs must be 1 (ppo allows more)")
         return self
 
-    @property
-    def critic_kind(self) -> Literal["shared", "adapter", "none"]:
-        """The critic in use, the default resolved."""
-        return self.critic or ("none" if self.algorithm == "rloo" else "shared")
-
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
@@ -171,7 +167,8 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    tuning: Literal["lora"] = "lora"
+    tuning: Literal["lora", "full"] = "lora"
+    """Adapters on one shared base; or a whole model for each role, trained whole: the conventional way."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     base: Base
@@ -187,7 +184,19 @@ class Recipe(Section):
             raise ValueError("no stage to run: add a section sft, reward or rl")
         if self.rl and not self.rl.reward.function and not self.reward:
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        if self.tuning == "full" and self.base.quantization != "none":
+            raise ValueError("full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora")
         return self
+
+    @property
+    def critic(self) -> Literal["shared", "adapter", "none"]:
+        """The critic in use, the default resolved."""
+        assert self.rl is not None
+        if self.rl.critic is not None:
+            return self.rl.critic
+        if self.rl.algorithm == "rloo":
+            return "none"
+        return "shared" if self.tuning == "lora" else "adapter"
 
     @property
     def stages(self) -> tuple[StageName, ...]:

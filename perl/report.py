@@ -10,7 +10,6 @@ import torch
 
 from perl import __version__
 from perl.files import write_json
-from perl.model.base import weights_sha256
 from perl.progress import console
 from perl.stages.session import Session
 
@@ -24,7 +23,7 @@ def write_report(session: Session) -> Path:
         RuntimeError: the base's bytes after the run are not those before it.
     """
     recipe, base = session.recipe, session.base
-    after = weights_sha256(base.lm)
+    after = session.roles.base_sha256()
     stages = {stage: session.folder.result(stage) for stage in recipe.stages}
     report: dict[str, Any] = {
         "name": recipe.name,
@@ -47,6 +46,8 @@ def write_report(session: Session) -> Path:
     }
     path = session.folder.path / "report.json"
     write_json(path, report)
+    if after is None:  # full tuning: every role has weights of its own
+        return path
     if after != base.sha256:
         raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
     console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")

@@ -2,7 +2,7 @@
 
 recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
-    adapter/                             see perl.model.adapters
+    adapter/ (or model/: full tuning)    see perl.model.saved
     metrics.jsonl                        a line a step
     result.json                          what the stage came to; there when the stage is finished
 report.json
@@ -90,10 +90,6 @@ class RunFolder:
     def role(self, role: Role) -> Path:
         """The folder of a role."""
         return self.path / role
-
-    def adapter(self, role: Role) -> Path:
-        """The adapter folder of a role."""
-        return self.role(role) / "adapter"
 
     def metrics(self, stage: StageName) -> "MetricsLog":
         """The step-by-step figures of a stage, begun anew."""

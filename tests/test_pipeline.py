@@ -10,10 +10,11 @@ from transformers import AutoTokenizer
 
 from perl.data.records import Demonstration, Turn
 from perl.errors import UserError
-from perl.model.adapters import load_adapter, read_stamp, weights_file_sha256
 from perl.model.base import load_base
 from perl.model.lora import lora_config
-from perl.model.roles import Role, Roles
+from perl.model.roles import Role
+from perl.model.saved import load_role, read_stamp, weights_sha256
+from perl.model.shared_base import SharedBase
 from perl.recipe import load_recipe
 from perl.stages.session import open_session
 from perl.stages.sft import tokenized, train_sft
@@ -74,9 +75,9 @@ def test_a_run_writes_what_the_contract_promises(finished: Path, run_cli: RunCli
 def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None:
     policy = AutoPeftModelForCausalLM.from_pretrained(finished / "policy" / "adapter")
     assert any("lora_A" in name for name, _ in policy.named_parameters())
-    base = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    roles = Roles(base.lm, lora_config(2, 4, 0.0, "all-linear", "all", base.lm))
-    load_adapter(roles, Role.REWARD, finished / "reward" / "adapter", base)
+    base, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    load_role(roles, Role.REWARD, finished / "reward" / "adapter", base)
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(
         finished / "reward" / "adapter", num_labels=1
     ).eval()
@@ -92,15 +93,15 @@ def test_a_stamp_names_the_parent_and_refuses_another_base(
     finished: Path, tiny_llama: Path, tiny_gpt2: Path
 ) -> None:
     stamp = read_stamp(finished / "policy" / "adapter")
-    assert stamp.parent_sha256 == weights_file_sha256(finished / "sft" / "adapter")
-    other = load_base(str(tiny_llama), torch.float32, torch.device("cpu"), random_seed=7)
-    roles = Roles(other.lm, lora_config(2, 4, 0.0, "all-linear", "all", other.lm))
+    other, other_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"), random_seed=7)
+    roles = SharedBase(other_lm, lora_config(2, 4, 0.0, "all-linear", "all", other_lm))
+    assert stamp.parent_sha256 == weights_sha256(roles, finished / "sft" / "adapter")
     with pytest.raises(UserError, match="belongs to another base"):
-        load_adapter(roles, Role.SFT, finished / "sft" / "adapter", other)
-    same = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    narrow = Roles(same.lm, lora_config(2, 8, 0.0, "all-linear", "all", same.lm))
+        load_role(roles, Role.SFT, finished / "sft" / "adapter", other)
+    same, same_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    narrow = SharedBase(same_lm, lora_config(2, 8, 0.0, "all-linear", "all", same_lm))
     with pytest.raises(UserError, match="another rank, alpha"):
-        load_adapter(narrow, Role.SFT, finished / "sft" / "adapter", same)
+        load_role(narrow, Role.SFT, finished / "sft" / "adapter", same)
 
 
 def test_stages_run_one_by_one_come_to_the_same(

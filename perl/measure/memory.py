@@ -1,7 +1,6 @@
-"""Peak memory: live tensor bytes on a CPU, the allocator's peak on CUDA, and the process's RSS.
+"""Live tensor bytes, what a CPU run reports as its memory; and the process's RSS beside them.
 
-RSS cannot be repeated: it depends on what the C allocator kept from before. The bytes of live tensors can, so
-they are what a CPU run reports as its peak, with the RSS beside it.
+RSS cannot be repeated: it depends on what the C allocator kept from before. The bytes of live tensors can.
 
 `torch.distributed._tools.mem_tracker.MemTracker`, torch's own tool for this, cannot be used: it fails on
 parameters that do not require grad, and here that is the whole base.
@@ -15,8 +14,7 @@ import gc
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,49 +120,6 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self._current -= self._sizes.pop(key)
         del self._references[key]
-
-
-class Peak:
-    """A peak in bytes: while it is measured the peak so far, afterwards the peak."""
-
-    def __init__(self, read: Callable[[], int]) -> None:
-        self._read = read
-        self._final: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        """The peak."""
-        return self._read() if self._final is None else self._final
-
-    def close(self) -> None:
-        """Keep the peak as it is now."""
-        self._final = self.bytes
-
-
-@contextmanager
-def measure_peak(device: torch.device | str, tensors: Iterable[Tensor] = ()) -> Iterator[Peak]:
-    """Measure the peak memory of what runs inside.
-
-    On CUDA it is the allocator's peak, of everything on the device, and costs nothing; the allocator has one
-    peak only, so an inner measurement there cuts the outer one short. Elsewhere it is the peak of live
-    tensor bytes (`LiveBytes`), which slows every operator by some microseconds.
-
-    Args:
-        device: where the work is done.
-        tensors: tensors alive already that are to count; on CUDA all do.
-    """
-    mode: AbstractContextManager[Any]
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        mode, peak = nullcontext(), Peak(lambda: torch.cuda.max_memory_allocated(device))
-    else:
-        mode = live = LiveBytes(tensors)
-        peak = Peak(lambda: live.peak)
-    with mode:
-        try:
-            yield peak
-        finally:
-            peak.close()
 
 
 def peak_rss_bytes() -> int:

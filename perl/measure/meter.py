@@ -1,55 +1,120 @@
-"""What a stage costs: seconds, tokens, and the peak of its memory."""
+"""What a stage costs: seconds, tokens, floating-point operations, and memory by phase and kind."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perl.measure.memory import measure_peak, peak_rss_bytes
+from perl.measure.flops import Flops
+from perl.measure.ledger import Allocator, Timeline
+from perl.measure.memory import peak_rss_bytes
+from perl.measure.probe import Kind, Phase, listening, mark
 
 MEASURED_STEPS = 2
-"""Live bytes are tracked on the first steps only, on CPU: the tracker slows small models by up to 2.4 times."""
+"""Memory and operations are followed on the first steps only: it slows small models by up to 2.4 times."""
 
 
 class Meter:
-    """Counts a stage's time and tokens, and measures the memory of its first steps (on CUDA, of them all).
+    """Counts a stage's time and tokens, and follows the memory and the operations of its first steps.
 
     Args:
         device: where the work is done.
-        tensors: gives the tensors that live through the whole stage, such as the base's weights.
+        resident: the tensors that live through the whole stage, by what they are for.
+        trunks: the modules whose `attention_mask` says how many of the computed positions are real.
     """
 
-    def __init__(self, device: torch.device, tensors: Callable[[], list[Tensor]]) -> None:
-        self._device, self._tensors = device, tensors
-        self._steps = 0
-        self._seconds = 0.0
-        self._tokens = 0
-        self._peak = 0
+    def __init__(
+        self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]], trunks: Iterable[nn.Module]
+    ) -> None:
+        self._ledger = Allocator(device, resident) if device.type == "cuda" else Timeline(resident)
+        self._flops = Flops(trunks)
+        self._steps, self._tokens, self._measured_tokens = 0, 0, 0
+        self._seconds, self._measured_seconds = 0.0, 0.0
+        self._phase: Phase = "load"
+        self._phase_seconds: dict[Phase, float] = {}
+        self._since = time.perf_counter()
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[Callable[[int], None]]:
-        """Measure one step; what it yields counts the step's tokens."""
-        begin = time.perf_counter()
-        if self._steps < MEASURED_STEPS or self._device.type == "cuda":
-            with measure_peak(self._device, self._tensors()) as peak:
-                yield self._count
-            self._peak = max(self._peak, peak.bytes)
-        else:
+    def step(self, optimizer: Any) -> Iterator[Callable[[int], None]]:
+        """Measure one step; what it yields counts the step's tokens. All is `update` that is no other phase.
+
+        Args:
+            optimizer: whose parameters' gradients and whose state are told apart from activations.
+        """
+        begin, tokens = time.perf_counter(), self._tokens
+        measured = self._steps < MEASURED_STEPS
+        with contextlib.ExitStack() as stack:
+            if measured:
+                stack.enter_context(self._measuring(optimizer))
+            stack.enter_context(self.phase("update"))
             yield self._count
         self._steps += 1
-        self._seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._seconds += seconds
+        if measured:
+            self._measured_seconds += seconds
+            self._measured_tokens += self._tokens - tokens
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Inside, what is done is this; afterwards it is what it was."""
+        before = self._phase
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def _enter(self, name: Phase) -> None:
+        now = time.perf_counter()
+        self._phase_seconds[self._phase] = self._phase_seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = name, now
+        self._ledger.phase(name)
+
+    @contextlib.contextmanager
+    def _measuring(self, optimizer: Any) -> Iterator[None]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with contextlib.ExitStack() as stack:
+            for parameter in parameters:
+                hook = parameter.register_post_accumulate_grad_hook(lambda p: mark("gradients", [p.grad]))
+                stack.callback(hook.remove)
+            stack.enter_context(listening(self._ledger))
+            stack.enter_context(listening(self._flops))
+            stack.enter_context(self._ledger)
+            stack.enter_context(self._flops.counting())
+            yield
+            state = [value for state in optimizer.state.values() for value in state.values()]
+            mark("optimizer", [value for value in state if isinstance(value, Tensor)])
 
     def _count(self, tokens: int) -> None:
         self._tokens += tokens
 
-    def figures(self, tokens: int | None = None) -> dict[str, float]:
-        """The stage's figures; `tokens` where they were not counted step by step."""
-        counted = self._tokens if tokens is None else tokens
+    def figures(self, tokens: int | None = None) -> dict[str, Any]:
+        """The stage's figures: seconds, bytes, operations.
+
+        Args:
+            tokens: of the whole stage, where they were not counted step by step.
+        """
+        tokens = self._tokens if tokens is None else tokens
+        # The speed is that of the steps that nobody followed, where there are any.
+        followed = self._measured_tokens if self._tokens else self._flops.tokens
+        if self._steps > MEASURED_STEPS:
+            speed = (tokens - followed) / max(self._seconds - self._measured_seconds, 1e-9)
+        else:
+            speed = tokens / max(self._seconds, 1e-9)
+        memory = self._ledger.memory()
         return {
             "seconds": round(self._seconds, 2),
-            "tokens_per_second": round(counted / max(self._seconds, 1e-9), 1),
-            "peak_memory_bytes": self._peak,
+            "tokens_per_second": round(speed, 1),
+            "peak_memory_bytes": max(phase.peak for phase in memory.values()),
             "peak_rss_bytes": peak_rss_bytes(),
+            "memory": {name: {"peak": phase.peak, "kinds": phase.kinds} for name, phase in memory.items()},
+            "phase_seconds": {
+                name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
+            },
+            "flops_per_token": round(self._flops.total / max(followed, 1)),
+            "useful_flops_share": round(self._flops.useful / max(self._flops.total, 1.0), 4),
         }

@@ -1,7 +1,7 @@
 """The frozen base: loaded once, from a hub id, a folder or a bare configuration, and told apart by its hash."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,18 @@ from perl.model.chat import ChatFormat
 
 @dataclass(frozen=True)
 class Base:
-    """The model that every role shares, and how it writes dialogues."""
+    """What is known of the base besides its weights, and how it writes dialogues."""
 
     name: str
-    lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
     sha256: str
     """Of the weights as loaded; see `weights_sha256`."""
     parameters: int
-
-    @property
-    def context_length(self) -> int:
-        """The longest sequence the base takes, in tokens."""
-        return int(getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**31))
+    context_length: int
+    """The longest sequence the base takes, in tokens."""
+    load: Callable[[], PreTrainedModel]
+    """Loads (or draws) the same weights once more."""
 
 
 def load_base(
@@ -47,7 +45,7 @@ def load_base(
     *,
     four_bit: bool = False,
     random_seed: int | None = None,
-) -> Base:
+) -> tuple[Base, PreTrainedModel]:
     """Load a causal LM and its tokenizer from the hub or a folder; safetensors only.
 
     With a `random_seed` only the configuration is read, and the weights are drawn at random.
@@ -59,16 +57,19 @@ def load_base(
     remedy = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UserError("no such folder", where=f"base.model {model}", remedy=remedy)
-    if random_seed is None:
-        lm = _load_weights(model, dtype, device, four_bit, remedy)
-    else:
+
+    def load() -> PreTrainedModel:
+        if random_seed is None:
+            return _load_weights(model, dtype, device, four_bit, remedy)
         config = _load_config(model, remedy)
         try:
-            lm = _random_weights(config, dtype, device, random_seed)
+            return _random_weights(config, dtype, device, random_seed)
         except Exception as error:  # as in `random_base`
             raise UserError(
                 f"not a causal LM: {_first_line(error)}", where=f"base.model {model}", remedy=remedy
             ) from None
+
+    lm = load()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
@@ -77,17 +78,23 @@ def load_base(
             where=f"base.model {model}",
             remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
         ) from None
-    return _base(model, lm, tokenizer)
+    return _base(model, lm, tokenizer, load), lm
 
 
-def random_base(config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Base:
+def random_base(
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Base, PreTrainedModel]:
     """A base of random weights from a configuration alone, with a tokenizer of its vocabulary's size.
 
     Raises:
         UserError: the configuration is not one of a causal LM.
     """
+
+    def load() -> PreTrainedModel:
+        return _random_weights(AutoConfig.for_model(**config), dtype, device, seed)
+
     try:
-        lm = _random_weights(AutoConfig.for_model(**config), dtype, device, seed)
+        lm = load()
     except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
         raise UserError(
             f"not the configuration of a causal LM: {_first_line(error)}",
@@ -95,10 +102,12 @@ def random_base(config: dict[str, Any], dtype: torch.dtype, device: torch.device
             remedy="Give model_type (such as llama) and that model's own keys.",
         ) from None
     name = f"random {config.get('model_type')}"
-    return _base(name, lm, _numbered_tokens(lm.get_input_embeddings().weight.shape[0]))
+    return _base(name, lm, _numbered_tokens(lm.get_input_embeddings().weight.shape[0]), load), lm
 
 
-def _base(name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
+def _base(
+    name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, load: Callable[[], PreTrainedModel]
+) -> Base:
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
         raise UserError(
@@ -108,7 +117,8 @@ def _base(name: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         )
     _check_causal(lm, name)
     parameters = sum(parameter.numel() for parameter in lm.parameters())
-    return Base(name, lm, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters)
+    context_length = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
+    return Base(name, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters, context_length, load)
 
 
 @torch.no_grad()

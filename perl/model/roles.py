@@ -1,34 +1,35 @@
-"""One frozen base, and the roles on it: each is a low-rank adapter, with a scalar head where it scores.
+"""The roles of alignment, and one module that computes as any of them.
 
     reference = base + `sft`      policy = base + `policy`      reward = base + `reward` + head
     critic    = base + `critic` + head, or only a head on the policy's trunk
 
-Switching. peft's own `set_adapter` also switches `requires_grad`, and a forward whose backward runs under
-another adapter is silently wrong (with activation checkpointing the layers are computed again under whatever
-adapter is active by then). So here the two are kept apart: `role()` only says which adapter computes, and
-puts back what it found; `train_only()` says which parameters learn; and checkpointed layers enter the role they
-were first computed under before they are computed again.
+Where their weights are is said by two subclasses: `SharedBase`, adapters on one frozen base, and
+`SeparateModels`, the conventional side with a whole model for each.
+
+Switching. A forward whose backward runs as another role is silently wrong (with activation checkpointing the
+layers are computed again as whoever computes by then). So the two are kept apart: `role()` only says who
+computes, and puts back what it found; `train_only()` says which parameters learn; and checkpointed layers enter
+the role they were first computed as before they are computed again.
 
 Axis letters: B rows, L positions of prompt and answer, T positions of the answer, D hidden.
 """
 
 import contextlib
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from peft import LoraConfig
-from peft.functional import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl.errors import UserError
+from perl.measure.probe import recomputing
 from perl.model.log_probs import log_probs_and_entropy
 
 CHUNK = 1024
@@ -36,7 +37,7 @@ CHUNK = 1024
 
 
 class Role(StrEnum):
-    """Who computes. The value is the name of the role's adapter; `BASE` has none."""
+    """Who computes. The value is the name of the role's folder and adapter; `BASE` has none."""
 
     BASE = "base"
     SFT = "sft"
@@ -58,33 +59,62 @@ class Outputs(NamedTuple):
     """The head's score of the whole row, read at its last token, fp32."""
 
 
-class Roles(nn.Module):
-    """All roles on one base, in one module: the thing that DDP, DeepSpeed or FSDP wrap.
+class Roles(nn.Module, ABC):
+    """All roles in one module: the thing that DDP, DeepSpeed or FSDP wrap."""
 
-    Args:
-        lm: a causal language model; it is frozen, and LoRA layers are put into it in place.
-        lora: the shape of every adapter.
+    prefix: ClassVar[str]
+    """Stands before the names of weights on disk, as the library that reads them expects."""
+    folder: ClassVar[str]
+    """The folder of a role's weights on disk, inside the role's own."""
+    weights_file: ClassVar[str]
+    """The file of the weights there."""
 
-    Raises:
-        UserError: the LoRA settings do not fit the model, or its logits are not a plain product with the
-            output embedding.
-    """
-
-    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lm = lm.requires_grad_(False).eval()
-        self.lora = lora
         self.heads = nn.ModuleDict()
-        self._layers: list[LoraLayer] = []
-        self._checkpointed: list[GradientCheckpointingLayer] = []
         self._active = Role.BASE
-        _check_logits(lm)
+        self._checkpointed: list[GradientCheckpointingLayer] = []
 
     @property
+    @abstractmethod
     def roles(self) -> frozenset[Role]:
-        """The roles that exist, `BASE` among them."""
-        adapters = getattr(self.lm, "peft_config", {})
-        return frozenset({Role.BASE, *(Role(name) for name in adapters), *(Role(name) for name in self.heads)})
+        """The roles that exist."""
+
+    @abstractmethod
+    def model(self) -> PreTrainedModel:
+        """The language model as the active role has it."""
+
+    @abstractmethod
+    def models(self) -> list[PreTrainedModel]:
+        """All language models in memory."""
+
+    @abstractmethod
+    def weights(self, role: Role) -> dict[str, nn.Parameter]:
+        """What a role has of its own besides its head, by names that do not contain the role's."""
+
+    @abstractmethod
+    def keep(self, *roles: Role) -> None:
+        """Free the memory of all other roles that have whole models of their own."""
+
+    @abstractmethod
+    def base_sha256(self) -> str | None:
+        """SHA-256 of the shared base's weights as they are now; None where there is no shared base."""
+
+    @abstractmethod
+    def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
+        """Write beside a role's weights what peft or transformers need to load them."""
+
+    @abstractmethod
+    def config_fits(self, folder: Path) -> bool:
+        """Whether weights written with this configuration mean here what they meant there."""
+
+    @abstractmethod
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        """Give a role weights of its own, equal to another role's."""
+
+    @abstractmethod
+    def _activate(self, role: Role) -> None:
+        """Let this role compute."""
 
     @property
     def reference(self) -> Role:
@@ -92,63 +122,36 @@ class Roles(nn.Module):
         return Role.SFT if Role.SFT in self.roles else Role.BASE
 
     @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        device: torch.device = self.lm.get_output_embeddings().weight.device
-        return device
-
-    @property
     def active(self) -> Role:
         """The role that computes now."""
         return self._active
 
-    def add(self, role: Role, copy_of: Role = Role.BASE, *, adapter: bool = True, head: bool = False) -> None:
-        """Give a role its adapter and its head; a new adapter is the identity, a new head scores 0.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
+        """Give a role its weights and its head; it starts as the role it is a copy of, a new head scores 0.
 
         Args:
             role: whose; it must be new.
-            copy_of: the role whose adapter (and head, if it has one) it starts from.
-            adapter: False for a critic that is only a head on the policy's trunk.
+            copy_of: the role whose weights (and head, if it has one) it starts from.
+            weights: False for a critic that is only a head on the policy's trunk.
             head: whether it scores.
         """
-        assert role not in self.roles, f"{role} exists"
-        if adapter:
-            self._add_adapter(role)
-            if copy_of is not Role.BASE:
-                source, target = self.adapter(copy_of), self.adapter(role)
-                for name, parameter in target.items():
-                    parameter.data.copy_(source[name].data)
+        assert role not in self.roles - {Role.BASE}, f"{role} exists"
+        if weights:
+            self._add_weights(role, copy_of)
         if head:
-            width = self.lm.get_output_embeddings().weight.shape[1]
+            with self.role(role if weights else self._active):
+                width = self.model().get_output_embeddings().weight.shape[1]
             self.heads[role] = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
-            start = self.head(copy_of).weight if copy_of in self.heads else torch.zeros(1, width)
-            self.head(role).weight.data.copy_(start)
-
-    def _add_adapter(self, role: Role) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
-                inject_adapter_in_model(self.lora, self.lm, adapter_name=role)
-        except ValueError as error:
-            raise UserError(
-                f"LoRA does not fit this model: {error}",
-                where="lora.targets",
-                remedy="Name modules of this model, or use all-linear.",
-            ) from None
-        self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
-        for parameter in self.adapter(role).values():
-            parameter.data = parameter.data.float()  # adapters learn in fp32 on a base of any dtype
-        self.lm.requires_grad_(False)
-        self._activate(self._active)
-
-    def adapter(self, role: Role) -> dict[str, nn.Parameter]:
-        """The LoRA parameters of a role, by their names without the role's."""
-        mark = f".{role}."
-        return {
-            name.replace(mark, "."): parameter
-            for name, parameter in self.lm.named_parameters()
-            if "lora_" in name and mark in name
-        }
+            with torch.no_grad():
+                if copy_of in self.heads:
+                    self.head(role).weight.copy_(self.head(copy_of).weight)
+                else:
+                    self.head(role).weight.zero_()
 
     def head(self, role: Role) -> nn.Linear:
         """The scalar head of a role that scores."""
@@ -157,10 +160,10 @@ class Roles(nn.Module):
         return head
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
-        """All that the roles learn: adapters and heads."""
+        """All that the roles learn: their weights and heads."""
         found = []
         for role in roles:
-            found += [*self.adapter(role).values()]
+            found += [*self.weights(role).values()]
             found += [*self.heads[role].parameters()] if role in self.heads else []
         return found
 
@@ -182,41 +185,19 @@ class Roles(nn.Module):
         finally:
             self._activate(before)
 
-    def _activate(self, role: Role) -> None:
-        # peft's set_adapter would also write every requires_grad; this attribute is all that its forward reads.
-        adapters = getattr(self.lm, "peft_config", {})
-        active = [str(role)] if role in adapters else []
-        for layer in self._layers:
-            layer._active_adapter = active
-        self._active = role
-
-    def train(self, mode: bool = True) -> "Roles":
-        """Switch LoRA's dropout. The frozen base stays in eval mode: its own dropout is never wanted here."""
-        super().train(mode)
-        self.lm.eval()
-        for layer in self._layers:
-            layer.lora_dropout.train(mode)
-        for block in self._checkpointed:  # transformers checkpoints a block only if it says it is training
-            block.training = True
-        return self
-
     @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:
         """Inside, keep only each block's input for the backward pass and compute the rest again."""
         if not enabled:
             yield
             return
-
-        def same_role() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), self.role(self._active)
-
         # On the blocks themselves: the model's own method for it changes its name between versions.
-        self._checkpointed = [
-            block for block in self.lm.modules() if isinstance(block, GradientCheckpointingLayer)
-        ]
+        self._checkpointed = [block for block in self.modules() if isinstance(block, GradientCheckpointingLayer)]
         for block in self._checkpointed:
             block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=same_role)
+            block._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, context_fn=self._same_role_again
+            )
         self.train(self.training)
         try:
             yield
@@ -226,15 +207,37 @@ class Roles(nn.Module):
             self._checkpointed = []
             self.train(self.training)
 
+    def _same_role_again(self) -> tuple[Any, Any]:
+        """The contexts of a checkpointed block: when it is first computed, and when again."""
+
+        @contextlib.contextmanager
+        def again(role: Role) -> Iterator[None]:
+            with self.role(role), recomputing():
+                yield
+
+        return contextlib.nullcontext(), again(self._active)
+
+    def train(self, mode: bool = True) -> "Roles":
+        """Note whether LoRA's dropout is on. The base stays in eval mode: its own dropout is never wanted here."""
+        super().train(False)
+        self.training = mode
+        for block in self._checkpointed:  # transformers checkpoints a block only if it says it is training
+            block.training = True
+        return self
+
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states (B, L, D) after the last norm, under the active role.
 
         Positions are counted over real tokens, so the padding side does not matter (GPT-2 needs telling).
         """
         positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
-        hidden: Tensor = self.lm.base_model(
-            input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False
-        ).last_hidden_state
+        hidden: Tensor = (
+            self.model()
+            .base_model(
+                input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False
+            )
+            .last_hidden_state
+        )
         return hidden
 
     def forward(
@@ -260,6 +263,7 @@ class Roles(nn.Module):
         """
         with self.role(role):
             hidden_BLD = self.trunk(ids_BL, mask_BL)
+            embedding = self.model().get_output_embeddings()
         log_probs_BT = entropy_BT = values_BT = scores_B = None
         if answer_length == 0 and head is not None:
             last_B = mask_BL.long().cumsum(1).argmax(1)
@@ -269,7 +273,6 @@ class Roles(nn.Module):
             values_BT = self.head(head)(hidden_BLD[:, -answer_length - 1 : -1].float()).squeeze(-1)
         if temperature is not None:
             answer_BT = mask_BL[:, -answer_length:]
-            embedding = self.lm.get_output_embeddings()
             log_probs_N, entropy_N = log_probs_and_entropy(
                 hidden_BLD[:, -answer_length - 1 : -1][answer_BT],
                 embedding.weight,
@@ -285,7 +288,7 @@ class Roles(nn.Module):
 
 
 @torch.no_grad()
-def _check_logits(lm: PreTrainedModel) -> None:
+def check_logits(lm: PreTrainedModel) -> None:
     """Some models scale or cap their logits; reading them off the hidden states would be silently wrong."""
     embedding = lm.get_output_embeddings()
     if embedding is None:

@@ -15,9 +15,9 @@ import torch
 
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
-from perl.model.adapters import Stamp
 from perl.model.chat import MESSAGE_ROLES
 from perl.model.roles import Role, Roles
+from perl.model.saved import Stamp
 from perl.rl.sampler import left_pad
 
 

@@ -80,14 +80,14 @@ def sample(
     values_BT = torch.zeros((batch, max_new_tokens), device=device) if head is not None else None
     ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
 
-    embedding = roles.lm.get_output_embeddings()
-    cache = DynamicCache(config=roles.lm.config)
     rows = torch.arange(batch, device=device)  # the rows of the whole that are still being written
     ids, mask = prompt_ids_BP, prompt_mask_BP.long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with roles.role(role):
+        model = roles.model()
+        embedding, cache = model.get_output_embeddings(), DynamicCache(config=model.config)
         for step in range(max_new_tokens):
-            hidden_BD = roles.lm.base_model(
+            hidden_BD = model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
             all_log_probs_BV = (embedding(hidden_BD).float() / temperature).log_softmax(-1)

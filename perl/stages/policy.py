@@ -7,8 +7,8 @@ import torch
 
 from perl.data.records import Prompt
 from perl.errors import UserError
-from perl.model.adapters import read_stamp
 from perl.model.roles import Role
+from perl.model.saved import read_stamp
 from perl.rl.algorithms import Scored
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
@@ -63,7 +63,7 @@ def reward_source(session: Session) -> RewardSource:
     if settings.reward.function is not None:
         return RewardFunction(settings.reward.function)
     session.load(Role.REWARD)
-    stamp = read_stamp(session.folder.adapter(Role.REWARD))
+    stamp = read_stamp(session.saved(Role.REWARD))
     pad_id = session.base.chat.pad_id
     return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
 

@@ -21,7 +21,6 @@ from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Context, Rating, Records, Turn
 from perl.errors import UserError
 from perl.measure.metrics import reward_metrics
-from perl.model.adapters import save_adapter, stamp_for
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.progress import console, track
@@ -69,6 +68,7 @@ def train_reward(session: Session) -> dict[str, Any]:
     train = reward_rows(session, session.train, settings.loss)
     held_out = reward_rows(session, session.held_out, settings.loss)
     roles.add(Role.REWARD, head=True)
+    roles.keep(Role.REWARD)
     trained = roles.train_only(Role.REWARD)
     examples = _examples(train, settings.loss)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
@@ -98,8 +98,7 @@ def train_reward(session: Session) -> dict[str, Any]:
         trainer.train()
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
-    stamp = stamp_for(Role.REWARD, session.base, **scale)
-    save_adapter(roles, Role.REWARD, session.folder.adapter(Role.REWARD), stamp)
+    session.save(Role.REWARD, **scale)
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
         **meter.figures(sum(len(row) for row in train.ids) * settings.epochs),

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from perl.model.adapters import save_adapter, stamp_for
+from perl.measure.meter import Meter
 from perl.model.roles import Role
 from perl.progress import console, track
 from perl.recipe import Rl
@@ -56,6 +56,9 @@ class Loop:
     model: Any
     optimizer: Any
     learners: list[list[torch.nn.Parameter]]
+    critic: str
+    """`shared`, `adapter` or `none`."""
+    meter: Meter
     step: int = 0
 
     @property
@@ -84,11 +87,11 @@ def train_rl(session: Session) -> dict[str, Any]:
     loop = _begin(session, settings)
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
     before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
-    meter = session.meter()
+    meter = loop.meter
     with session.folder.metrics("rl") as log, track("rl", settings.steps) as bar:
         for step in range(settings.steps):
             loop.step = step
-            with meter.step() as count:
+            with meter.step(loop.optimizer) as count:
                 answers, rollout = collect(loop)
                 targets = loop.algorithm.estimate(rollout, settings.kl_coef)
                 losses = improve(loop, answers, rollout, targets)
@@ -97,13 +100,13 @@ def train_rl(session: Session) -> dict[str, Any]:
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
-    _save(session, settings)
+    _save(session)
     return {
         "trainable_parameters": sum(parameter.numel() for group in loop.learners for parameter in group),
         **meter.figures(),
         "eval": {
             "algorithm": settings.algorithm,
-            "critic": settings.critic_kind,
+            "critic": loop.critic,
             "steps": settings.steps,
             "n": len(eval_prompts),
             **{f"{name}_before": value for name, value in before.items() if name != "kl"},
@@ -119,17 +122,21 @@ def collect(loop: Loop) -> tuple[Answers, Scored]:
     roles.eval()
     generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "sample", loop.step))
     prompts = loop.prompts.take(_chosen(loop))
-    shared = loop.value_head if settings.critic_kind == "shared" else None
-    samples, texts = draw(roles, Role.POLICY, session.base.chat, prompts, loop.sampling, generator, head=shared)
-    answers = score(loop.reward, prompts, samples, texts, settings.missing_end_penalty)
-    reference_BT, _ = read_answers(
-        roles, roles.reference, samples, settings.micro_batch_size, temperature=settings.temperature, head=None
-    )
-    values_BT = samples.values_BT
-    if settings.critic_kind == "adapter":
-        _, values_BT = read_answers(
-            roles, Role.CRITIC, samples, settings.micro_batch_size, temperature=None, head=Role.CRITIC
+    shared = loop.value_head if loop.critic == "shared" else None
+    with loop.meter.phase("generate"):
+        samples, texts = draw(
+            roles, Role.POLICY, session.base.chat, prompts, loop.sampling, generator, head=shared
         )
+    with loop.meter.phase("score"):
+        answers = score(loop.reward, prompts, samples, texts, settings.missing_end_penalty)
+        reference_BT, _ = read_answers(
+            roles, roles.reference, samples, settings.micro_batch_size, temperature=settings.temperature, head=None
+        )
+        values_BT = samples.values_BT
+        if loop.critic == "adapter":
+            _, values_BT = read_answers(
+                roles, Role.CRITIC, samples, settings.micro_batch_size, temperature=None, head=Role.CRITIC
+            )
     assert reference_BT is not None
     return answers, scored(answers, reference_BT, values_BT)
 
@@ -173,7 +180,7 @@ def _accumulate(
     """Add the gradients of one micro-batch."""
     ids_bl, mask_bl, length = trim(answers.samples, rows)
     mask_bt = rollout.mask_BT[rows, :length]
-    shared = loop.value_head if loop.settings.critic_kind == "shared" else None
+    shared = loop.value_head if loop.critic == "shared" else None
     policy = loop.model(
         Role.POLICY, ids_bl, mask_bl, answer_length=length, temperature=loop.settings.temperature, head=shared
     )
@@ -200,21 +207,21 @@ def _accumulate(
 
 def _begin(session: Session, settings: Rl) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
-    roles = session.roles
+    roles, critic = session.roles, session.recipe.critic
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     reward = reward_source(session)
     roles.add(Role.POLICY, copy_of=roles.reference)
     learners = [Role.POLICY]
-    if settings.critic_kind != "none":
-        own = settings.critic_kind == "adapter"
-        start = Role.REWARD if own and Role.REWARD in roles.roles else Role.BASE
-        roles.add(Role.CRITIC, copy_of=start, adapter=own, head=True)
+    if critic != "none":
+        start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
+        roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
         learners.append(Role.CRITIC)
+    roles.keep(roles.reference, Role.REWARD, *learners)
     roles.train_only(*learners)
-    adapters = [parameter for role in learners for parameter in roles.adapter(role).values()]
+    weights = [parameter for role in learners for parameter in roles.weights(role).values()]
     heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
-    groups = [{"params": adapters, "lr": settings.learning_rate}]
+    groups = [{"params": weights, "lr": settings.learning_rate}]
     if heads:
         groups.append({"params": heads, "lr": settings.learning_rate * HEAD_LEARNING_RATE})
     accelerator = Accelerator()
@@ -229,6 +236,8 @@ def _begin(session: Session, settings: Rl) -> Loop:
         model=model,
         optimizer=optimizer,
         learners=[roles.parameters_of(role) for role in learners],
+        critic=critic,
+        meter=session.meter(),
     )
 
 
@@ -243,12 +252,10 @@ def _chosen(loop: Loop) -> list[int]:
     return chosen
 
 
-def _save(session: Session, settings: Rl) -> None:
-    parent = {Role.POLICY: session.roles.reference, Role.CRITIC: Role.REWARD}
-    for role in (Role.POLICY, Role.CRITIC):
-        if role in session.roles.roles:
-            stamp = stamp_for(role, session.base, parent_sha256=session.parent(parent[role]))
-            save_adapter(session.roles, role, session.folder.adapter(role), stamp)
+def _save(session: Session) -> None:
+    session.save(Role.POLICY, parent=session.roles.reference)
+    if Role.CRITIC in session.roles.roles:
+        session.save(Role.CRITIC, parent=Role.REWARD)
 
 
 def summary(result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from perl.data.records import Demonstration, Records
@@ -16,14 +17,19 @@ from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
 from perl.measure.meter import Meter
-from perl.model.adapters import load_adapter, weights_file_sha256
+from perl.measure.probe import Kind
 from perl.model.base import Base, load_base, random_base
 from perl.model.build import build_base
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
+from perl.model.saved import load_role, save_role, stamp_for, weights_sha256
+from perl.model.separate_models import SeparateModels
+from perl.model.shared_base import SharedBase
 from perl.progress import console
 from perl.recipe import Recipe
 from perl.rundir import RunFolder
+
+LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
 
 @dataclass
@@ -39,22 +45,29 @@ class Session:
     device: torch.device
 
     def meter(self) -> Meter:
-        """A meter that counts the base, the adapters and the heads among the live bytes."""
+        """A meter that counts what is in memory now: begun when the stage has all its roles."""
+        learnt = {id(parameter) for role in LEARNERS for parameter in self.roles.parameters_of(role)}
+        whole = self.recipe.tuning == "full"
+        resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
+        for tensor in (*self.roles.parameters(), *self.roles.buffers()):
+            resident["adapters" if id(tensor) in learnt and not whole else "base_weights"].append(tensor)
+        return Meter(self.device, resident, [model.base_model for model in self.roles.models()])
 
-        def resident() -> list[Tensor]:
-            return [*self.roles.parameters(), *self.roles.buffers()]
+    def saved(self, role: Role) -> Path:
+        """Where a role's weights are in the run folder."""
+        return self.folder.role(role) / self.roles.folder
 
-        return Meter(self.device, resident)
+    def save(self, role: Role, parent: Role | None = None, **more: Any) -> None:
+        """Write a role's weights, stamped; `parent` is the role it started from, if that was trained."""
+        inherited = self.saved(parent) if parent is not None else None
+        sha256 = weights_sha256(self.roles, inherited) if inherited is not None and inherited.exists() else None
+        stamp = stamp_for(role, self.base, parent_sha256=sha256, **more)
+        save_role(self.roles, role, self.saved(role), stamp)
 
     def load(self, role: Role) -> None:
-        """Load a role's adapter from the run folder, unless it is in memory."""
+        """Load a role's weights from the run folder, unless they are in memory."""
         if role not in self.roles.roles:
-            load_adapter(self.roles, role, self.folder.adapter(role), self.base)
-
-    def parent(self, role: Role) -> str | None:
-        """The name by which an adapter trained from this role's calls its parent."""
-        folder = self.folder.adapter(role)
-        return weights_file_sha256(folder) if folder.exists() else None
+            load_role(self.roles, role, self.saved(role), self.base)
 
     def trainer_settings(self) -> dict[str, Any]:
         """Settings of transformers' Trainer that every stage shares."""
@@ -97,13 +110,12 @@ def open_session(recipe: Recipe, out: Path) -> Session:
         )
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     _check_records(recipe, train)
-    base = open_base(recipe, train, device)
-    lora = recipe.lora
-    config = lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, base.lm)
-    return Session(recipe, folder, train, held_out, base, Roles(base.lm, config), device)
+    base, lm = open_base(recipe, train, device)
+    roles = _open_roles(recipe, base, lm)
+    return Session(recipe, folder, train, held_out, base, roles, device)
 
 
-def open_base(recipe: Recipe, train: Records, device: torch.device) -> Base:
+def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
     """The base of a recipe: loaded, built or drawn at random."""
     spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
     if spec.build is not None:
@@ -119,6 +131,14 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> Base:
         four_bit=spec.quantization == "4bit",
         random_seed=recipe.seed if spec.random_init else None,
     )
+
+
+def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel) -> Roles:
+    """Nothing but the base so far, ready for roles of the recipe's tuning."""
+    if recipe.tuning == "full":
+        return SeparateModels(lm, base.load)
+    lora = recipe.lora
+    return SharedBase(lm, lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm))
 
 
 def _corpus(train: Records) -> list[Demonstration]:

@@ -11,8 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
 from perl.errors import UserError
-from perl.model.adapters import save_adapter, stamp_for
-from perl.model.roles import Role
+from perl.model.roles import Role, Roles
 from perl.progress import console, track
 from perl.stages.session import Session
 from perl.stages.training import Watch
@@ -31,6 +30,7 @@ def train_sft(session: Session) -> dict[str, Any]:
     train = tokenized(session, session.train.demonstrations)
     held_out = tokenized(session, session.held_out.demonstrations)
     roles.add(Role.SFT)
+    roles.keep(Role.SFT)
     trained = roles.train_only(Role.SFT)
     steps = -(-len(train) // settings.batch_size) * settings.epochs
     meter = session.meter()
@@ -38,12 +38,11 @@ def train_sft(session: Session) -> dict[str, Any]:
         session.folder.metrics("sft") as log,
         tempfile.TemporaryDirectory() as scratch,
         track("sft", steps) as bar,
-        roles.role(Role.SFT),
         roles.checkpointed(session.recipe.checkpoint_activations),
-        _unpatched(roles.lm),
+        _unpatched(roles) as model,
     ):
         trainer = SFTTrainer(
-            model=roles.lm,
+            model=model,
             args=SFTConfig(
                 output_dir=scratch,
                 num_train_epochs=settings.epochs,
@@ -66,7 +65,7 @@ def train_sft(session: Session) -> dict[str, Any]:
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-    save_adapter(roles, Role.SFT, session.folder.adapter(Role.SFT), stamp_for(Role.SFT, session.base))
+    session.save(Role.SFT)
     tokens = sum(len(ids) for ids in train["input_ids"]) * settings.epochs
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
@@ -99,16 +98,18 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
 
 
 @contextmanager
-def _unpatched(lm: PreTrainedModel) -> Iterator[None]:
-    """SFTTrainer puts a forward of its own on the model and does not take it off; the base is others' too."""
-    had = vars(lm).get("forward")
-    try:
-        yield
-    finally:
-        if had is None:
-            vars(lm).pop("forward", None)
-        else:
-            lm.forward = had
+def _unpatched(roles: Roles) -> Iterator[PreTrainedModel]:
+    """The SFT role's model. SFTTrainer puts a forward of its own on it and leaves it; the base is others' too."""
+    with roles.role(Role.SFT):
+        model = roles.model()
+        had = vars(model).get("forward")
+        try:
+            yield model
+        finally:
+            if had is None:
+                vars(model).pop("forward", None)
+            else:
+                model.forward = had
 
 
 def summary(result: dict[str, Any]) -> None:

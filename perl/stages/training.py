@@ -21,7 +21,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to measure."""
-        self._step = self._meter.step()
+        self._step = self._meter.step(kwargs["optimizer"])
         self._step.__enter__()
 
     def on_step_end(

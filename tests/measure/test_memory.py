@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from perl.measure.memory import LiveBytes, measure_peak, peak_rss_bytes
+from perl.measure.memory import LiveBytes, peak_rss_bytes
 
 
 def test_counts_what_is_made_and_freed() -> None:
@@ -199,27 +199,6 @@ def test_stops_counting_when_an_error_leaves_it() -> None:
     y = torch.zeros(100)
     assert (live.current, live.peak) == (x.nbytes, 40)
     assert y.nbytes == 400
-
-
-def test_measure_peak_on_cpu() -> None:
-    given = torch.zeros(10)
-    with measure_peak("cpu", [given]) as peak:
-        torch.zeros(100)
-        assert peak.bytes == 440
-        torch.zeros(200)
-    torch.zeros(1000)
-    assert peak.bytes == 840
-
-
-def test_measure_peak_on_cuda_asks_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocated = {"peak": 999}
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(peak=100))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["peak"])
-    with measure_peak("cuda:0") as peak:
-        assert peak.bytes == 100
-        allocated["peak"] = 700
-    allocated["peak"] = 5000
-    assert peak.bytes == 700
 
 
 def test_peak_rss_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 from perl.errors import UserError
 from perl.model.base import load_base, random_base, weights_sha256
 from perl.model.lora import lora_config
-from perl.model.roles import Role, Roles
+from perl.model.roles import Role
+from perl.model.shared_base import SharedBase
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -40,25 +41,25 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_hash_is_of_the_base_alone(model: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     folder = str(request.getfixturevalue(model))
-    base, again = load_base(folder, dtype, CPU), load_base(folder, dtype, CPU)
-    assert base.sha256 == again.sha256 == weights_sha256(base.lm)
+    (base, lm), (again, _) = load_base(folder, dtype, CPU), load_base(folder, dtype, CPU)
+    assert base.sha256 == again.sha256 == weights_sha256(lm)
     assert base.context_length == 256
-    assert base.parameters == sum(parameter.numel() for parameter in again.lm.parameters())
+    assert base.parameters == sum(parameter.numel() for parameter in base.load().parameters())
 
-    roles = Roles(base.lm, lora_config(2, 4, 0.0, "all-linear", "all", base.lm))
+    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
     roles.add(Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
     roles.add(Role.REWARD, head=True)
     for parameter in roles.parameters_of(Role.SFT, Role.POLICY, Role.REWARD):
         parameter.data.normal_()
-    assert weights_sha256(base.lm) == base.sha256, "adapters are no part of it"
+    assert weights_sha256(lm) == base.sha256, "adapters are no part of it"
 
-    next(base.lm.parameters()).data.view(-1)[0] += 1
-    assert weights_sha256(base.lm) != base.sha256
+    next(lm.parameters()).data.view(-1)[0] += 1
+    assert weights_sha256(lm) != base.sha256
 
 
 def test_the_hash_tells_dtypes_apart(tiny_llama: Path) -> None:
-    hashes = {load_base(str(tiny_llama), dtype, CPU).sha256 for dtype in (torch.float32, torch.bfloat16)}
+    hashes = {load_base(str(tiny_llama), dtype, CPU)[0].sha256 for dtype in (torch.float32, torch.bfloat16)}
     assert len(hashes) == 2
 
 
@@ -69,7 +70,7 @@ def test_the_hash_does_not_depend_on_how_weights_are_cut_into_files(
     (sharded / "model.safetensors").unlink()
     LlamaForCausalLM.from_pretrained(tiny_llama).save_pretrained(sharded, max_shard_size="20kB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    one, other = (load_base(str(folder), torch.float32, CPU).sha256 for folder in (tiny_llama, sharded))
+    one, other = (load_base(str(folder), torch.float32, CPU)[0].sha256 for folder in (tiny_llama, sharded))
     assert one == other
 
 
@@ -109,7 +110,7 @@ def test_a_tokenizer_smaller_than_the_model_is_fine(tiny_llama: Path, copy_of: C
     model = LlamaForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(320)
     model.save_pretrained(folder)
-    base = load_base(str(folder), torch.float32, CPU)
+    base, _ = load_base(str(folder), torch.float32, CPU)
     assert len(base.tokenizer) < 320
 
 
@@ -136,25 +137,25 @@ def test_a_configuration_of_no_causal_lm_is_refused(tiny_llama: Path, copy_of: C
 
 def test_random_weights_repeat_with_their_seed_and_differ_with_another(tiny_llama: Path) -> None:
     state = torch.get_rng_state()
-    first, again, other = (random_base(CONFIG, torch.float32, CPU, seed) for seed in (0, 0, 1))
+    first, again, other = (random_base(CONFIG, torch.float32, CPU, seed)[0] for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left as it was"
 
-    of_folder = [load_base(str(tiny_llama), torch.float32, CPU, random_seed=seed).sha256 for seed in (5, 5, 6)]
+    of_folder = [load_base(str(tiny_llama), torch.float32, CPU, random_seed=seed)[0].sha256 for seed in (5, 5, 6)]
     assert of_folder[0] == of_folder[1] != of_folder[2]
-    assert load_base(str(tiny_llama), torch.float32, CPU).sha256 not in of_folder
+    assert load_base(str(tiny_llama), torch.float32, CPU)[0].sha256 not in of_folder
 
 
 def test_random_weights_need_no_weights_in_the_folder(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
     folder = copy_of(tiny_llama)
     (folder / "model.safetensors").unlink()
-    base = load_base(str(folder), torch.bfloat16, CPU, random_seed=0)
-    assert next(base.lm.parameters()).dtype == torch.bfloat16
+    _, lm = load_base(str(folder), torch.bfloat16, CPU, random_seed=0)
+    assert next(lm.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [260, 300, 1000])
 def test_a_random_base_has_a_tokenizer_of_its_size(size: int) -> None:
-    base = random_base({**CONFIG, "vocab_size": size}, torch.float32, CPU, 0)
+    base, _ = random_base({**CONFIG, "vocab_size": size}, torch.float32, CPU, 0)
     assert len(base.tokenizer) == size
     text = "User: a latte, naïve 😀"
     assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == text

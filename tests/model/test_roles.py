@@ -18,6 +18,7 @@ from perl.errors import UserError
 from perl.model.base import weights_sha256
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
+from perl.model.shared_base import SharedBase
 
 TRAINED = (Role.POLICY, Role.REWARD, Role.CRITIC)
 
@@ -44,7 +45,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def roles_on(lm: LlamaForCausalLM | GPT2LMHeadModel) -> Roles:
-    roles = Roles(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
     roles.add(Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
     roles.add(Role.REWARD, head=True)
@@ -117,7 +118,7 @@ def test_a_new_adapter_is_the_identity_and_a_new_head_scores_nothing() -> None:
 
 
 def test_a_copy_begins_as_what_it_copies_and_then_goes_its_own_way() -> None:
-    roles = Roles(lm := llama(), lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lm := llama(), lora_config(4, 8, 0.0, "all-linear", "all", lm))
     roles.add(Role.SFT)
     randomize(roles, Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
@@ -193,7 +194,7 @@ class alone_with(nn.Module):  # noqa: N801  reads as a function
         super().__init__()
         lm = llama()
         self.peft = get_peft_model(lm, copy.deepcopy(roles.lora), adapter_name=role)
-        weights = roles.adapter(role)
+        weights = roles.weights(role)
         for name, parameter in self.peft.named_parameters():
             if "lora_" in name:
                 own = name.removeprefix("base_model.model.").replace(f".{role}.", ".")
@@ -252,7 +253,7 @@ def test_padding_gets_no_gradient() -> None:
 
 def test_dropout_of_the_base_stays_off_and_loras_own_is_switched() -> None:
     lm = gpt2()
-    roles = Roles(lm, lora_config(4, 8, 0.5, "all-linear", "all", lm))
+    roles = SharedBase(lm, lora_config(4, 8, 0.5, "all-linear", "all", lm))
     roles.add(Role.POLICY)
     randomize(roles, Role.POLICY)
     ids_BL, mask_BL = batch()
@@ -302,4 +303,4 @@ def test_a_model_that_changes_its_logits_is_refused() -> None:
 
     lm = Capped(llama().config)
     with pytest.raises(UserError, match="changes its logits"):
-        Roles(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
+        SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))

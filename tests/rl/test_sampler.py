@@ -8,15 +8,16 @@ import torch
 from perl.model.base import load_base
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
+from perl.model.shared_base import SharedBase
 from perl.rl.rollout import micro_batches, read_answers, trim
 from perl.rl.sampler import Samples, sample
 
 
 def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
-    base = load_base(str(folder), torch.float32, torch.device("cpu"))
-    roles = Roles(base.lm, lora_config(4, 8, 0.0, "all-linear", "all", base.lm))
+    base, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
+    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
     roles.add(Role.POLICY)
-    roles.add(Role.CRITIC, adapter=False, head=True)
+    roles.add(Role.CRITIC, weights=False, head=True)
     torch.manual_seed(1)
     for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
         parameter.data.normal_(std=0.3)

@@ -1,0 +1,102 @@
+"""Floating-point operations, and how many of them the work needed.
+
+Counted operator by operator with torch's own formulas (a multiply and an add are two; only matrix products,
+convolutions and attention count). Useful are those that are spent on real tokens and for the first time: padding
+and activations computed again under checkpointing are not.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from perl.measure.probe import Kind, Phase
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    count: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
+    return count
+
+
+def _attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    shapes = (gradient.shape, query.shape, key.shape, value.shape)
+    count: int = sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    return count
+
+
+_CPU_ATTENTION = {  # which torch's registry leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Flops(TorchDispatchMode):
+    """Counts the operations of what runs while active.
+
+    Args:
+        trunks: modules called with `attention_mask`; the share of real tokens in it holds until the next call.
+    """
+
+    def __init__(self, trunks: Iterable[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trunks = list(trunks)
+        self._fill, self._again = 1.0, 0
+        self.total = 0.0
+        self.useful = 0.0
+        self.tokens = 0.0
+        """Real tokens that the trunks were given, single steps of sampling left out."""
+
+    def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
+        """Of no concern here."""
+
+    def phase(self, name: Phase) -> None:
+        """Of no concern here."""
+
+    def recomputing(self, begins: bool) -> None:
+        """Note whether what follows was computed before."""
+        self._again += 1 if begins else -1
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, count."""
+        with contextlib.ExitStack() as hooks:
+            for trunk in self._trunks:
+                hooks.callback(trunk.register_forward_pre_hook(self._read_fill, with_kwargs=True).remove)
+            with self:
+                yield
+
+    def _read_fill(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None or mask is None or ids.shape[1] == 1:  # one token a row: none is padding
+            self._fill = 1.0
+        else:
+            self._fill = float(mask[:, -ids.shape[1] :].float().mean())
+            self.tokens += self._fill * ids.numel()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator and count it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            formula: Callable[..., int] = flop_registry[packet]  # type: ignore[assignment]
+            self._add(formula(*args, **kwargs, out_val=result))
+        elif packet in _CPU_ATTENTION:
+            self._add(_CPU_ATTENTION[packet](*args, **kwargs))
+        return result
+
+    def _add(self, count: float) -> None:
+        self.total += count
+        self.useful += 0.0 if self._again else count * self._fill

@@ -1,0 +1,126 @@
+"""One frozen base in memory, once; every role is a low-rank adapter on it.
+
+    lm ── frozen weights, shared
+     ├── sft      LoRA          (reference)
+     ├── policy   LoRA
+     ├── reward   LoRA + head
+     └── critic   LoRA + head, or the head alone
+
+peft's own `set_adapter` also switches `requires_grad`; here the two are kept apart, see `perl.model.roles`.
+"""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.functional import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from perl.errors import UserError
+from perl.model.base import weights_sha256
+from perl.model.roles import Role, Roles, check_logits
+
+
+class SharedBase(Roles):
+    """All roles on one base.
+
+    Args:
+        lm: a causal language model; it is frozen, and LoRA layers are put into it in place.
+        lora: the shape of every adapter.
+
+    Raises:
+        UserError: the LoRA settings do not fit the model, or its logits are not a plain product with the
+            output embedding.
+    """
+
+    prefix = "base_model.model."
+    folder = "adapter"
+    weights_file = "adapter_model.safetensors"
+
+    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+        super().__init__()
+        self.lm = lm.requires_grad_(False).eval()
+        self.lora = lora
+        self._layers: list[LoraLayer] = []
+        check_logits(lm)
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles that exist, `BASE` among them."""
+        adapters = getattr(self.lm, "peft_config", {})
+        return frozenset({Role.BASE, *(Role(name) for name in adapters), *(Role(name) for name in self.heads)})
+
+    def model(self) -> PreTrainedModel:
+        """The base, with the active role's adapter in it."""
+        return self.lm
+
+    def models(self) -> list[PreTrainedModel]:
+        """The base."""
+        return [self.lm]
+
+    def weights(self, role: Role) -> dict[str, nn.Parameter]:
+        """The LoRA parameters of a role, by their names without the role's."""
+        mark = f".{role}."
+        return {
+            name.replace(mark, "."): parameter
+            for name, parameter in self.lm.named_parameters()
+            if "lora_" in name and mark in name
+        }
+
+    def keep(self, *roles: Role) -> None:
+        """Nothing to free: adapters are small and the base is everybody's."""
+
+    def base_sha256(self) -> str:
+        """SHA-256 of the base's weights as they are now."""
+        return weights_sha256(self.lm)
+
+    def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
+        """Write peft's configuration of an adapter."""
+        config = dataclasses.replace(self.lora, base_model_name_or_path=base, inference_mode=True)
+        config.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
+        config.modules_to_save = ["score"] if scores else None
+        config.save_pretrained(folder)
+
+    def config_fits(self, folder: Path) -> bool:
+        """Whether rank and alpha are those here: the weights alone do not say by what they are multiplied."""
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return (config["r"], config["lora_alpha"]) == (self.lora.r, self.lora.lora_alpha)
+
+    def train(self, mode: bool = True) -> "SharedBase":
+        """Switch LoRA's dropout."""
+        super().train(mode)
+        for layer in self._layers:
+            layer.lora_dropout.train(mode)
+        return self
+
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
+                inject_adapter_in_model(self.lora, self.lm, adapter_name=role)
+        except ValueError as error:
+            raise UserError(
+                f"LoRA does not fit this model: {error}",
+                where="lora.targets",
+                remedy="Name modules of this model, or use all-linear.",
+            ) from None
+        self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
+        start = self.weights(copy_of)
+        for name, parameter in self.weights(role).items():
+            parameter.data = parameter.data.float()  # adapters learn in fp32 on a base of any dtype
+            if copy_of is not Role.BASE:
+                parameter.data.copy_(start[name].data)
+        self.lm.requires_grad_(False)
+        self._activate(self._active)
+
+    def _activate(self, role: Role) -> None:
+        # peft's set_adapter would also write every requires_grad; this attribute is all that its forward reads.
+        adapters = getattr(self.lm, "peft_config", {})
+        active = [str(role)] if role in adapters else []
+        for layer in self._layers:
+            layer._active_adapter = active
+        self._active = role

@@ -11,7 +11,8 @@ from perl.data.records import Prompt, Turn
 from perl.evaluate import open_run
 from perl.model.roles import Role
 from perl.progress import console
-from perl.rl.rollout import EncodedPrompts, Sampling, draw
+from perl.rl.rollout import EncodedPrompts, answer
+from perl.rl.sampler import Sampling
 from perl.stages.session import Session
 
 TITLES = {Role.BASE: "base", Role.SFT: "SFT", Role.POLICY: "RL policy"}
@@ -57,7 +58,7 @@ def _answer(session: Session, role: Role, turns: list[Turn], generator: torch.Ge
     context = tuple(turns)
     prompt = EncodedPrompts([Prompt(context, "chat")], [session.base.chat.context(context)[-max(room, 1) :]])
     temperature = session.recipe.rl.temperature if session.recipe.rl else 1.0
-    _, texts = draw(
-        session.roles, role, session.base.chat, prompt, Sampling(MAX_NEW_TOKENS, temperature), generator
-    )
+    chat = session.base.chat
+    sampling = Sampling(MAX_NEW_TOKENS, temperature, chat.ends(context), chat.pad_id)
+    _, texts = answer(session.roles, role, chat, prompt, sampling, generator)
     return texts[0]

@@ -6,7 +6,7 @@ and activations computed again under checkpointing are not.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def _attention_backward(
     return count
 
 
+_registered: dict[Any, Any] = dict(flop_registry)
 _CPU_ATTENTION = {  # which torch's registry leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -90,9 +91,8 @@ class Flops(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet in flop_registry:
-            formula: Callable[..., int] = flop_registry[packet]  # type: ignore[assignment]
-            self._add(formula(*args, **kwargs, out_val=result))
+        if packet in _registered:
+            self._add(_registered[packet](*args, **kwargs, out_val=result))
         elif packet in _CPU_ATTENTION:
             self._add(_CPU_ATTENTION[packet](*args, **kwargs))
         return result

@@ -144,8 +144,7 @@ class Roles(nn.Module, ABC):
         if weights:
             self._add_weights(role, copy_of)
         if head:
-            with self.role(role if weights else self._active):
-                width = self.model().get_output_embeddings().weight.shape[1]
+            width = self.models()[0].get_output_embeddings().weight.shape[1]
             self.heads[role] = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
             with torch.no_grad():
                 if copy_of in self.heads:
@@ -272,18 +271,18 @@ class Roles(nn.Module, ABC):
         elif head is not None:
             values_BT = self.head(head)(hidden_BLD[:, -answer_length - 1 : -1].float()).squeeze(-1)
         if temperature is not None:
-            answer_BT = mask_BL[:, -answer_length:]
+            rows_N, columns_N = mask_BL[:, -answer_length:].nonzero(as_tuple=True)
             log_probs_N, entropy_N = log_probs_and_entropy(
-                hidden_BLD[:, -answer_length - 1 : -1][answer_BT],
+                hidden_BLD[:, -answer_length - 1 : -1][rows_N, columns_N],
                 embedding.weight,
                 embedding.bias,
-                ids_BL[:, -answer_length:][answer_BT],
+                ids_BL[:, -answer_length:][rows_N, columns_N],
                 temperature,
                 CHUNK,
             )
-            nothing_BT = torch.zeros(answer_BT.shape, device=ids_BL.device)
-            log_probs_BT = nothing_BT.masked_scatter(answer_BT, log_probs_N)
-            entropy_BT = nothing_BT.masked_scatter(answer_BT, entropy_N)
+            nothing_BT = log_probs_N.new_zeros(len(ids_BL), answer_length)
+            log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
+            entropy_BT = nothing_BT.index_put((rows_N, columns_N), entropy_N)
         return Outputs(log_probs_BT, entropy_BT, values_BT, scores_B)
 
 

@@ -14,15 +14,7 @@ from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.rl.algorithms import Scored
 from perl.rl.rewards import RewardSource
-from perl.rl.sampler import BUCKET, Samples, sample
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    max_new_tokens: int
-    temperature: float
+from perl.rl.sampler import BUCKET, Samples, Sampling, sample
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class EncodedPrompts:
         return len(self.prompts)
 
 
-def draw(
+def answer(
     roles: Roles,
     role: Role,
     chat: ChatFormat,
@@ -63,17 +55,7 @@ def draw(
     head: Role | None = None,
 ) -> tuple[Samples, list[str]]:
     """One answer for each prompt, as tokens and as text."""
-    samples = sample(
-        roles,
-        role,
-        prompts.ids,
-        end_id=chat.ends(prompts.prompts[0].context),
-        pad_id=chat.pad_id,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        generator=generator,
-        head=head,
-    )
+    samples = sample(roles, role, prompts.ids, sampling, generator, head)
     return samples, [chat.decode(ids) for ids in samples.answers()]
 
 
@@ -118,24 +100,24 @@ def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor |
     )
 
 
-def micro_batches(samples: Samples, size: int) -> Iterator[Tensor]:
+def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
     """Row numbers, rows of like length together."""
-    order = samples.mask_BL.sum(1).argsort(stable=True)
+    lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.answer_lengths, strict=True)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def trim(samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+def trim(samples: Samples, rows: list[int]) -> tuple[Tensor, Tensor, int]:
     """These rows' ids and mask without the columns that are padding in all of them, and their answer length.
 
     Lengths are rounded up to a multiple of `BUCKET`.
     """
-    mask = samples.mask_BL[rows]
     total = samples.answer_length
-    prompt = mask.shape[1] - total
-    longest_prompt = int(mask[:, :prompt].sum(1).max())
-    longest_answer = int(mask[:, prompt:].sum(1).max())
+    prompt = samples.ids_BL.shape[1] - total
+    longest_prompt = max(samples.prompt_lengths[row] for row in rows)
+    longest_answer = max(samples.answer_lengths[row] for row in rows)
     start = prompt - min(prompt, -(-longest_prompt // BUCKET) * BUCKET)
     length = min(total, -(-longest_answer // BUCKET) * BUCKET)
     window = slice(start, prompt + length)
-    return samples.ids_BL[rows, window], mask[:, window], length
+    return samples.ids_BL[rows, window], samples.mask_BL[rows, window], length

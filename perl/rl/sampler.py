@@ -6,14 +6,16 @@ back logits of B x T x V, and rows that ended leave the batch.
 Axis letters: B answers, P prompt positions, T answer positions, V vocabulary, D hidden.
 """
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from perl.model.roles import Role, Roles
+from perl.rl.kv_cache import KVCache
 
 BUCKET = 16
 """Prompts are padded to a multiple of this, so that few shapes occur (varied shapes make memory creep on CPU)."""
@@ -26,6 +28,9 @@ class Samples(NamedTuple):
     """Prompt and answer, L = P + T, int64."""
     mask_BL: Tensor
     """True for real tokens, bool."""
+    prompt_lengths: list[int]
+    answer_lengths: list[int]
+    """The same in counts, on the host: what is cut and batched by length must not wait for the device."""
     log_probs_BT: Tensor
     """What each token was drawn with, fp32; 0 in the padding."""
     values_BT: Tensor | None
@@ -45,8 +50,22 @@ class Samples(NamedTuple):
 
     def answers(self) -> list[list[int]]:
         """Each answer's tokens, the end-of-turn included where there is one."""
-        ids_BT = self.ids_BL[:, -self.answer_length :]
-        return [ids[mask].tolist() for ids, mask in zip(ids_BT, self.answer_mask_BT, strict=True)]
+        rows = self.ids_BL[:, -self.answer_length :].tolist()
+        return [row[:length] for row, length in zip(rows, self.answer_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: from softmax(logits / temperature)."""
+
+    max_new_tokens: int
+    """T; answers without an end are cut there."""
+    temperature: float
+    end_id: int | None
+    """The token that ends an answer, and belongs to it. None: answers all have T tokens."""
+    pad_id: int
+    abridged: bool = False
+    """Compute the first and the last token of each answer only: for estimates, as memory peaks at one of them."""
 
 
 @torch.no_grad()
@@ -54,66 +73,75 @@ def sample(
     roles: Roles,
     role: Role,
     prompts: Sequence[Sequence[int]],
-    *,
-    end_id: int,
-    pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     generator: torch.Generator,
     head: Role | None = None,
 ) -> Samples:
-    """Draw one answer for each prompt from softmax(logits / temperature), as one role.
+    """Draw one answer for each prompt, as one role.
 
     Args:
         prompts: token ids, not empty.
-        end_id: the token that ends an answer; it is part of the answer.
-        max_new_tokens: T at most; answers without an end are cut there.
         generator: on the base's device.
         head: whose head reads the value of each state.
     """
-    device = roles.device
-    prompt_ids_BP, prompt_mask_BP = left_pad(prompts, pad_id, device)
+    device, length = roles.device, sampling.max_new_tokens
+    prompt_ids_BP, prompt_mask_BP = left_pad(prompts, sampling.pad_id, device)
     batch = len(prompts)
-    ids_BT = torch.full((batch, max_new_tokens), pad_id, device=device)
-    mask_BT = torch.zeros((batch, max_new_tokens), dtype=torch.bool, device=device)
-    log_probs_BT = torch.zeros((batch, max_new_tokens), device=device)
-    values_BT = torch.zeros((batch, max_new_tokens), device=device) if head is not None else None
-    ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
+    ids_BT = torch.full((batch, length), sampling.pad_id, device=device)
+    lengths, ended = [length] * batch, [False] * batch
 
-    rows = torch.arange(batch, device=device)  # the rows of the whole that are still being written
+    writing = list(range(batch))  # the rows that are still being written, and the same as a tensor
+    rows = torch.arange(batch, device=device)
     ids, mask = prompt_ids_BP, prompt_mask_BP.long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with roles.role(role):
         model = roles.model()
-        embedding, cache = model.get_output_embeddings(), DynamicCache(config=model.config)
-        for step in range(max_new_tokens):
+        embedding = model.get_output_embeddings()
+        cache = KVCache(model, ids.shape[1] + length)
+        log_probs_BT = embedding.weight.new_zeros((batch, length), dtype=torch.float32)
+        values_BT = torch.zeros_like(log_probs_BT) if head is not None else None
+        for step in range(length):
+            if sampling.abridged and 0 < step < length - 1:
+                cache.skip(1)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                continue
             hidden_BD = model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
-            all_log_probs_BV = (embedding(hidden_BD).float() / temperature).log_softmax(-1)
-            drawn_B = torch.multinomial(all_log_probs_BV.exp(), 1, generator=generator)
-            ids_BT[rows, step] = drawn_B[:, 0]
-            mask_BT[rows, step] = True
-            log_probs_BT[rows, step] = all_log_probs_BV.gather(1, drawn_B)[:, 0]
+            all_log_probs_BV = (embedding(hidden_BD).float() / sampling.temperature).log_softmax(-1)
+            drawn_B = draw(all_log_probs_BV, generator)
+            ids_BT[rows, step] = drawn_B
+            log_probs_BT[rows, step] = all_log_probs_BV.gather(1, drawn_B[:, None])[:, 0]
             if values_BT is not None and head is not None:
                 values_BT[rows, step] = roles.head(head)(hidden_BD.float())[:, 0]
-            done_B = drawn_B[:, 0] == end_id
-            ended_B[rows[done_B]] = True
-            ids, positions = drawn_B, positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if done_B.any():
-                keep = (~done_B).nonzero()[:, 0]
-                if len(keep) == 0:
+            ids, positions = drawn_B[:, None], positions[:, -1:] + 1
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            done = [] if sampling.end_id is None else (drawn_B == sampling.end_id).tolist()
+            if any(done):
+                for row in itertools.compress(writing, done):
+                    lengths[row], ended[row] = step + 1, True
+                going = [place for place, is_done in enumerate(done) if not is_done]
+                if not going:
                     break
+                keep = torch.tensor(going, device=device)
+                writing = [writing[place] for place in going]
                 rows, ids, mask, positions = rows[keep], ids[keep], mask[keep], positions[keep]
-                cache.batch_select_indices(keep)
+                cache.keep(keep)
+    mask_BT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
     return Samples(
         torch.cat([prompt_ids_BP, ids_BT], dim=1),
         torch.cat([prompt_mask_BP, mask_BT], dim=1),
+        [len(prompt) for prompt in prompts],
+        lengths,
         log_probs_BT,
         values_BT,
-        ended_B,
+        torch.tensor(ended, device=device),
     )
+
+
+def draw(log_probs_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token id (B) from each row's distribution."""
+    return torch.multinomial(log_probs_BV.exp(), 1, generator=generator)[:, 0]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

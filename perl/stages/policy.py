@@ -1,18 +1,20 @@
 """Judging a policy: its prompts, where its reward comes from, and its figures on held-out prompts."""
 
 import random
+import statistics
 from collections.abc import Sequence
 
 import torch
 
-from perl.data.records import Prompt
+from perl.data.records import Judge, Prompt
 from perl.errors import UserError
 from perl.model.roles import Role
 from perl.model.saved import read_stamp
 from perl.rl.algorithms import Scored
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
-from perl.rl.rollout import Answers, EncodedPrompts, Sampling, draw, read_answers, score, scored
+from perl.rl.rollout import Answers, EncodedPrompts, answer, read_answers, score, scored
+from perl.rl.sampler import Sampling
 from perl.stages.session import Session
 
 EVAL_BATCH = 64
@@ -68,6 +70,14 @@ def reward_source(session: Session) -> RewardSource:
     return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
 
 
+def how_to_sample(session: Session) -> Sampling:
+    """As the recipe says; whether answers are text or turns of agents decides what ends them."""
+    settings, chat = session.recipe.rl, session.base.chat
+    assert settings is not None
+    end_id = chat.ends(session.train.prompts[0].context)
+    return Sampling(settings.max_new_tokens, settings.temperature, end_id, chat.pad_id)
+
+
 def evaluate_policy(
     session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
 ) -> dict[str, float]:
@@ -76,11 +86,11 @@ def evaluate_policy(
     assert settings is not None
     session.roles.eval()
     generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "evaluate", 0))
-    sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    sampling = how_to_sample(session)
     totals: dict[str, float] = {}
     for start in range(0, len(prompts), EVAL_BATCH):
         part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
-        samples, texts = draw(session.roles, role, session.base.chat, part, sampling, generator)
+        samples, texts = answer(session.roles, role, session.base.chat, part, sampling, generator)
         answers = score(reward, part, samples, texts, settings.missing_end_penalty)
         reference_BT, _ = read_answers(
             session.roles,
@@ -91,19 +101,20 @@ def evaluate_policy(
             head=None,
         )
         assert reference_BT is not None
-        figures = describe(answers, scored(answers, reference_BT, None))
-        if session.held_out.judge is not None:
-            figures["gold"] = sum(session.held_out.judge(part.prompts, texts)) / len(part)
+        figures = describe(answers, scored(answers, reference_BT, None), session.held_out.judge)
         for name, value in figures.items():
             totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
     kept = ("reward", "gold", "kl", "answer_tokens", "ended")
     return {name: totals[name] for name in kept if name in totals}
 
 
-def describe(answers: Answers, rollout: Scored) -> dict[str, float]:
-    """A rollout in figures; `kl` is the k1 estimate in nats an answer."""
+def describe(answers: Answers, rollout: Scored, judge: Judge | None) -> dict[str, float]:
+    """A rollout in figures; `kl` is the k1 estimate in nats an answer.
+
+    `gold` is the judge's, where there is one: it is written down and never trained on.
+    """
     kl_BT = kl_k1(rollout.sampler_log_probs_BT, rollout.reference_log_probs_BT)
-    return {
+    figures = {
         "reward": float(answers.rewards_B.mean()),
         "score": float(answers.scores_B.mean()),
         "kl": float(kl_BT.masked_fill(~rollout.mask_BT, 0.0).sum(1).mean()),
@@ -111,6 +122,9 @@ def describe(answers: Answers, rollout: Scored) -> dict[str, float]:
         "answer_tokens": float(rollout.mask_BT.sum(1).float().mean()),
         "ended": float(answers.samples.ended_B.float().mean()),
     }
+    if judge is not None:
+        figures["gold"] = statistics.fmean(judge(answers.prompts, answers.texts))
+    return figures
 
 
 def derived_seed(seed: int, purpose: str, number: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from perl.measure.meter import Meter
 from perl.model.roles import Role
@@ -25,15 +24,22 @@ from perl.rl.rewards import RewardFunction, RewardSource
 from perl.rl.rollout import (
     Answers,
     EncodedPrompts,
-    Sampling,
-    draw,
+    answer,
     micro_batches,
     read_answers,
     score,
     scored,
     trim,
 )
-from perl.stages.policy import derived_seed, describe, encode_prompts, evaluate_policy, reward_source
+from perl.rl.sampler import Sampling
+from perl.stages.policy import (
+    derived_seed,
+    describe,
+    encode_prompts,
+    evaluate_policy,
+    how_to_sample,
+    reward_source,
+)
 from perl.stages.session import Session
 
 VALUE_COEF = 0.1
@@ -59,17 +65,13 @@ class Loop:
     critic: str
     """`shared`, `adapter` or `none`."""
     meter: Meter
+    sampling: Sampling
     step: int = 0
 
     @property
     def value_head(self) -> Role | None:
         """Whose head reads values; None without a critic."""
         return Role.CRITIC if self.algorithm.needs_critic else None
-
-    @property
-    def sampling(self) -> Sampling:
-        """How answers are drawn."""
-        return Sampling(self.settings.max_new_tokens, self.settings.temperature)
 
 
 def check(session: Session) -> None:
@@ -96,7 +98,7 @@ def train_rl(session: Session) -> dict[str, Any]:
                 targets = loop.algorithm.estimate(rollout, settings.kl_coef)
                 losses = improve(loop, answers, rollout, targets)
                 count(int(answers.samples.mask_BL.sum()))
-            figures = {**describe(answers, rollout), **losses}
+            figures = {**describe(answers, rollout, session.train.judge), **losses}
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
@@ -124,7 +126,7 @@ def collect(loop: Loop) -> tuple[Answers, Scored]:
     prompts = loop.prompts.take(_chosen(loop))
     shared = loop.value_head if loop.critic == "shared" else None
     with loop.meter.phase("generate"):
-        samples, texts = draw(
+        samples, texts = answer(
             roles, Role.POLICY, session.base.chat, prompts, loop.sampling, generator, head=shared
         )
     with loop.meter.phase("score"):
@@ -173,7 +175,7 @@ def _accumulate(
     answers: Answers,
     rollout: Scored,
     targets: Targets,
-    rows: Tensor,
+    rows: list[int],
     tokens: float,
     sums: dict[str, float],
 ) -> None:
@@ -202,7 +204,8 @@ def _accumulate(
     loop.accelerator.backward(loss)
     sums["policy_loss"] += float(policy_loss.detach())
     sums["entropy"] += float(policy.entropy_BT.detach().sum()) / tokens
-    sums["sampler_mismatch"] += float((policy.log_probs_BT.detach() - sampler_bt).abs()[mask_bt].sum()) / tokens
+    gap_bt = (policy.log_probs_BT.detach() - sampler_bt).abs().masked_fill(~mask_bt, 0.0)
+    sums["sampler_mismatch"] += float(gap_bt.sum()) / tokens
 
 
 def _begin(session: Session, settings: Rl) -> Loop:
@@ -238,6 +241,7 @@ def _begin(session: Session, settings: Rl) -> Loop:
         learners=[roles.parameters_of(role) for role in learners],
         critic=critic,
         meter=session.meter(),
+        sampling=how_to_sample(session),
     )
 
 

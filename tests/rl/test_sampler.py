@@ -10,7 +10,7 @@ from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
 from perl.model.shared_base import SharedBase
 from perl.rl.rollout import micro_batches, read_answers, trim
-from perl.rl.sampler import Samples, sample
+from perl.rl.sampler import Samples, Sampling, sample
 
 
 def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
@@ -29,11 +29,8 @@ def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
         roles,
         Role.POLICY,
         prompts * 8,
-        end_id=end_id,
-        pad_id=0,
-        max_new_tokens=40,
-        temperature=0.7,
-        generator=torch.Generator().manual_seed(seed),
+        Sampling(max_new_tokens=40, temperature=0.7, end_id=end_id, pad_id=0),
+        torch.Generator().manual_seed(seed),
         head=Role.CRITIC,
     )
     return roles, samples, end_id
@@ -73,7 +70,7 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
     _, samples, _ = rollout(tiny_llama)
     seen = []
     for rows in micro_batches(samples, 7):
-        seen += rows.tolist()
+        seen += rows
         ids_bl, mask_bl, length = trim(samples, rows)
         assert mask_bl.sum() == samples.mask_BL[rows].sum()
         assert torch.equal(ids_bl[mask_bl], samples.ids_BL[rows][samples.mask_BL[rows]])

@@ -30,8 +30,9 @@ def _attention_backward(
     return count
 
 
-_registered: dict[Any, Any] = dict(flop_registry)
-_CPU_ATTENTION = {  # which torch's registry leaves out
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    # which torch's registry leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -50,8 +51,6 @@ class Flops(TorchDispatchMode):
         self._fill, self._again = 1.0, 0
         self.total = 0.0
         self.useful = 0.0
-        self.tokens = 0.0
-        """Real tokens that the trunks were given, single steps of sampling left out."""
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Of no concern here."""
@@ -78,7 +77,6 @@ class Flops(TorchDispatchMode):
             self._fill = 1.0
         else:
             self._fill = float(mask[:, -ids.shape[1] :].float().mean())
-            self.tokens += self._fill * ids.numel()
 
     def __torch_dispatch__(
         self,
@@ -90,11 +88,9 @@ class Flops(TorchDispatchMode):
         """Run the operator and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if packet in _registered:
-            self._add(_registered[packet](*args, **kwargs, out_val=result))
-        elif packet in _CPU_ATTENTION:
-            self._add(_CPU_ATTENTION[packet](*args, **kwargs))
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self._add(formula(*args, **kwargs, out_val=result))
         return result
 
     def _add(self, count: float) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ class Meter:
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
-    def step(self, optimizer: Any) -> Iterator[Callable[[int], None]]:
-        """Measure one step; what it yields counts the step's tokens. All is `update` that is no other phase.
+    def step(self, optimizer: Any) -> Iterator[None]:
+        """Measure one step. All is `update` that is no other phase.
 
         Args:
             optimizer: whose parameters' gradients and whose state are told apart from activations.
@@ -50,7 +50,7 @@ class Meter:
             if measured:
                 stack.enter_context(self._measuring(optimizer))
             stack.enter_context(self.phase("update"))
-            yield self._count
+            yield
         self._steps += 1
         seconds = time.perf_counter() - begin
         self._seconds += seconds
@@ -89,22 +89,17 @@ class Meter:
             state = [value for state in optimizer.state.values() for value in state.values()]
             mark("optimizer", [value for value in state if isinstance(value, Tensor)])
 
-    def _count(self, tokens: int) -> None:
+    def count(self, tokens: int) -> None:
+        """Count real tokens of this step."""
         self._tokens += tokens
 
-    def figures(self, tokens: int | None = None) -> dict[str, Any]:
-        """The stage's figures: seconds, bytes, operations.
-
-        Args:
-            tokens: of the whole stage, where they were not counted step by step.
-        """
-        tokens = self._tokens if tokens is None else tokens
+    def figures(self) -> dict[str, Any]:
+        """The stage's figures: seconds, bytes, operations."""
         # The speed is that of the steps that nobody followed, where there are any.
-        followed = self._measured_tokens if self._tokens else self._flops.tokens
         if self._steps > MEASURED_STEPS:
-            speed = (tokens - followed) / max(self._seconds - self._measured_seconds, 1e-9)
+            speed = (self._tokens - self._measured_tokens) / max(self._seconds - self._measured_seconds, 1e-9)
         else:
-            speed = tokens / max(self._seconds, 1e-9)
+            speed = self._tokens / max(self._seconds, 1e-9)
         memory = self._ledger.memory()
         return {
             "seconds": round(self._seconds, 2),
@@ -115,6 +110,6 @@ class Meter:
             "phase_seconds": {
                 name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
             },
-            "flops_per_token": round(self._flops.total / max(followed, 1)),
+            "flops_per_token": round(self._flops.total / max(self._measured_tokens, 1)),
             "useful_flops_share": round(self._flops.useful / max(self._flops.total, 1.0), 4),
         }

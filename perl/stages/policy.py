@@ -9,7 +9,6 @@ import torch
 from perl.data.records import Judge, Prompt
 from perl.errors import UserError
 from perl.model.roles import Role
-from perl.model.saved import read_stamp
 from perl.rl.algorithms import Scored
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
@@ -65,8 +64,7 @@ def reward_source(session: Session) -> RewardSource:
     if settings.reward.function is not None:
         return RewardFunction(settings.reward.function)
     session.load(Role.REWARD)
-    stamp = read_stamp(session.saved(Role.REWARD))
-    pad_id = session.base.chat.pad_id
+    stamp, pad_id = session.stamp(Role.REWARD), session.base.chat.pad_id
     return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
 
 
@@ -74,6 +72,10 @@ def how_to_sample(session: Session) -> Sampling:
     """As the recipe says; whether answers are text or turns of agents decides what ends them."""
     settings, chat = session.recipe.rl, session.base.chat
     assert settings is not None
+    if session.trial is not None:  # answers as long as they can get
+        return Sampling(
+            settings.max_new_tokens, settings.temperature, None, chat.pad_id, abridged=session.trial.abridged
+        )
     end_id = chat.ends(session.train.prompts[0].context)
     return Sampling(settings.max_new_tokens, settings.temperature, end_id, chat.pad_id)
 

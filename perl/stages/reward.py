@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Context, Rating, Records, Turn
 from perl.errors import UserError
+from perl.measure.meter import Meter
 from perl.measure.metrics import reward_metrics
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
@@ -94,16 +95,16 @@ def train_reward(session: Session) -> dict[str, Any]:
             data_collator=_Collator(session.base.chat.pad_id, session.device),
             callbacks=[Watch(bar, log, meter)],
         )
+        trainer.meter = meter
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
+    if session.trial is not None:
+        return result
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
     session.save(Role.REWARD, **scale)
-    return {
-        "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        **meter.figures(sum(len(row) for row in train.ids) * settings.epochs),
-        "eval": evaluate_rows(roles, held_out, session.base.chat.pad_id),
-    }
+    return {**result, "eval": evaluate_rows(roles, held_out, session.base.chat.pad_id)}
 
 
 def reward_rows(session: Session, records: Records, loss: str) -> Rows:
@@ -211,9 +212,12 @@ class _Collator:
 class _RewardTrainer(Trainer):
     """transformers' Trainer on the reward role."""
 
+    meter: Meter
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        self.meter.count(int(inputs["mask_BL"].sum()))
         scores_B = model(Role.REWARD, inputs["ids_BL"], inputs["mask_BL"], head=Role.REWARD).scores_B
         if "labels_B" in inputs:
             return thumbs_loss(scores_B, inputs["labels_B"], inputs["weights_B"])

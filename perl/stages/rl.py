@@ -88,24 +88,27 @@ def train_rl(session: Session) -> dict[str, Any]:
     assert settings is not None
     loop = _begin(session, settings)
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
-    before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
-    meter = loop.meter
-    with session.folder.metrics("rl") as log, track("rl", settings.steps) as bar:
-        for step in range(settings.steps):
+    before = {} if session.trial else evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+    steps = session.trial.steps if session.trial else settings.steps
+    with session.folder.metrics("rl") as log, track("rl", steps) as bar:
+        for step in range(steps):
             loop.step = step
-            with meter.step(loop.optimizer) as count:
+            with loop.meter.step(loop.optimizer):
                 answers, rollout = collect(loop)
                 targets = loop.algorithm.estimate(rollout, settings.kl_coef)
                 losses = improve(loop, answers, rollout, targets)
-                count(int(answers.samples.mask_BL.sum()))
+                loop.meter.count(sum(answers.samples.prompt_lengths) + sum(answers.samples.answer_lengths))
             figures = {**describe(answers, rollout, session.train.judge), **losses}
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
+    learnt = sum(parameter.numel() for group in loop.learners for parameter in group)
+    result = {"trainable_parameters": learnt, **loop.meter.figures()}
+    if session.trial is not None:
+        return result
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
     return {
-        "trainable_parameters": sum(parameter.numel() for group in loop.learners for parameter in group),
-        **meter.figures(),
+        **result,
         "eval": {
             "algorithm": settings.algorithm,
             "critic": loop.critic,
@@ -248,6 +251,11 @@ def _begin(session: Session, settings: Rl) -> Loop:
 def _chosen(loop: Loop) -> list[int]:
     """This step's prompts: all are seen once before any is seen again; a prompt's answers stand side by side."""
     per_step, count = loop.settings.prompts_per_step, len(loop.prompts)
+    if loop.session.trial is not None:
+        longest = sorted(range(count), key=lambda index: -len(loop.prompts.ids[index]))
+        return [
+            longest[place % count] for place in range(per_step) for _ in range(loop.settings.samples_per_prompt)
+        ]
     chosen = []
     for place in range(loop.step * per_step, (loop.step + 1) * per_step):
         passed, within = divmod(place, count)

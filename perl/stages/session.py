@@ -2,12 +2,14 @@
 
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,14 +24,24 @@ from perl.model.base import Base, load_base, random_base
 from perl.model.build import build_base
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
-from perl.model.saved import load_role, save_role, stamp_for, weights_sha256
+from perl.model.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
 from perl.progress import console
 from perl.recipe import Recipe
 from perl.rundir import RunFolder
 
+Opener = Callable[[Recipe, Records, torch.device], tuple[Base, Roles]]
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A stage is tried, for what it costs: nothing is evaluated or written, and rows are the longest there are."""
+
+    steps: int
+    abridged: bool = False
+    """On fake tensors: no more is computed of a step than decides its peak memory."""
 
 
 @dataclass
@@ -43,6 +55,7 @@ class Session:
     base: Base
     roles: Roles
     device: torch.device
+    trial: Trial | None = None
 
     def meter(self) -> Meter:
         """A meter that counts what is in memory now: begun when the stage has all its roles."""
@@ -65,9 +78,17 @@ class Session:
         save_role(self.roles, role, self.saved(role), stamp)
 
     def load(self, role: Role) -> None:
-        """Load a role's weights from the run folder, unless they are in memory."""
-        if role not in self.roles.roles:
+        """Load a role's weights from the run folder, unless they are in memory; in a trial they are new."""
+        if role in self.roles.roles:
+            return
+        if self.trial is not None:
+            self.roles.add(role, head=role is Role.REWARD)
+        else:
             load_role(self.roles, role, self.saved(role), self.base)
+
+    def stamp(self, role: Role) -> Stamp:
+        """What is written beside a role's weights."""
+        return stamp_for(role, self.base) if self.trial is not None else read_stamp(self.saved(role))
 
     def trainer_settings(self) -> dict[str, Any]:
         """Settings of transformers' Trainer that every stage shares."""
@@ -87,11 +108,17 @@ class Session:
             "warmup_steps": 10,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
+            "max_steps": -1 if self.trial is None else self.trial.steps,
         }
 
 
-def open_session(recipe: Recipe, out: Path) -> Session:
+def open_session(recipe: Recipe, out: Path, opener: Opener | None = None, trial: Trial | None = None) -> Session:
     """Read the data, check it for every stage, and load the base: nothing is written before all of it fits.
+
+    Args:
+        out: the run folder.
+        opener: gives the base and the roles on it; by default they are loaded as the recipe says.
+        trial: for what the stages are to be tried only.
 
     Raises:
         UserError: whatever of the recipe, the data or the base cannot be used.
@@ -110,16 +137,15 @@ def open_session(recipe: Recipe, out: Path) -> Session:
         )
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     _check_records(recipe, train)
-    base, lm = open_base(recipe, train, device)
-    roles = _open_roles(recipe, base, lm)
-    return Session(recipe, folder, train, held_out, base, roles, device)
+    base, roles = (opener or open_roles)(recipe, train, device)
+    return Session(recipe, folder, train, held_out, base, roles, device, trial)
 
 
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
     """The base of a recipe: loaded, built or drawn at random."""
     spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
     if spec.build is not None:
-        folder = build_base(_corpus(train), **spec.build.model_dump())
+        folder = build_base(corpus(train), **spec.build.model_dump())
         return load_base(str(folder), dtype, device)
     if spec.config is not None:
         return random_base(spec.config, dtype, device, recipe.seed)
@@ -133,15 +159,21 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
     )
 
 
-def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel) -> Roles:
-    """Nothing but the base so far, ready for roles of the recipe's tuning."""
+def open_roles(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, Roles]:
+    """The base, and on it no roles so far but ready for them, under the recipe's tuning."""
+    base, lm = open_base(recipe, train, device)
     if recipe.tuning == "full":
-        return SeparateModels(lm, base.load)
+        return base, SeparateModels(lm, base.load)
+    return base, SharedBase(lm, adapter_shape(recipe, lm))
+
+
+def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:
+    """The recipe's adapters, for this model."""
     lora = recipe.lora
-    return SharedBase(lm, lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm))
+    return lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm)
 
 
-def _corpus(train: Records) -> list[Demonstration]:
+def corpus(train: Records) -> list[Demonstration]:
     """What a tiny base is trained on: the source's own corpus, or all training records."""
     if train.corpus:
         return train.corpus

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
 from perl.errors import UserError
+from perl.measure.meter import Meter
 from perl.model.roles import Role, Roles
 from perl.progress import console, track
 from perl.stages.session import Session
@@ -41,7 +42,7 @@ def train_sft(session: Session) -> dict[str, Any]:
         roles.checkpointed(session.recipe.checkpoint_activations),
         _unpatched(roles) as model,
     ):
-        trainer = SFTTrainer(
+        trainer = _Trainer(
             model=model,
             args=SFTConfig(
                 output_dir=scratch,
@@ -61,17 +62,27 @@ def train_sft(session: Session) -> dict[str, Any]:
             processing_class=session.base.tokenizer,
             callbacks=[Watch(bar, log, meter)],
         )
+        trainer.meter = meter
         trainer.remove_callback(PrinterCallback)
-        before = trainer.evaluate()["eval_loss"]
+        before = None if session.trial else trainer.evaluate()["eval_loss"]
         trainer.train()
-        after = trainer.evaluate()["eval_loss"]
+        after = None if session.trial else trainer.evaluate()["eval_loss"]
+    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
+    if session.trial is not None:
+        return result
     session.save(Role.SFT)
-    tokens = sum(len(ids) for ids in train["input_ids"]) * settings.epochs
-    return {
-        "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        **meter.figures(tokens),
-        "eval": {"n": len(held_out), "loss_before": before, "loss_after": after},
-    }
+    return {**result, "eval": {"n": len(held_out), "loss_before": before, "loss_after": after}}
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer, its tokens counted."""
+
+    meter: Meter
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.meter.count(int(inputs["attention_mask"].sum()))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:

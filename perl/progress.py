@@ -21,6 +21,16 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Inside, nothing is shown."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextlib.contextmanager
 def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar over `total` steps; call what it yields once a step, with the figures to show beside the bar."""
     columns = (

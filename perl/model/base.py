@@ -21,6 +21,8 @@ from transformers import (
 from perl.errors import UserError
 from perl.model.chat import ChatFormat
 
+REMEDY = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
+
 
 @dataclass(frozen=True)
 class Base:
@@ -54,31 +56,22 @@ def load_base(
         UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, or a tokenizer
             with more tokens than the model has embeddings.
     """
-    remedy = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError("no such folder", where=f"base.model {model}", remedy=remedy)
+        raise UserError("no such folder", where=f"base.model {model}", remedy=REMEDY)
 
     def load() -> PreTrainedModel:
         if random_seed is None:
-            return _load_weights(model, dtype, device, four_bit, remedy)
-        config = _load_config(model, remedy)
+            return _load_weights(model, dtype, device, four_bit)
+        config = load_config(model)
         try:
             return _random_weights(config, dtype, device, random_seed)
         except Exception as error:  # as in `random_base`
             raise UserError(
-                f"not a causal LM: {_first_line(error)}", where=f"base.model {model}", remedy=remedy
+                f"not a causal LM: {_first_line(error)}", where=f"base.model {model}", remedy=REMEDY
             ) from None
 
     lm = load()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
-        raise UserError(
-            f"no usable tokenizer: {_first_line(error)}",
-            where=f"base.model {model}",
-            remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
-        ) from None
-    return _base(model, lm, tokenizer, load), lm
+    return _base(model, lm, load_tokenizer(model), load), lm
 
 
 def random_base(
@@ -102,7 +95,7 @@ def random_base(
             remedy="Give model_type (such as llama) and that model's own keys.",
         ) from None
     name = f"random {config.get('model_type')}"
-    return _base(name, lm, _numbered_tokens(lm.get_input_embeddings().weight.shape[0]), load), lm
+    return _base(name, lm, numbered_tokens(lm.get_input_embeddings().weight.shape[0]), load), lm
 
 
 def _base(
@@ -142,33 +135,46 @@ def _random_weights(config: Any, dtype: torch.dtype, device: torch.device, seed:
     return lm
 
 
-def _load_config(model: str, remedy: str) -> Any:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
+        raise UserError(
+            f"no usable tokenizer: {_first_line(error)}",
+            where=f"base.model {model}",
+            remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
+        ) from None
+    return tokenizer
+
+
+def load_config(model: str) -> Any:
     """The configuration of a causal LM."""
     where = f"base.model {model}"
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a broken configuration raises all sorts of things
-        raise UserError(f"not a model: {_first_line(error)}", where=where, remedy=remedy) from None
+        raise UserError(f"not a model: {_first_line(error)}", where=where, remedy=REMEDY) from None
     architectures = config.architectures or []
     if any(
         not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
     ):
-        raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=remedy)
+        raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=REMEDY)
     return config
 
 
 def _load_weights(
-    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, remedy: str
+    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool
 ) -> PreTrainedModel:
     where = f"base.model {model}"
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if four_bit:
         options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
-    config = _load_config(model, remedy)
+    config = load_config(model)
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot be loaded: {_first_line(error)}", where=where, remedy=remedy) from None
+        raise UserError(f"cannot be loaded: {_first_line(error)}", where=where, remedy=REMEDY) from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -215,7 +221,7 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from sorted(named.items())
 
 
-def _numbered_tokens(size: int) -> PreTrainedTokenizerFast:
+def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
     """A tokenizer for random weights: byte-sized characters, then as many numbered tokens as fit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

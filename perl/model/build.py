@@ -65,10 +65,23 @@ def build_base(
     folder = _cache() / digest.hexdigest()[:16]
     if (folder / "model.safetensors").exists():
         return folder
-    tokenizer = _train_tokenizer(corpus, vocabulary)
+    tokenizer = train_tokenizer(corpus, vocabulary)
     chat = ChatFormat(tokenizer)
     rows = [chat.dialogue(record.context, record.answer).ids[:max_length] for record in corpus]
-    config = LlamaConfig(
+    config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
+    _write(folder, model, tokenizer)
+    return folder
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, max_length: int
+) -> LlamaConfig:
+    """The shape of a tiny base."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 3,
@@ -82,12 +95,6 @@ def build_base(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
-    _write(folder, model, tokenizer)
-    return folder
 
 
 def _cache() -> Path:
@@ -95,7 +102,8 @@ def _cache() -> Path:
     return Path(root) / "perl-rlhf" / "bases"
 
 
-def _train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE on all turns of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

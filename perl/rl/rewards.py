@@ -43,11 +43,14 @@ class RewardModel:
     Args:
         stamp: of the reward adapter; it holds mean and spread.
         micro_batch_size: rows scored at once.
+        abridged: score one micro-batch only, as many as decide the peak of memory; all others get 0.
     """
 
-    def __init__(self, roles: Roles, pad_id: int, stamp: Stamp, micro_batch_size: int) -> None:
+    def __init__(
+        self, roles: Roles, pad_id: int, stamp: Stamp, micro_batch_size: int, *, abridged: bool = False
+    ) -> None:
         self._roles, self._pad_id, self._stamp = roles, pad_id, stamp
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._abridged = micro_batch_size, abridged
 
     def __call__(
         self,
@@ -58,7 +61,9 @@ class RewardModel:
     ) -> list[float]:
         """Scores of prompt and answer together, read at the answer's last token."""
         rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
-        scores = score_rows(self._roles, rows, self._pad_id, self._micro_batch_size)
+        some = rows[: self._micro_batch_size] if self._abridged else rows
+        scores = score_rows(self._roles, some, self._pad_id, self._micro_batch_size)
+        scores += [0.0] * (len(rows) - len(some))
         rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
         return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
 

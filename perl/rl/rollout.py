@@ -101,9 +101,10 @@ def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor |
 
 
 def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
-    """Row numbers, rows of like length together."""
+    """Row numbers, rows of like length together; of abridged samples two batches, as many as decide the peak."""
     lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.answer_lengths, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = order[-2 * size :] if samples.abridged else order
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

@@ -37,6 +37,8 @@ class Samples(NamedTuple):
     """The head's value of the state before each token, fp32; 0 in the padding."""
     ended_B: Tensor
     """Whether the answer ended by itself, bool."""
+    abridged: bool = False
+    """Not all that was drawn was computed, and not all micro-batches of it are to be; see `Sampling`."""
 
     @property
     def answer_length(self) -> int:
@@ -136,6 +138,7 @@ def sample(
         log_probs_BT,
         values_BT,
         torch.tensor(ended, device=device),
+        sampling.abridged,
     )
 
 

@@ -65,7 +65,8 @@ def reward_source(session: Session) -> RewardSource:
         return RewardFunction(settings.reward.function)
     session.load(Role.REWARD)
     stamp, pad_id = session.stamp(Role.REWARD), session.base.chat.pad_id
-    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size)
+    abridged = session.trial is not None and session.trial.abridged
+    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size, abridged=abridged)
 
 
 def how_to_sample(session: Session) -> Sampling:

@@ -2,7 +2,6 @@
 
 import random
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from perl.progress import console
 from perl.recipe import Recipe
 from perl.rundir import RunFolder
 
-Opener = Callable[[Recipe, Records, torch.device], tuple[Base, Roles]]
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
 
@@ -112,22 +110,32 @@ class Session:
         }
 
 
-def open_session(recipe: Recipe, out: Path, opener: Opener | None = None, trial: Trial | None = None) -> Session:
+def open_session(recipe: Recipe, out: Path, trial: Trial | None = None) -> Session:
     """Read the data, check it for every stage, and load the base: nothing is written before all of it fits.
 
     Args:
         out: the run folder.
-        opener: gives the base and the roles on it; by default they are loaded as the recipe says.
         trial: for what the stages are to be tried only.
 
     Raises:
         UserError: whatever of the recipe, the data or the base cannot be used.
     """
-    _quiet_libraries()
+    quiet_libraries()
     seed_everything(recipe.seed)
     folder = RunFolder(out)
     folder.check(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, held_out = read_data(recipe)
+    base, roles = _open_roles(recipe, train, device)
+    return Session(recipe, folder, train, held_out, base, roles, device, trial)
+
+
+def read_data(recipe: Recipe) -> tuple[Records, Records]:
+    """The recipe's records, to train on and held out.
+
+    Raises:
+        UserError: they cannot be read, or a stage finds nothing in them.
+    """
     records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
     if records.problems:
         first = records.problems[0]
@@ -137,8 +145,7 @@ def open_session(recipe: Recipe, out: Path, opener: Opener | None = None, trial:
         )
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     _check_records(recipe, train)
-    base, roles = (opener or open_roles)(recipe, train, device)
-    return Session(recipe, folder, train, held_out, base, roles, device, trial)
+    return train, held_out
 
 
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
@@ -159,7 +166,7 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
     )
 
 
-def open_roles(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, Roles]:
+def _open_roles(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, Roles]:
     """The base, and on it no roles so far but ready for them, under the recipe's tuning."""
     base, lm = open_base(recipe, train, device)
     if recipe.tuning == "full":
@@ -198,7 +205,7 @@ def _check_records(recipe: Recipe, train: Records) -> None:
             )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """No bars and notes of the libraries' own beside ours."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

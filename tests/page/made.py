@@ -1,0 +1,248 @@
+"""Run folders made up whole, with plausible figures and every optional key, for tests of the page."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHARES = {
+    "load": {"base_weights": 1.0},
+    "generate": {"base_weights": 0.5, "adapters": 0.05, "optimizer": 0.1, "kv_cache": 0.35},
+    "score": {"base_weights": 0.55, "adapters": 0.05, "optimizer": 0.1, "activations": 0.3},
+    "update": {"base_weights": 0.35, "adapters": 0.04, "gradients": 0.06, "optimizer": 0.12, "activations": 0.43},
+}
+PEAKS = {"load": 1.5e9, "generate": 2.9e9, "score": 2.7e9, "update": 4.1e9}
+PHASES = {
+    "sft": ("load", "update"),
+    "reward": ("load", "update"),
+    "rl": ("load", "generate", "score", "update"),
+}
+SECONDS = {"load": 3.0, "generate": 80.0, "score": 31.0, "update": 95.0}
+
+
+def make_run(folder: Path, seed: int = 0, tuning: str = "lora", steps: int = 60, rich: bool = True) -> Path:
+    """Write a finished run of all three stages.
+
+    Args:
+        folder: where it goes.
+        seed: of its noise.
+        tuning: full tuning is made to need more memory, and to gain slightly more.
+        steps: of RL.
+        rich: with every optional key and with samples; else only with what design.md promises.
+    """
+    noise = random.Random(f"{seed} {tuning}")
+    report = make_report(noise, seed, tuning, steps)
+    if rich:
+        _add_optional(report, noise, tuning)
+    write(folder, report)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(make_recipe(seed, tuning, steps), sort_keys=False))
+    _metrics(folder, noise, tuning, steps, rich)
+    if rich:
+        (folder / "policy" / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in make_samples()))
+    return folder
+
+
+def write(folder: Path, report: dict[str, Any]) -> Path:
+    """Write report.json alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def make_recipe(seed: int, tuning: str, steps: int) -> dict[str, Any]:
+    """A recipe that could have led there."""
+    return {
+        "name": "coffee-qwen",
+        "seed": seed,
+        "tuning": tuning,
+        "base": {"model": "Qwen/Qwen2.5-0.5B", "dtype": "bfloat16"},
+        "lora": {"rank": 16, "alpha": 32},
+        "data": {"source": "coffee-simulator"},
+        "reward": {"loss": "thumbs"},
+        "rl": {"algorithm": "reinforce", "steps": steps, "kl_coef": 0.05},
+    }
+
+
+def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dict[str, Any]:
+    """A report with what design.md promises."""
+    full = tuning == "full"
+    cost = {
+        "trainable_parameters": 494_032_768 if full else 8_798_208,
+        "peak_rss_bytes": 3.1e9,
+    }
+    memory = 3.4e9 if full else 1.0e9
+    gain = noise.gauss(0.06 if full else 0.03, 0.015)
+    return {
+        "name": "coffee-qwen",
+        "seed": seed,
+        "tuning": tuning,
+        "versions": {"perl": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "peft": "0.21.2"},
+        "hardware": {"device": "cuda", "name": "NVIDIA H200", "cores": 16, "memory_bytes": 128e9},
+        "base": {
+            "model": "Qwen/Qwen2.5-0.5B",
+            "parameters": 494_032_768,
+            "dtype": "bfloat16",
+            "sha256_before": "6d3a62b4329d566357877a29081a9302298be316b8ab0b52be6e071e093c95d5",
+            "sha256_after": None if full else "6d3a62b4329d566357877a29081a9302298be316b8ab0b52be6e071e093c95d5",
+        },
+        "stages": {
+            "sft": {
+                **cost,
+                "seconds": 61.2 + noise.random(),
+                "tokens_per_second": 21_000.0 * (1.1 if full else 1.0),
+                "peak_memory_bytes": 3.9e9 + memory,
+                "eval": {"n": 272, "loss_before": 1.31, "loss_after": 0.42},
+            },
+            "reward": {
+                **cost,
+                "seconds": 88.0 + noise.random(),
+                "tokens_per_second": 24_000.0 * (1.2 if full else 1.0),
+                "peak_memory_bytes": 3.6e9 + memory,
+                "eval": {
+                    "n": 1204,
+                    "auroc": 0.9 + gain / 4,
+                    "balanced_accuracy": 0.84,
+                    "accuracy": 0.846,
+                    "majority_accuracy": 0.527,
+                    "ece": 0.047,
+                    "against": "gold",
+                },
+            },
+            "rl": {
+                **cost,
+                "seconds": 209.0 + noise.random(),
+                "tokens_per_second": 3_700.0 * (1.05 if full else 1.0),
+                "peak_memory_bytes": 4.1e9 + memory,
+                "eval": {
+                    "algorithm": "reinforce",
+                    "critic": "shared",
+                    "steps": steps,
+                    "n": 128,
+                    "reward_before": 0.18,
+                    "reward_after": 0.74 + gain,
+                    "kl": 0.62 + gain,
+                },
+            },
+        },
+    }
+
+
+def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> None:
+    """Add every optional key."""
+    for name, stage in report["stages"].items():
+        scale = stage["peak_memory_bytes"] / PEAKS["update"]
+        stage["memory"] = {phase: _memory(phase, scale, tuning) for phase in PHASES[name]}
+        stage["predicted_memory"] = {phase: _memory(phase, scale * 0.96, tuning) for phase in PHASES[name]}
+        share = stage["seconds"] / sum(SECONDS[phase] for phase in PHASES[name])
+        stage["phase_seconds"] = {phase: SECONDS[phase] * share for phase in PHASES[name]}
+        stage["flops"] = 3.1e15 * stage["seconds"] / 60
+        stage["useful_flops_share"] = 0.81
+    rl = report["stages"]["rl"]["eval"]
+    rl |= {
+        "gold_before": 0.53,
+        "gold_after": 0.72 + noise.gauss(0.03 if tuning == "full" else 0.0, 0.01),
+        "reward_before_interval": [0.02, 0.34],
+        "reward_after_interval": [0.62, 0.88],
+        "gold_before_interval": [0.44, 0.62],
+        "gold_after_interval": [0.65, 0.8],
+        "answer_tokens_before": 15.3,
+        "answer_tokens_after": 16.7,
+        "ended_before": 1.0,
+        "ended_after": 1.0,
+    }
+    edges = [-6 + 0.5 * step for step in range(25)]
+    centres = [edge + 0.25 for edge in edges[:-1]]
+    report["stages"]["reward"]["eval"] |= {
+        "pairwise_accuracy": 0.89,
+        "auroc_labels": 0.83,
+        "intervals": {"auroc": [0.88, 0.92], "accuracy": [0.82, 0.87], "ece": None},
+        "reliability": [
+            {"probability": p, "share": min(1.0, max(0.0, p + 0.06 * math.sin(7 * p))), "n": 120}
+            for p in (0.03, 0.09, 0.17, 0.29, 0.43, 0.58, 0.71, 0.83, 0.92, 0.97)
+        ],
+        "score_histogram": {
+            "edges": edges,
+            "up": [round(120 * math.exp(-((x - 1.9) ** 2) / 3)) for x in centres],
+            "down": [round(110 * math.exp(-((x + 1.6) ** 2) / 4)) for x in centres],
+        },
+    }
+
+
+def _memory(phase: str, scale: float, tuning: str) -> dict[str, Any]:
+    peak = PEAKS[phase] * scale
+    shares = dict(SHARES[phase])
+    if tuning == "full" and "optimizer" in shares:
+        shares.pop("adapters")
+        shares["optimizer"] += 0.3
+        total = sum(shares.values())
+        shares = {kind: share / total for kind, share in shares.items()}
+    return {"peak": peak, "kinds": {kind: share * peak for kind, share in shares.items()}}
+
+
+def _metrics(folder: Path, noise: random.Random, tuning: str, steps: int, rich: bool) -> None:
+    for role, start, count in (("sft", 1.3, 31), ("reward", 0.69, 90)):
+        rows = [
+            {
+                "step": step,
+                "loss": start * (0.35 + 0.65 * math.exp(-4 * step / count)) + noise.gauss(0, 0.02),
+                "grad_norm": 0.4,
+                "learning_rate": 1e-3 * (1 - step / count),
+            }
+            for step in range(1, count + 1)
+        ]
+        _write_lines(folder / role / "metrics.jsonl", rows)
+    rows = []
+    for step in range(1, steps + 1):
+        gone = 1 - math.exp(-2.5 * step / steps)
+        row: dict[str, Any] = {
+            "step": step,
+            "reward": 0.15 + (0.68 if tuning == "full" else 0.62) * gone + noise.gauss(0, 0.08),
+            "kl": max(0.0, 0.9 * gone**2 * (1.1 if tuning == "full" else 1.0) + noise.gauss(0, 0.03)),
+            "entropy": 0.3 - 0.1 * gone,
+            "grad_norm": None if step == 3 else 0.2,
+        }
+        if rich:
+            row["gold"] = min(1.0, 0.53 + 0.22 * gone - 0.05 * gone**4 + noise.gauss(0, 0.04))
+        rows.append(row)
+    _write_lines(folder / "policy" / "metrics.jsonl", rows)
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_samples() -> list[dict[str, Any]]:
+    """Prompts as turns and as text, and a role missing."""
+    dialogue = [
+        {"role": "user", "content": "Hi, can I get something warm? It is freezing outside."},
+        {"role": "assistant", "content": "Of course! What would you like to drink?"},
+        {"role": "user", "content": "A large latte with oat milk, please, and one extra shot."},
+    ]
+    three = {
+        "base": {"text": "We have lattes. Do you want a latte?", "reward": -0.61, "gold": 0},
+        "sft": {"text": "One large latte with whole milk. Anything else?", "reward": 0.12, "gold": 0},
+        "policy": {
+            "text": "One large latte with oat milk and an extra shot. Is there anything else?",
+            "reward": 1.04,
+            "gold": 1,
+        },
+    }
+    two = {
+        "base": {"text": "place_order(item=mocha, size=", "reward": -1.2},
+        "policy": {"text": "place_order(item=mocha, size=small)", "reward": 0.7},
+    }
+    return [
+        {"prompt": dialogue, "answers": three},
+        {"prompt": "A small mocha to go.", "answers": two},
+        *[
+            {
+                "prompt": f"A medium {drink}, please.",
+                "answers": {"base": {"text": "No."}, "policy": {"text": drink}},
+            }
+            for drink in ("latte", "mocha", "espresso", "cappuccino", "tea", "cocoa", "cider", "juice")
+        ],
+    ]

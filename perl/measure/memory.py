@@ -90,7 +90,8 @@ class LiveBytes(TorchDispatchMode):
         """Run the operator and count the storages it made."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        for tensor in _tensors((result,)):
+        # A fake result is another object than the `out` it was written to.
+        for tensor in _tensors((kwargs.get("out", result),)):
             storage = _storage(tensor)
             # Views and in-place operators return their argument's storage: not new, though maybe resized.
             if storage is not None and (

@@ -66,7 +66,8 @@ class Meter:
         try:
             yield
         finally:
-            self._enter(before)
+            # `load` is what there is before the first step: what lies between steps belongs to the one before.
+            self._enter(name if before == "load" else before)
 
     def _enter(self, name: Phase) -> None:
         now = time.perf_counter()

@@ -6,7 +6,7 @@ was drawn) is answered by `unknown_values`: zeros.
 """
 
 import contextlib
-import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,12 +30,20 @@ def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     lm.tie_weights()
     _faked(lm)
+    lm._apply = types.MethodType(_stay, lm)
     assert isinstance(lm, PreTrainedModel)
     return lm
 
 
+def _stay(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+    """In place of moving or converting weights, which fake tensors refuse."""
+    return module
+
+
 class FakeSharedBase(SharedBase):
     """Fake adapters on a fake base."""
+
+    _apply = _stay
 
     def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
         with unknown_values():
@@ -56,14 +64,20 @@ class FakeSharedBase(SharedBase):
 class FakeSeparateModels(SeparateModels):
     """Fake models, one for each role."""
 
+    _apply = _stay
+
     def __init__(self, lm: PreTrainedModel) -> None:
+        self._config, self._dtype = lm.config, lm.dtype
         with unknown_values():
-            super().__init__(lm, lambda: copy.deepcopy(lm))
+            super().__init__(lm, lambda: lm)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
         """As with real models."""
         super().add(role, copy_of, weights=weights, head=head)
         _faked(self)
+
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        self._models[role] = fake_lm(self._config, self._dtype).requires_grad_(False).eval()
 
 
 def _faked(module: nn.Module) -> None:
@@ -85,7 +99,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class _Unknown(TorchFunctionMode):
-    """Answers with zeros where code asks for the value of a fake tensor."""
+    """Answers with zeros where code asks for the value of a fake tensor, and makes new float tensors fake."""
 
     ASKS = frozenset(
         {
@@ -97,8 +111,15 @@ class _Unknown(TorchFunctionMode):
         }
     )
 
+    MAKES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in self.MAKES and torch.device(kwargs.get("device") or "cpu").type != "meta":
+            with _MODE:
+                made = func(*args, **kwargs)
+            if made.is_floating_point() and made.dim():  # token ids, masks and counters stay real
+                return made
         if args and isinstance(args[0], FakeTensor):
             if func in self.ASKS:
                 return func(torch.zeros(args[0].shape, dtype=args[0].dtype))

@@ -58,8 +58,11 @@ def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) ->
             else:
                 console.print(f"{stage} is finished already; its result:")
             SUMMARY[stage](result)
-        report = write_report(session)
-    console.print(f"Written: {report} and the adapters beside it, in {out}/")
+        write_report(session)
+    from perl.page.render import write_page  # matplotlib takes a second to import: not before there is a page
+
+    page = write_page([out], out / "report.html")
+    console.print(f"Written: {page}, report.json beside it, and what each role has learnt, in {out}/")
 
 
 def _check_earlier(session: Session, stage: StageName, wanted: Sequence[StageName]) -> None:

@@ -124,7 +124,9 @@ def _predict_at(recipe: Recipe, subject: Subject, depth: int) -> dict[StageName,
             seed_everything(recipe.seed)
             with unknown_values():
                 result = TRAIN[stage](session)
-        memory[stage] = {name: PhaseMemory(phase["peak"], phase["kinds"]) for name, phase in result["memory"].items()}
+        memory[stage] = {
+            name: PhaseMemory(phase["peak"], phase["kinds"]) for name, phase in result["memory"].items()
+        }
     return memory
 
 
@@ -135,11 +137,8 @@ def _session(recipe: Recipe, subject: Subject, depth: int, scratch: Path) -> Ses
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:depth]
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
-    roles: Roles
-    if recipe.tuning == "full":
-        roles = FakeSeparateModels(lm)
-    else:
-        roles = FakeSharedBase(lm, adapter_shape(recipe, lm))
+    full = recipe.tuning == "full"
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
     base = Base(
         name="no weights",
         tokenizer=subject.tokenizer,

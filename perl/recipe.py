@@ -185,7 +185,9 @@ class Recipe(Section):
         if self.rl and not self.rl.reward.function and not self.reward:
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
         if self.tuning == "full" and self.base.quantization != "none":
-            raise ValueError("full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora")
+            raise ValueError(
+                "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
+            )
         return self
 
     @property

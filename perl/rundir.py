@@ -4,15 +4,16 @@ recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
     adapter/ (or model/: full tuning)    see perl.model.saved
     metrics.jsonl                        a line a step
+    samples.jsonl                        policy/ only: answers of base, SFT and policy side by side
     result.json                          what the stage came to; there when the stage is finished
-report.json
+report.json  report.html
 """
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ class RunFolder:
     def metrics(self, stage: StageName) -> "MetricsLog":
         """The step-by-step figures of a stage, begun anew."""
         return MetricsLog(self.role(STAGE_ROLE[stage]) / "metrics.jsonl")
+
+    def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Write answers for people to read, a line a prompt."""
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
 
     def result(self, stage: StageName) -> dict[str, Any] | None:
         """What a finished stage came to; None if it is not finished."""

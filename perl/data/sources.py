@@ -66,7 +66,7 @@ def _coffee_simulator(path: str | None, seed: int) -> Records:
     if path is not None:
         remedy = "Leave data.path out, or set data.source to jsonl to read a file."
         raise UserError(f"coffee-simulator reads no files, but is given {path}", where="data.path", remedy=remedy)
-    records = simulate(seed=seed, dialogues=1250, ratings=6000, prompts=1500, noise=0.1)
+    records = simulate(seed=seed, dialogues=1250, ratings=8000, prompts=1500, noise=0.1)
     # One corpus whatever the seed: the base is what all runs have in common.
     records.corpus = corpus(seed=0, dialogues=8_000)
     return records

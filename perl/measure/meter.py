@@ -111,6 +111,6 @@ class Meter:
             "phase_seconds": {
                 name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
             },
-            "flops_per_token": round(self._flops.total / max(self._measured_tokens, 1)),
+            "flops": round(self._flops.total / max(self._measured_tokens, 1) * self._tokens),
             "useful_flops_share": round(self._flops.useful / max(self._flops.total, 1.0), 4),
         }

@@ -113,12 +113,45 @@ def expected_calibration_error(scores: Scores, labels: Labels) -> float:
     Roelofs et al. 2022 find this form less biased). Equal scores share a bin, so that the order of the
     answers does not matter. The fewer the answers, the more the estimate lies above the truth.
     """
-    probabilities = 0.5 * (1.0 + np.tanh(scores / 2))  # the sigmoid, without overflow
-    rank = np.searchsorted(np.sort(scores), scores, side="left")
-    bins = rank * ECE_BINS // len(scores)
     # n_b |p̄_b - ȳ_b| is the absolute sum of the differences in the bin.
-    gaps = np.bincount(bins, weights=probabilities - labels, minlength=ECE_BINS)
+    gaps = np.bincount(_bins(scores), weights=_probabilities(scores) - labels, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / len(scores))
+
+
+def reliability(scores: ArrayLike, labels: ArrayLike) -> list[dict[str, float]]:
+    """What was promised and what came, by bins as in `expected_calibration_error`.
+
+    Returns:
+        for each bin: the mean `probability` given, the `share` of ups, and `n`, the answers.
+    """
+    score, label = _checked(scores, labels)
+    bins, given = _bins(score), _probabilities(score)
+    return [
+        {
+            "probability": float(given[bins == one].mean()),
+            "share": float(label[bins == one].mean()),
+            "n": int((bins == one).sum()),
+        }
+        for one in np.unique(bins)
+    ]
+
+
+def score_histogram(scores: ArrayLike, labels: ArrayLike, bins: int = 24) -> dict[str, list[float]]:
+    """How often each stretch of scores came up: `edges` (bins + 1), and the counts of `up` and `down`."""
+    score, label = _checked(scores, labels)
+    edges = np.histogram_bin_edges(score, bins)
+    up, down = (np.histogram(score[label == one], edges)[0] for one in (1, 0))
+    return {"edges": edges.tolist(), "up": up.tolist(), "down": down.tolist()}
+
+
+def _probabilities(scores: Scores) -> Scores:
+    return np.asarray(0.5 * (1.0 + np.tanh(scores / 2)))  # the sigmoid, without overflow
+
+
+def _bins(scores: Scores) -> NDArray[np.int64]:
+    """Equal-mass bins; equal scores share one."""
+    rank = np.searchsorted(np.sort(scores), scores, side="left")
+    return np.asarray(rank * ECE_BINS // len(scores))
 
 
 def grouped_interval(

@@ -163,9 +163,7 @@ def load_config(model: str) -> Any:
     return config
 
 
-def _load_weights(
-    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool
-) -> PreTrainedModel:
+def _load_weights(model: str, dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
     where = f"base.model {model}"
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if four_bit:

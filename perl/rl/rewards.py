@@ -115,7 +115,7 @@ class RewardFunction:
         chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
         try:
             scores = self._function(
-                prompts=[_messages(prompt.context) for prompt in prompts],
+                prompts=[messages(prompt.context) for prompt in prompts],
                 completions=[
                     [{"role": "assistant", "content": text}] if is_chat else text
                     for text, is_chat in zip(texts, chat, strict=True)
@@ -152,7 +152,8 @@ def _columns(prompts: Sequence[Prompt]) -> list[str]:
     return sorted({name for prompt in prompts for name in prompt.columns})
 
 
-def _messages(context: Context) -> str | list[dict[str, str]]:
+def messages(context: Context) -> str | list[dict[str, str]]:
+    """A context as TRL writes prompts: text, or chat messages."""
     if context[-1].speaker == "text":
         return "".join(turn.text for turn in context)
     return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]

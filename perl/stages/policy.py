@@ -3,6 +3,7 @@
 import random
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from perl.errors import UserError
 from perl.model.roles import Role
 from perl.rl.algorithms import Scored
 from perl.rl.arithmetic import kl_k1, masked_mean
-from perl.rl.rewards import RewardFunction, RewardModel, RewardSource
+from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import Answers, EncodedPrompts, answer, read_answers, score, scored
 from perl.rl.sampler import Sampling
 from perl.stages.session import Session
@@ -109,6 +110,28 @@ def evaluate_policy(
             totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
     kept = ("reward", "gold", "kl", "answer_tokens", "ended")
     return {name: totals[name] for name in kept if name in totals}
+
+
+def draw_samples(
+    session: Session, reward: RewardSource, roles: Sequence[Role], prompts: EncodedPrompts
+) -> list[dict[str, Any]]:
+    """One answer of each role to each prompt, with its reward and the judge's verdict, for people to read."""
+    settings, judge = session.recipe.rl, session.held_out.judge
+    assert settings is not None
+    answers: list[dict[str, dict[str, Any]]] = [{} for _ in prompts.prompts]
+    for role in roles:
+        generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "samples", 0))
+        samples, texts = answer(session.roles, role, session.base.chat, prompts, how_to_sample(session), generator)
+        drawn = score(reward, prompts, samples, texts, settings.missing_end_penalty)
+        gold = judge(prompts.prompts, texts) if judge is not None else None
+        for index, text in enumerate(texts):
+            answers[index][role] = {"text": text, "reward": float(drawn.rewards_B[index])}
+            if gold is not None:
+                answers[index][role]["gold"] = float(gold[index])
+    return [
+        {"prompt": messages(prompt.context), "answers": given}
+        for prompt, given in zip(prompts.prompts, answers, strict=True)
+    ]
 
 
 def describe(answers: Answers, rollout: Scored, judge: Judge | None) -> dict[str, float]:

@@ -21,7 +21,16 @@ from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Context, Rating, Records, Turn
 from perl.errors import UserError
 from perl.measure.meter import Meter
-from perl.measure.metrics import reward_metrics
+from perl.measure.metrics import (
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    expected_calibration_error,
+    grouped_interval,
+    reliability,
+    reward_metrics,
+    score_histogram,
+)
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.progress import console, track
@@ -32,6 +41,13 @@ from perl.stages.training import Watch
 
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and spread that RL takes off and divides by."""
+
+INTERVALS = {
+    "auroc": auroc,
+    "balanced_accuracy": balanced_accuracy,
+    "accuracy": accuracy,
+    "ece": expected_calibration_error,
+}
 
 
 def pairs_loss(better_B: Tensor, worse_B: Tensor) -> Tensor:
@@ -246,6 +262,11 @@ def evaluate_rows(roles: Roles, rows: Rows, pad_id: int) -> dict[str, Any]:
     figures["against"] = "gold" if rows.gold is not None else "labels"
     if rows.gold is not None:
         figures["auroc_labels"] = reward_metrics(scores, rows.labels).auroc
+    figures["intervals"] = {
+        name: grouped_interval(metric, scores, truth, rows.dialogues, seed=0) for name, metric in INTERVALS.items()
+    }
+    figures["reliability"] = reliability(scores, truth)
+    figures["score_histogram"] = score_histogram(scores, truth)
     return figures
 
 

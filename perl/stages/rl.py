@@ -35,6 +35,7 @@ from perl.rl.sampler import Sampling
 from perl.stages.policy import (
     derived_seed,
     describe,
+    draw_samples,
     encode_prompts,
     evaluate_policy,
     how_to_sample,
@@ -47,6 +48,8 @@ VALUE_COEF = 0.1
 HEAD_LEARNING_RATE = 10.0
 """A head learns this much faster than an adapter: it starts from zero and has no bottleneck."""
 MAX_GRAD_NORM = 1.0
+SAMPLES = 12
+"""Held-out prompts whose answers are kept for people to read."""
 
 
 @dataclass
@@ -107,6 +110,9 @@ def train_rl(session: Session) -> dict[str, Any]:
         return result
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
+    shown = min(SAMPLES, len(eval_prompts))
+    policies = [role for role in (Role.BASE, Role.SFT, Role.POLICY) if role in session.roles.roles]
+    session.folder.write_samples(draw_samples(session, loop.reward, policies, eval_prompts.take(range(shown))))
     return {
         **result,
         "eval": {

@@ -19,7 +19,7 @@ def simulate(
     dialogues: int = 1000,
     ratings: int = 2000,
     prompts: int = 1000,
-    skill: float = 0.5,
+    skill: float = 0.4,
     noise: float = 0.1,
 ) -> Records:
     """All records of the simulated shop, the same for the same arguments.

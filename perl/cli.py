@@ -29,6 +29,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as rl.algorithm=ppo.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
+JsonFile = typer.Option("--json", metavar="FILE", help="Write the figures there.")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -64,14 +65,73 @@ def evaluate_command(
         str | None,
         typer.Option("--data", metavar="SOURCE[:PATH]", help="A source or a file; the run's own by default."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")
-    ] = None,
+    json_file: Annotated[Path | None, JsonFile] = None,
 ) -> None:
     """Judge a trained reward model on rated data, or a policy on prompts."""
     from perl.evaluate import evaluate
 
     evaluate(run, role, data, json_file)
+
+
+@app.command("compare")
+def compare_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Runs of each tuning.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=3, help="Measure memory and speed alone, over N steps a stage."),
+    ] = None,
+) -> None:
+    """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
+    from perl.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from perl.compare import compare, compare_costs
+
+    folder = out or Path("runs") / f"{loaded.name}-compare"
+    if steps is not None:
+        compare_costs(loaded, steps, folder)
+    else:
+        compare(loaded, folder, seeds)
+
+
+@app.command("estimate")
+def estimate_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", metavar="SIZE", help="What one device has, such as 24GB.")
+    ] = None,
+    devices: Annotated[
+        int, typer.Option("--devices", metavar="N", min=1, help="Shard over so many (ZeRO-3 or FSDP).")
+    ] = 1,
+    json_file: Annotated[Path | None, JsonFile] = None,
+) -> None:
+    """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
+    from perl.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from perl.estimate import estimate, parse_bytes
+
+    estimate(loaded, parse_bytes(device_memory) if device_memory else None, devices, json_file)
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page; report.html in the only or the first run by default."
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
+    from perl.page.render import write_page
+
+    console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}")
 
 
 @app.command("chat")

@@ -77,7 +77,7 @@ def compare(recipe: Recipe, out: Path, seeds: int) -> None:
 
 
 def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
-    """Measure memory and speed alone, over so many steps of each stage, on the longest rows; write compare.json."""
+    """Measure memory and speed alone, over so many steps of each stage on the longest rows; write compare.json."""
     table = Table(*COLUMNS, title=f"{recipe.name}, {steps} steps a stage")
     rows = []
     for stage in recipe.stages:

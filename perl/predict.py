@@ -9,7 +9,8 @@ them: layers are all alike, so what they hold is proportional to their number.
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from perl.model.base import Base, load_config, load_tokenizer, numbered_tokens
 from perl.model.build import tiny_config, train_tokenizer
 from perl.model.chat import ChatFormat
 from perl.model.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.model.lora import linear_layers
 from perl.model.roles import Roles
 from perl.pipeline import TRAIN
 from perl.progress import silence
@@ -38,10 +40,15 @@ from perl.stages.session import (
     seed_everything,
 )
 
-DEPTHS = (8, 12)
+DEPTHS = (4, 8)
 """Layers that a deeper base is tried at."""
 STEPS = 2
 """The first step makes gradients and the optimizer's state; in the second all of them are there from the start."""
+
+FOUR_BIT_BYTES = 0.5 + 4 / 64
+"""Of an NF4 weight: four bits, and a 4-byte scale for every 64 of them."""
+ROWS = 128
+"""Records of each kind that a stage is tried on, the longest."""
 
 Memory = dict[Phase, PhaseMemory]
 
@@ -62,6 +69,35 @@ class Subject:
         return int(self.config.get_text_config().num_hidden_layers)
 
 
+def _longest(records: Records) -> Records:
+    """The records that decide the peak, in characters: most are never looked at in two steps."""
+
+    def size(turns: Any) -> int:
+        return sum(len(turn.text) for turn in turns)
+
+    def top(rows: Sequence[Any], key: Callable[[Any], int]) -> list[Any]:
+        return sorted(rows, key=key, reverse=True)[:ROWS]
+
+    ratings = [
+        rating
+        for label in (True, False)  # a reward model needs both
+        for rating in top(
+            [one for one in records.ratings if one.label is label], lambda one: size((*one.context, one.answer))
+        )
+    ]
+    return replace(
+        records,
+        demonstrations=top(records.demonstrations, lambda one: size((*one.context, *one.answer))),
+        ratings=ratings,
+        comparisons=top(
+            records.comparisons,
+            lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text)),
+        ),
+        prompts=top(records.prompts, lambda one: size(one.context)),
+        corpus=[],
+    )
+
+
 def read_subject(recipe: Recipe) -> Subject:
     """The data, the tokenizer and the configuration of a recipe: all but weights.
 
@@ -77,14 +113,16 @@ def read_subject(recipe: Recipe) -> Subject:
         return Subject(
             tiny_config(tokenizer, made.hidden_size, made.layers, made.heads, made.max_length),
             tokenizer,
-            train,
-            held_out,
+            _longest(train),
+            _longest(held_out),
         )
     if spec.config is not None:
         config = AutoConfig.for_model(**spec.config)
-        return Subject(config, numbered_tokens(config.get_text_config().vocab_size), train, held_out)
+        return Subject(
+            config, numbered_tokens(config.get_text_config().vocab_size), _longest(train), _longest(held_out)
+        )
     assert spec.model is not None
-    return Subject(load_config(spec.model), load_tokenizer(spec.model), train, held_out)
+    return Subject(load_config(spec.model), load_tokenizer(spec.model), _longest(train), _longest(held_out))
 
 
 def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
@@ -95,10 +133,57 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     """
     whole = isinstance(recipe.lora.layers, list)  # layers named one by one: no smaller depth stands for them
     if whole or subject.depth <= max(DEPTHS):
-        return _predict_at(recipe, subject, subject.depth)
-    low, high = (_predict_at(recipe, subject, depth) for depth in DEPTHS)
-    share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return {stage: _extend(low[stage], high[stage], share) for stage in low}
+        predicted = _predict_at(recipe, subject, subject.depth)
+    else:
+        low, high = (_predict_at(recipe, subject, depth) for depth in DEPTHS)
+        share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        predicted = {stage: _extend(low[stage], high[stage], share) for stage in low}
+    if recipe.base.quantization == "4bit":
+        size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
+        change: dict[Kind, float] = {
+            "base_weights": -size.linear * (1 - FOUR_BIT_BYTES / size.bytes_each),
+            "activations": size.largest,  # a layer's weights in the base's dtype, while it computes
+        }
+        predicted = {stage: changed(memory, change) for stage, memory in predicted.items()}
+    return predicted
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a base's weights."""
+
+    bytes_each: int
+    linear: int
+    """Of all linear layers inside the blocks: what 4-bit quantization and LoRA act on."""
+    largest: int
+    """Of the largest of them."""
+    block: int
+    """Of one block, on average."""
+    outside: int
+    """Of the embeddings, the head and the last norm."""
+
+
+def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
+    """The sizes of a base's weights, from its configuration."""
+    lm = fake_lm(config, dtype)
+    linear = [lm.get_submodule(name).weight.nbytes for name in linear_layers(lm)]
+    everything = sum(parameter.nbytes for parameter in lm.parameters())
+    outside = {id(p): p.nbytes for p in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight)}
+    blocks = everything - sum(outside.values())
+    depth = config.get_text_config().num_hidden_layers
+    return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, sum(outside.values()))
+
+
+def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
+    """Memory with so many bytes more (or fewer) of some kinds in every phase."""
+    result: Memory = {}
+    for phase, peak in memory.items():
+        kinds = dict(peak.kinds)
+        for kind, count in change.items():
+            if phase != "load" or kind == "base_weights":
+                kinds[kind] = round(kinds.get(kind, 0) + count)
+        result[phase] = PhaseMemory(sum(kinds.values()), kinds)
+    return result
 
 
 def _extend(low: Memory, high: Memory, share: float) -> Memory:

@@ -15,7 +15,10 @@ import typer
 from perl import cli
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
-COMMANDS = ["run", "sft", "reward", "rl", "evaluate", "chat", "data", "data fetch", "data check"]
+COMMANDS = [
+    *("run", "sft", "reward", "rl", "evaluate", "compare", "estimate", "report", "chat"),
+    *("data", "data fetch", "data check"),
+]
 
 
 def test_every_command_is_in_the_table_above() -> None:

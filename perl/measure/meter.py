@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,15 @@ class Meter:
     Args:
         device: where the work is done.
         resident: the tensors that live through the whole stage, by what they are for.
-        trunks: the modules whose `attention_mask` says how many of the computed positions are real.
+        trunks: the modules whose `attention_mask` says how many of the computed positions are real; without
+            any, operations are not counted.
     """
 
     def __init__(
-        self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]], trunks: Iterable[nn.Module]
+        self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]], trunks: Sequence[nn.Module]
     ) -> None:
         self._ledger = Allocator(device, resident) if device.type == "cuda" else Timeline(resident)
-        self._flops = Flops(trunks)
+        self._flops = Flops(trunks) if trunks else None
         self._steps, self._tokens, self._measured_tokens = 0, 0, 0
         self._seconds, self._measured_seconds = 0.0, 0.0
         self._phase: Phase = "load"
@@ -44,11 +45,11 @@ class Meter:
         Args:
             optimizer: whose parameters' gradients and whose state are told apart from activations.
         """
-        begin, tokens = time.perf_counter(), self._tokens
-        measured = self._steps < MEASURED_STEPS
+        tokens, measured = self._tokens, self._steps < MEASURED_STEPS
         with contextlib.ExitStack() as stack:
             if measured:
                 stack.enter_context(self._measuring(optimizer))
+            begin = self._since = time.perf_counter()  # what lies between steps is no phase's time
             stack.enter_context(self.phase("update"))
             yield
         self._steps += 1
@@ -83,9 +84,10 @@ class Meter:
                 hook = parameter.register_post_accumulate_grad_hook(lambda p: mark("gradients", [p.grad]))
                 stack.callback(hook.remove)
             stack.enter_context(listening(self._ledger))
-            stack.enter_context(listening(self._flops))
             stack.enter_context(self._ledger)
-            stack.enter_context(self._flops.counting())
+            if self._flops is not None:
+                stack.enter_context(listening(self._flops))
+                stack.enter_context(self._flops.counting())
             yield
             state = [value for state in optimizer.state.values() for value in state.values()]
             mark("optimizer", [value for value in state if isinstance(value, Tensor)])
@@ -111,6 +113,14 @@ class Meter:
             "phase_seconds": {
                 name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
             },
-            "flops": round(self._flops.total / max(self._measured_tokens, 1) * self._tokens),
+            **self._operations(),
+        }
+
+    def _operations(self) -> dict[str, Any]:
+        if self._flops is None:
+            return {}
+        a_token = self._flops.total / max(self._measured_tokens, 1)
+        return {
+            "flops": round(a_token * self._tokens),
             "useful_flops_share": round(self._flops.useful / max(self._flops.total, 1.0), 4),
         }

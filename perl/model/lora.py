@@ -36,9 +36,9 @@ def lora_config(
             where="lora.layers",
             remedy=f"The base has layers 0 to {count - 1}.",
         )
-    names = [name for name in _linear_layers(lm) if _layer_index(name) in chosen and _wanted(name, targets)]
+    names = [name for name in linear_layers(lm) if _layer_index(name) in chosen and _wanted(name, targets)]
     if not names:
-        available = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(lm)})
+        available = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(lm)})
         raise UserError(
             f"no module matches {targets!r}",
             where="lora.targets",
@@ -50,7 +50,7 @@ def lora_config(
     )
 
 
-def _linear_layers(lm: PreTrainedModel) -> list[str]:
+def linear_layers(lm: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the decoder blocks (GPT-2's Conv1D among them)."""
     head = lm.get_output_embeddings()
     return [

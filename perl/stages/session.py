@@ -62,7 +62,9 @@ class Session:
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         for tensor in (*self.roles.parameters(), *self.roles.buffers()):
             resident["adapters" if id(tensor) in learnt and not whole else "base_weights"].append(tensor)
-        return Meter(self.device, resident, [model.base_model for model in self.roles.models()])
+        abridged = self.trial is not None and self.trial.abridged
+        trunks = [] if abridged else [model.base_model for model in self.roles.models()]
+        return Meter(self.device, resident, trunks)
 
     def saved(self, role: Role) -> Path:
         """Where a role's weights are in the run folder."""

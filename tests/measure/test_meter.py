@@ -1,0 +1,184 @@
+"""The meter: whose time, tokens, bytes and operations a stage's figures are."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from perl.measure.meter import MEASURED_STEPS, Meter
+from perl.measure.probe import listeners
+
+CPU = torch.device("cpu")
+WEIGHTS = 4 * (64 * 64)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    assert not listeners
+    yield
+    assert not listeners
+    assert not _get_current_dispatch_mode_stack()
+
+
+class Work:
+    """A linear layer that learns under a meter."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 64, bias=False)
+        self.optimizer = torch.optim.AdamW(self.layer.parameters())
+        self.meter = Meter(CPU, {"adapters": list(self.layer.parameters())}, [self.layer])
+
+    def step(self, tokens: int = 0, seconds: float = 0.0, rows: int = 8) -> None:
+        with self.meter.step(self.optimizer):
+            with self.meter.phase("generate"), torch.no_grad():
+                self.layer(torch.ones(rows, 64))
+            self.layer(torch.ones(rows, 64)).sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.meter.count(tokens)
+            time.sleep(seconds)
+
+    def figures(self) -> dict[str, Any]:
+        return self.meter.figures()
+
+
+def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
+    work = Work()
+    work.step()
+    work.step()
+    memory = work.figures()["memory"]
+    assert list(memory) == ["load", "generate", "update"]
+    assert memory["load"] == {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}
+    kinds = memory["update"]["kinds"]
+    assert kinds["adapters"] == kinds["gradients"] == WEIGHTS
+    assert kinds["optimizer"] == 2 * WEIGHTS + 4  # two moments, and the count of steps
+    assert sum(kinds.values()) == memory["update"]["peak"]
+    # The second step samples beside the state that the first left, and without gradients.
+    kinds = memory["generate"]["kinds"]
+    assert kinds["optimizer"] == 2 * WEIGHTS + 4
+    assert "gradients" not in kinds
+    assert kinds["activations"] == 2 * 8 * 64 * 4  # the input and the result
+    assert work.figures()["peak_memory_bytes"] == memory["update"]["peak"]
+
+
+def test_one_step_has_the_optimizers_state_at_its_end_only() -> None:
+    work = Work()
+    work.step()
+    memory = work.figures()["memory"]
+    assert "optimizer" not in memory["generate"]["kinds"]
+    assert memory["update"]["kinds"]["optimizer"] == 2 * WEIGHTS + 4
+
+
+def test_operations_of_all_steps_are_those_of_the_followed_by_tokens() -> None:
+    work = Work()
+    for _ in range(MEASURED_STEPS):
+        work.step(tokens=10)
+    product = 2 * 8 * 64 * 64  # sampling, forward, and backward of the weight
+    assert work.figures()["flops"] == MEASURED_STEPS * 3 * product
+    work.step(tokens=100, rows=80)  # not followed
+    assert work.figures()["flops"] == MEASURED_STEPS * 3 * product + 10 * 3 * product
+    assert work.figures()["useful_flops_share"] == 1.0
+
+
+def test_without_steps_or_tokens_nothing_is_divided_by_zero() -> None:
+    figures = Work().figures()
+    assert figures["seconds"] == figures["tokens_per_second"] == figures["flops"] == 0
+    assert figures["memory"] == {"load": {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}}
+    work = Work()
+    work.step()
+    assert work.figures()["tokens_per_second"] == 0
+
+
+def test_later_steps_change_neither_memory_nor_operations() -> None:
+    work = Work()
+    for _ in range(MEASURED_STEPS):
+        work.step()
+    before = work.figures()
+    with work.meter.step(work.optimizer):
+        assert not listeners
+        assert not _get_current_dispatch_mode_stack()
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+    after = work.figures()
+    for figure in ("memory", "peak_memory_bytes", "useful_flops_share"):
+        assert after[figure] == before[figure]
+    assert work.meter._flops.total == 2 * 3 * 2 * 8 * 64 * 64
+
+
+def test_the_first_steps_are_followed_and_then_let_go() -> None:
+    work = Work()
+    with work.meter.step(work.optimizer):
+        assert len(listeners) == 2
+        assert len(_get_current_dispatch_mode_stack()) == 2
+    assert not listeners
+    assert not work.layer.weight._post_accumulate_grad_hooks
+    assert not work.layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("where", ["update", "generate"])
+def test_an_exception_leaves_nothing_listening_and_the_next_step_counts(where: str) -> None:
+    work = Work()
+    with (
+        pytest.raises(ZeroDivisionError),
+        work.meter.step(work.optimizer),
+        work.meter.phase("generate") if where == "generate" else contextlib.nullcontext(),
+    ):
+        _ = 1 / 0
+    assert not listeners
+    assert not _get_current_dispatch_mode_stack()
+    assert not work.layer.weight._post_accumulate_grad_hooks
+    work.step()
+    work.step()
+    assert work.figures()["memory"]["update"]["kinds"]["gradients"] == WEIGHTS
+
+
+def test_phases_seconds_sum_to_the_steps() -> None:
+    work = Work()
+    for _ in range(3):
+        with work.meter.step(work.optimizer):
+            with work.meter.phase("generate"):
+                time.sleep(0.02)
+            with work.meter.phase("score"):
+                time.sleep(0.04)
+                with work.meter.phase("generate"):
+                    time.sleep(0.02)
+            time.sleep(0.02)
+    figures = work.figures()
+    phases = figures["phase_seconds"]
+    assert set(phases) == {"generate", "score", "update"}
+    assert sum(phases.values()) == pytest.approx(figures["seconds"], abs=0.03)
+    assert phases["generate"] >= 3 * 0.04 - 0.01
+    assert phases["score"] >= 3 * 0.04 - 0.01
+    assert phases["update"] >= 3 * 0.02 - 0.01
+    assert figures["seconds"] >= 3 * 0.1 - 0.01
+
+
+def test_what_lies_before_and_between_steps_is_no_phases_time() -> None:
+    work = Work()
+    for _ in range(3):
+        time.sleep(0.1)
+        work.step()
+    figures = work.figures()
+    assert "load" not in figures["phase_seconds"]
+    assert sum(figures["phase_seconds"].values()) == pytest.approx(figures["seconds"], abs=0.02)
+    assert figures["seconds"] < 0.3
+
+
+def test_the_speed_leaves_the_followed_steps_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    work = Work()
+    for seconds in (10.0, 8.0):
+        work.step(tokens=100, seconds=seconds)
+    assert work.figures()["tokens_per_second"] == round(200 / 18, 1)  # there are no others yet
+    work.step(tokens=90, seconds=2.0)
+    work.step(tokens=60, seconds=1.0)
+    assert work.figures()["tokens_per_second"] == 50.0
+    assert work.figures()["seconds"] == 21.0
+    assert work.figures()["phase_seconds"] == {"update": 21.0, "generate": 0.0}

@@ -1,0 +1,248 @@
+"""Stages tried for what they cost, and whole runs under full tuning."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from perl.errors import UserError
+from perl.model.roles import Role
+from perl.model.saved import read_stamp
+from perl.pipeline import TRAIN
+from perl.recipe import load_recipe
+from perl.stages.session import Trial, open_session, seed_everything
+from tests.conftest import RunCli, WriteRecipe
+
+SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}
+REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.003}
+RL = {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "reward": {}}
+
+
+@pytest.fixture(scope="module")
+def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations and ratings in one file."""
+    file = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
+    names = ("demonstrations.jsonl", "ratings.jsonl")
+    file.write_text("".join((small_data / name).read_text() for name in names))
+    return file
+
+
+def settings(mixed_data: Path, tuning: str, **rl: Any) -> dict[str, Any]:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    return {"tuning": tuning, "data": data, "sft": SFT, "reward": REWARD, "rl": RL | rl}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+# Trials.
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_trial_writes_metrics_alone_and_evaluates_nothing(
+    tuning: str, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(**settings(mixed_data, tuning, critic="adapter")))
+    session = open_session(recipe, tmp_path / "out", trial=Trial(2))
+    session.held_out = session.train  # if anything were evaluated, it could be seen
+    for stage in recipe.stages:
+        seed_everything(recipe.seed)
+        result = TRAIN[stage](session)
+        assert "eval" not in result
+        assert result["peak_memory_bytes"] == max(phase["peak"] for phase in result["memory"].values())
+        assert result["tokens_per_second"] > 0
+        assert result["trainable_parameters"] > 0
+    assert files(tmp_path / "out") == {f"{role}/metrics.jsonl" for role in ("sft", "reward", "policy")}
+    for role in ("sft", "reward", "policy"):
+        lines = (tmp_path / "out" / role / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_trials_answers_are_as_long_as_they_can_get(
+    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(**settings(mixed_data, "lora", max_new_tokens=12)))
+    session = open_session(recipe, tmp_path / "out", trial=Trial(3))
+    TRAIN["rl"](session)
+    lines = (tmp_path / "out" / "policy" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer_tokens"] for line in lines] == [12, 12, 12]
+    assert [json.loads(line)["ended"] for line in lines] == [0, 0, 0]
+
+
+def test_a_stage_can_be_tried_without_those_before_it(
+    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    """RL alone, though its SFT policy and its reward model were never trained."""
+    recipe = load_recipe(write_recipe(**settings(mixed_data, "full")))
+    session = open_session(recipe, tmp_path / "out", trial=Trial(2))
+    result = TRAIN["rl"](session)
+    assert session.roles.roles == {Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC}
+    # Four models, of which two learn; AdamW's moments are two for each of their weights, but for the critic's
+    # language-model head.
+    model = session.base.parameters * 4
+    load = result["memory"]["load"]["kinds"]["base_weights"]
+    assert load == pytest.approx(4 * model, rel=0.01)
+    head = session.roles.models()[0].get_output_embeddings().weight.nbytes
+    assert result["memory"]["update"]["kinds"]["optimizer"] == pytest.approx(2 * (2 * model - head), rel=0.01)
+
+
+def test_a_trial_does_not_touch_a_run_that_is_there(
+    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(**settings(mixed_data, "lora")))
+    session = open_session(recipe, tmp_path / "out", trial=Trial(1))
+    base = session.roles.base_sha256()
+    TRAIN["sft"](session)
+    assert session.roles.base_sha256() == base == session.base.sha256
+    assert session.folder.result("sft") is None
+
+
+# Full tuning.
+
+
+def test_full_tuning_of_4_bit_weights_is_refused(write_recipe: WriteRecipe, run_cli: RunCli) -> None:
+    base = {"model": "some/model", "quantization": "4bit"}
+    file = write_recipe(tuning="full", base=base)
+    with pytest.raises(UserError, match="full tuning cannot train 4-bit weights"):
+        load_recipe(file)
+    assert load_recipe(file, ["tuning=lora"]).base.quantization == "4bit"
+    code, text = run_cli("run", str(file))
+    assert code == 2
+    assert "4-bit" in text
+
+
+@pytest.fixture(scope="module")
+def full_runs() -> dict[str, Path]:
+    """Folders of finished runs, made once."""
+    return {}
+
+
+@pytest.fixture
+def full(
+    full_runs: dict[str, Path],
+    run_cli: RunCli,
+    write_recipe: WriteRecipe,
+    mixed_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a run of all three stages under full tuning, with a critic of its own."""
+    if "full" not in full_runs:
+        out = tmp_path_factory.mktemp("full") / "out"
+        recipe = write_recipe(**settings(mixed_data, "full", critic="adapter"))
+        code, text = run_cli("run", str(recipe), "--out", str(out))
+        assert code == 0, text
+        full_runs["full"] = out
+    return full_runs["full"]
+
+
+def test_a_full_run_writes_a_model_for_each_role(full: Path) -> None:
+    for role in ("sft", "reward", "policy", "critic"):
+        assert {f.name for f in (full / role / "model").iterdir()} >= {
+            "config.json",
+            "model.safetensors",
+            "perl.json",
+        }
+        assert not (full / role / "adapter").exists()
+    report = json.loads((full / "report.json").read_text())
+    assert report["tuning"] == "full"
+    assert report["base"]["sha256_after"] is None
+    assert len(report["base"]["sha256_before"]) == 64
+    assert list(report["stages"]) == ["sft", "reward", "rl"]
+    weights = report["base"]["parameters"]
+    assert report["stages"]["sft"]["trainable_parameters"] == weights
+    assert report["stages"]["reward"]["trainable_parameters"] == weights + 32
+    assert report["stages"]["rl"]["trainable_parameters"] == 2 * weights + 32
+    for stage in report["stages"].values():
+        assert "adapters" not in stage["memory"]["load"]["kinds"]
+    # Each stage holds only the roles that it needs: here that is one, one and four.
+    sizes = [
+        report["stages"][stage]["memory"]["load"]["peak"] / (4 * weights) for stage in ("sft", "reward", "rl")
+    ]
+    assert sizes == pytest.approx([1, 1, 4], rel=0.01)
+
+
+def test_full_tuning_learns(full: Path) -> None:
+    stages = json.loads((full / "report.json").read_text())["stages"]
+    assert stages["sft"]["eval"]["loss_after"] < stages["sft"]["eval"]["loss_before"]
+    first = json.loads((full / "policy" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["kl"] == pytest.approx(0, abs=1e-4)  # the policy begins as the SFT policy
+    assert first["sampler_mismatch"] < 1e-5
+    assert stages["rl"]["eval"]["kl"] != 0
+
+
+def test_models_name_their_parents(full: Path) -> None:
+    def sha256(role: str) -> str:
+        return hashlib.sha256((full / role / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+    assert read_stamp(full / "sft" / "model").parent_sha256 is None
+    assert read_stamp(full / "policy" / "model").parent_sha256 == sha256("sft")
+    assert read_stamp(full / "critic" / "model").parent_sha256 == sha256("reward")
+    assert len({sha256(role) for role in ("sft", "reward", "policy", "critic")}) == 4
+
+
+def test_full_models_load_into_plain_transformers(full: Path) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        policy = AutoModelForCausalLM.from_pretrained(full / "policy" / "model")(ids).logits
+        sft = AutoModelForCausalLM.from_pretrained(full / "sft" / "model")(ids).logits
+        score = AutoModelForSequenceClassification.from_pretrained(full / "reward" / "model")(ids).logits
+    assert not torch.equal(policy, sft)
+    assert score.shape == (1, 1)
+    assert score.abs() > 1e-4
+
+
+@pytest.mark.parametrize("role", ["reward", "policy"])
+def test_a_full_run_can_be_evaluated(role: str, full: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    code, text = run_cli("evaluate", str(full), role, "--json", str(file))
+    assert code == 0, text
+    figures = json.loads(file.read_text())
+    stage = json.loads((full / "report.json").read_text())["stages"]["rl" if role == "policy" else "reward"]
+    compared = {name for name in figures if isinstance(figures[name], float) and name in stage["eval"]}
+    assert compared
+    for name in compared:  # what the run said of the models in memory, these from disk say too
+        assert figures[name] == pytest.approx(stage["eval"][name], abs=1e-5), name
+
+
+def test_rl_alone_reads_full_models_from_disk_and_comes_to_the_same(
+    full: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(full, again)
+    for role in ("policy", "critic"):
+        shutil.rmtree(again / role)
+    (again / "report.json").unlink()
+    code, text = run_cli("rl", str(full / "recipe.yaml"), "--out", str(again))
+    assert code == 0, text
+    for role in ("policy", "critic"):
+        weights = Path(role) / "model" / "model.safetensors"
+        assert (again / weights).read_bytes() == (full / weights).read_bytes(), role
+    assert json.loads((again / "report.json").read_text())["stages"].keys() == {"sft", "reward", "rl"}
+
+
+def test_a_full_runs_folder_is_not_taken_for_a_lora_runs(full: Path, run_cli: RunCli) -> None:
+    code, text = run_cli("run", str(full / "recipe.yaml"), "tuning=lora", "--out", str(full))
+    assert code == 2
+    assert "tuning is 'full', here 'lora'" in " ".join(text.split())
+
+
+def test_full_tuning_with_a_critic_on_the_policys_trunk(
+    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    changes = settings(mixed_data, "full", critic="shared") | {"sft": None, "checkpoint_activations": True}
+    code, text = run_cli("run", str(write_recipe(**changes)), "--out", str(tmp_path / "out"))
+    assert code == 0, text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    weights = report["base"]["parameters"]
+    assert report["stages"]["rl"]["trainable_parameters"] == weights + 32
+    peak = report["stages"]["rl"]["memory"]["load"]["peak"]
+    assert peak == pytest.approx(3 * 4 * weights, rel=0.01)  # base (the reference), reward and policy
+    assert (tmp_path / "out" / "critic" / "model" / "model.safetensors").stat().st_size < 1000
+    code, text = run_cli("evaluate", str(tmp_path / "out"), "policy")
+    assert code == 0, text

@@ -25,7 +25,7 @@ def rows_of(folder: Path) -> Path:
 
 def test_the_simulator_is_drawn_from_the_seed() -> None:
     records = load_records("coffee-simulator", None, seed=1)
-    assert [len(records.demonstrations), len(records.ratings), len(records.prompts)] == [1250, 6000, 1500]
+    assert [len(records.demonstrations), len(records.ratings), len(records.prompts)] == [1250, 8000, 1500]
     assert records.judge is not None
     first_of = {seed: simulate(seed=seed, dialogues=0, ratings=0, prompts=1).prompts for seed in (1, 2)}
     assert records.prompts[:1] == first_of[1] != first_of[2]

@@ -14,7 +14,7 @@ from perl.rl.sampler import Samples, Sampling, sample
 
 
 def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
-    base, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
+    _, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
     roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, weights=False, head=True)

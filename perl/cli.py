@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from perl.allocator import keep_freed_memory
 from perl.errors import UserError
 from perl.progress import console
 
@@ -165,6 +166,7 @@ def check_command(
 def main() -> None:
     """Run a command and turn what goes wrong into one message and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()
     try:
         # click's own errors leave with status 2 and one message, as ours do.
         app(standalone_mode=True)

@@ -94,7 +94,7 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, *roles: Role) -> None:
-        """Free the memory of all other roles that have whole models of their own."""
+        """Free all other roles that have whole models of their own; a base freed before comes back."""
 
     @abstractmethod
     def base_sha256(self) -> str | None:

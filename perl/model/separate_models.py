@@ -56,11 +56,13 @@ class SeparateModels(Roles):
         return dict(self._models[role].named_parameters()) if role in self._models else {}
 
     def keep(self, *roles: Role) -> None:
-        """Free the models and heads of all other roles."""
+        """Free the models and heads of all other roles; a base that was freed before is loaded again."""
         for role in self.roles - frozenset(roles):
             for kept in (self._models, self.heads):
                 if role in kept:
                     del kept[role]
+        if Role.BASE in roles and Role.BASE not in self._models:
+            self._add_weights(Role.BASE, Role.BASE)
 
     def base_sha256(self) -> None:
         """There is no shared base: every role has weights of its own."""

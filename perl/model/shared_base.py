@@ -14,23 +14,16 @@ import json
 import warnings
 from pathlib import Path
 
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from perl.errors import UserError
 from perl.model.base import weights_sha256
+from perl.model.low_rank import compute_with_one_adapter
 from perl.model.roles import Role, Roles, check_logits
-
-
-class _CastLinear(nn.Linear):
-    """A LoRA factor kept in fp32 that computes in the dtype of what it is given, as autocast would."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
 
 
 class SharedBase(Roles):
@@ -118,10 +111,7 @@ class SharedBase(Roles):
             ) from None
         self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
         for layer in self._layers:
-            layer.cast_input_dtype_enabled = False  # or each would keep an fp32 copy of its input
-            for factors in (layer.lora_A, layer.lora_B):
-                if role in factors:
-                    factors[role].__class__ = _CastLinear
+            compute_with_one_adapter(layer)
         start = self.weights(copy_of)
         for name, parameter in self.weights(role).items():
             parameter.data = parameter.data.float()  # adapters learn in fp32 on a base of any dtype

@@ -1,7 +1,7 @@
 """Sampling answers with a KV cache, keeping the log-probability each token was drawn with.
 
 A hand-written loop instead of `generate`: it keeps (B,) log-probs and values a step where `generate` would hand
-back logits of B x T x V, and rows that ended leave the batch.
+back logits of B x T x V, rows that ended leave the batch, and equal prompts are computed once.
 
 Axis letters: B answers, P prompt positions, T answer positions, V vocabulary, D hidden.
 """
@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from perl.model.roles import Role, Roles
 from perl.rl.kv_cache import KVCache
 
 BUCKET = 16
 """Prompts are padded to a multiple of this, so that few shapes occur (varied shapes make memory creep on CPU)."""
+KEEP_UNTIL = 0.75
+"""Answers that ended leave the batch once so many of it, or fewer, go on: to leave means to copy all that stay."""
 
 
 class Samples(NamedTuple):
@@ -66,6 +70,8 @@ class Sampling:
     end_id: int | None
     """The token that ends an answer, and belongs to it. None: answers all have T tokens."""
     pad_id: int
+    prompts_at_once: int
+    """Different prompts computed together before the answers are drawn: bounds their activations."""
     abridged: bool = False
     """Compute the first and the last token of each answer only: for estimates, as memory peaks at one of them."""
 
@@ -82,64 +88,109 @@ def sample(
     """Draw one answer for each prompt, as one role.
 
     Args:
-        prompts: token ids, not empty.
+        prompts: token ids, not empty. Equal ones are computed once.
         generator: on the base's device.
         head: whose head reads the value of each state.
     """
     device, length = roles.device, sampling.max_new_tokens
     prompt_ids_BP, prompt_mask_BP = left_pad(prompts, sampling.pad_id, device)
-    batch = len(prompts)
-    ids_BT = torch.full((batch, length), sampling.pad_id, device=device)
-    lengths, ended = [length] * batch, [False] * batch
+    ids_BT = torch.full((len(prompts), length), sampling.pad_id, device=device)
+    log_probs_BT = torch.zeros((len(prompts), length), device=device)
+    values_BT = torch.zeros_like(log_probs_BT) if head is not None else None
+    lengths = [0] * len(prompts)  # of the answers that ended
 
-    writing = list(range(batch))  # the rows that are still being written, and the same as a tensor
-    rows = torch.arange(batch, device=device)
-    ids, mask = prompt_ids_BP, prompt_mask_BP.long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # Rows of like length stand together in the cache, those of the same prompt side by side.
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row]))
+    rows_B = torch.tensor(order, device=device)
+    mask_BL = prompt_mask_BP[rows_B].long()
     with roles.role(role):
         model = roles.model()
-        embedding = model.get_output_embeddings()
-        cache = KVCache(model, ids.shape[1] + length)
-        log_probs_BT = embedding.weight.new_zeros((batch, length), dtype=torch.float32)
-        values_BT = torch.zeros_like(log_probs_BT) if head is not None else None
+        cache = KVCache(model, len(prompts), prompt_ids_BP.shape[1], length)
+        hidden_BD = _prefill(model, cache, [prompts[row] for row in order], sampling, device)
         for step in range(length):
-            if sampling.abridged and 0 < step < length - 1:
-                cache.skip(1)
-                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-                continue
-            hidden_BD = model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            all_log_probs_BV = (embedding(hidden_BD).float() / sampling.temperature).log_softmax(-1)
-            drawn_B = draw(all_log_probs_BV, generator)
-            ids_BT[rows, step] = drawn_B
-            log_probs_BT[rows, step] = all_log_probs_BV.gather(1, drawn_B[:, None])[:, 0]
+            ids_BT[rows_B, step], log_probs_BT[rows_B, step] = _draw_next(model, hidden_BD, sampling, generator)
             if values_BT is not None and head is not None:
-                values_BT[rows, step] = roles.head(head)(hidden_BD.float())[:, 0]
-            ids, positions = drawn_B[:, None], positions[:, -1:] + 1
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            done = [] if sampling.end_id is None else (drawn_B == sampling.end_id).tolist()
-            if any(done):
-                for row in itertools.compress(writing, done):
-                    lengths[row], ended[row] = step + 1, True
-                going = [place for place, is_done in enumerate(done) if not is_done]
-                if not going:
-                    break
-                keep = torch.tensor(going, device=device)
-                writing = [writing[place] for place in going]
-                rows, ids, mask, positions = rows[keep], ids[keep], mask[keep], positions[keep]
-                cache.keep(keep)
+                values_BT[rows_B, step] = roles.head(head)(hidden_BD.float())[:, 0]
+            if sampling.end_id is not None:
+                for row, is_end in zip(order, (ids_BT[rows_B, step] == sampling.end_id).tolist(), strict=True):
+                    lengths[row] = lengths[row] or (step + 1 if is_end else 0)
+            going = [place for place, row in enumerate(order) if not lengths[row]]
+            if not going or step + 1 == length:
+                break
+            mask_BL = F.pad(mask_BL, (0, 1), value=1)
+            if len(going) <= KEEP_UNTIL * len(order):
+                places = torch.tensor(going, device=device)
+                order = [order[place] for place in going]
+                rows_B, mask_BL, hidden_BD = rows_B[places], mask_BL[places], hidden_BD[places]
+                cache.keep(places)
+            if sampling.abridged and step + 2 < length:
+                cache.skip(1)
+                continue
+            hidden_BD = _hidden(model, cache, ids_BT[rows_B, step : step + 1], mask_BL)[:, -1]
+    ended = [one > 0 for one in lengths]
+    lengths = [one or length for one in lengths]
     mask_BT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
     return Samples(
-        torch.cat([prompt_ids_BP, ids_BT], dim=1),
+        # Rows that had ended were drawn on for a while, until enough of them were there to be taken out.
+        torch.cat([prompt_ids_BP, ids_BT.masked_fill(~mask_BT, sampling.pad_id)], dim=1),
         torch.cat([prompt_mask_BP, mask_BT], dim=1),
         [len(prompt) for prompt in prompts],
         lengths,
-        log_probs_BT,
-        values_BT,
+        log_probs_BT.masked_fill(~mask_BT, 0.0),
+        values_BT.masked_fill(~mask_BT, 0.0) if values_BT is not None else None,
         torch.tensor(ended, device=device),
         sampling.abridged,
     )
+
+
+def _prefill(
+    model: PreTrainedModel,
+    cache: KVCache,
+    prompts: list[Sequence[int]],
+    sampling: Sampling,
+    device: torch.device,
+) -> Tensor:
+    """The hidden states (B, D) after each prompt; equal prompts stand side by side and are computed once."""
+    groups = [(list(prompt), len(list(same))) for prompt, same in itertools.groupby(prompts)]
+    parts, row = [], 0
+    for start in range(0, len(groups), sampling.prompts_at_once):
+        some = groups[start : start + sampling.prompts_at_once]
+        copies = [count for _, count in some]
+        rows = slice(row, row + sum(copies))
+        row = rows.stop
+        if sampling.abridged and row < len(prompts):
+            continue  # the last are the longest
+        ids_BP, mask_BP = left_pad([prompt for prompt, _ in some], sampling.pad_id, device)
+        copies_B = torch.tensor(copies, device=device)
+        with cache.prefilling(rows, copies_B if len(copies) < sum(copies) else None):
+            hidden_BD = _hidden(model, cache, ids_BP, mask_BP.long())[:, -1].clone()
+        parts.append(hidden_BD.repeat_interleave(copies_B, 0))
+    cache.prefilled()
+    hidden_BD = torch.cat(parts)
+    return F.pad(hidden_BD, (0, 0, len(prompts) - len(hidden_BD), 0))  # abridged: the others are not known
+
+
+def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
+    """Hidden states (B, N, D) of the last N positions; those before are in the cache."""
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+    hidden: Tensor = model.base_model(
+        input_ids=ids_BN,
+        attention_mask=mask_BL,
+        position_ids=positions_BL[:, -ids_BN.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return hidden
+
+
+def _draw_next(
+    model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Token ids (B), and the log-probs they were drawn with (B, fp32)."""
+    logits_BV = model.get_output_embeddings()(hidden_BD).float()
+    all_log_probs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
+    drawn_B = draw(all_log_probs_BV, generator)
+    return drawn_B, all_log_probs_BV.gather(1, drawn_B[:, None])[:, 0]
 
 
 def draw(log_probs_BV: Tensor, generator: torch.Generator) -> Tensor:

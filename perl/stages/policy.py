@@ -76,10 +76,15 @@ def how_to_sample(session: Session) -> Sampling:
     assert settings is not None
     if session.trial is not None:  # answers as long as they can get
         return Sampling(
-            settings.max_new_tokens, settings.temperature, None, chat.pad_id, abridged=session.trial.abridged
+            settings.max_new_tokens,
+            settings.temperature,
+            None,
+            chat.pad_id,
+            settings.micro_batch_size,
+            abridged=session.trial.abridged,
         )
     end_id = chat.ends(session.train.prompts[0].context)
-    return Sampling(settings.max_new_tokens, settings.temperature, end_id, chat.pad_id)
+    return Sampling(settings.max_new_tokens, settings.temperature, end_id, chat.pad_id, settings.micro_batch_size)
 
 
 def evaluate_policy(

@@ -262,12 +262,16 @@ def _chosen(loop: Loop) -> list[int]:
         return [
             longest[place % count] for place in range(per_step) for _ in range(loop.settings.samples_per_prompt)
         ]
-    chosen = []
-    for place in range(loop.step * per_step, (loop.step + 1) * per_step):
-        passed, within = divmod(place, count)
-        order = random.Random(derived_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
-        chosen += [order[within]] * loop.settings.samples_per_prompt
-    return chosen
+    places = range(loop.step * per_step, (loop.step + 1) * per_step)
+    orders = {passed: _shuffled(loop, passed) for passed in {place // count for place in places}}
+    each = loop.settings.samples_per_prompt
+    return [orders[place // count][place % count] for place in places for _ in range(each)]
+
+
+def _shuffled(loop: Loop, passed: int) -> list[int]:
+    """All prompts in the order in which this pass over them takes them."""
+    count = len(loop.prompts)
+    return random.Random(derived_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
 
 
 def _save(session: Session) -> None:

@@ -76,11 +76,11 @@ def test_adapters_learn_in_fp32_what_bf16_would_round_away() -> None:
 
 
 def saved_of(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """What autograd keeps of a forward."""
+    """What autograd keeps of a forward beside the parameters, which are there anyway."""
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(x)
-    return kept
+    return [tensor for tensor in kept if not isinstance(tensor, nn.Parameter)]
 
 
 def test_an_adapted_layer_keeps_no_fp32_copy_of_its_input() -> None:
@@ -104,10 +104,9 @@ def test_an_adapted_layer_keeps_what_can_be_counted_by_hand() -> None:
         y = layer(x)
     tokens = ROWS * LENGTH
     result = 2 * tokens * MLP
-    factors = 2 * (RANK * HIDDEN + MLP * RANK)  # both in bf16
     between = 2 * tokens * RANK
-    assert live.current == result + factors + between
-    assert live.peak <= live.current + 3 * result  # the base's, B's and the scaled one
+    assert live.current == result + between
+    assert live.peak <= live.current + 2 * (RANK * HIDDEN + MLP * RANK)  # the factors in bf16; one result only
     assert y.dtype == torch.bfloat16
 
 
@@ -132,7 +131,8 @@ def biggest_fp32(roles: SharedBase) -> int:
     ):
         block.mlp(x)
         block.self_attn(x, position_embeddings=angles, attention_mask=None)
-    return max((tensor.numel() for tensor in kept if tensor.dtype == torch.float32), default=0)
+    found = [tensor for tensor in kept if tensor.dtype == torch.float32 and not isinstance(tensor, nn.Parameter)]
+    return max((tensor.numel() for tensor in found), default=0)
 
 
 def test_attention_and_mlp_of_a_block_keep_activations_in_bf16_only() -> None:

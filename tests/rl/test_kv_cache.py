@@ -1,6 +1,7 @@
 """The cache written in place says what transformers' own says, and stays where it is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids_BL, mask_BL
 
 
+def room(lm: PreTrainedModel, capacity: int = CAPACITY, batch: int = 4) -> KVCache:
+    return KVCache(lm, batch, 0, capacity)
+
+
 @torch.no_grad()
 def stepwise(lm: PreTrainedModel, cache: Cache, keeps: dict[int, list[int]] | None = None) -> list[Tensor]:
     """Hidden states of the prompt, and of each further token; `keeps` says which rows go on from a position."""
@@ -65,21 +70,21 @@ def stepwise(lm: PreTrainedModel, cache: Cache, keeps: dict[int, list[int]] | No
 @pytest.mark.parametrize("keeps", [{}, {7: [0, 2, 3], 9: [2], 11: [0]}, {8: [1, 3]}])
 def test_hidden_states_are_those_of_the_dynamic_cache(lm: PreTrainedModel, keeps: dict[int, list[int]]) -> None:
     expected = stepwise(lm, DynamicCache(config=lm.config), keeps)
-    actual = stepwise(lm, KVCache(lm, CAPACITY), keeps)
+    actual = stepwise(lm, room(lm), keeps)
     assert len(actual) == CAPACITY - PROMPT + 1
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_no_matter_how_much_more_the_cache_could_hold(lm: PreTrainedModel) -> None:
-    roomy, tight = stepwise(lm, KVCache(lm, 5 * CAPACITY)), stepwise(lm, KVCache(lm, CAPACITY))
+    roomy, tight = stepwise(lm, room(lm, 5 * CAPACITY)), stepwise(lm, room(lm))
     for got, want in zip(roomy, tight, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_that_go_on_keep_what_they_wrote(lm: PreTrainedModel) -> None:
     """As computed alone, without the rows that ended."""
-    together = stepwise(lm, KVCache(lm, CAPACITY), {8: [3]})
+    together = stepwise(lm, room(lm), {8: [3]})
     ids_BL, mask_BL = (tensor[3:] for tensor in batch())
     with torch.no_grad():
         alone = lm.base_model(
@@ -97,7 +102,7 @@ def states(rows: int, positions: int) -> Tensor:
 
 
 def test_nothing_is_ever_moved(lm: PreTrainedModel) -> None:
-    cache = KVCache(lm, CAPACITY)
+    cache = room(lm)
     for layer in range(len(cache.layers)):
         cache.update(states(4, PROMPT), states(4, PROMPT), layer)
     before = places(cache)
@@ -115,11 +120,11 @@ def test_nothing_is_ever_moved(lm: PreTrainedModel) -> None:
 
 
 def test_its_bytes_are_made_once_and_known_as_the_cache(lm: PreTrainedModel) -> None:
-    stepwise(lm, KVCache(lm, CAPACITY))  # what transformers makes once
+    stepwise(lm, room(lm))  # what transformers makes once
     timeline = Timeline({})
     with timeline, listening(timeline):
         timeline.phase("generate")
-        cache = KVCache(lm, CAPACITY)
+        cache = room(lm)
         stepwise(lm, cache)
     layers, width = lm.config.num_hidden_layers, lm.config.hidden_size
     assert timeline.memory()["generate"].kinds["kv_cache"] == layers * 2 * 4 * CAPACITY * width * 4
@@ -127,7 +132,7 @@ def test_its_bytes_are_made_once_and_known_as_the_cache(lm: PreTrainedModel) -> 
 
 
 def test_more_than_its_capacity_is_refused(lm: PreTrainedModel) -> None:
-    cache = KVCache(lm, PROMPT)
+    cache = room(lm, PROMPT, batch=1)
     cache.update(states(1, PROMPT), states(1, PROMPT), 0)
     with pytest.raises(RuntimeError):
         cache.update(states(1, 2), states(1, 2), 0)
@@ -138,14 +143,14 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
 ) -> None:
     made: list[KVCache] = []
 
-    def watched(model: PreTrainedModel, capacity: int) -> KVCache:
-        made.append(KVCache(model, capacity))
+    def watched(*args: Any) -> KVCache:
+        made.append(KVCache(*args))
         return made[-1]
 
     monkeypatch.setattr(sampler, "KVCache", watched)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     roles = SharedBase(model, lora_config(2, 4, 0.0, "all-linear", "all", model))
-    sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_id=None, pad_id=0)
+    sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_id=None, pad_id=0, prompts_at_once=1)
     sampler.sample(roles, Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
     for layer in made[0].layers:
         assert layer.keys.shape == (2, 4, sampler.BUCKET + 5, 8)
@@ -153,7 +158,7 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
 
 
 def test_skipped_positions_are_taken_for_filled(lm: PreTrainedModel) -> None:
-    cache = KVCache(lm, CAPACITY)
+    cache = room(lm, batch=2)
     for layer in range(len(cache.layers)):
         cache.update(states(2, PROMPT), states(2, PROMPT), layer)
     cache.skip(2)
@@ -161,3 +166,43 @@ def test_skipped_positions_are_taken_for_filled(lm: PreTrainedModel) -> None:
     keys, _ = cache.update(-states(2, 1), -states(2, 1), 0)
     assert torch.equal(keys[:, :, :PROMPT], states(2, PROMPT))
     assert torch.equal(keys[:, :, PROMPT + 2 :], -states(2, 1))
+
+
+@torch.no_grad()
+def test_prompts_written_a_few_at_a_time_are_those_written_at_once(lm: PreTrainedModel) -> None:
+    """Trimmed to their own columns, equal ones computed once; then one further token on top of them."""
+    ids_BL, mask_BL = batch()
+    ids_BL[2], mask_BL[2] = ids_BL[3], mask_BL[3]
+    whole, parts = KVCache(lm, 4, PROMPT, 1), KVCache(lm, 4, PROMPT, 1)
+    prefill(lm, whole, slice(0, 4), ids_BL[:, :PROMPT], mask_BL[:, :PROMPT])
+    prefill(lm, parts, slice(0, 2), ids_BL[:2, :PROMPT], mask_BL[:2, :PROMPT])
+    prefill(lm, parts, slice(2, 4), ids_BL[3:, 5:PROMPT], mask_BL[3:, 5:PROMPT], torch.tensor([2]))
+    hidden = []
+    for cache in (whole, parts):
+        cache.prefilled()
+        hidden.append(
+            lm.base_model(
+                input_ids=ids_BL[:, PROMPT : PROMPT + 1],
+                attention_mask=mask_BL[:, : PROMPT + 1],
+                position_ids=(mask_BL.cumsum(1) - 1)[:, PROMPT : PROMPT + 1],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        )
+    torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(whole.layers, parts.layers, strict=True):
+        torch.testing.assert_close(other.keys[2, :, 5:PROMPT], other.keys[3, :, 5:PROMPT], rtol=0, atol=0)
+        torch.testing.assert_close(other.values[:2], one.values[:2], rtol=1e-5, atol=1e-5)
+
+
+def prefill(
+    lm: PreTrainedModel, cache: KVCache, rows: slice, ids: Tensor, mask: Tensor, copies: Tensor | None = None
+) -> None:
+    with cache.prefilling(rows, copies):
+        lm.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )

@@ -1,6 +1,8 @@
 """What the sampler says it drew is what a teacher-forced forward says of it."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from perl.model.base import load_base
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
 from perl.model.shared_base import SharedBase
+from perl.rl import sampler
 from perl.rl.rollout import micro_batches, read_answers, trim
 from perl.rl.sampler import Samples, Sampling, sample
 
@@ -29,7 +32,7 @@ def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
         roles,
         Role.POLICY,
         prompts * 8,
-        Sampling(max_new_tokens=40, temperature=0.7, end_id=end_id, pad_id=0),
+        Sampling(max_new_tokens=40, temperature=0.7, end_id=end_id, pad_id=0, prompts_at_once=2),
         torch.Generator().manual_seed(seed),
         head=Role.CRITIC,
     )
@@ -76,3 +79,23 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
         assert torch.equal(ids_bl[mask_bl], samples.ids_BL[rows][samples.mask_BL[rows]])
         assert mask_bl[:, -length:].sum() == samples.answer_mask_BT[rows].sum()
     assert sorted(seen) == list(range(40))
+
+
+def test_the_same_prompt_is_computed_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five prompts of eight answers each, two at once: three prefills of five rows together."""
+    widths = []
+    real = sampler._hidden
+
+    def watched(model: Any, cache: Any, ids_BN: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        widths.append(tuple(ids_BN.shape))
+        return real(model, cache, ids_BN, mask_BL)
+
+    monkeypatch.setattr(sampler, "_hidden", watched)
+    rollout(tiny_llama)
+    prefills = [shape for shape in widths if shape[1] > 1]
+    assert prefills == [(2, 16), (2, 16), (1, 32)]
+    # Rows leave once a quarter of the batch has ended, and never come back.
+    batches = [shape[0] for shape in widths if shape[1] == 1]
+    assert batches[0] == 40
+    assert batches == sorted(batches, reverse=True)
+    assert all(after <= 0.75 * before for before, after in pairwise(batches) if after != before)

@@ -62,6 +62,11 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
     ]
 
 
+def lowest_adapted_layer(lora: LoraConfig) -> int:
+    """The lowest block that has an adapter: those below compute alike for all roles."""
+    return min(index for name in lora.target_modules or () if (index := _layer_index(name)) is not None)
+
+
 def _layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 

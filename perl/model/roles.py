@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl.errors import UserError
 from perl.measure.probe import recomputing
+from perl.model.halves import lower, upper
 from perl.model.log_probs import log_probs_and_entropy
 
 CHUNK = 1024
@@ -107,6 +108,11 @@ class Roles(nn.Module, ABC):
     @abstractmethod
     def config_fits(self, folder: Path) -> bool:
         """Whether weights written with this configuration mean here what they meant there."""
+
+    @property
+    def shared_blocks(self) -> int:
+        """How many of the lowest blocks compute alike for all roles, and need computing once only; 0: none."""
+        return 0
 
     @abstractmethod
     def _add_weights(self, role: Role, copy_of: Role) -> None:
@@ -224,19 +230,21 @@ class Roles(nn.Module, ABC):
             block.training = True
         return self
 
-    def trunk(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def below(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """What the shared blocks make of a batch, (B, L, D) in the base's dtype, for `forward` to go on from."""
+        return lower(self.model(), self.shared_blocks, ids_BL, mask_BL.long(), _positions(mask_BL))
+
+    def trunk(self, ids_BL: Tensor, mask_BL: Tensor, below_BLD: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm, under the active role.
 
         Positions are counted over real tokens, so the padding side does not matter (GPT-2 needs telling).
         """
-        positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
-        hidden: Tensor = (
-            self.model()
-            .base_model(
-                input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False
-            )
-            .last_hidden_state
-        )
+        model, positions_BL = self.model(), _positions(mask_BL)
+        if below_BLD is not None:
+            return upper(model, self.shared_blocks, below_BLD, mask_BL.long(), positions_BL)
+        hidden: Tensor = model.base_model(
+            input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False
+        ).last_hidden_state
         return hidden
 
     def forward(
@@ -248,6 +256,7 @@ class Roles(nn.Module, ABC):
         answer_length: int = 0,
         temperature: float | None = None,
         head: Role | None = None,
+        below_BLD: Tensor | None = None,
     ) -> Outputs:
         """Log-probabilities of answers, values of their states, or scores of whole rows, as one role.
 
@@ -259,9 +268,10 @@ class Roles(nn.Module, ABC):
                 the head scores whole rows.
             temperature: divides the logits; None leaves the language-model head out.
             head: the role whose head reads the trunk; None for no head.
+            below_BLD: what `below` said of this batch; None: compute all blocks.
         """
         with self.role(role):
-            hidden_BLD = self.trunk(ids_BL, mask_BL)
+            hidden_BLD = self.trunk(ids_BL, mask_BL, below_BLD)
             embedding = self.model().get_output_embeddings()
         log_probs_BT = entropy_BT = values_BT = scores_B = None
         if answer_length == 0 and head is not None:
@@ -284,6 +294,10 @@ class Roles(nn.Module, ABC):
             log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
             entropy_BT = nothing_BT.index_put((rows_N, columns_N), entropy_N)
         return Outputs(log_probs_BT, entropy_BT, values_BT, scores_B)
+
+
+def _positions(mask_BL: Tensor) -> Tensor:
+    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
 
 
 @torch.no_grad()

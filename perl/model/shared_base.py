@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from perl.errors import UserError
 from perl.model.base import weights_sha256
+from perl.model.halves import why_not
+from perl.model.lora import lowest_adapted_layer
 from perl.model.low_rank import compute_with_one_adapter
 from perl.model.roles import Role, Roles, check_logits
 
@@ -41,6 +43,8 @@ class SharedBase(Roles):
     prefix = "base_model.model."
     folder = "adapter"
     weights_file = "adapter_model.safetensors"
+    not_split: str | None
+    """Why the blocks below every adapter are computed again for every role, where they are."""
 
     def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
         super().__init__()
@@ -48,6 +52,14 @@ class SharedBase(Roles):
         self.lora = lora
         self._layers: list[LoraLayer] = []
         check_logits(lm)
+        lowest = lowest_adapted_layer(lora)
+        self.not_split = why_not(lm, lowest) if lowest else None
+        self._shared_blocks = lowest if self.not_split is None else 0
+
+    @property
+    def shared_blocks(self) -> int:
+        """The blocks below every adapter, if what they compute can be kept."""
+        return self._shared_blocks
 
     @property
     def roles(self) -> frozenset[Role]:

@@ -18,7 +18,8 @@ from perl.errors import UserError
 from perl.model.chat import MESSAGE_ROLES
 from perl.model.roles import Role, Roles
 from perl.model.saved import Stamp
-from perl.rl.sampler import left_pad
+from perl.rl.batches import micro_batches, trim
+from perl.rl.sampler import Samples, left_pad
 
 
 class RewardSource(Protocol):
@@ -27,8 +28,7 @@ class RewardSource(Protocol):
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        answer_ids: Sequence[list[int]],
+        samples: Samples,
         texts: Sequence[str],
     ) -> list[float]:
         """One finite score an answer."""
@@ -43,27 +43,27 @@ class RewardModel:
     Args:
         stamp: of the reward adapter; it holds mean and spread.
         micro_batch_size: rows scored at once.
-        abridged: score one micro-batch only, as many as decide the peak of memory; all others get 0.
     """
 
-    def __init__(
-        self, roles: Roles, pad_id: int, stamp: Stamp, micro_batch_size: int, *, abridged: bool = False
-    ) -> None:
-        self._roles, self._pad_id, self._stamp = roles, pad_id, stamp
-        self._micro_batch_size, self._abridged = micro_batch_size, abridged
+    def __init__(self, roles: Roles, stamp: Stamp, micro_batch_size: int) -> None:
+        self._roles, self._stamp, self._micro_batch_size = roles, stamp, micro_batch_size
 
+    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        answer_ids: Sequence[list[int]],
+        samples: Samples,
         texts: Sequence[str],
     ) -> list[float]:
         """Scores of prompt and answer together, read at the answer's last token."""
-        rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
-        some = rows[: self._micro_batch_size] if self._abridged else rows
-        scores = score_rows(self._roles, some, self._pad_id, self._micro_batch_size)
-        scores += [0.0] * (len(rows) - len(some))
+        scores = [0.0] * len(prompts)
+        for rows in micro_batches(samples, self._micro_batch_size):
+            batch = trim(samples, rows)
+            outputs = self._roles(
+                Role.REWARD, batch.ids_BL, batch.mask_BL, head=Role.REWARD, below_BLD=batch.below_BLD
+            )
+            for row, score in zip(rows, outputs.scores_B.tolist(), strict=True):
+                scores[row] = score
         rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
         return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
 
@@ -106,8 +106,7 @@ class RewardFunction:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        answer_ids: Sequence[list[int]],
+        samples: Samples,
         texts: Sequence[str],
     ) -> list[float]:
         """The function's scores, checked."""
@@ -120,7 +119,7 @@ class RewardFunction:
                     [{"role": "assistant", "content": text}] if is_chat else text
                     for text, is_chat in zip(texts, chat, strict=True)
                 ],
-                completion_ids=list(answer_ids),
+                completion_ids=samples.answers(),
                 **columns,
             )
         except Exception as error:  # the user's own code

@@ -3,7 +3,7 @@
 Axis letters: B answers, L = P + T positions of prompt and answer, T answer positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from perl.data.records import Prompt
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.rl.algorithms import Scored
+from perl.rl.batches import micro_batches, trim, with_below
 from perl.rl.rewards import RewardSource
-from perl.rl.sampler import BUCKET, Samples, Sampling, sample
+from perl.rl.sampler import Samples, Sampling, sample
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def answer(
     generator: torch.Generator,
     head: Role | None = None,
 ) -> tuple[Samples, list[str]]:
-    """One answer for each prompt, as tokens and as text."""
+    """One answer for each prompt, as tokens and as text; all that reads them goes on from the shared blocks."""
     samples = sample(roles, role, prompts.ids, sampling, generator, head)
+    samples = with_below(roles, samples, sampling.prompts_at_once)
     return samples, [chat.decode(ids) for ids in samples.answers()]
 
 
@@ -63,7 +65,7 @@ def score(
     reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str], missing_end_penalty: float
 ) -> Answers:
     """The reward of each answer, and the penalty for those that were cut before their end."""
-    rewards = reward(prompts.prompts, prompts.ids, samples.answers(), texts)
+    rewards = reward(prompts.prompts, samples, texts)
     rewards_B = torch.tensor(rewards, dtype=torch.float32, device=samples.ids_BL.device)
     scores_B = rewards_B - missing_end_penalty * (~samples.ended_B)
     return Answers(prompts.prompts, texts, samples, scores_B, rewards_B)
@@ -83,12 +85,20 @@ def read_answers(
     log_probs_BT = torch.zeros_like(samples.log_probs_BT) if temperature is not None else None
     values_BT = torch.zeros_like(samples.log_probs_BT) if head is not None else None
     for rows in micro_batches(samples, micro_batch_size):
-        ids_bl, mask_bl, length = trim(samples, rows)
-        outputs = roles(role, ids_bl, mask_bl, answer_length=length, temperature=temperature, head=head)
+        batch = trim(samples, rows)
+        outputs = roles(
+            role,
+            batch.ids_BL,
+            batch.mask_BL,
+            answer_length=batch.answer_length,
+            temperature=temperature,
+            head=head,
+            below_BLD=batch.below_BLD,
+        )
         if log_probs_BT is not None:
-            log_probs_BT[rows, :length] = outputs.log_probs_BT
+            log_probs_BT[rows, : batch.answer_length] = outputs.log_probs_BT
         if values_BT is not None:
-            values_BT[rows, :length] = outputs.values_BT.masked_fill(~mask_bl[:, -length:], 0.0)
+            values_BT[rows, : batch.answer_length] = outputs.values_BT.masked_fill(~batch.answer_mask_BT, 0.0)
     return log_probs_BT, values_BT
 
 
@@ -98,27 +108,3 @@ def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor |
     return Scored(
         answers.scores_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.answer_mask_BT
     )
-
-
-def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
-    """Row numbers, rows of like length together; of abridged samples two batches, as many as decide the peak."""
-    lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.answer_lengths, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    order = order[-2 * size :] if samples.abridged else order
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def trim(samples: Samples, rows: list[int]) -> tuple[Tensor, Tensor, int]:
-    """These rows' ids and mask without the columns that are padding in all of them, and their answer length.
-
-    Lengths are rounded up to a multiple of `BUCKET`.
-    """
-    total = samples.answer_length
-    prompt = samples.ids_BL.shape[1] - total
-    longest_prompt = max(samples.prompt_lengths[row] for row in rows)
-    longest_answer = max(samples.answer_lengths[row] for row in rows)
-    start = prompt - min(prompt, -(-longest_prompt // BUCKET) * BUCKET)
-    length = min(total, -(-longest_answer // BUCKET) * BUCKET)
-    window = slice(start, prompt + length)
-    return samples.ids_BL[rows, window], samples.mask_BL[rows, window], length

@@ -41,6 +41,8 @@ class Samples(NamedTuple):
     """The head's value of the state before each token, fp32; 0 in the padding."""
     ended_B: Tensor
     """Whether the answer ended by itself, bool."""
+    below_BLD: Tensor | None = None
+    """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
     abridged: bool = False
     """Not all that was drawn was computed, and not all micro-batches of it are to be; see `Sampling`."""
 
@@ -139,7 +141,7 @@ def sample(
         log_probs_BT.masked_fill(~mask_BT, 0.0),
         values_BT.masked_fill(~mask_BT, 0.0) if values_BT is not None else None,
         torch.tensor(ended, device=device),
-        sampling.abridged,
+        abridged=sampling.abridged,
     )
 
 

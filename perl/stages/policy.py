@@ -65,9 +65,7 @@ def reward_source(session: Session) -> RewardSource:
     if settings.reward.function is not None:
         return RewardFunction(settings.reward.function)
     session.load(Role.REWARD)
-    stamp, pad_id = session.stamp(Role.REWARD), session.base.chat.pad_id
-    abridged = session.trial is not None and session.trial.abridged
-    return RewardModel(session.roles, pad_id, stamp, settings.micro_batch_size, abridged=abridged)
+    return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size)
 
 
 def how_to_sample(session: Session) -> Sampling:

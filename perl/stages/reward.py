@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from perl.measure.metrics import (
     reward_metrics,
     score_histogram,
 )
+from perl.model.below_cache import BelowCache
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.progress import console, track
@@ -112,6 +114,8 @@ def train_reward(session: Session) -> dict[str, Any]:
             callbacks=[Watch(bar, log, meter)],
         )
         trainer.meter = meter
+        if roles.shared_blocks and settings.epochs > 1 and not (session.trial and session.trial.abridged):
+            trainer.kept_below = BelowCache(roles, [len(ids) for ids in train.ids], Path(scratch))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
@@ -195,6 +199,7 @@ def _examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
         return [
             {
                 "rows": [rows.ids[better], rows.ids[worse]],
+                "numbers": [better, worse],
                 "length": max(len(rows.ids[better]), len(rows.ids[worse])),
             }
             for better, worse in rows.pairs
@@ -203,8 +208,8 @@ def _examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
     up = sum(rows.labels)
     weight = {True: len(rows.labels) / (2 * up), False: len(rows.labels) / (2 * (len(rows.labels) - up))}
     return [
-        {"rows": [ids], "label": float(label), "weight": weight[label], "length": len(ids)}
-        for ids, label in zip(rows.ids, rows.labels, strict=True)
+        {"rows": [ids], "numbers": [number], "label": float(label), "weight": weight[label], "length": len(ids)}
+        for number, (ids, label) in enumerate(zip(rows.ids, rows.labels, strict=True))
     ]
 
 
@@ -216,9 +221,11 @@ class _Collator:
     device: torch.device
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [example["rows"][place] for place in range(len(examples[0]["rows"])) for example in examples]
-        ids_BL, mask_BL = left_pad(rows, self.pad_id, torch.device("cpu"))
-        batch = {"ids_BL": ids_BL, "mask_BL": mask_BL}
+        def together(key: str) -> list[Any]:
+            return [example[key][place] for place in range(len(examples[0][key])) for example in examples]
+
+        ids_BL, mask_BL = left_pad(together("rows"), self.pad_id, torch.device("cpu"))
+        batch = {"ids_BL": ids_BL, "mask_BL": mask_BL, "numbers_B": torch.tensor(together("numbers"))}
         if "label" in examples[0]:
             batch["labels_B"] = torch.tensor([example["label"] for example in examples])
             batch["weights_B"] = torch.tensor([example["weight"] for example in examples])
@@ -229,12 +236,16 @@ class _RewardTrainer(Trainer):
     """transformers' Trainer on the reward role."""
 
     meter: Meter
+    kept_below: BelowCache | None = None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         self.meter.count(int(inputs["mask_BL"].sum()))
-        scores_B = model(Role.REWARD, inputs["ids_BL"], inputs["mask_BL"], head=Role.REWARD).scores_B
+        ids_BL, mask_BL, below_BLD = inputs["ids_BL"], inputs["mask_BL"], None
+        if self.kept_below is not None:
+            below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), ids_BL, mask_BL)
+        scores_B = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, below_BLD=below_BLD).scores_B
         if "labels_B" in inputs:
             return thumbs_loss(scores_B, inputs["labels_B"], inputs["weights_B"])
         return pairs_loss(*scores_B.chunk(2))

@@ -10,6 +10,7 @@ Axis letters: B answers, T answer positions.
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,15 @@ from perl.model.roles import Role
 from perl.progress import console, track
 from perl.recipe import Rl
 from perl.rl.algorithms import Algorithm, Scored, Targets, algorithm
+from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction, RewardSource
 from perl.rl.rollout import (
     Answers,
     EncodedPrompts,
     answer,
-    micro_batches,
     read_answers,
     score,
     scored,
-    trim,
 )
 from perl.rl.sampler import Sampling
 from perl.stages.policy import (
@@ -189,12 +189,13 @@ def _accumulate(
     sums: dict[str, float],
 ) -> None:
     """Add the gradients of one micro-batch."""
-    ids_bl, mask_bl, length = trim(answers.samples, rows)
-    mask_bt = rollout.mask_BT[rows, :length]
-    shared = loop.value_head if loop.critic == "shared" else None
-    policy = loop.model(
-        Role.POLICY, ids_bl, mask_bl, answer_length=length, temperature=loop.settings.temperature, head=shared
+    batch = trim(answers.samples, rows)
+    length, mask_bt = batch.answer_length, rollout.mask_BT[rows, : batch.answer_length]
+    read = partial(
+        loop.model, ids_BL=batch.ids_BL, mask_BL=batch.mask_BL, answer_length=length, below_BLD=batch.below_BLD
     )
+    shared = loop.value_head if loop.critic == "shared" else None
+    policy = read(Role.POLICY, temperature=loop.settings.temperature, head=shared)
     sampler_bt = rollout.sampler_log_probs_BT[rows, :length]
     policy_loss = loop.algorithm.policy_loss(
         policy.log_probs_BT, sampler_bt, targets.advantages_BT[rows, :length], mask_bt, tokens
@@ -204,7 +205,7 @@ def _accumulate(
         assert rollout.values_BT is not None
         values_bt = policy.values_BT
         if shared is None:
-            values_bt = loop.model(Role.CRITIC, ids_bl, mask_bl, answer_length=length, head=Role.CRITIC).values_BT
+            values_bt = read(Role.CRITIC, head=Role.CRITIC).values_BT
         value_loss = loop.algorithm.value_loss(
             values_bt, rollout.values_BT[rows, :length], targets.returns_BT[rows, :length], mask_bt, tokens
         )

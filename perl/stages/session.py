@@ -173,7 +173,12 @@ def _open_roles(recipe: Recipe, train: Records, device: torch.device) -> tuple[B
     base, lm = open_base(recipe, train, device)
     if recipe.tuning == "full":
         return base, SeparateModels(lm, base.load)
-    return base, SharedBase(lm, adapter_shape(recipe, lm))
+    roles = SharedBase(lm, adapter_shape(recipe, lm))
+    if roles.not_split is not None:
+        console.print(
+            f"[yellow]The blocks below the adapters are computed again for every role[/]: {roles.not_split}."
+        )
+    return base, roles
 
 
 def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:

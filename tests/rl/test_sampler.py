@@ -12,7 +12,8 @@ from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
 from perl.model.shared_base import SharedBase
 from perl.rl import sampler
-from perl.rl.rollout import micro_batches, read_answers, trim
+from perl.rl.batches import micro_batches, trim
+from perl.rl.rollout import read_answers
 from perl.rl.sampler import Samples, Sampling, sample
 
 
@@ -74,7 +75,7 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
     seen = []
     for rows in micro_batches(samples, 7):
         seen += rows
-        ids_bl, mask_bl, length = trim(samples, rows)
+        ids_bl, mask_bl, length, _ = trim(samples, rows)
         assert mask_bl.sum() == samples.mask_BL[rows].sum()
         assert torch.equal(ids_bl[mask_bl], samples.ids_BL[rows][samples.mask_BL[rows]])
         assert mask_bl[:, -length:].sum() == samples.answer_mask_BT[rows].sum()

@@ -1,0 +1,59 @@
+"""What the base's shared blocks make of the rows of a data set, computed once for all epochs.
+
+Axis letters: B rows, L positions, D hidden.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perl.model.roles import Roles
+
+SHARE_OF_FREE_MEMORY = 0.25
+"""A cache larger than this is kept in a file, which the kernel holds in memory as far as there is room."""
+
+
+class BelowCache:
+    """Hidden states of each row, (tokens, D) in the base's dtype, filled as rows are asked for.
+
+    Args:
+        roles: on a base with shared blocks.
+        lengths: tokens of each row.
+        folder: where the file goes if the cache is too large for memory.
+    """
+
+    def __init__(self, roles: Roles, lengths: Sequence[int], folder: Path) -> None:
+        self._roles = roles
+        self._ends = list(itertools.accumulate(lengths, initial=0))
+        self._known = [False] * len(lengths)
+        width, dtype = roles.models()[0].get_input_embeddings().weight.shape[1], roles.models()[0].dtype
+        size = self._ends[-1] * width
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size * dtype.itemsize <= SHARE_OF_FREE_MEMORY * free:
+            flat = torch.empty(size, dtype=dtype)
+        else:
+            flat = torch.from_file(str(folder / "below.bin"), shared=True, size=size, dtype=dtype)
+        self._states = flat.view(-1, width)
+
+    def read(self, rows: Sequence[int], ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The hidden states (B, L, D) of a batch, for `Roles.forward`; 0 in the padding.
+
+        Args:
+            rows: their numbers; each row's mask has as many True as the row has tokens.
+        """
+        if not all(self._known[row] for row in rows):
+            below_BLD = self._roles.below(ids_BL, mask_BL)
+            for row, states_LD, mask_L in zip(rows, below_BLD.cpu(), mask_BL.cpu(), strict=True):
+                self._of(row).copy_(states_LD[mask_L])
+                self._known[row] = True
+            return below_BLD
+        below_BLD = self._states.new_zeros(*ids_BL.shape, self._states.shape[1])
+        below_BLD[mask_BL.cpu()] = torch.cat([self._of(row) for row in rows])
+        return below_BLD.to(ids_BL.device)
+
+    def _of(self, row: int) -> Tensor:
+        return self._states[self._ends[row] : self._ends[row + 1]]

@@ -1,0 +1,70 @@
+"""A rollout in parts: micro-batches of rows of like length, without the columns that are padding in all of them.
+
+Axis letters: B answers, L = P + T positions of prompt and answer, T answer positions, D hidden.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perl.model.roles import Roles
+from perl.rl.sampler import BUCKET, Samples
+
+
+class Batch(NamedTuple):
+    """Some rows of a rollout, as `Roles` reads them."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    answer_length: int
+    """T, the columns at the right end that hold the answers."""
+    below_BLD: Tensor | None
+    """What the shared blocks make of them, if that was computed."""
+
+    @property
+    def answer_mask_BT(self) -> Tensor:
+        """True for the answers' tokens."""
+        return self.mask_BL[:, -self.answer_length :]
+
+
+def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
+    """Row numbers, rows of like length together; of abridged samples two batches, as many as decide the peak."""
+    lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.answer_lengths, strict=True)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = order[-2 * size :] if samples.abridged else order
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def trim(samples: Samples, rows: list[int]) -> Batch:
+    """These rows without the columns that are padding in all of them; lengths are multiples of `BUCKET`."""
+    total = samples.answer_length
+    prompt = samples.ids_BL.shape[1] - total
+    longest_prompt = max(samples.prompt_lengths[row] for row in rows)
+    longest_answer = max(samples.answer_lengths[row] for row in rows)
+    start = prompt - min(prompt, -(-longest_prompt // BUCKET) * BUCKET)
+    length = min(total, -(-longest_answer // BUCKET) * BUCKET)
+    window = slice(start, prompt + length)
+    below_BLD = samples.below_BLD[rows, window] if samples.below_BLD is not None else None
+    return Batch(samples.ids_BL[rows, window], samples.mask_BL[rows, window], length, below_BLD)
+
+
+@torch.no_grad()
+def with_below(roles: Roles, samples: Samples, micro_batch_size: int) -> Samples:
+    """The samples with what the base's shared blocks make of them, where there are such blocks.
+
+    The policy, its reference, the reward model and the critic, and every pass over the rollout, go on from there.
+    """
+    if not roles.shared_blocks:
+        return samples
+    below_BLD: Tensor | None = None
+    for rows in micro_batches(samples, micro_batch_size):
+        batch = trim(samples, rows)
+        part_BLD = roles.below(batch.ids_BL, batch.mask_BL)
+        if below_BLD is None:
+            below_BLD = part_BLD.new_zeros(*samples.ids_BL.shape, part_BLD.shape[-1])
+        end = samples.ids_BL.shape[1] - samples.answer_length + batch.answer_length
+        below_BLD[rows, end - part_BLD.shape[1] : end] = part_BLD
+    return samples._replace(below_BLD=below_BLD)

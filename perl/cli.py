@@ -135,6 +135,30 @@ def report_command(
     console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}")
 
 
+@app.command("bench")
+def bench_command(
+    peer_trl: Annotated[
+        Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
+    ] = None,
+    layers: Annotated[str, typer.Option("--layers", help="all or top-half: the blocks with adapters.")] = "all",
+    epochs: Annotated[int, typer.Option("--epochs", metavar="K", min=1, help="Passes over a rollout.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps a measurement.")] = 2,
+    model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the random Llama's shape.")] = "100m",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Our side keeps activations at block boundaries only.")
+    ] = False,
+    json_file: Annotated[Path | None, JsonFile] = None,
+) -> None:
+    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it."""
+    _one_of("--layers", layers, ["all", "top-half"])
+    from perl.bench import work
+    from perl.bench.command import bench
+
+    _one_of("--model", model, list(work.MODELS))
+    bench(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
+
+
 @app.command("chat")
 def chat_command(run: Run) -> None:
     """Talk to base, SFT and RL policy side by side."""
@@ -179,6 +203,11 @@ def main() -> None:
             raise
         console.print("interrupted: finished stages are saved; run the same command again to go on")
         sys.exit(INTERRUPTED)
+
+
+def _one_of(option: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{value!r} is none of {', '.join(choices)}", where=option, remedy="Choose one of them.")
 
 
 def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any = None) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,10 @@ def bench(
     for tuning in ("lora", "full"):
         content = work.recipe(model, tuning, layers, epochs, checkpointing)
         recipe = Recipe.model_validate(content).model_dump_json()
-        runners[f"ours {tuning}"] = lambda recipe=recipe: _measure("ours", [recipe, str(steps + WARM_UP)], None)
+        runners[f"ours {tuning}"] = partial(_measure, "ours", [recipe, str(steps + WARM_UP)], None)
         if peer_trl is not None:
             arguments = [model, tuning, str(epochs), str(steps + WARM_UP)]
-            runners[f"trl {tuning}"] = lambda arguments=arguments: _measure("trl_ppo", arguments, peer_trl)
+            runners[f"trl {tuning}"] = partial(_measure, "trl_ppo", arguments, peer_trl)
     sides = {name: _Side() for name in runners}
     for repeat in range(repeats):
         for name, run in runners.items():

@@ -25,17 +25,25 @@ class Meter:
         resident: the tensors that live through the whole stage, by what they are for.
         trunks: the modules whose `attention_mask` says how many of the computed positions are real; without
             any, operations are not counted.
+        measured_steps: how many steps are followed; 0: only time is taken.
     """
 
     def __init__(
-        self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]], trunks: Sequence[nn.Module]
+        self,
+        device: torch.device,
+        resident: Mapping[Kind, Iterable[Tensor]],
+        trunks: Sequence[nn.Module],
+        measured_steps: int = MEASURED_STEPS,
     ) -> None:
+        self._measured_steps = measured_steps
         self._ledger = Allocator(device, resident) if device.type == "cuda" else Timeline(resident)
         self._flops = Flops(trunks) if trunks else None
         self._steps, self._tokens, self._measured_tokens = 0, 0, 0
         self._seconds, self._measured_seconds = 0.0, 0.0
         self._phase: Phase = "load"
         self._phase_seconds: dict[Phase, float] = {}
+        self.step_seconds: list[dict[Phase, float]] = []
+        """Of each step, by phase."""
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -45,14 +53,18 @@ class Meter:
         Args:
             optimizer: whose parameters' gradients and whose state are told apart from activations.
         """
-        tokens, measured = self._tokens, self._steps < MEASURED_STEPS
+        tokens, measured = self._tokens, self._steps < self._measured_steps
         with contextlib.ExitStack() as stack:
             if measured:
                 stack.enter_context(self._measuring(optimizer))
             begin = self._since = time.perf_counter()  # what lies between steps is no phase's time
+            before = dict(self._phase_seconds)
             stack.enter_context(self.phase("update"))
             yield
         self._steps += 1
+        self.step_seconds.append(
+            {name: sum_ - before.get(name, 0.0) for name, sum_ in self._phase_seconds.items() if name != "load"}
+        )
         seconds = time.perf_counter() - begin
         self._seconds += seconds
         if measured:
@@ -99,7 +111,7 @@ class Meter:
     def figures(self) -> dict[str, Any]:
         """The stage's figures: seconds, bytes, operations."""
         # The speed is that of the steps that nobody followed, where there are any.
-        if self._steps > MEASURED_STEPS:
+        if self._steps > self._measured_steps:
             speed = (self._tokens - self._measured_tokens) / max(self._seconds - self._measured_seconds, 1e-9)
         else:
             speed = self._tokens / max(self._seconds, 1e-9)

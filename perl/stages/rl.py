@@ -107,7 +107,7 @@ def train_rl(session: Session) -> dict[str, Any]:
     learnt = sum(parameter.numel() for group in loop.learners for parameter in group)
     result = {"trainable_parameters": learnt, **loop.meter.figures()}
     if session.trial is not None:
-        return result
+        return result | {"step_seconds": loop.meter.step_seconds}
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
     shown = min(SAMPLES, len(eval_prompts))

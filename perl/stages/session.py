@@ -17,7 +17,7 @@ from perl.data.records import Demonstration, Records
 from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
-from perl.measure.meter import Meter
+from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
 from perl.model.base import Base, load_base, random_base
 from perl.model.build import build_base
@@ -40,6 +40,8 @@ class Trial:
     steps: int
     abridged: bool = False
     """On fake tensors: no more is computed of a step than decides its peak memory."""
+    measured: bool = True
+    """Whether memory and operations are followed, which slows small models."""
 
 
 @dataclass
@@ -62,9 +64,9 @@ class Session:
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         for tensor in (*self.roles.parameters(), *self.roles.buffers()):
             resident["adapters" if id(tensor) in learnt and not whole else "base_weights"].append(tensor)
-        abridged = self.trial is not None and self.trial.abridged
-        trunks = [] if abridged else [model.base_model for model in self.roles.models()]
-        return Meter(self.device, resident, trunks)
+        trial = self.trial or Trial(0)
+        trunks = [] if trial.abridged else [model.base_model for model in self.roles.models()]
+        return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
 
     def saved(self, role: Role) -> Path:
         """Where a role's weights are in the run folder."""

@@ -35,7 +35,7 @@ class Build(Section):
     """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
     max_length: Positive = 512
     """Context length, in tokens."""
-    steps: Positive = 1800
+    steps: Positive = 1500
     batch_tokens: Positive = 1536
     learning_rate: Rate = 3e-3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

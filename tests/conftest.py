@@ -135,6 +135,15 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations and ratings in one file."""
+    file = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
+    names = ("demonstrations.jsonl", "ratings.jsonl")
+    file.write_text("".join((small_data / name).read_text() for name in names))
+    return file
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, small_data: Path) -> WriteRecipe:
     """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""

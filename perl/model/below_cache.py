@@ -38,6 +38,8 @@ class BelowCache:
         else:
             flat = torch.from_file(str(folder / "below.bin"), shared=True, size=size, dtype=dtype)
         self._states = flat.view(-1, width)
+        self.bytes = flat.nbytes
+        """On the host, whatever the device: not among the live bytes of a step."""
 
     def read(self, rows: Sequence[int], ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """The hidden states (B, L, D) of a batch, for `Roles.forward`; 0 in the padding.

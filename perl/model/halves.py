@@ -73,7 +73,8 @@ def why_not(lm: PreTrainedModel, count: int) -> str | None:
         split = upper(lm, count, below, mask_BL, positions_BL)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
         return f"{type(lm).__name__} does not run in two parts: {str(error).splitlines()[0][:200]}"
-    rounding = torch.finfo(whole.dtype).eps
-    if not torch.allclose(split[mask_BL > 0], whole[mask_BL > 0], rtol=16 * rounding, atol=16 * rounding):
+    rounding, padding_BL1 = 16 * torch.finfo(whole.dtype).eps, (mask_BL == 0)[..., None]
+    split, whole = split.masked_fill(padding_BL1, 0.0), whole.masked_fill(padding_BL1, 0.0)
+    if not torch.allclose(split, whole, rtol=rounding, atol=rounding):
         return f"{type(lm).__name__} does more to its embeddings than pass them to the first block"
     return None

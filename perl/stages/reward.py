@@ -119,6 +119,8 @@ def train_reward(session: Session) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
+    if trainer.kept_below is not None:
+        result["kept_below_bytes"] = trainer.kept_below.bytes
     if session.trial is not None:
         return result
     roles.eval()

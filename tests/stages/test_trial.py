@@ -23,15 +23,6 @@ REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.003
 RL = {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "reward": {}}
 
 
-@pytest.fixture(scope="module")
-def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Demonstrations and ratings in one file."""
-    file = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
-    names = ("demonstrations.jsonl", "ratings.jsonl")
-    file.write_text("".join((small_data / name).read_text() for name in names))
-    return file
-
-
 def settings(mixed_data: Path, tuning: str, **rl: Any) -> dict[str, Any]:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     return {"tuning": tuning, "data": data, "sft": SFT, "reward": REWARD, "rl": RL | rl}

@@ -137,6 +137,9 @@ def report_command(
 
 @app.command("bench")
 def bench_command(
+    part: Annotated[
+        str, typer.Argument(metavar="[PART]", help="step (PPO, the default), rollout, reward, limit or growth.")
+    ] = "step",
     peer_trl: Annotated[
         Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
     ] = None,
@@ -148,15 +151,20 @@ def bench_command(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Our side keeps activations at block boundaries only.")
     ] = False,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Draw growth there.")] = None,
     json_file: Annotated[Path | None, JsonFile] = None,
 ) -> None:
-    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it."""
+    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
     _one_of("--layers", layers, ["all", "top-half"])
     from perl.bench import work
-    from perl.bench.command import bench
+    from perl.bench.command import PARTS, bench_part, bench_step
 
     _one_of("--model", model, list(work.MODELS))
-    bench(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
+    _one_of("PART", part, ["step", *PARTS])
+    if part == "step":
+        bench_step(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
+    else:
+        bench_part(part, model, layers, repeats, figure, json_file)
 
 
 @app.command("chat")

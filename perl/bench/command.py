@@ -1,4 +1,4 @@
-"""The command: measure in turn, take medians, print ratios."""
+"""The command: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from perl.bench import work
+from perl.bench import growth, limit, reward, rollout, work
 from perl.errors import UserError
 from perl.files import write_json
 from perl.page.numbers import bytes_text
@@ -46,7 +46,27 @@ class _Side:
         }
 
 
-def bench(
+def bench_part(
+    part: str, model: str, layers: str, repeats: int, figure: Path | None, json_file: Path | None
+) -> None:
+    """Measure one of `PARTS`; print and write its figures, and draw them where there is something to draw."""
+    found: dict[str, Any] = PARTS[part](model, layers, repeats, figure)
+    console.print(f"[bold]{part}[/], {model}")
+    console.print_json(json.dumps(found))
+    if json_file is not None:
+        write_json(json_file, found)
+
+
+PARTS: dict[str, Callable[[str, str, int, Path | None], dict[str, Any]]] = {
+    "rollout": lambda model, layers, repeats, figure: rollout.measure(model, repeats),
+    "reward": lambda model, layers, repeats, figure: reward.measure(model, repeats),
+    "limit": lambda model, layers, repeats, figure: limit.measure(model, layers),
+    "growth": lambda model, layers, repeats, figure: growth.measure(figure),
+}
+"""Beside `step`: what the steps of the method are made of."""
+
+
+def bench_step(
     model: str,
     layers: str,
     epochs: int,

@@ -122,7 +122,7 @@ def train_reward(session: Session) -> dict[str, Any]:
     if trainer.kept_below is not None:
         result["kept_below_bytes"] = trainer.kept_below.bytes
     if session.trial is not None:
-        return result
+        return result | {"step_seconds": meter.step_seconds}
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
     session.save(Role.REWARD, **scale)

@@ -1,0 +1,56 @@
+"""How near an RL step's peak is to what the method cannot do without."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perl.bench import work
+from perl.measure.memory import LiveBytes
+from perl.model.roles import Role
+from perl.recipe import Recipe
+from perl.stages.rl import train_rl
+from perl.stages.session import Session, Trial, open_session, seed_everything
+
+
+def measure(model: str, layers: str) -> dict[str, Any]:
+    """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the answers' KV cache."""
+    recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(recipe, Path(scratch), Trial(2))
+        seed_everything(recipe.seed)
+        memory = train_rl(session)["memory"]
+        kinds = {kind: 0 for phase in memory.values() for kind in phase["kinds"]}
+        for phase in memory.values():
+            for kind, count in phase["kinds"].items():
+                kinds[kind] = max(kinds[kind], count)
+        needed = {
+            "base weights": kinds["base_weights"],
+            "adapters and their optimizer": kinds["adapters"] + kinds["gradients"] + kinds["optimizer"],
+            "one micro-batch, checkpointed": _micro_batch(session),
+            "KV cache of the rollout": kinds["kv_cache"],
+        }
+    peak = max(phase["peak"] for phase in memory.values())
+    return {"peak": peak, "needed": needed, "ratio": peak / sum(needed.values())}
+
+
+def _micro_batch(session: Session) -> int:
+    """Live bytes at the most, of one micro-batch forward and backward, beyond what was there and its gradients."""
+    length = work.PROMPT_TOKENS + work.ANSWER_TOKENS
+    ids_BL = torch.randint(5, 250, (work.MICRO_BATCH, length), device=session.device)
+    mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    roles, learners = session.roles, session.roles.train_only(Role.POLICY, Role.CRITIC)
+    with LiveBytes() as live, roles.checkpointed():
+        outputs = roles(
+            Role.POLICY,
+            ids_BL,
+            mask_BL,
+            answer_length=work.ANSWER_TOKENS,
+            temperature=1.0,
+            head=Role.CRITIC,
+        )
+        assert outputs.log_probs_BT is not None
+        assert outputs.values_BT is not None
+        (outputs.log_probs_BT.sum() + outputs.values_BT.sum()).backward()
+    return live.peak - sum(parameter.nbytes for parameter in learners)

@@ -1,0 +1,51 @@
+"""Reward training over several epochs: full tuning, LoRA on all blocks, and on the upper half with the lower kept."""
+
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perl.bench import work
+from perl.recipe import Recipe
+from perl.stages.reward import train_reward
+from perl.stages.session import Trial, open_session, seed_everything
+
+ROWS, EPOCHS, BATCH = 32, 4, 4
+CASES = {"full": ("full", "all"), "LoRA, all blocks": ("lora", "all"), "LoRA, upper half": ("lora", "top-half")}
+
+
+def measure(model: str, repeats: int) -> dict[str, Any]:
+    """Seconds of all epochs, and of one after the first; medians over repeats, the cases in turn."""
+    runs: dict[str, list[list[float]]] = {name: [] for name in CASES}
+    for _ in range(repeats):
+        for name, (tuning, layers) in CASES.items():
+            runs[name].append(_seconds(model, tuning, layers))
+    steps = ROWS // BATCH
+    found: dict[str, Any] = {}
+    for name, seconds in runs.items():
+        later = [
+            sum(run[start : start + steps]) for run in seconds for start in range(steps, steps * EPOCHS, steps)
+        ]
+        found[name] = {
+            "seconds": statistics.median(sum(run) for run in seconds),
+            "seconds_of_a_later_epoch": statistics.median(later),
+        }
+    for name in CASES:
+        found[name]["times_as_fast_as_full"] = found["full"]["seconds"] / found[name]["seconds"]
+    return found
+
+
+def _seconds(model: str, tuning: str, layers: str) -> list[float]:
+    content = work.recipe(model, tuning, layers, 1, checkpointing=False)
+    length = work.PROMPT_TOKENS + work.ANSWER_TOKENS
+    content["reward"] = {"epochs": EPOCHS, "batch_size": BATCH, "max_length": length}
+    recipe = Recipe.model_validate(content)
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(recipe, Path(scratch), Trial(EPOCHS * ROWS // BATCH, measured=False))
+        longest = sorted(session.train.ratings, key=lambda rating: -sum(len(turn.text) for turn in rating.context))
+        of_class = ([rating for rating in longest if rating.label is label] for label in (True, False))
+        some = [rating for ratings in of_class for rating in ratings[: ROWS // 2]]
+        session.train = replace(session.train, ratings=some)
+        seed_everything(recipe.seed)
+        return [sum(step.values()) for step in train_reward(session)["step_seconds"]]

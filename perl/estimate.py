@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +18,7 @@ from perl.files import write_json
 from perl.measure.probe import Kind
 from perl.page.numbers import bytes_text
 from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
-from perl.progress import console
+from perl.progress import console, track
 from perl.recipe import Recipe, StageName
 from perl.stages.session import quiet_libraries
 
@@ -103,9 +103,12 @@ def _possible(recipe: Recipe, tuning: str) -> bool:
 
 
 def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[Prediction]:
-    """In processes side by side: each is a minute of Python, not of arithmetic."""
-    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), get_context("spawn")) as pool:
+    """In processes side by side: each is most of a minute of Python, not of arithmetic."""
+    workers = min(len(cases), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, track("predicting", len(cases)) as bar:
         futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
+        for _ in as_completed(futures):
+            bar()
         return [future.result() for future in futures]
 
 

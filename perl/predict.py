@@ -40,7 +40,7 @@ from perl.stages.session import (
     seed_everything,
 )
 
-DEPTHS = (4, 8)
+DEPTHS = (2, 6)
 """Layers that a deeper base is tried at."""
 STEPS = 2
 """The first step makes gradients and the optimizer's state; in the second all of them are there from the start."""

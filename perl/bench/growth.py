@@ -49,7 +49,7 @@ def _trial(batch: int, answer_tokens: int, trial: Trial) -> dict[str, Any]:
 
 def _seconds(batch: int, answer_tokens: int) -> float:
     steps = _trial(batch, answer_tokens, Trial(4, measured=False))["step_seconds"]
-    return statistics.median(sum(step.values()) for step in steps[1:])
+    return float(statistics.median(sum(step.values()) for step in steps[1:]))
 
 
 def _update_peak(batch: int) -> int:
@@ -65,7 +65,7 @@ def _log_probs_peak(vocabulary: int) -> int:
         log_probs_N, entropy_N = log_probs_and_entropy(
             hidden_ND, weight_VD, None, targets_N, 1.0, max(1, LOGITS_AT_ONCE // vocabulary)
         )
-        (log_probs_N.sum() + entropy_N.sum()).backward()
+        (log_probs_N.sum() + entropy_N.sum()).backward()  # type: ignore[no-untyped-call]
     return live.peak
 
 

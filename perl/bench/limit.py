@@ -15,7 +15,7 @@ from perl.stages.session import Session, Trial, open_session, seed_everything
 
 
 def measure(model: str, layers: str) -> dict[str, Any]:
-    """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the answers' KV cache."""
+    """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the KV cache."""
     recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(recipe, Path(scratch), Trial(2))

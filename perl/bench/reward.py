@@ -1,4 +1,4 @@
-"""Reward training over several epochs: full tuning, LoRA on all blocks, and on the upper half with the lower kept."""
+"""Reward training over several epochs: full tuning, LoRA on all blocks, LoRA on the upper half, the lower kept."""
 
 import statistics
 import tempfile

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     for name, answers in GROUPS.items():
         prompts = torch.randint(5, lm.config.vocab_size, (PROMPTS // answers, PROMPT_TOKENS), device=device)
         both: dict[str, Callable[[], object]] = {
-            "ours": lambda prompts=prompts, answers=answers: _ours(roles, base, prompts, answers),
-            "generate": lambda prompts=prompts, answers=answers: _generate(peer, base, prompts, answers),
+            "ours": partial(_ours, roles, base, prompts, answers),
+            "generate": partial(_generate, peer, base, prompts, answers),
         }
         rates: dict[str, list[float]] = {side: [] for side in both}
         for _ in range(repeats + 1):

@@ -6,9 +6,11 @@ was drawn) is answered by `unknown_values`: zeros.
 """
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig
@@ -20,6 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from perl.model.roles import Role
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
+
+LONGEST_ROW = 2**14
+"""Numbers in a row, more than there are positions: a vocabulary, which is compared with every token."""
 
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -99,7 +104,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class _Unknown(TorchFunctionMode):
-    """Answers with zeros where code asks for the value of a fake tensor, and makes new float tensors fake."""
+    """Answers with zeros where code asks for the value of a fake tensor."""
 
     ASKS = frozenset(
         {
@@ -111,18 +116,8 @@ class _Unknown(TorchFunctionMode):
         }
     )
 
-    MAKES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.MAKES and torch.device(kwargs.get("device") or "cpu").type != "meta":
-            with _MODE:
-                made = func(*args, **kwargs)
-            if made.is_floating_point() and made.dim():  # token ids, masks and counters stay real
-                return made
-        if func is torch.Tensor.backward:  # a mode is off inside what it handles: on again for the backward pass
-            with self:
-                return torch.autograd.backward(args[0])  # of a scalar: all that is asked here
         if args and isinstance(args[0], FakeTensor):
             if func in self.ASKS:
                 return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
@@ -134,8 +129,31 @@ class _Unknown(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+MAKERS = ("empty", "zeros", "ones", "full", "arange")
+
+
+def _fake_maker(name: str) -> Any:
+    """A factory whose float tensors are fake, and vocabularies; token ids, masks and counters stay real."""
+    make = getattr(torch, name)
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        with _MODE:
+            fake: Tensor = make(*args, **kwargs)
+        wanted = (fake.is_floating_point() and fake.dim()) or (name == "arange" and fake.numel() > LONGEST_ROW)
+        if wanted and fake.device.type != "meta":
+            return fake
+        result: Tensor = make(*args, **kwargs)
+        return result
+
+    return made
+
+
 @contextlib.contextmanager
 def unknown_values() -> Iterator[None]:
-    """Inside, code that asks for the values of fake tensors is told zeros."""
-    with _Unknown():
+    """Inside, new float tensors are fake, and code that asks for the values of fake tensors is told zeros."""
+    with contextlib.ExitStack() as stack:
+        for name in MAKERS:  # patched: a function mode does not reach the backward pass of custom functions
+            stack.enter_context(mock.patch.object(torch, name, _fake_maker(name)))
+        stack.enter_context(_Unknown())
         yield

@@ -69,7 +69,7 @@ def compare(recipe: Recipe, out: Path, seeds: int) -> None:
         cells = (spread_text(quality.lora), spread_text(quality.full), f"{quality.difference:+.2f}")
         table.add_row("quality", quality.figure, *cells)
     console.print(table)
-    rows = [{"stage": row.stage, "figure": row.figure, **_means(row)} for row in costs]
+    rows = [{"stage": row.stage.lower(), "figure": row.figure, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.figure, **_means(quality)} for quality in qualities]
     write_json(out / "compare.json", {"name": recipe.name, "seeds": seeds, "rows": rows})
     page = write_page(folders, out / "report.html")

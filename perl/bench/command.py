@@ -122,7 +122,8 @@ def _measure(module: str, arguments: list[str], path: Path | None) -> dict[str, 
     command = [sys.executable, "-m", f"perl.bench.{module}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
+        last = lines[-1] if lines else "no message"
         raise UserError(f"the measurement failed: {last}", where=f"bench {module}", remedy="See the message.")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result

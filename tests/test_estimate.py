@@ -9,8 +9,8 @@ import pytest
 from perl.errors import UserError
 from perl.estimate import parse_bytes
 from perl.recipe import load_recipe
+from perl.stages.reward import train_reward
 from perl.stages.session import Trial, open_session, seed_everything
-from perl.stages.sft import train_sft
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {
@@ -56,16 +56,16 @@ def test_it_says_what_would_make_it_fit(
     run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
 ) -> None:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
-    recipe = write_recipe(data=data, **STAGES)
+    recipe = write_recipe(data=data, rl=None, reward=STAGES["reward"])
     found, text = estimated(run_cli, recipe, "--device-memory", "1MB")
     assert found["fits"] is False
     assert "It does not fit" in text
-    assert set(found["lora"]) == set(found["full"]) == {"sft", "reward", "rl"}
+    assert set(found["lora"]) == set(found["full"]) == {"reward"}
     changes = found["changes"]
     together = list(changes)[-1]
     assert "checkpoint_activations=true" in changes
     assert "lora.layers=top-half" in changes
-    assert "sft.batch_size=1 reward.batch_size=1 rl.micro_batch_size=1" in changes
+    assert "reward.batch_size=1" in changes
     # Each asks for less than the recipe as it is, and all of them together for the least.
     assert all(change["peak"] < peak(found["lora"]) for change in changes.values())
     assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
@@ -76,14 +76,14 @@ def test_it_says_what_would_make_it_fit(
     # What it says is what a real step holds.
     session = open_session(load_recipe(recipe), tmp_path / "trial", Trial(2))
     seed_everything(0)
-    measured = train_sft(session)["memory"]
-    for name, phase in found["lora"]["sft"].items():
+    measured = train_reward(session)["memory"]
+    for name, phase in found["lora"]["reward"].items():
         assert phase["peak"] == pytest.approx(measured[name]["peak"], rel=0.05)
 
 
 def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
-    recipe = write_recipe(data=data, tuning="full", **STAGES)
+    recipe = write_recipe(data=data, tuning="full", reward=STAGES["reward"], rl=STAGES["rl"] | {"reward": {}})
     one, _ = estimated(run_cli, recipe)
     four, text = estimated(run_cli, recipe, "--devices", "4")
     assert four["devices"] == 4

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
+os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run side by side
 
 import pytest
 import torch

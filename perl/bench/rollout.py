@@ -27,9 +27,11 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = {"model_type": "llama", "tie_word_embeddings": False, **work.MODELS[model]}
     base, lm = random_base(config, torch.bfloat16, device, seed=0)
-    lora = lora_config(work.RANK, work.ALPHA, 0.0, "all-linear", "all", lm)
-    peer = get_peft_model(base.load(), lora, autocast_adapter_dtype=False).to(torch.bfloat16).eval()
-    roles = SharedBase(lm, lora).eval()
+    plain = base.load()
+    # A configuration for each: peft rewrites the target names of the one that it is given.
+    ours, theirs = (lora_config(work.RANK, work.ALPHA, 0.0, "all-linear", "all", model) for model in (lm, plain))
+    peer = get_peft_model(plain, theirs, autocast_adapter_dtype=False).to(torch.bfloat16).eval()
+    roles = SharedBase(lm, ours).eval()
     roles.add(Role.POLICY)
     for name, parameter in [*roles.weights(Role.POLICY).items(), *peer.named_parameters()]:
         if "lora_B" in name:

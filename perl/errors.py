@@ -1,8 +1,15 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""What a user is told in one message: a mistake of theirs, or a fault of the machine."""
+
+import errno
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import ClassVar
 
 
 class UserError(Exception):
-    """Input that cannot be used: printed as one message, without a traceback, and exit status 2.
+    """Input that cannot be used: printed as one message, without a traceback.
 
     Args:
         what: what is wrong, with the value that is.
@@ -10,7 +17,66 @@ class UserError(Exception):
         remedy: what to do about it.
     """
 
+    status: ClassVar[int] = 2
+    """The exit status."""
+
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         self.what, self.where, self.remedy = what, where, remedy
         message = f"{where}: {what}" if where else what
         super().__init__(f"{message}\n  {remedy}" if remedy else message)
+
+
+class MachineError(UserError):
+    """The input is right, but the machine has no room, no memory or no permission for it."""
+
+    status = 1
+
+
+_GO_ON = "then run the same command again: what was finished is kept."
+_ROOM = f"Make room there, {_GO_ON}"
+_LIMIT = f"Raise that limit (`ulimit -a` shows it), {_GO_ON}"
+_PERMISSION = "Get permission for it, or name another place (--out; XDG_CACHE_HOME for caches)."
+_MEMORY = (
+    "`perl-rlhf estimate` says what the recipe needs and what to lower: micro_batch_size, batch_size or "
+    f"max_length; or set checkpoint_activations: true, {_GO_ON}"
+)
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _LIMIT,
+    errno.EMFILE: _LIMIT,
+    errno.ENFILE: _LIMIT,
+    errno.EROFS: _PERMISSION,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EIO: f"Check the disk, {_GO_ON}",
+    errno.ENOMEM: _MEMORY,
+}
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+"""What torch's RuntimeErrors say, of GPUs and of CPUs."""
+
+
+def machine_fault(error: BaseException) -> MachineError | None:
+    """What an exception of Python or a library says is wrong with the machine; None if nothing is.
+
+    A name that does not exist is no fault of the machine's: whoever was given it says whose it is.
+    """
+    said = str(error).strip().partition("\n")[0][:300]
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if rust := re.search(r"\(os error (\d+)\)", said):  # safetensors and tokenizers have exceptions of their own
+        number = int(rust[1])
+    no_memory = isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    if number not in _REMEDIES:
+        return None
+    cause = os.strerror(number)
+    what = cause if file or not said else f"{cause} ({said})"
+    return MachineError(what, where=str(file or _place(error)), remedy=_REMEDIES[number])
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package it happened: the file tells the stage, or what was loaded."""
+    root = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
+    return f"{frames[-1].name} ({Path(frames[-1].filename).relative_to(root.parent)})" if frames else ""

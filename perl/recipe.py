@@ -4,14 +4,17 @@ Only the stages and the command line read a recipe; all that lies below takes pl
 """
 
 import difflib
+import hashlib
+import json
 import os
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from perl import plain_yaml
 from perl.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -54,12 +57,14 @@ class Base(Section):
     model: str | None = None
     """A hub id or a folder with a causal language model."""
     build: Build | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, JsonValue] | None = None
     """A transformers configuration with its `model_type`; needs `random_init: true`."""
     random_init: bool = False
     """Take only the configuration and draw the weights at random: for measuring, not for use."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none", "4bit"] = "none"
+    trust_remote_code: bool = False
+    """Let Python code run that comes with the model, where transformers has none for it. Read that code first."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Base":
@@ -67,6 +72,8 @@ class Base(Section):
             raise ValueError("give exactly one of model, build and config")
         if self.config is not None and not self.random_init:
             raise ValueError("config has no weights: add random_init: true, or give model instead")
+        if self.trust_remote_code and self.model is None:
+            raise ValueError("trust_remote_code is about a model's own code: give model, or leave it out")
         return self
 
 
@@ -171,6 +178,8 @@ class Recipe(Section):
     """Adapters on one shared base; or a whole model for each role, trained whole: the conventional way."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+    checkpoint_every: Positive = 20
+    """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
     base: Base
     lora: Lora = Lora()
     data: Data = Data()
@@ -205,6 +214,12 @@ class Recipe(Section):
         """The stages to run, in order."""
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
+    @property
+    def sha256(self) -> str:
+        """Of all that it says beyond the defaults: a key that a later version adds does not change it."""
+        said = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
     def to_yaml(self) -> str:
         """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
         text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
@@ -220,7 +235,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         UserError: unreadable file, broken YAML, unknown key, impossible value.
     """
     path = Path(path)
-    content = _read_mapping(path)
+    content = plain_yaml.read_mapping(path)
     for override in overrides or []:
         _apply_override(content, override)
     _resolve_paths(content, path.parent)
@@ -230,47 +245,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise _explain(error, path) from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a later key overwrite an earlier one in silence; a recipe must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(
-            "no such recipe", where=str(path), remedy="Check the path; see recipes/ for complete ones."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read: {error}", where=str(path), remedy="A recipe is a YAML file in UTF-8."
-        ) from None
-    except Exception as error:  # for a value under a wrong tag, such as `!!float x`, yaml raises all sorts
-        reason = " ".join(str(error).split())
-        raise UserError(f"not valid YAML: {reason}", where=str(path), remedy="Mend the line named.") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            "a recipe is a mapping of keys to values", where=str(path), remedy="See recipes/quickstart.yaml."
-        )
-    return content
-
-
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not KEY=VALUE", remedy="For example rl.algorithm=ppo.")
     try:
-        value = yaml.safe_load(text)
-    except Exception:  # as in reading a recipe
-        raise UserError(f"value {text!r} is not valid YAML", where=key, remedy="Quote it as YAML would.") from None
+        value = plain_yaml.parse(text)
+    except ValueError as error:
+        what = f"value {reprlib.repr(text)} is not valid YAML: {error}"
+        raise UserError(what, where=key, remedy="Quote it as YAML would.") from None
     *parents, last = key.split(".")
     if parents and parents[0] in STAGES and content.get(parents[0]) is None:
         remedy = f"Add `{parents[0]}: {{}}` to the recipe first."

@@ -3,6 +3,7 @@
 recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
     adapter/ (or model/: full tuning)    see perl.model.saved
+    checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
     samples.jsonl                        policy/ only: answers of base, SFT and policy side by side
     result.json                          what the stage came to; there when the stage is finished
@@ -92,9 +93,9 @@ class RunFolder:
         """The folder of a role."""
         return self.path / role
 
-    def metrics(self, stage: StageName) -> "MetricsLog":
-        """The step-by-step figures of a stage, begun anew."""
-        return MetricsLog(self.role(STAGE_ROLE[stage]) / "metrics.jsonl")
+    def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
+        """The step-by-step figures of a stage, of which so many steps are done: later lines are removed."""
+        return MetricsLog(self.role(STAGE_ROLE[stage]) / "metrics.jsonl", done)
 
     def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
         """Write answers for people to read, a line a prompt."""
@@ -124,11 +125,18 @@ class RunFolder:
 
 
 class MetricsLog:
-    """A file of JSON lines, one a step."""
+    """A file of JSON lines, one a step.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: where.
+        done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint goes.
+    """
+
+    def __init__(self, file: Path, done: int = 0) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(file, "w", encoding="utf-8")  # noqa: SIM115  closed with the log
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
+        write_whole(file, "".join(lines[:done]))  # a line a step
+        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Add a line, at once on disk for who follows the run."""

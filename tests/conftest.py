@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from perl import cli
+from tests.tiny import random_llama
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -62,19 +63,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = make_tokenizer(special, CHATML, pad_token="<|pad|>", eos_token="<|im_end|>")
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
+        random_llama(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
+            initializer_range=0.02,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perl.measure.flops import Flops
-from perl.measure.ledger import Allocator, Timeline
+from perl.measure.ledger import Allocator, Timeline, memory_as_json
 from perl.measure.memory import peak_rss_bytes
 from perl.measure.probe import Kind, Phase, listening, mark
 
@@ -38,7 +38,7 @@ class Meter:
         self._measured_steps = measured_steps
         self._ledger = Allocator(device, resident) if device.type == "cuda" else Timeline(resident)
         self._flops = Flops(trunks) if trunks else None
-        self._steps, self._tokens, self._measured_tokens = 0, 0, 0
+        self._tokens, self._measured_tokens = 0, 0
         self._seconds, self._measured_seconds = 0.0, 0.0
         self._phase: Phase = "load"
         self._phase_seconds: dict[Phase, float] = {}
@@ -53,7 +53,7 @@ class Meter:
         Args:
             optimizer: whose parameters' gradients and whose state are told apart from activations.
         """
-        tokens, measured = self._tokens, self._steps < self._measured_steps
+        tokens, measured = self._tokens, len(self.step_seconds) < self._measured_steps
         with contextlib.ExitStack() as stack:
             if measured:
                 stack.enter_context(self._measuring(optimizer))
@@ -61,7 +61,6 @@ class Meter:
             before = dict(self._phase_seconds)
             stack.enter_context(self.phase("update"))
             yield
-        self._steps += 1
         self.step_seconds.append(
             {name: sum_ - before.get(name, 0.0) for name, sum_ in self._phase_seconds.items() if name != "load"}
         )
@@ -108,10 +107,26 @@ class Meter:
         """Count real tokens of this step."""
         self._tokens += tokens
 
+    def times(self) -> dict[str, Any]:
+        """Seconds and tokens so far, for a process that goes on with the stage."""
+        return {
+            "tokens": self._tokens,
+            "measured_tokens": self._measured_tokens,
+            "seconds": self._seconds,
+            "measured_seconds": self._measured_seconds,
+            "phase_seconds": self._phase_seconds,
+        }
+
+    def go_on_from(self, times: dict[str, Any]) -> None:
+        """Count on from what another process has counted; the memory of the next steps is followed anew."""
+        self._tokens, self._measured_tokens = times["tokens"], times["measured_tokens"]
+        self._seconds, self._measured_seconds = times["seconds"], times["measured_seconds"]
+        self._phase_seconds = dict(times["phase_seconds"])
+
     def figures(self) -> dict[str, Any]:
         """The stage's figures: seconds, bytes, operations."""
         # The speed is that of the steps that nobody followed, where there are any.
-        if self._steps > self._measured_steps:
+        if len(self.step_seconds) > self._measured_steps:
             speed = (self._tokens - self._measured_tokens) / max(self._seconds - self._measured_seconds, 1e-9)
         else:
             speed = self._tokens / max(self._seconds, 1e-9)
@@ -121,7 +136,7 @@ class Meter:
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": max(phase.peak for phase in memory.values()),
             "peak_rss_bytes": peak_rss_bytes(),
-            "memory": {name: {"peak": phase.peak, "kinds": phase.kinds} for name, phase in memory.items()},
+            "memory": memory_as_json(memory),
             "phase_seconds": {
                 name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
             },

@@ -11,25 +11,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perl.model.padding import left_pad
 from perl.model.roles import Roles
 
 SHARE_OF_FREE_MEMORY = 0.25
 """A cache larger than this is kept in a file, which the kernel holds in memory as far as there is room."""
+GROUP = 8
+"""Rows computed together."""
 
 
 class BelowCache:
     """Hidden states of each row, (tokens, D) in the base's dtype, filled as rows are asked for.
 
+    A row is computed in a group of its own length's neighbours, always the same: in other company the last bit
+    would be another, and a run that was interrupted could not end in the same bytes.
+
     Args:
         roles: on a base with shared blocks.
-        lengths: tokens of each row.
+        rows: the tokens of each row.
+        pad_id: stands in the padding.
         folder: where the file goes if the cache is too large for memory.
     """
 
-    def __init__(self, roles: Roles, lengths: Sequence[int], folder: Path) -> None:
-        self._roles = roles
-        self._ends = list(itertools.accumulate(lengths, initial=0))
-        self._known = [False] * len(lengths)
+    def __init__(self, roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, folder: Path) -> None:
+        self._roles, self._rows, self._pad_id = roles, rows, pad_id
+        self._ends = list(itertools.accumulate((len(row) for row in rows), initial=0))
+        self._by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        self._place = {row: place for place, row in enumerate(self._by_length)}
+        self._known = [False] * len(rows)
         width, dtype = roles.models()[0].get_input_embeddings().weight.shape[1], roles.models()[0].dtype
         size = self._ends[-1] * width
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -41,21 +50,27 @@ class BelowCache:
         self.bytes = flat.nbytes
         """On the host, whatever the device: not among the live bytes of a step."""
 
-    def read(self, rows: Sequence[int], ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def read(self, rows: Sequence[int], mask_BL: Tensor) -> Tensor:
         """The hidden states (B, L, D) of a batch, for `Roles.forward`; 0 in the padding.
 
         Args:
             rows: their numbers; each row's mask has as many True as the row has tokens.
         """
-        if not all(self._known[row] for row in rows):
-            below_BLD = self._roles.below(ids_BL, mask_BL)
-            for row, states_LD, mask_L in zip(rows, below_BLD.cpu(), mask_BL.cpu(), strict=True):
-                self._of(row).copy_(states_LD[mask_L])
-                self._known[row] = True
-            return below_BLD
-        below_BLD = self._states.new_zeros(*ids_BL.shape, self._states.shape[1])
+        for row in rows:
+            if not self._known[row]:
+                self._compute(self._place[row] // GROUP * GROUP)
+        below_BLD = self._states.new_zeros(*mask_BL.shape, self._states.shape[1])
         below_BLD[mask_BL.cpu()] = torch.cat([self._of(row) for row in rows])
-        return below_BLD.to(ids_BL.device)
+        return below_BLD.to(mask_BL.device)
+
+    def _compute(self, start: int) -> None:
+        """Compute the group that begins at this place."""
+        group = self._by_length[start : start + GROUP]
+        ids_BL, mask_BL = left_pad([self._rows[row] for row in group], self._pad_id, self._roles.device)
+        below_BLD = self._roles.below(ids_BL, mask_BL).cpu()
+        for row, states_LD, mask_L in zip(group, below_BLD, mask_BL.cpu(), strict=True):
+            self._of(row).copy_(states_LD[mask_L])
+            self._known[row] = True
 
     def _of(self, row: int) -> Tensor:
         return self._states[self._ends[row] : self._ends[row + 1]]

@@ -2,7 +2,7 @@
 
 adapter_config.json  adapter_model.safetensors   an adapter as plain peft reads it; a head is the module `score`
 config.json          model.safetensors           under full tuning: a whole model, as transformers names things
-perl.json                                        the stamp: base, tokenizer, chat format, parent, scale
+perl.json                                        the stamp: what it belongs to, and a reward model's scale
 """
 
 import dataclasses
@@ -10,15 +10,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from perl import __version__
-from perl.errors import UserError
-from perl.files import whole_folder, write_json
+from perl.errors import UserError, machine_fault
+from perl.files import whole_folder, write_json, write_tensors
 from perl.model.base import Base
 from perl.model.roles import Role, Roles
 
@@ -30,19 +31,24 @@ STAMP = "perl.json"
 class Stamp:
     """What a role's weights belong to; loading them elsewhere is refused."""
 
-    role: str
+    role: Role
     base: str
     base_sha256: str
     tokenizer_sha256: str
     chat_sha256: str
     end_id: int
+    recipe: str | None = None
+    """The name of the recipe that trained it; None where none did."""
+    recipe_sha256: str | None = None
+    parent: Role | None = None
+    """The role that this one started from, if that was trained."""
     parent_sha256: str | None = None
-    """Of the weights file of the role that this one started from."""
+    """Of the parent's weights file."""
     reward_is_probability: bool = False
     """A reward model of thumbs: its score is the log-odds of a thumb up, and RL takes the probability."""
-    reward_mean: float = 0.0
+    reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Mean of the reward on the training rows; RL takes it off."""
-    reward_std: float = 1.0
+    reward_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Their standard deviation; RL divides by it."""
     perl: str = __version__
 
@@ -64,9 +70,8 @@ def stamp_for(role: Role, base: Base, **more: Any) -> Stamp:
 def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
     """Write a role's weights and head as one whole folder."""
     scores = role in roles.heads
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _on_disk(roles, role).items()}
     with whole_folder(folder) as unfinished:
-        save_file(weights, unfinished / roles.weights_file, {"format": "pt"})
+        write_tensors(unfinished / roles.weights_file, _on_disk(roles, role))
         with roles.role(role if roles.weights(role) else roles.reference):
             roles.write_config(unfinished, stamp.base, scores=scores)
         write_json(unfinished / STAMP, dataclasses.asdict(stamp))
@@ -80,29 +85,35 @@ def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
     return named
 
 
-def load_role(roles: Roles, role: Role, folder: Path, base: Base) -> Stamp:
+def load_role(
+    roles: Roles,
+    role: Role,
+    folder: Path,
+    base: Base,
+    recipe: str | None = None,
+    recipe_sha256: str | None = None,
+) -> Stamp:
     """Read a role's weights and head from a folder; the role is added if it is new.
 
+    Args:
+        recipe: its name and hash, where the role has to be of this recipe.
+
     Raises:
-        UserError: files missing or broken, another base, tokenizer or chat format, another shape.
+        UserError: files missing or broken, or weights that belong elsewhere: to another base, tokenizer, chat
+            format, recipe or parent, or of another shape.
     """
     stamp = read_stamp(folder)
-    _refuse_other_base(stamp, stamp_for(role, base), folder)
-    try:
-        weights = load_file(folder / roles.weights_file)
-    except (OSError, SafetensorError) as error:
-        where = str(folder / roles.weights_file)
-        raise UserError(f"cannot be read: {error}", where=where, remedy="Train this stage again.") from None
+    _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
+    weights = _read_weights(folder, roles.weights_file)
     head = roles.prefix + HEAD
     if role not in roles.roles:
         roles.add(role, weights=bool(weights.keys() - {head}), head=head in weights)
     targets = _on_disk(roles, role)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    fits = shapes == {name: tuple(parameter.shape) for name, parameter in targets.items()}
     with roles.role(role):
-        if not fits or not _config_fits(roles, folder):
+        differs = _shape_difference(weights, targets)
+        if differs or not _config_fits(roles, folder):
             raise UserError(
-                "has another rank, alpha, targets or layers than the recipe's lora section",
+                f"has another rank, alpha, targets or layers than the recipe's lora section{differs}",
                 where=str(folder),
                 remedy="Set lora.rank, alpha, targets and layers as in its adapter_config.json.",
             )
@@ -112,28 +123,67 @@ def load_role(roles: Roles, role: Role, folder: Path, base: Base) -> Stamp:
     return stamp
 
 
-def _refuse_other_base(stamp: Stamp, expected: Stamp, folder: Path) -> None:
-    for name, what in {
-        "base_sha256": "base",
-        "tokenizer_sha256": "tokenizer",
-        "chat_sha256": "chat format",
-        "end_id": "end-of-turn token",
-    }.items():
-        if getattr(stamp, name) != getattr(expected, name):
-            raise UserError(
-                f"belongs to another {what}: trained on {stamp.base}, {name} {str(getattr(stamp, name))[:12]}; "
-                f"here it is {str(getattr(expected, name))[:12]}",
-                where=str(folder),
-                remedy="Use the base named in its perl.json, or train the adapter again.",
-            )
+def _read_weights(folder: Path, file: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / file)
+    except (OSError, SafetensorError, MemoryError) as error:
+        pickles = sorted(pickle.name for pickle in folder.glob("*.bin"))
+        also = f"; there is {pickles[0]}, but pickles are never read" if pickles else ""
+        raise machine_fault(error) or UserError(
+            f"cannot be read: {error}{also}", where=str(folder / file), remedy=_anew(folder)
+        ) from None
+
+
+def _shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> str:
+    """The first tensor that differs in shape, in words; empty if none does."""
+    for name in sorted({*weights, *targets}):
+        there, here = (tuple(of[name].shape) if name in of else "missing" for of in (weights, targets))
+        if there != here:
+            return f": {name} is {there}, here {here}"
+    return ""
+
+
+def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
+    """Compare what the stamp says with what is here, and name all that differs."""
+    compared = [
+        ("role", stamp.role, here.role),
+        ("base", stamp.base_sha256, here.base_sha256),
+        ("tokenizer", stamp.tokenizer_sha256, here.tokenizer_sha256),
+        ("chat format", stamp.chat_sha256, here.chat_sha256),
+        ("end-of-turn token", stamp.end_id, here.end_id),
+    ]
+    if here.recipe_sha256 is not None:
+        compared.append(("recipe", stamp.recipe_sha256, here.recipe_sha256))
+    if stamp.parent is not None:
+        beside = folder.parent.parent / stamp.parent / folder.name
+        if (beside / roles.weights_file).exists():
+            compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, beside)))
+    differs = [
+        f"{what} (it says {_short(there)}, here {_short(ours)})" for what, there, ours in compared if there != ours
+    ]
+    if differs:
+        trained = f"{stamp.base}{f' by recipe {stamp.recipe}' if stamp.recipe else ''}"
+        raise UserError(
+            f"belongs to another {', another '.join(differs)}; it was trained on {trained}",
+            where=str(folder),
+            remedy=f"Use it where it belongs, as its {STAMP} says; or train it here. {_anew(folder)}",
+        )
+
+
+def _short(value: object) -> str:
+    return str(value)[:12]
+
+
+def _anew(folder: Path) -> str:
+    return f"To train it again, remove {folder.parent / 'result.json'} and run the recipe."
 
 
 def _config_fits(roles: Roles, folder: Path) -> bool:
     try:
         return roles.config_fits(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"its configuration cannot be read: {error}", where=str(folder), remedy="Train this stage again."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise machine_fault(error) or UserError(
+            f"its configuration cannot be read: {error}", where=str(folder), remedy=_anew(folder)
         ) from None
 
 
@@ -144,12 +194,14 @@ def read_stamp(folder: Path) -> Stamp:
         UserError: no such folder, or it was not written by PERL.
     """
     try:
-        return Stamp(**json.loads((folder / STAMP).read_text(encoding="utf-8")))
+        return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
     except FileNotFoundError:
-        raise UserError("no adapter here", where=str(folder), remedy="Run its stage first.") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"not a stamp: {error}", where=str(folder / STAMP), remedy="Train this stage again."
+        what = f"has no {STAMP}: nothing that PERL trained is here"
+        raise UserError(what, where=str(folder), remedy=_anew(folder)) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise machine_fault(error) or UserError(
+            f"not a stamp: {reason}", where=str(folder / STAMP), remedy=_anew(folder)
         ) from None
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from perl.model.padding import BUCKET
 from perl.model.roles import Roles
-from perl.rl.sampler import BUCKET, Samples
+from perl.rl.sampler import Samples
 
 
 class Batch(NamedTuple):

@@ -16,10 +16,11 @@ import torch
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
 from perl.model.chat import MESSAGE_ROLES
+from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.model.saved import Stamp
 from perl.rl.batches import micro_batches, trim
-from perl.rl.sampler import Samples, left_pad
+from perl.rl.sampler import Samples
 
 
 class RewardSource(Protocol):

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.rl.kv_cache import KVCache
 
-BUCKET = 16
-"""Prompts are padded to a multiple of this, so that few shapes occur (varied shapes make memory creep on CPU)."""
 KEEP_UNTIL = 0.75
 """Answers that ended leave the batch once so many of it, or fewer, go on: to leave means to copy all that stay."""
 
@@ -198,14 +197,3 @@ def _draw_next(
 def draw(log_probs_BV: Tensor, generator: torch.Generator) -> Tensor:
     """A token id (B) from each row's distribution."""
     return torch.multinomial(log_probs_BV.exp(), 1, generator=generator)[:, 0]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of tokens as ids and mask, padded on the left to a multiple of `BUCKET`."""
-    length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, length - len(row) :] = torch.tensor(row)
-        mask[index, length - len(row) :] = True
-    return ids.to(device), mask.to(device)

@@ -1,6 +1,5 @@
 """Judging a policy: its prompts, where its reward comes from, and its figures on held-out prompts."""
 
-import random
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import Answers, EncodedPrompts, answer, read_answers, score, scored
 from perl.rl.sampler import Sampling
-from perl.stages.session import Session
+from perl.stages.session import Session, derived_seed
 
 EVAL_BATCH = 64
 """Answers sampled at once in evaluation."""
@@ -154,8 +153,3 @@ def describe(answers: Answers, rollout: Scored, judge: Judge | None) -> dict[str
     if judge is not None:
         figures["gold"] = statistics.fmean(judge(answers.prompts, answers.texts))
     return figures
-
-
-def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
-    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

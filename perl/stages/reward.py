@@ -6,22 +6,19 @@ ours: it scores rows with the shared base's reward role. The loss on pairs is TR
 
 import math
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Context, Rating, Records, Turn
 from perl.errors import UserError
-from perl.measure.meter import Meter
 from perl.measure.metrics import (
     accuracy,
     auroc,
@@ -34,12 +31,12 @@ from perl.measure.metrics import (
 )
 from perl.model.below_cache import BelowCache
 from perl.model.chat import ChatFormat
+from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
-from perl.progress import console, track
+from perl.progress import console
 from perl.rl.rewards import probabilities, score_rows
-from perl.rl.sampler import left_pad
 from perl.stages.session import Session
-from perl.stages.training import Watch
+from perl.stages.training import ResumableTrainer, Watch, course
 
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and spread that RL takes off and divides by."""
@@ -91,38 +88,30 @@ def train_reward(session: Session) -> dict[str, Any]:
     trained = roles.train_only(Role.REWARD)
     examples = _examples(train, settings.loss)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
-    meter = session.meter()
-    with (
-        session.folder.metrics("reward") as log,
-        tempfile.TemporaryDirectory() as scratch,
-        track("reward", steps) as bar,
-        roles.checkpointed(session.recipe.checkpoint_activations),
-    ):
+    with course(session, "reward", steps) as here:
         trainer = _RewardTrainer(
             model=roles,
             args=TrainingArguments(
-                output_dir=scratch,
+                output_dir=str(here.scratch),
                 num_train_epochs=settings.epochs,
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                train_sampling_strategy="group_by_length",
-                length_column_name="length",
                 **session.trainer_settings(),
             ),
             train_dataset=Dataset.from_list(examples),
             data_collator=_Collator(session.base.chat.pad_id, session.device),
-            callbacks=[Watch(bar, log, meter)],
+            callbacks=[Watch(here)],
         )
-        trainer.meter = meter
+        trainer.course = here
         if roles.shared_blocks and settings.epochs > 1 and not (session.trial and session.trial.abridged):
-            trainer.kept_below = BelowCache(roles, [len(ids) for ids in train.ids], Path(scratch))
+            trainer.kept_below = BelowCache(roles, train.ids, session.base.chat.pad_id, here.scratch)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
+        trainer.go_on()
+    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **here.meter.figures()}
     if trainer.kept_below is not None:
         result["kept_below_bytes"] = trainer.kept_below.bytes
     if session.trial is not None:
-        return result | {"step_seconds": meter.step_seconds}
+        return result | {"step_seconds": here.meter.step_seconds}
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
     session.save(Role.REWARD, **scale)
@@ -234,19 +223,18 @@ class _Collator:
         return batch
 
 
-class _RewardTrainer(Trainer):
+class _RewardTrainer(ResumableTrainer):
     """transformers' Trainer on the reward role."""
 
-    meter: Meter
     kept_below: BelowCache | None = None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self.meter.count(int(inputs["mask_BL"].sum()))
+        self.course.meter.count(int(inputs["mask_BL"].sum()))
         ids_BL, mask_BL, below_BLD = inputs["ids_BL"], inputs["mask_BL"], None
         if self.kept_below is not None:
-            below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), ids_BL, mask_BL)
+            below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), mask_BL)
         scores_B = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, below_BLD=below_BLD).scores_B
         if "labels_B" in inputs:
             return thumbs_loss(scores_B, inputs["labels_B"], inputs["weights_B"])

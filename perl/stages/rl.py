@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from perl.checkpoint import Checkpoints, State
+from perl.interrupt import between_steps
 from perl.measure.meter import Meter
 from perl.model.roles import Role
 from perl.progress import console, track
@@ -32,8 +34,8 @@ from perl.rl.rollout import (
     scored,
 )
 from perl.rl.sampler import Sampling
+from perl.stages import snapshot
 from perl.stages.policy import (
-    derived_seed,
     describe,
     draw_samples,
     encode_prompts,
@@ -41,7 +43,7 @@ from perl.stages.policy import (
     how_to_sample,
     reward_source,
 )
-from perl.stages.session import Session
+from perl.stages.session import Session, derived_seed
 
 VALUE_COEF = 0.1
 """Weight of the critic's loss beside the policy's."""
@@ -64,11 +66,12 @@ class Loop:
     accelerator: Accelerator
     model: Any
     optimizer: Any
-    learners: list[list[torch.nn.Parameter]]
+    learners: list[Role]
     critic: str
     """`shared`, `adapter` or `none`."""
     meter: Meter
     sampling: Sampling
+    checkpoints: Checkpoints
     step: int = 0
 
     @property
@@ -91,10 +94,16 @@ def train_rl(session: Session) -> dict[str, Any]:
     assert settings is not None
     loop = _begin(session, settings)
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
-    before = {} if session.trial else evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
     steps = session.trial.steps if session.trial else settings.steps
-    with session.folder.metrics("rl") as log, track("rl", steps) as bar:
-        for step in range(steps):
+    before, done = _go_on(loop)
+    if not before and not session.trial:
+        before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+    with (
+        session.folder.metrics("rl", done) as log,
+        track("rl", steps, done) as bar,
+        between_steps() as leaving,
+    ):
+        for step in range(done, steps):
             loop.step = step
             with loop.meter.step(loop.optimizer):
                 answers, rollout = collect(loop)
@@ -104,7 +113,12 @@ def train_rl(session: Session) -> dict[str, Any]:
             figures = {**describe(answers, rollout, session.train.judge), **losses}
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
-    learnt = sum(parameter.numel() for group in loop.learners for parameter in group)
+            last = leaving.wanted or step + 1 == steps
+            if not session.trial and (last or loop.checkpoints.due(step + 1)):
+                _checkpoint(loop, before)
+            if leaving.wanted:
+                raise KeyboardInterrupt
+    learnt = sum(parameter.numel() for parameter in session.roles.parameters_of(*loop.learners))
     result = {"trainable_parameters": learnt, **loop.meter.figures()}
     if session.trial is not None:
         return result | {"step_seconds": loop.meter.step_seconds}
@@ -167,7 +181,8 @@ def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> 
         for rows in micro_batches(samples, settings.micro_batch_size):
             with loop.session.roles.checkpointed(loop.session.recipe.checkpoint_activations):
                 _accumulate(loop, answers, rollout, targets, rows, tokens, sums)
-        for group in loop.learners:
+        for role in loop.learners:
+            group = loop.session.roles.parameters_of(role)
             norm = float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM))
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient of step {loop.step + 1} is not finite; it was not applied")
@@ -248,11 +263,31 @@ def _begin(session: Session, settings: Rl) -> Loop:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        learners=[roles.parameters_of(role) for role in learners],
+        learners=learners,
         critic=critic,
         meter=session.meter(),
         sampling=how_to_sample(session),
+        checkpoints=session.checkpoints("rl"),
     )
+
+
+def _checkpoint(loop: Loop, before: dict[str, float]) -> None:
+    """Write all state after the step that is done; `before` are the reference's figures, costly to find again."""
+    tensors, values = snapshot.take(loop.session.roles, loop.learners, snapshot.unwrapped(loop.optimizer))
+    values |= {"before": before, "meter": loop.meter.times()}
+    loop.checkpoints.write(State(loop.step + 1, tensors, values))
+
+
+def _go_on(loop: Loop) -> tuple[dict[str, float], int]:
+    """Put back the newest checkpoint; return the reference's figures and the steps done, {} and 0 without one."""
+    found = loop.checkpoints.newest()
+    if found is None:
+        return {}, 0
+    state, optimizer = (found.tensors, found.values), snapshot.unwrapped(loop.optimizer)
+    snapshot.restore(loop.session.roles, loop.learners, optimizer, state, str(loop.checkpoints.folder))
+    snapshot.set_generators(state)
+    loop.meter.go_on_from(found.values["meter"])
+    return found.values["before"], found.step
 
 
 def _chosen(loop: Loop) -> list[int]:

@@ -1,7 +1,10 @@
 """What the stages of one run share: the recipe, the records, the base with its roles, and the run folder."""
 
+import contextlib
 import random
+import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from perl.checkpoint import Checkpoints
 from perl.data.records import Demonstration, Records
 from perl.data.sources import load_records
 from perl.data.splits import split
@@ -27,8 +31,8 @@ from perl.model.saved import Stamp, load_role, read_stamp, save_role, stamp_for,
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
 from perl.progress import console
-from perl.recipe import Recipe
-from perl.rundir import RunFolder
+from perl.recipe import Recipe, StageName
+from perl.rundir import STAGE_ROLE, RunFolder
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -75,9 +79,12 @@ class Session:
     def save(self, role: Role, parent: Role | None = None, **more: Any) -> None:
         """Write a role's weights, stamped; `parent` is the role it started from, if that was trained."""
         inherited = self.saved(parent) if parent is not None else None
-        sha256 = weights_sha256(self.roles, inherited) if inherited is not None and inherited.exists() else None
-        stamp = stamp_for(role, self.base, parent_sha256=sha256, **more)
-        save_role(self.roles, role, self.saved(role), stamp)
+        if inherited is not None and inherited.exists():
+            more |= {"parent": parent, "parent_sha256": weights_sha256(self.roles, inherited)}
+        save_role(self.roles, role, self.saved(role), stamp_for(role, self.base, **self._recipe(), **more))
+
+    def _recipe(self) -> dict[str, str]:
+        return {"recipe": self.recipe.name, "recipe_sha256": self.recipe.sha256}
 
     def load(self, role: Role) -> None:
         """Load a role's weights from the run folder, unless they are in memory; in a trial they are new."""
@@ -86,11 +93,16 @@ class Session:
         if self.trial is not None:
             self.roles.add(role, head=role is Role.REWARD)
         else:
-            load_role(self.roles, role, self.saved(role), self.base)
+            load_role(self.roles, role, self.saved(role), self.base, **self._recipe())
 
     def stamp(self, role: Role) -> Stamp:
         """What is written beside a role's weights."""
         return stamp_for(role, self.base) if self.trial is not None else read_stamp(self.saved(role))
+
+    def checkpoints(self, stage: StageName) -> Checkpoints:
+        """The checkpoints of a stage."""
+        folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
+        return Checkpoints(folder, self.recipe.checkpoint_every)
 
     def trainer_settings(self) -> dict[str, Any]:
         """Settings of transformers' Trainer that every stage shares."""
@@ -99,7 +111,8 @@ class Session:
             "data_seed": self.recipe.seed,
             "use_cpu": self.device.type == "cpu",
             "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
-            "save_strategy": "no",
+            "save_strategy": "no" if self.trial is not None else "steps",
+            "save_steps": self.recipe.checkpoint_every,
             "eval_strategy": "no",
             "logging_steps": 1,
             "report_to": [],
@@ -134,6 +147,19 @@ def open_session(recipe: Recipe, out: Path, trial: Trial | None = None) -> Sessi
     return Session(recipe, folder, train, held_out, base, roles, device, trial)
 
 
+@contextlib.contextmanager
+def trial_session(recipe: Recipe, trial: Trial) -> Iterator[Session]:
+    """A session to try one stage in, its folder gone afterwards; seeded as a run's stages are.
+
+    Raises:
+        UserError: as `open_session`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(recipe, Path(scratch), trial)
+        seed_everything(recipe.seed)
+        yield session
+
+
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
     """The recipe's records, to train on and held out.
 
@@ -166,6 +192,7 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
         dtype,
         device,
         four_bit=spec.quantization == "4bit",
+        trust_remote_code=spec.trust_remote_code,
         random_seed=recipe.seed if spec.random_init else None,
     )
 
@@ -227,3 +254,8 @@ def seed_everything(seed: int) -> None:
     """Seed every global generator."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

@@ -1,6 +1,5 @@
 """SFT: the `sft` adapter learns the demonstrations, with TRL's SFTTrainer; the loss falls on agent turns only."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,10 @@ from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
 from perl.errors import UserError
-from perl.measure.meter import Meter
 from perl.model.roles import Role, Roles
-from perl.progress import console, track
+from perl.progress import console
 from perl.stages.session import Session
-from perl.stages.training import Watch
+from perl.stages.training import ResumableTrainer, Watch, course
 
 
 def check(session: Session) -> None:
@@ -34,18 +32,11 @@ def train_sft(session: Session) -> dict[str, Any]:
     roles.keep(Role.SFT)
     trained = roles.train_only(Role.SFT)
     steps = -(-len(train) // settings.batch_size) * settings.epochs
-    meter = session.meter()
-    with (
-        session.folder.metrics("sft") as log,
-        tempfile.TemporaryDirectory() as scratch,
-        track("sft", steps) as bar,
-        roles.checkpointed(session.recipe.checkpoint_activations),
-        _unpatched(roles) as model,
-    ):
+    with course(session, "sft", steps) as here, _unpatched(roles) as model:
         trainer = _Trainer(
             model=model,
             args=SFTConfig(
-                output_dir=scratch,
+                output_dir=str(here.scratch),
                 num_train_epochs=settings.epochs,
                 per_device_train_batch_size=settings.batch_size,
                 per_device_eval_batch_size=settings.batch_size,
@@ -53,35 +44,32 @@ def train_sft(session: Session) -> dict[str, Any]:
                 max_length=None,
                 gradient_checkpointing=False,  # the roles do their own
                 pad_to_multiple_of=16,
-                train_sampling_strategy="group_by_length",
                 dataset_kwargs={"skip_prepare_dataset": True},
                 **session.trainer_settings(),
             ),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=session.base.tokenizer,
-            callbacks=[Watch(bar, log, meter)],
+            callbacks=[Watch(here)],
         )
-        trainer.meter = meter
+        trainer.course = here
         trainer.remove_callback(PrinterCallback)
         before = None if session.trial else trainer.evaluate()["eval_loss"]
-        trainer.train()
+        trainer.go_on()
         after = None if session.trial else trainer.evaluate()["eval_loss"]
-    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **meter.figures()}
+    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **here.meter.figures()}
     if session.trial is not None:
         return result
     session.save(Role.SFT)
     return {**result, "eval": {"n": len(held_out), "loss_before": before, "loss_after": after}}
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer, its tokens counted."""
-
-    meter: Meter
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            self.meter.count(int(inputs["attention_mask"].sum()))
+            self.course.meter.count(int(inputs["attention_mask"].sum()))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -98,7 +86,7 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
         tokens = session.base.chat.dialogue(record.context, record.answer).last(length)
         if any(tokens.spoken):
             labels = [token if spoken else -100 for token, spoken in zip(tokens.ids, tokens.spoken, strict=True)]
-            rows.append({"input_ids": tokens.ids, "labels": labels})
+            rows.append({"input_ids": tokens.ids, "labels": labels, "length": len(tokens.ids)})
     if not rows:
         raise UserError(
             f"no demonstration has an agent turn within {length} tokens",

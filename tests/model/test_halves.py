@@ -1,24 +1,22 @@
 """Going on from the shared blocks changes no result; where it would, it is not done."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from perl.model import below_cache
 from perl.model.below_cache import BelowCache
 from perl.model.lora import lora_config
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
+from tests.tiny import random_llama
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(intermediate_size=64, initializer_range=0.2, **SHAPE)).to(dtype)
+llama = partial(random_llama, **SHAPE)
 
 
 def roles_on(lm: LlamaForCausalLM, layers: str | list[int] = "top-half") -> SharedBase:
@@ -113,15 +111,20 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
 def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and in a file; rows in other company and padded otherwise the second time."""
     monkeypatch.setattr(below_cache, "SHARE_OF_FREE_MEMORY", share)
-    roles = roles_on(llama(torch.bfloat16))
+    roles = roles_on(llama(torch.float32))
     ids_BL, mask_BL = batch()
-    cache = BelowCache(roles, mask_BL.sum(1).tolist(), tmp_path)
+    rows = [ids_L[mask_L].tolist() for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)]
+    cache = BelowCache(roles, rows, 0, tmp_path)
     assert (tmp_path / "below.bin").exists() == (share == 0.0)
-    first = cache.read([0, 1, 2], ids_BL, mask_BL)
-    assert torch.equal(first, roles.below(ids_BL, mask_BL))
+    first = cache.read([0, 1, 2], mask_BL)
+    expected = roles.below(ids_BL, mask_BL).masked_fill(~mask_BL[..., None], 0.0)
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "other").mkdir()
+    other = BelowCache(roles, rows, 0, tmp_path / "other")
+    assert torch.equal(other.read([1], mask_BL[[1]])[0], first[1])  # to the bit, whatever is asked for first
     calls = []
     monkeypatch.setattr(SharedBase, "below", lambda *_: calls.append(1))
-    again = cache.read([2, 1], ids_BL[[2, 1]], mask_BL[[2, 1]])
+    again = cache.read([2, 1], mask_BL[[2, 1]])
     assert not calls
     assert torch.equal(again[mask_BL[[2, 1]]], first[[2, 1]][mask_BL[[2, 1]]])
     assert again[~mask_BL[[2, 1]]].eq(0).all()

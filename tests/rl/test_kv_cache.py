@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
 from perl.model.lora import lora_config
+from perl.model.padding import BUCKET
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
 from perl.rl import sampler
@@ -153,8 +154,8 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
     sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_id=None, pad_id=0, prompts_at_once=1)
     sampler.sample(roles, Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
     for layer in made[0].layers:
-        assert layer.keys.shape == (2, 4, sampler.BUCKET + 5, 8)
-        assert layer.filled == sampler.BUCKET + 5 - 1  # nothing is computed after the last token drawn
+        assert layer.keys.shape == (2, 4, BUCKET + 5, 8)
+        assert layer.filled == BUCKET + 5 - 1  # nothing is computed after the last token drawn
 
 
 def test_skipped_positions_are_taken_for_filled(lm: PreTrainedModel) -> None:

@@ -1,0 +1,139 @@
+"""A run that was interrupted ends in the same bytes as one that was not."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import RunCli, WriteRecipe
+
+SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+RL = {"steps": 7, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "eval_prompts": 2}
+LEAVES = """
+import os, signal
+calls = 0
+
+def leaves(completions, **columns):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("LEAVE_AT", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(str(text))) for text in completions]
+"""
+
+
+def learnt(out: Path) -> dict[str, bytes]:
+    found = {str(file.relative_to(out)): file.read_bytes() for file in out.glob("*/adapter/*.safetensors")}
+    assert found
+    return found
+
+
+def test_killed_at_random_moments() -> None:
+    """The harness itself, once a stage; `python -m tests.killing --count 20` is the long form."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killing", "--count", "1", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ended in the same bytes") == 3, done.stdout
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_sigterm_lets_the_step_end_saves_it_and_leaves_with_130(
+    critic: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    rl = RL | {"algorithm": "ppo", "critic": critic, "reward": {"function": "leaves.py:leaves"}}
+    recipe = str(write_recipe(rl=rl, reward=None, checkpoint_every=100))
+    code, text = run_cli("run", recipe, "--out", str(tmp_path / "peaceful"))
+    assert code == 0, text
+    out = tmp_path / "interrupted"
+    monkeypatch.setenv("LEAVE_AT", "4")  # the evaluation before is one call, then one a step
+    code, text = run_cli("run", recipe, "--out", str(out))
+    assert code == 130
+    assert "once this step is done and saved" in text
+    assert [folder.name for folder in (out / "policy" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (out / "policy" / "adapter").exists()
+    monkeypatch.delenv("LEAVE_AT")
+    code, text = run_cli("run", recipe, "--out", str(out))
+    assert code == 0, text
+    assert learnt(out) == learnt(tmp_path / "peaceful")
+    steps = [json.loads(line)["step"] for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    results = [
+        json.loads((folder / "policy" / "result.json").read_text()) for folder in (out, tmp_path / "peaceful")
+    ]
+    assert results[0]["eval"] == results[1]["eval"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_supervised_stages_go_on_in_the_middle_of_an_epoch(
+    tuning: str, run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    """What came after a checkpoint is lost as after a power cut: the stages compute it again."""
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.2}
+    recipe = write_recipe(data=data, sft=SFT, reward=REWARD, rl=None, lora=lora, tuning=tuning, checkpoint_every=3)
+    out = tmp_path / "out"
+    code, text = run_cli("run", str(recipe), "--out", str(out))
+    assert code == 0, text
+    files = {file: file.read_bytes() for file in out.glob("*/*/*.safetensors") if "checkpoints" not in str(file)}
+    assert len(files) == 2
+    for role in ("sft", "reward"):
+        kept = sorted((out / role / "checkpoints").iterdir())
+        for later in kept[1:]:
+            later.rename(tmp_path / f"{role}-{later.name}")
+        (out / role / "result.json").unlink()
+    code, text = run_cli("run", str(recipe), "--out", str(out))
+    assert code == 0, text
+    for file, content in files.items():
+        assert file.read_bytes() == content, file
+
+
+def test_the_same_recipe_twice_gives_the_same_bytes(
+    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    recipe = write_recipe(data=data, sft=SFT, reward=REWARD, rl=RL | {"reward": {}})
+    for name in ("one", "two"):
+        code, text = run_cli("run", str(recipe), "--out", str(tmp_path / name))
+        assert code == 0, text
+    assert len(learnt(tmp_path / "one")) == 4
+    assert learnt(tmp_path / "one") == learnt(tmp_path / "two")
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, out = (
+        str(write_recipe(rl=RL | {"reward": {"function": "rewards.py:length"}}, reward=None)),
+        tmp_path / "out",
+    )
+    assert run_cli("run", recipe, "--out", str(out))[0] == 0
+    (out / "policy" / "result.json").unlink()
+    (folder,) = (out / "policy" / "checkpoints").iterdir()
+    tensors = load_file(folder / "state.safetensors")
+    name = next(name for name in tensors if name.startswith("policy."))
+    tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, folder / "state.safetensors")
+    code, text = run_cli("run", recipe, "--out", str(out))
+    assert code == 2
+    assert "damaged" in text
+    values = json.loads((folder / "state.json").read_text())
+    values["sha256"] = hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(values))
+    code, text = run_cli("run", recipe, "--out", str(out))
+    assert code == 2
+    assert "of other adapters" in text
+    assert os.path.isdir(folder)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

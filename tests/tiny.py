@@ -1,0 +1,25 @@
+"""A Llama too small to know anything: its shape, and weights that repeat."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def random_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+    """The same weights at every call; what is given replaces keys of the shape or adds to them.
+
+    Weights are larger than transformers' own, so that what two of them say differs. It seeds the global generator.
+    """
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.2, **changes})).to(dtype)

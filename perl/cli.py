@@ -1,15 +1,17 @@
 """The command line. Exit status: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
 
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from perl.allocator import keep_freed_memory
-from perl.errors import UserError
+from perl.errors import UserError, machine_fault
 from perl.progress import console
 
 INTERRUPTED = 130
@@ -92,10 +94,11 @@ def compare_command(
     from perl.compare import compare, compare_costs
 
     folder = out or Path("runs") / f"{loaded.name}-compare"
-    if steps is not None:
-        compare_costs(loaded, steps, folder)
-    else:
-        compare(loaded, folder, seeds)
+    with _writing(folder):
+        if steps is not None:
+            compare_costs(loaded, steps, folder)
+        else:
+            compare(loaded, folder, seeds)
 
 
 @app.command("estimate")
@@ -132,11 +135,12 @@ def report_command(
     """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
     from perl.page.render import write_page
 
-    console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}")
+    console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}", markup=False)
 
 
 @app.command("bench")
 def bench_command(
+    context: typer.Context,
     part: Annotated[
         str, typer.Argument(metavar="[PART]", help="step (PPO, the default), rollout, reward, limit or growth.")
     ] = "step",
@@ -157,10 +161,12 @@ def bench_command(
     """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
     _one_of("--layers", layers, ["all", "top-half"])
     from perl.bench import work
-    from perl.bench.command import PARTS, bench_part, bench_step
+    from perl.bench.command import PARTS, bench_part, bench_step, refuse_unread
 
     _one_of("--model", model, list(work.MODELS))
     _one_of("PART", part, ["step", *PARTS])
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
     if part == "step":
         bench_step(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
     else:
@@ -182,7 +188,7 @@ def fetch_command(
     """Download a source, checked against pinned hashes."""
     from perl.data.fetch import fetch
 
-    console.print(f"{source} is in {fetch(source)}")
+    console.print(f"{source} is in {fetch(source)}", markup=False)
 
 
 @data_app.command("check")
@@ -203,14 +209,23 @@ def main() -> None:
         # click's own errors leave with status 2 and one message, as ours do.
         app(standalone_mode=True)
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        sys.exit(2)
+        _leave(error)
     except (KeyboardInterrupt, SystemExit) as leaving:
         # typer itself turns KeyboardInterrupt into an exit without a word
         if isinstance(leaving, SystemExit) and leaving.code != INTERRUPTED:
             raise
         console.print("interrupted: finished stages are saved; run the same command again to go on")
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        _leave(fault)
+
+
+def _leave(error: UserError) -> NoReturn:
+    console.print(f"error: {error}", style="red", markup=False)
+    sys.exit(error.status)
 
 
 def _one_of(option: str, value: str, choices: list[str]) -> None:
@@ -225,7 +240,19 @@ def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any
     # After the recipe is read: torch and transformers take seconds to import, a typo should not wait for them.
     from perl.pipeline import run
 
-    run(loaded, out or Path("runs") / loaded.name, [stage] if stage else None)
+    folder = out or Path("runs") / loaded.name
+    with _writing(folder):
+        run(loaded, folder, [stage] if stage else None)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside, a failed write names at least this folder: the system does not say which file had no room."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from perl.files import write_json, write_whole
+from perl.files import user_named, write_figures, write_json, write_whole
+from perl.measure.ledger import memory_as_json
 from perl.page.compare import cost_rows, match_all, quality_rows
 from perl.page.numbers import bytes_text, rate_text, spread_text
 from perl.page.outcome import groups
@@ -19,7 +20,7 @@ from perl.pipeline import TRAIN
 from perl.predict import Memory, predict, read_subject
 from perl.progress import console
 from perl.recipe import Recipe, StageName
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.stages.session import Trial, trial_session
 
 FULL_LEARNING_RATE = 0.1
 """Of LoRA's, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -71,7 +72,7 @@ def compare(recipe: Recipe, out: Path, seeds: int) -> None:
     console.print(table)
     rows = [{"stage": row.stage.lower(), "figure": row.figure, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.figure, **_means(quality)} for quality in qualities]
-    write_json(out / "compare.json", {"name": recipe.name, "seeds": seeds, "rows": rows})
+    write_figures(out / "compare.json", {"name": recipe.name, "seeds": seeds, "rows": rows})
     page = write_page(folders, out / "report.html")
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
 
@@ -90,14 +91,13 @@ def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
             table.add_row(stage, figure.replace("_", " "), text(lora), text(full), f"{lora / full:.2f}")
             rows.append({"stage": stage, "figure": figure, "lora": lora, "full": full, "ratio": lora / full})
     console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
+    with user_named(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_figures(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
 
 
 def _tried(recipe: Recipe, stage: StageName, steps: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        session = open_session(recipe, Path(scratch), Trial(steps))
-        seed_everything(recipe.seed)
+    with trial_session(recipe, Trial(steps)) as session:
         return TRAIN[stage](session)
 
 
@@ -123,10 +123,5 @@ def _note(folder: Path, predicted: dict[StageName, Memory]) -> None:
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     for stage, memory in predicted.items():
-        report["stages"][stage]["predicted_memory"] = as_json(memory)
+        report["stages"][stage]["predicted_memory"] = memory_as_json(memory)
     write_json(file, report)
-
-
-def as_json(memory: Memory) -> dict[str, Any]:
-    """As report.json writes memory."""
-    return {name: {"peak": phase.peak, "kinds": phase.kinds} for name, phase in memory.items()}

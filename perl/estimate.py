@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from perl.compare import TUNINGS, as_json, variant
+from perl.compare import TUNINGS, variant
 from perl.errors import UserError
-from perl.files import write_json
+from perl.files import write_figures
+from perl.measure.ledger import memory_as_json
 from perl.measure.probe import Kind
 from perl.page.numbers import bytes_text
 from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
@@ -95,7 +96,7 @@ def estimate(recipe: Recipe, device_memory: int | None, devices: int, json_file:
         if not found["fits"]:
             found["changes"] = _changes(recipe, subject, devices, device_memory)
     if json_file is not None:
-        _write(json_file, {"name": recipe.name, "devices": devices, **found})
+        write_figures(json_file, {"name": recipe.name, "devices": devices, **found})
 
 
 def _possible(recipe: Recipe, tuning: str) -> bool:
@@ -223,13 +224,4 @@ def _table(case: Case, prediction: Prediction, devices: int, device_memory: int 
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:
-    return {stage: as_json(memory) for stage, memory in prediction.items()}
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    try:
-        write_json(file, found)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file."
-        ) from None
+    return {stage: memory_as_json(memory) for stage, memory in prediction.items()}

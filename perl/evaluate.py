@@ -7,7 +7,7 @@ from rich.table import Table
 
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError
-from perl.files import write_json
+from perl.files import write_figures
 from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
@@ -37,7 +37,7 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     figures = _reward(session, data) if role == "reward" else _policy(session)
     _print(f"{role} of {run}", figures)
     if json_file is not None:
-        _write(json_file, figures)
+        write_figures(json_file, figures)
 
 
 def open_run(run: Path) -> Session:
@@ -82,12 +82,3 @@ def _print(title: str, figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
-
-
-def _write(file: Path, figures: dict[str, Any]) -> None:
-    try:
-        write_json(file, figures)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file."
-        ) from None

@@ -122,7 +122,9 @@ def read_subject(recipe: Recipe) -> Subject:
             config, numbered_tokens(config.get_text_config().vocab_size), _longest(train), _longest(held_out)
         )
     assert spec.model is not None
-    return Subject(load_config(spec.model), load_tokenizer(spec.model), _longest(train), _longest(held_out))
+    config = load_config(spec.model, spec.trust_remote_code)
+    tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
+    return Subject(config, tokenizer, _longest(train), _longest(held_out))
 
 
 def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:

@@ -1,6 +1,7 @@
 """The benchmark runs, and refuses what it cannot run. TRL's side needs a release that is not installed here."""
 
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,11 @@ from perl.bench import command, work
 from perl.bench.peak import PeakOverStart
 from perl.errors import UserError
 from tests.conftest import RunCli
-
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-}
+from tests.tiny import LLAMA
 
 
 def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(work.MODELS, "100m", TINY)
+    monkeypatch.setitem(work.MODELS, "100m", LLAMA)
     file = tmp_path / "bench.json"
     code, text = run_cli("bench", "--repeats", "1", "--steps", "2", "--layers", "top-half", "--json", str(file))
     assert code == 0, text
@@ -44,11 +36,47 @@ def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None
     for wrong, expected in (
         (["--layers", "some"], "--layers: 'some' is none of all, top-half"),
         (["--model", "2b"], "--model: '2b' is none of 100m, 1b, 8b"),
+        (["limit", "--epochs", "1"], "--epochs: bench limit does not read it"),
+        (["--figure", "x.svg"], "it is for bench growth"),
         (["--peer-trl", str(tmp_path)], "pip install --no-deps --target DIR trl==1.12.0"),
     ):
         code, text = run_cli("bench", *wrong)
         assert code == 2
         assert expected in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "expected"),
+    [
+        ("step", "figure", "--figure: bench step does not read it Leave it out; it is for bench growth."),
+        ("limit", "epochs", "--epochs: bench limit does not read it Leave it out; it is for bench step."),
+        ("rollout", "peer_trl", "--peer-trl: bench rollout does not read it"),
+        ("reward", "layers", "--layers: bench reward does not read it Leave it out; it is for bench step, limit."),
+        ("growth", "repeats", "it is for bench step, rollout, reward."),
+    ],
+)
+def test_an_option_that_a_part_would_ignore_is_refused(part: str, option: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        command.refuse_unread(part, ["part", *command.READS[part], option, "json_file"])
+    assert expected in " ".join(str(caught.value).split())
+    command.refuse_unread(part, ["part", *command.READS[part], "json_file"])
+
+
+def test_what_a_part_reads_is_what_it_is_given() -> None:
+    for part, run in {"step": command.bench_step, **command.PARTS}.items():
+        assert {*signature(run).parameters} - {"json_file"} == {*command.READS[part]}
+
+
+def test_a_part_is_measured_and_says_so_if_its_figures_cannot_be_written(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(work.MODELS, "100m", LLAMA)
+    file = tmp_path / "gone" / "bench.json"
+    code, text = run_cli("bench", "rollout", "--repeats", "1", "--json", str(file))
+    assert code == 2
+    assert '"four answers a prompt"' in text
+    assert "cannot be written: No such file or directory" in " ".join(text.split())
+    assert "Traceback" not in text
 
 
 def test_a_measurement_that_fails_says_why() -> None:

@@ -10,7 +10,7 @@ from perl.errors import UserError
 from perl.estimate import parse_bytes
 from perl.recipe import load_recipe
 from perl.stages.reward import train_reward
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.stages.session import Trial, trial_session
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {
@@ -52,9 +52,7 @@ def peak(stages: dict[str, Any]) -> int:
     return max(phase["peak"] for memory in stages.values() for phase in memory.values())
 
 
-def test_it_says_what_would_make_it_fit(
-    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
-) -> None:
+def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     recipe = write_recipe(data=data, rl=None, reward=STAGES["reward"])
     found, text = estimated(run_cli, recipe, "--device-memory", "1MB")
@@ -74,9 +72,8 @@ def test_it_says_what_would_make_it_fit(
     assert found["fits"] is True
     assert "changes" not in found
     # What it says is what a real step holds.
-    session = open_session(load_recipe(recipe), tmp_path / "trial", Trial(2))
-    seed_everything(0)
-    measured = train_reward(session)["memory"]
+    with trial_session(load_recipe(recipe), Trial(2)) as session:
+        measured = train_reward(session)["memory"]
     for name, phase in found["lora"]["reward"].items():
         assert phase["peak"] == pytest.approx(measured[name]["peak"], rel=0.05)
 

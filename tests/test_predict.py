@@ -17,19 +17,12 @@ from perl.model.shared_base import SharedBase
 from perl.pipeline import TRAIN
 from perl.predict import DEPTHS, predict, read_subject
 from perl.recipe import Recipe
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.stages.session import Trial, trial_session
 from tests.conftest import write_rows
+from tests.tiny import LLAMA
 
 SHORT, LONG = 48, 144
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 256,
-}
+WIDER = {"model_type": "llama", **LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
 Memory = dict[str, dict[str, tuple[int, dict[str, int]]]]
 
 
@@ -61,7 +54,7 @@ def recipe(dialogues: Path, layers: int, length: int, stages: str = "sft reward 
             "reward": {} if "reward" in stages.split() else {"function": f"{dialogues.parent}/rewards.py:one"},
         },
     }
-    base = {"config": {**LLAMA, "num_hidden_layers": layers, **changes.pop("config", {})}, "random_init": True}
+    base = {"config": {**WIDER, "num_hidden_layers": layers, **changes.pop("config", {})}, "random_init": True}
     content: dict[str, Any] = {
         "name": "predicted",
         "base": {**base, "dtype": changes.pop("dtype", "bfloat16")},
@@ -73,13 +66,12 @@ def recipe(dialogues: Path, layers: int, length: int, stages: str = "sft reward 
     return Recipe.model_validate(content)
 
 
-def measured(tried: Recipe, folder: Path) -> Memory:
+def measured(tried: Recipe) -> Memory:
     """What the stages take, each by itself on real tensors."""
     found: Memory = {}
     for stage in tried.stages:
-        session = open_session(tried, folder / stage, trial=Trial(2))
-        seed_everything(tried.seed)
-        memory = TRAIN[stage](session)["memory"]
+        with trial_session(tried, Trial(2)) as session:
+            memory = TRAIN[stage](session)["memory"]
         found[stage] = {phase: (figures["peak"], figures["kinds"]) for phase, figures in memory.items()}
     return found
 
@@ -111,11 +103,9 @@ def assert_close(actual: Memory, expected: Memory, relative: float) -> None:
     ],
     ids=["lora", "lora-long-checkpointed", "full-long", "full-checkpointed"],
 )
-def test_all_layers_tried_it_is_what_is_measured(
-    length: int, changes: dict[str, Any], dialogues: Path, tmp_path: Path
-) -> None:
+def test_all_layers_tried_it_is_what_is_measured(length: int, changes: dict[str, Any], dialogues: Path) -> None:
     tried = recipe(dialogues, 2, length, **changes)
-    found = measured(tried, tmp_path)
+    found = measured(tried)
     assert list(found) == changes.get("stages", "sft reward rl").split()
     assert list(found["rl"]) == ["load", "generate", "score", "update"]
     assert_close(predicted(tried), found, 0.001)
@@ -127,11 +117,9 @@ def test_all_layers_tried_it_is_what_is_measured(
     [{"stages": "reward"}, {"stages": "rl", "tuning": "full"}],
     ids=["lora", "full"],
 )
-def test_a_deeper_base_lies_on_the_line_through_two_depths(
-    changes: dict[str, Any], dialogues: Path, tmp_path: Path
-) -> None:
+def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, Any], dialogues: Path) -> None:
     tried = recipe(dialogues, max(DEPTHS) + 2, SHORT, **changes)
-    found, expected = predicted(tried), measured(tried, tmp_path)
+    found, expected = predicted(tried), measured(tried)
     for stage, phases in expected.items():
         for phase, (peak, kinds) in phases.items():
             assert found[stage][phase][0] == pytest.approx(peak, rel=0.05), (stage, phase)
@@ -182,7 +170,7 @@ def test_eight_billion_weights_take_no_memory(dialogues: Path) -> None:
 
 
 def config(tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(**{**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": tied})
+    return LlamaConfig(**WIDER, tie_word_embeddings=tied)
 
 
 @pytest.mark.parametrize("tied", [False, True])

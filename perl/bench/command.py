@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from perl.bench import growth, limit, reward, rollout, work
 from perl.errors import UserError
-from perl.files import write_json
+from perl.files import write_figures
 from perl.page.numbers import bytes_text
 from perl.progress import console
 from perl.recipe import Recipe
@@ -50,20 +50,50 @@ def bench_part(
     part: str, model: str, layers: str, repeats: int, figure: Path | None, json_file: Path | None
 ) -> None:
     """Measure one of `PARTS`; print and write its figures, and draw them where there is something to draw."""
-    found: dict[str, Any] = PARTS[part](model, layers, repeats, figure)
-    console.print(f"[bold]{part}[/], {model}")
+    options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
+    read = {name: options[name] for name in READS[part]}
+    found = PARTS[part](**read)
+    console.print(f"[bold]{part}[/]{f', {model}' if 'model' in read else ''}")
     console.print_json(json.dumps(found))
     if json_file is not None:
-        write_json(json_file, found)
+        write_figures(json_file, found)
 
 
-PARTS: dict[str, Callable[[str, str, int, Path | None], dict[str, Any]]] = {
-    "rollout": lambda model, layers, repeats, figure: rollout.measure(model, repeats),
-    "reward": lambda model, layers, repeats, figure: reward.measure(model, repeats),
-    "limit": lambda model, layers, repeats, figure: limit.measure(model, layers),
-    "growth": lambda model, layers, repeats, figure: growth.measure(figure),
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "rollout": rollout.measure,
+    "reward": reward.measure,
+    "limit": limit.measure,
+    "growth": growth.measure,
 }
 """Beside `step`: what the steps of the method are made of."""
+READS = {
+    "step": ("model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
+    "rollout": ("model", "repeats"),
+    "reward": ("model", "repeats"),
+    "limit": ("model", "layers"),
+    "growth": ("figure",),
+}
+"""The options that each part reads, beside those that all of them do."""
+
+
+def refuse_unread(part: str, given: Iterable[str]) -> None:
+    """Refuse what a part would ignore.
+
+    Args:
+        part: one of `READS`.
+        given: names of the command's parameters that were given.
+
+    Raises:
+        UserError: other parts read one of them, this one does not.
+    """
+    for option in given:
+        readers = [name for name, options in READS.items() if option in options]
+        if readers and part not in readers:
+            raise UserError(
+                f"bench {part} does not read it",
+                where=f"--{option.replace('_', '-')}",
+                remedy=f"Leave it out; it is for bench {', '.join(readers)}.",
+            )
 
 
 def bench_step(
@@ -114,7 +144,7 @@ def bench_step(
     found = _figures(sides)
     _print(found, f"PPO on a random {model} Llama, {epochs} epoch(s), our adapters on {layers} blocks")
     if json_file is not None:
-        write_json(json_file, found)
+        write_figures(json_file, found)
 
 
 def _measure(module: str, arguments: list[str], path: Path | None) -> dict[str, Any]:

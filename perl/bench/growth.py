@@ -1,7 +1,6 @@
 """How cost grows: time with batch and answers, memory with the batch, log-probs' memory with the vocabulary."""
 
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,12 @@ import torch
 from matplotlib.figure import Figure
 
 from perl.bench import work
+from perl.files import user_named
 from perl.measure.memory import LiveBytes
-from perl.model.log_probs import log_probs_and_entropy
-from perl.model.roles import LOGITS_AT_ONCE
+from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
 from perl.recipe import Recipe
 from perl.stages.rl import train_rl
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.stages.session import Trial, trial_session
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 BATCHES = (8, 16, 32, 64)
@@ -41,9 +40,7 @@ def _trial(batch: int, answer_tokens: int, trial: Trial) -> dict[str, Any]:
     content["base"]["config"] |= {**SHAPE, "num_key_value_heads": SHAPE["num_attention_heads"]}
     content["rl"] |= {"prompts_per_step": batch, "max_new_tokens": answer_tokens}
     recipe = Recipe.model_validate(content)
-    with tempfile.TemporaryDirectory() as scratch:
-        session = open_session(recipe, Path(scratch), trial)
-        seed_everything(recipe.seed)
+    with trial_session(recipe, trial) as session:
         return train_rl(session)
 
 
@@ -63,7 +60,7 @@ def _log_probs_peak(vocabulary: int) -> int:
     targets_N = torch.randint(vocabulary, (TOKENS,))
     with LiveBytes() as live:
         log_probs_N, entropy_N = log_probs_and_entropy(
-            hidden_ND, weight_VD, None, targets_N, 1.0, max(1, LOGITS_AT_ONCE // vocabulary)
+            hidden_ND, weight_VD, None, targets_N, 1.0, tokens_at_once(vocabulary)
         )
         (log_probs_N.sum() + entropy_N.sum()).backward()  # type: ignore[no-untyped-call]
     return live.peak
@@ -79,4 +76,5 @@ def _draw(found: dict[str, Any], file: Path) -> None:
         if "vocabulary" in title:
             axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-    figure.savefig(file)
+    with user_named(file):
+        figure.savefig(file)

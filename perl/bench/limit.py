@@ -1,7 +1,6 @@
 """How near an RL step's peak is to what the method cannot do without."""
 
-import tempfile
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,20 +10,17 @@ from perl.measure.memory import LiveBytes
 from perl.model.roles import Role
 from perl.recipe import Recipe
 from perl.stages.rl import train_rl
-from perl.stages.session import Session, Trial, open_session, seed_everything
+from perl.stages.session import Session, Trial, trial_session
 
 
 def measure(model: str, layers: str) -> dict[str, Any]:
     """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the KV cache."""
     recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
-    with tempfile.TemporaryDirectory() as scratch:
-        session = open_session(recipe, Path(scratch), Trial(2))
-        seed_everything(recipe.seed)
+    with trial_session(recipe, Trial(2)) as session:
         memory = train_rl(session)["memory"]
-        kinds = {kind: 0 for phase in memory.values() for kind in phase["kinds"]}
+        kinds: Counter[str] = Counter()
         for phase in memory.values():
-            for kind, count in phase["kinds"].items():
-                kinds[kind] = max(kinds[kind], count)
+            kinds |= phase["kinds"]  # of each kind the most
         needed = {
             "base weights": kinds["base_weights"],
             "adapters and their optimizer": kinds["adapters"] + kinds["gradients"] + kinds["optimizer"],

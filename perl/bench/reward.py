@@ -1,15 +1,13 @@
 """Reward training over several epochs: full tuning, LoRA on all blocks, LoRA on the upper half, the lower kept."""
 
 import statistics
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from perl.bench import work
 from perl.recipe import Recipe
 from perl.stages.reward import train_reward
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.stages.session import Trial, trial_session
 
 ROWS, EPOCHS, BATCH = 32, 4, 4
 CASES = {"full": ("full", "all"), "LoRA, all blocks": ("lora", "all"), "LoRA, upper half": ("lora", "top-half")}
@@ -41,11 +39,9 @@ def _seconds(model: str, tuning: str, layers: str) -> list[float]:
     length = work.PROMPT_TOKENS + work.ANSWER_TOKENS
     content["reward"] = {"epochs": EPOCHS, "batch_size": BATCH, "max_length": length}
     recipe = Recipe.model_validate(content)
-    with tempfile.TemporaryDirectory() as scratch:
-        session = open_session(recipe, Path(scratch), Trial(EPOCHS * ROWS // BATCH, measured=False))
+    with trial_session(recipe, Trial(EPOCHS * ROWS // BATCH, measured=False)) as session:
         longest = sorted(session.train.ratings, key=lambda rating: -sum(len(turn.text) for turn in rating.context))
         of_class = ([rating for rating in longest if rating.label is label] for label in (True, False))
         some = [rating for ratings in of_class for rating in ratings[: ROWS // 2]]
         session.train = replace(session.train, ratings=some)
-        seed_everything(recipe.seed)
         return [sum(step.values()) for step in train_reward(session)["step_seconds"]]

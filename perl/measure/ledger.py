@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ class PhaseMemory:
     peak: int
     kinds: dict[Kind, int]
     """What it was made of; the sum is the peak."""
+
+
+def memory_as_json(memory: Mapping[Phase, PhaseMemory]) -> dict[str, Any]:
+    """As report.json writes the peaks of a stage."""
+    return {name: {"peak": phase.peak, "kinds": phase.kinds} for name, phase in memory.items()}
 
 
 class Timeline(LiveBytes):  # type: ignore[no-untyped-call]

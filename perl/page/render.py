@@ -8,8 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from perl.errors import UserError
-from perl.files import write_whole
+from perl.files import user_named, write_whole
 from perl.page import sections, summary, words
 from perl.page.compare import prediction_rows
 from perl.page.numbers import bytes_text, decimal, seconds_text, signed, spread
@@ -35,13 +34,9 @@ def write_page(runs: Sequence[Path], file: Path) -> Path:
         UserError: there are no runs, one is not finished or is broken, or the file cannot be written.
     """
     text = render(read_runs(runs))
-    try:
+    with user_named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, text)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(file), remedy="Name another file."
-        ) from None
     return file
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -169,8 +170,9 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
     if records.problems:
         first = records.problems[0]
+        quoted = escape(f"{first.where}: {first.what}")  # what the data contain is not markup
         console.print(
-            f"[yellow]{len(records.problems)} rows left out[/], the first {first.where}: {first.what} "
+            f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
             f"(`perl-rlhf data check` names them all)"
         )
     train, held_out = split(records, recipe.data.held_out, recipe.seed)

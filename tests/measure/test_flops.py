@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.measure.flops import Flops
 from perl.measure.probe import listeners, listening, recomputing
 from perl.model.lora import lora_config
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
+from tests.tiny import LLAMA, random_llama
 
 
 def counted(flops: Flops) -> tuple[float, float]:
@@ -118,20 +118,11 @@ def test_what_is_computed_again_is_not_useful() -> None:
     assert not listeners
 
 
-HIDDEN, MLP, LAYERS, HEADS = 32, 64, 2, 4
+HIDDEN, MLP, LAYERS = (LLAMA[size] for size in ("hidden_size", "intermediate_size", "num_hidden_layers"))
 
 
 def llama_roles() -> SharedBase:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-    )
-    roles = SharedBase(lm := LlamaForCausalLM(config), lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lm := random_llama(vocab_size=50), lora_config(4, 8, 0.0, "all-linear", "all", lm))
     roles.add(Role.REWARD, head=True)
     roles.train_only(Role.REWARD)
     return roles

@@ -15,18 +15,10 @@ from perl.model.base import load_base, random_base, weights_sha256
 from perl.model.lora import lora_config
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
+from tests.tiny import LLAMA
 
 CPU = torch.device("cpu")
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-}
+CONFIG = {"model_type": "llama", **LLAMA}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """One base, four roles: what is shared, what is not, and that switching is exact."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -19,22 +19,10 @@ from perl.model.base import weights_sha256
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
 from perl.model.shared_base import SharedBase
+from tests.tiny import random_llama
 
 TRAINED = (Role.POLICY, Role.REWARD, Role.CRITIC)
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+llama = partial(random_llama, vocab_size=50)
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -223,7 +211,7 @@ def test_checkpointing_really_computes_blocks_again() -> None:
     assert calls == [Role.POLICY]
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
 def test_log_probs_do_not_depend_on_the_padding_side(build) -> None:
     roles = roles_on(build())
     randomize(roles, Role.POLICY)

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -23,25 +22,14 @@ from perl.model.base import Base, load_base
 from perl.model.roles import Role
 from perl.model.saved import load_role, read_stamp, save_role, stamp_for
 from perl.model.separate_models import SeparateModels
+from tests.tiny import random_llama
 
 CPU = torch.device("cpu")
 READ = {"answer_length": 4, "temperature": 0.7}
 
 
 def llama(tied: bool = False) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-            tie_word_embeddings=tied,
-        )
-        return LlamaForCausalLM(config)
+    return random_llama(tie_word_embeddings=tied)
 
 
 def models(load: Callable[[], PreTrainedModel] = llama) -> SeparateModels:

@@ -1,31 +1,21 @@
 """Adapters on a bf16 base: they learn in fp32, compute in bf16, and keep no fp32 copy of what they are given."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from perl.measure.memory import LiveBytes
 from perl.model.lora import lora_config
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
+from tests.tiny import random_llama
 
 RANK, ROWS, LENGTH, HIDDEN, MLP = 4, 2, 16, 64, 96
-
-
-def llama(dtype: torch.dtype, layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+llama = partial(random_llama, vocab_size=50, hidden_size=HIDDEN, intermediate_size=MLP, initializer_range=0.1)
 
 
 def policy_on(lm: LlamaForCausalLM, dropout: float = 0.0) -> SharedBase:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import RunCli
+from tests.tiny import random_llama
 
 WORDS = [f"w{index}" for index in range(30)]
 REWARD = """
@@ -37,20 +38,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                initializer_range=0.15,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
+        random_llama(
+            vocab_size=32,
+            max_position_embeddings=64,
+            initializer_range=0.15,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
         ).save_pretrained(folder)
     rows = [{"prompt": f"w{a} w{b}"} for a in range(8) for b in range(8)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check docker-steps clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' -c constraints.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/install.sh torch
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/install.sh --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -22,6 +22,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
+	$(BIN)/shellcheck docker/*.sh .ci/run
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+
+# The commands of both Dockerfiles in a clean root, without an engine: needs root on Linux, and minutes.
+docker-steps: setup
+	$(BIN)/python -m tests.docker_steps docker/cpu.Dockerfile docker/cuda.Dockerfile
 
 clean:
 	rm -rf .venv runs build *.egg-info

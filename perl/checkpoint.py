@@ -2,16 +2,15 @@
 
 checkpoints/step-00000040/
     state.safetensors    all tensors
-    state.json           everything else, and the SHA-256 of state.safetensors
+    state.json           everything else, what the state belongs to, and the SHA-256 of state.safetensors
 
 Nothing in them can run code when it is read: no pickle.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,11 @@ class Checkpoints:
     Args:
         folder: theirs; made when the first is written. What an interrupted write left there is removed.
         every: steps from one to the next.
+        belongs: what the state is of and follows from, by what it is: hashes of the base, the recipe, roles.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self._every = folder, every
+    def __init__(self, folder: Path, every: int, belongs: Mapping[str, str] | None = None) -> None:
+        self.folder, self._every, self._belongs = folder, every, dict(belongs or {})
         for unfinished in folder.glob(".step-*.unfinished"):
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -68,10 +68,8 @@ class Checkpoints:
         """
         with whole_folder(self._of(state.step)) as unfinished:
             write_tensors(unfinished / TENSORS, state.tensors)
-            write_json(
-                unfinished / VALUES,
-                {"step": state.step, "sha256": _sha256(unfinished / TENSORS), "values": state.values},
-            )
+            content = {"step": state.step, "belongs": self._belongs, "values": state.values}
+            write_json(unfinished / VALUES, content | {"sha256": _sha256(unfinished / TENSORS)})
         for step in self.steps()[:-KEPT]:
             if step not in keep:
                 shutil.rmtree(self._of(step), ignore_errors=True)
@@ -80,7 +78,7 @@ class Checkpoints:
         """The state to go on from; None if there is none.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or belongs elsewhere.
         """
         steps = self.steps()
         return self.read(steps[-1]) if steps else None
@@ -89,14 +87,15 @@ class Checkpoints:
         """The state after so many steps.
 
         Raises:
-            UserError: its files are missing or damaged.
+            UserError: its files are missing or damaged, or it belongs elsewhere.
         """
         folder = self._of(step)
         try:
             content = json.loads((folder / VALUES).read_text(encoding="utf-8"))
             if content["sha256"] != _sha256(folder / TENSORS):
                 raise ValueError(f"{TENSORS} is not the file that was written")
-            return State(content["step"], load_file(folder / TENSORS), content["values"])
+            state = State(content["step"], load_file(folder / TENSORS), content["values"])
+            belongs = dict(content["belongs"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             earlier = [one for one in self.steps() if one < step]
             then = f"goes on from step {earlier[-1]}" if earlier else "begins this stage anew"
@@ -105,13 +104,16 @@ class Checkpoints:
                 where=str(folder),
                 remedy=f"Remove that folder: the run then {then}.",
             ) from None
-
-    def remove_after(self, step: int) -> None:
-        """Remove what was written after a step, so that the run goes on from there."""
-        for later in self.steps():
-            if later > step:
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(self._of(later))
+        differs = sorted(
+            name for name in {*belongs, *self._belongs} if belongs.get(name) != self._belongs.get(name)
+        )
+        if differs:
+            raise UserError(
+                f"this checkpoint belongs to another {', another '.join(differs)}",
+                where=str(folder),
+                remedy=f"Put back what it was made with, or remove {self.folder} to begin this stage anew.",
+            )
+        return state
 
     def _of(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"

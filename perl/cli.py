@@ -1,6 +1,7 @@
 """The command line. Exit status: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -173,6 +174,19 @@ def bench_command(
         bench_part(part, model, layers, repeats, figure, json_file)
 
 
+@app.command("export")
+def export_command(
+    run: Run,
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
+) -> None:
+    """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
+    from perl.export import export
+
+    export(run, role, folder, merge)
+
+
 @app.command("chat")
 def chat_command(run: Run) -> None:
     """Talk to base, SFT and RL policy side by side."""
@@ -205,6 +219,10 @@ def main() -> None:
     """Run a command and turn what goes wrong into one message and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
     keep_freed_memory()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal or pipe that has no dashes, say, gets what it can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # click's own errors leave with status 2 and one message, as ours do.
         app(standalone_mode=True)

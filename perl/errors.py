@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """The input is right, but the machine has no room, no memory or no permission for it."""
+    """The input is right, but the machine has no room, memory, network or permission for it."""
 
     status = 1
 
@@ -76,7 +76,10 @@ def machine_fault(error: BaseException) -> MachineError | None:
 
 
 def _place(error: BaseException) -> str:
-    """Where in this package it happened: the file tells the stage, or what was loaded."""
+    """Where in this package it happened: in which stage if in one, else where exactly."""
     root = Path(__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
-    return f"{frames[-1].name} ({Path(frames[-1].filename).relative_to(root.parent)})" if frames else ""
+    in_stages = [f for f in frames if Path(f.filename).parent.name == "stages"]
+    for frame in (in_stages or frames)[-1:]:
+        return f"{frame.name} ({Path(frame.filename).relative_to(root.parent)})"
+    return ""

@@ -12,7 +12,8 @@ from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
 from perl.stages.policy import encode_prompts, evaluate_policy, reward_source
-from perl.stages.reward import evaluate_rows, tokenize_rows
+from perl.stages.reward import answers_of, tokenize_rows
+from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.session import Session, open_session
 
 
@@ -34,8 +35,12 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
-    figures = _reward(session, data) if role == "reward" else _policy(session)
-    _print(f"{role} of {run}", figures)
+    if role == "reward":
+        figures = _reward(session, data)
+        print_card(f"reward of {run}", figures)
+    else:
+        figures = _policy(session)
+        _print(f"policy of {run}", figures)
     if json_file is not None:
         write_figures(json_file, figures)
 
@@ -57,7 +62,8 @@ def _reward(session: Session, data: str | None) -> dict[str, Any]:
     source = data or session.recipe.data.source
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
     rows = tokenize_rows(session.base.chat, session.held_out, "any", length, source)
-    return evaluate_rows(session.roles, rows, session.base.chat.pad_id)
+    trained_on = answers_of(session.train, settings.loss, session.recipe.data.source)
+    return evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
 
 
 def _policy(session: Session) -> dict[str, Any]:

@@ -17,6 +17,15 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # for a value under a wrong tag, such as `!!float x`, it raises all sorts
+            what = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
@@ -34,7 +43,9 @@ def parse(text: str) -> Any:
     """
     try:
         return yaml.load(text, _PlainLoader)
-    except Exception as error:  # for a value under a wrong tag, such as `!!float x`, yaml raises all sorts
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
         reason = str(error).replace('in "<unicode string>", ', "at ")
         raise ValueError(" ".join(reason.split())) from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from perl import plain_yaml
 from perl.errors import UserError
@@ -95,7 +95,7 @@ class Data(Section):
     path: str | None = None
     """A folder or file that the source reads instead of its own."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the dialogues kept for evaluation."""
+    """Share of the dialogues kept for evaluation; not read where a source was published with a test part."""
 
 
 class Supervised(Section):
@@ -115,7 +115,8 @@ class Sft(Supervised):
 class Reward(Supervised):
     """The reward model."""
 
-    loss: Literal["thumbs", "pairs"] = "thumbs"
+    loss: Literal["thumbs", "pairs", "both"] = "thumbs"
+    """Learn from ratings, from comparisons, or from both in one training. Comparisons may be made from ratings."""
     epochs: Positive = 2
 
 
@@ -151,6 +152,15 @@ class Rl(Section):
     """Taken off the score of an answer that was cut before its end-of-turn."""
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is judged before and after."""
+    guard: Literal["stop", "warn", "off"] = "stop"
+    """When training goes wrong (perl.rl.guards): stop at the last good checkpoint, only say so, or never look."""
+    kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
+    """Nats an answer that the policy may be away from its reference."""
+
+    @field_validator("guard", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        return "off" if value is False else value  # in YAML 1.1 a bare off is false
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Rl":

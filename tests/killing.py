@@ -8,6 +8,7 @@ could be killed is compared and begun anew. The killed processes are forks of th
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -24,7 +25,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 import yaml
 
 from perl import cli, pipeline  # noqa: F401  imported once, for all forks
-from perl.checkpoint import Checkpoints
 from perl.recipe import STAGES, StageName
 from perl.rundir import STAGE_ROLE
 
@@ -143,16 +143,18 @@ def kill_stage(
         told["compared"] += 1
 
     anew()
-    checkpoints = Checkpoints(out / STAGE_ROLE[stage] / "checkpoints", 1)
+    folder = out / STAGE_ROLE[stage] / "checkpoints"
     while told["running"] + told["saving"] < count:
         child = start(recipe, stage, out)
-        doing = killed(child, checkpoints.folder, seconds, rng.random() < 1 / 3, rng)
+        doing = killed(child, folder, seconds, rng.random() < 1 / 3, rng)
         if doing is None:
             compare()
             anew()
             continue
         told[doing] += 1
-        checkpoints.newest()  # raises if it cannot be read
+        for checkpoint in folder.glob("step-*"):
+            content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            assert content["sha256"] == hashlib.sha256((checkpoint / "state.safetensors").read_bytes()).hexdigest()
     finish(recipe, stage, out)
     compare()
     return told

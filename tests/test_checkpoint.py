@@ -37,8 +37,6 @@ def test_the_newest_stay_and_those_asked_for(tmp_path: Path) -> None:
     for step in (1, 2, 3, 100):
         checkpoints.write(state(step), keep=[1])
     assert checkpoints.steps() == [1, 3, 100]
-    checkpoints.remove_after(1)
-    assert checkpoints.steps() == [1]
 
 
 def test_what_an_interrupted_write_left_is_removed(tmp_path: Path) -> None:
@@ -105,6 +103,14 @@ def test_without_room_the_checkpoints_before_are_as_they_were(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
     checkpoints.write(state(40, size=10_000))
     assert checkpoints.steps() == [20, 40]
+
+
+def test_a_checkpoint_of_another_base_or_reward_model_is_refused(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, 20, {"base": "a", "reward role": "b"}).write(state(20))
+    found = Checkpoints(tmp_path, 20, {"base": "a", "reward role": "b"}).newest()
+    assert found is not None
+    with pytest.raises(UserError, match="belongs to another base, another reward role"):
+        Checkpoints(tmp_path, 20, {"base": "x", "reward role": "y"}).newest()
 
 
 def test_all_generators_are_put_back() -> None:

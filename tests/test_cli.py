@@ -16,7 +16,7 @@ from perl import cli
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
 COMMANDS = [
-    *("run", "sft", "reward", "rl", "evaluate", "bench", "compare", "estimate", "report", "chat"),
+    *("run", "sft", "reward", "rl", "evaluate", "bench", "compare", "estimate", "report", "chat", "export"),
     *("data", "data fetch", "data check"),
 ]
 

@@ -108,12 +108,18 @@ def check(source_or_file: str) -> int:
     console.print(f"{description.dialogues:,} dialogues in all")
     if description.balance:
         console.print(_balance_line(description.balance))
+    if certainty := _certainty_line(records):
+        console.print(certainty)
     for problem in records.problems[:SHOWN_PROBLEMS]:
         console.print(f"{problem.where}: {problem.what}")
     if len(records.problems) > SHOWN_PROBLEMS:
         console.print(f"… and {len(records.problems) - SHOWN_PROBLEMS:,} more")
-    console.print(f"{len(records.problems):,} rows left out" if records.problems else "every row is usable")
-    return 2 if records.problems else 0
+    if not records.problems:
+        console.print("every row is usable")
+        return 0
+    console.print(f"{len(records.problems):,} rows left out")
+    Console(stderr=True).print("Mend or remove the rows named: a run would go on without them.")
+    return 2
 
 
 def _counts_table(description: Description) -> Table:
@@ -138,6 +144,16 @@ def _balance_line(balance: Balance) -> str:
         f"{balance.majority_accuracy:.1%}; {balance.contradictions:,} answers with both labels; "
         f"{balance.mixed_contexts:,} contexts with both labels, which make {balance.pairs:,} pairs"
     )
+
+
+def _certainty_line(records: Records) -> str:
+    """How many rows say how sure they are: a misspelt key would be counted in none."""
+    counts = {
+        "soft labels": sum(rating.probability is not None for rating in records.ratings),
+        "comparisons with a margin": sum(comparison.margin > 0 for comparison in records.comparisons),
+        "comparisons with a probability": sum(comparison.probability < 1 for comparison in records.comparisons),
+    }
+    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def _summary(rows: Sequence[Record]) -> Summary:

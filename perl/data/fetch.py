@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from perl.errors import UserError
+from perl.errors import MachineError, UserError, machine_fault
 
 COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
 BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"
@@ -50,7 +50,12 @@ def pins(source: str, listing: Path = PINS) -> list[Pin]:
         remedy = f"These can be fetched: {', '.join(FETCHABLE)}."
         raise UserError(f"there is nothing to fetch for {source!r}", remedy=remedy)
     lines = (line.split(maxsplit=2) for line in listing.read_text(encoding="utf-8").splitlines())
-    return [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(FETCHABLE[source])]
+    needed = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(FETCHABLE[source])]
+    for pin in needed:
+        if ".." in pin.path.split("/"):
+            what = f"{pin.path!r} leads out of its folder"
+            raise UserError(what, where=str(listing), remedy="Remove that line.")
+    return needed
 
 
 def fetch(source: str, folder: str | Path | None = None, base_url: str = BASE_URL, listing: Path = PINS) -> Path:
@@ -66,8 +71,9 @@ def fetch(source: str, folder: str | Path | None = None, base_url: str = BASE_UR
         The folder, which `read_taskmaster` reads.
 
     Raises:
-        UserError: the source is not one that is fetched, the network or the disk fails, or a file is not the
-            one pinned. What was fetched before is kept; a file is never left half written.
+        UserError: the source is not one that is fetched, or a file is not the one pinned.
+        MachineError: the network or the disk fails. What was fetched before is kept; a file is never left half
+            written.
     """
     root = Path(os.path.expanduser(folder)) if folder else cache_folder()
     needed = pins(source, listing)
@@ -101,7 +107,7 @@ def _download(url: str, target: Path, pin: Pin) -> None:
         part.replace(target)
     except (OSError, http.client.HTTPException) as error:
         what = f"cannot be fetched into {target.parent}: {error or type(error).__name__}"
-        raise UserError(what, where=url, remedy=_by_hand()) from error
+        raise machine_fault(error) or MachineError(what, where=url, remedy=_by_hand()) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

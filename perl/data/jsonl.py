@@ -7,17 +7,22 @@
     {"chosen": …, "rejected": …}                      a comparison; what both share is the prompt
     {"prompt": …}                                     a prompt
 
+A `label` may lie between false and true: it is then how probable a thumb up is. A comparison may have a `margin`,
+as TRL's do, or the `probability` that `chosen` is the better.
+
 Every row also yields a prompt: its context, with the row's further fields as columns. A row that does not
 fit is a `Problem` and is left out; only a file that cannot be used at all is an error.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from perl.data.lines import line_value, numbered_lines
 from perl.data.records import (
     Comparison,
     Context,
@@ -29,11 +34,8 @@ from perl.data.records import (
     Speaker,
     Turn,
 )
-from perl.data.rows import RowError, first_user_key, kind, label_of, shown, strict_json, usable_text
+from perl.data.rows import RowError, chance_of, first_user_key, kind, number_of, shown, usable_text
 from perl.errors import UserError
-
-MAX_LINE_BYTES = 10_000_000
-"""Longer lines are a `Problem`: some other file, or one whose newlines were lost."""
 
 FORMATS = (
     'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
@@ -45,6 +47,9 @@ Row = Mapping[str, Any]
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
+_CERTAINTY_FIELDS = ("margin", "probability")
+MAX_MARGIN = 1e6
+"""A margin is a difference of scores; no larger one could be learnt."""
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
 
 
@@ -58,7 +63,7 @@ def read_jsonl(path: str | Path) -> Records:
     """
     records = Records()
     prompts: dict[tuple[Context, str], Prompt] = {}
-    for number, line in _numbered_lines(Path(path)):
+    for number, line in numbered_lines(Path(path)):
         parsed = parse_line(line, f"{path}:{number}")
         if isinstance(parsed, Problem):
             records.problems.append(parsed)
@@ -85,15 +90,7 @@ def read_jsonl(path: str | Path) -> Records:
 def parse_line(line: bytes, where: str) -> list[Record] | Problem:
     """The records of one line, or what is wrong with it. Never raises, whatever the bytes."""
     try:
-        if len(line) > MAX_LINE_BYTES:
-            raise RowError(f"the line is longer than {MAX_LINE_BYTES:,} bytes")
-        if b"\0" in line:
-            raise RowError("the line holds NUL bytes")
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
-        return parse_row(strict_json(text))
+        return parse_row(line_value(line))
     except RowError as error:
         return Problem(where, str(error))
     except RecursionError:
@@ -112,7 +109,8 @@ def parse_row(row: object) -> list[Record]:
     if build is None:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
     record = build(row)
-    columns = {key: value for key, value in row.items() if key not in _FIELDS.union(_DIALOGUE_FIELDS)}
+    used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
+    columns = {key: value for key, value in row.items() if key not in used}
     usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
     prompt = Prompt(record.context, record.dialogue, columns)
     if isinstance(record, Prompt):
@@ -147,7 +145,9 @@ def _conversation(row: Row) -> Demonstration:
 def _rating(row: Row) -> Rating:
     context = _context(row["prompt"])
     answer = _answer(row["completion"], "completion", context)
-    return Rating(context, answer, label_of(row["label"], "label"), _dialogue(row, context))
+    chance = chance_of(row["label"], "label")
+    soft = chance if 0 < chance < 1 else None
+    return Rating(context, answer, chance >= 0.5, _dialogue(row, context), probability=soft)
 
 
 def _comparison(row: Row) -> Comparison:
@@ -171,7 +171,23 @@ def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> 
     worse = _answer(rejected, "rejected", context)
     if better == worse:
         raise RowError("chosen and rejected are the same")
-    return Comparison(context, better, worse, _dialogue(row, context))
+    comparison = Comparison(context, better, worse, _dialogue(row, context))
+    match [name for name in _CERTAINTY_FIELDS if row.get(name) is not None]:
+        case ["margin"]:
+            return replace(comparison, margin=number_of(row["margin"], "margin", MAX_MARGIN))
+        case ["probability"]:
+            return _as_probable(comparison, number_of(row["probability"], "probability", 1))
+        case [_, _]:
+            raise RowError("both margin and probability say how sure the comparison is; give one")
+    return comparison
+
+
+def _as_probable(comparison: Comparison, probability: float) -> Comparison:
+    """The comparison with the likelier answer first."""
+    if probability >= 0.5:
+        return replace(comparison, probability=probability)
+    better, worse = comparison.worse, comparison.better
+    return replace(comparison, better=better, worse=worse, probability=1 - probability)
 
 
 _FORMATS: dict[frozenset[str], Callable[[Row], Record]] = {
@@ -228,7 +244,10 @@ def _message(message: object, name: str) -> Turn:
     speaker = _SPEAKERS.get(role) if isinstance(role, str) else None
     if speaker is None:
         raise RowError(f"{name} has the unknown role {shown(role)}; one of {', '.join(_SPEAKERS)} expected")
-    return Turn(speaker, usable_text(message["content"], f"{name}.content"))
+    text = usable_text(message["content"], f"{name}.content")
+    if not text.strip():
+        raise RowError(f"{name}.content is empty")
+    return Turn(speaker, text)
 
 
 def _dialogue(row: Row, turns: Context) -> str:
@@ -257,26 +276,3 @@ def _shared_text(chosen: str, rejected: str) -> int:
         return marker + len(_HH_ANSWER)
     last_word = re.search(r"\s\S*\Z", prompt)
     return last_word.start() if last_word else 0
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1; of a line that is too long only its beginning."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                rest = line
-                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE_BYTES + 1)
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise UserError("there is no such file", where=str(path), remedy="Check data.path.") from None
-    except IsADirectoryError:
-        remedy = "Set data.path to a .jsonl file, or data.source to the source whose folder this is."
-        raise UserError("is a folder; a file expected", where=str(path), remedy=remedy) from None
-    except OSError as error:
-        remedy = "Check the file and its permissions."
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None

@@ -46,7 +46,10 @@ class Demonstration:
 class Rating:
     """One answer with a thumb up (True) or down (False).
 
-    `gold` is the judgement of a source that knows the truth; training never sees it.
+    Attributes:
+        gold: the judgement of a source that knows the truth; training never sees it.
+        probability: of a thumb up, where the source has soft labels: what the loss learns. `label` is then it
+            rounded, 0.5 up, and what the classes, pairs and metrics go by.
     """
 
     context: Context
@@ -54,16 +57,24 @@ class Rating:
     label: bool
     dialogue: str
     gold: bool | None = None
+    probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two answers to one context, of which the first was preferred."""
+    """Two answers to one context, of which the first was preferred.
+
+    Attributes:
+        margin: by how much the better one's score should be higher, at least 0.
+        probability: that `better` is the better, from 0.5 to 1.
+    """
 
     context: Context
     better: Turn
     worse: Turn
     dialogue: str
+    margin: float = 0.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +113,5 @@ class Records:
     judge: Judge | None = None
     corpus: list[Demonstration] = field(default_factory=list)
     """Dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt."""
+    published_test: frozenset[str] = frozenset()
+    """The dialogues of the test part that a source was published with: held out instead of a share."""

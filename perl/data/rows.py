@@ -1,4 +1,4 @@
-"""What all readers of rows share: strict JSON, usable text, labels, and the key of a dialogue."""
+"""What all readers of rows share: strict JSON, usable text, numbers, and the key of a dialogue."""
 
 import json
 import reprlib
@@ -62,6 +62,28 @@ def label_of(value: object, name: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
+
+
+def chance_of(value: object, name: str) -> float:
+    """A thumb that may be uncertain: as `label_of`, or a number between, which is how probable a thumb up is.
+
+    Raises:
+        RowError: anything else.
+    """
+    if isinstance(value, bool | int | float) and 0 <= value <= 1:
+        return float(value)
+    raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected")
+
+
+def number_of(value: object, name: str, most: float) -> float:
+    """A number from 0 to `most`.
+
+    Raises:
+        RowError: anything else.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
+        return float(value)
+    raise RowError(f"{name} is {shown(value)}; a number from 0 to {most:,.0f} expected")
 
 
 def first_user_key(turns: Iterable[Turn], domain: str = "") -> str:

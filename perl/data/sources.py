@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perl.data.fetch import cache_folder, pins
 from perl.data.jsonl import read_jsonl
+from perl.data.published import PUBLIC_SETS, PublicSet, read_public, read_public_rows
 from perl.data.records import Records
 from perl.data.simulator.source import corpus, simulate
 from perl.data.taskmaster import Domain, read_rows, read_taskmaster
@@ -58,7 +59,8 @@ def parse_source(text: str) -> tuple[str, str | None]:
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, SOURCES, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
-    remedy = f"{hint}There are {', '.join(SOURCES)}; own data is a file that ends in .jsonl."
+    whole = [name for name in SOURCES if "/" not in name]  # not the parts of sets
+    remedy = f"{hint}There are {', '.join(whole)}; own data is a file that ends in .jsonl."
     return UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
 
 
@@ -88,6 +90,10 @@ def _fetched(source: str) -> Path:
     return folder
 
 
+def _public(public: PublicSet, read: Callable[[PublicSet, str | None], Records]) -> Loader:
+    return lambda path, seed: read(public, path)
+
+
 def _jsonl(path: str | None, seed: int) -> Records:
     if path is None:
         raise UserError("jsonl needs a file", where="data.path", remedy="Set data.path to a .jsonl file.")
@@ -99,9 +105,11 @@ SOURCES: dict[str, Loader] = {
     "taskmaster-coffee": _taskmaster("coffee", read_taskmaster),
     "taskmaster-ticketing": _taskmaster("ticketing", read_taskmaster),
     "jsonl": _jsonl,
+    **{name: _public(public, read_public) for name, public in PUBLIC_SETS.items()},
 }
 
 _UNTIDIED: dict[str, Loader] = {
     "taskmaster-coffee": _taskmaster("coffee", read_rows),
     "taskmaster-ticketing": _taskmaster("ticketing", read_rows),
+    **{name: _public(public, read_public_rows) for name, public in PUBLIC_SETS.items()},
 }

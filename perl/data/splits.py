@@ -1,6 +1,7 @@
 """Splits records by dialogue.
 
 Contexts of one dialogue are prefixes of one another, so rows split at random would be held out in name only.
+A source that was published with a test part has that part held out, so that figures can be compared.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
 
     Args:
         records: what a source holds.
-        held_out: the share of dialogues to hold out, above 0 and below 1; at least one is.
+        held_out: the share of dialogues to hold out, above 0 and below 1; at least one is. Not read where the
+            source has a published test part.
         seed: picks which.
 
     Raises:
@@ -37,14 +39,19 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
         raise UserError(f"{len(dialogues)} dialogue cannot be split", where="data.held_out", remedy=remedy)
-    # Ordered by a hash, not shuffled: a few more rows in the data leave most dialogues on their side.
-    order = sorted(dialogues, key=lambda dialogue: hashlib.sha256(f"{seed}:{dialogue}".encode()).digest())
-    count = min(max(round(held_out * len(order)), 1), len(order) - 1)
-    train, held = _side(records, set(order[count:])), _side(records, set(order[:count]))
+    chosen = set(records.published_test) or _drawn(dialogues, held_out, seed)
+    train, held = _side(records, dialogues - chosen), _side(records, chosen)
     for name, side in (("training", train), ("held-out", held)):
         _check(name, side, records)
     train.problems, train.corpus = records.problems, records.corpus
     return train, held
+
+
+def _drawn(dialogues: set[str], share: float, seed: int) -> set[str]:
+    """A share of the dialogues."""
+    # Ordered by a hash, not shuffled: a few more rows in the data leave most dialogues on their side.
+    order = sorted(dialogues, key=lambda dialogue: hashlib.sha256(f"{seed}:{dialogue}".encode()).digest())
+    return set(order[: min(max(round(share * len(order)), 1), len(order) - 1)])
 
 
 def _all(records: Records) -> Iterator[Record]:

@@ -1,10 +1,12 @@
 """The frozen base: loaded once, from a hub id, a folder or a bare configuration, and told apart by its hash."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from perl.errors import UserError
+from perl.errors import UserError, machine_fault
 from perl.model.chat import ChatFormat
+from perl.progress import console
 
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""What files of pickled weights are called. They run code when they are read, so they never are."""
 REMEDY = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
 
 
@@ -47,31 +52,32 @@ def load_base(
     *,
     four_bit: bool = False,
     random_seed: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Base, PreTrainedModel]:
     """Load a causal LM and its tokenizer from the hub or a folder; safetensors only.
 
     With a `random_seed` only the configuration is read, and the weights are drawn at random.
+    With `trust_remote_code` Python code that comes with the model may run.
 
     Raises:
-        UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, or a tokenizer
-            with more tokens than the model has embeddings.
+        UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, a tokenizer with
+            more tokens than the model has embeddings, or code of its own that is not trusted.
+        MachineError: no memory for it, or no permission to read it.
     """
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UserError("no such folder", where=f"base.model {model}", remedy=REMEDY)
 
     def load() -> PreTrainedModel:
         if random_seed is None:
-            return _load_weights(model, dtype, device, four_bit)
-        config = load_config(model)
+            return _load_weights(model, dtype, device, four_bit, trust_remote_code)
+        config = load_config(model, trust_remote_code)
         try:
             return _random_weights(config, dtype, device, random_seed)
         except Exception as error:  # as in `random_base`
-            raise UserError(
-                f"not a causal LM: {_first_line(error)}", where=f"base.model {model}", remedy=REMEDY
-            ) from None
+            raise _refusal(error, "not a causal LM", f"base.model {model}") from None
 
     lm = load()
-    return _base(model, lm, load_tokenizer(model), load), lm
+    return _base(model, lm, load_tokenizer(model, trust_remote_code), load), lm
 
 
 def random_base(
@@ -84,16 +90,13 @@ def random_base(
     """
 
     def load() -> PreTrainedModel:
-        return _random_weights(AutoConfig.for_model(**config), dtype, device, seed)
+        return _random_weights(without_own_code(AutoConfig.for_model(**config)), dtype, device, seed)
 
     try:
         lm = load()
     except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
-        raise UserError(
-            f"not the configuration of a causal LM: {_first_line(error)}",
-            where="base.config",
-            remedy="Give model_type (such as llama) and that model's own keys.",
-        ) from None
+        remedy = "Give model_type (such as llama) and that model's own keys."
+        raise _refusal(error, "not the configuration of a causal LM", "base.config", remedy) from None
     name = f"random {config.get('model_type')}"
     return _base(name, lm, numbered_tokens(lm.get_input_embeddings().weight.shape[0]), load), lm
 
@@ -130,31 +133,35 @@ def _check_causal(lm: PreTrainedModel, name: str) -> None:
 def _random_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
     assert isinstance(lm, PreTrainedModel)
     return lm
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
-        raise UserError(
-            f"no usable tokenizer: {_first_line(error)}",
-            where=f"base.model {model}",
-            remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
-        ) from None
+        remedy = "Put tokenizer.json and tokenizer_config.json beside the weights."
+        raise _refusal(error, "no usable tokenizer", f"base.model {model}", remedy) from None
     return tokenizer
 
 
-def load_config(model: str) -> Any:
-    """The configuration of a causal LM."""
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a causal LM; it names code of its own only if that is trusted, which is said aloud."""
     where = f"base.model {model}"
+    if trust_remote_code:
+        said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
+        console.print(said, style="yellow", markup=False)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken configuration raises all sorts of things
-        raise UserError(f"not a model: {_first_line(error)}", where=where, remedy=REMEDY) from None
+        raise _refusal(error, "not a model", where) from None
+    if not trust_remote_code:
+        config = without_own_code(config)
     architectures = config.architectures or []
     if any(
         not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
@@ -163,16 +170,36 @@ def load_config(model: str) -> Any:
     return config
 
 
-def _load_weights(model: str, dtype: torch.dtype, device: torch.device, four_bit: bool) -> PreTrainedModel:
+def has_own_code(config: Any) -> bool:
+    """Whether a configuration names Python code that comes with the model and is trusted: see `load_config`."""
+    return hasattr(config, "auto_map")
+
+
+def without_own_code(config: Any) -> Any:
+    """The configuration, in which Python code that comes with the model is not named."""
+    vars(config).pop("auto_map", None)
+    return config
+
+
+def _load_weights(
+    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, trust_remote_code: bool
+) -> PreTrainedModel:
     where = f"base.model {model}"
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
     if four_bit:
         options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
-    config = load_config(model)
+    config = load_config(model, trust_remote_code)
+    if not any(Path(model).glob("*.safetensors")):
+        for pickle in sorted(file.name for pattern in PICKLES for file in Path(model).glob(pattern)):
+            raise _pickled(pickle, where)
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(model, config=config, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot be loaded: {_first_line(error)}", where=where, remedy=REMEDY) from None
+        with _no_pickles(where):
+            lm, info = AutoModelForCausalLM.from_pretrained(
+                model, config=config, trust_remote_code=trust_remote_code, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise _refusal(error, "cannot be loaded", where) from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -180,8 +207,35 @@ def _load_weights(model: str, dtype: torch.dtype, device: torch.device, four_bit
             where=where,
             remedy="Complete the files: missing weights would be random.",
         )
+    for name, there, here in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"the weights are not those of its config.json: {name} is {tuple(there)} in the files, but should be "
+            f"{tuple(here)}",
+            where=where,
+            remedy="Put the config.json beside them that they were saved with.",
+        )
     assert isinstance(lm, PreTrainedModel)
     return lm if four_bit else lm.to(device)
+
+
+@contextlib.contextmanager
+def _no_pickles(where: str) -> Iterator[None]:
+    """Inside, nothing is unpickled: an index or a configuration may name such files beside the safetensors."""
+
+    def refuse(file: Any, *_: Any, **__: Any) -> NoReturn:
+        raise _pickled(str(file), where)
+
+    with mock.patch.object(torch, "load", refuse):
+        yield
+
+
+def _pickled(file: str, where: str) -> UserError:
+    return UserError(
+        f"cannot be loaded: its weights are a pickle ({Path(file).name}), which can run any code when it is read",
+        where=where,
+        remedy="If you trust their origin, convert them once: AutoModelForCausalLM.from_pretrained(FOLDER)"
+        ".save_pretrained(FOLDER) in transformers writes model.safetensors.",
+    )
 
 
 def _four_bit(dtype: torch.dtype) -> Any:
@@ -230,6 +284,19 @@ def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def _refusal(error: Exception, what: str, where: str, remedy: str = REMEDY) -> UserError:
+    """What a library's exception comes to: a fault of the machine, code that is not trusted, or else `what`."""
+    if fault := machine_fault(error):
+        return fault
+    if "trust_remote_code" in str(error):
+        return UserError(
+            "it comes with Python code of its own, which is not run",
+            where=where,
+            remedy="Read that code; if you trust it set base.trust_remote_code: true, else use another base.",
+        )
+    return UserError(f"{what}: {_first_line(error)}", where=where, remedy=remedy)
 
 
 def _first_line(error: BaseException) -> str:

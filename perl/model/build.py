@@ -3,13 +3,14 @@
 It stands in for a pretrained model where none can be downloaded. What comes out is an ordinary model folder.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perl.data.records import Demonstration
+from perl.errors import UserError, machine_fault
 from perl.model.chat import MESSAGE_ROLES, ChatFormat
 from perl.progress import track
 
@@ -57,6 +59,9 @@ def build_base(
         corpus: dialogues.
         vocabulary: tokens of the byte-level BPE.
         steps: optimizer steps, of about `batch_tokens` tokens each.
+
+    Raises:
+        UserError: the cache cannot be written; that is known before any training.
     """
     settings = {name: value for name, value in locals().items() if name != "corpus"}
     digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
@@ -65,15 +70,17 @@ def build_base(
     folder = _cache() / digest.hexdigest()[:16]
     if (folder / "model.safetensors").exists():
         return folder
-    tokenizer = train_tokenizer(corpus, vocabulary)
-    chat = ChatFormat(tokenizer)
-    rows = [chat.dialogue(record.context, record.answer).ids[:max_length] for record in corpus]
-    config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
-    _write(folder, model, tokenizer)
+    with _unfinished(folder) as unfinished:
+        tokenizer = train_tokenizer(corpus, vocabulary)
+        chat = ChatFormat(tokenizer)
+        rows = [chat.dialogue(record.context, record.answer).ids[:max_length] for record in corpus]
+        config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+        _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
+        model.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     return folder
 
 
@@ -184,12 +191,21 @@ def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids_BL, labels_BL
 
 
-def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder of this process's own that becomes `folder` when the block ends without an exception."""
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
     try:
-        unfinished.rename(folder)
-    except OSError:  # another process built the same base meanwhile
-        shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what, remedy = f"cannot be written: {error.strerror}", "Set XDG_CACHE_HOME to a folder that can be."
+        raise machine_fault(error) or UserError(what, where=str(folder.parent), remedy=remedy) from None
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process built the same base meanwhile
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

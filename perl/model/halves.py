@@ -14,16 +14,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
+def positions(mask_BL: Tensor) -> Tensor:
+    """Each token's number in its row (B, L), int64: counted over real tokens, so padding on any side is right."""
+    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _blocks(lm: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks, and the trunk's attribute that holds them."""
+    count = lm.config.get_text_config().num_hidden_layers
+    return next(
+        (name, part)
+        for name, part in lm.base_model.named_children()
+        if isinstance(part, nn.ModuleList) and len(part) == count
+    )
+
+
 @contextlib.contextmanager
 def _only(lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
     """Inside, the trunk has these blocks only."""
     trunk = lm.base_model
-    count = lm.config.get_text_config().num_hidden_layers
-    name, blocks = next(
-        (name, part)
-        for name, part in trunk.named_children()
-        if isinstance(part, nn.ModuleList) and len(part) == count
-    )
+    name, blocks = _blocks(lm)
     setattr(trunk, name, blocks[chosen])
     try:
         yield
@@ -31,27 +41,33 @@ def _only(lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
         setattr(trunk, name, blocks)
 
 
+@contextlib.contextmanager
+def watched(lm: PreTrainedModel, count: int) -> Iterator[list[Tensor]]:
+    """Inside, each forward leaves in the list what the first `count` blocks made of it, alone; nothing if 0."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen[:] = [output[0] if isinstance(output, tuple) else output]
+
+    with contextlib.ExitStack() as stack:
+        if count:
+            stack.callback(_blocks(lm)[1][count - 1].register_forward_hook(see).remove)
+        yield seen
+
+
 @torch.no_grad()
-def lower(lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
+def lower(lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """Hidden states (B, L, D) after the first `count` blocks, in the base's dtype."""
-    found: list[Tensor] = []
-    with _only(lm, slice(count)):
-        last = next(part[-1] for part in lm.base_model.children() if isinstance(part, nn.ModuleList))
-        hook = last.register_forward_hook(
-            lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
-        )
-        try:
-            lm.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False)
-        finally:
-            hook.remove()
-    return found[0]
+    with watched(lm, count) as seen, _only(lm, slice(count)):
+        lm.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions(mask_BL), use_cache=False)
+    return seen[0]
 
 
-def upper(lm: PreTrainedModel, count: int, below_BLD: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
+def upper(lm: PreTrainedModel, count: int, below_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """Hidden states (B, L, D) after the last norm, from those after the first `count` blocks."""
     with _only(lm, slice(count, None)):
         hidden: Tensor = lm.base_model(
-            inputs_embeds=below_BLD, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False
+            inputs_embeds=below_BLD, attention_mask=mask_BL, position_ids=positions(mask_BL), use_cache=False
         ).last_hidden_state
     return hidden
 
@@ -64,13 +80,12 @@ def why_not(lm: PreTrainedModel, count: int) -> str | None:
         return f"its layers are of several kinds ({', '.join(sorted(kinds))})"
     mask_BL = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=lm.device)
     ids_BL = torch.tensor([[1, 2, 3, 1], [0, 0, 2, 1]], device=lm.device)
-    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
     whole = lm.base_model(
-        input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False
+        input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions(mask_BL), use_cache=False
     ).last_hidden_state
     try:
-        below = lower(lm, count, ids_BL, mask_BL, positions_BL)
-        split = upper(lm, count, below, mask_BL, positions_BL)
+        below = lower(lm, count, ids_BL, mask_BL)
+        split = upper(lm, count, below, mask_BL)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
         return f"{type(lm).__name__} does not run in two parts: {str(error).splitlines()[0][:200]}"
     rounding, padding_BL1 = 16 * torch.finfo(whole.dtype).eps, (mask_BL == 0)[..., None]

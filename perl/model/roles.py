@@ -30,11 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl.errors import UserError
 from perl.measure.probe import recomputing
-from perl.model.halves import lower, upper
-from perl.model.log_probs import log_probs_and_entropy
-
-LOGITS_AT_ONCE = 2**23
-"""Logits held at a time: of 1,024 tokens for a vocabulary of 8,192, of 65 for one of 128,256."""
+from perl.model.halves import lower, positions, upper, watched
+from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
 
 
 class Role(StrEnum):
@@ -191,6 +188,16 @@ class Roles(nn.Module, ABC):
             self._activate(before)
 
     @contextlib.contextmanager
+    def sampling(self, role: Role) -> Iterator[list[Tensor]]:
+        """Compute as this role many times over, without gradients; inside, it cannot learn.
+
+        Yields a list in which each forward leaves what the shared blocks made of it, (B, N, D), as its only
+        element; it stays empty where there are no such blocks.
+        """
+        with self.role(role), watched(self.model(), self.shared_blocks) as seen:
+            yield seen
+
+    @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:
         """Inside, keep only each block's input for the backward pass and compute the rest again."""
         if not enabled:
@@ -232,18 +239,18 @@ class Roles(nn.Module, ABC):
 
     def below(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """What the shared blocks make of a batch, (B, L, D) in the base's dtype, for `forward` to go on from."""
-        return lower(self.model(), self.shared_blocks, ids_BL, mask_BL.long(), _positions(mask_BL))
+        return lower(self.model(), self.shared_blocks, ids_BL, mask_BL.long())
 
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor, below_BLD: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm, under the active role.
 
         Positions are counted over real tokens, so the padding side does not matter (GPT-2 needs telling).
         """
-        model, positions_BL = self.model(), _positions(mask_BL)
+        model = self.model()
         if below_BLD is not None:
-            return upper(model, self.shared_blocks, below_BLD, mask_BL.long(), positions_BL)
+            return upper(model, self.shared_blocks, below_BLD, mask_BL.long())
         hidden: Tensor = model.base_model(
-            input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False
+            input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
         ).last_hidden_state
         return hidden
 
@@ -288,16 +295,12 @@ class Roles(nn.Module, ABC):
                 embedding.bias,
                 ids_BL[:, -answer_length:][rows_N, columns_N],
                 temperature,
-                max(1, LOGITS_AT_ONCE // len(embedding.weight)),
+                tokens_at_once(len(embedding.weight)),
             )
             nothing_BT = log_probs_N.new_zeros(len(ids_BL), answer_length)
             log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
             entropy_BT = nothing_BT.index_put((rows_N, columns_N), entropy_N)
         return Outputs(log_probs_BT, entropy_BT, values_BT, scores_B)
-
-
-def _positions(mask_BL: Tensor) -> Tensor:
-    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
 
 
 @torch.no_grad()

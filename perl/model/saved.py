@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -166,7 +166,7 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
         raise UserError(
             f"belongs to another {', another '.join(differs)}; it was trained on {trained}",
             where=str(folder),
-            remedy=f"Use it where it belongs, as its {STAMP} says; or train it here. {_anew(folder)}",
+            remedy=f"Use it where its {STAMP} says; to train it here, remove {folder.parent} and run the recipe.",
         )
 
 
@@ -175,7 +175,8 @@ def _short(value: object) -> str:
 
 
 def _anew(folder: Path) -> str:
-    return f"To train it again, remove {folder.parent / 'result.json'} and run the recipe."
+    """What to do about files that are damaged: the stage's newest checkpoint is not."""
+    return f"Remove {folder.parent / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
 
 
 def _config_fits(roles: Roles, folder: Path) -> bool:
@@ -198,11 +199,13 @@ def read_stamp(folder: Path) -> Stamp:
     except FileNotFoundError:
         what = f"has no {STAMP}: nothing that PERL trained is here"
         raise UserError(what, where=str(folder), remedy=_anew(folder)) from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise machine_fault(error) or UserError(
-            f"not a stamp: {reason}", where=str(folder / STAMP), remedy=_anew(folder)
-        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"not a stamp: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:

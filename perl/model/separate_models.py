@@ -80,7 +80,7 @@ class SeparateModels(Roles):
     def config_fits(self, folder: Path) -> bool:
         """Whether it is a model of this kind."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["model_type"] == self.model().config.model_type)
+        return bool(config["model_type"] == self.models()[0].config.model_type)  # a head alone has no model
 
     def _add_weights(self, role: Role, copy_of: Role) -> None:
         if copy_of in self._models:

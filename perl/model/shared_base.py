@@ -9,22 +9,24 @@
 peft's own `set_adapter` also switches `requires_grad`; here the two are kept apart, see `perl.model.roles`.
 """
 
+import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perl.errors import UserError
 from perl.model.base import weights_sha256
 from perl.model.halves import why_not
 from perl.model.lora import lowest_adapted_layer
-from perl.model.low_rank import compute_with_one_adapter
+from perl.model.low_rank import compute_with_one_adapter, kept_factors
 from perl.model.roles import Role, Roles, check_logits
 
 
@@ -109,6 +111,14 @@ class SharedBase(Roles):
         for layer in self._layers:
             layer.lora_dropout.train(mode)
         return self
+
+    @contextlib.contextmanager
+    def sampling(self, role: Role) -> Iterator[list[Tensor]]:
+        """As said there; the adapter's factors are cast to the base's dtype once."""
+        adapted = role in getattr(self.lm, "peft_config", {}) and not self.training
+        layers = self._layers if adapted else []
+        with super().sampling(role) as seen, kept_factors(layers, role, self.lm.dtype):
+            yield seen
 
     def _add_weights(self, role: Role, copy_of: Role) -> None:
         try:

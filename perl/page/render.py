@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from perl.files import user_named, write_whole
-from perl.page import sections, summary, words
+from perl.page import card, incidents, sections, summary, words
 from perl.page.compare import prediction_rows
 from perl.page.numbers import bytes_text, decimal, seconds_text, signed, spread
 from perl.page.outcome import Group, gold_change, groups, recipe_differences, reward_change
@@ -65,6 +65,8 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "name": first.report.name,
         "verdict": words.verdict(main),
+        "happenings": incidents.happenings(runs),
+        "preflight": incidents.preflight_rows(first),
         "tiles": _tiles(main),
         "summary": summary.summary(main, runs),
         "unchanged": summary.base_unchanged(runs),
@@ -78,7 +80,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "first": first,
         "policy": sections.policy(main),
         "sft": sections.sft(main),
-        "card": sections.card(main),
+        "card": card.card(by_tuning),
         "cost": sections.cost(by_tuning),
         "tunings": tunings,
         "predictions": [(row.tuning, row.stage, row.phase, *row.cells) for row in predictions],

@@ -65,6 +65,75 @@ class ScoreHistogram(Part):
     down: list[float]
 
 
+class Calibration(Part):
+    """Probabilities before and after scaling, p = σ(slope · score + intercept), on dialogues not fitted to."""
+
+    of: str
+    slope: float
+    intercept: float
+    ece_before: float
+    ece_temperature: float | None = None
+    ece_after: float | None = None
+    reliability_before: list[ReliabilityBin] = []
+    reliability_after: list[ReliabilityBin] | None = None
+
+
+class Slice(Part):
+    """Answers of one kind; those too few to be judged are only counted."""
+
+    by: str
+    name: str
+    n: int
+    share_up: float
+    auroc: float | None = None
+    interval: Interval | None = None
+    ece: float | None = None
+
+
+class Length(Part):
+    """How scores go with length, and the AUROC among answers of like length."""
+
+    correlation: float | None = None
+    auroc_of_length: float | None = None
+    auroc_within: float | None = None
+    auroc_within_interval: Interval | None = None
+
+
+class Floor(Part):
+    """What counting words comes to, and by how much the model is ahead."""
+
+    figure: str
+    value: float | None = None
+    value_interval: Interval | None = None
+    ahead: float | None = None
+    ahead_interval: Interval | None = None
+    rows: int
+    of_rows: int
+
+
+class Mistake(Part):
+    """An answer that was scored wrongly."""
+
+    context: str
+    answer: str
+    score: float
+    probability: float
+
+
+class Mistakes(Part):
+    """The downs that score highest and the ups that score lowest."""
+
+    downs_scored_high: list[Mistake] = []
+    ups_scored_low: list[Mistake] = []
+
+
+class Fitness(Part):
+    """Whether the model is fit for RL, and why."""
+
+    fit: bool
+    reasons: list[str]
+
+
 class RewardEval(Part):
     """The reward model's card."""
 
@@ -80,6 +149,13 @@ class RewardEval(Part):
     intervals: dict[str, Interval | None] | None = None
     reliability: list[ReliabilityBin] | None = None
     score_histogram: ScoreHistogram | None = None
+    compared: bool = False
+    calibration: Calibration | None = None
+    slices: list[Slice] = []
+    length: Length | None = None
+    floor: Floor | None = None
+    mistakes: Mistakes | None = None
+    verdict: Fitness | None = None
 
 
 class RewardStage(Stage):
@@ -112,10 +188,34 @@ class RlEval(Part):
     ended_after: float | None = None
 
 
+class Incident(Part):
+    """An alarm of a guard, and what it led to."""
+
+    name: str
+    step: int
+    since: int
+    what: str
+    causes: str
+    remedy: str
+    action: Literal["stopped", "warned"]
+    remains: int | None = None
+    """Updates that the policy which remains has seen, where the run was stopped."""
+
+
+class Finding(Part):
+    """A check before the first update: its figure, and what it may be at most."""
+
+    words: str
+    figure: float
+    limit: float
+
+
 class RlStage(Stage):
     """Reinforcement learning."""
 
     eval: RlEval
+    incidents: list[Incident] = []
+    preflight: list[Finding] = []
 
 
 class Stages(Part):

@@ -5,7 +5,6 @@ from typing import Any
 
 from perl.page import words
 from perl.page.bars import memory_plot, time_plot, widest_memory
-from perl.page.card_plots import reliability_plot, scores_plot
 from perl.page.compare import cost_rows, match_all, quality_rows
 from perl.page.curves import proxy_gold_plot, step_plot, tunings_plot
 from perl.page.numbers import (
@@ -23,7 +22,7 @@ from perl.page.numbers import (
     spread_text,
 )
 from perl.page.outcome import STAGE, Group
-from perl.page.schema import RewardEval, RlEval, Sample, Stage, Turn
+from perl.page.schema import RlEval, Sample, Stage, Turn
 from perl.page.tunings import balance, bottom_line
 
 SHOWN_TURNS = 3
@@ -97,42 +96,6 @@ def sft(group: Group) -> dict[str, Any] | None:
     """What SFT came to, and its loss; None without SFT."""
     text, plot = words.sft_words(group), step_plot(group, "sft", "loss", "Loss in SFT", "loss")
     return {"words": text, "plot": plot} if text else None
-
-
-def card(group: Group) -> dict[str, Any] | None:
-    """The reward model's card; None without a reward model."""
-    cards = group.reward
-    if not cards:
-        return None
-    figures: list[tuple[str, str, Callable[[RewardEval], float | None]]] = [
-        ("AUROC", "auroc", lambda card: card.auroc),
-        ("AUROC against the labels", "auroc_labels", lambda card: card.auroc_labels),
-        ("Accuracy", "accuracy", lambda card: card.accuracy),
-        ("… of always giving the more frequent label", "", lambda card: card.majority_accuracy),
-        ("Balanced accuracy", "balanced_accuracy", lambda card: card.balanced_accuracy),
-        ("Pairwise accuracy", "pairwise_accuracy", lambda card: card.pairwise_accuracy),
-        ("Calibration error (ECE)", "ece", lambda card: card.ece),
-    ]
-    rows = []
-    for label, key, figure in figures:
-        value = spread(figure(card) for card in cards)
-        if value is not None:
-            interval = (cards[0].intervals or {}).get(key) if len(cards) == 1 else None
-            rows.append((label, spread_text(value), NONE if interval is None else interval_text(*interval)))
-    plots = [
-        reliability_plot(cards[0]),
-        scores_plot(cards[0]),
-        step_plot(group, "reward", "loss", "Loss in training", "loss"),
-    ]
-    intervals = any(row[2] != NONE for row in rows)
-    return {
-        "words": words.card_words(cards),
-        "rows": rows if intervals else [row[:2] for row in rows],
-        "intervals": intervals,
-        "n": cards[0].n,
-        "against": cards[0].against,
-        "plots": [plot for plot in plots if plot is not None],
-    }
 
 
 def cost(by_tuning: Sequence[Group]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perl.page.card_words import fitness
 from perl.page.numbers import Spread, decimal, joined, percent, signed, spread
 from perl.page.outcome import Change, Group, gold_change, loss_change, reward_change
 from perl.page.schema import RewardEval
@@ -85,6 +86,13 @@ def _seeds(change: Change) -> str:
 def _without_policy(group: Group) -> Verdict:
     cards = group.reward
     if cards:
+        found = fitness(cards)
+        if found is not None:
+            return Verdict(
+                f"The reward model is {found.headline[0].lower()}{found.headline[1:]}",
+                f"{' '.join(found.reasons)} There was no RL.",
+                found.kind,
+            )
         auroc = spread(card.auroc for card in cards)
         if auroc is None:
             return Verdict(
@@ -129,17 +137,25 @@ def accuracy_words(cards: Sequence[RewardEval]) -> str:
 
 
 def calibration_words(cards: Sequence[RewardEval]) -> str:
-    """The calibration error in points."""
-    ece = spread(card.ece for card in cards)
+    """The calibration error in points, and what scaling makes of it."""
+    scaled = [card.calibration for card in cards if card.calibration is not None]
+    ece = spread(one.ece_before for one in scaled) or spread(card.ece for card in cards)
+    after = spread(one.ece_after for one in scaled)
     assert ece is not None
+    words = (
+        f"The probabilities it gives are off by {100 * ece.mean:.0f} points on average (ECE {decimal(ece.mean)})"
+    )
+    if after is None:
+        return f"{words}."
     return (
-        f"The probabilities it gives are off by {100 * ece.mean:.0f} points on average (ECE {decimal(ece.mean)})."
+        f"{words}, and scaled by {100 * after.mean:.0f}: σ({decimal(scaled[0].slope)} · score "
+        f"{signed(scaled[0].intercept)}), judged on dialogues that it was not fitted to."
     )
 
 
 def card_words(cards: Sequence[RewardEval]) -> list[str]:
     """How to read the reward model's card."""
-    return [trust_words(cards), auroc_words(cards), accuracy_words(cards), calibration_words(cards)]
+    return [auroc_words(cards), accuracy_words(cards), calibration_words(cards)]
 
 
 def trust_words(cards: Sequence[RewardEval]) -> str:

@@ -6,11 +6,9 @@ Axis letters: B answers, L = P + T positions of prompt and answer, T answer posi
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from perl.model.padding import BUCKET
-from perl.model.roles import Roles
 from perl.rl.sampler import Samples
 
 
@@ -50,22 +48,3 @@ def trim(samples: Samples, rows: list[int]) -> Batch:
     window = slice(start, prompt + length)
     below_BLD = samples.below_BLD[rows, window] if samples.below_BLD is not None else None
     return Batch(samples.ids_BL[rows, window], samples.mask_BL[rows, window], length, below_BLD)
-
-
-@torch.no_grad()
-def with_below(roles: Roles, samples: Samples, micro_batch_size: int) -> Samples:
-    """The samples with what the base's shared blocks make of them, where there are such blocks.
-
-    The policy, its reference, the reward model and the critic, and every pass over the rollout, go on from there.
-    """
-    if not roles.shared_blocks:
-        return samples
-    below_BLD: Tensor | None = None
-    for rows in micro_batches(samples, micro_batch_size):
-        batch = trim(samples, rows)
-        part_BLD = roles.below(batch.ids_BL, batch.mask_BL)
-        if below_BLD is None:
-            below_BLD = part_BLD.new_zeros(*samples.ids_BL.shape, part_BLD.shape[-1])
-        end = samples.ids_BL.shape[1] - samples.answer_length + batch.answer_length
-        below_BLD[rows, end - part_BLD.shape[1] : end] = part_BLD
-    return samples._replace(below_BLD=below_BLD)

@@ -1,11 +1,14 @@
 """A KV cache of a known size: keys and values are written in place.
 
 transformers' dynamic cache joins old and new at every token, which copies the whole cache each time; its static
-one attends over the whole capacity. This one does neither: attention sees a view of what is filled. And prompts
-are written a few rows at a time, so that their activations are never those of the whole batch.
+one attends over the whole capacity. This one does neither. What attention sees are positions in multiples of
+`STEP`, laid out densely, so that its products are of few shapes (oneDNN keeps some half a megabyte for each that
+it has seen) and need no copy; models that must see what is filled and no more are given a view of that. And
+prompts are written a few rows at a time, so that their activations are never those of the whole batch.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +17,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from perl.measure.probe import mark
+
+STEP = 64
+"""Positions by which the visible part grows; those not filled yet are zero, and masked."""
 
 
 @dataclass
@@ -27,22 +33,46 @@ class _Window:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values (B, heads, capacity, head size) of one layer, `filled` positions of them written."""
+    """Keys and values (B, heads, positions, head size) of one layer, `filled` positions of them written.
 
-    def __init__(self, batch: int, prompt_length: int, capacity: int) -> None:
+    Both are views of memory for the whole capacity, which is reserved once.
+    """
+
+    def __init__(self, batch: int, prompt_length: int, capacity: int, step: int | None) -> None:
         super().__init__()
-        self._batch, self._prompt_length, self._capacity = batch, prompt_length, capacity
+        self._batch, self._prompt_length, self._capacity, self._step = batch, prompt_length, capacity, step
         self.window: _Window | None = None
         self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the memory, now that the widths are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        heads = key_states.shape[1]
-        self.keys = key_states.new_empty(self._batch, heads, self._capacity, key_states.shape[-1])
-        self.values = value_states.new_empty(self._batch, heads, self._capacity, value_states.shape[-1])
+        length = self._room(self._prompt_length + 1)
+        self._memory = {}
+        for name, new in (("keys", key_states), ("values", value_states)):
+            heads, size = new.shape[1], new.shape[3]
+            self._memory[name] = new.new_zeros(self._batch * heads * self._capacity * size)
+            setattr(self, name, self._view(name, self._batch, heads, length, size))
         self.is_initialized = True
-        mark("kv_cache", [self.keys, self.values])
+        mark("kv_cache", self._memory.values())
+
+    def _view(self, name: str, *shape: int) -> Tensor:
+        return self._memory[name][: math.prod(shape)].view(shape)
+
+    def _room(self, positions: int) -> int:
+        """The positions that are laid out where so many are needed."""
+        return (
+            self._capacity if self._step is None else min(self._capacity, -(-positions // self._step) * self._step)
+        )
+
+    def _lay_out(self, length: int) -> None:
+        """Make room for so many positions, more than there are."""
+        for name in ("keys", "values"):
+            before = getattr(self, name)[:, :, : self.filled].clone()
+            rows, heads, _, size = before.shape
+            after = self._view(name, rows, heads, length, size).zero_()
+            after[:, :, : self.filled] = before
+            setattr(self, name, after)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -54,19 +84,28 @@ class _Layer(DynamicLayer):
             self._write_prompts(key_states, value_states, self.window)
             return key_states, value_states
         end = self.filled + key_states.shape[-2]
+        if self._room(end) > self.keys.shape[2]:
+            self._lay_out(self._room(end))
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
         self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        seen = self._seen(end)
+        return self.keys[:, :, :seen], self.values[:, :, :seen]
+
+    def _seen(self, end: int) -> int:
+        """The positions that attention sees when so many are filled."""
+        return end if self._step is None else self._room(end)
 
     def _write_prompts(self, key_states: Tensor, value_states: Tensor, window: _Window) -> None:
-        start = self._prompt_length - key_states.shape[-2]
+        start = self._prompt_length - key_states.shape[-2]  # what is before stays zero
         for whole, new in ((self.keys, key_states), (self.values, value_states)):
-            rows = whole[window.rows]
-            rows[:, :, :start] = 0  # masked, but what is there is multiplied by 0, and NaN stays NaN
-            rows[:, :, start : self._prompt_length] = (
+            whole[window.rows, :, start : self._prompt_length] = (
                 new if window.copies is None else new.repeat_interleave(window.copies, 0)
             )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many positions attention will see, from which on."""
+        return query_length if self.window is not None else self._seen(self.filled + query_length), 0
 
     def get_seq_length(self) -> int:
         """The positions filled."""
@@ -94,8 +133,10 @@ class KVCache(Cache):
     def __init__(self, model: PreTrainedModel, batch: int, prompt_length: int, answer_length: int) -> None:
         count = model.config.get_text_config().num_hidden_layers
         capacity = prompt_length + answer_length
-        super().__init__(layers=[_Layer(batch, prompt_length, capacity) for _ in range(count)])
-        self._prompt_length = prompt_length
+        # Elsewhere the kernels take views as they are, and are the faster for having no mask.
+        step = STEP if model.device.type == "cpu" and model._can_compile_fullgraph else None
+        super().__init__(layers=[_Layer(batch, prompt_length, capacity, step) for _ in range(count)])
+        self.prompt_length = prompt_length
 
     @contextlib.contextmanager
     def prefilling(self, rows: slice, copies: Tensor | None = None) -> Iterator[None]:
@@ -115,7 +156,7 @@ class KVCache(Cache):
 
     def prefilled(self) -> None:
         """All prompts are written; what comes now are answers."""
-        self.skip(self._prompt_length)
+        self.skip(self.prompt_length)
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows only; the places of the others are free."""

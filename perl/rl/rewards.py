@@ -49,15 +49,21 @@ class RewardModel:
     def __init__(self, roles: Roles, stamp: Stamp, micro_batch_size: int) -> None:
         self._roles, self._stamp, self._micro_batch_size = roles, stamp, micro_batch_size
 
-    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[Prompt],
         samples: Samples,
         texts: Sequence[str],
     ) -> list[float]:
+        """Rewards of the answers."""
+        scores = self.scores(samples)
+        rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
+        return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
+
+    @torch.no_grad()
+    def scores(self, samples: Samples) -> list[float]:
         """Scores of prompt and answer together, read at the answer's last token."""
-        scores = [0.0] * len(prompts)
+        scores = [0.0] * len(samples.ids_BL)
         for rows in micro_batches(samples, self._micro_batch_size):
             batch = trim(samples, rows)
             outputs = self._roles(
@@ -65,8 +71,7 @@ class RewardModel:
             )
             for row, score in zip(rows, outputs.scores_B.tolist(), strict=True):
                 scores[row] = score
-        rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
-        return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
+        return scores
 
 
 def probabilities(scores: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from perl.data.records import Prompt
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.rl.algorithms import Scored
-from perl.rl.batches import micro_batches, trim, with_below
+from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardSource
 from perl.rl.sampler import Samples, Sampling, sample
 
@@ -55,9 +55,8 @@ def answer(
     generator: torch.Generator,
     head: Role | None = None,
 ) -> tuple[Samples, list[str]]:
-    """One answer for each prompt, as tokens and as text; all that reads them goes on from the shared blocks."""
+    """One answer for each prompt, as tokens and as text."""
     samples = sample(roles, role, prompts.ids, sampling, generator, head)
-    samples = with_below(roles, samples, sampling.prompts_at_once)
     return samples, [chat.decode(ids) for ids in samples.answers()]
 
 

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perl.model.halves import positions
 from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
+from perl.rl.decode_attention import fast_decoding
 from perl.rl.kv_cache import KVCache
 
 KEEP_UNTIL = 0.75
@@ -104,10 +106,10 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row]))
     rows_B = torch.tensor(order, device=device)
     mask_BL = prompt_mask_BP[rows_B].long()
-    with roles.role(role):
-        model = roles.model()
-        cache = KVCache(model, len(prompts), prompt_ids_BP.shape[1], length)
-        hidden_BD = _prefill(model, cache, [prompts[row] for row in order], sampling, device)
+    with roles.sampling(role) as seen, fast_decoding(device):
+        model, start = roles.model(), prompt_ids_BP.shape[1]
+        cache, below = KVCache(model, len(prompts), start, length), _Below(seen, len(prompts), start + length)
+        hidden_BD = _prefill(model, cache, [prompts[row] for row in order], rows_B, below, sampling)
         for step in range(length):
             ids_BT[rows_B, step], log_probs_BT[rows_B, step] = _draw_next(model, hidden_BD, sampling, generator)
             if values_BT is not None and head is not None:
@@ -116,18 +118,22 @@ def sample(
                 for row, is_end in zip(order, (ids_BT[rows_B, step] == sampling.end_id).tolist(), strict=True):
                     lengths[row] = lengths[row] or (step + 1 if is_end else 0)
             going = [place for place, row in enumerate(order) if not lengths[row]]
-            if not going or step + 1 == length:
-                break
+            done = not going or step + 1 == length
+            if done and not roles.shared_blocks:
+                break  # nobody reads what is computed of the last tokens
             mask_BL = F.pad(mask_BL, (0, 1), value=1)
+            if sampling.abridged and step + 2 < length:
+                cache.skip(1)
+                continue
+            hidden_BD = _hidden(model, cache, ids_BT[rows_B, step : step + 1], mask_BL)[:, -1]
+            below.keep(rows_B, start + step + 1)
+            if done:
+                break
             if len(going) <= KEEP_UNTIL * len(order):
                 places = torch.tensor(going, device=device)
                 order = [order[place] for place in going]
                 rows_B, mask_BL, hidden_BD = rows_B[places], mask_BL[places], hidden_BD[places]
                 cache.keep(places)
-            if sampling.abridged and step + 2 < length:
-                cache.skip(1)
-                continue
-            hidden_BD = _hidden(model, cache, ids_BT[rows_B, step : step + 1], mask_BL)[:, -1]
     ended = [one > 0 for one in lengths]
     lengths = [one or length for one in lengths]
     mask_BT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -140,16 +146,46 @@ def sample(
         log_probs_BT.masked_fill(~mask_BT, 0.0),
         values_BT.masked_fill(~mask_BT, 0.0) if values_BT is not None else None,
         torch.tensor(ended, device=device),
+        below.states_BLD,
         abridged=sampling.abridged,
     )
+
+
+class _Below:
+    """What the shared blocks make of each position, kept as it comes by.
+
+    The reference, the reward model and the critic, and every pass over the rollout, go on from there.
+    """
+
+    def __init__(self, seen: list[Tensor], rows: int, length: int) -> None:
+        self._seen, self._rows, self._length = seen, rows, length
+        self.states_BLD: Tensor | None = None
+        """None where there are no such blocks."""
+
+    def keep(self, rows_B: Tensor, end: int, copies_B: Tensor | None = None) -> None:
+        """Keep what was computed last, of these rows the columns up to `end`.
+
+        Args:
+            rows_B: their places in the samples.
+            copies_B: how often each row that was computed stands among them, side by side; None: once.
+        """
+        if not self._seen:
+            return
+        (states_BND,) = self._seen
+        if self.states_BLD is None:
+            self.states_BLD = states_BND.new_zeros(self._rows, self._length, states_BND.shape[2])
+        if copies_B is not None:
+            states_BND = states_BND.repeat_interleave(copies_B, 0)
+        self.states_BLD[rows_B, end - states_BND.shape[1] : end] = states_BND
 
 
 def _prefill(
     model: PreTrainedModel,
     cache: KVCache,
     prompts: list[Sequence[int]],
+    rows_B: Tensor,
+    below: _Below,
     sampling: Sampling,
-    device: torch.device,
 ) -> Tensor:
     """The hidden states (B, D) after each prompt; equal prompts stand side by side and are computed once."""
     groups = [(list(prompt), len(list(same))) for prompt, same in itertools.groupby(prompts)]
@@ -161,10 +197,11 @@ def _prefill(
         row = rows.stop
         if sampling.abridged and row < len(prompts):
             continue  # the last are the longest
-        ids_BP, mask_BP = left_pad([prompt for prompt, _ in some], sampling.pad_id, device)
-        copies_B = torch.tensor(copies, device=device)
+        ids_BP, mask_BP = left_pad([prompt for prompt, _ in some], sampling.pad_id, rows_B.device)
+        copies_B = torch.tensor(copies, device=rows_B.device)
         with cache.prefilling(rows, copies_B if len(copies) < sum(copies) else None):
             hidden_BD = _hidden(model, cache, ids_BP, mask_BP.long())[:, -1].clone()
+        below.keep(rows_B[rows], cache.prompt_length, copies_B)
         parts.append(hidden_BD.repeat_interleave(copies_B, 0))
     cache.prefilled()
     hidden_BD = torch.cat(parts)
@@ -173,11 +210,10 @@ def _prefill(
 
 def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
     """Hidden states (B, N, D) of the last N positions; those before are in the cache."""
-    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
     hidden: Tensor = model.base_model(
         input_ids=ids_BN,
         attention_mask=mask_BL,
-        position_ids=positions_BL[:, -ids_BN.shape[1] :],
+        position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
@@ -188,12 +224,21 @@ def _draw_next(
     model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Token ids (B), and the log-probs they were drawn with (B, fp32)."""
-    logits_BV = model.get_output_embeddings()(hidden_BD).float()
-    all_log_probs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
-    drawn_B = draw(all_log_probs_BV, generator)
-    return drawn_B, all_log_probs_BV.gather(1, drawn_B[:, None])[:, 0]
+    logits_BV = model.get_output_embeddings()(hidden_BD).float() / sampling.temperature
+    # softmax, not the exponential of the log-probs: on a CPU that takes ten times as long
+    drawn_B1 = draw(logits_BV.softmax(-1), generator)
+    return drawn_B1[:, 0], logits_BV.log_softmax(-1).gather(1, drawn_B1)[:, 0]
 
 
-def draw(log_probs_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """A token id (B) from each row's distribution."""
-    return torch.multinomial(log_probs_BV.exp(), 1, generator=generator)[:, 0]
+def draw(probabilities_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token id (B, 1) from each row's distribution: where its cumulative sum passes a uniform number.
+
+    One random number a row: `multinomial` takes one a token of the vocabulary, on a CPU as long as the model does.
+    """
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    uniform_B1 = torch.rand(
+        len(probabilities_BV), 1, dtype=torch.float64, generator=generator, device=generator.device
+    )
+    drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
+    last = probabilities_BV.shape[1] - 1  # rounding can make the number the whole sum
+    return torch.tensor(drawn_B1.clamp(max=last).tolist(), device=probabilities_BV.device)

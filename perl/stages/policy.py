@@ -1,5 +1,6 @@
 """Judging a policy: its prompts, where its reward comes from, and its figures on held-out prompts."""
 
+import random
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,24 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompt
             remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
         )
     return EncodedPrompts(list(prompts), ids)
+
+
+def prompts_of(session: Session, prompts: EncodedPrompts, step: int) -> list[int]:
+    """A step's prompts: all are seen once before any is seen again; a prompt's answers stand side by side."""
+    settings, count = session.recipe.rl, len(prompts)
+    assert settings is not None
+    per_step, each = settings.prompts_per_step, settings.samples_per_prompt
+    if session.trial is not None:
+        longest = sorted(range(count), key=lambda index: -len(prompts.ids[index]))
+        return [longest[place % count] for place in range(per_step) for _ in range(each)]
+
+    def shuffled(passed: int) -> list[int]:
+        seed = derived_seed(session.recipe.seed, "order", passed)
+        return random.Random(seed).sample(range(count), count)
+
+    places = range(step * per_step, (step + 1) * per_step)
+    orders = {passed: shuffled(passed) for passed in {place // count for place in places}}
+    return [orders[place // count][place % count] for place in places for _ in range(each)]
 
 
 def reward_source(session: Session) -> RewardSource:

@@ -1,73 +1,51 @@
-"""The reward stage: the `reward` adapter and its head learn from thumbs or pairs, on transformers' Trainer.
+"""The reward stage: the `reward` adapter and its head learn from thumbs, pairs or both, on transformers' Trainer.
 
 TRL's RewardTrainer wants a sequence classifier of its own and has no loss for thumbs, so the trainer here is
-ours: it scores rows with the shared base's reward role. The loss on pairs is TRL's (a test compares them).
+ours: it scores rows with the shared base's reward role. The loss on pairs is TRL's, margins included (a test
+compares them); soft labels are ours.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
 from perl.data.pairs import pair_ratings
-from perl.data.records import Comparison, Context, Rating, Records, Turn
+from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
-from perl.measure.metrics import (
-    accuracy,
-    auroc,
-    balanced_accuracy,
-    expected_calibration_error,
-    grouped_interval,
-    reliability,
-    reward_metrics,
-    score_histogram,
-)
+from perl.measure.answers import Answers
 from perl.model.below_cache import BelowCache
 from perl.model.chat import ChatFormat
-from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
-from perl.progress import console
 from perl.rl.rewards import probabilities, score_rows
+from perl.stages.reward_card import evaluate_rows, print_card
+from perl.stages.reward_loss import Collator, batch_loss
 from perl.stages.session import Session
 from perl.stages.training import ResumableTrainer, Watch, course
 
+RECORDED = 8
+"""Held-out rows whose scores are written down, for others to check that they score alike."""
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and spread that RL takes off and divides by."""
 
-INTERVALS = {
-    "auroc": auroc,
-    "balanced_accuracy": balanced_accuracy,
-    "accuracy": accuracy,
-    "ece": expected_calibration_error,
-}
-
-
-def pairs_loss(better_B: Tensor, worse_B: Tensor) -> Tensor:
-    """Bradley-Terry: the mean of -log σ(r_w - r_l) (PERL, section 3; Bradley and Terry 1952)."""
-    return -F.logsigmoid(better_B - worse_B).mean()
-
-
-def thumbs_loss(scores_B: Tensor, labels_B: Tensor, weights_B: Tensor) -> Tensor:
-    """Binary cross-entropy on the score as a log-odds, rows weighted: Σ w BCE / B."""
-    return (weights_B * F.binary_cross_entropy_with_logits(scores_B, labels_B, reduction="none")).mean()
-
 
 @dataclass(frozen=True)
-class Rows:
-    """Tokens of context and answer, with a label; in pairs the better rows come first, then the worse."""
+class Rows(Answers):
+    """Answers with their contexts as tokens.
+
+    Attributes:
+        ids: of each answer and its context.
+        targets: the probability of a thumb up, or that the better (the worse) one of a pair is the better.
+        margins: of the pairs.
+    """
 
     ids: list[list[int]]
-    labels: list[bool]
-    dialogues: list[str]
-    gold: list[bool] | None
-    pairs: list[tuple[int, int]]
+    targets: list[float]
+    margins: list[float]
 
 
 def check(session: Session) -> None:
@@ -99,7 +77,7 @@ def train_reward(session: Session) -> dict[str, Any]:
                 **session.trainer_settings(),
             ),
             train_dataset=Dataset.from_list(examples),
-            data_collator=_Collator(session.base.chat.pad_id, session.device),
+            data_collator=Collator(session.base.chat.pad_id),
             callbacks=[Watch(here)],
         )
         trainer.course = here
@@ -113,9 +91,15 @@ def train_reward(session: Session) -> dict[str, Any]:
     if session.trial is not None:
         return result | {"step_seconds": here.meter.step_seconds}
     roles.eval()
-    scale = _scale(roles, train, session.base.chat.pad_id, settings.loss == "thumbs")
+    scale = _scale(roles, train, session.base.chat.pad_id, settings.loss != "pairs")
     session.save(Role.REWARD, **scale)
-    return {**result, "eval": evaluate_rows(roles, held_out, session.base.chat.pad_id)}
+    pad_id = session.base.chat.pad_id
+    chosen = range(0, len(held_out.ids), -(-len(held_out.ids) // RECORDED))
+    return {
+        **result,
+        "recorded": recorded_scores(roles, held_out, pad_id, chosen),
+        "eval": evaluate_rows(roles, held_out.ids, held_out, train, pad_id),
+    }
 
 
 def reward_rows(session: Session, records: Records, loss: str) -> Rows:
@@ -132,41 +116,76 @@ def reward_rows(session: Session, records: Records, loss: str) -> Rows:
 
 def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, source: str) -> Rows:
     """As `reward_rows`, from plain values."""
-
-    def tokens(context: Context, answer: Turn) -> list[int]:
-        return chat.dialogue(context, [answer]).last(length).ids
-
-    comparisons = records.comparisons or pair_ratings(records.ratings)
-    if loss == "pairs" or not records.ratings:
-        if not comparisons:
-            raise UserError(
-                f"{source} has no pairs, nor ratings of one context with both labels",
-                where="reward.loss",
-                remedy="Set reward.loss: thumbs, or use data with chosen and rejected answers.",
-            )
-        return _pair_rows(comparisons, tokens)
-    if loss == "thumbs":
-        _refuse_one_class(records.ratings, source)
+    ratings, comparisons = _chosen(records, loss, source)
+    answers = _answers(ratings, comparisons, records.prompts, source)
+    sure = [comparison.probability for comparison in comparisons]
     return Rows(
-        ids=[tokens(rating.context, rating.answer) for rating in records.ratings],
-        labels=[rating.label for rating in records.ratings],
-        dialogues=[rating.dialogue for rating in records.ratings],
-        gold=_gold(records.ratings),
-        pairs=[],
+        **vars(answers),
+        ids=[
+            chat.dialogue(context, [answer]).last(length).ids
+            for context, answer in zip(answers.contexts, answers.answers, strict=True)
+        ],
+        targets=[_target(rating) for rating in ratings] + sure + [1 - probability for probability in sure],
+        margins=[comparison.margin for comparison in comparisons],
     )
 
 
-def _pair_rows(comparisons: Sequence[Comparison], tokens: Any) -> Rows:
-    count = len(comparisons)
-    better = [tokens(comparison.context, comparison.better) for comparison in comparisons]
-    worse = [tokens(comparison.context, comparison.worse) for comparison in comparisons]
-    return Rows(
-        ids=better + worse,
-        labels=[True] * count + [False] * count,
-        dialogues=[comparison.dialogue for comparison in comparisons] * 2,
-        gold=None,
-        pairs=[(index, count + index) for index in range(count)],
+def answers_of(records: Records, loss: str, source: str) -> Answers:
+    """The answers of `reward_rows`, without their tokens."""
+    return _answers(*_chosen(records, loss, source), records.prompts, source)
+
+
+def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], list[Comparison]]:
+    ratings = [] if loss == "pairs" else records.ratings
+    comparisons = records.comparisons
+    if loss in ("pairs", "both"):
+        comparisons = comparisons or pair_ratings(records.ratings)
+    elif loss == "thumbs" and ratings:
+        comparisons = []
+    _refuse_missing(ratings, comparisons, loss, source)
+    return ratings, comparisons
+
+
+def _answers(
+    ratings: Sequence[Rating], comparisons: Sequence[Comparison], prompts: Sequence[Prompt], source: str
+) -> Answers:
+    first, count = len(ratings), len(comparisons)
+    records: list[Rating | Comparison] = [*ratings, *comparisons, *comparisons]
+    contexts = [record.context for record in records]
+    # A row's further fields are on its prompt; rows of one file may name different sources.
+    named = {prompt.context: str(prompt.columns["source"]) for prompt in prompts if "source" in prompt.columns}
+    return Answers(
+        contexts=contexts,
+        answers=[one.answer for one in ratings]
+        + [one.better for one in comparisons]
+        + [one.worse for one in comparisons],
+        dialogues=[record.dialogue for record in records],
+        sources=[named.get(context, source) for context in contexts],
+        labels=[rating.label for rating in ratings] or [True] * count + [False] * count,
+        gold=_gold(ratings),
+        pairs=[(first + index, first + count + index) for index in range(count)],
     )
+
+
+def _target(rating: Rating) -> float:
+    return float(rating.label) if rating.probability is None else rating.probability
+
+
+def _refuse_missing(ratings: Sequence[Rating], comparisons: Sequence[Comparison], loss: str, source: str) -> None:
+    if not comparisons and (loss in ("pairs", "both") or not ratings):
+        raise UserError(
+            f"{source} has no pairs, nor ratings of one context with both labels",
+            where="reward.loss",
+            remedy="Set reward.loss: thumbs, or use data with chosen and rejected answers.",
+        )
+    if loss == "both" and not ratings:
+        raise UserError(
+            f"{source} has no ratings, only pairs",
+            where="reward.loss",
+            remedy="Set reward.loss: pairs, or add rows with completion and label.",
+        )
+    if ratings and loss in ("thumbs", "both"):
+        _refuse_one_class(ratings, source)
 
 
 def _refuse_one_class(ratings: Sequence[Rating], source: str) -> None:
@@ -181,46 +200,35 @@ def _refuse_one_class(ratings: Sequence[Rating], source: str) -> None:
 
 def _gold(ratings: Sequence[Rating]) -> list[bool] | None:
     gold = [rating.gold for rating in ratings if rating.gold is not None]
-    return gold if len(gold) == len(ratings) else None
+    return gold if gold and len(gold) == len(ratings) else None
 
 
 def _examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
-    """What the trainer shuffles: a row with its label and weight, or a pair of rows."""
-    if loss == "pairs":
-        return [
-            {
-                "rows": [rows.ids[better], rows.ids[worse]],
-                "numbers": [better, worse],
-                "length": max(len(rows.ids[better]), len(rows.ids[worse])),
-            }
-            for better, worse in rows.pairs
-        ]
+    """What the trainer shuffles: answers with labels, pairs of answers, or both."""
+    examples = [] if loss == "pairs" else _thumbs(rows)
+    if loss != "thumbs":
+        for (better, worse), margin in zip(rows.pairs, rows.margins, strict=True):
+            examples.append(_example(rows, [better, worse], margin=margin))
+    return examples
+
+
+def _thumbs(rows: Rows) -> list[dict[str, Any]]:
     # Either class weighs half, however rare it is: Σ over the data of the weights is the number of rows.
     up = sum(rows.labels)
     weight = {True: len(rows.labels) / (2 * up), False: len(rows.labels) / (2 * (len(rows.labels) - up))}
-    return [
-        {"rows": [ids], "numbers": [number], "label": float(label), "weight": weight[label], "length": len(ids)}
-        for number, (ids, label) in enumerate(zip(rows.ids, rows.labels, strict=True))
-    ]
+    return [_example(rows, [number], weight=weight[label]) for number, label in enumerate(rows.labels)]
 
 
-@dataclass(frozen=True)
-class _Collator:
-    """Examples to one padded batch; the better rows of pairs first, then the worse."""
-
-    pad_id: int
-    device: torch.device
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        def together(key: str) -> list[Any]:
-            return [example[key][place] for place in range(len(examples[0][key])) for example in examples]
-
-        ids_BL, mask_BL = left_pad(together("rows"), self.pad_id, torch.device("cpu"))
-        batch = {"ids_BL": ids_BL, "mask_BL": mask_BL, "numbers_B": torch.tensor(together("numbers"))}
-        if "label" in examples[0]:
-            batch["labels_B"] = torch.tensor([example["label"] for example in examples])
-            batch["weights_B"] = torch.tensor([example["weight"] for example in examples])
-        return batch
+def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> dict[str, Any]:
+    """One answer, or the better and the worse of a pair; they count alike in the mean of a batch."""
+    return {
+        "rows": [rows.ids[number] for number in numbers],
+        "numbers": numbers,
+        "target": rows.targets[numbers[0]],
+        "margin": margin,
+        "weight": weight,
+        "length": max(len(rows.ids[number]) for number in numbers),
+    }
 
 
 class _RewardTrainer(ResumableTrainer):
@@ -236,9 +244,7 @@ class _RewardTrainer(ResumableTrainer):
         if self.kept_below is not None:
             below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), mask_BL)
         scores_B = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, below_BLD=below_BLD).scores_B
-        if "labels_B" in inputs:
-            return thumbs_loss(scores_B, inputs["labels_B"], inputs["weights_B"])
-        return pairs_loss(*scores_B.chunk(2))
+        return batch_loss(scores_B, inputs)
 
 
 def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str, Any]:
@@ -253,34 +259,12 @@ def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str
     }
 
 
-def evaluate_rows(roles: Roles, rows: Rows, pad_id: int) -> dict[str, Any]:
-    """The reward role's metrics; against the gold judgement where the source has one, and says so."""
-    scores = score_rows(roles, rows.ids, pad_id, micro_batch_size=32)
-    if any(not math.isfinite(score) for score in scores):
-        raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
-    truth = rows.gold if rows.gold is not None else rows.labels
-    figures: dict[str, Any] = reward_metrics(scores, truth, rows.pairs or None).as_json()
-    figures["against"] = "gold" if rows.gold is not None else "labels"
-    if rows.gold is not None:
-        figures["auroc_labels"] = reward_metrics(scores, rows.labels).auroc
-    figures["intervals"] = {
-        name: grouped_interval(metric, scores, truth, rows.dialogues, seed=0) for name, metric in INTERVALS.items()
-    }
-    figures["reliability"] = reliability(scores, truth)
-    figures["score_histogram"] = score_histogram(scores, truth)
-    return figures
+def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
+    """The reward role's scores of these rows; always computed as one batch, so that they repeat to the bit."""
+    scores = score_rows(roles, [rows.ids[index] for index in chosen], pad_id, RECORDED)
+    return [{"row": index, "score": score} for index, score in zip(chosen, scores, strict=True)]
 
 
 def summary(result: dict[str, Any]) -> None:
-    """Say in words what the reward model can tell apart."""
-    figures = result["eval"]
-    against = "the gold judge says" if figures["against"] == "gold" else "people say"
-    if figures["auroc"] is None:
-        told = "the held-out rows are all of one class, so nothing can be said"
-    else:
-        told = f"of a good and a bad answer it scores the good one higher {figures['auroc']:.0%} of the time"
-    console.print(
-        f"[bold]Reward model[/]: on {figures['n']} held-out answers, {told} (AUROC against what {against}). "
-        f"Accuracy {figures['accuracy']:.0%}, where always giving the commoner label has "
-        f"{figures['majority_accuracy']:.0%}; balanced {figures['balanced_accuracy']:.0%}."
-    )
+    """Say in words whether the reward model can be trusted."""
+    print_card("Reward model", result["eval"])

@@ -8,7 +8,6 @@ Axis letters: B answers, T answer positions.
 """
 
 import math
-import random
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +21,10 @@ from perl.measure.meter import Meter
 from perl.model.roles import Role
 from perl.progress import console, track
 from perl.recipe import Rl
+from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Algorithm, Scored, Targets, algorithm
 from perl.rl.batches import micro_batches, trim
+from perl.rl.guards import last_good
 from perl.rl.rewards import RewardFunction, RewardSource
 from perl.rl.rollout import (
     Answers,
@@ -35,14 +36,17 @@ from perl.rl.rollout import (
 )
 from perl.rl.sampler import Sampling
 from perl.stages import snapshot
+from perl.stages.guarding import Guarding
 from perl.stages.policy import (
     describe,
     draw_samples,
     encode_prompts,
     evaluate_policy,
     how_to_sample,
+    prompts_of,
     reward_source,
 )
+from perl.stages.preflight import preflight
 from perl.stages.session import Session, derived_seed
 
 VALUE_COEF = 0.1
@@ -72,6 +76,7 @@ class Loop:
     meter: Meter
     sampling: Sampling
     checkpoints: Checkpoints
+    guarding: Guarding
     step: int = 0
 
     @property
@@ -92,12 +97,15 @@ def train_rl(session: Session) -> dict[str, Any]:
     """Train the policy (and its critic) and write them; return the stage's result."""
     settings = session.recipe.rl
     assert settings is not None
-    loop = _begin(session, settings)
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
+    loop = _begin(session, settings, eval_prompts)
     steps = session.trial.steps if session.trial else settings.steps
-    before, done = _go_on(loop)
-    if not before and not session.trial:
-        before = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+    opening, done = _go_on(loop)
+    if not opening and not session.trial:
+        opening["preflight"] = preflight(session, loop.reward, loop.sampling, loop.prompts)
+        opening["before"] = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+        _checkpoint(loop, 0, opening)
+    stopped_by: list[Alarm] = []
     with (
         session.folder.metrics("rl", done) as log,
         track("rl", steps, done) as bar,
@@ -110,18 +118,21 @@ def train_rl(session: Session) -> dict[str, Any]:
                 targets = loop.algorithm.estimate(rollout, settings.kl_coef)
                 losses = improve(loop, answers, rollout, targets)
                 loop.meter.count(sum(answers.samples.prompt_lengths) + sum(answers.samples.answer_lengths))
-            figures = {**describe(answers, rollout, session.train.judge), **losses}
+            figures = describe(answers, rollout, session.train.judge) | losses | loop.guarding.check(step + 1)
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
+            if stopped_by := loop.guarding.alarms(step + 1, figures):
+                break
             last = leaving.wanted or step + 1 == steps
             if not session.trial and (last or loop.checkpoints.due(step + 1)):
-                _checkpoint(loop, before)
+                _checkpoint(loop, step + 1, opening)
             if leaving.wanted:
                 raise KeyboardInterrupt
     learnt = sum(parameter.numel() for parameter in session.roles.parameters_of(*loop.learners))
     result = {"trainable_parameters": learnt, **loop.meter.figures()}
     if session.trial is not None:
         return result | {"step_seconds": loop.meter.step_seconds}
+    remains = _go_back(loop, stopped_by) if stopped_by else settings.steps
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
     shown = min(SAMPLES, len(eval_prompts))
@@ -129,12 +140,14 @@ def train_rl(session: Session) -> dict[str, Any]:
     session.folder.write_samples(draw_samples(session, loop.reward, policies, eval_prompts.take(range(shown))))
     return {
         **result,
+        "preflight": opening["preflight"],
+        "incidents": loop.guarding.incidents(stopped_by, remains),
         "eval": {
             "algorithm": settings.algorithm,
             "critic": loop.critic,
-            "steps": settings.steps,
+            "steps": remains,
             "n": len(eval_prompts),
-            **{f"{name}_before": value for name, value in before.items() if name != "kl"},
+            **{f"{name}_before": value for name, value in opening["before"].items() if name != "kl"},
             **{f"{name}_after": value for name, value in after.items() if name != "kl"},
             "kl": after["kl"],
         },
@@ -146,7 +159,7 @@ def collect(loop: Loop) -> tuple[Answers, Scored]:
     session, settings, roles = loop.session, loop.settings, loop.session.roles
     roles.eval()
     generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "sample", loop.step))
-    prompts = loop.prompts.take(_chosen(loop))
+    prompts = loop.prompts.take(prompts_of(session, loop.prompts, loop.step))
     shared = loop.value_head if loop.critic == "shared" else None
     with loop.meter.phase("generate"):
         samples, texts = answer(
@@ -169,8 +182,7 @@ def collect(loop: Loop) -> tuple[Answers, Scored]:
 def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> dict[str, float]:
     """One update a pass over the rollout; micro-batches' gradients add up to the whole rollout's.
 
-    Raises:
-        FloatingPointError: the gradient is not finite; the update is not made.
+    An update whose loss or gradient is not finite is refused: nothing has changed then, and `refused` is 1.
     """
     samples, settings = answers.samples, loop.settings
     tokens = float(rollout.mask_BT.sum())
@@ -181,14 +193,15 @@ def improve(loop: Loop, answers: Answers, rollout: Scored, targets: Targets) -> 
         for rows in micro_batches(samples, settings.micro_batch_size):
             with loop.session.roles.checkpointed(loop.session.recipe.checkpoint_activations):
                 _accumulate(loop, answers, rollout, targets, rows, tokens, sums)
-        for role in loop.learners:
-            group = loop.session.roles.parameters_of(role)
-            norm = float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM))
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient of step {loop.step + 1} is not finite; it was not applied")
-            sums["grad_norm"] = max(sums.get("grad_norm", 0.0), norm)
+        groups = [loop.session.roles.parameters_of(role) for role in loop.learners]
+        norms = [float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)) for group in groups]
+        sums["grad_norm"] = max(norms)
         # Only before the first update is the policy the one that sampled: there they must agree.
         mismatch = sums["sampler_mismatch"] if epoch == 0 else mismatch
+        if not all(math.isfinite(value) for value in (*norms, sums["policy_loss"], sums["value_loss"])):
+            loop.optimizer.zero_grad(set_to_none=True)
+            sums["refused"] = 1.0
+            break
         loop.optimizer.step()
         loop.optimizer.zero_grad(set_to_none=True)
     return sums | {"sampler_mismatch": mismatch}
@@ -233,9 +246,9 @@ def _accumulate(
     sums["sampler_mismatch"] += float(gap_bt.sum()) / tokens
 
 
-def _begin(session: Session, settings: Rl) -> Loop:
+def _begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
-    roles, critic = session.roles, session.recipe.critic
+    roles, critic, sampling = session.roles, session.recipe.critic, how_to_sample(session)
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     reward = reward_source(session)
@@ -266,20 +279,30 @@ def _begin(session: Session, settings: Rl) -> Loop:
         learners=learners,
         critic=critic,
         meter=session.meter(),
-        sampling=how_to_sample(session),
+        sampling=sampling,
         checkpoints=session.checkpoints("rl"),
+        guarding=Guarding(session, reward, sampling, held_out),
     )
 
 
-def _checkpoint(loop: Loop, before: dict[str, float]) -> None:
-    """Write all state after the step that is done; `before` are the reference's figures, costly to find again."""
+def _go_back(loop: Loop, alarms: list[Alarm]) -> int:
+    """Put back what was learnt at the last checkpoint before the trouble began; return its step."""
+    step = last_good(min(alarm.good_until for alarm in alarms), loop.checkpoints.steps())
+    tensors = loop.checkpoints.read(step).tensors
+    snapshot.load_learnt(loop.session.roles, loop.learners, tensors, str(loop.checkpoints.folder))
+    return step
+
+
+def _checkpoint(loop: Loop, step: int, opening: dict[str, Any]) -> None:
+    """Write all state after so many steps; `opening` is what was found before the first, costly to find again."""
     tensors, values = snapshot.take(loop.session.roles, loop.learners, snapshot.unwrapped(loop.optimizer))
-    values |= {"before": before, "meter": loop.meter.times()}
-    loop.checkpoints.write(State(loop.step + 1, tensors, values))
+    values |= {"opening": opening, "meter": loop.meter.times(), "guard": loop.guarding.guard.state_dict()}
+    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
+    loop.checkpoints.write(State(step, tensors, values), keep)
 
 
-def _go_on(loop: Loop) -> tuple[dict[str, float], int]:
-    """Put back the newest checkpoint; return the reference's figures and the steps done, {} and 0 without one."""
+def _go_on(loop: Loop) -> tuple[dict[str, Any], int]:
+    """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
     found = loop.checkpoints.newest()
     if found is None:
         return {}, 0
@@ -287,27 +310,8 @@ def _go_on(loop: Loop) -> tuple[dict[str, float], int]:
     snapshot.restore(loop.session.roles, loop.learners, optimizer, state, str(loop.checkpoints.folder))
     snapshot.set_generators(state)
     loop.meter.go_on_from(found.values["meter"])
-    return found.values["before"], found.step
-
-
-def _chosen(loop: Loop) -> list[int]:
-    """This step's prompts: all are seen once before any is seen again; a prompt's answers stand side by side."""
-    per_step, count = loop.settings.prompts_per_step, len(loop.prompts)
-    if loop.session.trial is not None:
-        longest = sorted(range(count), key=lambda index: -len(loop.prompts.ids[index]))
-        return [
-            longest[place % count] for place in range(per_step) for _ in range(loop.settings.samples_per_prompt)
-        ]
-    places = range(loop.step * per_step, (loop.step + 1) * per_step)
-    orders = {passed: _shuffled(loop, passed) for passed in {place // count for place in places}}
-    each = loop.settings.samples_per_prompt
-    return [orders[place // count][place % count] for place in places for _ in range(each)]
-
-
-def _shuffled(loop: Loop, passed: int) -> list[int]:
-    """All prompts in the order in which this pass over them takes them."""
-    count = len(loop.prompts)
-    return random.Random(derived_seed(loop.session.recipe.seed, "order", passed)).sample(range(count), count)
+    loop.guarding.guard.load_state_dict(found.values["guard"])
+    return found.values["opening"], found.step
 
 
 def _save(session: Session) -> None:
@@ -331,3 +335,9 @@ def summary(result: dict[str, Any]) -> None:
             f"before and {figures['gold_after']:.0%} after."
         )
     console.print(text)
+    for incident in result.get("incidents", []):
+        if incident["action"] == "stopped":
+            console.print(
+                f"[yellow]RL was stopped at step {incident['step']}[/]: {incident['what']}. What remains is the "
+                f"policy after {incident['remains']} updates, from before that. {incident['remedy']}"
+            )

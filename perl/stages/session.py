@@ -102,8 +102,12 @@ class Session:
 
     def checkpoints(self, stage: StageName) -> Checkpoints:
         """The checkpoints of a stage."""
+        belongs = {"base": self.base.sha256, "recipe": self.recipe.sha256}
+        if stage == "rl":
+            earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
+            belongs |= {f"{role} role": weights_sha256(self.roles, self.saved(role)) for role in earlier}
         folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
-        return Checkpoints(folder, self.recipe.checkpoint_every)
+        return Checkpoints(folder, self.recipe.checkpoint_every, belongs)
 
     def trainer_settings(self) -> dict[str, Any]:
         """Settings of transformers' Trainer that every stage shares."""

@@ -6,6 +6,7 @@ is safetensors and JSON, and the order follows from the seed and the epoch alone
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,11 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from perl.checkpoint import Checkpoints, State
+from perl.errors import UserError
 from perl.interrupt import Leaving, between_steps
 from perl.measure.meter import Meter
 from perl.model.roles import Role, Roles
-from perl.progress import Advance, track
+from perl.progress import Advance, console, track
 from perl.recipe import StageName
+from perl.rl.alarms import WORDS
+from perl.rl.guards import Limits
 from perl.rundir import STAGE_ROLE, MetricsLog
 from perl.stages import snapshot
 from perl.stages.session import Session, derived_seed
@@ -148,11 +152,18 @@ class _Order(LengthGroupedSampler):
         return iter(super().__iter__())
 
 
+class NotFiniteError(UserError):
+    """Training cannot go on with these numbers; the recipe could not have told."""
+
+    status = 1
+
+
 class Watch(TrainerCallback):
-    """Advances the bar, writes a line of metrics a step, measures every step, and leaves when asked to."""
+    """Writes and measures every step, refuses updates that are not finite, and leaves when asked to."""
 
     def __init__(self, course: Course) -> None:
         self._course = course
+        self._refused = 0
         self._step: AbstractContextManager[object] | None = None
 
     def on_step_begin(
@@ -161,6 +172,31 @@ class Watch(TrainerCallback):
         """Begin to measure."""
         self._step = self._course.meter.step(kwargs["optimizer"])
         self._step.__enter__()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse an update whose gradient is not finite: an optimizer without gradients changes nothing.
+
+        Raises:
+            NotFiniteError: it is the third in a row.
+        """
+        weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        finite = math.isfinite(torch.nn.utils.get_total_norm(gradients))
+        self._refused = 0 if finite else self._refused + 1
+        if finite:
+            return
+        kwargs["optimizer"].zero_grad(set_to_none=True)
+        learner, step = self._course.learner, state.global_step + 1
+        console.print(f"[yellow]Step {step}[/] of {learner}: {WORDS['not_finite'].what}.")
+        if self._refused == Limits.refused:
+            raise NotFiniteError(
+                f"the loss or its gradient was not finite {self._refused} steps in a row, up to step {step}; none "
+                "of these updates was made",
+                where=f"stage of {learner}",
+                remedy="Lower its learning_rate; with base.dtype float16 use bfloat16 or float32.",
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,5 +212,6 @@ class Watch(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:  # the trainer's closing summary, or an evaluation
             return
-        self._course.log.write(state.global_step, {name: float(value) for name, value in logs.items()})
+        refused = {"refused": 1.0} if self._refused else {}
+        self._course.log.write(state.global_step, {name: float(value) for name, value in logs.items()} | refused)
         self._course.bar(loss=float(logs["loss"]))

@@ -72,6 +72,20 @@ def test_a_file_without_a_fault_is_status_0(tmp_path: Path, capsys: pytest.Captu
     assert "every row is usable" in printed
 
 
+def test_rows_that_say_how_sure_they_are_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rating = {"prompt": "a", "completion": "b"}
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    certain = [{**rating, "label": 1}, {**pair, "margn": 2}, pair]
+    soft = [{**rating, "label": 0.2}, {**pair, "margin": 2}, {**pair, "probability": 0.9}, {**pair, "margin": 1}]
+    assert check(write(tmp_path, *map(json.dumps, certain))) == 0
+    printed = capsys.readouterr().out
+    assert "soft" not in printed
+    assert "margin" not in printed
+    assert check(write(tmp_path, *map(json.dumps, certain + soft))) == 0
+    expected = "1 soft labels; 2 comparisons with a margin; 1 comparisons with a probability"
+    assert expected in capsys.readouterr().out.splitlines()
+
+
 def test_bad_rows_are_printed_one_a_line_and_are_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

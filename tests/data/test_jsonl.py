@@ -1,14 +1,17 @@
 """Own files: every format, every kind of bad row, and files that cannot be used."""
 
+import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl.data.jsonl import MAX_LINE_BYTES, parse_line, read_jsonl
+from perl.data.jsonl import MAX_MARGIN, parse_line, read_jsonl
+from perl.data.lines import MAX_LINE_BYTES
 from perl.data.pairs import pair_ratings, without_repeats
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Records, Turn
 from perl.errors import UserError
@@ -96,11 +99,43 @@ def test_further_fields_are_columns_and_a_dialogue_is_the_key() -> None:
     assert parse({"prompt": "1+1", "dialogue": None, "conversation_id": "c"})[0].dialogue == "c"
 
 
+def test_a_label_between_false_and_true_is_a_soft_one() -> None:
+    labels = {value: parse({"prompt": "a", "completion": "b", "label": value})[0] for value in (0.0, 0.3, 0.5, 1)}
+    assert {value: (row.label, row.probability) for value, row in labels.items()} == {
+        0.0: (False, None),
+        0.3: (False, 0.3),
+        0.5: (True, 0.5),
+        1: (True, None),
+    }
+
+
+def test_comparisons_have_margins_and_probabilities() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "who": "me"}
+    plain, prompt = parse(row)
+    assert (plain.margin, plain.probability) == (0.0, 1.0)
+    for more in ({"margin": None, "probability": None}, {"margin": 0}, {"probability": 1}):
+        assert parse({**row, **more}) == [plain, prompt], "and the prompt's columns are those of any comparison"
+    assert parse({**row, "margin": 2.5})[0] == replace(plain, margin=2.5)
+    assert parse({**row, "probability": 0.75})[0] == replace(plain, probability=0.75)
+    likelier = parse({**row, "probability": 0.25})[0]
+    assert (likelier.better.text, likelier.worse.text, likelier.probability) == ("c", "b", 0.75)
+    assert parse({"prompt": "a", "margin": 3})[0].columns == {"margin": 3}, "of other rows it is a column"
+
+
+def test_a_gzipped_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n\n{oops\n'))
+    records = read_jsonl(path)
+    assert len(records.prompts) == 1
+    assert records.problems[0].where == f"{path}:3"
+
+
 def test_the_examples_of_the_readme_are_what_it_says() -> None:
     readme = (Path(__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
     lines = readme.split("```json\n")[1].split("```")[0].splitlines()
     kinds = [type(parse_line(line.encode(), "f")[0]) for line in lines]
-    assert kinds == [Demonstration, Demonstration, Rating, Comparison, Comparison, Prompt]
+    compared = [Comparison] * 2
+    assert kinds == [Demonstration, Demonstration, Rating, *compared, Prompt, Rating, *compared]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +153,15 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
         (b'{"prompt": "a", "completion": ""}', "completion is empty"),
         (b'{"prompt": "a", "completion": "b", "label": NaN}', "NaN is not JSON"),
         (b'{"prompt": "a", "completion": "b", "label": 1e999}', "label is inf"),
-        (b'{"prompt": "a", "completion": "b", "label": 0.5}', "label is 0.5"),
+        (b'{"prompt": "a", "completion": "b", "label": 1.5}', "label is 1.5"),
+        (b'{"prompt": "a", "completion": "b", "label": -0.1}', "label is -0.1"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}', "margin is -1; a number from 0"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": true}', "margin is True"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "margin is inf"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1' + b"0" * 400 + b"}", "margin is 1000"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', "margin is '1'"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "probability": 1.1}', "probability is 1.1; a number"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "probability": 0.9}', "give one"),
         (b'{"prompt": "a", "completion": "b", "label": "yes"}', "label is 'yes'"),
         (b'{"prompt": "a", "completion": "b", "label": null}', "label is None"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
@@ -205,13 +248,18 @@ def messages(role: str, *, most: int) -> st.SearchStrategy[object]:
 CHATS = st.tuples(messages("user", most=3), messages("assistant", most=2)).map(lambda both: both[0] + both[1])
 PROMPTS = WORDS | messages("user", most=2) | CHATS
 ANSWERS = WORDS | messages("assistant", most=1)
+CHANCES = st.booleans() | st.floats(0, 1)
 GOOD_ROWS = st.one_of(
     st.fixed_dictionaries({"prompt": PROMPTS}, optional={"dialogue": WORDS, "more": JSON_VALUES}),
-    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": st.booleans()}),
-    st.fixed_dictionaries({"chosen": ANSWERS, "rejected": ANSWERS}, optional={"prompt": PROMPTS}),
+    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": CHANCES}),
+    st.fixed_dictionaries(
+        {"chosen": ANSWERS, "rejected": ANSWERS},
+        optional={"prompt": PROMPTS, "margin": CHANCES, "probability": CHANCES},
+    ),
     st.fixed_dictionaries({"messages": CHATS}),
 )
 FIELD_NAMES = ["messages", "prompt", "completion", "label", "chosen", "rejected", "dialogue", "more"]
+FIELD_NAMES += ["margin", "probability"]
 CHANGES = st.dictionaries(st.sampled_from(FIELD_NAMES), TEXTS | PROMPTS | JSON_VALUES, max_size=1)
 ROWS = st.builds(lambda row, changes: {**row, **changes}, GOOD_ROWS, CHANGES)
 
@@ -232,7 +280,11 @@ def test_any_line_gives_usable_records_or_a_problem(line: bytes) -> None:
             turn.text.encode()
         if isinstance(record, Rating):
             assert isinstance(record.label, bool)
+            assert record.probability is None or (0 < record.probability < 1)
             assert record.answer.text.strip()
+        if isinstance(record, Comparison):
+            assert 0.5 <= record.probability <= 1
+            assert 0 <= record.margin <= MAX_MARGIN
 
 
 def rating(answer: str, label: bool, context: str = "q") -> Rating:

@@ -50,6 +50,15 @@ def test_the_split_depends_on_seed_and_dialogues_alone() -> None:
     assert keys(split(records(names), 0.2, seed=1)[1])[0] != held
 
 
+def test_a_published_test_part_is_held_out_whatever_the_share_and_seed() -> None:
+    whole = records([str(n) for n in range(50)])
+    whole.published_test = frozenset({"3", "5"})
+    for share, seed in ((0.2, 0), (0.9, 1)):
+        train, held = split(whole, share, seed)
+        assert keys(held) == [{"3", "5"}] * 4
+        assert len(keys(train)[0]) == 48
+
+
 def test_more_data_leaves_most_dialogues_on_their_side() -> None:
     names = [str(n) for n in range(200)]
     before = keys(split(records(names), 0.2, seed=0)[1])[0]

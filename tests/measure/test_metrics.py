@@ -1,73 +1,115 @@
-"""The reward model's report card against figures worked by hand."""
+"""The figures of a reward model against figures worked by hand, and against scikit-learn's."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from perl.measure.bootstrap import Figure, Floats, plain
 from perl.measure.metrics import (
     accuracy,
     auroc,
     balanced_accuracy,
-    expected_calibration_error,
-    grouped_interval,
-    reward_metrics,
+    calibration_error,
+    checked,
+    equal_mass,
+    pairwise_accuracy,
+    reliability,
+    score_histogram,
 )
 
 # Ups score 2, 1, -1 and -3; downs -2 and 0.
-SCORES = [2.0, 1.0, -1.0, -3.0, -2.0, 0.0]
-LABELS = [1, 1, 1, 1, 0, 0]
+SCORES = np.array([2.0, 1.0, -1.0, -3.0, -2.0, 0.0])
+LABELS = np.array([1, 1, 1, 1, 0, 0])
 
 
 def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
+def of_all(figure: Figure, answers: int = 6) -> float | None:
+    return plain(figure, answers)
+
+
 def test_by_hand() -> None:
     # Ups above downs: 2 and 1 beat both (4), -1 beats -2 (1), -3 none: 5 of 8.
+    assert of_all(auroc(SCORES, LABELS)) == pytest.approx(5 / 8)
     # Right: 2 and 1 of the ups; -2 and 0 (not above 0) of the downs: 4 of 6, recalls 2/4 and 2/2.
-    metrics = reward_metrics(SCORES, LABELS, pairs=[(0, 4), (3, 4), (2, 5), (1, 1)])
-    assert metrics.n == 6
-    assert metrics.auroc == pytest.approx(5 / 8)
-    assert metrics.accuracy == pytest.approx(4 / 6)
-    assert metrics.balanced_accuracy == pytest.approx((2 / 4 + 2 / 2) / 2)
-    assert metrics.majority_accuracy == pytest.approx(4 / 6)
+    assert of_all(accuracy(SCORES, LABELS)) == pytest.approx(4 / 6)
+    assert of_all(balanced_accuracy(SCORES, LABELS)) == pytest.approx((2 / 4 + 2 / 2) / 2)
     # (2 > -2) right, (-3 < -2) wrong, (-1 < 0) wrong, (1 = 1) half
-    assert metrics.pairwise_accuracy == pytest.approx(1.5 / 4)
+    assert of_all(pairwise_accuracy(SCORES, [(0, 4), (3, 4), (2, 5), (1, 1)])) == pytest.approx(1.5 / 4)
     # six answers in ten bins stand alone: the mean of |p - y|
-    probabilities = [1 / (1 + math.exp(-score)) for score in SCORES]
-    distances = [abs(p - y) for p, y in zip(probabilities, LABELS, strict=True)]
-    assert metrics.ece == pytest.approx(sum(distances) / 6)
+    distances = [abs(1 / (1 + math.exp(-score)) - label) for score, label in zip(SCORES, LABELS, strict=True)]
+    assert of_all(calibration_error(SCORES, LABELS)) == pytest.approx(sum(distances) / 6)
 
 
-def test_majority_of_downs() -> None:
-    assert reward_metrics([1.0, -1.0, -1.0, -2.0], [1, 0, 0, 0]).majority_accuracy == pytest.approx(3 / 4)
+def test_within_strata_by_hand() -> None:
+    # Strata {2, 1, 0 down}, {-1, -3, -2 down}: the first has 2 and 1 above 0, the second only -1 above -2: 3 of 4.
+    strata = np.array([0, 0, 1, 1, 1, 0])
+    assert of_all(auroc(SCORES, LABELS, strata)) == pytest.approx(3 / 4)
+    # A stratum without downs compares nothing.
+    assert of_all(auroc(SCORES, LABELS, np.array([0, 2, 1, 1, 1, 0]))) == pytest.approx(2 / 3)
+    assert of_all(auroc(SCORES, LABELS, np.arange(6))) is None
 
 
-def test_one_class_has_no_auroc() -> None:
-    metrics = reward_metrics([1.0, 2.0, -1.0], [True, True, True])
-    assert metrics.auroc is None
-    assert metrics.balanced_accuracy == metrics.accuracy == pytest.approx(2 / 3)
-    assert metrics.majority_accuracy == 1.0
+def test_ties_count_half() -> None:
+    assert of_all(auroc(np.zeros(6), LABELS)) == 0.5
+    # The ups 1 and 0, the down 0: one win and one tie.
+    assert of_all(auroc(np.array([1.0, 0.0, 0.0]), np.array([1, 1, 0])), 3) == pytest.approx(1.5 / 2)
 
 
-def test_json() -> None:
-    plain = reward_metrics(np.asarray(SCORES, dtype=np.float32), np.asarray(LABELS)).as_json()
-    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert list(plain) == ["n", "auroc", "balanced_accuracy", "accuracy", "majority_accuracy", "ece"]
-    assert "pairwise_accuracy" in reward_metrics(SCORES, LABELS, pairs=[(0, 4)]).as_json()
+def test_one_class() -> None:
+    scores, labels = np.array([1.0, 2.0, -1.0]), np.array([1, 1, 1])
+    assert of_all(auroc(scores, labels), 3) is None
+    assert of_all(balanced_accuracy(scores, labels), 3) == pytest.approx(2 / 3)
+    assert of_all(balanced_accuracy(scores, 1 - labels), 3) == pytest.approx(1 / 3)
+
+
+def copied(figure_of: object, times: np.ndarray) -> float | None:
+    """The figure of the answers copied so many times."""
+    places = np.repeat(np.arange(len(times)), times)
+    return plain(figure_of(places), len(places))  # type: ignore[operator]
+
+
+def test_weights_count_like_copies() -> None:
+    """Every figure of weighted answers is that of the answers copied so often; and scikit-learn's."""
+    random = np.random.default_rng(0)
+    scores = random.integers(-6, 7, size=80) / 3
+    labels = random.integers(0, 2, size=80)
+    strata = random.integers(0, 3, size=80)
+    times_SN = random.integers(0, 4, size=(5, 80))
+    figures = {
+        "auroc": (auroc(scores, labels), lambda rows: auroc(scores[rows], labels[rows])),
+        "within": (auroc(scores, labels, strata), lambda rows: auroc(scores[rows], labels[rows], strata[rows])),
+        "accuracy": (accuracy(scores, labels), lambda rows: accuracy(scores[rows], labels[rows])),
+        "balanced": (
+            balanced_accuracy(scores, labels),
+            lambda rows: balanced_accuracy(scores[rows], labels[rows]),
+        ),
+        "ece": (calibration_error(scores, labels), lambda rows: calibration_error(scores[rows], labels[rows])),
+    }
+    for name, (figure, of_rows) in figures.items():
+        expected = [copied(of_rows, times) for times in times_SN]
+        assert figure(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
+    weighted = auroc(scores, labels)(times_SN.astype(np.float64))
+    theirs = [roc_auc_score(labels, scores, sample_weight=times) for times in times_SN]
+    assert weighted.tolist() == pytest.approx(theirs)
+    assert plain(balanced_accuracy(scores, labels), 80) == pytest.approx(
+        balanced_accuracy_score(labels, scores > 0)
+    )
 
 
 def test_ece_of_equal_mass_bins() -> None:
     # Twenty answers, two a bin. Bin b gives p = 0.05 + 0.1 b (twice); its share of ups is 0 below p = ½, and
     # 1 above: |gaps| 0.05, 0.15, .., 0.45 and the same again, mean 0.25.
-    scores = [log_odds(0.05 + 0.1 * b) for b in range(10) for _ in range(2)]
-    labels = [int(b >= 5) for b in range(10) for _ in range(2)]
-    assert expected_calibration_error(np.array(scores), np.array(labels)) == pytest.approx(0.25)
+    scores = np.array([log_odds(0.05 + 0.1 * b) for b in range(10) for _ in range(2)])
+    labels = np.array([int(b >= 5) for b in range(10) for _ in range(2)])
+    assert of_all(calibration_error(scores, labels), 20) == pytest.approx(0.25)
     # One up of two in every bin: |p - ½| is 0.45, 0.35, .., 0.05 and back, mean 0.25 again; the labels of
     # a bin are averaged before the distance is taken (answer by answer the mean would be ½).
-    assert expected_calibration_error(np.array(scores), np.array([0, 1] * 10)) == pytest.approx(0.25)
+    assert of_all(calibration_error(scores, np.array([0, 1] * 10)), 20) == pytest.approx(0.25)
 
 
 def test_ece_bins_hold_equal_numbers() -> None:
@@ -77,18 +119,27 @@ def test_ece_bins_hold_equal_numbers() -> None:
     labels = np.array([i // 2 % 2 for i in range(18)] + [1, 1])
     scores = np.array([log_odds(p) for p in probabilities])
     expected = sum(abs(p - y) for p, y in zip(probabilities, labels, strict=True)) / 20
-    assert expected_calibration_error(scores, labels) == pytest.approx(expected)
+    assert of_all(calibration_error(scores, labels), 20) == pytest.approx(expected)
 
 
 def test_ece_of_a_constant_score_does_not_depend_on_the_order() -> None:
     # p = ½ for all, 3 of 12 up: |½ - ¼|, whichever stand first.
     for labels in ([1] * 3 + [0] * 9, [0] * 9 + [1] * 3, [1, 0, 0, 0] * 3):
-        assert expected_calibration_error(np.zeros(12), np.array(labels)) == pytest.approx(0.25)
+        assert of_all(calibration_error(np.zeros(12), np.array(labels)), 12) == pytest.approx(0.25)
 
 
 def test_extreme_scores_do_not_overflow() -> None:
-    assert reward_metrics([1e4, -1e4], [1, 0]).ece == 0.0
-    assert reward_metrics([1e4, -1e4], [0, 1]).ece == 1.0
+    assert of_all(calibration_error(np.array([1e4, -1e4]), np.array([1, 0])), 2) == 0.0
+    assert of_all(calibration_error(np.array([1e4, -1e4]), np.array([0, 1])), 2) == 1.0
+
+
+def test_bins_and_counts() -> None:
+    assert equal_mass(np.array([5.0, 1.0, 1.0, 9.0]), 2).tolist() == [1, 0, 0, 1]
+    assert equal_mass(np.array([1.0, 1.0, 1.0, 9.0]), 2).tolist() == [0, 0, 0, 1]
+    assert reliability(np.zeros(4), np.array([1, 0, 0, 0])) == [{"probability": 0.5, "share": 0.25, "n": 4}]
+    counts = score_histogram(SCORES, LABELS, bins=5)
+    assert counts["edges"] == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+    assert (counts["up"], counts["down"]) == ([1, 0, 1, 0, 2], [0, 1, 0, 1, 0])
 
 
 @pytest.mark.parametrize(
@@ -102,47 +153,10 @@ def test_extreme_scores_do_not_overflow() -> None:
 )
 def test_unusable_input_is_refused(scores: list[float], labels: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        reward_metrics(scores, labels)
+        checked(scores, labels)
 
 
-def test_interval_of_whole_groups() -> None:
-    # Two dialogues, one all right and one all wrong: a resample draws RR, RW, WR or WW, so accuracies are
-    # 1, ½, ½ or 0, each end a quarter of the time, and the interval is all of [0, 1]. Resampling the
-    # 200 answers one by one gives ½ ± 0.07.
-    scores, labels = np.ones(200), np.repeat([1, 0], 100)
-    groups = ["right"] * 100 + ["wrong"] * 100
-    assert grouped_interval(accuracy, scores, labels, groups, seed=0) == (0.0, 1.0)
-    alone = grouped_interval(accuracy, scores, labels, range(200), seed=0)
-    assert alone is not None
-    assert alone == pytest.approx((0.43, 0.57), abs=0.03)
-
-
-def test_groups_keep_their_sizes() -> None:
-    # One dialogue of 9 right answers and one of 1 wrong: accuracies 1, 9/10 or 0, never ½.
-    seen = set()
-
-    def note(scores: np.ndarray, labels: np.ndarray) -> float:
-        seen.add(round(accuracy(scores, labels), 6))
-        return 0.0
-
-    assert grouped_interval(note, np.ones(10), [1] * 9 + [0], [5] * 9 + [2], seed=0) == (0.0, 0.0)
-    assert seen == {0.0, 0.9, 1.0}
-
-
-def test_interval_repeats_with_the_seed_and_leaves_out_what_has_no_value() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.arange(40) % 2
-    scores = labels + generator.normal(size=40)
-    groups = [i // 4 for i in range(40)]
-    first = grouped_interval(auroc, scores, labels, groups, seed=1)
-    assert first is not None
-    point = auroc(scores, labels)
-    assert point is not None
-    assert first[0] < point < first[1]
-    assert grouped_interval(auroc, scores, labels, groups, seed=1) == first
-    assert grouped_interval(auroc, scores, labels, groups, seed=2) != first
-    # Groups of one class each: some resamples have one class only, without an AUROC.
-    mixed = grouped_interval(auroc, [1.0, -1.0], [1, 0], ["a", "b"], seed=0)
-    assert mixed == (1.0, 1.0)
-    assert grouped_interval(auroc, [1.0, 2.0], [1, 1], ["a", "b"], seed=0) is None
-    assert grouped_interval(balanced_accuracy, [1.0, 2.0], [1, 1], ["a", "b"], seed=0) == (1.0, 1.0)
+def test_single_precision_is_taken() -> None:
+    scores, labels = checked(SCORES.astype(np.float32), [True, True, True, True, False, False])
+    found: Floats = auroc(scores, labels)(np.ones((1, 6)))
+    assert found.tolist() == [5 / 8]

@@ -14,16 +14,22 @@ from perl.model.lora import lora_config
 from perl.model.padding import BUCKET
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
-from perl.rl import sampler
+from perl.rl import kv_cache, sampler
 from perl.rl.kv_cache import KVCache
 
 PROMPT, CAPACITY = 6, 12
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def lm(request: pytest.FixtureRequest) -> PreTrainedModel:
-    folder: Path = request.getfixturevalue(request.param)
+@pytest.fixture(params=[("tiny_llama", 5), ("tiny_llama", None), ("tiny_gpt2", 5), ("tiny_gpt2", None)])
+def lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """Whose caches grow in steps of 5 positions, or show what is filled and no more."""
+    name, step = request.param
+    folder: Path = request.getfixturevalue(name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if step is None:
+        model._can_compile_fullgraph = False
+    else:
+        monkeypatch.setattr(kv_cache, "STEP", step)
     with torch.no_grad():
         for parameter in model.parameters():  # as initialized, attention hardly matters
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
@@ -102,7 +108,12 @@ def states(rows: int, positions: int) -> Tensor:
     return torch.arange(rows * 2 * positions * 4, dtype=torch.float32).view(rows, 2, positions, 4)
 
 
-def test_nothing_is_ever_moved(lm: PreTrainedModel) -> None:
+def seen(lm: PreTrainedModel, filled: int) -> int:
+    """The positions that attention sees."""
+    return min(CAPACITY, -(-filled // 5) * 5) if lm._can_compile_fullgraph else filled
+
+
+def test_memory_is_reserved_once(lm: PreTrainedModel) -> None:
     cache = room(lm)
     for layer in range(len(cache.layers)):
         cache.update(states(4, PROMPT), states(4, PROMPT), layer)
@@ -112,12 +123,26 @@ def test_nothing_is_ever_moved(lm: PreTrainedModel) -> None:
     cache.keep(torch.tensor([1, 3]))
     for layer in range(len(cache.layers)):
         keys, values = cache.update(-states(2, 1), -states(2, 1) - 1, layer)
-        assert keys.shape == values.shape == (2, 2, PROMPT + 1, 4)
+        assert keys.shape == values.shape == (2, 2, seen(lm, PROMPT + 1), 4)
         assert torch.equal(keys[:, :, :PROMPT], states(4, PROMPT)[[1, 3]])
-        assert torch.equal(keys[:, :, PROMPT:], -states(2, 1))
-        assert torch.equal(values[:, :, PROMPT:], -states(2, 1) - 1)
+        assert torch.equal(keys[:, :, PROMPT : PROMPT + 1], -states(2, 1))
+        assert torch.equal(values[:, :, PROMPT : PROMPT + 1], -states(2, 1) - 1)
+        assert keys[:, :, PROMPT + 1 :].eq(0).all()
     assert places(cache) == before
     assert cache.get_seq_length() == PROMPT + 1
+
+
+def test_what_is_seen_is_dense_where_it_grows_in_steps(lm: PreTrainedModel) -> None:
+    cache = room(lm)
+    for end in range(1, CAPACITY + 1):
+        keys, values = cache.update(states(4, 1) + end, -states(4, 1) - end, 0)
+        assert keys.shape[2] == values.shape[2] == seen(lm, end)
+        if lm._can_compile_fullgraph:
+            assert keys.is_contiguous()
+            assert values.is_contiguous()
+        for position in range(end):
+            assert torch.equal(keys[:, :, position], states(4, 1)[:, :, 0] + position + 1)
+            assert torch.equal(values[:, :, position], -keys[:, :, position])
 
 
 def test_its_bytes_are_made_once_and_known_as_the_cache(lm: PreTrainedModel) -> None:
@@ -166,7 +191,7 @@ def test_skipped_positions_are_taken_for_filled(lm: PreTrainedModel) -> None:
     assert cache.get_seq_length() == PROMPT + 2
     keys, _ = cache.update(-states(2, 1), -states(2, 1), 0)
     assert torch.equal(keys[:, :, :PROMPT], states(2, PROMPT))
-    assert torch.equal(keys[:, :, PROMPT + 2 :], -states(2, 1))
+    assert torch.equal(keys[:, :, PROMPT + 2 : PROMPT + 3], -states(2, 1))
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from perl.rl.rollout import read_answers
 from perl.rl.sampler import Samples, Sampling, sample
 
 
-def rollout(folder: Path, seed: int = 0) -> tuple[Roles, Samples, int]:
+def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Samples, int]:
     _, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm)).eval()
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, weights=False, head=True)
     torch.manual_seed(1)
@@ -48,9 +48,21 @@ def test_sampled_log_probs_and_values_equal_teacher_forced_ones(
     log_probs_BT, values_BT = read_answers(roles, Role.POLICY, samples, 7, temperature=0.7, head=Role.CRITIC)
     mask_BT = samples.answer_mask_BT
     torch.testing.assert_close(log_probs_BT[mask_BT], samples.log_probs_BT[mask_BT], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(values_BT[mask_BT], samples.values_BT[mask_BT], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values_BT[mask_BT], samples.values_BT[mask_BT], rtol=1e-4, atol=1e-4)
     assert log_probs_BT[mask_BT].abs().max() > 0.1
     assert samples.log_probs_BT[~mask_BT].eq(0).all()
+
+
+def test_states_below_the_adapters_are_kept_while_sampling(tiny_llama: Path) -> None:
+    """Of every token, the last ones too, which rewards are read from: what a pass over the samples would say."""
+    roles, samples, _ = rollout(tiny_llama, layers="top-half")
+    assert roles.shared_blocks == 1
+    assert 0 < samples.ended_B.sum() < len(samples.ended_B)
+    expected = roles.below(samples.ids_BL, samples.mask_BL)[samples.mask_BL]
+    torch.testing.assert_close(samples.below_BLD[samples.mask_BL], expected, rtol=1e-4, atol=1e-5)
+    on_top, _ = read_answers(roles, Role.POLICY, samples, 7, temperature=0.7, head=None)
+    whole, _ = read_answers(roles, Role.POLICY, samples._replace(below_BLD=None), 7, temperature=0.7, head=None)
+    torch.testing.assert_close(on_top, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
@@ -61,6 +73,17 @@ def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
         assert end_id not in ids[:-1]
         assert (ids[-1] == end_id) == bool(ended)
         assert ended or len(ids) == 40
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    """Of 100,000 draws within four standard deviations; what has no probability never, first and last neither."""
+    shares = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [0.5, 0.0, 0.0, 0.0, 0.0, 0.5]])
+    count = 100_000
+    drawn = sampler.draw(shares.repeat(count, 1), torch.Generator().manual_seed(0)).view(count, 2)
+    for column, expected in enumerate(shares):
+        found = torch.bincount(drawn[:, column], minlength=6) / count
+        assert found[expected == 0].eq(0).all()
+        assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
 
 
 def test_the_same_seed_draws_the_same_answers(tiny_llama: Path) -> None:

@@ -1,0 +1,25 @@
+#!/bin/sh
+# Healthy if all three stages run and write a report: recipes/health.yaml, some ten seconds of one core.
+#
+#   healthcheck [DEVICE]    with cuda, a GPU must have done it
+#
+# It trains its own tiny base, so every check does the same work and none touches the volumes.
+set -eu
+
+for folder in runs "$XDG_CACHE_HOME"; do
+    if ! [ -w "$folder" ]; then
+        echo "unhealthy: user $(id -u) cannot write $folder; see Volumes in docs/containers.md" >&2
+        exit 1
+    fi
+done
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# One thread at the lowest priority: the run beside it goes first.
+TMPDIR="$scratch" XDG_CACHE_HOME="$scratch" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout 100 nice -n 19 \
+    perl-rlhf run recipes/health.yaml --out "$scratch/health"
+if ! grep -q "\"device\": \"${1:-}" "$scratch/health/report.json"; then
+    echo "unhealthy: no GPU did it; give the container one (--gpus all), or use the CPU image" >&2
+    exit 1
+fi
+echo healthy

@@ -1,0 +1,31 @@
+#!/bin/sh
+# The installation, the same for `make` and both images: run where constraints.txt is, with the pip on PATH.
+#
+#   docker/install.sh torch [BUILD]    torch at the version of constraints.txt; with BUILD (cpu), that build or none
+#   docker/install.sh requirements     what pyproject.toml names, at the versions of constraints.txt
+#   docker/install.sh ARGUMENT...      whatever else `pip install` takes, at those versions
+set -eu
+
+install() {
+    pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"
+}
+
+case "$1" in
+torch)
+    version=$(sed -n 's/^torch==//p' constraints.txt)
+    if [ -z "${2:-}" ]; then
+        install "torch==$version"
+    elif ! install "torch==$version+$2"; then
+        echo "error: no $2 build of torch $version; where pip found none, name a package index that has it:" >&2
+        echo "build argument TORCH_INDEX, see docs/containers.md" >&2
+        exit 1
+    fi
+    ;;
+requirements)
+    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' |
+        install --requirement /dev/stdin
+    ;;
+*)
+    install "$@"
+    ;;
+esac

@@ -1,0 +1,125 @@
+"""The rows of the public preference sets, in the schemas they were published in, as comparisons.
+
+Anthropic HH (Bai et al. 2022): two dialogues as text, alike but for their last turn.
+SHP (Ethayarajh et al. 2022): a post of Reddit, and two of its comments.
+TL;DR comparisons (Stiennon et al. 2020): a post of Reddit, and two summaries.
+
+The same sets as TRL converted them are in own formats (`perl.data.jsonl`), which each function reads as well.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from perl.data.jsonl import parse_row
+from perl.data.records import Comparison, Context, Speaker, Turn
+from perl.data.rows import RowError, first_user_key, kind, label_of, shown, usable_text
+
+Row = Mapping[str, Any]
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_SPEAKERS: dict[str, Speaker] = {"Human": "user", "Assistant": "agent"}
+_SHP_FIELDS = ("post_id", "history", "human_ref_A", "human_ref_B", "labels")
+_TLDR_FIELDS = ("info", "summaries", "choice")
+
+
+def hh_row(row: Row) -> Comparison:
+    r"""`{"chosen": "\n\nHuman: …\n\nAssistant: …", "rejected": …}`: what both share is the context.
+
+    The dialogue is known by its first turn, which all of its prefixes have too.
+
+    Raises:
+        RowError: the row does not fit, or the two differ before their last turn.
+    """
+    if "prompt" in row or not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
+        return _own_format(row)
+    chosen, rejected = (_hh_turns(row[name], name) for name in ("chosen", "rejected"))
+    context = chosen[:-1]
+    if context != rejected[:-1]:
+        raise RowError("chosen and rejected differ before their last turn")
+    return _comparison(context, chosen[-1], rejected[-1], first_user_key(context))
+
+
+def shp_row(row: Row) -> Comparison:
+    """`{"post_id", "history", "human_ref_A", "human_ref_B", "labels", …}`: of labels 1 means A, 0 means B.
+
+    Scores and their ratio are not read: they grow with how many saw a post, not with how sure the preference is.
+
+    Raises:
+        RowError: the row does not fit.
+    """
+    if not row.keys() & set(_SHP_FIELDS):
+        return _own_format(row)
+    _require(row, _SHP_FIELDS, "the row")
+    a, b = (Turn("agent", usable_text(row[name], name)) for name in ("human_ref_A", "human_ref_B"))
+    better, worse = (a, b) if label_of(row["labels"], "labels") else (b, a)
+    context = (Turn("user", usable_text(row["history"], "history")),)
+    return _comparison(context, better, worse, f"shp:{usable_text(row['post_id'], 'post_id')}")
+
+
+def tldr_row(row: Row) -> Comparison:
+    """`{"info": {"id", "subreddit", "title", "post", …}, "summaries": [{"text"}, {"text"}], "choice": 0, …}`.
+
+    Prompt and answer are plain text in the authors' format, `SUBREDDIT: … TITLE: … POST: … TL;DR:`.
+
+    Raises:
+        RowError: the row does not fit; or it is about a news article, of which the published files hold some.
+    """
+    if not row.keys() & set(_TLDR_FIELDS):
+        return _own_format(row)
+    _require(row, _TLDR_FIELDS, "the row")
+    info, summaries, choice = row["info"], row["summaries"], row["choice"]
+    _require(info, ("id",), "info")
+    if info.get("post") is None and info.get("article") is not None:
+        raise RowError("about a news article; a post of Reddit expected")
+    _require(info, ("subreddit", "title", "post"), "info")
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise RowError(f"summaries is {shown(summaries)}; a list of two expected")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise RowError(f"choice is {shown(choice)}; 0 or 1 expected")
+    for index, summary in enumerate(summaries):
+        _require(summary, ("text",), f"summaries[{index}]")
+    subreddit, title, post = (usable_text(info[name], f"info.{name}") for name in ("subreddit", "title", "post"))
+    query = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    texts = [usable_text(summary["text"], f"summaries[{index}].text") for index, summary in enumerate(summaries)]
+    # As published, most texts begin with the space that follows "TL;DR:", and a few do not.
+    better, worse = (Turn("text", f" {texts[index].strip()}") for index in (choice, 1 - choice))
+    return _comparison((Turn("text", query),), better, worse, f"tldr:{usable_text(info['id'], 'info.id')}")
+
+
+def _hh_turns(text: str, name: str) -> Context:
+    """A dialogue as turns; the last is the assistant's."""
+    opening, *rest = _HH_TURN.split(usable_text(text, name))
+    if opening.strip() or not rest:
+        raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
+    turns = tuple(Turn(_HH_SPEAKERS[who], said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True))
+    for number, turn in enumerate(turns[:-1], start=1):
+        if not turn.text:
+            raise RowError(f"{name}: turn {number} is empty")
+    if turns[-1].speaker != "agent":
+        raise RowError(f"{name} ends with a turn by the human")
+    return turns
+
+
+def _comparison(context: Context, better: Turn, worse: Turn, dialogue: str) -> Comparison:
+    if not any(turn.text.strip() for turn in context):
+        raise RowError("there is no prompt")
+    if not (better.text.strip() and worse.text.strip()):
+        raise RowError(f"the {'worse' if better.text.strip() else 'better'} answer is empty")
+    if better == worse:
+        raise RowError("both answers are the same")
+    return Comparison(context, better, worse, dialogue)
+
+
+def _own_format(row: Row) -> Comparison:
+    record = parse_row(row)[0]
+    if not isinstance(record, Comparison):
+        raise RowError("the row is no comparison")
+    return record
+
+
+def _require(value: object, fields: tuple[str, ...], name: str) -> None:
+    if not isinstance(value, dict):
+        raise RowError(f"{name} is {kind(value)}; an object expected")
+    if missing := [field for field in fields if field not in value]:
+        raise RowError(f"{name} has no {', '.join(missing)}")

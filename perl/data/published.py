@@ -1,0 +1,188 @@
+"""The public preference sets: their files in a folder, or the `datasets` library's copy of the hub.
+
+Where a set was published with a test part (or, having none, a validation part), that part is held out. Rows to
+train on that share a dialogue or post with it are left out, and so is a validation part beside a test part.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from perl.data.lines import line_value, numbered_lines
+from perl.data.preference_rows import Row, hh_row, shp_row, tldr_row
+from perl.data.records import Comparison, Context, Problem, Prompt, Records
+from perl.data.rows import RowError, kind
+from perl.errors import MachineError, UserError, machine_fault
+
+Split = Literal["train", "validation", "test"]
+
+_SPLITS: dict[str, Split] = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
+_SPLIT = re.compile(f"({'|'.join(_SPLITS)})(?![a-z])")
+"""How names of files, folders and splits begin: `train.jsonl.gz`, `test-00000-of-00001.parquet`, `valid1`."""
+_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_PARQUET = ".parquet"
+_REMEDY = "Set data.path to a folder with the files as published: data/README.md has the addresses and layouts."
+
+
+@dataclass(frozen=True, slots=True)
+class PublicSet:
+    """Where a set is published and what its rows are.
+
+    Attributes:
+        repository: on the hub.
+        parts: the folders there that belong to the set.
+        comparison: a row as a record.
+        revision: of the repository; by default the newest.
+    """
+
+    repository: str
+    parts: tuple[str, ...]
+    comparison: Callable[[Row], Comparison]
+    revision: str | None = None
+
+
+_HH = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+_SHP = (
+    *("askacademia", "askanthropology", "askbaking", "askcarguys", "askculinary", "askdocs", "askengineers"),
+    *("askhistorians", "askhr", "askphilosophy", "askphysics", "askscience", "asksciencefiction"),
+    *("asksocialscience", "askvet", "changemyview", "explainlikeimfive", "legaladvice"),
+)
+_SETS = {
+    "hh-rlhf": PublicSet("Anthropic/hh-rlhf", _HH, hh_row),
+    "shp": PublicSet("stanfordnlp/SHP", _SHP, shp_row),
+    # Its main branch holds a script, which `datasets` no longer runs; the hub itself converts to this one.
+    "tldr": PublicSet("openai/summarize_from_feedback", ("comparisons",), tldr_row, "refs/convert/parquet"),
+}
+PUBLIC_SETS = _SETS | {
+    f"{name}/{part}": PublicSet(whole.repository, (part,), whole.comparison, whole.revision)
+    for name, whole in _SETS.items()
+    for part in whole.parts
+    if len(whole.parts) > 1
+}
+"""By the names that `data.source` takes: each set, and each of its parts as `SET/PART`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a row stands, and what its file or folder says of it."""
+
+    where: str
+    split: Split | None = None
+    part: str | None = None
+
+
+def read_public(public: PublicSet, path: str | None) -> Records:
+    """Reads a set for training: its test part is told by `Records.published_test`.
+
+    Args:
+        path: a folder in the layout published, a folder of one part, or a file; None: from the hub.
+
+    Raises:
+        UserError: there is no such folder or file, or no usable row in it.
+        MachineError: the hub cannot be reached.
+    """
+    rows, problems = _read(public, path)
+    splits = {place.split for place, _ in rows}
+    held_out: Split = "test" if "test" in splits else "validation"
+    if not {"train", held_out} <= splits:
+        return _records(rows, problems)
+    test = frozenset(comparison.dialogue for place, comparison in rows if place.split == held_out)
+
+    def is_used(place: _Place, comparison: Comparison) -> bool:
+        return place.split == held_out or (place.split == "train" and comparison.dialogue not in test)
+
+    records = _records([row for row in rows if is_used(*row)], problems)
+    records.published_test = test
+    return records
+
+
+def read_public_rows(public: PublicSet, path: str | None) -> Records:
+    """As `read_public`, with all rows."""
+    return _records(*_read(public, path))
+
+
+def _records(rows: list[tuple[_Place, Comparison]], problems: list[Problem]) -> Records:
+    prompts: dict[Context, Prompt] = {}
+    for place, comparison in rows:
+        # A column of this name is what reward models are judged by, source by source.
+        columns = {"source": place.part} if place.part else {}
+        prompts.setdefault(comparison.context, Prompt(comparison.context, comparison.dialogue, columns))
+    comparisons = [comparison for _, comparison in rows]
+    return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems)
+
+
+def _read(public: PublicSet, path: str | None) -> tuple[list[tuple[_Place, Comparison]], list[Problem]]:
+    rows: list[tuple[_Place, Comparison]] = []
+    problems: list[Problem] = []
+    for place, value in _values(public, path):
+        try:
+            row = line_value(value) if isinstance(value, bytes) else value
+            if not isinstance(row, dict):
+                raise RowError(f"the row is {kind(row)}; an object expected")
+            split = _split_of(str(row.get("split"))) or place.split or "train"
+            rows.append((replace(place, split=split), public.comparison(row)))
+        except RowError as error:
+            problems.append(Problem(place.where, str(error)))
+        except RecursionError:
+            problems.append(Problem(place.where, "nested too deeply"))
+    if not rows:
+        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ""
+        raise UserError(f"no usable row{first}", where=path or public.repository, remedy=_REMEDY)
+    return rows, problems
+
+
+def _values(public: PublicSet, path: str | None) -> Iterator[tuple[_Place, object]]:
+    """All rows, those of files of lines still to be parsed."""
+    if path is None:
+        yield from _from_datasets(public.repository, public.parts, public.revision)
+        return
+    given = Path(os.path.expanduser(path))
+    if not os.path.isdir(given):  # Path's own raises for a name that is too long
+        yield from _from_lines(given, _Place(""))
+        return
+    parts = [part for part in public.parts if (given / part).is_dir()]
+    folders = [given / part for part in parts] or [given]
+    found = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    if lines := [file for file in found if file.name.endswith(_LINES)]:
+        for file in lines:
+            names = file.relative_to(given).parts
+            split = next((split for name in reversed(names) if (split := _split_of(name))), None)
+            yield from _from_lines(file, _Place("", split, names[0] if names[0] in parts else None))
+    elif any(file.suffix == _PARQUET for file in found):
+        yield from _from_datasets(str(given), parts or [None], None)
+    else:
+        what = f"there is no file that ends in {', '.join((*_LINES, _PARQUET))}"
+        raise UserError(what, where=path, remedy=_REMEDY)
+
+
+def _from_lines(file: Path, place: _Place) -> Iterator[tuple[_Place, bytes]]:
+    for number, line in numbered_lines(file):
+        yield replace(place, where=f"{file}:{number}"), line
+
+
+def _from_datasets(
+    repository: str, parts: Sequence[str | None], revision: str | None
+) -> Iterator[tuple[_Place, object]]:
+    """Rows of a repository on the hub, or of a folder in such a repository's layout."""
+    import datasets  # takes a second, which a file of lines should not wait for
+
+    for part in parts:
+        name = f"{repository}/{part}" if part else repository
+        try:
+            loaded = datasets.load_dataset(repository, data_dir=part, revision=revision)
+        except Exception as error:  # hub, network, cache and file formats each have exceptions of their own
+            cause = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+            what = f"cannot be loaded by the datasets library: {cause}"
+            refusal = UserError if Path(repository).is_dir() else MachineError
+            raise machine_fault(error) or refusal(what, where=name, remedy=_REMEDY) from error
+        for split, rows in loaded.items():
+            for index, row in enumerate(rows):
+                yield _Place(f"{name} {split}[{index}]", _split_of(split), part), row
+
+
+def _split_of(name: str) -> Split | None:
+    found = _SPLIT.match(name)
+    return _SPLITS[found[1]] if found else None

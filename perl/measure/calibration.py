@@ -1,0 +1,140 @@
+"""Probabilities that mean what they say: scores scaled after training, and judged on dialogues not fitted to.
+
+A reward model of thumbs learns with either class weighing half, so its log-odds are off by the log-odds of the
+data's own share of ups, and like most networks it is too sure. Scaling mends both without changing the ranking:
+
+    p = σ(a s + b)        Platt 1999
+    p = σ(s / T)          temperature scaling, Guo et al. 2017: the slope alone, which cannot move the share
+
+Both are fitted by maximum likelihood, with Platt's targets: (n₊ + 1) / (n₊ + 2) for an up and 1 / (n₋ + 2) for a
+down in the place of 1 and 0, so that scores which tell the classes apart without error have a finite slope too.
+
+What the probability promises is a thumb, so thumbs are what it is held against, also where there is a gold
+judge. Of compared answers it is the probability that the first of two is the better, σ(s₁ - s₂).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from perl.measure.answers import Answers
+from perl.measure.bootstrap import Figure, Floats, plain
+from perl.measure.metrics import ECE_BINS, Labels, calibration_error, equal_mass, probabilities, reliability
+
+FOLDS = 5
+CHANCES = 400
+"""Draws of labels that agree with the probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Scores as calibrated log-odds: slope · score + intercept."""
+
+    slope: float
+    intercept: float
+
+    def __call__(self, scores: Floats) -> Floats:
+        """Log-odds."""
+        return self.slope * scores + self.intercept
+
+
+def fit(scores: Floats, labels: Labels, intercept: bool = True) -> Scaling:
+    """The likeliest scaling; without an intercept, the temperature alone."""
+    # In units of their spread (and from their mean where the intercept makes up for it) the solver converges fast.
+    shift = float(scores.mean()) if intercept else 0.0
+    unit = float(np.sqrt(np.mean((scores - shift) ** 2))) or 1.0
+    x = ((scores - shift) / unit)[:, None]
+    ups = int(labels.sum())
+    share_N = np.where(labels == 1, (ups + 1) / (ups + 2), 1 / (len(labels) - ups + 2))
+    # A target between 0 and 1 is a row of either label, weighted.
+    model = LogisticRegression(C=np.inf, fit_intercept=intercept, tol=1e-8, max_iter=1000)
+    both = np.repeat([1, 0], len(x))
+    model.fit(np.concatenate([x, x]), both, sample_weight=np.concatenate([share_N, 1 - share_N]))
+    slope = float(model.coef_[0, 0]) / unit
+    return Scaling(slope, float(np.ravel(model.intercept_)[0]) - slope * shift if intercept else 0.0)
+
+
+def cross_fitted(
+    scores: Floats, labels: Labels, dialogues: Sequence[str], intercept: bool = True
+) -> Floats | None:
+    """Log-odds of each answer, scaled as fitted on other dialogues than its own; None with a single dialogue."""
+    groups = np.unique(np.asarray(dialogues), return_inverse=True)[1]
+    folds = min(FOLDS, int(groups.max()) + 1)
+    if folds < 2:
+        return None
+    scaled = np.empty_like(scores)
+    for others, own in GroupKFold(folds).split(scores, groups=groups):
+        scaled[own] = fit(scores[others], labels[others], intercept)(scores[own])
+    return scaled
+
+
+def ece_by_chance(log_odds: Floats, seed: int) -> float:
+    """The ECE that probabilities exactly right would stay below 95 times in 100, on so many answers.
+
+    Labels are drawn from the probabilities themselves (consistency resampling, Bröcker & Smith 2007): on few
+    answers even these are off by something.
+    """
+    given, bins = probabilities(log_odds), equal_mass(log_odds, ECE_BINS)
+    generator = np.random.default_rng(seed)
+    errors = []
+    for _ in range(CHANCES):
+        gaps = np.bincount(bins, weights=given - (generator.random(len(given)) < given))
+        errors.append(np.abs(gaps).sum() / len(given))
+    return float(np.percentile(errors, 95))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a probability is given for: answers, or the first of two being the better."""
+
+    scores: Floats
+    labels: Labels
+    dialogues: list[str]
+    compared: bool
+
+
+def judged(scores: Floats, answers: Answers) -> Judged:
+    """Answers as they are rated; compared ones as differences, every other pair turned round."""
+    if not answers.compared:
+        return Judged(scores, np.asarray(answers.labels, dtype=np.int64), answers.dialogues, False)
+    better, worse = np.asarray(answers.pairs, dtype=np.int64).T
+    first = np.arange(len(better)) % 2 == 0  # were the better always the first, being sure would always be right
+    differences = np.where(first, 1.0, -1.0) * (scores[better] - scores[worse])
+    return Judged(differences, first.astype(np.int64), [answers.dialogues[one] for one in better], True)
+
+
+def calibration(of: Judged) -> tuple[dict[str, Any], Floats | None]:
+    """Calibration as it is and scaled; and the scaled log-odds, each fitted on other dialogues.
+
+    Returns:
+        the figures as JSON: `slope` and `intercept` are fitted on all answers, for use; each ECE is of log-odds
+        fitted on other dialogues (None where there is a single one).
+    """
+    scaling = fit(of.scores, of.labels, intercept=not of.compared)
+    tempered = fit(of.scores, of.labels, intercept=False)
+    after = cross_fitted(of.scores, of.labels, of.dialogues, intercept=not of.compared)
+    temperature = cross_fitted(of.scores, of.labels, of.dialogues, intercept=False)
+    figures = {
+        "of": "the first of two being the better" if of.compared else "a thumb up",
+        "n": len(of.scores),
+        **asdict(scaling),
+        "temperature": 1 / tempered.slope if tempered.slope > 0 else None,
+        "ece_before": _ece(of.scores, of.labels),
+        "ece_temperature": None if temperature is None else _ece(temperature, of.labels),
+        "ece_after": None if after is None else _ece(after, of.labels),
+        "ece_by_chance": None if after is None else ece_by_chance(after, seed=0),
+        "reliability_before": reliability(of.scores, of.labels),
+        "reliability_after": None if after is None else reliability(after, of.labels),
+    }
+    return figures, after
+
+
+def _ece(log_odds: Floats, labels: Labels) -> float:
+    error: Figure = calibration_error(log_odds, labels)
+    value = plain(error, len(log_odds))
+    assert value is not None
+    return value

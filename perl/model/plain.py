@@ -1,0 +1,191 @@
+"""Roles in the form that plain peft, plain transformers and servers of adapters load, without PERL.
+
+What `perl.model.saved` writes loads into peft too, beside the run's own base and tokenizer. Here a role becomes a
+folder of its own: the tokenizer writes the rows that the role was trained on, padding is a token that these
+libraries tell from the end of a row, and every layer has an adapter, as TGI wants it.
+"""
+
+import copy
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from perl.errors import UserError
+from perl.files import write_tensors
+from perl.model.base import has_own_code
+from perl.model.chat import ChatFormat
+from perl.model.roles import Role
+from perl.model.saved import HEAD
+from perl.model.shared_base import SharedBase
+
+PAD = "<|pad|>"
+"""Added where a tokenizer has no token for padding, or one that also ends rows."""
+
+
+def generating_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with its chat template, set up to generate."""
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that writes dialogues as a reward model read them in training.
+
+    Sequence classifiers of transformers read the score at the last token that is not padding, by its id. So
+    padding must not be what ends a row, and nothing may come after the end of the agent's turn, where many
+    templates write a newline: either would move the score to a token that it was not trained on.
+    """
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.padding_side = "right"
+    if chat.pad_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
+    else:  # an ordinary token will not do: once it is special, text is cut at it before BPE
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    end = tokenizer.convert_ids_to_tokens(chat.end_id)
+    rendered = tokenizer.apply_chat_template(said, tokenize=False)
+    assert isinstance(rendered, str)
+    if not rendered.endswith(end):
+        tokenizer.chat_template = _ending_with_the_answer(tokenizer.get_chat_template(), end)
+    return tokenizer
+
+
+def _ending_with_the_answer(template: str, end: str) -> str:
+    """A chat template that writes nothing after the end-of-turn of a last answer."""
+    literal = json.dumps(end)
+    newline = "\n"  # Jinja drops one after a block, and one at a template's end
+    return (
+        f"{{% set dialogue %}}{newline}{template.removesuffix(newline)}{{% endset %}}"
+        "{% if messages[-1].role == 'assistant' and not add_generation_prompt %}"
+        f"{{{{ dialogue.rpartition({literal})[0] + {literal} }}}}"
+        "{% else %}{{ dialogue }}{% endif %}"
+    )
+
+
+def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:
+    """Write an adapter in peft's format; that of a language model also in the form that vLLM and TGI load.
+
+    Args:
+        role: whose head is written, if it has one.
+        trunk: whose adapter is written.
+        base: the name or folder that leads to the base.
+    """
+    tensors: dict[str, Tensor] = {roles.prefix + name: weight for name, weight in roles.weights(trunk).items()}
+    scores = role in roles.heads
+    roles.write_config(folder, base, scores=scores)
+    config = LoraConfig.from_pretrained(str(folder))
+    if not scores:
+        tensors |= _zeros_elsewhere(roles, tensors)
+    config.target_modules = sorted({_module(name, roles.prefix) for name in tensors})
+    if scores:
+        tensors[roles.prefix + HEAD] = roles.head(role).weight
+    if config.lora_alpha == int(config.lora_alpha):
+        config.lora_alpha = int(config.lora_alpha)  # the type that vLLM and TGI give it
+    config.save_pretrained(str(folder))
+    write_tensors(folder / roles.weights_file, tensors)
+
+
+def _zeros_elsewhere(roles: SharedBase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters of zeros for the same modules of all other layers: they change nothing.
+
+    TGI takes the adapters of a kind of module (such as q_proj) only where every layer has one; else it serves the
+    bare base without a word (server/text_generation_server/adapters/lora.py, `prepare_weights`).
+    """
+    modules = dict(roles.lm.named_modules())
+
+    def shape(name: str) -> Any:
+        return getattr(getattr(modules.get(_module(name, roles.prefix)), "weight", None), "shape", None)
+
+    found = {}
+    for name, tensor in tensors.items():
+        for layer in range(roles.lm.config.get_text_config().num_hidden_layers):
+            other = re.sub(r"\.\d+\.", f".{layer}.", name, count=1)
+            if other not in tensors and shape(other) == shape(name):
+                found[other] = torch.zeros_like(tensor)
+    return found
+
+
+def _module(name: str, prefix: str) -> str:
+    """The module that a LoRA weight on disk is of."""
+    return name.removeprefix(prefix).rpartition(".lora_")[0]
+
+
+@torch.no_grad()
+def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedModel:
+    """W + s B A in a copy of the base, summed in fp32 and rounded once to the base's dtype.
+
+    Args:
+        fresh: the base, loaded once more; it is changed in place.
+    """
+    for name, layer in roles.lm.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = fresh.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(weight.float() + layer.get_delta_weight(str(role)).float())
+    return fresh
+
+
+def classifier(
+    lm: PreTrainedModel, head: nn.Linear, label: str, problem_type: str, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The trunk of a language model and a head, as transformers' sequence classifier of that architecture.
+
+    Args:
+        lm: its trunk is used as it is.
+        label: the name of the only class.
+        problem_type: as transformers has it; pipelines give `regression` as it is, and of
+            `multi_label_classification` the sigmoid.
+        tokenizer: from `scoring_tokenizer`; where it has a token more than the model, the model gets one too.
+
+    Raises:
+        UserError: transformers has no such classifier.
+    """
+    config = copy.deepcopy(lm.config)
+    config.num_labels, config.problem_type = 1, problem_type
+    config.id2label, config.label2id = {0: label}, {label: 0}
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    try:
+        with torch.device("meta"):  # its own weights are never used
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=lm.dtype, trust_remote_code=has_own_code(config)
+            )
+    except ValueError:
+        model = None
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}",
+            where=lm.name_or_path,
+            remedy="Of this architecture only language models can be exported.",
+        )
+    assert isinstance(model, PreTrainedModel)
+    setattr(model, model.base_model_prefix, lm.base_model)
+    model.score = copy.deepcopy(head).to(lm.dtype)
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:  # padding is never attended to: what its row holds does not matter
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight.data[known:] = 0
+    return model.requires_grad_(False).eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a whole model as transformers does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # its own name for what the system said
+        raise OSError(errno.EIO, str(error), str(folder)) from None

@@ -1,0 +1,69 @@
+"""What can go wrong in training, as alarms: the figures, what they mean, the usual causes and the remedy."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What has gone wrong, in figures and in words."""
+
+    name: str
+    step: int
+    """When it was certain, counted from 1."""
+    since: int
+    """When it began to show."""
+    good_until: int
+    """The updates after which the policy was still right."""
+    value: float | None
+    """None: not finite."""
+    limit: float
+    grave: bool
+    """Reason enough to stop."""
+    what: str
+    causes: str
+    remedy: str
+
+
+class Words(NamedTuple):
+    """What an alarm says: what it is, the usual causes, and the remedy."""
+
+    what: str
+    causes: str
+    remedy: str
+
+
+WORDS = {
+    "kl": Words(
+        "the policy is {value:.0f} nats an answer away from its reference; the limit is {limit:.0f}",
+        "Usually the learning rate is too large, or the KL coefficient too small to hold the policy.",
+        "Lower rl.learning_rate or raise rl.kl_coef; if answers are long and read well, raise rl.kl_limit.",
+    ),
+    "entropy": Words(
+        "the entropy has collapsed to {value:.3f} nats a token, less than {limit:.3f}, a tenth of the start's",
+        "The policy says the same whatever it is asked: the learning rate is too large, the KL coefficient too "
+        "small, or one answer exploits the reward.",
+        "Read the samples; lower rl.learning_rate or raise rl.kl_coef.",
+    ),
+    "length_limit": Words(
+        "{value:.0%} of the answers end by themselves; at the start {start:.0%} did",
+        "Answers run into the length limit: the reward pays for length, or nothing punishes a missing end.",
+        "Raise rl.missing_end_penalty, or rl.max_new_tokens if the answers need the room; look at the reward.",
+    ),
+    "shrinking": Words(
+        "answers have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
+        "The KL penalty is paid for each token, so to stop at once is the cheapest way to pay less of it: the "
+        "learning rate or the KL coefficient is too large. KL falls meanwhile, as if all were well.",
+        "Lower rl.learning_rate, rl.kl_coef, or both.",
+    ),
+    "divergence": Words(
+        "{check} fell from {start:.2f} to {value:.2f} while the reward in training rose",
+        "The policy exploits mistakes of its reward, or has learnt its training prompts by heart.",
+        "Stop earlier (rl.steps), raise rl.kl_coef, or mend the reward: more ratings, of answers like these.",
+    ),
+    "not_finite": Words(
+        "loss or gradient was not finite: the update was refused",
+        "A reward of absurd size, a learning rate too large, or numbers beyond the base's dtype.",
+        "Look at the rewards; lower rl.learning_rate; with base.dtype float16 use bfloat16 or float32.",
+    ),
+}

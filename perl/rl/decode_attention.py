@@ -1,0 +1,133 @@
+"""Attention of one new token a row over cached keys and values, on a CPU.
+
+torch's own kernel takes its time for a single query: it multiplies head by head, and a vector is its slowest
+shape. Two batched products take half of that or less. They round scores to the base's dtype where the kernel
+keeps fp32, which matters where scores are large: so in each sampling every layer is tried beside the kernel once,
+and stays with the kernel where the two differ by more than rounding.
+
+Axis letters: B rows, H query heads, G key and value heads, L positions, D head size.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+KERNEL = "sdpa"
+"""transformers' name for the function that calls torch's kernel, the one that is replaced."""
+OTHER_WORK = ("softcap", "position_bias", "cache", "output_attentions")
+"""What that function can be asked to do besides, and this one leaves to it."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far apart two ways to the same result may be, as a share of its norm."""
+    return max(2 * torch.finfo(dtype).eps, 1e-5)
+
+
+def _suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether it is one token a row over a dense cache, which has few shapes: others would be copied."""
+    dense = key.is_contiguous() and value.is_contiguous()
+    one_token = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0 and not query.requires_grad
+    return dense and one_token and (mask is None or mask.shape[1:] == (1, 1, key.shape[2]))
+
+
+class _OneToken:
+    """In the place of transformers' function, which does all that is not one token a row."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        self._kernel = kernel
+        self._agrees: dict[nn.Module, bool] = {}
+        self._mask: tuple[Tensor, Tensor] | None = None
+        """The mask last seen, the same for all layers, and what is added to scores for it."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers defines it: query (B, H, 1, D), key and value (B, G, L, D) to (B, 1, H, D)."""
+        asked = [rest.get(name) for name in OTHER_WORK]
+        plain = all(one is None or one is False for one in asked)
+        if not (plain and self._agrees.get(module, True) and _suits(query, key, value, attention_mask)):
+            return self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        result = attend(query, key, value, self._added(attention_mask, query, key), scale)
+        if module not in self._agrees:
+            expected, _ = self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
+            difference = (result - expected).float().norm() / expected.float().norm()
+            self._agrees[module] = float(difference) <= tolerance(query.dtype)
+            return expected, None
+        return result, None
+
+    def _by_kernel(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        rest: dict[str, Any],
+    ) -> tuple[Tensor, None]:
+        result: tuple[Tensor, None] = self._kernel(module, query, key, value, mask, scaling=scaling, **rest)
+        return result
+
+    def _added(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """(B * G, L, 1) in the query's dtype."""
+        if mask is None:
+            return None
+        if self._mask is None or self._mask[0] is not mask:
+            added = mask
+            if mask.dtype == torch.bool:
+                lowest = torch.finfo(query.dtype).min
+                added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+            rows_BL = added[:, 0, 0].expand(len(query), -1)
+            self._mask = mask, rows_BL.repeat_interleave(key.shape[1], 0)[..., None]
+        return self._mask[1]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q kᵀ + added) v for one query a row.
+
+    Keys times queries, not queries times keys: the long side first is the faster product.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, G, L, D), a divisor of H heads, each for H / G neighbouring query heads; value likewise.
+        added: (B * G, L, 1), or None.
+
+    Returns:
+        (B, 1, H, D of the values).
+    """
+    rows, heads = query.shape[0], query.shape[1]
+    groups, length = key.shape[1], key.shape[2]
+    query_XDN = query.reshape(rows * groups, heads // groups, -1).transpose(1, 2)
+    key_XLD = key.reshape(rows * groups, length, -1)
+    if added is None:
+        scores_XLN = torch.baddbmm(query.new_empty(1), key_XLD, query_XDN, beta=0, alpha=scale)
+    else:
+        scores_XLN = torch.baddbmm(added, key_XLD, query_XDN, alpha=scale)
+    weights_XNL = scores_XLN.transpose(1, 2).softmax(-1)
+    return (weights_XNL @ value.reshape(rows * groups, length, -1)).view(rows, 1, heads, -1)
+
+
+@contextlib.contextmanager
+def fast_decoding(device: torch.device) -> Iterator[None]:
+    """Inside, models that attend through transformers' interface attend so where it is faster: on a CPU."""
+    if device.type != "cpu":
+        yield
+        return
+    kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = _OneToken(kernel)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel

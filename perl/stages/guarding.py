@@ -1,0 +1,97 @@
+"""What the guards of RL read besides the rollouts, and what their alarms lead to.
+
+A run that a guard stopped has done what it was asked to: its last good policy is evaluated and saved as any other,
+so that the exit status is 0. That it was stopped is said on the console, in the report and on its page.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from perl.model.roles import Role
+from perl.progress import console
+from perl.rl.alarms import Alarm
+from perl.rl.guards import WINDOW, Guard, Limits, last_good
+from perl.rl.rewards import RewardSource
+from perl.rl.rollout import EncodedPrompts, answer, score
+from perl.rl.sampler import Sampling
+from perl.stages.session import Session, derived_seed
+
+CHECKS = 10
+"""How often in a run the check is looked at."""
+FEWEST_STEPS = 10
+"""From one look to the next, however short the run."""
+FEWEST, MOST = 8, 64
+"""Held-out prompts of a check; of fewer nothing could be said."""
+
+
+class Guarding:
+    """The guard of one run.
+
+    Args:
+        prompts: held out.
+    """
+
+    def __init__(
+        self, session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts
+    ) -> None:
+        settings = session.recipe.rl
+        assert settings is not None
+        self._session, self._reward, self._sampling = session, reward, sampling
+        self._prompts = prompts.take(range(min(len(prompts), MOST, max(FEWEST, settings.prompts_per_step))))
+        self._mode = "off" if session.trial is not None else settings.guard
+        self._missing_end_penalty = settings.missing_end_penalty
+        self._check_every = max(FEWEST_STEPS, -(-settings.steps // CHECKS))
+        self.guard = Guard(Limits(kl=settings.kl_limit, check_every=self._check_every))
+
+    def check(self, step: int) -> dict[str, float]:
+        """From time to time, the reward of the policy's answers to held-out prompts; the same draws each time.
+
+        For sources without a gold judge: where there is one it is asked about every rollout, at no cost. It cannot
+        see that the reward itself is wrong, only that what was learnt on the training prompts fails on others.
+        """
+        judged = self._session.train.judge is not None
+        if self._mode == "off" or judged or step % self._check_every or len(self._prompts) < FEWEST:
+            return {}
+        session, prompts = self._session, self._prompts
+        session.roles.eval()
+        generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "check", 0))
+        samples, texts = answer(session.roles, Role.POLICY, session.base.chat, prompts, self._sampling, generator)
+        answers = score(self._reward, prompts, samples, texts, self._missing_end_penalty)
+        rewards = answers.rewards_B.tolist()
+        error = statistics.stdev(rewards) / len(rewards) ** 0.5
+        return {"held_out": statistics.fmean(rewards), "held_out_error": error}
+
+    def alarms(self, step: int, figures: dict[str, float]) -> list[Alarm]:
+        """Read a step's figures and say what has gone wrong; those alarms for which the run is to stop."""
+        if self._mode == "off":
+            return []
+        new = self.guard.check(step, figures)
+        for alarm in new:
+            console.print(f"[yellow]Step {alarm.step}[/]: {alarm.what}. {alarm.causes} {alarm.remedy}")
+        return [alarm for alarm in new if alarm.grave and self._mode == "stop"]
+
+    def worth_keeping(self, step: int, steps: Sequence[int]) -> set[int]:
+        """Of the steps that have checkpoints, those that the run may have to go back to.
+
+        Args:
+            step: the one that is checkpointed now: trouble that shows next may have begun a window before.
+        """
+        needed = {*self.guard.needed, max(0, step - WINDOW)}
+        return {last_good(good_until, steps) for good_until in needed} if steps else set()
+
+    def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[dict[str, Any]]:
+        """All alarms for the report, each with what it led to.
+
+        Args:
+            stopped_by: the alarms that ended the run.
+            remains: the updates that the policy which remains has seen.
+        """
+        stopped = {"action": "stopped", "remains": remains}
+        return [
+            dataclasses.asdict(alarm) | (stopped if alarm in stopped_by else {"action": "warned"})
+            for alarm in self.guard.alarms
+        ]

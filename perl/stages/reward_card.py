@@ -1,0 +1,86 @@
+"""Judging the reward model: its scores of held-out answers, the card made of them, and the card in words."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+
+from perl.measure.answers import Answers
+from perl.measure.card import reward_card
+from perl.measure.floor import tfidf_floor
+from perl.model.roles import Roles
+from perl.progress import console
+from perl.rl.rewards import score_rows
+
+
+def evaluate_rows(
+    roles: Roles, ids: Sequence[list[int]], answers: Answers, trained_on: Answers, pad_id: int
+) -> dict[str, Any]:
+    """The reward role's card.
+
+    Args:
+        ids: tokens of each answer and its context.
+        answers: what is judged.
+        trained_on: what the model learnt from; the floor learns from it as well.
+    """
+    scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
+    if any(not math.isfinite(score) for score in scores):
+        raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
+    known = set(trained_on.dialogues)
+    seen = sum(dialogue in known for dialogue in answers.labelled().dialogues)
+    floor = tfidf_floor(trained_on.labelled(), answers.labelled())
+    return reward_card(scores, answers, floor, seen)
+
+
+def print_card(title: str, card: Mapping[str, Any]) -> None:
+    """A dozen lines: the verdict, and what it rests on."""
+    verdict = card["verdict"]
+    colour, fit = ("green", "Fit for RL") if verdict["fit"] else ("red", "Not fit for RL")
+    console.print(f"[bold]{escape(title)}[/]: [bold {colour}]{fit}[/].")
+    for reason in verdict["reasons"]:
+        console.print(f"  {'+' if verdict['fit'] else '-'} {reason}", markup=False)
+    for line in _lines(card):
+        console.print(f"  {line}", markup=False)
+
+
+def _lines(card: Mapping[str, Any]) -> Iterator[str]:
+    intervals = card["intervals"]
+    against = "the gold judge's verdict" if card["against"] == "gold" else "the labels"
+    auroc = f"AUROC {_told(card['auroc'], intervals['auroc'])} against {against}"
+    if "auroc_labels" in card:
+        auroc += f", {_told(card['auroc_labels'], intervals['auroc_labels'])} against the labels"
+    if "pairwise_accuracy" in card:
+        pairwise = _told(card["pairwise_accuracy"], intervals["pairwise_accuracy"])
+        auroc += f"; pairwise accuracy {pairwise}, {card['pairs']:,} pairs"
+    yield f"{auroc}."
+    balanced = _told(card["balanced_accuracy"], intervals["balanced_accuracy"])
+    yield (
+        f"Accuracy {_told(card['accuracy'], intervals['accuracy'])}, where always giving the commoner label has "
+        f"{card['majority_accuracy']:.2f}; balanced {balanced}."
+    )
+    scaled = card["calibration"]
+    yield (
+        f"Calibration error (ECE) {_told(scaled['ece_before'])}; with a temperature "
+        f"{_told(scaled['ece_temperature'])}; as σ({scaled['slope']:.2f} · score {scaled['intercept']:+.2f}) "
+        f"{_told(scaled['ece_after'])}."
+    )
+    length = card["length"]
+    yield (
+        f"Length: correlation with the score {_told(length['correlation'])}; AUROC of length alone "
+        f"{_told(length['auroc_of_length'])}, of the model among like lengths {_told(length['auroc_within'])}."
+    )
+    judged = [one for one in card["slices"] if one.get("auroc") is not None]
+    if judged:
+        worst = min(judged, key=lambda one: float(one["auroc"]))
+        yield (
+            f"Weakest slice: {worst['by']}, {worst['name']} (n = {worst['n']:,}): AUROC "
+            f"{_told(worst['auroc'], worst['interval'])}."
+        )
+    yield "LoRA against full tuning: not compared (perl-rlhf compare does); worst mistakes: in the report."
+
+
+def _told(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.2f}" if interval is None else f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"

@@ -1,0 +1,67 @@
+"""The reward model's losses, and its batches: pairs and rated answers mixed.
+
+Axis letters: B answers to score, P pairs, T rated answers, E examples (pairs, then rated answers), L positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perl.model.padding import left_pad
+
+
+def pairs_losses(better_P: Tensor, worse_P: Tensor, margins_P: Tensor, targets_P: Tensor) -> Tensor:
+    """Bradley-Terry, a value a pair: -[p log σ(z) + (1-p) log σ(-z)], where z = r_w - r_l - margin.
+
+    Args:
+        targets_P: p, the probability that the better one is; at 1 the loss is -log σ(z) (PERL, section 3; Bradley
+            and Terry 1952; margins: Llama 2, section 3.2.2).
+    """
+    return F.binary_cross_entropy_with_logits(better_P - worse_P - margins_P, targets_P, reduction="none")
+
+
+def thumbs_losses(scores_T: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+    """Binary cross-entropy on the score as a log-odds, weighted, a value a row.
+
+    Args:
+        targets_T: the probability of a thumb up: 1 or 0, or between for soft labels.
+    """
+    return weights_T * F.binary_cross_entropy_with_logits(scores_T, targets_T, reduction="none")
+
+
+def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean over the examples of a batch, in which a pair counts as much as a rated answer."""
+    margins_P, weights_T = batch["margins_P"], batch["weights_T"]
+    better_P, worse_P, rated_T = torch.split(scores_B, [len(margins_P), len(margins_P), len(weights_T)])
+    targets_P, targets_T = torch.split(batch["targets_E"], [len(margins_P), len(weights_T)])
+    of_pairs = pairs_losses(better_P, worse_P, margins_P, targets_P)
+    return torch.cat([of_pairs, thumbs_losses(rated_T, targets_T, weights_T)]).mean()
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples to one padded batch: the better answers of pairs, then the worse, then the rated ones."""
+
+    pad_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs = [example for example in examples if len(example["rows"]) == 2]
+        rated = [example for example in examples if len(example["rows"]) == 1]
+
+        def together(key: str) -> list[Any]:
+            first, second = ([example[key][place] for example in pairs] for place in (0, 1))
+            return [*first, *second, *(example[key][0] for example in rated)]
+
+        ids_BL, mask_BL = left_pad(together("rows"), self.pad_id, torch.device("cpu"))
+        return {
+            "ids_BL": ids_BL,
+            "mask_BL": mask_BL,
+            "numbers_B": torch.tensor(together("numbers")),
+            "targets_E": torch.tensor([example["target"] for example in (*pairs, *rated)]),
+            "margins_P": torch.tensor([example["margin"] for example in pairs]),
+            "weights_T": torch.tensor([example["weight"] for example in rated]),
+        }

@@ -1,0 +1,143 @@
+"""Recipes and arguments that cannot be used."""
+
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.cases import Case, named
+from tests.bad_input.conftest import Refused, RefusedIn
+from tests.conftest import RunCli, WriteRecipe
+
+CASES = [
+    Case("not UTF-8", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe=b"name: \xff"),
+    Case("broken YAML", ("not valid YAML", "line 1", "Mend the line"), recipe=b"name: [tiny"),
+    Case("wrong tag", ("'x' is no timestamp", "line 1", "Mend the line"), recipe=b"name: !!timestamp x"),
+    Case("no mapping", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b"- name: tiny"),
+    Case("empty recipe", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b""),
+    Case("an alias", ("alias *a", "line 2", "write it out"), recipe=b"name: &a x\nbase: {model: *a}"),
+    Case(
+        "an alias that contains itself",
+        ("alias *a", "line 2", "write it out"),
+        recipe=b"name: x\nbase: {config: &a {model_type: llama, x: *a}, random_init: true}\nreward: {}\n",
+    ),
+    Case("Python in it", ("python/object", "line 1", "Mend"), recipe=b"name: !!python/object/apply:os.getcwd []"),
+    Case("nested too deeply", ("nested too deeply", "recipe.yaml", "Mend the line"), recipe=b"[" * 2000),
+    Case("UTF-16", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe="name: x".encode("utf-16")),
+    Case("key twice", ("key 'name' twice", "line 1", "Mend the line"), recipe=b"name: a\nname: b\n"),
+    Case("no base", ("missing", "recipe.yaml: base", "Add this key"), changes={"base": None}),
+    Case("no stage", ("no stage to run", "recipe.yaml", "add a section"), changes={"reward": None, "rl": None}),
+    Case(
+        "unknown key",
+        ("unknown key", "recipe.yaml: rl.kl_coeff", "Did you mean rl.kl_coef?"),
+        overrides=("rl.kl_coeff=0.1",),
+    ),
+    Case("unknown section", ("unknown key", "rewards", "Did you mean reward?"), overrides=("rewards.epochs=1",)),
+    Case("unlike any key", ("unknown key", "lora.xyzzy", "Valid keys: rank"), overrides=("lora.xyzzy=1",)),
+    Case("zero steps", ("greater than 0", "the value is 0", "Correct this value"), overrides=("rl.steps=0",)),
+    Case(
+        "negative rate",
+        ("greater than 0", "reward.learning_rate", "Correct this"),
+        overrides=("reward.learning_rate=-1",),
+    ),
+    Case("all held out", ("less than 1", "data.held_out", "the value is 1.0"), overrides=("data.held_out=1.0",)),
+    Case("not a number", ("valid integer", "lora.rank", "'eight'"), overrides=("lora.rank=eight",)),
+    Case(
+        "no such algorithm",
+        ("should be 'reinforce', 'ppo' or 'rloo'", "rl.algorithm", "'dpo'"),
+        overrides=("rl.algorithm=dpo",),
+    ),
+    Case("rloo of one", ("samples_per_prompt", "rl", "at least 2"), overrides=("rl.algorithm=rloo",)),
+    Case("name is a path", ("match pattern", "'../x'", "Correct this value"), overrides=("name=../x",)),
+    Case("no KEY=VALUE", ("is not KEY=VALUE", "'rl.steps'", "For example"), overrides=("rl.steps",)),
+    Case("override no YAML", ("not valid YAML", "'[1'", "Quote it"), overrides=("lora.layers=[1",)),
+    Case("key twice in a value", ("key 'rank' twice", "lora", "Quote it"), overrides=("lora={rank: 1, rank: 2}",)),
+    Case(
+        "trust without a model",
+        ("about a model's own code", "base", "leave it out"),
+        changes={"base": {"build": {}, "trust_remote_code": True}},
+    ),
+    Case(
+        "no JSON in base.config",
+        ("not a valid JSON value", "base.config", "Correct this value"),
+        changes={"base": {"config": {"model_type": "llama", "x": date(2026, 1, 1)}, "random_init": True}},
+    ),
+    Case("into a value", ("rank is a value", "lora.rank.x=1", "Check the key"), overrides=("lora.rank.x=1",)),
+    Case("no section", ("no section sft", "sft.epochs=2", "Add `sft: {}`"), overrides=("sft.epochs=2",)),
+    Case("stage not in recipe", ("no section sft", "tiny", "Add it"), command="sft"),
+    Case(
+        "stage too early",
+        ("needs the adapter of reward", "reward", "perl-rlhf reward"),
+        command="rl",
+        overrides=("rl.reward={}",),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_one_message_and_nothing_lost(case: Case, refused: Refused) -> None:
+    refused(case)
+
+
+def test_no_such_recipe(refused_in: RefusedIn, tmp_path: Path) -> None:
+    refused_in(("no such recipe", "gone.yaml", "Check the path"), "run", tmp_path / "gone.yaml")
+
+
+def test_a_folder_in_place_of_a_recipe(refused_in: RefusedIn, tmp_path: Path) -> None:
+    refused_in(("cannot be read", str(tmp_path), "A recipe is a YAML file"), "run", tmp_path)
+
+
+FAILING = """
+def short(completions, **columns):
+    return [0.0]
+def nan(completions, **columns):
+    return [float("nan") for _ in completions]
+def raises(completions, **columns):
+    raise KeyError("colour")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("short", "must return 2 finite numbers, one an answer; it returned [0.0]"),
+        ("nan", "score 0 is nan"),
+        ("raises", "the reward function failed: KeyError: 'colour'"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named(
+    function: str, says: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(FAILING)
+    recipe, out = write_recipe(reward=None), tmp_path / "out"
+    status, written = run_cli("run", recipe, f"rl.reward.function=own.py:{function}", "--out", out)
+    assert status == 2
+    assert says in written
+    assert "own.py" in written
+    assert "Traceback" not in written
+    assert not list(out.glob("**/adapter"))
+    assert not (out / "policy").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("evaluate", "gone", "reward"), ("not a run folder", "gone", "--out")),
+        (("evaluate", "gone", "critic"), ("no role 'critic'", "ROLE", "reward or policy")),
+        (("chat", "gone"), ("not a run folder", "gone", "--out")),
+        (("report", "gone"), ("not a finished run", "gone", "perl-rlhf run")),
+        (("data", "check", "cofee-simulator"), ("no source", "data.source", "coffee-simulator?")),
+        (("data", "check", "gone.jsonl"), ("no such file", "gone.jsonl", "Check data.path")),
+        (("data", "check", "jsonl:"), ("names no path", "'jsonl:'", "jsonl:PATH")),
+        (("data", "fetch", "tea"), ("nothing to fetch", "'tea'", "taskmaster-coffee")),
+    ],
+)
+def test_other_commands_refuse_in_the_same_way(
+    command: tuple[str, ...],
+    says: tuple[str, ...],
+    refused_in: RefusedIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused_in(says, *command)

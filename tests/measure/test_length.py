@@ -1,0 +1,69 @@
+"""A scorer that counts is caught, however it bends the count; one that reads is not."""
+
+import numpy as np
+import pytest
+
+from perl.measure.bootstrap import Floats, Resampled, plain
+from perl.measure.length import length_bias, spearman
+from perl.measure.metrics import Labels, auroc
+
+
+def liked_for_length(count: int = 2000) -> tuple[Floats, Floats, Labels]:
+    """Lengths, and how good answers are beside that; longer and better ones are liked."""
+    random = np.random.default_rng(0)
+    lengths, quality = random.integers(10, 200, size=count).astype(np.float64), random.normal(size=count)
+    return lengths, quality, (lengths / 50 + quality + random.normal(size=count) > 1.5).astype(np.int64)
+
+
+def test_spearman_by_hand() -> None:
+    # Ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: deviations (-1.5, 0, 0, 1.5) and (-.5, -1.5, .5, 1.5).
+    expected = (0.75 + 2.25) / np.sqrt(4.5 * 5.0)
+    assert spearman(np.array([1.0, 5.0, 5.0, 9.0]), np.array([20.0, 1.0, 30.0, 400.0])) == pytest.approx(expected)
+    assert spearman(np.ones(4), np.arange(4.0)) is None
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda lengths, noise: lengths,
+        lambda lengths, noise: np.log(lengths),
+        lambda lengths, noise: lengths / 50 + 0.3 * noise,
+    ],
+    ids=["count", "bent", "noisy"],
+)
+def test_counting_is_no_ranking_among_like_lengths(count: object) -> None:
+    lengths, _, labels = liked_for_length()
+    scores = count(lengths, np.random.default_rng(1).normal(size=len(lengths)))  # type: ignore[operator]
+    found = length_bias(scores, lengths, labels, Resampled(range(len(labels)), seed=0))
+    assert found["correlation"] > 0.9
+    ranked = plain(auroc(scores, labels), len(labels))
+    assert ranked is not None
+    assert ranked > 0.7
+    assert found["auroc_of_length"] > 0.7
+    assert found["auroc_within"] == pytest.approx(0.5, abs=0.05)
+    assert found["ahead"] <= 1e-9 or found["ahead_interval"][0] < 0
+    assert found["ahead_interval"][0] <= 0
+
+
+def test_short_is_counted_too() -> None:
+    lengths, _, labels = liked_for_length()
+    found = length_bias(-lengths, lengths, 1 - labels, Resampled(range(len(labels)), seed=0))
+    assert found["correlation"] == pytest.approx(-1.0)
+    assert found["auroc_of_length"] < 0.3
+    assert found["ahead_interval"] == (0.0, 0.0)
+
+
+def test_reading_is_seen_beside_length() -> None:
+    lengths, quality, labels = liked_for_length()
+    found = length_bias(lengths / 50 + quality, lengths, labels, Resampled(range(len(labels)), seed=0))
+    assert found["correlation"] > 0.5
+    assert found["auroc_within"] > 0.75
+    assert found["ahead_interval"][0] > 0.2
+
+
+def test_nothing_to_compare() -> None:
+    """Length tells the labels: no two of like length bear different ones."""
+    lengths, labels = np.repeat([10.0, 20.0], 20), np.repeat([0, 1], 20)
+    found = length_bias(lengths, lengths, labels, Resampled(range(40), seed=0))
+    assert found["auroc_within"] is None
+    assert found["ahead_interval"] is None

@@ -1,0 +1,351 @@
+"""Fuzzing: whatever stands in a data file or a recipe, it is read or refused in words. 10,000 cases by default.
+
+The cases are the same in every run; `PERL_FUZZ=20` draws 20 times as many, others each time.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perl.data.check import check
+from perl.data.jsonl import parse_line
+from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Turn
+from perl.data.sources import load_records
+from perl.data.taskmaster import Domain, rated, read_rows, whole_dialogue
+from perl.errors import UserError
+from perl.recipe import Recipe, load_recipe
+
+TIMES = int(os.environ.get("PERL_FUZZ", "1"))
+Cases = st.SearchStrategy[Any]
+
+
+def fuzz(count: int, cases: Cases, read: Callable[[Any], bool], least: float) -> None:
+    """Read so many cases. `read` says whether a case was accepted; at least this share has to be, and not all."""
+    seen = accepted = 0
+
+    @settings(
+        max_examples=count * TIMES,
+        derandomize=TIMES == 1,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def one(case: Any) -> None:
+        nonlocal seen, accepted
+        seen += 1
+        accepted += read(case)
+
+    one()
+    assert seen >= count * TIMES
+    assert least * seen <= accepted < seen, f"{accepted} of {seen} accepted: the cases are all of one kind"
+
+
+WORDS = st.text("abé{\t", min_size=1, max_size=4)
+TEXTS = st.text("a \0\ud800é", max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, texts: Cases) -> bytes:
+    """A text's bytes with a part cut out and others put in its place."""
+    content: bytes = draw(texts).encode("utf-8", "surrogatepass")
+    ends = st.integers(0, len(content))
+    begin, end = sorted((draw(ends), draw(ends)))
+    return content[:begin] + draw(st.binary(max_size=3)) + content[end:]
+
+
+# Rows in own formats.
+
+
+def messages(role: str, most: int) -> Cases:
+    return st.lists(st.fixed_dictionaries({"role": st.just(role), "content": WORDS}), min_size=1, max_size=most)
+
+
+CHATS = st.tuples(messages("user", 3), messages("assistant", 2)).map(lambda both: both[0] + both[1])
+PROMPTS = WORDS | messages("user", 2) | CHATS
+ANSWERS = WORDS | messages("assistant", 1)
+GOOD_ROWS = st.one_of(
+    st.fixed_dictionaries({"prompt": PROMPTS}, optional={"dialogue": WORDS, "more": VALUES}),
+    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": st.booleans()}),
+    st.fixed_dictionaries({"chosen": ANSWERS, "rejected": ANSWERS}, optional={"prompt": PROMPTS}),
+    st.fixed_dictionaries({"messages": CHATS}),
+)
+FIELDS = "messages prompt completion label chosen rejected dialogue margin probability more"
+CHANGES = st.dictionaries(st.sampled_from(FIELDS.split()), TEXTS | PROMPTS | VALUES | st.floats(0, 1), max_size=1)
+ROWS = st.builds(lambda row, changes: {**row, **changes}, GOOD_ROWS, CHANGES)
+LINES = (ROWS | VALUES).map(json.dumps)
+
+
+def parse(line: bytes) -> bool:
+    parsed = parse_line(line, "f:1")
+    if isinstance(parsed, Problem):
+        assert parsed.where == "f:1"
+        assert parsed.what
+        return False
+    assert parsed
+    for record in parsed:
+        assert isinstance(record, Demonstration | Rating | Comparison | Prompt)
+        assert_usable(record.context)
+        assert record.dialogue == record.dialogue.encode().decode()
+        if isinstance(record, Rating):
+            assert isinstance(record.label, bool)
+            assert record.answer.text.strip()
+    return True
+
+
+def assert_usable(turns: tuple[Turn, ...]) -> None:
+    for turn in turns:
+        assert "\0" not in turn.text
+        turn.text.encode()
+
+
+def test_any_row_gives_records_or_a_problem() -> None:
+    fuzz(1500, LINES.map(str.encode), parse, least=0.2)
+
+
+def test_any_line_gives_records_or_a_problem() -> None:
+    fuzz(1500, damaged(LINES) | st.binary(), parse, least=0.02)
+
+
+def test_any_file_is_described_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+
+    def read(content: bytes) -> bool:
+        file.write_bytes(content)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                return check(str(file)) == 0
+        except UserError as error:
+            return refused(error)
+
+    files = st.lists(LINES.map(str.encode) | damaged(LINES) | st.binary(), max_size=4).map(b"\n".join)
+    fuzz(500, files, read, least=0.02)
+
+
+def refused(error: UserError) -> bool:
+    """False, after a look at the message."""
+    assert error.status == 2
+    assert error.what
+    assert error.remedy
+    assert len(str(error)) < 3000
+    return False
+
+
+# Taskmaster's rows, and those of the public preference sets.
+
+OBJECTS = st.dictionaries(WORDS, VALUES, max_size=2)
+
+
+def mostly(good: Cases) -> Cases:
+    """One value in fifty is anything at all: most rows are right but for one place, or wholly right."""
+    return st.integers(0, 49).flatmap(lambda n: good if n else VALUES)
+
+
+def fields(**values: Cases) -> Cases:
+    return mostly(st.fixed_dictionaries({name: mostly(value) for name, value in values.items()}))
+
+
+CALLS = fields(role=st.just("agent"), api=st.dictionaries(WORDS, OBJECTS, min_size=1, max_size=1))
+REPLIES = fields(role=st.just("agent"), text=WORDS) | CALLS
+TURNS = REPLIES | fields(role=st.just("user"), text=WORDS) | fields(role=st.just("api"), response=OBJECTS)
+RATED = fields(
+    context=st.lists(TURNS, max_size=3).map(json.dumps),
+    generation=REPLIES.map(json.dumps),
+    reward=st.sampled_from([0.0, 1.0]),
+)
+PARTS = ["api_call", "request", "api_response", "response"]
+EXCHANGE = st.tuples(*(fields(name=st.just(part), value=WORDS | OBJECTS.map(json.dumps)) for part in PARTS)).map(
+    list
+)
+UTTERANCES = fields(speaker=st.sampled_from(["user", "assistant"]), text=WORDS, annotations=EXCHANGE | st.just([]))
+DIALOGUES = fields(utterances=st.lists(UTTERANCES, min_size=1, max_size=3))
+
+
+def understood(parsed: Rating | Demonstration | Problem) -> bool:
+    if isinstance(parsed, Problem):
+        assert parsed.where == "f[0]"
+        assert parsed.what
+        return False
+    answer = (parsed.answer,) if isinstance(parsed, Rating) else parsed.answer
+    assert_usable((*parsed.context, *answer))
+    assert any(turn.speaker == "agent" for turn in answer)
+    assert parsed.dialogue.startswith("coffee:")
+    return True
+
+
+def test_any_rated_turn_is_read_or_a_problem() -> None:
+    fuzz(1500, RATED | VALUES, lambda row: understood(rated(row, "f[0]")), least=0.1)
+
+
+def test_any_dialogue_is_read_or_a_problem() -> None:
+    fuzz(1000, DIALOGUES | VALUES, lambda row: understood(whole_dialogue(row, "f[0]")), least=0.05)
+
+
+@pytest.mark.parametrize("domain", ["coffee", "ticketing"])
+def test_any_taskmaster_files_are_read_or_refused(domain: Domain, tmp_path: Path) -> None:
+    release = tmp_path / {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}[domain]
+    for part in ("reward", "data"):
+        (release / part).mkdir(parents=True)
+
+    def read(contents: tuple[bytes, bytes]) -> bool:
+        for part, content in zip(("reward", "data"), contents, strict=True):
+            (release / part / "00.json").write_bytes(content)
+        try:
+            return bool(read_rows(tmp_path, domain).ratings)
+        except UserError as error:
+            return refused(error)
+
+    def files(rows: Cases) -> Cases:
+        text = st.lists(rows, min_size=1, max_size=3).map(json.dumps)
+        whole = text.map(str.encode)
+        return whole | whole | whole | damaged(text) | st.binary()
+
+    fuzz(250, st.tuples(files(RATED), files(DIALOGUES)), read, least=0.02)
+
+
+HH = st.builds(
+    lambda asked, better, worse: {"chosen": f"{asked} {better}", "rejected": f"{asked} {worse}"},
+    st.lists(st.builds("\n\nHuman: {}\n\nAssistant:".format, WORDS), min_size=1, max_size=2).map("".join),
+    mostly(WORDS),
+    mostly(WORDS),
+)
+SHP = fields(post_id=WORDS, history=WORDS, human_ref_A=WORDS, human_ref_B=WORDS, labels=st.integers(0, 1))
+TLDR = fields(
+    info=fields(id=WORDS, subreddit=WORDS, title=WORDS, post=WORDS),
+    summaries=st.lists(fields(text=WORDS), min_size=2, max_size=2),
+    choice=st.integers(0, 1),
+)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("hh-rlhf", HH), ("shp", SHP), ("tldr", TLDR)])
+def test_any_file_of_a_public_set_is_read_or_refused(name: str, rows: Cases, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    lines = (rows | rows | rows | VALUES).map(json.dumps)
+
+    def read(content: bytes) -> bool:
+        file.write_bytes(content)
+        try:
+            records = load_records(name, str(file), seed=0)
+        except UserError as error:
+            return refused(error)
+        for record in records.comparisons:
+            assert_usable((*record.context, record.better, record.worse))
+        return not records.problems
+
+    files = st.lists(lines.map(str.encode) | damaged(lines), min_size=1, max_size=3).map(b"\n".join)
+    fuzz(300, files, read, least=0.02)
+
+
+# Recipes.
+
+GOOD: dict[str, Any] = {
+    "name": "good",
+    "seed": 3,
+    "base": {"build": {"steps": 2, "hidden_size": 32, "heads": 2}},
+    "lora": {"rank": 4, "targets": ["q_proj"], "layers": [0, 1]},
+    "data": {"source": "jsonl", "path": "own.jsonl", "held_out": 0.25},
+    "sft": {"epochs": 2},
+    "reward": {"loss": "pairs", "learning_rate": 2e-3},
+    "rl": {"algorithm": "rloo", "samples_per_prompt": 4, "reward": {"function": "f.py:f"}, "kl_coef": 0.0},
+}
+KEYS = "name base build model rl reward sft steps lora layers config random_init trust_remote_code"
+MARKS = "1 -1 1e-3 .inf .nan null true ~ *a &a << [ ] { } , | > ' \" # % @ ` \\x 0x 1:60 2001-1-1 é \ud7ff"
+TAGS = "!!int !!float !!bool !!timestamp !!binary !!set !!map !!omap !!pairs !!python/name:os.system !x"
+SPACED = ["? ", ": ", "- ", "\n", "\n  ", "\n    ", "\t", "---\n", "...\n", *(f"{tag} " for tag in TAGS.split())]
+MARKUP = st.sampled_from([*KEYS.split(), *MARKS.split(), *SPACED])
+YAML = st.one_of(st.text(), st.lists(MARKUP, max_size=30).map("".join))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.dates(), st.binary(max_size=5)
+)
+CONTENT = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def near_recipes(draw: st.DrawFn) -> str:
+    """A good recipe with a few keys renamed, removed, put elsewhere or given other values."""
+    recipe = copy.deepcopy(GOOD)
+    for _ in range(draw(st.integers(0, 3))):
+        section = recipe
+        while True:
+            key = draw(st.sampled_from(sorted(section, key=str)))
+            if not (isinstance(section[key], dict) and section[key] and draw(st.booleans())):
+                break
+            section = section[key]
+        match draw(st.sampled_from(["value", "name", "remove", "word", "number"])):
+            case "value":
+                section[key] = draw(CONTENT)
+            case "name":
+                section[draw(SCALARS)] = section[key]
+            case "remove" if len(section) > 1:
+                del section[key]
+            case "word":
+                section[key] = draw(MARKUP)
+            case _:
+                section[key] = draw(st.integers(0, 9) | st.floats(0, 1))
+    return str(yaml.dump(recipe))
+
+
+OVERRIDES = st.one_of(
+    st.text(max_size=20),
+    st.builds(
+        "{}={}".format,
+        st.sampled_from(["rl.steps", "base.build", "base.config", "name", "data.path", "a.b.c", "lora", "", "."]),
+        YAML | CONTENT.map(yaml.dump),
+    ),
+)
+
+
+def load(folder: Path, content: bytes, overrides: list[str]) -> bool:
+    file = folder / "recipe.yaml"
+    file.write_bytes(content)
+    try:
+        recipe = load_recipe(file, overrides)
+    except UserError as error:
+        return refused(error)
+    assert isinstance(recipe, Recipe)
+    assert len(recipe.sha256) == 64
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+    return True
+
+
+def test_any_text_is_no_recipe_and_refused(tmp_path: Path) -> None:
+    fuzz(
+        1500,
+        YAML.map(lambda text: text.encode("utf-8", "surrogatepass")),
+        lambda c: load(tmp_path, c, []),
+        least=0,
+    )
+
+
+def test_any_near_recipe_is_read_or_refused(tmp_path: Path) -> None:
+    fuzz(1000, near_recipes().map(str.encode), lambda content: load(tmp_path, content, []), least=0.05)
+
+
+def test_any_damaged_recipe_is_read_or_refused(tmp_path: Path) -> None:
+    good = st.just(yaml.dump(GOOD))
+    fuzz(500, damaged(good), lambda content: load(tmp_path, content, []), least=0.02)
+
+
+def test_any_override_is_taken_or_refused(tmp_path: Path) -> None:
+    good = yaml.dump(GOOD).encode()
+    fuzz(500, st.lists(OVERRIDES, max_size=2), lambda overrides: load(tmp_path, good, overrides), least=0.02)

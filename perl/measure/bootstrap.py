@@ -16,9 +16,12 @@ Floats = NDArray[np.float64]
 Figure = Callable[[Floats], Floats]
 Interval = tuple[float, float]
 
-RESAMPLES = 1000
+RESAMPLES = (200, 1000)
+"""At least and at most: the more answers, the fewer."""
+WEIGHTS = 20_000_000
+"""Resamples times answers: what a figure takes a second or so to go through."""
 HELD = 4_000_000
-"""Weights in memory at a time."""
+"""Of these in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +41,17 @@ class Resampled:
     Args:
         dialogues: of each answer.
         seed: of the draws.
-        samples: how many resamples.
     """
 
-    def __init__(self, dialogues: Sequence[str] | Sequence[int], seed: int, samples: int = RESAMPLES) -> None:
+    def __init__(self, dialogues: Sequence[str] | Sequence[int], seed: int) -> None:
         _, self._dialogue_N = np.unique(np.asarray(dialogues), return_inverse=True)
         count = int(self._dialogue_N.max()) + 1
-        drawn_SG = np.random.default_rng(seed).integers(count, size=(samples, count))
-        places_SG = drawn_SG + count * np.arange(samples)[:, None]
-        drawn = np.bincount(places_SG.ravel(), minlength=samples * count)
-        self._times_SG = drawn.reshape(samples, count).astype(np.int32)
+        least, most = RESAMPLES
+        samples = min(most, max(least, WEIGHTS // len(dialogues)))
+        random = np.random.default_rng(seed)
+        self._times_SG = np.empty((samples, count), dtype=np.int16)  # no dialogue is drawn thousands of times
+        for times_G in self._times_SG:
+            times_G[:] = np.bincount(random.integers(count, size=count), minlength=count)
 
     def estimate(self, figure: Figure) -> Estimate:
         """The figure of the answers as they are, and between which values 95 % of its resamples lie."""

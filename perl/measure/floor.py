@@ -16,7 +16,7 @@ from perl.measure.bootstrap import Floats
 CONTEXT_CHARACTERS = 400
 """The end of the context is what an answer answers."""
 FLOOR_ROWS = 20_000
-"""Training rows at most, evenly spaced: some 3 s on one core."""
+"""Training rows at most, evenly spaced: the floor is to take seconds."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The reward model's card on the page: the verdict, every figure, the other tuning, and no markup from the data."""
+"""The reward model's card on the page: verdict, every figure, the other tuning, and no markup from the data."""
 
 import json
 from pathlib import Path

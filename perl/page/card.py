@@ -62,7 +62,7 @@ def _rows(cards: Sequence[RewardEval]) -> list[tuple[str, Spread, Interval | Non
         ("AUROC against the labels", lambda card: (card.auroc_labels, _interval(card, "auroc_labels"))),
         ("Pairwise accuracy", lambda card: (card.pairwise_accuracy, _interval(card, "pairwise_accuracy"))),
         ("Accuracy", lambda card: (card.accuracy, _interval(card, "accuracy"))),
-        ("… of always giving the more frequent label", lambda card: (card.majority_accuracy, None)),
+        ("… of the majority label alone", lambda card: (card.majority_accuracy, None)),
         ("Balanced accuracy", lambda card: (card.balanced_accuracy, _interval(card, "balanced_accuracy"))),
         *_beside(cards[0]),
         *_calibration(cards[0]),
@@ -80,12 +80,12 @@ def _beside(first: RewardEval) -> list[tuple[str, Figure]]:
     rows: list[tuple[str, Figure]] = []
     if first.floor is not None:
         name = "AUROC" if first.floor.figure == "auroc" else "Pairwise accuracy"
-        rows.append((f"{name} of TF-IDF with logistic regression", _of_floor("value")))
+        rows.append((f"{name} of TF-IDF + logistic regr.", _of_floor("value")))
         rows.append(("… the model is ahead by", _of_floor("ahead")))
     if first.length is not None:
         rows.append(("AUROC of length alone", _of_length("auroc_of_length")))
         rows.append(("… of the model among like lengths", _of_length("auroc_within")))
-        rows.append(("Correlation of score and length (Spearman)", _of_length("correlation")))
+        rows.append(("Correlation with length (Spearman)", _of_length("correlation")))
     return rows
 
 

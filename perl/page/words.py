@@ -148,8 +148,8 @@ def calibration_words(cards: Sequence[RewardEval]) -> str:
     if after is None:
         return f"{words}."
     return (
-        f"{words}, and scaled by {100 * after.mean:.0f}: σ({decimal(scaled[0].slope)} · score "
-        f"{signed(scaled[0].intercept)}), judged on dialogues that it was not fitted to."
+        f"{words}. Scaled to σ({decimal(scaled[0].slope)} · score {signed(scaled[0].intercept)}) they are off by "
+        f"{100 * after.mean:.0f}, judged on dialogues that the scaling was not fitted to."
     )
 
 

@@ -55,7 +55,7 @@ def test_a_fit_model(tmp_path: Path, figures: dict[str, Any]) -> None:
         assert f"<li>{reason}</li>" in text
     assert f'<td class="number">{figures["floor"]["value"]:.2f}</td>' in text
     after = figures["calibration"]["ece_after"]
-    assert f"scaled by {100 * after:.0f}" in text
+    assert f"they are off by {100 * after:.0f}, judged on dialogues" in text
     assert "of the model among like lengths" in text
     for one in figures["slices"]:
         assert f'<th scope="row">{one["by"]}</th><td>{one["name"]}</td>' in text

@@ -2,20 +2,27 @@
 
 Axes: N tokens (answer positions of a batch, flattened), D hidden, V vocabulary.
 
-The LM head runs on `chunk` tokens at a time, and each chunk is checkpointed: its logits live while it is
-computed and again while its gradient is, so memory is a few chunk × V floats instead of N × V, for one more
-product with the head in the backward pass. Take only the answers' positions to begin with: the prompt's
-need no LM head.
+The LM head runs on `chunk` tokens at a time: their logits live while they are computed, and again, computed
+anew, while their gradient is. So memory is a few chunk × V floats instead of N × V, for one more product with the
+head in the backward pass. Take only the answers' positions to begin with: the prompt's need no LM head.
+
+The gradient is written out: with p = softmax(z), z = (W h + b) / temperature, and a token y,
+
+    ∂ log p(y) / ∂z = 1[y] - p        ∂ H(p) / ∂z = -p (log p + H)
+
+Left to autograd, both would come by way of two more tensors of chunk × V each.
 
 Precision: the product with the head runs in the head's own dtype, as it does when the model samples; the
 logits are then fp32 for the temperature, the softmax and the entropy. So a bf16 base gives here the log-probs
 that it sampled with, and no fp32 copy of the head is made.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 2**23
 """Logits held at a time."""
@@ -26,16 +33,68 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def _chunk_log_probs_and_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """`log_probs_and_entropy` with the logits of all tokens held at once."""
-    logits_NV = F.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V).float() / temperature
-    all_log_probs_NV = logits_NV.log_softmax(dim=-1)
-    log_probs_N = all_log_probs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-    # softmax, not the exponential of what is there: on a CPU that takes ten times as long
-    entropies_N = -(logits_NV.softmax(dim=-1) * all_log_probs_NV).sum(dim=-1)
-    return log_probs_N, entropies_N
+def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    """The logits z (n, V), fp32, of a chunk of n tokens."""
+    logits_nV = F.linear(hidden_nD.to(weight_VD.dtype), weight_VD, bias_V).float()
+    return logits_nV if temperature == 1.0 else logits_nV.div_(temperature)
+
+
+class _InChunks(torch.autograd.Function):
+    """`log_probs_and_entropy`, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        log_probs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        entropies_N = torch.empty_like(log_probs_N)
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
+            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, temperature)
+            all_log_probs_nV = logits_nV.log_softmax(-1)
+            log_probs_N[part] = all_log_probs_nV.gather(1, targets_N[part, None])[:, 0]
+            # softmax, not the exponential of what is there: on a CPU that takes ten times as long
+            entropies_N[part] = -logits_nV.softmax(-1).mul_(all_log_probs_nV).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, entropies_N)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return log_probs_N, entropies_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor | None, grad_H_N: Tensor | None) -> Any:
+        hidden_ND, weight_VD, bias_V, targets_N, entropies_N = ctx.saved_tensors
+        wanted = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
+        found = [torch.zeros_like(one) if needed else None for one, needed in wanted]
+        # The division of the logits, on rows instead of on all that is n × V.
+        down_N, down_H_N = (None if one is None else one / ctx.temperature for one in (grad_N, grad_H_N))
+        for start in range(0, len(hidden_ND), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, ctx.temperature)
+            grad_nV = logits_nV.softmax(-1)
+            if down_H_N is not None:
+                weights_nV = logits_nV.log_softmax(-1).add_(entropies_N[part, None])
+                weights_nV.mul_(down_H_N[part, None])
+                grad_nV.mul_(weights_nV if down_N is None else weights_nV.add_(down_N[part, None])).neg_()
+            elif down_N is not None:
+                grad_nV.mul_(-down_N[part, None])
+            if down_N is not None:
+                grad_nV.scatter_add_(1, targets_N[part, None], down_N[part, None])
+            grad_nV = grad_nV.to(weight_VD.dtype)
+            of_hidden, of_weight, of_bias = found
+            if of_hidden is not None:
+                of_hidden[part] = grad_nV @ weight_VD
+            if of_weight is not None:
+                of_weight.addmm_(grad_nV.T, hidden_ND[part].to(weight_VD.dtype))
+            if of_bias is not None:
+                of_bias += grad_nV.sum(0)
+        return *found, None, None, None
 
 
 def log_probs_and_entropy(
@@ -64,19 +123,7 @@ def log_probs_and_entropy(
     """
     assert temperature > 0, temperature
     assert chunk >= 1, chunk
-    parts: list[tuple[Tensor, Tensor]] = [
-        checkpoint(
-            _chunk_log_probs_and_entropy,
-            hidden,
-            weight_VD,
-            bias_V,
-            targets,
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing here is random
-        )
-        # split, not slices: its backward joins the chunks once, where each slice's makes zeros of N x D
-        for hidden, targets in zip(torch.split(hidden_ND, chunk), torch.split(targets_N, chunk), strict=True)
-    ]
-    log_probs, entropies = zip(*parts, strict=True)
-    return torch.cat(log_probs), torch.cat(entropies)
+    found: tuple[Tensor, Tensor] = _InChunks.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, bias_V, targets_N, temperature, chunk
+    )
+    return found

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from perl.model.shared_base import SharedBase
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
@@ -134,6 +136,27 @@ def test_micro_batches_and_checkpointing_change_no_step(
             assert two["policy_loss"] == pytest.approx(one["policy_loss"], abs=1e-4)
             assert two["value_loss"] == pytest.approx(one["value_loss"], rel=1e-3)
             assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo, own critic"])
+def test_the_lower_half_computed_once_changes_no_step(
+    name: str, toy: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose adapters are on the upper half ends in the adapters of one that computes all blocks anew."""
+    ends = []
+    for place in ("once", "anew"):
+        if place == "anew":
+            monkeypatch.setattr(SharedBase, "shared_blocks", 0)
+        file = recipe(toy, tmp_path / "r.yaml", **ALGORITHMS[name], steps=3)
+        code, text = run_cli("run", str(file), "lora.layers=top-half", "--out", str(tmp_path / place))
+        assert code == 0, text
+        roles = ["policy"] + ["critic"] * (name != "ppo")
+        files = [tmp_path / place / role / "adapter" / "adapter_model.safetensors" for role in roles]
+        ends.append([load_file(file) for file in files])
+    for once, anew in zip(*ends, strict=True):
+        assert max(float(tensor.abs().max()) for key, tensor in once.items() if "lora_B" in key) > 0.01
+        for key, tensor in once.items():
+            torch.testing.assert_close(tensor, anew[key], rtol=0, atol=1e-5)
 
 
 def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

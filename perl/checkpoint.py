@@ -21,6 +21,7 @@ from torch import Tensor
 
 from perl.errors import UserError
 from perl.files import whole_folder, write_json, write_tensors
+from perl.parallel.processes import ALONE, Processes
 
 KEPT = 2
 """The newest checkpoints that stay on disk, besides those that are asked to."""
@@ -45,11 +46,15 @@ class Checkpoints:
         folder: theirs; made when the first is written. What an interrupted write left there is removed.
         every: steps from one to the next.
         belongs: what the state is of and follows from, by what it is: hashes of the base, the recipe, roles.
+        processes: who runs the stage; the main one writes, and all can read the folder.
     """
 
-    def __init__(self, folder: Path, every: int, belongs: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, every: int, belongs: Mapping[str, str] | None = None, processes: Processes = ALONE
+    ) -> None:
         self.folder, self._every, self._belongs = folder, every, dict(belongs or {})
-        for unfinished in folder.glob(".step-*.unfinished"):
+        self._processes = processes
+        for unfinished in folder.glob(".step-*.unfinished") if processes.main else ():
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def due(self, step: int) -> bool:
@@ -66,6 +71,11 @@ class Checkpoints:
         Raises:
             OSError: no room; the checkpoints before are as they were.
         """
+        if self._processes.main:
+            self._write(state, keep)
+        self._processes.barrier()
+
+    def _write(self, state: State, keep: Collection[int]) -> None:
         with whole_folder(self._of(state.step)) as unfinished:
             write_tensors(unfinished / TENSORS, state.tensors)
             content = {"step": state.step, "belongs": self._belongs, "values": state.values}

@@ -102,6 +102,36 @@ def compare_command(
             compare(loaded, folder, seeds)
 
 
+@app.command("sweep")
+def sweep_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    ranks: Annotated[str, typer.Option("--ranks", metavar="R,R", help="Ranks of the adapters.")] = "1,2,4,8,16",
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="T,T", help="Where they are: attention, all-linear.")
+    ] = "attention,all-linear",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
+    full: Annotated[bool, typer.Option("--full/--no-full", help="Full tuning beside them.")] = True,
+) -> None:
+    """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
+    from perl.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from perl.sweep import parse_list, sweep
+
+    folder = out or Path("runs") / f"{loaded.name}-sweep"
+    with _writing(folder):
+        sweep(
+            loaded,
+            folder,
+            parse_list("--ranks", ranks, int),
+            parse_list("--targets", targets, str),
+            parse_list("--seeds", seeds, int),
+            full,
+        )
+
+
 @app.command("estimate")
 def estimate_command(
     recipe: RecipeFile,
@@ -256,11 +286,12 @@ def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any
 
     loaded = load_recipe(recipe, overrides)
     # After the recipe is read: torch and transformers take seconds to import, a typo should not wait for them.
+    from perl.parallel.joined import joined
     from perl.pipeline import run
 
     folder = out or Path("runs") / loaded.name
-    with _writing(folder):
-        run(loaded, folder, [stage] if stage else None)
+    with _writing(folder), joined() as engine:
+        run(loaded, folder, [stage] if stage else None, engine=engine)
 
 
 @contextlib.contextmanager

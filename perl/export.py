@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.errors import UserError
 from perl.evaluate import open_run
 from perl.files import user_named, whole_folder, write_whole
+from perl.model.encoder import EncoderHead
 from perl.model.padding import left_pad
-from perl.model.plain import classifier, generating_tokenizer, merge, save_adapter, save_model, scoring_tokenizer
+from perl.model.plain import (
+    classifier,
+    generating_tokenizer,
+    merge,
+    save_adapter,
+    save_model,
+    scoring_tokenizer,
+    text_end,
+)
 from perl.model.roles import Role
 from perl.model.saved import STAMP
 from perl.model.shared_base import SharedBase
@@ -62,7 +72,8 @@ def export(run: Path, role: str, folder: Path, merged: bool) -> None:
     scores = who in session.roles.heads
     chat = session.base.chat
     tokenizer = scoring_tokenizer(chat) if scores else generating_tokenizer(chat)
-    made = Exported(who, STAGES[who], whole, scores, _is_text(session), tokenizer.pad_token_id)
+    end = "tokenizer.eos_token" if text_end(tokenizer) else ""
+    made = Exported(who, STAGES[who], whole, scores, _is_text(session), end, tokenizer.pad_token_id)
     with user_named(folder), whole_folder(folder.resolve()) as unfinished:
         tokenizer.save_pretrained(unfinished)
         shutil.copyfile(session.saved(who) / STAMP, unfinished / STAMP)
@@ -159,7 +170,9 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
     # As it was trained: log-odds, of which pipelines give the probability; or a number, which they give as it is.
     thumbs = session.stamp(role).reward_is_probability
     label, problem_type = ("thumb up", "multi_label_classification") if thumbs else (str(role), "regression")
-    return classifier(lm, roles.head(role), label, problem_type, tokenizer)
+    head = roles.heads[role]
+    assert isinstance(head, nn.Linear | EncoderHead)
+    return classifier(lm, head, label, problem_type, tokenizer)
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -191,7 +204,7 @@ def _largest_difference(
             continue
         ours = session.roles(trunk, *left_pad([ids], chat.pad_id, session.device), head=role).scores_B
         row, is_text = messages((*context, answer)), answer.speaker == "text"
-        text = row + tokenizer.eos_token if is_text else tokenizer.apply_chat_template(row, tokenize=False)
+        text = f"{row}{text_end(tokenizer)}" if is_text else tokenizer.apply_chat_template(row, tokenize=False)
         inputs = tokenizer(text, add_special_tokens=is_text, return_tensors="pt").to(session.device)
         differences.append(float((model(**inputs).logits[:, 0] - ours).abs()))
     return max(differences, default=None)
@@ -209,6 +222,6 @@ def _say(session: Session, made: Exported, folder: Path) -> None:
         said = (
             f"It needs its base, {session.base.name}: a folder of this machine, which others do not have. "
             "Where they have it elsewhere, base_model_name_or_path in adapter_config.json is to name it. "
-            "To give it away whole, export with --merge."
+            + ("" if session.recipe.base.quantization == "4bit" else "To give it away whole, export with --merge.")
         )
         console.print(said, style="yellow", markup=False)

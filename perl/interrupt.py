@@ -3,35 +3,49 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
+
+GRACE = 3.0
+"""Seconds in which a launcher may pass on the one signal that a terminal has sent to everybody."""
 
 
 @dataclass
 class Leaving:
     """Whether someone asked to leave."""
 
+    processes: Processes = ALONE
     wanted: bool = False
+
+    def asked(self) -> bool:
+        """Whether any process was asked to: all of them learn it at the same step, and ask once a step."""
+        self.wanted = self.processes.any(self.wanted)
+        return self.wanted
 
 
 @contextlib.contextmanager
-def between_steps() -> Iterator[Leaving]:
+def between_steps(processes: Processes = ALONE) -> Iterator[Leaving]:
     """Inside, a signal to leave is only noted; whoever trains asks after each step, saves, and leaves.
 
     Off the main thread nothing changes: Python lets no other thread handle signals.
     """
-    leaving = Leaving()
+    leaving, first = Leaving(processes), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield leaving
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if leaving.wanted:
+        nonlocal first
+        if leaving.wanted and (processes.count == 1 or time.monotonic() > first + GRACE):
             raise KeyboardInterrupt
-        leaving.wanted = True
+        if leaving.wanted:
+            return
+        leaving.wanted, first = True, time.monotonic()
         console.print("Leaving once this step is done and saved; once more to leave at once.")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -37,6 +37,8 @@ class Exported:
     """A sequence classifier; else a language model."""
     text: bool
     """The run's rows are plain text, without a chat format."""
+    text_end: str
+    """What plain text needs after it, as Python."""
     pad_id: int
     """The token for padding."""
     difference: float | None = None
@@ -109,8 +111,9 @@ def _code(session: Session, made: Exported) -> str:
 
 def _score_code(made: Exported) -> list[str]:
     if made.text:
+        parts = ('"A prompt"', '" and its answer."', made.text_end)
         return [
-            'texts = ["A prompt" + " and its answer." + tokenizer.eos_token]',
+            f"texts = [{' + '.join(part for part in parts if part)}]",
             'rows = tokenizer(texts, padding=True, return_tensors="pt")',
             "scores = model(**rows).logits[:, 0]",
         ]

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from perl.errors import UserError
+from perl.parallel.engine import Engine
 from perl.progress import console
 from perl.recipe import Recipe, StageName
 from perl.report import write_report
 from perl.rundir import STAGE_ROLE
 from perl.stages import reward, rl, sft
-from perl.stages.session import Session, open_session, seed_everything
+from perl.stages.session import Material, Session, open_session, seed_everything
 
 TRAIN: dict[StageName, Callable[[Session], dict[str, Any]]] = {
     "sft": sft.train_sft,
@@ -29,12 +30,20 @@ SUMMARY: dict[StageName, Callable[[dict[str, Any]], None]] = {
 }
 
 
-def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) -> None:
+def run(
+    recipe: Recipe,
+    out: Path,
+    stages: Sequence[StageName] | None = None,
+    material: Material | None = None,
+    engine: Engine | None = None,
+) -> None:
     """Run the stages that are not finished, and write the report.
 
     Args:
         out: the run folder.
         stages: which of the recipe's stages to run; all of them by default.
+        material: data and base, where they were read before.
+        engine: of the processes that run it together; each calls this.
 
     Raises:
         UserError: the input of any stage cannot be used; nothing has been written then.
@@ -42,7 +51,7 @@ def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) ->
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
-    session = open_session(recipe, out)
+    session = open_session(recipe, out, material=material, engine=engine)
     wanted = tuple(stages or recipe.stages)
     unfinished = [stage for stage in wanted if session.folder.result(stage) is None]
     for stage in unfinished:
@@ -58,7 +67,11 @@ def run(recipe: Recipe, out: Path, stages: Sequence[StageName] | None = None) ->
             else:
                 console.print(f"{stage} is finished already; its result:")
             SUMMARY[stage](result)
-        write_report(session)
+        sha256_after = session.roles.base_sha256()  # all processes gather the base together
+        if session.processes.main:
+            write_report(session, sha256_after)
+    if not session.processes.main:
+        return
     from perl.page.render import write_page  # matplotlib takes a second to import: not before there is a page
 
     page = write_page([out], out / "report.html")

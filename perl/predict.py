@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.data.records import Records
 from perl.measure.ledger import KINDS, PHASES, PhaseMemory
 from perl.measure.probe import Kind, Phase
-from perl.model.base import Base, load_config, load_tokenizer, numbered_tokens
+from perl.model.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
 from perl.model.build import tiny_config, train_tokenizer
-from perl.model.chat import ChatFormat
 from perl.model.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
 from perl.model.lora import linear_layers
 from perl.model.roles import Roles
@@ -35,6 +35,7 @@ from perl.stages.session import (
     Trial,
     adapter_shape,
     corpus,
+    only_scores,
     quiet_libraries,
     read_data,
     seed_everything,
@@ -122,7 +123,7 @@ def read_subject(recipe: Recipe) -> Subject:
             config, numbered_tokens(config.get_text_config().vocab_size), _longest(train), _longest(held_out)
         )
     assert spec.model is not None
-    config = load_config(spec.model, spec.trust_remote_code)
+    config = load_config(spec.model, spec.trust_remote_code, encoders=only_scores(recipe))
     tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
     return Subject(config, tokenizer, _longest(train), _longest(held_out))
 
@@ -170,10 +171,15 @@ def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
     lm = fake_lm(config, dtype)
     linear = [lm.get_submodule(name).weight.nbytes for name in linear_layers(lm)]
     everything = sum(parameter.nbytes for parameter in lm.parameters())
-    outside = {id(p): p.nbytes for p in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight)}
+    outside = {id(p): p.nbytes for p in (lm.get_input_embeddings().weight, *_output_weights(lm))}
     blocks = everything - sum(outside.values())
     depth = config.get_text_config().num_hidden_layers
     return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, sum(outside.values()))
+
+
+def _output_weights(lm: PreTrainedModel) -> list[Tensor]:
+    head = lm.get_output_embeddings()
+    return [] if head is None else [head.weight]  # an encoder has none
 
 
 def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
@@ -226,13 +232,14 @@ def _session(recipe: Recipe, subject: Subject, depth: int, scratch: Path) -> Ses
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
     roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
+    chat, context_length = chat_format(lm, subject.tokenizer)
     base = Base(
         name="no weights",
         tokenizer=subject.tokenizer,
-        chat=ChatFormat(subject.tokenizer),
+        chat=chat,
         sha256="",
         parameters=sum(parameter.numel() for parameter in lm.parameters()),
-        context_length=int(getattr(text, "max_position_embeddings", 2**31)),
+        context_length=context_length,
         load=lambda: lm,
     )
     trial = Trial(STEPS, abridged=True)

@@ -16,14 +16,16 @@ from perl.stages.session import Session
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
-def write_report(session: Session) -> Path:
+def write_report(session: Session, after: str | None) -> Path:
     """Write report.json of all finished stages; say aloud if the base has changed.
+
+    Args:
+        after: SHA-256 of the base's weights as they are now; None where there is no shared base.
 
     Raises:
         RuntimeError: the base's bytes after the run are not those before it.
     """
     recipe, base = session.recipe, session.base
-    after = session.roles.base_sha256()
     stages = {stage: session.folder.result(stage) for stage in recipe.stages}
     report: dict[str, Any] = {
         "name": recipe.name,
@@ -34,7 +36,8 @@ def write_report(session: Session) -> Path:
             "python": platform.python_version(),
             **{n: version(n) for n in LIBRARIES},
         },
-        "hardware": hardware(session.device),
+        "hardware": hardware(session.device)
+        | {"processes": session.processes.count, "engine": session.engine.name},
         "base": {
             "model": base.name,
             "parameters": base.parameters,

@@ -16,11 +16,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from perl.errors import UserError
 from perl.files import write_json, write_whole
 from perl.model.roles import Role
+from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName, load_recipe
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
@@ -28,18 +29,36 @@ STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: where; all processes can read it.
+        processes: who runs the recipe; the main one writes.
+    """
+
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self.path, self._processes = path, processes
 
     @contextlib.contextmanager
     def claim(self, recipe: Recipe) -> Iterator[None]:
         """Make the folder this recipe's, and this process's inside the block.
 
         Raises:
-            UserError: the folder cannot be written, holds another recipe's run, or another run is using it.
+            UserError: the folder cannot be written, holds another recipe's run, or another run is using it; or a
+                process on another host does not see it.
         """
+        with self._locked(recipe) if self._processes.main else contextlib.nullcontext():
+            self._processes.barrier()
+            if not (self.path / "recipe.yaml").exists():
+                raise UserError(
+                    f"process {self._processes.rank} does not see what the first one has written there",
+                    where=str(self.path.absolute()),
+                    remedy="Give an --out that all hosts share.",
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, recipe: Recipe) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -95,10 +114,13 @@ class RunFolder:
 
     def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
         """The step-by-step figures of a stage, of which so many steps are done: later lines are removed."""
-        return MetricsLog(self.role(STAGE_ROLE[stage]) / "metrics.jsonl", done)
+        file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
+        return MetricsLog(file, done)
 
     def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
         """Write answers for people to read, a line a prompt."""
+        if not self._processes.main:
+            return
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
 
@@ -121,18 +143,23 @@ class RunFolder:
 
     def finish(self, stage: StageName, result: dict[str, Any]) -> None:
         """Note what a stage came to: from now on it is finished."""
-        write_json(self.role(STAGE_ROLE[stage]) / "result.json", result)
+        if self._processes.main:
+            write_json(self.role(STAGE_ROLE[stage]) / "result.json", result)
+        self._processes.barrier()
 
 
 class MetricsLog:
     """A file of JSON lines, one a step.
 
     Args:
-        file: where.
+        file: where; None: nowhere.
         done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint goes.
     """
 
-    def __init__(self, file: Path, done: int = 0) -> None:
+    def __init__(self, file: Path | None, done: int = 0) -> None:
+        self._file: TextIO | None = None
+        if file is None:
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
         write_whole(file, "".join(lines[:done]))  # a line a step
@@ -140,6 +167,8 @@ class MetricsLog:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Add a line, at once on disk for who follows the run."""
+        if self._file is None:
+            return
         line = {"step": step, **{name: _finite(value) for name, value in figures.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -149,8 +178,9 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         """Close the file."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _finite(value: float) -> float | None:

@@ -1,10 +1,13 @@
 """`evaluate RUN reward`: the card in JSON and in words."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
@@ -67,3 +70,55 @@ def test_answers_that_it_learnt_from_do_not_count(trained: Path, run_cli: RunCli
     assert card["seen_in_training"] == 60
     assert not card["verdict"]["fit"]
     assert "60 of these 72 answers are of dialogues it was trained on" in card["verdict"]["reasons"][0]
+
+
+def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:
+    """Ratings of answers that differ in nothing but length: four in five are up, the longer ones, or anybody's."""
+    draw = random.Random(0)
+    words = [draw.randrange(1, 13) for _ in range(count)]
+    labels = [(length > 2) != (draw.random() < 0.05) for length in words]
+    if shuffle:
+        draw.shuffle(labels)
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Number {index // 3}."}],
+            "completion": " ".join(["so"] * length),
+            "label": label,
+        }
+        for index, (length, label) in enumerate(zip(words, labels, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("shuffled", "no better than a coin"),
+        ("constant", "no better than a coin: AUROC 0.50 (0.50 to 0.50)"),
+        ("length", "It only counts length"),
+    ],
+)
+def test_impostors_are_told_from_reward_models(
+    name: str, reason: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Trained and judged by the commands, on data where always saying up is right four times in five."""
+    file = write_rows(tmp_path / "rated.jsonl", liked_by_length(450, shuffle=name != "length"))
+    recipe = write_recipe(
+        data={"source": "jsonl", "path": str(file), "held_out": 0.5},
+        reward={"loss": "thumbs", "epochs": 4, "batch_size": 16, "learning_rate": 0.01, "max_length": 64},
+        rl=None,
+    )
+    out = tmp_path / "out"
+    code, text = run_cli("run", recipe, "--out", out)
+    assert code == 0, text
+    if name == "constant":
+        weights = out / "reward" / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        (head,) = [key for key in tensors if "score" in key]
+        save_file(tensors | {head: torch.zeros_like(tensors[head])}, weights)
+    code, text = run_cli("evaluate", out, "reward", "--json", tmp_path / "card.json")
+    assert code == 0, text
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["majority_accuracy"] > 0.75
+    assert card["verdict"]["fit"] is False
+    assert reason in " ".join(card["verdict"]["reasons"]), card["verdict"]
+    assert "Not fit for RL" in text

@@ -237,3 +237,12 @@ def test_real_tensors_keep_their_values_among_unknown_ones() -> None:
         assert torch.tensor([1.5]).tolist() == [1.5]
         assert isinstance(torch.zeros(3), FakeTensor)  # a buffer that fake values are to be written to
     assert not isinstance(torch.zeros(3), FakeTensor)
+
+
+def test_answers_that_outgrow_the_cache_first_laid_out(dialogues: Path) -> None:
+    """Keys and values of all positions: 2 layers, 3 rows, 2 heads of 16, bf16; prompts of 40 are padded to 48."""
+    content = recipe(dialogues, 2, SHORT, "rl").model_dump()
+    content["rl"] |= {"max_new_tokens": 200}
+    changed = Recipe.model_validate(content)
+    kinds = predict(changed, read_subject(changed))["rl"]["generate"].kinds
+    assert kinds["kv_cache"] == 2 * 2 * 3 * 2 * 16 * (SHORT + 200) * 2

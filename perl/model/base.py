@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +23,8 @@ from transformers import (
 
 from perl.errors import UserError, machine_fault
 from perl.model.chat import ChatFormat
+from perl.model.encoder import WRITES, EncoderFormat, in_head, is_encoder, position_room
+from perl.model.four_bit import four_bit_config, keep_layout, scales, weights_of
 from perl.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -53,14 +56,17 @@ def load_base(
     four_bit: bool = False,
     random_seed: int | None = None,
     trust_remote_code: bool = False,
+    encoders: bool = False,
 ) -> tuple[Base, PreTrainedModel]:
     """Load a causal LM and its tokenizer from the hub or a folder; safetensors only.
+
+    Where `encoders` will do too, of one its sequence classifier is loaded, whose head is new.
 
     With a `random_seed` only the configuration is read, and the weights are drawn at random.
     With `trust_remote_code` Python code that comes with the model may run.
 
     Raises:
-        UserError: no such model, not a causal LM, weights missing or pickled, no tokenizer, a tokenizer with
+        UserError: no such model, not one that will do, weights missing or pickled, no tokenizer, a tokenizer with
             more tokens than the model has embeddings, or code of its own that is not trusted.
         MachineError: no memory for it, or no permission to read it.
     """
@@ -69,8 +75,8 @@ def load_base(
 
     def load() -> PreTrainedModel:
         if random_seed is None:
-            return _load_weights(model, dtype, device, four_bit, trust_remote_code)
-        config = load_config(model, trust_remote_code)
+            return _load_weights(model, dtype, device, four_bit, trust_remote_code, encoders)
+        config = load_config(model, trust_remote_code, encoders)
         try:
             return _random_weights(config, dtype, device, random_seed)
         except Exception as error:  # as in `random_base`
@@ -90,10 +96,15 @@ def random_base(
     """
 
     def load() -> PreTrainedModel:
-        return _random_weights(without_own_code(AutoConfig.for_model(**config)), dtype, device, seed)
+        made = without_own_code(AutoConfig.for_model(**config))
+        if is_encoder(made):
+            raise _no_writer(str(config.get("model_type")), "base.config")
+        return _random_weights(made, dtype, device, seed)
 
     try:
         lm = load()
+    except UserError:
+        raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
         remedy = "Give model_type (such as llama) and that model's own keys."
         raise _refusal(error, "not the configuration of a causal LM", "base.config", remedy) from None
@@ -111,10 +122,18 @@ def _base(
             where=f"base.model {name}",
             remedy="Use the tokenizer that belongs to this model.",
         )
-    _check_causal(lm, name)
-    parameters = sum(parameter.numel() for parameter in lm.parameters())
-    context_length = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
-    return Base(name, tokenizer, ChatFormat(tokenizer), weights_sha256(lm), parameters, context_length, load)
+    if not is_encoder(lm.config):
+        _check_causal(lm, name)
+    parameters = sum(weights_of(parameter) for parameter in lm.parameters())
+    chat, context_length = chat_format(lm, tokenizer)
+    return Base(name, tokenizer, chat, weights_sha256(lm), parameters, context_length, load)
+
+
+def chat_format(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, int]:
+    """How dialogues are written for a base, and the longest sequence that it takes."""
+    if is_encoder(lm.config):
+        return EncoderFormat(tokenizer, position_room(lm)), position_room(lm)
+    return ChatFormat(tokenizer), int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
 
 
 @torch.no_grad()
@@ -133,9 +152,14 @@ def _check_causal(lm: PreTrainedModel, name: str) -> None:
 def _random_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
+        lm = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
     assert isinstance(lm, PreTrainedModel)
     return lm
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers' that makes a base of this configuration."""
+    return AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -150,8 +174,11 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_config(model: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a causal LM; it names code of its own only if that is trusted, which is said aloud."""
+def load_config(model: str, trust_remote_code: bool = False, encoders: bool = False) -> Any:
+    """The configuration of a causal LM, or of an encoder where that will do.
+
+    It names code of its own only if that is trusted, which is said aloud.
+    """
     where = f"base.model {model}"
     if trust_remote_code:
         said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
@@ -163,11 +190,22 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code:
         config = without_own_code(config)
     architectures = config.architectures or []
-    if any(
-        not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
-    ):
+    if is_encoder(config):
+        if not encoders:
+            raise _no_writer(", ".join(architectures) or config.model_type, where)
+        config.num_labels = 1
+    elif any(not name.endswith(WRITES) for name in architectures):
         raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=REMEDY)
     return config
+
+
+def _no_writer(what: str, where: str) -> UserError:
+    return UserError(
+        f"{what} is an encoder: it reads texts in both directions and cannot write any",
+        where=where,
+        remedy="Train only a reward model on it (a recipe with no section but reward), or give a causal LM; of a "
+        "BERT-like one, a configuration with is_decoder: true.",
+    )
 
 
 def has_own_code(config: Any) -> bool:
@@ -182,39 +220,48 @@ def without_own_code(config: Any) -> Any:
 
 
 def _load_weights(
-    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, trust_remote_code: bool
+    model: str, dtype: torch.dtype, device: torch.device, four_bit: bool, trust_remote_code: bool, encoders: bool
 ) -> PreTrainedModel:
     where = f"base.model {model}"
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    config = load_config(model, trust_remote_code, encoders)
+    if four_bit and is_encoder(config):
+        raise UserError(
+            "4-bit weights are for causal LMs: an encoder's head would be rounded with the rest",
+            where="base.quantization",
+            remedy="Set base.quantization: none; encoders are small.",
+        )
     if four_bit:
-        options |= {"quantization_config": _four_bit(dtype), "device_map": str(device)}
-    config = load_config(model, trust_remote_code)
+        options |= {"quantization_config": four_bit_config(dtype), "device_map": str(device)}
     if not any(Path(model).glob("*.safetensors")):
         for pickle in sorted(file.name for pattern in PICKLES for file in Path(model).glob(pattern)):
             raise _pickled(pickle, where)
     try:
-        with _no_pickles(where):
-            lm, info = AutoModelForCausalLM.from_pretrained(
+        with _no_pickles(where), torch.random.fork_rng():
+            torch.manual_seed(0)  # an encoder's head may be new
+            lm, info = auto_class(config).from_pretrained(
                 model, config=config, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         raise _refusal(error, "cannot be loaded", where) from None
-    missing = sorted(info["missing_keys"])
+    assert isinstance(lm, PreTrainedModel)
+    made = {name for name, _ in lm.named_parameters() if is_encoder(config) and in_head(lm, name)}
+    missing = sorted(set(info["missing_keys"]) - made)
     if missing:
         raise UserError(
             f"{len(missing)} weights are not in its files, {missing[0]} among them",
             where=where,
             remedy="Complete the files: missing weights would be random.",
         )
-    for name, there, here in sorted(info["mismatched_keys"]):
+    for name, there, here in sorted(one for one in info["mismatched_keys"] if one[0] not in made):
         raise UserError(
             f"the weights are not those of its config.json: {name} is {tuple(there)} in the files, but should be "
             f"{tuple(here)}",
             where=where,
             remedy="Put the config.json beside them that they were saved with.",
         )
-    assert isinstance(lm, PreTrainedModel)
+    keep_layout(lm)
     return lm if four_bit else lm.to(device)
 
 
@@ -238,24 +285,15 @@ def _pickled(file: str, where: str) -> UserError:
     )
 
 
-def _four_bit(dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "4-bit weights need bitsandbytes, which is not installed",
-            where="base.quantization",
-            remedy="pip install bitsandbytes, or set base.quantization: none.",
-        ) from None
-    from transformers import BitsAndBytesConfig
+def weights_sha256(model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every weight of the base, adapters left out.
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every weight of the base, adapters left out."""
+    Args:
+        whole: gives all of a weight that may be spread over processes.
+    """
     digest = hashlib.sha256()
-    for name, tensor in _base_weights(model):
+    for name, weight in _base_weights(model):
+        tensor = whole(weight)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)
         if flat.numel():
@@ -265,9 +303,9 @@ def weights_sha256(model: nn.Module) -> str:
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights by the names they have without LoRA (peft moves a wrapped layer to `base_layer`)."""
-    named = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
+    named: dict[str, Tensor] = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in (*model.named_parameters(), *scales(model))
         if "lora_" not in name
     }
     yield from sorted(named.items())

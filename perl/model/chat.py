@@ -88,6 +88,10 @@ class ChatFormat:
         turns = [*context, *answer[: last + 1]]
         return self._tokenize(self._segments(turns, self._render(turns), first=len(context)))
 
+    def row(self, context: Sequence[Turn], answer: Turn, length: int) -> list[int]:
+        """The tokens of a context and the answer to score, at most `length`: older context is cut off first."""
+        return self.dialogue(context, [answer]).last(length).ids
+
     def ends(self, context: Sequence[Turn]) -> int:
         """The token that ends an answer to this context."""
         return self.eos_id if context[-1].speaker == "text" else self.end_id

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from perl.model.base import has_own_code
+from perl.model.base import auto_class, has_own_code
 from perl.model.roles import Role
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
@@ -31,9 +31,9 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM of this configuration, of fake weights."""
+    """A base of this configuration, of fake weights."""
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
+        lm = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
     lm.tie_weights()
     _faked(lm)
     lm._apply = types.MethodType(_stay, lm)

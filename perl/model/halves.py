@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from perl.model.encoder import is_encoder
+
 
 def positions(mask_BL: Tensor) -> Tensor:
     """Each token's number in its row (B, L), int64: counted over real tokens, so padding on any side is right."""
@@ -24,9 +26,14 @@ def _blocks(lm: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     count = lm.config.get_text_config().num_hidden_layers
     return next(
         (name, part)
-        for name, part in lm.base_model.named_children()
+        for name, part in lm.base_model.named_modules()  # an encoder's are not the trunk's own
         if isinstance(part, nn.ModuleList) and len(part) == count
     )
+
+
+def blocks(lm: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks, the lowest first."""
+    return list(_blocks(lm)[1])
 
 
 @contextlib.contextmanager
@@ -75,6 +82,8 @@ def upper(lm: PreTrainedModel, count: int, below_BLD: Tensor, mask_BL: Tensor) -
 @torch.no_grad()
 def why_not(lm: PreTrainedModel, count: int) -> str | None:
     """Why this model cannot be split after so many blocks; None if it can, as seen on a small batch."""
+    if is_encoder(lm.config):
+        return f"{type(lm).__name__} is an encoder, which does more to its embeddings than pass them on"
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
         return f"its layers are of several kinds ({', '.join(sorted(kinds))})"

@@ -1,6 +1,7 @@
 """The shape of the adapters: which modules of a base get one, named one by one."""
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,6 +66,15 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 def lowest_adapted_layer(lora: LoraConfig) -> int:
     """The lowest block that has an adapter: those below compute alike for all roles."""
     return min(index for name in lora.target_modules or () if (index := _layer_index(name)) is not None)
+
+
+def without_adapters(lm: PreTrainedModel) -> None:
+    """Take every adapter out again: the base has the modules that it was loaded with."""
+    for name, layer in list(lm.named_modules()):
+        if isinstance(layer, LoraLayer):
+            above, _, own = name.rpartition(".")
+            setattr(lm.get_submodule(above), own, layer.base_layer)
+    vars(lm).pop("peft_config", None)
 
 
 def _layer_index(name: str) -> int | None:

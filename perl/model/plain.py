@@ -23,8 +23,8 @@ from perl.errors import UserError
 from perl.files import write_tensors
 from perl.model.base import has_own_code
 from perl.model.chat import ChatFormat
+from perl.model.encoder import EncoderHead
 from perl.model.roles import Role
-from perl.model.saved import HEAD
 from perl.model.shared_base import SharedBase
 
 PAD = "<|pad|>"
@@ -62,6 +62,12 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What has to follow a plain text: the end token, unless the tokenizer writes it itself."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return "" if ids[-1:] == [tokenizer.eos_token_id] else str(tokenizer.eos_token)
+
+
 def _ending_with_the_answer(template: str, end: str) -> str:
     """A chat template that writes nothing after the end-of-turn of a last answer."""
     literal = json.dumps(end)
@@ -90,7 +96,7 @@ def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: 
         tensors |= _zeros_elsewhere(roles, tensors)
     config.target_modules = sorted({_module(name, roles.prefix) for name in tensors})
     if scores:
-        tensors[roles.prefix + HEAD] = roles.head(role).weight
+        tensors |= {roles.prefix + name: weight for name, weight in roles.head_weights(role).items()}
     if config.lora_alpha == int(config.lora_alpha):
         config.lora_alpha = int(config.lora_alpha)  # the type that vLLM and TGI give it
     config.save_pretrained(str(folder))
@@ -138,12 +144,16 @@ def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedMo
 
 
 def classifier(
-    lm: PreTrainedModel, head: nn.Linear, label: str, problem_type: str, tokenizer: PreTrainedTokenizerBase
+    lm: PreTrainedModel,
+    head: nn.Linear | EncoderHead,
+    label: str,
+    problem_type: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
     """The trunk of a language model and a head, as transformers' sequence classifier of that architecture.
 
     Args:
-        lm: its trunk is used as it is.
+        lm: its trunk is used as it is; of an encoder it is such a classifier, and gets the head.
         label: the name of the only class.
         problem_type: as transformers has it; pipelines give `regression` as it is, and of
             `multi_label_classification` the sigmoid.
@@ -156,6 +166,10 @@ def classifier(
     config.num_labels, config.problem_type = 1, problem_type
     config.id2label, config.label2id = {0: label}, {label: 0}
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if isinstance(head, EncoderHead):
+        head.put_into(lm)
+        lm.config = config
+        return lm.requires_grad_(False).eval()
     try:
         with torch.device("meta"):  # its own weights are never used
             model = AutoModelForSequenceClassification.from_config(

@@ -30,8 +30,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl.errors import UserError
 from perl.measure.probe import recomputing
+from perl.model.encoder import EncoderHead, is_encoder
 from perl.model.halves import lower, positions, upper, watched
 from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
+from perl.parallel.engine import Engine
+from perl.parallel.processes import ALONE
 
 
 class Role(StrEnum):
@@ -58,7 +61,11 @@ class Outputs(NamedTuple):
 
 
 class Roles(nn.Module, ABC):
-    """All roles in one module: the thing that DDP, DeepSpeed or FSDP wrap."""
+    """All roles in one module.
+
+    Args:
+        engine: how the processes that run together hold the weights.
+    """
 
     prefix: ClassVar[str]
     """Stands before the names of weights on disk, as the library that reads them expects."""
@@ -67,8 +74,9 @@ class Roles(nn.Module, ABC):
     weights_file: ClassVar[str]
     """The file of the weights there."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         super().__init__()
+        self.engine = engine or Engine(ALONE)
         self.heads = nn.ModuleDict()
         self._active = Role.BASE
         self._checkpointed: list[GradientCheckpointingLayer] = []
@@ -146,7 +154,9 @@ class Roles(nn.Module, ABC):
         assert role not in self.roles - {Role.BASE}, f"{role} exists"
         if weights:
             self._add_weights(role, copy_of)
-        if head:
+        if head and self.encoder:
+            self.heads[role] = EncoderHead(self.models()[0])
+        elif head:
             width = self.models()[0].get_output_embeddings().weight.shape[1]
             self.heads[role] = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
             with torch.no_grad():
@@ -155,8 +165,20 @@ class Roles(nn.Module, ABC):
                 else:
                     self.head(role).weight.zero_()
 
+    @property
+    def encoder(self) -> bool:
+        """Whether the base is an encoder: then the only role on it is the reward."""
+        return is_encoder(self.models()[0].config)
+
+    def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
+        """The parameters of a role's head, by the names that they have in a classifier of transformers."""
+        head = self.heads[role]
+        if isinstance(head, EncoderHead):
+            return head.weights()
+        return {f"score.{name}": parameter for name, parameter in self.head(role).named_parameters()}
+
     def head(self, role: Role) -> nn.Linear:
-        """The scalar head of a role that scores."""
+        """The scalar head of a role that scores, on a decoder."""
         head = self.heads[role]
         assert isinstance(head, nn.Linear)
         return head
@@ -176,6 +198,10 @@ class Roles(nn.Module, ABC):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def together(self, number: int) -> int:
+        """The largest of the processes' numbers where all must compute as many passes, else this one's."""
+        return self.engine.together(number)
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -208,7 +234,11 @@ class Roles(nn.Module, ABC):
         for block in self._checkpointed:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(
-                checkpoint, use_reentrant=False, context_fn=self._same_role_again
+                checkpoint,
+                use_reentrant=False,
+                context_fn=self._same_role_again,
+                # DeepSpeed's weights are of another shape when a block's input is kept than when it is read again.
+                determinism_check="none" if self.engine.hooks_layers else "default",
             )
         self.train(self.training)
         try:
@@ -277,6 +307,9 @@ class Roles(nn.Module, ABC):
             head: the role whose head reads the trunk; None for no head.
             below_BLD: what `below` said of this batch; None: compute all blocks.
         """
+        if head is not None and isinstance(classifier := self.heads[head], EncoderHead):
+            with self.role(role):
+                return Outputs(scores_B=classifier.scores(self.model(), ids_BL, mask_BL))
         with self.role(role):
             hidden_BLD = self.trunk(ids_BL, mask_BL, below_BLD)
             embedding = self.model().get_output_embeddings()

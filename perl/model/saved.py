@@ -81,7 +81,7 @@ def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
     """What a role learns, by the names it has on disk."""
     named: dict[str, torch.Tensor] = {f"{roles.prefix}{name}": p for name, p in roles.weights(role).items()}
     if role in roles.heads:
-        named[roles.prefix + HEAD] = roles.head(role).weight
+        named |= {f"{roles.prefix}{name}": p for name, p in roles.head_weights(role).items()}
     return named
 
 
@@ -105,9 +105,9 @@ def load_role(
     stamp = read_stamp(folder)
     _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
     weights = _read_weights(folder, roles.weights_file)
-    head = roles.prefix + HEAD
     if role not in roles.roles:
-        roles.add(role, weights=bool(weights.keys() - {head}), head=head in weights)
+        own = any(not name.endswith(HEAD) for name in weights)
+        roles.add(role, weights=own, head=role in (Role.REWARD, Role.CRITIC))
     targets = _on_disk(roles, role)
     with roles.role(role):
         differs = _shape_difference(weights, targets)

@@ -12,7 +12,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
+from perl.model.encoder import in_head, is_encoder
 from perl.model.roles import Role, Roles, check_logits
+from perl.parallel.engine import Engine
 
 
 class SeparateModels(Roles):
@@ -30,9 +32,12 @@ class SeparateModels(Roles):
     folder = "model"
     weights_file = "model.safetensors"
 
-    def __init__(self, lm: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> None:
-        super().__init__()
-        check_logits(lm)
+    def __init__(
+        self, lm: PreTrainedModel, load: Callable[[], PreTrainedModel], engine: Engine | None = None
+    ) -> None:
+        super().__init__(engine)
+        if not is_encoder(lm.config):
+            check_logits(lm)
         self._models = nn.ModuleDict({Role.BASE: lm.requires_grad_(False).eval()})
         self._load = load
 
@@ -52,8 +57,12 @@ class SeparateModels(Roles):
         return [model for model in self._models.values() if isinstance(model, PreTrainedModel)]
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """All parameters of the role's model."""
-        return dict(self._models[role].named_parameters()) if role in self._models else {}
+        """All parameters of the role's model; a role on an encoder has its head beside it."""
+        if role not in self._models:
+            return {}
+        own, encoder = self._models[role], role in self.heads and self.encoder
+        assert isinstance(own, PreTrainedModel)
+        return {name: p for name, p in own.named_parameters() if not (encoder and in_head(own, name))}
 
     def keep(self, *roles: Role) -> None:
         """Free the models and heads of all other roles; a base that was freed before is loaded again."""

@@ -24,18 +24,22 @@ from transformers import PreTrainedModel
 
 from perl.errors import UserError
 from perl.model.base import weights_sha256
-from perl.model.halves import why_not
+from perl.model.encoder import head_parts
+from perl.model.halves import blocks, why_not
 from perl.model.lora import lowest_adapted_layer
 from perl.model.low_rank import compute_with_one_adapter, kept_factors
 from perl.model.roles import Role, Roles, check_logits
+from perl.parallel.engine import Engine
 
 
 class SharedBase(Roles):
     """All roles on one base.
 
     Args:
-        lm: a causal language model; it is frozen, and LoRA layers are put into it in place.
+        lm: a causal language model, or an encoder's classifier; it is frozen, and LoRA layers are put into it.
         lora: the shape of every adapter.
+        engine: how the processes that run together hold the base: an engine may spread its blocks over them, and
+            then every block is computed for every role.
 
     Raises:
         UserError: the LoRA settings do not fit the model, or its logits are not a plain product with the
@@ -48,14 +52,18 @@ class SharedBase(Roles):
     not_split: str | None
     """Why the blocks below every adapter are computed again for every role, where they are."""
 
-    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
-        super().__init__()
+    def __init__(self, lm: PreTrainedModel, lora: LoraConfig, engine: Engine | None = None) -> None:
+        super().__init__(engine)
         self.lm = lm.requires_grad_(False).eval()
+        if self.engine.shards_base:
+            self.engine.shard(self.lm, blocks(self.lm))
         self.lora = lora
         self._layers: list[LoraLayer] = []
-        check_logits(lm)
+        if not self.encoder:
+            check_logits(lm)
         lowest = lowest_adapted_layer(lora)
-        self.not_split = why_not(lm, lowest) if lowest else None
+        spread = "they are spread over the processes" if self.engine.shards_base else None
+        self.not_split = (spread or why_not(lm, lowest)) if lowest else None
         self._shared_blocks = lowest if self.not_split is None else 0
 
     @property
@@ -91,13 +99,14 @@ class SharedBase(Roles):
 
     def base_sha256(self) -> str:
         """SHA-256 of the base's weights as they are now."""
-        return weights_sha256(self.lm)
+        return weights_sha256(self.lm, self.engine.whole)
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
         """Write peft's configuration of an adapter."""
         config = dataclasses.replace(self.lora, base_model_name_or_path=base, inference_mode=True)
         config.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
-        config.modules_to_save = ["score"] if scores else None
+        parts = head_parts(self.lm) if self.encoder else ["score"]
+        config.modules_to_save = [name.rpartition(".")[2] for name in parts] if scores else None
         config.save_pretrained(folder)
 
     def config_fits(self, folder: Path) -> bool:
@@ -116,7 +125,7 @@ class SharedBase(Roles):
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
         """As said there; the adapter's factors are cast to the base's dtype once."""
         adapted = role in getattr(self.lm, "peft_config", {}) and not self.training
-        layers = self._layers if adapted else []
+        layers = self._layers if adapted and not self.engine.hooks_layers else []
         with super().sampling(role) as seen, kept_factors(layers, role, self.lm.dtype):
             yield seen
 
@@ -132,7 +141,7 @@ class SharedBase(Roles):
                 remedy="Name modules of this model, or use all-linear.",
             ) from None
         self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
-        for layer in self._layers:
+        for layer in self._layers if not self.engine.hooks_layers else ():
             compute_with_one_adapter(layer)
         start = self.weights(copy_of)
         for name, parameter in self.weights(role).items():

@@ -1,6 +1,6 @@
 """The page: findings, plots and tables put into one HTML file that asks nothing of any network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ def write_page(runs: Sequence[Path], file: Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text: the same runs give the same text."""
+    return filled("page.html.j2", _content(runs))
+
+
+def filled(template: str, content: Mapping[str, Any]) -> str:
+    """One of the package's templates, filled in."""
     environment = Environment(
         loader=PackageLoader("perl", "page"),
         autoescape=True,
@@ -52,7 +57,7 @@ def render(runs: Sequence[Run]) -> str:
     )
     environment.filters.update(seconds=seconds_text, signed=signed, decimal=decimal)
     style = Markup(environment.loader.get_source(environment, "page.css")[0]) if environment.loader else ""
-    return environment.get_template("page.html.j2").render(style=style, **_content(runs))
+    return environment.get_template(template).render(style=style, **content)
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:

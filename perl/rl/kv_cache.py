@@ -69,9 +69,9 @@ class _Layer(DynamicLayer):
         """Make room for so many positions, more than there are."""
         for name in ("keys", "values"):
             before = getattr(self, name)[:, :, : self.filled].clone()
-            rows, heads, _, size = before.shape
+            rows, heads, written, size = before.shape  # of positions skipped there may be more than were laid out
             after = self._view(name, rows, heads, length, size).zero_()
-            after[:, :, : self.filled] = before
+            after[:, :, :written] = before
             setattr(self, name, after)
 
     def update(

@@ -15,7 +15,7 @@ from perl.model.roles import Role, Roles
 from perl.rl.algorithms import Scored
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardSource
-from perl.rl.sampler import Samples, Sampling, sample
+from perl.rl.sampler import Samples, Sampling, Share, sample
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ def answer(
     sampling: Sampling,
     generator: torch.Generator,
     head: Role | None = None,
+    share: Share | None = None,
 ) -> tuple[Samples, list[str]]:
     """One answer for each prompt, as tokens and as text."""
-    samples = sample(roles, role, prompts.ids, sampling, generator, head)
+    samples = sample(roles, role, prompts.ids, sampling, generator, head, share)
     return samples, [chat.decode(ids) for ids in samples.answers()]
 
 

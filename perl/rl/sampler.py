@@ -79,6 +79,13 @@ class Sampling:
     """Compute the first and the last token of each answer only: for estimates, as memory peaks at one of them."""
 
 
+class Share(NamedTuple):
+    """Which rows of a larger batch are drawn here: they draw as they would in it."""
+
+    rows: list[int]
+    of: int
+
+
 @torch.no_grad()
 def sample(
     roles: Roles,
@@ -87,15 +94,21 @@ def sample(
     sampling: Sampling,
     generator: torch.Generator,
     head: Role | None = None,
+    share: Share | None = None,
 ) -> Samples:
     """Draw one answer for each prompt, as one role.
+
+    What is drawn follows from the generator and a prompt's place, whatever stands beside it.
 
     Args:
         prompts: token ids, not empty. Equal ones are computed once.
         generator: on the base's device.
         head: whose head reads the value of each state.
+        share: where these prompts stand in the batch of all processes; None: they are the batch.
     """
     device, length = roles.device, sampling.max_new_tokens
+    rows, total = share or Share(list(range(len(prompts))), len(prompts))
+    uniform_BT = torch.rand(total, length, dtype=torch.float64, generator=generator, device=generator.device)[rows]
     prompt_ids_BP, prompt_mask_BP = left_pad(prompts, sampling.pad_id, device)
     ids_BT = torch.full((len(prompts), length), sampling.pad_id, device=device)
     log_probs_BT = torch.zeros((len(prompts), length), device=device)
@@ -109,16 +122,19 @@ def sample(
     with roles.sampling(role) as seen, fast_decoding(device):
         model, start = roles.model(), prompt_ids_BP.shape[1]
         cache, below = KVCache(model, len(prompts), start, length), _Below(seen, len(prompts), start + length)
-        hidden_BD = _prefill(model, cache, [prompts[row] for row in order], rows_B, below, sampling)
+        hidden_BD = _prefill(roles, model, cache, [prompts[row] for row in order], rows_B, below, sampling)
         for step in range(length):
-            ids_BT[rows_B, step], log_probs_BT[rows_B, step] = _draw_next(model, hidden_BD, sampling, generator)
+            ids_BT[rows_B, step], log_probs_BT[rows_B, step] = _draw_next(
+                model, hidden_BD, sampling, uniform_BT[rows_B, step, None]
+            )
             if values_BT is not None and head is not None:
                 values_BT[rows_B, step] = roles.head(head)(hidden_BD.float())[:, 0]
             if sampling.end_id is not None:
                 for row, is_end in zip(order, (ids_BT[rows_B, step] == sampling.end_id).tolist(), strict=True):
                     lengths[row] = lengths[row] or (step + 1 if is_end else 0)
             going = [place for place, row in enumerate(order) if not lengths[row]]
-            done = not going or step + 1 == length
+            # Where the base is spread over processes, all compute on until every answer of every one has ended.
+            done = not roles.together(len(going)) or step + 1 == length
             if done and not roles.shared_blocks:
                 break  # nobody reads what is computed of the last tokens
             mask_BL = F.pad(mask_BL, (0, 1), value=1)
@@ -129,7 +145,7 @@ def sample(
             below.keep(rows_B, start + step + 1)
             if done:
                 break
-            if len(going) <= KEEP_UNTIL * len(order):
+            if 0 < len(going) <= KEEP_UNTIL * len(order):
                 places = torch.tensor(going, device=device)
                 order = [order[place] for place in going]
                 rows_B, mask_BL, hidden_BD = rows_B[places], mask_BL[places], hidden_BD[places]
@@ -180,6 +196,7 @@ class _Below:
 
 
 def _prefill(
+    roles: Roles,
     model: PreTrainedModel,
     cache: KVCache,
     prompts: list[Sequence[int]],
@@ -190,7 +207,8 @@ def _prefill(
     """The hidden states (B, D) after each prompt; equal prompts stand side by side and are computed once."""
     groups = [(list(prompt), len(list(same))) for prompt, same in itertools.groupby(prompts)]
     parts, row = [], 0
-    for start in range(0, len(groups), sampling.prompts_at_once):
+    starts = range(0, len(groups), sampling.prompts_at_once)
+    for start in starts:
         some = groups[start : start + sampling.prompts_at_once]
         copies = [count for _, count in some]
         rows = slice(row, row + sum(copies))
@@ -203,6 +221,8 @@ def _prefill(
             hidden_BD = _hidden(model, cache, ids_BP, mask_BP.long())[:, -1].clone()
         below.keep(rows_B[rows], cache.prompt_length, copies_B)
         parts.append(hidden_BD.repeat_interleave(copies_B, 0))
+    for _ in range(len(starts), roles.together(len(starts))):
+        model.base_model(input_ids=rows_B.new_zeros(1, 1), use_cache=False)  # in step with the other processes
     cache.prefilled()
     hidden_BD = torch.cat(parts)
     return F.pad(hidden_BD, (0, 0, len(prompts) - len(hidden_BD), 0))  # abridged: the others are not known
@@ -221,24 +241,21 @@ def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Ten
 
 
 def _draw_next(
-    model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, generator: torch.Generator
+    model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, uniform_B1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Token ids (B), and the log-probs they were drawn with (B, fp32)."""
     logits_BV = model.get_output_embeddings()(hidden_BD).float() / sampling.temperature
     # softmax, not the exponential of the log-probs: on a CPU that takes ten times as long
-    drawn_B1 = draw(logits_BV.softmax(-1), generator)
+    drawn_B1 = draw(logits_BV.softmax(-1), uniform_B1)
     return drawn_B1[:, 0], logits_BV.log_softmax(-1).gather(1, drawn_B1)[:, 0]
 
 
-def draw(probabilities_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """A token id (B, 1) from each row's distribution: where its cumulative sum passes a uniform number.
+def draw(probabilities_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """A token id (B, 1) from each row's distribution: where its cumulative sum passes a uniform number, fp64.
 
     One random number a row: `multinomial` takes one a token of the vocabulary, on a CPU as long as the model does.
     """
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    uniform_B1 = torch.rand(
-        len(probabilities_BV), 1, dtype=torch.float64, generator=generator, device=generator.device
-    )
     drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
     last = probabilities_BV.shape[1] - 1  # rounding can make the number the whole sum
     return torch.tensor(drawn_B1.clamp(max=last).tolist(), device=probabilities_BV.device)

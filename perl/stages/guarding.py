@@ -16,8 +16,9 @@ from perl.progress import console
 from perl.rl.alarms import Alarm
 from perl.rl.guards import WINDOW, Guard, Limits, last_good
 from perl.rl.rewards import RewardSource
-from perl.rl.rollout import EncodedPrompts, answer, score
+from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
+from perl.stages.rollouts import everyones, roll_out
 from perl.stages.session import Session, derived_seed
 
 CHECKS = 10
@@ -43,7 +44,6 @@ class Guarding:
         self._session, self._reward, self._sampling = session, reward, sampling
         self._prompts = prompts.take(range(min(len(prompts), MOST, max(FEWEST, settings.prompts_per_step))))
         self._mode = "off" if session.trial is not None else settings.guard
-        self._missing_end_penalty = settings.missing_end_penalty
         self._check_every = max(FEWEST_STEPS, -(-settings.steps // CHECKS))
         self.guard = Guard(Limits(kl=settings.kl_limit, check_every=self._check_every))
 
@@ -59,9 +59,8 @@ class Guarding:
         session, prompts = self._session, self._prompts
         session.roles.eval()
         generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "check", 0))
-        samples, texts = answer(session.roles, Role.POLICY, session.base.chat, prompts, self._sampling, generator)
-        answers = score(self._reward, prompts, samples, texts, self._missing_end_penalty)
-        rewards = answers.rewards_B.tolist()
+        mine = roll_out(session, self._reward, Role.POLICY, prompts, self._sampling, generator)
+        rewards = everyones(session, prompts, mine).answers.rewards_B.tolist()
         error = statistics.stdev(rewards) / len(rewards) ** 0.5
         return {"held_out": statistics.fmean(rewards), "held_out_error": error}
 

@@ -10,11 +10,11 @@ import torch
 from perl.data.records import Judge, Prompt
 from perl.errors import UserError
 from perl.model.roles import Role
-from perl.rl.algorithms import Scored
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
-from perl.rl.rollout import Answers, EncodedPrompts, answer, read_answers, score, scored
+from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
+from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session, derived_seed
 
 EVAL_BATCH = 64
@@ -115,18 +115,8 @@ def evaluate_policy(
     totals: dict[str, float] = {}
     for start in range(0, len(prompts), EVAL_BATCH):
         part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
-        samples, texts = answer(session.roles, role, session.base.chat, part, sampling, generator)
-        answers = score(reward, part, samples, texts, settings.missing_end_penalty)
-        reference_BT, _ = read_answers(
-            session.roles,
-            session.roles.reference,
-            samples,
-            settings.micro_batch_size,
-            temperature=settings.temperature,
-            head=None,
-        )
-        assert reference_BT is not None
-        figures = describe(answers, scored(answers, reference_BT, None), session.held_out.judge)
+        mine = roll_out(session, reward, role, part, sampling, generator)
+        figures = describe(everyones(session, part, mine), session.held_out.judge)
         for name, value in figures.items():
             totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
     kept = ("reward", "gold", "kl", "answer_tokens", "ended")
@@ -142,10 +132,10 @@ def draw_samples(
     answers: list[dict[str, dict[str, Any]]] = [{} for _ in prompts.prompts]
     for role in roles:
         generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "samples", 0))
-        samples, texts = answer(session.roles, role, session.base.chat, prompts, how_to_sample(session), generator)
-        drawn = score(reward, prompts, samples, texts, settings.missing_end_penalty)
-        gold = judge(prompts.prompts, texts) if judge is not None else None
-        for index, text in enumerate(texts):
+        mine = roll_out(session, reward, role, prompts, how_to_sample(session), generator)
+        drawn, _ = everyones(session, prompts, mine)
+        gold = judge(prompts.prompts, drawn.texts) if judge is not None else None
+        for index, text in enumerate(drawn.texts):
             answers[index][role] = {"text": text, "reward": float(drawn.rewards_B[index])}
             if gold is not None:
                 answers[index][role]["gold"] = float(gold[index])
@@ -155,18 +145,19 @@ def draw_samples(
     ]
 
 
-def describe(answers: Answers, rollout: Scored, judge: Judge | None) -> dict[str, float]:
+def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
     """A rollout in figures; `kl` is the k1 estimate in nats an answer.
 
     `gold` is the judge's, where there is one: it is written down and never trained on.
     """
-    kl_BT = kl_k1(rollout.sampler_log_probs_BT, rollout.reference_log_probs_BT)
+    answers, known = rollout
+    kl_BT = kl_k1(known.sampler_log_probs_BT, known.reference_log_probs_BT)
     figures = {
         "reward": float(answers.rewards_B.mean()),
         "score": float(answers.scores_B.mean()),
-        "kl": float(kl_BT.masked_fill(~rollout.mask_BT, 0.0).sum(1).mean()),
-        "kl_token": float(masked_mean(kl_BT, rollout.mask_BT)),
-        "answer_tokens": float(rollout.mask_BT.sum(1).float().mean()),
+        "kl": float(kl_BT.masked_fill(~known.mask_BT, 0.0).sum(1).mean()),
+        "kl_token": float(masked_mean(kl_BT, known.mask_BT)),
+        "answer_tokens": float(known.mask_BT.sum(1).float().mean()),
         "ended": float(answers.samples.ended_B.float().mean()),
     }
     if judge is not None:

@@ -25,7 +25,7 @@ from perl.rl.rewards import probabilities, score_rows
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss
 from perl.stages.session import Session
-from perl.stages.training import ResumableTrainer, Watch, course
+from perl.stages.training import SHARE, ResumableTrainer, Watch, course
 
 RECORDED = 8
 """Held-out rows whose scores are written down, for others to check that they score alike."""
@@ -85,7 +85,10 @@ def train_reward(session: Session) -> dict[str, Any]:
             trainer.kept_below = BelowCache(roles, train.ids, session.base.chat.pad_id, here.scratch)
         trainer.remove_callback(PrinterCallback)
         trainer.go_on()
-    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **here.meter.figures()}
+    result = {
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        **session.figures(here.meter),
+    }
     if trainer.kept_below is not None:
         result["kept_below_bytes"] = trainer.kept_below.bytes
     if session.trial is not None:
@@ -122,7 +125,7 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     return Rows(
         **vars(answers),
         ids=[
-            chat.dialogue(context, [answer]).last(length).ids
+            chat.row(context, answer, length)
             for context, answer in zip(answers.contexts, answers.answers, strict=True)
         ],
         targets=[_target(rating) for rating in ratings] + sure + [1 - probability for probability in sure],
@@ -244,7 +247,8 @@ class _RewardTrainer(ResumableTrainer):
         if self.kept_below is not None:
             below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), mask_BL)
         scores_B = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, below_BLD=below_BLD).scores_B
-        return batch_loss(scores_B, inputs)
+        loss, share = batch_loss(scores_B, inputs), inputs[SHARE]
+        return loss if self.course.processes.count == 1 else loss * share
 
 
 def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str, Any]:

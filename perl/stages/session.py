@@ -4,7 +4,7 @@ import contextlib
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,19 @@ from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
 from perl.model.base import Base, load_base, random_base
 from perl.model.build import build_base
+from perl.model.encoder import is_encoder
+from perl.model.four_bit import scales
 from perl.model.lora import lora_config
 from perl.model.roles import Role, Roles
 from perl.model.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
+from perl.parallel.engine import Engine
+from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
 from perl.recipe import Recipe, StageName
 from perl.rundir import STAGE_ROLE, RunFolder
+from perl.stages.engines import check_engine
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -49,6 +54,17 @@ class Trial:
     """Whether memory and operations are followed, which slows small models."""
 
 
+@dataclass(frozen=True)
+class Material:
+    """What runs of one seed on one base can share: the records, and the base as it was loaded."""
+
+    train: Records
+    held_out: Records
+    base: Base
+    lm: PreTrainedModel
+    device: torch.device
+
+
 @dataclass
 class Session:
     """One process holds the base across all stages; it is loaded once."""
@@ -62,16 +78,42 @@ class Session:
     device: torch.device
     trial: Trial | None = None
 
+    @property
+    def engine(self) -> Engine:
+        """How the processes that run together hold the base."""
+        return self.roles.engine
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that run together."""
+        return self.roles.engine.processes
+
     def meter(self) -> Meter:
         """A meter that counts what is in memory now: begun when the stage has all its roles."""
         learnt = {id(parameter) for role in LEARNERS for parameter in self.roles.parameters_of(role)}
         whole = self.recipe.tuning == "full"
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
-        for tensor in (*self.roles.parameters(), *self.roles.buffers()):
+        of_four_bits = [tensor for _, tensor in scales(self.roles)]
+        for tensor in (*self.roles.parameters(), *self.roles.buffers(), *of_four_bits):
             resident["adapters" if id(tensor) in learnt and not whole else "base_weights"].append(tensor)
         trial = self.trial or Trial(0)
         trunks = [] if trial.abridged else [model.base_model for model in self.roles.models()]
         return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
+
+    def figures(self, meter: Meter) -> dict[str, Any]:
+        """What a stage cost, of all processes: work added up, time and memory of the process that had most."""
+        mine = meter.figures()
+        everyone = self.processes.gather(mine)
+        for name, over in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
+            if name in mine:
+                mine[name] = over(figures[name] for figures in everyone)
+        return mine
+
+    def begin_together(self, learning: Iterable[Tensor]) -> None:
+        """Let all processes train the same weights, and each draw a dropout of its own."""
+        self.processes.same(learning)
+        if not self.processes.main:
+            torch.manual_seed(derived_seed(self.recipe.seed, "process", self.processes.rank))
 
     def saved(self, role: Role) -> Path:
         """Where a role's weights are in the run folder."""
@@ -79,6 +121,11 @@ class Session:
 
     def save(self, role: Role, parent: Role | None = None, **more: Any) -> None:
         """Write a role's weights, stamped; `parent` is the role it started from, if that was trained."""
+        if self.processes.main:
+            self._save(role, parent, more)
+        self.processes.barrier()
+
+    def _save(self, role: Role, parent: Role | None, more: dict[str, Any]) -> None:
         inherited = self.saved(parent) if parent is not None else None
         if inherited is not None and inherited.exists():
             more |= {"parent": parent, "parent_sha256": weights_sha256(self.roles, inherited)}
@@ -107,7 +154,7 @@ class Session:
             earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
             belongs |= {f"{role} role": weights_sha256(self.roles, self.saved(role)) for role in earlier}
         folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
-        return Checkpoints(folder, self.recipe.checkpoint_every, belongs)
+        return Checkpoints(folder, self.recipe.checkpoint_every, belongs, self.processes)
 
     def trainer_settings(self) -> dict[str, Any]:
         """Settings of transformers' Trainer that every stage shares."""
@@ -132,24 +179,56 @@ class Session:
         }
 
 
-def open_session(recipe: Recipe, out: Path, trial: Trial | None = None) -> Session:
+def open_session(
+    recipe: Recipe,
+    out: Path,
+    trial: Trial | None = None,
+    material: Material | None = None,
+    engine: Engine | None = None,
+) -> Session:
     """Read the data, check it for every stage, and load the base: nothing is written before all of it fits.
 
     Args:
         out: the run folder.
         trial: for what the stages are to be tried only.
+        material: read before, by `read_material` for a recipe with the same seed, base and data.
+
+        engine: how the processes that run together hold the base; each opens a session.
 
     Raises:
         UserError: whatever of the recipe, the data or the base cannot be used.
     """
     quiet_libraries()
     seed_everything(recipe.seed)
-    folder = RunFolder(out)
+    engine = engine or Engine(ALONE)
+    check_engine(engine, recipe)
+    folder = RunFolder(out, engine.processes)
     folder.check(recipe)
+    found = material or read_material(recipe, engine)
+    roles = _open_roles(recipe, found.base, found.lm, engine)
+    return Session(recipe, folder, found.train, found.held_out, found.base, roles, found.device, trial)
+
+
+def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
+    """The data and the base of a recipe.
+
+    Raises:
+        UserError: they cannot be used, or processes on several hosts have read different ones.
+    """
+    engine = engine or Engine(ALONE)
+    quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
-    base, roles = _open_roles(recipe, train, device)
-    return Session(recipe, folder, train, held_out, base, roles, device, trial)
+    base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
+    seen = engine.processes.gather((base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts)))
+    if len(set(seen)) > 1:
+        other = next(rank for rank, one in enumerate(seen) if one != seen[0])
+        raise UserError(
+            f"processes 0 and {other} have read another base or other data",
+            where=f"base.model {base.name}, data.source {recipe.data.source}",
+            remedy="Put the same files on all hosts.",
+        )
+    return Material(train, held_out, base, lm, device)
 
 
 @contextlib.contextmanager
@@ -187,9 +266,16 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
     """The base of a recipe: loaded, built or drawn at random."""
     spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
+    four_bit = spec.quantization == "4bit"
+    if four_bit and spec.random_init:
+        raise UserError(
+            "weights drawn at random are not quantized",
+            where="base.quantization",
+            remedy="Give a base with weights; what a larger one needs in 4 bits, perl-rlhf estimate says.",
+        )
     if spec.build is not None:
         folder = build_base(corpus(train), **spec.build.model_dump())
-        return load_base(str(folder), dtype, device)
+        return load_base(str(folder), dtype, device, four_bit=four_bit)
     if spec.config is not None:
         return random_base(spec.config, dtype, device, recipe.seed)
     assert spec.model is not None
@@ -197,23 +283,34 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
         spec.model,
         dtype,
         device,
-        four_bit=spec.quantization == "4bit",
+        four_bit=four_bit,
         trust_remote_code=spec.trust_remote_code,
         random_seed=recipe.seed if spec.random_init else None,
+        encoders=only_scores(recipe),
     )
 
 
-def _open_roles(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, Roles]:
-    """The base, and on it no roles so far but ready for them, under the recipe's tuning."""
-    base, lm = open_base(recipe, train, device)
+def only_scores(recipe: Recipe) -> bool:
+    """Whether nothing is written under a recipe, so that its base may be an encoder."""
+    return recipe.stages == ("reward",)
+
+
+def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine) -> Roles:
+    """No roles on the base so far but all ready for them, under the recipe's tuning."""
     if recipe.tuning == "full":
-        return base, SeparateModels(lm, base.load)
-    roles = SharedBase(lm, adapter_shape(recipe, lm))
+        return SeparateModels(lm, base.load, engine)
+    if engine.shards_base and is_encoder(lm.config):
+        raise UserError(
+            f"{engine.name} spreads the blocks of causal LMs only",
+            where=f"base.model {base.name}",
+            remedy="Launch with recipes/engines/ddp.yaml: encoders are small.",
+        )
+    roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
     if roles.not_split is not None:
         console.print(
             f"[yellow]The blocks below the adapters are computed again for every role[/]: {roles.not_split}."
         )
-    return base, roles
+    return roles
 
 
 def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:

@@ -4,16 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
 from perl.errors import UserError
+from perl.model.four_bit import not_told
 from perl.model.roles import Role, Roles
 from perl.progress import console
 from perl.stages.session import Session
-from perl.stages.training import ResumableTrainer, Watch, course
+from perl.stages.training import SHARE, ResumableTrainer, Watch, course
 
 
 def check(session: Session) -> None:
@@ -57,7 +59,10 @@ def train_sft(session: Session) -> dict[str, Any]:
         before = None if session.trial else trainer.evaluate()["eval_loss"]
         trainer.go_on()
         after = None if session.trial else trainer.evaluate()["eval_loss"]
-    result = {"trainable_parameters": sum(parameter.numel() for parameter in trained), **here.meter.figures()}
+    result = {
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        **session.figures(here.meter),
+    }
     if session.trial is not None:
         return result
     session.save(Role.SFT)
@@ -65,12 +70,21 @@ def train_sft(session: Session) -> dict[str, Any]:
 
 
 class _Trainer(ResumableTrainer, SFTTrainer):
-    """TRL's trainer, its tokens counted."""
+    """TRL's trainer, its tokens counted; its loss is over the tokens of all processes."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        share = inputs.pop(SHARE, None)
         if model.training:
             self.course.meter.count(int(inputs["attention_mask"].sum()))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if share is None or share > 0 else loss * 0.0
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        items, processes = super()._get_num_items_in_batch(batch_samples, device), self.course.processes
+        if processes.count == 1 or not batch_samples:
+            return items
+        (batch,) = batch_samples  # gradients are not accumulated
+        return torch.tensor(processes.sum(int(items) if batch[SHARE] > 0 else 0), device=device)
 
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
@@ -99,8 +113,7 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
 @contextmanager
 def _unpatched(roles: Roles) -> Iterator[PreTrainedModel]:
     """The SFT role's model. SFTTrainer puts a forward of its own on it and leaves it; the base is others' too."""
-    with roles.role(Role.SFT):
-        model = roles.model()
+    with roles.role(Role.SFT), not_told(model := roles.model()):
         had = vars(model).get("forward")
         try:
             yield model

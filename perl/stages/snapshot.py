@@ -4,6 +4,7 @@ That is the weights and heads of the roles that learn, the optimizer and its sch
 """
 
 import random
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from perl.errors import UserError
 from perl.model.roles import Role, Roles
+from perl.parallel.processes import ALONE, Processes
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and what JSON can say."""
@@ -24,7 +26,7 @@ def learnt(roles: Roles, learners: Sequence[Role]) -> dict[str, Tensor]:
     for role in learners:
         named |= {f"{role}.{name}": parameter for name, parameter in roles.weights(role).items()}
         if role in roles.heads:
-            named[f"{role}.head"] = roles.head(role).weight
+            named |= {f"{role}.{name}": parameter for name, parameter in roles.head_weights(role).items()}
     return named
 
 
@@ -37,7 +39,7 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 def take(roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> Snapshot:
     """The state as it is; tensors are the living ones, to be written before the next step."""
     moments = optimizer.state_dict()
-    drawn, states = generators()
+    drawn, states = generators(roles.engine.processes)
     tensors = learnt(roles, learners) | drawn
     scalars: dict[str, dict[str, Any]] = {}
     for number, state in moments["state"].items():
@@ -95,22 +97,36 @@ def load_learnt(roles: Roles, learners: Sequence[Role], tensors: dict[str, Tenso
             parameter.copy_(found)
 
 
-def generators() -> Snapshot:
-    """The state of every global generator."""
-    tensors = {"generator.torch": torch.get_rng_state()}
+def generators(processes: Processes = ALONE) -> Snapshot:
+    """The state of every global generator; torch's, which draw dropout, of every process."""
+    mine = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        mine["cuda"] = torch.cuda.get_rng_state()
+    tensors = {
+        _generator(name, rank): state
+        for rank, states in enumerate(processes.gather(mine))
+        for name, state in states.items()
+    }
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return tensors, {"python": random.getstate(), "numpy": numpy}
 
 
-def set_generators(snapshot: Snapshot) -> None:
-    """Put the global generators back to where they were."""
+def _generator(name: str, rank: int) -> str:
+    return f"generator.{name}" + (f".{rank}" if rank else "")
+
+
+def set_generators(snapshot: Snapshot, processes: Processes = ALONE) -> None:
+    """Put the global generators back to where they were; a process that is new draws something of its own."""
     tensors, values = snapshot
     version, words, gauss = values["generators"]["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(values["generators"]["numpy"])
-    torch.set_rng_state(tensors["generator.torch"])
-    if torch.cuda.is_available() and "generator.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    own, first = _generator("torch", processes.rank), tensors["generator.torch"]
+    if own in tensors:
+        torch.set_rng_state(tensors[own])
+    else:
+        torch.manual_seed(zlib.crc32(bytes(first.tolist())) + processes.rank)
+    cuda = _generator("cuda", processes.rank)
+    if torch.cuda.is_available() and cuda in tensors:
+        torch.cuda.set_rng_state(tensors[cuda])

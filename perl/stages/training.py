@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -23,6 +24,7 @@ from perl.errors import UserError
 from perl.interrupt import Leaving, between_steps
 from perl.measure.meter import Meter
 from perl.model.roles import Role, Roles
+from perl.parallel.processes import Processes
 from perl.progress import Advance, console, track
 from perl.recipe import StageName
 from perl.rl.alarms import WORDS
@@ -31,13 +33,16 @@ from perl.rundir import STAGE_ROLE, MetricsLog
 from perl.stages import snapshot
 from perl.stages.session import Session, derived_seed
 
+SHARE = "share"
+"""In a batch: its share of the rows that all processes have; 0 where its row does not count."""
+
 
 @dataclass(frozen=True)
 class Course:
     """One stage's training: what it learns, where its figures and its state go."""
 
     seed: int
-    roles: Roles
+    session: Session
     learner: Role
     checkpoints: Checkpoints
     found: State | None
@@ -47,6 +52,21 @@ class Course:
     bar: Advance
     leaving: Leaving
     scratch: Path
+
+    @property
+    def roles(self) -> Roles:
+        """All roles of the session."""
+        return self.session.roles
+
+    @property
+    def processes(self) -> Processes:
+        """Who trains together."""
+        return self.session.processes
+
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return self.roles.parameters_of(self.learner)
 
 
 @contextlib.contextmanager
@@ -67,11 +87,11 @@ def course(session: Session, stage: StageName, steps: int) -> Iterator[Course]:
         tempfile.TemporaryDirectory() as scratch,
         track(stage, steps, done) as bar,
         session.roles.checkpointed(session.recipe.checkpoint_activations),
-        between_steps() as leaving,
+        between_steps(session.processes) as leaving,
     ):
         yield Course(
             seed=session.recipe.seed,
-            roles=session.roles,
+            session=session,
             learner=STAGE_ROLE[stage],
             checkpoints=checkpoints,
             found=found,
@@ -83,10 +103,57 @@ def course(session: Session, stage: StageName, steps: int) -> Iterator[Course]:
         )
 
 
+class Dealt:
+    """A collator that is given the rows of all processes and collates this one's share of them.
+
+    So the Trainer of each process works as if alone, on the same batches in the same order as a process alone.
+
+    Args:
+        collate: for the rows of a share.
+    """
+
+    def __init__(self, collate: Callable[..., Any], processes: Processes) -> None:
+        self._collate, self._processes = collate, processes
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """A batch of every so manieth row; a share of none has one that does not count."""
+        mine = examples[self._processes.rank :: self._processes.count]
+        batch = self._collate(mine or examples[:1])
+        batch[SHARE] = torch.tensor(len(mine) / len(examples))
+        return batch
+
+
 class ResumableTrainer(Trainer):
-    """A Trainer that goes on where an earlier process stopped, to the same bytes."""
+    """A Trainer that goes on where an earlier process stopped, to the same bytes; and one of several processes.
+
+    It sees one process only: `Dealt` gives it its share of each batch, the loss is of that share over the whole
+    batch's size, and gradients and losses are added up before it looks at them.
+    """
 
     course: Course
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's, for the batch of all processes."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        processes = self.course.processes
+        processes.add_up(self.course.learning)
+        return loss if processes.count == 1 else torch.tensor(processes.sum(float(loss)), device=loss.device)
+
+    def get_train_dataloader(self) -> Any:
+        """The batches of all processes, of which this one collates its share."""
+        whole: Any = self.data_collator
+        self.data_collator = Dealt(whole, self.course.processes)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, in the engine's form; every process begins with the same weights."""
+        self.course.session.begin_together(self.course.learning)
+        plain = super().create_optimizer(*args, **kwargs)
+        self.optimizer = self.course.session.engine.optimizer(plain)
+        return self.optimizer
 
     def go_on(self) -> None:
         """Train from the newest checkpoint, or from the start.
@@ -134,7 +201,8 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.course.found is not None:
-            snapshot.set_generators((self.course.found.tensors, self.course.found.values))
+            state = self.course.found.tensors, self.course.found.values
+            snapshot.set_generators(state, self.course.processes)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return snapshot.unwrapped(self.optimizer)
@@ -204,7 +272,7 @@ class Watch(TrainerCallback):
         """Stop measuring; save and stop if someone wants to leave."""
         assert self._step is not None
         self._step.__exit__(None, None, None)
-        if self._course.leaving.wanted:
+        if self._course.leaving.asked():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -213,5 +281,13 @@ class Watch(TrainerCallback):
         if "loss" not in logs:  # the trainer's closing summary, or an evaluation
             return
         refused = {"refused": 1.0} if self._refused else {}
-        self._course.log.write(state.global_step, {name: float(value) for name, value in logs.items()} | refused)
+        figures = {name: self._of_all(name, float(value)) for name, value in logs.items()}
+        self._course.log.write(state.global_step, figures | refused)
         self._course.bar(loss=float(logs["loss"]))
+
+    def _of_all(self, name: str, value: float) -> float:
+        """A figure of all processes. What is not of the whole batch already is a count, or a mean over a share."""
+        processes = self._course.processes
+        if name in ("loss", "grad_norm", "learning_rate", "epoch"):
+            return value
+        return processes.sum(value) / (1 if name == "num_tokens" else processes.count)

@@ -1,6 +1,7 @@
 """Bases that cannot be used."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ CASES = [
         ("Python code of its own, which is not run", "base.model", "base.trust_remote_code: true"),
         spoil=edit_json("config.json", model_type="xyzzy", auto_map={"AutoConfig": "own.Config"}),
     ),
-    Case("no causal LM", ("not a causal LM but BertModel", "base.model", "Give a hub id"), spoil=masked_lm),
+    Case("an encoder", ("BertModel is an encoder", "base.model", "give a causal LM"), spoil=masked_lm),
     Case("no weights", ("cannot be loaded", "base.model", "model.safetensors"), spoil=no_weights),
     Case("pickled weights", ("pickle (pytorch_model.bin)", "base.model", "convert them"), spoil=pickled_weights),
     Case("pickled shards", ("pickle (shard.bin)", "base.model", "convert them"), spoil=pickled_shards),
@@ -165,14 +166,15 @@ CASES = [
         ("not the configuration of a causal LM", "base.config", "Give model_type"),
         changes={"base": {"config": {"model_type": "llama", "hidden_size": "x"}, "random_init": True}},
     ),
-    Case(
-        "4-bit without its library",
-        ("4-bit weights need bitsandbytes", "base.quantization", "pip install"),
-        overrides=("base.quantization=4bit",),
-    ),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_one_message_and_nothing_lost(case: Case, refused: Refused) -> None:
     refused(case)
+
+
+def test_4_bits_without_their_library(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    says = ("4-bit weights need bitsandbytes", "base.quantization", "pip install 'perl-rlhf[4bit]'")
+    refused(Case("4-bit without its library", says, overrides=("base.quantization=4bit",)))

@@ -1,5 +1,6 @@
 """The base: what is refused, what its hash covers, and random weights that repeat."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -106,15 +107,24 @@ def test_a_tokenizer_smaller_than_the_model_is_fine(tiny_llama: Path, copy_of: C
     assert len(base.tokenizer) < 320
 
 
-def test_no_causal_lm_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
+def test_an_encoder_is_refused_unless_it_will_do(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
     folder = copy_of(tiny_llama)
     config = BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
     BertForMaskedLM(config).save_pretrained(folder)
     for seed in (None, 0):
-        with pytest.raises(UserError, match="not a causal LM but BertForMaskedLM") as caught:
+        with pytest.raises(UserError, match="BertForMaskedLM is an encoder") as caught:
             load_base(str(folder), torch.float32, CPU, random_seed=seed)
+        assert "give a causal LM" in str(caught.value)
+
+
+def test_what_is_no_language_model_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
+    folder = copy_of(tiny_llama)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}))
+    for seed, encoders in itertools.product((None, 0), (False, True)):
+        with pytest.raises(UserError, match="not a causal LM but LlamaModel") as caught:
+            load_base(str(folder), torch.float32, CPU, random_seed=seed, encoders=encoders)
         assert "Give a hub id" in str(caught.value)
 
 
@@ -180,7 +190,8 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         "intermediate_size": 64,
         "initializer_range": 0.2,
     }
-    with pytest.raises(UserError, match="BertLMHeadModel is not causal") as caught:
-        random_base(config, torch.float32, CPU, 0)
-    assert "is_decoder: true" in str(caught.value)
+    for named, what in (({}, "bert is an encoder"), ({"architectures": ["BertLMHeadModel"]}, "is not causal")):
+        with pytest.raises(UserError, match=what) as caught:
+            random_base({**config, **named}, torch.float32, CPU, 0)
+        assert "is_decoder: true" in str(caught.value)
     random_base({**config, "is_decoder": True}, torch.float32, CPU, 0)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from perl.page.render import write_page
+from perl.page.runs import read_runs
+from perl.page.sweep import Cell, Sweep, write_sweep
 from tests.page.made import make_run
 
 FLAGS = (
@@ -24,12 +26,15 @@ LINE = "return getComputedStyle(document.querySelector('svg.plot path[style*=\"-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page with everything on it, and one with little."""
+    """A page with everything on it, one with little, and that of a sweep."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [make_run(folder / f"{tuning}{seed}", seed, tuning) for tuning in ("lora", "full") for seed in (0, 1)]
+    lora, full = (tuple(read_runs(some)) for some in (runs[:2], runs[2:]))
+    cells = [Cell(place, rank, lora) for place in ("attention", "all-linear") for rank in (1, 4, 16)]
     return {
         "rich": write_page(runs, folder / "rich.html"),
         "plain": write_page([make_run(folder / "plain", rich=False)], folder / "plain.html"),
+        "sweep": write_sweep(Sweep("coffee", (*cells, Cell(None, None, full))), folder / "sweep.html"),
     }
 
 
@@ -53,7 +58,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     opened.quit()
 
 
-@pytest.mark.parametrize("page", ["rich", "plain"])
+@pytest.mark.parametrize("page", ["rich", "plain", "sweep"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: int, scheme: str) -> None:
@@ -69,7 +74,7 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     needed, there = browser.execute_script(script)
     assert needed <= there <= width
     plots = browser.execute_script(PLOTS)
-    assert len(plots) >= (12 if page == "rich" else 4)
+    assert len(plots) >= {"rich": 12, "plain": 4, "sweep": 2}[page]
     for wide, high, paths, texts in plots:
         assert wide > 200
         assert high > 60

@@ -79,7 +79,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     """Of 100,000 draws within four standard deviations; what has no probability never, first and last neither."""
     shares = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [0.5, 0.0, 0.0, 0.0, 0.0, 0.5]])
     count = 100_000
-    drawn = sampler.draw(shares.repeat(count, 1), torch.Generator().manual_seed(0)).view(count, 2)
+    uniform = torch.rand(2 * count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sampler.draw(shares.repeat(count, 1), uniform).view(count, 2)
     for column, expected in enumerate(shares):
         found = torch.bincount(drawn[:, column], minlength=6) / count
         assert found[expected == 0].eq(0).all()

@@ -1,0 +1,145 @@
+"""The engines: how processes share the base in memory, and the optimizer of what learns.
+
+    Engine   every process holds the whole base                                      DDP
+    Zero     DeepSpeed shards the optimizer; at stage 3 the base's blocks too         DeepSpeed
+    Fsdp2    torch shards the base's blocks                                           FSDP2
+
+What learns is small under LoRA, so every process holds all of it, and its gradients are added up once an update.
+That makes all engines the same to whoever trains: a model whose blocks may be gathered as they compute, ordinary
+parameters with ordinary gradients, and an ordinary optimizer. So no engine has to be told of roles, each role is
+trained in every one of them, and a checkpoint of one goes on under another.
+
+What is sharded is gathered by all processes together: they must compute the same number of passes. `together` says
+so, and whoever may have nothing left to compute goes on until all have ended (see `perl.rl.sampler`).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perl.errors import UserError
+from perl.parallel.processes import Processes
+
+
+class Engine:
+    """Data parallel: every process holds the whole base. It is also the engine of a process alone."""
+
+    name = "ddp"
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+
+    @property
+    def shards_base(self) -> bool:
+        """Whether the base's blocks are spread over the processes."""
+        return False
+
+    @property
+    def hooks_layers(self) -> bool:
+        """Whether it has hooks on every layer, whose outputs nobody may then change in place."""
+        return False
+
+    def home(self, device: torch.device) -> torch.device:
+        """Where a base is loaded that is to compute on a device."""
+        return torch.device("cpu") if self.shards_base else device
+
+    def shard(self, lm: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Spread a frozen base's blocks over the processes, each gathered while it computes.
+
+        What is not in a block, the embeddings above all, moves to the device whole: each process computes with it.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._spread(blocks, device)
+        in_blocks = {id(tensor) for block in blocks for tensor in block.parameters()}
+        for tensor in (*lm.parameters(), *lm.buffers()):
+            if id(tensor) not in in_blocks:
+                tensor.data = tensor.data.to(device)
+
+    def _spread(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Spread the weights of these blocks."""
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """All of a weight that may be spread; the processes ask together."""
+        return weight
+
+    def together(self, number: int) -> int:
+        """The largest of the processes' numbers where they must compute in step, else this one's."""
+        return self.processes.largest(number) if self.shards_base else number
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The same optimizer, its state shared out where the engine does that."""
+        return optimizer
+
+
+class Fsdp2(Engine):
+    """torch's `fully_shard` on each block.
+
+    Args:
+        offload: keep the shards in the host's memory.
+        reshard: free a block's weights between forward and backward.
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, processes: Processes, offload: bool, reshard: bool) -> None:
+        super().__init__(processes)
+        self._offload, self._reshard = offload, reshard
+
+    @property
+    def shards_base(self) -> bool:
+        """Yes."""
+        return True
+
+    def _spread(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (self.processes.count,))
+        policy = CPUOffloadPolicy() if self._offload else OffloadPolicy()
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=self._reshard, offload_policy=policy)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """As said there."""
+        full: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+        return full() if full is not None else weight
+
+
+def engine_asked_for(processes: Processes) -> Engine:
+    """The engine that `accelerate launch` wrote into the environment; DDP where it wrote none.
+
+    Raises:
+        UserError: DeepSpeed is asked for but not installed, or asked for what it cannot do here.
+    """
+    if _says("ACCELERATE_USE_DEEPSPEED"):
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "the launcher asks for DeepSpeed, which is not installed",
+                where="accelerate config, distributed_type: DEEPSPEED",
+                remedy="pip install 'perl-rlhf[deepspeed]', or launch with another config of recipes/engines.",
+            ) from None
+        from perl.parallel.zero import zero_asked_for
+
+        return zero_asked_for(processes)
+    if _says("ACCELERATE_USE_FSDP"):
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        plugin: Any = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise UserError(
+                f"the launcher asks for FSDP version {plugin.fsdp_version}",
+                where="accelerate config, fsdp_config",
+                remedy="Set fsdp_version: 2 (recipes/engines/fsdp2.yaml is a whole config).",
+            )
+        offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or plugin.cpu_offload is True
+        return Fsdp2(processes, offloads, bool(plugin.reshard_after_forward))
+    return Engine(processes)
+
+
+def _says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")

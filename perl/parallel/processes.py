@@ -1,0 +1,151 @@
+"""The processes that `torchrun` or `accelerate launch` started for one run, as a value that the stages ask.
+
+Each process runs the same code with its own share of the rows; what is decided is decided from what all of them
+know, so that they take the same decision at the same step. The first one, `main`, writes and prints.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from perl.errors import UserError
+
+T = TypeVar("T")
+
+BUCKET = 32 * 1024 * 1024
+"""Bytes of gradients that are added up at once, so that no second copy of all of them is held."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and how many there are; one alone needs nobody."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    """Its number on its host."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        if self.count > 1:
+            self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: T) -> T:
+        """The main process's value."""
+        values: list[Any] = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]  # type: ignore[no-any-return]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return self.largest(int(flag)) > 0
+
+    def largest(self, number: int) -> int:
+        """The largest of everybody's numbers."""
+        return self._reduced(number, torch.int64, dist.ReduceOp.MAX) if self.count > 1 else number
+
+    def sum(self, number: float) -> float:
+        """Everybody's numbers added up; in fp64."""
+        return self._reduced(number, torch.float64, dist.ReduceOp.SUM) if self.count > 1 else number
+
+    def _reduced(self, number: Any, dtype: torch.dtype, how: Any) -> Any:
+        tensor = torch.tensor([number], dtype=dtype)
+        dist.all_reduce(tensor, how)
+        return tensor.item()
+
+    def deal(self, total: int) -> list[int]:
+        """The numbers of this process's rows of so many: neighbours, and as many as everybody has.
+
+        The last row is given again where there are too few: `collect` drops what is too much.
+        """
+        each = -(-total // self.count)
+        return [min(row, total - 1) for row in range(self.rank * each, (self.rank + 1) * each)]
+
+    def collect(self, mine: Sequence[T], total: int) -> list[T]:
+        """Everybody's rows in the order they were dealt in."""
+        return [row for rows in self.gather(mine) for row in rows][:total]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do what may leave something for the others to find, on each host in one process first."""
+        results = [work()] if self.local_rank == 0 else []
+        self.barrier()
+        return results[0] if results else work()
+
+    @torch.no_grad()
+    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make each gradient the sum of everybody's."""
+        if self.count == 1:
+            return
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in learning:  # a share without rows left none, but the others wait for it
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.view(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Give everybody the main process's contents."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+    def check_divides(self, number: int, key: str) -> None:
+        """Refuse a number of rows that cannot be dealt evenly.
+
+        Raises:
+            UserError: saying which numbers could.
+        """
+        if number % self.count:
+            below, above = number // self.count * self.count, -(-number // self.count) * self.count
+            fitting = " or ".join(str(one) for one in (below, above) if one)
+            raise UserError(
+                f"{number} cannot be dealt evenly to {self.count} processes",
+                where=key,
+                remedy=f"Set it to {fitting}, or launch a number of processes that divides {number}.",
+            )
+
+
+ALONE = Processes()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype, up to `BUCKET` bytes together."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        size += gradient.nbytes
+        if not buckets or size > BUCKET or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+            size = gradient.nbytes
+        buckets[-1].append(gradient.contiguous())
+    return buckets
+
+
+def launched() -> Processes:
+    """What the environment says that a launcher has set."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, count, local = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    return Processes(rank, count, local) if count > 1 else ALONE

@@ -1,0 +1,120 @@
+"""What the RL stage trains with: all its state in one place, its beginning, and its checkpoints."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perl.checkpoint import Checkpoints, State
+from perl.measure.meter import Meter
+from perl.model.roles import Role
+from perl.recipe import Rl
+from perl.rl.alarms import Alarm
+from perl.rl.algorithms import Algorithm, algorithm
+from perl.rl.guards import last_good
+from perl.rl.rewards import RewardSource
+from perl.rl.rollout import EncodedPrompts
+from perl.rl.sampler import Sampling
+from perl.stages import snapshot
+from perl.stages.guarding import Guarding
+from perl.stages.policy import encode_prompts, how_to_sample, reward_source
+from perl.stages.session import Session
+
+HEAD_LEARNING_RATE = 10.0
+"""A head learns this much faster than an adapter: it starts from zero and has no bottleneck."""
+
+
+@dataclass
+class Loop:
+    """All state of RL training, in one place, and what the steps read."""
+
+    settings: Rl
+    session: Session
+    algorithm: Algorithm
+    reward: RewardSource
+    prompts: EncodedPrompts
+    optimizer: torch.optim.Optimizer
+    learners: list[Role]
+    critic: str
+    """`shared`, `adapter` or `none`."""
+    meter: Meter
+    sampling: Sampling
+    checkpoints: Checkpoints
+    guarding: Guarding
+    step: int = 0
+
+    @property
+    def value_head(self) -> Role | None:
+        """Whose head reads values; None without a critic."""
+        return Role.CRITIC if self.algorithm.needs_critic else None
+
+    @property
+    def shared_head(self) -> Role | None:
+        """Whose head reads values on the policy's trunk; None where there is none."""
+        return self.value_head if self.critic == "shared" else None
+
+
+def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
+    """The policy, its critic and their optimizer, before the first step."""
+    roles, critic, sampling = session.roles, session.recipe.critic, how_to_sample(session)
+    if session.recipe.sft is not None:
+        session.load(Role.SFT)
+    reward = reward_source(session)
+    roles.add(Role.POLICY, copy_of=roles.reference)
+    learners = [Role.POLICY]
+    if critic != "none":
+        start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
+        roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
+        learners.append(Role.CRITIC)
+    roles.keep(roles.reference, Role.REWARD, *learners)
+    roles.train_only(*learners)
+    weights = [parameter for role in learners for parameter in roles.weights(role).values()]
+    heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
+    groups = [{"params": weights, "lr": settings.learning_rate}]
+    if heads:
+        groups.append({"params": heads, "lr": settings.learning_rate * HEAD_LEARNING_RATE})
+    session.begin_together(weights + heads)
+    optimizer = session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0))
+    return Loop(
+        settings=settings,
+        session=session,
+        algorithm=algorithm(settings.algorithm, settings.samples_per_prompt),
+        reward=reward,
+        prompts=encode_prompts(session, session.train.prompts),
+        optimizer=optimizer,
+        learners=learners,
+        critic=critic,
+        meter=session.meter(),
+        sampling=sampling,
+        checkpoints=session.checkpoints("rl"),
+        guarding=Guarding(session, reward, sampling, held_out),
+    )
+
+
+def go_back(loop: Loop, alarms: list[Alarm]) -> int:
+    """Put back what was learnt at the last checkpoint before the trouble began; return its step."""
+    step = last_good(min(alarm.good_until for alarm in alarms), loop.checkpoints.steps())
+    tensors = loop.checkpoints.read(step).tensors
+    snapshot.load_learnt(loop.session.roles, loop.learners, tensors, str(loop.checkpoints.folder))
+    return step
+
+
+def checkpoint(loop: Loop, step: int, opening: dict[str, Any]) -> None:
+    """Write all state after so many steps; `opening` is what was found before the first, costly to find again."""
+    tensors, values = snapshot.take(loop.session.roles, loop.learners, loop.optimizer)
+    values |= {"opening": opening, "meter": loop.meter.times(), "guard": loop.guarding.guard.state_dict()}
+    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
+    loop.checkpoints.write(State(step, tensors, values), keep)
+
+
+def go_on(loop: Loop) -> tuple[dict[str, Any], int]:
+    """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
+    found = loop.checkpoints.newest()
+    if found is None:
+        return {}, 0
+    roles, state = loop.session.roles, (found.tensors, found.values)
+    snapshot.restore(roles, loop.learners, loop.optimizer, state, str(loop.checkpoints.folder))
+    snapshot.set_generators(state, loop.session.processes)
+    loop.meter.go_on_from(found.values["meter"])
+    loop.guarding.guard.load_state_dict(found.values["guard"])
+    return found.values["opening"], found.step

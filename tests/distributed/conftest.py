@@ -1,0 +1,84 @@
+"""A small recipe for every kind of stage and algorithm, each run by one process alone to compare with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from perl import pipeline
+from perl.progress import silence
+from perl.recipe import load_recipe
+from tests.conftest import DRINKS, write_rows
+
+RL: dict[str, Any] = {
+    "steps": 2,
+    "prompts_per_step": 4,
+    "max_new_tokens": 12,
+    "eval_prompts": 3,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-3,
+}
+FUNCTION = """
+def length(completions, **columns):
+    return [float(len(str(text))) for text in completions]
+"""
+
+
+@pytest.fixture(scope="session")
+def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SFT, reward and PPO on one base; then PPO with a critic of its own, REINFORCE and RLOO on the bare one.
+
+    Seven demonstrations, fourteen ratings and batches of four: the last batch of an epoch cannot be dealt evenly:
+    in four processes it leaves one without a row.
+    """
+    folder = tmp_path_factory.mktemp("recipes")
+    rows: list[Any] = []
+    for number, drink in enumerate(DRINKS):
+        prompt = [{"role": "user", "content": f"A {drink}, please." + " Thank you." * (number % 3)}]
+        rows.append({"prompt": prompt, "completion": f"One {drink}. What size?"})
+        rows.append({"prompt": prompt, "completion": f"One {drink}. What size?", "label": True})
+        rows.append({"prompt": prompt, "completion": "No.", "label": False})
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "rewards.py").write_text(FUNCTION)
+    common: dict[str, Any] = {
+        "name": "together",
+        "checkpoint_every": 1,
+        "base": {"model": str(tiny_llama), "dtype": "float32"},
+        "lora": {"rank": 2, "alpha": 4},
+        "data": {"source": "jsonl", "path": "rows.jsonl", "held_out": 0.3},
+    }
+    function = RL | {"reward": {"function": "rewards.py:length"}}
+    contents = {
+        "all": {
+            "sft": {"batch_size": 4, "max_length": 64},
+            "reward": {"batch_size": 4, "epochs": 1, "max_length": 64},
+            "rl": RL | {"algorithm": "ppo", "epochs": 2},
+        },
+        "adapter": {"checkpoint_activations": True, "rl": function | {"algorithm": "ppo", "critic": "adapter"}},
+        "reinforce": {"lora": {"rank": 2, "alpha": 4, "layers": "top-half"}, "rl": function},
+        "rloo": {"rl": function | {"algorithm": "rloo", "samples_per_prompt": 2}},
+        "full": {"tuning": "full", "rl": function | {"algorithm": "ppo"}},
+    }
+    files = {}
+    for name, content in contents.items():
+        files[name] = folder / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(common | content))
+    return files
+
+
+@pytest.fixture(scope="session")
+def alone(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folders of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    with silence():
+        for name, recipe in recipes.items():
+            pipeline.run(load_recipe(recipe), folder / name)
+    return {name: folder / name for name in recipes}
+
+
+def result(out: Path, role: str) -> dict[str, Any]:
+    """What a stage came to."""
+    content: dict[str, Any] = json.loads((out / role / "result.json").read_text())
+    return content

@@ -1,0 +1,88 @@
+"""A process dies: the others stop and say which; and the run goes on, with as many processes or with others."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from perl import pipeline
+from perl.progress import silence
+from perl.recipe import load_recipe
+from tests.distributed.launching import LIMIT, finished, learnt, steps, torchrun
+
+STEPS = 30
+
+
+@pytest.fixture
+def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
+    """PPO with both roles learning, for so many steps."""
+    content = yaml.safe_load(recipes["adapter"].read_text())
+    content["checkpoint_every"] = 5
+    content["rl"] |= {"steps": STEPS, "reward": {"function": f"{recipes['adapter'].parent}/rewards.py:length"}}
+    content["data"]["path"] = str(recipes["adapter"].parent / "rows.jsonl")
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of a rank."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            return process
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for_steps(out: Path, count: int) -> None:
+    """Wait until so many steps are done."""
+    for _ in range(10 * LIMIT):
+        if (out / "policy" / "metrics.jsonl").exists() and len(steps(out, "policy")) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run does not begin")
+
+
+def test_the_others_name_who_died_and_the_run_goes_on_with_another_number_of_processes(
+    long_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    launcher = torchrun(2, "-m", "perl", "run", long_recipe, "--out", out)
+    wait_for_steps(out, 3)
+    victim = worker(launcher, 1)
+    begin = time.monotonic()
+    victim.send_signal(signal.SIGKILL)
+    status, said = finished(launcher)
+    assert status != 0
+    assert time.monotonic() - begin < 60
+    assert f"process 1 (host {os.uname().nodename}, pid {victim.pid}) is gone" in said
+    assert "goes on from the newest checkpoint" in said
+    done = len(steps(out, "policy"))
+    assert done < STEPS
+
+    status, said = finished(torchrun(4, "-m", "perl", "run", long_recipe, "--out", out))
+    assert status == 0, said
+    assert [int(step["step"]) for step in steps(out, "policy")] == list(range(1, STEPS + 1))
+    with silence():
+        pipeline.run(load_recipe(long_recipe), tmp_path / "peaceful")
+    one, several = learnt(tmp_path / "peaceful"), learnt(out)
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=0, atol=1e-5)
+
+
+def test_all_leave_together_when_one_is_asked_to(long_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    launcher = torchrun(2, "-m", "perl", "run", long_recipe, "--out", out)
+    wait_for_steps(out, 2)
+    worker(launcher, 1).send_signal(signal.SIGTERM)
+    status, said = finished(launcher)
+    assert status != 0
+    assert "interrupted: finished stages are saved" in said
+    done = len(steps(out, "policy"))
+    newest = max(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
+    assert newest == f"step-{done:08}"

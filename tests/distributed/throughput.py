@@ -1,0 +1,81 @@
+"""Throughput of each process beside one alone: python -m tests.distributed.throughput [--processes N]
+
+One thread each, the same rows a process: the global batch grows with the processes. PPO with a shared critic on a
+random Llama of 22M parameters; tokens a second and process, as reports say them.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from tests.distributed.launching import finished, torchrun
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+}
+
+
+def recipe(folder: Path, processes: int) -> Path:
+    """RL in the coffee shop, as many prompts a process whatever their number."""
+    (folder / "rewards.py").write_text("def one(completions, **rest):\n    return [1.0 for _ in completions]\n")
+    content = {
+        "name": "throughput",
+        "checkpoint_every": 1000,
+        "base": {"config": SHAPE, "random_init": True, "dtype": "float32"},
+        "rl": {
+            "algorithm": "ppo",
+            "reward": {"function": "rewards.py:one"},
+            "steps": 8,
+            "prompts_per_step": 16 * processes,
+            "micro_batch_size": 16,
+            "max_prompt_length": 128,
+            "max_new_tokens": 32,
+            "eval_prompts": 2,
+            "guard": "off",
+        },
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def measure(engine: str, processes: int) -> float:
+    """Tokens a second and process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        command = ["-m", "perl", "run", recipe(Path(scratch), processes), "--out", out]
+        status, said = finished(torchrun(processes, *command, engine=engine))
+        assert status == 0, said
+        result = json.loads((out / "policy" / "result.json").read_text())
+    return float(result["tokens_per_second"]) / processes
+
+
+def main() -> None:
+    """Measure in turn, and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="ddp")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    found: dict[int, list[float]] = {1: [], arguments.processes: []}
+    for _ in range(arguments.repeats):
+        for processes, figures in found.items():
+            figures.append(measure(arguments.engine, processes))
+    one, each = statistics.median(found[1]), statistics.median(found[arguments.processes])
+    words = f"{arguments.engine}: one {one:.0f}, each of {arguments.processes} {each:.0f} tokens/s"
+    print(f"{words}, {each / one:.2f} of it; all: {found}")
+
+
+if __name__ == "__main__":
+    main()

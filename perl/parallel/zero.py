@@ -8,6 +8,7 @@ are: the partitioning of frozen weights, and the sharded optimizer, which is han
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
@@ -35,6 +36,8 @@ def zero_asked_for(processes: Processes) -> "Zero":
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on first use, and is not needed
+    # DeepSpeed 0.19.8 gathers by names that torch 2.13 has given up.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     from accelerate.utils import DeepSpeedPlugin
 
     where = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "accelerate config, deepspeed_config")

@@ -135,7 +135,8 @@ def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> d
         targets: of everyone.
     """
     roles, settings, processes = loop.session.roles, loop.settings, loop.session.processes
-    share = processes.deal(len(everyone.scored.scores_B))
+    rows = processes.deal(len(everyone.scored.scores_B))
+    share = slice(rows[0], rows[-1] + 1)
     returns_BT = targets.returns_BT[share] if targets.returns_BT is not None else None
     targets = Targets(targets.advantages_BT[share], returns_BT)
     tokens = float(everyone.scored.mask_BT.sum())

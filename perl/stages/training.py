@@ -131,6 +131,7 @@ class ResumableTrainer(Trainer):
     """
 
     course: Course
+    data_collator: Any
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, for the batch of all processes."""
@@ -141,7 +142,7 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The batches of all processes, of which this one collates its share."""
-        whole: Any = self.data_collator
+        whole = self.data_collator
         self.data_collator = Dealt(whole, self.course.processes)
         try:
             return super().get_train_dataloader()

@@ -26,12 +26,16 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_accelerate_launches_the_command_line(recipes: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ENGINES / "ddp.yaml", "--cpu"]
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_accelerate_launches_the_command_line(engine: str, recipes: dict[str, Path], tmp_path: Path) -> None:
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ENGINES / f"{engine}.yaml"]
     out = tmp_path / "out"
     status, said = finished(start([*command, "-m", "perl", "run", recipes["rloo"], "--out", out], {}))
     assert status == 0, said
-    assert json.loads((out / "report.json").read_text())["hardware"]["processes"] == 2
+    hardware = json.loads((out / "report.json").read_text())["hardware"]
+    assert (hardware["processes"], hardware["engine"]) == (2, engine)
     assert said.count("Written:") == 1
 
 

@@ -36,7 +36,7 @@ def recipe(folder: Path, processes: int) -> Path:
         "rl": {
             "algorithm": "ppo",
             "reward": {"function": "rewards.py:one"},
-            "steps": 8,
+            "steps": 6,
             "prompts_per_step": 16 * processes,
             "micro_batch_size": 16,
             "max_prompt_length": 128,
@@ -72,6 +72,7 @@ def main() -> None:
     for _ in range(arguments.repeats):
         for processes, figures in found.items():
             figures.append(measure(arguments.engine, processes))
+            print(f"{processes} processes: {figures[-1]:.0f} tokens/s each", flush=True)
     one, each = statistics.median(found[1]), statistics.median(found[arguments.processes])
     words = f"{arguments.engine}: one {one:.0f}, each of {arguments.processes} {each:.0f} tokens/s"
     print(f"{words}, {each / one:.2f} of it; all: {found}")

@@ -16,7 +16,20 @@ from perl import cli
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
 COMMANDS = [
-    *("run", "sft", "reward", "rl", "evaluate", "bench", "compare", "estimate", "report", "chat", "export"),
+    *(
+        "run",
+        "sft",
+        "reward",
+        "rl",
+        "evaluate",
+        "bench",
+        "compare",
+        "estimate",
+        "report",
+        "chat",
+        "export",
+        "sweep",
+    ),
     *("data", "data fetch", "data check"),
 ]
 

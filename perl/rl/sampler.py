@@ -208,6 +208,7 @@ def _prefill(
     groups = [(list(prompt), len(list(same))) for prompt, same in itertools.groupby(prompts)]
     parts, row = [], 0
     starts = range(0, len(groups), sampling.prompts_at_once)
+    passes = roles.together(len(starts))  # asked before the first: who has fewer would ask while others compute
     for start in starts:
         some = groups[start : start + sampling.prompts_at_once]
         copies = [count for _, count in some]
@@ -221,7 +222,7 @@ def _prefill(
             hidden_BD = _hidden(model, cache, ids_BP, mask_BP.long())[:, -1].clone()
         below.keep(rows_B[rows], cache.prompt_length, copies_B)
         parts.append(hidden_BD.repeat_interleave(copies_B, 0))
-    for _ in range(len(starts), roles.together(len(starts))):
+    for _ in range(len(starts), passes):
         model.base_model(input_ids=rows_B.new_zeros(1, 1), use_cache=False)  # in step with the other processes
     cache.prefilled()
     hidden_BD = torch.cat(parts)

@@ -121,6 +121,7 @@ class Zero(Engine):
             config.pop(name, None)
         config["zero_optimization"] |= changes
         settings: dict[str, Any] = config | {
+            "gradient_clipping": 0.0,  # gradients come clipped; DeepSpeed's default is to clip at 1
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},

@@ -27,6 +27,18 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = ["A latte, please.", "What size would you like?", "Large.", "User: hello", "Agent: yes, no, thank you"]
+LEAVES = """
+import os, signal
+calls = 0
+
+def leaves(completions, **columns):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("LEAVE_AT", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(str(text))) for text in completions]
+"""
+"""A reward function that asks its own run to leave, at the call whose number the environment has."""
 DRINKS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
 
 RunCli = Callable[..., tuple[int, str]]

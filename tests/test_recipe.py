@@ -1,6 +1,5 @@
 """Recipes: round trip, overrides, paths and messages; any text gives a Recipe or a UserError, nothing else."""
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,10 @@ from hypothesis import strategies as st
 
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
+from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
 EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-GOOD: dict[str, Any] = {
-    "name": "good",
-    "seed": 3,
-    "base": {"build": {"steps": 2, "hidden_size": 32, "heads": 2}},
-    "lora": {"rank": 4, "targets": ["q_proj"], "layers": [0, 1]},
-    "data": {"source": "jsonl", "path": "own.jsonl", "held_out": 0.25},
-    "sft": {"epochs": 2},
-    "reward": {"loss": "pairs", "learning_rate": 2e-3},
-    "rl": {"algorithm": "rloo", "samples_per_prompt": 4, "reward": {"function": "f.py:f"}, "kl_coef": 0.0},
-}
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -178,62 +168,6 @@ def test_what_is_no_path_stays_as_it_is(tmp_path: Path) -> None:
 
 # Fuzzing: whatever the text, a Recipe or a UserError.
 
-KEYS = "name base build model rl reward sft steps lora layers config"
-MARKS = "1 -1 1e-3 .inf .nan null true ~ *a &a << [ ] { } , | > ' \" # % @ ` \\x 0x 1:60 2001-1-1 é \ud7ff"
-TAGS = "!!int !!float !!bool !!timestamp !!binary !!set !!map !!omap !x"
-SPACED = ["? ", ": ", "- ", "\n", "\n  ", "\n    ", "\t", "---\n", "...\n", *(f"{tag} " for tag in TAGS.split())]
-WORDS = st.sampled_from([*KEYS.split(), *MARKS.split(), *SPACED])
-TEXTS = st.one_of(st.text(), st.lists(WORDS, max_size=30).map("".join))
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.dates(), st.binary(max_size=5)
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> str:
-    """A good recipe with some keys renamed, removed, given twice over or given other values."""
-    content = copy.deepcopy(GOOD)
-    for _ in range(draw(st.integers(1, 3))):
-        section = content
-        while True:
-            key = draw(st.sampled_from(sorted(section, key=str)))
-            if isinstance(section[key], dict) and section[key] and draw(st.booleans()):
-                section = section[key]
-                continue
-            break
-        match draw(st.sampled_from(["value", "name", "remove", "word"])):
-            case "value":
-                section[key] = draw(VALUES)
-            case "name":
-                section[draw(SCALARS)] = section[key]
-            case "remove" if len(section) > 1:
-                del section[key]
-            case _:
-                section[key] = draw(WORDS)
-    text: str = yaml.dump(content)
-    if draw(st.booleans()):
-        cut = draw(st.integers(0, len(text)))
-        text = text[:cut] + draw(WORDS) + text[cut:]
-    return text
-
-
-OVERRIDES = st.lists(
-    st.one_of(
-        st.text(max_size=20),
-        st.builds(
-            "{}={}".format,
-            st.sampled_from(["rl.steps", "base.build", "name", "data.path", "a.b.c", "", "."]),
-            TEXTS,
-        ),
-    ),
-    max_size=2,
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -258,14 +192,16 @@ def load_or_refuse(folder: Path, text: str, overrides: list[str]) -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(TEXTS, OVERRIDES)
+@given(YAML, st.lists(OVERRIDES, max_size=2))
 def test_any_text_is_a_recipe_or_refused(folder: Path, text: str, overrides: list[str]) -> None:
     load_or_refuse(folder, text, overrides)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(mutated(), OVERRIDES)
-def test_any_mutated_recipe_is_a_recipe_or_refused(folder: Path, text: str, overrides: list[str]) -> None:
+@given(near_recipes(), st.lists(OVERRIDES, max_size=2))
+def test_any_near_recipe_is_a_recipe_or_refused(
+    folder: Path, text: str, overrides: list[str]
+) -> None:
     load_or_refuse(folder, text, overrides)
 
 

@@ -11,22 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import RunCli, WriteRecipe
+from tests.conftest import LEAVES, RunCli, WriteRecipe
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
 REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01}
 RL = {"steps": 7, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "eval_prompts": 2}
-LEAVES = """
-import os, signal
-calls = 0
-
-def leaves(completions, **columns):
-    global calls
-    calls += 1
-    if calls == int(os.environ.get("LEAVE_AT", 0)):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return [float(len(str(text))) for text in completions]
-"""
 
 
 def learnt(out: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.stages import reward, sft
-from tests.conftest import RunCli, WriteRecipe
+from tests.conftest import LEAVES, RunCli, WriteRecipe
 
 RL = {
     "steps": 30,
@@ -34,17 +34,6 @@ def absurd(completions, **columns):
     calls += 1
     absurd = str(calls) in os.environ["ABSURD_AT"].split()
     return [1e39 if absurd else float(len(str(text))) for text in completions]
-"""
-LEAVES = """
-import os, signal
-calls = 0
-
-def leaves(completions, **columns):
-    global calls
-    calls += 1
-    if calls == int(os.environ.get("LEAVE_AT", 0)):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return [float(len(str(text))) for text in completions]
 """
 
 

@@ -199,9 +199,7 @@ def test_any_text_is_a_recipe_or_refused(folder: Path, text: str, overrides: lis
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(near_recipes(), st.lists(OVERRIDES, max_size=2))
-def test_any_near_recipe_is_a_recipe_or_refused(
-    folder: Path, text: str, overrides: list[str]
-) -> None:
+def test_any_near_recipe_is_a_recipe_or_refused(folder: Path, text: str, overrides: list[str]) -> None:
     load_or_refuse(folder, text, overrides)
 
 

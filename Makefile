@@ -2,23 +2,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check docker-steps clean
+.PHONY: setup develop demo test check docker-steps clean
 
 setup: .venv/ready
+
+develop: .venv/develop
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" docker/install.sh torch
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/install.sh --editable .
+	touch $@
+
+.venv/develop: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" docker/install.sh --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/perl-rlhf run recipes/quickstart.yaml
 
-test: setup
+test: develop
 	$(BIN)/python -m pytest
 
-check: setup
+check: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,7 +33,7 @@ check: setup
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 
 # The commands of both Dockerfiles in a clean root, without an engine: needs root on Linux, and minutes.
-docker-steps: setup
+docker-steps: develop
 	$(BIN)/python -m tests.docker_steps docker/cpu.Dockerfile docker/cuda.Dockerfile
 
 clean:

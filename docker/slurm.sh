@@ -2,6 +2,7 @@
 # One recipe under three seeds, each a job of its own on one GPU of one node:
 #
 #   sbatch docker/slurm.sh RECIPE [KEY=VALUE...]
+#   sbatch --array=0 --nodes=2 --gres=gpu:8 docker/slurm.sh RECIPE      one seed, on all of sixteen GPUs together
 #
 # Submit it from a folder that all nodes see: runs/NAME-seedN is written there. Adapt the lines below to the cluster
 # (partition, account, --gres), and PERL to how it is installed. A job that meets its time limit saves, asks to be
@@ -9,7 +10,7 @@
 #SBATCH --job-name=perl-rlhf
 #SBATCH --array=0-2
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --gres=gpu:1
 #SBATCH --mem=32G
@@ -24,9 +25,18 @@ PERL=(perl-rlhf)  # in a container: PERL=(apptainer run --nv perl-rlhf-cuda.sif)
 RECIPE=${1:?usage: sbatch docker/slurm.sh RECIPE [KEY=VALUE...]}
 SEED=$SLURM_ARRAY_TASK_ID
 NAME=$(basename "$RECIPE" .yaml)
-export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+INTERRUPTED=130
+DEVICES=${DEVICES:-${SLURM_GPUS_ON_NODE:-1}}  # without GPUs: DEVICES=4 sbatch --gres=none ...
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / DEVICES))
+if [ "$((SLURM_NNODES * DEVICES))" -gt 1 ]; then
+    # Data parallel. For DeepSpeed or FSDP2: accelerate launch with a file of recipes/engines, docs/devices.md.
+    HOST0=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    PERL=(torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$DEVICES" --rdzv-backend c10d
+        --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HOST0:29500" -m perl)
+    INTERRUPTED=1  # torchrun's own, whatever its processes leave with
+fi
 
-# Slurm warns 300 s before the limit. SIGTERM lets a step end and be saved; the run then leaves with status 130.
+# Slurm warns 300 s before the limit. SIGTERM lets a step end and be saved.
 at_limit=
 trap 'at_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
@@ -38,7 +48,7 @@ if [ -n "$at_limit" ]; then
     wait $!  # the warning ended the first wait
     status=$?
 fi
-if [ -n "$at_limit" ] && [ "$status" = 130 ]; then
+if [ -n "$at_limit" ] && [ "$status" = "$INTERRUPTED" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from perl.errors import UserError, machine_fault
 from perl.progress import console
 
 INTERRUPTED = 130
+TOGETHER = ("run", "sft", "reward", "rl")
+"""The commands that several processes run together."""
 
 app = typer.Typer(
     name="perl-rlhf",
-    help="RLHF in which every learned part is a LoRA adapter on one frozen base.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +37,20 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
 JsonFile = typer.Option("--json", metavar="FILE", help="Write the figures there.")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+@app.callback(help="RLHF in which every learned part is a LoRA adapter on one frozen base.")
+def before_any(context: typer.Context) -> None:
+    """Refuse what a launcher would have every process do anew, all writing to the same place."""
+    count, command = os.environ.get("WORLD_SIZE", "1"), context.invoked_subcommand
+    if count != "1" and command not in TOGETHER:
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(UserError.status)
+        raise UserError(
+            f"{command} is for one process, and a launcher has started {count}",
+            where=f"the command {command}",
+            remedy=f"Call perl-rlhf {command} without a launcher; {', '.join(TOGETHER)} can be launched.",
+        )
 
 
 @app.command("run")

@@ -21,7 +21,7 @@ from perl.page.numbers import bytes_text
 from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
 from perl.progress import console, track
 from perl.recipe import Recipe, StageName
-from perl.stages.session import quiet_libraries
+from perl.stages.material import quiet_libraries
 
 UNITS = {
     "": 1,

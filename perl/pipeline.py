@@ -10,8 +10,10 @@ from perl.progress import console
 from perl.recipe import Recipe, StageName
 from perl.report import write_report
 from perl.rundir import STAGE_ROLE
+from perl.seeds import seed_everything
 from perl.stages import reward, rl, sft
-from perl.stages.session import Material, Session, open_session, seed_everything
+from perl.stages.material import Material
+from perl.stages.session import Session, open_session
 
 TRAIN: dict[StageName, Callable[[Session], dict[str, Any]]] = {
     "sft": sft.train_sft,

@@ -30,16 +30,9 @@ from perl.pipeline import TRAIN
 from perl.progress import silence
 from perl.recipe import Recipe, StageName
 from perl.rundir import RunFolder
-from perl.stages.session import (
-    Session,
-    Trial,
-    adapter_shape,
-    corpus,
-    only_scores,
-    quiet_libraries,
-    read_data,
-    seed_everything,
-)
+from perl.seeds import seed_everything
+from perl.stages.material import corpus, only_scores, quiet_libraries, read_data
+from perl.stages.session import Session, Trial, adapter_shape
 
 DEPTHS = (2, 6)
 """Layers that a deeper base is tried at."""

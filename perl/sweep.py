@@ -23,7 +23,8 @@ from perl.pipeline import run
 from perl.progress import console
 from perl.recipe import Recipe
 from perl.rundir import RunFolder
-from perl.stages.session import adapter_shape, read_material
+from perl.stages.material import read_material
+from perl.stages.session import adapter_shape
 
 TARGETS = ("attention", "all-linear")
 T = TypeVar("T", str, int)

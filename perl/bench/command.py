@@ -19,6 +19,7 @@ from perl.files import write_figures
 from perl.page.numbers import bytes_text
 from perl.progress import console
 from perl.recipe import Recipe
+from perl.stages.material import quiet_libraries
 
 WARM_UP = 1
 """Steps at the start of every measurement that do not count: memory is first touched, caches are first filled."""
@@ -52,6 +53,7 @@ def bench_part(
     """Measure one of `PARTS`; print and write its figures, and draw them where there is something to draw."""
     options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
     read = {name: options[name] for name in READS[part]}
+    quiet_libraries()
     found = PARTS[part](**read)
     console.print(f"[bold]{part}[/]{f', {model}' if 'model' in read else ''}")
     console.print_json(json.dumps(found))

@@ -18,8 +18,9 @@ from perl.rl.guards import WINDOW, Guard, Limits, last_good
 from perl.rl.rewards import RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
+from perl.seeds import derived_seed
 from perl.stages.rollouts import everyones, roll_out
-from perl.stages.session import Session, derived_seed
+from perl.stages.session import Session
 
 CHECKS = 10
 """How often in a run the check is looked at."""

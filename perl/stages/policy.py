@@ -14,8 +14,9 @@ from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
+from perl.seeds import derived_seed
 from perl.stages.rollouts import Rollout, everyones, roll_out
-from perl.stages.session import Session, derived_seed
+from perl.stages.session import Session
 
 EVAL_BATCH = 64
 """Answers sampled at once in evaluation."""

@@ -20,11 +20,12 @@ from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction
+from perl.seeds import derived_seed
 from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
 from perl.stages.policy import describe, draw_samples, encode_prompts, evaluate_policy, prompts_of
 from perl.stages.preflight import preflight
 from perl.stages.rollouts import Rollout, everyones, roll_out
-from perl.stages.session import Session, derived_seed
+from perl.stages.session import Session
 
 VALUE_COEF = 0.1
 """Weight of the critic's loss beside the policy's."""

@@ -1,31 +1,23 @@
 """What the stages of one run share: the recipe, the records, the base with its roles, and the run folder."""
 
 import contextlib
-import random
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import LoraConfig
-from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from perl.checkpoint import Checkpoints
-from perl.data.records import Demonstration, Records
-from perl.data.sources import load_records
-from perl.data.splits import split
+from perl.data.records import Records
 from perl.errors import UserError
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
-from perl.model.base import Base, load_base, random_base
-from perl.model.build import build_base
+from perl.model.base import Base
 from perl.model.encoder import is_encoder
 from perl.model.four_bit import scales
 from perl.model.lora import lora_config
@@ -38,7 +30,9 @@ from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
 from perl.recipe import Recipe, StageName
 from perl.rundir import STAGE_ROLE, RunFolder
+from perl.seeds import derived_seed, seed_everything
 from perl.stages.engines import check_engine
+from perl.stages.material import Material, quiet_libraries, read_material
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -52,17 +46,6 @@ class Trial:
     """On fake tensors: no more is computed of a step than decides its peak memory."""
     measured: bool = True
     """Whether memory and operations are followed, which slows small models."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """What runs of one seed on one base can share: the records, and the base as it was loaded."""
-
-    train: Records
-    held_out: Records
-    base: Base
-    lm: PreTrainedModel
-    device: torch.device
 
 
 @dataclass
@@ -192,7 +175,6 @@ def open_session(
         out: the run folder.
         trial: for what the stages are to be tried only.
         material: read before, by `read_material` for a recipe with the same seed, base and data.
-
         engine: how the processes that run together hold the base; each opens a session.
 
     Raises:
@@ -209,28 +191,6 @@ def open_session(
     return Session(recipe, folder, found.train, found.held_out, found.base, roles, found.device, trial)
 
 
-def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
-    """The data and the base of a recipe.
-
-    Raises:
-        UserError: they cannot be used, or processes on several hosts have read different ones.
-    """
-    engine = engine or Engine(ALONE)
-    quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, held_out = read_data(recipe)
-    base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
-    seen = engine.processes.gather((base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts)))
-    if len(set(seen)) > 1:
-        other = next(rank for rank, one in enumerate(seen) if one != seen[0])
-        raise UserError(
-            f"processes 0 and {other} have read another base or other data",
-            where=f"base.model {base.name}, data.source {recipe.data.source}",
-            remedy="Put the same files on all hosts.",
-        )
-    return Material(train, held_out, base, lm, device)
-
-
 @contextlib.contextmanager
 def trial_session(recipe: Recipe, trial: Trial) -> Iterator[Session]:
     """A session to try one stage in, its folder gone afterwards; seeded as a run's stages are.
@@ -242,57 +202,6 @@ def trial_session(recipe: Recipe, trial: Trial) -> Iterator[Session]:
         session = open_session(recipe, Path(scratch), trial)
         seed_everything(recipe.seed)
         yield session
-
-
-def read_data(recipe: Recipe) -> tuple[Records, Records]:
-    """The recipe's records, to train on and held out.
-
-    Raises:
-        UserError: they cannot be read, or a stage finds nothing in them.
-    """
-    records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
-    if records.problems:
-        first = records.problems[0]
-        quoted = escape(f"{first.where}: {first.what}")  # what the data contain is not markup
-        console.print(
-            f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
-            f"(`perl-rlhf data check` names them all)"
-        )
-    train, held_out = split(records, recipe.data.held_out, recipe.seed)
-    _check_records(recipe, train)
-    return train, held_out
-
-
-def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
-    """The base of a recipe: loaded, built or drawn at random."""
-    spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
-    four_bit = spec.quantization == "4bit"
-    if four_bit and spec.random_init:
-        raise UserError(
-            "weights drawn at random are not quantized",
-            where="base.quantization",
-            remedy="Give a base with weights; what a larger one needs in 4 bits, perl-rlhf estimate says.",
-        )
-    if spec.build is not None:
-        folder = build_base(corpus(train), **spec.build.model_dump())
-        return load_base(str(folder), dtype, device, four_bit=four_bit)
-    if spec.config is not None:
-        return random_base(spec.config, dtype, device, recipe.seed)
-    assert spec.model is not None
-    return load_base(
-        spec.model,
-        dtype,
-        device,
-        four_bit=four_bit,
-        trust_remote_code=spec.trust_remote_code,
-        random_seed=recipe.seed if spec.random_init else None,
-        encoders=only_scores(recipe),
-    )
-
-
-def only_scores(recipe: Recipe) -> bool:
-    """Whether nothing is written under a recipe, so that its base may be an encoder."""
-    return recipe.stages == ("reward",)
 
 
 def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine) -> Roles:
@@ -317,48 +226,3 @@ def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:
     """The recipe's adapters, for this model."""
     lora = recipe.lora
     return lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm)
-
-
-def corpus(train: Records) -> list[Demonstration]:
-    """What a tiny base is trained on: the source's own corpus, or all training records."""
-    if train.corpus:
-        return train.corpus
-    rated = [Demonstration(record.context, (record.answer,), record.dialogue) for record in train.ratings]
-    compared = [Demonstration(record.context, (record.better,), record.dialogue) for record in train.comparisons]
-    return [*train.demonstrations, *rated, *compared]
-
-
-def _check_records(recipe: Recipe, train: Records) -> None:
-    needs = {
-        "sft": (train.demonstrations, "demonstrations"),
-        "reward": (train.ratings or train.comparisons, "ratings or comparisons"),
-        "rl": (train.prompts, "prompts"),
-    }
-    for stage in recipe.stages:
-        have, what = needs[stage]
-        if not have:
-            raise UserError(
-                f"{recipe.data.source} has no {what}, which {stage} needs",
-                where="data.source",
-                remedy=f"Use another source, or take the section {stage} out of the recipe.",
-            )
-
-
-def quiet_libraries() -> None:
-    """No bars and notes of the libraries' own beside ours."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    # TRL's default sets the old name, and releases of transformers before the new one know no other.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every global generator."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
-    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

@@ -30,8 +30,9 @@ from perl.recipe import StageName
 from perl.rl.alarms import WORDS
 from perl.rl.guards import Limits
 from perl.rundir import STAGE_ROLE, MetricsLog
+from perl.seeds import derived_seed
 from perl.stages import snapshot
-from perl.stages.session import Session, derived_seed
+from perl.stages.session import Session
 
 SHARE = "share"
 """In a batch: its share of the rows that all processes have; 0 where its row does not count."""

@@ -16,14 +16,14 @@ from perl.progress import silence
 from perl.recipe import load_recipe
 from tests.distributed.launching import LIMIT, finished, learnt, steps, torchrun
 
-STEPS = 30
+STEPS = 14
 
 
 @pytest.fixture
 def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
     """PPO with both roles learning, for so many steps."""
     content = yaml.safe_load(recipes["adapter"].read_text())
-    content["checkpoint_every"] = 5
+    content["checkpoint_every"] = 2
     content["rl"] |= {"steps": STEPS, "reward": {"function": f"{recipes['adapter'].parent}/rewards.py:length"}}
     content["data"]["path"] = str(recipes["adapter"].parent / "rows.jsonl")
     file = tmp_path / "long.yaml"

@@ -12,6 +12,7 @@ from perl.parallel.engine import Engine, engine_asked_for
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, load_recipe
 from perl.stages.engines import check_engine
+from tests.conftest import RunCli
 from tests.distributed.launching import ENGINES, finished, start, torchrun
 
 
@@ -37,6 +38,19 @@ def test_accelerate_launches_the_command_line(engine: str, recipes: dict[str, Pa
     hardware = json.loads((out / "report.json").read_text())["hardware"]
     assert (hardware["processes"], hardware["engine"]) == (2, engine)
     assert said.count("Written:") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "chat", "report", "estimate"])
+def test_a_command_for_one_process_is_refused_once(
+    command: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", f"{command} is for one process, and a launcher has started 2"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        status, text = run_cli(command, "runs/any", *(["reward"] if command == "evaluate" else []))
+        assert status == 2
+        assert said in text
+        assert bool(said) == bool(text.strip())
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])

@@ -15,7 +15,8 @@ from perl.model.roles import Role
 from perl.model.saved import read_stamp
 from perl.pipeline import TRAIN
 from perl.recipe import load_recipe
-from perl.stages.session import Trial, open_session, seed_everything
+from perl.seeds import seed_everything
+from perl.stages.session import Trial, open_session
 from tests.conftest import RunCli, WriteRecipe
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}

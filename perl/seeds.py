@@ -1,0 +1,16 @@
+"""Seeds: of every global generator, and one for each purpose and step."""
+
+import random
+
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global generator."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

@@ -1,0 +1,139 @@
+"""What runs of one seed on one base can share: the records, and the base as it was loaded."""
+
+import warnings
+from dataclasses import dataclass
+
+import datasets
+import torch
+from rich.markup import escape
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from perl.data.records import Demonstration, Records
+from perl.data.sources import load_records
+from perl.data.splits import split
+from perl.errors import UserError
+from perl.model.base import Base, load_base, random_base
+from perl.model.build import build_base
+from perl.parallel.engine import Engine
+from perl.parallel.processes import ALONE
+from perl.progress import console
+from perl.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Material:
+    """What runs of one seed on one base can share: the records, and the base as it was loaded."""
+
+    train: Records
+    held_out: Records
+    base: Base
+    lm: PreTrainedModel
+    device: torch.device
+
+
+def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
+    """The data and the base of a recipe.
+
+    Raises:
+        UserError: they cannot be used, or processes on several hosts have read different ones.
+    """
+    engine = engine or Engine(ALONE)
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, held_out = read_data(recipe)
+    base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
+    seen = engine.processes.gather((base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts)))
+    if len(set(seen)) > 1:
+        other = next(rank for rank, one in enumerate(seen) if one != seen[0])
+        raise UserError(
+            f"processes 0 and {other} have read another base or other data",
+            where=f"base.model {base.name}, data.source {recipe.data.source}",
+            remedy="Put the same files on all hosts.",
+        )
+    return Material(train, held_out, base, lm, device)
+
+
+def read_data(recipe: Recipe) -> tuple[Records, Records]:
+    """The recipe's records, to train on and held out.
+
+    Raises:
+        UserError: they cannot be read, or a stage finds nothing in them.
+    """
+    records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
+    if records.problems:
+        first = records.problems[0]
+        quoted = escape(f"{first.where}: {first.what}")  # what the data contain is not markup
+        console.print(
+            f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
+            f"(`perl-rlhf data check` names them all)"
+        )
+    train, held_out = split(records, recipe.data.held_out, recipe.seed)
+    _check_records(recipe, train)
+    return train, held_out
+
+
+def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
+    """The base of a recipe: loaded, built or drawn at random."""
+    spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
+    four_bit = spec.quantization == "4bit"
+    if four_bit and spec.random_init:
+        raise UserError(
+            "weights drawn at random are not quantized",
+            where="base.quantization",
+            remedy="Give a base with weights; what a larger one needs in 4 bits, perl-rlhf estimate says.",
+        )
+    if spec.build is not None:
+        folder = build_base(corpus(train), **spec.build.model_dump())
+        return load_base(str(folder), dtype, device, four_bit=four_bit)
+    if spec.config is not None:
+        return random_base(spec.config, dtype, device, recipe.seed)
+    assert spec.model is not None
+    return load_base(
+        spec.model,
+        dtype,
+        device,
+        four_bit=four_bit,
+        trust_remote_code=spec.trust_remote_code,
+        random_seed=recipe.seed if spec.random_init else None,
+        encoders=only_scores(recipe),
+    )
+
+
+def only_scores(recipe: Recipe) -> bool:
+    """Whether nothing is written under a recipe, so that its base may be an encoder."""
+    return recipe.stages == ("reward",)
+
+
+def corpus(train: Records) -> list[Demonstration]:
+    """What a tiny base is trained on: the source's own corpus, or all training records."""
+    if train.corpus:
+        return train.corpus
+    rated = [Demonstration(record.context, (record.answer,), record.dialogue) for record in train.ratings]
+    compared = [Demonstration(record.context, (record.better,), record.dialogue) for record in train.comparisons]
+    return [*train.demonstrations, *rated, *compared]
+
+
+def _check_records(recipe: Recipe, train: Records) -> None:
+    needs = {
+        "sft": (train.demonstrations, "demonstrations"),
+        "reward": (train.ratings or train.comparisons, "ratings or comparisons"),
+        "rl": (train.prompts, "prompts"),
+    }
+    for stage in recipe.stages:
+        have, what = needs[stage]
+        if not have:
+            raise UserError(
+                f"{recipe.data.source} has no {what}, which {stage} needs",
+                where="data.source",
+                remedy=f"Use another source, or take the section {stage} out of the recipe.",
+            )
+
+
+def quiet_libraries() -> None:
+    """No bars and notes of the libraries' own beside ours."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # TRL's settings and peft use the old names, and releases of transformers before the new ones know no others.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -136,4 +136,5 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     # TRL's settings and peft use the old names, and releases of transformers before the new ones know no others.
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
+    old_names = "`(is_)?gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)

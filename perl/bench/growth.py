@@ -70,11 +70,12 @@ def _draw(found: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(2, 2).flat, found.items(), strict=True):
         unit = 1e6 if "bytes" in title else 1.0
-        axes.plot(list(points), [value / unit for value in points.values()], marker="o")
+        values = [value / unit for value in points.values()]
+        axes.plot(list(points), values, marker="o")
         axes.set_title(title.replace("bytes", "MB"), fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(values))
         if "vocabulary" in title:
             axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     with user_named(file):
-        figure.savefig(file)
+        figure.savefig(file, format="svg")

@@ -13,11 +13,7 @@ from perl.stages.reward import train_reward
 from perl.stages.session import Trial, trial_session
 from tests.conftest import RunCli, WriteRecipe
 
-STAGES = {
-    "sft": {"batch_size": 4, "max_length": 64},
-    "reward": {"batch_size": 4, "max_length": 64},
-    "rl": {"prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 8},
-}
+REWARD = {"batch_size": 4, "max_length": 64}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +50,7 @@ def peak(stages: dict[str, Any]) -> int:
 
 def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
-    recipe = write_recipe(data=data, rl=None, reward=STAGES["reward"])
+    recipe = write_recipe(data=data, rl=None, reward=REWARD)
     found, text = estimated(run_cli, recipe, "--device-memory", "1MB")
     assert found["fits"] is False
     assert "It does not fit" in text
@@ -67,10 +63,6 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
     # Each asks for less than the recipe as it is, and all of them together for the least.
     assert all(change["peak"] < peak(found["lora"]) for change in changes.values())
     assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
-
-    found, text = estimated(run_cli, recipe, "--device-memory", "24GB")
-    assert found["fits"] is True
-    assert "changes" not in found
     # What it says is what a real step holds.
     with trial_session(load_recipe(recipe), Trial(2)) as session:
         measured = train_reward(session)["memory"]
@@ -80,12 +72,14 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
 
 def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
-    recipe = write_recipe(data=data, tuning="full", reward=STAGES["reward"], rl=STAGES["rl"] | {"reward": {}})
+    recipe = write_recipe(data=data, tuning="full", reward=REWARD, rl=None)
     one, _ = estimated(run_cli, recipe)
-    four, text = estimated(run_cli, recipe, "--devices", "4")
+    four, text = estimated(run_cli, recipe, "--devices", "4", "--device-memory", "24GB")
+    assert four["fits"] is True
+    assert "changes" not in four
     assert four["devices"] == 4
     assert "each of 4 devices" in text
-    weights = [found["full"]["rl"]["update"]["kinds"]["base_weights"] for found in (one, four)]
+    weights = [found["full"]["reward"]["update"]["kinds"]["base_weights"] for found in (one, four)]
     assert weights[1] == pytest.approx(weights[0] / 4, rel=0.01)
     assert peak(four["full"]) < peak(one["full"])
 

@@ -18,6 +18,10 @@ LAUNCHES = [
     pytest.param("zero3", 2, ("all", "adapter"), id="zero3-2"),
     pytest.param("zero3-offload", 2, ("adapter",), id="zero3-offload-2"),
     pytest.param("fsdp2", 2, ("all", "adapter"), id="fsdp2-2"),
+    *(
+        pytest.param(engine, 4, LORA, id=f"{engine}-4", marks=pytest.mark.slow)
+        for engine in ("zero2", "zero3", "zero3-offload", "fsdp2")
+    ),
 ]
 
 

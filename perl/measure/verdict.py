@@ -32,8 +32,8 @@ def verdict(card: Card) -> Verdict:
     """The verdict on a card (`perl.measure.card.reward_card`).
 
     Fit means shown to be fit, on these answers: the end of each 95 % interval has to be on the right side. So
-    a model that is no better than TF-IDF with logistic regression, the interval of the difference including
-    0, is not fit: nothing shows that it reads more than single words, and what rewards single words is what a
+    a model that is not shown to be better than TF-IDF with logistic regression, the interval of the difference
+    including 0, is not fit: nothing shows that it reads more than single words, and what rewards single words is what a
     policy exploits first. If it is better all the same, more held-out answers will show it.
 
     Accuracy is no bar: with 86 % thumbs up a constant has 86 %. AUROC and the differences are blind to the
@@ -88,7 +88,12 @@ def _ranks(card: Card) -> Iterator[_Bar]:
 
 def _beats_words(floor: Mapping[str, Any], name: str) -> _Bar:
     ahead, interval = floor["ahead"], floor["ahead_interval"]
-    how = "better" if _above(interval, 0) else "worse" if interval[1] < 0 else "no better"
+    if _above(interval, 0):
+        how = "better"
+    elif ahead > 0:
+        how = "not shown to be better"
+    else:
+        how = "worse" if interval[1] < 0 else "no better"
     words = (
         f"It is {how} than TF-IDF with logistic regression, which has {name} {floor['value']:.2f}: the difference "
         f"is {ahead:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})."

@@ -77,6 +77,23 @@ def test_impostors_are_not_fit(name: str, data: Made, floor: Floor) -> None:
     assert reason in " ".join(card["verdict"]["reasons"])
 
 
+@pytest.mark.parametrize(
+    ("ahead", "interval", "said"),
+    [
+        (0.09, (-0.02, 0.19), "not shown to be better than TF-IDF"),
+        (-0.01, (-0.09, 0.07), "no better than TF-IDF"),
+        (-0.2, (-0.3, -0.1), "worse than TF-IDF"),
+    ],
+)
+def test_what_may_be_chance_is_said_to_be_no_more(
+    ahead: float, interval: tuple[float, float], said: str, data: Made, floor: Floor
+) -> None:
+    card = card_of(2 * data.quality, data, floor)
+    card["floor"] |= {"ahead": ahead, "ahead_interval": interval}
+    (reason,) = verdict(card).reasons
+    assert said in reason
+
+
 def test_the_majority_cannot_fool_it(data: Made, floor: Floor) -> None:
     """Always up is as accurate as the majority, calibrated once scaled, and no reward model."""
     card = card_of(np.full(1000, 1.7), data, floor)

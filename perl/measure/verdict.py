@@ -33,8 +33,8 @@ def verdict(card: Card) -> Verdict:
 
     Fit means shown to be fit, on these answers: the end of each 95 % interval has to be on the right side. So
     a model that is not shown to be better than TF-IDF with logistic regression, the interval of the difference
-    including 0, is not fit: nothing shows that it reads more than single words, and what rewards single words is what a
-    policy exploits first. If it is better all the same, more held-out answers will show it.
+    including 0, is not fit: nothing shows that it reads more than single words, and what rewards single words
+    is what a policy exploits first. If it is better all the same, more held-out answers will show it.
 
     Accuracy is no bar: with 86 % thumbs up a constant has 86 %. AUROC and the differences are blind to the
     share of ups.

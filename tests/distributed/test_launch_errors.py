@@ -27,7 +27,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_once(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", "fsdp2"])
 def test_accelerate_launches_the_command_line(engine: str, recipes: dict[str, Path], tmp_path: Path) -> None:
     if engine == "zero3":
         pytest.importorskip("deepspeed")

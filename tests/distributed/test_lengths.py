@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.launching import finished, torchrun
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_answers_of_very_different_lengths_never_hang(engine: str) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")

@@ -106,10 +106,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    recipe, out = (
-        str(write_recipe(rl=RL | {"reward": {"function": "rewards.py:length"}}, reward=None)),
-        tmp_path / "out",
-    )
+    recipe = str(write_recipe(rl=RL | {"reward": {"function": "rewards.py:length"}}, reward=None))
+    out = tmp_path / "out"
     assert run_cli("run", recipe, "--out", str(out))[0] == 0
     (out / "policy" / "result.json").unlink()
     folder = max((out / "policy" / "checkpoints").iterdir())

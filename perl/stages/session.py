@@ -32,7 +32,7 @@ from perl.recipe import Recipe, StageName
 from perl.rundir import STAGE_ROLE, RunFolder
 from perl.seeds import derived_seed, seed_everything
 from perl.stages.engines import check_engine
-from perl.stages.material import Material, quiet_libraries, read_material
+from perl.stages.material import Material, read_material
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -180,7 +180,6 @@ def open_session(
     Raises:
         UserError: whatever of the recipe, the data or the base cannot be used.
     """
-    quiet_libraries()
     seed_everything(recipe.seed)
     engine = engine or Engine(ALONE)
     check_engine(engine, recipe)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import typer
 
 from perl.allocator import keep_freed_memory
 from perl.errors import UserError, machine_fault
+from perl.parallel.launcher import ranks
 from perl.progress import console
 
 INTERRUPTED = 130
@@ -42,9 +42,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 @app.callback(help="RLHF in which every learned part is a LoRA adapter on one frozen base.")
 def before_any(context: typer.Context) -> None:
     """Refuse what a launcher would have every process do anew, all writing to the same place."""
-    count, command = os.environ.get("WORLD_SIZE", "1"), context.invoked_subcommand
-    if count != "1" and command not in TOGETHER:
-        if os.environ.get("RANK", "0") != "0":
+    (rank, count, _), command = ranks(), context.invoked_subcommand
+    if count > 1 and command not in TOGETHER:
+        if rank:
             raise typer.Exit(UserError.status)
         raise UserError(
             f"{command} is for one process, and a launcher has started {count}",

@@ -4,7 +4,6 @@ Each process runs the same code with its own share of the rows; what is decided 
 know, so that they take the same decision at the same step. The first one, `main`, writes and prints.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perl.errors import UserError
+from perl.parallel.launcher import ranks
 
 T = TypeVar("T")
 
@@ -146,6 +146,5 @@ def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def launched() -> Processes:
     """What the environment says that a launcher has set."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, count, local = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    rank, count, local = ranks()
     return Processes(rank, count, local) if count > 1 else ALONE

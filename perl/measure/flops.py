@@ -30,11 +30,16 @@ def _attention_backward(
     return count
 
 
+def _packed_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
     # which torch's registry leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.mkldnn._linear_pointwise: _packed_linear,
 }
 
 

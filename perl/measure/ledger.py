@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perl.measure.memory import LiveBytes
+from perl.measure.memory import Holder, LiveBytes, holder
 from perl.measure.probe import Kind, Phase
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,7 +57,8 @@ class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """These tensors are of this kind, from their birth on; those from before are counted from now on."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = holder(tensor)
+            assert storage is not None, "sparse"
             if id(storage) not in self._sizes:
                 self._count(storage)
             self._kind_of[self._serials[id(storage)]] = kind
@@ -90,7 +91,7 @@ class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
             found[name] = PhaseMemory(int(level[moment]), kinds)
         return {name: found[name] for name in PHASES if name in found}
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: Holder) -> None:
         key, before = id(storage), self._current
         super()._count(storage)
         if key not in self._serials:

@@ -31,9 +31,19 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    """What holds the tensor's bytes, or None for layouts (sparse) that have no one storage."""
-    return tensor.untyped_storage() if tensor.layout is torch.strided else None
+Holder = torch.UntypedStorage | Tensor
+"""What bytes are held by: a storage, or a tensor in oneDNN's own order, which has none."""
+
+
+def holder(tensor: Tensor) -> Holder | None:
+    """What holds the tensor's bytes; None for layouts (sparse) that have no one holder."""
+    if tensor.layout is torch.strided:
+        return tensor.untyped_storage()
+    return tensor if tensor.is_mkldnn else None
+
+
+def _size(held_by: Holder) -> int:
+    return held_by.nbytes if isinstance(held_by, Tensor) else held_by.nbytes()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,10 +64,10 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, start: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
-        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._references: dict[int, weakref.ref[Holder]] = {}
         self._current = 0
         for tensor in start:
-            if (storage := _storage(tensor)) is not None:
+            if (storage := holder(tensor)) is not None:
                 self._count(storage)
         self._peak = self._current
 
@@ -92,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         # A fake result is another object than the `out` it was written to.
         for tensor in _tensors((kwargs.get("out", result),)):
-            storage = _storage(tensor)
+            storage = holder(tensor)
             # Views and in-place operators return their argument's storage: not new, though maybe resized.
             if storage is not None and (
                 id(storage) in self._sizes or not self._is_from_before(storage, func, args, kwargs)
@@ -102,17 +112,17 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _is_from_before(
-        self, storage: torch.UntypedStorage, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, storage: Holder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> bool:
         """Whether an uncounted storage came in with the operator's arguments."""
         # torch.tensor and from_numpy make their tensor unseen and then pass it through lift_fresh.
         if func is torch.ops.aten.lift_fresh.default:
             return False
-        return any(_storage(tensor) is storage for tensor in _tensors((*args, *kwargs.values())))
+        return any(holder(tensor) is storage for tensor in _tensors((*args, *kwargs.values())))
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: Holder) -> None:
         """Add a storage, or note its new size. A storage has one Python object for life: its id is a key."""
-        key, size = id(storage), storage.nbytes()
+        key, size = id(storage), _size(storage)
         if key not in self._sizes:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._current += size - self._sizes.get(key, 0)

@@ -33,6 +33,7 @@ from perl.measure.probe import recomputing
 from perl.model.encoder import EncoderHead, is_encoder
 from perl.model.halves import lower, positions, upper, watched
 from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
+from perl.model.packed import packed
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 
@@ -220,7 +221,7 @@ class Roles(nn.Module, ABC):
         Yields a list in which each forward leaves what the shared blocks made of it, (B, N, D), as its only
         element; it stays empty where there are no such blocks.
         """
-        with self.role(role), watched(self.model(), self.shared_blocks) as seen:
+        with self.role(role), packed(self.model()), watched(self.model(), self.shared_blocks) as seen:
             yield seen
 
     @contextlib.contextmanager

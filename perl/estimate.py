@@ -106,7 +106,9 @@ def _possible(recipe: Recipe, tuning: str) -> bool:
 def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[Prediction]:
     """In processes side by side: each is most of a minute of Python, not of arithmetic."""
     workers = min(len(cases), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, track("predicting", len(cases)) as bar:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([predict.__module__])  # torch and transformers are imported once for all workers
+    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
         futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
         for _ in as_completed(futures):
             bar()

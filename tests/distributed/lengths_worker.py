@@ -1,4 +1,4 @@
-"""Samples 200 times in processes that hold a base together, answers of very different lengths.
+"""Samples many times in processes that hold a base together, answers of very different lengths.
 
 Each process draws what it would draw beside nobody, and how often its answers ended before the others' is printed.
 """
@@ -15,9 +15,6 @@ from perl.parallel.joined import joined
 from perl.rl.sampler import Sampling, sample
 from tests.tiny import random_llama
 
-STEPS = 200
-
-
 def roles_on(engine: object) -> SharedBase:
     """A policy on a random base, adapters not zero."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)
@@ -32,11 +29,12 @@ def roles_on(engine: object) -> SharedBase:
 
 def main() -> None:
     """Sample beside the others, and alone."""
+    steps = int(sys.argv[1])
     with joined() as engine:
         together, alone = roles_on(engine), roles_on(None)
         sampling = Sampling(10, 1.0, end_id=7, pad_id=0, prompts_at_once=2)
         shorter = 0
-        for step in range(STEPS):
+        for step in range(steps):
             rng = random.Random(f"{step} {engine.processes.rank}")
             lonely = engine.processes.rank == step % engine.processes.count
             # Equal prompts are one group, read at once, where the other process has several to read.
@@ -51,7 +49,7 @@ def main() -> None:
             shorter += longest < engine.processes.largest(longest)
         told = engine.processes.gather(shorter)
         if engine.processes.main:
-            sys.stdout.write(f"done {STEPS} steps; ended before the others: {told}\n")
+            sys.stdout.write(f"done {steps} steps; ended before the others: {told}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
 LAUNCHES = [
     pytest.param("ddp", 2, (*LORA, "full"), id="ddp-2"),
-    pytest.param("ddp", 4, ("all",), id="ddp-4"),
+    pytest.param("ddp", 4, ("all",), id="ddp-4", marks=pytest.mark.slow),
     pytest.param("zero2", 2, ("all",), id="zero2-2"),
     pytest.param("zero3", 2, ("all", "adapter"), id="zero3-2"),
     pytest.param("zero3-offload", 2, ("adapter",), id="zero3-offload-2"),

@@ -107,7 +107,7 @@ def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[
     """In processes side by side: each is most of a minute of Python, not of arithmetic."""
     workers = min(len(cases), os.cpu_count() or 1)
     context = get_context("forkserver")
-    context.set_forkserver_preload([predict.__module__])  # torch and transformers are imported once for all workers
+    context.set_forkserver_preload([predict.__module__])  # what takes long to import, once for all
     with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
         futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
         for _ in as_completed(futures):

@@ -15,6 +15,7 @@ from perl.parallel.joined import joined
 from perl.rl.sampler import Sampling, sample
 from tests.tiny import random_llama
 
+
 def roles_on(engine: object) -> SharedBase:
     """A policy on a random base, adapters not zero."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)

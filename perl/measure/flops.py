@@ -39,8 +39,9 @@ FORMULAS: dict[Any, Any] = {
     # which torch's registry leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    torch.ops.mkldnn._linear_pointwise: _packed_linear,
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _packed_linear
 
 
 class Flops(TorchDispatchMode):

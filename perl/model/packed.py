@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from perl.measure.probe import mark
 
+SUPPORTED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether torch was built with oneDNN, and this CPU multiplies bf16."""
+
 
 @contextlib.contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
@@ -27,7 +30,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     layers: list[Any] = [part for part in model.modules() if _plain(part)]
     now_packed: list[Any] = []
     try:
-        for layer in layers if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ():
+        for layer in layers if SUPPORTED else ():
             if users[id(layer.weight)] == 1:
                 now_packed.append(layer)
                 _pack(layer)
@@ -68,7 +71,8 @@ def _pack(layer: Any) -> None:
 
 
 def _unpack(layer: Any) -> None:
-    product = vars(layer).pop("forward", None)
-    if product is not None:  # None: interrupted while it was packed
+    product = vars(layer).get("forward")
+    if product is not None:  # None: interrupted before it was packed
         layer.weight.data = product.weight.to_dense()
         mark("base_weights", [layer.weight])
+        del layer.forward

@@ -9,16 +9,14 @@ from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
 from perl.model.base import weights_sha256
 from perl.model.lora import lora_config
-from perl.model.packed import packed
+from perl.model.packed import SUPPORTED, packed
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
 from perl.rl.rollout import read_answers
 from perl.rl.sampler import Sampling, sample
 from tests.tiny import random_llama
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products in bf16"
-)
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no oneDNN, or no products in bf16")
 
 
 def layers(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:

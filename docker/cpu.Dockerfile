@@ -32,4 +32,4 @@ VOLUME ["/work/runs", "/cache"]
 USER 10001:10001
 ENTRYPOINT ["perl-rlhf"]
 CMD ["--help"]
-HEALTHCHECK --interval=30m --timeout=2m --start-period=2m --retries=2 CMD ["healthcheck"]
+HEALTHCHECK --interval=30m --timeout=5m --start-period=2m --retries=2 CMD ["healthcheck"]

@@ -34,4 +34,4 @@ USER 10001:10001
 ENTRYPOINT ["perl-rlhf"]
 CMD ["--help"]
 # CUDA: a GPU must do it.
-HEALTHCHECK --interval=30m --timeout=2m --start-period=2m --retries=2 CMD ["healthcheck", "cuda"]
+HEALTHCHECK --interval=30m --timeout=5m --start-period=2m --retries=2 CMD ["healthcheck", "cuda"]

@@ -166,7 +166,14 @@ def _run_adapters(runs: Sequence[_Run]) -> None:
 
 
 def _table(found: page.Sweep) -> Table:
-    table = Table(*found.head, title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)")
+    """What a terminal has room for; the page has the other figures."""
+    left_out = {page.QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
+    shown = [place for place, name in enumerate(found.head) if name not in left_out]
+    table = Table(
+        title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)
+    )
+    for place in shown:
+        table.add_column(found.head[place])
     for row in found.rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     return table

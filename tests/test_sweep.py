@@ -33,7 +33,9 @@ def test_every_setting_is_trained_and_told(run_cli: RunCli, recipe: Path, tmp_pa
     arguments = ("--ranks", "2,1", "--targets", "attention", "--seeds", "0,3", "--out", out)
     code, text = run_cli("sweep", recipe, *arguments)
     assert code == 0, text
-    assert "…" not in text.partition("mean ± standard deviation")[2]  # no column is cut off
+    table = text.partition("mean ± standard deviation")[2]
+    assert "attention" in table
+    assert "…" not in table  # no column is cut off
     names = [f"{name}-{seed}" for name in ("attention-r1", "attention-r2", "full") for seed in (0, 3)]
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
     for name, overrides in (

@@ -10,7 +10,7 @@ Axis letters: N tokens, I inputs and O outputs of the layer, R rank.
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +89,19 @@ class _LinearLowRank(torch.autograd.Function):
         return None, grad_x, grad_a_RI, grad_b_OR, None
 
 
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is x Wᵀ + bias and nothing else: not quantized, nobody watching it."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and not watched
+
+
 def _plain_and_frozen(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is x Wᵀ + bias and nothing else: not quantized, not converting, nobody watching it."""
+    """Whether it is so, does not convert x, and does not learn."""
     return (
-        type(layer) is nn.Linear
+        is_plain_linear(layer)
         and layer.weight.dtype == x.dtype
         and not layer.weight.requires_grad
         and (layer.bias is None or not layer.bias.requires_grad)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perl.measure.probe import mark
+from perl.model.low_rank import is_plain_linear
 
 SUPPORTED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether torch was built with oneDNN, and this CPU multiplies bf16."""
@@ -27,7 +28,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     embedding), or on which a library has put a hook or a kind of weight of its own.
     """
     users = Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
-    layers: list[Any] = [part for part in model.modules() if _plain(part)]
+    layers: list[Any] = [part for part in model.modules() if _packable(part)]
     now_packed: list[Any] = []
     try:
         for layer in layers if SUPPORTED else ():
@@ -51,11 +52,10 @@ class _Product:
         return product
 
 
-def _plain(part: nn.Module) -> bool:
+def _packable(part: nn.Module) -> bool:
     return (
-        type(part) is nn.Linear
+        is_plain_linear(part)
         and "forward" not in vars(part)
-        and not (part._forward_hooks or part._forward_pre_hooks)
         and type(part.weight.data) is Tensor
         and part.weight.dtype == torch.bfloat16
         and part.weight.device.type == "cpu"

@@ -166,7 +166,7 @@ class Rl(Section):
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward."""
     normalize_rewards: bool = True
-    """Train on (reward - mean) / std, over all rewards of the run so far, so that rewards of any scale work. What is
+    """Train on (reward - mean) / std, over all rewards of the run so far: rewards of any scale work, and what is
     reported stays raw. false: train on the rewards as they are."""
     missing_end_penalty: NonNegative | None = None
     """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.

@@ -159,7 +159,7 @@ class Rl(Section):
     learning_rate: Rate | Literal["auto"] = "auto"
     """auto: by the width of the base, the tuning and the epochs, see perl/rl/schedule.py."""
     head_learning_rate: Rate | Literal["auto"] = "auto"
-    """Of the critic's head. auto: by the width of the base."""
+    """Of the critic's head. auto: by the width and the size of the base's hidden states."""
     lr_scheduler_type: LrSchedulerType = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the learning rate rises to its full value."""
@@ -177,7 +177,7 @@ class Rl(Section):
     """How far ppo and rloo let the ratio of new to old probability move from 1 in one step."""
     value_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.2
     """How far ppo lets a value move in one step, in standard deviations of the reward; null: any distance."""
-    value_coef: Annotated[float, Field(ge=0, le=1)] = 0.1
+    value_coef: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is judged before and after."""

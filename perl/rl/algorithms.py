@@ -67,7 +67,7 @@ class Algorithm:
     gae_lambda: float = 1.0
     clip: float = 0.2
     value_clip: float | None = 0.2
-    value_coef: float = 0.1
+    value_coef: float = 0.0
     """Share of the critic's gradient that reaches a trunk shared with the policy; its head gets all of it."""
 
     @property

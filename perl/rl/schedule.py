@@ -10,8 +10,12 @@ WIDTH_POWER = 0.8
 fit 0.781 for Llama models."""
 FULL_SHARE = 0.1
 """Full tuning learns best at about a tenth of LoRA's rate (ibid.)."""
-HEAD_STEP = 0.1
-"""By how much one update of Adam may move a value: rate × width × mean |hidden state|, the last about 1."""
+HEAD_STEP = 0.2
+"""By how much one update of Adam may move a value, in standard deviations of the reward.
+
+It moves each weight by the rate at most, so a value by rate × width × mean |hidden state|. Measured on returns of
+TinyStories-656K: a linear head's best explained variance is 0.11; this reached 0.09 in 30 steps, a quarter of it
+0.03, four times it 0.05."""
 
 
 def auto_learning_rate(width: int, tuning: str, epochs: int) -> float:
@@ -23,9 +27,9 @@ def auto_learning_rate(width: int, tuning: str, epochs: int) -> float:
     return float(f"{rate * (FULL_SHARE if tuning == 'full' else 1.0):.2g}")
 
 
-def auto_head_learning_rate(width: int) -> float:
-    """The rate of a linear head that begins at zero on hidden states of this size."""
-    return float(f"{HEAD_STEP / width:.2g}")
+def auto_head_learning_rate(width: int, size: float) -> float:
+    """The rate of a linear head that begins at zero, on hidden states of this width and mean absolute value."""
+    return float(f"{HEAD_STEP / (width * size):.2g}")
 
 
 def learning_rate_shares(name: str, warmup_ratio: float, steps: int) -> list[float]:

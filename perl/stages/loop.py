@@ -7,6 +7,7 @@ import torch
 
 from perl.checkpoint import Checkpoints, State
 from perl.measure.meter import Meter
+from perl.model.padding import left_pad
 from perl.model.roles import Role
 from perl.recipe import Rl
 from perl.rl.alarms import Alarm
@@ -79,7 +80,8 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
     roles.train_only(*learners)
     weights = [parameter for role in learners for parameter in roles.weights(role).values()]
     heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
-    rates = learning_rates(session, settings)
+    prompts = encode_prompts(session, session.train.prompts)
+    rates = learning_rates(session, settings, prompts)
     groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
     session.begin_together(weights + heads)
     groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
@@ -89,7 +91,7 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
         session=session,
         algorithm=resolved_algorithm(settings),
         reward=reward,
-        prompts=encode_prompts(session, session.train.prompts),
+        prompts=prompts,
         optimizer=optimizer,
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
@@ -116,13 +118,18 @@ def resolved_algorithm(settings: Rl) -> Algorithm:
     )
 
 
-def learning_rates(session: Session, settings: Rl) -> list[float]:
-    """The full learning rates of weights and of heads."""
-    width = session.roles.models()[0].get_input_embeddings().weight.shape[1]
-    weights, heads = settings.learning_rate, settings.head_learning_rate
+@torch.no_grad()
+def learning_rates(session: Session, settings: Rl, prompts: EncodedPrompts) -> list[float]:
+    """The full learning rates of weights and of heads, for this base."""
+    roles, weights, heads = session.roles, settings.learning_rate, settings.head_learning_rate
+    ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
+    with roles.role(Role.POLICY):
+        hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
+    width = hidden_BLD.shape[2]
+    size = 1.0 if session.trial is not None else float(hidden_BLD.abs().mean())
     return [
         auto_learning_rate(width, session.recipe.tuning, settings.epochs) if weights == "auto" else weights,
-        auto_head_learning_rate(width) if heads == "auto" else heads,
+        auto_head_learning_rate(width, size) if heads == "auto" else heads,
     ]
 
 

@@ -15,6 +15,7 @@ from perl.allocator import keep_freed_memory
 from perl.errors import UserError, machine_fault
 from perl.parallel.launcher import ranks
 from perl.progress import console
+from perl.signals import handle
 
 INTERRUPTED = 130
 TOGETHER = ("run", "sft", "reward", "rl")
@@ -263,7 +264,7 @@ def check_command(
 
 def main() -> None:
     """Run a command and turn what goes wrong into one message and an exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    handle((signal.SIGTERM, signal.SIGHUP), _interrupt)
     keep_freed_memory()
     if isinstance(
         sys.stdout, io.TextIOWrapper

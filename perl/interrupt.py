@@ -1,4 +1,4 @@
-"""Leaving between steps: the first Ctrl-C or SIGTERM lets a step end and be saved, the second leaves at once."""
+"""Leaving between steps: the first signal to leave lets a step end and be saved, the second leaves at once."""
 
 import contextlib
 import signal
@@ -10,6 +10,7 @@ from types import FrameType
 
 from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
+from perl.signals import LEAVE, handle
 
 GRACE = 3.0
 """Seconds in which a launcher may pass on the one signal that a terminal has sent to everybody."""
@@ -48,7 +49,7 @@ def between_steps(processes: Processes = ALONE) -> Iterator[Leaving]:
         leaving.wanted, first = True, time.monotonic()
         console.print("Leaving once this step is done and saved; once more to leave at once.")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = handle(LEAVE, note)
     try:
         yield leaving
     finally:

@@ -7,12 +7,14 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from perl import plain_yaml
 from perl.errors import UserError
@@ -20,8 +22,11 @@ from perl.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LrSchedulerType = Literal["constant", "linear", "cosine"]
-"""How the learning rate goes on after its warmup: as transformers' schedules of these names."""
+LrSchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
+"""How the learning rate goes over a stage, by transformers' names: those that need no further arguments and are
+not another one without them. All but `constant` warm up."""
+ORIGINS = {"model": ("trust_remote_code",), "build": (), "config": ("random_init",)}
+"""Keys of `base` that say where it comes from, one of which a recipe has, and those that only go with them."""
 
 
 class Section(BaseModel):
@@ -85,6 +90,8 @@ class Lora(Section):
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
+    RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
     targets: Literal["attention", "all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter: attention projections (the paper), all linear layers, or names."""
     layers: Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]] = "all"
@@ -106,6 +113,11 @@ class Supervised(Section):
     epochs: Positive = 1
     batch_size: Positive = 16
     learning_rate: Rate = 1e-3
+    lr_scheduler_type: LrSchedulerType = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps over which the learning rate rises from 0, rounded down; `constant` has none."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """As in AdamW: this share of the learning rate is taken off every weight at each step."""
     max_length: Positive = 512
     """Longest sequence, in tokens; older context is cut off first."""
 
@@ -283,6 +295,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     content = plain_yaml.read_mapping(path)
     for override in overrides or []:
         _apply_override(content, override)
+    _replace_origin(content, overrides or [])
     _resolve_paths(content, path.parent)
     try:
         return Recipe.model_validate(content)
@@ -308,6 +321,19 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise UserError(f"{parent} is a value, not a section", where=override, remedy="Check the key.")
     content[last] = value
+
+
+def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
+    """Where overrides name an origin of the base, take the recipe's other one out, with what only goes with it."""
+    said = [override.partition("=")[0].split(".") for override in overrides]
+    keys = {key[1] for key in said if key[0] == "base" and len(key) > 1}
+    named, base = keys & ORIGINS.keys(), content.get("base")
+    if not named or not isinstance(base, dict):
+        return
+    for origin in (ORIGINS.keys() - named) & {key for key, value in base.items() if value is not None}:
+        for key in (origin, *ORIGINS[origin]):
+            if key not in keys:
+                base.pop(key, None)
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
@@ -341,7 +367,7 @@ def _explain(error: ValidationError, path: Path) -> UserError:
     key = ".".join(part for part in location if part.isidentifier() or part.isdigit())
     where = f"{path}: {key}" if key else str(path)
     if first["type"] == "extra_forbidden":
-        valid = _keys_beside(location)
+        valid = list(_on_the_way(location)[0].model_fields)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         remedy = (
             f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Valid keys: {', '.join(valid)}."
@@ -352,16 +378,38 @@ def _explain(error: ValidationError, path: Path) -> UserError:
             "missing", where=where, remedy="Add this key; recipes/quickstart.yaml shows a complete recipe."
         )
     message = first["msg"].removeprefix("Value error, ")
-    # A section's own complaint is about several of its keys together: it names the values itself.
-    shown = "" if first["type"] == "value_error" else f" (the value is {reprlib.repr(first['input'])})"
-    return UserError(f"{message[0].lower()}{message[1:]}{shown}", where=where, remedy="Correct this value.")
+    what = f"{message[0].lower()}{message[1:]}"
+    if first["type"] == "value_error":  # of several keys together: it names their values, and what to do
+        return UserError(what, where=where)
+    return UserError(
+        f"{what} (the value is {reprlib.repr(first['input'])})", where=where, remedy=_remedy(first, location)
+    )
 
 
-def _keys_beside(location: list[str]) -> list[str]:
-    """The valid keys of the section that holds the last part of `location`."""
-    section: Any = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return list(section.model_fields)
+def _remedy(complaint: Any, location: list[str]) -> str:
+    """What to write in place of an impossible value: the word that was meant, or what the key is by default."""
+    if complaint["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])
+        near = difflib.get_close_matches(str(complaint["input"]), valid, n=1, cutoff=0.7)
+        if near:
+            return f"Did you mean {near[0]}?"
+    _, field = _on_the_way(location)
+    if field is None or field.is_required() or field.default is None or isinstance(field.default, Section):
+        return "recipes/quickstart.yaml shows a complete recipe."
+    return f"The default is {field.default}."
+
+
+def _on_the_way(location: list[str]) -> tuple[type[Section], FieldInfo | None]:
+    """The innermost section and the last key that pydantic's location of a complaint leads through."""
+    section: type[Section] = Recipe
+    field: FieldInfo | None = None
+    for part in location:
+        if part not in section.model_fields:
+            break
+        field = section.model_fields[part]
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+        if not inner:
+            break
+        section = inner[0]
+    return section, field

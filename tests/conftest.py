@@ -189,14 +189,16 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> RunCli:
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["perl-rlhf", *map(str, arguments)])
-        found, written, status = signal.getsignal(signal.SIGTERM), io.StringIO(), 0
+        found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        written, status = io.StringIO(), 0
         try:
             with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
                 cli.main()
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         finally:
-            signal.signal(signal.SIGTERM, found)
+            for number, handler in found.items():
+                signal.signal(number, handler)
         return status, written.getvalue()
 
     return run

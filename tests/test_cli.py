@@ -1,12 +1,15 @@
 """The command line: help, usage errors, `data check`, and a run that is interrupted and goes on."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,18 +158,30 @@ def test_evaluate_writes_its_figures(
     assert "cannot be written" in written
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+ONE_BY_ONE = {
+    "reward": {"function": "rewards.py:length"},
+    "steps": 60,
+    "prompts_per_step": 1,
+    "max_new_tokens": 2,
+    "eval_prompts": 1,
+}
+
+
+def wait_for(metrics: Path, process: "subprocess.Popen[str]", meanwhile: Callable[[], object]) -> None:
+    """Return when the first step is in the metrics."""
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        meanwhile()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_run_says_so_and_goes_on(
     number: signal.Signals, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    rl = {
-        "reward": {"function": "rewards.py:length"},
-        "steps": 60,
-        "prompts_per_step": 1,
-        "max_new_tokens": 2,
-        "eval_prompts": 1,
-    }
-    recipe, out = write_recipe(reward=None, rl=rl), tmp_path / "out"
+    recipe, out = write_recipe(reward=None, rl=ONE_BY_ONE), tmp_path / "out"
     metrics = out / "policy" / "metrics.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "perl", "run", str(recipe), "--out", str(out)],
@@ -175,11 +190,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(metrics, process, lambda: None)
     process.send_signal(signal.SIGSTOP)  # or it might be done before the next line is
     status, refusal = run_cli("run", recipe, "--out", out)
     process.send_signal(number)
@@ -197,4 +208,45 @@ def test_an_interrupted_run_says_so_and_goes_on(
 
     status, written = run_cli("run", recipe, "--out", out)
     assert status == 0, written
-    assert len(metrics.read_text().splitlines()) == rl["steps"]
+    assert len(metrics.read_text().splitlines()) == ONE_BY_ONE["steps"]
+
+
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "perl", *sys.argv[1:]])
+"""
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_goes_on(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, out = write_recipe(reward=None, rl=ONE_BY_ONE, checkpoint_every=100), tmp_path / "out"
+    metrics = out / "policy" / "metrics.jsonl"
+    ours, its = pty.openpty()
+    os.set_blocking(ours, False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, "run", str(recipe), "--out", str(out)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(its)
+
+    def read() -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 2**16)
+
+    wait_for(metrics, process, read)
+    os.close(
+        ours
+    )  # as an ssh connection that drops: SIGHUP, and every word to the terminal is an error from now on
+    assert process.wait(timeout=60) == 130
+    done = len(metrics.read_text().splitlines())
+    assert done < ONE_BY_ONE["steps"]
+    newest = max((out / "policy" / "checkpoints").iterdir())
+    assert newest.name == f"step-{done:08}", "the step that was being done is saved"
+    assert run_cli("run", recipe, "--out", out)[0] == 0

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 
-SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
-REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+SCHEDULE = {"lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1}
+SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01, **SCHEDULE}
+REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01, **SCHEDULE}
 RL = {"steps": 7, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "eval_prompts": 2}
 
 

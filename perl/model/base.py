@@ -25,6 +25,7 @@ from perl.errors import UserError, machine_fault
 from perl.model.chat import ChatFormat
 from perl.model.encoder import WRITES, EncoderFormat, in_head, is_encoder, position_room
 from perl.model.four_bit import four_bit_config, keep_layout, scales, weights_of
+from perl.model.hub import only_in_cache, why_not_asked
 from perl.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -164,13 +165,15 @@ def auto_class(config: Any) -> Any:
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
+    where, remedy = f"base.model {model}", "Put tokenizer.json and tokenizer_config.json beside the weights."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
-        remedy = "Put tokenizer.json and tokenizer_config.json beside the weights."
-        raise _refusal(error, "no usable tokenizer", f"base.model {model}", remedy) from None
+        raise _refusal(error, "no usable tokenizer", where, remedy) from None
+    if not tokenizer("hello", add_special_tokens=False)["input_ids"]:  # made of no files, and without complaint
+        raise UserError("no usable tokenizer: it has no tokens for text", where=where, remedy=remedy)
     return tokenizer
 
 
@@ -183,9 +186,17 @@ def load_config(model: str, trust_remote_code: bool = False, encoders: bool = Fa
     if trust_remote_code:
         said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
         console.print(said, style="yellow", markup=False)
+    not_asked = "" if Path(model).is_dir() else why_not_asked()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken configuration raises all sorts of things
+        if not_asked and only_in_cache(error):
+            raise UserError(
+                f"not a model that is here: no such folder, none in the cache, and the hub was not asked, because "
+                f"{not_asked}",
+                where=where,
+                remedy=f"Check the name, and the network (a proxy is told by HTTPS_PROXY). {REMEDY}",
+            ) from None
         raise _refusal(error, "not a model", where) from None
     if not trust_remote_code:
         config = without_own_code(config)

@@ -16,7 +16,7 @@ Axis letters: B rows, L positions of prompt and answer, T positions of the answe
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -235,7 +235,8 @@ class Roles(nn.Module, ABC):
         for block in self._checkpointed:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(
-                checkpoint,
+                self._checkpoint,
+                block,
                 use_reentrant=False,
                 context_fn=self._same_role_again,
                 # DeepSpeed's weights are of another shape when a block's input is kept than when it is read again.
@@ -250,6 +251,18 @@ class Roles(nn.Module, ABC):
             self._checkpointed = []
             self.train(self.training)
 
+    def _checkpoint(self, block: nn.Module, compute: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+        """Checkpoint a block, which says that it is training only until then: see `train`."""
+
+        def in_eval_mode(*given: Any) -> Any:
+            block.training = False
+            try:
+                return compute(*given)
+            finally:
+                block.training = True
+
+        return checkpoint(in_eval_mode, *inputs, **settings)
+
     def _same_role_again(self) -> tuple[Any, Any]:
         """The contexts of a checkpointed block: when it is first computed, and when again."""
 
@@ -261,7 +274,10 @@ class Roles(nn.Module, ABC):
         return contextlib.nullcontext(), again(self._active)
 
     def train(self, mode: bool = True) -> "Roles":
-        """Note whether LoRA's dropout is on. The base stays in eval mode: its own dropout is never wanted here."""
+        """Note whether LoRA's dropout is on. The base stays in eval mode: its own dropout is off in every stage.
+
+        One rule for all stages: what samples, what is trained and what is judged are then one model.
+        """
         super().train(False)
         self.training = mode
         for block in self._checkpointed:  # transformers checkpoints a block only if it says it is training

@@ -21,6 +21,7 @@ from perl.parallel.engine import Engine, engine_asked_for
 from perl.parallel.heartbeat import SILENCE, Heartbeat, died
 from perl.parallel.processes import ALONE, launched
 from perl.progress import console
+from perl.signals import LEAVE
 
 HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_")
@@ -78,7 +79,7 @@ def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     """What has gone wrong: the error itself, or what made a collective fail elsewhere."""
     if isinstance(error, UserError):
         return error
-    for number in (signal.SIGINT, signal.SIGTERM):  # the launcher ends who is left: say why before
+    for number in LEAVE:  # the launcher ends who is left: say why before
         signal.signal(number, signal.SIG_IGN)
     failed = isinstance(error, RuntimeError)  # torch says of a connection what it says of a shape
     cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)

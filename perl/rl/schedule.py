@@ -38,7 +38,6 @@ def learning_rate_shares(name: str, warmup_ratio: float, steps: int) -> list[flo
     Worked out once and read by the step's number, so that there is no state to save.
     """
     warmup = round(warmup_ratio * steps)
-    name = "constant_with_warmup" if name == "constant" else name
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup + 1, num_training_steps=steps + 1)
     shares = []

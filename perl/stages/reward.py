@@ -69,13 +69,7 @@ def train_reward(session: Session) -> dict[str, Any]:
     with course(session, "reward", steps) as here:
         trainer = _RewardTrainer(
             model=roles,
-            args=TrainingArguments(
-                output_dir=str(here.scratch),
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                **session.trainer_settings(),
-            ),
+            args=TrainingArguments(output_dir=str(here.scratch), **session.trainer_settings(settings, steps)),
             train_dataset=Dataset.from_list(examples),
             data_collator=Collator(session.base.chat.pad_id),
             callbacks=[Watch(here)],

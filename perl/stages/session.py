@@ -28,7 +28,7 @@ from perl.model.shared_base import SharedBase
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, StageName, Supervised
 from perl.rundir import STAGE_ROLE, RunFolder
 from perl.seeds import derived_seed, seed_everything
 from perl.stages.engines import check_engine
@@ -139,9 +139,20 @@ class Session:
         folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
         return Checkpoints(folder, self.recipe.checkpoint_every, belongs, self.processes)
 
-    def trainer_settings(self) -> dict[str, Any]:
-        """Settings of transformers' Trainer that every stage shares."""
+    def trainer_settings(self, settings: Supervised, steps: int) -> dict[str, Any]:
+        """Settings of transformers' Trainer that SFT and reward training share.
+
+        Args:
+            settings: the stage's section.
+            steps: optimizer steps in all.
+        """
         return {
+            "num_train_epochs": settings.epochs,
+            "per_device_train_batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "warmup_steps": int(settings.warmup_ratio * steps),  # the Trainer's own share is rounded up
+            "weight_decay": settings.weight_decay,
             "seed": self.recipe.seed,
             "data_seed": self.recipe.seed,
             "use_cpu": self.device.type == "cpu",
@@ -154,9 +165,6 @@ class Session:
             "disable_tqdm": True,
             "remove_unused_columns": False,
             "dataloader_pin_memory": self.device.type == "cuda",
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 10,
-            "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "max_steps": -1 if self.trial is None else self.trial.steps,
         }

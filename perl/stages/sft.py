@@ -34,20 +34,17 @@ def train_sft(session: Session) -> dict[str, Any]:
     roles.keep(Role.SFT)
     trained = roles.train_only(Role.SFT)
     steps = -(-len(train) // settings.batch_size) * settings.epochs
-    with course(session, "sft", steps) as here, _unpatched(roles) as model:
+    with course(session, "sft", steps) as here, _lent(roles) as model:
         trainer = _Trainer(
             model=model,
             args=SFTConfig(
                 output_dir=str(here.scratch),
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=settings.batch_size,
                 per_device_eval_batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
                 max_length=None,
                 gradient_checkpointing=False,  # the roles do their own
                 pad_to_multiple_of=16,
                 dataset_kwargs={"skip_prepare_dataset": True},
-                **session.trainer_settings(),
+                **session.trainer_settings(settings, steps),
             ),
             train_dataset=train,
             eval_dataset=held_out,
@@ -111,13 +108,27 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
 
 
 @contextmanager
-def _unpatched(roles: Roles) -> Iterator[PreTrainedModel]:
-    """The SFT role's model. SFTTrainer puts a forward of its own on it and leaves it; the base is others' too."""
+def _lent(roles: Roles) -> Iterator[PreTrainedModel]:
+    """The SFT role's model, for the Trainer to train: whether it is training is decided by `Roles.train`.
+
+    SFTTrainer puts a forward of its own on it and leaves it; the base is others' too.
+    """
+
+    def train(mode: bool = True) -> PreTrainedModel:
+        del vars(model)["train"]  # which the roles would call
+        roles.train(mode)
+        vars(model)["train"] = train
+        model.training = mode  # no more than what the Trainer reads: the modules in it stay in eval mode
+        return model
+
     with roles.role(Role.SFT), not_told(model := roles.model()):
         had = vars(model).get("forward")
+        vars(model)["train"] = train
         try:
             yield model
         finally:
+            del vars(model)["train"]
+            roles.eval()
             if had is None:
                 vars(model).pop("forward", None)
             else:

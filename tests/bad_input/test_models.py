@@ -2,15 +2,18 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from perl.model import hub
 from tests.bad_input.cases import Case, named
 from tests.bad_input.conftest import Refused
 
@@ -39,6 +42,12 @@ def half_the_weights(folder: Path) -> None:
 def no_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
+
+
+def gpt2_without_tokenizer(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).save_pretrained(folder)
 
 
 def pickled_weights(folder: Path) -> None:
@@ -80,7 +89,15 @@ def longer_layers(folder: Path) -> None:
 
 CASES = [
     Case("no such folder", ("no such folder", "base.model ./gone", "hub id"), overrides=("base.model=./gone",)),
-    Case("no such hub id", ("not a model", "base.model no/such", "hub id"), overrides=("base.model=no/such",)),
+    Case(
+        "no such hub id, and no network",
+        (
+            "the hub was not asked, because HF_HUB_OFFLINE is set",
+            "base.model no/such",
+            "Check the name, and the network",
+        ),
+        overrides=("base.model=no/such",),
+    ),
     Case("no name", ("not a model", "base.model", "hub id"), overrides=("base.model=''",)),
     Case("NUL in the name", ("not a model", "base.model", "hub id"), overrides=('base.model="a\\0b"',)),
     Case("half a surrogate", ("not a model", "base.model", "hub id"), overrides=('base.model="\\ud800"',)),
@@ -143,6 +160,11 @@ CASES = [
     ),
     Case("no tokenizer", ("no usable tokenizer", "base.model", "tokenizer.json"), spoil=no_tokenizer),
     Case(
+        "no tokenizer, and a kind of model whose tokenizer is made of nothing",
+        ("no usable tokenizer: it has no tokens for text", "base.model", "Put tokenizer.json"),
+        spoil=gpt2_without_tokenizer,
+    ),
+    Case(
         "no end token",
         ("has no end token", "spoilt", "Set eos_token"),
         spoil=edit_json("tokenizer_config.json", eos_token=None),
@@ -172,6 +194,25 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_one_message_and_nothing_lost(case: Case, refused: Refused) -> None:
     refused(case)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_named(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    hub.why_not_asked.cache_clear()
+    says = (
+        "http://127.0.0.1:9 cannot be reached: [Errno 111]",
+        "base.model no/such",
+        "Check the name, and the network",
+    )
+    begun = time.monotonic()
+    try:
+        refused(Case("no network", says, overrides=("base.model=no/such",)))
+    finally:
+        hub.why_not_asked.cache_clear()
+    assert time.monotonic() - begun < 15, "libraries try for half a minute"
 
 
 def test_4_bits_without_their_library(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def test_auto_falls_with_width_and_epochs_and_full_tuning_gets_a_tenth() -> None
     assert one == pytest.approx(50 * auto_head_learning_rate(128, 20.0), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"])
 @pytest.mark.parametrize("steps", [1, 7, 60, 1000])
 def test_warmup_is_a_share_of_the_steps(name: str, steps: int) -> None:
     """The first step of a run of any length learns, and the rate is full after a tenth of it."""

@@ -1,0 +1,37 @@
+"""The signals that ask a process to leave: Ctrl-C, SIGTERM, and SIGHUP when a terminal is gone."""
+
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> dict[signal.Signals, Any]:
+    """Let a handler have these signals; return those found. An ignored SIGHUP stays so: nohup asks for it."""
+
+    def heard(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            _mute_lost_terminal()
+        handler(signum, frame)
+
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {n: signal.signal(n, heard) for n in numbers if not (ignored and n is signal.SIGHUP)}
+
+
+def _mute_lost_terminal() -> None:
+    """Let words to a terminal that is gone go nowhere: writing them would be an error, and end the run unsaved."""
+    for output in (1, 2):
+        try:
+            lost = stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output)
+        except OSError:  # closed
+            continue
+        if lost:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)

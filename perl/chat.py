@@ -56,7 +56,7 @@ def _answer(session: Session, role: Role, turns: list[Turn], generator: torch.Ge
     session.roles.eval()
     room = session.base.context_length - MAX_NEW_TOKENS
     context = tuple(turns)
-    prompt = EncodedPrompts([Prompt(context, "chat")], [session.base.chat.context(context)[-max(room, 1) :]])
+    prompt = EncodedPrompts([Prompt(context, "chat")], [session.base.chat.context(context, max(room, 1))])
     temperature = session.recipe.rl.temperature if session.recipe.rl else 1.0
     chat = session.base.chat
     sampling = Sampling(MAX_NEW_TOKENS, temperature, chat.ends(context), chat.pad_id, prompts_at_once=1)

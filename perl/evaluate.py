@@ -11,6 +11,7 @@ from perl.files import write_figures
 from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
+from perl.stages.cut_rows import say_cut
 from perl.stages.policy import encode_prompts, evaluate_policy, reward_source
 from perl.stages.reward import answers_of, tokenize_rows
 from perl.stages.reward_card import evaluate_rows, print_card
@@ -62,6 +63,7 @@ def _reward(session: Session, data: str | None) -> dict[str, Any]:
     source = data or session.recipe.data.source
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
     rows = tokenize_rows(session.base.chat, session.held_out, "any", length, source)
+    say_cut(rows.cut, len(rows.ids), length, "reward.max_length")
     trained_on = answers_of(session.train, settings.loss, session.recipe.data.source)
     return evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
 
@@ -73,6 +75,7 @@ def _policy(session: Session) -> dict[str, Any]:
         session.load(Role.SFT)
     session.load(Role.POLICY)
     prompts = encode_prompts(session, session.held_out.prompts[: session.recipe.rl.eval_prompts])
+    say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
     reward = reward_source(session)
     before = evaluate_policy(session, reward, session.roles.reference, prompts)
     after = evaluate_policy(session, reward, Role.POLICY, prompts)

@@ -182,9 +182,7 @@ def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase
     if role is Role.POLICY:
         assert rl is not None
         sampling = {"do_sample": True, "temperature": rl.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        eos_token_id=sorted({chat.end_id, chat.eos_id}), pad_token_id=tokenizer.pad_token_id, **sampling
-    )
+    return GenerationConfig(eos_token_id=sorted(chat.end_ids), pad_token_id=tokenizer.pad_token_id, **sampling)
 
 
 @torch.no_grad()
@@ -199,7 +197,7 @@ def _largest_difference(
     rated = [(one.context, one.answer) for one in records.ratings]
     differences = []
     for context, answer in (rated or [(one.context, one.better) for one in records.comparisons])[:COMPARED]:
-        ids = chat.dialogue(context, [answer]).ids
+        ids = chat.row(context, answer).ids
         if len(ids) > session.base.context_length:
             continue
         ours = session.roles(trunk, *left_pad([ids], chat.pad_id, session.device), head=role).scores_B

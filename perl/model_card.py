@@ -179,7 +179,8 @@ def _scores(session: Session, made: Exported) -> str:
 def _answers(session: Session, made: Exported) -> str:
     """How to serve a language model."""
     lora, name = session.recipe.lora, session.recipe.name
-    end = session.base.tokenizer.convert_ids_to_tokens(session.base.chat.end_id)
+    tokens = session.base.tokenizer.convert_ids_to_tokens(list(session.base.chat.end_ids))
+    ends = " or ".join(f"`{token}`" for token in tokens)
     serve = f"vllm serve {name}"
     notes = ""
     if not made.whole:
@@ -192,7 +193,7 @@ def _answers(session: Session, made: Exported) -> str:
         if rank is None:
             serve, notes = "", f"vLLM takes no adapter of rank {lora.rank}: export with --merge to serve it.\n\n"
     commands = f"```\n{serve}\n```\n\n" if serve else ""
-    return f"## Serving\n{notes}{commands}An answer ends with `{end}`; `generation_config.json` says so."
+    return f"## Serving\n{notes}{commands}An answer ends with {ends}; `generation_config.json` says so."
 
 
 def _figures(session: Session, made: Exported) -> str:

@@ -70,7 +70,7 @@ class Run:
             turns = [Turn("text", text) for text in dialogue]
         else:
             turns = [Turn(SPEAKERS[message["role"]], message["content"]) for message in dialogue]  # type: ignore[arg-type]
-        return self.session.base.chat.dialogue(turns[:-1], turns[-1:]).ids
+        return self.session.base.chat.row(turns[:-1], turns[-1]).ids
 
     @torch.no_grad()
     def scores(self, role: Role, dialogues: list[Any], trunk: Role | None = None) -> Tensor:

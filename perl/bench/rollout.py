@@ -57,7 +57,7 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
 
 
 def _ours(roles: SharedBase, base: Base, prompts: Tensor, answers: int) -> None:
-    sampling = Sampling(ANSWER_TOKENS, 1.0, None, base.chat.pad_id, MICRO_BATCH)
+    sampling = Sampling(ANSWER_TOKENS, 1.0, (), base.chat.pad_id, MICRO_BATCH)
     rows = [row for row in prompts.tolist() for _ in range(answers)]
     sample(roles, Role.POLICY, rows, sampling, torch.Generator(prompts.device).manual_seed(0))
 

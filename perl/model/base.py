@@ -24,6 +24,7 @@ from transformers import (
 from perl.errors import UserError, machine_fault
 from perl.model.chat import ChatFormat
 from perl.model.encoder import WRITES, EncoderFormat, in_head, is_encoder, position_room
+from perl.model.ends import configured_ends
 from perl.model.four_bit import four_bit_config, keep_layout, scales, weights_of
 from perl.model.hub import only_in_cache, why_not_asked
 from perl.progress import console
@@ -134,7 +135,8 @@ def chat_format(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     """How dialogues are written for a base, and the longest sequence that it takes."""
     if is_encoder(lm.config):
         return EncoderFormat(tokenizer, position_room(lm)), position_room(lm)
-    return ChatFormat(tokenizer), int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
+    room = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
+    return ChatFormat(tokenizer, configured_ends(lm, tokenizer)), room
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perl.data.records import Demonstration
 from perl.errors import UserError, machine_fault
-from perl.model.chat import MESSAGE_ROLES, ChatFormat
+from perl.model.chat import ChatFormat
+from perl.model.template import MESSAGE_ROLES
 from perl.progress import track
 
 TEMPLATE = (
@@ -73,7 +74,7 @@ def build_base(
     with _unfinished(folder) as unfinished:
         tokenizer = train_tokenizer(corpus, vocabulary)
         chat = ChatFormat(tokenizer)
-        rows = [chat.dialogue(record.context, record.answer).ids[:max_length] for record in corpus]
+        rows = [row.ids[:max_length] for record in corpus for row in chat.rows(record.context, record.answer)]
         config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

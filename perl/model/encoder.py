@@ -27,6 +27,7 @@ from transformers import (
 from perl.data.records import Turn
 from perl.errors import UserError
 from perl.model.chat import ChatFormat
+from perl.model.tokens import Tokens
 
 WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of architectures end that write texts."""
@@ -162,13 +163,13 @@ class EncoderFormat(ChatFormat):
         super().__init__(tokenizer)
         self._room = room
 
-    def row(self, context: Sequence[Turn], answer: Turn, length: int) -> list[int]:
-        """As for a decoder, but the first token stays, and so does the whole answer: a row may be longer for it.
+    def row(self, context: Sequence[Turn], answer: Turn, length: int | None = None) -> Tokens:
+        """As for a decoder, but the whole answer stays, after the first token: a row may be longer for it.
 
         Raises:
             UserError: the answer is longer than the encoder takes.
         """
-        tokens = self.dialogue(context, [answer])
+        tokens = super().row(context, answer)
         least = 1 + sum(tokens.spoken)
         if least > self._room:
             raise UserError(
@@ -176,5 +177,4 @@ class EncoderFormat(ChatFormat):
                 where=f"the answer {answer.text[:60]!r}",
                 remedy="Shorten it, or use a base that takes longer texts.",
             )
-        length = max(length, least)
-        return tokens.ids if len(tokens.ids) <= length else [tokens.ids[0], *tokens.last(length - 1).ids]
+        return tokens if length is None else super().row(context, answer, max(length, least))

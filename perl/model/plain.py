@@ -7,7 +7,6 @@ libraries tell from the end of a row, and every layer has an adapter, as TGI wan
 
 import copy
 import errno
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from perl.model.base import has_own_code
 from perl.model.chat import ChatFormat
 from perl.model.encoder import EncoderHead
 from perl.model.roles import Role
+from perl.model.scoring_template import ending_with_the_answer
 from perl.model.shared_base import SharedBase
+from perl.model.template import ASKED
 
 PAD = "<|pad|>"
 """Added where a tokenizer has no token for padding, or one that also ends rows."""
@@ -53,12 +54,9 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
     else:  # an ordinary token will not do: once it is special, text is cut at it before BPE
         tokenizer.add_special_tokens({"pad_token": PAD})
-    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
-    end = tokenizer.convert_ids_to_tokens(chat.end_id)
-    rendered = tokenizer.apply_chat_template(said, tokenize=False)
-    assert isinstance(rendered, str)
-    if not rendered.endswith(end):
-        tokenizer.chat_template = _ending_with_the_answer(tokenizer.get_chat_template(), end)
+    written = tokenizer.apply_chat_template(chat.template.messages(ASKED), tokenize=False)
+    if written != "".join(chat.template.row(ASKED)):
+        tokenizer.chat_template = ending_with_the_answer(tokenizer.get_chat_template(), chat.template)
     return tokenizer
 
 
@@ -66,18 +64,6 @@ def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """What has to follow a plain text: the end token, unless the tokenizer writes it itself."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return "" if ids[-1:] == [tokenizer.eos_token_id] else str(tokenizer.eos_token)
-
-
-def _ending_with_the_answer(template: str, end: str) -> str:
-    """A chat template that writes nothing after the end-of-turn of a last answer."""
-    literal = json.dumps(end)
-    newline = "\n"  # Jinja drops one after a block, and one at a template's end
-    return (
-        f"{{% set dialogue %}}{newline}{template.removesuffix(newline)}{{% endset %}}"
-        "{% if messages[-1].role == 'assistant' and not add_generation_prompt %}"
-        f"{{{{ dialogue.rpartition({literal})[0] + {literal} }}}}"
-        "{% else %}{{ dialogue }}{% endif %}"
-    )
 
 
 def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:

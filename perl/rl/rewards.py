@@ -15,10 +15,10 @@ import torch
 
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
-from perl.model.chat import MESSAGE_ROLES
 from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.model.saved import Stamp
+from perl.model.template import MESSAGE_ROLES
 from perl.rl.batches import micro_batches, trim
 from perl.rl.sampler import Samples
 
@@ -44,10 +44,11 @@ class RewardModel:
     Args:
         stamp: of the reward adapter; it holds mean and spread.
         micro_batch_size: rows scored at once.
+        ends: what ends answers; the first is the one that its training rows end with.
     """
 
-    def __init__(self, roles: Roles, stamp: Stamp, micro_batch_size: int) -> None:
-        self._roles, self._stamp, self._micro_batch_size = roles, stamp, micro_batch_size
+    def __init__(self, roles: Roles, stamp: Stamp, micro_batch_size: int, ends: tuple[int, ...]) -> None:
+        self._roles, self._stamp, self._micro_batch_size, self._ends = roles, stamp, micro_batch_size, ends
 
     def __call__(
         self,
@@ -62,8 +63,13 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, samples: Samples) -> list[float]:
-        """Scores of prompt and answer together, read at the answer's last token."""
+        """Scores of prompt and answer together, read at the answer's last token.
+
+        An answer that ended with another end token than the training rows is read as if it ended with theirs: of
+        others the reward model knows nothing.
+        """
         scores = [0.0] * len(samples.ids_BL)
+        samples = with_written_end(samples, self._ends)
         for rows in micro_batches(samples, self._micro_batch_size):
             batch = trim(samples, rows)
             outputs = self._roles(
@@ -72,6 +78,21 @@ class RewardModel:
             for row, score in zip(rows, outputs.scores_B.tolist(), strict=True):
                 scores[row] = score
         return scores
+
+
+def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
+    """Samples whose answers, where they ended, end with the first of the end tokens."""
+    if not ends[1:]:
+        return samples
+    others = torch.tensor(ends[1:], dtype=torch.int64, device=samples.ids_BL.device)
+    lengths_B1 = torch.tensor(samples.answer_lengths, device=samples.ids_BL.device)[:, None]
+    last_B1 = samples.ids_BL.shape[1] - samples.answer_length + lengths_B1 - 1
+    ids_B1 = samples.ids_BL.gather(1, last_B1)
+    changed_B1 = torch.isin(ids_B1, others)
+    if not bool(changed_B1.any()):
+        return samples
+    ids_BL = samples.ids_BL.scatter(1, last_B1, ids_B1.masked_fill(changed_B1, ends[0]))
+    return samples._replace(ids_BL=ids_BL, below_BLD=None)  # what the shared blocks made is of the tokens drawn
 
 
 def probabilities(scores: Sequence[float]) -> list[float]:

@@ -35,6 +35,8 @@ class EncodedPrompts:
 
     prompts: list[Prompt]
     ids: list[list[int]]
+    cut: int = 0
+    """How many were too long."""
 
     def take(self, chosen: Sequence[int]) -> "EncodedPrompts":
         """The prompts at these places."""

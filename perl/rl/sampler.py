@@ -3,7 +3,7 @@
 A hand-written loop instead of `generate`: it keeps (B,) log-probs and values a step where `generate` would hand
 back logits of B x T x V, rows that ended leave the batch, and equal prompts are computed once.
 
-Axis letters: B answers, P prompt positions, T answer positions, V vocabulary, D hidden.
+Axis letters: B answers, P prompt positions, T answer positions, V vocabulary, D hidden, E end tokens.
 """
 
 import itertools
@@ -70,8 +70,8 @@ class Sampling:
     max_new_tokens: int
     """T; answers without an end are cut there."""
     temperature: float
-    end_id: int | None
-    """The token that ends an answer, and belongs to it. None: answers all have T tokens."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer, and belong to it. Empty: answers all have T tokens."""
     pad_id: int
     prompts_at_once: int
     """Different prompts computed together before the answers are drawn: bounds their activations."""
@@ -113,6 +113,7 @@ def sample(
     ids_BT = torch.full((len(prompts), length), sampling.pad_id, device=device)
     log_probs_BT = torch.zeros((len(prompts), length), device=device)
     values_BT = torch.zeros_like(log_probs_BT) if head is not None else None
+    ends_E = torch.tensor(sampling.end_ids, device=device)
     lengths = [0] * len(prompts)  # of the answers that ended
 
     # Rows of like length stand together in the cache, those of the same prompt side by side.
@@ -129,8 +130,8 @@ def sample(
             )
             if values_BT is not None and head is not None:
                 values_BT[rows_B, step] = roles.head(head)(hidden_BD.float())[:, 0]
-            if sampling.end_id is not None:
-                for row, is_end in zip(order, (ids_BT[rows_B, step] == sampling.end_id).tolist(), strict=True):
+            if sampling.end_ids:
+                for row, is_end in zip(order, torch.isin(ids_BT[rows_B, step], ends_E).tolist(), strict=True):
                     lengths[row] = lengths[row] or (step + 1 if is_end else 0)
             going = [place for place, row in enumerate(order) if not lengths[row]]
             # Where the base is spread over processes, all compute on until every answer of every one has ended.

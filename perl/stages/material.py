@@ -9,7 +9,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from perl.data.records import Demonstration, Records
+from perl.data.records import Demonstration, Records, Speaker
 from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
@@ -51,6 +51,10 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
             where=f"base.model {base.name}, data.source {recipe.data.source}",
             remedy="Put the same files on all hosts.",
         )
+    speakers = _speakers(train) | _speakers(held_out)
+    if speakers - {"text"}:
+        for note in base.chat.probe(speakers):
+            console.print(f"[yellow]Note[/]: {escape(note)}.")
     return Material(train, held_out, base, lm, device)
 
 
@@ -98,6 +102,17 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
         random_seed=recipe.seed if spec.random_init else None,
         encoders=only_scores(recipe),
     )
+
+
+def _speakers(records: Records) -> set[Speaker]:
+    """Who speaks in the records."""
+    contexts = [
+        *((*one.context, *one.answer) for one in records.demonstrations),
+        *(one.context for one in records.ratings),
+        *(one.context for one in records.comparisons),
+        *(one.context for one in records.prompts),
+    ]
+    return {turn.speaker for context in contexts for turn in context}
 
 
 def only_scores(recipe: Recipe) -> bool:

@@ -48,7 +48,10 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompt
             where=f"data.source {session.recipe.data.source}",
             remedy="Write all prompts as text, or all as messages.",
         )
-    ids = [chat.context(prompt.context)[-(limit or 0) :] for prompt in prompts]
+    ids, cut = [chat.context(prompt.context) for prompt in prompts], 0
+    for index, prompt in enumerate(prompts):
+        if limit is not None and len(ids[index]) > limit:
+            ids[index], cut = chat.context(prompt.context, limit), cut + 1
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     if len(ids[longest]) > room:
         raise UserError(
@@ -56,7 +59,7 @@ def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompt
             where=f"prompt of dialogue {prompts[longest].dialogue[:60]!r}",
             remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
         )
-    return EncodedPrompts(list(prompts), ids)
+    return EncodedPrompts(list(prompts), ids, cut)
 
 
 def prompts_of(session: Session, prompts: EncodedPrompts, step: int) -> list[int]:
@@ -84,7 +87,8 @@ def reward_source(session: Session) -> RewardSource:
     if settings.reward.function is not None:
         return RewardFunction(settings.reward.function)
     session.load(Role.REWARD)
-    return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size)
+    ends = how_to_sample(session).end_ids
+    return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, ends)
 
 
 def how_to_sample(session: Session) -> Sampling:
@@ -95,13 +99,13 @@ def how_to_sample(session: Session) -> Sampling:
         return Sampling(
             settings.max_new_tokens,
             settings.temperature,
-            None,
+            (),
             chat.pad_id,
             settings.micro_batch_size,
             abridged=session.trial.abridged,
         )
-    end_id = chat.ends(session.train.prompts[0].context)
-    return Sampling(settings.max_new_tokens, settings.temperature, end_id, chat.pad_id, settings.micro_batch_size)
+    ends = chat.ends(session.train.prompts[0].context)
+    return Sampling(settings.max_new_tokens, settings.temperature, ends, chat.pad_id, settings.micro_batch_size)
 
 
 def evaluate_policy(

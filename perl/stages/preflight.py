@@ -18,7 +18,7 @@ from perl.model.roles import Role, Roles
 from perl.model.saved import load_role
 from perl.progress import console
 from perl.rl.arithmetic import kl_k3, masked_mean
-from perl.rl.rewards import RewardModel, RewardSource, score_rows
+from perl.rl.rewards import RewardModel, RewardSource, score_rows, with_written_end
 from perl.rl.rollout import EncodedPrompts, answer, read_answers
 from perl.rl.sampler import Samples, Sampling
 from perl.stages.reward import recorded_scores, reward_rows
@@ -146,28 +146,34 @@ def recorded_evaluation(session: Session, recorded: Sequence[dict[str, Any]]) ->
 def read_at_the_end(
     session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts, samples: Samples
 ) -> Finding:
-    """The reward is read at each answer's last token, of the kind that it was trained to be read at."""
+    """The reward is read at each answer's last token, of the kind that it was trained to be read at.
+
+    Where an answer ended with another of the end tokens, that one stands there instead (`with_written_end`).
+    """
     roles, chat = session.roles, session.base.chat
     ends = [chat.ends(prompt.context) for prompt in prompts.prompts]
     answers = samples.answers()
-    wrong_end = sampling.end_id not in ends or any(
-        ended and tokens[-1] != end
-        for tokens, end, ended in zip(answers, ends, samples.ended_B.tolist(), strict=True)
+    wrong_end = any(sampling.end_ids != wanted for wanted in ends) or any(
+        ended and tokens[-1] not in wanted
+        for tokens, wanted, ended in zip(answers, ends, samples.ended_B.tolist(), strict=True)
     )
     elsewhere = 0
     if isinstance(reward, RewardModel):
-        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts.ids, answers, strict=True)]
+        read = with_written_end(samples, ends[0]).answers()
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts.ids, read, strict=True)]
         at_the_end = [_read_at_last_token(roles, row) for row in rows]
         found = reward.scores(samples)
         elsewhere = sum(
             not abs(one - other) <= _close(session) for one, other in zip(found, at_the_end, strict=True)
         )
     if wrong_end:
-        there = chat.tokenizer.convert_ids_to_tokens(ends[0])
-        here = None if sampling.end_id is None else chat.tokenizer.convert_ids_to_tokens(sampling.end_id)
+        here, there = (
+            " or ".join(map(repr, chat.tokenizer.convert_ids_to_tokens(list(some))))
+            for some in (sampling.end_ids, ends[0])
+        )
         cause = (
-            f"a wrong chat template or end-of-turn token: answers here end with {here!r}, the reward was trained "
-            f"on answers that end with {there!r}."
+            f"a wrong chat template or end-of-turn token: answers here end with {here or 'nothing'}, the reward "
+            f"was trained on answers that end with {there}."
         )
     else:
         cause = "padding on the wrong side: the score is read at a padding token, or at a token before the end."

@@ -22,6 +22,7 @@ from perl.model.below_cache import BelowCache
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
 from perl.rl.rewards import probabilities, score_rows
+from perl.stages.cut_rows import say_cut
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss
 from perl.stages.session import Session
@@ -41,11 +42,13 @@ class Rows(Answers):
         ids: of each answer and its context.
         targets: the probability of a thumb up, or that the better (the worse) one of a pair is the better.
         margins: of the pairs.
+        cut: how many were too long.
     """
 
     ids: list[list[int]]
     targets: list[float]
     margins: list[float]
+    cut: int
 
 
 def check(session: Session) -> None:
@@ -64,6 +67,9 @@ def train_reward(session: Session) -> dict[str, Any]:
     roles.add(Role.REWARD, head=True)
     roles.keep(Role.REWARD)
     trained = roles.train_only(Role.REWARD)
+    rows, cut = len(train.ids) + len(held_out.ids), train.cut + held_out.cut
+    if session.trial is None:
+        say_cut(cut, rows, _length(session), "reward.max_length")
     examples = _examples(train, settings.loss)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
     with course(session, "reward", steps) as here:
@@ -81,6 +87,8 @@ def train_reward(session: Session) -> dict[str, Any]:
         trainer.go_on()
     result = {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "rows": rows,
+        "rows_cut": cut,
         **session.figures(here.meter),
     }
     if trainer.kept_below is not None:
@@ -100,15 +108,17 @@ def train_reward(session: Session) -> dict[str, Any]:
 
 
 def reward_rows(session: Session, records: Records, loss: str) -> Rows:
-    """The rated or compared answers as tokens, older context cut off first.
+    """The rated or compared answers as tokens, oldest turns left out first.
 
     Raises:
         UserError: no rows of the kind the loss needs, or ratings of one class only.
     """
+    return tokenize_rows(session.base.chat, records, loss, _length(session), session.recipe.data.source)
+
+
+def _length(session: Session) -> int:
     assert session.recipe.reward is not None
-    length = min(session.recipe.reward.max_length, session.base.context_length)
-    source = session.recipe.data.source
-    return tokenize_rows(session.base.chat, records, loss, length, source)
+    return min(session.recipe.reward.max_length, session.base.context_length)
 
 
 def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, source: str) -> Rows:
@@ -116,12 +126,14 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     ratings, comparisons = _chosen(records, loss, source)
     answers = _answers(ratings, comparisons, records.prompts, source)
     sure = [comparison.probability for comparison in comparisons]
+    rows = [
+        chat.row(context, answer, length)
+        for context, answer in zip(answers.contexts, answers.answers, strict=True)
+    ]
     return Rows(
         **vars(answers),
-        ids=[
-            chat.row(context, answer, length)
-            for context, answer in zip(answers.contexts, answers.answers, strict=True)
-        ],
+        ids=[row.ids for row in rows],
+        cut=sum(row.cut for row in rows),
         targets=[_target(rating) for rating in ratings] + sure + [1 - probability for probability in sure],
         margins=[comparison.margin for comparison in comparisons],
     )

@@ -21,6 +21,7 @@ from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
+from perl.stages.cut_rows import say_cut
 from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
 from perl.stages.policy import describe, draw_samples, encode_prompts, evaluate_policy, prompts_of
 from perl.stages.preflight import preflight
@@ -46,6 +47,9 @@ def train_rl(session: Session) -> dict[str, Any]:
     assert settings is not None
     eval_prompts = encode_prompts(session, session.held_out.prompts[: settings.eval_prompts])
     loop = begin(session, settings, eval_prompts)
+    rows, cut = len(loop.prompts) + len(eval_prompts), loop.prompts.cut + eval_prompts.cut
+    if session.trial is None:
+        say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
     steps = session.trial.steps if session.trial else settings.steps
     opening, done = go_on(loop)
     if not opening and not session.trial:
@@ -80,7 +84,7 @@ def train_rl(session: Session) -> dict[str, Any]:
             if leaving.wanted:
                 raise KeyboardInterrupt
     learnt = sum(parameter.numel() for parameter in session.roles.parameters_of(*loop.learners))
-    result = {"trainable_parameters": learnt, **session.figures(loop.meter)}
+    result = {"trainable_parameters": learnt, "rows": rows, "rows_cut": cut, **session.figures(loop.meter)}
     if session.trial is not None:
         return result | {"step_seconds": loop.meter.step_seconds}
     remains = go_back(loop, stopped_by) if stopped_by else settings.steps

@@ -14,6 +14,7 @@ from perl.errors import UserError
 from perl.model.four_bit import not_told
 from perl.model.roles import Role, Roles
 from perl.progress import console
+from perl.stages.cut_rows import say_cut
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer, Watch, course
 
@@ -30,6 +31,9 @@ def train_sft(session: Session) -> dict[str, Any]:
     assert settings is not None
     train = tokenized(session, session.train.demonstrations)
     held_out = tokenized(session, session.held_out.demonstrations)
+    cut = sum(train["cut"]) + sum(held_out["cut"])
+    _say(session, len(train) + len(held_out), cut)
+    train, held_out = train.remove_columns("cut"), held_out.remove_columns("cut")
     roles.add(Role.SFT)
     roles.keep(Role.SFT)
     trained = roles.train_only(Role.SFT)
@@ -58,6 +62,8 @@ def train_sft(session: Session) -> dict[str, Any]:
         after = None if session.trial else trainer.evaluate()["eval_loss"]
     result = {
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "rows": len(train) + len(held_out),
+        "rows_cut": cut,
         **session.figures(here.meter),
     }
     if session.trial is not None:
@@ -87,17 +93,18 @@ class _Trainer(ResumableTrainer, SFTTrainer):
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
     """Demonstrations as `input_ids` and `labels`; -100 stands where the agent does not speak.
 
+    A demonstration is one row, or one an answer where the chat template writes earlier answers otherwise
+    (`ChatFormat.rows`); `cut` says which were too long.
+
     Raises:
         UserError: after cutting to `sft.max_length`, no agent turn is left in any of them.
     """
     assert session.recipe.sft is not None
-    length = min(session.recipe.sft.max_length, session.base.context_length)
-    rows = []
-    for record in demonstrations:
-        tokens = session.base.chat.dialogue(record.context, record.answer).last(length)
+    length, chat, rows = _length(session), session.base.chat, []
+    for tokens in (row for record in demonstrations for row in chat.rows(record.context, record.answer, length)):
         if any(tokens.spoken):
             labels = [token if spoken else -100 for token, spoken in zip(tokens.ids, tokens.spoken, strict=True)]
-            rows.append({"input_ids": tokens.ids, "labels": labels, "length": len(tokens.ids)})
+            rows.append({"input_ids": tokens.ids, "labels": labels, "length": len(tokens.ids), "cut": tokens.cut})
     if not rows:
         raise UserError(
             f"no demonstration has an agent turn within {length} tokens",
@@ -105,6 +112,24 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
             remedy="Raise it, or check the data with `perl-rlhf data check`.",
         )
     return Dataset.from_list(rows)
+
+
+def _length(session: Session) -> int:
+    assert session.recipe.sft is not None
+    return min(session.recipe.sft.max_length, session.base.context_length)
+
+
+def _say(session: Session, rows: int, cut: int) -> None:
+    """Say what became of the demonstrations as rows."""
+    if session.trial is not None:
+        return
+    demonstrations = len(session.train.demonstrations) + len(session.held_out.demonstrations)
+    if rows > demonstrations:
+        console.print(
+            f"{demonstrations} demonstrations are {rows} rows: the chat template writes earlier answers otherwise "
+            "than the last one, so each answer is learnt in a row of its own, as it is asked for."
+        )
+    say_cut(cut, rows, _length(session), "sft.max_length")
 
 
 @contextmanager

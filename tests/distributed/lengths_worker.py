@@ -33,7 +33,7 @@ def main() -> None:
     steps = int(sys.argv[1])
     with joined() as engine:
         together, alone = roles_on(engine), roles_on(None)
-        sampling = Sampling(10, 1.0, end_id=7, pad_id=0, prompts_at_once=2)
+        sampling = Sampling(10, 1.0, end_ids=(7,), pad_id=0, prompts_at_once=2)
         shorter = 0
         for step in range(steps):
             rng = random.Random(f"{step} {engine.processes.rank}")

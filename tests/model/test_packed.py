@@ -110,7 +110,7 @@ def test_an_answer_has_the_log_probs_that_a_plain_forward_gives_it(layers: str) 
     roles.add(Role.POLICY)
     for parameter in roles.parameters_of(Role.POLICY):
         parameter.data.normal_(std=0.05)
-    before, sampling = roles.base_sha256(), Sampling(32, 1.0, None, 0, 4)
+    before, sampling = roles.base_sha256(), Sampling(32, 1.0, (), 0, 4)
     samples = sample(roles, Role.POLICY, [[3, 5, 8], [9, 4]] * 4, sampling, torch.Generator().manual_seed(0))
     plain, _ = read_answers(roles, Role.POLICY, samples, 4, temperature=1.0, head=None)
     torch.testing.assert_close(plain, samples.log_probs_BT, rtol=0, atol=0.02)  # bf16 has 8 bits

@@ -129,7 +129,7 @@ def drawn(lm: Any) -> Samples:
     for parameter in roles.parameters_of(Role.POLICY):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     prompts = [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (3, 20, 9)]
-    sampling = Sampling(max_new_tokens=12, temperature=1.0, end_id=None, pad_id=0, prompts_at_once=2)
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=2)
     return sample(roles, Role.POLICY, prompts * 2, sampling, torch.Generator().manual_seed(0))
 
 

@@ -176,7 +176,7 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
     monkeypatch.setattr(sampler, "KVCache", watched)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     roles = SharedBase(model, lora_config(2, 4, 0.0, "all-linear", "all", model))
-    sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_id=None, pad_id=0, prompts_at_once=1)
+    sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=1)
     sampler.sample(roles, Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
     for layer in made[0].layers:
         assert layer.keys.shape == (2, 4, BUCKET + 5, 8)

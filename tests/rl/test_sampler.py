@@ -33,7 +33,7 @@ def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Sa
         roles,
         Role.POLICY,
         prompts * 8,
-        Sampling(max_new_tokens=40, temperature=0.7, end_id=end_id, pad_id=0, prompts_at_once=2),
+        Sampling(max_new_tokens=40, temperature=0.7, end_ids=(end_id,), pad_id=0, prompts_at_once=2),
         torch.Generator().manual_seed(seed),
         head=Role.CRITIC,
     )

@@ -224,7 +224,7 @@ def spread_positions(session: Session) -> None:
 
 def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(parts: Parts) -> None:
     eos = parts.session.base.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    parts.sampling = dataclasses.replace(parts.sampling, end_id=eos)
+    parts.sampling = dataclasses.replace(parts.sampling, end_ids=(eos,))
     remedy = parts.fails("end")
     assert "answers here end with '<|endoftext|>'" in remedy
     assert "trained on answers that end with '<|im_end|>'" in remedy

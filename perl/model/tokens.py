@@ -1,0 +1,140 @@
+"""From text to tokens, such that an answer follows the very tokens that a server sends as its prompt.
+
+A row is tokenized in one go and cut where the prompt ends, as `apply_chat_template(tokenize=True)` would tokenize
+it: a tokenizer of SentencePiece's kind adds a space to the beginning of every piece that it is given alone. Where
+prompt and answer would merge across the cut, or the end of the prompt would be tokenized otherwise because of what
+follows, the prompt keeps the tokens that it has alone, and the answer's come after them: so a policy writes it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+_ANCHORS = ("\n", "a", ".")
+"""Characters before an answer that is tokenized alone: it begins in the middle of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A sequence and, for each token, whether the agent said it."""
+
+    ids: list[int]
+    spoken: list[bool]
+    cut: bool = False
+    """Whether something of it was left out because it was too long."""
+
+    @classmethod
+    def joined(cls, prompt: list[int], answer: list[int]) -> "Tokens":
+        """A prompt and its answer."""
+        return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+    def first(self, length: int | None) -> "Tokens":
+        """At most so many tokens from the start; None: all."""
+        if length is None or len(self.ids) <= length:
+            return self
+        return Tokens(self.ids[:length], self.spoken[:length], cut=True)
+
+    def prompt_length(self) -> int:
+        """Tokens before the agent first speaks."""
+        return self.spoken.index(True)
+
+
+class RowTokenizer:
+    """Tokenizes prompts and answers.
+
+    Args:
+        end: the token that ends an answer in a dialogue, as text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
+        self._tokenizer, self._end = tokenizer, end
+        self._added = set(tokenizer.added_tokens_decoder)
+        self._known = lru_cache(maxsize=1024)(self.ids)
+
+    def ids(self, text: str) -> list[int]:
+        """A rendered dialogue or a part of one: what is special in it is written out."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """A plain text, framed as the tokenizer does, but for the end: the text goes on."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+
+    def text_row(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """A plain text and how it goes on, without an end."""
+        prompt_ids = self.text_ids(prompt)
+        return prompt_ids, self._following(prompt_ids, self.text_ids(prompt + answer), answer)
+
+    def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
+        """Prompts with their answers; those that contain one another, as a dialogue grows, become one row."""
+        rows: list[Tokens] = []
+        for chain in _chains(pairs):
+            row = self._at_once(chain)
+            rows.extend([row] if row is not None else self._one_by_one(chain))
+        return rows
+
+    def _at_once(self, chain: Sequence[tuple[str, str]]) -> Tokens | None:
+        """The last one's row, which contains the others; None where a cut is not between a prompt's own tokens."""
+        if not self._tokenizer.is_fast:
+            return None  # it does not tell where in the text its tokens are
+        text = "".join(chain[-1])
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoding["input_ids"]
+        starts = [start for start, _ in encoding["offset_mapping"]]
+        spoken = [False] * len(ids)
+        for prompt, answer in chain:
+            begin = self._prompt_end(prompt, ids, starts)
+            last = bisect_left(starts, len(prompt) + len(answer) - len(self._end))
+            if begin is None or last >= len(ids) or starts[last] != len(prompt) + len(answer) - len(self._end):
+                return None
+            spoken[begin : last + 1] = [True] * (last + 1 - begin)
+        return Tokens(ids, spoken)
+
+    def _prompt_end(self, prompt: str, ids: list[int], starts: list[int]) -> int | None:
+        """How many tokens of a row are those that the prompt has alone; None where they are others.
+
+        Text is cut at added tokens before anything else, so only what follows the last of them has to be compared.
+        """
+        first = bisect_left(starts, len(prompt)) - 1
+        while first > 0 and ids[first] not in self._added:
+            first -= 1
+        alone = self._known(prompt[starts[first] :] if first > 0 else prompt)
+        first = max(first, 0)
+        end = first + len(alone)
+        return end if ids[first:end] == alone else None
+
+    def _one_by_one(self, chain: Sequence[tuple[str, str]]) -> list[Tokens]:
+        rows: list[Tokens] = []
+        for prompt, answer in chain:
+            prompt_ids = self.ids(prompt)
+            row = Tokens.joined(prompt_ids, self._following(prompt_ids, self.ids(prompt + answer), answer))
+            if rows and prompt_ids[: len(rows[-1].ids)] == rows[-1].ids:
+                row.spoken[: len(rows[-1].ids)] = rows.pop().spoken
+            rows.append(row)
+        return rows
+
+    def _following(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
+        """The tokens of an answer after the prompt's; `whole` are those of both together."""
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        for anchor in _ANCHORS:
+            before, ids = self.ids(anchor), self.ids(anchor + answer)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self.ids(answer)
+
+
+def _chains(pairs: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Runs of pairs in which each prompt begins with the prompt and the answer before it."""
+    chain: list[tuple[str, str]] = []
+    for prompt, answer in pairs:
+        if chain and not prompt.startswith("".join(chain[-1])):
+            yield chain
+            chain = []
+        chain.append((prompt, answer))
+    if chain:
+        yield chain

@@ -72,6 +72,37 @@ def test_answers_that_it_learnt_from_do_not_count(trained: Path, run_cli: RunCli
     assert "60 of these 72 answers are of dialogues it was trained on" in card["verdict"]["reasons"][0]
 
 
+def test_answers_that_say_nearly_what_it_learnt_from_do_not_count(
+    trained: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    """Copies in capitals, under names of dialogues that are new."""
+    copies = [
+        {**row, "completion": f"{row['completion'].upper()} !!", "dialogue": f"copy {number}"}
+        for number, row in enumerate(rows(DISHES))
+    ]
+    file = write_rows(tmp_path / "copies.jsonl", copies)
+    status, _ = run_cli("evaluate", trained, "reward", "--data", file, "--json", tmp_path / "card.json")
+    assert status == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert (card["n"], card["seen_in_training"]) == (72, 60)
+    assert "or nearly the same as answers it was trained on" in card["verdict"]["reasons"][0]
+
+
+def test_one_thumb_down_in_all_is_learnt_from_and_judged_less(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    learnt = [{**row, "label": number > 0} for number, row in enumerate(rows(DISHES))]
+    file = write_rows(tmp_path / "learn.jsonl", learnt)
+    data = {"source": "jsonl", "path": str(file), "held_out": 0.2}
+    status, written = run_cli("run", write_recipe(data=data, rl=None), "--out", tmp_path / "out")
+    assert status == 0, written
+    assert "no thumbs down are held out: all 1 are in dialogues that are trained on" in written
+    assert "AUROC cannot be computed" in written
+    card = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["reward"]["eval"]
+    assert card["auroc"] is None
+    assert "are rated down, and 30 are needed" in card["verdict"]["reasons"][0]
+
+
 def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:
     """Ratings of answers that differ in nothing but length: four in five are up, the longer ones, or anybody's."""
     draw = random.Random(0)
@@ -108,7 +139,8 @@ def test_impostors_are_told_from_reward_models(
         rl=None,
     )
     out = tmp_path / "out"
-    code, text = run_cli("run", recipe, "--out", out)
+    # Another seed, other rows held out: intervals of 95 % let one impostor in twenty or so through.
+    code, text = run_cli("run", recipe, "seed=1", "--out", out)
     assert code == 0, text
     if name == "constant":
         weights = out / "reward" / "adapter" / "adapter_model.safetensors"

@@ -115,3 +115,5 @@ class Records:
     """Dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt."""
     published_test: frozenset[str] = frozenset()
     """The dialogues of the test part that a source was published with: held out instead of a share."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader of a split should know about it."""

@@ -1,64 +1,93 @@
 """Splits records by dialogue.
 
-Contexts of one dialogue are prefixes of one another, so rows split at random would be held out in name only.
-A source that was published with a test part has that part held out, so that figures can be compared.
+Contexts of one dialogue are prefixes of one another, so rows split at random would be held out in name only. So
+would copies of a row under the names of other dialogues: dialogues with a row in common, the same or nearly
+(`perl.data.duplicates`), are on one side. A source that was published with a test part has that part held out, so
+that figures can be compared.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from perl.data.records import Comparison, Demonstration, Prompt, Rating, Records
+from perl.data.duplicates import Rows
+from perl.data.records import Comparison, Context, Demonstration, Prompt, Rating, Records
 from perl.errors import UserError
 
-Record = Demonstration | Rating | Comparison | Prompt
 _R = TypeVar("_R", Demonstration, Rating, Comparison, Prompt)
 
-_REMEDY = "Use more data, another seed, or a data.held_out nearer to 0.5."
+KINDS = ("demonstrations", "ratings", "comparisons", "prompts")
+LARGEST_GROUP = 0.25
+"""Share of the dialogues. What more of them have in common, such as a greeting, does not make them one group."""
+TRIES = 16
+"""Draws, until one leaves neither side without anything that both could have."""
+Groups = Mapping[str, Sequence[str]]
+"""Dialogues that belong on one side, by the first of their names."""
+
+
+class _Row(NamedTuple):
+    """What is compared: a context, and an answer where there is one. A comparison is two rows."""
+
+    kind: str
+    place: int
+    dialogue: str
+    turns: Context
 
 
 def split(records: Records, held_out: float, seed: int) -> tuple[Records, Records]:
     """Splits into what is trained on and what is held out; no dialogue is on both sides, in any kind.
 
-    The same keys, share and seed always give the same split. The judge goes to both sides, the problems and
-    the corpus to the first.
+    Both classes of ratings and every kind of record are on both sides, in about the same shares, wherever there
+    is more than one group of dialogues to choose from; what is in one alone is trained on. Rows that are on both
+    sides nevertheless, because too many dialogues have them, are taken out of the held-out part, unless it would
+    lose a kind or a class with them. `notes` of the held-out records say what was done.
+
+    The same rows, share and seed always give the same split. The judge goes to both sides, the problems and the
+    corpus to the first.
 
     Args:
         records: what a source holds.
         held_out: the share of dialogues to hold out, above 0 and below 1; at least one is. Not read where the
-            source has a published test part.
+            source has a published test part, which is held out as it is.
         seed: picks which.
 
     Raises:
-        UserError: the share is out of range, there is only one dialogue, or a side lacks a kind of record or
-            a class of rating that the whole has.
+        UserError: the share is out of range, or there is only one dialogue.
     """
     if not 0 < held_out < 1:
         raise UserError(f"{held_out} is not a share", where="data.held_out", remedy="Set it above 0 and below 1.")
-    dialogues = {record.dialogue for record in _all(records)}
+    dialogues = {record.dialogue for kind in KINDS for record in getattr(records, kind)}
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
         raise UserError(f"{len(dialogues)} dialogue cannot be split", where="data.held_out", remedy=remedy)
-    chosen = set(records.published_test) or _drawn(dialogues, held_out, seed)
-    train, held = _side(records, dialogues - chosen), _side(records, chosen)
-    for name, side in (("training", train), ("held-out", held)):
-        _check(name, side, records)
+    if records.published_test:
+        held = _side(records, set(records.published_test))
+        train = _side(records, dialogues - records.published_test)
+    else:
+        rows = list(_rows(records))
+        alike = Rows([row.turns for row in rows], [row.dialogue for row in rows])
+        groups = _groups(rows, alike.clusters())
+        chosen = _drawn(groups, _properties(records, groups), held_out, seed)
+        train, held = _side(records, dialogues - chosen), _side(records, chosen)
+        _leave_out_seen(held, rows, alike, chosen)
     train.problems, train.corpus = records.problems, records.corpus
+    for kind, count in _counts(records).items():
+        if count and not _counts(held)[kind]:
+            held.notes.append(f"no {kind} are held out: all {count} are in dialogues that are trained on")
     return train, held
 
 
-def _drawn(dialogues: set[str], share: float, seed: int) -> set[str]:
-    """A share of the dialogues."""
-    # Ordered by a hash, not shuffled: a few more rows in the data leave most dialogues on their side.
-    order = sorted(dialogues, key=lambda dialogue: hashlib.sha256(f"{seed}:{dialogue}".encode()).digest())
-    return set(order[: min(max(round(share * len(order)), 1), len(order) - 1)])
-
-
-def _all(records: Records) -> Iterator[Record]:
-    yield from records.demonstrations
-    yield from records.ratings
-    yield from records.comparisons
-    yield from records.prompts
+def _rows(records: Records) -> Iterator[_Row]:
+    for place, one in enumerate(records.demonstrations):
+        yield _Row("demonstrations", place, one.dialogue, (*one.context, *one.answer))
+    for place, rating in enumerate(records.ratings):
+        yield _Row("ratings", place, rating.dialogue, (*rating.context, rating.answer))
+    for place, pair in enumerate(records.comparisons):
+        for answer in (pair.better, pair.worse):
+            yield _Row("comparisons", place, pair.dialogue, (*pair.context, answer))
+    for place, prompt in enumerate(records.prompts):
+        yield _Row("prompts", place, prompt.dialogue, prompt.context)
 
 
 def _side(records: Records, dialogues: set[str]) -> Records:
@@ -74,13 +103,6 @@ def _side(records: Records, dialogues: set[str]) -> Records:
     )
 
 
-def _check(name: str, side: Records, whole: Records) -> None:
-    for kind, have in _counts(whole).items():
-        if have and not _counts(side)[kind]:
-            what = f"the {name} part has no {kind}, of {have} in all"
-            raise UserError(what, where="data.held_out", remedy=_REMEDY)
-
-
 def _counts(records: Records) -> dict[str, int]:
     up = sum(rating.label for rating in records.ratings)
     return {
@@ -90,3 +112,123 @@ def _counts(records: Records) -> dict[str, int]:
         "comparisons": len(records.comparisons),
         "prompts": len(records.prompts),
     }
+
+
+# Which dialogues are held out.
+
+
+def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
+    """Dialogues by the rows that they have in common; what fewer have counts first."""
+    sharing: dict[int, set[str]] = defaultdict(set)
+    for cluster, row in zip(clusters, rows, strict=True):
+        sharing[cluster].add(row.dialogue)
+    group_of = {row.dialogue: {row.dialogue} for row in rows}
+    most = min(len(group_of) - 1, max(2, int(LARGEST_GROUP * len(group_of))))
+    shared = [sorted(some) for some in sharing.values() if len(some) > 1]
+    for together in sorted(shared, key=lambda some: (len(some), some)):
+        parts = {id(group_of[dialogue]): group_of[dialogue] for dialogue in together}
+        if sum(map(len, parts.values())) > most:
+            continue
+        first, *others = sorted(parts.values(), key=len, reverse=True)
+        for other in others:
+            first |= other
+            group_of.update(dict.fromkeys(other, first))
+    return {min(group): sorted(group) for group in group_of.values()}
+
+
+def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
+    """What either side should have, and the groups that have it."""
+    of = {dialogue: group for group, dialogues in groups.items() for dialogue in dialogues}
+    labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
+    for rating in records.ratings:
+        labels[rating.dialogue, rating.context].add(rating.label)
+    found = {kind: {of[record.dialogue] for record in getattr(records, kind)} for kind in KINDS}
+    found |= {
+        f"label {label}": {of[dialogue] for (dialogue, _), given in labels.items() if label in given}
+        for label in (True, False)
+    }
+    found["both labels of a context"] = {of[dialogue] for (dialogue, _), given in labels.items() if len(given) > 1}
+    return {name: of for name, of in found.items() if of}
+
+
+def _drawn(groups: Groups, has: Mapping[str, set[str]], share: float, seed: int) -> set[str]:
+    """The dialogues to hold out; of several draws the first that leaves the least on one side only."""
+
+    def one_sided(held: set[str]) -> int:
+        return sum(len(of) > 1 and (of <= held or not of & held) for of in has.values())
+
+    best: set[str] | None = None
+    for number in range(TRIES):
+        held = _stratified(groups, has, share, f"{seed}.{number}" if number else f"{seed}")
+        if best is None or one_sided(held) < one_sided(best):
+            best = held
+        if not one_sided(best):
+            break
+    assert best
+    return {dialogue for group in best for dialogue in groups[group]}
+
+
+def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt: str) -> set[str]:
+    """Groups to hold out: of each property its share, the rarest first (Sechidis, Tsoumakas & Vlahavas 2011).
+
+    Args:
+        groups: at least two.
+        has: the groups with each property; a group has at least one.
+        salt: picks which.
+    """
+    order = _spread(groups, has, salt)
+    held: set[str] = set()
+    undecided = set(groups)
+    for _, of in sorted(has.items(), key=lambda item: (len(item[1]), item[0])):
+        free = [group for group in order if group in undecided and group in of]
+        undecided -= of
+        if len(of) == 1:
+            continue  # what a single group has is trained on
+        total = sum(len(groups[group]) for group in of)
+        wanted = min(max(round(share * total), 1), total - 1)
+        have = sum(len(groups[group]) for group in of & held)
+        for group in free:
+            if have + len(groups[group]) <= wanted:
+                held.add(group)
+                have += len(groups[group])
+        if not have and free:
+            held.add(min(free, key=lambda group: len(groups[group])))
+    return held or {order[0]}
+
+
+def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]:
+    """The groups in an order of which every beginning has those of like properties in about their shares."""
+    # Ordered by a hash, not shuffled: a few more rows in the data leave most dialogues on their side.
+    like: dict[frozenset[str], list[str]] = defaultdict(list)
+    for group in sorted(groups, key=lambda group: hashlib.sha256(f"{salt}:{group}".encode()).digest()):
+        like[frozenset(name for name, of in has.items() if group in of)].append(group)
+    places = [((place + 0.5) / len(some), group) for some in like.values() for place, group in enumerate(some)]
+    return [group for _, group in sorted(places)]
+
+
+# What is on both sides nevertheless.
+
+
+def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: set[str]) -> None:
+    """Take rows out of the held-out records that training has, the same or nearly, and say so in their notes."""
+    before, taken = _counts(held), 0
+    for kinds in (("demonstrations",), ("ratings", "comparisons"), ("prompts",)):
+        known = [number for number, row in enumerate(rows) if row.kind in kinds and row.dialogue not in chosen]
+        asked = [number for number, row in enumerate(rows) if row.kind in kinds and row.dialogue in chosen]
+        found = zip(asked, alike.like(asked, known), strict=True)
+        seen = {(rows[number].kind, rows[number].place) for number, yes in found if yes}
+        for kind in kinds:
+            whole: list[Any] = getattr(held, kind)
+            places = dict.fromkeys(rows[number].place for number in asked if rows[number].kind == kind)
+            left = [one for place, one in zip(places, whole, strict=True) if (kind, place) not in seen]
+            setattr(held, kind, left)
+            if any(count and not _counts(held)[name] for name, count in before.items()):
+                setattr(held, kind, whole)
+                held.notes.append(
+                    f"{len(whole) - len(left)} of {len(whole)} held-out {kind} are trained on too, under names "
+                    "of other dialogues; the rest alone would be too few to judge by"
+                )
+            else:
+                taken += len(whole) - len(left)
+    if taken:
+        held.notes.insert(0, f"{taken} held-out rows say what rows that are trained on say, and are left out")

@@ -43,7 +43,7 @@ def reward_card(scores: Sequence[float], everything: Answers, floor: Floor, seen
         scores: log-odds, one an answer.
         everything: the answers.
         floor: what counting words comes to on those with labels.
-        seen: how many of those are of dialogues that the model was trained on.
+        seen: how many of those the model was trained on: their dialogue, or a row that says nearly the same.
 
     Raises:
         ValueError: scores that are not finite, or of another number than the answers.

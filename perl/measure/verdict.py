@@ -8,6 +8,8 @@ LEAST_OF_A_CLASS = 30
 LEAST_DIALOGUES = 10
 """The intervals are over dialogues: of fewer they mean nothing."""
 ECE_ALLOWED = 0.05
+SEEN_ALLOWED = 0.01
+"""Share of the answers: published test parts repeat a few training rows, and so few change no figure by more."""
 MOSTLY_LENGTH = 0.8
 """Spearman's correlation with length from which on a scorer is said to count."""
 
@@ -62,15 +64,15 @@ def _can_tell(card: Card) -> Iterator[_Bar]:
 
 
 def _unseen(card: Card) -> _Bar:
-    seen = card["seen_in_training"]
-    if seen:
+    seen, n = card["seen_in_training"], card["n"]
+    if seen > SEEN_ALLOWED * n:
         words = (
-            f"{seen:,} of these {card['n']:,} answers are of dialogues it was trained on, which flatters it; "
-            "without --data the run's own held-out part is judged."
+            f"{seen:,} of these {n:,} answers are of dialogues it was trained on, or nearly the same as answers "
+            "it was trained on, which flatters it; without --data the run's own held-out part is judged."
         )
-    else:
-        words = f"Judged on {card['n']:,} answers of {card['dialogues']:,} dialogues it was not trained on."
-    return _Bar(not seen, words)
+        return _Bar(False, words)
+    words = f"Judged on {n:,} answers of {card['dialogues']:,} dialogues it was not trained on."
+    return _Bar(True, f"{words[:-1]}, but for {seen:,} that it has seen, or nearly." if seen else words)
 
 
 def _ranks(card: Card) -> Iterator[_Bar]:

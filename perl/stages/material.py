@@ -1,6 +1,7 @@
 """What runs of one seed on one base can share: the records, and the base as it was loaded."""
 
 import warnings
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import datasets
@@ -73,7 +74,9 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
             f"(`perl-rlhf data check` names them all)"
         )
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
-    _check_records(recipe, train)
+    for note in held_out.notes:
+        console.print(f"[yellow]Split[/]: {escape(note)}")
+    _check_records(recipe, train, held_out)
     return train, held_out
 
 
@@ -129,19 +132,28 @@ def corpus(train: Records) -> list[Demonstration]:
     return [*train.demonstrations, *rated, *compared]
 
 
-def _check_records(recipe: Recipe, train: Records) -> None:
-    needs = {
-        "sft": (train.demonstrations, "demonstrations"),
-        "reward": (train.ratings or train.comparisons, "ratings or comparisons"),
-        "rl": (train.prompts, "prompts"),
-    }
+def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
+    def needed(records: Records) -> dict[str, tuple[Sized, str]]:
+        return {
+            "sft": (records.demonstrations, "demonstrations"),
+            "reward": (records.ratings or records.comparisons, "ratings or comparisons"),
+            "rl": (records.prompts, "prompts"),
+        }
+
     for stage in recipe.stages:
-        have, what = needs[stage]
-        if not have:
+        (have, what), (judged, _) = needed(train)[stage], needed(held_out)[stage]
+        if not have and not judged:
             raise UserError(
                 f"{recipe.data.source} has no {what}, which {stage} needs",
                 where="data.source",
                 remedy=f"Use another source, or take the section {stage} out of the recipe.",
+            )
+        if not have or not judged:
+            raise UserError(
+                f"all {len(have) + len(judged)} {what} are of dialogues that belong together: there is nothing to "
+                f"{'judge' if have else 'train'} {stage} on",
+                where="data.held_out",
+                remedy="Use more data, or give each row's conversation its own `dialogue`.",
             )
 
 

@@ -21,7 +21,7 @@ from perl.rl.arithmetic import kl_k3, masked_mean
 from perl.rl.rewards import RewardModel, RewardSource, score_rows, with_written_end
 from perl.rl.rollout import EncodedPrompts, answer, read_answers
 from perl.rl.sampler import Samples, Sampling
-from perl.stages.reward import recorded_scores, reward_rows
+from perl.stages.reward import held_out_rows, recorded_scores
 from perl.stages.session import Session
 
 ANSWERS = 8
@@ -120,8 +120,7 @@ def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
 
 def recorded_evaluation(session: Session, recorded: Sequence[dict[str, Any]]) -> Finding:
     """The reward adapter gives a few held-out rows the scores that its own stage wrote down."""
-    assert session.recipe.reward is not None
-    rows = reward_rows(session, session.held_out, session.recipe.reward.loss)
+    rows = held_out_rows(session)
     pad_id, expected = session.base.chat.pad_id, torch.tensor([row["score"] for row in recorded])
     chosen = [row["row"] for row in recorded]
     if max(chosen) >= len(rows.ids):

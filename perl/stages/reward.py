@@ -54,16 +54,15 @@ class Rows(Answers):
 def check(session: Session) -> None:
     """Refuse what the reward stage cannot use, before anything is trained or written."""
     assert session.recipe.reward is not None
-    reward_rows(session, session.train, session.recipe.reward.loss)
-    reward_rows(session, session.held_out, session.recipe.reward.loss)
+    _training_rows(session)
+    held_out_rows(session)
 
 
 def train_reward(session: Session) -> dict[str, Any]:
     """Train the `reward` adapter and its head, and write them; return the stage's result."""
     settings, roles = session.recipe.reward, session.roles
     assert settings is not None
-    train = reward_rows(session, session.train, settings.loss)
-    held_out = reward_rows(session, session.held_out, settings.loss)
+    train, held_out = _training_rows(session), held_out_rows(session)
     roles.add(Role.REWARD, head=True)
     roles.keep(Role.REWARD)
     trained = roles.train_only(Role.REWARD)
@@ -107,12 +106,41 @@ def train_reward(session: Session) -> dict[str, Any]:
     }
 
 
-def reward_rows(session: Session, records: Records, loss: str) -> Rows:
-    """The rated or compared answers as tokens, oldest turns left out first.
+def _training_rows(session: Session) -> Rows:
+    """What the reward model learns from.
 
     Raises:
         UserError: no rows of the kind the loss needs, or ratings of one class only.
     """
+    assert session.recipe.reward is not None
+    rows = _reward_rows(session, session.train, session.recipe.reward.loss)
+    if len(set(rows.labels)) < 2:
+        raise UserError(
+            f"all {len(rows.labels)} ratings are thumbs {'up' if rows.labels[0] else 'down'}: there is nothing to "
+            "tell apart",
+            where=f"data.source {session.recipe.data.source}",
+            remedy="Add ratings of the other kind.",
+        )
+    return rows
+
+
+def held_out_rows(session: Session) -> Rows:
+    """What it is judged on: rows of the kind that it learns from; of too few data perhaps only the other kind.
+
+    Raises:
+        UserError: nothing is rated or compared.
+    """
+    assert session.recipe.reward is not None
+    records = session.held_out
+    loss: str = session.recipe.reward.loss
+    paired = bool(records.comparisons or pair_ratings(records.ratings))
+    if (loss != "thumbs" and not paired) or (loss == "both" and not records.ratings):
+        loss = "any"
+    return _reward_rows(session, records, loss)
+
+
+def _reward_rows(session: Session, records: Records, loss: str) -> Rows:
+    """The rated or compared answers as tokens, oldest turns left out first."""
     return tokenize_rows(session.base.chat, records, loss, _length(session), session.recipe.data.source)
 
 
@@ -122,7 +150,14 @@ def _length(session: Session) -> int:
 
 
 def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, source: str) -> Rows:
-    """As `reward_rows`, from plain values."""
+    """The rated or compared answers as tokens of at most `length`, older context cut off first.
+
+    Args:
+        loss: which of the records are taken; `any`: ratings and comparisons as they are.
+
+    Raises:
+        UserError: none are of the kind that the loss needs.
+    """
     ratings, comparisons = _chosen(records, loss, source)
     answers = _answers(ratings, comparisons, records.prompts, source)
     sure = [comparison.probability for comparison in comparisons]
@@ -140,7 +175,7 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
 
 
 def answers_of(records: Records, loss: str, source: str) -> Answers:
-    """The answers of `reward_rows`, without their tokens."""
+    """The answers of `tokenize_rows`, without their tokens."""
     return _answers(*_chosen(records, loss, source), records.prompts, source)
 
 
@@ -192,18 +227,6 @@ def _refuse_missing(ratings: Sequence[Rating], comparisons: Sequence[Comparison]
             f"{source} has no ratings, only pairs",
             where="reward.loss",
             remedy="Set reward.loss: pairs, or add rows with completion and label.",
-        )
-    if ratings and loss in ("thumbs", "both"):
-        _refuse_one_class(ratings, source)
-
-
-def _refuse_one_class(ratings: Sequence[Rating], source: str) -> None:
-    up = sum(rating.label for rating in ratings)
-    if up in (0, len(ratings)):
-        raise UserError(
-            f"all {len(ratings)} ratings are thumbs {'up' if up else 'down'}: there is nothing to tell apart",
-            where=f"data.source {source}",
-            remedy="Add ratings of the other kind.",
         )
 
 

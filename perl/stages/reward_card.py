@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from perl.data.duplicates import Rows
 from perl.measure.answers import Answers
 from perl.measure.card import reward_card
 from perl.measure.floor import tfidf_floor
@@ -27,10 +28,19 @@ def evaluate_rows(
     scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
     if any(not math.isfinite(score) for score in scores):
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
-    known = set(trained_on.dialogues)
-    seen = sum(dialogue in known for dialogue in answers.labelled().dialogues)
+    seen = sum(seen_in_training(answers.labelled(), trained_on))
     floor = tfidf_floor(trained_on.labelled(), answers.labelled())
     return reward_card(scores, answers, floor, seen)
+
+
+def seen_in_training(answers: Answers, trained_on: Answers) -> list[bool]:
+    """Of each answer, whether its dialogue was trained on, or a row that says the same or nearly."""
+    both = [trained_on, answers]
+    rows = [(*context, text) for side in both for context, text in zip(side.contexts, side.answers, strict=True)]
+    alike = Rows(rows, [*trained_on.dialogues, *answers.dialogues])
+    known, cut = set(trained_on.dialogues), len(trained_on.answers)
+    repeated = alike.like(range(cut, len(rows)), range(cut))
+    return [dialogue in known or one for dialogue, one in zip(answers.dialogues, repeated, strict=True)]
 
 
 def print_card(title: str, card: Mapping[str, Any]) -> None:
@@ -47,7 +57,10 @@ def print_card(title: str, card: Mapping[str, Any]) -> None:
 def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     intervals = card["intervals"]
     against = "the gold judge's verdict" if card["against"] == "gold" else "the labels"
-    auroc = f"AUROC {_told(card['auroc'], intervals['auroc'])} against {against}"
+    if card["auroc"] is None:
+        auroc = f"AUROC cannot be computed: all {card['n']:,} answers are rated alike by {against}"
+    else:
+        auroc = f"AUROC {_told(card['auroc'], intervals['auroc'])} against {against}"
     if "auroc_labels" in card:
         auroc += f", {_told(card['auroc_labels'], intervals['auroc_labels'])} against the labels"
     if "pairwise_accuracy" in card:

@@ -45,9 +45,13 @@ CASES = [
         rows=[{"prompt": user("Hi"), "completion": text, "label": text == "a"} for text in "ab"],
     ),
     Case(
-        "one thumb down",
-        ("has no thumbs down, of 1 in all", "data.held_out", "Use more data"),
-        rows=[{"prompt": user(f"{n}"), "completion": "Yes.", "label": n > 0} for n in range(9)],
+        "one demonstration for SFT",
+        ("all 1 demonstrations are of dialogues that belong together", "nothing to judge sft on", "Use more data"),
+        rows=[
+            {"prompt": user("Hi"), "completion": "Yes."},
+            *({"prompt": user(f"{n}"), "completion": "Yes.", "label": n > 3} for n in range(9)),
+        ],
+        changes={"sft": {}},
     ),
     Case(
         "prompts for a reward model",

@@ -1,0 +1,188 @@
+"""Which rows say the same, or nearly: so that splits do not leak, and what a model has seen can be counted.
+
+Rows are compared by their words. Case, white space and punctuation do not count; digits do, and so do the signs of
+arithmetic. Rows of the same words are the same. Longer ones are nearly the same if the sets of word pairs in them
+overlap by 0.8 (Jaccard: pairs in both over pairs in either), as they do when one word in twenty is another; that
+has to hold for all pairs and for the distinctive ones alone. A pair that many dialogues have, as those of a system
+prompt or a template, is not distinctive.
+
+They are found without comparing each with each, and none is missed: of two sets that overlap by τ, the first
+n - ⌈τ n⌉ + 1 members of either, the rarest first, have one in common (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma
+& Srikant 2007). Of very much text only a part of the pairs is kept, chosen by a hash: the overlap of samples that
+were chosen so estimates that of the sets (Broder 1997).
+"""
+
+import hashlib
+import math
+import re
+import unicodedata
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perl.data.records import Turn
+
+Pairs = NDArray[np.uint64]
+Numbers = NDArray[np.int64]
+
+OVERLAP = 0.8
+FEWEST_PAIRS = 12
+"""Distinctive ones of a row; of fewer, only rows of the same words are alike."""
+COMMON = (10, 0.01, 0.5)
+"""Dialogues from which on a pair is not distinctive: the larger of a number and a share, at most another share."""
+CHARACTERS = 100_000_000
+"""Of all rows; of more text, a part of the pairs is kept."""
+_WORD = re.compile(r"-\d\w*|[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
+"""Numbers with their sign, characters of Chinese and Japanese, words, and what stands between them."""
+_SIGNS = "*/%&@#"
+"""Punctuation by its class in Unicode, but it says something."""
+_SCATTER = np.uint64(0x9E3779B97F4A7C15)
+"""Multiplied by it, neighbouring numbers lie far apart (Knuth's multiplicative hash)."""
+
+
+class Rows:
+    """Rows that can be asked which of them are alike.
+
+    Args:
+        rows: the turns of each, who says them left aside.
+        dialogues: of each row.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Turn]], dialogues: Sequence[str]) -> None:
+        characters = sum(len(turn.text) for row in rows for turn in row)
+        words = _Words(one_in=max(1, characters // CHARACTERS))
+        turns = [[words.read(turn.text) for turn in row] for row in rows]
+        self.words = [b"".join(digest for digest, _ in row) for row in turns]
+        """Of each row, the same bytes for the same words."""
+        none = np.empty(0, dtype=np.uint64)
+        pairs = [np.unique(np.concatenate([none, *(found for _, found in row)])) for row in turns]
+        self._numbers, self._shared, self._distinctive = _numbered(pairs, self.words, dialogues)
+
+    def clusters(self) -> list[int]:
+        """For each row, the row that stands for all that are like it; itself where none is.
+
+        All rows of a cluster are like that one row: a chain of rows, each like the next, is no cluster.
+        """
+        order = sorted(range(len(self.words)), key=lambda row: (-len(self._numbers[row]), self.words[row]))
+        index, leaders = _Index(self), list(range(len(self.words)))
+        for row in order:
+            found = index.find(row)
+            if found is None:
+                index.add(row)
+            else:
+                leaders[row] = found
+        return leaders
+
+    def like(self, rows: Iterable[int], known: Iterable[int]) -> list[bool]:
+        """Whether each of these rows is the same, or nearly, as one that is known."""
+        index = _Index(self)
+        for row in known:
+            index.add(row)
+        return [index.find(row) is not None for row in rows]
+
+    def distinctive(self, row: int) -> Numbers:
+        """The row's distinctive pairs, the rarest first."""
+        numbers = self._numbers[row]
+        return numbers[: np.searchsorted(numbers, self._distinctive)]
+
+    def first(self, row: int) -> list[int]:
+        """The pairs of which one is in every row that is nearly the same; those of this row alone are left out."""
+        pairs = self.distinctive(row)
+        if len(pairs) < FEWEST_PAIRS:
+            return []
+        prefix = pairs[: len(pairs) - math.ceil(OVERLAP * len(pairs)) + 1]
+        return [int(pair) for pair in prefix[np.searchsorted(prefix, self._shared) :]]
+
+    def nearly(self, one: int, other: int) -> bool:
+        """Whether two rows overlap, as a whole and in what is distinctive of them."""
+        return _overlap(self.distinctive(one), self.distinctive(other)) and _overlap(
+            self._numbers[one], self._numbers[other]
+        )
+
+
+class _Index:
+    """Rows by their words and by their rarest pairs."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._added: dict[bytes, int] = {}
+        self._places: dict[int, list[int]] = defaultdict(list)
+        self._order: list[int] = []
+
+    def add(self, row: int) -> None:
+        """Rows of words that are there already need not be there twice."""
+        if self._added.setdefault(self._rows.words[row], row) == row:
+            for pair in self._rows.first(row):
+                self._places[pair].append(len(self._order))
+            self._order.append(row)
+
+    def find(self, row: int) -> int | None:
+        """The row of the same words; else the first that was added of those nearly the same; None if none is."""
+        same = self._added.get(self._rows.words[row])
+        if same is not None:
+            return same
+        places = {place for pair in self._rows.first(row) for place in self._places.get(pair, ())}
+        near = (self._order[place] for place in sorted(places))
+        return next((other for other in near if self._rows.nearly(row, other)), None)
+
+
+class _Words:
+    """Turns as words, each text read once: the contexts of a dialogue are prefixes of one another."""
+
+    def __init__(self, one_in: int) -> None:
+        self._one_in = np.uint64(one_in)
+        self.read = cache(self._read)
+
+    def _read(self, text: str) -> tuple[bytes, Pairs]:
+        """The same bytes for the same words, and the pairs of neighbours, or one in so many of them."""
+        numbers = [_number(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
+        words = np.array([number for number in numbers if number is not None], dtype=np.uint64)
+        pairs = words[:-1] << np.uint64(32) | words[1:]
+        if self._one_in > 1:
+            pairs = pairs[(pairs * _SCATTER >> np.uint64(32)) % self._one_in == 0]
+        return hashlib.blake2b(words.tobytes(), digest_size=16).digest() if len(words) else b"", pairs
+
+
+@cache
+def _number(word: str) -> int | None:
+    """The word as a number; None of punctuation."""
+    if unicodedata.category(word[0]).startswith("P") and len(word) == 1 and word not in _SIGNS:
+        return None
+    return zlib.crc32(word.encode())
+
+
+def _numbered(
+    pairs: Sequence[Pairs], words: Sequence[bytes], dialogues: Sequence[str]
+) -> tuple[list[Numbers], int, int]:
+    """Each row's pairs as numbers in order, from the rarest to the commonest; rarity counts dialogues.
+
+    Returns:
+        the rows, the number from which on pairs are in two dialogues or more, and that from which on they are
+        not distinctive.
+    """
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, dialogue in enumerate(dialogues):
+        rows_of[dialogue].append(row)
+    # A dialogue that is there several times over, under other names, counts once.
+    different = {frozenset(words[row] for row in rows): rows for rows in rows_of.values()}.values()
+    each = [np.unique(np.concatenate([pairs[row] for row in rows])) for rows in different]
+    known, counts = np.unique(np.concatenate(each), return_counts=True)
+    order = np.argsort(counts, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    few, share, most = COMMON
+    common = min(max(few, share * len(each)), most * len(each))
+    shared, distinctive = np.searchsorted(counts[order], (1, common), side="right")
+    return [np.sort(number[np.searchsorted(known, row)]) for row in pairs], int(shared), int(distinctive)
+
+
+def _overlap(one: Numbers, other: Numbers) -> bool:
+    fewer, more = sorted((len(one), len(other)))
+    if fewer < OVERLAP * more:
+        return False
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both >= OVERLAP * (fewer + more - both)

@@ -1,6 +1,6 @@
 """One cell of the grid: a run of the package under default settings, and what it came to.
 
-`python -m benchmarks.grid.cell FOLDER` runs the cell whose plan is in FOLDER/plan.json, and writes FOLDER/cell.json.
+`python -m benchmarks.grid.cell FOLDER` runs the cell that FOLDER/plan.json describes, and writes FOLDER/cell.json.
 """
 
 import json

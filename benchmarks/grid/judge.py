@@ -116,15 +116,11 @@ def paired_interval(changes: Any) -> tuple[float, float]:
 
 @torch.no_grad()
 def _log_ratios(policy: PeftModel, asked_ids: list[list[int]], ids: list[list[int]]) -> list[float]:
-    """log π(completion) - log base(completion) of each, in nats."""
+    """Log π(completion) less log base(completion) of each, in nats."""
     ratios: list[float] = []
     for start in range(0, len(ids), CHUNK):
-        rows = [
-            (prompt, completion)
-            for prompt, completion in zip(
-                asked_ids[start : start + CHUNK], ids[start : start + CHUNK], strict=True
-            )
-        ]
+        some = slice(start, start + CHUNK)
+        rows = list(zip(asked_ids[some], ids[some], strict=True))
         # Padded on the right: causal attention never looks there, and positions count from the first token.
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids_BL = torch.zeros(len(rows), length, dtype=torch.long)
@@ -142,7 +138,8 @@ def _log_ratios(policy: PeftModel, asked_ids: list[list[int]], ids: list[list[in
 def _log_probs(model: PeftModel, ids_BL: Tensor) -> Tensor:
     """Of each token but the first, given those before it."""
     log_probs_BLV = model(input_ids=ids_BL).logits[:, :-1].float().log_softmax(-1)
-    return log_probs_BLV.gather(2, ids_BL[:, 1:, None])[:, :, 0]
+    log_probs_BL: Tensor = log_probs_BLV.gather(2, ids_BL[:, 1:, None])[:, :, 0]
+    return log_probs_BL
 
 
 def by_function(reward: Callable[..., list[float]], kind: Kind) -> Score:

@@ -12,13 +12,15 @@ Kind = Literal["text", "chat"]
 TRAINING, JUDGED = 200, 64
 """Prompts of a recipe's data file, a fifth of which it holds out itself; and prompts that only the judge sees."""
 
-TIMES = ("Once upon a time", "One day", "Long ago", "Yesterday", "One sunny morning", "Last winter", "After lunch",
-         "On a rainy day")  # fmt: skip
+TIMES = (
+    "Once upon a time", "One day", "Long ago", "Yesterday", "One sunny morning", "Last winter", "After lunch",
+    "On a rainy day",
+)  # fmt: skip
 PEOPLE = (
-    "a little girl", "a little boy", "an old man", "a kind woman", "a brave knight", "a small robot", "a young king",
-    "a shy princess", "a busy baker", "a poor farmer", "a tired teacher", "a sleepy giant", "a tiny fairy",
-    "a careful doctor", "a sad painter", "a round snowman", "a quiet neighbor", "a clever wizard", "a lonely sailor",
-    "a proud dancer", "a new mailman", "a strong builder", "a funny clown", "a curious child",
+    "a little girl", "a little boy", "an old man", "a kind woman", "a brave knight", "a small robot",
+    "a young king", "a shy princess", "a busy baker", "a poor farmer", "a tired teacher", "a sleepy giant",
+    "a tiny fairy", "a careful doctor", "a sad painter", "a round snowman", "a quiet neighbor", "a clever wizard",
+    "a lonely sailor", "a proud dancer", "a new mailman", "a strong builder", "a funny clown", "a curious child",
 )  # fmt: skip
 DEEDS = (
     "went to the park", "found a box in the garden", "wanted to bake a cake", "got lost in the woods",

@@ -27,7 +27,7 @@ def complete(
     length: int,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """One completion of each row of tokens, by transformers' `generate`; the end token included where there is one.
+    """One completion of each row of tokens, by transformers' `generate`; its end token belongs to it.
 
     Draws from torch's global generator.
     """
@@ -58,7 +58,7 @@ def complete(
 
 
 def tell(llama: Path, file: Path) -> list[dict[str, str]]:
-    """Stories of the Llama, a row each with `text`, and with `request` and `answer`; kept in a file of JSON lines."""
+    """Rows of `text`, a story of the Llama, and of `request` and `answer`; kept in a file of JSON lines."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = _tell(llama)

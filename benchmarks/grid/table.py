@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,41 +99,56 @@ def _relative(values: list[float]) -> float:
     return (max(values) - min(values)) / largest if largest else 0.0
 
 
+COLUMNS = (
+    *KEYS, "verdict", "reward before", "after", "95 % of the change", "gold", "KL", "tokens", "ended", "different",
+    "incidents", "s",
+)  # fmt: skip
+
+
 def _cells(results: list[dict[str, Any]]) -> list[str]:
-    head = (
-        "| model | reward | scale | algorithm | seed | verdict | reward before | after | 95 % of the change | gold | KL | "
-        "tokens | ended | different | incidents | s |"
-    )
-    rows = [head, "|" + "---|" * (head.count("|") - 1)]
-    for result in results:
-        start = "| " + " | ".join(str(result[key]) for key in KEYS)
-        if "interval" not in result:
-            rows.append(f"{start} | failed ({result['exit']}) |" + " |" * 9 + f" {result['seconds']:.0f} |")
-            continue
-        low, high = result["interval"]
-        pairs = {
-            part: f"{result[f'{part}_before']:{form}} → {result[f'{part}_after']:{form}}"
-            for part, form in (("gold", ".2f"), ("tokens", ".0f"), ("ended", ".2f"), ("distinct", ".2f"))
-            if f"{part}_after" in result
-        }
-        word = verdict(result) + (", collapsed" if collapsed(result) else "")
-        rows.append(
-            f"{start} | {word} | {result['reward_before']:.3f} | {result['reward_after']:.3f} | {low:+.3f} to {high:+.3f} "
-            f"| {pairs.get('gold', '')} | {result['kl']:.2f} | {pairs['tokens']} | {pairs['ended']} | {pairs['distinct']} "
-            f"| {'; '.join(incidents(result))} | {result['seconds']:.0f} |"
-        )
-    return rows
+    return [_row(COLUMNS), "|" + "---|" * len(COLUMNS), *(_row(_cell(result)) for result in results)]
+
+
+def _row(entries: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, entries))} |"
+
+
+def _cell(result: dict[str, Any]) -> list[object]:
+    """A cell's entries, one a column."""
+    start, seconds = [result[key] for key in KEYS], f"{result['seconds']:.0f}"
+    if "interval" not in result:
+        return [*start, f"failed ({result['exit']})", *[""] * (len(COLUMNS) - len(KEYS) - 2), seconds]
+    low, high = result["interval"]
+
+    def change(part: str, form: str) -> str:
+        before, after = (result.get(f"{part}_{when}") for when in ("before", "after"))
+        return "" if before is None else f"{before:{form}} → {after:{form}}"
+
+    return [
+        *start,
+        verdict(result) + (", collapsed" if collapsed(result) else ""),
+        f"{result['reward_before']:.3f}",
+        f"{result['reward_after']:.3f}",
+        f"{low:+.3f} to {high:+.3f}",
+        change("gold", ".2f"),
+        f"{result['kl']:.2f}",
+        change("tokens", ".0f"),
+        change("ended", ".2f"),
+        change("distinct", ".2f"),
+        "; ".join(incidents(result)),
+        seconds,
+    ]
 
 
 def _scales(scales: list[dict[str, Any]]) -> list[str]:
     if not scales:
         return []
-    rows = ["| model | reward | algorithm | seed | reward after, by scale | KL, by scale | apart | agree |"]
-    rows.append("|" + "---|" * 8)
+    first = [key for key in KEYS if key != "scale"]
+    columns = [*first, "reward after, by scale", "KL, by scale", "apart", "agree"]
+    rows = [_row(columns), "|" + "---|" * len(columns)]
     for row in scales:
-        start = " | ".join(str(row[key]) for key in KEYS if key != "scale")
-        rewards, kls = (
+        by_scale = [
             ", ".join(f"{scale}: {value:.3f}" for scale, value in row[part].items()) for part in ("rewards", "kls")
-        )
-        rows.append(f"| {start} | {rewards} | {kls} | {row['apart']:.1e} | {row['agree']} |")
+        ]
+        rows.append(_row([*(row[key] for key in first), *by_scale, f"{row['apart']:.1e}", row["agree"]]))
     return rows

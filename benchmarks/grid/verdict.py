@@ -5,7 +5,7 @@ from typing import Any, Literal
 Verdict = Literal["up", "flat", "down", "failed"]
 
 SHRUNK = 0.5
-"""Share of the base's length, or of its different completions: below it, a policy that gained nothing collapsed."""
+"""Share of the base's length, or of its different completions; with less and no gain a policy has collapsed."""
 
 
 def verdict(result: dict[str, Any]) -> Verdict:

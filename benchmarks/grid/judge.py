@@ -107,11 +107,11 @@ def by_prompt(values: Sequence[float]) -> list[float]:
     return means
 
 
-def paired_interval(changes: Any) -> tuple[float, float]:
+def paired_interval(changes: Any) -> list[float]:
     """Between which values 95 % of the means lie, when prompts are drawn with replacement."""
     drawn = np.random.default_rng(0).integers(len(changes), size=(RESAMPLES, len(changes)))
     low, high = np.percentile(np.asarray(changes)[drawn].mean(1), (2.5, 97.5))
-    return float(low), float(high)
+    return [float(low), float(high)]
 
 
 @torch.no_grad()

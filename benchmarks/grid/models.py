@@ -32,9 +32,9 @@ from benchmarks.grid.prompts import Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
-STEPS, ROWS = 1200, 24
+STEPS, ROWS = 600, 24
 """Optimizer steps of pretraining, and stories a step."""
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 INITIALIZER_RANGE = 0.06
 """Standard deviation of the first weights: at transformers' 0.02 models this narrow learn later."""
 
@@ -189,7 +189,7 @@ def _pretrain(model: PreTrainedModel, rows: list[list[int]], name: str) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % 200 == 0:
+        if step % 100 == 0:
             print(f"{name}: step {step} of {STEPS}, loss {loss.item():.2f}", flush=True)
     model.eval()
 

@@ -17,6 +17,7 @@ from benchmarks.grid.cell import ALGORITHMS, REWARDS, Plan
 from benchmarks.grid.facts import learn_facts
 from benchmarks.grid.models import LLAMA, MODELS, ROOT, model_folder
 from benchmarks.grid.table import line, write_tables
+from perl.allocator import keep_freed_memory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +64,7 @@ def main() -> None:
     if not given.llama.is_dir():
         parser.error(f"--llama {given.llama}: no such folder")
 
+    keep_freed_memory()
     facts = {}
     for model in models:
         folder = model_folder(model, given.cache, given.llama).resolve()

@@ -1,6 +1,6 @@
 """The grid's models: one that was here before, and three strangers with tokenizers of their own.
 
-They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, two or three minutes each.
+They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, some three CPU minutes each.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import (
 
 from benchmarks.grid import stories
 from benchmarks.grid.prompts import Kind
+from perl.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="Where they are kept.")
     parser.add_argument("--llama", type=Path, default=LLAMA, metavar="DIR", help="The 656K Llama.")
     arguments = parser.parse_args()
+    keep_freed_memory()
     for model in MODELS:
         print(model_folder(model, arguments.cache, arguments.llama))
 

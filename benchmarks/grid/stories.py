@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from benchmarks.grid import prompts
 
-STORIES = 4000
+STORIES = 3000
 """Of each kind: plain text, and answers to requests."""
-LENGTH = 180
+LENGTH = 160
 """Tokens of the Llama at most."""
 TEMPERATURE = 0.7
 BATCH = 256

@@ -1,6 +1,6 @@
 """The grid's models: one that was here before, and three strangers with tokenizers of their own.
 
-They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, some three CPU minutes each.
+They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, a CPU minute or two each.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from perl.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
-STEPS, ROWS = 600, 24
-"""Optimizer steps of pretraining, and stories a step."""
+STEPS, ROWS, LENGTH = 500, 16, 112
+"""Optimizer steps of pretraining, stories a step, and tokens of a story at most."""
 LEARNING_RATE = 3e-3
 INITIALIZER_RANGE = 0.06
 """Standard deviation of the first weights: at transformers' 0.02 models this narrow learn later."""
@@ -125,12 +125,13 @@ def model_folder(model: str, cache: Path, llama: Path) -> Path:
     return folder
 
 
-def _build(stranger: Stranger, rows: list[dict[str, str]], folder: Path) -> None:
+def _build(stranger: Stranger, rows: list[stories.Row], folder: Path) -> None:
     tokenizer = _tokenizer(stranger, rows)
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(stranger.config(len(tokenizer), end), dtype=torch.float32)
-    _pretrain(model, [_row(stranger, tokenizer, row) for row in rows], folder.name)
+    texts = [_row(stranger, tokenizer, row, short=index % 2 == 1) for index, row in enumerate(rows)]
+    _pretrain(model, texts, folder.name)
     if stranger.kind == "chat":  # as Qwen3's own generation_config.json
         model.generation_config.eos_token_id = [end, 0]
     unfinished = folder.with_name(f".{folder.name}")
@@ -140,7 +141,7 @@ def _build(stranger: Stranger, rows: list[dict[str, str]], folder: Path) -> None
     unfinished.rename(folder)
 
 
-def _tokenizer(stranger: Stranger, rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
+def _tokenizer(stranger: Stranger, rows: list[stories.Row]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -165,9 +166,11 @@ def _tokenizer(stranger: Stranger, rows: list[dict[str, str]]) -> PreTrainedToke
     )
 
 
-def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> list[int]:
+def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: stories.Row, short: bool) -> list[int]:
+    """A chat; or, as plain text, a story told to its end, long or short."""
     if stranger.kind == "text":
-        return [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+        text, ended = (row["answer"], True) if short else (row["text"], row["ended"])
+        return [*tokenizer(text)["input_ids"], *[tokenizer.eos_token_id] * ended]
     messages = [{"role": "user", "content": row["request"]}, {"role": "assistant", "content": row["answer"]}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -184,7 +187,8 @@ def _pretrain(model: PreTrainedModel, rows: list[list[int]], name: str) -> None:
     model.train()
     for step in range(1, STEPS + 1):
         ids_BL, labels_BL = _batch(rng.sample(rows, ROWS))
-        loss = model(input_ids=ids_BL, labels=labels_BL).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids_BL, labels=labels_BL).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -197,7 +201,7 @@ def _pretrain(model: PreTrainedModel, rows: list[list[int]], name: str) -> None:
 
 def _batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Padded on the right, where causal attention never looks; its labels are ignored."""
-    length = min(256, max(map(len, rows)))
+    length = min(LENGTH, max(map(len, rows)))
     ids_BL, labels_BL = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
     for index, row in enumerate(rows):
         kept = torch.tensor(row[:length])

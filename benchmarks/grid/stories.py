@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,8 +16,12 @@ LENGTH = 160
 """Tokens of the Llama at most."""
 TEMPERATURE = 0.7
 BATCH = 256
+END = "<|"
+"""The Llama writes `<|end_story|>` in pieces before its end token."""
 SENTENCES = (2, 3, 4)
 """Of an answer to a request, in turn: a chat model's answers come to an end."""
+
+Row = dict[str, Any]
 
 
 @torch.no_grad()
@@ -57,8 +62,8 @@ def complete(
     return completions
 
 
-def tell(llama: Path, file: Path) -> list[dict[str, str]]:
-    """Rows of `text`, a story of the Llama, and of `request` and `answer`; kept in a file of JSON lines."""
+def tell(llama: Path, file: Path) -> list[Row]:
+    """Rows of `text`, a story of the Llama, whether it `ended`, `request` and `answer`; kept as JSON lines."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = _tell(llama)
@@ -68,31 +73,39 @@ def tell(llama: Path, file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _tell(llama: Path) -> list[dict[str, str]]:
+def _tell(llama: Path) -> list[Row]:
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     openings = [opening for _, opening in prompts.others("text")[: STORIES // 2]]
     begun = [tokenizer(opening)["input_ids"] for opening in openings]
     begun += [[tokenizer.bos_token_id]] * (STORIES - len(begun))
     told = complete(model, tokenizer, begun, LENGTH, TEMPERATURE)
-    texts = [_decode(tokenizer, start + rest) for start, rest in zip(begun, told, strict=True)]
+    texts = [_decode(tokenizer, start + rest).partition(END) for start, rest in zip(begun, told, strict=True)]
 
     asked = prompts.others("chat")[:STORIES]
     begun = [tokenizer(opening)["input_ids"] for _, opening in asked]
     told = complete(model, tokenizer, begun, LENGTH // 2, TEMPERATURE)
     rows = []
     for index, ((request, _), start, rest) in enumerate(zip(asked, begun, told, strict=True)):
-        answer = _sentences(_decode(tokenizer, start + rest), SENTENCES[index % len(SENTENCES)])
-        rows.append({"text": texts[index % len(texts)], "request": request, "answer": answer})
+        answer, _, _ = _decode(tokenizer, start + rest).partition(END)
+        text, ended, _ = texts[index]
+        rows.append(
+            {
+                "text": text.strip(),
+                "ended": bool(ended),
+                "request": request,
+                "answer": _sentences(answer, SENTENCES[index % len(SENTENCES)]),
+            }
+        )
     return rows
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.strip()
+    return text
 
 
 def _sentences(text: str, count: int) -> str:
     """The first sentences of a text."""
     ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s|$)', text)]
-    return text[: ends[min(count, len(ends)) - 1]] if ends else text
+    return text[: ends[min(count, len(ends)) - 1]] if ends else text.strip()

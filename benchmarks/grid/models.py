@@ -1,0 +1,224 @@
+"""The grid's models: one that was here before, and three strangers with tokenizers of their own.
+
+They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, a CPU minute or two each.
+"""
+
+import argparse
+import math
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from benchmarks.grid import stories
+from benchmarks.grid.prompts import Kind
+from perl.allocator import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
+STEPS, ROWS, LENGTH = 500, 16, 112
+"""Optimizer steps of pretraining, stories a step, and tokens of a story at most."""
+LEARNING_RATE = 3e-3
+INITIALIZER_RANGE = 0.06
+"""Standard deviation of the first weights: at transformers' 0.02 models this narrow learn later."""
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A model to be built.
+
+    Attributes:
+        special: tokens beside those of the byte-level BPE, the first of them the padding of pretraining.
+        vocabulary: tokens in all.
+        config: of a vocabulary and an end token.
+    """
+
+    kind: Kind
+    special: tuple[str, ...]
+    vocabulary: int
+    config: Callable[[int, int], PretrainedConfig]
+
+
+def _gpt2(vocabulary: int, end: int) -> PretrainedConfig:
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=96,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+
+
+def _gpt_neo(vocabulary: int, end: int) -> PretrainedConfig:
+    return GPTNeoConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=32,
+        max_position_embeddings=256,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+
+
+def _qwen3(vocabulary: int, end: int) -> PretrainedConfig:
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=0,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+
+
+STRANGERS = {
+    "gpt2": Stranger("text", ("<|endoftext|>",), 3000, _gpt2),
+    "gpt-neo": Stranger("text", ("<|endoftext|>",), 1000, _gpt_neo),
+    "qwen3": Stranger("chat", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), 2000, _qwen3),
+}
+MODELS = ("llama", *STRANGERS)
+
+
+def kind_of(model: str) -> Kind:
+    """Whether it is asked in plain text or in chat messages."""
+    return STRANGERS[model].kind if model in STRANGERS else "text"
+
+
+def model_folder(model: str, cache: Path, llama: Path) -> Path:
+    """The folder of a model, built where the cache has none."""
+    if model == "llama":
+        return llama
+    folder = cache / "models" / model
+    if not folder.exists():
+        _build(STRANGERS[model], stories.tell(llama, cache / "stories.jsonl"), folder)
+    return folder
+
+
+def _build(stranger: Stranger, rows: list[stories.Row], folder: Path) -> None:
+    tokenizer = _tokenizer(stranger, rows)
+    torch.manual_seed(0)
+    end = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(stranger.config(len(tokenizer), end), dtype=torch.float32)
+    texts = [_row(stranger, tokenizer, row, short=index % 2 == 1) for index, row in enumerate(rows)]
+    _pretrain(model, texts, folder.name)
+    if stranger.kind == "chat":  # as Qwen3's own generation_config.json
+        model.generation_config.eos_token_id = [end, 0]
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def _tokenizer(stranger: Stranger, rows: list[stories.Row]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=stranger.vocabulary,
+        special_tokens=list(stranger.special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in rows] + [row["request"] for row in rows], trainer)
+    if stranger.kind == "text":
+        (end,) = stranger.special
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=template,
+    )
+
+
+def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: stories.Row, short: bool) -> list[int]:
+    """A chat; or, as plain text, a story told to its end, long or short."""
+    if stranger.kind == "text":
+        text, ended = (row["answer"], True) if short else (row["text"], row["ended"])
+        return [*tokenizer(text)["input_ids"], *[tokenizer.eos_token_id] * ended]
+    messages = [{"role": "user", "content": row["request"]}, {"role": "assistant", "content": row["answer"]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _pretrain(model: PreTrainedModel, rows: list[list[int]], name: str) -> None:
+    """AdamW on next-token loss over all tokens, a cosine schedule with warm-up."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+    )
+    rng = random.Random(0)
+    model.train()
+    for step in range(1, STEPS + 1):
+        ids_BL, labels_BL = _batch(rng.sample(rows, ROWS))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids_BL, labels=labels_BL).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 100 == 0:
+            print(f"{name}: step {step} of {STEPS}, loss {loss.item():.2f}", flush=True)
+    model.eval()
+
+
+def _batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Padded on the right, where causal attention never looks; its labels are ignored."""
+    length = min(LENGTH, max(map(len, rows)))
+    ids_BL, labels_BL = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
+    for index, row in enumerate(rows):
+        kept = torch.tensor(row[:length])
+        ids_BL[index, : len(kept)] = labels_BL[index, : len(kept)] = kept
+    return ids_BL, labels_BL
+
+
+def main() -> None:
+    """Build all models that are not there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grid.models", description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="Where they are kept.")
+    parser.add_argument("--llama", type=Path, default=LLAMA, metavar="DIR", help="The 656K Llama.")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    for model in MODELS:
+        print(model_folder(model, arguments.cache, arguments.llama))
+
+
+if __name__ == "__main__":
+    main()

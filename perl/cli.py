@@ -181,7 +181,7 @@ def report_command(
     ] = None,
 ) -> None:
     """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
-    from perl.page.render import write_page
+    from perl.report.page import write_page
 
     console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}", markup=False)
 

@@ -5,22 +5,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from perl.files import user_named, write_figures, write_json, write_whole
-from perl.measure.ledger import memory_as_json
-from perl.page.compare import cost_rows, match_all, quality_rows
-from perl.page.numbers import bytes_text, rate_text, spread_text
-from perl.page.outcome import groups
-from perl.page.render import write_page
-from perl.page.runs import read_runs
 from perl.pipeline import TRAIN
 from perl.predict import Memory, predict, read_subject
 from perl.progress import console
 from perl.recipe import Recipe, StageName
+from perl.report.numbers import bytes_text, rate_text
+from perl.report.outcome import match_all
+from perl.report.page import write_page
+from perl.report.runs import groups, read_runs
+from perl.report.tunings import CostRow, QualityRow, cost_rows, quality_rows
+from perl.results import Stage
 from perl.stages.session import Trial, trial_session
+from perl.typed_json import as_json
 
 FULL_LEARNING_RATE = 0.1
 """Of LoRA's, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -68,8 +68,7 @@ def compare(recipe: Recipe, out: Path, seeds: int) -> None:
     for row in costs:
         table.add_row(row.stage, row.figure, *row.cells)
     for quality in qualities:
-        cells = (spread_text(quality.lora), spread_text(quality.full), f"{quality.difference:+.2f}")
-        table.add_row("quality", quality.figure, *cells)
+        table.add_row("quality", quality.figure, *quality.cells)
     console.print(table)
     rows = [{"stage": row.stage.lower(), "figure": row.figure, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.figure, **_means(quality)} for quality in qualities]
@@ -83,12 +82,12 @@ def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     table = Table(*COLUMNS, title=f"{recipe.name}, {steps} steps a stage")
     rows = []
     for stage in recipe.stages:
-        results: dict[str, Any] = {}
+        results = []
         for tuning in TUNINGS:
             console.print(f"{stage}, {tuning}")
-            results[tuning] = _tried(variant(recipe, tuning, recipe.seed), stage, steps)
+            results.append(_tried(variant(recipe, tuning, recipe.seed), stage, steps))
         for figure, text in (("peak_memory_bytes", bytes_text), ("tokens_per_second", rate_text)):
-            lora, full = (results[tuning][figure] for tuning in TUNINGS)
+            lora, full = (getattr(result, figure) for result in results)
             table.add_row(stage, figure.replace("_", " "), text(lora), text(full), f"{lora / full:.2f}")
             rows.append({"stage": stage, "figure": figure, "lora": lora, "full": full, "ratio": lora / full})
     console.print(table)
@@ -97,12 +96,12 @@ def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     write_figures(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
 
 
-def _tried(recipe: Recipe, stage: StageName, steps: int) -> dict[str, Any]:
+def _tried(recipe: Recipe, stage: StageName, steps: int) -> Stage:
     with trial_session(recipe, Trial(steps)) as session:
         return TRAIN[stage](session)
 
 
-def _means(row: Any) -> dict[str, float]:
+def _means(row: CostRow | QualityRow) -> dict[str, float]:
     return {"lora": row.lora.mean, "full": row.full.mean}
 
 
@@ -124,5 +123,5 @@ def _note(folder: Path, predicted: dict[StageName, Memory]) -> None:
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     for stage, memory in predicted.items():
-        report["stages"][stage]["predicted_memory"] = memory_as_json(memory)
+        report["stages"][stage]["predicted_memory"] = as_json(memory)
     write_json(file, report)

@@ -17,10 +17,10 @@ from perl.errors import UserError
 from perl.files import write_figures
 from perl.measure.ledger import memory_as_json
 from perl.measure.probe import Kind
-from perl.page.numbers import bytes_text
 from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
 from perl.progress import console, track
 from perl.recipe import Recipe, StageName
+from perl.report.numbers import bytes_text
 from perl.stages.material import quiet_libraries
 
 UNITS = {

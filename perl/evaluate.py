@@ -1,13 +1,13 @@
 """`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError
 from perl.files import write_figures
+from perl.measure.reward_eval import RewardEval
 from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
@@ -16,6 +16,7 @@ from perl.stages.policy import encode_prompts, evaluate_policy, reward_source
 from perl.stages.reward import answers_of, tokenize_rows
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.session import Session, open_session
+from perl.typed_json import as_json
 
 
 def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> None:
@@ -36,14 +37,15 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
+    figures: RewardEval | dict[str, float]
     if role == "reward":
-        figures = _reward(session, data)
-        print_card(f"reward of {run}", figures)
+        figures = card = _reward(session, data)
+        print_card(f"reward of {run}", card)
     else:
-        figures = _policy(session)
-        _print(f"policy of {run}", figures)
+        figures = values = _policy(session)
+        _print(f"policy of {run}", values)
     if json_file is not None:
-        write_figures(json_file, figures)
+        write_figures(json_file, as_json(figures))
 
 
 def open_run(run: Path) -> Session:
@@ -55,7 +57,7 @@ def open_run(run: Path) -> Session:
     return open_session(RunFolder(run).recipe(), run)
 
 
-def _reward(session: Session, data: str | None) -> dict[str, Any]:
+def _reward(session: Session, data: str | None) -> RewardEval:
     session.load(Role.REWARD)
     settings = session.recipe.reward
     assert settings is not None
@@ -68,7 +70,7 @@ def _reward(session: Session, data: str | None) -> dict[str, Any]:
     return evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
 
 
-def _policy(session: Session) -> dict[str, Any]:
+def _policy(session: Session) -> dict[str, float]:
     if session.recipe.rl is None:
         raise UserError("the run has no policy", where=str(session.folder.path), remedy="Add rl to its recipe.")
     if session.recipe.sft is not None:
@@ -86,7 +88,7 @@ def _labelled(figures: dict[str, float], when: str) -> dict[str, float]:
     return {f"{name}_{when}": value for name, value in figures.items()}
 
 
-def _print(title: str, figures: dict[str, Any]) -> None:
+def _print(title: str, figures: dict[str, float]) -> None:
     table = Table("figure", "value", title=title)
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -200,7 +200,7 @@ def _figures(session: Session, made: Exported) -> str:
     """What the stage came to on held-out data."""
     result = session.folder.result(made.stage)
     assert result is not None
-    figures = {name: value for name, value in result["eval"].items() if isinstance(value, int | float | str)}
+    figures = {name: value for name, value in vars(result.eval).items() if isinstance(value, int | float | str)}
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in figures.items()}
     rows = [f"| {name} | {value} |" for name, value in shown.items()]
     return "\n".join([f"## Figures\nOf stage `{made.stage}`, on held-out data:\n", "| | |", "|---|---|", *rows])

@@ -1,21 +1,29 @@
 """The stages in order, each from where the last one stopped, and the report at the end."""
 
+import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from perl import __version__
 from perl.errors import UserError
+from perl.files import write_json
 from perl.parallel.engine import Engine
 from perl.progress import console
 from perl.recipe import Recipe, StageName
-from perl.report import write_report
+from perl.results import Hardware, Report, ReportBase, RewardStage, RlStage, SftStage, StageResult, Tried
 from perl.rundir import STAGE_ROLE
 from perl.seeds import seed_everything
 from perl.stages import reward, rl, sft
 from perl.stages.material import Material
 from perl.stages.session import Session, open_session
+from perl.typed_json import as_json
 
-TRAIN: dict[StageName, Callable[[Session], dict[str, Any]]] = {
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+TRAIN: dict[StageName, Callable[[Session], StageResult | Tried]] = {
     "sft": sft.train_sft,
     "reward": reward.train_reward,
     "rl": rl.train_rl,
@@ -24,11 +32,6 @@ CHECK: dict[StageName, Callable[[Session], None]] = {
     "sft": sft.check,
     "reward": reward.check,
     "rl": rl.check,
-}
-SUMMARY: dict[StageName, Callable[[dict[str, Any]], None]] = {
-    "sft": sft.summary,
-    "reward": reward.summary,
-    "rl": rl.summary,
 }
 
 
@@ -64,20 +67,31 @@ def run(
             result = session.folder.result(stage)
             if result is None:
                 seed_everything(recipe.seed)  # so that a stage draws the same whatever ran before it
-                result = TRAIN[stage](session)
-                session.folder.finish(stage, result)
+                found = TRAIN[stage](session)
+                assert not isinstance(found, Tried)  # this is no trial
+                session.folder.finish(stage, result := found)
             else:
                 console.print(f"{stage} is finished already; its result:")
-            SUMMARY[stage](result)
+            _summarize(result)
         sha256_after = session.roles.base_sha256()  # all processes gather the base together
         if session.processes.main:
-            write_report(session, sha256_after)
+            _write_report(session, sha256_after)
     if not session.processes.main:
         return
-    from perl.page.render import write_page  # matplotlib takes a second to import: not before there is a page
+    from perl.report.page import write_page  # matplotlib takes a second to import: not before there is a page
 
     page = write_page([out], out / "report.html")
     console.print(f"Written: {page}, report.json beside it, and what each role has learnt, in {out}/")
+
+
+def _summarize(result: StageResult) -> None:
+    match result:
+        case SftStage():
+            sft.summary(result)
+        case RewardStage():
+            reward.summary(result)
+        case RlStage():
+            rl.summary(result)
 
 
 def _check_earlier(session: Session, stage: StageName, wanted: Sequence[StageName]) -> None:
@@ -90,3 +104,57 @@ def _check_earlier(session: Session, stage: StageName, wanted: Sequence[StageNam
                 where=str(session.folder.role(STAGE_ROLE[earlier])),
                 remedy=f"Run `perl-rlhf {earlier}` with this recipe first, or `perl-rlhf run`.",
             )
+
+
+def _write_report(session: Session, after: str | None) -> Path:
+    """Write report.json of all finished stages; say aloud if the base has changed.
+
+    Args:
+        after: SHA-256 of the base's weights as they are now; None where there is no shared base.
+
+    Raises:
+        RuntimeError: the base's bytes after the run are not those before it.
+    """
+    recipe, base = session.recipe, session.base
+    report = Report(
+        name=recipe.name,
+        seed=recipe.seed,
+        tuning=recipe.tuning,
+        versions={"perl": __version__, "python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
+        hardware=_hardware(session.device, session.processes.count, session.engine.name),
+        base=ReportBase(
+            model=base.name,
+            parameters=base.parameters,
+            dtype=recipe.base.dtype,
+            sha256_before=base.sha256,
+            sha256_after=after,
+        ),
+        stages=session.folder.results(),
+    )
+    path = session.folder.path / "report.json"
+    write_json(path, as_json(report))
+    if after is None:  # full tuning: every role has weights of its own
+        return path
+    if after != base.sha256:
+        raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
+    console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
+    return path
+
+
+def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:
+    return Hardware(
+        device=device.type,
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        cores=os.cpu_count(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        processes=processes,
+        engine=engine,
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

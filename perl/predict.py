@@ -210,9 +210,7 @@ def _predict_at(recipe: Recipe, subject: Subject, depth: int) -> dict[StageName,
             seed_everything(recipe.seed)
             with unknown_values():
                 result = TRAIN[stage](session)
-        memory[stage] = {
-            name: PhaseMemory(phase["peak"], phase["kinds"]) for name, phase in result["memory"].items()
-        }
+        memory[stage] = result.memory
     return memory
 
 

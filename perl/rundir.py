@@ -16,16 +16,20 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from perl.errors import UserError
 from perl.files import write_json, write_whole
 from perl.model.roles import Role
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName, load_recipe
+from perl.results import RESULTS, RewardStage, RlStage, Sample, SftStage, StageResult, Stages
+from perl.typed_json import as_json, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
 """The role that each stage trains; its folder bears the role's name."""
+RERUN = "Remove it to run the stage again."
+Result = TypeVar("Result", bound=StageResult)
 
 
 class RunFolder:
@@ -117,34 +121,49 @@ class RunFolder:
         file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
         return MetricsLog(file, done)
 
-    def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+    def write_samples(self, samples: Sequence[Sample]) -> None:
         """Write answers for people to read, a line a prompt."""
         if not self._processes.main:
             return
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
         write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
 
-    def result(self, stage: StageName) -> dict[str, Any] | None:
-        """What a finished stage came to; None if it is not finished."""
+    def results(self) -> Stages:
+        """What the finished stages came to.
+
+        Raises:
+            UserError: as `result`.
+        """
+        return Stages(
+            sft=self._read("sft", SftStage), reward=self._read("reward", RewardStage), rl=self._read("rl", RlStage)
+        )
+
+    def result(self, stage: StageName) -> StageResult | None:
+        """What a finished stage came to; None if it is not finished.
+
+        Raises:
+            UserError: its result.json cannot be read, or is not a result of this stage; the field is named.
+        """
+        return self._read(stage, RESULTS[stage])
+
+    def _read(self, stage: StageName, kind: type[Result]) -> Result | None:
         file = self.role(STAGE_ROLE[stage]) / "result.json"
         try:
-            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UserError(
                 f"cannot be read: {error.strerror}", where=str(file), remedy="Check its permissions."
             ) from None
-        except ValueError as error:
-            raise UserError(
-                f"not JSON: {error}", where=str(file), remedy="Remove it to run the stage again."
-            ) from None
-        return result
+        except UnicodeDecodeError as error:
+            raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
+        return parse(kind, text, str(file), RERUN)
 
-    def finish(self, stage: StageName, result: dict[str, Any]) -> None:
+    def finish(self, stage: StageName, result: StageResult) -> None:
         """Note what a stage came to: from now on it is finished."""
         if self._processes.main:
-            write_json(self.role(STAGE_ROLE[stage]) / "result.json", result)
+            write_json(self.role(STAGE_ROLE[stage]) / "result.json", as_json(result))
         self._processes.barrier()
 
 

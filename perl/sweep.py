@@ -17,11 +17,11 @@ from perl.compare import variant
 from perl.errors import UserError
 from perl.files import user_named, write_figures
 from perl.model.lora import without_adapters
-from perl.page import sweep as page
-from perl.page.runs import read_runs
 from perl.pipeline import run
 from perl.progress import console
 from perl.recipe import Recipe
+from perl.report import sweep as page
+from perl.report.runs import read_runs
 from perl.rundir import RunFolder
 from perl.stages.material import read_material
 from perl.stages.session import adapter_shape
@@ -168,12 +168,12 @@ def _run_adapters(runs: Sequence[_Run]) -> None:
 def _table(found: page.Sweep) -> Table:
     """What a terminal has room for; the page has the other figures."""
     left_out = {page.QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
-    shown = [place for place, name in enumerate(found.head) if name not in left_out]
+    columns = {name: text for name, text in found.columns.items() if name not in left_out}
     table = Table(
         title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)
     )
-    for place in shown:
-        table.add_column(found.head[place])
-    for row in found.rows:
-        table.add_row(*(row[place] for place in shown))
+    for name in columns:
+        table.add_column(name)
+    for cell in found.cells:
+        table.add_row(*(text(cell) for text in columns.values()))
     return table

@@ -242,7 +242,7 @@ def test_the_folder_needs_nothing_of_the_run(runs: dict[str, Run], tmp_path: Pat
     card = (out / "README.md").read_text()
     stamp = made.session.stamp(Role.REWARD)
     for said in (
-        f"| auroc | {result['eval']['auroc']:.4g} |",
+        f"| auroc | {result.eval.auroc:.4g} |",
         "tiny-llama",
         "mixed.jsonl",
         made.session.base.sha256,

@@ -16,9 +16,9 @@ from rich.table import Table
 from perl.bench import growth, limit, reward, rollout, work
 from perl.errors import UserError
 from perl.files import write_figures
-from perl.page.numbers import bytes_text
 from perl.progress import console
 from perl.recipe import Recipe
+from perl.report.numbers import bytes_text
 from perl.stages.material import quiet_libraries
 
 WARM_UP = 1

@@ -12,6 +12,7 @@ from perl.files import user_named
 from perl.measure.memory import LiveBytes
 from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
 from perl.recipe import Recipe
+from perl.results import Tried
 from perl.stages.rl import train_rl
 from perl.stages.session import Trial, trial_session
 
@@ -35,22 +36,24 @@ def measure(figure: Path | None) -> dict[str, Any]:
     return found
 
 
-def _trial(batch: int, answer_tokens: int, trial: Trial) -> dict[str, Any]:
+def _trial(batch: int, answer_tokens: int, trial: Trial) -> Tried:
     content = work.recipe("100m", "lora", "all", 1, checkpointing=False)
     content["base"]["config"] |= {**SHAPE, "num_key_value_heads": SHAPE["num_attention_heads"]}
     content["rl"] |= {"prompts_per_step": batch, "max_new_tokens": answer_tokens}
     recipe = Recipe.model_validate(content)
     with trial_session(recipe, trial) as session:
-        return train_rl(session)
+        found = train_rl(session)
+    assert isinstance(found, Tried)
+    return found
 
 
 def _seconds(batch: int, answer_tokens: int) -> float:
-    steps = _trial(batch, answer_tokens, Trial(4, measured=False))["step_seconds"]
+    steps = _trial(batch, answer_tokens, Trial(4, measured=False)).step_seconds
     return float(statistics.median(sum(step.values()) for step in steps[1:]))
 
 
 def _update_peak(batch: int) -> int:
-    return int(_trial(batch, 64, Trial(2))["memory"]["update"]["peak"])
+    return _trial(batch, 64, Trial(2)).memory["update"].peak
 
 
 def _log_probs_peak(vocabulary: int) -> int:

@@ -17,17 +17,17 @@ def measure(model: str, layers: str) -> dict[str, Any]:
     """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the KV cache."""
     recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
     with trial_session(recipe, Trial(2)) as session:
-        memory = train_rl(session)["memory"]
+        memory = train_rl(session).memory
         kinds: Counter[str] = Counter()
         for phase in memory.values():
-            kinds |= phase["kinds"]  # of each kind the most
+            kinds |= Counter(phase.kinds)  # of each kind the most
         needed = {
             "base weights": kinds["base_weights"],
             "adapters and their optimizer": kinds["adapters"] + kinds["gradients"] + kinds["optimizer"],
             "one micro-batch, checkpointed": _micro_batch(session),
             "KV cache of the rollout": kinds["kv_cache"],
         }
-    peak = max(phase["peak"] for phase in memory.values())
+    peak = max(phase.peak for phase in memory.values())
     return {"peak": peak, "needed": needed, "ratio": peak / sum(needed.values())}
 
 

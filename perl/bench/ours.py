@@ -6,6 +6,7 @@ import sys
 from perl.allocator import keep_freed_memory
 from perl.bench.peak import PeakOverStart
 from perl.recipe import Recipe
+from perl.results import Tried
 from perl.stages.rl import train_rl
 from perl.stages.session import Trial, trial_session
 
@@ -16,7 +17,8 @@ def main() -> None:
     recipe, steps = Recipe.model_validate_json(sys.argv[1]), int(sys.argv[2])
     with PeakOverStart() as peak, trial_session(recipe, Trial(steps, measured=False)) as session:
         result = train_rl(session)
-    print(json.dumps({"steps": result["step_seconds"], "peak_over_start_bytes": peak.bytes}))
+    assert isinstance(result, Tried)
+    print(json.dumps({"steps": result.step_seconds, "peak_over_start_bytes": peak.bytes}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 from perl.bench import work
 from perl.recipe import Recipe
+from perl.results import Tried
 from perl.stages.reward import train_reward
 from perl.stages.session import Trial, trial_session
 
@@ -44,4 +45,6 @@ def _seconds(model: str, tuning: str, layers: str) -> list[float]:
         of_class = ([rating for rating in longest if rating.label is label] for label in (True, False))
         some = [rating for ratings in of_class for rating in ratings[: ROWS // 2]]
         session.train = replace(session.train, ratings=some)
-        return [sum(step.values()) for step in train_reward(session)["step_seconds"]]
+        tried = train_reward(session)
+    assert isinstance(tried, Tried)
+    return [sum(step.values()) for step in tried.step_seconds]

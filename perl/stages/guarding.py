@@ -4,15 +4,14 @@ A run that a guard stopped has done what it was asked to: its last good policy i
 so that the exit status is 0. That it was stopped is said on the console, in the report and on its page.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from perl.model.roles import Role
 from perl.progress import console
+from perl.results import Incident
 from perl.rl.alarms import Alarm
 from perl.rl.guards import WINDOW, Guard, Limits, last_good
 from perl.rl.rewards import RewardSource
@@ -83,15 +82,16 @@ class Guarding:
         needed = {*self.guard.needed, max(0, step - WINDOW)}
         return {last_good(good_until, steps) for good_until in needed} if steps else set()
 
-    def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[dict[str, Any]]:
+    def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
         """All alarms for the report, each with what it led to.
 
         Args:
             stopped_by: the alarms that ended the run.
             remains: the updates that the policy which remains has seen.
         """
-        stopped = {"action": "stopped", "remains": remains}
         return [
-            dataclasses.asdict(alarm) | (stopped if alarm in stopped_by else {"action": "warned"})
+            Incident(**vars(alarm), action="stopped", remains=remains)
+            if alarm in stopped_by
+            else Incident(**vars(alarm), action="warned")
             for alarm in self.guard.alarms
         ]

@@ -3,13 +3,13 @@
 import random
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from perl.data.records import Judge, Prompt
 from perl.errors import UserError
 from perl.model.roles import Role
+from perl.results import Answer, Sample
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import EncodedPrompts
@@ -17,6 +17,7 @@ from perl.rl.sampler import Sampling
 from perl.seeds import derived_seed
 from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session
+from perl.typed_json import made
 
 EVAL_BATCH = 64
 """Answers sampled at once in evaluation."""
@@ -130,22 +131,21 @@ def evaluate_policy(
 
 def draw_samples(
     session: Session, reward: RewardSource, roles: Sequence[Role], prompts: EncodedPrompts
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     """One answer of each role to each prompt, with its reward and the judge's verdict, for people to read."""
     settings, judge = session.recipe.rl, session.held_out.judge
     assert settings is not None
-    answers: list[dict[str, dict[str, Any]]] = [{} for _ in prompts.prompts]
+    answers: list[dict[str, Answer]] = [{} for _ in prompts.prompts]
     for role in roles:
         generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "samples", 0))
         mine = roll_out(session, reward, role, prompts, how_to_sample(session), generator)
         drawn, _ = everyones(session, prompts, mine)
         gold = judge(prompts.prompts, drawn.texts) if judge is not None else None
         for index, text in enumerate(drawn.texts):
-            answers[index][role] = {"text": text, "reward": float(drawn.rewards_B[index])}
-            if gold is not None:
-                answers[index][role]["gold"] = float(gold[index])
+            verdict = None if gold is None else float(gold[index])
+            answers[index][role] = Answer(text=text, reward=float(drawn.rewards_B[index]), gold=verdict)
     return [
-        {"prompt": messages(prompt.context), "answers": given}
+        made(Sample, {"prompt": messages(prompt.context), "answers": given})
         for prompt, given in zip(prompts.prompts, answers, strict=True)
     ]
 

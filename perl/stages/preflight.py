@@ -8,7 +8,6 @@ Axis letters: B answers, T answer positions.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from perl.errors import UserError
 from perl.model.roles import Role, Roles
 from perl.model.saved import load_role
 from perl.progress import console
+from perl.results import Check, Recorded
 from perl.rl.arithmetic import kl_k3, masked_mean
 from perl.rl.rewards import RewardModel, RewardSource, score_rows, with_written_end
 from perl.rl.rollout import EncodedPrompts, answer, read_answers
@@ -39,13 +39,9 @@ class PreflightError(UserError):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One check: a figure that should not be above its limit."""
+class Finding(Check):
+    """One check, and why it failed."""
 
-    name: str
-    words: str
-    figure: float
-    limit: float
     looks_like: str = ""
     """Where it failed: the likeliest of the usual causes, by the evidence."""
 
@@ -55,9 +51,7 @@ class Finding:
         return self.figure <= self.limit
 
 
-def preflight(
-    session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts
-) -> list[dict[str, Any]]:
+def preflight(session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts) -> list[Check]:
     """Check before the first update, a line each on the console; return what was found.
 
     Raises:
@@ -84,7 +78,7 @@ def preflight(
             where=str(session.folder.path),
             remedy=f"It looks like this: {first.looks_like}",
         )
-    return [{name: getattr(one, name) for name in ("name", "words", "figure", "limit")} for one in findings]
+    return [Check(one.name, one.words, one.figure, one.limit) for one in findings]
 
 
 def _checks(
@@ -95,9 +89,9 @@ def _checks(
         if role in session.roles.roles:
             yield reloaded(session, role, samples)
     if isinstance(reward, RewardModel):
-        recorded = (session.folder.result("reward") or {}).get("recorded")
-        if recorded:
-            yield recorded_evaluation(session, recorded)
+        trained = session.folder.results().reward
+        if trained is not None and trained.recorded:
+            yield recorded_evaluation(session, trained.recorded)
     yield read_at_the_end(session, reward, sampling, prompts, samples)
     yield sampled_as_read(session, samples)
     yield begins_as_the_reference(session, samples)
@@ -118,16 +112,16 @@ def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
     return Finding(f"{role} reloaded", words, figure, _close(session), cause)
 
 
-def recorded_evaluation(session: Session, recorded: Sequence[dict[str, Any]]) -> Finding:
+def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Finding:
     """The reward adapter gives a few held-out rows the scores that its own stage wrote down."""
     rows = held_out_rows(session)
-    pad_id, expected = session.base.chat.pad_id, torch.tensor([row["score"] for row in recorded])
-    chosen = [row["row"] for row in recorded]
+    pad_id, expected = session.base.chat.pad_id, torch.tensor([row.score for row in recorded])
+    chosen = [row.row for row in recorded]
     if max(chosen) >= len(rows.ids):
         found = torch.full_like(expected, math.nan)
         cause = "the held-out rows are others than they were: the data have changed. Put them back."
     else:
-        found = torch.tensor([row["score"] for row in recorded_scores(session.roles, rows, pad_id, chosen)])
+        found = torch.tensor([row.score for row in recorded_scores(session.roles, rows, pad_id, chosen)])
         alone = [score_rows(session.roles, [rows.ids[index]], pad_id, 1)[0] for index in chosen]
         if float(found.std(unbiased=False)) < 1e-6:
             cause = "all scores are alike: the head was lost on saving. Train the reward stage again."

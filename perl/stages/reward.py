@@ -21,6 +21,7 @@ from perl.measure.answers import Answers
 from perl.model.below_cache import BelowCache
 from perl.model.chat import ChatFormat
 from perl.model.roles import Role, Roles
+from perl.results import Recorded, RewardStage, Tried
 from perl.rl.rewards import probabilities, score_rows
 from perl.stages.cut_rows import say_cut
 from perl.stages.reward_card import evaluate_rows, print_card
@@ -58,7 +59,7 @@ def check(session: Session) -> None:
     held_out_rows(session)
 
 
-def train_reward(session: Session) -> dict[str, Any]:
+def train_reward(session: Session) -> RewardStage | Tried:
     """Train the `reward` adapter and its head, and write them; return the stage's result."""
     settings, roles = session.recipe.reward, session.roles
     assert settings is not None
@@ -84,26 +85,20 @@ def train_reward(session: Session) -> dict[str, Any]:
             trainer.kept_below = BelowCache(roles, train.ids, session.base.chat.pad_id, here.scratch)
         trainer.remove_callback(PrinterCallback)
         trainer.go_on()
-    result = {
-        "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "rows": rows,
-        "rows_cut": cut,
-        **session.figures(here.meter),
-    }
-    if trainer.kept_below is not None:
-        result["kept_below_bytes"] = trainer.kept_below.bytes
+    stage = session.stage(here.meter, trained, rows, cut)
     if session.trial is not None:
-        return result | {"step_seconds": here.meter.step_seconds}
+        return Tried(**vars(stage), step_seconds=here.meter.step_seconds)
     roles.eval()
     scale = _scale(roles, train, session.base.chat.pad_id, settings.loss != "pairs")
     session.save(Role.REWARD, **scale)
     pad_id = session.base.chat.pad_id
     chosen = range(0, len(held_out.ids), -(-len(held_out.ids) // RECORDED))
-    return {
-        **result,
-        "recorded": recorded_scores(roles, held_out, pad_id, chosen),
-        "eval": evaluate_rows(roles, held_out.ids, held_out, train, pad_id),
-    }
+    return RewardStage(
+        **vars(stage),
+        kept_below_bytes=None if trainer.kept_below is None else trainer.kept_below.bytes,
+        recorded=recorded_scores(roles, held_out, pad_id, chosen),
+        eval=evaluate_rows(roles, held_out.ids, held_out, train, pad_id),
+    )
 
 
 def _training_rows(session: Session) -> Rows:
@@ -292,12 +287,12 @@ def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str
     }
 
 
-def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
+def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[Recorded]:
     """The reward role's scores of these rows; always computed as one batch, so that they repeat to the bit."""
     scores = score_rows(roles, [rows.ids[index] for index in chosen], pad_id, RECORDED)
-    return [{"row": index, "score": score} for index, score in zip(chosen, scores, strict=True)]
+    return [Recorded(row=index, score=score) for index, score in zip(chosen, scores, strict=True)]
 
 
-def summary(result: dict[str, Any]) -> None:
+def summary(stage: RewardStage) -> None:
     """Say in words whether the reward model can be trusted."""
-    print_card("Reward model", result["eval"])
+    print_card("Reward model", stage.eval)

@@ -1,8 +1,7 @@
 """Judging the reward model: its scores of held-out answers, the card made of them, and the card in words."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.markup import escape
 
@@ -10,14 +9,16 @@ from perl.data.duplicates import Rows
 from perl.measure.answers import Answers
 from perl.measure.card import reward_card
 from perl.measure.floor import tfidf_floor
+from perl.measure.reward_eval import RewardEval
 from perl.model.roles import Roles
 from perl.progress import console
 from perl.rl.rewards import score_rows
+from perl.typed_json import made
 
 
 def evaluate_rows(
     roles: Roles, ids: Sequence[list[int]], answers: Answers, trained_on: Answers, pad_id: int
-) -> dict[str, Any]:
+) -> RewardEval:
     """The reward role's card.
 
     Args:
@@ -30,7 +31,7 @@ def evaluate_rows(
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))
     floor = tfidf_floor(trained_on.labelled(), answers.labelled())
-    return reward_card(scores, answers, floor, seen)
+    return made(RewardEval, reward_card(scores, answers, floor, seen))
 
 
 def seen_in_training(answers: Answers, trained_on: Answers) -> list[bool]:
@@ -43,52 +44,51 @@ def seen_in_training(answers: Answers, trained_on: Answers) -> list[bool]:
     return [dialogue in known or one for dialogue, one in zip(answers.dialogues, repeated, strict=True)]
 
 
-def print_card(title: str, card: Mapping[str, Any]) -> None:
+def print_card(title: str, card: RewardEval) -> None:
     """A dozen lines: the verdict, and what it rests on."""
-    verdict = card["verdict"]
-    colour, fit = ("green", "Fit for RL") if verdict["fit"] else ("red", "Not fit for RL")
+    verdict = card.verdict
+    colour, fit = ("green", "Fit for RL") if verdict.fit else ("red", "Not fit for RL")
     console.print(f"[bold]{escape(title)}[/]: [bold {colour}]{fit}[/].")
-    for reason in verdict["reasons"]:
-        console.print(f"  {'+' if verdict['fit'] else '-'} {reason}", markup=False)
+    for reason in verdict.reasons:
+        console.print(f"  {'+' if verdict.fit else '-'} {reason}", markup=False)
     for line in _lines(card):
         console.print(f"  {line}", markup=False)
 
 
-def _lines(card: Mapping[str, Any]) -> Iterator[str]:
-    intervals = card["intervals"]
-    against = "the gold judge's verdict" if card["against"] == "gold" else "the labels"
-    if card["auroc"] is None:
-        auroc = f"AUROC cannot be computed: all {card['n']:,} answers are rated alike by {against}"
+def _lines(card: RewardEval) -> Iterator[str]:
+    intervals = card.intervals
+    against = "the gold judge's verdict" if card.against == "gold" else "the labels"
+    if card.auroc is None:
+        auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated alike by {against}"
     else:
-        auroc = f"AUROC {_told(card['auroc'], intervals['auroc'])} against {against}"
-    if "auroc_labels" in card:
-        auroc += f", {_told(card['auroc_labels'], intervals['auroc_labels'])} against the labels"
-    if "pairwise_accuracy" in card:
-        pairwise = _told(card["pairwise_accuracy"], intervals["pairwise_accuracy"])
-        auroc += f"; pairwise accuracy {pairwise}, {card['pairs']:,} pairs"
+        auroc = f"AUROC {_told(card.auroc, intervals['auroc'])} against {against}"
+    if card.auroc_labels is not None:
+        auroc += f", {_told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
+    if card.pairwise_accuracy is not None:
+        pairwise = _told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
+        auroc += f"; pairwise accuracy {pairwise}, {card.pairs:,} pairs"
     yield f"{auroc}."
-    balanced = _told(card["balanced_accuracy"], intervals["balanced_accuracy"])
+    balanced = _told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (
-        f"Accuracy {_told(card['accuracy'], intervals['accuracy'])}, where always giving the commoner label has "
-        f"{card['majority_accuracy']:.2f}; balanced {balanced}."
+        f"Accuracy {_told(card.accuracy, intervals['accuracy'])}, where always giving the commoner label has "
+        f"{card.majority_accuracy:.2f}; balanced {balanced}."
     )
-    scaled = card["calibration"]
+    scaled = card.calibration
     yield (
-        f"Calibration error (ECE) {_told(scaled['ece_before'])}; with a temperature "
-        f"{_told(scaled['ece_temperature'])}; as σ({scaled['slope']:.2f} · score {scaled['intercept']:+.2f}) "
-        f"{_told(scaled['ece_after'])}."
+        f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
+        f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
     )
-    length = card["length"]
+    length = card.length
     yield (
-        f"Length: correlation with the score {_told(length['correlation'])}; AUROC of length alone "
-        f"{_told(length['auroc_of_length'])}, of the model among like lengths {_told(length['auroc_within'])}."
+        f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
+        f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."
     )
-    judged = [one for one in card["slices"] if one.get("auroc") is not None]
+    judged = [(one.auroc, one) for one in card.slices if one.auroc is not None]
     if judged:
-        worst = min(judged, key=lambda one: float(one["auroc"]))
+        auroc_of_worst, worst = min(judged, key=lambda pair: pair[0])
         yield (
-            f"Weakest slice: {worst['by']}, {worst['name']} (n = {worst['n']:,}): AUROC "
-            f"{_told(worst['auroc'], worst['interval'])}."
+            f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC "
+            f"{_told(auroc_of_worst, worst.interval)}."
         )
     yield "LoRA against full tuning: not compared (perl-rlhf compare does); worst mistakes: in the report."
 

@@ -9,13 +9,14 @@ Axis letters: B answers, T answer positions.
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 
 from perl.interrupt import between_steps
+from perl.measure.change import change_words
 from perl.model.roles import Role
 from perl.progress import console, track
+from perl.results import Check, RlEval, RlStage, Tried
 from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
@@ -27,6 +28,7 @@ from perl.stages.policy import describe, draw_samples, encode_prompts, evaluate_
 from perl.stages.preflight import preflight
 from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session
+from perl.typed_json import as_json, made
 
 MAX_GRAD_NORM = 1.0
 SAMPLES = 12
@@ -41,7 +43,7 @@ def check(session: Session) -> None:
         RewardFunction(session.recipe.rl.reward.function)
 
 
-def train_rl(session: Session) -> dict[str, Any]:
+def train_rl(session: Session) -> RlStage | Tried:
     """Train the policy (and its critic) and write them; return the stage's result."""
     settings = session.recipe.rl
     assert settings is not None
@@ -53,7 +55,7 @@ def train_rl(session: Session) -> dict[str, Any]:
     steps = session.trial.steps if session.trial else settings.steps
     opening, done = go_on(loop)
     if not opening and not session.trial:
-        opening["preflight"] = preflight(session, loop.reward, loop.sampling, loop.prompts)
+        opening["preflight"] = as_json(preflight(session, loop.reward, loop.sampling, loop.prompts))
         opening["before"] = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
         checkpoint(loop, 0, opening)
     stopped_by: list[Alarm] = []
@@ -83,30 +85,30 @@ def train_rl(session: Session) -> dict[str, Any]:
                 checkpoint(loop, step + 1, opening)
             if leaving.wanted:
                 raise KeyboardInterrupt
-    learnt = sum(parameter.numel() for parameter in session.roles.parameters_of(*loop.learners))
-    result = {"trainable_parameters": learnt, "rows": rows, "rows_cut": cut, **session.figures(loop.meter)}
+    stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learners), rows, cut)
     if session.trial is not None:
-        return result | {"step_seconds": loop.meter.step_seconds}
+        return Tried(**vars(stage), step_seconds=loop.meter.step_seconds)
     remains = go_back(loop, stopped_by) if stopped_by else settings.steps
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
     shown = min(SAMPLES, len(eval_prompts))
     policies = [role for role in (Role.BASE, Role.SFT, Role.POLICY) if role in session.roles.roles]
     session.folder.write_samples(draw_samples(session, loop.reward, policies, eval_prompts.take(range(shown))))
-    return {
-        **result,
-        "preflight": opening["preflight"],
-        "incidents": loop.guarding.incidents(stopped_by, remains),
-        "eval": {
-            "algorithm": settings.algorithm,
-            "critic": loop.critic,
-            "steps": remains,
-            "n": len(eval_prompts),
-            **{f"{name}_before": value for name, value in opening["before"].items() if name != "kl"},
-            **{f"{name}_after": value for name, value in after.items() if name != "kl"},
-            "kl": after["kl"],
-        },
+    found = {
+        "algorithm": settings.algorithm,
+        "critic": loop.critic,
+        "steps": remains,
+        "n": len(eval_prompts),
+        **{f"{name}_before": value for name, value in opening["before"].items() if name != "kl"},
+        **{f"{name}_after": value for name, value in after.items() if name != "kl"},
+        "kl": after["kl"],
     }
+    return RlStage(
+        **vars(stage),
+        preflight=[made(Check, check) for check in opening["preflight"]],
+        incidents=loop.guarding.incidents(stopped_by, remains),
+        eval=made(RlEval, found),
+    )
 
 
 def collect(loop: Loop) -> tuple[Rollout, Rollout]:
@@ -241,24 +243,23 @@ def _save(session: Session) -> None:
         session.save(Role.CRITIC, parent=Role.REWARD)
 
 
-def summary(result: dict[str, Any]) -> None:
+def summary(stage: RlStage) -> None:
     """Say in words how much better the policy got."""
-    figures = result["eval"]
-    better = "rose" if figures["reward_after"] > figures["reward_before"] else "did not rise"
+    found = stage.eval
     text = (
-        f"[bold]RL[/] ({figures['algorithm']}, {figures['steps']} steps): on {figures['n']} held-out prompts the "
-        f"reward {better}, {figures['reward_before']:.2f} before and {figures['reward_after']:.2f} after, at a KL "
-        f"of {figures['kl']:.1f} nats an answer."
+        f"[bold]RL[/] ({found.algorithm}, {found.steps} steps): on {found.n} held-out prompts the reward "
+        f"{change_words(f'{found.reward_before:.2f}', f'{found.reward_after:.2f}', found.reward_interval)}, "
+        f"at a KL of {found.kl:.1f} nats an answer."
     )
-    if "gold_before" in figures:
+    if found.gold_before is not None and found.gold_after is not None:
         text += (
-            f" The gold judge, which training never sees, found {figures['gold_before']:.0%} of the answers right "
-            f"before and {figures['gold_after']:.0%} after."
+            f" The gold judge, which training never sees, found {found.gold_before:.0%} of the answers right "
+            f"before and {found.gold_after:.0%} after."
         )
     console.print(text)
-    for incident in result.get("incidents", []):
-        if incident["action"] == "stopped":
+    for incident in stage.incidents:
+        if incident.action == "stopped":
             console.print(
-                f"[yellow]RL was stopped at step {incident['step']}[/]: {incident['what']}. What remains is the "
-                f"policy after {incident['remains']} updates, from before that. {incident['remedy']}"
+                f"[yellow]RL was stopped at step {incident.step}[/]: {incident.what}. What remains is the "
+                f"policy after {incident.remains} updates, from before that. {incident.remedy}"
             )

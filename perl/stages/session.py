@@ -2,14 +2,14 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perl.checkpoint import Checkpoints
@@ -29,10 +29,12 @@ from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.progress import console
 from perl.recipe import Recipe, StageName, Supervised
+from perl.results import Stage
 from perl.rundir import STAGE_ROLE, RunFolder
 from perl.seeds import derived_seed, seed_everything
 from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
+from perl.typed_json import made
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -83,14 +85,18 @@ class Session:
         trunks = [] if trial.abridged else [model.base_model for model in self.roles.models()]
         return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
 
-    def figures(self, meter: Meter) -> dict[str, Any]:
-        """What a stage cost, of all processes: work added up, time and memory of the process that had most."""
+    def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
+        """What a stage trained and cost, of all processes.
+
+        Work is added up; time and memory are those of the process that had most.
+        """
         mine = meter.figures()
         everyone = self.processes.gather(mine)
         for name, over in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
             if name in mine:
                 mine[name] = over(figures[name] for figures in everyone)
-        return mine
+        counts = {"trainable_parameters": sum(one.numel() for one in trained), "rows": rows, "rows_cut": rows_cut}
+        return made(Stage, {**counts, **mine})
 
     def begin_together(self, learning: Iterable[Tensor]) -> None:
         """Let all processes train the same weights, and each draw a dropout of its own."""

@@ -11,9 +11,11 @@ from trl import SFTConfig, SFTTrainer
 
 from perl.data.records import Demonstration
 from perl.errors import UserError
+from perl.measure.change import loss_words
 from perl.model.four_bit import not_told
 from perl.model.roles import Role, Roles
 from perl.progress import console
+from perl.results import SftEval, SftStage, Tried
 from perl.stages.cut_rows import say_cut
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer, Watch, course
@@ -25,7 +27,7 @@ def check(session: Session) -> None:
     tokenized(session, session.held_out.demonstrations)
 
 
-def train_sft(session: Session) -> dict[str, Any]:
+def train_sft(session: Session) -> SftStage | Tried:
     """Train the `sft` adapter and write it; return the stage's result."""
     settings, roles = session.recipe.sft, session.roles
     assert settings is not None
@@ -57,19 +59,14 @@ def train_sft(session: Session) -> dict[str, Any]:
         )
         trainer.course = here
         trainer.remove_callback(PrinterCallback)
-        before = None if session.trial else trainer.evaluate()["eval_loss"]
+        losses = [] if session.trial else [float(trainer.evaluate()["eval_loss"])]
         trainer.go_on()
-        after = None if session.trial else trainer.evaluate()["eval_loss"]
-    result = {
-        "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "rows": len(train) + len(held_out),
-        "rows_cut": cut,
-        **session.figures(here.meter),
-    }
+        losses += [] if session.trial else [float(trainer.evaluate()["eval_loss"])]
+    stage = session.stage(here.meter, trained, len(train) + len(held_out), cut)
     if session.trial is not None:
-        return result
+        return Tried(**vars(stage), step_seconds=here.meter.step_seconds)
     session.save(Role.SFT)
-    return {**result, "eval": {"n": len(held_out), "loss_before": before, "loss_after": after}}
+    return SftStage(**vars(stage), eval=SftEval(n=len(held_out), loss_before=losses[0], loss_after=losses[1]))
 
 
 class _Trainer(ResumableTrainer, SFTTrainer):
@@ -160,10 +157,10 @@ def _lent(roles: Roles) -> Iterator[PreTrainedModel]:
                 model.forward = had
 
 
-def summary(result: dict[str, Any]) -> None:
+def summary(stage: SftStage) -> None:
     """Say in words what SFT came to."""
-    figures = result["eval"]
     console.print(
-        f"[bold]SFT[/]: the loss on {figures['n']} held-out demonstrations fell from {figures['loss_before']:.3f} "
-        f"to {figures['loss_after']:.3f}; {result['trainable_parameters']:,} parameters learnt."
+        f"[bold]SFT[/]: the loss on {stage.eval.n} held-out demonstrations "
+        f"{loss_words(stage.eval.loss_before, stage.eval.loss_after)}; "
+        f"{stage.trainable_parameters:,} trainable parameters."
     )

@@ -47,9 +47,9 @@ def test_a_trial_writes_metrics_alone_and_evaluates_nothing(
         seed_everything(recipe.seed)
         result = TRAIN[stage](session)
         assert "eval" not in result
-        assert result["peak_memory_bytes"] == max(phase["peak"] for phase in result["memory"].values())
-        assert result["tokens_per_second"] > 0
-        assert result["trainable_parameters"] > 0
+        assert result.peak_memory_bytes == max(phase.peak for phase in result.memory.values())
+        assert result.tokens_per_second > 0
+        assert result.trainable_parameters > 0
     assert files(tmp_path / "out") == {f"{role}/metrics.jsonl" for role in ("sft", "reward", "policy")}
     for role in ("sft", "reward", "policy"):
         lines = (tmp_path / "out" / role / "metrics.jsonl").read_text().splitlines()
@@ -78,10 +78,10 @@ def test_a_stage_can_be_tried_without_those_before_it(
     # Four models, of which two learn; AdamW's moments are two for each of their weights, but for the critic's
     # language-model head.
     model = session.base.parameters * 4
-    load = result["memory"]["load"]["kinds"]["base_weights"]
+    load = result.memory["load"].kinds["base_weights"]
     assert load == pytest.approx(4 * model, rel=0.01)
     head = session.roles.models()[0].get_output_embeddings().weight.nbytes
-    assert result["memory"]["update"]["kinds"]["optimizer"] == pytest.approx(2 * (2 * model - head), rel=0.01)
+    assert result.memory["update"].kinds["optimizer"] == pytest.approx(2 * (2 * model - head), rel=0.01)
 
 
 def test_a_trial_does_not_touch_a_run_that_is_there(

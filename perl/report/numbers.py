@@ -1,0 +1,115 @@
+"""Numbers as people write them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MINUS = "−"
+NONE = "–"
+GAP = "\u00a0"
+"""Between a number and its unit: no line breaks there."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over runs; no deviation of a single one."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and sample standard deviation (n - 1) of the values that are there; None if none is."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return Spread(float(np.mean(known)), sd, len(known))
+
+
+def decimal(value: float, places: int = 2) -> str:
+    """With a true minus sign, and no minus before a zero."""
+    text = f"{value:.{places}f}"
+    if not text.strip("-0."):
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def signed(value: float, places: int = 2) -> str:
+    """With its sign."""
+    text = decimal(value, places)
+    return text if text.startswith(MINUS) else f"+{text}"
+
+
+def percent(share: float, places: int = 0) -> str:
+    """A share as a percentage."""
+    return f"{decimal(100 * share, places)}{GAP}%"
+
+
+def _scaled(value: float, units: Sequence[str], gap: str) -> str:
+    size, unit = value, units[0]
+    for bigger in units[1:]:
+        if abs(size) < 999.5:
+            break
+        size, unit = size / 1000, bigger
+    places = 0 if abs(size) >= 99.5 or unit == units[0] else 1
+    return f"{size:.{places}f}{gap if unit else ''}{unit}"
+
+
+def bytes_text(count: float) -> str:
+    """As in 1.7 GB (of 10⁹ bytes)."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"), GAP)
+
+
+def count_text(count: float) -> str:
+    """As in 123k or 7.1B."""
+    return _scaled(count, ("", "k", "M", "B", "T"), "")
+
+
+def flops_text(count: float) -> str:
+    """As in 3.4 PFLOP."""
+    return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"), GAP)
+
+
+def seconds_text(seconds: float) -> str:
+    """As in 8.3 s, 4 min 12 s or 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f}{GAP}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(round(seconds / 60), 60)
+    if minutes < 1:
+        return f"{rest}{GAP}s"
+    if hours < 1:
+        return f"{minutes}{GAP}min{GAP}{rest:02d}{GAP}s"
+    return f"{hours}{GAP}h{GAP}{minutes_left:02d}{GAP}min"
+
+
+def rate_text(per_second: float) -> str:
+    """Tokens a second."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
+
+
+def spread_text(value: Spread | None, places: int = 2, count: bool = False) -> str:
+    """As in 0.71 ± 0.03, and (n = 3) behind it where the count is wanted."""
+    if value is None:
+        return NONE
+    sd = "" if value.sd is None else f"{GAP}±{GAP}{decimal(value.sd, places)}"
+    return f"{decimal(value.mean, places)}{sd}{f' (n{GAP}={GAP}{value.n})' if count else ''}"
+
+
+def plus_minus(value: Spread) -> str:
+    """The spread over seeds alone; empty for a single run."""
+    return "" if value.sd is None else f"± {decimal(value.sd)} over {value.n} seeds"
+
+
+def interval_text(low: float, high: float, places: int = 2) -> str:
+    """As in 0.89 to 0.93."""
+    return f"{decimal(low, places)} to {decimal(high, places)}"
+
+
+def joined(words: Sequence[str]) -> str:
+    """As in a, b and c."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

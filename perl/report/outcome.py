@@ -1,0 +1,173 @@
+"""What RL came to: how sure a change over seeds is, and what was gained by the same KL.
+
+A policy that has moved further from the reference has had more room to raise its reward, so metrics at the end of
+training do not compare two ways of training fairly; metrics at the same KL do (Gao, Schulman and Hilton 2022,
+"Scaling Laws for Reward Model Overoptimization", plot all against √KL). Here, with k_s and r_s the KL and reward
+of step s, both smoothed:
+
+    K    = min over runs of max over s of k_s           the largest KL that all runs reached
+    s*   = the first step with k_s ≥ K
+    r(K) = r_{s*-1} + (K - k_{s*-1}) / (k_{s*} - k_{s*-1}) · (r_{s*} - r_{s*-1})
+
+and likewise for gold. Where the first step is at K or beyond already, r(K) is its reward. These are rewards of
+completions sampled in training, not of the held-out prompts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perl.measure.bootstrap import Interval
+from perl.report.numbers import Spread, spread
+from perl.report.runs import Group, Series
+from perl.results import RlEval
+
+Z = 1.96
+"""A 95 % interval is this many standard errors to either side."""
+LEAST_STEPS = 5
+"""A shorter curve says nothing."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after RL, the mean over runs, and the 95 % interval of its rise where one is known."""
+
+    before: Spread
+    after: Spread
+    interval: Interval | None
+    rose_in: int
+
+    @property
+    def rise(self) -> float:
+        """Mean after less mean before."""
+        return self.after.mean - self.before.mean
+
+    @property
+    def clear(self) -> bool | None:
+        """Whether the interval leaves 0 out; None without an interval."""
+        return None if self.interval is None else self.interval[0] > 0 or self.interval[1] < 0
+
+
+def reward_change(evals: Sequence[RlEval]) -> Change | None:
+    """The reward before and after; with an interval where every run has one. None without RL."""
+    pairs = [(one.reward_before, one.reward_after) for one in evals]
+    return _change(pairs, [one.reward_interval for one in evals]) if pairs else None
+
+
+def gold_change(evals: Sequence[RlEval]) -> Change | None:
+    """The gold judge's share before and after; None if any run lacks it.
+
+    The interval is the report's own (of paired completions) where it has one, else that of `share_interval`.
+    """
+    pairs = [(one.gold_before, one.gold_after) for one in evals]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not known or len(known) < len(pairs):
+        return None
+    ends = zip(evals, known, strict=True)
+    return _change(known, [one.gold_interval or share_interval(*pair, one.n) for one, pair in ends])
+
+
+def share_interval(before: float, after: float, n: int) -> Interval:
+    """The 95 % interval of the rise of a share between two sets of n completions.
+
+    Agresti and Caffo 2000, one success and one failure added to each set: p̃ = (p n + 1) / (n + 2), rise
+    p̃_2 - p̃_1, variance Σ p̃ (1 - p̃) / (n + 2). It takes the sets as independent; they answer the same prompts,
+    which makes the interval, if anything, too wide.
+    """
+    first, second = ((share * n + 1) / (n + 2) for share in (before, after))
+    error = math.sqrt((first * (1 - first) + second * (1 - second)) / (n + 2))
+    return second - first - Z * error, second - first + Z * error
+
+
+def _change(pairs: Sequence[tuple[float, float]], intervals: Sequence[Interval | None]) -> Change:
+    before, after = spread(one for one, _ in pairs), spread(one for _, one in pairs)
+    assert before is not None
+    assert after is not None
+    return Change(before, after, _of_mean(intervals), sum(after > before for before, after in pairs))
+
+
+def _of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
+    """The interval of the mean of independent changes; None if one is not known."""
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return None
+    middle = sum(low + high for low, high in known) / (2 * len(known))
+    half = math.sqrt(sum((high - low) ** 2 for low, high in known)) / (2 * len(known))
+    return middle - half, middle + half
+
+
+def window(steps: int) -> int:
+    """How many steps the moving mean takes in: a tenth of all, odd, and three at least."""
+    return max(3, steps // 10 | 1)
+
+
+def smooth(values: Series) -> Series:
+    """The centred moving mean over `window` steps, fewer at either end; steps without a value are left out."""
+    half, known = window(len(values)) // 2, np.isfinite(values)
+    kernel = np.ones(2 * half + 1)
+    total = np.convolve(np.where(known, values, 0.0), kernel)[half : half + len(values)]
+    count = np.convolve(known.astype(np.float64), kernel)[half : half + len(values)]
+    mean: Series = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    return mean
+
+
+@dataclass(frozen=True)
+class Curve:
+    """KL, reward and gold (NaN where there is none) of each step, smoothed."""
+
+    kl: Series
+    reward: Series
+    gold: Series
+
+
+def curve(metrics: Mapping[str, Series]) -> Curve | None:
+    """The smoothed curve of a policy's metrics; None with fewer than five steps that have KL and reward."""
+    if "kl" not in metrics or "reward" not in metrics:
+        return None
+    kl, reward = metrics["kl"], metrics["reward"]
+    known = np.isfinite(kl) & np.isfinite(reward)
+    if known.sum() < LEAST_STEPS:
+        return None
+    gold = metrics.get("gold", np.full(len(kl), np.nan))
+    return Curve(smooth(kl[known]), smooth(reward[known]), smooth(gold[known]))
+
+
+def at_kl(kl: Series, values: Series, target: float) -> float | None:
+    """The value where the KL first reaches the target, between steps by a straight line; None if it never does."""
+    known = np.isfinite(values)
+    kl, values = kl[known], values[known]
+    reached = np.flatnonzero(kl >= target)
+    if len(reached) == 0:
+        return None
+    step = int(reached[0])
+    if step == 0:
+        return float(values[0])
+    share = (target - kl[step - 1]) / (kl[step] - kl[step - 1])
+    return float(values[step - 1] + share * (values[step] - values[step - 1]))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Reward and gold of each run at one KL."""
+
+    kl: float
+    rewards: tuple[float, ...]
+    golds: tuple[float | None, ...]
+
+
+def match(curves: Sequence[Curve | None]) -> Matched | None:
+    """Reward and gold of all runs at the largest KL that all reached; None if a curve is missing."""
+    known = [one for one in curves if one is not None]
+    if not known or len(known) < len(curves):
+        return None
+    target = min(float(one.kl.max()) for one in known)
+    rewards = [at_kl(one.kl, one.reward, target) for one in known]
+    golds = [at_kl(one.kl, one.gold, target) for one in known]
+    return Matched(target, tuple(reward for reward in rewards if reward is not None), tuple(golds))
+
+
+def match_all(groups: Sequence[Group]) -> Matched | None:
+    """Of all runs, in the groups' order."""
+    return match([curve(run.metrics["policy"]) for group in groups for run in group.runs])

@@ -1,0 +1,196 @@
+"""Finished run folders, read into typed values and grouped.
+
+What a run folder must hold is report.json; recipe, metrics and samples are shown where they are there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from perl.errors import UserError
+from perl.measure.reward_eval import RewardEval
+from perl.recipe import StageName
+from perl.report.numbers import Spread, joined, spread
+from perl.results import Report, RlEval, Sample, SftEval, StageResult
+from perl.typed_json import parse
+
+DAMAGED = "Remove the damaged part and run the stage again."
+TUNING = {"lora": "LoRA", "full": "Full tuning"}
+SHARED = ("name", "base.", "data.")
+"""Keys of a recipe that are the same under both tunings."""
+Series = NDArray[np.float64]
+"""A metric a step; NaN where a step has none."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    report: Report
+    recipe_yaml: str
+    """The recipe as resolved; empty if the folder has none."""
+    metrics: Mapping[str, Mapping[str, Series]]
+    """Of sft, reward and policy: a series a metric."""
+    samples: list[Sample]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's keys; none if it cannot be read."""
+        try:
+            recipe = yaml.safe_load(self.recipe_yaml)
+        except yaml.YAMLError:
+            return {}
+        return recipe if isinstance(recipe, dict) else {}
+
+    @property
+    def stages(self) -> dict[StageName, StageResult]:
+        """The stages that were run, in order."""
+        return self.report.stages.finished
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read finished runs.
+
+    Raises:
+        UserError: there are none, one is not finished, or a file in it is broken.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if not runs:
+        raise UserError("no runs given", where="RUN", remedy="Name one or several run folders.")
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """Read one finished run.
+
+    Raises:
+        UserError: it is not finished, or a file in it is broken.
+    """
+    file = folder / "report.json"
+    text = _text(file)
+    if text is None:
+        raise UserError(
+            "not a finished run: it has no report.json",
+            where=str(folder),
+            remedy="Finish it with `perl-rlhf run RECIPE --out` and this folder.",
+        )
+    samples = _lines(folder / "policy" / "samples.jsonl")
+    return Run(
+        path=folder,
+        report=parse(Report, text, str(file), DAMAGED),
+        recipe_yaml=_text(folder / "recipe.yaml") or "",
+        metrics={role: _metrics(folder / role / "metrics.jsonl") for role in ("sft", "reward", "policy")},
+        samples=[parse(Sample, line, where, DAMAGED) for line, where in samples],
+    )
+
+
+def _metrics(file: Path) -> dict[str, Series]:
+    lines = [parse(dict[str, float | None], line, where, DAMAGED) for line, where in _lines(file)]
+    names = {name for line in lines for name, value in line.items() if value is not None}
+    return {name: np.array([line.get(name) for line in lines], dtype=np.float64) for name in sorted(names)}
+
+
+def _lines(file: Path) -> list[tuple[str, str]]:
+    """The lines that are not empty, each with where it stands; none if there is no such file."""
+    lines = enumerate((_text(file) or "").split("\n"), start=1)
+    return [(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), remedy="Check the file.") from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one tuning, one a seed."""
+
+    tuning: str
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """The tuning in words."""
+        return TUNING[self.tuning]
+
+    @property
+    def first(self) -> Run:
+        """The run of the smallest seed."""
+        return self.runs[0]
+
+    @property
+    def sft(self) -> list[SftEval]:
+        """SFT's metrics of the runs that have them."""
+        return [run.report.stages.sft.eval for run in self.runs if run.report.stages.sft is not None]
+
+    @property
+    def reward(self) -> list[RewardEval]:
+        """The reward model cards of the runs that have one."""
+        return [run.report.stages.reward.eval for run in self.runs if run.report.stages.reward is not None]
+
+    @property
+    def rl(self) -> list[RlEval]:
+        """RL's metrics of the runs that have them."""
+        return [run.report.stages.rl.eval for run in self.runs if run.report.stages.rl is not None]
+
+    def over_runs(self, metric: Callable[[Run], float | None]) -> Spread | None:
+        """A metric's mean and spread over the runs that have it."""
+        return spread(metric(run) for run in self.runs)
+
+
+def groups(runs: Iterable[Run]) -> list[Group]:
+    """The runs by tuning, LoRA first, by seed within each.
+
+    Raises:
+        UserError: runs under one tuning differ in more than their seed, or have the same one; or the two tunings
+            were not run on the same base and data. A mean over them would be of nothing.
+    """
+    ordered = sorted(runs, key=lambda run: run.report.seed)
+    for one, other in ((ordered[0], other) for other in ordered[1:]):
+        _refuse(one, other, lambda key: key.startswith(SHARED))
+    by_tuning = {tuning: tuple(run for run in ordered if run.report.tuning == tuning) for tuning in TUNING}
+    found = [Group(tuning, members) for tuning, members in by_tuning.items() if members]
+    for group in found:
+        for one, other in zip(group.runs, group.runs[1:], strict=False):
+            _refuse(one, other, lambda key: key != "seed")
+            if one.report.seed == other.report.seed:
+                raise UserError(
+                    f"both are of seed {one.report.seed}: they are no two samples of what the recipe comes to",
+                    where=f"{one.path} and {other.path}",
+                    remedy="Name one run of each seed.",
+                )
+    return found
+
+
+def _refuse(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
+    first, second = _settings(one), _settings(other)
+    keys = sorted(key for key in {*first, *second} if matters(key) and first.get(key) != second.get(key))
+    if keys:
+        raise UserError(
+            f"they are runs of different recipes, which differ in {joined(keys)}",
+            where=f"{one.path} and {other.path}",
+            remedy="Put on one page runs that differ in their seed, or in tuning alone; write the others apart.",
+        )
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The recipe's keys; of a run without a recipe, what its report says."""
+    report = run.report
+    return _flat(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

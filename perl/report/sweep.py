@@ -1,0 +1,215 @@
+"""A sweep: reward models by rank and placement of their adapters, beside full tuning; its table and its page."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perl.files import write_whole
+from perl.measure.reward_eval import RewardEval
+from perl.report.charts import rank_plot
+from perl.report.numbers import (
+    GAP,
+    Spread,
+    bytes_text,
+    count_text,
+    decimal,
+    seconds_text,
+    signed,
+    spread,
+    spread_text,
+)
+from perl.report.page import filled
+from perl.report.runs import Run
+from perl.report.svg import Plot
+from perl.results import RewardStage
+
+QUALITIES: dict[str, tuple[str, Callable[[RewardEval], float | None]]] = {
+    "auroc": ("AUROC", lambda card: card.auroc),
+    "pairwise_accuracy": ("pairwise accuracy", lambda card: card.pairwise_accuracy),
+    "accuracy": ("accuracy", lambda card: card.accuracy),
+}
+COPIES = 4
+"""A trainable weight is kept with its gradient and Adam's two moments, all of one dtype."""
+CLOSE = 0.01
+"""A quality this little below full tuning's is called as good."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one setting, one a seed. No rank and no targets: full tuning."""
+
+    targets: str | None
+    rank: int | None
+    runs: tuple[Run, ...]
+
+    @property
+    def stages(self) -> list[RewardStage]:
+        """The reward stages."""
+        return [run.report.stages.reward for run in self.runs if run.report.stages.reward is not None]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "full tuning" if self.targets is None else f"{self.targets}, rank {self.rank}"
+
+    @property
+    def parameters(self) -> int:
+        """Trainable ones, the head's among them."""
+        return self.stages[0].trainable_parameters
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of trainable weights, their gradients and Adam's two moments."""
+        return COPIES * self.stages[0].memory["load"].kinds["base_weights" if self.targets is None else "adapters"]
+
+    def mean(self, cost: Callable[[RewardStage], float]) -> float:
+        """Of a cost, over the seeds."""
+        return sum(map(cost, self.stages)) / len(self.stages)
+
+    def quality(self, key: str) -> Spread | None:
+        """One of `QUALITIES`, over the seeds."""
+        return spread(QUALITIES[key][1](stage.eval) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells of a sweep: those with adapters by targets and rank, then full tuning if it was run."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def seeds(self) -> int:
+        """Runs of each cell."""
+        return len(self.cells[0].runs)
+
+    @property
+    def full(self) -> Cell | None:
+        """Full tuning, if it was run."""
+        return next((cell for cell in self.cells if cell.targets is None), None)
+
+    @property
+    def keys(self) -> list[str]:
+        """The qualities that every cell has; the first one is what the model was trained for."""
+        keys = [key for key in QUALITIES if all(cell.quality(key) is not None for cell in self.cells)]
+        compared = self.cells[0].stages[0].eval.compared
+        return sorted(keys, key=lambda key: key != "pairwise_accuracy") if compared else keys
+
+    @property
+    def columns(self) -> dict[str, Callable[[Cell], str]]:
+        """Of the table: the head, and what stands below it."""
+        qualities: dict[str, Callable[[Cell], str]] = {
+            QUALITIES[key][0]: lambda cell, key=key: spread_text(cell.quality(key), 3)  # type: ignore[misc]
+            for key in self.keys
+        }
+        first, *others = qualities.items()
+        behind = {"less full tuning's": lambda cell: _signed(self.behind(cell))} if self.full else {}
+        return {
+            "adapters on": lambda cell: cell.targets or "full tuning",
+            "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
+            **dict([first]),
+            **behind,
+            **dict(others),
+            "trained": lambda cell: count_text(cell.parameters),
+            "their memory": lambda cell: bytes_text(cell.trained_bytes),
+            "peak": lambda cell: bytes_text(cell.mean(lambda stage: stage.peak_memory_bytes)),
+            "time": lambda cell: seconds_text(cell.mean(lambda stage: stage.seconds)),
+        }
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Of the table, a cell each."""
+        return [[text(cell) for text in self.columns.values()] for cell in self.cells]
+
+    def behind(self, cell: Cell) -> Spread | None:
+        """The first quality less full tuning's, seed by seed; None of full tuning itself, or without it."""
+        if self.full is None or cell.targets is None:
+            return None
+        value = QUALITIES[self.keys[0]][1]
+        pairs = zip(cell.stages, self.full.stages, strict=True)
+        differences = [(value(one.eval), value(other.eval)) for one, other in pairs]
+        return spread(one - other for one, other in differences if one is not None and other is not None)
+
+    @property
+    def bottom_line(self) -> str:
+        """The leanest setting that is as good as full tuning; or, without it, the best one."""
+        what = QUALITIES[self.keys[0]][0]
+        if self.full is None:
+            known = [(value, cell) for cell in self.cells if (value := cell.quality(self.keys[0]))]
+            value, best = max(known, key=lambda pair: pair[0].mean)
+            return f"The best mean {what} is that of {best.name}: {spread_text(value, 3)}."
+        for cell in sorted(self.cells, key=lambda cell: cell.parameters):
+            difference = self.behind(cell)
+            if difference is not None and difference.mean >= -CLOSE:
+                share = 100 * cell.trained_bytes / self.full.trained_bytes
+                return (
+                    f"The leanest setting whose {what} is at most {CLOSE} below full tuning's is {cell.name}: "
+                    f"{_signed(difference)}, with {share:.2g}{GAP}% of its trained memory."
+                )
+        return f"No setting comes within {CLOSE} of full tuning's {what}."
+
+    def as_json(self) -> dict[str, Any]:
+        """The table's figures."""
+        return {
+            "name": self.name,
+            "seeds": [run.report.seed for run in self.cells[0].runs],
+            "spread": "sample standard deviation over seeds",
+            "bottom_line": self.bottom_line,
+            "rows": [self._figures(cell) for cell in self.cells],
+        }
+
+    def _figures(self, cell: Cell) -> dict[str, Any]:
+        spreads = {key: cell.quality(key) for key in self.keys} | {"less_full": self.behind(cell)}
+        spreads["seconds"] = spread(stage.seconds for stage in cell.stages)
+        return {
+            "targets": cell.targets or "full",
+            "rank": cell.rank,
+            "trainable_parameters": cell.parameters,
+            "trained_memory_bytes": cell.trained_bytes,
+            "peak_memory_bytes": cell.mean(lambda stage: stage.peak_memory_bytes),
+            **{key: None if value is None else vars(value) for key, value in spreads.items()},
+        }
+
+
+def _signed(value: Spread | None) -> str:
+    if value is None:
+        return ""
+    return (
+        signed(value.mean, 3) if value.sd is None else f"{signed(value.mean, 3)}{GAP}±{GAP}{decimal(value.sd, 3)}"
+    )
+
+
+def write_sweep(found: Sweep, file: Path) -> Path:
+    """Write the page of a sweep; return the file."""
+    first = found.cells[0]
+    tfidf = spread(stage.eval.floor.value for stage in first.stages)
+    content = {
+        "sweep": found,
+        "columns": list(found.columns),
+        "rows": found.rows,
+        "plots": [_plot(found, key) for key in found.keys],
+        "tfidf": ""
+        if tfidf is None
+        else f"{QUALITIES[first.stages[0].eval.floor.figure][0]} {spread_text(tfidf, 3)}",
+        "runs": [(run.path.name, cell.name, run.report.seed) for cell in found.cells for run in cell.runs],
+        "eval": first.stages[0].eval,
+        "first": first.runs[0],
+    }
+    write_whole(file, filled("sweep.html.j2", content))
+    return file
+
+
+def _plot(found: Sweep, key: str) -> Plot:
+    label = QUALITIES[key][0]
+    label = label[0].upper() + label[1:]
+    places: dict[str, dict[int, Spread]] = {}
+    for cell in found.cells:
+        if cell.targets is not None and cell.rank is not None and (value := cell.quality(key)) is not None:
+            places.setdefault(cell.targets, {})[cell.rank] = value
+    svg = rank_plot(f"sweep-{key}", label, places, found.full.quality(key) if found.full else None)
+    if found.seeds == 1:
+        return Plot(svg, f"{label} on held-out answers. One seed each: differences may be chance.")
+    band = ", and so does the band around full tuning" if found.full else ""
+    bars = f"Bars show one standard deviation over {found.seeds} seeds to either side{band}."
+    return Plot(svg, f"{label} on held-out answers. {bars}")

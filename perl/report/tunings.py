@@ -1,0 +1,228 @@
+"""LoRA beside full tuning: cost by stage, quality at the end and at matched KL, and what both come to in words."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from perl.report.numbers import (
+    GAP,
+    NONE,
+    Spread,
+    bytes_text,
+    count_text,
+    decimal,
+    joined,
+    percent,
+    rate_text,
+    seconds_text,
+    signed,
+    spread,
+    spread_text,
+)
+from perl.report.outcome import Matched
+from perl.report.runs import Group
+from perl.report.words import STAGE
+from perl.results import StageResult
+
+SMALL = 0.005
+"""A spread of costs below this share of the mean is left out."""
+SAME = 0.02
+"""Costs within this share of one another are called the same."""
+STANDARD_ERRORS = 2.0
+"""A difference is called clear beyond so many standard errors."""
+COSTS: list[tuple[str, Callable[[StageResult], float], Callable[[float], str]]] = [
+    ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
+    ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
+    ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
+    ("time", lambda stage: stage.seconds, seconds_text),
+]
+BALANCED = (
+    ("peak memory", "Less memory", "More memory", True),
+    ("tokens a second", "Slower, by tokens a second", "Faster, by tokens a second", False),
+)
+"""Cost, how to call it where LoRA's is less and where it is more, and whether less is better."""
+DECISIVE = (
+    "Gold judge at matched",
+    "Gold judge at the end",
+    "Reward at matched",
+    "Reward at the end",
+    "Reward model",
+)
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """A cost of a stage under both tunings."""
+
+    stage: str
+    figure: str
+    lora: Spread
+    full: Spread
+    text: Callable[[float], str]
+
+    @property
+    def ratio(self) -> float:
+        """LoRA's as a multiple of full tuning's; NaN where that is 0."""
+        return self.lora.mean / self.full.mean if self.full.mean else math.nan
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """LoRA, full tuning, ratio."""
+        ratio = f"×{GAP}{self.ratio:.2f}" if self.ratio >= 0.1 else f"×{GAP}{self.ratio:.2g}"
+        return self._cell(self.lora), self._cell(self.full), NONE if math.isnan(self.ratio) else ratio
+
+    def _cell(self, value: Spread) -> str:
+        small = value.sd is None or value.sd <= SMALL * abs(value.mean)
+        return self.text(value.mean) if small else f"{self.text(value.mean)} ±{GAP}{self.text(value.sd or 0.0)}"
+
+
+def cost_rows(lora: Group, full: Group) -> list[CostRow]:
+    """Parameters, memory, speed and time of each stage that both tunings have."""
+    rows = []
+    for name, label in STAGE.items():
+        sides = [[stage for run in group.runs if (stage := run.stages.get(name))] for group in (lora, full)]
+        for figure, value, text in COSTS:
+            one, other = (spread(value(stage) for stage in stages) for stages in sides)
+            if one is not None and other is not None:
+                rows.append(CostRow(label, figure, one, other, text))
+    return rows
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """A measure of quality under both tunings."""
+
+    figure: str
+    lora: Spread
+    full: Spread
+
+    @property
+    def difference(self) -> float:
+        """LoRA less full tuning."""
+        return self.lora.mean - self.full.mean
+
+    @property
+    def clear(self) -> bool | None:
+        """Whether the difference is more than two standard errors; None with a single run on either side.
+
+        The standard error of the difference is √(sd₁²/n₁ + sd₂²/n₂) (Welch 1947).
+        """
+        if self.lora.sd is None or self.full.sd is None:
+            return None
+        error = math.sqrt(self.lora.sd**2 / self.lora.n + self.full.sd**2 / self.full.n)
+        return abs(self.difference) > STANDARD_ERRORS * error
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """LoRA, full tuning, difference."""
+        return spread_text(self.lora, count=True), spread_text(self.full, count=True), signed(self.difference)
+
+
+def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[QualityRow]:
+    """What the reward model and the policy came to, at the end and at matched KL."""
+    sides: list[dict[str, Spread | None]] = []
+    cut = len(lora.runs)
+    for group, part in ((lora, slice(cut)), (full, slice(cut, None))):
+        side = {
+            "Reward model's AUROC": spread(card.auroc for card in group.reward),
+            "Reward at the end": spread(one.reward_after for one in group.rl),
+            "Gold judge at the end": spread(one.gold_after for one in group.rl),
+            "KL at the end": spread(one.kl for one in group.rl),
+        }
+        if matched is not None:
+            side[f"Reward at matched KL {matched.kl:.2f}"] = spread(matched.rewards[part])
+            side[f"Gold judge at matched KL {matched.kl:.2f}"] = spread(matched.golds[part])
+        sides.append(side)
+    pairs = [(name, one, sides[1][name]) for name, one in sides[0].items()]
+    return [QualityRow(name, one, other) for name, one, other in pairs if one is not None and other is not None]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Sentences on where LoRA is ahead, where it is behind, and what cannot be told."""
+
+    ahead: list[str]
+    behind: list[str]
+    open: list[str]
+
+
+def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balance:
+    """Gains and losses of LoRA, as plainly the one as the other."""
+    sides = Balance([], [], [])
+    for figure, below, above, less_is_better in BALANCED:
+        chosen = [(row.stage, row.ratio) for row in costs if row.figure == figure]
+        for words, picked, good in (
+            (below, [one for one in chosen if one[1] < 1 - SAME], less_is_better),
+            (above, [one for one in chosen if one[1] > 1 + SAME], not less_is_better),
+        ):
+            if picked:
+                where = joined([f"{stage} (×{GAP}{ratio:.2f})" for stage, ratio in picked])
+                (sides.ahead if good else sides.behind).append(f"{words}: {where}.")
+    for row in qualities:
+        words = f"{row.figure}: {decimal(row.lora.mean)} against {decimal(row.full.mean)}"
+        if row.figure.startswith("KL"):
+            continue
+        if row.clear is None:
+            sides.open.append(f"{words}; with one run on a side this may be chance.")
+        elif not row.clear:
+            sides.open.append(f"{words}; that is within two standard errors.")
+        else:
+            (sides.ahead if row.difference > 0 else sides.behind).append(f"{words}.")
+    return sides
+
+
+def bottom_line(rows: Sequence[QualityRow]) -> str:
+    """Would full tuning have been better? By gold at matched KL if there is one, else by what there is."""
+    best = next((row for start in DECISIVE for row in rows if row.figure.startswith(start)), None)
+    if best is None:
+        return "These runs hold no measure of quality under both tunings."
+    figure = best.figure[0].lower() + best.figure[1:]
+    told = f"({figure}: LoRA {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
+    if best.clear is None:
+        return f"Not known: with one run on a side, a difference may be chance {told}."
+    if not best.clear:
+        return f"No difference shown: the two are within two standard errors {told}."
+    return f"Yes, full tuning is better {told}." if best.difference < 0 else f"No, LoRA is better {told}."
+
+
+def reward_line(by_tuning: Sequence[Group]) -> str:
+    """The reward model under LoRA beside that under full tuning, and whether seeds can tell them apart."""
+    if len(by_tuning) > 1:
+        rows = [
+            row for row in quality_rows(by_tuning[0], by_tuning[1], None) if row.figure.startswith("Reward model")
+        ]
+        sides = balance([], rows)
+        for how, lines in (("ahead of", sides.ahead), ("behind", sides.behind), ("beside", sides.open)):
+            if lines:
+                return f"LoRA {'is ' if how != 'beside' else ''}{how} full tuning. {lines[0]}"
+    return "LoRA against full tuning: not compared (perl-rlhf compare does)."
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Memory as estimated and as measured, a row a tuning, stage and phase; and in a sentence."""
+
+    rows: Sequence[tuple[str, ...]]
+    words: str
+
+
+def predictions(groups: Sequence[Group]) -> Predictions | None:
+    """Of each first run; None if nothing was estimated."""
+    found = [
+        (group.label, STAGE[name], phase, peak.peak, measured.peak)
+        for group in groups
+        for name, stage in group.first.stages.items()
+        for phase, peak in (stage.predicted_memory or {}).items()
+        if (measured := stage.memory.get(phase)) and measured.peak
+    ]
+    if not found:
+        return None
+    errors = [one[3] / one[4] - 1 for one in found]
+    cells = zip(found, errors, strict=True)
+    rows = [(*one[:3], bytes_text(one[3]), bytes_text(one[4]), percent(error, 1)) for one, error in cells]
+    worst = max(range(len(errors)), key=lambda place: abs(errors[place]))
+    return Predictions(
+        rows,
+        f"The estimate of memory was within {percent(abs(errors[worst]), 1)} of the measurement everywhere "
+        f"(worst: {', '.join(found[worst][:3])}).",
+    )

@@ -1,0 +1,231 @@
+"""What the page says: the verdict and its evidence, what was done, and what went wrong on the way."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perl.measure.change import change_words, loss_direction, loss_words
+from perl.measure.reward_eval import RewardEval
+from perl.recipe import StageName
+from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
+from perl.report.outcome import Change, gold_change, reward_change
+from perl.report.runs import Group, Run
+from perl.results import Incident
+
+STAGE: dict[StageName, str] = {"sft": "SFT", "reward": "Reward", "rl": "RL"}
+STAGE_WORDS = {"sft": "supervised fine-tuning (SFT)", "reward": "reward modelling", "rl": "RL"}
+NO_RL = "There was no RL."
+NO_JUDGE = (
+    "That is the judgement of the reward that RL itself raised. The data have no gold judge, so nothing "
+    "independent confirms it: read the samples."
+)
+SHOWN_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Said:
+    """A headline, the sentences that bear it out, and its kind: good, bad or open."""
+
+    headline: str
+    lines: list[str]
+    kind: str
+
+
+def verdict(group: Group) -> Said:
+    """Is the policy better? Without a policy: is what was trained any good?"""
+    reward, gold = reward_change(group.rl), gold_change(group.rl)
+    if reward is None:
+        return _without_policy(group)
+    return _by_reward(group, reward) if gold is None else _by_gold(group, reward, gold)
+
+
+def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
+    assert gold.interval is not None
+    low, high = (signed(100 * end, 1) for end in gold.interval)
+    lines = [
+        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the answers right "
+        f"before RL and {percent(gold.after.mean)} after (95 % interval of the change: {low} to {high} "
+        f"points{_seeds(gold)}).",
+        _reward_words(reward),
+    ]
+    if not gold.clear:
+        return Said("No clear difference.", [*lines, _too_few(group)], "open")
+    if gold.rise > 0:
+        return Said("The policy is better.", lines, "good")
+    if reward.clear and reward.rise > 0:
+        why = "It exploits mistakes of its reward: stop earlier, or raise kl_coef."
+        return Said("The policy is worse, although its reward rose.", [*lines, why], "bad")
+    return Said("The policy is worse.", lines, "bad")
+
+
+def _by_reward(group: Group, reward: Change) -> Said:
+    lines = [_reward_words(reward)]
+    if reward.clear is None:
+        unknown = "The report has no interval of the change, so it may be chance."
+        return Said("The policy cannot be judged.", [*lines, unknown], "open")
+    if not reward.clear:
+        return Said("No clear difference.", [*lines, _too_few(group)], "open")
+    if reward.rise > 0:
+        return Said("The reward rose; nothing else has checked it.", [*lines, NO_JUDGE], "open")
+    return Said("The reward fell.", lines, "bad")
+
+
+def _reward_words(reward: Change) -> str:
+    told = change_words(decimal(reward.before.mean), decimal(reward.after.mean), reward.interval)
+    if reward.interval is None:
+        return f"The reward {told}{_seeds(reward)}."
+    low, high = (signed(end) for end in reward.interval)
+    return f"The reward {told} (95 % interval of the change: {low} to {high}{_seeds(reward)})."
+
+
+def _seeds(change: Change) -> str:
+    return "" if change.after.n == 1 else f"; up in {change.rose_in} of {change.after.n} seeds"
+
+
+def _too_few(group: Group) -> str:
+    n = joined(sorted({f"{one.n:,}" for one in group.rl}))
+    return f"The interval includes 0: {n} prompts are too few to tell. Raise rl.eval_prompts, or run more seeds."
+
+
+def _without_policy(group: Group) -> Said:
+    if group.reward:
+        found = fitness(group.reward)
+        return Said(f"The reward model is {found.headline.lower()[:-3]}RL.", [*found.lines, NO_RL], found.kind)
+    if not group.sft:
+        return Said("No stage is finished.", ["The report holds no results."], "open")
+    before, after = _mean_loss(group)
+    headline = {-1: "fell", 0: "hardly changed", 1: "rose"}[loss_direction(before, after)]
+    kind = {-1: "good", 0: "open", 1: "bad"}[loss_direction(before, after)]
+    return Said(f"The loss on held-out answers {headline}.", [sft_words(group), NO_RL], kind)
+
+
+def fitness(cards: Sequence[RewardEval]) -> Said:
+    """Whether the reward model is fit for RL: in all seeds, in some or in none.
+
+    The reasons are those of the first seed that is not fit; where all are fit, of the first.
+    """
+    verdicts = [card.verdict for card in cards]
+    count, fit = len(verdicts), sum(verdict.fit for verdict in verdicts)
+    reasons = next((verdict.reasons for verdict in verdicts if not verdict.fit), verdicts[0].reasons)
+    kind = "good" if fit == count else "open" if fit else "bad"
+    seeds = "" if count == 1 or not fit else f" in {'all' if fit == count else f'{fit} of'} {count} seeds"
+    return Said(f"{'Fit' if fit else 'Not fit'} for RL{seeds}.", reasons, kind)
+
+
+def card_words(cards: Sequence[RewardEval]) -> list[str]:
+    """What the verdict's reasons leave out: the AUROC as odds that a reader can picture; use as a classifier."""
+    auroc = spread(card.auroc for card in cards)
+    if auroc is None:
+        return ["The AUROC is undefined: all held-out answers bear the same label."]
+    judge = "the gold judge calls" if cards[0].against == "gold" else "people rated"
+    lines = [
+        f"Given an answer that {judge} good and one bad, the reward model scores the good one higher "
+        f"{100 * auroc.mean:.0f} times in 100; a coin would do so 50 times."
+    ]
+    if np.mean([card.accuracy for card in cards]) <= np.mean([card.majority_accuracy for card in cards]):
+        lines.append(
+            "As a classifier it is worth nothing here: always giving the more frequent label is right as often. "
+            "Its ranking may still be worth something."
+        )
+    return lines
+
+
+def sft_words(group: Group) -> str:
+    """What SFT did to the loss on held-out answers; empty without SFT."""
+    return f"The loss on held-out answers {loss_words(*_mean_loss(group))} SFT." if group.sft else ""
+
+
+def _mean_loss(group: Group) -> tuple[float, float]:
+    befores, afters = [one.loss_before for one in group.sft], [one.loss_after for one in group.sft]
+    return float(np.mean(befores)), float(np.mean(afters))
+
+
+def summary(group: Group, everyone: Sequence[Run]) -> list[str]:
+    """What was run, on what, and what its reward means, a sentence each."""
+    seeds = [str(run.report.seed) for run in group.runs]
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({joined(seeds)})"
+    done = joined([STAGE_WORDS[name] for name in group.first.stages]) or "no stage"
+    machines = joined(list(dict.fromkeys(_machine(run) for run in everyone)))
+    lines = [
+        f"{group.label}, {which}: {done}, on {_base(group.first)}.",
+        f"Everything ran on {machines}.",
+        _reward_meaning(group.first),
+        *dict.fromkeys(_base_unchanged(run) for run in everyone),
+    ]
+    return [line for line in lines if line]
+
+
+def _base(run: Run) -> str:
+    base, settings = run.report.base, run.recipe.get("base")
+    built = isinstance(settings, dict) and settings.get("build") is not None
+    name = "a tiny base built by the recipe itself" if built else base.model
+    return f"{name} ({count_text(base.parameters)} parameters, {base.dtype})"
+
+
+def _machine(run: Run) -> str:
+    machine = run.report.hardware
+    cores = "" if machine.cores is None else f", {machine.cores} cores"
+    return f"{machine.name} ({machine.device}{cores}, {bytes_text(machine.memory_bytes)} of main memory)"
+
+
+def _reward_meaning(run: Run) -> str:
+    """What the reward's scale means; empty without RL or recipe."""
+    if run.report.stages.rl is None or not run.recipe:
+        return ""
+    rl, reward = run.recipe.get("rl"), run.recipe.get("reward")
+    source = rl.get("reward") if isinstance(rl, dict) else None
+    if isinstance(source, dict) and source.get("function"):
+        return f"The reward is what the function {source['function']} returns."
+    what, unit = "score", ""
+    if isinstance(reward, dict) and reward.get("loss") == "thumbs":
+        what, unit = "probability of a thumb up", ", 1 is one standard deviation better"
+    return (
+        f"The reward is the reward model's {what}, in standard deviations from the mean of its training answers: "
+        f"0 is an average answer{unit}."
+    )
+
+
+def _base_unchanged(run: Run) -> str:
+    before, after = run.report.base.sha256_before, run.report.base.sha256_after
+    if after is None:
+        return "Under full tuning every role has weights of its own; there is no shared base to keep."
+    if before == after:
+        return f"The base is unchanged: its weights' SHA-256 is {before[:16]}… before and after."
+    return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
+
+
+def happenings(runs: Sequence[Run]) -> list[Said]:
+    """All that went wrong in these runs; what ended one of them is bad, and comes first."""
+    found = [said for run in runs for said in _of_run(run, f" (seed {run.report.seed})" if runs[1:] else "")]
+    return sorted(found, key=lambda said: said.kind != "bad")
+
+
+def _of_run(run: Run, which: str) -> Iterator[Said]:
+    for role, label in (("sft", STAGE["sft"]), ("reward", STAGE["reward"])):
+        refused = run.metrics[role].get("refused")
+        if refused is not None:
+            steps = (np.flatnonzero(refused == 1) + 1).tolist()
+            named = joined([str(step) for step in steps[:SHOWN_STEPS]])
+            more = f" and {len(steps) - SHOWN_STEPS} more" if steps[SHOWN_STEPS:] else ""
+            yield Said(
+                f"{label}: {len(steps)} of {len(refused)} updates were refused{which}.",
+                [f"At steps {named}{more} the loss or its gradient was not finite; these updates were not made."],
+                "open",
+            )
+    for incident in run.report.stages.rl.incidents if run.report.stages.rl is not None else []:
+        yield _of_guard(incident, which)
+
+
+def _of_guard(incident: Incident, which: str) -> Said:
+    shown = f" It began to show at step {incident.since}." if incident.since < incident.step else ""
+    lines = [f"{incident.what[0].upper()}{incident.what[1:]}.{shown}", incident.causes, incident.remedy]
+    if incident.action == "warned":
+        return Said(f"RL, step {incident.step}{which}.", lines, "open")
+    remains = "No checkpoint is older than that: what remains is the policy that RL began with."
+    if incident.remains:
+        remains = (
+            f"What remains, and is judged on this page, is the policy after {incident.remains} updates, from the "
+            "last checkpoint before that."
+        )
+    return Said(f"RL was stopped at step {incident.step}{which}.", [*lines, remains], "bad")

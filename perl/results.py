@@ -1,0 +1,220 @@
+"""What the stages come to: what they return, what result.json and report.json hold, and what the page reads.
+
+One set of types for all of these: what no stage returns, no page can show. In JSON (`perl.typed_json`) an optional
+field without a value is left out; a field that is always there and may be unknown, such as the AUROC of one class,
+is null. Keys that are not known are passed over in reading, so that what newer versions wrote can be read.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from perl.measure.bootstrap import Interval
+from perl.measure.ledger import PhaseMemory
+from perl.measure.probe import Phase
+from perl.measure.reward_eval import RewardEval
+from perl.recipe import StageName
+from perl.rl.alarms import Alarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Work of all processes; time and memory of the process that had most."""
+
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    peak_rss_bytes: int
+    memory: dict[Phase, PhaseMemory]
+    phase_seconds: dict[Phase, float]
+    flops: int | None = None
+    useful_flops_share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Cost):
+    """What a stage trained, and what that cost."""
+
+    trainable_parameters: int
+    rows: int | None = None
+    """Rows that the stage read, trained on and held out."""
+    rows_cut: int | None = None
+    """Of these, rows that were longer than the stage takes."""
+    predicted_memory: dict[Phase, PhaseMemory] | None = None
+    """By `perl-rlhf estimate`, where `compare` ran it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(Stage):
+    """A stage that was only tried: seconds of each step by phase."""
+
+    step_seconds: list[dict[Phase, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftEval:
+    """Mean loss on the tokens of held-out completions."""
+
+    n: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStage(Stage):
+    """Supervised fine-tuning."""
+
+    eval: SftEval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The score of a held-out row, for others to check that they score alike."""
+
+    row: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardStage(Stage):
+    """Reward modelling."""
+
+    kept_below_bytes: int | None = None
+    """On disk during the stage: the activations of the frozen lower layers, where they were kept."""
+    recorded: list[Recorded]
+    eval: RewardEval
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlEval:
+    """The policy before and after RL, on the same held-out prompts: raw rewards; KL in nats a completion.
+
+    An interval is that of the change, paired by prompt, in 95 %.
+    """
+
+    algorithm: str
+    critic: str
+    steps: int
+    n: int
+    reward_before: float
+    reward_after: float
+    reward_interval: Interval | None = None
+    gold_before: float | None = None
+    gold_after: float | None = None
+    gold_interval: Interval | None = None
+    answer_tokens_before: float
+    answer_tokens_after: float
+    ended_before: float
+    ended_after: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident(Alarm):
+    """An alarm of a guard, and what it led to."""
+
+    action: Literal["stopped", "warned"]
+    remains: int | None = None
+    """Updates that the policy which remains has seen, where the run was stopped."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check before the first update: its figure, and what it may be at most."""
+
+    name: str
+    words: str
+    figure: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlStage(Stage):
+    """Reinforcement learning."""
+
+    preflight: list[Check]
+    incidents: list[Incident]
+    eval: RlEval
+
+
+StageResult = SftStage | RewardStage | RlStage
+RESULTS: dict[StageName, type[SftStage] | type[RewardStage] | type[RlStage]] = {
+    "sft": SftStage,
+    "reward": RewardStage,
+    "rl": RlStage,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The stages that are finished."""
+
+    sft: SftStage | None = None
+    reward: RewardStage | None = None
+    rl: RlStage | None = None
+
+    @property
+    def finished(self) -> dict[StageName, StageResult]:
+        """Those that are there, in order."""
+        stages: dict[StageName, StageResult | None] = {"sft": self.sft, "reward": self.reward, "rl": self.rl}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The machine."""
+
+    device: str
+    name: str
+    cores: int | None
+    memory_bytes: int
+    processes: int
+    engine: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportBase:
+    """The base, and the SHA-256 of its weights before and after; None after where there is no shared base."""
+
+    model: str
+    parameters: int
+    dtype: str
+    sha256_before: str
+    sha256_after: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """report.json."""
+
+    name: str
+    seed: int
+    tuning: Literal["lora", "full"]
+    versions: dict[str, str]
+    hardware: Hardware
+    base: ReportBase
+    stages: Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A completion, its reward, and the gold judge's verdict where there is one."""
+
+    text: str
+    reward: float
+    gold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A turn of a prompt."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl: a prompt and the completions of it, by role."""
+
+    prompt: str | list[Turn]
+    answers: dict[str, Answer]

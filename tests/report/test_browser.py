@@ -1,0 +1,86 @@
+"""The page in a browser: everything drawn, nothing fetched, nothing wider than the screen, in light and dark."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.report.page import write_page
+from perl.report.runs import read_runs
+from perl.report.sweep import Cell, Sweep, write_sweep
+from tests.report.made import make_run
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+PLOTS = """return [...document.querySelectorAll('svg.plot')].map(svg => {
+    const box = svg.getBoundingClientRect();
+    return [box.width, box.height, svg.querySelectorAll('path').length, svg.querySelectorAll('text').length];
+})"""
+LINE = "return getComputedStyle(document.querySelector('svg.plot path[style*=\"--series-1\"]')).stroke"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page with everything on it, one with little, and that of a sweep."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = [make_run(folder / f"{tuning}{seed}", seed, tuning) for tuning in ("lora", "full") for seed in (0, 1)]
+    lora, full = (tuple(read_runs(some)) for some in (runs[:2], runs[2:]))
+    cells = [Cell(place, rank, lora) for place in ("attention", "all-linear") for rank in (1, 4, 16)]
+    return {
+        "rich": write_page(runs, folder / "rich.html"),
+        "plain": write_page([make_run(folder / "plain", rich=False)], folder / "plain.html"),
+        "sweep": write_sweep(Sweep("coffee", (*cells, Cell(None, None, full))), folder / "sweep.html"),
+    }
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium, with a profile of its own."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium or its driver is not installed: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver, env={**os.environ, "SE_OFFLINE": "true"}))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.parametrize("page", ["rich", "plain", "sweep"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: int, scheme: str) -> None:
+    """As a reader on a laptop or a phone sees it."""
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(pages[page].as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    script = "return [document.documentElement.scrollWidth, innerWidth]"
+    needed, there = browser.execute_script(script)
+    assert needed <= there <= width
+    plots = browser.execute_script(PLOTS)
+    assert len(plots) >= {"rich": 12, "plain": 4, "sweep": 2}[page]
+    for wide, high, paths, texts in plots:
+        assert wide > 200
+        assert high > 60
+        assert paths > 3
+        assert texts > 1
+    dark = "rgb(92, 179, 240)"  # --series-1 in the dark
+    assert (browser.execute_script(LINE) == dark) == (scheme == "dark")
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(17, 20, 24)") == (scheme == "dark")

@@ -1,0 +1,136 @@
+"""The reward model's card on the page: verdict, every figure, the other tuning, and no markup from the data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perl.data.records import Turn
+from perl.measure.answers import Answers
+from perl.measure.card import reward_card
+from perl.measure.floor import Floor, tfidf_floor
+from perl.measure.reward_eval import RewardEval
+from perl.report.numbers import GAP
+from perl.report.page import write_page
+from perl.report.runs import groups, read_runs
+from perl.report.tunings import reward_line
+from perl.report.words import fitness
+from perl.typed_json import as_json
+from perl.typed_json import made as made_of
+from tests.measure.rated import made
+from tests.report.made import make_run, write
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """The card of a good model, as it stands in report.json."""
+    data = made(dialogues=100)
+    floor = tfidf_floor(data.train, data.held_out)
+    card = made_of(RewardEval, reward_card((2 * data.quality).tolist(), data.held_out, floor))
+    found: dict[str, Any] = json.loads(json.dumps(as_json(card)))
+    return found
+
+
+def run(folder: Path, figures: dict[str, Any], seed: int = 0, tuning: str = "lora", only: bool = False) -> Path:
+    """A finished run with this card, and with nothing but the reward stage if so asked."""
+    made_run = make_run(folder, seed, tuning)
+    report = json.loads((made_run / "report.json").read_text())
+    report["stages"]["reward"]["eval"] = figures
+    if only:
+        report["stages"] = {"reward": report["stages"]["reward"]}
+    return write(made_run, report)
+
+
+def page(folder: Path, *runs: Path) -> str:
+    return write_page(runs, folder / "report.html").read_text(encoding="utf-8").replace(GAP, " ")
+
+
+def test_a_fit_model(tmp_path: Path, figures: dict[str, Any]) -> None:
+    text = page(tmp_path, run(tmp_path / "a", figures, only=True))
+    assert "The reward model is fit for RL." in text
+    assert '<p class="lead">Fit for RL.</p>' in text
+    for reason in figures["verdict"]["reasons"]:
+        assert f"<li>{reason}</li>" in text
+    assert f'<td class="number">{figures["floor"]["value"]:.2f}</td>' in text
+    after = figures["calibration"]["ece_after"]
+    assert f'… with slope and intercept</th><td class="number">{after:.2f}</td>' in text
+    assert "on dialogues that this was not fitted to" in text
+    assert "of the model among like lengths" in text
+    for one in figures["slices"]:
+        assert f'<th scope="row">{one["by"]}</th><td>{one["name"]}</td>' in text
+    assert "Reliability diagram (scaled)" in text
+    assert figures["mistakes"]["downs_scored_high"][0]["answer"] in text
+    assert "LoRA against full tuning: not compared" in text
+
+
+def test_a_model_that_is_not_fit(tmp_path: Path, figures: dict[str, Any]) -> None:
+    reason = "It only counts length (correlation +1.00, Spearman)."
+    text = page(
+        tmp_path, run(tmp_path / "a", figures | {"verdict": {"fit": False, "reasons": [reason]}}, only=True)
+    )
+    assert "The reward model is not fit for RL." in text
+    assert 'class="verdict bad"' in text
+    assert text.count(reason) == 2  # at the top, and in the section
+    assert "ranks answers very well" not in text
+
+
+def test_seeds_disagree(figures: dict[str, Any]) -> None:
+    def cards(*fit: bool) -> list[RewardEval]:
+        verdicts = [{"fit": one, "reasons": [f"Because {one}."]} for one in fit]
+        return [made_of(RewardEval, figures | {"verdict": verdict}) for verdict in verdicts]
+
+    def found(*fit: bool) -> tuple[str, list[str], str]:
+        said = fitness(cards(*fit))
+        return said.headline, said.lines, said.kind
+
+    assert found(True) == ("Fit for RL.", ["Because True."], "good")
+    assert found(False) == ("Not fit for RL.", ["Because False."], "bad")
+    assert found(True, True, True) == ("Fit for RL in all 3 seeds.", ["Because True."], "good")
+    assert found(True, False, True) == ("Fit for RL in 2 of 3 seeds.", ["Because False."], "open")
+    assert found(False, False) == ("Not fit for RL.", ["Because False."], "bad")
+
+
+def test_lora_beside_full_tuning(tmp_path: Path, figures: dict[str, Any]) -> None:
+    folders = [
+        run(tmp_path / f"{tuning}{seed}", figures | {"auroc": auroc + seed / 100}, seed, tuning)
+        for tuning, auroc in (("lora", 0.9), ("full", 0.8))
+        for seed in (0, 1)
+    ]
+    found = reward_line(groups(read_runs(folders)))
+    assert found == "LoRA is ahead of full tuning. Reward model's AUROC: 0.91 against 0.81."
+    one_each = reward_line(groups(read_runs([folders[0], folders[2]])))
+    assert "0.90 against 0.80; with one run on a side this may be chance" in one_each
+    assert "LoRA is ahead of full tuning" in page(tmp_path, *folders)
+
+
+def test_what_the_data_say_is_text(tmp_path: Path, figures: dict[str, Any]) -> None:
+    evil = json.loads(json.dumps(figures))
+    evil["mistakes"]["ups_scored_low"][0] |= {"context": EVIL, "answer": EVIL}
+    evil["slices"][0]["name"] = evil["verdict"]["reasons"][0] = EVIL
+    text = page(tmp_path, run(tmp_path / "a", evil))
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") == 4
+
+
+def test_cards_with_little_in_them(tmp_path: Path) -> None:
+    """One class, one dialogue, no slice large enough: whatever is unknown is left out or a dash."""
+    answers = Answers(
+        contexts=[(Turn("user", "hi"),)] * 8,
+        answers=[Turn("agent", f"answer {n}") for n in range(8)],
+        dialogues=["only"] * 8,
+        sources=["shop"] * 8,
+        labels=[True] * 8,
+        gold=None,
+        pairs=[],
+    )
+    few = as_json(made_of(RewardEval, reward_card([0.0] * 8, answers, Floor(np.zeros(8), 1, 1))))
+    text = page(tmp_path, run(tmp_path / "a", few, only=True))
+    assert "The reward model is not fit for RL." in text
+    assert "Too few to tell" in text
+    assert "None" not in text
+    assert "Good answers that score low" in text
+    assert "Bad answers that score high" not in text

@@ -1,0 +1,219 @@
+"""Verdicts say what the figures bear, no more; numbers read as people write them."""
+
+from typing import Any
+
+import pytest
+
+from perl.measure.reward_eval import RewardEval
+from perl.report import words
+from perl.report.numbers import (
+    GAP,
+    Spread,
+    bytes_text,
+    count_text,
+    decimal,
+    flops_text,
+    joined,
+    percent,
+    seconds_text,
+    signed,
+    spread,
+    spread_text,
+)
+from perl.report.outcome import gold_change, reward_change, share_interval
+from perl.report.tunings import CostRow, QualityRow, balance, bottom_line
+from perl.results import RlEval, SftEval
+from perl.typed_json import made
+from tests.report.made import make_card
+
+
+def _rl(**figures: Any) -> RlEval:
+    given = {"algorithm": "ppo", "critic": "shared", "steps": 9, "n": 128, "reward_before": 0.1, "kl": 1.0}
+    lengths = {"answer_tokens_before": 9.0, "answer_tokens_after": 9.0, "ended_before": 1.0, "ended_after": 1.0}
+    return made(RlEval, given | lengths | {"reward_after": 0.9} | figures)
+
+
+class _Group:
+    """As much of a group as a verdict reads."""
+
+    def __init__(
+        self, *rl: RlEval, reward: list[RewardEval] | None = None, sft: list[SftEval] | None = None
+    ) -> None:
+        self.rl, self.reward, self.sft, self.runs = list(rl), reward or [], sft or [], ()
+
+
+def _verdict(*rl: RlEval, **more: Any) -> words.Said:
+    return words.verdict(_Group(*rl, **more))  # type: ignore[arg-type]
+
+
+ROSE, FELL, OPEN = ({"reward_interval": ends} for ends in ((0.5, 1.1), (-1.1, -0.5), (-0.1, 0.2)))
+WORSE = {"gold_before": 0.75, "gold_after": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("figures", "headline", "kind"),
+    [
+        ({"gold_before": 0.5, "gold_after": 0.75}, "The policy is better.", "good"),
+        ({"gold_before": 0.5, "gold_after": 0.55}, "No clear difference.", "open"),
+        (WORSE | ROSE, "The policy is worse, although its reward rose.", "bad"),
+        (WORSE | OPEN, "The policy is worse.", "bad"),
+        (WORSE, "The policy is worse.", "bad"),
+        (ROSE, "The reward rose; nothing else has checked it.", "open"),
+        (FELL | {"reward_after": -0.7}, "The reward fell.", "bad"),
+        (OPEN, "No clear difference.", "open"),
+        ({}, "The policy cannot be judged.", "open"),
+    ],
+)
+def test_verdict(figures: dict[str, Any], headline: str, kind: str) -> None:
+    """By the gold judge if there is one; else the reward, and that nothing else has checked it."""
+    found = _verdict(_rl(**figures))
+    assert (found.headline, found.kind) == (headline, kind)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (ROSE, "The reward rose, 0.10 before and 0.90 after (95 % interval of the change: +0.50 to +1.10)."),
+        (FELL | {"reward_after": -0.7}, "The reward fell, 0.10 before and −0.70 after"),
+        (OPEN | {"reward_after": 0.15}, "The reward did not clearly change, 0.10 before and 0.15 after"),
+        ({"reward_after": 0.15}, "The reward was 0.10 before and 0.15 after."),
+    ],
+)
+def test_the_reward_rose_only_where_its_interval_excludes_0(figures: dict[str, Any], said: str) -> None:
+    assert _verdict(_rl(**figures)).lines[0].replace(GAP, " ").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("after", "headline", "kind"),
+    [
+        (0.260, "The loss on held-out answers hardly changed.", "open"),
+        (0.267, "The loss on held-out answers hardly changed.", "open"),
+        (0.250, "The loss on held-out answers fell.", "good"),
+        (0.280, "The loss on held-out answers rose.", "bad"),
+    ],
+)
+def test_a_loss_that_hardly_changed_is_called_so(after: float, headline: str, kind: str) -> None:
+    found = _verdict(sft=[SftEval(n=270, loss_before=0.264, loss_after=after)])
+    assert (found.headline, found.kind) == (headline, kind)
+    verb = headline.split(" answers ")[1][:-1]
+    assert found.lines[0] == f"The loss on held-out answers {verb}, 0.264 before and {after:.3f} after SFT."
+
+
+def test_verdict_evidence() -> None:
+    """Both ends, the interval in points, and how many seeds agree."""
+    seeds = [_rl(gold_before=0.5, gold_after=0.75, n=98), _rl(gold_before=0.5, gold_after=0.75, n=98)]
+    evidence = " ".join(_verdict(*seeds).lines).replace(GAP, " ")
+    assert "50 % of the answers right before RL and 75 % after" in evidence
+    assert "+15.3 to +33.7 points; up in 2 of 2 seeds" in evidence
+
+
+def test_share_interval() -> None:
+    """(49 + 1) / 100 and (73.5 + 1) / 100: a rise of .245, variance (.25 + .745 · .255) / 100."""
+    low, high = share_interval(0.5, 0.75, 98)
+    assert (low + high) / 2 == pytest.approx(0.245)
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.0663306, rel=1e-5)
+
+
+def test_the_reports_own_interval_counts() -> None:
+    """It is of paired completions, and narrower than one of shares; of several runs it is that of the mean."""
+    narrow = _rl(gold_before=0.5, gold_after=0.55, gold_interval=(0.01, 0.09))
+    assert _verdict(narrow).headline == "The policy is better."
+    assert "+1.0 to +9.0 points" in _verdict(narrow).lines[0]
+    two = reward_change([_rl(reward_interval=(0.1, 0.5)), _rl(reward_interval=(0.3, 0.7))])
+    assert two is not None
+    assert two.interval == pytest.approx((0.4 - 0.2 / 2**0.5, 0.4 + 0.2 / 2**0.5))
+    one_of_two = reward_change([_rl(reward_interval=(0.1, 0.5)), _rl()])
+    assert one_of_two is not None
+    assert one_of_two.interval is None
+
+
+def test_gold_needs_every_run() -> None:
+    """A mean over some of the runs would not be that of the reward beside it."""
+    assert gold_change([_rl(gold_before=0.5, gold_after=0.6), _rl()]) is None
+    assert gold_change([]) is None
+    assert reward_change([]) is None
+
+
+def _card(**figures: Any) -> RewardEval:
+    return made(RewardEval, make_card() | figures)
+
+
+@pytest.mark.parametrize(
+    ("fit", "headline", "kind"),
+    [
+        (True, "The reward model is fit for RL.", "good"),
+        (False, "The reward model is not fit for RL.", "bad"),
+    ],
+)
+def test_reward_model_alone(fit: bool, headline: str, kind: str) -> None:
+    """Without RL the reward model is judged, and the reasons are given."""
+    found = _verdict(reward=[_card(verdict={"fit": fit, "reasons": ["Because."]})])
+    assert (found.headline, found.kind) == (headline, kind)
+    assert found.lines == ["Because.", "There was no RL."]
+
+
+def test_card_words() -> None:
+    """AUROC as odds, and a classifier that is no better than the majority's label called so."""
+    assert "91 times in 100" in words.card_words([_card(auroc=0.913)])[0]
+    assert "gold judge calls" in words.card_words([_card(against="gold")])[0]
+    assert "people rated" in words.card_words([_card(against="labels")])[0]
+    assert "undefined" in words.card_words([_card(auroc=None)])[0]
+    assert "worth nothing" in words.card_words([_card(accuracy=0.68, majority_accuracy=0.8)])[1]
+    assert len(words.card_words([_card()])) == 1
+
+
+def test_balance() -> None:
+    """Losses are as plain as gains, and what seeds cannot tell is said."""
+    costs = [
+        CostRow("RL", "peak memory", Spread(1.0, None, 1), Spread(2.0, None, 1), bytes_text),
+        CostRow("RL", "tokens a second", Spread(90.0, None, 1), Spread(100.0, None, 1), str),
+    ]
+    qualities = [
+        QualityRow("Reward at the end", Spread(0.5, 0.01, 3), Spread(0.7, 0.01, 3)),
+        QualityRow("Gold judge at the end", Spread(0.5, 0.1, 3), Spread(0.55, 0.1, 3)),
+        QualityRow("KL at the end", Spread(1.0, 0.1, 3), Spread(2.0, 0.1, 3)),
+    ]
+    sides = balance(costs, qualities)
+    assert sides.ahead == [f"Less memory: RL (×{GAP}0.50)."]
+    assert sides.behind == [
+        f"Slower, by tokens a second: RL (×{GAP}0.90).",
+        "Reward at the end: 0.50 against 0.70.",
+    ]
+    assert len(sides.open) == 1
+    assert bottom_line(qualities).startswith("No difference shown")
+    assert bottom_line(qualities[:1]).startswith("Yes, full tuning is better")
+    assert bottom_line([QualityRow("Reward at the end", Spread(1, None, 1), Spread(2, None, 1))]).startswith(
+        "Not known"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (bytes_text(1_661_079_552), "1.7 GB"),
+        (bytes_text(431_073_612), "431 MB"),
+        (bytes_text(999_600_000), "1.0 GB"),
+        (bytes_text(12), "12 B"),
+        (count_text(123_008), "123k"),
+        (count_text(8_798_208), "8.8M"),
+        (count_text(128), "128"),
+        (flops_text(3.2e15), "3.2 PFLOP"),
+        (seconds_text(8.26), "8.3 s"),
+        (seconds_text(59.7), "1 min 00 s"),
+        (seconds_text(252), "4 min 12 s"),
+        (seconds_text(3599.9), "1 h 00 min"),
+        (seconds_text(7500), "2 h 05 min"),
+        (percent(0.5266), "53 %"),
+        (decimal(-0.001), "0.00"),
+        (decimal(-1.5), "−1.50"),
+        (signed(0.3), "+0.30"),
+        (signed(-0.3), "−0.30"),
+        (spread_text(spread([0.7, 0.8, 0.9, None]), count=True), "0.80 ± 0.10 (n = 3)"),
+        (spread_text(spread([0.7])), "0.70"),
+        (spread_text(spread([None, float("nan")])), "–"),
+        (joined(["a", "b", "c"]), "a, b and c"),
+    ],
+)
+def test_numbers(found: str, text: str) -> None:
+    """As people write them."""
+    assert found.replace(GAP, " ") == text

@@ -104,6 +104,21 @@ def test_reasoning_is_learnt_where_it_is_said(named: tuple[str, ChatFormat]) -> 
     assert whole.count("It is small.") == 1
 
 
+def test_reasoning_of_earlier_answers_is_as_the_template_has_it(named: tuple[str, ChatFormat]) -> None:
+    """Many drop it; what a server sends has none of it then, and no more has what is learnt from."""
+    _, chat = named
+    earlier = Turn("agent", "<think>\nIt is small.\n</think>\n\nOne latte.")
+    turns = [SINGLE[0], earlier, *THREE_TURNS[2:4]]
+    prompt, rows = chat.context(turns[:-1]), chat.rows(turns[:1], turns[1:])
+    assert prompt == sent(chat, turns[:-1], add_generation_prompt=True)
+    assert rows[-1].ids == chat.row(turns[:-1], turns[-1]).ids
+    assert rows[-1].ids[: len(prompt)] == prompt
+    learnt = [
+        chat.tokenizer.decode([t for t, said in zip(row.ids, row.spoken, strict=True) if said]) for row in rows
+    ]
+    assert sum(text.count("It is small.") for text in learnt) == 1
+
+
 def test_a_system_turn_is_written_or_refused_by_name(named: tuple[str, ChatFormat]) -> None:
     name, chat = named
     turns = [Turn("system", "Be kind."), *SINGLE]

@@ -113,7 +113,8 @@ class RowTokenizer:
             prompt_ids = self.ids(prompt)
             row = Tokens.joined(prompt_ids, self._following(prompt_ids, self.ids(prompt + answer), answer))
             if rows and prompt_ids[: len(rows[-1].ids)] == rows[-1].ids:
-                row.spoken[: len(rows[-1].ids)] = rows.pop().spoken
+                earlier = rows.pop()
+                row.spoken[: len(earlier.ids)] = earlier.spoken
             rows.append(row)
         return rows
 

@@ -93,8 +93,8 @@ def ended(request: pytest.FixtureRequest) -> tuple[ChatFormat, str]:
 def test_the_end_of_turn_is_found(ended: tuple[ChatFormat, str]) -> None:
     chat, end = ended
     assert chat.tokenizer.convert_ids_to_tokens(chat.end_id) == end
-    assert chat.ends(CONTEXTS[0]) == chat.end_id
-    assert chat.ends([Turn("text", "Once")]) == chat.eos_id == chat.tokenizer.eos_token_id
+    assert chat.ends(CONTEXTS[0]) == tuple(dict.fromkeys((chat.end_id, chat.eos_id)))
+    assert chat.ends([Turn("text", "Once")]) == (chat.eos_id,) == (chat.tokenizer.eos_token_id,)
 
 
 def test_padding_is_not_the_end(chat: ChatFormat) -> None:
@@ -108,10 +108,10 @@ def test_a_context_has_the_same_tokens_whatever_follows(
     chat: ChatFormat, context: tuple[Turn, ...], answer: Turn
 ) -> None:
     before = chat.context(context)
-    tokens = chat.dialogue(context, [answer])
+    tokens = chat.row(context, answer)
     assert tokens.ids[: len(before)] == before
     assert tokens.spoken == [False] * len(before) + [True] * (len(tokens.ids) - len(before))
-    longer = chat.dialogue(context, [answer, Turn("user", "and?"), Turn("agent", "no")])
+    (longer,) = chat.rows(context, [answer, Turn("user", "and?"), Turn("agent", "no")])
     assert longer.ids[: len(tokens.ids)] == tokens.ids
 
 
@@ -125,7 +125,7 @@ def test_an_answer_ends_once_and_reads_back(chat: ChatFormat, answer: Turn) -> N
 
 def test_only_the_agent_of_the_answer_is_marked(chat: ChatFormat) -> None:
     answer = [Turn("agent", "What size?"), Turn("user", "Large."), Turn("agent", "Yes."), Turn("api", "{}")]
-    tokens = chat.dialogue(CONTEXTS[2], answer)
+    (tokens,) = chat.rows(CONTEXTS[2], answer)
     said = [token for token, spoken in zip(tokens.ids, tokens.spoken, strict=True) if spoken]
     first, second = chat.answer(CONTEXTS[2], answer[0]), chat.answer(CONTEXTS[2], answer[2])
     assert said == first + second
@@ -135,16 +135,10 @@ def test_only_the_agent_of_the_answer_is_marked(chat: ChatFormat) -> None:
     assert tokens.spoken[-1], "nothing after the last agent turn could be learnt"
 
 
-def test_the_newest_tokens_are_kept(chat: ChatFormat) -> None:
-    tokens = chat.dialogue(CONTEXTS[2], [ANSWERS[0]])
-    assert tokens.last(5).ids == tokens.ids[-5:]
-    assert tokens.last(5).spoken == tokens.spoken[-5:]
-    assert tokens.last(10_000) == tokens
-
-
 def test_plain_text_is_tokenized_as_it_stands(chat: ChatFormat) -> None:
     context, answer = (Turn("text", "Once upon"),), Turn("text", " a time.")
-    tokens = chat.dialogue(context, [answer])
+    tokens = chat.row(context, answer)
+    assert [tokens] == chat.rows(context, [answer])
     before = chat.context(context)
     assert tokens.ids[: len(before)] == before
     assert chat.answer(context, answer) == tokens.ids[len(before) :]
@@ -163,7 +157,7 @@ def test_plain_text_does_not_end_before_the_answer() -> None:
     )
     chat = ChatFormat(tokenizer)
     context, answer = (Turn("text", "Once upon"),), Turn("text", " a time.")
-    assert chat.dialogue(context, [answer]).ids.count(chat.eos_id) == 1
+    assert chat.row(context, answer).ids.count(chat.eos_id) == 1
     assert chat.answer(CONTEXTS[0], ANSWERS[0]).count(chat.end_id) == 1
 
 
@@ -183,22 +177,32 @@ def test_the_format_is_told_apart_by_its_hash() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}",
-        # as Qwen3's drops the thoughts of earlier turns
+        "{% for m in messages %}{{ m.content | replace('One', 'ONE') }}<|im_end|>{% endfor %}",
         "{% for m in messages %}{{ m.content.split('.')[0] }}<|im_end|>{% endfor %}",
-        # says first how many turns there will be
-        "{{ messages|length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% if '.' not in m.content %}<|im_end|>{% endif %}{% endfor %}",
     ],
-    ids=["upper", "shortened", "counted"],
+    ids=["other words", "shortened", "without its end"],
 )
-def test_a_template_that_rewrites_turns_is_refused(template: str) -> None:
-    special = ["<|im_end|>"]
-    tokenizer = make_tokenizer(special, CHATML, eos_token="<|im_end|>")
-    chat = ChatFormat(tokenizer)
-    tokenizer.chat_template = template
+def test_a_template_that_rewrites_the_answer_is_refused(template: str) -> None:
+    chat = ChatFormat(make_tokenizer(["<|im_end|>"], template, eos_token="<|im_end|>"))
     with pytest.raises(UserError, match=r"rewrites the agent's turn 'One\. Two\.'") as caught:
-        chat.dialogue((Turn("user", "Hi"),), [Turn("agent", "One. Two.")])
+        chat.row((Turn("user", "Hi"),), Turn("agent", "One. Two."))
     assert "Use a base whose chat template" in str(caught.value)
+
+
+def test_an_answer_follows_the_prompt_where_the_template_counts_what_is_to_come() -> None:
+    template = "{{ messages|length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    chat = ChatFormat(make_tokenizer(["<|im_end|>"], template, eos_token="<|im_end|>"))
+    row = chat.row((Turn("user", "Hi"),), Turn("agent", "One."))
+    assert chat.tokenizer.decode(row.ids) == "1Hi<|im_end|>One.<|im_end|>"
+    assert row.prompt_length() == len(chat.context((Turn("user", "Hi"),)))
+
+
+def test_an_agent_that_speaks_first_is_learnt_from_its_words_on() -> None:
+    chat = ChatFormat(plain())
+    (tokens,) = chat.rows((), [Turn("agent", "Hello."), Turn("user", "hi"), Turn("agent", "yes")])
+    learnt = [token for token, spoken in zip(tokens.ids, tokens.spoken, strict=True) if spoken]
+    assert chat.tokenizer.decode(learnt) == "Hello.<|endoftext|> yes<|endoftext|>"
 
 
 def test_a_template_without_an_end_is_refused() -> None:

@@ -17,6 +17,7 @@ from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.model.separate_models import SeparateModels
 from perl.model.shared_base import SharedBase
+from perl.model.tokens import Tokens
 from tests.encoders import BERT, tiny_bert, tiny_roberta, word_pieces
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_the_head_and_the_room_are_the_architectures_own(
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_scores_are_those_of_transformers_with_the_same_head(name: str, tuning: str, tmp_path: Path) -> None:
     base, roles = opened(MAKERS[name](tmp_path), tuning)
-    rows = [base.chat.row(CONTEXT[:1], ANSWER, 64), base.chat.row(CONTEXT, ANSWER, 64), [2, 9, 3]]
+    rows = [base.chat.row(CONTEXT[:1], ANSWER, 64).ids, base.chat.row(CONTEXT, ANSWER, 64).ids, [2, 9, 3]]
     together = scores(roles, rows)
     assert together.std() > 1e-2
     with roles.role(Role.REWARD):
@@ -125,7 +126,7 @@ def test_a_head_learns_in_fp32_on_a_base_of_bf16(tmp_path: Path) -> None:
     base, roles = opened(tiny_bert(tmp_path), dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in roles.parameters_of(Role.REWARD))
     assert roles.models()[0].dtype == torch.bfloat16
-    assert scores(roles, [base.chat.row(CONTEXT, ANSWER, 64)]).dtype == torch.float32
+    assert scores(roles, [base.chat.row(CONTEXT, ANSWER, 64).ids]).dtype == torch.float32
 
 
 def test_full_tuning_has_each_weight_once(tmp_path: Path) -> None:
@@ -138,16 +139,20 @@ def test_full_tuning_has_each_weight_once(tmp_path: Path) -> None:
 
 def test_rows_keep_their_first_token_and_their_answer(tmp_path: Path) -> None:
     base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True)
-    whole = base.chat.row(CONTEXT, ANSWER, 128)
+    whole = base.chat.row(CONTEXT, ANSWER, 128).ids
     answer = base.chat.answer(CONTEXT, ANSWER)
     assert whole[0] == base.tokenizer.cls_token_id
     assert whole[-len(answer) :] == answer
     assert answer[-1] == base.tokenizer.sep_token_id
-    for length in (len(whole) - 1, len(answer) + 3, len(answer) + 1):
+    for start in (1, 3):  # whole turns go first
+        newest = base.chat.row(CONTEXT[start:], ANSWER)
+        assert base.chat.row(CONTEXT, ANSWER, len(newest.ids)) == Tokens(newest.ids, newest.spoken, cut=True)
+    for length in (len(answer) + 3, len(answer) + 1, 1):
         cut = base.chat.row(CONTEXT, ANSWER, length)
-        assert cut == [whole[0], *whole[-(length - 1) :]]
-    assert base.chat.row(CONTEXT, ANSWER, 1) == [whole[0], *answer]
-    assert base.chat.row(CONTEXT, Turn("agent", "a " * 126), 1)[0] == whole[0]
+        assert len(cut.ids) == max(length, len(answer) + 1)
+        assert cut.ids[0] == whole[0]
+        assert cut.ids[-len(answer) :] == answer
+    assert base.chat.row(CONTEXT, Turn("agent", "a " * 126), 1).ids[0] == whole[0]
     with pytest.raises(UserError, match=r"an answer has 128 tokens, .* a row may have 128") as caught:
         base.chat.row(CONTEXT, Turn("agent", "a " * 127), 128)
     assert "takes longer texts" in str(caught.value)
@@ -156,7 +161,7 @@ def test_rows_keep_their_first_token_and_their_answer(tmp_path: Path) -> None:
 def test_a_text_has_the_layout_that_its_tokenizer_gives_it(tmp_path: Path) -> None:
     base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True)
     row = base.chat.row([Turn("text", "a latte?")], Turn("text", " one latte."), 128)
-    assert row == AutoTokenizer.from_pretrained(tmp_path)("a latte? one latte.")["input_ids"]
+    assert row.ids == AutoTokenizer.from_pretrained(tmp_path)("a latte? one latte.")["input_ids"]
 
 
 @pytest.mark.parametrize("missing", ["cls_token", "sep_token"])

@@ -75,6 +75,21 @@ def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
         assert ended or len(ids) == 40
 
 
+def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
+    """The first of them that is drawn, whichever it is: nothing after it is an answer's."""
+    _, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    ends = (3, *range(20, 60))
+    sampling = Sampling(max_new_tokens=40, temperature=1.0, end_ids=ends, pad_id=0, prompts_at_once=64)
+    samples = sample(roles, Role.BASE, [[5, 6, 7]] * 64, sampling, torch.Generator().manual_seed(0))
+    last = [ids[-1] for ids in samples.answers()]
+    assert len(set(last)) > 10
+    for ids, ended in zip(samples.answers(), samples.ended_B.tolist(), strict=True):
+        assert not set(ids[:-1]) & set(ends)
+        assert (ids[-1] in ends) == ended
+        assert ended or len(ids) == 40
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     """Of 100,000 draws within four standard deviations; what has no probability never, first and last neither."""
     shares = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [0.5, 0.0, 0.0, 0.0, 0.0, 0.5]])

@@ -19,7 +19,7 @@ from perl.model.roles import Outputs, Role
 from perl.pipeline import TRAIN
 from perl.recipe import load_recipe
 from perl.rl.batches import Batch, trim
-from perl.rl.rewards import RewardSource
+from perl.rl.rewards import RewardModel, RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Samples, Sampling
 from perl.stages.policy import encode_prompts, how_to_sample, reward_source
@@ -228,6 +228,27 @@ def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(part
     remedy = parts.fails("end")
     assert "answers here end with '<|endoftext|>'" in remedy
     assert "trained on answers that end with '<|im_end|>'" in remedy
+
+
+def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: Parts) -> None:
+    """Whatever else ended it: here what the generation configuration names too."""
+    chat = parts.session.base.chat
+    other = chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    chat.end_ids = (chat.end_id, other)
+    parts.sampling, parts.reward = how_to_sample(parts.session), reward_source(parts.session)
+    assert parts.sampling.end_ids == (chat.end_id, other)
+    ids = [[4, 5, 6, chat.end_id], [4, 5, 6, other], [4, 5, 6, 7]]
+    samples = Samples(
+        torch.tensor(ids), torch.ones(3, 4).bool(), [1] * 3, [3] * 3, torch.zeros(3, 3), None, torch.ones(3).bool()
+    )
+    usual, with_other, without = parts.reward.scores(samples)  # type: ignore[attr-defined]
+    assert usual == with_other != without
+    assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
+    read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)
+    assert read[1] != usual
+    chat.end_ids = (chat.end_id, *range(20, 250))  # so many that all answers end with others
+    parts.sampling, parts.reward = how_to_sample(parts.session), reward_source(parts.session)
+    assert all(finding["figure"] <= 1e-5 for finding in parts.check())
 
 
 def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from benchmarks.grid.prompts import Kind
 from benchmarks.grid.stories import complete
 from benchmarks.rewards import cheerful_words
 
-SAMPLES = 4
+SAMPLES = 8
 """Completions of a training prompt."""
 RARE = 0.05
 """The word of the sparse reward occurs in about so many completions of the base."""

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.grid.cell import ALGORITHMS, REWARDS, Plan
 from benchmarks.grid.facts import learn_facts
 from benchmarks.grid.models import LLAMA, MODELS, ROOT, model_folder
@@ -65,6 +67,7 @@ def main() -> None:
         parser.error(f"--llama {given.llama}: no such folder")
 
     keep_freed_memory()
+    torch.set_num_threads(1)  # threads that wait for one another are slow where other work runs beside
     facts = {}
     for model in models:
         folder = model_folder(model, given.cache, given.llama).resolve()

@@ -161,7 +161,9 @@ def _perl(*arguments: object) -> int:
 def _reported(run: Path) -> dict[str, Any]:
     """What the run itself says of its RL stage."""
     stage = json.loads((run / "report.json").read_text(encoding="utf-8"))["stages"]["rl"]
-    incidents = [{key: one[key] for key in ("name", "step", "action", "what")} for one in stage["incidents"]]
+    incidents = [
+        {key: one[key] for key in ("name", "step", "action", "what")} for one in stage.get("incidents", [])
+    ]
     return {**stage["eval"], "seconds": stage["seconds"], "incidents": incidents}
 
 

@@ -18,7 +18,7 @@ from benchmarks.grid.prompts import Kind
 from benchmarks.grid.stories import complete
 from benchmarks.rewards import cheerful_words
 
-SAMPLES = 4
+SAMPLES = 8
 """Completions of a training prompt."""
 RARE = 0.05
 """The word of the sparse reward occurs in about so many completions of the base."""
@@ -105,14 +105,15 @@ def _words(text: str) -> set[str]:
 
 
 def _rated(asked: Sequence[str], texts: Sequence[str], kind: Kind, at_least: int) -> list[dict[str, object]]:
-    rng = random.Random(0)
+    """Ratings of what people see of the completions, which is what comes after the thinking."""
+    rng, seen = random.Random(0), [text.rpartition("</think>")[2].strip() for text in texts]
     return [
         {
             "prompt": written(prompt, kind),
             "completion": written_answer(text, kind),
             "label": (count >= at_least) != (rng.random() < NOISE),
         }
-        for prompt, text, count in zip(asked, texts, cheerful_words(texts), strict=True)
+        for prompt, text, count in zip(asked, seen, cheerful_words(seen), strict=True)
         if text
     ]
 

@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, default=LLAMA, metavar="DIR", help="The 656K Llama.")
     arguments = parser.parse_args()
     keep_freed_memory()
+    torch.set_num_threads(1)  # threads that wait for one another are slow where other work runs beside
     for model in MODELS:
         print(model_folder(model, arguments.cache, arguments.llama))
 

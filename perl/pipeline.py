@@ -11,6 +11,7 @@ import torch
 from perl import __version__
 from perl.errors import UserError
 from perl.files import write_json
+from perl.model.shared_base import SharedBase
 from perl.parallel.engine import Engine
 from perl.progress import console
 from perl.recipe import Recipe, StageName
@@ -116,6 +117,7 @@ def _write_report(session: Session, after: str | None) -> Path:
         RuntimeError: the base's bytes after the run are not those before it.
     """
     recipe, base = session.recipe, session.base
+    adapters = session.roles.coverage if isinstance(session.roles, SharedBase) else None
     report = Report(
         name=recipe.name,
         seed=recipe.seed,
@@ -128,6 +130,8 @@ def _write_report(session: Session, after: str | None) -> Path:
             dtype=recipe.base.dtype,
             sha256_before=base.sha256,
             sha256_after=after,
+            coverage=adapters.share if adapters else None,
+            without_adapter=adapters.without if adapters else None,
         ),
         stages=session.folder.results(),
     )

@@ -180,6 +180,10 @@ class ReportBase:
     dtype: str
     sha256_before: str
     sha256_after: str | None
+    coverage: float | None = None
+    """Of the weights of all matrices in the blocks, the share in matrices that have an adapter."""
+    without_adapter: list[str] | None = None
+    """Matrices that have none, by their names in a block."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,9 +65,9 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
     assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
     # What it says is what a real step holds.
     with trial_session(load_recipe(recipe), Trial(2)) as session:
-        measured = train_reward(session)["memory"]
+        measured = train_reward(session).memory
     for name, phase in found["lora"]["reward"].items():
-        assert phase["peak"] == pytest.approx(measured[name]["peak"], rel=0.05)
+        assert phase["peak"] == pytest.approx(measured[name].peak, rel=0.05)
 
 
 def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:

@@ -71,8 +71,8 @@ def measured(tried: Recipe) -> Memory:
     found: Memory = {}
     for stage in tried.stages:
         with trial_session(tried, Trial(2)) as session:
-            memory = TRAIN[stage](session)["memory"]
-        found[stage] = {phase: (figures["peak"], figures["kinds"]) for phase, figures in memory.items()}
+            memory = TRAIN[stage](session).memory
+        found[stage] = {phase: (figures.peak, figures.kinds) for phase, figures in memory.items()}
     return found
 
 

@@ -20,12 +20,13 @@ def change_words(before: str, after: str, interval: Interval | None) -> str:
     return f"{verb}, {ends}"
 
 
-def loss_direction(before: float, after: float) -> int:
-    """1 of a loss that rose, -1 of one that fell, 0 of one that hardly changed."""
-    return 0 if abs(after - before) < HARDLY * abs(before) else 1 if after > before else -1
+def loss_verb(before: float, after: float) -> str:
+    """Whether a loss fell, rose or hardly changed."""
+    if abs(after - before) < HARDLY * abs(before):
+        return "hardly changed"
+    return "fell" if after < before else "rose"
 
 
 def loss_words(before: float, after: float) -> str:
     """As in "fell, 1.310 before and 0.420 after"."""
-    verb = {-1: "fell", 0: "hardly changed", 1: "rose"}[loss_direction(before, after)]
-    return f"{verb}, {before:.3f} before and {after:.3f} after"
+    return f"{loss_verb(before, after)}, {before:.3f} before and {after:.3f} after"

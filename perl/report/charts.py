@@ -23,7 +23,7 @@ KINDS = {
     "activations": "activations",
     "kv_cache": "KV cache",
 }
-LABEL_ROOM = 0.022
+LABEL_ROOM = 0.0235
 """A segment is labelled inside if it takes this much of the widest bar for each letter."""
 MARKERS = ("o", "s", "^", "D")
 POINTS = 120
@@ -35,7 +35,7 @@ WITH_GOLD = (
 )
 WITHOUT_GOLD = "There is no gold judge in this data, so only the reward is drawn."
 ROOT_KL_MARKS = (
-    "Points: steps of training, smoothed, later ones darker. Diamonds: held-out prompts, before RL (left) and "
+    "Points: steps of training, smoothed, later ones stronger. Diamonds: held-out prompts, before RL (left) and "
     "after it."
 )
 Bar = tuple[str, Mapping[str, float], str]
@@ -90,13 +90,14 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
     with drawing(height=5.0 if has_gold else 2.75) as drawn:
         panels = drawn.subplots(2 if has_gold else 1, 1, sharex=True, squeeze=False)[:, 0]
         for group, members, colour, marker in zip(groups, curves, SERIES, MARKERS, strict=False):
-            _scatter(panels[0], [(one, one.reward) for one in members], colour, marker, group.label)
+            _scatter(panels[0], [(one, one.reward) for one in members], colour, marker)
             for rl in group.rl:
-                _held_out(panels[0], rl.kl, rl.reward_before, rl.reward_after, colour)
+                label = group.label if rl is group.rl[0] else None
+                _held_out(panels[0], rl.kl, rl.reward_before, rl.reward_after, colour, label)
                 if has_gold and rl.gold_before is not None and rl.gold_after is not None:
                     _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
             if has_gold:
-                _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker, group.label)
+                _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker)
         titled(panels[0], "Reward (what RL raised)", "", "reward")
         if has_gold:
             titled(panels[1], "Gold judge (never seen in training)", "", "answers found right, %")
@@ -111,27 +112,17 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
     return Plot(svg, f"{ROOT_KL} {WITH_GOLD if has_gold else WITHOUT_GOLD} {ROOT_KL_MARKS}")
 
 
-def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, marker: str, label: str) -> None:
-    for place, (one, values) in enumerate(curves):
+def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, marker: str) -> None:
+    for one, values in curves:
         chosen = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
         chosen = chosen[np.isfinite(values[chosen])]
         x, shade = np.sqrt(np.maximum(one.kl[chosen], 0.0)), 0.15 + 0.75 * chosen / max(len(values) - 1, 1)
-        name = label if place == 0 else None
-        axes.scatter(
-            x,
-            values[chosen],
-            s=14,
-            alpha=shade,
-            color=colour,
-            marker=marker,
-            linewidths=0,
-            label=name,
-        )
+        axes.scatter(x, values[chosen], s=14, alpha=shade, color=colour, marker=marker, linewidths=0)
 
 
-def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str) -> None:
-    x = [0.0, max(kl, 0.0) ** 0.5]
-    axes.plot(x, [before, after], "D", color=colour, markersize=6.5, markeredgecolor=FG, zorder=5)
+def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str, label: str | None = None) -> None:
+    x, y = [0.0, max(kl, 0.0) ** 0.5], [before, after]
+    axes.plot(x, y, "D", color=colour, markersize=6.5, markeredgecolor=FG, zorder=5, label=label)
 
 
 def reliability_plot(card: RewardEval) -> Plot:

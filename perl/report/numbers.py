@@ -92,12 +92,12 @@ def rate_text(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
-def spread_text(value: Spread | None, places: int = 2, count: bool = False) -> str:
-    """As in 0.71 ± 0.03, and (n = 3) behind it where the count is wanted."""
+def spread_text(value: Spread | None, places: int = 2, sign: bool = False) -> str:
+    """As in 0.71 ± 0.03; with + before it where the sign is wanted."""
     if value is None:
         return NONE
-    sd = "" if value.sd is None else f"{GAP}±{GAP}{decimal(value.sd, places)}"
-    return f"{decimal(value.mean, places)}{sd}{f' (n{GAP}={GAP}{value.n})' if count else ''}"
+    mean = signed(value.mean, places) if sign else decimal(value.mean, places)
+    return mean if value.sd is None else f"{mean}{GAP}±{GAP}{decimal(value.sd, places)}"
 
 
 def plus_minus(value: Spread) -> str:

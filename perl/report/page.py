@@ -10,17 +10,15 @@ from markupsafe import Markup
 from perl.files import user_named, write_whole
 from perl.measure.bootstrap import Interval
 from perl.measure.reward_eval import RewardEval
+from perl.recipe import StageName
 from perl.report import charts, words
 from perl.report.numbers import (
     NONE,
     bytes_text,
-    count_text,
     decimal,
-    flops_text,
     interval_text,
     percent,
     plus_minus,
-    rate_text,
     seconds_text,
     signed,
     spread,
@@ -28,24 +26,14 @@ from perl.report.numbers import (
 )
 from perl.report.outcome import gold_change, match_all, reward_change
 from perl.report.runs import Group, groups, read_runs
-from perl.report.svg import Plot
-from perl.report.tunings import balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
-from perl.results import RlEval, Sample, Stage, Turn
+from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
+from perl.results import RlEval, Sample, StageResult, Turn
 
 SHOWN_SAMPLES = 8
 """Further samples stand in a fold, and so do earlier turns and further figures."""
 SHOWN_TURNS = 3
 SHOWN_FIGURES = 4
 ROLES = {"base": "Base", "sft": "After SFT", "policy": "After RL"}
-COSTS: list[tuple[str, Callable[[Stage], str]]] = [
-    ("Trainable parameters", lambda stage: count_text(stage.trainable_parameters)),
-    ("Time", lambda stage: seconds_text(stage.seconds)),
-    ("Tokens a second", lambda stage: rate_text(stage.tokens_per_second)),
-    ("Peak memory", lambda stage: bytes_text(stage.peak_memory_bytes)),
-    ("Peak RSS", lambda stage: bytes_text(stage.peak_rss_bytes)),
-    ("Compute", lambda stage: NONE if stage.flops is None else flops_text(stage.flops)),
-    ("Useful", lambda stage: NONE if stage.useful_flops_share is None else percent(stage.useful_flops_share)),
-]
 Ends = tuple[float | None, float | None]
 POLICY: list[tuple[str, Callable[[RlEval], Ends], Callable[[RlEval], Interval | None], int, int]] = [
     ("Reward", lambda rl: (rl.reward_before, rl.reward_after), lambda rl: rl.reward_interval, 2, 1),
@@ -144,16 +132,20 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "card": _card(by_tuning) if main.reward else None,
         "sft": words.sft_words(main),
         "sft_plot": charts.step_plot(main, "sft", "loss", "Loss in SFT", "loss"),
-        "cost_head": ["Stage", *(head for head, _ in COSTS)],
-        "cost_rows": [  # of one run: seeds cost about the same
-            [words.STAGE[name], *(cell(stage) for _, cell in COSTS)] for name, stage in main.first.stages.items()
-        ],
+        "cost_head": ["stage", *(name for name, _, _ in COSTS)],
+        # Of one run: seeds cost about the same.
+        "cost_rows": [_cost_row(name, stage) for name, stage in main.first.stages.items()],
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
         "samples": [_shown(sample) for sample in main.first.samples],
         "shown_samples": SHOWN_SAMPLES,
     }
+
+
+def _cost_row(name: StageName, stage: StageResult) -> list[str]:
+    values = [(value(stage), text) for _, value, text in COSTS]
+    return [words.STAGE[name], *(NONE if value is None else text(value) for value, text in values)]
 
 
 def _tiles(group: Group) -> list[tuple[str, str, str]]:
@@ -202,7 +194,8 @@ def _policy(group: Group) -> dict[str, Any]:
         charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled answers", ends),
         charts.step_plot(group, "policy", "kl", "KL", "nats an answer"),
     ]
-    return {**_folded(["Figure", "Before RL", "After RL", "Change, 95 %"], rows), "plots": _known(plots)}
+    table = _folded(["Figure", "Before RL", "After RL", "Change, 95 %"], rows)
+    return {**table, "plots": [plot for plot in plots if plot is not None]}
 
 
 def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
@@ -240,7 +233,7 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
             ("Bad answers that score high", first.mistakes.downs_scored_high),
             ("Good answers that score low", first.mistakes.ups_scored_low),
         ],
-        "plots": _known(plots),
+        "plots": [plot for plot in plots if plot is not None],
     }
 
 
@@ -249,10 +242,6 @@ def _folded(head: list[str], rows: Sequence[tuple[str, ...]]) -> dict[str, Any]:
     width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
     cut = [row[:width] for row in rows]
     return {"head": head[:width], "rows": cut[:SHOWN_FIGURES], "further": cut[SHOWN_FIGURES:]}
-
-
-def _known(plots: Sequence[Plot | None]) -> list[Plot]:
-    return [plot for plot in plots if plot is not None]
 
 
 def _told(interval: Interval | None, places: int = 2) -> str:
@@ -271,6 +260,7 @@ def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "qualities": [(row.figure, *row.cells) for row in qualities],
         "plot": charts.root_kl_plot(by_tuning, "tunings", matched.kl if matched else None),
         "matched": matched,
+        "seeds": [len(group.runs) for group in by_tuning],
     }
 
 

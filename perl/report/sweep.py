@@ -13,9 +13,7 @@ from perl.report.numbers import (
     Spread,
     bytes_text,
     count_text,
-    decimal,
     seconds_text,
-    signed,
     spread,
     spread_text,
 )
@@ -104,7 +102,9 @@ class Sweep:
             for key in self.keys
         }
         first, *others = qualities.items()
-        behind = {"less full tuning's": lambda cell: _signed(self.behind(cell))} if self.full else {}
+        behind = (
+            {"less full tuning's": lambda cell: spread_text(self.behind(cell), 3, sign=True)} if self.full else {}
+        )
         return {
             "adapters on": lambda cell: cell.targets or "full tuning",
             "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
@@ -145,7 +145,7 @@ class Sweep:
                 share = 100 * cell.trained_bytes / self.full.trained_bytes
                 return (
                     f"The leanest setting whose {what} is at most {CLOSE} below full tuning's is {cell.name}: "
-                    f"{_signed(difference)}, with {share:.2g}{GAP}% of its trained memory."
+                    f"{spread_text(difference, 3, sign=True)}, with {share:.2g}{GAP}% of its trained memory."
                 )
         return f"No setting comes within {CLOSE} of full tuning's {what}."
 
@@ -170,14 +170,6 @@ class Sweep:
             "peak_memory_bytes": cell.mean(lambda stage: stage.peak_memory_bytes),
             **{key: None if value is None else vars(value) for key, value in spreads.items()},
         }
-
-
-def _signed(value: Spread | None) -> str:
-    if value is None:
-        return ""
-    return (
-        signed(value.mean, 3) if value.sd is None else f"{signed(value.mean, 3)}{GAP}±{GAP}{decimal(value.sd, 3)}"
-    )
 
 
 def write_sweep(found: Sweep, file: Path) -> Path:

@@ -11,6 +11,7 @@ from perl.report.numbers import (
     bytes_text,
     count_text,
     decimal,
+    flops_text,
     joined,
     percent,
     rate_text,
@@ -30,12 +31,18 @@ SAME = 0.02
 """Costs within this share of one another are called the same."""
 STANDARD_ERRORS = 2.0
 """A difference is called clear beyond so many standard errors."""
-COSTS: list[tuple[str, Callable[[StageResult], float], Callable[[float], str]]] = [
+COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], str]]] = [
     ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
-    ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
-    ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
     ("time", lambda stage: stage.seconds, seconds_text),
+    ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
+    ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
+    ("peak RSS", lambda stage: stage.peak_rss_bytes, bytes_text),
+    ("compute", lambda stage: stage.flops, flops_text),
+    ("useful", lambda stage: stage.useful_flops_share, percent),
 ]
+"""What a stage cost: name, value, and how it is written."""
+COMPARED = 4
+"""Of these, as many are set side by side."""
 BALANCED = (
     ("peak memory", "Less memory", "More memory", True),
     ("tokens a second", "Slower, by tokens a second", "Faster, by tokens a second", False),
@@ -81,7 +88,7 @@ def cost_rows(lora: Group, full: Group) -> list[CostRow]:
     rows = []
     for name, label in STAGE.items():
         sides = [[stage for run in group.runs if (stage := run.stages.get(name))] for group in (lora, full)]
-        for figure, value, text in COSTS:
+        for figure, value, text in COSTS[:COMPARED]:
             one, other = (spread(value(stage) for stage in stages) for stages in sides)
             if one is not None and other is not None:
                 rows.append(CostRow(label, figure, one, other, text))
@@ -115,7 +122,7 @@ class QualityRow:
     @property
     def cells(self) -> tuple[str, str, str]:
         """LoRA, full tuning, difference."""
-        return spread_text(self.lora, count=True), spread_text(self.full, count=True), signed(self.difference)
+        return spread_text(self.lora), spread_text(self.full), signed(self.difference)
 
 
 def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[QualityRow]:

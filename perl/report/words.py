@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import change_words, loss_direction, loss_words
+from perl.measure.change import change_words, loss_verb, loss_words
 from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
@@ -94,10 +94,9 @@ def _without_policy(group: Group) -> Said:
         return Said(f"The reward model is {found.headline.lower()[:-3]}RL.", [*found.lines, NO_RL], found.kind)
     if not group.sft:
         return Said("No stage is finished.", ["The report holds no results."], "open")
-    before, after = _mean_loss(group)
-    headline = {-1: "fell", 0: "hardly changed", 1: "rose"}[loss_direction(before, after)]
-    kind = {-1: "good", 0: "open", 1: "bad"}[loss_direction(before, after)]
-    return Said(f"The loss on held-out answers {headline}.", [sft_words(group), NO_RL], kind)
+    verb = loss_verb(*_mean_loss(group))
+    kind = {"fell": "good", "rose": "bad"}.get(verb, "open")
+    return Said(f"The loss on held-out answers {verb}.", [sft_words(group), NO_RL], kind)
 
 
 def fitness(cards: Sequence[RewardEval]) -> Said:

@@ -79,6 +79,7 @@ def test_everything(tmp_path: Path) -> None:
     assert len(names) == text.count("<svg") == 12
     assert "The policy is better." in text
     assert "Where LoRA is behind" in text
+    assert "over seeds (n = 2 and 2)" in text
     assert "predicted and measured" in text
     assert "perl-rlhf run recipe.yaml" in text
     assert "perl-rlhf compare" not in text

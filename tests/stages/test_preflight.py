@@ -18,6 +18,7 @@ import perl.rl.rewards
 from perl.model.roles import Outputs, Role
 from perl.pipeline import TRAIN
 from perl.recipe import load_recipe
+from perl.results import Check
 from perl.rl.batches import Batch, trim
 from perl.rl.rewards import RewardModel, RewardSource
 from perl.rl.rollout import EncodedPrompts
@@ -41,7 +42,7 @@ class Parts:
     sampling: Sampling
     prompts: EncodedPrompts
 
-    def check(self) -> list[dict[str, Any]]:
+    def check(self) -> list[Check]:
         return preflight(self.session, self.reward, self.sampling, self.prompts)
 
     def fails(self, check: str) -> str:
@@ -104,7 +105,7 @@ def parts(trained: Path) -> Parts:
 
 def test_all_checks_pass_on_what_was_trained(parts: Parts) -> None:
     found = parts.check()
-    assert [finding["name"] for finding in found] == [
+    assert [finding.name for finding in found] == [
         "sft reloaded",
         "reward reloaded",
         "recorded evaluation",
@@ -112,7 +113,7 @@ def test_all_checks_pass_on_what_was_trained(parts: Parts) -> None:
         "sampled as read",
         "begins as the reference",
     ]
-    assert all(finding["figure"] <= 1e-5 for finding in found)
+    assert all(finding.figure <= 1e-5 for finding in found)
     recorded = json.loads((parts.session.saved(Role.REWARD).parent / "result.json").read_text())["recorded"]
     assert len({row["score"] for row in recorded}) > 2  # or equal scores would have proved nothing
 
@@ -132,7 +133,7 @@ def test_they_pass_in_a_run_whose_roles_are_still_in_memory(
 
 def test_with_a_reward_function_there_is_less_to_check(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     session = open_session(load_recipe(write_recipe(reward=None)), tmp_path / "out")
-    found = [finding["name"] for finding in ready(session).check()]
+    found = [finding.name for finding in ready(session).check()]
     assert found == ["read at the end", "sampled as read", "begins as the reference"]
 
 

@@ -1,18 +1,21 @@
 """`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError
 from perl.files import write_figures
+from perl.measure.bootstrap import Interval
 from perl.measure.reward_eval import RewardEval
 from perl.model.roles import Role
 from perl.progress import console
 from perl.rundir import RunFolder
 from perl.stages.cut_rows import say_cut
-from perl.stages.policy import encode_prompts, evaluate_policy, reward_source
+from perl.stages.policy import encode_prompts, reward_source
+from perl.stages.policy_eval import evaluate_policy, policy_change
 from perl.stages.reward import answers_of, tokenize_rows
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.session import Session, open_session
@@ -37,7 +40,7 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
-    figures: RewardEval | dict[str, float]
+    figures: RewardEval | dict[str, Any]
     if role == "reward":
         figures = card = _reward(session, data)
         print_card(f"reward of {run}", card)
@@ -70,7 +73,7 @@ def _reward(session: Session, data: str | None) -> RewardEval:
     return evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
 
 
-def _policy(session: Session) -> dict[str, float]:
+def _policy(session: Session) -> dict[str, Any]:
     if session.recipe.rl is None:
         raise UserError("the run has no policy", where=str(session.folder.path), remedy="Add rl to its recipe.")
     if session.recipe.sft is not None:
@@ -81,15 +84,19 @@ def _policy(session: Session) -> dict[str, float]:
     reward = reward_source(session)
     before = evaluate_policy(session, reward, session.roles.reference, prompts)
     after = evaluate_policy(session, reward, Role.POLICY, prompts)
-    return {"n": len(prompts), **_labelled(before, "before"), **_labelled(after, "after")}
+    return policy_change(before, after, prompts)
 
 
-def _labelled(figures: dict[str, float], when: str) -> dict[str, float]:
-    return {f"{name}_{when}": value for name, value in figures.items()}
-
-
-def _print(title: str, figures: dict[str, float]) -> None:
-    table = Table("figure", "value", title=title)
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+def _print(title: str, metrics: dict[str, Any]) -> None:
+    table = Table("metric", "before", "after", "change (95 %)", title=title)
+    for name in ("reward", "gold", "answer_tokens", "ended"):
+        if f"{name}_before" in metrics:
+            ends = (f"{metrics[f'{name}_{when}']:.4g}" for when in ("before", "after"))
+            table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
+    table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
     console.print(table)
+    console.print(f"{metrics['n']} prompts, {metrics['samples_per_prompt']} completions each")
+
+
+def _ends(interval: Interval | None) -> str:
+    return "unknown" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"

@@ -88,13 +88,16 @@ class RewardStage(Stage):
 class RlEval:
     """The policy before and after RL, on the same held-out prompts: raw rewards; KL in nats a completion.
 
-    An interval is that of the change, paired by prompt, in 95 %.
+    An interval is that of the change, paired by prompt, in 95 %. There is none where all prompts are of one
+    dialogue.
     """
 
     algorithm: str
     critic: str
     steps: int
     n: int
+    """Prompts."""
+    samples_per_prompt: int | None = None
     reward_before: float
     reward_after: float
     reward_interval: Interval | None = None
@@ -103,9 +106,12 @@ class RlEval:
     gold_interval: Interval | None = None
     answer_tokens_before: float
     answer_tokens_after: float
+    answer_tokens_interval: Interval | None = None
     ended_before: float
     ended_after: float
+    ended_interval: Interval | None = None
     kl: float
+    kl_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ def test_a_run_writes_what_the_contract_promises(finished: Path, run_cli: RunCli
     assert load_recipe(finished / "recipe.yaml") == load_recipe(finished / "recipe.yaml")
     code, text = run_cli("evaluate", str(finished), "policy")
     assert code == 0, text
-    assert "reward_after" in text
+    assert "change (95 %)" in text
 
 
 def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None:

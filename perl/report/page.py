@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from perl.files import user_named, write_whole
 from perl.measure.bootstrap import Interval
+from perl.measure.change import places_of
 from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
 from perl.report import charts, words
@@ -38,10 +39,23 @@ Ends = tuple[float | None, float | None]
 POLICY: list[tuple[str, Callable[[RlEval], Ends], Callable[[RlEval], Interval | None], int, int]] = [
     ("Reward", lambda rl: (rl.reward_before, rl.reward_after), lambda rl: rl.reward_interval, 2, 1),
     ("Gold judge: right, %", lambda rl: (rl.gold_before, rl.gold_after), lambda rl: rl.gold_interval, 1, 100),
-    ("Answer length, tokens", lambda rl: (rl.answer_tokens_before, rl.answer_tokens_after), lambda _: None, 1, 1),
-    ("Answers that end by themselves, %", lambda rl: (rl.ended_before, rl.ended_after), lambda _: None, 1, 100),
+    (
+        "Answer length, tokens",
+        lambda rl: (rl.answer_tokens_before, rl.answer_tokens_after),
+        lambda rl: rl.answer_tokens_interval,
+        1,
+        1,
+    ),
+    (
+        "Answers that end by themselves, %",
+        lambda rl: (rl.ended_before, rl.ended_after),
+        lambda rl: rl.ended_interval,
+        1,
+        100,
+    ),
+    ("KL to the reference, nats an answer", lambda rl: (None, rl.kl), lambda rl: rl.kl_interval, 2, 1),
 ]
-"""Label, ends, interval of the change, decimal places and scale."""
+"""Label, ends, interval of the change, decimal places at least, and scale."""
 CARD: list[tuple[str, Callable[[RewardEval], float | None], Callable[[RewardEval], Interval | None]]] = [
     ("AUROC", lambda card: card.auroc, lambda card: card.intervals.get("auroc")),
     (
@@ -184,8 +198,11 @@ def _policy(group: Group) -> dict[str, Any]:
             spread(None if end is None else scale * end for end in ends) for ends in zip(*pairs, strict=True)
         )
         interval = interval_of(group.rl[0]) if len(group.rl) == 1 else None
+        if interval is not None:
+            interval = (scale * interval[0], scale * interval[1])
+            places = max(places, places_of(interval[1] - interval[0]))
         if before is not None or after is not None:
-            told = _told(None if interval is None else (scale * interval[0], scale * interval[1]), places)
+            told = _told(interval, places)
             rows.append((label, spread_text(before, places), spread_text(after, places), told))
     reward = reward_change(group.rl)
     ends = (reward.before, reward.after) if reward is not None else ()

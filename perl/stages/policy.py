@@ -1,26 +1,21 @@
-"""Judging a policy: its prompts, where its reward comes from, and its figures on held-out prompts."""
+"""What a policy is given and asked for: prompts, sampling, where its reward comes from; and answers to read."""
 
 import random
-import statistics
 from collections.abc import Sequence
 
 import torch
 
-from perl.data.records import Judge, Prompt
+from perl.data.records import Prompt
 from perl.errors import UserError
 from perl.model.roles import Role
 from perl.results import Answer, Sample
-from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
 from perl.seeds import derived_seed
-from perl.stages.rollouts import Rollout, everyones, roll_out
+from perl.stages.rollouts import everyones, roll_out
 from perl.stages.session import Session
 from perl.typed_json import made
-
-EVAL_BATCH = 64
-"""Answers sampled at once in evaluation."""
 
 
 def encode_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
@@ -109,26 +104,6 @@ def how_to_sample(session: Session) -> Sampling:
     return Sampling(settings.max_new_tokens, settings.temperature, ends, chat.pad_id, settings.micro_batch_size)
 
 
-def evaluate_policy(
-    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
-) -> dict[str, float]:
-    """Reward, gold score, KL to the reference (nats an answer, k1) and length of answers to held-out prompts."""
-    settings = session.recipe.rl
-    assert settings is not None
-    session.roles.eval()
-    generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "evaluate", 0))
-    sampling = how_to_sample(session)
-    totals: dict[str, float] = {}
-    for start in range(0, len(prompts), EVAL_BATCH):
-        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
-        mine = roll_out(session, reward, role, part, sampling, generator)
-        figures = describe(everyones(session, part, mine), session.held_out.judge)
-        for name, value in figures.items():
-            totals[name] = totals.get(name, 0.0) + value * len(part) / len(prompts)
-    kept = ("reward", "gold", "kl", "answer_tokens", "ended")
-    return {name: totals[name] for name in kept if name in totals}
-
-
 def draw_samples(
     session: Session, reward: RewardSource, roles: Sequence[Role], prompts: EncodedPrompts
 ) -> list[Sample]:
@@ -148,22 +123,3 @@ def draw_samples(
         made(Sample, {"prompt": messages(prompt.context), "answers": given})
         for prompt, given in zip(prompts.prompts, answers, strict=True)
     ]
-
-
-def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
-    """A rollout in figures; `kl` is the k1 estimate in nats an answer.
-
-    `gold` is the judge's, where there is one: it is written down and never trained on.
-    """
-    answers, known = rollout
-    kl_BT = kl_k1(known.sampler_log_probs_BT, known.reference_log_probs_BT)
-    figures = {
-        "reward": float(answers.rewards_B.mean()),
-        "kl": float(kl_BT.masked_fill(~known.mask_BT, 0.0).sum(1).mean()),
-        "kl_token": float(masked_mean(kl_BT, known.mask_BT)),
-        "answer_tokens": float(known.mask_BT.sum(1).float().mean()),
-        "ended": float(answers.samples.ended_B.float().mean()),
-    }
-    if judge is not None:
-        figures["gold"] = statistics.fmean(judge(answers.prompts, answers.texts))
-    return figures

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from perl.interrupt import between_steps
-from perl.measure.change import change_words
+from perl.measure.change import measured_words
 from perl.model.roles import Role
 from perl.progress import console, track
 from perl.results import Check, RlEval, RlStage, Tried
@@ -24,7 +24,8 @@ from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
 from perl.stages.cut_rows import say_cut
 from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
-from perl.stages.policy import describe, draw_samples, encode_prompts, evaluate_policy, prompts_of
+from perl.stages.policy import draw_samples, encode_prompts, prompts_of
+from perl.stages.policy_eval import describe, evaluate_policy, policy_change
 from perl.stages.preflight import preflight
 from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session
@@ -98,10 +99,7 @@ def train_rl(session: Session) -> RlStage | Tried:
         "algorithm": settings.algorithm,
         "critic": loop.critic,
         "steps": remains,
-        "n": len(eval_prompts),
-        **{f"{name}_before": value for name, value in opening["before"].items() if name != "kl"},
-        **{f"{name}_after": value for name, value in after.items() if name != "kl"},
-        "kl": after["kl"],
+        **policy_change(opening["before"], after, eval_prompts),
     }
     return RlStage(
         **vars(stage),
@@ -247,14 +245,15 @@ def summary(stage: RlStage) -> None:
     """Say in words how much better the policy got."""
     found = stage.eval
     text = (
-        f"[bold]RL[/] ({found.algorithm}, {found.steps} steps): on {found.n} held-out prompts the reward "
-        f"{change_words(f'{found.reward_before:.2f}', f'{found.reward_after:.2f}', found.reward_interval)}, "
-        f"at a KL of {found.kl:.1f} nats an answer."
+        f"[bold]RL[/] ({found.algorithm}, {found.steps} steps): on {found.n} held-out prompts, "
+        f"{found.samples_per_prompt} completions each, the reward "
+        f"{measured_words(found.reward_before, found.reward_after, found.reward_interval)}, at a KL of "
+        f"{found.kl:.1f} nats a completion."
     )
     if found.gold_before is not None and found.gold_after is not None:
         text += (
-            f" The gold judge, which training never sees, found {found.gold_before:.0%} of the answers right "
-            f"before and {found.gold_after:.0%} after."
+            " The share that the gold judge, which training never sees, finds right "
+            f"{measured_words(found.gold_before, found.gold_after, found.gold_interval, percent=True)}."
         )
     console.print(text)
     for incident in stage.incidents:

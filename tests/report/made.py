@@ -208,6 +208,10 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         "gold_after": 0.72 + noise.gauss(0.03 if tuning == "full" else 0.0, 0.01),
         "gold_interval": [0.08, 0.3],
         "reward_interval": [0.41, 0.75],
+        "answer_tokens_interval": [0.9, 1.9],
+        "ended_interval": [0.0, 0.0],
+        "kl_interval": [0.5, 0.75],
+        "samples_per_prompt": 2,
     }
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000

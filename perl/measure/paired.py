@@ -1,0 +1,52 @@
+"""By how much a metric changed between two policies that answer the same prompts, and how sure that is.
+
+The difference at each prompt is what counts: prompts differ far more from one another than a policy changes on
+one. Whole dialogues are resampled (`perl.measure.bootstrap`). Of few of them the percentiles lie too close
+together: the bootstrap's variance is (G - 1) / G of what it estimates, for G dialogues, and the estimate is
+uncertain itself. So their distance from the mean is multiplied by t · √(G / (G - 1)) / z, with the quantiles of
+Student's distribution with G - 1 degrees of freedom and of the normal one; of a hundred dialogues that is 1.02
+(Hesterberg 2015, "What Teachers Should Know About the Bootstrap", widens them likewise).
+
+Axis letters: S resamples, N prompts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import norm, t
+
+from perl.measure.bootstrap import Floats, Interval, Resampled, ratio
+
+Metrics = Mapping[str, Sequence[float]]
+"""Of each prompt, by name."""
+
+
+def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, float | Interval | None]:
+    """Means over the prompts before and after, and the 95 % interval of the change.
+
+    Args:
+        before: of each prompt.
+        after: of the same prompts in the same order, under the same names.
+        dialogues: of each prompt.
+
+    Returns:
+        `NAME_before`, `NAME_after` and `NAME_interval` of each metric; no interval (None) with a single dialogue.
+    """
+    resampled, found = Resampled(dialogues, seed=0), dict[str, float | Interval | None]()
+    for name, values in before.items():
+        first, last = np.asarray(values, dtype=np.float64), np.asarray(after[name], dtype=np.float64)
+        found[f"{name}_before"], found[f"{name}_after"] = float(first.mean()), float(last.mean())
+        found[f"{name}_interval"] = _interval(last - first, resampled, len(set(dialogues)))
+    return found
+
+
+def _interval(change_N: Floats, resampled: Resampled, dialogues: int) -> Interval | None:
+    if dialogues < 2:
+        return None
+    mean = float(change_N.mean())
+    interval = resampled.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN.sum(axis=1))).interval
+    assert interval is not None
+    wider = float(t.ppf(0.975, dialogues - 1) / norm.ppf(0.975)) * math.sqrt(dialogues / (dialogues - 1))
+    low, high = interval
+    return mean - wider * (mean - low), mean + wider * (high - mean)

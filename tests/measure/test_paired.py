@@ -1,0 +1,43 @@
+"""Intervals of a change: right about 95 times in 100, also of few prompts."""
+
+import numpy as np
+import pytest
+
+from perl.measure.paired import changes
+
+
+def interval(change: list[float], dialogues: list[str] | None = None) -> tuple[float, float] | None:
+    names = dialogues or [str(n) for n in range(len(change))]
+    before = np.random.default_rng(0).normal(scale=5.0, size=len(change))
+    found = changes({"reward": before.tolist()}, {"reward": (before + change).tolist()}, names)
+    assert found["reward_before"] == pytest.approx(before.mean())
+    assert found["reward_after"] == pytest.approx((before + change).mean())
+    return found["reward_interval"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("prompts", [2, 4, 24, 128])
+def test_an_interval_holds_the_true_change_about_95_times_in_100(prompts: int) -> None:
+    draw, held, runs = np.random.default_rng(prompts), 0, 300
+    for _ in range(runs):
+        low, high = interval((0.3 + draw.normal(size=prompts)).tolist()) or (0.0, 0.0)
+        held += low <= 0.3 <= high
+    assert 0.91 < held / runs <= 0.99
+
+
+def test_pairs_count_not_the_spread_of_prompts() -> None:
+    """Prompts differ by 5, the change by 0.1: the interval is that of the change."""
+    low, high = interval((0.2 + 0.1 * np.random.default_rng(1).normal(size=100)).tolist()) or (0.0, 0.0)
+    assert 0.15 < low < high < 0.25
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 10, rel=0.25)
+
+
+def test_prompts_of_one_dialogue_are_drawn_together() -> None:
+    of_dialogue = np.random.default_rng(2).normal(size=10)
+    change = np.repeat(of_dialogue, 20).tolist()
+    apart = interval(change) or (0.0, 0.0)
+    together = interval(change, [str(n // 20) for n in range(200)]) or (0.0, 0.0)
+    assert together[1] - together[0] > 3 * (apart[1] - apart[0])
+
+
+def test_of_one_dialogue_nothing_can_be_said() -> None:
+    assert interval([1.0, 1.1, 0.9], ["a", "a", "a"]) is None

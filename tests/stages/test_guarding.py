@@ -20,6 +20,7 @@ RL = {
     "max_new_tokens": 8,
     "eval_prompts": 8,
     "missing_end_penalty": 0.0,
+    "normalize_rewards": False,  # normalised, even an absurd reward makes a finite loss
     "kl_coef": 0.0,
     "kl_limit": 1.0,
     "learning_rate": 0.02,

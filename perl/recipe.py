@@ -93,7 +93,8 @@ class Lora(Section):
     """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
     RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
     targets: Literal["attention", "all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter: attention projections (the paper), all linear layers, or names."""
+    """Modules that get an adapter: attention projections (the paper), all linear layers and experts, or names. The
+    share of the blocks' weights that is covered is said at the start and in the report."""
     layers: Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]] = "all"
 
 

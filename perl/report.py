@@ -10,6 +10,7 @@ import torch
 
 from perl import __version__
 from perl.files import write_json
+from perl.model.shared_base import SharedBase
 from perl.progress import console
 from perl.stages.session import Session
 
@@ -44,6 +45,7 @@ def write_report(session: Session, after: str | None) -> Path:
             "dtype": recipe.base.dtype,
             "sha256_before": base.sha256,
             "sha256_after": after,
+            **_coverage(session),
         },
         "stages": {stage: result for stage, result in stages.items() if result is not None},
     }
@@ -55,6 +57,14 @@ def write_report(session: Session, after: str | None) -> Path:
         raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
     console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
     return path
+
+
+def _coverage(session: Session) -> dict[str, Any]:
+    """How much of the base the adapters reach; nothing under full tuning."""
+    if not isinstance(session.roles, SharedBase):
+        return {}
+    share, without = session.roles.coverage
+    return {"coverage": share, "without_adapter": without}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

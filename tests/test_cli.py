@@ -122,6 +122,8 @@ def test_a_run_writes_its_folder_and_is_not_repeated(
     out = tmp_path / "runs" / "tiny"
     report = json.loads((out / "report.json").read_text())
     assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
+    assert (report["base"]["coverage"], report["base"]["without_adapter"]) == (1.0, [])
+    assert "The adapters cover all of the blocks' matrix weights." in written
     assert list(report["stages"]) == ["reward", "rl"]
     status, again = run_cli("run", recipe)
     assert status == 0

@@ -7,6 +7,7 @@ and huggingface/text-generation-inference.
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from perl.export import export
 from perl.model.roles import Role
 from tests.conftest import RunCli
 from tests.exported import Run, make, recipe_on
+from tests.tiny import random_llama
 
 ROOT = Path(__file__).parent.parent
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,7 +37,7 @@ server/text_generation_server/utils/adapter.py, build_layer_weight_lookup: the s
 LORA = {
     "all": {"rank": 2, "alpha": 4},
     "top-half": {"rank": 12, "alpha": 24, "layers": "top-half"},
-    "attention": {"rank": 64, "alpha": 8.5, "targets": "attention"},
+    "attention": {"rank": 32, "alpha": 8.5, "targets": "attention"},
 }
 
 
@@ -132,7 +134,9 @@ def test_tgi_can_load_an_exported_language_model(name: str, runs: dict[str, Run]
 
 
 def test_a_rank_that_vllm_does_not_take_is_said(tiny_llama: Path, mixed_data: Path, tmp_path: Path) -> None:
-    recipe = recipe_on(tiny_llama, mixed_data, lora={"rank": 513}, reward=None, rl=None)
+    wide = Path(shutil.copytree(tiny_llama, tmp_path / "wide"))
+    random_llama(hidden_size=576, intermediate_size=576, num_hidden_layers=1).save_pretrained(wide)
+    recipe = recipe_on(wide, mixed_data, lora={"rank": 513}, reward=None, rl=None)
     export(make(tmp_path / "run", recipe), "sft", tmp_path / "out", False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vllm serve" not in card

@@ -315,7 +315,7 @@ def weights_sha256(model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights by the names they have without LoRA (peft moves a wrapped layer to `base_layer`)."""
     named: dict[str, Tensor] = {
-        name.replace(".base_layer.", "."): tensor
+        name.replace("base_layer.", ""): tensor
         for name, tensor in (*model.named_parameters(), *scales(model))
         if "lora_" not in name
     }

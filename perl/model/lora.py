@@ -1,4 +1,7 @@
-"""The shape of the adapters: which modules of a base get one, named one by one."""
+"""The shape of the adapters: which modules and experts of a base get one, named one by one."""
+
+import difflib
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -6,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from perl.errors import UserError
+from perl.model.experts import expert_parameters
 
 
 def lora_config(
@@ -19,12 +23,12 @@ def lora_config(
     """The adapters' shape in peft's terms, with target modules named one by one.
 
     Args:
-        targets: `attention`, `all-linear` or module names.
+        targets: `attention`, `all-linear` (experts included) or names of modules or of experts' parameters.
         layers: `all`, `top-half` or layer indices.
         lm: the model the adapters are for.
 
     Raises:
-        UserError: no such module or layer in the model.
+        UserError: no such module or layer in the model, or a rank that none of its matrices has.
     """
     count = lm.config.get_text_config().num_hidden_layers
     chosen = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
@@ -37,18 +41,69 @@ def lora_config(
             where="lora.layers",
             remedy=f"The base has layers 0 to {count - 1}.",
         )
-    names = [name for name in linear_layers(lm) if _layer_index(name) in chosen and _wanted(name, targets)]
-    if not names:
-        available = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(lm)})
+    shapes = {name: shape for name, shape in adaptable(lm).items() if layer_index(name) in chosen}
+    wanted = {name: shape for name, shape in shapes.items() if _wanted(name, targets)}
+    _refuse_unmatched(targets, list(shapes), list(wanted))
+    _refuse_rank(rank, wanted)
+    linear = set(linear_layers(lm))
+    experts = [name for name in wanted if name not in linear]
+    if experts and dropout:
         raise UserError(
-            f"no module matches {targets!r}",
-            where="lora.targets",
-            remedy=f"This base has: {', '.join(available)}.",
+            f"adapters on experts ({experts[0]} and others) have no dropout",
+            where="lora.dropout",
+            remedy="Set it to 0, or name lora.targets without the experts, such as attention.",
         )
     transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2 stores its weights so
     return LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=[name for name in wanted if name in linear],
+        target_parameters=experts or None,
+        fan_in_fan_out=transposed,
     )
+
+
+def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]]) -> None:
+    """Refuse a rank above that of every matrix it is to change: it would cost memory and give nothing."""
+    highest = max(min(shape) for shape in wanted.values())
+    if rank > highest:
+        raise UserError(
+            f"no matrix that gets an adapter has a rank of {rank}: the largest has {highest}",
+            where="lora.rank",
+            remedy=f"Give at most {highest}; 1 to 64 is common.",
+        )
+
+
+def _refuse_unmatched(targets: str | list[str], there: list[str], wanted: list[str]) -> None:
+    """Refuse targets of which one is no module (or parameter of experts) in the chosen layers."""
+    given = [targets] if isinstance(targets, str) else targets
+    unmatched = [
+        one for one in given if isinstance(targets, list) and not any(_wanted(name, [one]) for name in there)
+    ]
+    if wanted and not unmatched:
+        return
+    available = sorted({name.rsplit(".", 1)[-1] for name in there})
+    near = difflib.get_close_matches(unmatched[0], available, n=1) if unmatched else []
+    remedy = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"no module matches {unmatched[0] if unmatched else targets!r}",
+        where="lora.targets",
+        remedy=f"{remedy}This base has: {', '.join(available)}.",
+    )
+
+
+def adaptable(lm: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """What can have an adapter, linear layers and experts' matrices in the blocks, with widths of both sides."""
+    found = {}
+    for name in linear_layers(lm):
+        layer: Any = lm.get_submodule(name)
+        conv1d = type(layer).__name__ == "Conv1D"
+        found[name] = tuple(layer.weight.shape) if conv1d else (layer.in_features, layer.out_features)
+    for name, module in lm.named_modules():
+        if layer_index(name) is not None:
+            found |= {f"{name}.{own}": tuple(getattr(module, own).shape[1:]) for own in expert_parameters(module)}
+    return found
 
 
 def linear_layers(lm: PreTrainedModel) -> list[str]:
@@ -59,25 +114,27 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
         for name, module in lm.named_modules()
         if (isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit"))
         and module is not head
-        and _layer_index(name) is not None
+        and layer_index(name) is not None
     ]
 
 
 def lowest_adapted_layer(lora: LoraConfig) -> int:
     """The lowest block that has an adapter: those below compute alike for all roles."""
-    return min(index for name in lora.target_modules or () if (index := _layer_index(name)) is not None)
+    names = (*(lora.target_modules or ()), *(lora.target_parameters or ()))
+    return min(index for name in names if (index := layer_index(name)) is not None)
 
 
 def without_adapters(lm: PreTrainedModel) -> None:
     """Take every adapter out again: the base has the modules that it was loaded with."""
     for name, layer in list(lm.named_modules()):
-        if isinstance(layer, LoraLayer):
-            above, _, own = name.rpartition(".")
-            setattr(lm.get_submodule(above), own, layer.base_layer)
+        above, _, own = name.rpartition(".")
+        if isinstance(layer, LoraLayer) and own != "base_layer":  # of experts there are layers inside layers
+            setattr(lm.get_submodule(above), own, layer.get_base_layer())
     vars(lm).pop("peft_config", None)
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
+    """The block that a module or a weight of this name is in; None: in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 

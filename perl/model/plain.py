@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from perl.files import write_tensors
 from perl.model.base import has_own_code
 from perl.model.chat import ChatFormat
 from perl.model.encoder import EncoderHead
+from perl.model.experts import expert_delta, is_read_as_named
 from perl.model.roles import Role
 from perl.model.shared_base import SharedBase
 
@@ -87,14 +89,26 @@ def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: 
         role: whose head is written, if it has one.
         trunk: whose adapter is written.
         base: the name or folder that leads to the base.
+
+    Raises:
+        UserError: peft would read it as an adapter of other modules.
     """
     tensors: dict[str, Tensor] = {roles.prefix + name: weight for name, weight in roles.weights(trunk).items()}
     scores = role in roles.heads
     roles.write_config(folder, base, scores=scores)
     config = LoraConfig.from_pretrained(str(folder))
+    linear = {name: tensor for name, tensor in tensors.items() if not _on_experts(roles, name)}
     if not scores:
-        tensors |= _zeros_elsewhere(roles, tensors)
-    config.target_modules = sorted({_module(name, roles.prefix) for name in tensors})
+        linear |= _zeros_elsewhere(roles, linear)
+    config.target_modules = sorted({_module(name, roles.prefix) for name in linear})
+    if not is_read_as_named(config, roles.lm):
+        raise UserError(
+            f"peft would put this adapter elsewhere: it takes shared experts and dense blocks of "
+            f"{type(roles.lm).__name__} for experts in an older layout",
+            where=roles.lm.name_or_path,
+            remedy="Export with --merge: the whole model.",
+        )
+    tensors |= linear
     if scores:
         tensors |= {roles.prefix + name: weight for name, weight in roles.head_weights(role).items()}
     if config.lora_alpha == int(config.lora_alpha):
@@ -123,6 +137,11 @@ def _zeros_elsewhere(roles: SharedBase, tensors: dict[str, Tensor]) -> dict[str,
     return found
 
 
+def _on_experts(roles: SharedBase, name: str) -> bool:
+    """Whether a LoRA weight on disk is of experts, which peft knows by `target_parameters`, and TGI does not."""
+    return isinstance(roles.lm.get_submodule(_module(name, roles.prefix)), ParamWrapper)
+
+
 def _module(name: str, prefix: str) -> str:
     """The module that a LoRA weight on disk is of."""
     return name.removeprefix(prefix).rpartition(".lora_")[0]
@@ -136,9 +155,11 @@ def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedMo
         fresh: the base, loaded once more; it is changed in place.
     """
     for name, layer in roles.lm.named_modules():
-        if isinstance(layer, LoraLayer):
-            weight = fresh.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
+        if isinstance(layer, ParamWrapper):
+            weight = fresh.get_parameter(f"{name.removesuffix('.base_layer')}.{layer.parameter_name}")
+            weight.copy_(weight.float() + expert_delta(layer, str(role)))
+        elif isinstance(layer, LoraLayer):
+            weight = fresh.get_parameter(f"{name}.weight")
             weight.copy_(weight.float() + layer.get_delta_weight(str(role)).float())
     return fresh
 

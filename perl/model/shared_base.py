@@ -19,15 +19,17 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perl.errors import UserError
+from perl.model import experts, low_rank
 from perl.model.base import weights_sha256
+from perl.model.coverage import Coverage, coverage
 from perl.model.encoder import head_parts
 from perl.model.halves import blocks, why_not
 from perl.model.lora import lowest_adapted_layer
-from perl.model.low_rank import compute_with_one_adapter, kept_factors
 from perl.model.roles import Role, Roles, check_logits
 from perl.parallel.engine import Engine
 
@@ -42,8 +44,8 @@ class SharedBase(Roles):
             then every block is computed for every role.
 
     Raises:
-        UserError: the LoRA settings do not fit the model, or its logits are not a plain product with the
-            output embedding.
+        UserError: the LoRA settings do not fit the model or the engine, or its logits are not a plain product
+            with the output embedding.
     """
 
     prefix = "base_model.model."
@@ -51,10 +53,19 @@ class SharedBase(Roles):
     weights_file = "adapter_model.safetensors"
     not_split: str | None
     """Why the blocks below every adapter are computed again for every role, where they are."""
+    coverage: Coverage
+    """How much of the base the adapters reach."""
 
     def __init__(self, lm: PreTrainedModel, lora: LoraConfig, engine: Engine | None = None) -> None:
         super().__init__(engine)
         self.lm = lm.requires_grad_(False).eval()
+        self.coverage = coverage(lm, lora)
+        if lora.target_parameters and self.engine.hooks_layers:
+            raise UserError(
+                f"{self.engine.name} gathers weights layer by layer, and experts with adapters are no such layer",
+                where="lora.targets",
+                remedy="Launch with recipes/engines/fsdp2.yaml, or set lora.targets: attention.",
+            )
         if self.engine.shards_base:
             self.engine.shard(self.lm, blocks(self.lm))
         self.lora = lora
@@ -125,13 +136,14 @@ class SharedBase(Roles):
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
         """As said there; the adapter's factors are cast to the base's dtype once."""
         adapted = role in getattr(self.lm, "peft_config", {}) and not self.training
-        layers = self._layers if adapted and not self.engine.hooks_layers else []
-        with super().sampling(role) as seen, kept_factors(layers, role, self.lm.dtype):
+        plain = [layer for layer in self._layers if not isinstance(layer, ParamWrapper)]
+        layers = plain if adapted and not self.engine.hooks_layers else []
+        with super().sampling(role) as seen, low_rank.kept_factors(layers, role, self.lm.dtype):
             yield seen
 
     def _add_weights(self, role: Role, copy_of: Role) -> None:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), experts.targets_as_named():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
                 inject_adapter_in_model(self.lora, self.lm, adapter_name=role)
         except ValueError as error:
@@ -142,7 +154,10 @@ class SharedBase(Roles):
             ) from None
         self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
         for layer in self._layers if not self.engine.hooks_layers else ():
-            compute_with_one_adapter(layer)
+            if isinstance(layer, ParamWrapper):
+                experts.compute_with_one_adapter(layer)
+            else:
+                low_rank.compute_with_one_adapter(layer)
         start = self.weights(copy_of)
         for name, parameter in self.weights(role).items():
             parameter.data = parameter.data.float()  # adapters learn in fp32 on a base of any dtype

@@ -18,6 +18,7 @@ from perl.errors import UserError
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
 from perl.model.base import Base
+from perl.model.coverage import HALF
 from perl.model.encoder import is_encoder
 from perl.model.four_bit import scales
 from perl.model.lora import lora_config
@@ -222,6 +223,7 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
             remedy="Launch with recipes/engines/ddp.yaml: encoders are small.",
         )
     roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
+    console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.not_split is not None:
         console.print(
             f"[yellow]The blocks below the adapters are computed again for every role[/]: {roles.not_split}."

@@ -176,7 +176,17 @@ CASES = [
             "{{ raise_exception('only lists') if messages|length else '' }}"
         ),
     ),
-    Case("no such module", ("no module matches ['x']", "lora.targets", "q_proj"), overrides=("lora.targets=[x]",)),
+    Case("no such module", ("no module matches 'x'", "lora.targets", "q_proj"), overrides=("lora.targets=[x]",)),
+    Case(
+        "one of the modules is none",
+        ("no module matches 'v_prj'", "lora.targets", "Did you mean v_proj?"),
+        overrides=("lora.targets=[q_proj, v_prj]",),
+    ),
+    Case(
+        "a rank that no matrix has",
+        ("has a rank of 100000: the largest has 32", "lora.rank", "Give at most 32"),
+        overrides=("lora.rank=100000",),
+    ),
     Case("no such layer", ("no layer 9", "lora.layers", "layers 0 to 1"), overrides=("lora.layers=[9]",)),
     Case(
         "no model configured",

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 def targets_as_named() -> Iterator[None]:
     """Inside, peft puts adapters where the configuration says.
 
-    In some architectures it takes linear layers called as experts once were (`gate_proj`, `down_proj`) for
-    experts: it would leave out the shared experts and dense blocks, and double the rank of all experts instead.
+    In some architectures it takes linear layers with the names of former experts (`gate_proj`, say) for experts:
+    it would leave out the shared experts and dense blocks, and double the rank of all experts instead.
     """
     with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         yield

@@ -78,8 +78,10 @@ class Algorithm:
     def has_signal(self, scores_B: Tensor) -> bool:
         """Whether the scores tell completions apart: else all that a step could learn from is noise.
 
-        Scores that differ by no more than rounding are equal.
+        Scores that differ by no more than rounding are equal. Those that are not finite are for the update to refuse.
         """
+        if not scores_B.isfinite().all():
+            return True
         compared = scores_B.view(
             -1, self.samples_per_prompt if self.advantage == "leave_one_out" else len(scores_B)
         )

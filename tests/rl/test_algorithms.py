@@ -48,6 +48,7 @@ def test_gae_lambda_is_the_recipes() -> None:
         ("ppo", [0.5, 0.5, 0.5, 0.5], False),
         ("ppo", [0.5, 0.5, 0.5, 0.5 + 1e-7], False),
         ("ppo", [0.5, 0.5, 0.5, 0.6], True),
+        ("ppo", [0.5, 0.5, 0.5, float("inf")], True),
         ("rloo", [0.0, 0.0, 7.0, 7.0], False),  # groups differ, completions of one prompt do not
         ("rloo", [0.0, 0.0, 7.0, 7.1], True),
     ],

@@ -78,7 +78,7 @@ class Algorithm:
     def has_signal(self, scores_B: Tensor) -> bool:
         """Whether the scores tell completions apart: else all that a step could learn from is noise.
 
-        Scores that differ by no more than rounding are equal. Those that are not finite are for the update to refuse.
+        Scores that differ by no more than rounding are equal; those that are not finite the update will refuse.
         """
         if not scores_B.isfinite().all():
             return True

@@ -75,7 +75,10 @@ def train_rl(session: Session) -> RlStage | Tried:
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
                     losses = improve(loop, mine, everyone, targets) | critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
-            figures |= {"score": float(objective.scores_B.mean()), "reward_std": loop.reward_scale.std}
+            # In the reward's own unit: in standard deviations it would fall as their spread grows.
+            penalty = loop.missing_end_penalty * loop.reward_scale.std
+            figures["score"] = figures["reward"] - penalty * (1 - figures["ended"])
+            figures["reward_std"] = loop.reward_scale.std
             figures = session.processes.agree(figures)
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])

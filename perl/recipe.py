@@ -152,8 +152,9 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, int]] = {
 class Rl(Section):
     """Reinforcement learning against the reward."""
 
-    algorithm: Literal["reinforce", "ppo", "rloo"] = "reinforce"
-    """A row of the table in perl/rl/algorithms.py."""
+    algorithm: Literal["reinforce", "ppo", "rloo"] = "ppo"
+    """A row of the table in perl/rl/algorithms.py. The default learned every kind of reward that was tried, rare
+    ones too, from as few completions as any (docs/experiments.md)."""
     critic: Literal["shared", "adapter", "none"] | None = None
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
     for rloo; else shared under LoRA, adapter under full tuning."""
@@ -207,7 +208,7 @@ class Rl(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
-        name = given.get("algorithm") if isinstance(given, dict) else None
+        name = given.get("algorithm", "ppo") if isinstance(given, dict) else None
         return ALGORITHM_DEFAULTS.get(name, {}) | given if isinstance(name, str) else given
 
     @model_validator(mode="after")

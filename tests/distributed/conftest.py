@@ -57,7 +57,10 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             "rl": RL | {"algorithm": "ppo", "epochs": 2},
         },
         "adapter": {"checkpoint_activations": True, "rl": function | {"algorithm": "ppo", "critic": "adapter"}},
-        "reinforce": {"lora": {"rank": 2, "alpha": 4, "layers": "top-half"}, "rl": function},
+        "reinforce": {
+            "lora": {"rank": 2, "alpha": 4, "layers": "top-half"},
+            "rl": function | {"algorithm": "reinforce"},
+        },
         "rloo": {"rl": function | {"algorithm": "rloo", "samples_per_prompt": 2}},
         "full": {"tuning": "full", "rl": function | {"algorithm": "ppo"}},
     }

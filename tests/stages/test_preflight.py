@@ -23,7 +23,8 @@ from perl.rl.rewards import RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Samples, Sampling
 from perl.stages.policy import encode_prompts, how_to_sample, reward_source
-from perl.stages.preflight import PreflightError, preflight
+from perl.stages.findings import PreflightError
+from perl.stages.preflight import preflight
 from perl.stages.session import Session, open_session
 from tests.conftest import RunCli, WriteRecipe
 

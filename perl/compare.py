@@ -33,7 +33,8 @@ def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
     content = recipe.model_dump()
     if tuning == "full" and recipe.tuning == "lora":
         for stage in recipe.stages:
-            content[stage]["learning_rate"] *= FULL_LEARNING_RATE
+            if content[stage]["learning_rate"] != "auto":  # which follows the tuning by itself
+                content[stage]["learning_rate"] *= FULL_LEARNING_RATE
         if content["rl"] is not None and content["rl"]["critic"] == "shared":
             content["rl"]["critic"] = None
     return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})

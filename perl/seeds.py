@@ -2,12 +2,14 @@
 
 import random
 
+import numpy as np
 import torch
 
 
 def seed_everything(seed: int) -> None:
     """Seed every global generator."""
     random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

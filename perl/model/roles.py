@@ -298,6 +298,7 @@ class Roles(nn.Module, ABC):
         answer_length: int = 0,
         temperature: float | None = None,
         head: Role | None = None,
+        trunk_gradient: float = 1.0,
         below_BLD: Tensor | None = None,
     ) -> Outputs:
         """Log-probabilities of answers, values of their states, or scores of whole rows, as one role.
@@ -310,6 +311,7 @@ class Roles(nn.Module, ABC):
                 the head scores whole rows.
             temperature: divides the logits; None leaves the language-model head out.
             head: the role whose head reads the trunk; None for no head.
+            trunk_gradient: share of the gradient of values that goes on into the trunk, in [0, 1].
             below_BLD: what `below` said of this batch; None: compute all blocks.
         """
         if head is not None and isinstance(classifier := self.heads[head], EncoderHead):
@@ -324,7 +326,8 @@ class Roles(nn.Module, ABC):
             last_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
             scores_B = self.head(head)(last_BD.float()).squeeze(-1)
         elif head is not None:
-            values_BT = self.head(head)(hidden_BLD[:, -answer_length - 1 : -1].float()).squeeze(-1)
+            states_BTD = _scaled_gradient(hidden_BLD[:, -answer_length - 1 : -1], trunk_gradient)
+            values_BT = self.head(head)(states_BTD.float()).squeeze(-1)
         if temperature is not None:
             rows_N, columns_N = mask_BL[:, -answer_length:].nonzero(as_tuple=True)
             log_probs_N, entropy_N = log_probs_and_entropy(
@@ -339,6 +342,14 @@ class Roles(nn.Module, ABC):
             log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
             entropy_BT = nothing_BT.index_put((rows_N, columns_N), entropy_N)
         return Outputs(log_probs_BT, entropy_BT, values_BT, scores_B)
+
+
+def _scaled_gradient(states: Tensor, share: float) -> Tensor:
+    """The same states, of whose gradient only a share goes on."""
+    if share == 1.0:
+        return states
+    known = states.detach()
+    return known if share == 0.0 else known + share * (states - known)
 
 
 @torch.no_grad()

@@ -1,14 +1,22 @@
-"""The algorithms: each is an advantage estimator, a loss, and whether it needs a critic.
+"""The algorithms, each a row of one table: how a rollout becomes advantages, and advantages a loss.
+
+    name        advantage        surrogate   scaling
+    reinforce   return           plain       whiten    Williams 1992, with a learned baseline
+    ppo         gae              clip        whiten    Schulman et al. 2017
+    rloo        leave_one_out    clip        none      Ahmadian et al. 2024
 
 Departures from the PERL paper (arXiv 2403.10704), which uses REINFORCE with a learned baseline and a terminal
 reward: the KL term is spread over the tokens it arises at, the baseline is the value of each token's state,
 and advantages are whitened over the rollout. γ is 1, as in the paper.
 
-Axis letters: B answers, T answer positions.
+The rewards that come in are normalised (`perl.rl.reward_scale`), so returns and the critic's targets are of the
+order of 1 whatever the user's reward is measured in, and the constants below mean the same everywhere.
+
+Axis letters: B completions, T completion positions.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -25,9 +33,10 @@ from perl.rl.arithmetic import (
 
 
 class Scored(NamedTuple):
-    """What a rollout knows of its answers before the policy learns from them; all fp32, the mask bool."""
+    """What a rollout knows of its completions before the policy learns from them; all fp32, the mask bool."""
 
     scores_B: Tensor
+    """What the policy is to raise."""
     sampler_log_probs_BT: Tensor
     reference_log_probs_BT: Tensor
     values_BT: Tensor | None
@@ -42,15 +51,61 @@ class Targets(NamedTuple):
     """What the critic is to predict; None without a critic."""
 
 
-class Algorithm(Protocol):
-    """How a rollout becomes a loss."""
+@dataclass(frozen=True)
+class Algorithm:
+    """A row of the table, its constants resolved."""
+
+    advantage: Literal["return", "gae", "leave_one_out"]
+    """Return to go less the value; GAE; or the completion's return against its group's."""
+    surrogate: Literal["plain", "clip"]
+    """-A log π, or PPO's clipped surrogate."""
+    scaling: Literal["whiten", "none"]
+    """Whether advantages get mean 0 and variance 1 over the rollout. The mean of leave-one-out is its own baseline
+    and is left alone, and so is its spread: a rollout with little signal makes a small step."""
+    samples_per_prompt: int = 1
+    """Completions of a prompt, side by side: a group."""
+    gae_lambda: float = 1.0
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_coef: float = 0.0
+    """Share of the critic's gradient that reaches a trunk shared with the policy; its head gets all of it."""
 
     @property
     def needs_critic(self) -> bool:
         """Whether `estimate` reads values."""
+        return self.advantage != "leave_one_out"
+
+    def has_signal(self, scores_B: Tensor) -> bool:
+        """Whether the scores tell completions apart: else all that a step could learn from is noise.
+
+        Scores that differ by no more than rounding are equal.
+        """
+        compared = scores_B.view(
+            -1, self.samples_per_prompt if self.advantage == "leave_one_out" else len(scores_B)
+        )
+        spread = (compared.amax(1) - compared.amin(1)).max()
+        return bool(spread > ROUNDING * (1.0 + scores_B.abs().max()))
 
     def estimate(self, scored: Scored, kl_coef: float) -> Targets:
-        """Advantages, and returns for the critic, of a whole rollout."""
+        """Advantages of a whole rollout, and returns for the critic, of the objective `(1-β) r - β KL`."""
+        mask_BT = scored.mask_BT
+        rewards_BT = token_rewards(
+            scored.scores_B, scored.sampler_log_probs_BT, scored.reference_log_probs_BT, mask_BT, kl_coef
+        )
+        returns_BT = None
+        if self.advantage == "leave_one_out":
+            advantages_B = leave_one_out(rewards_BT.sum(1), self.samples_per_prompt)
+            advantages_BT = advantages_B[:, None] * mask_BT
+        elif self.advantage == "gae":
+            assert scored.values_BT is not None
+            advantages_BT, returns_BT = gae(rewards_BT, scored.values_BT, mask_BT, 1.0, self.gae_lambda)
+        else:
+            assert scored.values_BT is not None
+            returns_BT = returns_to_go(rewards_BT, mask_BT)
+            advantages_BT = (returns_BT - scored.values_BT) * mask_BT
+        if self.scaling == "whiten":
+            advantages_BT = masked_whiten(advantages_BT, mask_BT)
+        return Targets(advantages_BT, returns_BT)
 
     def policy_loss(
         self,
@@ -59,120 +114,30 @@ class Algorithm(Protocol):
         advantages_BT: Tensor,
         mask_BT: Tensor,
         tokens: float,
-    ) -> Tensor:
-        """The policy's share of the loss of a micro-batch, in a minibatch of so many tokens."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The policy's share of the loss of a micro-batch, in a minibatch of so many tokens.
+
+        Returns:
+            the loss, and the share of the minibatch's tokens whose gradient the clip took away (None: no clip).
+        """
+        if self.surrogate == "plain":
+            return policy_gradient_loss(log_probs_BT, advantages_BT, mask_BT, tokens), None
+        return ppo_policy_loss(log_probs_BT, sampler_log_probs_BT, advantages_BT, mask_BT, self.clip, tokens)
 
     def value_loss(
         self, values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, tokens: float
     ) -> Tensor:
-        """The critic's share."""
+        """The critic's share: half the squared error, clipped where the policy is."""
+        clip = self.value_clip if self.surrogate == "clip" else None
+        return value_loss(values_BT, old_values_BT, returns_BT, mask_BT, clip, tokens)
 
 
-@dataclass(frozen=True)
-class Reinforce:
-    """REINFORCE with a learned baseline (Williams 1992): advantage = return to go - value."""
+ROUNDING = 1e-6
+"""Relative difference below which two fp32 scores are equal."""
 
-    needs_critic: bool = True
-
-    def estimate(self, scored: Scored, kl_coef: float) -> Targets:
-        """Returns to go of the objective `(1-β) r - β KL`, less their values."""
-        assert scored.values_BT is not None
-        returns_BT = returns_to_go(_rewards(scored, kl_coef), scored.mask_BT)
-        return Targets(masked_whiten(returns_BT - scored.values_BT, scored.mask_BT), returns_BT)
-
-    def policy_loss(
-        self,
-        log_probs_BT: Tensor,
-        sampler_log_probs_BT: Tensor,
-        advantages_BT: Tensor,
-        mask_BT: Tensor,
-        tokens: float,
-    ) -> Tensor:
-        """-A log π."""
-        return policy_gradient_loss(log_probs_BT, advantages_BT, mask_BT, tokens)
-
-    def value_loss(
-        self, values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, tokens: float
-    ) -> Tensor:
-        """Half the squared error."""
-        return value_loss(values_BT, old_values_BT, returns_BT, mask_BT, None, tokens)
-
-
-@dataclass(frozen=True)
-class Ppo:
-    """PPO (Schulman et al. 2017): GAE, clipped surrogate, clipped value loss."""
-
-    needs_critic: bool = True
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-
-    def estimate(self, scored: Scored, kl_coef: float) -> Targets:
-        """Generalized advantage estimates with γ = 1."""
-        assert scored.values_BT is not None
-        rewards_BT = _rewards(scored, kl_coef)
-        advantages_BT, returns_BT = gae(rewards_BT, scored.values_BT, scored.mask_BT, 1.0, self.lam)
-        return Targets(masked_whiten(advantages_BT, scored.mask_BT), returns_BT)
-
-    def policy_loss(
-        self,
-        log_probs_BT: Tensor,
-        sampler_log_probs_BT: Tensor,
-        advantages_BT: Tensor,
-        mask_BT: Tensor,
-        tokens: float,
-    ) -> Tensor:
-        """-min(ρ A, clamp(ρ) A)."""
-        return ppo_policy_loss(log_probs_BT, sampler_log_probs_BT, advantages_BT, mask_BT, self.clip, tokens)[0]
-
-    def value_loss(
-        self, values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, tokens: float
-    ) -> Tensor:
-        """Half the squared error, the larger of the plain and the clipped one."""
-        return value_loss(values_BT, old_values_BT, returns_BT, mask_BT, self.value_clip, tokens)
-
-
-@dataclass(frozen=True)
-class Rloo:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): each answer against the others to its prompt."""
-
-    samples_per_prompt: int
-    needs_critic: bool = False
-    clip: float = 0.2
-
-    def estimate(self, scored: Scored, kl_coef: float) -> Targets:
-        """The whole answer's objective against its group, the same for all its tokens."""
-        objective_B = _rewards(scored, kl_coef).sum(1)
-        advantages_B = leave_one_out(objective_B, self.samples_per_prompt)
-        advantages_BT = advantages_B[:, None].expand_as(scored.mask_BT)
-        return Targets(masked_whiten(advantages_BT, scored.mask_BT), None)
-
-    def policy_loss(
-        self,
-        log_probs_BT: Tensor,
-        sampler_log_probs_BT: Tensor,
-        advantages_BT: Tensor,
-        mask_BT: Tensor,
-        tokens: float,
-    ) -> Tensor:
-        """PPO's clipped surrogate: in a first epoch its gradient is that of -A log π."""
-        return ppo_policy_loss(log_probs_BT, sampler_log_probs_BT, advantages_BT, mask_BT, self.clip, tokens)[0]
-
-    def value_loss(
-        self, values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, tokens: float
-    ) -> Tensor:
-        """There is no critic."""
-        raise AssertionError("RLOO has no critic")
-
-
-def _rewards(scored: Scored, kl_coef: float) -> Tensor:
-    return token_rewards(
-        scored.scores_B, scored.sampler_log_probs_BT, scored.reference_log_probs_BT, scored.mask_BT, kl_coef
-    )
-
-
-def algorithm(name: str, samples_per_prompt: int) -> Algorithm:
-    """The algorithm of a recipe's `rl.algorithm`."""
-    if name == "rloo":
-        return Rloo(samples_per_prompt)
-    return Ppo() if name == "ppo" else Reinforce()
+ALGORITHMS: dict[str, Algorithm] = {
+    "reinforce": Algorithm("return", "plain", "whiten"),
+    "ppo": Algorithm("gae", "clip", "whiten"),
+    "rloo": Algorithm("leave_one_out", "clip", "none"),
+}
+"""The rows, by the name that a recipe gives."""

@@ -25,10 +25,8 @@ class Answers:
     prompts: list[Prompt]
     texts: list[str]
     samples: Samples
-    scores_B: Tensor
-    """What the policy is to raise: the reward, less the penalty for answers without an end."""
     rewards_B: Tensor
-    """The reward alone."""
+    """As the reward source gave them, fp64: normalised later, when those of all processes are together."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,11 @@ def answer(
     return samples, [chat.decode(ids) for ids in samples.answers()]
 
 
-def score(
-    reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str], missing_end_penalty: float
-) -> Answers:
-    """The reward of each answer, and the penalty for those that were cut before their end."""
+def score(reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str]) -> Answers:
+    """The reward of each answer."""
     rewards = reward(prompts.prompts, samples, texts)
-    rewards_B = torch.tensor(rewards, dtype=torch.float32, device=samples.ids_BL.device)
-    scores_B = rewards_B - missing_end_penalty * (~samples.ended_B)
-    return Answers(prompts.prompts, texts, samples, scores_B, rewards_B)
+    rewards_B = torch.tensor(rewards, dtype=torch.float64, device=samples.ids_BL.device)
+    return Answers(prompts.prompts, texts, samples, rewards_B)
 
 
 @torch.no_grad()
@@ -103,8 +98,8 @@ def read_answers(
 
 
 def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor | None) -> Scored:
-    """What the algorithms read of a rollout."""
+    """What the algorithms read of a rollout, its rewards raw."""
     samples = answers.samples
     return Scored(
-        answers.scores_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.answer_mask_BT
+        answers.rewards_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.answer_mask_BT
     )

@@ -1,27 +1,27 @@
 """What the RL stage trains with: all its state in one place, its beginning, and its checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from perl.checkpoint import Checkpoints, State
 from perl.measure.meter import Meter
+from perl.model.padding import left_pad
 from perl.model.roles import Role
 from perl.recipe import Rl
 from perl.rl.alarms import Alarm
-from perl.rl.algorithms import Algorithm, algorithm
+from perl.rl.algorithms import ALGORITHMS, Algorithm
 from perl.rl.guards import last_good
+from perl.rl.reward_scale import RewardScale
 from perl.rl.rewards import RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
+from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
 from perl.stages import snapshot
 from perl.stages.guarding import Guarding
 from perl.stages.policy import encode_prompts, how_to_sample, reward_source
 from perl.stages.session import Session
-
-HEAD_LEARNING_RATE = 10.0
-"""A head learns this much faster than an adapter: it starts from zero and has no bottleneck."""
 
 
 @dataclass
@@ -34,6 +34,13 @@ class Loop:
     reward: RewardSource
     prompts: EncodedPrompts
     optimizer: torch.optim.Optimizer
+    rates: list[float]
+    """The full learning rates of weights and of heads, as the optimizer's groups."""
+    rate_shares: list[float]
+    """Of the full rates, what each step has."""
+    reward_scale: RewardScale
+    missing_end_penalty: float
+    """In standard deviations of the reward."""
     learners: list[Role]
     critic: str
     """`shared`, `adapter` or `none`."""
@@ -65,23 +72,31 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
     if critic != "none":
         start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
         roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
+        # What a reward model's head gives is on another scale than returns: the critic's begins at zero.
+        with torch.no_grad():
+            roles.head(Role.CRITIC).weight.zero_()
         learners.append(Role.CRITIC)
     roles.keep(roles.reference, Role.REWARD, *learners)
     roles.train_only(*learners)
     weights = [parameter for role in learners for parameter in roles.weights(role).values()]
     heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
-    groups = [{"params": weights, "lr": settings.learning_rate}]
-    if heads:
-        groups.append({"params": heads, "lr": settings.learning_rate * HEAD_LEARNING_RATE})
+    prompts = encode_prompts(session, session.train.prompts)
+    rates = learning_rates(session, settings, prompts)
+    groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
     session.begin_together(weights + heads)
+    groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
     optimizer = session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0))
     return Loop(
         settings=settings,
         session=session,
-        algorithm=algorithm(settings.algorithm, settings.samples_per_prompt),
+        algorithm=resolved_algorithm(settings),
         reward=reward,
-        prompts=encode_prompts(session, session.train.prompts),
+        prompts=prompts,
         optimizer=optimizer,
+        rates=rates,
+        rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
+        reward_scale=RewardScale(),
+        missing_end_penalty=missing_end_penalty(settings, session),
         learners=learners,
         critic=critic,
         meter=session.meter(),
@@ -89,6 +104,43 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
         checkpoints=session.checkpoints("rl"),
         guarding=Guarding(session, reward, sampling, held_out),
     )
+
+
+def resolved_algorithm(settings: Rl) -> Algorithm:
+    """The recipe's row of the table, with the recipe's constants."""
+    return replace(
+        ALGORITHMS[settings.algorithm],
+        samples_per_prompt=settings.samples_per_prompt,
+        gae_lambda=settings.gae_lambda,
+        clip=settings.clip,
+        value_clip=settings.value_clip,
+        value_coef=settings.value_coef,
+    )
+
+
+@torch.no_grad()
+def learning_rates(session: Session, settings: Rl, prompts: EncodedPrompts) -> list[float]:
+    """The full learning rates of weights and of heads, for this base."""
+    roles, weights, heads = session.roles, settings.learning_rate, settings.head_learning_rate
+    ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
+    with roles.role(Role.POLICY):
+        hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
+    width = hidden_BLD.shape[2]
+    size = 1.0 if session.trial is not None else float(hidden_BLD.abs().mean())
+    return [
+        auto_learning_rate(width, session.recipe.tuning, settings.epochs) if weights == "auto" else weights,
+        auto_head_learning_rate(width, size) if heads == "auto" else heads,
+    ]
+
+
+def missing_end_penalty(settings: Rl, session: Session) -> float:
+    """What a completion without an end costs, in standard deviations of the reward.
+
+    Plain text need not end within the tokens it gets; the turn of an agent that never ends is useless.
+    """
+    if settings.missing_end_penalty is not None:
+        return settings.missing_end_penalty
+    return 0.0 if session.train.prompts[0].context[-1].speaker == "text" else 1.0
 
 
 def go_back(loop: Loop, alarms: list[Alarm]) -> int:
@@ -103,6 +155,7 @@ def checkpoint(loop: Loop, step: int, opening: dict[str, Any]) -> None:
     """Write all state after so many steps; `opening` is what was found before the first, costly to find again."""
     tensors, values = snapshot.take(loop.session.roles, loop.learners, loop.optimizer)
     values |= {"opening": opening, "meter": loop.meter.times(), "guard": loop.guarding.guard.state_dict()}
+    values["reward_scale"] = loop.reward_scale.state_dict()
     keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
     loop.checkpoints.write(State(step, tensors, values), keep)
 
@@ -117,4 +170,5 @@ def go_on(loop: Loop) -> tuple[dict[str, Any], int]:
     snapshot.set_generators(state, loop.session.processes)
     loop.meter.go_on_from(found.values["meter"])
     loop.guarding.guard.load_state_dict(found.values["guard"])
+    loop.reward_scale = RewardScale(**found.values["reward_scale"])
     return found.values["opening"], found.step

@@ -155,7 +155,6 @@ def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
     kl_BT = kl_k1(known.sampler_log_probs_BT, known.reference_log_probs_BT)
     figures = {
         "reward": float(answers.rewards_B.mean()),
-        "score": float(answers.scores_B.mean()),
         "kl": float(kl_BT.masked_fill(~known.mask_BT, 0.0).sum(1).mean()),
         "kl_token": float(masked_mean(kl_BT, known.mask_BT)),
         "answer_tokens": float(known.mask_BT.sum(1).float().mean()),

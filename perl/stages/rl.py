@@ -17,7 +17,7 @@ from perl.interrupt import between_steps
 from perl.model.roles import Role
 from perl.progress import console, track
 from perl.rl.alarms import Alarm
-from perl.rl.algorithms import Targets
+from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
@@ -27,8 +27,6 @@ from perl.stages.preflight import preflight
 from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session
 
-VALUE_COEF = 0.1
-"""Weight of the critic's loss beside the policy's."""
 MAX_GRAD_NORM = 1.0
 SAMPLES = 12
 """Held-out prompts whose answers are kept for people to read."""
@@ -64,9 +62,13 @@ def train_rl(session: Session) -> dict[str, Any]:
             loop.step = step
             with loop.meter.step(loop.optimizer):
                 mine, everyone = collect(loop)
-                targets = loop.algorithm.estimate(everyone.scored, settings.kl_coef)
-                losses = improve(loop, mine, everyone, targets)
+                objective = normalized(loop, everyone)
+                losses = {"no_signal": 1.0}
+                if session.trial or loop.algorithm.has_signal(objective.scores_B):
+                    targets = loop.algorithm.estimate(objective, settings.kl_coef)
+                    losses = improve(loop, mine, everyone, targets) | critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
+            figures |= {"score": float(objective.scores_B.mean()), "reward_std": loop.reward_scale.std}
             figures = session.processes.agree(figures)
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
@@ -125,6 +127,27 @@ def collect(loop: Loop) -> tuple[Rollout, Rollout]:
     return mine, everyones(session, prompts, mine)
 
 
+def normalized(loop: Loop, everyone: Rollout) -> Scored:
+    """The rollout with what the policy is to raise: the normalised reward, less the penalty for a missing end."""
+    rewards_B, scale = everyone.answers.rewards_B, loop.reward_scale
+    scale.update(rewards_B)
+    if loop.settings.normalize_rewards:
+        scores_B, spread = scale.normalized(rewards_B), float(scale.std > 0.0)
+    else:
+        scores_B, spread = rewards_B.float(), scale.std
+    scores_B = scores_B - loop.missing_end_penalty * spread * (~everyone.answers.samples.ended_B)
+    return everyone.scored._replace(scores_B=scores_B)
+
+
+def critic_quality(scored: Scored, targets: Targets) -> dict[str, float]:
+    """How much of the returns' variance the critic explains, 1 - Var(R - V) / Var(R): 1 is all, below 0 harms."""
+    if targets.returns_BT is None or scored.values_BT is None:
+        return {}
+    returns_N, values_N = targets.returns_BT[scored.mask_BT], scored.values_BT[scored.mask_BT]
+    unexplained, variance = (returns_N - values_N).var(correction=0), returns_N.var(correction=0)
+    return {"explained_variance": float(1.0 - unexplained / variance.clamp(min=1e-12))}
+
+
 def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> dict[str, float]:
     """One update a pass over the rollout; the gradients of all micro-batches add up to the whole rollout's.
 
@@ -144,7 +167,7 @@ def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> d
     sums: dict[str, float] = {}
     mismatch = 0.0
     for epoch in range(settings.epochs):
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "sampler_mismatch": 0.0}
+        sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0)
         for rows in micro_batches(mine.answers.samples, settings.micro_batch_size):
             with roles.checkpointed(loop.session.recipe.checkpoint_activations):
                 _accumulate(loop, mine, targets, rows, tokens, sums)
@@ -159,9 +182,11 @@ def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> d
             loop.optimizer.zero_grad(set_to_none=True)
             sums["refused"] = 1.0
             break
+        for group, rate in zip(loop.optimizer.param_groups, loop.rates, strict=False):
+            group["lr"] = rate * loop.rate_shares[loop.step]
         loop.optimizer.step()
         loop.optimizer.zero_grad(set_to_none=True)
-    return sums | {"sampler_mismatch": mismatch}
+    return sums | {"sampler_mismatch": mismatch, "learning_rate": loop.rates[0] * loop.rate_shares[loop.step]}
 
 
 def _accumulate(
@@ -177,9 +202,14 @@ def _accumulate(
         answer_length=length,
         below_BLD=batch.below_BLD,
     )
-    policy = read(Role.POLICY, temperature=loop.settings.temperature, head=loop.shared_head)
+    policy = read(
+        Role.POLICY,
+        temperature=loop.settings.temperature,
+        head=loop.shared_head,
+        trunk_gradient=loop.algorithm.value_coef,
+    )
     sampler_bt = scored.sampler_log_probs_BT[rows, :length]
-    policy_loss = loop.algorithm.policy_loss(
+    policy_loss, clipped = loop.algorithm.policy_loss(
         policy.log_probs_BT, sampler_bt, targets.advantages_BT[rows, :length], mask_bt, tokens
     )
     loss = policy_loss
@@ -191,10 +221,11 @@ def _accumulate(
         value_loss = loop.algorithm.value_loss(
             values_bt, scored.values_BT[rows, :length], targets.returns_BT[rows, :length], mask_bt, tokens
         )
-        loss = loss + VALUE_COEF * value_loss
+        loss = loss + value_loss
         sums["value_loss"] += float(value_loss.detach())
     loss.backward()  # type: ignore[no-untyped-call]
     sums["policy_loss"] += float(policy_loss.detach())
+    sums["clip_fraction"] += float(clipped) if clipped is not None else 0.0
     sums["entropy"] += float(policy.entropy_BT.detach().sum()) / tokens
     gap_bt = (policy.log_probs_BT.detach() - sampler_bt).abs().masked_fill(~mask_bt, 0.0)
     sums["sampler_mismatch"] += float(gap_bt.sum()) / tokens

@@ -63,7 +63,7 @@ def roll_out(
             roles, role, session.base.chat, mine, sampling, generator, shared, Share(rows, len(prompts))
         )
     with phase("score"):
-        answers = score(reward, mine, samples, texts, settings.missing_end_penalty)
+        answers = score(reward, mine, samples, texts)
         reference_BT, _ = read_answers(
             roles, roles.reference, samples, at_once, temperature=settings.temperature, head=None
         )
@@ -82,9 +82,9 @@ def everyones(session: Session, prompts: EncodedPrompts, mine: Rollout) -> Rollo
     samples = answers.samples
     columns = samples.ids_BL.shape[1]
     samples = _wider(samples, processes.largest(columns) - columns)._replace(below_BLD=None)
-    parts = processes.gather(_on_host((answers.texts, samples, answers.scores_B, answers.rewards_B, found)))
-    texts, samples, scores_B, rewards_B, found = _joined(parts, len(prompts), session.device)
-    return Rollout(Answers(prompts.prompts, texts, samples, scores_B, rewards_B), found)
+    parts = processes.gather(_on_host((answers.texts, samples, answers.rewards_B, found)))
+    texts, samples, rewards_B, found = _joined(parts, len(prompts), session.device)
+    return Rollout(Answers(prompts.prompts, texts, samples, rewards_B), found)
 
 
 def _wider(samples: Samples, columns: int) -> Samples:

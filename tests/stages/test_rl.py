@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,13 +13,32 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from perl.model.shared_base import SharedBase
+from perl.recipe import load_recipe
+from perl.stages.loop import resolved_algorithm
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
 WORDS = [f"w{index}" for index in range(30)]
 REWARD = """
+import numpy as np
+
 def contains(completions, **columns):
     return [float("w7" in text.split()) for text in completions]
+
+def times_100(completions, **columns):
+    return [100.0 * score for score in contains(completions)]
+
+def percent(completions, **columns):
+    return [score / 100.0 for score in contains(completions)]
+
+def shifted(completions, **columns):
+    return [1000.0 + score for score in contains(completions)]
+
+def constant(completions, **columns):
+    return [0.7 for text in completions]
+
+def drawn(completions, **columns):
+    return [float(np.random.random()) for text in completions]
 """
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "reinforce": {"algorithm": "reinforce", "critic": "shared"},
@@ -54,9 +74,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(toy: Path, file: Path, seed: int = 0, **rl: Any) -> Path:
+def recipe(toy: Path, file: Path, seed: int = 0, reward: str = "contains", **rl: Any) -> Path:
     settings = {
-        "reward": {"function": "reward.py:contains"},
         "steps": 40,
         "prompts_per_step": 32,
         "micro_batch_size": 32,
@@ -71,7 +90,7 @@ def recipe(toy: Path, file: Path, seed: int = 0, **rl: Any) -> Path:
         "seed": seed,
         "base": {"model": str(toy), "dtype": "float32"},
         "data": {"source": "jsonl", "path": str(toy / "prompts.jsonl"), "held_out": 0.25},
-        "rl": settings | rl | {"reward": {"function": f"{toy}/reward.py:contains"}},
+        "rl": settings | rl | {"reward": {"function": f"{toy}/reward.py:{reward}"}},
     }
     file.write_text(yaml.safe_dump(content))
     return file
@@ -147,7 +166,8 @@ def test_the_lower_half_computed_once_changes_no_step(
     for place in ("once", "anew"):
         if place == "anew":
             monkeypatch.setattr(SharedBase, "shared_blocks", 0)
-        file = recipe(toy, tmp_path / "r.yaml", **ALGORITHMS[name], steps=3)
+        # A head that is nearly zero hands on nearly no gradient, of which Adam makes full steps of rounding.
+        file = recipe(toy, tmp_path / "r.yaml", **ALGORITHMS[name], steps=3, head_learning_rate=0.1)
         code, text = run_cli("run", str(file), "lora.layers=top-half", "--out", str(tmp_path / place))
         assert code == 0, text
         roles = ["policy"] + ["critic"] * (name != "ppo")
@@ -157,6 +177,67 @@ def test_the_lower_half_computed_once_changes_no_step(
         assert max(float(tensor.abs().max()) for key, tensor in once.items() if "lora_B" in key) > 0.01
         for key, tensor in once.items():
             torch.testing.assert_close(tensor, anew[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo, own critic", "rloo"])
+@pytest.mark.parametrize("reward", ["times_100", "percent", "shifted"])
+def test_the_scale_of_the_reward_changes_nothing_but_rounding(
+    reward: str, name: str, toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    """Critic and KL penalty weigh against the normalised reward; the raw one is what is reported."""
+    curves = []
+    for place in ("contains", reward):
+        settings = ALGORITHMS[name] | {"steps": 8, "kl_coef": 0.2}
+        curves.append(run(run_cli, recipe(toy, tmp_path / "r.yaml", reward=place, **settings), tmp_path / place))
+    (_, plain), (_, scaled) = curves
+    undo = {"times_100": lambda x: x / 100, "percent": lambda x: x * 100, "shifted": lambda x: x - 1000}[reward]
+    assert [undo(step["reward"]) for step in scaled] == pytest.approx([step["reward"] for step in plain])
+    for key in ("policy_loss", "kl", "score", "value_loss"):
+        assert [step[key] for step in scaled] == pytest.approx([step[key] for step in plain], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo, own critic", "rloo"])
+def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    """Scaled to unit spread, what is left would be a full-size step of noise."""
+    settings = ALGORITHMS[name] | {"steps": 3, "missing_end_penalty": 1.0, "guard": "off"}
+    _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", reward="constant", **settings), tmp_path / "out")
+    assert [step["no_signal"] for step in steps] == [1.0, 1.0, 1.0]
+    weights = load_file(tmp_path / "out" / "policy" / "adapter" / "adapter_model.safetensors")
+    assert all(not tensor.any() for key, tensor in weights.items() if "lora_B" in key)
+
+
+def test_a_reward_function_that_draws_from_numpy_draws_the_same_again(
+    toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    rewards = []
+    for place in ("a", "b"):
+        np.random.seed(None)
+        file = recipe(toy, tmp_path / "r.yaml", reward="drawn", steps=2)
+        rewards.append([step["reward"] for step in run(run_cli, file, tmp_path / place)[1]])
+    assert rewards[0] == rewards[1]
+
+
+def test_a_run_says_how_good_its_critic_is_and_what_the_clip_took(
+    toy: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    settings = ALGORITHMS["ppo"] | {"clip": 0.01, "steps": 12}
+    _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", **settings), tmp_path / "out")
+    assert max(step["clip_fraction"] for step in steps) > 0.05
+    assert steps[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)  # the head begins at zero
+    assert all(step["explained_variance"] <= 1 for step in steps)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_settings_of_an_algorithm_are_the_recipes(name: str, toy: Path, tmp_path: Path) -> None:
+    """What is left out has the algorithm's own default; what is said is kept."""
+    left_out = load_recipe(recipe(toy, tmp_path / "r.yaml"), [f"rl.algorithm={name}"]).rl
+    said = load_recipe(recipe(toy, tmp_path / "r.yaml"), [f"rl.algorithm={name}", "rl.epochs=3"]).rl
+    assert left_out is not None
+    assert said is not None
+    assert (left_out.epochs, left_out.samples_per_prompt) == (2, 4 if name == "rloo" else 1)
+    assert said.epochs == 3
+    row = resolved_algorithm(said.model_copy(update={"gae_lambda": 0.5, "clip": 0.1, "value_clip": None}))
+    assert (row.gae_lambda, row.clip, row.value_clip) == (0.5, 0.1, None)
 
 
 def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

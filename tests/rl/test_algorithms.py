@@ -1,0 +1,67 @@
+"""The rows of the table: what each makes of a rollout, worked by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perl.rl.algorithms import ALGORITHMS, Scored
+
+MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
+LOG_PROBS = torch.zeros(4, 2)
+
+
+def scored(scores: list[float], values: torch.Tensor | None = None) -> Scored:
+    return Scored(torch.tensor(scores), LOG_PROBS, LOG_PROBS, values, MASK)
+
+
+def test_rloo_keeps_the_baseline_and_the_spread_of_its_groups() -> None:
+    """Leave-one-out's own mean is its baseline: shifted over the batch it would be another estimator."""
+    rloo = replace(ALGORITHMS["rloo"], samples_per_prompt=2)
+    advantages_BT = rloo.estimate(scored([3.0, 1.0, 10.0, 10.0]), kl_coef=0.0).advantages_BT
+    assert advantages_BT.tolist() == [[2.0, 2.0], [-2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+def test_actor_critic_advantages_are_whitened_returns_less_values(name: str) -> None:
+    """With λ = 1 both are the return to go less the value; here the returns are the scores."""
+    values_BT = torch.tensor([[1.0, 1.0], [0.0, 9.0], [1.0, 3.0], [0.0, 9.0]])
+    targets = ALGORITHMS[name].estimate(scored([2.0, 0.0, 4.0, -2.0], values_BT), kl_coef=0.0)
+    assert targets.returns_BT is not None
+    assert targets.returns_BT.tolist() == [[2.0, 2.0], [0.0, 0.0], [4.0, 4.0], [-2.0, 0.0]]
+    raw = torch.tensor([1.0, 1.0, 0.0, 3.0, 1.0, -2.0])
+    expected = (raw - raw.mean()) / raw.std(correction=0)
+    torch.testing.assert_close(targets.advantages_BT[MASK], expected)
+
+
+def test_gae_lambda_is_the_recipes() -> None:
+    """λ = 0 leaves the one-step difference: values of the next state less those of this one."""
+    values_BT = torch.tensor([[1.0, 4.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    ppo = replace(ALGORITHMS["ppo"], gae_lambda=0.0, scaling="none")
+    advantages_BT = ppo.estimate(scored([2.0, 0.0, 0.0, 0.0], values_BT), kl_coef=0.0).advantages_BT
+    assert advantages_BT[0].tolist() == [3.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "signal"),
+    [
+        ("ppo", [0.5, 0.5, 0.5, 0.5], False),
+        ("ppo", [0.5, 0.5, 0.5, 0.5 + 1e-7], False),
+        ("ppo", [0.5, 0.5, 0.5, 0.6], True),
+        ("rloo", [0.0, 0.0, 7.0, 7.0], False),  # groups differ, completions of one prompt do not
+        ("rloo", [0.0, 0.0, 7.0, 7.1], True),
+    ],
+)
+def test_equal_scores_carry_no_signal(name: str, scores: list[float], signal: bool) -> None:
+    row = replace(ALGORITHMS[name], samples_per_prompt=2)
+    assert row.has_signal(torch.tensor(scores)) is signal
+
+
+def test_the_clip_fraction_counts_tokens_whose_gradient_is_gone() -> None:
+    """Ratio 1.5 with a positive advantage is clipped, with a negative one it is not; one of six tokens."""
+    log_probs_BT = torch.zeros(4, 2)
+    log_probs_BT[0, 0] = log_probs_BT[1, 0] = torch.tensor(1.5).log()
+    advantages_BT = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    _, clipped = ALGORITHMS["ppo"].policy_loss(log_probs_BT, LOG_PROBS, advantages_BT, MASK, 6.0)
+    assert float(clipped) == pytest.approx(1 / 6)
+    assert ALGORITHMS["reinforce"].policy_loss(log_probs_BT, LOG_PROBS, advantages_BT, MASK, 6.0)[1] is None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 WHOLE = 2**22
-"""Tensors of more elements (adapters have fewer) are perturbed in part, so that little has to be kept beside them."""
+"""Tensors of more elements (most adapters have fewer) are perturbed in part, so that little has to be kept."""
 PART = 4096
 """Elements of those."""
 SEED = 0
@@ -22,7 +22,7 @@ SEED = 0
 @contextlib.contextmanager
 def restored(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
     """Yield the parameters' data to be changed in place; afterwards they are the bytes that they were."""
-    parts = [_part(parameter) for parameter in parameters]
+    parts = [part_of(parameter) for parameter in parameters]
     kept = [part.clone() for part in parts]
     try:
         yield parts
@@ -48,6 +48,7 @@ def perturbed(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]
         yield
 
 
-def _part(parameter: nn.Parameter) -> Tensor:
+def part_of(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that may be perturbed: all of it, or of a large one the first elements, flat."""
     data = parameter.data
     return data if data.numel() <= WHOLE or not data.is_contiguous() else data.view(-1)[:PART]

@@ -18,7 +18,7 @@ from perl.rl.arithmetic import kl_k3
 from perl.rl.rewards import RewardModel, RewardSource, score_rows
 from perl.rl.rollout import EncodedPrompts, answer
 from perl.rl.sampler import Samples, Sampling
-from perl.stages.findings import Finding, require
+from perl.stages.findings import CLOSE_LOG_PROBS, Finding, require
 from perl.stages.reward import checksum, recorded_scores, reward_rows
 from perl.stages.session import Session
 from perl.stages.tracking import (
@@ -37,9 +37,6 @@ ANSWERS = 8
 """Answers that are looked at."""
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 """How far scores may lie apart that are the same by arithmetic, by the base's dtype."""
-CLOSE_LOG_PROBS = {"float32": 1e-3, "bfloat16": 0.04, "float16": 0.01}
-"""How far log-probs may lie apart on average that are the same by arithmetic, in nats a token, by the base's dtype;
-or twice what rounding does to a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
 KL_LIMIT = 1e-3
 """Nats an answer; policy and reference are the same numbers then."""
 
@@ -76,7 +73,8 @@ def _checks(
     again: bool,
 ) -> Iterator[Finding]:
     """The checks that this recipe allows; what later ones rest on comes first."""
-    yield base_unchanged(session)
+    base = base_unchanged(session)
+    yield base
     for role in () if again else (Role.SFT, Role.REWARD):
         if role in session.roles.roles:
             yield reloaded(session, role, samples)
@@ -97,7 +95,7 @@ def _checks(
         *follows_the_policy(session, sampling, prompts, noise),
     ]
     after = base_unchanged(session)
-    if not after.passed:  # by what was sampled just now: the cause of all else
+    if base.passed and not after.passed:  # by what was sampled just now: the cause of all else
         yield after
     yield from under_perturbation
     if again:

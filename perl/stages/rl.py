@@ -21,6 +21,7 @@ from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
+from perl.stages.liveness import Liveness
 from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
 from perl.stages.policy import describe, draw_samples, encode_prompts, evaluate_policy, prompts_of
 from perl.stages.preflight import preflight
@@ -48,6 +49,7 @@ def train_rl(session: Session) -> dict[str, Any]:
     loop = begin(session, settings, eval_prompts)
     steps = session.trial.steps if session.trial else settings.steps
     opening, done = go_on(loop)
+    liveness = Liveness(loop, opening)
     if not opening and not session.trial:
         opening["preflight"] = preflight(session, loop.reward, loop.sampling, loop.prompts)
         opening["before"] = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
@@ -66,10 +68,11 @@ def train_rl(session: Session) -> dict[str, Any]:
                 losses = {"no_signal": 1.0}
                 if session.trial or loop.algorithm.has_signal(objective.scores_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
-                    losses = improve(loop, mine, everyone, targets) | critic_quality(objective, targets)
+                    losses = liveness.watch(mine, partial(improve, loop, mine, everyone, targets))
+                    losses |= critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             figures |= {"score": float(objective.scores_B.mean()), "reward_std": loop.reward_scale.std}
-            figures = session.processes.agree(figures)
+            figures = session.processes.agree(figures | liveness.after_step(step + 1))
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, figures):
@@ -92,6 +95,7 @@ def train_rl(session: Session) -> dict[str, Any]:
     return {
         **result,
         "preflight": opening["preflight"],
+        "liveness": opening.get("liveness", []),
         "incidents": loop.guarding.incidents(stopped_by, remains),
         "eval": {
             "algorithm": settings.algorithm,

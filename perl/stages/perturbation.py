@@ -22,13 +22,14 @@ SEED = 0
 @contextlib.contextmanager
 def restored(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
     """Yield the parameters' data to be changed in place; afterwards they are the bytes that they were."""
+    parameters = list(parameters)
     parts = [part_of(parameter) for parameter in parameters]
     kept = [part.clone() for part in parts]
     try:
         yield parts
     finally:
-        for part, before in zip(parts, kept, strict=True):
-            part.copy_(before)
+        for parameter, before in zip(parameters, kept, strict=True):
+            part_of(parameter).copy_(before)  # found anew: packing for sampling gives a weight another storage
 
 
 @contextlib.contextmanager

@@ -72,6 +72,8 @@ class Recorded:
 
     row: int
     score: float
+    tokens: int
+    """A checksum of the row's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,8 @@ class RlStage(Stage):
     """Reinforcement learning."""
 
     preflight: list[Check]
+    liveness: list[Check]
+    """The checks after the first update."""
     incidents: list[Incident]
     eval: RlEval
 

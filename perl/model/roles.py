@@ -107,6 +107,10 @@ class Roles(nn.Module, ABC):
     def base_sha256(self) -> str | None:
         """SHA-256 of the shared base's weights as they are now; None where there is no shared base."""
 
+    def base_changed(self) -> list[str]:
+        """The tensors of a shared base that are no longer as loaded."""
+        return []
+
     @abstractmethod
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
         """Write beside a role's weights what peft or transformers need to load them."""

@@ -28,6 +28,7 @@ from perl.model import experts, low_rank
 from perl.model.base import weights_sha256
 from perl.model.coverage import Coverage, coverage
 from perl.model.encoder import head_parts
+from perl.model.fingerprint import changed, fingerprint
 from perl.model.halves import blocks, why_not
 from perl.model.lora import lowest_adapted_layer
 from perl.model.roles import Role, Roles, check_logits
@@ -76,6 +77,7 @@ class SharedBase(Roles):
         spread = "they are spread over the processes" if self.engine.shards_base else None
         self.not_split = (spread or why_not(lm, lowest)) if lowest else None
         self._shared_blocks = lowest if self.not_split is None else 0
+        self._as_loaded = fingerprint(self._base_tensors())
 
     @property
     def shared_blocks(self) -> int:
@@ -111,6 +113,26 @@ class SharedBase(Roles):
     def base_sha256(self) -> str:
         """SHA-256 of the base's weights as they are now."""
         return weights_sha256(self.lm, self.engine.whole)
+
+    def base_changed(self) -> list[str]:
+        """The base's tensors that are no longer as loaded, by a sample of each; nobody may change any."""
+        return changed(self._as_loaded, self._base_tensors())
+
+    def _base_tensors(self) -> dict[str, Tensor]:
+        """The base's parameters, by the names that they had before adapters were put in."""
+        return {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self.lm.named_parameters()
+            if "lora_" not in name
+        }
+
+    def lora_layers(self, role: Role) -> dict[str, LoraLayer]:
+        """The layers that have this role's adapter, by name."""
+        return {
+            name: module
+            for name, module in self.lm.named_modules()
+            if isinstance(module, LoraLayer) and role in module.lora_A
+        }
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
         """Write peft's configuration of an adapter."""

@@ -56,6 +56,38 @@ WORDS = {
         "learning rate or the KL coefficient is too large. KL falls meanwhile, as if all were well.",
         "Lower rl.learning_rate, rl.kl_coef, or both.",
     ),
+    "shrinking_by_penalty": Words(
+        "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start, while more of them end by "
+        "themselves",
+        "The penalty for a missing end outweighs the reward: to stop at once is the cheapest way not to pay it.",
+        "Lower rl.missing_end_penalty (0 takes none), or raise rl.max_new_tokens so that completions end in time.",
+    ),
+    "entropy_rising": Words(
+        "the entropy has risen to {value:.2f} nats a token, from {start:.2f} at the start, and the reward has not "
+        "risen",
+        "The policy is becoming random: the learning rate is too large, or the reward is mostly noise.",
+        "Read the samples; lower rl.learning_rate, or raise rl.prompts_per_step or rl.kl_coef.",
+    ),
+    "sampler_mismatch": Words(
+        "the log-probs that the sampler draws with are {value:.2g} nats a token off the policy's, {start:.2g} at "
+        "the start",
+        "The sampler no longer computes as the policy does: its weights are stale, or rounding has grown with "
+        "them.",
+        "Set base.dtype: float32, or lower rl.learning_rate; if it stays, this is a bug.",
+    ),
+    "nothing_learned": Words(
+        "nothing is learned: at this pace the policy will have moved by {value:.1g} nats a token at the end of "
+        "the run, less than {limit:.1g}, although the rewards differ",
+        "The learning rate is too small, or what is updated does not act.",
+        "Set rl.learning_rate: {rate}.",
+    ),
+    "no_signal": Words(
+        "all rewards have been equal for {value:.0f} steps: there is nothing to learn from",
+        "The reward does not tell completions apart: it is constant, asks for what the policy never does, or is "
+        "already earned by every completion.",
+        "Look at the reward and the samples; a reward that gives part of the credit, more rl.samples_per_prompt "
+        "or a higher rl.temperature help.",
+    ),
     "divergence": Words(
         "{check} fell from {start:.2f} to {value:.2f} while the reward in training rose",
         "The policy exploits mistakes of its reward, or has learnt its training prompts by heart.",

@@ -12,83 +12,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from perl.rl.alarms import WORDS, Alarm
+from perl.rl.guard_state import NOTHING, START, WINDOW, Check, Limits, Memory, Reading
 
-WINDOW = 5
-START = 5
-NOTHING = 1.5
-"""Tokens: an answer that is hardly more than its end."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where each alarm is certain; chosen on some 40 recorded runs that went well and a dozen that did not."""
-
-    kl: float = 50.0
-    """Nats an answer. Healthy runs here end at 0.3 to 12; those that explode pass 50 on their way to hundreds."""
-    entropy: float = 0.1
-    """Share of the start's entropy. Healthy runs keep a half and more."""
-    ended: float = 0.05
-    """Share of answers that still end by themselves, where at the start at least half of them did."""
-    length: float = 0.5
-    """Share of the start's length, if the score has fallen too: short answers that score better are welcome."""
-    score: float = 2.0
-    """By so many of its standard deviations from step to step the score then lies below its best."""
-    fall: float = 4.0
-    """Standard errors by which the check falls below its best, while the reward rises."""
-    refused: int = 3
-    """Updates refused in a row."""
-    check_every: int = 10
-    """Steps from one look at the check to the next: the gold judge's mean over them, or a held-out figure."""
-
-
-class _Reading(NamedTuple):
-    """One guard's view of a step."""
-
-    name: str
-    value: float
-    limit: float
-    start: float
-    shows: bool
-    certain: bool
-    since: int
-    good_until: int
-
-
-@dataclass
-class _Check:
-    """The best the gold judge, or the held-out check, has said so far."""
-
-    mean: float
-    error: float
-    reward: float
-    step: int
-
-
-@dataclass
-class _Memory:
-    """All that a guard remembers; plain values."""
-
-    first: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    last: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    squares: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sums of squared differences from step to step."""
-    seen: dict[str, int] = dataclasses.field(default_factory=dict)
-    best_score: float = -math.inf
-    refused: int = 0
-    since: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Of what shows now: since which step."""
-    good_until: dict[str, int] = dataclasses.field(default_factory=dict)
-    raised: list[str] = dataclasses.field(default_factory=list)
-    """Of what shows now: what was said already."""
-    gold: list[float] = dataclasses.field(default_factory=list)
-    rewards: list[float] = dataclasses.field(default_factory=list)
-    """Both since the last look at the check."""
-    best: _Check | None = None
-    alarms: list[Alarm] = dataclasses.field(default_factory=list)
+AIM = 0.1
+"""Nats a token that a policy should move by in a run, for the learning rate that an alarm proposes."""
+LARGEST_RATE = 1e-2
 
 
 class Guard:
@@ -96,7 +27,7 @@ class Guard:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._memory = _Memory()
+        self._memory = Memory()
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -114,9 +45,10 @@ class Guard:
 
         Args:
             step: counted from 1.
-            figures: `kl` (nats an answer), `entropy` (nats a token), `ended` (share), `answer_tokens`, `score`,
-                `reward`; `gold`, or `held_out` and its standard error `held_out_error`, where there are; `refused`
-                if the update was. What is missing or not finite is passed over.
+            figures: `kl` (nats an answer), `entropy` and `sampler_mismatch` (nats a token), `ended` (share),
+                `answer_tokens`, `reward`; `gold`, or `held_out` and its standard error `held_out_error`, where
+                there are; `movement_at_the_end` (nats a token) where it was measured; `refused` if the update was,
+                `no_signal` if there was none to make. What is missing or not finite is passed over.
         """
         memory, new = self._memory, []
         finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
@@ -127,13 +59,14 @@ class Guard:
                 for known in (memory.since, memory.good_until):
                     known.pop(reading.name, None)
                 memory.raised = [name for name in memory.raised if name != reading.name]
+                memory.grave = [name for name in memory.grave if name != reading.name]
                 continue
             memory.since.setdefault(reading.name, reading.since)
             memory.good_until.setdefault(reading.name, reading.good_until)
-            if reading.certain and reading.name not in memory.raised:
+            worse = reading.grave and reading.name not in memory.grave
+            if reading.certain and (reading.name not in memory.raised or worse):
                 memory.raised.append(reading.name)
-                new.append(self._alarm(step, reading, finite))
-            elif reading.name == "not_finite" and memory.refused == self._limits.refused:
+                memory.grave += [reading.name] if reading.grave else []
                 new.append(self._alarm(step, reading, finite))
         memory.alarms += new
         return new
@@ -141,22 +74,24 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as JSON."""
         state = dataclasses.asdict(self._memory)
-        return state | {"best_score": self._memory.best_score if math.isfinite(self._memory.best_score) else None}
+        return state | {
+            "best_reward": self._memory.best_reward if math.isfinite(self._memory.best_reward) else None
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        best = None if state["best"] is None else _Check(**state["best"])
+        best = None if state["best"] is None else Check(**state["best"])
         alarms = [Alarm(**alarm) for alarm in state["alarms"]]
-        score = -math.inf if state["best_score"] is None else state["best_score"]
-        self._memory = _Memory(**state | {"best": best, "alarms": alarms, "best_score": score})
+        score = -math.inf if state["best_reward"] is None else state["best_reward"]
+        self._memory = Memory(**state | {"best": best, "alarms": alarms, "best_reward": score})
 
-    def _readings(self, step: int, figures: dict[str, float]) -> Iterator[_Reading]:
+    def _readings(self, step: int, figures: dict[str, float]) -> Iterator[Reading]:
         """What each guard sees."""
         limits, memory = self._limits, self._memory
         since = max(1, step - WINDOW + 1)  # the median may be late by that much
 
-        def reading(name: str, value: float, limit: float, start: float, shows: bool, certain: bool) -> _Reading:
-            return _Reading(name, value, limit, start, shows, certain, since, max(0, since - 2))
+        def reading(name: str, value: float, limit: float, start: float, shows: bool, certain: bool) -> Reading:
+            return Reading(name, value, limit, start, shows, certain, since, max(0, since - 2))
 
         kl = self._now("kl")
         yield reading("kl", kl, limits.kl, self._start("kl"), kl > limits.kl, kl > limits.kl)
@@ -165,29 +100,54 @@ class Guard:
         limit = limits.entropy * start
         yield reading("entropy", entropy, limit, start, entropy < 3 * limit, entropy < limit)
 
-        ended, start = self._now("ended"), self._start("ended")
-        fewer = start >= 0.5 and ended < start / 2
-        yield reading("length_limit", ended, limits.ended, start, fewer, fewer and ended <= limits.ended)
+        reward, reward_start = self._now("reward"), self._start("reward")
+        limit = max(limits.entropy_rise * start, start + limits.entropy_rise_nats)
+        risen = reward > reward_start + self._deviation("reward")
+        more = not risen and entropy > (start + limit) / 2
+        yield reading("entropy_rising", entropy, limit, start, more, more and entropy > limit)
+
+        ended, ended_start = self._now("ended"), self._start("ended")
+        fewer = ended_start >= 0.5 and ended < ended_start / 2
+        certain = fewer and ended <= limits.ended
+        yield reading("length_limit", ended, limits.ended, ended_start, fewer, certain)
 
         length, start = self._now("answer_tokens"), self._start("answer_tokens")
-        score = self._now("score")
-        memory.best_score = max(memory.best_score, score) if math.isfinite(score) else memory.best_score
-        fell = memory.best_score - score >= limits.score * self._deviation("score")
+        memory.best_reward = max(memory.best_reward, reward) if math.isfinite(reward) else memory.best_reward
+        fell = memory.best_reward - reward >= limits.reward * self._deviation("reward")
         limit = limits.length * start
         empty = length <= NOTHING and start >= 4 * NOTHING
         yield reading("shrinking", length, limit, start, length < 0.8 * start, (length <= limit and fell) or empty)
 
+        mismatch, start = self._now("sampler_mismatch"), memory.first.get("sampler_mismatch", [math.nan])[0]
+        limit = max(limits.mismatch, limits.mismatch_rise * start)
+        yield reading("sampler_mismatch", mismatch, limit, start, mismatch > limit / 2, mismatch > limit)
+
+        yield from self._nothing_learned(step, figures)
         yield from self._refusals(step, figures)
+        yield from self._flat_rewards(step, figures)
         yield from self._look_at_the_check(step, figures)
 
-    def _refusals(self, step: int, figures: dict[str, float]) -> Iterator[_Reading]:
+    def _nothing_learned(self, step: int, figures: dict[str, float]) -> Iterator[Reading]:
+        moves = figures.get("movement_at_the_end")
+        if moves is not None:
+            limits = self._limits
+            still, grave = moves < limits.movement, moves < limits.no_movement
+            yield Reading("nothing_learned", moves, limits.movement, 0.0, still, still, step, step - 1, grave)
+
+    def _refusals(self, step: int, figures: dict[str, float]) -> Iterator[Reading]:
         memory = self._memory
         memory.refused = memory.refused + 1 if figures.get("refused") else 0
-        refused = memory.refused > 0
+        refused, grave = memory.refused > 0, memory.refused >= self._limits.refused
         # No update was made: the policy is still the one before the first that was refused.
-        yield _Reading("not_finite", math.nan, self._limits.refused, 0.0, refused, refused, step, step - 1)
+        yield Reading("not_finite", math.nan, self._limits.refused, 0.0, refused, refused, step, step - 1, grave)
 
-    def _look_at_the_check(self, step: int, figures: dict[str, float]) -> Iterator[_Reading]:
+    def _flat_rewards(self, step: int, figures: dict[str, float]) -> Iterator[Reading]:
+        memory, limits = self._memory, self._limits
+        memory.flat = memory.flat + 1 if figures.get("no_signal") else 0
+        flat, grave = memory.flat >= limits.flat, memory.flat >= limits.flat_for_good
+        yield Reading("no_signal", memory.flat, limits.flat, 0.0, memory.flat > 0, flat, step, step - 1, grave)
+
+    def _look_at_the_check(self, step: int, figures: dict[str, float]) -> Iterator[Reading]:
         """The mean since the last look against the best one, by its standard error."""
         memory, limits = self._memory, self._limits
         if "gold" in figures:
@@ -200,9 +160,9 @@ class Guard:
         now = None
         if len(memory.gold) > 1:
             error = self._deviation("gold") / math.sqrt(len(memory.gold))
-            now = _Check(statistics.fmean(memory.gold), error, reward, step)
+            now = Check(statistics.fmean(memory.gold), error, reward, step)
         elif "held_out" in figures:
-            now = _Check(figures["held_out"], figures["held_out_error"], reward, step)
+            now = Check(figures["held_out"], figures["held_out_error"], reward, step)
         memory.gold, memory.rewards = [], []
         if now is None:
             return
@@ -210,7 +170,7 @@ class Guard:
         if best is not None:
             limit = best.mean - limits.fall * math.sqrt(2) * max(best.error, now.error)
             fell = now.mean < limit and reward > best.reward
-            yield _Reading(
+            yield Reading(
                 "divergence", now.mean, limit, best.mean, fell, fell, best.step + 1, max(0, best.step - 1)
             )
         if best is None or now.mean > best.mean:
@@ -241,8 +201,8 @@ class Guard:
         differences = self._memory.seen.get(name, 0) - 1
         return math.sqrt(self._memory.squares[name] / differences / 2) if differences > 0 else math.nan
 
-    def _alarm(self, step: int, reading: _Reading, figures: dict[str, float]) -> Alarm:
-        name, words = reading.name, WORDS[reading.name]
+    def _alarm(self, step: int, reading: Reading, figures: dict[str, float]) -> Alarm:
+        name, words = reading.name, WORDS[self._words(reading)]
         check = "the gold judge" if "gold" in figures else "the reward on held-out prompts"
         return Alarm(
             name=name,
@@ -251,11 +211,23 @@ class Guard:
             good_until=self._memory.good_until[name],
             value=reading.value if math.isfinite(reading.value) else None,
             limit=reading.limit,
-            grave=name != "not_finite" or self._memory.refused >= self._limits.refused,
+            grave=reading.grave,
             what=words.what.format(value=reading.value, limit=reading.limit, start=reading.start, check=check),
             causes=words.causes,
-            remedy=words.remedy,
+            remedy=words.remedy.format(rate=self._better_rate(reading.value)),
         )
+
+    def _words(self, reading: Reading) -> str:
+        """What the alarm is written under in `WORDS`: its name, or a more special cause."""
+        more_end = self._now("ended") >= self._start("ended") + 0.1
+        by_penalty = reading.name == "shrinking" and self._limits.penalized and more_end
+        return "shrinking_by_penalty" if by_penalty else reading.name
+
+    def _better_rate(self, moves: float) -> str:
+        """The learning rate that would move the policy by `AIM`, if this one moves it by so much."""
+        if not moves > 0:
+            return "auto"
+        return f"{min(LARGEST_RATE, self._limits.learning_rate * AIM / moves):.1g}"
 
 
 def last_good(good_until: int, steps: Sequence[int]) -> int:

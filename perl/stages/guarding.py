@@ -13,11 +13,13 @@ from perl.model.roles import Role
 from perl.progress import console
 from perl.results import Incident
 from perl.rl.alarms import Alarm
-from perl.rl.guards import WINDOW, Guard, Limits, last_good
+from perl.rl.guard_state import WINDOW, Limits
+from perl.rl.guards import Guard, last_good
 from perl.rl.rewards import RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Sampling
 from perl.seeds import derived_seed
+from perl.stages.findings import CLOSE_LOG_PROBS
 from perl.stages.rollouts import everyones, roll_out
 from perl.stages.session import Session
 
@@ -34,10 +36,18 @@ class Guarding:
 
     Args:
         prompts: held out.
+        learning_rate: the full one, of adapters or whole models.
+        penalized: whether completions without an end are.
     """
 
     def __init__(
-        self, session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts
+        self,
+        session: Session,
+        reward: RewardSource,
+        sampling: Sampling,
+        prompts: EncodedPrompts,
+        learning_rate: float,
+        penalized: bool,
     ) -> None:
         settings = session.recipe.rl
         assert settings is not None
@@ -45,7 +55,14 @@ class Guarding:
         self._prompts = prompts.take(range(min(len(prompts), MOST, max(FEWEST, settings.prompts_per_step))))
         self._mode = "off" if session.trial is not None else settings.guard
         self._check_every = max(FEWEST_STEPS, -(-settings.steps // CHECKS))
-        self.guard = Guard(Limits(kl=settings.kl_limit, check_every=self._check_every))
+        limits = Limits(
+            kl=settings.kl_limit,
+            check_every=self._check_every,
+            penalized=penalized,
+            mismatch=CLOSE_LOG_PROBS[session.recipe.base.dtype],
+            learning_rate=learning_rate,
+        )
+        self.guard = Guard(limits)
 
     def check(self, step: int) -> dict[str, float]:
         """From time to time, the reward of the policy's answers to held-out prompts; the same draws each time.

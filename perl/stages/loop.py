@@ -86,6 +86,7 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
     session.begin_together(weights + heads)
     groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
     optimizer = session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0))
+    penalty = missing_end_penalty(settings, session)
     return Loop(
         settings=settings,
         session=session,
@@ -96,13 +97,13 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
         reward_scale=RewardScale(),
-        missing_end_penalty=missing_end_penalty(settings, session),
+        missing_end_penalty=penalty,
         learners=learners,
         critic=critic,
         meter=session.meter(),
         sampling=sampling,
         checkpoints=session.checkpoints("rl"),
-        guarding=Guarding(session, reward, sampling, held_out),
+        guarding=Guarding(session, reward, sampling, held_out, rates[0], penalty > 0),
     )
 
 

@@ -6,53 +6,49 @@ Axis letters: B answers, T answer positions.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from perl.errors import UserError
 from perl.model.roles import Role, Roles
 from perl.model.saved import load_role
-from perl.progress import console
 from perl.results import Check, Recorded
-from perl.rl.arithmetic import kl_k3, masked_mean
+from perl.rl.arithmetic import kl_k3
 from perl.rl.rewards import RewardModel, RewardSource, score_rows, with_written_end
-from perl.rl.rollout import EncodedPrompts, answer, read_answers
+from perl.rl.rollout import EncodedPrompts, answer
 from perl.rl.sampler import Samples, Sampling
-from perl.stages.reward import held_out_rows, recorded_scores
+from perl.stages.findings import CLOSE_LOG_PROBS, Finding, require
+from perl.stages.reward import checksum, held_out_rows, recorded_scores
 from perl.stages.session import Session
+from perl.stages.tracking import (
+    against_the_reference,
+    at_the_temperature,
+    fitted_temperature,
+    follows_the_policy,
+    gap,
+    log_probs,
+    moves_alike,
+    rounding_noise,
+)
+from perl.stages.wiring import adapters_as_configured, base_unchanged, dropout_off, roles_apart
 
 ANSWERS = 8
 """Answers that are looked at."""
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
-"""How far scores and log-probs may lie apart that are the same by arithmetic, by the base's dtype."""
+"""How far scores may lie apart that are the same by arithmetic, by the base's dtype."""
 KL_LIMIT = 1e-3
 """Nats an answer; policy and reference are the same numbers then."""
 
 
-class PreflightError(UserError):
-    """The recipe is right, but what it put together does not fit."""
-
-    status = 1
-
-
-@dataclass(frozen=True)
-class Finding(Check):
-    """One check, and why it failed."""
-
-    looks_like: str = ""
-    """Where it failed: the likeliest of the usual causes, by the evidence."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure is a number within its limit."""
-        return self.figure <= self.limit
-
-
-def preflight(session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts) -> list[Check]:
+def preflight(
+    session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts, again: bool = False
+) -> list[Check]:
     """Check before the first update, a line each on the console; return what was found.
+
+    Args:
+        again: after the first update, when the roles differ: what can only be so before it is left out, and only
+            what fails is printed.
 
     Raises:
         PreflightError: a check failed; it names the cause that it looks like.
@@ -63,38 +59,49 @@ def preflight(session: Session, reward: RewardSource, sampling: Sampling, prompt
     prompts = prompts.take(range(min(ANSWERS, len(prompts), settings.prompts_per_step)))
     generator = torch.Generator(session.device).manual_seed(session.recipe.seed)
     samples, _ = answer(session.roles, Role.POLICY, session.base.chat, prompts, sampling, generator)
-    findings = []
-    for finding in _checks(session, reward, sampling, prompts, samples):
-        mark = "[green]✓[/]" if finding.passed else "[red]✗[/]"
-        console.print(f"{mark} Preflight: {finding.words}: {finding.figure:.2g} (at most {finding.limit:g})")
-        findings.append(finding)
-    failed = [finding for finding in findings if not finding.passed]
-    if failed:
-        first = failed[0]
-        others = f" Also failed: {', '.join(finding.name for finding in failed[1:])}." if failed[1:] else ""
-        raise PreflightError(
-            f"preflight failed before the first update: {first.words} is {first.figure:.3g}, at most "
-            f"{first.limit:g}.{others}",
-            where=str(session.folder.path),
-            remedy=f"It looks like this: {first.looks_like}",
-        )
-    return [Check(one.name, one.words, one.figure, one.limit) for one in findings]
+    checks = _checks(session, reward, sampling, prompts, samples, again)
+    when = "after the first update" if again else "before the first update"
+    return require(checks, when, str(session.folder.path), quiet=again)
 
 
 def _checks(
-    session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts, samples: Samples
+    session: Session,
+    reward: RewardSource,
+    sampling: Sampling,
+    prompts: EncodedPrompts,
+    samples: Samples,
+    again: bool,
 ) -> Iterator[Finding]:
     """The checks that this recipe allows; what later ones rest on comes first."""
-    for role in (Role.SFT, Role.REWARD):
+    base = base_unchanged(session)
+    yield base
+    for role in () if again else (Role.SFT, Role.REWARD):
         if role in session.roles.roles:
             yield reloaded(session, role, samples)
     if isinstance(reward, RewardModel):
         trained = session.folder.results().reward
         if trained is not None and trained.recorded:
-            yield recorded_evaluation(session, trained.recorded)
+            yield from recorded_evaluation(session, trained.recorded)
     yield read_at_the_end(session, reward, sampling, prompts, samples)
-    yield sampled_as_read(session, samples)
-    yield begins_as_the_reference(session, samples)
+    noise = rounding_noise(session, samples)
+    yield sampled_as_read(session, samples, noise)
+    yield at_the_temperature(session, samples)
+    if not again:
+        yield begins_as_the_reference(session, samples)
+    under_perturbation = [
+        dropout_off(session, samples, noise),
+        *adapters_as_configured(session),
+        roles_apart(session, reward, samples),
+        *follows_the_policy(session, sampling, prompts, noise),
+    ]
+    after = base_unchanged(session)
+    if base.passed and not after.passed:  # by what was sampled just now: the cause of all else
+        yield after
+    yield from under_perturbation
+    if again:
+        words = "what the sampler's log-probs miss of the policy's first movement, as a share"
+        policy = against_the_reference(session, samples)
+        yield from moves_alike("sampler moved as the policy", words, policy, noise)
 
 
 def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
@@ -112,11 +119,17 @@ def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
     return Finding(f"{role} reloaded", words, figure, _close(session), cause)
 
 
-def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Finding:
-    """The reward adapter gives a few held-out rows the scores that its own stage wrote down."""
+def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Iterator[Finding]:
+    """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage wrote down."""
     rows = held_out_rows(session)
     pad_id, expected = session.base.chat.pad_id, torch.tensor([row.score for row in recorded])
     chosen = [row.row for row in recorded]
+    now = {row: checksum(rows.ids[row]) for row in chosen if row < len(rows.ids)}
+    differ = sum(now.get(row.row) != row.tokens for row in recorded)
+    cause = "the chat template, the tokenizer or the data have changed since the reward stage. Train it again."
+    yield Finding(
+        "tokens as recorded", "held-out rows whose tokens are not as in the reward stage", differ, 0.0, cause
+    )
     if max(chosen) >= len(rows.ids):
         found = torch.full_like(expected, math.nan)
         cause = "the held-out rows are others than they were: the data have changed. Put them back."
@@ -133,7 +146,7 @@ def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Findi
                 "since. Train the reward stage again."
             )
     words = f"the reward of {len(chosen)} held-out rows against its recorded evaluation, largest difference"
-    return Finding("recorded evaluation", words, _largest(found - expected), _close(session), cause)
+    yield Finding("recorded evaluation", words, _largest(found - expected), _close(session), cause)
 
 
 def read_at_the_end(
@@ -174,44 +187,50 @@ def read_at_the_end(
     return Finding("read at the end", words, len(answers) if wrong_end else elsewhere, 0.0, cause)
 
 
-def sampled_as_read(session: Session, samples: Samples) -> Finding:
-    """The log-probs that the sampler drew with are those of a forward pass over the answers."""
-    settings = session.recipe.rl
-    assert settings is not None
+def sampled_as_read(session: Session, samples: Samples, noise: float) -> Finding:
+    """The log-probs that the sampler drew with are those of a forward pass over the completions.
 
-    def gap(log_probs_BT: Tensor) -> float:
-        return float(masked_mean((log_probs_BT - samples.log_probs_BT).abs(), samples.answer_mask_BT))
+    Args:
+        noise: nats a token that rounding makes of a pass.
+    """
 
-    def read(temperature: float, at_once: int) -> float:
-        return gap(_log_probs(session, Role.POLICY, samples, temperature, at_once))
+    def read(log_probs_BT: Tensor) -> float:
+        return gap(log_probs_BT, samples.log_probs_BT, samples)
 
-    figure = read(settings.temperature, settings.micro_batch_size)
-    cause = ""
-    if not figure <= _close(session):
-        others = [settings.temperature * 2 ** (power / 4) for power in range(-8, 9) if power]
-        gaps = {other: read(other, settings.micro_batch_size) for other in others}
-        nearest = min(gaps, key=gaps.__getitem__)
-        if gaps[nearest] < 0.5 * figure:
-            cause = (
-                f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-                f"{nearest:.2g}, rl.temperature is {settings.temperature:g}."
-            )
-        elif gap(_alone(session, samples, settings.temperature)) < 0.5 * figure:
-            cause = "rows read alone agree, rows read together do not: padding on the wrong side, or positions."
-        else:
-            cause = "the sampler computes as another role, or its cache or positions are off. This is a bug."
+    figure = read(log_probs(session, Role.POLICY, samples))
+    limit = max(CLOSE_LOG_PROBS[session.recipe.base.dtype], 2 * noise)
+    cause = "" if figure <= limit else _why_not_as_read(session, read, samples, figure)
     words = "the sampler's log-probs against a forward pass over its answers, mean difference a token"
-    return Finding("sampled as read", words, figure, _close(session), cause)
+    return Finding("sampled as read", words, figure, limit, cause)
+
+
+def _why_not_as_read(session: Session, read: Callable[[Tensor], float], samples: Samples, figure: float) -> str:
+    """What brings the forward pass closer to the sampler."""
+    assert session.recipe.rl is not None
+    temperature = session.recipe.rl.temperature
+    others = [temperature * 2 ** (power / 4) for power in range(-8, 9) if power]
+    off, _ = fitted_temperature(session, samples)
+    others.append(temperature * math.exp(max(-2.0, min(off, 2.0))))
+    gaps = {other: read(log_probs(session, Role.POLICY, samples, other)) for other in others}
+    nearest = min(gaps, key=gaps.__getitem__)
+    if gaps[nearest] < 0.5 * figure:
+        return (
+            f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
+            f"{nearest:.2g}, rl.temperature is {temperature:g}."
+        )
+    if read(_alone(session, samples, temperature)) < 0.5 * figure:
+        return "rows read alone agree, rows read together do not: padding on the wrong side, or positions."
+    others_roles = session.roles.roles - {Role.POLICY, Role.CRITIC}
+    for role in sorted(others_roles):
+        if read(log_probs(session, role, samples)) < 0.5 * figure:
+            return f"the sampler computes as a wrong role: {role} instead of {Role.POLICY}. This is a bug."
+    return "the sampler computes as another role, or its cache or positions are off. This is a bug."
 
 
 def begins_as_the_reference(session: Session, samples: Samples) -> Finding:
     """KL to the reference, k3 estimate (never negative, and 0 only of equals), in nats an answer."""
-    settings, roles = session.recipe.rl, session.roles
-    assert settings is not None
-    policy_BT, reference_BT = (
-        _log_probs(session, role, samples, settings.temperature, settings.micro_batch_size)
-        for role in (Role.POLICY, roles.reference)
-    )
+    roles = session.roles
+    policy_BT, reference_BT = (log_probs(session, role, samples) for role in (Role.POLICY, roles.reference))
     kl_BT = kl_k3(policy_BT, reference_BT).masked_fill(~samples.answer_mask_BT, 0.0)
     ours, theirs = roles.weights(Role.POLICY), roles.weights(roles.reference)
     if theirs and all(torch.equal(ours[name], theirs[name]) for name in ours):
@@ -227,14 +246,7 @@ def _scores(session: Session, role: Role, samples: Samples) -> Tensor:
     if role in session.roles.heads:
         rows = [[*prompt, *tokens] for prompt, tokens in zip(_prompts(samples), samples.answers(), strict=True)]
         return torch.tensor(score_rows(session.roles, rows, session.base.chat.pad_id, 1))
-    assert session.recipe.rl is not None
-    return _log_probs(session, role, samples, 1.0, session.recipe.rl.micro_batch_size)
-
-
-def _log_probs(session: Session, role: Role, samples: Samples, temperature: float, at_once: int) -> Tensor:
-    log_probs_BT, _ = read_answers(session.roles, role, samples, at_once, temperature=temperature, head=None)
-    assert log_probs_BT is not None
-    return log_probs_BT
+    return log_probs(session, role, samples, 1.0)
 
 
 @torch.no_grad()

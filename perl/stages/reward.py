@@ -6,6 +6,7 @@ compares them); soft labels are ours.
 """
 
 import statistics
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -287,10 +288,21 @@ def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str
     }
 
 
+def checksum(ids: list[int]) -> int:
+    """CRC-32 of a row's tokens."""
+    return zlib.crc32(str(ids).encode())
+
+
 def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[Recorded]:
-    """The reward role's scores of these rows; always computed as one batch, so that they repeat to the bit."""
+    """The reward role's scores of these rows, and a checksum of their tokens.
+
+    The scores are always computed as one batch, so that they repeat to the bit.
+    """
     scores = score_rows(roles, [rows.ids[index] for index in chosen], pad_id, RECORDED)
-    return [Recorded(row=index, score=score) for index, score in zip(chosen, scores, strict=True)]
+    return [
+        Recorded(row=index, score=score, tokens=checksum(rows.ids[index]))
+        for index, score in zip(chosen, scores, strict=True)
+    ]
 
 
 def summary(stage: RewardStage) -> None:

@@ -23,6 +23,7 @@ from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
 from perl.stages.cut_rows import say_cut
+from perl.stages.liveness import Liveness
 from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
 from perl.stages.policy import draw_samples, encode_prompts, prompts_of
 from perl.stages.policy_eval import describe, evaluate_policy, policy_change
@@ -55,6 +56,7 @@ def train_rl(session: Session) -> RlStage | Tried:
         say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
     steps = session.trial.steps if session.trial else settings.steps
     opening, done = go_on(loop)
+    liveness = Liveness(loop, opening)
     if not opening and not session.trial:
         opening["preflight"] = as_json(preflight(session, loop.reward, loop.sampling, loop.prompts))
         opening["before"] = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
@@ -73,13 +75,14 @@ def train_rl(session: Session) -> RlStage | Tried:
                 losses = {"no_signal": 1.0}
                 if session.trial or loop.algorithm.has_signal(objective.scores_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
-                    losses = improve(loop, mine, everyone, targets) | critic_quality(objective, targets)
+                    losses = liveness.watch(mine, partial(improve, loop, mine, everyone, targets))
+                    losses |= critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             # In the reward's own unit: in standard deviations it would fall as their spread grows.
             penalty = loop.missing_end_penalty * loop.reward_scale.std
             figures["score"] = figures["reward"] - penalty * (1 - figures["ended"])
             figures["reward_std"] = loop.reward_scale.std
-            figures = session.processes.agree(figures)
+            figures = session.processes.agree(figures | liveness.after_step(step + 1))
             log.write(step + 1, figures)
             bar(reward=figures["reward"], kl=figures["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, figures):
@@ -107,6 +110,7 @@ def train_rl(session: Session) -> RlStage | Tried:
     return RlStage(
         **vars(stage),
         preflight=[made(Check, check) for check in opening["preflight"]],
+        liveness=[made(Check, check) for check in opening.get("liveness", [])],
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, found),
     )

@@ -28,7 +28,7 @@ from perl.parallel.processes import Processes
 from perl.progress import Advance, console, track
 from perl.recipe import StageName
 from perl.rl.alarms import WORDS
-from perl.rl.guards import Limits
+from perl.rl.guard_state import Limits
 from perl.rundir import STAGE_ROLE, MetricsLog
 from perl.seeds import derived_seed
 from perl.stages import snapshot

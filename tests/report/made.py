@@ -107,12 +107,13 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
             },
             "reward": {
                 **cost("reward", 88.0, 24_000.0 * (1.2 if full else 1.0), 3.6e9),
-                "recorded": [{"row": 0, "score": 0.4}],
+                "recorded": [{"row": 0, "score": 0.4, "tokens": 1}],
                 "eval": make_card() | {"auroc": 0.9 + gain / 4},
             },
             "rl": {
                 **cost("rl", 209.0, 3_700.0 * (1.05 if full else 1.0), 4.1e9),
                 "preflight": [],
+                "liveness": [],
                 "incidents": [],
                 "eval": {
                     "algorithm": "reinforce",

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from perl.rl.alarms import WORDS, Alarm
-from perl.rl.guards import WINDOW, Guard, Limits, last_good
+from perl.rl.guard_state import WINDOW, Limits
+from perl.rl.guards import Guard, last_good
 
 Figures = dict[str, float]
 Change = Callable[[int, Figures], None]

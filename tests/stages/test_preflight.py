@@ -15,7 +15,9 @@ from torch import Tensor
 
 import perl.model.roles
 import perl.rl.rewards
+from perl.model.fingerprint import fingerprint
 from perl.model.roles import Outputs, Role
+from perl.model.shared_base import SharedBase
 from perl.pipeline import TRAIN
 from perl.recipe import load_recipe
 from perl.results import Check
@@ -23,13 +25,25 @@ from perl.rl.batches import Batch, trim
 from perl.rl.rewards import RewardModel, RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.sampler import Samples, Sampling
+from perl.stages.findings import PreflightError
 from perl.stages.policy import encode_prompts, how_to_sample, reward_source
-from perl.stages.preflight import PreflightError, preflight
+from perl.stages.preflight import preflight
 from perl.stages.session import Session, open_session
 from tests.conftest import RunCli, WriteRecipe
 
 FUNCTION = {"reward": {"function": "rewards.py:length"}}
 RL = {"steps": 2, "prompts_per_step": 8, "max_new_tokens": 12, "eval_prompts": 2, "temperature": 0.8}
+CHECKED_ALWAYS = [
+    "read at the end",
+    "sampled as read",
+    "temperature",
+    "begins as the reference",
+    "dropout off",
+    "adapter in the forward pass",
+    "adapter in the sampler",
+    "roles apart",
+    "sampler follows the policy",
+]
 HEAD = "base_model.model.score.weight"
 
 
@@ -106,14 +120,14 @@ def parts(trained: Path) -> Parts:
 def test_all_checks_pass_on_what_was_trained(parts: Parts) -> None:
     found = parts.check()
     assert [finding.name for finding in found] == [
+        "base unchanged",
         "sft reloaded",
         "reward reloaded",
+        "tokens as recorded",
         "recorded evaluation",
-        "read at the end",
-        "sampled as read",
-        "begins as the reference",
+        *CHECKED_ALWAYS,
     ]
-    assert all(finding.figure <= 1e-5 for finding in found)
+    assert all(finding.figure <= 1e-4 for finding in found)
     recorded = json.loads((parts.session.saved(Role.REWARD).parent / "result.json").read_text())["recorded"]
     assert len({row["score"] for row in recorded}) > 2  # or equal scores would have proved nothing
 
@@ -125,16 +139,18 @@ def test_they_pass_in_a_run_whose_roles_are_still_in_memory(
     file = recipe(tmp_path / "recipe.yaml", tiny_llama, mixed_data, tuning=tuning)
     code, text = run_cli("run", file, "--out", tmp_path / "out")
     assert code == 0, text
-    assert text.count("✓ Preflight") == 6
+    checks = 15 if tuning == "lora" else 12  # the adapters in two, and a shared critic's values
+    assert text.count("✓ Preflight") == checks
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [finding["figure"] <= finding["limit"] for finding in report["stages"]["rl"]["preflight"]] == [True] * 6
+    found = report["stages"]["rl"]["preflight"]
+    assert [finding["figure"] <= finding["limit"] for finding in found] == [True] * checks
     assert report["stages"]["rl"]["incidents"] == []
 
 
 def test_with_a_reward_function_there_is_less_to_check(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     session = open_session(load_recipe(write_recipe(reward=None)), tmp_path / "out")
     found = [finding.name for finding in ready(session).check()]
-    assert found == ["read at the end", "sampled as read", "begins as the reference"]
+    assert found == ["base unchanged", *CHECKED_ALWAYS]
 
 
 # Sabotage.
@@ -193,9 +209,9 @@ def test_a_head_on_disk_that_is_not_the_one_evaluated(
 def test_held_out_rows_that_are_others_than_they_were(parts: Parts) -> None:
     ratings = parts.session.held_out.ratings
     parts.session.held_out = dataclasses.replace(parts.session.held_out, ratings=ratings[::-1])
-    assert "data that have changed" in parts.fails("recorded")
+    assert "the data have changed" in parts.fails("tokens")
     parts.session.held_out = dataclasses.replace(parts.session.held_out, ratings=ratings[:2])
-    assert "the data have changed" in parts.fails("recorded")
+    assert "the data have changed" in parts.fails("tokens")
 
 
 def test_a_sampler_at_another_temperature(parts: Parts) -> None:
@@ -219,8 +235,10 @@ def test_positions_counted_over_the_padding(
 @torch.no_grad()
 def spread_positions(session: Session) -> None:
     """Untrained embeddings of positions hardly differ."""
-    for model in session.roles.models():
-        model.base_model.wpe.weight.mul_(20)
+    roles = session.roles
+    assert isinstance(roles, SharedBase)
+    roles.lm.base_model.wpe.weight.mul_(20)
+    roles._as_loaded = fingerprint(roles._base_tensors())
 
 
 def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(parts: Parts) -> None:
@@ -284,4 +302,4 @@ def test_what_is_checked_are_eight_answers_at_most(parts: Parts, monkeypatch: py
     parts.session.roles.register_forward_pre_hook(watch, with_kwargs=True)
     parts.check()
     assert max(seen) <= 8
-    assert sum(seen) < 100
+    assert sum(seen) < 400

@@ -1,0 +1,49 @@
+"""Which tensors have changed: a few elements of each are remembered, and compared later.
+
+A dense change (an optimizer's update, an adapter merged into a weight) alters nearly all elements of a tensor, so
+that a sample shows it. The sample costs no memory to speak of, whatever the size of the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 256
+"""Elements that are remembered of each tensor."""
+
+Fingerprint = dict[str, Tensor]
+"""The remembered elements of each tensor, by its name."""
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
+    """Remember elements at fixed, scattered places of each tensor; of a sharded one, of this process's shard."""
+    return {name: _sample(tensor) for name, tensor in tensors.items()}
+
+
+def changed(before: Fingerprint, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors whose remembered elements differ in any bit, or which are gone."""
+    return [
+        name
+        for name, sample in before.items()
+        if name not in tensors or not torch.equal(_bits(sample), _bits(_sample(tensors[name])))
+    ]
+
+
+@torch.no_grad()
+def _sample(tensor: Tensor) -> Tensor:
+    whole: Any = tensor.detach()
+    local = whole.to_local() if hasattr(whole, "to_local") else getattr(tensor, "ds_tensor", whole)
+    flat = local.reshape(-1)
+    if flat.numel() <= ELEMENTS:
+        return flat.clone()  # type: ignore[no-any-return]
+    # Evenly spaced places would all fall into one column where the spacing is a multiple of the width.
+    generator = torch.Generator().manual_seed(flat.numel())
+    places = torch.randint(flat.numel(), (ELEMENTS,), generator=generator)
+    return flat[places.to(flat.device)]  # type: ignore[no-any-return]
+
+
+def _bits(sample: Tensor) -> Tensor:
+    """The bytes, so that NaN equals NaN and 0 differs from -0."""
+    return sample.contiguous().view(torch.uint8)

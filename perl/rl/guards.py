@@ -90,8 +90,10 @@ class Guard:
         limits, memory = self._limits, self._memory
         since = max(1, step - WINDOW + 1)  # the median may be late by that much
 
-        def reading(name: str, value: float, limit: float, start: float, shows: bool, certain: bool) -> Reading:
-            return Reading(name, value, limit, start, shows, certain, since, max(0, since - 2))
+        def reading(
+            name: str, value: float, limit: float, start: float, shows: bool, certain: bool, grave: bool = True
+        ) -> Reading:
+            return Reading(name, value, limit, start, shows, certain, since, max(0, since - 2), grave)
 
         kl = self._now("kl")
         yield reading("kl", kl, limits.kl, self._start("kl"), kl > limits.kl, kl > limits.kl)
@@ -109,11 +111,14 @@ class Guard:
         ended, ended_start = self._now("ended"), self._start("ended")
         fewer = ended_start >= 0.5 and ended < ended_start / 2
         certain = fewer and ended <= limits.ended
-        yield reading("length_limit", ended, limits.ended, ended_start, fewer, certain)
+        # Where the score rises all the same, missing ends and all, it is said and goes on: a story need not end.
+        better = self._now("score") > self._start("score") + self._deviation("score")
+        yield reading("length_limit", ended, limits.ended, ended_start, fewer, certain, not better)
 
         length, start = self._now("answer_tokens"), self._start("answer_tokens")
         memory.best_reward = max(memory.best_reward, reward) if math.isfinite(reward) else memory.best_reward
-        fell = memory.best_reward - reward >= limits.reward * self._deviation("reward")
+        lost, gained = memory.best_reward - reward, memory.best_reward - reward_start
+        fell = lost >= max(limits.reward * self._deviation("reward"), gained / 2)
         limit = limits.length * start
         empty = length <= NOTHING and start >= 4 * NOTHING
         yield reading("shrinking", length, limit, start, length < 0.8 * start, (length <= limit and fell) or empty)

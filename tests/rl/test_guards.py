@@ -79,7 +79,7 @@ def learns_by_heart(step: int, row: Figures) -> None:
 TROUBLES: dict[str, tuple[str, Change, int]] = {
     "kl": ("kl", spoil(kl=80.0), 3),
     "entropy": ("entropy", spoil(entropy=0.01), 3),
-    "length_limit": ("length_limit", spoil(ended=0.0), 3),
+    "length_limit": ("length_limit", spoil(ended=0.0, score=0.1), 3),
     "shrinking": ("shrinking", spoil(answer_tokens=5.0, score=0.1, reward=0.1), 3),
     "empty, however well it scores": ("shrinking", spoil(answer_tokens=1.0, score=2.0, reward=2.0), 3),
     "gold judge": ("divergence", exploits_the_reward, 30),
@@ -126,6 +126,27 @@ def test_each_trouble_is_seen_soon_once_and_from_when_on(trouble: str) -> None:
 def test_a_bad_step_or_two_are_noise(trouble: str) -> None:
     _, change, _ = TROUBLES[trouble]
     assert read(made_up(lambda step, row: change(BEGIN, row) if step in (33, 34, 44) else None)) == []
+
+
+def test_stories_that_score_better_need_not_end() -> None:
+    """Plain text pays nothing for a missing end: said once, and the run goes on."""
+
+    def change(step: int, row: Figures) -> None:
+        row["ended"] = max(0.0, 0.9 - 0.05 * step)
+        row["score"] = row["reward"] = row["reward"] + 0.02 * step
+
+    (alarm,) = read(made_up(change))
+    assert (alarm.name, alarm.grave) == ("length_limit", False)
+
+
+def test_a_dip_of_what_was_gained_is_no_collapse() -> None:
+    """Shorter completions that score far better than at the start, and a little less than at best."""
+
+    def change(step: int, row: Figures) -> None:
+        row["answer_tokens"] = max(8.0, row["answer_tokens"] - step)
+        row["reward"] += 0.06 * step if step < 40 else 0.06 * 40 - 0.3
+
+    assert read(made_up(change)) == []
 
 
 def test_short_answers_that_score_better_are_welcome() -> None:

@@ -8,6 +8,7 @@ import torch
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
 from perl.model.roles import Role
+from perl.progress import console
 from perl.rl.arithmetic import kl_k1, masked_mean
 from perl.rl.rewards import RewardSource
 from perl.rl.rollout import EncodedPrompts
@@ -30,11 +31,14 @@ def samples_per_prompt(prompts: int) -> int:
 
 
 def evaluate_policy(
-    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts
+    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
     """Reward, gold score, KL to the reference (nats a completion, k1), length, and whether it ended by itself.
 
     All policies draw with the same random numbers.
+
+    Args:
+        say_spread: print how the rewards are spread over the completions.
 
     Returns:
         of each prompt the mean over its completions, by name.
@@ -51,10 +55,21 @@ def evaluate_policy(
         for name in ("reward", "gold", "kl", "answer_tokens", "ended"):
             if name in metrics:
                 found.setdefault(name, []).extend(metrics[name])
+    if say_spread:
+        console.print(_spread(found["reward"]))
     return {
         name: [statistics.fmean(values[start : start + each]) for start in range(0, len(values), each)]
         for name, values in found.items()
     }
+
+
+def _spread(rewards: list[float]) -> str:
+    """What a reward's scale is, before anything is trained on it."""
+    std, said = statistics.pstdev(rewards), f"Preflight: the rewards of {len(rewards)} completions before RL"
+    if std == 0.0:
+        return f"[yellow]{said} are all {rewards[0]:.3g}[/]: while they are equal there is nothing to learn from."
+    low, high = min(rewards), max(rewards)
+    return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
 
 
 def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> dict[str, Any]:

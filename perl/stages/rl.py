@@ -59,7 +59,8 @@ def train_rl(session: Session) -> RlStage | Tried:
     liveness = Liveness(loop, opening)
     if not opening and not session.trial:
         opening["preflight"] = as_json(preflight(session, loop.reward, loop.sampling, loop.prompts))
-        opening["before"] = evaluate_policy(session, loop.reward, session.roles.reference, eval_prompts)
+        reference = session.roles.reference
+        opening["before"] = evaluate_policy(session, loop.reward, reference, eval_prompts, say_spread=True)
         checkpoint(loop, 0, opening)
     stopped_by: list[Alarm] = []
     with (

@@ -201,9 +201,15 @@ def test_the_scale_of_the_reward_changes_nothing_but_rounding(
 def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
     """Scaled to unit spread, what is left would be a full-size step of noise."""
     settings = ALGORITHMS[name] | {"steps": 3, "missing_end_penalty": 1.0, "guard": "off"}
-    _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", reward="constant", **settings), tmp_path / "out")
+    file, out = recipe(toy, tmp_path / "r.yaml", reward="constant", **settings), tmp_path / "out"
+    code, text = run_cli("run", str(file), "--out", str(out))
+    assert code == 0, text
+    assert "completions before RL are all 0.7: while they are equal there is nothing to learn" in " ".join(
+        text.split()
+    )
+    steps = [json.loads(line) for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert [step["no_signal"] for step in steps] == [1.0, 1.0, 1.0]
-    weights = load_file(tmp_path / "out" / "policy" / "adapter" / "adapter_model.safetensors")
+    weights = load_file(out / "policy" / "adapter" / "adapter_model.safetensors")
     assert all(not tensor.any() for key, tensor in weights.items() if "lora_B" in key)
 
 

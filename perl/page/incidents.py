@@ -31,10 +31,11 @@ def happenings(runs: Sequence[Run]) -> list[Happening]:
 
 
 def preflight_rows(run: Run) -> list[tuple[str, str, str]]:
-    """The checks before the first update: what, the figure, and what it may be at most."""
+    """The checks before the first update and after it: what, the figure, and what it may be at most."""
     stage = run.report.stages.rl
-    found = stage.preflight if stage is not None else []
-    return [(finding.words, f"{finding.figure:.2g}", f"{finding.limit:g}") for finding in found]
+    found = [("", finding) for finding in stage.preflight] if stage is not None else []
+    found += [("after the first update: ", finding) for finding in stage.liveness] if stage is not None else []
+    return [(when + finding.words, f"{finding.figure:.2g}", f"{finding.limit:.2g}") for when, finding in found]
 
 
 def _of_run(run: Run, which: str) -> Iterator[Happening]:

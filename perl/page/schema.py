@@ -216,6 +216,8 @@ class RlStage(Stage):
     eval: RlEval
     incidents: list[Incident] = []
     preflight: list[Finding] = []
+    liveness: list[Finding] = []
+    """As `preflight`, after the first update."""
 
 
 class Stages(Part):

@@ -28,7 +28,7 @@ from perl.report.numbers import (
 from perl.report.outcome import gold_change, match_all, reward_change
 from perl.report.runs import Group, groups, read_runs
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
-from perl.results import RlEval, Sample, StageResult, Turn
+from perl.results import RlEval, RlStage, Sample, StageResult, Turn
 
 SHOWN_SAMPLES = 8
 """Further samples stand in a fold, and so do earlier turns and further figures."""
@@ -136,7 +136,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "happenings": words.happenings(everyone),
         "tiles": _tiles(main),
         "summary": words.summary(main, everyone),
-        "preflight": [(one.words, f"{one.figure:.2g}", f"{one.limit:g}") for one in (rl.preflight if rl else [])],
+        "preflight": _checks(rl) if rl else [],
         "runs": [
             (run.path.name, run.report.name, group.label, run.report.seed)
             for group in by_tuning
@@ -155,6 +155,12 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "samples": [_shown(sample) for sample in main.first.samples],
         "shown_samples": SHOWN_SAMPLES,
     }
+
+
+def _checks(rl: RlStage) -> list[tuple[str, str, str]]:
+    """The checks before the first update and after it: what, the value, and what it may be at most."""
+    found = [*(("", one) for one in rl.preflight), *(("after the first update: ", one) for one in rl.liveness)]
+    return [(when + one.words, f"{one.figure:.2g}", f"{one.limit:.2g}") for when, one in found]
 
 
 def _cost_row(name: StageName, stage: StageResult) -> list[str]:

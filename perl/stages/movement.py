@@ -17,10 +17,10 @@ from perl.stages.session import Session
 from perl.stages.tracking import gap, log_probs
 
 NATS = 0.1
-"""A movement that needs no magnification."""
+"""A movement that needs no magnification; five times it is no longer linear."""
 MOST = 1e6
 """By what a magnification grows in one go."""
-TRIES = 6
+TRIES = 10
 ROWS = 8
 FEWEST_STEPS = 10.0
 """A run that is shorter is not blamed for it: its policy is thought on to so many steps."""
@@ -52,9 +52,9 @@ def policy_movement(session: Session, samples: Samples) -> float:
     if not isinstance(roles, SharedBase):
         return moved
     for _ in range(TRIES):
-        if moved >= NATS:
+        if NATS <= moved <= 5 * NATS or (factor == 1.0 and moved > NATS):
             break
-        factor *= min(3 * NATS / moved, MOST) if moved > 0 else MOST
+        factor = max(1.0, factor * (min(2 * NATS / moved, MOST) if moved > 0 else MOST))
         moved = _magnified(session, samples, reference_BT, factor)
     return moved / factor
 

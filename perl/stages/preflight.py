@@ -216,7 +216,7 @@ def _why_not_as_read(session: Session, read: Callable[[Tensor], float], samples:
     if gaps[nearest] < 0.5 * figure:
         return (
             f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-            f"{nearest:.2g}, rl.temperature is {temperature:g}."
+            f"{nearest:.3g}, rl.temperature is {temperature:g}."
         )
     if read(_alone(session, samples, temperature)) < 0.5 * figure:
         return "rows read alone agree, rows read together do not: padding on the wrong side, or positions."

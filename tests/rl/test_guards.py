@@ -42,6 +42,7 @@ def made_up(change: Change, steps: int = 60, seed: int = 0) -> list[Figures]:
             "ended": 0.97 + noise.uniform(-0.03, 0.03),
             "answer_tokens": 20 + noise.gauss(0, 1),
             "gold": 0.5 + 0.2 * gone + noise.gauss(0, 0.05),
+            "sampler_mismatch": 2e-6 + noise.uniform(0, 1e-6),
         }
         row["score"] = row["reward"]
         change(step, row)
@@ -76,12 +77,20 @@ def learns_by_heart(step: int, row: Figures) -> None:
         row["held_out_error"] = 0.05
 
 
+def nothing_is_learned(step: int, row: Figures) -> None:
+    if step == BEGIN:
+        row |= {"movement": 1e-9, "movement_at_the_end": 1e-8}
+
+
 TROUBLES: dict[str, tuple[str, Change, int]] = {
     "kl": ("kl", spoil(kl=80.0), 3),
     "entropy": ("entropy", spoil(entropy=0.01), 3),
     "length_limit": ("length_limit", spoil(ended=0.0, score=0.1), 3),
     "shrinking": ("shrinking", spoil(answer_tokens=5.0, score=0.1, reward=0.1), 3),
     "empty, however well it scores": ("shrinking", spoil(answer_tokens=1.0, score=2.0, reward=2.0), 3),
+    "entropy rising": ("entropy_rising", spoil(entropy=1.2, reward=0.2, score=0.2), 3),
+    "sampler mismatch": ("sampler_mismatch", spoil(sampler_mismatch=0.05), 3),
+    "nothing learned": ("nothing_learned", nothing_is_learned, 0),
     "gold judge": ("divergence", exploits_the_reward, 30),
     "held out": ("divergence", learns_by_heart, 20),
 }
@@ -122,7 +131,7 @@ def test_each_trouble_is_seen_soon_once_and_from_when_on(trouble: str) -> None:
     assert "nan" not in alarm.what
 
 
-@pytest.mark.parametrize("trouble", [name for name in TROUBLES if name != "held out"])
+@pytest.mark.parametrize("trouble", [name for name in TROUBLES if name not in ("held out", "nothing learned")])
 def test_a_bad_step_or_two_are_noise(trouble: str) -> None:
     _, change, _ = TROUBLES[trouble]
     assert read(made_up(lambda step, row: change(BEGIN, row) if step in (33, 34, 44) else None)) == []
@@ -152,7 +161,7 @@ def test_a_dip_of_what_was_gained_is_no_collapse() -> None:
 def test_short_answers_that_score_better_are_welcome() -> None:
     def change(step: int, row: Figures) -> None:
         row["answer_tokens"] = max(4.0, row["answer_tokens"] - step)
-        row["score"] += 0.02 * step
+        row["reward"] += 0.02 * step
 
     assert read(made_up(change)) == []
 
@@ -173,6 +182,64 @@ def test_where_reward_and_gold_fall_together_nothing_diverges() -> None:
 def test_what_passes_and_comes_again_is_said_again() -> None:
     rows = made_up(lambda step, row: row.update(kl=60.0) if step in {*range(20, 30), *range(45, 55)} else None)
     assert [(alarm.name, alarm.step) for alarm in read(rows)] == [("kl", 22), ("kl", 47)]
+
+
+def test_equal_rewards_are_said_after_ten_steps_and_are_grave_after_fifty() -> None:
+    rows = made_up(lambda step, row: row.update(no_signal=1.0) if step > 5 or step == 2 else None)
+    alarms = read(rows)
+    assert [(a.name, a.step, a.since, a.good_until, a.grave) for a in alarms] == [
+        ("no_signal", 15, 6, 5, False),
+        ("no_signal", 55, 6, 5, True),
+    ]
+    assert "The reward does not tell completions apart" in alarms[0].causes
+    assert "learning_rate" not in alarms[0].causes + alarms[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("moves", "grave", "rate"),
+    [(1e-3, False, "0.01"), (2.5e-3, False, "0.004"), (1e-9, True, "0.01"), (0, True, "auto")],
+)
+def test_a_policy_that_will_not_move_is_said_with_the_rate_to_try(moves: float, grave: bool, rate: str) -> None:
+    guard = Guard(Limits(learning_rate=1e-4))
+    (alarm,) = read(made_up(lambda step, row: row.update(movement_at_the_end=moves) if step == 1 else None), guard)
+    assert (alarm.name, alarm.step, alarm.good_until, alarm.grave) == ("nothing_learned", 1, 0, grave)
+    assert alarm.remedy == f"Set rl.learning_rate: {rate}."
+
+
+def test_a_policy_that_moves_is_left_alone() -> None:
+    assert read(made_up(lambda step, row: row.update(movement_at_the_end=0.01) if step == 1 else None)) == []
+
+
+def test_entropy_may_rise_with_the_reward_and_little_may_double() -> None:
+    def explores(step: int, row: Figures) -> None:
+        row["entropy"] += 0.02 * step
+        row["reward"] += 0.02 * step
+
+    def hardly(step: int, row: Figures) -> None:
+        row.update(entropy=0.05 + 0.003 * step, reward=0.2)
+
+    assert read(made_up(explores)) == read(made_up(hardly)) == []
+
+
+@pytest.mark.parametrize("penalized", [True, False])
+def test_completions_that_shrink_under_a_penalty_for_a_missing_end(penalized: bool) -> None:
+    """The reward falls and completions end by themselves: the penalty, not learning rate or KL coefficient."""
+
+    def change(step: int, row: Figures) -> None:
+        row.update(ended=min(1.0, step / 40), answer_tokens=max(1.0, 48 - step), reward=0.4 - 0.005 * step)
+        row["score"] = row["reward"] - (1 - row["ended"])
+
+    (alarm,) = read(made_up(change), Guard(Limits(penalized=penalized)))
+    assert alarm.name == "shrinking"
+    assert alarm.step < 45  # before there is one token left
+    assert ("missing end" in alarm.causes) is penalized
+    assert ("rl.missing_end_penalty" in alarm.remedy) is penalized
+    assert ("rl.kl_coef" in alarm.remedy) is not penalized
+
+
+def test_a_mismatch_that_rounding_explains_is_left_alone() -> None:
+    rows = made_up(lambda step, row: row.update(sampler_mismatch=0.02 * (1 + step / 60)))
+    assert read(rows, Guard(Limits(mismatch=0.04))) == []
 
 
 def test_refused_updates_are_said_at_once_and_are_grave_three_in_a_row() -> None:
@@ -221,4 +288,5 @@ def test_the_last_good_checkpoint(until: int, step: int) -> None:
 
 
 def test_every_alarm_has_words_that_say_what_to_do() -> None:
-    assert {name for name, _, _ in TROUBLES.values()} | {"not_finite"} == set(WORDS)
+    special = {"not_finite", "no_signal", "shrinking_by_penalty"}
+    assert {name for name, _, _ in TROUBLES.values()} | special == set(WORDS)

@@ -5,7 +5,7 @@ Where the fault can be in a recipe with RL alone, it is: all roles equal the bas
 """
 
 import contextlib
-import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -75,12 +75,12 @@ def gradient_cut(patch: Patch) -> None:
     """The adapter takes gradients, and none reaches it."""
     step = torch.optim.AdamW.step
 
-    def without(self: Any, closure: Any = None) -> Any:
+    def step_without(self: Any, closure: Any = None) -> Any:
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
         return step(self, closure)
 
-    patch.setattr(torch.optim.AdamW, "step", without)
+    patch.setattr(torch.optim.AdamW, "step", step_without)
 
 
 def optimizer_over_copies(patch: Patch) -> None:
@@ -98,7 +98,7 @@ Alter = Callable[[dict[str, list[_Kept]], str, list[_Kept]], list[_Kept]]
 
 
 def sampler_computes_with(patch: Patch, alter: Alter) -> None:
-    """The factors that the sampler keeps are altered; `alter` has a memory, the adapter's name, the factors."""
+    """Alter the factors that the sampler keeps; `alter` gets a memory, the adapter's name, and the factors."""
     kept_factors, memory = perl.model.shared_base.kept_factors, {}
 
     @contextlib.contextmanager
@@ -175,9 +175,14 @@ def dropout_left_on(patch: Patch) -> None:
 
 
 def head_lost(patch: Patch) -> None:
-    """What computes is a copy of the critic's head."""
-    head, copies = Roles.head, {}
-    patch.setattr(Roles, "head", lambda self, role: copies.setdefault(role, copy.deepcopy(head(self, role))))
+    """A new head is in the place of the one that is trained: values are 0."""
+    forward = Roles.forward
+
+    def without(self: Roles, *arguments: Any, **keywords: Any) -> Any:
+        outputs = forward(self, *arguments, **keywords)
+        return outputs if outputs.values_BT is None else outputs._replace(values_BT=0 * outputs.values_BT)
+
+    patch.setattr(Roles, "forward", without)
 
 
 def base_merged(patch: Patch) -> None:
@@ -198,8 +203,6 @@ def temperature_off(patch: Patch) -> None:
     draw_next = perl.rl.sampler._draw_next
 
     def warmer(model: Any, hidden_BD: Any, sampling: Any, *rest: Any) -> Any:
-        import dataclasses
-
         return draw_next(model, hidden_BD, dataclasses.replace(sampling, temperature=1.05), *rest)
 
     patch.setattr(perl.rl.sampler, "_draw_next", warmer)
@@ -210,7 +213,7 @@ def template_changed(patch: Patch) -> None:
 
     def after(session: Session) -> dict[str, Any]:
         tokenizer = session.base.chat.tokenizer
-        tokenizer.chat_template = str(tokenizer.chat_template).replace("\\n", " ", 1)
+        tokenizer.chat_template = "Be brief. " + str(tokenizer.chat_template)
         return train_rl(session)
 
     patch.setitem(perl.pipeline.TRAIN, "rl", after)

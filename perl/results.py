@@ -139,6 +139,8 @@ class Check:
 class RlStage(Stage):
     """Reinforcement learning."""
 
+    learning_rate: float
+    """Of adapters or weights at its full height, `auto` resolved."""
     preflight: list[Check]
     liveness: list[Check]
     """The checks after the first update."""

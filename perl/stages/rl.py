@@ -54,6 +54,7 @@ def train_rl(session: Session) -> RlStage | Tried:
     rows, cut = len(loop.prompts) + len(eval_prompts), loop.prompts.cut + eval_prompts.cut
     if session.trial is None:
         say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
+        console.print(_plan(loop))
     steps = session.trial.steps if session.trial else settings.steps
     opening, done = go_on(loop)
     liveness = Liveness(loop, opening)
@@ -110,10 +111,22 @@ def train_rl(session: Session) -> RlStage | Tried:
     }
     return RlStage(
         **vars(stage),
+        learning_rate=loop.rates[0],
         preflight=[made(Check, check) for check in opening["preflight"]],
         liveness=[made(Check, check) for check in opening.get("liveness", [])],
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, found),
+    )
+
+
+def _plan(loop: Loop) -> str:
+    """What a step is, with the values that stand for `auto`."""
+    settings, (rate, head_rate) = loop.settings, loop.rates
+    head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
+    completions = settings.prompts_per_step * settings.samples_per_prompt
+    return (
+        f"RL by {settings.algorithm}: {settings.steps} steps of {completions} completions and {settings.epochs} "
+        f"{'update' if settings.epochs == 1 else 'updates'}; learning rate {rate:.2g}{head}."
     )
 
 

@@ -112,6 +112,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
             },
             "rl": {
                 **cost("rl", 209.0, 3_700.0 * (1.05 if full else 1.0), 4.1e9),
+                "learning_rate": 1e-3,
                 "preflight": [],
                 "liveness": [],
                 "incidents": [],

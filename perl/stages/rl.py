@@ -68,7 +68,7 @@ def train_rl(session: Session) -> dict[str, Any]:
                 losses = {"no_signal": 1.0}
                 if session.trial or loop.algorithm.has_signal(objective.scores_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
-                    losses = liveness.watch(mine, partial(improve, loop, mine, everyone, targets))
+                    losses = liveness.watch(everyone, partial(improve, loop, mine, everyone, targets))
                     losses |= critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             figures |= {"score": float(objective.scores_B.mean()), "reward_std": loop.reward_scale.std}

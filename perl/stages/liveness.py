@@ -90,11 +90,11 @@ class Liveness:
             roles, optimizer = loop.session.roles, loop.optimizer
             self._require(optimizer_holds_what_learns(roles, loop.learners, optimizer), "before the first update")
 
-    def watch(self, mine: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def watch(self, everyone: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Make an update from a rollout that carries a signal, and look at what it changes.
 
         Args:
-            mine: this process's rollout.
+            everyone: the rollout of all processes: all look at the same completions.
             update: returns the step's metrics.
 
         Raises:
@@ -102,7 +102,7 @@ class Liveness:
         """
         if self._loop.session.trial is not None:
             return update()
-        self._samples = first_rows(mine.answers.samples)
+        self._samples = first_rows(everyone.answers.samples)
         if self._updates >= LOOKED_AT or self._loop.rate_shares[self._loop.step] == 0:
             return update()
         if self._updates:

@@ -77,7 +77,7 @@ def train_rl(session: Session) -> RlStage | Tried:
                 losses = {"no_signal": 1.0}
                 if session.trial or loop.algorithm.has_signal(objective.scores_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
-                    losses = liveness.watch(mine, partial(improve, loop, mine, everyone, targets))
+                    losses = liveness.watch(everyone, partial(improve, loop, mine, everyone, targets))
                     losses |= critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             # In the reward's own unit: in standard deviations it would fall as their spread grows.

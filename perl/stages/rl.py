@@ -78,7 +78,8 @@ def train_rl(session: Session) -> RlStage | Tried:
                 if session.trial or loop.algorithm.has_signal(objective.scores_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
                     losses = liveness.watch(everyone, partial(improve, loop, mine, everyone, targets))
-                    losses |= critic_quality(objective, targets)
+                    if not session.trial:
+                        losses |= critic_quality(objective, targets)
             figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             # In the reward's own unit: in standard deviations it would fall as their spread grows.
             penalty = loop.missing_end_penalty * loop.reward_scale.std

@@ -11,7 +11,7 @@ from perl.files import write_figures
 from perl.measure.bootstrap import Interval
 from perl.measure.reward_eval import RewardEval
 from perl.model.roles import Role
-from perl.progress import console
+from perl.progress import console, counted
 from perl.rundir import RunFolder
 from perl.stages.cut_rows import say_cut
 from perl.stages.policy import encode_prompts, reward_source
@@ -95,7 +95,8 @@ def _print(title: str, metrics: dict[str, Any]) -> None:
             table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
     table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
     console.print(table)
-    console.print(f"{metrics['n']} prompts, {metrics['samples_per_prompt']} completions each")
+    each = counted(metrics["samples_per_prompt"], "completion")
+    console.print(f"{counted(metrics['n'], 'prompt')}, {each} each")
 
 
 def _ends(interval: Interval | None) -> str:

@@ -1,6 +1,7 @@
 """Progress bars with the time left, on everything that takes longer than a few seconds."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -16,8 +17,15 @@ from rich.progress import (
 Advance = Callable[..., None]
 """Called once a step, with the figures to show beside the bar."""
 
+LINE_EVERY = 30.0
+"""Seconds from one line to the next where there is no terminal to draw a bar in."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Where everything but a command's result goes."""
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of what the noun names: `1 step`, `2 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager
@@ -44,9 +52,14 @@ def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total, completed=done, figures="")
+        last, count = time.monotonic(), done
 
         def advance(**figures: float) -> None:
-            shown = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+            nonlocal last, count
+            shown, count = "  ".join(f"{name} {value:.3g}" for name, value in figures.items()), count + 1
             progress.update(task, advance=1, figures=shown)
+            if not console.is_terminal and time.monotonic() - last >= LINE_EVERY:
+                last = time.monotonic()
+                console.print(f"{what} {count} of {total}  {shown}")
 
         yield advance

@@ -15,7 +15,7 @@ import torch
 from perl.interrupt import between_steps
 from perl.measure.change import measured_words
 from perl.model.roles import Role
-from perl.progress import console, track
+from perl.progress import console, counted, track
 from perl.results import Check, RlEval, RlStage, Tried
 from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Scored, Targets
@@ -124,10 +124,10 @@ def _plan(loop: Loop) -> str:
     """What a step is, with the values that stand for `auto`."""
     settings, (rate, head_rate) = loop.settings, loop.rates
     head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
-    completions = settings.prompts_per_step * settings.samples_per_prompt
+    completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (
-        f"RL by {settings.algorithm}: {settings.steps} steps of {completions} completions and {settings.epochs} "
-        f"{'update' if settings.epochs == 1 else 'updates'}; learning rate {rate:.2g}{head}."
+        f"RL by {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
+        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}."
     )
 
 
@@ -266,9 +266,10 @@ def _save(session: Session) -> None:
 def summary(stage: RlStage) -> None:
     """Say in words how much better the policy got."""
     found = stage.eval
+    each = counted(found.samples_per_prompt or 1, "completion")
     text = (
-        f"[bold]RL[/] ({found.algorithm}, {found.steps} steps): on {found.n} held-out prompts, "
-        f"{found.samples_per_prompt} completions each, the reward "
+        f"[bold]RL[/] ({found.algorithm}, {counted(found.steps, 'step')}): on "
+        f"{counted(found.n, 'held-out prompt')}, {each} each, the reward "
         f"{measured_words(found.reward_before, found.reward_after, found.reward_interval)}, at a KL of "
         f"{found.kl:.1f} nats a completion."
     )

@@ -116,6 +116,15 @@ def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[
 
 
 def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+    try:
+        return _predict(recipe, subject, devices)
+    except UserError:
+        raise
+    except Exception as error:  # some of torch's cannot be sent from one process to another
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _predict(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
     quiet_libraries()
     torch.set_num_threads(1)
     if devices == 1:

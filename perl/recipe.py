@@ -184,7 +184,7 @@ class Rl(Section):
     reported stays raw. false: train on the rewards as they are."""
     missing_end_penalty: NonNegative | None = None
     """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.
-    Unset: 1 for turns of a chat, none for plain text."""
+    Unset: half of one for turns of a chat, none for plain text."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
     """λ of GAE, for ppo: 1 takes the whole return, less leans on the critic."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2

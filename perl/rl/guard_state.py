@@ -21,6 +21,8 @@ class Limits:
     """Nats an answer. Healthy runs here end at 0.3 to 12; those that explode pass 50 on their way to hundreds."""
     entropy: float = 0.1
     """Share of the start's entropy. Healthy runs keep a half and more."""
+    entropy_nats: float = 0.1
+    """Nats a token below which no reward excuses it."""
     ended: float = 0.05
     """Share of answers that still end by themselves, where at the start at least half of them did."""
     length: float = 0.5

@@ -98,13 +98,16 @@ class Guard:
         kl = self._now("kl")
         yield reading("kl", kl, limits.kl, self._start("kl"), kl > limits.kl, kl > limits.kl)
 
+        reward, reward_start = self._now("reward"), self._start("reward")
+        risen = reward > reward_start + self._deviation("reward")
+
         entropy, start = self._now("entropy"), self._start("entropy")
         limit = limits.entropy * start
-        yield reading("entropy", entropy, limit, start, entropy < 3 * limit, entropy < limit)
+        # A base that knew little was unsure of everything: to become sure of what scores better is to learn.
+        sure = risen and entropy > limits.entropy_nats
+        yield reading("entropy", entropy, limit, start, entropy < 1.5 * limit, entropy < limit, not sure)
 
-        reward, reward_start = self._now("reward"), self._start("reward")
         limit = max(limits.entropy_rise * start, start + limits.entropy_rise_nats)
-        risen = reward > reward_start + self._deviation("reward")
         more = not risen and entropy > (start + limit) / 2
         yield reading("entropy_rising", entropy, limit, start, more, more and entropy > limit)
 

@@ -141,7 +141,7 @@ def missing_end_penalty(settings: Rl, session: Session) -> float:
     """
     if settings.missing_end_penalty is not None:
         return settings.missing_end_penalty
-    return 0.0 if session.train.prompts[0].context[-1].speaker == "text" else 1.0
+    return 0.0 if session.train.prompts[0].context[-1].speaker == "text" else 0.5
 
 
 def go_back(loop: Loop, alarms: list[Alarm]) -> int:

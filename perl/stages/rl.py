@@ -11,6 +11,7 @@ import math
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from perl.interrupt import between_steps
 from perl.measure.change import measured_words
@@ -20,6 +21,7 @@ from perl.results import Check, RlEval, RlStage, Tried
 from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
+from perl.rl.reward_scale import ABSURD, FARTHEST
 from perl.rl.rewards import RewardFunction
 from perl.seeds import derived_seed
 from perl.stages.cut_rows import say_cut
@@ -73,9 +75,10 @@ def train_rl(session: Session) -> RlStage | Tried:
             loop.step = step
             with loop.meter.step(loop.optimizer):
                 mine, everyone = collect(loop)
-                objective = normalized(loop, everyone)
+                rewards_B = normalized(loop, everyone.answers.rewards_B)
+                objective = penalized(loop, everyone, rewards_B)
                 losses = {"no_signal": 1.0}
-                if session.trial or loop.algorithm.has_signal(objective.scores_B):
+                if session.trial or loop.algorithm.has_signal(rewards_B):
                     targets = loop.algorithm.estimate(objective, settings.kl_coef)
                     losses = liveness.watch(everyone, partial(improve, loop, mine, everyone, targets))
                     if not session.trial:
@@ -153,16 +156,28 @@ def collect(loop: Loop) -> tuple[Rollout, Rollout]:
     return mine, everyones(session, prompts, mine)
 
 
-def normalized(loop: Loop, everyone: Rollout) -> Scored:
-    """The rollout with what the policy is to raise: the normalised reward, less the penalty for a missing end."""
-    rewards_B, scale = everyone.answers.rewards_B, loop.reward_scale
-    scale.update(rewards_B)
-    if loop.settings.normalize_rewards:
-        scores_B, spread = scale.normalized(rewards_B), float(scale.std > 0.0)
-    else:
-        scores_B, spread = rewards_B.float(), scale.std
-    scores_B = scores_B - loop.missing_end_penalty * spread * (~everyone.answers.samples.ended_B)
-    return everyone.scored._replace(scores_B=scores_B)
+def normalized(loop: Loop, rewards_B: Tensor) -> Tensor:
+    """The rewards that are trained on, fp32: in standard deviations of all so far, or as they are."""
+    scale = loop.reward_scale
+    if not loop.settings.normalize_rewards:
+        scale.update(rewards_B)
+        return rewards_B.float()
+    within_B = scale.within(rewards_B)
+    if loop.session.trial is None and (absurd := scale.absurd(rewards_B)) is not None:
+        console.print(
+            f"[yellow]Step {loop.step + 1}[/]: a reward of {absurd:.3g} lies more than {ABSURD:g} standard "
+            f"deviations from the mean of those before, {scale.mean:.3g}; it counts as {FARTHEST:g}."
+        )
+    scale.update(within_B)
+    return scale.normalized(within_B)
+
+
+def penalized(loop: Loop, everyone: Rollout, rewards_B: Tensor) -> Scored:
+    """The rollout with what the policy is to raise: the reward, less the penalty for a missing end."""
+    std = loop.reward_scale.std
+    spread = float(std > 0.0) if loop.settings.normalize_rewards else std
+    missing_B = ~everyone.answers.samples.ended_B
+    return everyone.scored._replace(scores_B=rewards_B - loop.missing_end_penalty * spread * missing_B)
 
 
 def critic_quality(scored: Scored, targets: Targets) -> dict[str, float]:

@@ -137,6 +137,17 @@ def test_a_bad_step_or_two_are_noise(trouble: str) -> None:
     assert read(made_up(lambda step, row: change(BEGIN, row) if step in (33, 34, 44) else None)) == []
 
 
+def test_a_base_that_was_unsure_of_everything_may_become_sure() -> None:
+    """Entropy falls from a little known to the ordinary while the reward rises: said, and the run goes on."""
+
+    def change(step: int, row: Figures) -> None:
+        row["entropy"] = max(0.4, 5.5 - 0.2 * step)
+        row["reward"] += 0.02 * step
+
+    (alarm,) = read(made_up(change))
+    assert (alarm.name, alarm.grave) == ("entropy", False)
+
+
 def test_stories_that_score_better_need_not_end() -> None:
     """Plain text pays nothing for a missing end: said once, and the run goes on."""
 

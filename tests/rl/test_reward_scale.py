@@ -42,6 +42,45 @@ def test_equal_rewards_are_normalised_to_zero(value: float) -> None:
     assert scale.normalized(rewards_B).tolist() == [0.0] * 8
 
 
+def test_an_absurd_reward_does_not_make_all_others_equal() -> None:
+    """As first of all, by the median distance from the median; later, by the spread so far."""
+    first, *rest = rollouts()
+    for absurd in (first, *rest):
+        absurd[2] = 1e9
+    scale = RewardScale()
+    for rewards_B in (first, *rest):
+        within_B = scale.within(rewards_B)
+        scale.update(within_B)
+        others_B = scale.normalized(within_B)[torch.arange(len(rewards_B)) != 2]
+        assert others_B.std() > 0.1
+        assert scale.normalized(within_B)[2] == scale.normalized(within_B).max()
+
+
+def test_a_rare_reward_counts_as_far_and_whole_once_it_is_not_rare() -> None:
+    scale, random = RewardScale(), np.random.default_rng(0)
+    for share in (0.002, 0.5):
+        for _ in range(200):
+            rewards_B = torch.from_numpy((random.random(16) < share).astype(float))
+            assert scale.absurd(rewards_B) is None
+            scale.update(scale.within(rewards_B))
+        counts = float(scale.normalized(scale.within(torch.tensor([1.0]))))
+        assert counts == pytest.approx(10.0) if share < 0.01 else 1.0 < counts < 2.0
+    assert scale.within(torch.tensor([1.0])).tolist() == [1.0]
+
+
+def test_rewards_that_are_mostly_equal_do_not_say_how_far_is_far() -> None:
+    assert RewardScale().within(torch.tensor([0.0] * 15 + [1.0])).tolist() == [0.0] * 15 + [1.0]
+
+
+def test_an_absurd_reward_is_named() -> None:
+    scale = RewardScale()
+    first, second, _ = rollouts()
+    assert scale.absurd(first) is None
+    scale.update(first)
+    second[5] = -1e9
+    assert scale.absurd(second) == -1e9
+
+
 def test_it_goes_on_from_its_state() -> None:
     scale = RewardScale()
     first, *rest = rollouts()

@@ -53,7 +53,7 @@ def test_learning_rates_are_the_recipes_or_follow_the_base(write_recipe: WriteRe
 
 
 @pytest.mark.parametrize(
-    ("chat", "given", "expected"), [(False, None, 0.0), (True, None, 1.0), (False, 0.5, 0.5), (True, 0.0, 0.0)]
+    ("chat", "given", "expected"), [(False, None, 0.0), (True, None, 0.5), (False, 0.5, 0.5), (True, 0.0, 0.0)]
 )
 def test_a_missing_end_costs_nothing_on_plain_text(
     chat: bool, given: float | None, expected: float, write_recipe: WriteRecipe, tmp_path: Path

@@ -37,6 +37,18 @@ def shifted(completions, **columns):
 def constant(completions, **columns):
     return [0.7 for text in completions]
 
+calls = 0
+
+def once(completions, **columns):
+    global calls
+    calls += 1
+    return [float(calls == 5 and index == 0) for index, text in enumerate(completions)]  # after the evaluation
+
+def absurd(completions, **columns):
+    global calls
+    calls += 1
+    return [1e9 if calls == 7 and index == 0 else score for index, score in enumerate(contains(completions))]
+
 def drawn(completions, **columns):
     return [float(np.random.random()) for text in completions]
 """
@@ -212,6 +224,26 @@ def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path
     assert [step["no_signal"] for step in steps] == [1.0, 1.0, 1.0]
     weights = load_file(out / "policy" / "adapter" / "adapter_model.safetensors")
     assert all(not tensor.any() for key, tensor in weights.items() if "lora_B" in key)
+
+
+def test_a_missing_end_is_no_signal_where_rewards_are_equal(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    """Else a policy whose reward is rare learns to stop at once from all the rollouts that earn none."""
+    settings = ALGORITHMS["ppo"] | {"steps": 4, "missing_end_penalty": 1.0, "guard": "off"}
+    _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", reward="once", **settings), tmp_path / "out")
+    assert 0 < steps[-1]["ended"] < 1  # the penalty tells completions apart
+    assert steps[0]["reward_std"] > 0
+    assert [step.get("no_signal", 0.0) for step in steps] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_one_absurd_reward_is_said_and_learning_goes_on(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    settings = ALGORITHMS["ppo"] | {"steps": 5}
+    file, out = recipe(toy, tmp_path / "r.yaml", reward="absurd", **settings), tmp_path / "out"
+    code, text = run_cli("run", str(file), "--out", str(out))
+    assert code == 0, text
+    assert "Step 3: a reward of 1e+09 lies more than 100 standard deviations" in " ".join(text.split())
+    steps = [json.loads(line) for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert all("no_signal" not in step for step in steps)
+    assert steps[-1]["reward_std"] < 10
 
 
 def test_a_reward_function_that_draws_from_numpy_draws_the_same_again(

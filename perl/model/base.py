@@ -27,6 +27,7 @@ from perl.model.encoder import WRITES, EncoderFormat, in_head, is_encoder, posit
 from perl.model.ends import configured_ends
 from perl.model.four_bit import four_bit_config, keep_layout, scales, weights_of
 from perl.model.hub import only_in_cache, why_not_asked
+from perl.model.lora import name_without_lora
 from perl.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -315,9 +316,9 @@ def weights_sha256(model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.
 
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights by the names they have without LoRA (peft moves a wrapped layer to `base_layer`)."""
+    """Weights by the names they have without LoRA."""
     named: dict[str, Tensor] = {
-        name.replace("base_layer.", ""): tensor
+        name_without_lora(name): tensor
         for name, tensor in (*model.named_parameters(), *scales(model))
         if "lora_" not in name
     }

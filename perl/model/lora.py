@@ -133,6 +133,11 @@ def without_adapters(lm: PreTrainedModel) -> None:
     vars(lm).pop("peft_config", None)
 
 
+def name_without_lora(name: str) -> str:
+    """A weight's name before adapters were put in: peft moves a wrapped layer to `base_layer`, experts twice."""
+    return name.replace("base_layer.", "")
+
+
 def layer_index(name: str) -> int | None:
     """The block that a module or a weight of this name is in; None: in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

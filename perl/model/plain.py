@@ -25,6 +25,7 @@ from perl.model.base import has_own_code
 from perl.model.chat import ChatFormat
 from perl.model.encoder import EncoderHead
 from perl.model.experts import expert_delta, is_read_as_named
+from perl.model.lora import name_without_lora
 from perl.model.roles import Role
 from perl.model.scoring_template import ending_with_the_answer
 from perl.model.shared_base import SharedBase
@@ -142,7 +143,7 @@ def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedMo
     """
     for name, layer in roles.lm.named_modules():
         if isinstance(layer, ParamWrapper):
-            weight = fresh.get_parameter(f"{name.removesuffix('.base_layer')}.{layer.parameter_name}")
+            weight = fresh.get_parameter(name_without_lora(f"{name}.{layer.parameter_name}"))
             weight.copy_(weight.float() + expert_delta(layer, str(role)))
         elif isinstance(layer, LoraLayer):
             weight = fresh.get_parameter(f"{name}.weight")

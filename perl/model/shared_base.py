@@ -30,7 +30,7 @@ from perl.model.coverage import Coverage, coverage
 from perl.model.encoder import head_parts
 from perl.model.fingerprint import changed, fingerprint
 from perl.model.halves import blocks, why_not
-from perl.model.lora import lowest_adapted_layer
+from perl.model.lora import lowest_adapted_layer, name_without_lora
 from perl.model.roles import Role, Roles, check_logits
 from perl.parallel.engine import Engine
 
@@ -121,7 +121,7 @@ class SharedBase(Roles):
     def _base_tensors(self) -> dict[str, Tensor]:
         """The base's parameters, by the names that they had before adapters were put in."""
         return {
-            name.replace(".base_layer.", "."): parameter
+            name_without_lora(name): parameter
             for name, parameter in self.lm.named_parameters()
             if "lora_" not in name
         }

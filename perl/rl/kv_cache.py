@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -153,6 +154,16 @@ class KVCache(Cache):
         finally:
             for layer in self.layers:
                 layer.window = None
+
+    def mask(self, mask_BL: Tensor, new: int) -> Tensor:
+        """The mask as long as what attention will see: models that add ALiBi count its positions by the mask.
+
+        Args:
+            mask_BL: of the positions that are filled, the `new` ones included.
+            new: positions that are computed now.
+        """
+        seen, _ = self.get_mask_sizes(new, 0)
+        return F.pad(mask_BL, (0, seen - mask_BL.shape[1]))
 
     def prefilled(self) -> None:
         """All prompts are written; what comes now are answers."""

@@ -234,7 +234,7 @@ def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Ten
     """Hidden states (B, N, D) of the last N positions; those before are in the cache."""
     hidden: Tensor = model.base_model(
         input_ids=ids_BN,
-        attention_mask=mask_BL,
+        attention_mask=cache.mask(mask_BL, ids_BN.shape[1]),
         position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
         past_key_values=cache,
         use_cache=True,

@@ -1,0 +1,105 @@
+"""Architectures that do one thing unlike Llama: RL on each, whose preflight finds nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from perl.model.lora import lora_config
+from perl.model.roles import Role
+from perl.model.shared_base import SharedBase
+from perl.rl.rollout import read_answers
+from perl.rl.sampler import Sampling, sample
+from tests.conftest import RunCli, WriteRecipe
+from tests.tiny import LLAMA
+
+ALIBI: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+
+
+def mixtral() -> PreTrainedModel:
+    """Weights as transformers draws them: of larger ones rounding to bf16 makes the router choose others."""
+    return MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2))
+
+
+def bloom() -> PreTrainedModel:
+    """It adds ALiBi, counted over the mask, to what its attention sees."""
+    return BloomForCausalLM(BloomConfig(**ALIBI))
+
+
+def falcon() -> PreTrainedModel:
+    """With ALiBi and without RoPE, as Falcon-RW has it."""
+    return FalconForCausalLM(FalconConfig(**ALIBI, alibi=True, multi_query=False, parallel_attn=False, bias=True))
+
+
+@pytest.fixture
+def write_base(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[], PreTrainedModel]], Path]:
+    """Write a model, the same at every call, with the tokenizer of the tiny Llama."""
+
+    def write(make: Callable[[], PreTrainedModel]) -> Path:
+        torch.manual_seed(0)
+        make().save_pretrained(tmp_path / "base")
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+        return tmp_path / "base"
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [mixtral, bloom, falcon])
+def test_rl_passes_its_preflight(
+    make: Callable[[], PreTrainedModel],
+    dtype: str,
+    write_base: Callable[[Callable[[], PreTrainedModel]], Path],
+    write_recipe: WriteRecipe,
+    run_cli: RunCli,
+    tmp_path: Path,
+) -> None:
+    file = write_recipe(base={"model": str(write_base(make)), "dtype": dtype}, reward=None)
+    code, text = run_cli("run", file, "--out", tmp_path / "out")
+    assert code == 0, text
+    rl = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["rl"]
+    assert {"base unchanged", "temperature", "sampled as read"} <= {check["name"] for check in rl["preflight"]}
+    assert rl["incidents"] == []
+
+
+@pytest.mark.parametrize("make", [bloom, falcon])
+def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedModel]) -> None:
+    """The sampler's log-probs, those that are learned from, and those of the model's own logits."""
+    torch.manual_seed(0)
+    lm = make().eval()
+    with torch.no_grad():
+        for bias in (weight for name, weight in lm.named_parameters() if name.endswith("bias")):
+            bias.normal_(std=0.1)
+    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    roles.add(Role.POLICY)
+    for parameter in roles.parameters_of(Role.POLICY):
+        parameter.data.normal_(std=0.1)
+    prompts = [torch.randint(3, 250, (length,)).tolist() for length in (3, 20, 9, 1)]
+    sampling = Sampling(max_new_tokens=70, temperature=0.7, end_ids=(), pad_id=0, prompts_at_once=2)
+    samples = sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(0))
+    read_BT, _ = read_answers(roles, Role.POLICY, samples, 4, temperature=0.7, head=None)
+    torch.testing.assert_close(samples.log_probs_BT, read_BT, rtol=1e-4, atol=1e-4)
+    with roles.role(Role.POLICY), torch.no_grad():
+        for prompt, answer, drawn_T in zip(prompts, samples.answers(), samples.log_probs_BT, strict=True):
+            logits_TV = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            own_T = (logits_TV / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            torch.testing.assert_close(drawn_T, own_T, rtol=1e-4, atol=1e-4)

@@ -4,10 +4,12 @@ Both are called with prompts and their answers and give one score each.
 """
 
 import importlib.util
+import inspect
 import math
+import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +21,12 @@ from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.model.saved import Stamp
 from perl.model.template import MESSAGE_ROLES
+from perl.progress import counted
 from perl.rl.batches import micro_batches, trim
 from perl.rl.sampler import Samples
+
+LARGEST_REWARD = 1e30
+"""In size. Rewards are kept in fp32, which ends at 3e38, and their spread is a sum of squares."""
 
 
 class RewardSource(Protocol):
@@ -119,16 +125,22 @@ class RewardFunction:
     """A function `FILE.py:NAME`, called as TRL calls its reward functions.
 
     It receives `prompts`, `completions`, `completion_ids` and the further columns of the rows, each a list with
-    an entry an answer (chat prompts as lists of messages), and returns a list of numbers.
+    an entry a completion (chat prompts as lists of messages), and returns a list of numbers.
+
+    Args:
+        location: `FILE.py:NAME`.
+        prompts: all that it will be called with; it receives every column that one of them has.
 
     Raises:
-        UserError: no such file or name; or, when called, an exception inside, another count of scores, or a
-            score that is not a finite number.
+        UserError: no such file or name, or a function that cannot be called so; or, when called, an exception
+            inside, another count of scores, or a score that is no finite number of at most `LARGEST_REWARD`.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, prompts: Sequence[Prompt]) -> None:
         self._location = location
         self._function = _import(location)
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns})
+        self._check_signature()
 
     def __call__(
         self,
@@ -137,10 +149,10 @@ class RewardFunction:
         texts: Sequence[str],
     ) -> list[float]:
         """The function's scores, checked."""
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in _columns(prompts)}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in self._columns}
         chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
         try:
-            scores = self._function(
+            returned = self._function(
                 prompts=[messages(prompt.context) for prompt in prompts],
                 completions=[
                     [{"role": "assistant", "content": text}] if is_chat else text
@@ -149,33 +161,76 @@ class RewardFunction:
                 completion_ids=samples.answers(),
                 **columns,
             )
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"the reward function failed: {type(error).__name__}: {error}",
                 where=f"{frame.filename}:{frame.lineno}",
-                remedy="Mend the function; no answer is scored 0 for a failure.",
+                remedy="Mend the function; no completion is scored 0 for a failure.",
             ) from error
-        return self._check(scores, len(prompts))
+        return self._check(returned, len(prompts))
 
-    def _check(self, scores: Any, count: int) -> list[float]:
-        try:
-            numbers = [float(score) for score in scores]
-        except (TypeError, ValueError):
-            numbers = []
-        wrong = [index for index, number in enumerate(numbers) if not math.isfinite(number)]
-        if len(numbers) != count or wrong:
-            what = f"score {wrong[0]} is {numbers[wrong[0]]}" if wrong else f"it returned {str(scores)[:80]}"
+    def _check_signature(self) -> None:
+        """Refuse what cannot be called with these names, before a model is loaded."""
+        if inspect.iscoroutinefunction(self._function):
             raise UserError(
-                f"the reward function must return {count} finite numbers, one an answer; {what}",
+                "the reward function is async; it must return its scores, not a coroutine",
                 where=self._location,
-                remedy="Return a list of floats.",
+                remedy="Write it with def, and call asyncio.run inside where something must be awaited.",
             )
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:  # written in C
+            return
+        names = ("prompts", "completions", "completion_ids", *self._columns)
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise UserError(
+                f"the reward function cannot be called with {', '.join(names)}: {error}",
+                where=self._location,
+                remedy="Let it accept prompts, completions, completion_ids and **kwargs.",
+            ) from None
+
+    def _check(self, returned: Any, count: int) -> list[float]:
+        """The numbers of a list of so many; arrays, tensors and booleans count as numbers do."""
+        try:
+            scores = None if isinstance(returned, str | bytes | Mapping) else list(returned)
+        except TypeError:  # nothing that has items
+            scores = None
+        if scores is None:
+            raise self._misfit(count, f"it returned {type(returned).__name__} {reprlib.repr(returned)}")
+        if len(scores) != count:
+            raise self._misfit(count, f"it returned {len(scores)} of {count}: {reprlib.repr(scores)}")
+        numbers = [_number(score) for score in scores]
+        for row, (score, number) in enumerate(zip(scores, numbers, strict=True)):
+            if not math.isfinite(number):
+                raise self._misfit(count, f"score {row} is {reprlib.repr(score)}")
+            if abs(number) > LARGEST_REWARD:
+                raise UserError(
+                    f"score {row} of the reward function is {number:g}; at most {LARGEST_REWARD:g} in size can be "
+                    "reckoned with",
+                    where=self._location,
+                    remedy="Divide all rewards by a constant: training scales them to unit spread in any case.",
+                )
         return numbers
 
+    def _misfit(self, count: int, what: str) -> UserError:
+        return UserError(
+            f"the reward function must return {counted(count, 'finite number')}, one a completion; {what}",
+            where=self._location,
+            remedy="Return a list of floats.",
+        )
 
-def _columns(prompts: Sequence[Prompt]) -> list[str]:
-    return sorted({name for prompt in prompts for name in prompt.columns})
+
+def _number(score: Any) -> float:
+    """A score as a number; NaN where it is none, as a string is, whatever it says."""
+    try:
+        return math.nan if isinstance(score, str | bytes) else float(score)
+    except OverflowError:  # a whole number that no float holds
+        return math.inf if score > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def messages(context: Context) -> str | list[dict[str, str]]:
@@ -197,7 +252,7 @@ def _import(location: str) -> Callable[..., Any]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(
             f"cannot be imported: {type(error).__name__}: {error}", where=file, remedy="Mend the file."
         ) from error

@@ -81,7 +81,7 @@ def reward_source(session: Session) -> RewardSource:
     settings = session.recipe.rl
     assert settings is not None
     if settings.reward.function is not None:
-        return RewardFunction(settings.reward.function)
+        return RewardFunction(settings.reward.function, [*session.train.prompts, *session.held_out.prompts])
     session.load(Role.REWARD)
     ends = how_to_sample(session).end_ids
     return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, ends)

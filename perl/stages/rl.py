@@ -42,9 +42,10 @@ SAMPLES = 12
 def check(session: Session) -> None:
     """Refuse what RL cannot use, before anything is trained or written."""
     assert session.recipe.rl is not None
-    encode_prompts(session, [*session.train.prompts, *session.held_out.prompts])
+    prompts = [*session.train.prompts, *session.held_out.prompts]
+    encode_prompts(session, prompts)
     if session.recipe.rl.reward.function is not None:
-        RewardFunction(session.recipe.rl.reward.function)
+        RewardFunction(session.recipe.rl.reward.function, prompts)
 
 
 def train_rl(session: Session) -> RlStage | Tried:

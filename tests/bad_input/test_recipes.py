@@ -88,21 +88,54 @@ def test_a_folder_in_place_of_a_recipe(refused_in: RefusedIn, tmp_path: Path) ->
 
 
 FAILING = """
+import sys
 def short(completions, **columns):
     return [0.0]
 def nan(completions, **columns):
     return [float("nan") for _ in completions]
+def none(completions, **columns):
+    return [0.5, None, *[0.5 for _ in completions[2:]]]
+def string(completions, **columns):
+    return ["0.5" for _ in completions]
+def text(completions, **columns):
+    return "0" * len(completions)
+def mapping(completions, **columns):
+    return dict.fromkeys(range(len(completions)), 1.0)
+def huge(completions, **columns):
+    return [0.0, -1e200, *[0.0 for _ in completions[2:]]]
+def endless(completions, **columns):
+    return [10**400 for _ in completions]
 def raises(completions, **columns):
     raise KeyError("colour")
+def leaves(completions, **columns):
+    sys.exit(3)
+def few(completions):
+    return [0.0 for _ in completions]
+def more(completions, colour, **columns):
+    return [0.0 for _ in completions]
+async def later(completions, **columns):
+    return [0.0 for _ in completions]
 """
 
 
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("short", "must return 2 finite numbers, one an answer; it returned [0.0]"),
+        ("short", "own.py:short: the reward function must return 64 finite numbers, one a completion; "),
+        ("short", "it returned 1 of 64: [0.0]"),
         ("nan", "score 0 is nan"),
+        ("none", "score 1 is None"),
+        ("string", "score 0 is '0.5'"),
+        ("text", "it returned str '0000"),
+        ("mapping", "it returned dict {0: 1.0, 1: 1.0, "),
+        ("huge", "own.py:huge: score 1 of the reward function is -1e+200; at most 1e+30"),
+        ("endless", "score 0 is 1000"),
         ("raises", "the reward function failed: KeyError: 'colour'"),
+        ("leaves", "the reward function failed: SystemExit: 3"),
+        ("few", "own.py:few: the reward function cannot be called with prompts, completions, completion_ids: "),
+        ("few", "accept prompts, completions, completion_ids and **kwargs"),
+        ("more", "missing a required"),
+        ("later", "own.py:later: the reward function is async"),
     ],
 )
 def test_a_reward_function_that_fails_is_named(

@@ -1,5 +1,6 @@
 """Runs on tiny models, and what their roles say: the measure of what is exported."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from perl.evaluate import open_run
 from perl.export import STAGES
 from perl.model.padding import left_pad
 from perl.model.roles import Role
-from perl.recipe import Recipe
+from perl.recipe import Recipe, StageName
+from perl.results import RESULTS, StageResult
 from perl.stages.session import open_session
+from perl.typed_json import made
+from tests.report.made import make_report
 
 SPEAKERS = {"user": "user", "assistant": "agent"}
 
@@ -53,8 +57,14 @@ def make(out: Path, recipe: Recipe) -> Path:
                 parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
             thumbs = role is Role.REWARD and recipe.reward is not None and recipe.reward.loss == "thumbs"
             session.save(role, reward_is_probability=thumbs, reward_mean=0.25, reward_std=0.5)
-            session.folder.finish(STAGES[role], {"eval": {"n": 8, "auroc": 0.75}})
+            session.folder.finish(STAGES[role], made_up(STAGES[role]))
     return out
+
+
+def made_up(stage: StageName) -> StageResult:
+    """What a stage might have come to."""
+    report = make_report(random.Random(0), seed=0, tuning="lora", steps=2)
+    return made(RESULTS[stage], report["stages"][stage])
 
 
 class Run:

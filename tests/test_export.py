@@ -26,7 +26,7 @@ from perl.model.shared_base import SharedBase
 from perl.pipeline import run
 from perl.rundir import RunFolder
 from tests.conftest import RunCli, write_rows
-from tests.exported import Run, make, recipe_on
+from tests.exported import Run, made_up, make, recipe_on
 
 DIALOGUES = [
     [{"role": "user", "content": "A latte, please."}, {"role": "assistant", "content": "One latte. What size?"}],
@@ -348,7 +348,7 @@ def test_what_cannot_be_exported_is_said_in_one_message(
     four_bit = recipe_on(tiny_llama, mixed_data, base={"model": "some/model", "quantization": "4bit"})
     with RunFolder(tmp_path / "run").claim(four_bit):
         (tmp_path / "run" / "sft").mkdir()
-        RunFolder(tmp_path / "run").finish("sft", {})
+        RunFolder(tmp_path / "run").finish("sft", made_up("sft"))
     assert "trained beside 4-bit weights" in refused(tmp_path / "run", "sft", out, "--merge")
     assert not out.exists()
 

@@ -33,6 +33,7 @@ from perl.measure.probe import recomputing
 from perl.model.encoder import EncoderHead, is_encoder
 from perl.model.halves import lower, positions, upper, watched
 from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
+from perl.model.logits import logits_transform
 from perl.model.packed import packed
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
@@ -353,6 +354,7 @@ class Roles(nn.Module, ABC):
                 ids_BL[:, -answer_length:][rows_N, columns_N],
                 temperature,
                 tokens_at_once(len(embedding.weight)),
+                logits_transform(self.model().config),
             )
             nothing_BT = log_probs_N.new_zeros(len(ids_BL), answer_length)
             log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
@@ -370,16 +372,17 @@ def _scaled_gradient(states: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def check_logits(lm: PreTrainedModel) -> None:
-    """Some models scale or cap their logits; reading them off the hidden states would be silently wrong."""
+    """Some models change their logits in ways not known here; all that is computed would be silently wrong."""
     embedding = lm.get_output_embeddings()
     if embedding is None:
         raise UserError("the model has no language-model head", where=lm.name_or_path, remedy="Use a causal LM.")
     ids_BL = torch.tensor([[1, 2, 3]], device=embedding.weight.device)
     expected = lm(input_ids=ids_BL).logits.float()
-    actual = embedding(lm.base_model(input_ids=ids_BL).last_hidden_state).float()
+    product = embedding(lm.base_model(input_ids=ids_BL).last_hidden_state).float()
+    actual = logits_transform(lm.config).apply_(product, temperature=1.0)
     if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2):
         raise UserError(
-            f"{type(lm).__name__} changes its logits after the output embedding (a scale or a cap)",
+            f"{type(lm).__name__} changes its logits after the output embedding in a way that is not known",
             where=lm.name_or_path,
             remedy="This architecture is not supported yet.",
         )

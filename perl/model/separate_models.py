@@ -25,7 +25,7 @@ class SeparateModels(Roles):
         load: loads it again, for roles that start from the base after its memory was freed.
 
     Raises:
-        UserError: the model's logits are not a plain product with the output embedding.
+        UserError: the model changes its logits in a way that is not known.
     """
 
     prefix = ""

@@ -45,8 +45,8 @@ class SharedBase(Roles):
             then every block is computed for every role.
 
     Raises:
-        UserError: the LoRA settings do not fit the model or the engine, or its logits are not a plain product
-            with the output embedding.
+        UserError: the LoRA settings do not fit the model or the engine, or it changes its logits in a way
+            that is not known.
     """
 
     prefix = "base_model.model."

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.model.halves import positions
+from perl.model.logits import logits_transform
 from perl.model.padding import left_pad
 from perl.model.roles import Role, Roles
 from perl.rl.decode_attention import fast_decoding
@@ -246,7 +247,8 @@ def _draw_next(
     model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, uniform_B1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Token ids (B), and the log-probs they were drawn with (B, fp32)."""
-    logits_BV = model.get_output_embeddings()(hidden_BD).float() / sampling.temperature
+    product_BV = model.get_output_embeddings()(hidden_BD).float()
+    logits_BV = logits_transform(model.config).apply_(product_BV, sampling.temperature)
     # softmax, not the exponential of the log-probs: on a CPU that takes ten times as long
     drawn_B1 = draw(logits_BV.softmax(-1), uniform_B1)
     return drawn_B1[:, 0], logits_BV.log_softmax(-1).gather(1, drawn_B1)[:, 0]

@@ -8,12 +8,21 @@ from torch import Tensor
 
 from perl.measure.memory import LiveBytes
 from perl.model.log_probs import log_probs_and_entropy
+from perl.model.logits import PLAIN, LogitsTransform
 
 
 def full_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    temperature: float,
+    transform: LogitsTransform,
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V) / temperature
+    logits_NV = transform.scale * torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+    if transform.cap is not None:
+        logits_NV = transform.cap * (logits_NV / transform.cap).tanh()
+    logits_NV = logits_NV / temperature
     log_probs_N = logits_NV.log_softmax(-1)[torch.arange(len(targets_N)), targets_N]
     return log_probs_N, torch.special.entr(logits_NV.softmax(-1)).sum(-1)
 
@@ -39,15 +48,18 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_equals_full_logits_with_equal_gradients(chunk: int, with_bias: bool) -> None:
+@pytest.mark.parametrize(
+    "transform", [PLAIN, LogitsTransform(scale=0.125), LogitsTransform(cap=1.5), LogitsTransform(2.0, cap=3.0)]
+)
+def test_equals_full_logits_with_equal_gradients(chunk: int, with_bias: bool, transform: LogitsTransform) -> None:
     hidden_ND, weight_VD, bias_V, targets_N = problem(11, 37, 8)
     weight_VD.requires_grad_()
     learned = [hidden_ND, weight_VD, *([bias_V.requires_grad_()] if with_bias else [])]
     bias = bias_V if with_bias else None
     results = []
     for log_probs_N, entropies_N in (
-        full_logits(hidden_ND, weight_VD, bias, targets_N, 0.7),
-        log_probs_and_entropy(hidden_ND, weight_VD, bias, targets_N, 0.7, chunk),
+        full_logits(hidden_ND, weight_VD, bias, targets_N, 0.7, transform),
+        log_probs_and_entropy(hidden_ND, weight_VD, bias, targets_N, 0.7, chunk, transform),
     ):
         weights_N = torch.linspace(-1.0, 1.0, 11)  # each token its own, so that none can stand for another
         loss = (weights_N * log_probs_N + weights_N.flip(0).exp() * entropies_N).sum()

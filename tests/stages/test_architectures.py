@@ -11,8 +11,14 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -50,6 +56,22 @@ def falcon() -> PreTrainedModel:
     return FalconForCausalLM(FalconConfig(**ALIBI, alibi=True, multi_query=False, parallel_attn=False, bias=True))
 
 
+def granite() -> PreTrainedModel:
+    """It divides its logits."""
+    return GraniteForCausalLM(GraniteConfig(**LLAMA, initializer_range=0.2, logits_scaling=3.0))
+
+
+def cohere() -> PreTrainedModel:
+    """It multiplies them."""
+    return CohereForCausalLM(CohereConfig(**LLAMA, initializer_range=0.2, logit_scale=0.3))
+
+
+def gemma2() -> PreTrainedModel:
+    """It caps them."""
+    config = Gemma2Config(**LLAMA, initializer_range=0.2, head_dim=8, final_logit_softcapping=4.0)
+    return Gemma2ForCausalLM(config)
+
+
 @pytest.fixture
 def write_base(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[], PreTrainedModel]], Path]:
     """Write a model, the same at every call, with the tokenizer of the tiny Llama."""
@@ -64,7 +86,7 @@ def write_base(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[], PreTr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [mixtral, bloom, falcon])
+@pytest.mark.parametrize("make", [mixtral, bloom, falcon, granite, cohere, gemma2])
 def test_rl_passes_its_preflight(
     make: Callable[[], PreTrainedModel],
     dtype: str,
@@ -81,7 +103,7 @@ def test_rl_passes_its_preflight(
     assert rl["incidents"] == []
 
 
-@pytest.mark.parametrize("make", [bloom, falcon])
+@pytest.mark.parametrize("make", [bloom, falcon, granite, cohere, gemma2])
 def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedModel]) -> None:
     """The sampler's log-probs, those that are learned from, and those of the model's own logits."""
     torch.manual_seed(0)

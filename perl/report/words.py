@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import change_words, loss_verb, loss_words, places_of
+from perl.measure.change import change_words, loss_verb, loss_words
 from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
@@ -72,12 +72,11 @@ def _by_reward(group: Group, reward: Change) -> Said:
 
 
 def _reward_words(reward: Change) -> str:
-    places = 2 if reward.interval is None else max(2, places_of(reward.interval[1] - reward.interval[0]))
-    ends = decimal(reward.before.mean, places), decimal(reward.after.mean, places)
+    ends = decimal(reward.before.mean, reward.places), decimal(reward.after.mean, reward.places)
     told = change_words(*ends, reward.interval)
     if reward.interval is None:
         return f"The reward {told}{_seeds(reward)}."
-    low, high = (signed(end, places) for end in reward.interval)
+    low, high = (signed(end, reward.places) for end in reward.interval)
     return f"The reward {told} (95 % interval of the change: {low} to {high}{_seeds(reward)})."
 
 

@@ -138,7 +138,7 @@ def _conversation(row: Row) -> Demonstration:
     context = tuple(takewhile(lambda turn: turn.speaker != "agent", turns))
     answer = turns[len(context) :]
     if not any(turn.text.strip() for turn in answer if turn.speaker == "agent"):
-        raise RowError("messages hold no text by the assistant")
+        raise RowError('messages hold no text by the assistant; for prompts alone write {"prompt": [...]}')
     return Demonstration(context, answer, _dialogue(row, turns))
 
 

@@ -66,7 +66,7 @@ CASES = [
     ),
     Case(
         "ratings for SFT",
-        ("no demonstrations", "which sft needs", "Use another source"),
+        ("no demonstrations", "which sft needs", "add rows of prompt and completion"),
         changes={"sft": {}},
     ),
     Case(

@@ -12,6 +12,7 @@ from perl.measure.bootstrap import Interval
 from perl.measure.reward_eval import RewardEval
 from perl.model.roles import Role
 from perl.progress import console, counted
+from perl.recipe import StageName
 from perl.rundir import RunFolder
 from perl.stages.cut_rows import say_cut
 from perl.stages.policy import encode_prompts, reward_source
@@ -20,6 +21,9 @@ from perl.stages.reward import answers_of, tokenize_rows
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.session import Session, open_session
 from perl.typed_json import as_json
+
+STAGES: dict[str, StageName] = {"reward": "reward", "policy": "rl"}
+"""The roles that can be judged, and the stage in which each is trained."""
 
 
 def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> None:
@@ -34,9 +38,14 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     Raises:
         UserError: no such run or role, a stage that is not finished, or data that cannot be used.
     """
-    if role not in ("reward", "policy"):
+    if role not in STAGES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
-    session = open_run(run)
+    recipe, stage = RunFolder(run).recipe(), STAGES[role]
+    if stage not in recipe.stages:
+        has = ", ".join(recipe.stages)
+        remedy = f"Its recipe has no section {stage}; it has {has}."
+        raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
+    session = open_session(recipe, run)
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
@@ -74,8 +83,7 @@ def _reward(session: Session, data: str | None) -> RewardEval:
 
 
 def _policy(session: Session) -> dict[str, Any]:
-    if session.recipe.rl is None:
-        raise UserError("the run has no policy", where=str(session.folder.path), remedy="Add rl to its recipe.")
+    assert session.recipe.rl is not None
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     session.load(Role.POLICY)

@@ -169,7 +169,8 @@ class Rl(Section):
     max_prompt_length: Positive | None = None
     """Cut older context off so that prompts have at most so many tokens; unset, a longer prompt is refused."""
     max_new_tokens: Positive = 64
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Outside these bounds logits over it, and the log-probs of what is sampled, cannot be reckoned with."""
     learning_rate: Rate | Literal["auto"] = "auto"
     """auto: by the width of the base, the tuning and the epochs, see perl/rl/schedule.py."""
     head_learning_rate: Rate | Literal["auto"] = "auto"

@@ -154,3 +154,16 @@ def test_impostors_are_told_from_reward_models(
     assert card["verdict"]["fit"] is False
     assert reason in " ".join(card["verdict"]["reasons"]), card["verdict"]
     assert "Not fit for RL" in text
+
+
+@pytest.mark.parametrize(("role", "stage"), [("reward", "reward"), ("policy", "rl")])
+def test_a_role_that_the_recipe_has_no_section_for(
+    role: str, stage: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    recipe = write_recipe(sft={}, reward=None, rl=None)
+    (tmp_path / "out" / "recipe.yaml").write_text(Path(recipe).read_text())
+    status, written = run_cli("evaluate", tmp_path / "out", role)
+    assert status == 2
+    assert f"the run has no {role}" in written
+    assert f"Its recipe has no section {stage}; it has sft." in written

@@ -6,6 +6,10 @@ from perl.measure.bootstrap import Interval
 
 HARDLY = 0.02
 """A loss that changed by a smaller share is said to have hardly changed: its interval is not known."""
+LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
+"""Numbers from here on, and below there where more places are asked for, are written with an exponent."""
+MOST_PLACES, MOST_DIGITS = 15, 4
+"""After the point: at most, without an exponent and with one."""
 
 
 def change_words(before: str, after: str, interval: Interval | None) -> str:
@@ -32,17 +36,44 @@ def measured_words(before: float, after: float, interval: Interval | None, perce
     """
     scale, unit, points = (100.0, " %", " points") if percent else (1.0, "", "")
     width = interval[1] - interval[0] if interval else 0.0
-    places = places_of(scale * (width or abs(after - before)))
-    told = change_words(f"{scale * before:.{places}f}{unit}", f"{scale * after:.{places}f}{unit}", interval)
+    moved = width or abs(after - before)
+    places = places_of(scale * moved) if moved else max(2, places_of(scale * abs(before)))
+    told = change_words(
+        f"{fixed(scale * before, places)}{unit}", f"{fixed(scale * after, places)}{unit}", interval
+    )
     if interval is None:
         return f"{told} (all prompts are of one dialogue: too few to tell)"
-    low, high = (f"{scale * end:+.{places}f}" for end in interval)
+    low, high = (fixed(scale * end, places, sign=True) for end in interval)
     return f"{told} (95 % interval of the change: {low} to {high}{points})"
 
 
 def places_of(size: float) -> int:
-    """Decimal places that show two digits of a number of this size; of an interval's width, what it can bear."""
-    return min(6, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 2
+    """Decimal places that show two digits of a number of this size; of an interval's width, what it can bear.
+
+    Below 0 they are digits left of the point that it cannot bear.
+    """
+    return min(MOST_PLACES, 1 - math.floor(math.log10(size))) if size > 0 else 2
+
+
+def fixed(value: float, places: int, *, sign: bool = False) -> str:
+    """A number to so many decimal places, as in 0.30; of unusual size as in 3.788e6 or 1.2e-6.
+
+    No zero has a minus.
+
+    Args:
+        places: as from `places_of`.
+        sign: write the sign of a number above 0, too.
+    """
+    plus, size = "+" if sign else "", abs(value)
+    tiny = 0 < size < SMALLEST and places > LEAST_PLACES
+    if size >= LARGEST or tiny:
+        shown = math.floor(math.log10(size)) + places
+        if shown < 0 and tiny:
+            return f"{plus}0"
+        mantissa, exponent = f"{value:{plus}.{min(max(shown, 1 - tiny), MOST_DIGITS)}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    text = f"{value:{plus}.{max(0, places)}f}"
+    return text if text.strip("+-0.") else text.replace("-", plus)
 
 
 def loss_verb(before: float, after: float) -> str:

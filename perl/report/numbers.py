@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perl.measure.change import fixed, places_of
+
 MINUS = "−"
 NONE = "–"
 GAP = "\u00a0"
@@ -31,17 +33,19 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def decimal(value: float, places: int = 2) -> str:
-    """With a true minus sign, and no minus before a zero."""
-    text = f"{value:.{places}f}"
-    if not text.strip("-0."):
-        text = text.lstrip("-")
-    return text.replace("-", MINUS)
+    """As `perl.measure.change.fixed`, with a true minus sign."""
+    return fixed(value, places).replace("-", MINUS)
 
 
 def signed(value: float, places: int = 2) -> str:
     """With its sign."""
     text = decimal(value, places)
     return text if text.startswith(MINUS) else f"+{text}"
+
+
+def figure(value: float) -> str:
+    """A number of any size with its sign: two decimal places, or as many as show two of its digits."""
+    return signed(value, max(2, places_of(abs(value))))
 
 
 def percent(share: float, places: int = 0) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perl.measure.bootstrap import Interval
+from perl.measure.change import places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
 from perl.results import RlEval
@@ -43,6 +44,12 @@ class Change:
     def rise(self) -> float:
         """Mean after less mean before."""
         return self.after.mean - self.before.mean
+
+    @property
+    def places(self) -> int:
+        """Decimal places that show the change: two at least."""
+        width = 0.0 if self.interval is None else self.interval[1] - self.interval[0]
+        return max(2, places_of(width or max(abs(self.before.mean), abs(self.after.mean))))
 
     @property
     def clear(self) -> bool | None:

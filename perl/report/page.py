@@ -17,6 +17,7 @@ from perl.report.numbers import (
     NONE,
     bytes_text,
     decimal,
+    figure,
     interval_text,
     percent,
     plus_minus,
@@ -119,7 +120,7 @@ def filled(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(signed=signed, decimal=decimal)
+    environment.filters.update(signed=signed, decimal=decimal, figure=figure)
     style = Markup(loader.get_source(environment, "page.css")[0])
     return environment.get_template(template).render(style=style, **content)
 
@@ -176,7 +177,7 @@ def _tiles(group: Group) -> list[tuple[str, str, str]]:
         ends = f"{percent(gold.before.mean)} → {percent(gold.after.mean)}"
         tiles.append(("Gold judge: right", ends, "share of held-out answers"))
     if reward is not None:
-        ends = f"{decimal(reward.before.mean)} → {decimal(reward.after.mean)}"
+        ends = f"{decimal(reward.before.mean, reward.places)} → {decimal(reward.after.mean, reward.places)}"
         tiles.append(("Reward", ends, "on held-out prompts, before → after RL"))
         kl = spread(one.kl for one in group.rl)
         assert kl is not None
@@ -207,6 +208,8 @@ def _policy(group: Group) -> dict[str, Any]:
         if interval is not None:
             interval = (scale * interval[0], scale * interval[1])
             places = max(places, places_of(interval[1] - interval[0]))
+        elif before is not None and after is not None:
+            places = max(places, places_of(max(abs(before.mean), abs(after.mean))))
         if before is not None or after is not None:
             told = _told(interval, places)
             rows.append((label, spread_text(before, places), spread_text(after, places), told))

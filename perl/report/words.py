@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import change_words, loss_verb, loss_words, places_of
+from perl.measure.change import change_words, loss_verb, loss_words
 from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
@@ -20,6 +20,7 @@ NO_JUDGE = (
     "That is the judgement of the reward that RL itself raised. The data have no gold judge, so nothing "
     "independent confirms it: read the samples."
 )
+AS_BEGUN = "The policy is the one that RL began with."
 SHOWN_STEPS = 5
 
 
@@ -49,6 +50,8 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
         f"points{_seeds(gold)}).",
         _reward_words(reward),
     ]
+    if _nothing_remains(group):
+        return Said(AS_BEGUN, lines, "open")
     if not gold.clear:
         return Said("No clear difference.", [*lines, _too_few(group)], "open")
     if gold.rise > 0:
@@ -61,6 +64,8 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
 
 def _by_reward(group: Group, reward: Change) -> Said:
     lines = [_reward_words(reward)]
+    if _nothing_remains(group):
+        return Said(AS_BEGUN, lines, "open")
     if reward.clear is None:
         unknown = "The report has no interval of the change, so it may be chance."
         return Said("The policy cannot be judged.", [*lines, unknown], "open")
@@ -71,13 +76,20 @@ def _by_reward(group: Group, reward: Change) -> Said:
     return Said("The reward fell.", lines, "bad")
 
 
+def _nothing_remains(group: Group) -> bool:
+    """Whether RL was stopped in every run before there was a policy to keep."""
+    stages = [run.report.stages.rl for run in group.runs if run.report.stages.rl is not None]
+    return bool(stages) and all(
+        any(one.action == "stopped" and not one.remains for one in rl.incidents) for rl in stages
+    )
+
+
 def _reward_words(reward: Change) -> str:
-    places = 2 if reward.interval is None else max(2, places_of(reward.interval[1] - reward.interval[0]))
-    ends = decimal(reward.before.mean, places), decimal(reward.after.mean, places)
+    ends = decimal(reward.before.mean, reward.places), decimal(reward.after.mean, reward.places)
     told = change_words(*ends, reward.interval)
     if reward.interval is None:
         return f"The reward {told}{_seeds(reward)}."
-    low, high = (signed(end, places) for end in reward.interval)
+    low, high = (signed(end, reward.places) for end in reward.interval)
     return f"The reward {told} (95 % interval of the change: {low} to {high}{_seeds(reward)})."
 
 
@@ -86,8 +98,15 @@ def _seeds(change: Change) -> str:
 
 
 def _too_few(group: Group) -> str:
+    most = max(one.n for one in group.rl)
     n = joined(sorted({f"{one.n:,}" for one in group.rl}))
-    return f"The interval includes 0: {n} prompts are too few to tell. Raise rl.eval_prompts, or run more seeds."
+    few = f"{n} prompt is" if most == 1 else f"{n} prompts are"
+    rl = group.first.recipe.get("rl")
+    allowed = rl.get("eval_prompts") if isinstance(rl, dict) else None
+    more = "Raise rl.eval_prompts"
+    if isinstance(allowed, int) and most < allowed:  # there are no more
+        more = "Use more prompts or a larger data.held_out"
+    return f"The interval includes 0: {few} too few to tell. {more}, or run more seeds."
 
 
 def _without_policy(group: Group) -> Said:

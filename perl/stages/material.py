@@ -19,7 +19,7 @@ from perl.model.build import build_base
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.progress import console
-from perl.recipe import Recipe
+from perl.recipe import Recipe, StageName
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     return Material(train, held_out, base, lm, device)
 
 
+ROWS: dict[StageName, str] = {
+    "sft": "prompt and completion",
+    "reward": "prompt, completion and label (or prompt, chosen and rejected)",
+    "rl": "prompt",
+}
+"""What a row has that each stage learns from, where the source is a file."""
+
+
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
     """The recipe's records, to train on and held out.
 
@@ -73,6 +81,8 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
             f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
             f"(`perl-rlhf data check` names them all)"
         )
+    for note in records.notes:
+        console.print(f"[yellow]Note[/]: {escape(note)}.")
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     for note in held_out.notes:
         console.print(f"[yellow]Split[/]: {escape(note)}")
@@ -146,7 +156,8 @@ def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
             raise UserError(
                 f"{recipe.data.source} has no {what}, which {stage} needs",
                 where="data.source",
-                remedy=f"Use another source, or take the section {stage} out of the recipe.",
+                remedy=f"Use another source, add rows of {ROWS[stage]}, or take the section {stage} out of the "
+                "recipe.",
             )
         if not have or not judged:
             raise UserError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perl.interrupt import between_steps
-from perl.measure.change import measured_words
+from perl.measure.change import fixed, measured_words
 from perl.model.roles import Role
 from perl.progress import console, counted, track
 from perl.results import Check, RlEval, RlStage, Tried
@@ -287,7 +287,7 @@ def summary(stage: RlStage) -> None:
         f"[bold]RL[/] ({found.algorithm}, {counted(found.steps, 'step')}): on "
         f"{counted(found.n, 'held-out prompt')}, {each} each, the reward "
         f"{measured_words(found.reward_before, found.reward_after, found.reward_interval)}, at a KL of "
-        f"{found.kl:.1f} nats a completion."
+        f"{fixed(found.kl, 1)} nats a completion."
     )
     if found.gold_before is not None and found.gold_after is not None:
         text += (

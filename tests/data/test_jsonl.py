@@ -174,7 +174,7 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
         (b'{"prompt": [{"role": "user", "content": null}]}', "prompt[0].content is null"),
         (b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "prompt is plain text"),
         (b'{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', "one by the assistant"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no text by the assistant"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "by the assistant; for prompts alone write {"),
         (b'{"prompt": "a", "dialogue": [1]}', "dialogue is a list"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at 15"),
         (b'{"prompt": "a\0"}', "NUL"),

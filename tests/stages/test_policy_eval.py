@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perl.measure.change import measured_words
+from perl.measure.change import fixed, measured_words
 from perl.stages.policy_eval import samples_per_prompt
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
@@ -97,6 +97,15 @@ def test_evaluate_gives_the_same_figures_and_shows_their_intervals(
         (0.424, 0.423, (-0.0015, -0.0005), "fell, 0.4240 before and 0.4230 after"),
         (28.0, 160.0, (90.0, 170.0), "rose, 28 before and 160 after"),
         (1.0, 2.0, None, "was 1.0 before and 2.0 after (all prompts are of one dialogue"),
+        (
+            2e-6,
+            5e-6,
+            (1e-6, 4e-6),
+            "rose, 2.0e-6 before and 5.0e-6 after (95 % interval of the change: +1.0e-6 to",
+        ),
+        (3787878.86, 3790000.0, (1e4, 9e4), "rose, 3.788e6 before and 3.790e6 after"),
+        (-0.001, 0.5, (0.4, 0.6), "rose, 0.00 before and 0.50 after"),
+        (1e-6, 1e-6, (0.0, 0.0), "did not clearly change, 1.0e-6 before and 1.0e-6 after"),
         (1.0, 1.0, (0.0, 0.0), "did not clearly change, 1.00 before and 1.00 after"),
     ],
 )
@@ -107,3 +116,7 @@ def test_words_of_a_change(before: float, after: float, interval: tuple[float, f
 def test_a_share_is_told_in_per_cent() -> None:
     expected = "rose, 47 % before and 64 % after (95 % interval of the change: +10 to +24 points)"
     assert measured_words(0.47, 0.64, (0.1, 0.24), percent=True) == expected
+
+
+def test_no_zero_has_a_minus() -> None:
+    assert (fixed(-0.04, 1), fixed(-1e-9, 4), fixed(-1e-9, 2, sign=True)) == ("0.0", "0.0000", "+0.00")

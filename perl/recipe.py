@@ -54,7 +54,10 @@ class Build(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> "Build":
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}: "
+                f"choose a multiple of {2 * self.heads}"
+            )
         return self
 
 
@@ -76,7 +79,7 @@ class Base(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "Base":
         if sum(origin is not None for origin in (self.model, self.build, self.config)) != 1:
-            raise ValueError("give exactly one of model, build and config")
+            raise ValueError("a base is exactly one of model, build and config: give one of them alone")
         if self.config is not None and not self.random_init:
             raise ValueError("config has no weights: add random_init: true, or give model instead")
         if self.trust_remote_code and self.model is None:
@@ -215,13 +218,15 @@ class Rl(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "Rl":
         if self.algorithm == "rloo" and self.samples_per_prompt < 2:
-            raise ValueError("rloo compares answers to one prompt: samples_per_prompt must be at least 2")
+            raise ValueError("rloo compares answers to one prompt: set samples_per_prompt to at least 2")
         if self.algorithm == "rloo" and self.critic not in (None, "none"):
-            raise ValueError(f"rloo has no critic: critic {self.critic!r} would never be used")
+            raise ValueError(f"rloo has no critic, so critic {self.critic!r} would never be used: leave it out")
         if self.algorithm != "rloo" and self.critic == "none":
-            raise ValueError(f"{self.algorithm} needs a critic: shared or adapter")
+            raise ValueError(f"{self.algorithm} needs a critic: set critic to shared or adapter")
         if self.algorithm == "reinforce" and self.epochs > 1:
-            raise ValueError("reinforce is on-policy: epochs must be 1 (ppo allows more)")
+            raise ValueError("reinforce is on-policy: set epochs to 1, or algorithm to ppo")
+        if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
+            raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
         return self
 
 
@@ -382,8 +387,9 @@ def _explain(error: ValidationError, path: Path) -> UserError:
         )
     message = first["msg"].removeprefix("Value error, ")
     what = f"{message[0].lower()}{message[1:]}"
-    if first["type"] == "value_error":  # of several keys together: it names their values, and what to do
-        return UserError(what, where=where)
+    if first["type"] == "value_error":  # of several keys together, by a validator above: what is wrong, what to do
+        what, _, remedy = what.partition(": ")
+        return UserError(what, where=where, remedy=f"{remedy[0].upper()}{remedy[1:]}.")
     return UserError(
         f"{what} (the value is {reprlib.repr(first['input'])})", where=where, remedy=_remedy(first, location)
     )

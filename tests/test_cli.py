@@ -163,7 +163,7 @@ def test_evaluate_writes_its_figures(
 ONE_BY_ONE = {
     "reward": {"function": "rewards.py:length"},
     "steps": 60,
-    "prompts_per_step": 1,
+    "prompts_per_step": 2,
     "max_new_tokens": 2,
     "eval_prompts": 1,
 }

@@ -162,7 +162,7 @@ def test_impossible_values_are_refused_where_they_stand(override: str, says: str
         ("sft.lr_scheduler_type=dull", "The default is cosine."),
         ("name=a/b", "recipes/quickstart.yaml shows a complete recipe."),
         ("base.model=5", "recipes/quickstart.yaml shows a complete recipe."),
-        ("base.build.heads=3", ""),  # what is wrong says all
+        ("base.build.heads=3", "Choose a multiple of 6."),
     ],
 )
 def test_the_remedy_for_an_impossible_value(override: str, remedy: str, tmp_path: Path) -> None:

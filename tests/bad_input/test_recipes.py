@@ -47,7 +47,16 @@ CASES = [
         ("should be 'reinforce', 'ppo' or 'rloo'", "rl.algorithm", "'dpo'"),
         overrides=("rl.algorithm=dpo",),
     ),
-    Case("rloo of one", ("samples_per_prompt", "rl", "at least 2"), overrides=("rl.algorithm=rloo",)),
+    Case(
+        "rloo of one",
+        ("samples_per_prompt", "rl", "at least 2"),
+        overrides=("rl.algorithm=rloo", "rl.samples_per_prompt=1"),
+    ),
+    Case(
+        "one completion a step",
+        ("none to compare it with", "rl", "Raise prompts_per_step"),
+        overrides=("rl.prompts_per_step=1",),
+    ),
     Case("name is a path", ("match pattern", "'../x'", "quickstart.yaml shows"), overrides=("name=../x",)),
     Case("no KEY=VALUE", ("is not KEY=VALUE", "'rl.steps'", "For example"), overrides=("rl.steps",)),
     Case("override no YAML", ("not valid YAML", "'[1'", "Quote it"), overrides=("lora.layers=[1",)),

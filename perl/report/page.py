@@ -11,6 +11,7 @@ from perl.files import user_named, write_whole
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_eval import RewardEval
+from perl.progress import counted
 from perl.recipe import StageName
 from perl.report import charts, words
 from perl.report.numbers import (
@@ -120,7 +121,7 @@ def filled(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(signed=signed, decimal=decimal, figure=figure)
+    environment.filters.update(signed=signed, decimal=decimal, figure=figure, counted=counted)
     style = Markup(loader.get_source(environment, "page.css")[0])
     return environment.get_template(template).render(style=style, **content)
 

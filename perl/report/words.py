@@ -20,6 +20,7 @@ NO_JUDGE = (
     "That is the judgement of the reward that RL itself raised. The data have no gold judge, so nothing "
     "independent confirms it: read the samples."
 )
+AS_BEGUN = "The policy is the one that RL began with."
 SHOWN_STEPS = 5
 
 
@@ -49,6 +50,8 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
         f"points{_seeds(gold)}).",
         _reward_words(reward),
     ]
+    if _nothing_remains(group):
+        return Said(AS_BEGUN, lines, "open")
     if not gold.clear:
         return Said("No clear difference.", [*lines, _too_few(group)], "open")
     if gold.rise > 0:
@@ -61,6 +64,8 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
 
 def _by_reward(group: Group, reward: Change) -> Said:
     lines = [_reward_words(reward)]
+    if _nothing_remains(group):
+        return Said(AS_BEGUN, lines, "open")
     if reward.clear is None:
         unknown = "The report has no interval of the change, so it may be chance."
         return Said("The policy cannot be judged.", [*lines, unknown], "open")
@@ -69,6 +74,14 @@ def _by_reward(group: Group, reward: Change) -> Said:
     if reward.rise > 0:
         return Said("The reward rose; nothing else has checked it.", [*lines, NO_JUDGE], "open")
     return Said("The reward fell.", lines, "bad")
+
+
+def _nothing_remains(group: Group) -> bool:
+    """Whether RL was stopped in every run before there was a policy to keep."""
+    stages = [run.report.stages.rl for run in group.runs if run.report.stages.rl is not None]
+    return bool(stages) and all(
+        any(one.action == "stopped" and not one.remains for one in rl.incidents) for rl in stages
+    )
 
 
 def _reward_words(reward: Change) -> str:
@@ -85,8 +98,15 @@ def _seeds(change: Change) -> str:
 
 
 def _too_few(group: Group) -> str:
+    most = max(one.n for one in group.rl)
     n = joined(sorted({f"{one.n:,}" for one in group.rl}))
-    return f"The interval includes 0: {n} prompts are too few to tell. Raise rl.eval_prompts, or run more seeds."
+    few = f"{n} prompt is" if most == 1 else f"{n} prompts are"
+    settings = [run.recipe.get("rl") for run in group.runs]
+    allowed = [rl.get("eval_prompts") for rl in settings if isinstance(rl, dict)]
+    more = "Raise rl.eval_prompts"
+    if any(isinstance(one, int) and most < one for one in allowed):  # there are no more
+        more = "Use more prompts or a larger data.held_out"
+    return f"The interval includes 0: {few} too few to tell. {more}, or run more seeds."
 
 
 def _without_policy(group: Group) -> Said:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from perl.report.page import write_page
 from perl.report.runs import read_run
@@ -95,3 +96,26 @@ def test_the_checks_before_rl_have_their_figures(tmp_path: Path) -> None:
     text = page(change(make_run(tmp_path / "a"), preflight=[FINDING]))
     assert "Checks before the first update of RL (seed 0)" in text
     assert "1.4e-06" in text
+
+
+def test_where_no_update_remains_the_verdict_says_so(tmp_path: Path) -> None:
+    begun = "The policy is the one that RL began with"
+    assert begun in page(change(make_run(tmp_path / "a"), incidents=[STOPPED | {"remains": 0}]))
+    assert begun not in page(change(make_run(tmp_path / "b"), incidents=[STOPPED]))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "remedy"),
+    [(10_000, "Use more prompts or a larger data.held_out"), (1, "Raise rl.eval_prompts")],
+)
+def test_the_remedy_for_too_few_prompts_is_one_that_helps(allowed: int, remedy: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", rich=False)
+    report = json.loads((run / "report.json").read_text())
+    report["stages"]["rl"]["eval"] |= {"reward_interval": [-1.0, 1.0]}
+    for name in ("gold_before", "gold_after", "gold_interval"):
+        report["stages"]["rl"]["eval"].pop(name, None)
+    (run / "report.json").write_text(json.dumps(report))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["rl"]["eval_prompts"] = allowed
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"too few to tell. {remedy}" in page(run)

@@ -110,6 +110,8 @@ def check(source_or_file: str) -> int:
         console.print(_balance_line(description.balance))
     if certainty := _certainty_line(records):
         console.print(certainty)
+    for note in records.notes:
+        console.print(note)
     for problem in records.problems[:SHOWN_PROBLEMS]:
         console.print(f"{problem.where}: {problem.what}")
     if len(records.problems) > SHOWN_PROBLEMS:

@@ -36,6 +36,7 @@ from perl.data.records import (
 )
 from perl.data.rows import RowError, chance_of, first_user_key, kind, number_of, shown, usable_text
 from perl.errors import UserError
+from perl.progress import counted
 
 FORMATS = (
     'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
@@ -56,13 +57,15 @@ _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer b
 def read_jsonl(path: str | Path) -> Records:
     """Reads a JSON Lines file; the rows left out stand in `problems` as `FILE:LINE`.
 
-    Prompts are unique: rows of one context and the same columns share one.
+    Prompts are unique: rows of one context and the same columns share one, and of rows that are prompts alone
+    `notes` says how many repeat another.
 
     Raises:
         UserError: the file is missing, a folder or unreadable, or holds no usable row.
     """
     records = Records()
     prompts: dict[tuple[Context, str], Prompt] = {}
+    copies = 0
     for number, line in numbered_lines(Path(path)):
         parsed = parse_line(line, f"{path}:{number}")
         if isinstance(parsed, Problem):
@@ -77,9 +80,12 @@ def read_jsonl(path: str | Path) -> Records:
                 case Comparison():
                     records.comparisons.append(record)
                 case Prompt():
-                    columns = json.dumps(record.columns, sort_keys=True)
-                    prompts.setdefault((record.context, columns), record)
+                    key = record.context, json.dumps(record.columns, sort_keys=True)
+                    copies += key in prompts and len(parsed) == 1
+                    prompts.setdefault(key, record)
     records.prompts = list(prompts.values())
+    if copies:
+        records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
     if not (records.prompts or records.demonstrations):
         problems = records.problems
         first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"

@@ -116,4 +116,4 @@ class Records:
     published_test: frozenset[str] = frozenset()
     """The dialogues of the test part that a source was published with: held out instead of a share."""
     notes: list[str] = field(default_factory=list)
-    """What the reader of a split should know about it."""
+    """What the reader of a source, or of a split of it, should know about it."""

@@ -60,7 +60,8 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     dialogues = {record.dialogue for kind in KINDS for record in getattr(records, kind)}
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
-        raise UserError(f"{len(dialogues)} dialogue cannot be split", where="data.held_out", remedy=remedy)
+        what = "; ".join([f"{len(dialogues)} dialogue cannot be split", *records.notes])
+        raise UserError(what, where="data.held_out", remedy=remedy)
     if records.published_test:
         held = _side(records, set(records.published_test))
         train = _side(records, dialogues - records.published_test)

@@ -81,6 +81,8 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
             f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
             f"(`perl-rlhf data check` names them all)"
         )
+    for note in records.notes:
+        console.print(f"[yellow]Note[/]: {escape(note)}.")
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     for note in held_out.notes:
         console.print(f"[yellow]Split[/]: {escape(note)}")

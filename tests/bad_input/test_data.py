@@ -45,6 +45,12 @@ CASES = [
         rows=[{"prompt": user("Hi"), "completion": text, "label": text == "a"} for text in "ab"],
     ),
     Case(
+        "copies of one prompt",
+        ("1 dialogue cannot be split", "29 rows of a prompt alone: copies of earlier prompts", "Use more data"),
+        rows=[{"prompt": user("Hi")}] * 30,
+        changes={"reward": None},
+    ),
+    Case(
         "one demonstration for SFT",
         ("all 1 demonstrations are of dialogues that belong together", "nothing to judge sft on", "Use more data"),
         rows=[

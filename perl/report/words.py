@@ -45,7 +45,7 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
     assert gold.interval is not None
     low, high = (signed(100 * end, 1) for end in gold.interval)
     lines = [
-        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the answers right "
+        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the completions right "
         f"before RL and {percent(gold.after.mean)} after (95 % interval of the change: {low} to {high} "
         f"points{_seeds(gold)}).",
         _reward_words(reward),

@@ -100,12 +100,12 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
                 _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker)
         titled(panels[0], "Reward (what RL raised)", "", "reward")
         if has_gold:
-            titled(panels[1], "Gold judge (never seen in training)", "", "answers found right, %")
+            titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
         for axes in panels if matched_kl is not None else ():
             axes.axvline(
                 max(matched_kl or 0.0, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
             )
-        panels[-1].set_xlabel("√KL from the reference (KL in nats an answer)")
+        panels[-1].set_xlabel("√KL from the reference (KL in nats a completion)")
         if len(groups) > 1:
             panels[0].legend(loc="lower right")
         svg = to_svg(drawn, name, f"Reward{' and gold judge' if has_gold else ''} against √KL")

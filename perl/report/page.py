@@ -11,6 +11,7 @@ from perl.files import user_named, write_whole
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_eval import RewardEval
+from perl.progress import counted
 from perl.recipe import StageName
 from perl.report import charts, words
 from perl.report.numbers import (
@@ -41,20 +42,20 @@ POLICY: list[tuple[str, Callable[[RlEval], Ends], Callable[[RlEval], Interval | 
     ("Reward", lambda rl: (rl.reward_before, rl.reward_after), lambda rl: rl.reward_interval, 2, 1),
     ("Gold judge: right, %", lambda rl: (rl.gold_before, rl.gold_after), lambda rl: rl.gold_interval, 1, 100),
     (
-        "Answer length, tokens",
+        "Completion length, tokens",
         lambda rl: (rl.answer_tokens_before, rl.answer_tokens_after),
         lambda rl: rl.answer_tokens_interval,
         1,
         1,
     ),
     (
-        "Answers that end by themselves, %",
+        "Completions that end by themselves, %",
         lambda rl: (rl.ended_before, rl.ended_after),
         lambda rl: rl.ended_interval,
         1,
         100,
     ),
-    ("KL to the reference, nats an answer", lambda rl: (None, rl.kl), lambda rl: rl.kl_interval, 2, 1),
+    ("KL to the reference, nats a completion", lambda rl: (None, rl.kl), lambda rl: rl.kl_interval, 2, 1),
 ]
 """Label, ends, interval of the change, decimal places at least, and scale."""
 CARD: list[tuple[str, Callable[[RewardEval], float | None], Callable[[RewardEval], Interval | None]]] = [
@@ -120,7 +121,7 @@ def filled(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(signed=signed, decimal=decimal, figure=figure)
+    environment.filters.update(signed=signed, decimal=decimal, figure=figure, counted=counted)
     style = Markup(loader.get_source(environment, "page.css")[0])
     return environment.get_template(template).render(style=style, **content)
 
@@ -175,13 +176,13 @@ def _tiles(group: Group) -> list[tuple[str, str, str]]:
     reward, gold = reward_change(group.rl), gold_change(group.rl)
     if gold is not None:
         ends = f"{percent(gold.before.mean)} → {percent(gold.after.mean)}"
-        tiles.append(("Gold judge: right", ends, "share of held-out answers"))
+        tiles.append(("Gold judge: right", ends, "share of completions of held-out prompts"))
     if reward is not None:
         ends = f"{decimal(reward.before.mean, reward.places)} → {decimal(reward.after.mean, reward.places)}"
         tiles.append(("Reward", ends, "on held-out prompts, before → after RL"))
         kl = spread(one.kl for one in group.rl)
         assert kl is not None
-        note = f"nats an answer {plus_minus(kl)}"
+        note = f"nats a completion {plus_minus(kl)}"
         tiles.append(("KL from the reference", decimal(kl.mean), note.strip()))
     auroc = spread(card.auroc for card in group.reward)
     if auroc is not None:
@@ -211,14 +212,13 @@ def _policy(group: Group) -> dict[str, Any]:
         elif before is not None and after is not None:
             places = max(places, places_of(max(abs(before.mean), abs(after.mean))))
         if before is not None or after is not None:
-            told = _told(interval, places)
-            rows.append((label, spread_text(before, places), spread_text(after, places), told))
+            rows.append((label, *(spread_text(end, places) for end in (before, after)), _told(interval, places)))
     reward = reward_change(group.rl)
     ends = (reward.before, reward.after) if reward is not None else ()
     plots = [
         charts.root_kl_plot([group], "root-kl"),
-        charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled answers", ends),
-        charts.step_plot(group, "policy", "kl", "KL", "nats an answer"),
+        charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled completions", ends),
+        charts.step_plot(group, "policy", "kl", "KL", "nats a completion"),
     ]
     table = _folded(["Figure", "Before RL", "After RL", "Change, 95 %"], rows)
     return {**table, "plots": [plot for plot in plots if plot is not None]}
@@ -291,7 +291,7 @@ def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:
 
 
 def _shown(sample: Sample) -> dict[str, Any]:
-    """The turns of a prompt, earlier ones apart, and the answers in the order of training."""
+    """The turns of a prompt, earlier ones apart, and the completions in the order of training."""
     turns = [Turn(role="prompt", content=sample.prompt)] if isinstance(sample.prompt, str) else sample.prompt
     cut = max(0, len(turns) - SHOWN_TURNS)
     order = [*(role for role in ROLES if role in sample.answers), *sorted(set(sample.answers) - set(ROLES))]

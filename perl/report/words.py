@@ -45,7 +45,7 @@ def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
     assert gold.interval is not None
     low, high = (signed(100 * end, 1) for end in gold.interval)
     lines = [
-        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the answers right "
+        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the completions right "
         f"before RL and {percent(gold.after.mean)} after (95 % interval of the change: {low} to {high} "
         f"points{_seeds(gold)}).",
         _reward_words(reward),
@@ -101,10 +101,10 @@ def _too_few(group: Group) -> str:
     most = max(one.n for one in group.rl)
     n = joined(sorted({f"{one.n:,}" for one in group.rl}))
     few = f"{n} prompt is" if most == 1 else f"{n} prompts are"
-    rl = group.first.recipe.get("rl")
-    allowed = rl.get("eval_prompts") if isinstance(rl, dict) else None
+    settings = [run.recipe.get("rl") for run in group.runs]
+    allowed = [rl.get("eval_prompts") for rl in settings if isinstance(rl, dict)]
     more = "Raise rl.eval_prompts"
-    if isinstance(allowed, int) and most < allowed:  # there are no more
+    if any(isinstance(one, int) and most < one for one in allowed):  # there are no more
         more = "Use more prompts or a larger data.held_out"
     return f"The interval includes 0: {few} too few to tell. {more}, or run more seeds."
 

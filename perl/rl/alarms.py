@@ -35,23 +35,23 @@ class Words(NamedTuple):
 
 WORDS = {
     "kl": Words(
-        "the policy is {value:.0f} nats an answer away from its reference; the limit is {limit:.0f}",
+        "the policy is {value:.0f} nats a completion away from its reference; the limit is {limit:.0f}",
         "Usually the learning rate is too large, or the KL coefficient too small to hold the policy.",
-        "Lower rl.learning_rate or raise rl.kl_coef; if answers are long and read well, raise rl.kl_limit.",
+        "Lower rl.learning_rate or raise rl.kl_coef; if completions are long and read well, raise rl.kl_limit.",
     ),
     "entropy": Words(
         "the entropy has collapsed to {value:.3f} nats a token, less than {limit:.3f}, a tenth of the start's",
         "The policy says the same whatever it is asked: the learning rate is too large, the KL coefficient too "
-        "small, or one answer exploits the reward.",
+        "small, or one completion exploits the reward.",
         "Read the samples; lower rl.learning_rate or raise rl.kl_coef.",
     ),
     "length_limit": Words(
-        "{value:.0%} of the answers end by themselves; at the start {start:.0%} did",
-        "Answers run into the length limit: the reward pays for length, or nothing punishes a missing end.",
-        "Raise rl.missing_end_penalty, or rl.max_new_tokens if the answers need the room; look at the reward.",
+        "{value:.0%} of the completions end by themselves; at the start {start:.0%} did",
+        "Completions run into the length limit: the reward pays for length, or nothing punishes a missing end.",
+        "Raise rl.missing_end_penalty, or rl.max_new_tokens if the completions need the room; look at the reward.",
     ),
     "shrinking": Words(
-        "answers have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
+        "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
         "The KL penalty is paid for each token, so to stop at once is the cheapest way to pay less of it: the "
         "learning rate or the KL coefficient is too large. KL falls meanwhile, as if all were well.",
         "Lower rl.learning_rate, rl.kl_coef, or both.",

@@ -237,7 +237,7 @@ def begins_as_the_reference(session: Session, samples: Samples) -> Finding:
         cause = "the weights are equal, so they are computed differently: dropout is on, or the padding differs."
     else:
         cause = f"the policy did not begin as a copy of {roles.reference}; its adapter is another's."
-    words = f"KL of the policy to its reference ({roles.reference}), nats an answer"
+    words = f"KL of the policy to its reference ({roles.reference}), nats a completion"
     return Finding("begins as the reference", words, float(kl_BT.sum(1).mean()), KL_LIMIT, cause)
 
 

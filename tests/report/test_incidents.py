@@ -20,7 +20,7 @@ STOPPED: dict[str, Any] = {
     "value": 46.0,
     "limit": 61.5,
     "grave": True,
-    "what": "answers have shrunk to 46 tokens, from 123 at the start",
+    "what": "completions have shrunk to 46 tokens, from 123 at the start",
     "causes": "To stop at once is cheapest <&>.",
     "remedy": "Lower rl.learning_rate.",
     "action": "stopped",
@@ -54,7 +54,7 @@ def test_a_run_that_was_stopped_says_so_before_any_figure(tmp_path: Path) -> Non
     told = text[text.index('id="incidents"') : text.index('class="tiles"')]
     assert 'class="verdict bad" id="incidents"' in text
     assert told.index("RL was stopped at step 39.") < told.index("RL, step 12.")  # what ended it comes first
-    assert "Answers have shrunk to 46 tokens, from 123 at the start. It began to show at step 31." in told
+    assert "Completions have shrunk to 46 tokens, from 123 at the start. It began to show at step 31." in told
     assert "cheapest &lt;&amp;&gt;." in told
     assert "is the policy after 20 updates" in told
     assert "What went wrong</a>" in text

@@ -104,7 +104,7 @@ def test_verdict_evidence() -> None:
     """Both ends, the interval in points, and how many seeds agree."""
     seeds = [_rl(gold_before=0.5, gold_after=0.75, n=98), _rl(gold_before=0.5, gold_after=0.75, n=98)]
     evidence = " ".join(_verdict(*seeds).lines).replace(GAP, " ")
-    assert "50 % of the answers right before RL and 75 % after" in evidence
+    assert "50 % of the completions right before RL and 75 % after" in evidence
     assert "+15.3 to +33.7 points; up in 2 of 2 seeds" in evidence
 
 

@@ -24,7 +24,7 @@ def recipe(write_recipe: WriteRecipe, mixed_data: Path) -> Path:
 
 def test_full_tuning_is_the_same_recipe_conventionally(recipe: Path) -> None:
     """A tenth of the learning rates, a critic of its own; the same data, batches, seeds and losses."""
-    lora = load_recipe(recipe, ["rl.critic=shared"])
+    lora = load_recipe(recipe, ["rl.critic=shared", "rl.learning_rate=0.01"])
     full = variant(lora, "full", 3)
     assert (full.tuning, full.seed, full.critic) == ("full", 3, "adapter")
     kept = full.model_dump() | {"tuning": "lora", "seed": 0}
@@ -34,6 +34,12 @@ def test_full_tuning_is_the_same_recipe_conventionally(recipe: Path) -> None:
     kept["rl"]["critic"] = "shared"
     assert Recipe.model_validate(kept) == lora
     assert variant(lora, "lora", 0) == lora
+
+
+def test_a_rate_that_follows_the_tuning_by_itself_is_left_to_it(recipe: Path) -> None:
+    full = variant(load_recipe(recipe, ["rl.learning_rate=auto"]), "full", 0)
+    assert full.rl is not None
+    assert full.rl.learning_rate == "auto"
 
 
 def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -336,7 +336,7 @@ class Roles(nn.Module, ABC):
                 return Outputs(scores_B=classifier.scores(self.model(), ids_BL, mask_BL))
         with self.role(role):
             hidden_BLD = self.trunk(ids_BL, mask_BL, below_BLD)
-            embedding = self.model().get_output_embeddings()
+            embedding, transform = self.model().get_output_embeddings(), logits_transform(self.model().config)
         log_probs_BT = entropy_BT = values_BT = scores_B = None
         if answer_length == 0 and head is not None:
             last_B = mask_BL.long().cumsum(1).argmax(1)
@@ -354,7 +354,7 @@ class Roles(nn.Module, ABC):
                 ids_BL[:, -answer_length:][rows_N, columns_N],
                 temperature,
                 tokens_at_once(len(embedding.weight)),
-                logits_transform(self.model().config),
+                transform,
             )
             nothing_BT = log_probs_N.new_zeros(len(ids_BL), answer_length)
             log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)

@@ -78,6 +78,7 @@ def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
         learners.append(Role.CRITIC)
     roles.keep(roles.reference, Role.REWARD, *learners)
     roles.train_only(*learners)
+    roles.eval()  # added adapters begin with dropout on, and there is none in RL
     weights = [parameter for role in learners for parameter in roles.weights(role).values()]
     heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
     prompts = encode_prompts(session, session.train.prompts)

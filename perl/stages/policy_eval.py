@@ -84,8 +84,9 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> d
         ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by
         prompt); the policy's `kl` with `kl_interval`.
     """
+    before = {**before, "kl": [0.0] * len(prompts)}  # of the reference to itself, where rounding left a little
     found = changes(before, after, [prompt.dialogue for prompt in prompts.prompts])
-    del found["kl_before"]  # of the reference to itself
+    del found["kl_before"]
     found["kl"] = found.pop("kl_after")
     return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **found}
 

@@ -10,7 +10,7 @@ import trl
 
 from perl.recipe import load_recipe
 from perl.stages.policy import encode_prompts
-from perl.stages.reward import held_out_rows
+from perl.stages.reward import tokenize_rows
 from perl.stages.session import Session, open_session
 from perl.stages.sft import tokenized
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
@@ -72,7 +72,7 @@ def test_all_rows_of_a_file_too_long_are_said_aloud(
     ]
     rows = [
         *tokenized(session, session.train.demonstrations)["input_ids"],
-        *held_out_rows(session).ids,
+        *tokenize_rows(session.base.chat, session.train, "thumbs", 70, "jsonl").ids,
         *encode_prompts(session, session.train.prompts).ids,
     ]
     assert all(row[: len(begins)] == begins for row in rows)

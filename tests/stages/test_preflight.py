@@ -267,7 +267,7 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     assert read[1] != usual
     chat.end_ids = (chat.end_id, *range(20, 250))  # so many that all answers end with others
     parts.sampling, parts.reward = how_to_sample(parts.session), reward_source(parts.session)
-    assert all(finding["figure"] <= 1e-5 for finding in parts.check())
+    assert all(finding.figure <= 1e-5 for finding in parts.check())
 
 
 def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,6 @@ def learning_rates(session: Session, settings: Rl, prompts: EncodedPrompts) -> l
     """The full learning rates of weights and of heads, for this base."""
     roles, weights, heads = session.roles, settings.learning_rate, settings.head_learning_rate
     ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
-    roles.eval()
     with roles.role(Role.POLICY):
         hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
     width = hidden_BLD.shape[2]

@@ -79,7 +79,7 @@ def test_texts_without_words_are_scored() -> None:
 def test_the_floor_of_the_real_ratings(
     domain: Domain, low: tuple[float, float], high: tuple[float, float]
 ) -> None:
-    """Splits by dialogue differ: from 0.56 to 0.81 on Coffee, from 0.61 to 0.75 on Ticketing, over three seeds."""
+    """Splits by dialogue differ: from 0.61 to 0.78 on Coffee, from 0.61 to 0.75 on Ticketing, over three seeds."""
     if not REAL.is_dir():
         pytest.skip("the real Taskmaster files are not beside the checkout, in shared/taskmaster")
     records = read_taskmaster(REAL, domain)

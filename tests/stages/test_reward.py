@@ -127,7 +127,6 @@ def test_both_learns_ratings_and_pairs_in_one_training(
         data={"source": "jsonl", "path": str(own), "held_out": 0.3},
         lora={"rank": 2, "alpha": 4, "layers": "top-half"},  # what the lower layer makes of each row is kept
         reward={"loss": "both", "epochs": 40, "batch_size": 64, "learning_rate": 0.01},
-        seed=1,
         rl=None,
     )
     code, text = run_cli("run", recipe, "--out", tmp_path / "out")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import perl.model.shared_base
+import perl.model.low_rank
 import perl.pipeline
 import perl.rl.sampler
 from perl.model.low_rank import _Kept
@@ -99,7 +99,7 @@ Alter = Callable[[dict[str, list[_Kept]], str, list[_Kept]], list[_Kept]]
 
 def sampler_computes_with(patch: Patch, alter: Alter) -> None:
     """Alter the factors that the sampler keeps; `alter` gets a memory, the adapter's name, and the factors."""
-    kept_factors, memory = perl.model.shared_base.kept_factors, {}
+    kept_factors, memory = perl.model.low_rank.kept_factors, {}
 
     @contextlib.contextmanager
     def altered(layers: Any, name: str, dtype: torch.dtype) -> Iterator[None]:
@@ -112,7 +112,7 @@ def sampler_computes_with(patch: Patch, alter: Alter) -> None:
                 layer.kept = one
             yield
 
-    patch.setattr(perl.model.shared_base, "kept_factors", altered)
+    patch.setattr(perl.model.low_rank, "kept_factors", altered)
 
 
 def sampler_stale(patch: Patch) -> None:

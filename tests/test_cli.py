@@ -179,6 +179,11 @@ def wait_for(metrics: Path, process: "subprocess.Popen[str]", meanwhile: Callabl
         time.sleep(0.005)
 
 
+def heed_hangups() -> None:
+    """In a process that begins: tests under nohup would hand on that hangups are ignored, which runs respect."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_run_says_so_and_goes_on(
     number: signal.Signals, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
@@ -191,6 +196,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_hangups,
     )
     wait_for(metrics, process, lambda: None)
     process.send_signal(signal.SIGSTOP)  # or it might be done before the next line is
@@ -235,6 +241,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on(
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_hangups,
     )
     os.close(its)
 

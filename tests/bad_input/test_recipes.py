@@ -26,7 +26,7 @@ CASES = [
     Case("UTF-16", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe="name: x".encode("utf-16")),
     Case("key twice", ("key 'name' twice", "line 1", "Mend the line"), recipe=b"name: a\nname: b\n"),
     Case("no base", ("missing", "recipe.yaml: base", "Add this key"), changes={"base": None}),
-    Case("no stage", ("no stage to run", "recipe.yaml", "add a section"), changes={"reward": None, "rl": None}),
+    Case("no stage", ("no stage to run", "recipe.yaml", "Add a section"), changes={"reward": None, "rl": None}),
     Case(
         "unknown key",
         ("unknown key", "recipe.yaml: rl.kl_coeff", "Did you mean rl.kl_coef?"),

@@ -34,7 +34,7 @@ def absurd(completions, **columns):
     global calls
     calls += 1
     absurd = str(calls) in os.environ["ABSURD_AT"].split()
-    return [1e39 if absurd else float(len(str(text))) for text in completions]
+    return [1e29 if absurd and not index else float(len(str(text))) for index, text in enumerate(completions)]
 """
 
 

@@ -5,6 +5,7 @@ is sharded already, or deal rows that are dealt already. So inside, the environm
 one device, and everything between processes is done in this package.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -60,6 +61,7 @@ def joined() -> Iterator[Engine]:
             processes.barrier()
             heartbeat.leave(0)
             dist.destroy_process_group()
+            atexit.register(_exit_at_once)
         except BaseException as error:
             failure = _failure(error, heartbeat)
             status = failure.status if isinstance(failure, UserError) else 1
@@ -73,6 +75,17 @@ def joined() -> Iterator[Engine]:
             if failure is error:
                 raise
             raise failure from error
+
+
+def _exit_at_once() -> None:
+    """End a process whose work is done and written, before the interpreter ends what libraries left running.
+
+    Their threads (of DeepSpeed, of the launcher's store) may wake while it does, and then abort the process:
+    the launcher would call a finished run failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:

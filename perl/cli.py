@@ -11,11 +11,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from perl.allocator import keep_freed_memory
 from perl.errors import UserError, machine_fault
 from perl.parallel.launcher import ranks
-from perl.progress import console
-from perl.signals import handle
+from perl.system.allocator import keep_freed_memory
+from perl.system.progress import console
+from perl.system.signals import handle
 
 INTERRUPTED = 130
 TOGETHER = ("run", "sft", "reward", "rl")
@@ -36,7 +36,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as rl.algorithm=ppo.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
-JsonFile = typer.Option("--json", metavar="FILE", help="Write the figures there.")
+JsonFile = typer.Option("--json", metavar="FILE", help="Write the metrics there.")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -89,7 +89,7 @@ def evaluate_command(
     json_file: Annotated[Path | None, JsonFile] = None,
 ) -> None:
     """Judge a trained reward model on rated data, or a policy on prompts."""
-    from perl.evaluate import evaluate
+    from perl.commands.evaluate import evaluate
 
     evaluate(run, role, data, json_file)
 
@@ -109,7 +109,7 @@ def compare_command(
     from perl.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from perl.compare import compare, compare_costs
+    from perl.commands.compare import compare, compare_costs
 
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with _writing(folder):
@@ -135,7 +135,7 @@ def sweep_command(
     from perl.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from perl.sweep import parse_list, sweep
+    from perl.commands.sweep import parse_list, sweep
 
     folder = out or Path("runs") / f"{loaded.name}-sweep"
     with _writing(folder):
@@ -165,7 +165,7 @@ def estimate_command(
     from perl.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from perl.estimate import estimate, parse_bytes
+    from perl.commands.estimate import estimate, parse_bytes
 
     estimate(loaded, parse_bytes(device_memory) if device_memory else None, devices, json_file)
 
@@ -209,7 +209,7 @@ def bench_command(
     """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
     _one_of("--layers", layers, ["all", "top-half"])
     from perl.bench import work
-    from perl.bench.command import PARTS, bench_part, bench_step, refuse_unread
+    from perl.commands.bench import PARTS, bench_part, bench_step, refuse_unread
 
     _one_of("--model", model, list(work.MODELS))
     _one_of("PART", part, ["step", *PARTS])
@@ -229,7 +229,7 @@ def export_command(
     merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
-    from perl.export import export
+    from perl.commands.export import export
 
     export(run, role, folder, merge)
 
@@ -237,7 +237,7 @@ def export_command(
 @app.command("chat")
 def chat_command(run: Run) -> None:
     """Talk to base, SFT and RL policy side by side."""
-    from perl.chat import chat
+    from perl.commands.chat import chat
 
     chat(run)
 
@@ -257,7 +257,7 @@ def check_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
 ) -> None:
     """Describe a source or file, and name every bad row."""
-    from perl.data.check import check
+    from perl.commands.data_check import check
 
     raise typer.Exit(check(source))
 
@@ -303,8 +303,8 @@ def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any
 
     loaded = load_recipe(recipe, overrides)
     # After the recipe is read: torch and transformers take seconds to import, a typo should not wait for them.
+    from perl.commands.run import run
     from perl.parallel.joined import joined
-    from perl.pipeline import run
 
     folder = out or Path("runs") / loaded.name
     with _writing(folder), joined() as engine:

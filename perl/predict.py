@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from perl.adapters.lora import linear_layers
+from perl.backbones.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
+from perl.backbones.build import tiny_config, train_tokenizer
+from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.commands.run import TRAIN
 from perl.data.records import Records
 from perl.measure.ledger import KINDS, PHASES, PhaseMemory
 from perl.measure.probe import Kind, Phase
-from perl.model.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
-from perl.model.build import tiny_config, train_tokenizer
-from perl.model.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
-from perl.model.lora import linear_layers
-from perl.model.roles import Roles
-from perl.pipeline import TRAIN
-from perl.progress import silence
 from perl.recipe import Recipe, StageName
-from perl.rundir import RunFolder
-from perl.seeds import seed_everything
+from perl.roles.roles import Roles
+from perl.runs.folder import RunFolder
 from perl.stages.material import corpus, only_scores, quiet_libraries, read_data
 from perl.stages.session import Session, Trial, adapter_shape
+from perl.system.progress import silence
+from perl.system.seeds import seed_everything
 
 DEPTHS = (2, 6)
 """Layers that a deeper base is tried at."""

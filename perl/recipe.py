@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from perl import plain_yaml
 from perl.errors import UserError
+from perl.system import plain_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -200,7 +200,7 @@ class Rl(Section):
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is judged before and after."""
     guard: Literal["stop", "warn", "off"] = "stop"
-    """When training goes wrong (perl.rl.guards): stop at the last good checkpoint, only say so, or never look."""
+    """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
     """Nats an answer that the policy may be away from its reference."""
 

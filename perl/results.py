@@ -1,8 +1,9 @@
 """What the stages come to: what they return, what result.json and report.json hold, and what the page reads.
 
-One set of types for all of these: what no stage returns, no page can show. In JSON (`perl.typed_json`) an optional
-field without a value is left out; a field that is always there and may be unknown, such as the AUROC of one class,
-is null. Keys that are not known are passed over in reading, so that what newer versions wrote can be read.
+One set of types for all of these: what no stage returns, no page can show. In JSON (`perl.system.typed_json`) an
+optional field without a value is left out; a field that is always there and may be unknown, such as the AUROC of
+one class, is null. Keys that are not known are passed over in reading, so that what newer versions wrote can be
+read.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from perl.measure.ledger import PhaseMemory
 from perl.measure.probe import Phase
 from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
-from perl.rl.alarms import Alarm
+from perl.rl.checks.alarms import Alarm
 
 
 @dataclass(frozen=True, kw_only=True)

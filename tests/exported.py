@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perl.backbones.padding import left_pad
+from perl.commands.evaluate import open_run
+from perl.commands.export import STAGES
 from perl.data.records import Turn
-from perl.evaluate import open_run
-from perl.export import STAGES
-from perl.model.padding import left_pad
-from perl.model.roles import Role
 from perl.recipe import Recipe, StageName
 from perl.results import RESULTS, StageResult
+from perl.roles.roles import Role
 from perl.stages.session import open_session
-from perl.typed_json import made
+from perl.system.typed_json import made
 from tests.report.made import make_report
 
 SPEAKERS = {"user": "user", "assistant": "agent"}
@@ -44,7 +44,7 @@ def recipe_on(model: Path, data: Path, **changes: Any) -> Recipe:
 
 
 def make(out: Path, recipe: Recipe) -> Path:
-    """The folder of a run, written as its stages write it, with weights drawn instead of learnt."""
+    """The folder of a run, written as its stages write it, with weights drawn instead of learned."""
     session = open_session(recipe, out)
     generator = torch.Generator().manual_seed(1)
     with session.folder.claim(recipe):
@@ -98,7 +98,11 @@ class Run:
         self.session.load(role)
         ids_BL = torch.tensor([ids])
         outputs = self.session.roles(
-            role, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), answer_length=len(ids) - 1, temperature=1.0
+            role,
+            ids_BL,
+            torch.ones_like(ids_BL, dtype=torch.bool),
+            completion_length=len(ids) - 1,
+            temperature=1.0,
         )
         assert outputs.log_probs_BT is not None
         return outputs.log_probs_BT[0]

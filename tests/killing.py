@@ -1,4 +1,4 @@
-"""Kill runs at random moments with SIGKILL, resume them, and compare what they learnt with a run left in peace.
+"""Kill runs at random moments with SIGKILL, resume them, and compare what they learned with a run left in peace.
 
     python -m tests.killing --count 20 --seed 0
 
@@ -26,7 +26,7 @@ import yaml
 
 from perl import cli, pipeline  # noqa: F401  imported once, for all forks
 from perl.recipe import STAGES, StageName
-from perl.rundir import STAGE_ROLE
+from perl.runs.folder import STAGE_ROLE
 
 GOODS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
 RECIPE = {
@@ -91,8 +91,8 @@ def finish(recipe: Path, stage: str, out: Path) -> float:
     return time.perf_counter() - begin
 
 
-def learnt(out: Path) -> dict[str, bytes]:
-    """The bytes of all that was learnt."""
+def learned(out: Path) -> dict[str, bytes]:
+    """The bytes of all that was learned."""
     return {
         str(file.relative_to(out)): file.read_bytes() for file in out.glob("*/adapter/adapter_model.safetensors")
     }
@@ -137,8 +137,8 @@ def kill_stage(
             shutil.copytree(peaceful / role, out / role)
 
     def compare() -> None:
-        ours = learnt(out)
-        theirs = {name: content for name, content in learnt(peaceful).items() if name in ours}
+        ours = learned(out)
+        theirs = {name: content for name, content in learned(peaceful).items() if name in ours}
         assert ours == theirs, f"{stage}: {sorted(name for name in ours if ours[name] != theirs.get(name))} differ"
         told["compared"] += 1
 

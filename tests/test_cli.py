@@ -145,16 +145,16 @@ def test_stages_run_one_by_one(
     assert list(json.loads((out / "report.json").read_text())["stages"]) == ["sft", "rl"]
 
 
-def test_evaluate_writes_its_figures(
+def test_evaluate_writes_its_metrics(
     run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
 ) -> None:
-    recipe, out, figures = write_recipe(), tmp_path / "out", tmp_path / "figures.json"
+    recipe, out, metrics = write_recipe(), tmp_path / "out", tmp_path / "figures.json"
     assert run_cli("run", recipe, "--out", out)[0] == 0
     data = f"jsonl:{small_data / 'pairs.jsonl'}"
-    assert run_cli("evaluate", out, "reward", "--data", data, "--json", figures)[0] == 0
-    assert json.loads(figures.read_text())["n"] == 20
-    assert run_cli("evaluate", out, "policy", "--json", figures)[0] == 0
-    assert json.loads(figures.read_text())["n"] == 2
+    assert run_cli("evaluate", out, "reward", "--data", data, "--json", metrics)[0] == 0
+    assert json.loads(metrics.read_text())["n"] == 20
+    assert run_cli("evaluate", out, "policy", "--json", metrics)[0] == 0
+    assert json.loads(metrics.read_text())["n"] == 2
     status, written = run_cli("evaluate", out, "policy", "--json", tmp_path / "gone" / "figures.json")
     assert status == 2
     assert "cannot be written" in written

@@ -10,18 +10,18 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from perl.compare import variant
-from perl.export import export
-from perl.model.roles import Role
-from perl.pipeline import run
+from perl.commands.compare import variant
+from perl.commands.export import export
+from perl.commands.run import run
 from perl.predict import predict, read_subject
 from perl.recipe import Recipe
-from perl.rundir import RunFolder
+from perl.roles.roles import Role
+from perl.runs.folder import RunFolder
 from perl.stages.reward import _RewardTrainer
+from tests.commands.test_export import CLASSIFIERS, DIALOGUES, TEXTS, assert_same, card_code, scores, texts_of
 from tests.conftest import RunCli, WriteRecipe, write_rows
 from tests.encoders import minilm, tiny_bert, tiny_roberta
 from tests.exported import Run, make, recipe_on
-from tests.test_export import CLASSIFIERS, DIALOGUES, TEXTS, assert_same, card_code, scores, texts_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The grid: a cell from plan to figures, what figures are called, and whether scales agree."""
+"""The grid: a cell from plan to metrics, what metrics are called, and whether scales agree."""
 
 import json
 import signal
@@ -44,11 +44,11 @@ def plan(base: Path, model: str, reward: str, **changes: Any) -> Plan:
     return Plan(model=model, reward=reward, base=str(base), **settings | changes)
 
 
-def ended(low: float, high: float, **figures: Any) -> dict[str, Any]:
+def ended(low: float, high: float, **metrics: Any) -> dict[str, Any]:
     """A cell that ended with this interval."""
     same = {f"{name}_{when}": 1.0 for name in ("reward", "tokens", "distinct") for when in ("before", "after")}
     place = {"model": "gpt2", "reward": "dense", "scale": "1", "algorithm": "default", "seed": 0}
-    return {**place, "exit": 0, "kl": 1.0, "seconds": 1.0, "interval": [low, high], **same, **figures}
+    return {**place, "exit": 0, "kl": 1.0, "seconds": 1.0, "interval": [low, high], **same, **metrics}
 
 
 def test_a_cell_trains_and_is_judged(tiny_gpt2: Path, tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from perl.adapters.lora import lora_config
+from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.commands.run import TRAIN
 from perl.measure.probe import listeners
-from perl.model.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.separate_models import SeparateModels
-from perl.model.shared_base import SharedBase
-from perl.pipeline import TRAIN
 from perl.predict import DEPTHS, predict, read_subject
 from perl.recipe import Recipe
+from perl.roles.roles import Role
+from perl.roles.separate_models import SeparateModels
+from perl.roles.shared_base import SharedBase
 from perl.stages.session import Trial, trial_session
 from tests.conftest import write_rows
 from tests.tiny import LLAMA
@@ -72,13 +72,13 @@ def measured(tried: Recipe) -> Memory:
     for stage in tried.stages:
         with trial_session(tried, Trial(2)) as session:
             memory = TRAIN[stage](session).memory
-        found[stage] = {phase: (figures.peak, figures.kinds) for phase, figures in memory.items()}
+        found[stage] = {phase: (metrics.peak, metrics.kinds) for phase, metrics in memory.items()}
     return found
 
 
 def predicted(tried: Recipe) -> Memory:
     return {
-        stage: {phase: (figures.peak, figures.kinds) for phase, figures in memory.items()}
+        stage: {phase: (metrics.peak, metrics.kinds) for phase, metrics in memory.items()}
         for stage, memory in predict(tried, read_subject(tried)).items()
     }
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from perl.errors import UserError
 from perl.measure.reward_eval import Slice
 from perl.results import Hardware, Report, RewardStage, RlEval, RlStage, SftStage
-from perl.rundir import RunFolder
-from perl.typed_json import as_json, made, parse
+from perl.runs.folder import RunFolder
+from perl.system.typed_json import as_json, made, parse
 from tests.report.made import make_run
 
 SLICE = {"by": "source", "name": "shop", "n": 9, "share_up": 0.5}

@@ -19,7 +19,7 @@ REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01,
 RL = {"steps": 7, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "eval_prompts": 2}
 
 
-def learnt(out: Path) -> dict[str, bytes]:
+def learned(out: Path) -> dict[str, bytes]:
     found = {str(file.relative_to(out)): file.read_bytes() for file in out.glob("*/adapter/*.safetensors")}
     assert found
     return found
@@ -58,7 +58,7 @@ def test_sigterm_lets_the_step_end_saves_it_and_leaves_with_130(
     monkeypatch.delenv("LEAVE_AT")
     code, text = run_cli("run", recipe, "--out", str(out))
     assert code == 0, text
-    assert learnt(out) == learnt(tmp_path / "peaceful")
+    assert learned(out) == learned(tmp_path / "peaceful")
     steps = [json.loads(line)["step"] for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     results = [
@@ -99,8 +99,8 @@ def test_the_same_recipe_twice_gives_the_same_bytes(
     for name in ("one", "two"):
         code, text = run_cli("run", str(recipe), "--out", str(tmp_path / name))
         assert code == 0, text
-    assert len(learnt(tmp_path / "one")) == 4
-    assert learnt(tmp_path / "one") == learnt(tmp_path / "two")
+    assert len(learned(tmp_path / "one")) == 4
+    assert learned(tmp_path / "one") == learned(tmp_path / "two")
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(

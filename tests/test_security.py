@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-from perl.checkpoint import Checkpoints
+from perl.adapters.lora import lora_config
+from perl.backbones.base import load_base
+from perl.backbones.fake import fake_lm
 from perl.data.fetch import fetch
 from perl.errors import UserError
-from perl.model.base import load_base
-from perl.model.fake import fake_lm
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.saved import load_role, save_role, stamp_for
-from perl.model.shared_base import SharedBase
 from perl.predict import read_subject
 from perl.recipe import load_recipe
+from perl.roles.roles import Role
+from perl.roles.saved import load_role, save_role, stamp_for
+from perl.roles.shared_base import SharedBase
+from perl.runs.checkpoint import Checkpoints
 from tests.bad_input.cases import contents
 from tests.conftest import RunCli, WriteRecipe, write_rows
 

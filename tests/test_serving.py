@@ -17,8 +17,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perl.export import export
-from perl.model.roles import Role
+from perl.commands.export import export
+from perl.roles.roles import Role
 from tests.conftest import RunCli
 from tests.exported import Run, make, recipe_on
 from tests.tiny import random_llama

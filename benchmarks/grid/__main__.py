@@ -19,7 +19,7 @@ from benchmarks.grid.cell import ALGORITHMS, REWARDS, Plan
 from benchmarks.grid.facts import learn_facts
 from benchmarks.grid.models import LLAMA, MODELS, ROOT, model_folder
 from benchmarks.grid.table import line, write_tables
-from perl.allocator import keep_freed_memory
+from perl.system.allocator import keep_freed_memory
 
 
 def _parser() -> argparse.ArgumentParser:

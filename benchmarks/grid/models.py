@@ -29,7 +29,7 @@ from transformers import (
 
 from benchmarks.grid import stories
 from benchmarks.grid.prompts import Kind
-from perl.allocator import keep_freed_memory
+from perl.system.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"

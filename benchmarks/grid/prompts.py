@@ -42,12 +42,12 @@ REQUESTS = (
 
 
 def everything(kind: Kind) -> list[tuple[str, str]]:
-    """All prompts in one fixed random order, each with an opening that answers it."""
+    """All prompts in one fixed random order, each with an initial_eval that answers it."""
     pairs, rng = [], random.Random(0)
     for when, who, did in itertools.product(TIMES, PEOPLE, DEEDS):
-        opening = f"{when}, {who} {did}"
+        initial_eval = f"{when}, {who} {did}"
         request = rng.choice(REQUESTS).format(when=when, who=who, did=did)
-        pairs.append((opening if kind == "text" else request[0].upper() + request[1:], opening))
+        pairs.append((initial_eval if kind == "text" else request[0].upper() + request[1:], initial_eval))
     unique = list(dict(pairs).items())
     rng.shuffle(unique)
     return unique

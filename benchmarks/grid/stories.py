@@ -76,14 +76,14 @@ def tell(llama: Path, file: Path) -> list[Row]:
 def _tell(llama: Path) -> list[Row]:
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
-    openings = [opening for _, opening in prompts.others("text")[: STORIES // 2]]
-    begun = [tokenizer(opening)["input_ids"] for opening in openings]
+    openings = [initial_eval for _, initial_eval in prompts.others("text")[: STORIES // 2]]
+    begun = [tokenizer(initial_eval)["input_ids"] for initial_eval in openings]
     begun += [[tokenizer.bos_token_id]] * (STORIES - len(begun))
     told = complete(model, tokenizer, begun, LENGTH, TEMPERATURE)
     texts = [_decode(tokenizer, start + rest).partition(END) for start, rest in zip(begun, told, strict=True)]
 
     asked = prompts.others("chat")[:STORIES]
-    begun = [tokenizer(opening)["input_ids"] for _, opening in asked]
+    begun = [tokenizer(initial_eval)["input_ids"] for _, initial_eval in asked]
     told = complete(model, tokenizer, begun, LENGTH // 2, TEMPERATURE)
     rows = []
     for index, ((request, _), start, rest) in enumerate(zip(asked, begun, told, strict=True)):

@@ -13,7 +13,7 @@ from benchmarks.grid.judge import paired_interval
 from benchmarks.grid.verdict import collapsed, incidents, verdict
 
 ROUNDING = 1e-3
-"""Relative difference of figures that rounding may make."""
+"""Relative difference of metrics that rounding may make."""
 KEYS = ("model", "reward", "scale", "algorithm", "seed")
 
 
@@ -73,13 +73,13 @@ def _groups(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def scale_row(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far apart cells are that differ in scale alone, the judge's figures being free of it.
+    """How far apart cells are that differ in scale alone, the judge's metrics being free of it.
 
     `agree` is `to rounding`: no figure differs by more than `ROUNDING` of itself; `within noise`: of no two
     policies does the paired interval of the difference exclude 0; else `no`.
     """
-    figures = ("reward_after", "kl", "tokens_after")
-    apart = max(_relative([result[figure] for result in group]) for figure in figures)
+    metrics = ("reward_after", "kl", "tokens_after")
+    apart = max(_relative([result[figure] for result in group]) for figure in metrics)
     noise = True
     for one, other in itertools.combinations(group, 2):
         low, high = paired_interval(np.subtract(one["rewards_after"], other["rewards_after"]))

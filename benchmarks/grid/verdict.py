@@ -1,4 +1,4 @@
-"""What a cell's figures say, in a word."""
+"""What a cell's metrics say, in a word."""
 
 from typing import Any, Literal
 

@@ -8,13 +8,13 @@ import torch
 from matplotlib.figure import Figure
 
 from perl.bench import work
-from perl.files import user_named
 from perl.measure.memory import LiveBytes
-from perl.model.log_probs import log_probs_and_entropy, tokens_at_once
 from perl.recipe import Recipe
 from perl.results import Tried
+from perl.roles.log_probs import log_probs_and_entropy, tokens_at_once
 from perl.stages.rl import train_rl
 from perl.stages.session import Trial, trial_session
+from perl.system.files import user_named
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 BATCHES = (8, 16, 32, 64)

@@ -7,8 +7,8 @@ import torch
 
 from perl.bench import work
 from perl.measure.memory import LiveBytes
-from perl.model.roles import Role
 from perl.recipe import Recipe
+from perl.roles.roles import Role
 from perl.stages.rl import train_rl
 from perl.stages.session import Session, Trial, trial_session
 
@@ -42,7 +42,7 @@ def _micro_batch(session: Session) -> int:
             Role.POLICY,
             ids_BL,
             mask_BL,
-            answer_length=work.ANSWER_TOKENS,
+            completion_length=work.ANSWER_TOKENS,
             temperature=1.0,
             head=Role.CRITIC,
         )

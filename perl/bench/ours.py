@@ -3,12 +3,12 @@
 import json
 import sys
 
-from perl.allocator import keep_freed_memory
 from perl.bench.peak import PeakOverStart
 from perl.recipe import Recipe
 from perl.results import Tried
 from perl.stages.rl import train_rl
 from perl.stages.session import Trial, trial_session
+from perl.system.allocator import keep_freed_memory
 
 
 def main() -> None:

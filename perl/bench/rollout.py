@@ -11,13 +11,13 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perl.adapters.lora import lora_config
+from perl.backbones.base import Base, random_base
 from perl.bench import work
 from perl.bench.work import ANSWER_TOKENS, MICRO_BATCH, PROMPT_TOKENS, PROMPTS
-from perl.model.base import Base, random_base
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.shared_base import SharedBase
-from perl.rl.sampler import Sampling, sample
+from perl.rl.samplers.local import Sampling, sample
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 
 GROUPS = {"one answer a prompt": 1, "four answers a prompt": 4}
 

@@ -36,7 +36,7 @@ from perl.data.records import (
 )
 from perl.data.rows import RowError, chance_of, first_user_key, kind, number_of, shown, usable_text
 from perl.errors import UserError
-from perl.progress import counted
+from perl.system.progress import counted
 
 FORMATS = (
     'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
@@ -50,7 +50,7 @@ _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant"
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
 _CERTAINTY_FIELDS = ("margin", "probability")
 MAX_MARGIN = 1e6
-"""A margin is a difference of scores; no larger one could be learnt."""
+"""A margin is a difference of scores; no larger one could be learned."""
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
 
 

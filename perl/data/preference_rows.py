@@ -89,8 +89,8 @@ def tldr_row(row: Row) -> Comparison:
 
 def _hh_turns(text: str, name: str) -> Context:
     """A dialogue as turns; the last is the assistant's."""
-    opening, *rest = _HH_TURN.split(usable_text(text, name))
-    if opening.strip() or not rest:
+    initial_eval, *rest = _HH_TURN.split(usable_text(text, name))
+    if initial_eval.strip() or not rest:
         raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
     turns = tuple(Turn(_HH_SPEAKERS[who], said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True))
     for number, turn in enumerate(turns[:-1], start=1):

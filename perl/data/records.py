@@ -1,6 +1,6 @@
 """The records every source yields: demonstrations, ratings, comparisons and prompts.
 
-A record speaks of turns, never of tokens: `perl.model.chat` turns turns into tokens.
+A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns into tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence

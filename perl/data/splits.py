@@ -3,7 +3,7 @@
 Contexts of one dialogue are prefixes of one another, so rows split at random would be held out in name only. So
 would copies of a row under the names of other dialogues: dialogues with a row in common, the same or nearly
 (`perl.data.duplicates`), are on one side. A source that was published with a test part has that part held out, so
-that figures can be compared.
+that metrics can be compared.
 """
 
 import hashlib

@@ -36,7 +36,7 @@ class Resampled:
     """Whole dialogues drawn with replacement (Field & Welsh 2007), the same draws for every figure.
 
     The answers of one dialogue resemble one another; drawing them one by one would give intervals that are too
-    narrow. As all figures see the same draws, the interval of a difference of two figures is a paired one.
+    narrow. As all metrics see the same draws, the interval of a difference of two metrics is a paired one.
 
     Args:
         dialogues: of each answer.

@@ -111,14 +111,14 @@ def calibration(of: Judged) -> tuple[dict[str, Any], Floats | None]:
     """Calibration as it is and scaled; and the scaled log-odds, each fitted on other dialogues.
 
     Returns:
-        the figures as JSON: `slope` and `intercept` are fitted on all answers, for use; each ECE is of log-odds
+        the metrics as JSON: `slope` and `intercept` are fitted on all answers, for use; each ECE is of log-odds
         fitted on other dialogues (None where there is a single one).
     """
     scaling = fit(of.scores, of.labels, intercept=not of.compared)
     tempered = fit(of.scores, of.labels, intercept=False)
     after = cross_fitted(of.scores, of.labels, of.dialogues, intercept=not of.compared)
     temperature = cross_fitted(of.scores, of.labels, of.dialogues, intercept=False)
-    figures = {
+    metrics = {
         "of": "the first of two being the better" if of.compared else "a thumb up",
         "n": len(of.scores),
         **asdict(scaling),
@@ -130,7 +130,7 @@ def calibration(of: Judged) -> tuple[dict[str, Any], Floats | None]:
         "reliability_before": reliability(of.scores, of.labels),
         "reliability_after": None if after is None else reliability(after, of.labels),
     }
-    return figures, after
+    return metrics, after
 
 
 def _ece(log_odds: Floats, labels: Labels) -> float:

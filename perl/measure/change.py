@@ -1,4 +1,4 @@
-"""A figure before and after in words, which claim no more than the figures do."""
+"""A figure before and after in words, which claim no more than the metrics do."""
 
 import math
 

@@ -117,14 +117,14 @@ class Meter:
             "phase_seconds": self._phase_seconds,
         }
 
-    def go_on_from(self, times: dict[str, Any]) -> None:
+    def resume_from(self, times: dict[str, Any]) -> None:
         """Count on from what another process has counted; the memory of the next steps is followed anew."""
         self._tokens, self._measured_tokens = times["tokens"], times["measured_tokens"]
         self._seconds, self._measured_seconds = times["seconds"], times["measured_seconds"]
         self._phase_seconds = dict(times["phase_seconds"])
 
-    def figures(self) -> dict[str, Any]:
-        """The stage's figures: seconds, bytes, operations."""
+    def metrics(self) -> dict[str, Any]:
+        """The stage's metrics: seconds, bytes, operations."""
         # The speed is that of the steps that nobody followed, where there are any.
         if len(self.step_seconds) > self._measured_steps:
             speed = (self._tokens - self._measured_tokens) / max(self._seconds - self._measured_seconds, 1e-9)

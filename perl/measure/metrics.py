@@ -1,4 +1,4 @@
-"""The figures of a reward model: how well scores rank and classify answers, and what its probabilities are worth.
+"""The metrics of a reward model: how well scores rank and classify answers, and what its probabilities are worth.
 
 Scores are log-odds of a thumb up: the probability is their sigmoid, the threshold 0 (a score of exactly 0
 counts as down). Labels are 1 for up and 0 for down. Pairs are indices (better, worse) into the scores.

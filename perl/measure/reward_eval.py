@@ -1,4 +1,4 @@
-"""The reward model card as types: what `perl.measure.card.reward_card` finds."""
+"""The reward model card as types: what `perl.measure.reward_model_card.reward_card` finds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -100,7 +100,7 @@ class Mistakes:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardEval:
-    """The reward model card: `perl.measure.card.reward_card`."""
+    """The reward model card: `perl.measure.reward_model_card.reward_card`."""
 
     n: int
     up: int

@@ -1,4 +1,4 @@
-"""Where the reward model is good and where not: its figures by kind of answer, depth, length and source."""
+"""Where the reward model is good and where not: its metrics by kind of answer, depth, length and source."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -31,7 +31,7 @@ class _Bar:
 
 
 def verdict(card: Card) -> Verdict:
-    """The verdict on a card (`perl.measure.card.reward_card`).
+    """The verdict on a card (`perl.measure.reward_model_card.reward_card`).
 
     Fit means shown to be fit, on these answers: the end of each 95 % interval has to be on the right side. So
     a model that is not shown to be better than TF-IDF with logistic regression, the interval of the difference

@@ -10,7 +10,7 @@ parameters with ordinary gradients, and an ordinary optimizer. So no engine has 
 trained in every one of them, and a checkpoint of one goes on under another.
 
 What is sharded is gathered by all processes together: they must compute the same number of passes. `together` says
-so, and whoever may have nothing left to compute goes on until all have ended (see `perl.rl.sampler`).
+so, and whoever may have nothing left to compute goes on until all have ended (see `perl.rl.samplers.local`).
 """
 
 import os
@@ -67,7 +67,7 @@ class Engine:
 
     def together(self, number: int) -> int:
         """The largest of the processes' numbers where they must compute in step, else this one's."""
-        return self.processes.largest(number) if self.shards_base else number
+        return self.processes.all_reduce_max(number) if self.shards_base else number
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The same optimizer, its state shared out where the engine does that."""

@@ -21,8 +21,8 @@ from perl.errors import MachineError, UserError
 from perl.parallel.engine import Engine, engine_asked_for
 from perl.parallel.heartbeat import SILENCE, Heartbeat, died
 from perl.parallel.processes import ALONE, launched
-from perl.progress import console
-from perl.signals import LEAVE
+from perl.system.progress import console
+from perl.system.signals import LEAVE
 
 HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_")

@@ -38,31 +38,31 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all are here."""
         if self.count > 1:
-            self.gather(None)
+            self.all_gather(None)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Everybody's value, by rank."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's value."""
         values: list[Any] = [value]
         if self.count > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
 
-    def any(self, flag: bool) -> bool:
+    def any_true(self, flag: bool) -> bool:
         """Whether it is so in any process."""
-        return self.largest(int(flag)) > 0
+        return self.all_reduce_max(int(flag)) > 0
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of everybody's numbers."""
         return self._reduced(number, torch.int64, dist.ReduceOp.MAX) if self.count > 1 else number
 
-    def sum(self, number: float) -> float:
+    def all_reduce_sum(self, number: float) -> float:
         """Everybody's numbers added up; in fp64."""
         return self._reduced(number, torch.float64, dist.ReduceOp.SUM) if self.count > 1 else number
 
@@ -71,7 +71,7 @@ class Processes:
         dist.all_reduce(tensor, how)
         return tensor.item()
 
-    def deal(self, total: int) -> list[int]:
+    def shard(self, total: int) -> list[int]:
         """The numbers of this process's rows of so many: neighbours, and as many as everybody has.
 
         The last row is given again where there are too few: `collect` drops what is too much.
@@ -79,9 +79,9 @@ class Processes:
         each = -(-total // self.count)
         return [min(row, total - 1) for row in range(self.rank * each, (self.rank + 1) * each)]
 
-    def collect(self, mine: Sequence[T], total: int) -> list[T]:
+    def unshard(self, mine: Sequence[T], total: int) -> list[T]:
         """Everybody's rows in the order they were dealt in."""
-        return [row for rows in self.gather(mine) for row in rows][:total]
+        return [row for rows in self.all_gather(mine) for row in rows][:total]
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Do what may leave something for the others to find, on each host in one process first."""
@@ -90,7 +90,7 @@ class Processes:
         return results[0] if results else work()
 
     @torch.no_grad()
-    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make each gradient the sum of everybody's."""
         if self.count == 1:
             return
@@ -106,7 +106,7 @@ class Processes:
                 gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
-    def same(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Give everybody the main process's contents."""
         if self.count > 1:
             for tensor in tensors:

@@ -190,8 +190,8 @@ class ZeroAdamW(torch.optim.Optimizer):
             weights = group["params"]
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
             self._step(engine, gradients, group["lr"])
-            for weight, learnt in zip(weights, engine.module.weights, strict=True):
-                weight.copy_(learnt)
+            for weight, learned in zip(weights, engine.module.weights, strict=True):
+                weight.copy_(learned)
 
     @staticmethod
     def _step(engine: Any, gradients: Sequence[Tensor], lr: float) -> None:

@@ -7,11 +7,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from perl.files import user_named, write_whole
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_eval import RewardEval
-from perl.progress import counted
 from perl.recipe import StageName
 from perl.report import charts, words
 from perl.report.numbers import (
@@ -31,9 +29,11 @@ from perl.report.outcome import gold_change, match_all, reward_change
 from perl.report.runs import Group, groups, read_runs
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
 from perl.results import RlEval, RlStage, Sample, StageResult, Turn
+from perl.system.files import user_named, write_whole
+from perl.system.progress import counted
 
 SHOWN_SAMPLES = 8
-"""Further samples stand in a fold, and so do earlier turns and further figures."""
+"""Further samples stand in a fold, and so do earlier turns and further metrics."""
 SHOWN_TURNS = 3
 SHOWN_FIGURES = 4
 ROLES = {"base": "Base", "sft": "After SFT", "policy": "After RL"}
@@ -171,7 +171,7 @@ def _cost_row(name: StageName, stage: StageResult) -> list[str]:
 
 
 def _tiles(group: Group) -> list[tuple[str, str, str]]:
-    """Key figures: label, value, note."""
+    """Key metrics: label, value, note."""
     tiles = []
     reward, gold = reward_change(group.rl), gold_change(group.rl)
     if gold is not None:

@@ -17,7 +17,7 @@ from perl.measure.reward_eval import RewardEval
 from perl.recipe import StageName
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, RlEval, Sample, SftEval, StageResult
-from perl.typed_json import parse
+from perl.system.typed_json import parse
 
 DAMAGED = "Remove the damaged part and run the stage again."
 TUNING = {"lora": "LoRA", "full": "Full tuning"}

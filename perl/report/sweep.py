@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perl.files import write_whole
 from perl.measure.reward_eval import RewardEval
 from perl.report.charts import rank_plot
 from perl.report.numbers import (
@@ -21,6 +20,7 @@ from perl.report.page import filled
 from perl.report.runs import Run
 from perl.report.svg import Plot
 from perl.results import RewardStage
+from perl.system.files import write_whole
 
 QUALITIES: dict[str, tuple[str, Callable[[RewardEval], float | None]]] = {
     "auroc": ("AUROC", lambda card: card.auroc),
@@ -150,7 +150,7 @@ class Sweep:
         return f"No setting comes within {CLOSE} of full tuning's {what}."
 
     def as_json(self) -> dict[str, Any]:
-        """The table's figures."""
+        """The table's metrics."""
         return {
             "name": self.name,
             "seeds": [run.report.seed for run in self.cells[0].runs],

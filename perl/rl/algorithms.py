@@ -9,7 +9,7 @@ Departures from the PERL paper (arXiv 2403.10704), which uses REINFORCE with a l
 reward: the KL term is spread over the tokens it arises at, the baseline is the value of each token's state,
 and advantages are whitened over the rollout. γ is 1, as in the paper.
 
-The rewards that come in are normalised (`perl.rl.reward_scale`), so returns and the critic's targets are of the
+The rewards that come in are normalised (`perl.rl.rewards.scale`), so returns and the critic's targets are of the
 order of 1 whatever the user's reward is measured in, and the constants below mean the same everywhere.
 
 Axis letters: B completions, T completion positions.
@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from perl.rl.arithmetic import (
+from perl.rl.maths import (
     gae,
     leave_one_out,
     masked_whiten,

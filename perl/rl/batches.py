@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from perl.model.padding import BUCKET
-from perl.rl.sampler import Samples
+from perl.backbones.padding import BUCKET
+from perl.rl.samplers.local import Samples
 
 
 class Batch(NamedTuple):
@@ -17,20 +17,20 @@ class Batch(NamedTuple):
 
     ids_BL: Tensor
     mask_BL: Tensor
-    answer_length: int
+    completion_length: int
     """T, the columns at the right end that hold the answers."""
-    below_BLD: Tensor | None
+    lower_hidden_BLD: Tensor | None
     """What the shared blocks make of them, if that was computed."""
 
     @property
-    def answer_mask_BT(self) -> Tensor:
+    def completion_mask_BT(self) -> Tensor:
         """True for the answers' tokens."""
-        return self.mask_BL[:, -self.answer_length :]
+        return self.mask_BL[:, -self.completion_length :]
 
 
 def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
     """Row numbers, rows of like length together; of abridged samples two batches, as many as decide the peak."""
-    lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.answer_lengths, strict=True)]
+    lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.completion_lengths, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     order = order[-2 * size :] if samples.abridged else order
     for start in range(0, len(order), size):
@@ -39,12 +39,12 @@ def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
 
 def trim(samples: Samples, rows: list[int]) -> Batch:
     """These rows without the columns that are padding in all of them; lengths are multiples of `BUCKET`."""
-    total = samples.answer_length
+    total = samples.completion_length
     prompt = samples.ids_BL.shape[1] - total
     longest_prompt = max(samples.prompt_lengths[row] for row in rows)
-    longest_answer = max(samples.answer_lengths[row] for row in rows)
+    longest_answer = max(samples.completion_lengths[row] for row in rows)
     start = prompt - min(prompt, -(-longest_prompt // BUCKET) * BUCKET)
     length = min(total, -(-longest_answer // BUCKET) * BUCKET)
     window = slice(start, prompt + length)
-    below_BLD = samples.below_BLD[rows, window] if samples.below_BLD is not None else None
-    return Batch(samples.ids_BL[rows, window], samples.mask_BL[rows, window], length, below_BLD)
+    lower_hidden_BLD = samples.lower_hidden_BLD[rows, window] if samples.lower_hidden_BLD is not None else None
+    return Batch(samples.ids_BL[rows, window], samples.mask_BL[rows, window], length, lower_hidden_BLD)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perl.backbones.chat import ChatFormat
 from perl.data.records import Prompt
-from perl.model.chat import ChatFormat
-from perl.model.roles import Role, Roles
 from perl.rl.algorithms import Scored
 from perl.rl.batches import micro_batches, trim
-from perl.rl.rewards import RewardSource
-from perl.rl.sampler import Samples, Sampling, Share, sample
+from perl.rl.rewards.sources import RewardSource
+from perl.rl.samplers.local import Samples, Sampling, Share, sample
+from perl.roles.roles import Role, Roles
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def answer(
 ) -> tuple[Samples, list[str]]:
     """One answer for each prompt, as tokens and as text."""
     samples = sample(roles, role, prompts.ids, sampling, generator, head, share)
-    return samples, [chat.decode(ids) for ids in samples.answers()]
+    return samples, [chat.decode(ids) for ids in samples.completions()]
 
 
 def score(reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str]) -> Answers:
@@ -87,15 +87,17 @@ def read_answers(
             role,
             batch.ids_BL,
             batch.mask_BL,
-            answer_length=batch.answer_length,
+            completion_length=batch.completion_length,
             temperature=temperature,
             head=head,
-            below_BLD=batch.below_BLD,
+            lower_hidden_BLD=batch.lower_hidden_BLD,
         )
         if log_probs_BT is not None:
-            log_probs_BT[rows, : batch.answer_length] = outputs.log_probs_BT
+            log_probs_BT[rows, : batch.completion_length] = outputs.log_probs_BT
         if values_BT is not None:
-            values_BT[rows, : batch.answer_length] = outputs.values_BT.masked_fill(~batch.answer_mask_BT, 0.0)
+            values_BT[rows, : batch.completion_length] = outputs.values_BT.masked_fill(
+                ~batch.completion_mask_BT, 0.0
+            )
     return log_probs_BT, values_BT
 
 
@@ -103,5 +105,5 @@ def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor |
     """What the algorithms read of a rollout, its rewards raw."""
     samples = answers.samples
     return Scored(
-        answers.rewards_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.answer_mask_BT
+        answers.rewards_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.completion_mask_BT
     )

@@ -1,6 +1,6 @@
 """Rows that are too long are cut, and that is said."""
 
-from perl.progress import console
+from perl.system.progress import console
 
 
 def say_cut(cut: int, rows: int, length: int, key: str) -> None:

@@ -10,16 +10,16 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from perl.backbones.base import Base, load_base, random_base
+from perl.backbones.build import build_base
 from perl.data.records import Demonstration, Records, Speaker
 from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
-from perl.model.base import Base, load_base, random_base
-from perl.model.build import build_base
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
-from perl.progress import console
 from perl.recipe import Recipe, StageName
+from perl.system.progress import console
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
     base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
-    seen = engine.processes.gather((base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts)))
+    seen = engine.processes.all_gather(
+        (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
+    )
     if len(set(seen)) > 1:
         other = next(rank for rank, one in enumerate(seen) if one != seen[0])
         raise UserError(

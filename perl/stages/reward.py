@@ -15,20 +15,20 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
+from perl.backbones.chat import ChatFormat
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
 from perl.measure.answers import Answers
-from perl.model.below_cache import BelowCache
-from perl.model.chat import ChatFormat
-from perl.model.roles import Role, Roles
 from perl.results import Recorded, RewardStage, Tried
-from perl.rl.rewards import probabilities, score_rows
+from perl.rl.rewards.sources import probabilities, score_rows
+from perl.roles.lower_layer_cache import LowerLayerCache
+from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss
 from perl.stages.session import Session
-from perl.stages.training import SHARE, ResumableTrainer, Watch, course
+from perl.stages.training import SHARE, ResumableTrainer, Watch, training_run
 
 RECORDED = 8
 """Held-out rows whose scores are written down, for others to check that they score alike."""
@@ -73,7 +73,7 @@ def train_reward(session: Session) -> RewardStage | Tried:
         say_cut(cut, rows, _length(session), "reward.max_length")
     examples = _examples(train, settings.loss)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
-    with course(session, "reward", steps) as here:
+    with training_run(session, "reward", steps) as here:
         trainer = _RewardTrainer(
             model=roles,
             args=TrainingArguments(output_dir=str(here.scratch), **session.trainer_settings(settings, steps)),
@@ -81,11 +81,11 @@ def train_reward(session: Session) -> RewardStage | Tried:
             data_collator=Collator(session.base.chat.pad_id),
             callbacks=[Watch(here)],
         )
-        trainer.course = here
+        trainer.run = here
         if roles.shared_blocks and settings.epochs > 1 and not (session.trial and session.trial.abridged):
-            trainer.kept_below = BelowCache(roles, train.ids, session.base.chat.pad_id, here.scratch)
+            trainer.kept_below = LowerLayerCache(roles, train.ids, session.base.chat.pad_id, here.scratch)
         trainer.remove_callback(PrinterCallback)
-        trainer.go_on()
+        trainer.resume()
     stage = session.stage(here.meter, trained, rows, cut)
     if session.trial is not None:
         return Tried(**vars(stage), step_seconds=here.meter.step_seconds)
@@ -262,18 +262,20 @@ def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float 
 class _RewardTrainer(ResumableTrainer):
     """transformers' Trainer on the reward role."""
 
-    kept_below: BelowCache | None = None
+    kept_below: LowerLayerCache | None = None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self.course.meter.count(int(inputs["mask_BL"].sum()))
-        ids_BL, mask_BL, below_BLD = inputs["ids_BL"], inputs["mask_BL"], None
+        self.run.meter.count(int(inputs["mask_BL"].sum()))
+        ids_BL, mask_BL, lower_hidden_BLD = inputs["ids_BL"], inputs["mask_BL"], None
         if self.kept_below is not None:
-            below_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), mask_BL)
-        scores_B = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, below_BLD=below_BLD).scores_B
+            lower_hidden_BLD = self.kept_below.read(inputs["numbers_B"].tolist(), mask_BL)
+        scores_B = model(
+            Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, lower_hidden_BLD=lower_hidden_BLD
+        ).scores_B
         loss, share = batch_loss(scores_B, inputs), inputs[SHARE]
-        return loss if self.course.processes.count == 1 else loss * share
+        return loss if self.run.processes.count == 1 else loss * share
 
 
 def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str, Any]:

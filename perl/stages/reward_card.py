@@ -7,13 +7,13 @@ from rich.markup import escape
 
 from perl.data.duplicates import Rows
 from perl.measure.answers import Answers
-from perl.measure.card import reward_card
-from perl.measure.floor import tfidf_floor
 from perl.measure.reward_eval import RewardEval
-from perl.model.roles import Roles
-from perl.progress import console
-from perl.rl.rewards import score_rows
-from perl.typed_json import made
+from perl.measure.reward_model_card import reward_card
+from perl.measure.tfidf_baseline import tfidf_floor
+from perl.rl.rewards.sources import score_rows
+from perl.roles.roles import Roles
+from perl.system.progress import console
+from perl.system.typed_json import made
 
 
 def evaluate_rows(
@@ -24,7 +24,7 @@ def evaluate_rows(
     Args:
         ids: tokens of each answer and its context.
         answers: what is judged.
-        trained_on: what the model learnt from; the floor learns from it as well.
+        trained_on: what the model learned from; the floor learns from it as well.
     """
     scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
     if any(not math.isfinite(score) for score in scores):

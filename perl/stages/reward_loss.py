@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perl.model.padding import left_pad
+from perl.backbones.padding import left_pad
 
 
 def pairs_losses(better_P: Tensor, worse_P: Tensor, margins_P: Tensor, targets_P: Tensor) -> Tensor:

@@ -13,26 +13,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perl.interrupt import between_steps
 from perl.measure.change import fixed, measured_words
-from perl.model.roles import Role
-from perl.progress import console, counted, track
 from perl.results import Check, RlEval, RlStage, Tried
-from perl.rl.alarms import Alarm
 from perl.rl.algorithms import Scored, Targets
 from perl.rl.batches import micro_batches, trim
-from perl.rl.reward_scale import ABSURD, FARTHEST
-from perl.rl.rewards import RewardFunction
-from perl.seeds import derived_seed
+from perl.rl.checks.alarms import Alarm
+from perl.rl.checks.liveness import Liveness
+from perl.rl.checks.preflight import preflight
+from perl.rl.evaluate import describe, evaluate_policy, policy_change
+from perl.rl.loop import Loop, begin, checkpoint, resume, rollback
+from perl.rl.prompts import draw_samples, encode_prompts, prompts_of
+from perl.rl.rewards.scale import ABSURD, FARTHEST
+from perl.rl.rewards.sources import RewardFunction
+from perl.rl.rollouts import Rollout, everyones, roll_out
+from perl.roles.roles import Role
 from perl.stages.cut_rows import say_cut
-from perl.stages.liveness import Liveness
-from perl.stages.loop import Loop, begin, checkpoint, go_back, go_on
-from perl.stages.policy import draw_samples, encode_prompts, prompts_of
-from perl.stages.policy_eval import describe, evaluate_policy, policy_change
-from perl.stages.preflight import preflight
-from perl.stages.rollouts import Rollout, everyones, roll_out
 from perl.stages.session import Session
-from perl.typed_json import as_json, made
+from perl.system.interrupt import between_steps
+from perl.system.progress import console, counted, track
+from perl.system.seeds import derived_seed
+from perl.system.typed_json import as_json, made
 
 MAX_GRAD_NORM = 1.0
 SAMPLES = 12
@@ -59,18 +59,18 @@ def train_rl(session: Session) -> RlStage | Tried:
         say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
         console.print(_plan(loop))
     steps = session.trial.steps if session.trial else settings.steps
-    opening, done = go_on(loop)
-    liveness = Liveness(loop, opening)
-    if not opening and not session.trial:
-        opening["preflight"] = as_json(preflight(session, loop.reward, loop.sampling, loop.prompts))
+    initial_eval, done = resume(loop)
+    liveness = Liveness(loop, initial_eval)
+    if not initial_eval and not session.trial:
+        initial_eval["preflight"] = as_json(preflight(session, loop.reward, loop.sampling, loop.prompts))
         reference = session.roles.reference
-        opening["before"] = evaluate_policy(session, loop.reward, reference, eval_prompts, say_spread=True)
-        checkpoint(loop, 0, opening)
+        initial_eval["before"] = evaluate_policy(session, loop.reward, reference, eval_prompts, say_spread=True)
+        checkpoint(loop, 0, initial_eval)
     stopped_by: list[Alarm] = []
     with (
         session.folder.metrics("rl", done) as log,
         track("rl", steps, done) as bar,
-        between_steps(session.processes) as leaving,
+        between_steps(session.processes) as stop,
     ):
         for step in range(done, steps):
             loop.step = step
@@ -84,25 +84,25 @@ def train_rl(session: Session) -> RlStage | Tried:
                     losses = liveness.watch(everyone, partial(improve, loop, mine, everyone, targets))
                     if not session.trial:
                         losses |= critic_quality(objective, targets)
-            figures = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
+            metrics = describe(everyone, session.train.judge) | losses | loop.guarding.check(step + 1)
             # In the reward's own unit: in standard deviations it would fall as their spread grows.
             penalty = loop.missing_end_penalty * loop.reward_scale.std
-            figures["score"] = figures["reward"] - penalty * (1 - figures["ended"])
-            figures["reward_std"] = loop.reward_scale.std
-            figures = session.processes.agree(figures | liveness.after_step(step + 1))
-            log.write(step + 1, figures)
-            bar(reward=figures["reward"], kl=figures["kl"])
-            if stopped_by := loop.guarding.alarms(step + 1, figures):
+            metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
+            metrics["reward_std"] = loop.reward_scale.std
+            metrics = session.processes.broadcast(metrics | liveness.after_step(step + 1))
+            log.write(step + 1, metrics)
+            bar(reward=metrics["reward"], kl=metrics["kl"])
+            if stopped_by := loop.guarding.alarms(step + 1, metrics):
                 break
-            last = leaving.asked() or step + 1 == steps
+            last = stop.poll() or step + 1 == steps
             if not session.trial and (last or loop.checkpoints.due(step + 1)):
-                checkpoint(loop, step + 1, opening)
-            if leaving.wanted:
+                checkpoint(loop, step + 1, initial_eval)
+            if stop.requested:
                 raise KeyboardInterrupt
     stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learners), rows, cut)
     if session.trial is not None:
         return Tried(**vars(stage), step_seconds=loop.meter.step_seconds)
-    remains = go_back(loop, stopped_by) if stopped_by else settings.steps
+    remains = rollback(loop, stopped_by) if stopped_by else settings.steps
     after = evaluate_policy(session, loop.reward, Role.POLICY, eval_prompts)
     _save(session)
     shown = min(SAMPLES, len(eval_prompts))
@@ -112,13 +112,13 @@ def train_rl(session: Session) -> RlStage | Tried:
         "algorithm": settings.algorithm,
         "critic": loop.critic,
         "steps": remains,
-        **policy_change(opening["before"], after, eval_prompts),
+        **policy_change(initial_eval["before"], after, eval_prompts),
     }
     return RlStage(
         **vars(stage),
         learning_rate=loop.rates[0],
-        preflight=[made(Check, check) for check in opening["preflight"]],
-        liveness=[made(Check, check) for check in opening.get("liveness", [])],
+        preflight=[made(Check, check) for check in initial_eval["preflight"]],
+        liveness=[made(Check, check) for check in initial_eval.get("liveness", [])],
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, found),
     )
@@ -153,7 +153,7 @@ def collect(loop: Loop) -> tuple[Rollout, Rollout]:
         phase=loop.meter.phase,
     )
     samples = mine.answers.samples
-    loop.meter.count(sum(samples.prompt_lengths) + sum(samples.answer_lengths))
+    loop.meter.count(sum(samples.prompt_lengths) + sum(samples.completion_lengths))
     return mine, everyones(session, prompts, mine)
 
 
@@ -201,7 +201,7 @@ def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> d
         targets: of everyone.
     """
     roles, settings, processes = loop.session.roles, loop.settings, loop.session.processes
-    rows = processes.deal(len(everyone.scored.scores_B))
+    rows = processes.shard(len(everyone.scored.scores_B))
     share = slice(rows[0], rows[-1] + 1)
     returns_BT = targets.returns_BT[share] if targets.returns_BT is not None else None
     targets = Targets(targets.advantages_BT[share], returns_BT)
@@ -213,8 +213,8 @@ def improve(loop: Loop, mine: Rollout, everyone: Rollout, targets: Targets) -> d
         for rows in micro_batches(mine.answers.samples, settings.micro_batch_size):
             with roles.checkpointed(loop.session.recipe.checkpoint_activations):
                 _accumulate(loop, mine, targets, rows, tokens, sums)
-        processes.add_up(roles.parameters_of(*loop.learners))
-        sums = {name: processes.sum(value) for name, value in sums.items()}
+        processes.all_reduce_gradients(roles.parameters_of(*loop.learners))
+        sums = {name: processes.all_reduce_sum(value) for name, value in sums.items()}
         groups = [roles.parameters_of(role) for role in loop.learners]
         norms = [float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)) for group in groups]
         sums["grad_norm"] = max(norms)
@@ -236,13 +236,13 @@ def _accumulate(
 ) -> None:
     """Add the gradients of one micro-batch."""
     batch, scored = trim(mine.answers.samples, rows), mine.scored
-    length, mask_bt = batch.answer_length, scored.mask_BT[rows, : batch.answer_length]
+    length, mask_bt = batch.completion_length, scored.mask_BT[rows, : batch.completion_length]
     read = partial(
         loop.session.roles,
         ids_BL=batch.ids_BL,
         mask_BL=batch.mask_BL,
-        answer_length=length,
-        below_BLD=batch.below_BLD,
+        completion_length=length,
+        lower_hidden_BLD=batch.lower_hidden_BLD,
     )
     policy = read(
         Role.POLICY,

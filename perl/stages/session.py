@@ -12,30 +12,30 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perl.checkpoint import Checkpoints
+from perl.adapters.coverage import HALF
+from perl.adapters.lora import lora_config
+from perl.backbones.base import Base
+from perl.backbones.encoder import is_encoder
+from perl.backbones.four_bit import scales
 from perl.data.records import Records
 from perl.errors import UserError
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
-from perl.model.base import Base
-from perl.model.coverage import HALF
-from perl.model.encoder import is_encoder
-from perl.model.four_bit import scales
-from perl.model.lora import lora_config
-from perl.model.roles import Role, Roles
-from perl.model.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
-from perl.model.separate_models import SeparateModels
-from perl.model.shared_base import SharedBase
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
-from perl.progress import console
 from perl.recipe import Recipe, StageName, Supervised
 from perl.results import Stage
-from perl.rundir import STAGE_ROLE, RunFolder
-from perl.seeds import derived_seed, seed_everything
+from perl.roles.roles import Role, Roles
+from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
+from perl.roles.separate_models import SeparateModels
+from perl.roles.shared_base import SharedBase
+from perl.runs.checkpoint import Checkpoints
+from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
-from perl.typed_json import made
+from perl.system.progress import console
+from perl.system.seeds import derived_seed, seed_everything
+from perl.system.typed_json import made
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -76,12 +76,12 @@ class Session:
 
     def meter(self) -> Meter:
         """A meter that counts what is in memory now: begun when the stage has all its roles."""
-        learnt = {id(parameter) for role in LEARNERS for parameter in self.roles.parameters_of(role)}
+        learned = {id(parameter) for role in LEARNERS for parameter in self.roles.parameters_of(role)}
         whole = self.recipe.tuning == "full"
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         of_four_bits = [tensor for _, tensor in scales(self.roles)]
         for tensor in (*self.roles.parameters(), *self.roles.buffers(), *of_four_bits):
-            resident["adapters" if id(tensor) in learnt and not whole else "base_weights"].append(tensor)
+            resident["adapters" if id(tensor) in learned and not whole else "base_weights"].append(tensor)
         trial = self.trial or Trial(0)
         trunks = [] if trial.abridged else [model.base_model for model in self.roles.models()]
         return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
@@ -91,17 +91,17 @@ class Session:
 
         Work is added up; time and memory are those of the process that had most.
         """
-        mine = meter.figures()
-        everyone = self.processes.gather(mine)
+        mine = meter.metrics()
+        everyone = self.processes.all_gather(mine)
         for name, over in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
             if name in mine:
-                mine[name] = over(figures[name] for figures in everyone)
+                mine[name] = over(metrics[name] for metrics in everyone)
         counts = {"trainable_parameters": sum(one.numel() for one in trained), "rows": rows, "rows_cut": rows_cut}
         return made(Stage, {**counts, **mine})
 
     def begin_together(self, learning: Iterable[Tensor]) -> None:
         """Let all processes train the same weights, and each draw a dropout of its own."""
-        self.processes.same(learning)
+        self.processes.broadcast_tensors(learning)
         if not self.processes.main:
             torch.manual_seed(derived_seed(self.recipe.seed, "process", self.processes.rank))
 
@@ -230,9 +230,10 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
         )
     roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
-    if roles.not_split is not None:
+    if roles.split_unsupported_reason is not None:
         console.print(
-            f"[yellow]The blocks below the adapters are computed again for every role[/]: {roles.not_split}."
+            f"[yellow]The blocks below the adapters are computed again for every role[/]: "
+            f"{roles.split_unsupported_reason}."
         )
     return roles
 

@@ -9,16 +9,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from perl.backbones.four_bit import hide_quantization
 from perl.data.records import Demonstration
 from perl.errors import UserError
 from perl.measure.change import loss_words
-from perl.model.four_bit import not_told
-from perl.model.roles import Role, Roles
-from perl.progress import console
 from perl.results import SftEval, SftStage, Tried
+from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut
 from perl.stages.session import Session
-from perl.stages.training import SHARE, ResumableTrainer, Watch, course
+from perl.stages.training import SHARE, ResumableTrainer, Watch, training_run
+from perl.system.progress import console
 
 
 def check(session: Session) -> None:
@@ -40,7 +40,7 @@ def train_sft(session: Session) -> SftStage | Tried:
     roles.keep(Role.SFT)
     trained = roles.train_only(Role.SFT)
     steps = -(-len(train) // settings.batch_size) * settings.epochs
-    with course(session, "sft", steps) as here, _lent(roles) as model:
+    with training_run(session, "sft", steps) as here, _lent(roles) as model:
         trainer = _Trainer(
             model=model,
             args=SFTConfig(
@@ -57,10 +57,10 @@ def train_sft(session: Session) -> SftStage | Tried:
             processing_class=session.base.tokenizer,
             callbacks=[Watch(here)],
         )
-        trainer.course = here
+        trainer.run = here
         trainer.remove_callback(PrinterCallback)
         losses = [] if session.trial else [float(trainer.evaluate()["eval_loss"])]
-        trainer.go_on()
+        trainer.resume()
         losses += [] if session.trial else [float(trainer.evaluate()["eval_loss"])]
     stage = session.stage(here.meter, trained, len(train) + len(held_out), cut)
     if session.trial is not None:
@@ -75,16 +75,16 @@ class _Trainer(ResumableTrainer, SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         share = inputs.pop(SHARE, None)
         if model.training:
-            self.course.meter.count(int(inputs["attention_mask"].sum()))
+            self.run.meter.count(int(inputs["attention_mask"].sum()))
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss if share is None or share > 0 else loss * 0.0
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        items, processes = super()._get_num_items_in_batch(batch_samples, device), self.course.processes
+        items, processes = super()._get_num_items_in_batch(batch_samples, device), self.run.processes
         if processes.count == 1 or not batch_samples:
             return items
         (batch,) = batch_samples  # gradients are not accumulated
-        return torch.tensor(processes.sum(int(items) if batch[SHARE] > 0 else 0), device=device)
+        return torch.tensor(processes.all_reduce_sum(int(items) if batch[SHARE] > 0 else 0), device=device)
 
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
@@ -124,7 +124,7 @@ def _say(session: Session, rows: int, cut: int) -> None:
     if rows > demonstrations:
         console.print(
             f"{demonstrations} demonstrations are {rows} rows: the chat template writes earlier answers otherwise "
-            "than the last one, so each answer is learnt in a row of its own, as it is asked for."
+            "than the last one, so each answer is learned in a row of its own, as it is asked for."
         )
     say_cut(cut, rows, _length(session), "sft.max_length")
 
@@ -143,7 +143,7 @@ def _lent(roles: Roles) -> Iterator[PreTrainedModel]:
         model.training = mode  # no more than what the Trainer reads: the modules in it stay in eval mode
         return model
 
-    with roles.role(Role.SFT), not_told(model := roles.model()):
+    with roles.role(Role.SFT), hide_quantization(model := roles.model()):
         had = vars(model).get("forward")
         vars(model)["train"] = train
         try:

@@ -19,28 +19,28 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from perl.checkpoint import Checkpoints, State
 from perl.errors import UserError
-from perl.interrupt import Leaving, between_steps
 from perl.measure.meter import Meter
-from perl.model.roles import Role, Roles
 from perl.parallel.processes import Processes
-from perl.progress import Advance, console, track
 from perl.recipe import StageName
-from perl.rl.alarms import WORDS
-from perl.rl.guard_state import Limits
-from perl.rundir import STAGE_ROLE, MetricsLog
-from perl.seeds import derived_seed
-from perl.stages import snapshot
+from perl.rl.checks.alarms import WORDS
+from perl.rl.checks.guard_state import Limits
+from perl.roles.roles import Role, Roles
+from perl.runs import snapshot
+from perl.runs.checkpoint import Checkpoints, State
+from perl.runs.folder import STAGE_ROLE, MetricsLog
 from perl.stages.session import Session
+from perl.system.interrupt import StopRequest, between_steps
+from perl.system.progress import Advance, console, track
+from perl.system.seeds import derived_seed
 
 SHARE = "share"
 """In a batch: its share of the rows that all processes have; 0 where its row does not count."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """One stage's training: what it learns, where its figures and its state go."""
+class TrainingRun:
+    """One stage's training: what it learns, where its metrics and its state go."""
 
     seed: int
     session: Session
@@ -51,7 +51,7 @@ class Course:
     meter: Meter
     log: MetricsLog
     bar: Advance
-    leaving: Leaving
+    stop: StopRequest
     scratch: Path
 
     @property
@@ -71,7 +71,7 @@ class Course:
 
 
 @contextlib.contextmanager
-def course(session: Session, stage: StageName, steps: int) -> Iterator[Course]:
+def training_run(session: Session, stage: StageName, steps: int) -> Iterator[TrainingRun]:
     """Open everything that the training of a stage writes; the stage has all its roles by now.
 
     Args:
@@ -82,15 +82,15 @@ def course(session: Session, stage: StageName, steps: int) -> Iterator[Course]:
     found = checkpoints.newest()
     done = found.step if found is not None else 0
     if found is not None:
-        meter.go_on_from(found.values["meter"])
+        meter.resume_from(found.values["meter"])
     with (
         session.folder.metrics(stage, done) as log,
         tempfile.TemporaryDirectory() as scratch,
         track(stage, steps, done) as bar,
         session.roles.checkpointed(session.recipe.checkpoint_activations),
-        between_steps(session.processes) as leaving,
+        between_steps(session.processes) as stop,
     ):
-        yield Course(
+        yield TrainingRun(
             seed=session.recipe.seed,
             session=session,
             learner=STAGE_ROLE[stage],
@@ -99,7 +99,7 @@ def course(session: Session, stage: StageName, steps: int) -> Iterator[Course]:
             meter=meter,
             log=log,
             bar=bar,
-            leaving=leaving,
+            stop=stop,
             scratch=Path(scratch),
         )
 
@@ -131,20 +131,24 @@ class ResumableTrainer(Trainer):
     batch's size, and gradients and losses are added up before it looks at them.
     """
 
-    course: Course
+    run: TrainingRun
     data_collator: Any
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, for the batch of all processes."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        processes = self.course.processes
-        processes.add_up(self.course.learning)
-        return loss if processes.count == 1 else torch.tensor(processes.sum(float(loss)), device=loss.device)
+        processes = self.run.processes
+        processes.all_reduce_gradients(self.run.learning)
+        return (
+            loss
+            if processes.count == 1
+            else torch.tensor(processes.all_reduce_sum(float(loss)), device=loss.device)
+        )
 
     def get_train_dataloader(self) -> Any:
         """The batches of all processes, of which this one collates its share."""
         whole = self.data_collator
-        self.data_collator = Dealt(whole, self.course.processes)
+        self.data_collator = Dealt(whole, self.run.processes)
         try:
             return super().get_train_dataloader()
         finally:
@@ -152,59 +156,59 @@ class ResumableTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, in the engine's form; every process begins with the same weights."""
-        self.course.session.begin_together(self.course.learning)
+        self.run.session.begin_together(self.run.learning)
         plain = super().create_optimizer(*args, **kwargs)
-        self.optimizer = self.course.session.engine.optimizer(plain)
+        self.optimizer = self.run.session.engine.optimizer(plain)
         return self.optimizer
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Train from the newest checkpoint, or from the start.
 
         Raises:
             KeyboardInterrupt: someone asked to leave; all is saved.
         """
-        found, start = self.course.found, None
+        found, start = self.run.found, None
         if found is not None:
             # The trainer wants its own state in a folder; all else is read below, from ours.
-            start = self.course.scratch / "found"
+            start = self.run.scratch / "found"
             start.mkdir()
             (start / "trainer_state.json").write_text(json.dumps(found.values["trainer"]), encoding="utf-8")
         self.train(resume_from_checkpoint=str(start) if start is not None else None)
-        if self.course.leaving.wanted:
+        if self.run.stop.requested:
             raise KeyboardInterrupt
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         return _Order(
-            rows["length"], self.args.train_batch_size, self.course.seed, lambda: int(self.state.epoch or 0)
+            rows["length"], self.args.train_batch_size, self.run.seed, lambda: int(self.state.epoch or 0)
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        course, file = self.course, self.course.scratch / "trainer_state.json"
+        run, file = self.run, self.run.scratch / "trainer_state.json"
         self.state.log_history = []  # it is in metrics.jsonl
         self.state.save_to_json(str(file))
-        tensors, values = snapshot.take(course.roles, [course.learner], self._inner_optimizer())
+        tensors, values = snapshot.take(run.roles, [run.learner], self._inner_optimizer())
         values["trainer"] = json.loads(file.read_text(encoding="utf-8"))
         values["schedule"] = self.lr_scheduler.state_dict()
-        values["meter"] = course.meter.times()
-        course.checkpoints.write(State(self.state.global_step, tensors, values))
+        values["meter"] = run.meter.times()
+        run.checkpoints.write(State(self.state.global_step, tensors, values))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights come back together with the optimizer's state."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        course = self.course
-        if course.found is None:
+        run = self.run
+        if run.found is None:
             return
-        tensors, values = course.found.tensors, course.found.values
-        where = str(course.checkpoints.folder)
-        snapshot.restore(course.roles, [course.learner], self._inner_optimizer(), (tensors, values), where)
+        tensors, values = run.found.tensors, run.found.values
+        where = str(run.checkpoints.folder)
+        snapshot.restore(run.roles, [run.learner], self._inner_optimizer(), (tensors, values), where)
         self.lr_scheduler.load_state_dict(values["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self.course.found is not None:
-            state = self.course.found.tensors, self.course.found.values
-            snapshot.set_generators(state, self.course.processes)
+        if self.run.found is not None:
+            state = self.run.found.tensors, self.run.found.values
+            snapshot.set_generators(state, self.run.processes)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return snapshot.unwrapped(self.optimizer)
@@ -231,8 +235,8 @@ class NotFiniteError(UserError):
 class Watch(TrainerCallback):
     """Writes and measures every step, refuses updates that are not finite, and leaves when asked to."""
 
-    def __init__(self, course: Course) -> None:
-        self._course = course
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
         self._refused = 0
         self._step: AbstractContextManager[object] | None = None
 
@@ -240,7 +244,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to measure."""
-        self._step = self._course.meter.step(kwargs["optimizer"])
+        self._step = self._run.meter.step(kwargs["optimizer"])
         self._step.__enter__()
 
     def on_pre_optimizer_step(
@@ -258,7 +262,7 @@ class Watch(TrainerCallback):
         if finite:
             return
         kwargs["optimizer"].zero_grad(set_to_none=True)
-        learner, step = self._course.learner, state.global_step + 1
+        learner, step = self._run.learner, state.global_step + 1
         console.print(f"[yellow]Step {step}[/] of {learner}: {WORDS['not_finite'].what}.")
         if self._refused == Limits.refused:
             raise NotFiniteError(
@@ -274,7 +278,7 @@ class Watch(TrainerCallback):
         """Stop measuring; save and stop if someone wants to leave."""
         assert self._step is not None
         self._step.__exit__(None, None, None)
-        if self._course.leaving.asked():
+        if self._run.stop.poll():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -283,13 +287,13 @@ class Watch(TrainerCallback):
         if "loss" not in logs:  # the trainer's closing summary, or an evaluation
             return
         refused = {"refused": 1.0} if self._refused else {}
-        figures = {name: self._of_all(name, float(value)) for name, value in logs.items()}
-        self._course.log.write(state.global_step, figures | refused)
-        self._course.bar(loss=float(logs["loss"]))
+        metrics = {name: self._of_all(name, float(value)) for name, value in logs.items()}
+        self._run.log.write(state.global_step, metrics | refused)
+        self._run.bar(loss=float(logs["loss"]))
 
     def _of_all(self, name: str, value: float) -> float:
         """A figure of all processes. What is not of the whole batch already is a count, or a mean over a share."""
-        processes = self._course.processes
+        processes = self._run.processes
         if name in ("loss", "grad_norm", "learning_rate", "epoch"):
             return value
-        return processes.sum(value) / (1 if name == "num_tokens" else processes.count)
+        return processes.all_reduce_sum(value) / (1 if name == "num_tokens" else processes.count)

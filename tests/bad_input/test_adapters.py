@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from perl.pipeline import run
+from perl.commands.run import run
 from perl.recipe import load_recipe
 from tests.bad_input.cases import contents
 from tests.bad_input.conftest import RefusedIn
@@ -285,11 +285,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 def test_damaged_adapters_come_back_from_their_checkpoints(out: Path, run_cli: RunCli) -> None:
     """As the messages say: remove what is damaged, and run again."""
-    learnt = {role: weights(out, role).read_bytes() for role in ("sft", "reward", "policy", "critic")}
-    weights(out, "reward").write_bytes(learnt["reward"][:-100])
+    learned = {role: weights(out, role).read_bytes() for role in ("sft", "reward", "policy", "critic")}
+    weights(out, "reward").write_bytes(learned["reward"][:-100])
     (out / "reward" / "result.json").unlink()
     (out / "policy" / "result.json").unlink()
     shutil.rmtree(max((out / "policy" / "checkpoints").iterdir()))
     status, written = run_cli("run", out / "recipe.yaml", "--out", out)
     assert status == 0, written
-    assert {role: weights(out, role).read_bytes() for role in learnt} == learnt
+    assert {role: weights(out, role).read_bytes() for role in learned} == learned

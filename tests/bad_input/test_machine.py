@@ -47,7 +47,7 @@ FOLDERS = [
     Case("out is a file", ("cannot be written", "out", "another --out"), out=lambda out: out.write_text("x")),
     Case(
         "a model too large",
-        ("Cannot allocate memory", "_random_weights (perl/model/base.py)", "perl-rlhf estimate"),
+        ("Cannot allocate memory", "_random_weights (perl/backbones/base.py)", "perl-rlhf estimate"),
         changes={"base": {"config": {**TINY, "vocab_size": 2**45}, "random_init": True}},
         status=1,
     ),
@@ -62,7 +62,7 @@ def test_one_message_and_nothing_lost(case: Case, refused: Refused) -> None:
 def test_a_folder_in_use_is_refused(refused_in: RefusedIn, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", write_recipe()
     out.mkdir()
-    with open(out / ".lock", "a") as lock:  # another opening of the file is what another process has
+    with open(out / ".lock", "a") as lock:  # another initial_eval of the file is what another process has
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused_in(("another run is using this folder", str(out), "Wait for it"), "run", recipe, "--out", out)
 
@@ -244,7 +244,8 @@ def test_a_cache_that_is_a_file(
 
 LITTLE_MEMORY = """
 import resource, sys
-from perl import cli, pipeline
+from perl import cli
+from perl.commands import run as pipeline
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
 cli.main()

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from perl.model import hub
+from perl.backbones import hub
 from tests.bad_input.cases import Case, named
 from tests.bad_input.conftest import Refused
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from perl import pipeline
-from perl.progress import silence
+from perl.commands import run as pipeline
 from perl.recipe import load_recipe
+from perl.system.progress import silence
 from tests.conftest import DRINKS, write_rows
 
 RL: dict[str, Any] = {

@@ -70,8 +70,8 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def learnt(out: Path) -> dict[str, Tensor]:
-    """All tensors that a run has learnt, by role and name."""
+def learned(out: Path) -> dict[str, Tensor]:
+    """All tensors that a run has learned, by role and name."""
     return {
         f"{file.parents[1].name} {name}": tensor
         for file in (*out.glob("*/adapter/*.safetensors"), *out.glob("*/model/*.safetensors"))

@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.shared_base import SharedBase
+from perl.adapters.lora import lora_config
 from perl.parallel.joined import joined
-from perl.rl.sampler import Sampling, sample
+from perl.rl.samplers.local import Sampling, sample
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 from tests.tiny import random_llama
 
 
@@ -42,13 +42,13 @@ def main() -> None:
             lengths = [rng.randrange(1, 9) for _ in range(1 if lonely else 5)]
             prompts = [[rng.randrange(1, 7) for _ in range(length)] for length in lengths] * (3 if lonely else 1)
             drawn = [
-                sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).answers()
+                sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
                 for roles in ((together,) if step % 10 else (together, alone))
             ]
             assert drawn[0] == drawn[-1], (step, drawn)
             longest = max(len(answer) for answer in drawn[0])
-            shorter += longest < engine.processes.largest(longest)
-        told = engine.processes.gather(shorter)
+            shorter += longest < engine.processes.all_reduce_max(longest)
+        told = engine.processes.all_gather(shorter)
         if engine.processes.main:
             sys.stdout.write(f"done {steps} steps; ended before the others: {told}\n")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from perl import pipeline
-from perl.progress import silence
+from perl.commands import run as pipeline
 from perl.recipe import load_recipe
-from tests.distributed.launching import LIMIT, finished, learnt, steps, torchrun
+from perl.system.progress import silence
+from tests.distributed.launching import LIMIT, finished, learned, steps, torchrun
 
 STEPS = 14
 
@@ -70,7 +70,7 @@ def test_the_others_name_who_died_and_the_run_goes_on_with_another_number_of_pro
     assert [int(step["step"]) for step in steps(out, "policy")] == list(range(1, STEPS + 1))
     with silence():
         pipeline.run(load_recipe(long_recipe), tmp_path / "peaceful")
-    one, several = learnt(tmp_path / "peaceful"), learnt(out)
+    one, several = learned(tmp_path / "peaceful"), learned(out)
     for name in one:
         torch.testing.assert_close(several[name], one[name], rtol=0, atol=1e-5)
 

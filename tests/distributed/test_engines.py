@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launching import finished, learnt, steps, torchrun
+from tests.distributed.launching import finished, learned, steps, torchrun
 
 CLOSE = 1e-5
 STAGES = {"all": ("sft", "reward", "policy")}
@@ -42,7 +42,7 @@ def test_processes_together_do_what_one_does_alone(
     for name in names:
         for role in STAGES.get(name, ("policy",)):
             _same_steps(steps(alone[name], role), steps(tmp_path / name, role), f"{name} {role}")
-        one, several = learnt(alone[name]), learnt(tmp_path / name)
+        one, several = learned(alone[name]), learned(tmp_path / name)
         assert one.keys() == several.keys()
         for tensor in one:
             torch.testing.assert_close(several[tensor], one[tensor], rtol=0, atol=CLOSE, msg=f"{name}: {tensor}")

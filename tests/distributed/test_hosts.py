@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launching import finished, learnt, start
+from tests.distributed.launching import finished, learned, start
 
 NAMES = ("perl-host-0", "perl-host-1")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -56,6 +56,6 @@ def test_two_hosts_run_a_recipe_together(recipes: dict[str, Path], alone: dict[s
     for launcher in launchers:
         status, said = finished(launcher)
         assert status == 0, said
-    one, several = learnt(alone["adapter"]), learnt(out)
+    one, several = learned(alone["adapter"]), learned(out)
     for tensor in one:
         torch.testing.assert_close(several[tensor], one[tensor], rtol=0, atol=1e-5, msg=tensor)

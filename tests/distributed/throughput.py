@@ -70,9 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[int, list[float]] = {1: [], arguments.processes: []}
     for _ in range(arguments.repeats):
-        for processes, figures in found.items():
-            figures.append(measure(arguments.engine, processes))
-            print(f"{processes} processes: {figures[-1]:.0f} tokens/s each", flush=True)
+        for processes, metrics in found.items():
+            metrics.append(measure(arguments.engine, processes))
+            print(f"{processes} processes: {metrics[-1]:.0f} tokens/s each", flush=True)
     one, each = statistics.median(found[1]), statistics.median(found[arguments.processes])
     words = f"{arguments.engine}: one {one:.0f}, each of {arguments.processes} {each:.0f} tokens/s"
     print(f"{words}, {each / one:.2f} of it; all: {found}")

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from perl.commands.run import run
 from perl.parallel.joined import joined
-from perl.pipeline import run
 from perl.recipe import load_recipe
 
 if __name__ == "__main__":

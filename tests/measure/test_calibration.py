@@ -69,14 +69,14 @@ def answers(labels: Labels, dialogues: list[str], pairs: list[tuple[int, int]] |
 def test_balanced_weights_and_overconfidence_are_mended() -> None:
     """Twice too sure, and centred as if there were as many downs: only slope and intercept mend both."""
     scores, labels = drawn(4000, slope=0.5, intercept=1.7)
-    figures, after = calibration(judged(scores, answers(labels, [str(n // 4) for n in range(4000)])))
-    assert figures["ece_before"] > 0.2
-    assert figures["ece_temperature"] > 0.2
-    assert figures["ece_after"] < 0.03
-    assert figures["ece_after"] < figures["ece_by_chance"] < 0.04
+    metrics, after = calibration(judged(scores, answers(labels, [str(n // 4) for n in range(4000)])))
+    assert metrics["ece_before"] > 0.2
+    assert metrics["ece_temperature"] > 0.2
+    assert metrics["ece_after"] < 0.03
+    assert metrics["ece_after"] < metrics["ece_by_chance"] < 0.04
     assert after is not None
-    assert plain(calibration_error(after, labels), 4000) == figures["ece_after"]
-    assert sum(one["n"] for one in figures["reliability_after"]) == 4000
+    assert plain(calibration_error(after, labels), 4000) == metrics["ece_after"]
+    assert sum(one["n"] for one in metrics["reliability_after"]) == 4000
 
 
 def test_nothing_leaks_from_the_dialogue_judged() -> None:
@@ -106,10 +106,10 @@ def test_nothing_leaks_from_the_dialogue_judged() -> None:
 
 def test_one_dialogue_cannot_be_judged() -> None:
     scores, labels = drawn(40, 1.0, 0.0)
-    figures, after = calibration(judged(scores, answers(labels, ["only"] * 40)))
+    metrics, after = calibration(judged(scores, answers(labels, ["only"] * 40)))
     assert after is None
-    assert figures["ece_after"] is figures["ece_temperature"] is figures["ece_by_chance"] is None
-    assert figures["slope"] > 0
+    assert metrics["ece_after"] is metrics["ece_temperature"] is metrics["ece_by_chance"] is None
+    assert metrics["slope"] > 0
 
 
 def test_chance_shrinks_with_answers() -> None:
@@ -142,9 +142,9 @@ def test_pairs_have_a_temperature_alone() -> None:
     scores = np.concatenate([np.where(first, one[0], other[0]), np.where(first, other[0], one[0])])
     pairs = [(n, 3000 + n) for n in range(3000)]
     dialogues = [str(n % 3000) for n in range(6000)]
-    figures, _ = calibration(judged(scores, answers(np.repeat([1, 0], 3000), dialogues, pairs)))
-    assert figures["of"] == "the first of two being the better"
-    assert (figures["slope"], figures["intercept"]) == (pytest.approx(0.5, abs=0.04), 0.0)
-    assert figures["temperature"] == pytest.approx(2.0, abs=0.2)
-    assert figures["ece_before"] > 0.08
-    assert figures["ece_after"] == figures["ece_temperature"] < 0.03
+    metrics, _ = calibration(judged(scores, answers(np.repeat([1, 0], 3000), dialogues, pairs)))
+    assert metrics["of"] == "the first of two being the better"
+    assert (metrics["slope"], metrics["intercept"]) == (pytest.approx(0.5, abs=0.04), 0.0)
+    assert metrics["temperature"] == pytest.approx(2.0, abs=0.2)
+    assert metrics["ece_before"] > 0.08
+    assert metrics["ece_after"] == metrics["ece_temperature"] < 0.03

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perl.adapters.lora import lora_config
 from perl.measure.flops import Flops
 from perl.measure.probe import listeners, listening, recomputing
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.shared_base import SharedBase
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 from tests.tiny import LLAMA, random_llama
 
 

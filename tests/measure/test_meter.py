@@ -1,4 +1,4 @@
-"""The meter: whose time, tokens, bytes and operations a stage's figures are."""
+"""The meter: whose time, tokens, bytes and operations a stage's metrics are."""
 
 import contextlib
 import time
@@ -44,15 +44,15 @@ class Work:
             self.meter.count(tokens)
             time.sleep(seconds)
 
-    def figures(self) -> dict[str, Any]:
-        return self.meter.figures()
+    def metrics(self) -> dict[str, Any]:
+        return self.meter.metrics()
 
 
 def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     work = Work()
     work.step()
     work.step()
-    memory = work.figures()["memory"]
+    memory = work.metrics()["memory"]
     assert list(memory) == ["load", "generate", "update"]
     assert memory["load"] == {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}
     kinds = memory["update"]["kinds"]
@@ -64,13 +64,13 @@ def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     assert kinds["optimizer"] == 2 * WEIGHTS + 4
     assert "gradients" not in kinds
     assert kinds["activations"] == 2 * 8 * 64 * 4  # the input and the result
-    assert work.figures()["peak_memory_bytes"] == memory["update"]["peak"]
+    assert work.metrics()["peak_memory_bytes"] == memory["update"]["peak"]
 
 
 def test_one_step_has_the_optimizers_state_at_its_end_only() -> None:
     work = Work()
     work.step()
-    memory = work.figures()["memory"]
+    memory = work.metrics()["memory"]
     assert "optimizer" not in memory["generate"]["kinds"]
     assert memory["update"]["kinds"]["optimizer"] == 2 * WEIGHTS + 4
 
@@ -80,31 +80,31 @@ def test_operations_of_all_steps_are_those_of_the_followed_by_tokens() -> None:
     for _ in range(MEASURED_STEPS):
         work.step(tokens=10)
     product = 2 * 8 * 64 * 64  # sampling, forward, and backward of the weight
-    assert work.figures()["flops"] == MEASURED_STEPS * 3 * product
+    assert work.metrics()["flops"] == MEASURED_STEPS * 3 * product
     work.step(tokens=100, rows=80)  # not followed
-    assert work.figures()["flops"] == MEASURED_STEPS * 3 * product + 10 * 3 * product
-    assert work.figures()["useful_flops_share"] == 1.0
+    assert work.metrics()["flops"] == MEASURED_STEPS * 3 * product + 10 * 3 * product
+    assert work.metrics()["useful_flops_share"] == 1.0
 
 
 def test_without_steps_or_tokens_nothing_is_divided_by_zero() -> None:
-    figures = Work().figures()
-    assert figures["seconds"] == figures["tokens_per_second"] == figures["flops"] == 0
-    assert figures["memory"] == {"load": {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}}
+    metrics = Work().metrics()
+    assert metrics["seconds"] == metrics["tokens_per_second"] == metrics["flops"] == 0
+    assert metrics["memory"] == {"load": {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}}
     work = Work()
     work.step()
-    assert work.figures()["tokens_per_second"] == 0
+    assert work.metrics()["tokens_per_second"] == 0
 
 
 def test_later_steps_change_neither_memory_nor_operations() -> None:
     work = Work()
     for _ in range(MEASURED_STEPS):
         work.step()
-    before = work.figures()
+    before = work.metrics()
     with work.meter.step(work.optimizer):
         assert not listeners
         assert not _get_current_dispatch_mode_stack()
         torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-    after = work.figures()
+    after = work.metrics()
     for figure in ("memory", "peak_memory_bytes", "useful_flops_share"):
         assert after[figure] == before[figure]
     assert work.meter._flops.total == 2 * 3 * 2 * 8 * 64 * 64
@@ -134,7 +134,7 @@ def test_an_exception_leaves_nothing_listening_and_the_next_step_counts(where: s
     assert not work.layer.weight._post_accumulate_grad_hooks
     work.step()
     work.step()
-    assert work.figures()["memory"]["update"]["kinds"]["gradients"] == WEIGHTS
+    assert work.metrics()["memory"]["update"]["kinds"]["gradients"] == WEIGHTS
 
 
 def test_phases_seconds_sum_to_the_steps() -> None:
@@ -148,14 +148,14 @@ def test_phases_seconds_sum_to_the_steps() -> None:
                 with work.meter.phase("generate"):
                     time.sleep(0.02)
             time.sleep(0.02)
-    figures = work.figures()
-    phases = figures["phase_seconds"]
+    metrics = work.metrics()
+    phases = metrics["phase_seconds"]
     assert set(phases) == {"generate", "score", "update"}
-    assert sum(phases.values()) == pytest.approx(figures["seconds"], abs=0.03)
+    assert sum(phases.values()) == pytest.approx(metrics["seconds"], abs=0.03)
     assert phases["generate"] >= 3 * 0.04 - 0.01
     assert phases["score"] >= 3 * 0.04 - 0.01
     assert phases["update"] >= 3 * 0.02 - 0.01
-    assert figures["seconds"] >= 3 * 0.1 - 0.01
+    assert metrics["seconds"] >= 3 * 0.1 - 0.01
 
 
 def test_what_lies_before_and_between_steps_is_no_phases_time() -> None:
@@ -163,10 +163,10 @@ def test_what_lies_before_and_between_steps_is_no_phases_time() -> None:
     for _ in range(3):
         time.sleep(0.1)
         work.step()
-    figures = work.figures()
-    assert "load" not in figures["phase_seconds"]
-    assert sum(figures["phase_seconds"].values()) == pytest.approx(figures["seconds"], abs=0.02)
-    assert figures["seconds"] < 0.3
+    metrics = work.metrics()
+    assert "load" not in metrics["phase_seconds"]
+    assert sum(metrics["phase_seconds"].values()) == pytest.approx(metrics["seconds"], abs=0.02)
+    assert metrics["seconds"] < 0.3
 
 
 def test_the_speed_leaves_the_followed_steps_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_the_speed_leaves_the_followed_steps_out(monkeypatch: pytest.MonkeyPatch
     work = Work()
     for seconds in (10.0, 8.0):
         work.step(tokens=100, seconds=seconds)
-    assert work.figures()["tokens_per_second"] == round(200 / 18, 1)  # there are no others yet
+    assert work.metrics()["tokens_per_second"] == round(200 / 18, 1)  # there are no others yet
     work.step(tokens=90, seconds=2.0)
     work.step(tokens=60, seconds=1.0)
-    assert work.figures()["tokens_per_second"] == 50.0
-    assert work.figures()["seconds"] == 21.0
-    assert work.figures()["phase_seconds"] == {"update": 21.0, "generate": 0.0}
+    assert work.metrics()["tokens_per_second"] == 50.0
+    assert work.metrics()["seconds"] == 21.0
+    assert work.metrics()["phase_seconds"] == {"update": 21.0, "generate": 0.0}

@@ -1,4 +1,4 @@
-"""The figures of a reward model against figures worked by hand, and against scikit-learn's."""
+"""The metrics of a reward model against metrics worked by hand, and against scikit-learn's."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_weights_count_like_copies() -> None:
     labels = random.integers(0, 2, size=80)
     strata = random.integers(0, 3, size=80)
     times_SN = random.integers(0, 4, size=(5, 80))
-    figures = {
+    metrics = {
         "auroc": (auroc(scores, labels), lambda rows: auroc(scores[rows], labels[rows])),
         "within": (auroc(scores, labels, strata), lambda rows: auroc(scores[rows], labels[rows], strata[rows])),
         "accuracy": (accuracy(scores, labels), lambda rows: accuracy(scores[rows], labels[rows])),
@@ -90,7 +90,7 @@ def test_weights_count_like_copies() -> None:
         ),
         "ece": (calibration_error(scores, labels), lambda rows: calibration_error(scores[rows], labels[rows])),
     }
-    for name, (figure, of_rows) in figures.items():
+    for name, (figure, of_rows) in metrics.items():
         expected = [copied(of_rows, times) for times in times_SN]
         assert figure(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
     weighted = auroc(scores, labels)(times_SN.astype(np.float64))

@@ -1,4 +1,4 @@
-"""Run folders made up whole, with plausible figures and every optional key, for tests of the report."""
+"""Run folders made up whole, with plausible metrics and every optional key, for tests of the report."""
 
 import json
 import math

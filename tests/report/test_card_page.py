@@ -9,16 +9,16 @@ import pytest
 
 from perl.data.records import Turn
 from perl.measure.answers import Answers
-from perl.measure.card import reward_card
-from perl.measure.floor import Floor, tfidf_floor
 from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import reward_card
+from perl.measure.tfidf_baseline import Floor, tfidf_floor
 from perl.report.numbers import GAP
 from perl.report.page import write_page
 from perl.report.runs import groups, read_runs
 from perl.report.tunings import reward_line
 from perl.report.words import fitness
-from perl.typed_json import as_json
-from perl.typed_json import made as made_of
+from perl.system.typed_json import as_json
+from perl.system.typed_json import made as made_of
 from tests.measure.rated import made
 from tests.report.made import make_run, write
 
@@ -26,7 +26,7 @@ EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def figures() -> dict[str, Any]:
+def metrics() -> dict[str, Any]:
     """The card of a good model, as it stands in report.json."""
     data = made(dialogues=100)
     floor = tfidf_floor(data.train, data.held_out)
@@ -35,11 +35,11 @@ def figures() -> dict[str, Any]:
     return found
 
 
-def run(folder: Path, figures: dict[str, Any], seed: int = 0, tuning: str = "lora", only: bool = False) -> Path:
+def run(folder: Path, metrics: dict[str, Any], seed: int = 0, tuning: str = "lora", only: bool = False) -> Path:
     """A finished run with this card, and with nothing but the reward stage if so asked."""
     made_run = make_run(folder, seed, tuning)
     report = json.loads((made_run / "report.json").read_text())
-    report["stages"]["reward"]["eval"] = figures
+    report["stages"]["reward"]["eval"] = metrics
     if only:
         report["stages"] = {"reward": report["stages"]["reward"]}
     return write(made_run, report)
@@ -49,28 +49,28 @@ def page(folder: Path, *runs: Path) -> str:
     return write_page(runs, folder / "report.html").read_text(encoding="utf-8").replace(GAP, " ")
 
 
-def test_a_fit_model(tmp_path: Path, figures: dict[str, Any]) -> None:
-    text = page(tmp_path, run(tmp_path / "a", figures, only=True))
+def test_a_fit_model(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    text = page(tmp_path, run(tmp_path / "a", metrics, only=True))
     assert "The reward model is fit for RL." in text
     assert '<p class="lead">Fit for RL.</p>' in text
-    for reason in figures["verdict"]["reasons"]:
+    for reason in metrics["verdict"]["reasons"]:
         assert f"<li>{reason}</li>" in text
-    assert f'<td class="number">{figures["floor"]["value"]:.2f}</td>' in text
-    after = figures["calibration"]["ece_after"]
+    assert f'<td class="number">{metrics["floor"]["value"]:.2f}</td>' in text
+    after = metrics["calibration"]["ece_after"]
     assert f'… with slope and intercept</th><td class="number">{after:.2f}</td>' in text
     assert "on dialogues that this was not fitted to" in text
     assert "of the model among like lengths" in text
-    for one in figures["slices"]:
+    for one in metrics["slices"]:
         assert f'<th scope="row">{one["by"]}</th><td>{one["name"]}</td>' in text
     assert "Reliability diagram (scaled)" in text
-    assert figures["mistakes"]["downs_scored_high"][0]["answer"] in text
+    assert metrics["mistakes"]["downs_scored_high"][0]["answer"] in text
     assert "LoRA against full tuning: not compared" in text
 
 
-def test_a_model_that_is_not_fit(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_a_model_that_is_not_fit(tmp_path: Path, metrics: dict[str, Any]) -> None:
     reason = "It only counts length (correlation +1.00, Spearman)."
     text = page(
-        tmp_path, run(tmp_path / "a", figures | {"verdict": {"fit": False, "reasons": [reason]}}, only=True)
+        tmp_path, run(tmp_path / "a", metrics | {"verdict": {"fit": False, "reasons": [reason]}}, only=True)
     )
     assert "The reward model is not fit for RL." in text
     assert 'class="verdict bad"' in text
@@ -78,10 +78,10 @@ def test_a_model_that_is_not_fit(tmp_path: Path, figures: dict[str, Any]) -> Non
     assert "ranks answers very well" not in text
 
 
-def test_seeds_disagree(figures: dict[str, Any]) -> None:
+def test_seeds_disagree(metrics: dict[str, Any]) -> None:
     def cards(*fit: bool) -> list[RewardEval]:
         verdicts = [{"fit": one, "reasons": [f"Because {one}."]} for one in fit]
-        return [made_of(RewardEval, figures | {"verdict": verdict}) for verdict in verdicts]
+        return [made_of(RewardEval, metrics | {"verdict": verdict}) for verdict in verdicts]
 
     def found(*fit: bool) -> tuple[str, list[str], str]:
         said = fitness(cards(*fit))
@@ -94,9 +94,9 @@ def test_seeds_disagree(figures: dict[str, Any]) -> None:
     assert found(False, False) == ("Not fit for RL.", ["Because False."], "bad")
 
 
-def test_lora_beside_full_tuning(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_lora_beside_full_tuning(tmp_path: Path, metrics: dict[str, Any]) -> None:
     folders = [
-        run(tmp_path / f"{tuning}{seed}", figures | {"auroc": auroc + seed / 100}, seed, tuning)
+        run(tmp_path / f"{tuning}{seed}", metrics | {"auroc": auroc + seed / 100}, seed, tuning)
         for tuning, auroc in (("lora", 0.9), ("full", 0.8))
         for seed in (0, 1)
     ]
@@ -107,8 +107,8 @@ def test_lora_beside_full_tuning(tmp_path: Path, figures: dict[str, Any]) -> Non
     assert "LoRA is ahead of full tuning" in page(tmp_path, *folders)
 
 
-def test_what_the_data_say_is_text(tmp_path: Path, figures: dict[str, Any]) -> None:
-    evil = json.loads(json.dumps(figures))
+def test_what_the_data_say_is_text(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    evil = json.loads(json.dumps(metrics))
     evil["mistakes"]["ups_scored_low"][0] |= {"context": EVIL, "answer": EVIL}
     evil["slices"][0]["name"] = evil["verdict"]["reasons"][0] = EVIL
     text = page(tmp_path, run(tmp_path / "a", evil))

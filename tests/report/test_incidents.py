@@ -92,7 +92,7 @@ def test_updates_refused_in_supervised_stages_are_counted(tmp_path: Path) -> Non
     assert found.kind == "open"
 
 
-def test_the_checks_before_rl_have_their_figures(tmp_path: Path) -> None:
+def test_the_checks_before_rl_have_their_metrics(tmp_path: Path) -> None:
     text = page(change(make_run(tmp_path / "a"), preflight=[FINDING]))
     assert "Checks before the first update of RL (seed 0)" in text
     assert "1.4e-06" in text

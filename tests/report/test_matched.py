@@ -49,7 +49,7 @@ def test_match() -> None:
 
 
 def test_too_short() -> None:
-    """Fewer than five steps with both figures are no curve, and then nothing is matched."""
+    """Fewer than five steps with both metrics are no curve, and then nothing is matched."""
     nan = float("nan")
     long, short = curve(_metrics([0, 1, 2, 3, 4], [0] * 5)), curve(_metrics([0, 1, 2, nan, 4], [0] * 5))
     assert long is not None

@@ -1,4 +1,4 @@
-"""Verdicts say what the figures bear, no more; numbers read as people write them."""
+"""Verdicts say what the metrics bear, no more; numbers read as people write them."""
 
 from typing import Any
 
@@ -24,14 +24,14 @@ from perl.report.numbers import (
 from perl.report.outcome import gold_change, reward_change, share_interval
 from perl.report.tunings import CostRow, QualityRow, balance, bottom_line
 from perl.results import RlEval, SftEval
-from perl.typed_json import made
+from perl.system.typed_json import made
 from tests.report.made import make_card
 
 
-def _rl(**figures: Any) -> RlEval:
+def _rl(**metrics: Any) -> RlEval:
     given = {"algorithm": "ppo", "critic": "shared", "steps": 9, "n": 128, "reward_before": 0.1, "kl": 1.0}
     lengths = {"answer_tokens_before": 9.0, "answer_tokens_after": 9.0, "ended_before": 1.0, "ended_after": 1.0}
-    return made(RlEval, given | lengths | {"reward_after": 0.9} | figures)
+    return made(RlEval, given | lengths | {"reward_after": 0.9} | metrics)
 
 
 class _Group:
@@ -65,9 +65,9 @@ WORSE = {"gold_before": 0.75, "gold_after": 0.5}
         ({}, "The policy cannot be judged.", "open"),
     ],
 )
-def test_verdict(figures: dict[str, Any], headline: str, kind: str) -> None:
+def test_verdict(metrics: dict[str, Any], headline: str, kind: str) -> None:
     """By the gold judge if there is one; else the reward, and that nothing else has checked it."""
-    found = _verdict(_rl(**figures))
+    found = _verdict(_rl(**metrics))
     assert (found.headline, found.kind) == (headline, kind)
 
 
@@ -80,8 +80,8 @@ def test_verdict(figures: dict[str, Any], headline: str, kind: str) -> None:
         ({"reward_after": 0.15}, "The reward was 0.10 before and 0.15 after."),
     ],
 )
-def test_the_reward_rose_only_where_its_interval_excludes_0(figures: dict[str, Any], said: str) -> None:
-    assert _verdict(_rl(**figures)).lines[0].replace(GAP, " ").startswith(said)
+def test_the_reward_rose_only_where_its_interval_excludes_0(metrics: dict[str, Any], said: str) -> None:
+    assert _verdict(_rl(**metrics)).lines[0].replace(GAP, " ").startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_gold_needs_every_run() -> None:
     assert reward_change([]) is None
 
 
-def _card(**figures: Any) -> RewardEval:
-    return made(RewardEval, make_card() | figures)
+def _card(**metrics: Any) -> RewardEval:
+    return made(RewardEval, make_card() | metrics)
 
 
 @pytest.mark.parametrize(

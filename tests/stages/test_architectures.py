@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from perl.model.lora import lora_config
-from perl.model.roles import Role
-from perl.model.shared_base import SharedBase
+from perl.adapters.lora import lora_config
 from perl.rl.rollout import read_answers
-from perl.rl.sampler import Sampling, sample
+from perl.rl.samplers.local import Sampling, sample
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import LLAMA
 
@@ -121,7 +121,7 @@ def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedMod
     read_BT, _ = read_answers(roles, Role.POLICY, samples, 4, temperature=0.7, head=None)
     torch.testing.assert_close(samples.log_probs_BT, read_BT, rtol=1e-4, atol=1e-4)
     with roles.role(Role.POLICY), torch.no_grad():
-        for prompt, answer, drawn_T in zip(prompts, samples.answers(), samples.log_probs_BT, strict=True):
+        for prompt, answer, drawn_T in zip(prompts, samples.completions(), samples.log_probs_BT, strict=True):
             logits_TV = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             own_T = (logits_TV / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
             torch.testing.assert_close(drawn_T, own_T, rtol=1e-4, atol=1e-4)

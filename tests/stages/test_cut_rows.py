@@ -9,7 +9,7 @@ import pytest
 import trl
 
 from perl.recipe import load_recipe
-from perl.stages.policy import encode_prompts
+from perl.rl.prompts import encode_prompts
 from perl.stages.reward import tokenize_rows
 from perl.stages.session import Session, open_session
 from perl.stages.sft import tokenized

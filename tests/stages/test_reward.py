@@ -94,9 +94,9 @@ def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
     assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
     code, text = run_cli("evaluate", str(out), "reward", "--json", str(tmp_path / "figures.json"))
     assert code == 0, text
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    metrics = json.loads((tmp_path / "figures.json").read_text())
     recorded = report["stages"]["reward"]["eval"]
-    assert figures == recorded  # an adapter reloaded from disk scores as it did in memory
+    assert metrics == recorded  # an adapter reloaded from disk scores as it did in memory
 
 
 def answers_to(drinks: list[str]) -> list[dict[str, Any]]:

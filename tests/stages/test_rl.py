@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from perl.model.shared_base import SharedBase
 from perl.recipe import load_recipe
-from perl.stages.loop import resolved_algorithm
+from perl.rl.loop import resolved_algorithm
+from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
@@ -121,13 +121,13 @@ def run(run_cli: RunCli, recipe_file: Path, out: Path) -> tuple[dict[str, Any], 
 def test_each_algorithm_learns_to_say_a_word(
     name: str, seed: int, toy: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    figures, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", seed, **ALGORITHMS[name]), tmp_path / "out")
+    metrics, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", seed, **ALGORITHMS[name]), tmp_path / "out")
     first, last = steps[0], [step["reward"] for step in steps[-5:]]
     assert first["kl"] == pytest.approx(0, abs=1e-4)  # the policy begins as the reference
     assert first["sampler_mismatch"] < 1e-5  # and its ratio to the sampler's begins as 1
     assert first["reward"] < 0.5
     assert sum(last) / 5 > max(0.8, first["reward"] + 0.35)
-    assert figures["kl"] > 0.1
+    assert metrics["kl"] > 0.1
 
 
 def test_the_first_pass_of_ppo_has_ratio_one(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

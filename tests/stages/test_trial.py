@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from perl.commands.run import TRAIN
 from perl.errors import UserError
-from perl.model.roles import Role
-from perl.model.saved import read_stamp
-from perl.pipeline import TRAIN
 from perl.recipe import load_recipe
 from perl.results import Tried
-from perl.seeds import seed_everything
+from perl.roles.roles import Role
+from perl.roles.saved import read_stamp
 from perl.stages.session import Trial, open_session
+from perl.system.seeds import seed_everything
 from tests.conftest import RunCli, WriteRecipe
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}
@@ -195,12 +195,12 @@ def test_a_full_run_can_be_evaluated(role: str, full: Path, run_cli: RunCli, tmp
     file = tmp_path / "figures.json"
     code, text = run_cli("evaluate", str(full), role, "--json", str(file))
     assert code == 0, text
-    figures = json.loads(file.read_text())
+    metrics = json.loads(file.read_text())
     stage = json.loads((full / "report.json").read_text())["stages"]["rl" if role == "policy" else "reward"]
-    compared = {name for name in figures if isinstance(figures[name], float) and name in stage["eval"]}
+    compared = {name for name in metrics if isinstance(metrics[name], float) and name in stage["eval"]}
     assert compared
     for name in compared:  # what the run said of the models in memory, these from disk say too
-        assert figures[name] == pytest.approx(stage["eval"][name], abs=1e-5), name
+        assert metrics[name] == pytest.approx(stage["eval"][name], abs=1e-5), name
 
 
 def test_rl_alone_reads_full_models_from_disk_and_comes_to_the_same(

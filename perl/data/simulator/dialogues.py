@@ -49,8 +49,8 @@ def play(seed: int, skill: float) -> Dialogue:
     """One dialogue of an agent of this skill, the same for the same seed."""
     rng = Random(seed)
     shop, customer = Shop.opened(rng), Customer.arrived(rng)
-    opening, said = customer.open()
-    turns, state = [Turn("user", opening)], State(said=said)
+    initial_eval, said = customer.open()
+    turns, state = [Turn("user", initial_eval)], State(said=said)
     steps: list[Step] = []
     while len(steps) < LONGEST:
         text, mistake = speak(state, skill, rng)

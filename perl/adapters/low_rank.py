@@ -1,0 +1,163 @@
+"""What LoRA adds to a layer, y = f(x) + s B A x, in two matrix products and no pass over memory besides.
+
+peft's own forward multiplies the adapter's output by its scale and adds it to the layer's as two further passes
+over the widest tensors there are. Here the second product adds itself to the layer's output in place, and the
+backward pass is written out to match. Where f is a frozen linear layer, its backward pass is part of it, so that
+what both give to x is added up in the product too. Tests compare all of it with peft's.
+
+Axis letters: N tokens, I inputs and O outputs of the layer, R rank.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(N, width), whatever the axes before the last."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _transposed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor as it is multiplied by: thin products with a transposed view take twice the time."""
+    return factor.T.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _add(y: Tensor, x: Tensor, a_IR: Tensor, b_RO: Tensor, scale: float) -> Tensor:
+    """Add s (x Aᵀ) Bᵀ to y in place; return x Aᵀ (N, R)."""
+    h_NR = _flat(x) @ a_IR
+    y.view(-1, y.shape[-1]).addmm_(h_NR, b_RO, alpha=scale)
+    return h_NR
+
+
+def _gradients(
+    ctx: Any, grad_NO: Tensor, x: Tensor, h_NR: Tensor, a_RI: Tensor, b_OR: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of x Aᵀ (N, R), and of both factors where they learn."""
+    grad_h_NR = (grad_NO @ b_OR.to(x.dtype)).mul_(ctx.scale)
+    needs_a, needs_b = ctx.needs_input_grad[2:4]
+    grad_a_RI = (grad_h_NR.T @ _flat(x)).to(a_RI.dtype) if needs_a else None
+    grad_b_OR = (h_NR.T @ grad_NO).T.to(b_OR.dtype).mul_(ctx.scale) if needs_b else None
+    return grad_h_NR, grad_a_RI, grad_b_OR
+
+
+class _LowRank(torch.autograd.Function):
+    """y + s (x Aᵀ) Bᵀ, written into y; the factors compute in the dtype of x, as autocast would have them."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        h_NR = _add(y, x, _transposed(a_RI, x.dtype), _transposed(b_OR, x.dtype), scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, h_NR, a_RI, b_OR)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, h_NR, a_RI, b_OR = ctx.saved_tensors
+        grad_h_NR, grad_a_RI, grad_b_OR = _gradients(ctx, _flat(grad_y), x, h_NR, a_RI, b_OR)
+        grad_x = (grad_h_NR @ a_RI.to(x.dtype)).view_as(x) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_x, grad_a_RI, grad_b_OR, None
+
+
+class _LinearLowRank(torch.autograd.Function):
+    """x Wᵀ + bias + s (x Aᵀ) Bᵀ, of which W and bias do not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Linear, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        y = F.linear(x, layer.weight, layer.bias)
+        h_NR = _add(y, x, _transposed(a_RI, x.dtype), _transposed(b_OR, x.dtype), scale)
+        ctx.save_for_backward(x, h_NR, a_RI, b_OR, layer.weight)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, h_NR, a_RI, b_OR, weight_OI = ctx.saved_tensors
+        grad_NO = _flat(grad_y)
+        grad_h_NR, grad_a_RI, grad_b_OR = _gradients(ctx, grad_NO, x, h_NR, a_RI, b_OR)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (grad_NO @ weight_OI).addmm_(grad_h_NR, a_RI.to(x.dtype)).view_as(x)
+        return None, grad_x, grad_a_RI, grad_b_OR, None
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is x Wᵀ + bias and nothing else: not quantized, nobody watching it."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and not watched
+
+
+def _plain_and_frozen(layer: nn.Module, x: Tensor) -> bool:
+    """Whether it is so, does not convert x, and does not learn."""
+    return (
+        is_plain_linear(layer)
+        and layer.weight.dtype == x.dtype
+        and not layer.weight.requires_grad
+        and (layer.bias is None or not layer.bias.requires_grad)
+    )
+
+
+class _Kept(NamedTuple):
+    """An adapter's factors as `_add` takes them."""
+
+    name: str
+    a_IR: Tensor
+    b_RO: Tensor
+    scale: float
+
+
+class _OneAdapter:
+    """The forward of a LoRA layer of which one adapter at most computes."""
+
+    kept: _Kept | None = None
+    """Set inside `kept_factors`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self._active_adapter:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        (name,) = self._active_adapter
+        kept, learning = self.kept, torch.is_grad_enabled()
+        if kept is not None and kept.name == name and kept.a_IR.dtype == x.dtype and not learning:
+            y: Tensor = self.base_layer(x)
+            _add(y, x, kept.a_IR, kept.b_RO, kept.scale)
+            return y
+        dropped, scale = self.lora_dropout[name](x), self.scaling[name]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if learning and dropped is x and _plain_and_frozen(self.base_layer, x):
+            return _LinearLowRank.apply(self.base_layer, x, a, b, scale)  # type: ignore[no-untyped-call,no-any-return]
+        return _LowRank.apply(self.base_layer(x), dropped, a, b, scale)  # type: ignore[no-untyped-call,no-any-return]
+
+
+@contextlib.contextmanager
+def kept_factors(layers: Iterable[Any], name: str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, this adapter's factors are those of now, cast once: for many forwards without gradients or dropout.
+
+    Whoever trains the adapter inside would not see it compute what it learned.
+    """
+    layers = list(layers)
+    for layer in layers:
+        a, b = (factors[name].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+        layer.kept = _Kept(name, _transposed(a, dtype), _transposed(b, dtype), layer.scaling[name])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def compute_with_one_adapter(layer: nn.Module) -> None:
+    """Let a peft LoRA layer, whatever layer it is on, compute as this module says."""
+    kind = type(layer)
+    if not issubclass(kind, _OneAdapter):
+        layer.__class__ = _CLASSES.setdefault(kind, type(kind.__name__, (_OneAdapter, kind), {}))

@@ -1,0 +1,1 @@
+"""The kinds of models: how each is loaded, fed, read and generated from."""

@@ -1,0 +1,212 @@
+"""The tiny base: a small Llama trained from scratch on a source's dialogues in a minute or two, and cached.
+
+It stands in for a pretrained model where none can be downloaded. What comes out is an ordinary model folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from perl.backbones.chat import ChatFormat
+from perl.backbones.template import MESSAGE_ROLES
+from perl.data.records import Demonstration
+from perl.errors import UserError, machine_fault
+from perl.system.progress import track
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", *(f"<|{role}|>" for role in MESSAGE_ROLES.values())]
+PIECES = r"\d| ?[^\W\d_]+|[^\w\s]+(?: [^\w\s]+)*|\s+|_"
+"""What BPE never merges across: digits one by one, for numbers are to be copied; a word with the space before
+it; a run of punctuation such as JSON's `": "`."""
+INITIALIZER_RANGE = 0.08
+"""Standard deviation of the first weights. At transformers' 0.02 a model this narrow learns to copy words from
+the dialogue several times later (docs/experiments.md)."""
+BUCKET = 32
+"""Rows are padded to a multiple of this: few shapes, which oneDNN and the allocator like."""
+VERSION = 1
+"""Raised when the same settings would build another base."""
+
+
+def build_base(
+    corpus: Sequence[Demonstration],
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    vocabulary: int,
+    max_length: int,
+    steps: int,
+    batch_tokens: int,
+    learning_rate: float,
+    seed: int,
+) -> Path:
+    """Train a tokenizer and a small Llama on all turns of the corpus; return its folder, cached by content.
+
+    Args:
+        corpus: dialogues.
+        vocabulary: tokens of the byte-level BPE.
+        steps: optimizer steps, of about `batch_tokens` tokens each.
+
+    Raises:
+        UserError: the cache cannot be written; that is known before any training.
+    """
+    settings = {name: value for name, value in locals().items() if name != "corpus"}
+    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
+    for record in corpus:
+        digest.update(repr((record.context, record.answer)).encode())
+    folder = _cache() / digest.hexdigest()[:16]
+    if (folder / "model.safetensors").exists():
+        return folder
+    with _unfinished(folder) as unfinished:
+        tokenizer = train_tokenizer(corpus, vocabulary)
+        chat = ChatFormat(tokenizer)
+        rows = [row.ids[:max_length] for record in corpus for row in chat.rows(record.context, record.answer)]
+        config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+        _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
+        model.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    return folder
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, max_length: int
+) -> LlamaConfig:
+    """The shape of a tiny base."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "perl-rlhf" / "bases"
+
+
+def train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE on all turns of the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (turn.text for record in corpus for turn in (*record.context, *record.answer))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+        chat_template=TEMPLATE,
+    )
+
+
+def _pretrain(
+    model: LlamaForCausalLM,
+    rows: list[list[int]],
+    steps: int,
+    batch_tokens: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """AdamW on next-token loss over all tokens, cosine schedule with warm-up, rows batched by length."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    batches: list[list[list[int]]] = []
+    rng = random.Random(seed)
+    model.train()
+    with track("tiny base", steps) as bar:
+        for _ in range(steps):
+            if not batches:
+                batches = _batches(rows, batch_tokens, rng)
+            ids_BL, labels_BL = _pad(batches.pop())
+            loss = model(input_ids=ids_BL, labels=labels_BL).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            bar(loss=loss.item())
+    model.eval()
+
+
+def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
+    """Rows of like length together, about `batch_tokens` tokens a batch, in random order."""
+    buckets: dict[int, list[list[int]]] = {}
+    for row in rng.sample(rows, len(rows)):
+        buckets.setdefault(-(-len(row) // BUCKET), []).append(row)
+    batches = []
+    for bucket, members in sorted(buckets.items()):
+        size = max(1, batch_tokens // (bucket * BUCKET))
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded to a multiple of `BUCKET`: causal attention never looks at it, and its labels are ignored."""
+    length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
+    ids_BL = torch.zeros(len(rows), length, dtype=torch.long)
+    labels_BL = torch.full((len(rows), length), -100)
+    for index, row in enumerate(rows):
+        ids_BL[index, : len(row)] = labels_BL[index, : len(row)] = torch.tensor(row)
+    return ids_BL, labels_BL
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder of this process's own that becomes `folder` when the block ends without an exception."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what, remedy = f"cannot be written: {error.strerror}", "Set XDG_CACHE_HOME to a folder that can be."
+        raise machine_fault(error) or UserError(what, where=str(folder.parent), remedy=remedy) from None
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process built the same base meanwhile
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""Turns to tokens: the chat format, which tokens are the agent's to learn, and what ends its answers.
+
+The context of an answer has the same tokens in SFT, in the reward model and in RL: those that a server sends. See
+`perl.backbones.template` for what an answer is, `perl.backbones.tokens` for how both meet, and
+`perl.backbones.cutting` for what is left out of a dialogue that is too long.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from perl.backbones.cutting import newest_turns
+from perl.backbones.template import ASKED, Template
+from perl.backbones.tokens import RowTokenizer, Tokens
+from perl.data.records import Speaker, Turn
+from perl.errors import UserError
+
+_T = TypeVar("_T")
+
+
+class ChatFormat:
+    """How a tokenizer writes dialogues, and which tokens end the agent's turn.
+
+    Attributes:
+        end_id: the token that rows are written with at the end of an answer: the template's.
+        eos_id: the tokenizer's, with which plain text ends.
+        end_ids: all at which an answer ends: both, and those of the model's generation configuration.
+
+    Args:
+        more_ends: those of the generation configuration.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token, or its template cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, more_ends: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end token",
+                where=tokenizer.name_or_path,
+                remedy="Set eos_token in tokenizer_config.json.",
+            )
+        self.template = Template(tokenizer)
+        self._tokens = RowTokenizer(tokenizer, self.template.end)
+        self.end_id: int = tokenizer.convert_tokens_to_ids(self.template.end)
+        self.eos_id: int = tokenizer.eos_token_id
+        # What a template writes inside an answer does not end it, whatever the configuration says.
+        inside = set(self._tokens.ids(self.template.row(ASKED)[1])[:-1])
+        self._more_ends = sorted({one for one in more_ends if 0 <= one < len(tokenizer)} - inside)
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, self.eos_id, *self._more_ends)))
+        self.pad_id: int = self._find_pad()
+        described = f"{tokenizer.chat_template}\0{self.end_id}\0{self.eos_id}\0{self.end_ids}"
+        self.sha256 = hashlib.sha256(described.encode()).hexdigest()
+
+    def context(self, turns: Sequence[Turn], length: int | None = None) -> list[int]:
+        """The tokens of a context, up to where the agent's answer begins: what a server sends.
+
+        Args:
+            length: at most so many; older turns are left out (`perl.backbones.cutting`), or older text.
+        """
+        if turns[-1].speaker == "text":
+            return self._cut_text(self._tokens.text_ids(_text(turns)), length)
+        ids = self._prompt(turns)
+        if length is None or len(ids) <= length:
+            return ids
+        kept, _ = newest_turns(turns, len(turns), lambda some, _: len(self._prompt(some)), length)
+        return _without_middle(self._prompt(kept), 1, length)
+
+    def answer(self, context: Sequence[Turn], answer: Turn) -> list[int]:
+        """The tokens of an answer, its end token included."""
+        row = self.row(context, answer)
+        return row.ids[row.prompt_length() :]
+
+    def row(self, context: Sequence[Turn], answer: Turn, length: int | None = None) -> Tokens:
+        """A context and an answer, to be read at its end token.
+
+        Args:
+            length: at most so many tokens; the context is cut as by `context`. Where the answer alone is longer,
+                its beginning is left out.
+        """
+        if answer.speaker == "text":
+            row = self._text_row(context, answer, length)
+        else:
+            row = self._fitted([*context, answer], len(context), length)
+        if length is None or len(row.ids) <= length:
+            return row
+        head = max(1, min(row.prompt_length(), length - sum(row.spoken)))
+        return Tokens(_without_middle(row.ids, head, length), _without_middle(row.spoken, head, length), cut=True)
+
+    def rows(self, context: Sequence[Turn], answer: Sequence[Turn], length: int | None = None) -> list[Tokens]:
+        """A context and how it went on, to learn the agent's turns of the answer, which are marked as spoken.
+
+        It is one row where the template writes an earlier answer as it wrote it when that was the last. Where it
+        does not, each answer has a row of its own: it has to be learned as it is asked for.
+
+        Args:
+            length: at most so many tokens a row; older turns are left out, of a long answer the end.
+        """
+        if answer[-1].speaker == "text":
+            return [self._text_row(context, answer[-1], length).first(length)]
+        spoken = [index for index, turn in enumerate(answer, len(context)) if turn.speaker == "agent"]
+        turns = [*context, *answer][: spoken[-1] + 1]  # nothing after it could be learned
+        rows = self._rows(turns, len(context))
+        if length is None or max(len(row.ids) for row in rows) <= length:
+            return rows
+        if len(rows) == 1:
+            rows = [self._fitted(turns, len(context), length)]
+        else:
+            rows = [self._fitted(turns[: index + 1], index, length) for index in spoken]
+        return [row.first(length) for row in rows]
+
+    def ends(self, context: Sequence[Turn]) -> tuple[int, ...]:
+        """The tokens that end an answer to this context; the first is the one that rows are written with."""
+        if context[-1].speaker == "text":
+            return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
+        return self.end_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without what ends it."""
+        said = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
+        return text.strip()
+
+    def probe(self, speakers: Iterable[Speaker]) -> list[str]:
+        """Try a dialogue with these speakers against the tokenizer's own `apply_chat_template`.
+
+        Returns:
+            What is worth knowing of how answers are written, in words.
+
+        Raises:
+            UserError: the template refuses or leaves out what one of them says, or what a server would send has
+                other tokens.
+        """
+        turns = _probe_turns(set(speakers))
+        self.template.check_written(turns[:-1])
+        messages = self.template.messages(turns)
+        ours, row = self.context(turns[:-1]), self.row(turns[:-1], turns[-1])
+        options: dict[str, Any] = {"tokenize": True, "return_dict": False}
+        sent = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+        if list(sent) != ours:
+            raise UserError(
+                "the tokenizer's chat template gives other tokens than its text has when it is tokenized",
+                where=self.tokenizer.name_or_path,
+                remedy="Use the tokenizer as tokenizer.json, which transformers loads as a fast one.",
+            )
+        whole = list(self.tokenizer.apply_chat_template(messages, **options))
+        if whole[: len(row.ids) - 1] == row.ids[:-1]:
+            return []
+        prompt = self.tokenizer.decode(ours[-3:])
+        return [
+            f"the chat template's prompt ends in {prompt!r}, and a finished dialogue has other tokens there: "
+            "answers are learned and scored after the prompt, as a server asks for them"
+        ]
+
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        return self._tokens.ids(self.template.prompt(turns))
+
+    def _rows(self, turns: Sequence[Turn], first: int) -> list[Tokens]:
+        ends = [index + 1 for index in range(first, len(turns)) if turns[index].speaker == "agent"]
+        return self._tokens.rows([self.template.row(turns[:end]) for end in ends])
+
+    def _fitted(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
+        """The row of the last answer and of what else of the answer is in it."""
+        row = self._rows(turns, first)[-1]
+        if length is None or len(row.ids) <= length:
+            return row
+        kept = newest_turns(turns, first, lambda some, at: len(self._rows(some, at)[-1].ids), length)
+        row = self._rows(*kept)[-1]
+        return Tokens(row.ids, row.spoken, cut=True)
+
+    def _text_row(self, context: Sequence[Turn], answer: Turn, length: int | None) -> Tokens:
+        prompt, said = self._tokens.text_row(_text(context), answer.text)
+        said = [*said, self.eos_id]
+        kept = self._cut_text(prompt, None if length is None else max(1, length - len(said)))
+        row = Tokens.joined(kept, said)
+        return Tokens(row.ids, row.spoken, cut=len(kept) < len(prompt))
+
+    def _cut_text(self, ids: list[int], length: int | None) -> list[int]:
+        """The newest text after what the tokenizer puts before every text."""
+        if length is None or len(ids) <= length:
+            return ids
+        framed = ids[0] in self.tokenizer.all_special_ids
+        return _without_middle(ids, int(framed), length)
+
+    def _find_pad(self) -> int:
+        """A token for padding that no row ends with: masks, not this id, say what is padding."""
+        tokenizer = self.tokenizer
+        ends = {self.end_id, self.eos_id}
+        for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+            if candidate is not None and candidate not in ends:
+                return int(candidate)
+        return next(i for i in range(len(tokenizer)) if i not in ends)
+
+
+def _probe_turns(speakers: set[Speaker]) -> list[Turn]:
+    """Three turns of an agent at most, with everyone who speaks in the data."""
+    turns = [Turn("system", "capybara")] if "system" in speakers else []
+    turns += ASKED
+    if "api" in speakers:
+        turns += [Turn("api", "axolotl"), Turn("agent", "wombat")]
+    return [*turns, Turn("user", "okapi"), Turn("agent", "numbat")]
+
+
+def _without_middle(items: list[_T], head: int, length: int) -> list[_T]:
+    """The first items and the last, together so many."""
+    if len(items) <= length:
+        return items
+    return [*items[:head], *items[len(items) - max(0, length - head) :]][:length]
+
+
+def _text(turns: Sequence[Turn]) -> str:
+    return "".join(turn.text for turn in turns)

@@ -1,0 +1,160 @@
+"""Bases without weights: every shape and size of the real thing, and no memory, for estimates.
+
+Weights are fake tensors, so whatever is computed from them is fake too: it has a shape, a dtype and a count of
+bytes, but no values. Token ids and masks stay real. What code asks of a value (is the loss finite, which token
+was drawn) is answered by `unknown_values`: zeros.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from perl.backbones.base import auto_class, has_own_code
+from perl.roles.roles import Role
+from perl.roles.separate_models import SeparateModels
+from perl.roles.shared_base import SharedBase
+
+LONGEST_ROW = 2**14
+"""Numbers in a row, more than there are positions: a vocabulary, which is compared with every token."""
+
+_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A base of this configuration, of fake weights."""
+    with torch.device("meta"):
+        lm = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
+    lm.tie_weights()
+    _faked(lm)
+    lm._apply = types.MethodType(_stay, lm)
+    assert isinstance(lm, PreTrainedModel)
+    return lm
+
+
+def _stay(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+    """In place of moving or converting weights, which fake tensors refuse."""
+    return module
+
+
+class FakeSharedBase(SharedBase):
+    """Fake adapters on a fake base."""
+
+    _apply = _stay
+
+    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+        with unknown_values():
+            super().__init__(lm, lora)
+
+    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
+        """As on a real base."""
+        with torch.device("meta"):  # peft cannot make adapters of fake tensors
+            super().add(role, copy_of, weights=weights, head=head)
+        _faked(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are."""
+        return torch.device("cpu")
+
+
+class FakeSeparateModels(SeparateModels):
+    """Fake models, one for each role."""
+
+    _apply = _stay
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self._config, self._dtype = lm.config, lm.dtype
+        with unknown_values():
+            super().__init__(lm, lambda: lm)
+
+    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
+        """As with real models."""
+        super().add(role, copy_of, weights=weights, head=head)
+        _faked(self)
+
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        self._models[role] = fake_lm(self._config, self._dtype).requires_grad_(False).eval()
+
+
+def _faked(module: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of all others."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not isinstance(parameter.data, FakeTensor):
+                fake = made.setdefault(id(parameter), nn.Parameter(_like(parameter), parameter.requires_grad))
+                part._parameters[name] = fake
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                part._buffers[name] = _like(buffer)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    with _MODE:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+class _Unknown(TorchFunctionMode):
+    """Answers with zeros where code asks for the value of a fake tensor."""
+
+    ASKS = frozenset(
+        {
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+            torch.Tensor.__bool__,
+            torch.Tensor.__float__,
+            torch.Tensor.__int__,
+        }
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], FakeTensor):
+            if func in self.ASKS:
+                return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
+            if func is torch.allclose:
+                return True
+            if func is torch.multinomial:  # ids have values: they choose rows and columns
+                func(*args, **kwargs)
+                return torch.zeros(args[0].shape[0], args[1], dtype=torch.long)
+        return func(*args, **kwargs)
+
+
+MAKERS = ("empty", "zeros", "ones", "full", "arange")
+
+
+def _fake_maker(name: str) -> Any:
+    """A factory whose float tensors are fake, and vocabularies; token ids, masks and counters stay real."""
+    make = getattr(torch, name)
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        with _MODE:
+            fake: Tensor = make(*args, **kwargs)
+        wanted = (fake.is_floating_point() and fake.dim()) or (name == "arange" and fake.numel() > LONGEST_ROW)
+        if wanted and fake.device.type != "meta":
+            return fake
+        result: Tensor = make(*args, **kwargs)
+        return result
+
+    return made
+
+
+@contextlib.contextmanager
+def unknown_values() -> Iterator[None]:
+    """Inside, new float tensors are fake, and code that asks for the values of fake tensors is told zeros."""
+    with contextlib.ExitStack() as stack:
+        for name in MAKERS:  # patched: a function mode does not reach the backward pass of custom functions
+            stack.enter_context(mock.patch.object(torch, name, _fake_maker(name)))
+        stack.enter_context(_Unknown())
+        yield

@@ -1,0 +1,70 @@
+"""4-bit bases, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314): bitsandbytes' NF4.
+
+The weights of the blocks' linear layers are 16 values in blocks of 64, each block with an fp32 scale of its own;
+embeddings, norms and the output embedding stay as they are. A product computes in the base's dtype, on weights
+that are written out in it for as long as it takes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perl.errors import UserError
+
+
+def four_bit_config(dtype: torch.dtype) -> Any:
+    """How transformers is told to load a base in 4 bits.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "4-bit weights need bitsandbytes, which is not installed",
+            where="base.quantization",
+            remedy="pip install 'perl-rlhf[4bit]', or set base.quantization: none.",
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def keep_layout(lm: nn.Module) -> None:
+    """Keep bitsandbytes from packing the weights anew for inference, which it does to layers in eval mode on CPUs
+    with AVX-512 bf16: through the packed ones no gradient flows, without a word, and their bytes are others.
+    """
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+@contextlib.contextmanager
+def hide_quantization(lm: nn.Module) -> Iterator[None]:
+    """Inside, libraries take a 4-bit base for any frozen model. Told what it is, transformers' Trainer refuses to
+    train, not knowing our adapters, and TRL's rounds the adapters to bf16.
+    """
+    told = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
+    vars(lm).update(dict.fromkeys(told, False))
+    try:
+        yield
+    finally:
+        vars(lm).update(told)
+
+
+def scales(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What belongs to 4-bit weights and is neither parameter nor buffer: scales and the 16 values, by name."""
+    for name, parameter in lm.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from ((f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items())
+
+
+def weights_of(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for: two a byte in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

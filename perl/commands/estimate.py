@@ -1,0 +1,238 @@
+"""`estimate`: will it fit, and if not, what would make it fit."""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from perl.commands.compare import TUNINGS, variant
+from perl.errors import UserError
+from perl.measure.ledger import memory_as_json
+from perl.measure.probe import Kind
+from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
+from perl.recipe import Recipe, StageName
+from perl.report.numbers import bytes_text
+from perl.stages.material import quiet_libraries
+from perl.system.files import write_metrics
+from perl.system.progress import console, track
+
+UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+SHORT: dict[Kind, str] = {
+    "base_weights": "base",
+    "adapters": "adapters",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "kv_cache": "KV",
+    "activations": "activ",
+}
+SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
+"""What ZeRO-3 and FSDP spread over the devices."""
+
+Prediction = dict[StageName, Memory]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe to predict, and what to call it."""
+
+    label: str
+    recipe: Recipe
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from text such as 24GB, 80GiB or 1.5e9; GB is 10⁹, GiB 2³⁰.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    try:
+        size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 1 <= size < 2**60:
+        raise UserError(f"{text!r} is no size", where="--device-memory", remedy="For example 24GB or 80GiB.")
+    return int(size)
+
+
+def estimate(recipe: Recipe, device_memory: int | None, devices: int, json_file: Path | None) -> None:
+    """Print the predicted peak of every stage under both tunings, and what would make the recipe fit.
+
+    Args:
+        device_memory: bytes of one device; None: no question of fitting.
+        devices: over how many the weights are sharded (ZeRO-3 or FSDP).
+        json_file: where the predictions go as JSON.
+
+    Raises:
+        UserError: what of the recipe, the data or the base cannot be used.
+    """
+    subject = read_subject(recipe)
+    cases = [Case(tuning, variant(recipe, tuning, recipe.seed)) for tuning in TUNINGS if _possible(recipe, tuning)]
+    predictions = _predict_all(cases, subject, devices)
+    for case, prediction in zip(cases, predictions, strict=True):
+        console.print(_table(case, prediction, devices, device_memory))
+    own = next(p for case, p in zip(cases, predictions, strict=True) if case.label == recipe.tuning)
+    found: dict[str, Any] = {case.label: _as_json(p) for case, p in zip(cases, predictions, strict=True)}
+    if device_memory is not None:
+        found["fits"] = _peak(own) <= device_memory
+        _say_whether_it_fits(recipe, own, device_memory)
+        if not found["fits"]:
+            found["changes"] = _changes(recipe, subject, devices, device_memory)
+    if json_file is not None:
+        write_metrics(json_file, {"name": recipe.name, "devices": devices, **found})
+
+
+def _possible(recipe: Recipe, tuning: str) -> bool:
+    return tuning == "lora" or recipe.base.quantization == "none"
+
+
+def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[Prediction]:
+    """In processes side by side: each is most of a minute of Python, not of arithmetic."""
+    workers = min(len(cases), os.cpu_count() or 1)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([predict.__module__])  # what takes long to import, once for all
+    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
+        futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
+        for _ in as_completed(futures):
+            bar()
+        return [future.result() for future in futures]
+
+
+def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+    try:
+        return _predict(recipe, subject, devices)
+    except UserError:
+        raise
+    except Exception as error:  # some of torch's cannot be sent from one process to another
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _predict(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+    quiet_libraries()
+    torch.set_num_threads(1)
+    if devices == 1:
+        return predict(recipe, subject)
+    prediction = predict(_share(recipe, devices), subject)
+    size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
+    # Two blocks are gathered at a time, the one that computes and the next; what is outside the blocks always is.
+    gathered = 2 * size.block + size.outside
+    return {stage: _sharded(memory, devices, gathered) for stage, memory in prediction.items()}
+
+
+def _share(recipe: Recipe, devices: int) -> Recipe:
+    """One device's part of every batch."""
+    content = recipe.model_dump()
+    for stage, keys in {"sft": ["batch_size"], "reward": ["batch_size"], "rl": ["prompts_per_step"]}.items():
+        for key in keys if content[stage] else []:
+            content[stage][key] = -(-content[stage][key] // devices)
+    if content["rl"]:
+        content["rl"]["micro_batch_size"] = min(
+            content["rl"]["micro_batch_size"],
+            content["rl"]["prompts_per_step"] * content["rl"]["samples_per_prompt"],
+        )
+    return Recipe.model_validate(content)
+
+
+def _sharded(memory: Memory, devices: int, gathered: int) -> Memory:
+    spread: Memory = {}
+    for phase, peak in memory.items():
+        less = {
+            kind: -peak.kinds[kind] * (1 - 1 / devices) for kind in SHORT if kind in SHARDED and kind in peak.kinds
+        }
+        spread |= changed({phase: peak}, less | {"activations": gathered})
+    return spread
+
+
+def _changes(recipe: Recipe, subject: Subject, devices: int, device_memory: int) -> dict[str, Any]:
+    """Settings that need less memory, each alone and then together, as predicted; printed and returned."""
+    cases = _alternatives(recipe)
+    predictions = _predict_all(cases, subject, devices)
+    table = Table("change", "peak", "fits", title="What would need less")
+    found = {}
+    for case, prediction in zip(cases, predictions, strict=True):
+        peak = _peak(prediction)
+        table.add_row(case.label, bytes_text(peak), "yes" if peak <= device_memory else "no")
+        found[case.label] = {"peak": peak, "fits": peak <= device_memory}
+    console.print(table)
+    return found
+
+
+def _alternatives(recipe: Recipe) -> list[Case]:
+    settings: list[list[str]] = []
+    if not recipe.checkpoint_activations:
+        settings.append(["checkpoint_activations=true"])
+    smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]
+    smaller += ["rl.micro_batch_size=1"] if recipe.rl is not None else []
+    settings.append(smaller)
+    if recipe.tuning == "full":
+        settings.append(["tuning=lora"])
+    elif recipe.lora.layers == "all":
+        settings.append(["lora.layers=top-half"])
+    if recipe.rl is not None and recipe.critic == "adapter" and recipe.tuning == "lora":
+        settings.append(["rl.critic=shared"])
+    if recipe.base.quantization == "none" and recipe.base.build is None:
+        settings.append(["base.quantization=4bit", *(["tuning=lora"] if recipe.tuning == "full" else [])])
+    together = list(dict.fromkeys(setting for group in settings for setting in group))
+    return [Case(" ".join(group), _with(recipe, group)) for group in [*settings, together]]
+
+
+def _with(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    content = recipe.model_dump()
+    if "tuning=lora" in settings and recipe.tuning == "full" and content["rl"]:
+        content["rl"]["critic"] = None  # the default of the other tuning
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        *parents, last = key.split(".")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[last] = {"true": True, "1": 1}.get(value, value)
+    return Recipe.model_validate(content)
+
+
+def _peak(prediction: Prediction) -> int:
+    return max(phase.peak for memory in prediction.values() for phase in memory.values())
+
+
+def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) -> None:
+    peak, room = _peak(own), bytes_text(device_memory)
+    stage = max(own, key=lambda name: max(phase.peak for phase in own[name].values()))
+    verdict = "[green]It fits[/]" if peak <= device_memory else "[red]It does not fit[/]"
+    console.print(
+        f"{verdict}: {recipe.name} ({recipe.tuning}) needs {bytes_text(peak)} of {room}, most of all in {stage}. "
+        "These are the bytes of live tensors; the CUDA context and fragmentation take about 1 GB more."
+    )
+
+
+def _table(case: Case, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
+    where = f", each of {devices} devices (ZeRO-3 or FSDP)" if devices > 1 else ""
+    table = Table(title=f"{case.label}{where}", padding=(0, 1, 0, 0))
+    for column in ("stage", "phase", "peak", *SHORT.values()):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "phase") else "right")
+    for stage, memory in prediction.items():
+        for phase, peak in memory.items():
+            too_much = device_memory is not None and peak.peak > device_memory
+            cells = [bytes_text(peak.kinds[kind]) if kind in peak.kinds else "" for kind in SHORT]
+            table.add_row(stage, phase, bytes_text(peak.peak), *cells, style="red" if too_much else None)
+    return table
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    return {stage: memory_as_json(memory) for stage, memory in prediction.items()}

@@ -1,0 +1,179 @@
+"""`sweep`: one reward model for each rank and placement of its adapters, and under full tuning, over seeds.
+
+The table is that of PERL's Table 2 (arXiv 2403.10704): what the reward model loses at a lower rank. The paper puts
+adapters on attention projections; the other placement is all linear layers. α is the recipe's at every rank: with
+the adapter's output scaled by α/r, one learning rate then suits all ranks (Schulman et al. 2025, "LoRA Without
+Regret").
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rich.table import Table
+
+from perl.adapters.lora import without_adapters
+from perl.commands.compare import variant
+from perl.commands.run import run
+from perl.errors import UserError
+from perl.recipe import Recipe
+from perl.report import sweep as page
+from perl.report.runs import read_runs
+from perl.runs.folder import RunFolder
+from perl.stages.material import read_material
+from perl.stages.session import adapter_shape
+from perl.system.files import user_named, write_metrics
+from perl.system.progress import console
+
+TARGETS = ("attention", "all-linear")
+T = TypeVar("T", str, int)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: adapters of one rank in one place, or full tuning (both None)."""
+
+    targets: str | None = None
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in attention-r4, or full."""
+        return "full" if self.targets is None else f"{self.targets}-r{self.rank}"
+
+    def recipe(self, recipe: Recipe, seed: int) -> Recipe:
+        """The reward stage alone, with this setting."""
+        alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
+        if self.targets is None:
+            return variant(alone, "full", seed)
+        lora = recipe.lora.model_dump() | {"targets": self.targets, "rank": self.rank}
+        return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One setting with one seed."""
+
+    setting: Setting
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether its folder holds the whole run."""
+        return (self.folder / "report.json").exists()
+
+    def say(self) -> None:
+        """What is run now."""
+        console.print(f"[bold]{self.setting.name}, seed {self.recipe.seed}[/] in {self.folder}")
+
+
+def sweep(
+    recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
+) -> None:
+    """Train and judge every reward model that is not finished, print the table, write the page and sweep.json.
+
+    All run in this process; data and base are read once a seed, and once more for full tuning, which changes it.
+
+    Args:
+        recipe: with the settings for LoRA, and a section reward; other stages are left out.
+        out: the folder of all the runs, of the page and of sweep.json.
+        ranks: of the adapters.
+        targets: where they are, of `TARGETS`.
+        seeds: of every setting.
+        full: whether full tuning is among the settings.
+
+    Raises:
+        UserError: as `perl-rlhf run`, or what is asked for makes no sense; nothing has been trained then.
+    """
+    _check(recipe, ranks, targets, seeds, full)
+    settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
+    runs = {
+        seed: [_Run(setting, setting.recipe(recipe, seed), out / f"{setting.name}-{seed}") for setting in settings]
+        for seed in seeds
+    }
+    for one in (one for of_seed in runs.values() for one in of_seed):
+        RunFolder(one.folder).check(one.recipe)
+    for of_seed in runs.values():
+        waiting = [one for one in of_seed if not one.finished]
+        _run_adapters([one for one in waiting if one.setting.targets is not None])
+        for one in waiting:
+            if one.setting.targets is None:
+                one.say()
+                run(one.recipe, one.folder)
+    cells = [
+        page.Cell(setting.targets, setting.rank, tuple(read_runs(out / f"{setting.name}-{s}" for s in seeds)))
+        for setting in settings
+    ]
+    found = page.Sweep(recipe.name, tuple(cells))
+    console.print(_table(found))
+    write_metrics(out / "sweep.json", found.as_json())
+    with user_named(out):
+        file = page.write_sweep(found, out / "report.html")
+    console.print(f"Written: {file}, sweep.json beside it, and the runs in {out}/")
+
+
+def parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """Reads `1,2,4`.
+
+    Raises:
+        UserError: an entry is not of this kind, or there twice.
+    """
+    found: list[T] = []
+    for entry in text.split(","):
+        try:
+            value = kind(entry.strip())
+        except ValueError:
+            raise UserError(f"{entry!r} is not a number", where=option, remedy="For example 1,2,4.") from None
+        if value in found:
+            raise UserError(f"{value} is there twice", where=option, remedy="Name each once.")
+        found.append(value)
+    return found
+
+
+def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool) -> None:
+    if recipe.reward is None:
+        raise UserError(
+            "the recipe has no section reward", where=f"recipe {recipe.name}", remedy="Add `reward: {}` to it."
+        )
+    if recipe.tuning == "full":
+        remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
+        raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
+    if full and recipe.base.quantization != "none":
+        what = "full tuning cannot train 4-bit weights"
+        raise UserError(what, where="base.quantization", remedy="Leave full tuning out: --no-full.")
+    for option, numbers, least in (("--ranks", ranks, 1), ("--seeds", seeds, 0)):
+        if wrong := [number for number in numbers if number < least]:
+            raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
+    if unknown := [place for place in targets if place not in TARGETS]:
+        raise UserError(
+            f"{unknown[0]!r} is none of {', '.join(TARGETS)}", where="--targets", remedy="Choose from them."
+        )
+
+
+def _run_adapters(runs: Sequence[_Run]) -> None:
+    """Runs of one seed, on one base: each leaves it as it found it."""
+    if not runs:
+        return
+    material = read_material(runs[0].recipe)
+    for one in runs:
+        adapter_shape(one.recipe, material.lm)  # that each fits the base is known before any is trained
+    for one in runs:
+        one.say()
+        run(one.recipe, one.folder, material=material)
+        without_adapters(material.lm)
+
+
+def _table(found: page.Sweep) -> Table:
+    """What a terminal has room for; the page has the other metrics."""
+    left_out = {page.QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
+    columns = {name: text for name, text in found.columns.items() if name not in left_out}
+    table = Table(
+        title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)
+    )
+    for name in columns:
+        table.add_column(name)
+    for cell in found.cells:
+        table.add_row(*(text(cell) for text in columns.values()))
+    return table

@@ -1,1 +1,0 @@
-"""The one shared base and the roles on it."""

@@ -1,0 +1,1 @@
+"""What watches that RL learns, and learns what it should."""

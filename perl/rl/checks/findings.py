@@ -1,0 +1,62 @@
+"""What the checks of RL find: measured values with their limits, and the error that a failed check raises."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from perl.errors import UserError
+from perl.results import Check
+from perl.system.progress import console
+
+CLOSE_LOG_PROBS = {"float32": 1e-3, "bfloat16": 0.04, "float16": 0.01}
+"""Nats a token that log-probs may lie apart on average, that are the same by arithmetic; by the base's dtype.
+Twice what rounding does to a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
+
+
+class PreflightError(UserError):
+    """The recipe is right, but what it put together does not fit."""
+
+    status = 1
+
+
+@dataclass(frozen=True)
+class Finding(Check):
+    """One check, and why it failed."""
+
+    looks_like: str = ""
+    """Where it failed: the likeliest of the usual causes, by the evidence."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is a number within its limit."""
+        return self.figure <= self.limit
+
+
+def require(findings: Iterable[Finding], when: str, where: str, quiet: bool = False) -> list[Check]:
+    """Go through checks, a line each on the console; return what was found.
+
+    Args:
+        findings: evaluated one by one, all of them.
+        when: for the message, such as "before the first update".
+        where: the run folder.
+        quiet: print only those that failed.
+
+    Raises:
+        PreflightError: a check failed; it names the first, its likely cause, and which others failed.
+    """
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not (quiet and finding.passed):
+            mark = "[green]✓[/]" if finding.passed else "[red]✗[/]"
+            limit = f"at most {finding.limit:.2g}"
+            console.print(f"{mark} Preflight: {finding.words}: {finding.figure:.2g} ({limit})")
+    failed = [finding for finding in found if not finding.passed]
+    if failed:
+        first = failed[0]
+        others = f" Also failed: {', '.join(finding.name for finding in failed[1:])}." if failed[1:] else ""
+        raise PreflightError(
+            f"preflight failed {when}: {first.words} is {first.figure:.3g}, at most {first.limit:.3g}.{others}",
+            where=where,
+            remedy=f"It looks like this: {first.looks_like}",
+        )
+    return [Check(one.name, one.words, one.figure, one.limit) for one in found]

@@ -1,0 +1,114 @@
+"""What the guards of RL read besides the rollouts, and what their alarms lead to.
+
+A run that a guard stopped has done what it was asked to: its last good policy is evaluated and saved as any other,
+so that the exit status is 0. That it was stopped is said on the console, in the report and on its page.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from perl.results import Incident
+from perl.rl.checks.alarms import Alarm
+from perl.rl.checks.findings import CLOSE_LOG_PROBS
+from perl.rl.checks.guard_state import WINDOW, Limits
+from perl.rl.checks.guards import Guard, last_good
+from perl.rl.rewards.sources import RewardSource
+from perl.rl.rollout import EncodedPrompts
+from perl.rl.rollouts import everyones, roll_out
+from perl.rl.samplers.local import Sampling
+from perl.roles.roles import Role
+from perl.stages.session import Session
+from perl.system.progress import console
+from perl.system.seeds import derived_seed
+
+CHECKS = 10
+"""How often in a run the check is looked at."""
+FEWEST_STEPS = 10
+"""From one look to the next, however short the run."""
+FEWEST, MOST = 8, 64
+"""Held-out prompts of a check; of fewer nothing could be said."""
+
+
+class Guarding:
+    """The guard of one run.
+
+    Args:
+        prompts: held out.
+        learning_rate: the full one, of adapters or whole models.
+        penalized: whether completions without an end are.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        reward: RewardSource,
+        sampling: Sampling,
+        prompts: EncodedPrompts,
+        learning_rate: float,
+        penalized: bool,
+    ) -> None:
+        settings = session.recipe.rl
+        assert settings is not None
+        self._session, self._reward, self._sampling = session, reward, sampling
+        self._prompts = prompts.take(range(min(len(prompts), MOST, max(FEWEST, settings.prompts_per_step))))
+        self._mode = "off" if session.trial is not None else settings.guard
+        self._check_every = max(FEWEST_STEPS, -(-settings.steps // CHECKS))
+        limits = Limits(
+            kl=settings.kl_limit,
+            check_every=self._check_every,
+            penalized=penalized,
+            mismatch=CLOSE_LOG_PROBS[session.recipe.base.dtype],
+            learning_rate=learning_rate,
+        )
+        self.guard = Guard(limits)
+
+    def check(self, step: int) -> dict[str, float]:
+        """From time to time, the reward of the policy's answers to held-out prompts; the same draws each time.
+
+        For sources without a gold judge: where there is one it is asked about every rollout, at no cost. It cannot
+        see that the reward itself is wrong, only that what was learned on the training prompts fails on others.
+        """
+        judged = self._session.train.judge is not None
+        if self._mode == "off" or judged or step % self._check_every or len(self._prompts) < FEWEST:
+            return {}
+        session, prompts = self._session, self._prompts
+        session.roles.eval()
+        generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "check", 0))
+        mine = roll_out(session, self._reward, Role.POLICY, prompts, self._sampling, generator)
+        rewards = everyones(session, prompts, mine).answers.rewards_B.tolist()
+        error = statistics.stdev(rewards) / len(rewards) ** 0.5
+        return {"held_out": statistics.fmean(rewards), "held_out_error": error}
+
+    def alarms(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
+        """Read a step's metrics and say what has gone wrong; those alarms for which the run is to stop."""
+        if self._mode == "off":
+            return []
+        new = self.guard.check(step, metrics)
+        for alarm in new:
+            console.print(f"[yellow]Step {alarm.step}[/]: {alarm.what}. {alarm.causes} {alarm.remedy}")
+        return [alarm for alarm in new if alarm.grave and self._mode == "stop"]
+
+    def worth_keeping(self, step: int, steps: Sequence[int]) -> set[int]:
+        """Of the steps that have checkpoints, those that the run may have to go back to.
+
+        Args:
+            step: the one that is checkpointed now: trouble that shows next may have begun a window before.
+        """
+        needed = {*self.guard.needed, max(0, step - WINDOW)}
+        return {last_good(good_until, steps) for good_until in needed} if steps else set()
+
+    def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
+        """All alarms for the report, each with what it led to.
+
+        Args:
+            stopped_by: the alarms that ended the run.
+            remains: the updates that the policy which remains has seen.
+        """
+        return [
+            Incident(**vars(alarm), action="stopped", remains=remains)
+            if alarm in stopped_by
+            else Incident(**vars(alarm), action="warned")
+            for alarm in self.guard.alarms
+        ]

@@ -1,0 +1,262 @@
+"""Whether training acts at all: what the optimizer holds, and what the first updates changed.
+
+A run whose updates reach nobody looks like one that learns slowly: it ends with status 0 and a policy that is its
+reference. So the first updates are looked at, tensor by tensor. It happens once in a process, and not in trials.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perl.results import Check
+from perl.rl.checks.findings import Finding, require
+from perl.rl.checks.movement import at_the_end, first_rows, policy_movement
+from perl.rl.checks.preflight import preflight
+from perl.rl.checks.tracking import against_the_reference, moves_alike, rounding_noise
+from perl.rl.loop import Loop
+from perl.rl.rollouts import Rollout
+from perl.rl.samplers.local import Samples
+from perl.roles.fingerprint import Fingerprint, changed, fingerprint
+from perl.roles.roles import Role, Roles
+from perl.roles.shared_base import SharedBase
+from perl.runs import snapshot
+from perl.system.typed_json import as_json
+
+LOOKED_AT = 2
+"""Updates that are looked at: a critic's adapter first learns in the second, as its head begins at zero."""
+LOOK_AGAIN = 5
+"""The policy's movement is measured after the first update, and again after this share of the steps."""
+FEWEST_STEPS = 10
+"""Or after so many steps, if that is later."""
+
+
+def optimizer_holds_what_learns(roles: Roles, learners: Sequence[Role], optimizer: Any) -> Iterator[Finding]:
+    """The optimizer has exactly the parameters of the roles that learn, and these take gradients.
+
+    Under an engine that works on flat copies, too: its groups hold the parameters that it copies to.
+    """
+    wanted = snapshot.trained_state(roles, learners)
+    held = [one for group in snapshot.unwrapped(optimizer).param_groups for one in group["params"]]
+    ids, learning = {id(one) for one in held}, {id(one) for one in wanted.values()}
+    known = {id(parameter): name for name, parameter in roles.named_parameters()}
+    missing = [name for name, parameter in wanted.items() if id(parameter) not in ids]
+    foreign = [known.get(one, "a tensor of no role, a copy perhaps") for one in ids - learning]
+    frozen = [name for name, parameter in wanted.items() if not parameter.requires_grad]
+    yield Finding(
+        "optimizer holds what learns",
+        "trainable parameters that are not in the optimizer",
+        len(missing),
+        0.0,
+        f"the optimizer was not given {_some(missing)}, but {_some(foreign) or 'nothing'} instead. This is a bug.",
+    )
+    yield Finding(
+        "optimizer holds nothing else",
+        "tensors in the optimizer that are not to be trained, or are there twice",
+        len(foreign) + len(held) - len(ids),
+        0.0,
+        f"the optimizer also trains {_some(foreign) or 'a parameter twice'}. This is a bug.",
+    )
+    yield Finding(
+        "takes gradients",
+        "trainable parameters that take no gradients",
+        len(frozen),
+        0.0,
+        f"the adapter is not trained: {_some(frozen)} does not require gradients. This is a bug.",
+    )
+
+
+class Liveness:
+    """Looks at the first updates that this process makes.
+
+    Args:
+        initial_eval: found before the first step, and here after the first update: part of the checkpoints.
+
+    Raises:
+        PreflightError: the optimizer does not hold what is to learn.
+    """
+
+    def __init__(self, loop: Loop, initial_eval: dict[str, Any]) -> None:
+        self._loop, self._opening = loop, initial_eval
+        self._updates = LOOKED_AT if loop.session.trial is not None else 0
+        self._look_again = max(FEWEST_STEPS, loop.settings.steps // LOOK_AGAIN)
+        self._samples: Samples | None = None
+        """Of the last rollout."""
+        self._checks: list[Finding] = []
+        """Of the last update."""
+        if loop.session.trial is None:
+            roles, optimizer = loop.session.roles, loop.optimizer
+            self._require(optimizer_holds_what_learns(roles, loop.learners, optimizer), "before the first update")
+
+    def watch(self, everyone: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Make an update from a rollout that carries a signal, and look at what it changes.
+
+        Args:
+            everyone: the rollout of all processes: all look at the same completions.
+            update: returns the step's metrics.
+
+        Raises:
+            PreflightError: the rollout was not sampled by the policy.
+        """
+        if self._loop.session.trial is not None:
+            return update()
+        self._samples = first_rows(everyone.answers.samples)
+        if self._updates >= LOOKED_AT or self._loop.rate_shares[self._loop.step] == 0:
+            return update()
+        if self._updates:
+            self._require(self._sampled_by_the_policy(self._samples), "before the second update")
+        roles, learners = self._loop.session.roles, self._loop.learners
+        learning = snapshot.trained_state(roles, learners)
+        frozen = snapshot.trained_state(roles, [role for role in roles.roles if role not in learners])
+        before, untouched = fingerprint(learning), fingerprint(frozen)
+        with _gradients(learning) as gradients, _dropout(roles) as dropout:
+            losses = update()
+        if not losses.get("refused"):
+            self._updates += 1
+            self._checks = [
+                *_nothing_dropped(dropout),
+                *self._learned(before, gradients),
+                _frozen_unchanged(changed(untouched, frozen)),
+            ]
+        return losses
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """What has to be so after the first updates; the policy's movement, where it is measured.
+
+        Args:
+            step: counted from 1.
+
+        Raises:
+            PreflightError: the update did not do what it should, or the sampler does not follow the policy.
+        """
+        loop, first = self._loop, False
+        if self._checks:
+            name = "first" if self._updates == 1 else "second"
+            found = self._require(self._checks, f"after the {name} update")
+            self._checks = []
+            if self._updates == 1:
+                found += preflight(loop.session, loop.reward, loop.sampling, loop.prompts, again=True)
+                first = "liveness" not in self._opening
+                self._opening.setdefault("liveness", as_json(found))
+        if self._samples is None or loop.settings.guard == "off" or not (first or step == self._look_again):
+            return {}
+        moved = policy_movement(loop.session, self._samples)
+        return {"movement": moved, "movement_at_the_end": at_the_end(moved, loop.rate_shares, step)}
+
+    def _require(self, findings: Sequence[Finding] | Iterator[Finding], when: str) -> list[Check]:
+        return require(findings, when, str(self._loop.session.folder.path), quiet=True)
+
+    def _sampled_by_the_policy(self, samples: Samples) -> Iterator[Finding]:
+        """The rollout's own log-probs moved as the policy's did in the first update."""
+        policy = against_the_reference(self._loop.session, samples)
+        words = "what the rollout's log-probs miss of the policy's first movement, as a share"
+        noise = rounding_noise(self._loop.session, samples)
+        yield from moves_alike("rollout by the policy", words, policy, noise)
+
+    def _learned(self, before: Fingerprint, gradients: dict[str, Tensor]) -> Iterator[Finding]:
+        """Each role that learns has changed: its weights in at least one module, and its head."""
+        roles, loop = self._loop.session.roles, self._loop
+        unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, loop.learners)))
+        for role in loop.learners:
+            weights = [f"{role}.{name}" for name in roles.weights(role)]
+            heads = [name for name in before if name.startswith(f"{role}.") and name not in weights]
+            if weights and (role is not Role.CRITIC or self._updates > 1):
+                modules = {_module(name) for name in weights}
+                still = modules - {_module(name) for name in weights if name not in unchanged}
+                words = f"modules of the {role} that are as they were"
+                cause = self._why_unchanged(weights, gradients)
+                yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
+            if heads:
+                words = f"tensors of the {role}'s head that are as they were"
+                still_there = len(unchanged & set(heads))
+                yield Finding(
+                    f"{role}'s head learns", words, still_there, 0, self._why_unchanged(heads, gradients)
+                )
+        if isinstance(roles, SharedBase):
+            yield _all_ranks_learn(roles)
+
+    def _why_unchanged(self, names: Sequence[str], gradients: dict[str, Tensor]) -> str:
+        largest = max((float(gradients[name]) for name in names if name in gradients), default=None)
+        rate = self._loop.rates[0] * self._loop.rate_shares[self._loop.step]
+        if largest is None:
+            return "the adapter or head is not trained: no gradient reached it. This is a bug."
+        if largest == 0:
+            return "the adapter or head is not trained: its gradient is zero everywhere. This is a bug."
+        return (
+            f"there is a gradient (largest element {largest:.1g}), and the update at learning rate {rate:.1g} is "
+            "lost: the rate is too small for the weights' precision (raise rl.learning_rate), or the optimizer "
+            "works on copies."
+        )
+
+
+def _all_ranks_learn(roles: SharedBase) -> Finding:
+    """Each rank of the policy's B differs from what it began as in at least one module."""
+    weights, starts = roles.weights(Role.POLICY), roles.weights(roles.reference)
+    moved_R: Tensor | None = None
+    for name, b_OR in weights.items():
+        if "lora_B" in name and b_OR.dim() == 2 and b_OR.shape[1] == roles.lora.r:
+            same_OR = b_OR == starts[name] if name in starts else b_OR == 0
+            here_R = ~same_OR.all(0)
+            moved_R = here_R if moved_R is None else moved_R | here_R
+    still = 0 if moved_R is None else int((~moved_R).sum())
+    cause = "the rank is truncated: part of the adapter's factors takes part in nothing. This is a bug."
+    return Finding("all ranks learn", "ranks of the policy's adapter that are as they were", still, 0.0, cause)
+
+
+def _frozen_unchanged(names: list[str]) -> Finding:
+    cause = f"a frozen role was trained, or written over: {_some(names)}. This is a bug."
+    return Finding("frozen roles unchanged", "tensors of frozen roles that have changed", len(names), 0.0, cause)
+
+
+def _nothing_dropped(modules: set[str]) -> Iterator[Finding]:
+    cause = f"dropout is on in the update: {_some(sorted(modules))}. This is a bug."
+    yield Finding("no dropout in the update", "dropout modules in training mode", len(modules), 0.0, cause)
+
+
+@contextlib.contextmanager
+def _gradients(learning: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the largest gradient of each parameter is noted as it comes; those that get none are left out."""
+    largest: dict[str, Tensor] = {}
+    hooks = []
+    for name, parameter in learning.items():
+
+        def note(got: Tensor, name: str = name) -> None:
+            assert got.grad is not None
+            largest[name] = got.grad.detach().abs().max()
+
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _dropout(roles: Roles) -> Iterator[set[str]]:
+    """Inside, the dropout modules are noted that are on while something is computed to be learned from."""
+    modules = {name: module for name, module in roles.named_modules() if isinstance(module, nn.Dropout)}
+    on: set[str] = set()
+
+    def note(*_: object) -> None:
+        if torch.is_grad_enabled():
+            on.update(name for name, module in modules.items() if module.training and module.p > 0)
+
+    hook = roles.register_forward_pre_hook(note)
+    try:
+        yield on
+    finally:
+        hook.remove()
+
+
+def _module(name: str) -> str:
+    """The adapted module of an adapter's tensor; of a whole model's, the tensor itself."""
+    return name.partition(".lora_")[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}" if names else ""

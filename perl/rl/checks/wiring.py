@@ -1,0 +1,202 @@
+"""Who computes with whose parameters: each role's are perturbed in turn, and what every role says is read again.
+
+Before the first update of a recipe with RL alone all roles equal the base, so that roles that are mixed up say the
+same. Under perturbation they do not.
+
+Axis letters: N tokens, I inputs and O outputs of a layer, R rank.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from perl.rl.checks.findings import Finding
+from perl.rl.checks.perturbation import perturbed
+from perl.rl.checks.tracking import gap, log_probs
+from perl.rl.rewards.sources import RewardModel, RewardSource
+from perl.rl.rollout import read_answers
+from perl.rl.samplers.local import Samples
+from perl.roles.roles import Role, Roles
+from perl.roles.shared_base import SharedBase
+from perl.stages.session import Session
+
+SIZE = 0.5
+"""Of the perturbation; see `perturbed`."""
+LEAK = 0.02
+"""Share of a role's movement under its own perturbation that it may show under another's."""
+TOKENS = 4
+"""Rows of noise that each layer is tried on."""
+DEVIATION = 0.05
+"""Of an adapter's output from s B A x, as a share of it, beside what rounding explains."""
+
+
+def base_unchanged(session: Session) -> Finding:
+    """The base's weights are the bytes that were loaded."""
+    changed = session.roles.base_changed()
+    cause = f"an adapter was merged into the base, or the base was trained: {_first(changed)}. This is a bug."
+    return Finding("base unchanged", "tensors of the base that are not as loaded", len(changed), 0.0, cause)
+
+
+def dropout_off(session: Session, samples: Samples, noise: float) -> Finding:
+    """Two equal passes say the same, with the policy perturbed so that its adapter matters.
+
+    Args:
+        noise: nats a token that rounding makes of a pass.
+    """
+    with perturbed(session.roles.parameters_of(Role.POLICY), SIZE):
+        once, again = (log_probs(session, Role.POLICY, samples) for _ in range(2))
+    figure = gap(once, again, samples)
+    cause = "dropout is on: something was left in training mode. This is a bug."
+    words = "two equal passes of the policy, mean difference a token"
+    return Finding("dropout off", words, figure, max(1e-4, 2 * noise), cause)
+
+
+def roles_apart(session: Session, reward: RewardSource, samples: Samples) -> Finding:
+    """Each role computes with its own weights and head, and with nobody else's."""
+    roles = session.roles
+    wrong = []
+    head = roles.parameters_of(Role.CRITIC) if Role.CRITIC in roles.heads else []
+    with perturbed(head, SIZE):  # a new head gives 0, whatever it reads
+        before = _readings(session, reward, samples)
+        noise = _moved(before, _readings(session, reward, samples))
+        own: dict[Role, float] = {}
+        seen: list[tuple[Role, str, dict[Role, float]]] = []
+        for role, part, parameters in _parts(roles, before):
+            with perturbed(parameters, SIZE):
+                moved = _moved(before, _readings(session, reward, samples))
+            own[role] = max(own.get(role, 0.0), moved[role])
+            seen.append((role, part, moved))
+    for role, part, moved in seen:
+        if moved[role] <= 10 * noise[role]:
+            lost = "its head is lost" if part == "head" else "it computes as another role, or as the base"
+            wrong.append(f"the {role} does not depend on its own {part}: {lost}")
+        for other, by in moved.items():
+            shared = role is Role.POLICY and other is Role.CRITIC and not roles.weights(other)
+            if other is not role and not shared and by > max(10 * noise[other], LEAK * own.get(other, own[role])):
+                wrong.append(f"the {other} computes with the {part} of the {role}: a wrong role")
+    cause = f"{'; '.join(wrong)}. This is a bug."
+    return Finding(
+        "roles apart", "roles that compute with what is not theirs, or not with theirs", len(wrong), 0, cause
+    )
+
+
+def _parts(roles: Roles, readings: dict[Role, Tensor]) -> Iterator[tuple[Role, str, list[nn.Parameter]]]:
+    """The weights and heads of the roles that say something."""
+    for role in readings:
+        if weights := list(roles.weights(role).values()):
+            yield role, "weights", weights
+        if role in roles.heads:
+            yield role, "head", list(roles.heads[role].parameters())
+
+
+def _readings(session: Session, reward: RewardSource, samples: Samples) -> dict[Role, Tensor]:
+    """What each role says of the same completions: log-probs, rewards before scaling, values."""
+    roles = session.roles
+    said = {role: log_probs(session, role, samples) for role in (Role.POLICY, roles.reference)}
+    if isinstance(reward, RewardModel):
+        said[Role.REWARD] = torch.tensor(reward.scores(samples))
+    if Role.CRITIC in roles.heads:
+        assert session.recipe.rl is not None
+        reader = Role.CRITIC if roles.weights(Role.CRITIC) else Role.POLICY
+        at_once = session.recipe.rl.micro_batch_size
+        _, values_BT = read_answers(roles, reader, samples, at_once, temperature=None, head=Role.CRITIC)
+        assert values_BT is not None
+        said[Role.CRITIC] = values_BT
+    return said
+
+
+def _moved(before: dict[Role, Tensor], after: dict[Role, Tensor]) -> dict[Role, float]:
+    return {role: float((after[role] - said).abs().mean()) for role, said in before.items()}
+
+
+# The adapter of each layer.
+
+
+class _Tried(NamedTuple):
+    """One layer's adapter, tried on noise."""
+
+    layer: str
+    ratio: float
+    """Of what the adapter added to what it should, as a factor."""
+    deviation: float
+    """Of the one from the other, as a share."""
+    rest: float
+    """Of the deviation, what another factor does not explain."""
+    tolerance: float
+    """Of the deviation: rounding of the layer's output included."""
+
+
+def adapters_as_configured(session: Session) -> Iterator[Finding]:
+    """Each layer adds alpha / rank · B A x with the policy's factors of now, in training and in sampling."""
+    roles = session.roles
+    if not isinstance(roles, SharedBase) or session.engine.shards_base or session.engine.hooks_layers:
+        return
+    sampling = roles.sampling(Role.POLICY)
+    for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", sampling)):
+        with perturbed(roles.parameters_of(Role.POLICY), SIZE):
+            tried, active = _try_layers(roles, context, learning=name == "forward pass")
+            wrong = [one for one in tried if not one.deviation <= one.tolerance]
+            again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
+        late = bool(again) and name == "sampler" and all(one.deviation <= one.tolerance for one in again)
+        cause = f"{_why(name, wrong, active, late)} (in {_first([one.layer for one in wrong])}). This is a bug."
+        words = f"layers in which the {name} does not add alpha / rank · B A x of the policy"
+        yield Finding(f"adapter in the {name}", words, len(wrong), 0.0, cause)
+
+
+def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
+    """The likeliest cause, where adapters do not act as they should."""
+    if not wrong:
+        return ""
+    if active != {str(Role.POLICY)}:
+        return f"the {name} computes as a wrong role: {', '.join(sorted(active)) or Role.BASE} instead of policy"
+    if late:
+        return "the sampler's weights are swapped one step late: it computes with those of its previous call"
+    worst = max(wrong, key=lambda one: one.deviation)
+    if abs(worst.ratio) < 0.1 + worst.tolerance:
+        return f"the {name} is stale: it does not see the policy's weights as they are now"
+    if worst.rest <= worst.tolerance:
+        return f"the scale is wrong: the {name} adds {worst.ratio:.2g} times what it should"
+    return (
+        f"the rank is truncated, or the factors are others: the {name} adds {worst.ratio:.2g} times what it should"
+    )
+
+
+@torch.no_grad()
+def _try_layers(
+    roles: SharedBase, context: AbstractContextManager[Any], learning: bool
+) -> tuple[list[_Tried], set[str]]:
+    """Each layer that is a plain product with a LoRA adapter, and which adapters were active."""
+    tried, active = [], set()
+    with context:
+        for name, layer in roles.lora_layers(Role.POLICY).items():
+            base: Any = layer.base_layer
+            if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
+                continue
+            active |= {str(role) for role in layer.active_adapters}
+            tried.append(_try_layer(roles, name, layer, base, learning))
+    return tried, active
+
+
+def _try_layer(roles: SharedBase, name: str, layer: Any, base: Any, learning: bool) -> _Tried:
+    a_RI, b_OR = (factors[Role.POLICY].weight.detach().float() for factors in (layer.lora_A, layer.lora_B))
+    generator = torch.Generator(a_RI.device).manual_seed(0)
+    x_NI = torch.randn(TOKENS, a_RI.shape[1], generator=generator, device=a_RI.device).to(roles.lm.dtype)
+    with torch.set_grad_enabled(learning):
+        y_NO = layer(x_NI[None])[0].detach().float()
+    plain_NO = base(x_NI[None])[0].detach().float()
+    expected_NO = roles.lora.lora_alpha / roles.lora.r * (x_NI.float() @ a_RI.T @ b_OR.T)
+    added_NO = y_NO - plain_NO
+    size = float(expected_NO.abs().mean())
+    rounding = 2 * torch.finfo(roles.lm.dtype).eps * float(y_NO.abs().mean() + plain_NO.abs().mean()) / size
+    ratio = float((added_NO * expected_NO).sum() / expected_NO.square().sum())
+    deviation = float((added_NO - expected_NO).abs().mean()) / size
+    rest = float((added_NO - ratio * expected_NO).abs().mean()) / size
+    return _Tried(name, ratio, deviation, rest, DEVIATION + rounding)
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}" if names else ""

@@ -1,0 +1,1 @@
+"""The roles of alignment on one frozen base: who computes, and with what."""

@@ -1,0 +1,139 @@
+"""Log-probs and entropies from hidden states, without ever holding the logits of all tokens.
+
+Axes: N tokens (answer positions of a batch, flattened), D hidden, V vocabulary.
+
+The LM head runs on `chunk` tokens at a time: their logits live while they are computed, and again, computed
+anew, while their gradient is. So memory is a few chunk × V floats instead of N × V, for one more product with the
+head in the backward pass. Take only the answers' positions to begin with: the prompt's need no LM head.
+
+The gradient is written out: with p = softmax(z), z = (W h + b) / temperature, and a token y,
+
+    ∂ log p(y) / ∂z = 1[y] - p        ∂ H(p) / ∂z = -p (log p + H)
+
+Left to autograd, both would come by way of two more tensors of chunk × V each. What the model itself does to the
+product with its head (see `perl.backbones.logits`) comes before the temperature, and its derivative after these.
+
+Precision: the product with the head runs in the head's own dtype, as it does when the model samples; the
+logits are then fp32 for the temperature, the softmax and the entropy. So a bf16 base gives here the log-probs
+that it sampled with, and no fp32 copy of the head is made.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from perl.backbones.logits import PLAIN, LogitsTransform
+
+LOGITS_AT_ONCE = 2**23
+"""Logits held at a time."""
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """A chunk: 1,024 tokens for a vocabulary of 8,192, 65 for one of 128,256."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def _logits(
+    hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, transform: LogitsTransform
+) -> Tensor:
+    """The logits z (n, V), fp32, of a chunk of n tokens."""
+    return transform.apply_(F.linear(hidden_nD.to(weight_VD.dtype), weight_VD, bias_V).float(), temperature)
+
+
+class _InChunks(torch.autograd.Function):
+    """`log_probs_and_entropy`, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        chunk: int,
+        transform: LogitsTransform,
+    ) -> tuple[Tensor, Tensor]:
+        log_probs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        entropies_N = torch.empty_like(log_probs_N)
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
+            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, temperature, transform)
+            all_log_probs_nV = logits_nV.log_softmax(-1)
+            log_probs_N[part] = all_log_probs_nV.gather(1, targets_N[part, None])[:, 0]
+            # softmax, not the exponential of what is there: on a CPU that takes ten times as long
+            entropies_N[part] = -logits_nV.softmax(-1).mul_(all_log_probs_nV).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, entropies_N)
+        ctx.temperature, ctx.chunk, ctx.transform = temperature, chunk, transform
+        ctx.set_materialize_grads(False)
+        return log_probs_N, entropies_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor | None, grad_H_N: Tensor | None) -> Any:
+        hidden_ND, weight_VD, bias_V, targets_N, entropies_N = ctx.saved_tensors
+        wanted = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
+        found = [torch.zeros_like(one) if needed else None for one, needed in wanted]
+        # The factor of the logits, on rows instead of on all that is n × V.
+        factor = ctx.transform.scale / ctx.temperature
+        down_N, down_H_N = (None if one is None else one * factor for one in (grad_N, grad_H_N))
+        for start in range(0, len(hidden_ND), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, ctx.temperature, ctx.transform)
+            grad_nV = logits_nV.softmax(-1)
+            if down_H_N is not None:
+                weights_nV = logits_nV.log_softmax(-1).add_(entropies_N[part, None])
+                weights_nV.mul_(down_H_N[part, None])
+                grad_nV.mul_(weights_nV if down_N is None else weights_nV.add_(down_N[part, None])).neg_()
+            elif down_N is not None:
+                grad_nV.mul_(-down_N[part, None])
+            if down_N is not None:
+                grad_nV.scatter_add_(1, targets_N[part, None], down_N[part, None])
+            if (slope_nV := ctx.transform.slope_(logits_nV, ctx.temperature)) is not None:
+                grad_nV.mul_(slope_nV)
+            grad_nV = grad_nV.to(weight_VD.dtype)
+            of_hidden, of_weight, of_bias = found
+            if of_hidden is not None:
+                of_hidden[part] = grad_nV @ weight_VD
+            if of_weight is not None:
+                of_weight.addmm_(grad_nV.T, hidden_ND[part].to(weight_VD.dtype))
+            if of_bias is not None:
+                of_bias += grad_nV.sum(0)
+        return *found, None, None, None, None
+
+
+def log_probs_and_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    temperature: float,
+    chunk: int,
+    transform: LogitsTransform = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """The log-prob log p(target) and the entropy H(p) = -Σ_v p log p, p = softmax((W h + b) / temperature).
+
+    Gradients flow to the hidden states, and to the head's weight and bias where they require them; from
+    both results.
+
+    Args:
+        hidden_ND: the trunk's last hidden states, any float dtype.
+        weight_VD: the LM head's weight, any float dtype.
+        bias_V: its bias, or None.
+        targets_N: int64, the tokens that follow.
+        temperature: the sampler's, above 0.
+        chunk: tokens whose logits are held at a time, at least 1.
+        transform: what the model does to W h + b before the temperature.
+
+    Returns:
+        log-probs and entropies, fp32 (N).
+    """
+    assert temperature > 0, temperature
+    assert chunk >= 1, chunk
+    found: tuple[Tensor, Tensor] = _InChunks.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, bias_V, targets_N, temperature, chunk, transform
+    )
+    return found

@@ -1,0 +1,76 @@
+"""What the base's shared blocks make of the rows of a data set, computed once for all epochs.
+
+Axis letters: B rows, L positions, D hidden.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perl.backbones.padding import left_pad
+from perl.roles.roles import Roles
+
+SHARE_OF_FREE_MEMORY = 0.25
+"""A cache larger than this is kept in a file, which the kernel holds in memory as far as there is room."""
+GROUP = 8
+"""Rows computed together."""
+
+
+class LowerLayerCache:
+    """Hidden states of each row, (tokens, D) in the base's dtype, filled as rows are asked for.
+
+    A row is computed in a group of its own length's neighbours, always the same: in other company the last bit
+    would be another, and a run that was interrupted could not end in the same bytes.
+
+    Args:
+        roles: on a base with shared blocks.
+        rows: the tokens of each row.
+        pad_id: stands in the padding.
+        folder: where the file goes if the cache is too large for memory.
+    """
+
+    def __init__(self, roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, folder: Path) -> None:
+        self._roles, self._rows, self._pad_id = roles, rows, pad_id
+        self._ends = list(itertools.accumulate((len(row) for row in rows), initial=0))
+        self._by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        self._place = {row: place for place, row in enumerate(self._by_length)}
+        self._known = [False] * len(rows)
+        width, dtype = roles.models()[0].get_input_embeddings().weight.shape[1], roles.models()[0].dtype
+        size = self._ends[-1] * width
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size * dtype.itemsize <= SHARE_OF_FREE_MEMORY * free:
+            flat = torch.empty(size, dtype=dtype)
+        else:
+            flat = torch.from_file(str(folder / "below.bin"), shared=True, size=size, dtype=dtype)
+        self._states = flat.view(-1, width)
+        self.bytes = flat.nbytes
+        """On the host, whatever the device: not among the live bytes of a step."""
+
+    def read(self, rows: Sequence[int], mask_BL: Tensor) -> Tensor:
+        """The hidden states (B, L, D) of a batch, for `Roles.forward`; 0 in the padding.
+
+        Args:
+            rows: their numbers; each row's mask has as many True as the row has tokens.
+        """
+        for row in rows:
+            if not self._known[row]:
+                self._compute(self._place[row] // GROUP * GROUP)
+        lower_hidden_BLD = self._states.new_zeros(*mask_BL.shape, self._states.shape[1])
+        lower_hidden_BLD[mask_BL.cpu()] = torch.cat([self._of(row) for row in rows])
+        return lower_hidden_BLD.to(mask_BL.device)
+
+    def _compute(self, start: int) -> None:
+        """Compute the group that begins at this place."""
+        group = self._by_length[start : start + GROUP]
+        ids_BL, mask_BL = left_pad([self._rows[row] for row in group], self._pad_id, self._roles.device)
+        lower_hidden_BLD = self._roles.lower_hidden(ids_BL, mask_BL).cpu()
+        for row, states_LD, mask_L in zip(group, lower_hidden_BLD, mask_BL.cpu(), strict=True):
+            self._of(row).copy_(states_LD[mask_L])
+            self._known[row] = True
+
+    def _of(self, row: int) -> Tensor:
+        return self._states[self._ends[row] : self._ends[row + 1]]

@@ -1,0 +1,78 @@
+"""Weights in the order that oneDNN multiplies by, for as long as a model draws answers on a CPU.
+
+A product of few rows costs what reading its weight costs, and a plain weight is read at half the speed of a packed
+one. Packing moves numbers and rounds none; a packed weight takes the plain one's place in memory, and becomes the
+same bytes again at the end.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perl.adapters.low_rank import is_plain_linear
+from perl.measure.probe import mark
+
+SUPPORTED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether torch was built with oneDNN, and this CPU multiplies bf16."""
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Inside, linear layers compute with packed weights, without gradients; nobody may read the plain ones there.
+
+    Layers stay as they are that are not bf16 on a CPU, whose weight another module has too (a tied output
+    embedding), or on which a library has put a hook or a kind of weight of its own.
+    """
+    users = Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
+    layers: list[Any] = [part for part in model.modules() if _packable(part)]
+    now_packed: list[Any] = []
+    try:
+        for layer in layers if SUPPORTED else ():
+            if users[id(layer.weight)] == 1:
+                now_packed.append(layer)
+                _pack(layer)
+        yield
+    finally:
+        for layer in now_packed:
+            _unpack(layer)
+
+
+class _Product:
+    """x Wᵀ + bias, in the place of a layer's own forward."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")
+        return product
+
+
+def _packable(part: nn.Module) -> bool:
+    return (
+        is_plain_linear(part)
+        and "forward" not in vars(part)
+        and type(part.weight.data) is Tensor
+        and part.weight.dtype == torch.bfloat16
+        and part.weight.device.type == "cpu"
+        and part.weight.numel() > 0
+    )
+
+
+def _pack(layer: Any) -> None:
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    mark("base_weights", [weight])
+    layer.forward = _Product(weight, layer.bias)
+    layer.weight.data = layer.weight.data.new_empty(0)
+
+
+def _unpack(layer: Any) -> None:
+    product = vars(layer).get("forward")
+    if product is not None:  # None: interrupted before it was packed
+        layer.weight.data = product.weight.to_dense()
+        mark("base_weights", [layer.weight])
+        del layer.forward

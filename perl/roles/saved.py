@@ -1,0 +1,214 @@
+"""Roles on disk, in the formats of the libraries that read them, with a stamp that says what they belong to.
+
+adapter_config.json  adapter_model.safetensors   an adapter as plain peft reads it; a head is the module `score`
+config.json          model.safetensors           under full tuning: a whole model, as transformers names things
+perl.json                                        the stamp: what it belongs to, and a reward model's scale
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from perl import __version__
+from perl.backbones.base import Base
+from perl.errors import UserError, machine_fault
+from perl.roles.roles import Role, Roles
+from perl.system.files import whole_folder, write_json, write_tensors
+
+HEAD = "score.weight"
+STAMP = "perl.json"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a role's weights belong to; loading them elsewhere is refused."""
+
+    role: Role
+    base: str
+    base_sha256: str
+    tokenizer_sha256: str
+    chat_sha256: str
+    end_id: int
+    recipe: str | None = None
+    """The name of the recipe that trained it; None where none did."""
+    recipe_sha256: str | None = None
+    parent: Role | None = None
+    """The role that this one started from, if that was trained."""
+    parent_sha256: str | None = None
+    """Of the parent's weights file."""
+    reward_is_probability: bool = False
+    """A reward model of thumbs: its score is the log-odds of a thumb up, and RL takes the probability."""
+    reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Mean of the reward on the training rows; RL takes it off."""
+    reward_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Their standard deviation; RL divides by it."""
+    perl: str = __version__
+
+
+def stamp_for(role: Role, base: Base, **more: Any) -> Stamp:
+    """The stamp of a role trained now on this base."""
+    tokenizer = json.dumps(base.tokenizer.get_vocab(), sort_keys=True).encode()
+    return Stamp(
+        role=role,
+        base=base.name,
+        base_sha256=base.sha256,
+        tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
+        chat_sha256=base.chat.sha256,
+        end_id=base.chat.end_id,
+        **more,
+    )
+
+
+def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
+    """Write a role's weights and head as one whole folder."""
+    scores = role in roles.heads
+    with whole_folder(folder) as unfinished:
+        write_tensors(unfinished / roles.weights_file, _on_disk(roles, role))
+        with roles.role(role if roles.weights(role) else roles.reference):
+            roles.write_config(unfinished, stamp.base, scores=scores)
+        write_json(unfinished / STAMP, dataclasses.asdict(stamp))
+
+
+def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
+    """What a role learns, by the names it has on disk."""
+    named: dict[str, torch.Tensor] = {f"{roles.prefix}{name}": p for name, p in roles.weights(role).items()}
+    if role in roles.heads:
+        named |= {f"{roles.prefix}{name}": p for name, p in roles.head_weights(role).items()}
+    return named
+
+
+def load_role(
+    roles: Roles,
+    role: Role,
+    folder: Path,
+    base: Base,
+    recipe: str | None = None,
+    recipe_sha256: str | None = None,
+) -> Stamp:
+    """Read a role's weights and head from a folder; the role is added if it is new.
+
+    Args:
+        recipe: its name and hash, where the role has to be of this recipe.
+
+    Raises:
+        UserError: files missing or broken, or weights that belong elsewhere: to another base, tokenizer, chat
+            format, recipe or parent, or of another shape.
+    """
+    stamp = read_stamp(folder)
+    _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
+    weights = _read_weights(folder, roles.weights_file)
+    if role not in roles.roles:
+        own = any(not name.endswith(HEAD) for name in weights)
+        roles.add(role, weights=own, head=role in (Role.REWARD, Role.CRITIC))
+    targets = _on_disk(roles, role)
+    with roles.role(role):
+        differs = _shape_difference(weights, targets)
+        if differs or not _config_fits(roles, folder):
+            raise UserError(
+                f"has another rank, alpha, targets or layers than the recipe's lora section{differs}",
+                where=str(folder),
+                remedy="Set lora.rank, alpha, targets and layers as in its adapter_config.json.",
+            )
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            parameter.copy_(weights[name])
+    return stamp
+
+
+def _read_weights(folder: Path, file: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / file)
+    except (OSError, SafetensorError, MemoryError) as error:
+        pickles = sorted(pickle.name for pickle in folder.glob("*.bin"))
+        also = f"; there is {pickles[0]}, but pickles are never read" if pickles else ""
+        raise machine_fault(error) or UserError(
+            f"cannot be read: {error}{also}", where=str(folder / file), remedy=_anew(folder)
+        ) from None
+
+
+def _shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> str:
+    """The first tensor that differs in shape, in words; empty if none does."""
+    for name in sorted({*weights, *targets}):
+        there, here = (tuple(of[name].shape) if name in of else "missing" for of in (weights, targets))
+        if there != here:
+            return f": {name} is {there}, here {here}"
+    return ""
+
+
+def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
+    """Compare what the stamp says with what is here, and name all that differs."""
+    compared = [
+        ("role", stamp.role, here.role),
+        ("base", stamp.base_sha256, here.base_sha256),
+        ("tokenizer", stamp.tokenizer_sha256, here.tokenizer_sha256),
+        ("chat format", stamp.chat_sha256, here.chat_sha256),
+        ("end-of-turn token", stamp.end_id, here.end_id),
+    ]
+    if here.recipe_sha256 is not None:
+        compared.append(("recipe", stamp.recipe_sha256, here.recipe_sha256))
+    if stamp.parent is not None:
+        beside = folder.parent.parent / stamp.parent / folder.name
+        if (beside / roles.weights_file).exists():
+            compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, beside)))
+    differs = [
+        f"{what} (it says {_short(there)}, here {_short(ours)})" for what, there, ours in compared if there != ours
+    ]
+    if differs:
+        trained = f"{stamp.base}{f' by recipe {stamp.recipe}' if stamp.recipe else ''}"
+        raise UserError(
+            f"belongs to another {', another '.join(differs)}; it was trained on {trained}",
+            where=str(folder),
+            remedy=f"Use it where its {STAMP} says; to train it here, remove {folder.parent} and run the recipe.",
+        )
+
+
+def _short(value: object) -> str:
+    return str(value)[:12]
+
+
+def _anew(folder: Path) -> str:
+    """What to do about files that are damaged: the stage's newest checkpoint is not."""
+    return f"Remove {folder.parent / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
+
+
+def _config_fits(roles: Roles, folder: Path) -> bool:
+    try:
+        return roles.config_fits(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise machine_fault(error) or UserError(
+            f"its configuration cannot be read: {error}", where=str(folder), remedy=_anew(folder)
+        ) from None
+
+
+def read_stamp(folder: Path) -> Stamp:
+    """The stamp in a role's folder.
+
+    Raises:
+        UserError: no such folder, or it was not written by PERL.
+    """
+    try:
+        return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
+    except FileNotFoundError:
+        what = f"has no {STAMP}: nothing that PERL trained is here"
+        raise UserError(what, where=str(folder), remedy=_anew(folder)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"not a stamp: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+
+
+def weights_sha256(roles: Roles, folder: Path) -> str:
+    """SHA-256 of the weights file in a role's folder: how its children name their parent."""
+    with open(folder / roles.weights_file, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,102 @@
+"""The conventional side, `tuning: full`: every role is a whole model of its own, and trained whole.
+
+Weights, gradients and the optimizer's state have the base's dtype: that is the leanest way full tuning is done,
+so that the comparison with LoRA does not flatter LoRA. (Keeping fp32 copies of bf16 weights takes more.)
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from perl.backbones.encoder import in_head, is_encoder
+from perl.parallel.engine import Engine
+from perl.roles.roles import Role, Roles, check_logits
+
+
+class SeparateModels(Roles):
+    """A model for each role.
+
+    Args:
+        lm: the base's model, as loaded.
+        load: loads it again, for roles that start from the base after its memory was freed.
+
+    Raises:
+        UserError: the model changes its logits in a way that is not known.
+    """
+
+    prefix = ""
+    folder = "model"
+    weights_file = "model.safetensors"
+
+    def __init__(
+        self, lm: PreTrainedModel, load: Callable[[], PreTrainedModel], engine: Engine | None = None
+    ) -> None:
+        super().__init__(engine)
+        if not is_encoder(lm.config):
+            check_logits(lm)
+        self._models = nn.ModuleDict({Role.BASE: lm.requires_grad_(False).eval()})
+        self._load = load
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles that exist; `BASE` until its memory was freed."""
+        return frozenset(Role(name) for name in (*self._models, *self.heads))
+
+    def model(self) -> PreTrainedModel:
+        """The active role's model."""
+        model = self._models[self._active]
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def models(self) -> list[PreTrainedModel]:
+        """Every role's model."""
+        return [model for model in self._models.values() if isinstance(model, PreTrainedModel)]
+
+    def weights(self, role: Role) -> dict[str, nn.Parameter]:
+        """All parameters of the role's model; a role on an encoder has its head beside it."""
+        if role not in self._models:
+            return {}
+        own, encoder = self._models[role], role in self.heads and self.encoder
+        assert isinstance(own, PreTrainedModel)
+        return {name: p for name, p in own.named_parameters() if not (encoder and in_head(own, name))}
+
+    def keep(self, *roles: Role) -> None:
+        """Free the models and heads of all other roles; a base that was freed before is loaded again."""
+        for role in self.roles - frozenset(roles):
+            for kept in (self._models, self.heads):
+                if role in kept:
+                    del kept[role]
+        if Role.BASE in roles and Role.BASE not in self._models:
+            self._add_weights(Role.BASE, Role.BASE)
+
+    def base_sha256(self) -> None:
+        """There is no shared base: every role has weights of its own."""
+
+    def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
+        """Write transformers' configuration of a model."""
+        config = copy.deepcopy(self.model().config)
+        if scores:
+            config.architectures = [
+                type(self.model()).__name__.replace("ForCausalLM", "ForSequenceClassification")
+            ]
+            config.num_labels = 1
+        config.save_pretrained(folder)
+
+    def config_fits(self, folder: Path) -> bool:
+        """Whether it is a model of this kind."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["model_type"] == self.models()[0].config.model_type)  # a head alone has no model
+
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        if copy_of in self._models:
+            self._models[role] = copy.deepcopy(self._models[copy_of])
+        else:
+            assert copy_of is Role.BASE, f"no {copy_of} to copy"
+            self._models[role] = self._load().requires_grad_(False).eval()
+
+    def _activate(self, role: Role) -> None:
+        self._active = role

@@ -1,0 +1,216 @@
+"""The run folder: where every stage reads what the one before it wrote.
+
+recipe.yaml                              the recipe as resolved
+sft/ reward/ policy/ critic/
+    adapter/ (or model/: full tuning)    see perl.roles.saved
+    checkpoints/                         all state of the stage between two steps, the newest few
+    metrics.jsonl                        a line a step
+    samples.jsonl                        policy/ only: answers of base, SFT and policy side by side
+    result.json                          what the stage came to; there when the stage is finished
+report.json  report.html
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from perl.errors import UserError
+from perl.system.files import write_json, write_whole
+from perl.roles.roles import Role
+from perl.parallel.processes import ALONE, Processes
+from perl.recipe import Recipe, StageName, load_recipe
+from perl.results import RESULTS, RewardStage, RlStage, Sample, SftStage, StageResult, Stages
+from perl.system.typed_json import as_json, parse
+
+STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
+"""The role that each stage trains; its folder bears the role's name."""
+RERUN = "Remove it to run the stage again."
+Result = TypeVar("Result", bound=StageResult)
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: where; all processes can read it.
+        processes: who runs the recipe; the main one writes.
+    """
+
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self.path, self._processes = path, processes
+
+    @contextlib.contextmanager
+    def claim(self, recipe: Recipe) -> Iterator[None]:
+        """Make the folder this recipe's, and this process's inside the block.
+
+        Raises:
+            UserError: the folder cannot be written, holds another recipe's run, or another run is using it; or a
+                process on another host does not see it.
+        """
+        with self._locked(recipe) if self._processes.main else contextlib.nullcontext():
+            self._processes.barrier()
+            if not (self.path / "recipe.yaml").exists():
+                raise UserError(
+                    f"process {self._processes.rank} does not see what the first one has written there",
+                    where=str(self.path.absolute()),
+                    remedy="Give an --out that all hosts share.",
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, recipe: Recipe) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.path / ".lock", "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.check(recipe)  # now that no other run can write it
+                write_whole(self.path / "recipe.yaml", recipe.to_yaml())
+            except BlockingIOError:
+                raise UserError(
+                    "another run is using this folder",
+                    where=str(self.path),
+                    remedy="Wait for it, or use another --out.",
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"cannot be written: {error.strerror}", where=str(self.path), remedy="Use another --out."
+                ) from None
+            yield
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds another recipe's run.
+
+        Raises:
+            UserError: naming the first key that differs.
+        """
+        if not (self.path / "recipe.yaml").exists():
+            return
+        mine, theirs = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                raise UserError(
+                    f"holds another run: there {key} is {theirs.get(key)!r}, here {mine.get(key)!r}",
+                    where=str(self.path),
+                    remedy="Use another --out, or remove that folder.",
+                )
+
+    def recipe(self) -> Recipe:
+        """The recipe of a run that was started.
+
+        Raises:
+            UserError: this is no run folder.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            raise UserError(
+                "not a run folder", where=str(self.path), remedy="Give the --out of a `perl-rlhf run`."
+            )
+        return load_recipe(file)
+
+    def role(self, role: Role) -> Path:
+        """The folder of a role."""
+        return self.path / role
+
+    def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
+        """The step-by-step metrics of a stage, of which so many steps are done: later lines are removed."""
+        file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
+        return MetricsLog(file, done)
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Write answers for people to read, a line a prompt."""
+        if not self._processes.main:
+            return
+        lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
+        write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
+
+    def results(self) -> Stages:
+        """What the finished stages came to.
+
+        Raises:
+            UserError: as `result`.
+        """
+        return Stages(
+            sft=self._read("sft", SftStage), reward=self._read("reward", RewardStage), rl=self._read("rl", RlStage)
+        )
+
+    def result(self, stage: StageName) -> StageResult | None:
+        """What a finished stage came to; None if it is not finished.
+
+        Raises:
+            UserError: its result.json cannot be read, or is not a result of this stage; the field is named.
+        """
+        return self._read(stage, RESULTS[stage])
+
+    def _read(self, stage: StageName, kind: type[Result]) -> Result | None:
+        file = self.role(STAGE_ROLE[stage]) / "result.json"
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(
+                f"cannot be read: {error.strerror}", where=str(file), remedy="Check its permissions."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
+        return parse(kind, text, str(file), RERUN)
+
+    def finish(self, stage: StageName, result: StageResult) -> None:
+        """Note what a stage came to: from now on it is finished."""
+        if self._processes.main:
+            write_json(self.role(STAGE_ROLE[stage]) / "result.json", as_json(result))
+        self._processes.barrier()
+
+
+class MetricsLog:
+    """A file of JSON lines, one a step.
+
+    Args:
+        file: where; None: nowhere.
+        done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint goes.
+    """
+
+    def __init__(self, file: Path | None, done: int = 0) -> None:
+        self._file: TextIO | None = None
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
+        write_whole(file, "".join(lines[:done]))  # a line a step
+        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add a line, at once on disk for who follows the run."""
+        if self._file is None:
+            return
+        line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,132 @@
+"""All state of training between two steps, as tensors and JSON values, and back: the rest follows from the recipe.
+
+That is the weights and heads of the roles that learn, the optimizer and its schedule, and the generators.
+"""
+
+import random
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perl.errors import UserError
+from perl.roles.roles import Role, Roles
+from perl.parallel.processes import ALONE, Processes
+
+Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and what JSON can say."""
+
+
+def trained_state(roles: Roles, learners: Sequence[Role]) -> dict[str, Tensor]:
+    """The weights and heads of the roles that learn, by role and name."""
+    named: dict[str, Tensor] = {}
+    for role in learners:
+        named |= {f"{role}.{name}": parameter for name, parameter in roles.weights(role).items()}
+        if role in roles.heads:
+            named |= {f"{role}.{name}": parameter for name, parameter in roles.head_weights(role).items()}
+    return named
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, in accelerate's wrapping or without."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def take(roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> Snapshot:
+    """The state as it is; tensors are the living ones, to be written before the next step."""
+    moments = optimizer.state_dict()
+    drawn, states = generators(roles.engine.processes)
+    tensors = trained_state(roles, learners) | drawn
+    scalars: dict[str, dict[str, Any]] = {}
+    for number, state in moments["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            else:
+                scalars.setdefault(str(number), {})[name] = value
+    return tensors, {
+        "optimizer": {"groups": moments["param_groups"], "scalars": scalars},
+        "generators": states,
+    }
+
+
+def restore(
+    roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer, snapshot: Snapshot, where: str
+) -> None:
+    """Put a snapshot back, the generators excepted.
+
+    Args:
+        where: the checkpoint, for messages.
+
+    Raises:
+        UserError: it is of other roles, or of other shapes.
+    """
+    tensors, values = snapshot
+    load_trained_state(roles, learners, tensors, where)
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            number, key = rest.split(".", 1)
+            state.setdefault(int(number), {})[key] = tensor
+    for number, scalars in values["optimizer"]["scalars"].items():
+        state.setdefault(int(number), {}).update(scalars)
+    optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]["groups"]})
+
+
+def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str, Tensor], where: str) -> None:
+    """Put back what the roles have learned, and nothing else.
+
+    Raises:
+        UserError: the tensors are of other roles, or of other shapes.
+    """
+    with torch.no_grad():
+        for name, parameter in trained_state(roles, learners).items():
+            found = tensors.get(name)
+            if found is None or found.shape != parameter.shape:
+                there = "is missing" if found is None else f"is {tuple(found.shape)}"
+                raise UserError(
+                    f"this checkpoint is of other adapters: {name} {there}, here it is {tuple(parameter.shape)}",
+                    where=where,
+                    remedy="Remove that folder, or use another --out.",
+                )
+            parameter.copy_(found)
+
+
+def generators(processes: Processes = ALONE) -> Snapshot:
+    """The state of every global generator; torch's, which draw dropout, of every process."""
+    mine = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        mine["cuda"] = torch.cuda.get_rng_state()
+    tensors = {
+        _generator(name, rank): state
+        for rank, states in enumerate(processes.all_gather(mine))
+        for name, state in states.items()
+    }
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return tensors, {"python": random.getstate(), "numpy": numpy}
+
+
+def _generator(name: str, rank: int) -> str:
+    return f"generator.{name}" + (f".{rank}" if rank else "")
+
+
+def set_generators(snapshot: Snapshot, processes: Processes = ALONE) -> None:
+    """Put the global generators back to where they were; a process that is new draws something of its own."""
+    tensors, values = snapshot
+    version, words, gauss = values["generators"]["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(values["generators"]["numpy"])
+    own, first = _generator("torch", processes.rank), tensors["generator.torch"]
+    if own in tensors:
+        torch.set_rng_state(tensors[own])
+    else:
+        torch.manual_seed(zlib.crc32(bytes(first.tolist())) + processes.rank)
+    cuda = _generator("cuda", processes.rank)
+    if torch.cuda.is_available() and cuda in tensors:
+        torch.cuda.set_rng_state(tensors[cuda])

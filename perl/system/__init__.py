@@ -1,0 +1,1 @@
+"""Terminal, signals, files and seeds."""

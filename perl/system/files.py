@@ -1,0 +1,97 @@
+"""Files and folders that are either whole or not there."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perl.errors import UserError, machine_fault
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into that takes the place of `folder` when the block ends without an exception."""
+    unfinished, before = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "before"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            _flush(path)
+        if folder.exists():  # a folder that is not empty cannot be replaced in one go
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
+        unfinished.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never half."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    _flush(unfinished)
+    unfinished.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON, whole; NaN and infinities are refused because JSON has none."""
+    write_whole(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def user_named(path: Path) -> Iterator[None]:
+    """Inside, a file or folder is written where the user said.
+
+    Raises:
+        UserError: it cannot be written; a MachineError where that is the machine's fault.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise machine_fault(error) or UserError(
+            f"cannot be written: {error.strerror}", where=str(path), remedy="Name another file."
+        ) from None
+
+
+def write_metrics(file: Path, metrics: Any) -> None:
+    """Write metrics as JSON where the user said.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with user_named(file):
+        write_json(file, metrics)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(held, file, {"format": "pt"})
+    except SafetensorError as error:  # its own name for what the system said
+        raise OSError(errno.EIO, str(error), str(file)) from None
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""StopRequest between steps: the first signal to leave lets a step end and be saved, the second leaves at once."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from perl.parallel.processes import ALONE, Processes
+from perl.system.progress import console
+from perl.system.signals import LEAVE, handle
+
+GRACE = 3.0
+"""Seconds in which a launcher may pass on the one signal that a terminal has sent to everybody."""
+
+
+@dataclass
+class StopRequest:
+    """Whether someone asked to leave."""
+
+    processes: Processes = ALONE
+    requested: bool = False
+
+    def poll(self) -> bool:
+        """Whether any process was asked to: all of them learn it at the same step, and ask once a step."""
+        self.requested = self.processes.any_true(self.requested)
+        return self.requested
+
+
+@contextlib.contextmanager
+def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
+    """Inside, a signal to leave is only noted; whoever trains asks after each step, saves, and leaves.
+
+    Off the main thread nothing changes: Python lets no other thread handle signals.
+    """
+    stop, first = StopRequest(processes), 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if stop.requested and (processes.count == 1 or time.monotonic() > first + GRACE):
+            raise KeyboardInterrupt
+        if stop.requested:
+            return
+        stop.requested, first = True, time.monotonic()
+        console.print("Leaving once this step is done and saved; once more to leave at once.")
+
+    before = handle(LEAVE, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""The benchmark runs, and refuses what it cannot run. TRL's side needs a release that is not installed here."""
+
+import json
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from perl.bench import work
+from perl.bench.peak import PeakOverStart
+from perl.commands import bench as command
+from perl.errors import UserError
+from tests.conftest import RunCli
+from tests.tiny import LLAMA
+
+
+def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(work.MODELS, "100m", LLAMA)
+    file = tmp_path / "bench.json"
+    code, text = run_cli("bench", "--repeats", "1", "--steps", "2", "--layers", "top-half", "--json", str(file))
+    assert code == 0, text
+    found = json.loads(file.read_text())
+    assert set(found) == {"ours", "tuning_full", "lora_to_full"}
+    for side in (found["ours"], found["tuning_full"]["ours"]):
+        assert len(side["all_seconds"]) == 2
+        assert min(side["all_seconds"]) <= side["seconds_per_step"] <= max(side["all_seconds"])
+        assert set(side["phases"]) == {"generate", "score", "update"}
+        assert side["peak_over_start_bytes"] > 0
+    assert "LoRA / full" in text
+
+
+def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None:
+    """Prompts of 128 tokens, answers of 64, 16 of them: both sides do the same."""
+    content = work.recipe("100m", "lora", "all", 4, checkpointing=False)
+    assert (content["rl"]["max_prompt_length"], content["rl"]["max_new_tokens"]) == (128, 64)
+    assert content["rl"]["epochs"] == 4
+    for wrong, expected in (
+        (["--layers", "some"], "--layers: 'some' is none of all, top-half"),
+        (["--model", "2b"], "--model: '2b' is none of 100m, 1b, 8b"),
+        (["limit", "--epochs", "1"], "--epochs: bench limit does not read it"),
+        (["--figure", "x.svg"], "it is for bench growth"),
+        (["--peer-trl", str(tmp_path)], "pip install --no-deps --target DIR trl==1.12.0"),
+    ):
+        code, text = run_cli("bench", *wrong)
+        assert code == 2
+        assert expected in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "expected"),
+    [
+        ("step", "figure", "--figure: bench step does not read it Leave it out; it is for bench growth."),
+        ("limit", "epochs", "--epochs: bench limit does not read it Leave it out; it is for bench step."),
+        ("rollout", "peer_trl", "--peer-trl: bench rollout does not read it"),
+        ("reward", "layers", "--layers: bench reward does not read it Leave it out; it is for bench step, limit."),
+        ("growth", "repeats", "it is for bench step, rollout, reward."),
+    ],
+)
+def test_an_option_that_a_part_would_ignore_is_refused(part: str, option: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        command.refuse_unread(part, ["part", *command.READS[part], option, "json_file"])
+    assert expected in " ".join(str(caught.value).split())
+    command.refuse_unread(part, ["part", *command.READS[part], "json_file"])
+
+
+def test_what_a_part_reads_is_what_it_is_given() -> None:
+    for part, run in {"step": command.bench_step, **command.PARTS}.items():
+        assert {*signature(run).parameters} - {"json_file"} == {*command.READS[part]}
+
+
+def test_a_part_is_measured_and_says_so_if_its_figures_cannot_be_written(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(work.MODELS, "100m", LLAMA)
+    file = tmp_path / "gone" / "bench.json"
+    code, text = run_cli("bench", "rollout", "--repeats", "1", "--json", str(file))
+    assert code == 2
+    assert '"four answers a prompt"' in text
+    assert "cannot be written: No such file or directory" in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_a_measurement_that_fails_says_why() -> None:
+    with pytest.raises(UserError, match=r"bench ours: the measurement failed: pydantic.*Recipe"):
+        command._measure("ours", ["no recipe", "1"], None)
+
+
+def test_the_peak_is_what_was_held_beyond_the_start() -> None:
+    with PeakOverStart() as peak:
+        held = bytearray(200 * 2**20)
+        for place in range(0, len(held), 4096):
+            held[place] = 1
+        peak._stop.wait(0.1)
+        del held
+    assert 190 * 2**20 < peak.bytes < 400 * 2**20

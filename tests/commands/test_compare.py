@@ -1,0 +1,99 @@
+"""`compare` and `report`: both tunings of one recipe side by side, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.commands.compare import variant
+from perl.recipe import Recipe, load_recipe
+from tests.conftest import RunCli, WriteRecipe
+
+STAGES = {
+    "sft": {"epochs": 2, "batch_size": 4, "max_length": 64},
+    "reward": {"batch_size": 4, "max_length": 64},
+    "rl": {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 8, "eval_prompts": 3},
+}
+
+
+@pytest.fixture
+def recipe(write_recipe: WriteRecipe, mixed_data: Path) -> Path:
+    return write_recipe(data={"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}, **STAGES)
+
+
+def test_full_tuning_is_the_same_recipe_conventionally(recipe: Path) -> None:
+    """A tenth of the learning rates, a critic of its own; the same data, batches, seeds and losses."""
+    lora = load_recipe(recipe, ["rl.critic=shared", "rl.learning_rate=0.01"])
+    full = variant(lora, "full", 3)
+    assert (full.tuning, full.seed, full.critic) == ("full", 3, "adapter")
+    kept = full.model_dump() | {"tuning": "lora", "seed": 0}
+    for stage in ("sft", "reward", "rl"):
+        assert kept[stage]["learning_rate"] == pytest.approx(0.1 * lora.model_dump()[stage]["learning_rate"])
+        kept[stage]["learning_rate"] = lora.model_dump()[stage]["learning_rate"]
+    kept["rl"]["critic"] = "shared"
+    assert Recipe.model_validate(kept) == lora
+    assert variant(lora, "lora", 0) == lora
+
+
+def test_a_rate_that_follows_the_tuning_by_itself_is_left_to_it(recipe: Path) -> None:
+    full = variant(load_recipe(recipe, ["rl.learning_rate=auto"]), "full", 0)
+    assert full.rl is not None
+    assert full.rl.learning_rate == "auto"
+
+
+def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads((folder / "compare.json").read_text())
+    return {(row["stage"], row["figure"]): row for row in found["rows"]}
+
+
+def test_both_tunings_are_run_and_compared(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text = run_cli("compare", str(recipe), "--out", str(out))
+    assert code == 0, text
+    runs = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert runs == ["full-0", "lora-0"]
+    rows = rows_of(out)
+    assert {stage for stage, _ in rows} == {"sft", "reward", "rl", "quality"}
+    report = json.loads((out / "lora-0" / "report.json").read_text())
+    for stage, result in report["stages"].items():
+        for phase, predicted in result["predicted_memory"].items():
+            assert predicted["peak"] == pytest.approx(result["memory"][phase]["peak"], rel=0.05), (stage, phase)
+    page = (out / "report.html").read_text()
+    assert "full tuning" in page
+    assert 'src="http' not in page
+
+
+def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
+    assert code == 0, text
+    assert [path.name for path in out.iterdir()] == ["compare.json"]
+    rows = rows_of(out)
+    assert set(rows) == {
+        (stage, figure)
+        for stage in ("sft", "reward", "rl")
+        for figure in ("peak_memory_bytes", "tokens_per_second")
+    }
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["lora"] / row["full"])
+    assert rows["rl", "peak_memory_bytes"]["ratio"] < 1
+
+
+def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, expected in (
+        (["compare", str(recipe), "--seeds", "0"], "--seeds"),
+        (["compare", str(recipe), "--steps", "2"], "--steps"),
+        (["compare", str(recipe), "rl.steps=none"], "rl.steps"),
+        (["compare", str(recipe), "base.model=/no/model", "--out", str(tmp_path / "o")], "/no/model"),
+        (["report", str(empty)], str(empty)),
+        (["report", str(tmp_path / "nothing")], "nothing"),
+        (["report"], "RUN"),
+    ):
+        code, text = run_cli(*arguments)
+        assert code == 2, text
+        assert expected in " ".join(text.split()).replace("\n", "")
+        assert "Traceback" not in text
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,119 @@
+"""`data check`: the metrics, the bad rows and the exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perl.commands.data_check import Balance, Spread, check, describe
+from perl.data.records import Comparison, Demonstration, Prompt, Rating, Records, Turn
+from perl.errors import UserError
+
+ASK = (Turn("user", "12345"),)
+CALL, TEXT, OTHER = Turn("agent", "call a {}"), Turn("agent", "text"), Turn("agent", "b")
+
+
+def write(tmp_path: Path, *lines: str) -> str:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def test_the_figures_of_each_kind() -> None:
+    records = Records(
+        demonstrations=[Demonstration(ASK, (CALL, Turn("api", "{}"), TEXT), "a")],
+        ratings=[Rating(ASK, TEXT, True, "a"), Rating(ASK * 2, CALL, False, "b")],
+        comparisons=[Comparison(ASK, TEXT, CALL, "c")],
+        prompts=[Prompt(ASK, "a", {"x": 1}), Prompt(ASK, "a", {"x": 2})],
+    )
+    description = describe(records)
+    kinds = description.kinds
+    assert description.dialogues == 3
+    assert {name: kind.count for name, kind in kinds.items()} == {
+        "demonstrations": 1,
+        "ratings": 2,
+        "comparisons": 1,
+        "prompts": 2,
+    }
+    assert (kinds["demonstrations"].calls, kinds["demonstrations"].texts) == (1, 1), "the API's is neither"
+    assert kinds["demonstrations"].answer_characters == Spread(15, 15, 15)
+    assert kinds["ratings"].context_turns == Spread(2, 2, 2)
+    assert kinds["ratings"].context_characters == Spread(10, 10, 10)
+    assert (kinds["comparisons"].calls, kinds["comparisons"].texts) == (1, 1)
+    assert kinds["prompts"].answer_characters is None
+    assert kinds["prompts"].duplicates == 0, "the columns differ"
+
+
+def test_spread_is_median_95_percent_and_longest() -> None:
+    prompts = [Prompt((Turn("user", "x" * n),), "a") for n in range(1, 101)]
+    assert describe(Records(prompts=prompts)).kinds["prompts"].context_characters == Spread(51, 95, 100)
+
+
+def test_labels_duplicates_and_contradictions() -> None:
+    ratings = [
+        Rating(ASK, TEXT, True, "a"),
+        Rating(ASK, TEXT, True, "a"),  # a duplicate
+        Rating(ASK, CALL, False, "a"),  # a pair with the first
+        Rating(ASK * 2, OTHER, True, "a"),
+        Rating(ASK * 2, OTHER, False, "a"),  # a contradiction, and no pair
+    ]
+    description = describe(Records(ratings=ratings))
+    assert description.kinds["ratings"].duplicates == 1
+    assert description.balance == Balance(
+        up=3, down=2, majority_accuracy=0.6, contradictions=1, mixed_contexts=1, pairs=1
+    )
+
+
+def test_a_file_without_a_fault_is_status_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, True, False)]
+    assert check(write(tmp_path, *map(json.dumps, rows))) == 0
+    printed = capsys.readouterr().out
+    assert "3 thumbs up, 1 down: a constant answer is right for 75.0%; 1 answers with both labels" in printed
+    assert "every row is usable" in printed
+
+
+def test_copies_of_a_prompt_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rated = [{"prompt": "c", "completion": "b", "label": label} for label in (True, False)]
+    rows = [*({"prompt": text} for text in "aaab"), {"prompt": "a", "colour": "red"}, *rated]
+    assert check(write(tmp_path, *map(json.dumps, rows))) == 0
+    assert "2 rows of a prompt alone: copies of earlier prompts, left out" in capsys.readouterr().out.splitlines()
+
+
+def test_rows_that_say_how_sure_they_are_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rating = {"prompt": "a", "completion": "b"}
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    certain = [{**rating, "label": 1}, {**pair, "margn": 2}, pair]
+    soft = [{**rating, "label": 0.2}, {**pair, "margin": 2}, {**pair, "probability": 0.9}, {**pair, "margin": 1}]
+    assert check(write(tmp_path, *map(json.dumps, certain))) == 0
+    printed = capsys.readouterr().out
+    assert "soft" not in printed
+    assert "margin" not in printed
+    assert check(write(tmp_path, *map(json.dumps, certain + soft))) == 0
+    expected = "1 soft labels; 2 comparisons with a margin; 1 comparisons with a probability"
+    assert expected in capsys.readouterr().out.splitlines()
+
+
+def test_bad_rows_are_printed_one_a_line_and_are_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = json.dumps({"prompt": "a", "completion": "b" * 200, "label": "[red]" + "c" * 200})
+    path = write(tmp_path, '{"prompt": "a"}', bad, "oops")
+    assert check(path) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{path}:2: label is '[red]ccc") for line in lines), "no markup, no break"
+    assert any(line.startswith(f"{path}:3: not JSON") for line in lines)
+    assert lines[-1] == "2 rows left out"
+
+
+def test_only_the_first_fifty_bad_rows_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(write(tmp_path, '{"prompt": "a"}', *["oops"] * 60))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("not JSON" in line for line in lines) == 50
+    assert lines[-2:] == ["… and 10 more", "60 rows left out"]
+
+
+def test_no_usable_row_and_no_such_source_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no usable row"):
+        check(write(tmp_path, "oops"))
+    with pytest.raises(UserError, match="no source 'nothing'"):
+        check("nothing")

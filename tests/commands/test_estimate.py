@@ -1,0 +1,99 @@
+"""`estimate`: whether it fits, what would make it fit, and sizes as people write them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.commands.estimate import parse_bytes
+from perl.errors import UserError
+from perl.recipe import load_recipe
+from perl.stages.reward import train_reward
+from perl.stages.session import Trial, trial_session
+from tests.conftest import RunCli, WriteRecipe
+
+REWARD = {"batch_size": 4, "max_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("80GiB", 80 * 2**30),
+        ("1.5e9", 1_500_000_000),
+        (" 16 gb", 16 * 10**9),
+        ("512Ki", 512 * 1024),
+        ("2T", 2 * 10**12),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "24 Gigs", "1e400", "nan", "1..5GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        parse_bytes(text)
+
+
+def estimated(run_cli: RunCli, recipe: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    file = recipe.parent / "estimate.json"
+    code, text = run_cli("estimate", str(recipe), *arguments, "--json", str(file))
+    assert code == 0, text
+    return json.loads(file.read_text()), " ".join(text.split())
+
+
+def peak(stages: dict[str, Any]) -> int:
+    return max(phase["peak"] for memory in stages.values() for phase in memory.values())
+
+
+def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    recipe = write_recipe(data=data, rl=None, reward=REWARD)
+    found, text = estimated(run_cli, recipe, "--device-memory", "1MB")
+    assert found["fits"] is False
+    assert "It does not fit" in text
+    assert set(found["lora"]) == set(found["full"]) == {"reward"}
+    changes = found["changes"]
+    together = list(changes)[-1]
+    assert "checkpoint_activations=true" in changes
+    assert "lora.layers=top-half" in changes
+    assert "reward.batch_size=1" in changes
+    # Each asks for less than the recipe as it is, and all of them together for the least.
+    assert all(change["peak"] < peak(found["lora"]) for change in changes.values())
+    assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
+    # What it says is what a real step holds.
+    with trial_session(load_recipe(recipe), Trial(2)) as session:
+        measured = train_reward(session).memory
+    for name, phase in found["lora"]["reward"].items():
+        assert phase["peak"] == pytest.approx(measured[name].peak, rel=0.05)
+
+
+def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    recipe = write_recipe(data=data, tuning="full", reward=REWARD, rl=None)
+    one, _ = estimated(run_cli, recipe)
+    four, text = estimated(run_cli, recipe, "--devices", "4", "--device-memory", "24GB")
+    assert four["fits"] is True
+    assert "changes" not in four
+    assert four["devices"] == 4
+    assert "each of 4 devices" in text
+    weights = [found["full"]["reward"]["update"]["kinds"]["base_weights"] for found in (one, four)]
+    assert weights[1] == pytest.approx(weights[0] / 4, rel=0.01)
+    assert peak(four["full"]) < peak(one["full"])
+
+
+def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(rl=None)
+    for arguments, expected in (
+        ([str(recipe), "--device-memory", "much"], "--device-memory: 'much' is no size"),
+        ([str(recipe), "--json", str(tmp_path / "no" / "folder" / "x.json")], "cannot be written"),
+        ([str(tmp_path / "none.yaml")], "no such recipe"),
+        ([str(recipe), "base.model=/no/model"], "/no/model"),
+        ([str(recipe), "--devices", "0"], "--devices"),
+    ):
+        code, text = run_cli("estimate", *arguments)
+        assert code == 2, text
+        assert expected in " ".join(text.split())
+        assert "Traceback" not in text

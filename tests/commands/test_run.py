@@ -1,0 +1,140 @@
+"""All three stages on one base: what `run` writes, and that stages meet only through adapter folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+from perl.adapters.lora import lora_config
+from perl.backbones.base import load_base
+from perl.data.records import Demonstration, Turn
+from perl.errors import UserError
+from perl.recipe import load_recipe
+from perl.roles.roles import Role
+from perl.roles.saved import load_role, read_stamp, weights_sha256
+from perl.roles.shared_base import SharedBase
+from perl.stages.session import open_session
+from perl.stages.sft import tokenized, train_sft
+from tests.conftest import RunCli, WriteRecipe
+
+SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+RL = {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def mixed_data(small_data: Path) -> Path:
+    """Demonstrations and ratings in one file."""
+    file = small_data / "mixed.jsonl"
+    names = ("demonstrations.jsonl", "ratings.jsonl")
+    file.write_text("".join((small_data / name).read_text() for name in names))
+    return file
+
+
+@pytest.fixture
+def finished(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path) -> Path:
+    """The folder of a run of all three stages."""
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    recipe = write_recipe(data=data, sft=SFT, reward=REWARD, rl=RL | {"reward": {}})
+    code, text = run_cli("run", str(recipe), "--out", str(tmp_path / "out"))
+    assert code == 0, text
+    return tmp_path / "out"
+
+
+def test_a_run_writes_what_the_contract_promises(finished: Path, run_cli: RunCli) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert {"name", "seed", "tuning", "versions", "hardware", "base", "stages"} <= report.keys()
+    assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
+    assert list(report["stages"]) == ["sft", "reward", "rl"]
+    for stage in report["stages"].values():
+        assert stage["trainable_parameters"] > 0
+        assert stage["seconds"] > 0
+        assert stage["tokens_per_second"] > 0
+        assert stage["peak_memory_bytes"] > 4 * report["base"]["parameters"]
+    sft = report["stages"]["sft"]["eval"]
+    assert sft["loss_after"] < sft["loss_before"]
+    assert {"reward_before", "reward_after", "kl", "n", "algorithm", "steps"} <= report["stages"]["rl"][
+        "eval"
+    ].keys()
+    for role in ("sft", "reward", "policy", "critic"):
+        folder = finished / role / "adapter"
+        assert {"adapter_config.json", "adapter_model.safetensors", "perl.json"} <= {
+            f.name for f in folder.iterdir()
+        }
+    for role in ("sft", "reward", "policy"):
+        assert (finished / role / "metrics.jsonl").read_text().count("\n") >= 2
+    assert load_recipe(finished / "recipe.yaml") == load_recipe(finished / "recipe.yaml")
+    code, text = run_cli("evaluate", str(finished), "policy")
+    assert code == 0, text
+    assert "change (95 %)" in text
+
+
+def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None:
+    policy = AutoPeftModelForCausalLM.from_pretrained(finished / "policy" / "adapter")
+    assert any("lora_A" in name for name, _ in policy.named_parameters())
+    base, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    load_role(roles, Role.REWARD, finished / "reward" / "adapter", base)
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(
+        finished / "reward" / "adapter", num_labels=1
+    ).eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tiny_llama)("A latte, please.").input_ids])
+    with torch.no_grad():
+        expected = theirs(ids).logits[0]
+        actual = roles(Role.REWARD, ids, torch.ones_like(ids, dtype=torch.bool), head=Role.REWARD).scores_B
+    assert actual.abs() > 1e-4
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stamp_names_the_parent_and_refuses_another_base(
+    finished: Path, tiny_llama: Path, tiny_gpt2: Path
+) -> None:
+    stamp = read_stamp(finished / "policy" / "adapter")
+    other, other_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"), random_seed=7)
+    roles = SharedBase(other_lm, lora_config(2, 4, 0.0, "all-linear", "all", other_lm))
+    assert stamp.parent_sha256 == weights_sha256(roles, finished / "sft" / "adapter")
+    with pytest.raises(UserError, match="belongs to another base"):
+        load_role(roles, Role.SFT, finished / "sft" / "adapter", other)
+    same, same_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    narrow = SharedBase(same_lm, lora_config(2, 8, 0.0, "all-linear", "all", same_lm))
+    with pytest.raises(UserError, match="another rank, alpha"):
+        load_role(narrow, Role.SFT, finished / "sft" / "adapter", same)
+
+
+def test_stages_run_one_by_one_come_to_the_same(
+    finished: Path, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """The RL stage that reads SFT and reward adapters from disk equals the one that has them in memory."""
+    recipe, apart = str(finished / "recipe.yaml"), tmp_path / "apart"
+    code, text = run_cli("rl", recipe, "--out", str(apart))
+    assert code == 2
+    assert "needs the adapter of sft" in text
+    assert not apart.exists()
+    for stage in ("sft", "reward", "rl"):
+        code, text = run_cli(stage, recipe, "--out", str(apart))
+        assert code == 0, text
+    for role in ("sft", "reward", "policy", "critic"):
+        weights = Path(role) / "adapter" / "adapter_model.safetensors"
+        assert (apart / weights).read_bytes() == (finished / weights).read_bytes(), role
+
+
+def test_sft_learns_agent_turns_only_and_leaves_the_base_as_it_was(
+    write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
+) -> None:
+    data = {"source": "jsonl", "path": str(small_data / "demonstrations.jsonl"), "held_out": 0.3}
+    recipe = load_recipe(write_recipe(data=data, sft=SFT, reward=None, rl=None))
+    session = open_session(recipe, tmp_path / "out")
+    turns = (Turn("user", "hello"), Turn("agent", "yes"), Turn("user", "thanks"), Turn("agent", "no"))
+    row = tokenized(session, [Demonstration(turns[:1], turns[1:], "one")])[0]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    chat = session.base.chat
+    assert learned == chat.answer(turns[:1], turns[1]) + chat.answer(turns[:3], turns[3])
+    session.folder.claim(recipe)
+    train_sft(session)
+    assert "forward" not in vars(session.roles.lm)  # TRL's patched forward is gone
+    assert {name for name, p in session.roles.named_parameters() if p.requires_grad} == {
+        name for name, _ in session.roles.named_parameters() if ".sft." in name
+    }

@@ -1,0 +1,140 @@
+"""What is checked around the first updates: below rounding, without a trace, and where only training shows it."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import perl.rl.rollouts
+from perl.recipe import load_recipe
+from perl.rl.checks.movement import policy_movement
+from perl.rl.checks.perturbation import perturbed
+from perl.rl.checks.tracking import gap, log_probs, rounding_noise
+from perl.rl.prompts import encode_prompts, how_to_sample
+from perl.rl.rollout import answer
+from perl.rl.samplers.local import sample
+from perl.roles.fingerprint import changed, fingerprint
+from perl.roles.roles import Role
+from perl.stages.session import Session, open_session
+from tests.conftest import RunCli, WriteRecipe
+
+RL: dict[str, Any] = {
+    "reward": {"function": "rewards.py:length"},
+    "steps": 12,
+    "prompts_per_step": 4,
+    "max_new_tokens": 16,
+    "eval_prompts": 2,
+    "missing_end_penalty": 0.0,
+}
+
+
+@pytest.fixture
+def write_recipe(write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path) -> WriteRecipe:
+    """On a base whose log-probs differ, as a trained one's do."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "loud")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama, initializer_range=0.2)).save_pretrained(folder)
+    return partial(write_recipe, reward=None, base={"model": str(folder), "dtype": "float32"}, rl=RL)
+
+
+def opened(recipe: Path, *overrides: str) -> Session:
+    """A session whose policy is there."""
+    session = open_session(load_recipe(recipe, list(overrides)), recipe.parent / "out")
+    session.roles.add(Role.POLICY)
+    session.roles.eval()
+    return session
+
+
+def drawn(session: Session) -> Any:
+    prompts = encode_prompts(session, session.train.prompts[:4])
+    generator = torch.Generator().manual_seed(0)
+    return sample(session.roles, Role.POLICY, prompts.ids, how_to_sample(session), generator)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_learning_rate_at_which_nothing_can_be_learned_ends_the_run_and_is_named(
+    dtype: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe()
+    overrides = (f"base.dtype={dtype}", "rl.learning_rate=1.0e-12")
+    code, text = run_cli("run", recipe, *overrides, "--out", tmp_path / "out")
+    assert code == 0, text
+    (incident,) = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["rl"]["incidents"]
+    assert (incident["name"], incident["action"], incident["step"]) == ("nothing_learned", "stopped", 1)
+    assert 0 < incident["value"] < 1e-8
+    assert 1e-4 < float(incident["remedy"].removeprefix("Set rl.learning_rate: ").removesuffix(".")) <= 1e-2
+    assert "Nothing is learned" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_rollout_that_something_else_than_the_policy_drew_is_seen_at_the_second_step(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What preflight samples is right then; only the rollouts themselves are not."""
+
+    def stale(roles: Any, role: Role, *arguments: Any, **keywords: Any) -> Any:
+        return answer(roles, Role.BASE if role is Role.POLICY else role, *arguments, **keywords)
+
+    monkeypatch.setattr(perl.rl.rollouts, "answer", stale)
+    recipe = write_recipe()
+    code, text = run_cli("run", recipe, "--out", tmp_path / "out")
+    assert code == 1, text
+    said = " ".join(text.split())
+    assert "preflight failed before the second update: what the rollout's log-probs miss" in said
+    assert "the sampler is stale" in said
+    monkeypatch.undo()
+    assert run_cli("run", recipe, "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_perturbation_leaves_no_trace_though_weights_are_packed_inside(
+    tuning: str, write_recipe: WriteRecipe
+) -> None:
+    session = opened(write_recipe(tuning=tuning), "base.dtype=bfloat16")
+    everything = dict(session.roles.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in everything.items()}
+    known = fingerprint(everything)
+    with perturbed(session.roles.parameters_of(Role.POLICY), 0.5):
+        assert changed(known, everything)
+        drawn(session)
+    assert all(torch.equal(before[name], parameter) for name, parameter in everything.items())
+    assert changed(known, everything) == []
+
+
+def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: WriteRecipe) -> None:
+    recipe, found = write_recipe(), {}
+    for dtype in ("float32", "bfloat16"):
+        session = opened(recipe, f"base.dtype={dtype}")
+        samples = drawn(opened(recipe))  # the same completions
+        generator = torch.Generator().manual_seed(1)
+        for name, weight in session.roles.weights(Role.POLICY).items():
+            if "lora_B" in name:
+                weight.data.add_(1e-6 * torch.randn(weight.shape, generator=generator))
+        found[dtype] = policy_movement(session, samples)
+        if dtype == "bfloat16":
+            assert rounding_noise(session, samples) > 1000 * found[dtype]
+    assert 1e-7 < found["float32"] < 1e-4
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.5)
+
+
+def test_rounding_noise_is_of_the_size_of_what_sampling_differs_by(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    for dtype, (low, high) in {"float32": (0, 1e-5), "bfloat16": (2e-3, 0.1), "float16": (2e-4, 1e-2)}.items():
+        session = opened(recipe, f"base.dtype={dtype}")
+        samples = drawn(session)
+        noise = rounding_noise(session, samples)
+        assert low < noise < high
+        assert gap(log_probs(session, Role.POLICY, samples), samples.log_probs_BT, samples) < 2 * noise + 1e-6
+
+
+def test_a_sample_of_a_tensor_shows_dense_changes_in_any_bit() -> None:
+    tensors = {"large": torch.zeros(100, 64), "small": torch.zeros(3), "nan": torch.full((2,), torch.nan)}
+    before = fingerprint(tensors)
+    assert changed(before, tensors) == []
+    assert changed(before, tensors | {"small": torch.tensor([0.0, -0.0, 0.0])}) == ["small"]
+    assert changed(before, {name: tensors[name] for name in ("small", "nan")}) == ["large"]
+    assert changed(before, tensors | {"large": torch.full((100, 64), 1e-30)}) == ["large"]

@@ -1,0 +1,50 @@
+"""What a reward function of the user's own may return and asks for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from perl.data.records import Prompt, Turn
+from perl.rl.rewards.sources import RewardFunction
+from perl.rl.samplers.local import Samples
+
+NUMBERS = """
+import numpy as np
+import torch
+def array(completions, **columns):
+    return np.array([0.5, 1.0], dtype=np.float32)
+def tensor(completions, **columns):
+    return torch.tensor([0.5, 1.0])
+def scalars(completions, **columns):
+    return [torch.tensor(0.5), np.float64(1.0)]
+def booleans(completions, **columns):
+    return (np.bool_(len(text) > 1) if text == "b" else True for text in completions)
+def largest(completions, **columns):
+    return [1e30, -1e30]
+def colour(completions, colour, **columns):
+    return [float(one == "red") for one in colour]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("array", [0.5, 1.0]),
+        ("tensor", [0.5, 1.0]),
+        ("scalars", [0.5, 1.0]),
+        ("booleans", [1.0, 0.0]),
+        ("largest", [1e30, -1e30]),
+        ("colour", [0.0, 0.0]),
+    ],
+)
+def test_numbers_of_every_kind_are_taken_and_columns_of_other_rows_too(
+    name: str, expected: list[float], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(NUMBERS)
+    prompts = [Prompt((Turn("text", text),), text, {}) for text in ("one", "two")]
+    reddish = Prompt((Turn("text", "red"),), "red", {"colour": "red"})
+    reward = RewardFunction(f"{tmp_path}/own.py:{name}", [*prompts, reddish])
+    samples = cast(Any, SimpleNamespace(answers=lambda: [[1], [2]]))
+    assert reward(prompts, cast(Samples, samples), ["a", "b"]) == expected

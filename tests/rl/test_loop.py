@@ -1,0 +1,68 @@
+"""What RL begins with: an adapter critic, learning rates, and the penalty for a missing end."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perl.recipe import load_recipe
+from perl.rl.loop import Loop, begin, missing_end_penalty
+from perl.rl.prompts import encode_prompts
+from perl.roles.roles import Role
+from perl.stages.session import open_session
+from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
+
+REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "learning_rate": 0.01, "max_length": 64}
+
+
+def begun(recipe_file: Path, out: Path) -> Loop:
+    recipe = load_recipe(recipe_file)
+    assert recipe.rl is not None
+    session = open_session(recipe, out)
+    return begin(session, recipe.rl, encode_prompts(session, session.held_out.prompts))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_an_adapter_critic_begins_as_the_reward_model_with_a_head_of_zeros(
+    tuning: str, write_recipe: WriteRecipe, tmp_path: Path, run_cli: RunCli
+) -> None:
+    """The reward head gives log-odds, the critic is asked for returns: another scale, and often another sign."""
+    rl = {"critic": "adapter", "steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2}
+    file = write_recipe(tuning=tuning, reward=REWARD, rl=rl)
+    code, text = run_cli("reward", file, "--out", tmp_path / "out")
+    assert code == 0, text
+    roles = begun(file, tmp_path / "out").session.roles
+    assert roles.head(Role.REWARD).weight.abs().max() > 0.001
+    assert not roles.head(Role.CRITIC).weight.any()
+    reward, critic = roles.weights(Role.REWARD), roles.weights(Role.CRITIC)
+    assert all(torch.equal(reward[name], critic[name]) for name in reward)
+    assert any(weight.abs().max() > 0.001 for weight in critic.values())
+
+
+def test_learning_rates_are_the_recipes_or_follow_the_base(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    def rates(**rl: Any) -> list[float]:
+        given = {"reward": {"function": "rewards.py:length"}, "max_new_tokens": 4} | rl
+        return begun(write_recipe(reward=None, rl=given), tmp_path / "out").rates
+
+    adapters, head = rates(algorithm="reinforce")  # of a base of width 32
+    assert adapters == pytest.approx(4e-3 * 4**0.8, rel=0.05)
+    assert 0.2 / 32 / 2 < head < 0.2 / 32 * 2  # its last norm leaves states of about 1
+    assert rates(algorithm="ppo")[0] == pytest.approx(adapters / 2, rel=0.05)
+    assert rates(learning_rate=1e-5, head_learning_rate=1e-4) == [1e-5, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("chat", "given", "expected"), [(False, None, 0.0), (True, None, 0.5), (False, 0.5, 0.5), (True, 0.0, 0.0)]
+)
+def test_a_missing_end_costs_nothing_on_plain_text(
+    chat: bool, given: float | None, expected: float, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    asked = [f"A {drink}, please." for drink in DRINKS]
+    rows = [{"prompt": [{"role": "user", "content": text}] if chat else text} for text in asked]
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "p.jsonl", rows)), "held_out": 0.5}
+    rl = {"reward": {"function": "rewards.py:length"}, "missing_end_penalty": given}
+    recipe = load_recipe(write_recipe(reward=None, data=data, rl=rl))
+    session = open_session(recipe, tmp_path / "out")
+    assert recipe.rl is not None
+    assert missing_end_penalty(recipe.rl, session) == expected

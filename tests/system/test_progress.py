@@ -1,0 +1,25 @@
+"""Progress where nobody draws a bar: a log of a long run says regularly where it is."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from perl.system import progress
+
+
+def test_a_line_every_half_minute_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "console", Console(file=written, soft_wrap=True))
+    with progress.track("rl", 100, done=10) as advance:
+        for _ in range(25):
+            now[0] += 10.0
+            advance(reward=0.25)
+    lines = [line for line in written.getvalue().splitlines() if " of 100" in line]
+    assert lines[:2] == ["rl 13 of 100  reward 0.25", "rl 16 of 100  reward 0.25"]
+    assert len(lines) == 8
+
+
+def test_counted() -> None:
+    assert [progress.counted(number, "step") for number in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]

@@ -1,0 +1,11 @@
+"""The recipe: one YAML file that says what a run does, checked before anything is loaded.
+
+Only the stages and the command line read a recipe; all that lies below takes plain values. One file a section.
+"""
+
+from perl.recipe.load import load_recipe
+from perl.recipe.recipe import STAGES, Recipe, StageName
+from perl.recipe.rl import Rl
+from perl.recipe.supervised import Supervised
+
+__all__ = ["STAGES", "Recipe", "Rl", "StageName", "Supervised", "load_recipe"]

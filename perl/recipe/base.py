@@ -1,0 +1,62 @@
+"""The section `base`: which model is frozen under all roles."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from perl.recipe.section import Positive, Rate, Section
+
+ORIGINS = {"model": ("trust_remote_code",), "build": (), "config": ("random_init",)}
+"""Keys of `base` that say where it comes from, one of which a recipe has, and those that only go with them."""
+
+
+class Build(Section):
+    """A tiny base, trained by the recipe itself on the source's dialogues, and cached."""
+
+    hidden_size: Positive = 128
+    layers: Positive = 3
+    heads: Positive = 4
+    vocabulary: Positive = 512
+    """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
+    max_length: Positive = 512
+    """Context length, in tokens."""
+    steps: Positive = 1500
+    batch_tokens: Positive = 1536
+    learning_rate: Rate = 3e-3
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the base alone: like a pretrained model, it stays the same when the run's seed changes."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Build":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}: "
+                f"choose a multiple of {2 * self.heads}"
+            )
+        return self
+
+
+class Base(Section):
+    """The frozen base that all roles share."""
+
+    model: str | None = None
+    """A hub id or a folder with a causal language model."""
+    build: Build | None = None
+    config: dict[str, JsonValue] | None = None
+    """A transformers configuration with its `model_type`; needs `random_init: true`."""
+    random_init: bool = False
+    """Take only the configuration and draw the weights at random: for measuring, not for use."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "4bit"] = "none"
+    trust_remote_code: bool = False
+    """Let Python code run that comes with the model, where transformers has none for it. Read that code first."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Base":
+        if sum(origin is not None for origin in (self.model, self.build, self.config)) != 1:
+            raise ValueError("a base is exactly one of model, build and config: give one of them alone")
+        if self.config is not None and not self.random_init:
+            raise ValueError("config has no weights: add random_init: true, or give model instead")
+        if self.trust_remote_code and self.model is None:
+            raise ValueError("trust_remote_code is about a model's own code: give model, or leave it out")
+        return self

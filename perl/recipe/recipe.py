@@ -1,0 +1,75 @@
+"""The whole recipe."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from perl.recipe.adapter import Lora
+from perl.recipe.base import Base
+from perl.recipe.data import Data
+from perl.recipe.rl import Rl
+from perl.recipe.section import Positive, Section
+from perl.recipe.supervised import Reward, Sft
+
+StageName = Literal["sft", "reward", "rl"]
+STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
+
+
+class Recipe(Section):
+    """A complete run. A stage runs if its section is there."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    tuning: Literal["lora", "full"] = "lora"
+    """Adapters on one shared base; or a whole model for each role, trained whole: the conventional way."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+    checkpoint_every: Positive = 20
+    """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
+    base: Base
+    lora: Lora = Lora()
+    data: Data = Data()
+    sft: Sft | None = None
+    reward: Reward | None = None
+    rl: Rl | None = None
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> "Recipe":
+        if not self.stages:
+            raise ValueError("no stage to run: add a section sft, reward or rl")
+        if self.rl and not self.rl.reward.function and not self.reward:
+            raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        if self.tuning == "full" and self.base.quantization != "none":
+            raise ValueError(
+                "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
+            )
+        return self
+
+    @property
+    def critic(self) -> Literal["shared", "adapter", "none"]:
+        """The critic in use, the default resolved."""
+        assert self.rl is not None
+        if self.rl.critic is not None:
+            return self.rl.critic
+        if self.rl.algorithm == "rloo":
+            return "none"
+        return "shared" if self.tuning == "lora" else "adapter"
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages to run, in order."""
+        return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that it says beyond the defaults: a key that a later version adds does not change it."""
+        said = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
+        text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        return text

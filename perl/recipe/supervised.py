@@ -1,0 +1,34 @@
+"""The sections `sft` and `reward`: training on what people wrote and rated."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
+
+
+class Supervised(Section):
+    """What SFT and reward training have in common."""
+
+    epochs: Positive = 1
+    batch_size: Positive = 16
+    learning_rate: Rate = 1e-3
+    lr_scheduler_type: LrSchedulerType = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps over which the learning rate rises from 0, rounded down; `constant` has none."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """As in AdamW: this share of the learning rate is taken off every weight at each step."""
+    max_length: Positive = 512
+    """Longest sequence, in tokens; older context is cut off first."""
+
+
+class Sft(Supervised):
+    """Supervised fine-tuning on demonstrations."""
+
+
+class Reward(Supervised):
+    """The reward model."""
+
+    loss: Literal["thumbs", "pairs", "both"] = "thumbs"
+    """Learn from ratings, from comparisons, or from both in one training. Comparisons may be made from ratings."""
+    epochs: Positive = 2

@@ -1,0 +1,1 @@
+"""Names that libraries do not promise to keep, one file a library, each checked when it is imported."""

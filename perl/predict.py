@@ -24,8 +24,7 @@ from perl.backbones.build import tiny_config, train_tokenizer
 from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
 from perl.commands.run import TRAIN
 from perl.data.records import Records
-from perl.measure.ledger import KINDS, PHASES, PhaseMemory
-from perl.measure.probe import Kind, Phase
+from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.recipe import Recipe, StageName
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder

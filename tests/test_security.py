@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
 from perl.backbones.fake import fake_lm
+from perl.backbones.loading import load_base
 from perl.data.fetch import fetch
 from perl.errors import UserError
 from perl.predict import read_subject

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.backbones.encoder import EncoderHead
 from perl.backbones.padding import left_pad
 from perl.commands.evaluate import open_run
 from perl.errors import UserError
@@ -170,9 +168,7 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
     # As it was trained: log-odds, of which pipelines give the probability; or a number, which they give as it is.
     thumbs = session.stamp(role).reward_is_probability
     label, problem_type = ("thumb up", "multi_label_classification") if thumbs else (str(role), "regression")
-    head = roles.heads[role]
-    assert isinstance(head, nn.Linear | EncoderHead)
-    return classifier(lm, head, label, problem_type, tokenizer)
+    return classifier(roles, lm, role, label, problem_type, tokenizer)
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

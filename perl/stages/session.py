@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from perl.adapters.coverage import HALF
 from perl.adapters.lora import lora_config
+from perl.backbones import backbone_of
 from perl.backbones.base import Base
-from perl.backbones.encoder import is_encoder
 from perl.backbones.four_bit import scales
 from perl.data.records import Records
-from perl.errors import UserError
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
@@ -215,12 +214,8 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     """No roles on the base so far but all ready for them, under the recipe's tuning."""
     if recipe.tuning == "full":
         return SeparateModels(lm, base.load, engine)
-    if engine.shards_base and is_encoder(lm.config):
-        raise UserError(
-            f"{engine.name} spreads the blocks of causal LMs only",
-            where=f"base.model {base.name}",
-            remedy="Launch with recipes/engines/ddp.yaml: encoders are small.",
-        )
+    if engine.shards_base:
+        backbone_of(lm.config).require("sharding", f"base.model {base.name}")
     roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.split_unsupported_reason is not None:

@@ -104,6 +104,9 @@ class RlEval:
     reward_before: float
     reward_after: float
     reward_interval: Interval | None = None
+    reward_parts_before: dict[str, float] | None = None
+    """Means of the parts of which the reward is the weighted sum, by name."""
+    reward_parts_after: dict[str, float] | None = None
     gold_before: float | None = None
     gold_after: float | None = None
     gold_interval: Interval | None = None

@@ -10,7 +10,7 @@ from perl.measure.answers import Answers
 from perl.measure.reward_eval import RewardEval
 from perl.measure.reward_model_card import reward_card
 from perl.measure.tfidf_baseline import tfidf_floor
-from perl.rl.rewards.sources import score_rows
+from perl.rl.rewards.model import score_rows
 from perl.roles.roles import Roles
 from perl.system.progress import console
 from perl.system.typed_json import made

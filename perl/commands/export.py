@@ -21,7 +21,7 @@ from perl.commands.evaluate import open_run
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName
 from perl.report.model_card import TITLES, Exported, model_card
-from perl.rl.rewards.sources import messages
+from perl.rl.rewards.function import messages
 from perl.roles.export_formats import (
     classifier,
     generating_tokenizer,

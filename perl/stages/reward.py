@@ -21,7 +21,7 @@ from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
 from perl.measure.rated_rows import RatedRows
 from perl.results import Recorded, RewardStage, Tried
-from perl.rl.rewards.sources import probabilities, score_rows
+from perl.rl.rewards.model import probabilities, score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut

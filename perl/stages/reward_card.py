@@ -9,7 +9,7 @@ from perl.data.duplicates import Rows
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
-from perl.rl.rewards.sources import score_rows
+from perl.rl.rewards.model import score_rows
 from perl.roles.roles import Roles
 from perl.system.progress import console
 

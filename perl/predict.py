@@ -26,6 +26,7 @@ from perl.commands.run import TRAIN
 from perl.data.records import Records
 from perl.measure.ledger import KINDS, PHASES, PhaseMemory
 from perl.measure.probe import Kind, Phase
+from perl.predict_rl import try_rl
 from perl.recipe import Recipe, StageName
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
@@ -209,7 +210,7 @@ def _predict_at(recipe: Recipe, subject: Subject, depth: int) -> dict[StageName,
             session = _session(recipe, subject, depth, Path(scratch))
             seed_everything(recipe.seed)
             with unknown_values():
-                result = TRAIN[stage](session)
+                result = try_rl(session) if stage == "rl" else TRAIN[stage](session)
         memory[stage] = result.memory
     return memory
 

@@ -13,6 +13,7 @@ from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unk
 from perl.commands.run import TRAIN
 from perl.measure.probe import listeners
 from perl.predict import DEPTHS, predict, read_subject
+from perl.predict_rl import try_rl
 from perl.recipe import Recipe
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
@@ -71,7 +72,7 @@ def measured(tried: Recipe) -> Memory:
     found: Memory = {}
     for stage in tried.stages:
         with trial_session(tried, Trial(2)) as session:
-            memory = TRAIN[stage](session).memory
+            memory = (try_rl if stage == "rl" else TRAIN[stage])(session).memory
         found[stage] = {phase: (metrics.peak, metrics.kinds) for phase, metrics in memory.items()}
     return found
 

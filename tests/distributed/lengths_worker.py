@@ -10,7 +10,8 @@ import torch
 
 from perl.adapters.lora import lora_config
 from perl.parallel.joined import joined
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import random_llama
@@ -32,7 +33,7 @@ def main() -> None:
     """Sample beside the others, and alone."""
     steps = int(sys.argv[1])
     with joined() as engine:
-        together, alone = roles_on(engine), roles_on(None)
+        together, alone = LocalSampler(roles_on(engine)), LocalSampler(roles_on(None))
         sampling = Sampling(10, 1.0, end_ids=(7,), pad_id=0, prompts_at_once=2)
         shorter = 0
         for step in range(steps):
@@ -42,8 +43,8 @@ def main() -> None:
             lengths = [rng.randrange(1, 9) for _ in range(1 if lonely else 5)]
             prompts = [[rng.randrange(1, 7) for _ in range(length)] for length in lengths] * (3 if lonely else 1)
             drawn = [
-                sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
-                for roles in ((together,) if step % 10 else (together, alone))
+                sampler.draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
+                for sampler in ((together,) if step % 10 else (together, alone))
             ]
             assert drawn[0] == drawn[-1], (step, drawn)
             longest = max(len(answer) for answer in drawn[0])

@@ -10,6 +10,7 @@ import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
 from perl.rl.batches import micro_batches, trim
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role, Roles
 from perl.roles.saved import Stamp
 from perl.system.progress import counted
@@ -98,9 +99,8 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
     if not bool(changed_B1.any()):
         return samples
     ids_BL = samples.ids_BL.scatter(1, last_B1, ids_B1.masked_fill(changed_B1, ends[0]))
-    return samples._replace(
-        ids_BL=ids_BL, lower_hidden_BLD=None
-    )  # what the shared blocks made is of the tokens drawn
+    # What the shared blocks made is of the tokens drawn.
+    return replace(samples, ids_BL=ids_BL, lower_hidden_BLD=None)
 
 
 def probabilities(scores: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from perl.commands.run import TRAIN
 from perl.predict import Memory, predict, read_subject
+from perl.predict_rl import try_rl
 from perl.recipe import Recipe, StageName
 from perl.report.numbers import bytes_text, rate_text
 from perl.report.outcome import match_all
@@ -98,7 +99,7 @@ def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
 
 def _tried(recipe: Recipe, stage: StageName, steps: int) -> Stage:
     with trial_session(recipe, Trial(steps)) as session:
-        return TRAIN[stage](session)
+        return try_rl(session) if stage == "rl" else TRAIN[stage](session)
 
 
 def _means(row: CostRow | QualityRow) -> dict[str, float]:

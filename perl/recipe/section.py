@@ -1,10 +1,11 @@
 """What all sections of a recipe are, and the types of their values."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -12,6 +13,19 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LrSchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 """How the learning rate goes over a stage, by transformers' names: those that need no further arguments and are
 not another one without them. All but `constant` warm up."""
+
+
+def registered(registry: Mapping[str, Any]) -> AfterValidator:
+    """A name in a registry, to which plugins may have added."""
+
+    def check(name: str) -> str:
+        if name not in registry:
+            *others, last = map(repr, registry)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

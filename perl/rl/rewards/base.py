@@ -14,7 +14,7 @@ from perl.system.progress import counted
 
 if TYPE_CHECKING:  # a plugin with a reward of its own is read without torch
     from perl.rl.rewards.model import RewardModel
-    from perl.rl.samplers.local import Samples
+    from perl.rl.samplers.base import Samples
 
 LARGEST_REWARD = 1e30
 """In size. Rewards are kept in fp32, which ends at 3e38, and their spread is a sum of squares."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from perl.data.records import Prompt
 from perl.rl.rewards.base import RewardSource
 from perl.rl.rewards.model import RewardModel
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
 from perl.rl.rewards.base import RewardSource
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 from perl.system.python_file import import_file
 
 

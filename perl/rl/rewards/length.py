@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from perl.data.records import Prompt
 from perl.rl.rewards.base import RewardSource
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 
 
 class Length(RewardSource):

@@ -4,6 +4,7 @@ Axis letters: B completions, L = P + T positions of prompt and completion.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from perl.backbones.padding import left_pad
 from perl.data.records import Prompt
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards.base import RewardSource
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role, Roles
 from perl.roles.saved import Stamp
 
@@ -75,7 +76,7 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
         return samples
     ids_BL = samples.ids_BL.scatter(1, last_B1, ids_B1.masked_fill(changed_B1, ends[0]))
     # What the lower layers made is of the tokens that were drawn.
-    return samples._replace(ids_BL=ids_BL, lower_hidden_BLD=None)
+    return replace(samples, ids_BL=ids_BL, lower_hidden_BLD=None)
 
 
 def probabilities(scores: Sequence[float]) -> list[float]:

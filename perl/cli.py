@@ -254,7 +254,7 @@ def fetch_command(
 
 @data_app.command("check")
 def check_command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
 ) -> None:
     """Describe a source or file, and name every bad row."""
     from perl.commands.data_check import check

@@ -16,7 +16,7 @@ fit is a `Problem` and is left out; only a file that cannot be used at all is an
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -59,6 +59,15 @@ MAX_MARGIN = 1e6
 """A margin is a difference of scores; no larger one could be learned."""
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
+_FORMATS = [
+    {"prompt"},
+    {"prompt", "completion"},
+    {"messages"},
+    {"prompt", "completion", "label"},
+    {"prompt", "chosen", "rejected"},
+    {"chosen", "rejected"},
+]
+_FIELDS = set[str]().union(*_FORMATS)
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
 _CERTAINTY_FIELDS = ("margin", "probability")
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
@@ -112,10 +121,9 @@ def parse_row(value: object) -> list[Record]:
         RowError: the row fits no format.
     """
     row = object_with(value)
-    build = _FORMATS.get(frozenset(row) & _FIELDS)
-    if build is None:
+    if _FIELDS.intersection(row) not in _FORMATS:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
-    record = build(row)
+    record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
     columns = {key: cast(JSON, value) for key, value in row.items() if key not in used}
     usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
@@ -126,18 +134,22 @@ def parse_row(value: object) -> list[Record]:
     return [record, prompt] if record.context else [record]
 
 
-# One function a format.
-
-
-def _prompt(row: Row) -> Prompt:
+def _record(row: Row) -> Record:
+    if "messages" in row:
+        return _conversation(row)
+    if "prompt" not in row:
+        return _comparison_without_prompt(row)
     context = _context(row["prompt"])
-    return Prompt(context, _dialogue(row, context))
-
-
-def _demonstration(row: Row) -> Demonstration:
-    context = _context(row["prompt"])
+    if "chosen" in row:
+        return _comparison(row, context, row["chosen"], row["rejected"])
+    dialogue = _dialogue(row, context)
+    if "completion" not in row:
+        return Prompt(context, dialogue)
     answer = _answer(row["completion"], "completion", context)
-    return Demonstration(context, (answer,), _dialogue(row, context))
+    if "label" not in row:
+        return Demonstration(context, (answer,), dialogue)
+    label = soft_label(row["label"], "label")
+    return Rating(context, answer, label >= 0.5, dialogue, probability=label if 0 < label < 1 else None)
 
 
 def _conversation(row: Row) -> Demonstration:
@@ -149,32 +161,19 @@ def _conversation(row: Row) -> Demonstration:
     return Demonstration(context, answer, _dialogue(row, turns))
 
 
-def _rating(row: Row) -> Rating:
-    context = _context(row["prompt"])
-    answer = _answer(row["completion"], "completion", context)
-    label = soft_label(row["label"], "label")
-    return Rating(
-        context, answer, label >= 0.5, _dialogue(row, context), probability=label if 0 < label < 1 else None
-    )
-
-
-def _comparison(row: Row) -> Comparison:
-    return _preferred(row, _context(row["prompt"]), row["chosen"], row["rejected"])
-
-
 def _comparison_without_prompt(row: Row) -> Comparison:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         cut = _shared_text(chosen, rejected)
-        return _preferred(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
+        return _comparison(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
     better, worse = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     cut = _shared(better, worse)
     if not cut:
         raise RowError("chosen and rejected share no first message, and there is no prompt")
-    return _preferred(row, better[:cut], better[cut:], worse[cut:])
+    return _comparison(row, better[:cut], better[cut:], worse[cut:])
 
 
-def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> Comparison:
+def _comparison(row: Row, context: Context, chosen: object, rejected: object) -> Comparison:
     better = _answer(chosen, "chosen", context)
     worse = _answer(rejected, "rejected", context)
     if better == worse:
@@ -191,17 +190,6 @@ def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> 
         case [_, _]:
             raise RowError("both margin and probability say how sure the comparison is; give one")
     return comparison
-
-
-_FORMATS: dict[frozenset[str], Callable[[Row], Record]] = {
-    frozenset({"prompt"}): _prompt,
-    frozenset({"prompt", "completion"}): _demonstration,
-    frozenset({"messages"}): _conversation,
-    frozenset({"prompt", "completion", "label"}): _rating,
-    frozenset({"prompt", "chosen", "rejected"}): _comparison,
-    frozenset({"chosen", "rejected"}): _comparison_without_prompt,
-}
-_FIELDS = frozenset[str]().union(*_FORMATS)
 
 
 # The parts of a row.

@@ -94,6 +94,19 @@ class Prompt:
 Record = Demonstration | Rating | Comparison | Prompt
 
 
+def answers_of(record: Record) -> list[Context]:
+    """What follows the context in a record: two answers in a comparison, none in a prompt."""
+    match record:
+        case Demonstration():
+            return [record.answer]
+        case Rating():
+            return [(record.answer,)]
+        case Comparison():
+            return [(record.better,), (record.worse,)]
+        case Prompt():
+            return []
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A row that was left out: where it stands and what is wrong with it."""
@@ -135,3 +148,13 @@ class Records:
             "comparisons": self.comparisons,
             "prompts": self.prompts,
         }
+
+    def where(self, keep: Callable[[Record], bool]) -> "Records":
+        """The records that are to be kept, with the same judge."""
+        return Records(
+            demonstrations=[record for record in self.demonstrations if keep(record)],
+            ratings=[record for record in self.ratings if keep(record)],
+            comparisons=[record for record in self.comparisons if keep(record)],
+            prompts=[record for record in self.prompts if keep(record)],
+            judge=self.judge,
+        )

@@ -17,7 +17,7 @@ from perl.data.published import PUBLIC_SETS, REMEDY, read_public
 from perl.data.records import Records
 from perl.data.rows import no_usable_row
 from perl.data.simulator.source import corpus, simulate
-from perl.data.taskmaster import RELEASES, Domain, read_rows, read_taskmaster
+from perl.data.taskmaster import RELEASES, Domain, read_taskmaster
 from perl.errors import UserError, machine_fault
 
 Reader = Callable[[Path | None, int], Records]
@@ -165,15 +165,15 @@ def _jsonl(path: Path | None, seed: int) -> Records:
 
 
 def _taskmaster(domain: Domain, description: str) -> Source:
-    def reader(read: Callable[[Path, Domain], Records]) -> Reader:
-        return lambda path, seed: read(path or _fetched(domain), domain)
+    def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
+        return read_taskmaster(path or _fetched(domain), domain, every_row)
 
     return Source(
-        reader(read_taskmaster),
+        read,
         description,
         licence="CC BY 4.0",
         homepage="https://github.com/google-research-datasets/Taskmaster",
-        every_row=reader(read_rows),
+        every_row=partial(read, every_row=True),
         fetch=partial(fetch, RELEASES[domain]),
     )
 
@@ -188,15 +188,12 @@ def _fetched(domain: Domain) -> Path:
 
 
 def _public(name: str) -> Source:
+    def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
+        return read_public(public, path, every_row)
+
     public = PUBLIC_SETS[name]
-    return Source(
-        lambda path, seed: read_public(public, path),
-        public.description,
-        licence=public.licence,
-        homepage=f"https://huggingface.co/datasets/{public.repository}",
-        every_row=lambda path, seed: read_public(public, path, every_row=True),
-        remedy=REMEDY,
-    )
+    page = f"https://huggingface.co/datasets/{public.repository}"
+    return Source(read, public.description, public.licence, page, partial(read, every_row=True), remedy=REMEDY)
 
 
 SOURCES: dict[str, Source] = {

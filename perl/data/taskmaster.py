@@ -4,8 +4,6 @@ A rated turn holds its context and its answer as JSON strings; a dialogue holds 
 of the utterance that caused them. Both become turns of one rendering: `call NAME {"argument": "value"}` by
 the agent, `{"NAME":{…}}` by the API.
 
-The rows as published repeat and contradict each other: `read_rows` has them all, `read_taskmaster` those
-that training should see.
 """
 
 import json
@@ -37,65 +35,47 @@ _SPEAKERS: dict[str, Speaker] = {"user": "user", "agent": "agent", "assistant": 
 _R = TypeVar("_R", Rating, Demonstration)
 
 
-def read_taskmaster(folder: Path, domain: Domain) -> Records:
-    """Reads a checkout of the repository, or its folder of this domain, for training.
+def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Records:
+    """Reads a checkout of the repository, or its folder of this domain.
 
-    Each (context, answer) is rated once; those with both labels are left out. Coffee's demonstrations are
-    its dialogues, Ticketing's its answers that are rated up. Prompts are the contexts of the ratings.
+    Coffee's demonstrations are its dialogues, Ticketing's its answers that are rated up. Prompts are the contexts
+    of the ratings.
+
+    Args:
+        folder: where it lies.
+        domain: what is read of it.
+        every_row: also ratings that repeat a (context, answer), and those of answers rated both up and down.
 
     Raises:
         UserError: a folder is missing, or it holds no usable row.
     """
-    records = read_rows(folder, domain)
-    return _assemble(domain, without_repeats(records.ratings), records.demonstrations, records.problems)
-
-
-def read_rows(folder: Path, domain: Domain) -> Records:
-    """As `read_taskmaster`, with the ratings that repeat or contradict others."""
     release = _release(folder, domain)
-    ratings, problems = _read(release / "reward", lambda row, where: rated(row, where, domain))
-    dialogues: list[Demonstration] = []
+    ratings, problems = _read(release / "reward", rated_turn, domain)
+    if not every_row:
+        ratings = without_repeats(ratings)
     if domain == "coffee":
-        dialogues, bad = _read(release / "data", lambda row, where: whole_dialogue(row, where, domain))
+        demonstrations, bad = _read(release / "data", whole_dialogue, domain)
         problems += bad
-    return _assemble(domain, ratings, dialogues, problems)
-
-
-def _assemble(
-    domain: Domain, ratings: list[Rating], dialogues: list[Demonstration], problems: list[Problem]
-) -> Records:
-    liked = (rating for rating in ratings if rating.label and rating.answer.text)
-    answers = [Demonstration(rating.context, (rating.answer,), rating.dialogue) for rating in liked]
+    else:
+        liked = (rating for rating in ratings if rating.label and rating.answer.text)
+        demonstrations = [Demonstration(rating.context, (rating.answer,), rating.dialogue) for rating in liked]
     # An empty context, which a few rated turns have, cannot be answered.
     prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in ratings if rating.context}
     return Records(
-        demonstrations=dialogues if domain == "coffee" else answers,
-        ratings=ratings,
-        prompts=list(prompts.values()),
-        problems=problems,
+        demonstrations=demonstrations, ratings=ratings, prompts=list(prompts.values()), problems=problems
     )
 
 
-def rated(row: object, where: str, domain: str = "coffee") -> Rating | Problem:
-    """One rated turn as published. Never raises, whatever the row.
+def rated_turn(row: object, domain: str) -> Rating:
+    """One rated turn as published.
 
     Args:
         row: an object with `context` and `generation`, both JSON strings, and `reward`, 1.0 or 0.0.
-        where: the place that a `Problem` names.
         domain: prefixed to the dialogue's key.
+
+    Raises:
+        RowError: the row does not fit.
     """
-    return parsed(where, _rating, row, domain)
-
-
-def whole_dialogue(row: object, where: str, domain: str = "coffee") -> Demonstration | Problem:
-    """One dialogue as published: up to the first user turn it is context, all else the answer.
-
-    Never raises, whatever the row. Requests and responses that are not valid JSON are kept as they stand.
-    """
-    return parsed(where, _demonstration, row, domain)
-
-
-def _rating(row: object, domain: str) -> Rating:
     fields = object_with(row, ("context", "generation", "reward"))
     turns = list_of(strict_json(usable_text(fields["context"], "context")), "context")
     context = tuple(_turn(turn, f"context[{i}]") for i, turn in enumerate(turns))
@@ -105,7 +85,14 @@ def _rating(row: object, domain: str) -> Rating:
     return Rating(context, answer, binary_label(fields["reward"], "reward"), first_user_key(context, domain))
 
 
-def _demonstration(row: object, domain: str) -> Demonstration:
+def whole_dialogue(row: object, domain: str) -> Demonstration:
+    """One dialogue as published: up to the first user turn it is context, all else the answer.
+
+    Requests and responses that are not valid JSON are kept as they stand.
+
+    Raises:
+        RowError: the row does not fit.
+    """
     utterances = list_of(object_with(row, ("utterances",))["utterances"], "utterances")
     turns = [turn for i, utterance in enumerate(utterances) for turn in _utterance(utterance, f"utterances[{i}]")]
     first = next((i for i, turn in enumerate(turns) if turn.speaker == "user"), len(turns))
@@ -207,7 +194,7 @@ def _release(folder: Path, domain: Domain) -> Path:
     return release
 
 
-def _read(folder: Path, parse: Callable[[object, str], _R | Problem]) -> tuple[list[_R], list[Problem]]:
+def _read(folder: Path, parse: Callable[[object, str], _R], domain: Domain) -> tuple[list[_R], list[Problem]]:
     """All rows of a folder's files, in the files' order."""
     rows: list[_R] = []
     problems: list[Problem] = []
@@ -218,7 +205,7 @@ def _read(folder: Path, parse: Callable[[object, str], _R | Problem]) -> tuple[l
             problems.append(Problem(str(path), str(error)))
             continue
         for index, value in enumerate(values):
-            row = parse(value, f"{path}[{index}]")
+            row = parsed(f"{path}[{index}]", parse, value, domain)
             if isinstance(row, Problem):
                 problems.append(row)
             else:

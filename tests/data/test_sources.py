@@ -115,8 +115,12 @@ def test_a_source_outside_the_package_feeds_a_recipe(stars: Path, write_recipe: 
     assert train.problems == [Problem(f"{stars}, row 41", "stars is 'many'; 1 to 5 expected")]
 
 
-def test_a_source_outside_the_package_is_described(stars: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(f"stars:{stars}") == 2
+@pytest.mark.parametrize("named", ["source", "recipe"])
+def test_a_source_outside_the_package_is_described(
+    named: str, stars: Path, write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(data={"source": "stars", "path": stars.name})
+    assert check(str(recipe) if named == "recipe" else f"stars:{stars}") == 2
     printed = capsys.readouterr().out
     assert printed.startswith("stars: questions and answers with one to five stars; CC0\n")
     assert "16 thumbs up, 24 down" in printed

@@ -68,12 +68,8 @@ class State:
 
     def to_json(self) -> JSON:
         """The state as plain JSON values."""
-        return {
-            "phase": self.phase,
-            "said": dict(self.said),
-            "sold_out": list(self.sold_out),
-            "response": dict(self.response),
-        }
+        said, response = dict(self.said), dict(self.response)
+        return {"phase": self.phase, "said": said, "sold_out": list(self.sold_out), "response": response}
 
     @staticmethod
     def from_json(value: JSON) -> State:

@@ -7,7 +7,7 @@ import torch
 
 from perl.data.records import Prompt
 from perl.errors import UserError
-from perl.results import Answer, Sample
+from perl.results import Completion, Sample
 from perl.rl.rewards.sources import RewardFunction, RewardModel, RewardSource, messages
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.rollouts import everyones, roll_out
@@ -110,7 +110,7 @@ def draw_samples(
     """One answer of each role to each prompt, with its reward and the judge's verdict, for people to read."""
     settings, judge = session.recipe.rl, session.held_out.judge
     assert settings is not None
-    answers: list[dict[str, Answer]] = [{} for _ in prompts.prompts]
+    answers: list[dict[str, Completion]] = [{} for _ in prompts.prompts]
     for role in roles:
         generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "samples", 0))
         mine = roll_out(session, reward, role, prompts, how_to_sample(session), generator)
@@ -118,7 +118,7 @@ def draw_samples(
         gold = judge(prompts.prompts, drawn.texts) if judge is not None else None
         for index, text in enumerate(drawn.texts):
             verdict = None if gold is None else float(gold[index])
-            answers[index][role] = Answer(text=text, reward=float(drawn.rewards_B[index]), gold=verdict)
+            answers[index][role] = Completion(text=text, reward=float(drawn.rewards_B[index]), gold=verdict)
     return [
         made(Sample, {"prompt": messages(prompt.context), "answers": given})
         for prompt, given in zip(prompts.prompts, answers, strict=True)

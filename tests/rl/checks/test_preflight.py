@@ -240,7 +240,9 @@ def test_positions_counted_over_the_padding(
     spread_positions(session)
     parts = ready(session)
     parts.check()
-    monkeypatch.setattr(perl.backbones.decoder, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1)
+    monkeypatch.setattr(
+        perl.backbones.decoder, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1
+    )
     assert "rows read alone agree, rows read together do not" in parts.fails("sampled")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import Base, random_base
+from perl.backbones.base import Base
+from perl.backbones.loading import random_base
 from perl.bench import work
 from perl.bench.work import ANSWER_TOKENS, MICRO_BATCH, PROMPT_TOKENS, PROMPTS
 from perl.rl.samplers.local import Sampling, sample

@@ -1,19 +1,18 @@
-"""What a source holds, in metrics, and every row of it that cannot be used: `perl-rlhf data check`."""
+"""What a source holds, in numbers, and every row of it that cannot be used: `perl-rlhf data check`."""
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
-from perl.data.records import Comparison, Context, Demonstration, Prompt, Rating, Records, Turn
-from perl.data.sources import load_rows, parse_source
+from perl.data.records import Comparison, Context, Demonstration, Prompt, Rating, Record, Records, Turn
+from perl.data.sources import find_source, load_rows, parse_source
 
 SHOWN_PROBLEMS = 50
-Record = Demonstration | Rating | Comparison | Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One kind of record in metrics. Characters are those of the turns' texts."""
+    """One kind of record in numbers. Characters are those of the turns' texts."""
 
     count: int
     dialogues: int
@@ -64,7 +63,7 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """All that `data check` prints of a source's usable rows."""
+    """A source's usable rows in numbers; kinds of which it has none are left out."""
 
     kinds: dict[str, Summary]
     dialogues: int
@@ -72,15 +71,10 @@ class Description:
 
 
 def describe(records: Records) -> Description:
-    """Counts and measures what a source holds; kinds of which it has none are left out."""
-    kinds: dict[str, Sequence[Record]] = {
-        "demonstrations": records.demonstrations,
-        "ratings": records.ratings,
-        "comparisons": records.comparisons,
-        "prompts": records.prompts,
-    }
+    """Counts and measures what a source holds."""
+    kinds = {name: rows for name, rows in records.by_kind().items() if rows}
     return Description(
-        kinds={name: _summary(rows) for name, rows in kinds.items() if rows},
+        kinds={name: _summary(rows) for name, rows in kinds.items()},
         dialogues=len({row.dialogue for rows in kinds.values() for row in rows}),
         balance=_balance(records.ratings) if records.ratings else None,
     )
@@ -98,20 +92,16 @@ def check(source_or_file: str) -> int:
     Raises:
         UserError: there is no such source or file, or no usable row in it.
     """
-    source, path = parse_source(source_or_file)
-    records = load_rows(source, path, seed=0)
+    name, path = parse_source(source_or_file)
+    source, records = find_source(name), load_rows(name, path, seed=0)
     description = describe(records)
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name}: {'; '.join(filter(None, (source.description, source.licence, source.homepage)))}")
     console.print(_counts_table(description))
     console.print(_sizes_table(description))
-    console.print(f"{description.dialogues:,} dialogues in all")
-    if description.balance:
-        console.print(_balance_line(description.balance))
-    if certainty := _certainty_line(records):
-        console.print(certainty)
-    for note in records.notes:
-        console.print(note)
+    for line in _lines(records, description):
+        console.print(line)
     for problem in records.problems[:SHOWN_PROBLEMS]:
         console.print(f"{problem.where}: {problem.what}")
     if len(records.problems) > SHOWN_PROBLEMS:
@@ -135,27 +125,33 @@ def _counts_table(description: Description) -> Table:
 def _sizes_table(description: Description) -> Table:
     table = Table("median/95 %/longest", "context: turns", "characters", "answer: characters", box=None)
     for name, kind in description.kinds.items():
-        answer = str(kind.answer_characters) if kind.answer_characters else "–"
-        table.add_row(name, str(kind.context_turns), str(kind.context_characters), answer)
+        table.add_row(
+            name, str(kind.context_turns), str(kind.context_characters), str(kind.answer_characters or "–")
+        )
     return table
 
 
-def _balance_line(balance: Balance) -> str:
-    return (
-        f"{balance.up:,} thumbs up, {balance.down:,} down: a constant answer is right for "
-        f"{balance.majority_accuracy:.1%}; {balance.contradictions:,} answers with both labels; "
-        f"{balance.mixed_contexts:,} contexts with both labels, which make {balance.pairs:,} pairs"
-    )
-
-
-def _certainty_line(records: Records) -> str:
-    """How many rows say how sure they are: a misspelt key would be counted in none."""
+def _lines(records: Records, description: Description) -> Iterator[str]:
+    yield f"{description.dialogues:,} dialogues in all"
+    if balance := description.balance:
+        yield (
+            f"{balance.up:,} thumbs up, {balance.down:,} down: a constant answer is right for "
+            f"{balance.majority_accuracy:.1%}; {balance.contradictions:,} answers with both labels; "
+            f"{balance.mixed_contexts:,} contexts with both labels, which make {balance.pairs:,} pairs"
+        )
+    # How many rows say how sure they are: a misspelt key would be counted in none.
     counts = {
         "soft labels": sum(rating.probability is not None for rating in records.ratings),
         "comparisons with a margin": sum(comparison.margin > 0 for comparison in records.comparisons),
         "comparisons with a probability": sum(comparison.probability < 1 for comparison in records.comparisons),
     }
-    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    if certain := [f"{count:,} {what}" for what, count in counts.items() if count]:
+        yield "; ".join(certain)
+    if records.judge:
+        yield "a gold judge scores any answer to its prompts"
+    if records.published_test:
+        yield f"{len(records.published_test):,} dialogues are the published test part, which is held out"
+    yield from records.notes
 
 
 def _summary(rows: Sequence[Record]) -> Summary:
@@ -195,7 +191,6 @@ def _identity(row: Record) -> Hashable:
 
 def _balance(ratings: Sequence[Rating]) -> Balance:
     up = sum(rating.label for rating in ratings)
-    contradictions = sum(len(labels) == 2 for labels in labels_by_answer(ratings).values())
     labels: dict[Context, set[bool]] = {}
     for rating in without_repeats(ratings):
         labels.setdefault(rating.context, set()).add(rating.label)
@@ -203,7 +198,7 @@ def _balance(ratings: Sequence[Rating]) -> Balance:
         up=up,
         down=len(ratings) - up,
         majority_accuracy=max(up, len(ratings) - up) / len(ratings),
-        contradictions=contradictions,
+        contradictions=sum(len(given) == 2 for given in labels_by_answer(ratings).values()),
         mixed_contexts=sum(len(given) == 2 for given in labels.values()),
         pairs=len(pair_ratings(ratings)),
     )

@@ -17,7 +17,6 @@ from perl.errors import UserError
 
 _R = TypeVar("_R", Demonstration, Rating, Comparison, Prompt)
 
-KINDS = ("demonstrations", "ratings", "comparisons", "prompts")
 LARGEST_GROUP = 0.25
 """Share of the dialogues. What more of them have in common, such as a greeting, does not make them one group."""
 TRIES = 16
@@ -57,7 +56,7 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     """
     if not 0 < held_out < 1:
         raise UserError(f"{held_out} is not a share", where="data.held_out", remedy="Set it above 0 and below 1.")
-    dialogues = {record.dialogue for kind in KINDS for record in getattr(records, kind)}
+    dialogues = {record.dialogue for kind in records.by_kind().values() for record in kind}
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
         what = "; ".join([f"{len(dialogues)} dialogue cannot be split", *records.notes])
@@ -143,7 +142,7 @@ def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
     labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
     for rating in records.ratings:
         labels[rating.dialogue, rating.context].add(rating.label)
-    found = {kind: {of[record.dialogue] for record in getattr(records, kind)} for kind in KINDS}
+    found = {kind: {of[record.dialogue] for record in rows} for kind, rows in records.by_kind().items()}
     found |= {
         f"label {label}": {of[dialogue] for (dialogue, _), given in labels.items() if label in given}
         for label in (True, False)

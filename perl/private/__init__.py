@@ -1,1 +1,1 @@
-"""Names that libraries do not promise to keep, one file a library, each checked when it is imported."""
+"""What is used of other libraries beyond their documented interface: one file a library, checked when imported."""

@@ -1,37 +1,34 @@
-"""The check of private interfaces: that the installed version of a library still has the names used here."""
+"""The check of a library's undocumented interface: a version that has changed it is refused, not run wrong."""
 
-from importlib import metadata
-from types import ModuleType
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from perl.errors import MachineError
 
-TESTED = {
-    "deepspeed": "0.19.8",
-    "peft": "0.21.2",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "trl": "1.16.0",
-}
-"""The version of each library that the tests run with: those of constraints.txt."""
 
-
-def need(owner: object, *names: str) -> None:
-    """Check that a module, class or object of a library has these attributes.
+def need(owner: Any, *names: str) -> None:
+    """Check that a library's module, class or function still has what PERL uses of it.
 
     Args:
-        owner: the module, class or object.
-        names: its attributes that this package uses.
+        owner: where the names are; of a function, they are parameters; an instance, for what its class sets in it.
 
     Raises:
-        MachineError: it lacks one; it names the library, its installed version, the attribute and the version
-            tested.
+        MachineError: a name is not there; library, version and name are said.
     """
-    kind = owner if isinstance(owner, type) else type(owner)
-    place = owner.__name__ if isinstance(owner, ModuleType) else f"{kind.__module__}.{kind.__qualname__}"
-    library = place.partition(".")[0]
-    for name in names:
-        if not hasattr(owner, name):
-            raise MachineError(
-                f"{library} {metadata.version(library)} has no {place}.{name}, which perl-rlhf needs",
-                remedy=f"Tested with {TESTED[library]}: pip install '{library}=={TESTED[library]}'",
-            )
+    there = set(inspect.signature(owner).parameters) if inspect.isfunction(owner) else set(dir(owner))
+    missing = [name for name in names if name not in there]
+    if not missing:
+        return
+    module = owner.__name__ if inspect.ismodule(owner) else owner.__module__
+    named = getattr(owner, "__qualname__", type(owner).__qualname__)
+    library, within = module.partition(".")[0], "" if inspect.ismodule(owner) else f".{named}"
+    try:
+        installed = f"{library} {version(library)}"
+    except PackageNotFoundError:
+        installed = library
+    raise MachineError(
+        f"{installed} has no {', '.join(missing)} in {module}{within}, which PERL uses",
+        where=library,
+        remedy="Install the versions that PERL was tested with: pip install -c constraints.txt perl-rlhf",
+    )

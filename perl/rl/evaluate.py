@@ -9,7 +9,7 @@ from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
 from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.prompts import how_to_sample
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.rollouts import Rollout, everyones, roll_out
 from perl.roles.roles import Role
@@ -21,6 +21,8 @@ EVAL_BATCH = 64
 """Completions sampled at once."""
 COMPLETIONS = 256
 """At least so many in all: the mean of 24 rewards of 0 or 1 has a standard error of 0.1."""
+PART = "reward/"
+"""Before the name of a part of the reward."""
 MOST_A_PROMPT = 32
 """More tell nothing new: what differs from prompt to prompt remains."""
 
@@ -31,9 +33,9 @@ def samples_per_prompt(prompts: int) -> int:
 
 
 def evaluate_policy(
-    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts, *, say_spread: bool = False
+    session: Session, reward: CombinedReward, role: Role, prompts: EncodedPrompts, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
-    """Reward, gold score, KL to the reference (nats a completion, k1), length, and whether it ended by itself.
+    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats a completion, k1), length, `ended`.
 
     All policies draw with the same random numbers.
 
@@ -52,9 +54,8 @@ def evaluate_policy(
         part = prompts.take(rows[start : start + EVAL_BATCH])
         mine = roll_out(session, reward, role, part, sampling, generator)
         metrics = _of_each(everyones(session, part, mine), session.held_out.judge)
-        for name in ("reward", "gold", "kl", "answer_tokens", "ended"):
-            if name in metrics:
-                found.setdefault(name, []).extend(metrics[name])
+        for name, values in metrics.items():
+            found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))
     return {
@@ -80,15 +81,25 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> d
         after: what it found of the policy.
 
     Returns:
-        `n` prompts and the `samples_per_prompt`; of reward, gold (where there is a judge), answer_tokens and
+        `n` prompts and the `samples_per_prompt`; `reward_parts_before` and `reward_parts_after`, the means of the
+        reward's parts by name; of reward, gold (where there is a judge), answer_tokens and
         ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by
         prompt); the policy's `kl` with `kl_interval`.
     """
-    before = {**before, "kl": [0.0] * len(prompts)}  # of the reference to itself, where rounding left a little
+    parts = {
+        f"reward_parts_{when}": {
+            name.removeprefix(PART): statistics.fmean(values)
+            for name, values in metrics.items()
+            if name.startswith(PART)
+        }
+        for when, metrics in (("before", before), ("after", after))
+    }
+    before = {name: values for name, values in before.items() if not name.startswith(PART)}
+    before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
     found = changes(before, after, [prompt.dialogue for prompt in prompts.prompts])
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
-    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **found}
+    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **parts, **found}
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
@@ -112,6 +123,7 @@ def _of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
         "answer_tokens": known.mask_BT.sum(1).tolist(),
         "ended": answers.samples.ended_B.float().tolist(),
     }
+    metrics |= {f"{PART}{name}": part_B.tolist() for name, part_B in answers.reward_parts.items()}
     if judge is not None:
         metrics["gold"] = list(judge(answers.prompts, answers.texts))
     return metrics

@@ -13,8 +13,8 @@ from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.guarding import Guarding
 from perl.rl.checks.guards import last_good
 from perl.rl.prompts import encode_prompts, how_to_sample, reward_source
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rewards.scale import RewardScale
-from perl.rl.rewards.sources import RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.local import Sampling
 from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
@@ -31,7 +31,7 @@ class Loop:
     settings: Rl
     session: Session
     algorithm: Algorithm
-    reward: RewardSource
+    reward: CombinedReward
     prompts: EncodedPrompts
     optimizer: torch.optim.Optimizer
     rates: list[float]

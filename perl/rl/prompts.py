@@ -8,7 +8,10 @@ import torch
 from perl.data.records import Prompt
 from perl.errors import UserError
 from perl.results import Answer, Sample
-from perl.rl.rewards.sources import RewardFunction, RewardModel, RewardSource, messages
+from perl.rl.rewards.base import RewardContext
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.function import messages
+from perl.rl.rewards.model import RewardModel
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.rollouts import everyones, roll_out
 from perl.rl.samplers.local import Sampling
@@ -76,15 +79,23 @@ def prompts_of(session: Session, prompts: EncodedPrompts, step: int) -> list[int
     return [orders[place // count][place % count] for place in places for _ in range(each)]
 
 
-def reward_source(session: Session) -> RewardSource:
-    """The reward of a recipe: a function, or the reward stage's adapter."""
-    settings = session.recipe.rl
+def reward_source(session: Session) -> CombinedReward:
+    """The reward of a recipe: the weighted sum of its parts."""
+    settings, context = session.recipe.rl, reward_context(session)
     assert settings is not None
-    if settings.reward.function is not None:
-        return RewardFunction(settings.reward.function, [*session.train.prompts, *session.held_out.prompts])
-    session.load(Role.REWARD)
-    ends = how_to_sample(session).end_ids
-    return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, ends)
+    return CombinedReward([(part.source(context), part.weight) for part in settings.reward_parts])
+
+
+def reward_context(session: Session) -> RewardContext:
+    """What the parts of a reward may be made from."""
+
+    def model() -> RewardModel:
+        settings, ends = session.recipe.rl, how_to_sample(session).end_ids
+        assert settings is not None
+        session.load(Role.REWARD)
+        return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, ends)
+
+    return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
 
 
 def how_to_sample(session: Session) -> Sampling:
@@ -105,7 +116,7 @@ def how_to_sample(session: Session) -> Sampling:
 
 
 def draw_samples(
-    session: Session, reward: RewardSource, roles: Sequence[Role], prompts: EncodedPrompts
+    session: Session, reward: CombinedReward, roles: Sequence[Role], prompts: EncodedPrompts
 ) -> list[Sample]:
     """One answer of each role to each prompt, with its reward and the judge's verdict, for people to read."""
     settings, judge = session.recipe.rl, session.held_out.judge

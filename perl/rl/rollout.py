@@ -13,7 +13,7 @@ from perl.backbones.chat import ChatFormat
 from perl.data.records import Prompt
 from perl.rl.algorithms import Scored
 from perl.rl.batches import micro_batches, trim
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.samplers.local import Samples, Sampling, Share, sample
 from perl.roles.roles import Role, Roles
 
@@ -26,7 +26,9 @@ class Answers:
     texts: list[str]
     samples: Samples
     rewards_B: Tensor
-    """As the reward source gave them, fp64: normalised later, when those of all processes are together."""
+    """Weighted sums, raw, fp64: normalised later, when those of all processes are together."""
+    reward_parts: dict[str, Tensor]
+    """What they are sums of, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,10 @@ def answer(
     return samples, [chat.decode(ids) for ids in samples.completions()]
 
 
-def score(reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str]) -> Answers:
+def score(reward: CombinedReward, prompts: EncodedPrompts, samples: Samples, texts: list[str]) -> Answers:
     """The reward of each answer."""
-    rewards = reward(prompts.prompts, samples, texts)
-    rewards_B = torch.tensor(rewards, dtype=torch.float64, device=samples.ids_BL.device)
-    return Answers(prompts.prompts, texts, samples, rewards_B)
+    scores = reward(prompts.prompts, samples, texts)
+    return Answers(prompts.prompts, texts, samples, scores.total_B, scores.parts)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perl.measure.probe import Phase
 from perl.rl.algorithms import Scored
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import Answers, EncodedPrompts, answer, read_answers, score, scored
 from perl.rl.samplers.local import Samples, Sampling, Share
 from perl.roles.roles import Role
@@ -37,7 +37,7 @@ def _unmeasured(name: Phase) -> AbstractContextManager[None]:
 
 def roll_out(
     session: Session,
-    reward: RewardSource,
+    reward: CombinedReward,
     role: Role,
     prompts: EncodedPrompts,
     sampling: Sampling,
@@ -82,9 +82,13 @@ def everyones(session: Session, prompts: EncodedPrompts, mine: Rollout) -> Rollo
     samples = answers.samples
     columns = samples.ids_BL.shape[1]
     samples = _wider(samples, processes.all_reduce_max(columns) - columns)._replace(lower_hidden_BLD=None)
-    parts = processes.all_gather(_on_host((answers.texts, samples, answers.rewards_B, found)))
-    texts, samples, rewards_B, found = _joined(parts, len(prompts), session.device)
-    return Rollout(Answers(prompts.prompts, texts, samples, rewards_B), found)
+    parts_B = tuple(answers.reward_parts.values())
+    parts = processes.all_gather(_on_host((answers.texts, samples, answers.rewards_B, parts_B, found)))
+    texts, samples, rewards_B, parts_B, found = _joined(parts, len(prompts), session.device)
+    return Rollout(
+        Answers(prompts.prompts, texts, samples, rewards_B, dict(zip(answers.reward_parts, parts_B, strict=True))),
+        found,
+    )
 
 
 def _wider(samples: Samples, columns: int) -> Samples:

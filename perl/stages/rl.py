@@ -22,9 +22,8 @@ from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import preflight
 from perl.rl.evaluate import describe, evaluate_policy, policy_change
 from perl.rl.loop import Loop, begin, checkpoint, resume, rollback
-from perl.rl.prompts import draw_samples, encode_prompts, prompts_of
+from perl.rl.prompts import draw_samples, encode_prompts, prompts_of, reward_context
 from perl.rl.rewards.scale import ABSURD, FARTHEST
-from perl.rl.rewards.sources import RewardFunction
 from perl.rl.rollouts import Rollout, everyones, roll_out
 from perl.roles.roles import Role
 from perl.stages.cut_rows import say_cut
@@ -44,8 +43,10 @@ def check(session: Session) -> None:
     assert session.recipe.rl is not None
     prompts = [*session.train.prompts, *session.held_out.prompts]
     encode_prompts(session, prompts)
-    if session.recipe.rl.reward.function is not None:
-        RewardFunction(session.recipe.rl.reward.function, prompts)
+    context = reward_context(session)
+    for part in session.recipe.rl.reward_parts:
+        if not part.needs_model:  # that is trained first
+            part.source(context)
 
 
 def train_rl(session: Session) -> RlStage | Tried:

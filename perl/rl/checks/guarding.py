@@ -14,7 +14,7 @@ from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import WINDOW, Limits
 from perl.rl.checks.guards import Guard, last_good
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.rollouts import everyones, roll_out
 from perl.rl.samplers.local import Sampling
@@ -43,7 +43,7 @@ class Guarding:
     def __init__(
         self,
         session: Session,
-        reward: RewardSource,
+        reward: CombinedReward,
         sampling: Sampling,
         prompts: EncodedPrompts,
         learning_rate: float,

@@ -25,7 +25,8 @@ from perl.rl.checks.tracking import (
 )
 from perl.rl.checks.wiring import adapters_as_configured, base_unchanged, dropout_off, roles_apart
 from perl.rl.maths import kl_k3
-from perl.rl.rewards.sources import RewardModel, RewardSource, score_rows, with_written_end
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import score_rows, with_written_end
 from perl.rl.rollout import EncodedPrompts, answer
 from perl.rl.samplers.local import Samples, Sampling
 from perl.roles.roles import Role, Roles
@@ -42,7 +43,7 @@ KL_LIMIT = 1e-3
 
 
 def preflight(
-    session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts, again: bool = False
+    session: Session, reward: CombinedReward, sampling: Sampling, prompts: EncodedPrompts, again: bool = False
 ) -> list[Check]:
     """Check before the first update, a line each on the console; return what was found.
 
@@ -66,7 +67,7 @@ def preflight(
 
 def _checks(
     session: Session,
-    reward: RewardSource,
+    reward: CombinedReward,
     sampling: Sampling,
     prompts: EncodedPrompts,
     samples: Samples,
@@ -78,7 +79,7 @@ def _checks(
     for role in () if again else (Role.SFT, Role.REWARD):
         if role in session.roles.roles:
             yield reloaded(session, role, samples)
-    if isinstance(reward, RewardModel):
+    if reward.model is not None:
         trained = session.folder.results().reward
         if trained is not None and trained.recorded:
             yield from recorded_evaluation(session, trained.recorded)
@@ -150,7 +151,7 @@ def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Itera
 
 
 def read_at_the_end(
-    session: Session, reward: RewardSource, sampling: Sampling, prompts: EncodedPrompts, samples: Samples
+    session: Session, reward: CombinedReward, sampling: Sampling, prompts: EncodedPrompts, samples: Samples
 ) -> Finding:
     """The reward is read at each answer's last token, of the kind that it was trained to be read at.
 
@@ -164,11 +165,11 @@ def read_at_the_end(
         for tokens, wanted, ended in zip(answers, ends, samples.ended_B.tolist(), strict=True)
     )
     elsewhere = 0
-    if isinstance(reward, RewardModel):
+    if reward.model is not None:
         read = with_written_end(samples, ends[0]).completions()
         rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts.ids, read, strict=True)]
         at_the_end = [_read_at_last_token(roles, row) for row in rows]
-        found = reward.scores(samples)
+        found = reward.model.scores(samples)
         elsewhere = sum(
             not abs(one - other) <= _close(session) for one, other in zip(found, at_the_end, strict=True)
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perl.rl.checks.findings import Finding
 from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap, log_probs
-from perl.rl.rewards.sources import RewardModel, RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import read_answers
 from perl.rl.samplers.local import Samples
 from perl.roles.roles import Role, Roles
@@ -54,7 +54,7 @@ def dropout_off(session: Session, samples: Samples, noise: float) -> Finding:
     return Finding("dropout off", words, figure, max(1e-4, 2 * noise), cause)
 
 
-def roles_apart(session: Session, reward: RewardSource, samples: Samples) -> Finding:
+def roles_apart(session: Session, reward: CombinedReward, samples: Samples) -> Finding:
     """Each role computes with its own weights and head, and with nobody else's."""
     roles = session.roles
     wrong = []
@@ -92,12 +92,12 @@ def _parts(roles: Roles, readings: dict[Role, Tensor]) -> Iterator[tuple[Role, s
             yield role, "head", list(roles.heads[role].parameters())
 
 
-def _readings(session: Session, reward: RewardSource, samples: Samples) -> dict[Role, Tensor]:
+def _readings(session: Session, reward: CombinedReward, samples: Samples) -> dict[Role, Tensor]:
     """What each role says of the same completions: log-probs, rewards before scaling, values."""
     roles = session.roles
     said = {role: log_probs(session, role, samples) for role in (Role.POLICY, roles.reference)}
-    if isinstance(reward, RewardModel):
-        said[Role.REWARD] = torch.tensor(reward.scores(samples))
+    if reward.model is not None:
+        said[Role.REWARD] = torch.tensor(reward.model.scores(samples))
     if Role.CRITIC in roles.heads:
         assert session.recipe.rl is not None
         reader = Role.CRITIC if roles.weights(Role.CRITIC) else Role.POLICY

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import perl.rl.rewards.sources
+import perl.rl.rewards.model
 import perl.roles.roles
 from perl.commands.run import TRAIN
 from perl.recipe import load_recipe
@@ -22,7 +22,8 @@ from perl.rl.batches import Batch, trim
 from perl.rl.checks.findings import PreflightError
 from perl.rl.checks.preflight import preflight
 from perl.rl.prompts import encode_prompts, how_to_sample, reward_source
-from perl.rl.rewards.sources import RewardModel, RewardSource
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import RewardModel
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.local import Samples, Sampling
 from perl.roles.fingerprint import fingerprint
@@ -52,7 +53,7 @@ class Parts:
     """What preflight looks at, before RL; tests spoil it."""
 
     session: Session
-    reward: RewardSource
+    reward: CombinedReward
     sampling: Sampling
     prompts: EncodedPrompts
 
@@ -276,7 +277,7 @@ def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPa
         last_B = batch.mask_BL.long().cumsum(1).argmax(1)
         return batch._replace(mask_BL=batch.mask_BL.scatter(1, last_B[:, None], False))
 
-    monkeypatch.setattr(perl.rl.rewards.sources, "trim", early)
+    monkeypatch.setattr(perl.rl.rewards.model, "trim", early)
     assert "padding on the wrong side" in parts.fails("end")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
+from perl.backbones.loading import load_base
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rollout import read_answers
 from perl.rl.samplers import local as sampler

@@ -73,12 +73,17 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="session")
 def alone(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run folders of one process."""
+    """The run folders of one process, each made when it is first asked for."""
     folder = tmp_path_factory.mktemp("alone")
-    with silence():
-        for name, recipe in recipes.items():
-            pipeline.run(load_recipe(recipe), folder / name)
-    return {name: folder / name for name in recipes}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            with silence():
+                pipeline.run(load_recipe(recipes[name]), folder / name)
+            self[name] = folder / name
+            return self[name]
+
+    return Runs()
 
 
 def result(out: Path, role: str) -> dict[str, Any]:

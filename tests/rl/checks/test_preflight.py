@@ -261,7 +261,8 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     samples = Samples(
         torch.tensor(ids), torch.ones(3, 4).bool(), [1] * 3, [3] * 3, torch.zeros(3, 3), None, torch.ones(3).bool()
     )
-    usual, with_other, without = parts.reward.scores(samples)  # type: ignore[attr-defined]
+    assert parts.reward.model is not None
+    usual, with_other, without = parts.reward.model.scores(samples)
     assert usual == with_other != without
     assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
     read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)

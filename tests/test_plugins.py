@@ -78,6 +78,7 @@ def test_the_example_runs_resumes_and_is_found_again(
         forget("keywords")
         code, text = run_cli(*command)
         assert code == 0, text
+        assert command[0] != "evaluate" or "reward/keywords" in text
     assert load_recipe(out / "recipe.yaml").plugins == [str(EXAMPLE.with_suffix(".py"))]
 
 

@@ -49,6 +49,10 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "lora": {"rank": 2, "alpha": 4},
         "data": {"source": "jsonl", "path": "rows.jsonl", "held_out": 0.3},
     }
+    parts = [
+        {"kind": "function", "function": "rewards.py:length"},
+        {"kind": "length", "target": 5, "weight": 0.5},
+    ]
     function = RL | {"reward": {"function": "rewards.py:length"}}
     contents = {
         "all": {
@@ -61,7 +65,7 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             "lora": {"rank": 2, "alpha": 4, "layers": "top-half"},
             "rl": function | {"algorithm": "reinforce"},
         },
-        "rloo": {"rl": function | {"algorithm": "rloo", "samples_per_prompt": 2}},
+        "rloo": {"rl": RL | {"algorithm": "rloo", "samples_per_prompt": 2, "reward": parts}},
         "full": {"tuning": "full", "rl": function | {"algorithm": "ppo"}},
     }
     files = {}

@@ -1,10 +1,10 @@
 """Log-probs and entropies from hidden states, without ever holding the logits of all tokens.
 
-Axes: N tokens (answer positions of a batch, flattened), D hidden, V vocabulary.
+Axis letters: `perl.roles`; the N tokens are those of the completions of a batch.
 
 The LM head runs on `chunk` tokens at a time: their logits live while they are computed, and again, computed
 anew, while their gradient is. So memory is a few chunk × V floats instead of N × V, for one more product with the
-head in the backward pass. Take only the answers' positions to begin with: the prompt's need no LM head.
+head in the backward pass. Positions of prompts need no LM head and are left out by the caller.
 
 The gradient is written out: with p = softmax(z), z = (W h + b) / temperature, and a token y,
 

@@ -26,8 +26,8 @@ from perl.backbones.fake import fake_lm, unknown_values
 from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
 from perl.commands.run import TRAIN
 from perl.data.records import Records
-from perl.measure.ledger import KINDS, PHASES, PhaseMemory
-from perl.measure.probe import Kind, Phase
+from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
+from perl.predict_rl import try_rl
 from perl.recipe import Recipe, StageName
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
@@ -212,7 +212,7 @@ def _predict_at(recipe: Recipe, subject: Subject, depth: int) -> dict[StageName,
             session = _session(recipe, subject, depth, Path(scratch))
             seed_everything(recipe.seed)
             with unknown_values():
-                result = TRAIN[stage](session)
+                result = try_rl(session) if stage == "rl" else TRAIN[stage](session)
         memory[stage] = result.memory
     return memory
 

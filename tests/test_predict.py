@@ -13,6 +13,7 @@ from perl.backbones.fake import fake_lm, unknown_values
 from perl.commands.run import TRAIN
 from perl.measure.probe import listeners
 from perl.predict import DEPTHS, predict, read_subject
+from perl.predict_rl import try_rl
 from perl.recipe import Recipe
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Role
@@ -72,7 +73,7 @@ def measured(tried: Recipe) -> Memory:
     found: Memory = {}
     for stage in tried.stages:
         with trial_session(tried, Trial(2)) as session:
-            memory = TRAIN[stage](session).memory
+            memory = (try_rl if stage == "rl" else TRAIN[stage])(session).memory
         found[stage] = {phase: (metrics.peak, metrics.kinds) for phase, metrics in memory.items()}
     return found
 

@@ -8,9 +8,9 @@ from rich.panel import Panel
 from rich.prompt import Prompt as Ask
 
 from perl.commands.evaluate import open_run
-from perl.data.records import Prompt, Turn
-from perl.rl.rollout import EncodedPrompts, answer
-from perl.rl.samplers.local import Sampling
+from perl.data.records import Turn
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.stages.session import Session
 from perl.system.progress import console
@@ -56,9 +56,9 @@ def _answer(session: Session, role: Role, turns: list[Turn], generator: torch.Ge
     session.roles.eval()
     room = session.base.context_length - MAX_NEW_TOKENS
     context = tuple(turns)
-    prompt = EncodedPrompts([Prompt(context, "chat")], [session.base.chat.context(context, max(room, 1))])
     temperature = session.recipe.rl.temperature if session.recipe.rl else 1.0
     chat = session.base.chat
     sampling = Sampling(MAX_NEW_TOKENS, temperature, chat.ends(context), chat.pad_id, prompts_at_once=1)
-    _, texts = answer(session.roles, role, chat, prompt, sampling, generator)
-    return texts[0]
+    prompt = chat.context(context, max(room, 1))
+    samples = LocalSampler(session.roles).draw(role, [prompt], sampling, generator)
+    return chat.decode(samples.completions()[0])

@@ -8,15 +8,15 @@ from rich.table import Table
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError
 from perl.measure.bootstrap import Interval
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.rl.evaluate import evaluate_policy, policy_change
-from perl.rl.prompts import encode_prompts, reward_source
 from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
 from perl.stages.cut_rows import say_cut
 from perl.stages.reward import answers_of, tokenize_rows
 from perl.stages.reward_card import evaluate_rows, print_card
+from perl.stages.rl_setup import eval_prompts, setup_collector
 from perl.stages.session import Session, open_session
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
@@ -49,7 +49,7 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
-    metrics: RewardEval | dict[str, Any]
+    metrics: RewardModelCard | dict[str, Any]
     if role == "reward":
         metrics = card = _reward(session, data)
         print_card(f"reward of {run}", card)
@@ -69,7 +69,7 @@ def open_run(run: Path) -> Session:
     return open_session(RunFolder(run).recipe(), run)
 
 
-def _reward(session: Session, data: str | None) -> RewardEval:
+def _reward(session: Session, data: str | None) -> RewardModelCard:
     session.load(Role.REWARD)
     settings = session.recipe.reward
     assert settings is not None
@@ -87,11 +87,11 @@ def _policy(session: Session) -> dict[str, Any]:
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     session.load(Role.POLICY)
-    prompts = encode_prompts(session, session.held_out.prompts[: session.recipe.rl.eval_prompts])
+    prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    reward = reward_source(session)
-    before = evaluate_policy(session, reward, session.roles.reference, prompts)
-    after = evaluate_policy(session, reward, Role.POLICY, prompts)
+    collector, judge = setup_collector(session), session.held_out.judge
+    before = evaluate_policy(collector, session.roles.reference, prompts, judge)
+    after = evaluate_policy(collector, Role.POLICY, prompts, judge)
     return policy_change(before, after, prompts)
 
 

@@ -20,8 +20,8 @@ from perl.backbones.padding import left_pad
 from perl.commands.evaluate import open_run
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName
-from perl.report.model_card import TITLES, Exported, card
-from perl.rl.rewards.sources import messages
+from perl.report.model_card import TITLES, Exported, model_card
+from perl.rl.rewards.function import messages
 from perl.roles.export_formats import (
     classifier,
     generating_tokenizer,
@@ -85,7 +85,7 @@ def export(run: Path, role: str, folder: Path, merged: bool) -> None:
             save_adapter(session.roles, who, trunk, session.base.name, unfinished)
             if not scores:
                 _generation(session, who, tokenizer).save_pretrained(unfinished)
-        write_whole(unfinished / "README.md", card(session, made))
+        write_whole(unfinished / "README.md", model_card(session, made))
         for weights in unfinished.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
             weights.chmod((unfinished / "README.md").stat().st_mode)
     _say(session, made, folder)

@@ -110,7 +110,7 @@ class SharedBase(Roles):
 
     def base_sha256(self) -> str:
         """SHA-256 of the base's weights as they are now."""
-        return weights_sha256(self.lm, self.engine.whole)
+        return weights_sha256(self.lm, self.engine.full_tensor)
 
     def base_changed(self) -> list[str]:
         """The base's tensors that are no longer as loaded, by a sample of each; nobody may change any."""

@@ -44,7 +44,7 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
-    base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
+    base, lm = engine.processes.local_main_first(lambda: open_base(recipe, train, engine.load_device(device)))
     seen = engine.processes.all_gather(
         (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
     )

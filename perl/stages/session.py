@@ -34,7 +34,6 @@ from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
-from perl.system.typed_json import made
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -86,17 +85,11 @@ class Session:
         return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
 
     def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
-        """What a stage trained and cost, of all processes.
-
-        Work is added up; time and memory are those of the process that had most.
-        """
-        mine = meter.metrics()
-        everyone = self.processes.all_gather(mine)
-        for name, over in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
-            if name in mine:
-                mine[name] = over(metrics[name] for metrics in everyone)
-        counts = {"trainable_parameters": sum(one.numel() for one in trained), "rows": rows, "rows_cut": rows_cut}
-        return made(Stage, {**counts, **mine})
+        """What a stage trained and cost, of all processes."""
+        cost = meter.cost()
+        cost = cost.of_all(self.processes.all_gather(cost))
+        parameters = sum(one.numel() for one in trained)
+        return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
 
     def begin_together(self, learning: Iterable[Tensor]) -> None:
         """Let all processes train the same weights, and each draw a dropout of its own."""

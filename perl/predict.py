@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.adapters.lora import linear_layers
+from perl.adapters.targets import linear_layers
 from perl.backbones.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
 from perl.backbones.build import tiny_config, train_tokenizer
 from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
@@ -30,7 +30,7 @@ from perl.recipe import Recipe, StageName
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
 from perl.stages.material import corpus, only_scores, quiet_libraries, read_data
-from perl.stages.session import Session, Trial, adapter_shape
+from perl.stages.session import Session, Trial, adapters_for
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
@@ -127,7 +127,8 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
-    whole = isinstance(recipe.lora.layers, list)  # layers named one by one: no smaller depth stands for them
+    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    whole = recipe.lora is None or isinstance(recipe.lora.layers, list)
     if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:
@@ -222,7 +223,7 @@ def _session(recipe: Recipe, subject: Subject, depth: int, scratch: Path) -> Ses
         text.layer_types = text.layer_types[:depth]
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
-    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))
     chat, context_length = chat_format(lm, subject.tokenizer)
     base = Base(
         name="no weights",

@@ -13,12 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from perl.adapters import AdapterKind
 from perl.backbones.base import auto_class, has_own_code
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
@@ -51,9 +51,9 @@ class FakeSharedBase(SharedBase):
 
     _apply = _stay
 
-    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+    def __init__(self, adapter: AdapterKind) -> None:
         with unknown_values():
-            super().__init__(lm, lora)
+            super().__init__(adapter)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
         """As on a real base."""

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from perl.errors import UserError
+from perl.recipe.adapter import section_meant
 from perl.recipe.base import ORIGINS
 from perl.recipe.complaints import explain
 from perl.recipe.recipe import STAGES, Recipe
@@ -43,7 +44,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     except ValueError as error:
         what = f"value {reprlib.repr(text)} is not valid YAML: {error}"
         raise UserError(what, where=key, remedy="Quote it as YAML would.") from None
-    *parents, last = key.split(".")
+    first, *rest = key.split(".")
+    *parents, last = [section_meant([first, *rest], content), *rest]
     if parents and parents[0] in STAGES and content.get(parents[0]) is None:
         remedy = f"Add `{parents[0]}: {{}}` to the recipe first."
         raise UserError(f"the recipe has no section {parents[0]}", where=override, remedy=remedy)

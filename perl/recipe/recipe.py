@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from perl.recipe.adapter import Lora
+from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
 from perl.recipe.rl import Rl
@@ -30,11 +30,19 @@ class Recipe(Section):
     checkpoint_every: Positive = 20
     """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
     base: Base
-    lora: Lora = Lora()
+    lora: LoraSettings | None = LoraSettings()
+    """The adapters; short for `adapter: {kind: lora, ...}`, and absent where they are of another kind."""
+    adapter: Adapter | None = None
+    """The adapters, of a kind other than LoRA."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None
     rl: Rl | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind_of_adapter(cls, content: Any) -> Any:
+        return one_section(content)
 
     @model_validator(mode="after")
     def _runs_something(self) -> "Recipe":
@@ -47,6 +55,18 @@ class Recipe(Section):
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
             )
         return self
+
+    @property
+    def adapter_kind(self) -> str:
+        """The name of the adapters' kind in `perl.adapters.ADAPTERS`."""
+        return LORA if self.adapter is None else self.adapter.kind
+
+    @property
+    def adapter_settings(self) -> Section:
+        """What the adapters' kind is given."""
+        settings = self.lora or self.adapter
+        assert settings is not None
+        return settings
 
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:

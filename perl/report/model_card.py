@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perl.recipe import StageName
 from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
 
 TITLES = {
@@ -77,8 +78,8 @@ def _origin(session: Session, made: Exported) -> str:
     if recipe.tuning == "full":
         form = "trained whole"
     else:
-        lora = recipe.lora
-        form = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" + (", merged into the base" if made.whole else "")
+        assert isinstance(session.roles, SharedBase)
+        form = f"{session.roles.adapter}" + (", merged into the base" if made.whole else "")
     data = recipe.data.source + (f", `{Path(recipe.data.path).name}`" if recipe.data.path else "")
     rows = [
         ("base", f"{origin}, {base.parameters:,} parameters, {recipe.base.dtype}"),
@@ -183,7 +184,7 @@ def _answers(session: Session, made: Exported) -> str:
     ends = " or ".join(f"`{token}`" for token in tokens)
     serve = f"vllm serve {name}"
     notes = ""
-    if not made.whole:
+    if not made.whole and lora is not None:
         rank = next((rank for rank in VLLM_RANKS if rank >= lora.rank), None)
         base = session.base.name if not Path(session.base.name).exists() else "BASE"
         serve = (

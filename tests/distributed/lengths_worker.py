@@ -8,18 +8,17 @@ import sys
 
 import torch
 
-from perl.adapters.lora import lora_config
 from perl.parallel.joined import joined
 from perl.rl.samplers.local import Sampling, sample
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 
 def roles_on(engine: object) -> SharedBase:
     """A policy on a random base, adapters not zero."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm), engine)  # type: ignore[arg-type]
+    roles = SharedBase(lora(lm, 2, 4), engine)  # type: ignore[arg-type]
     torch.manual_seed(1)
     roles.add(Role.POLICY)
     with torch.no_grad():

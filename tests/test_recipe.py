@@ -128,10 +128,13 @@ def test_an_override_reaches_the_adapters_by_either_name(section: dict[str, Any]
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"adapter": {"kind": "lorra"}}, "no adapter kind 'lorra'\n  Did you mean lora?."),
-        ({"adapter": {"kind": "xyz"}}, "no adapter kind 'xyz'\n  There are lora"),
+        ({"adapter": {"kind": "lorra"}}, "no adapter kind 'lorra'\n  Did you mean lora?"),
+        ({"adapter": {"kind": "xyz"}}, "no adapter kind 'xyz'\n  There are "),
         ({"adapter": {"kind": "pissa"}}, "pissa is not supported, because it rewrites the base's weights"),
-        ({"adapter": {"kind": "LoRA-GA"}}, "LoRA-GA is not supported, because it rewrites the base's weights"),
+        (
+            {"adapter": {"kind": "LoRA-GA"}},
+            "kind LoRA-GA is not supported, because it rewrites the base's weights",
+        ),
         ({"adapter": {"rank": 4}}, "adapter.kind: missing"),
         ({"adapter": "lora"}, "adapter: input should be a valid dictionary"),
         ({"adapter": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),

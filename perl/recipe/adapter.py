@@ -65,7 +65,7 @@ def _of_its_kind(section: Any) -> Any:
 
 def _settings_type(kind: str) -> type[Section]:
     if (why := REFUSED.get(kind.lower().replace("-", "_"))) is not None:
-        raise ValueError(f"{kind} is not supported, because {why}: use kind {LORA}")
+        raise ValueError(f"kind {kind} is not supported, because {why}: use kind {LORA}")
     known = _registered()
     if kind not in known:
         names = sorted({LORA, *known})

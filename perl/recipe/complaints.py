@@ -35,7 +35,9 @@ def explain(error: ValidationError, path: Path) -> UserError:
     what = f"{message[0].lower()}{message[1:]}"
     if first["type"] == "value_error":  # of several keys together, by a validator above: what is wrong, what to do
         what, _, remedy = what.partition(": ")
-        return UserError(what, where=where, remedy=f"{remedy[0].upper()}{remedy[1:]}.")
+        return UserError(
+            what, where=where, remedy=f"{remedy[0].upper()}{remedy[1:]}{'' if remedy[-1] == '?' else '.'}"
+        )
     return UserError(
         f"{what} (the value is {reprlib.repr(first['input'])})", where=where, remedy=_remedy(first, location)
     )

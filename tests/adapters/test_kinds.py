@@ -133,7 +133,7 @@ def test_a_recipe_chooses_the_kind() -> None:
     assert isinstance(adapter, Ia3)
     assert adapter.settings == Ia3Settings(kind="ia3", targets=["v_proj"])
     assert isinstance(adapters_for(Recipe.model_validate(content), random_llama()), Lora)
-    assert set(ADAPTERS) == {"lora", "ia3"}
+    assert set(ADAPTERS) >= {"lora", "ia3"}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_what_a_recipe_says_of_it_is_checked(settings: dict[str, Any], says: str
 def test_all_stages_run_with_it(
     write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """From the bare base to the report; the same recipe again finds everything done, and a whole model comes out."""
+    """From the bare base to the report, evaluated, and exported as a whole model."""
     file = write_recipe(
         lora=None,
         adapter={"kind": "ia3"},

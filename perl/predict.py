@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.adapters.lora import linear_layers
+from perl.adapters.targets import linear_layers
 from perl.backbones import backbone_of
 from perl.backbones.base import Base
 from perl.backbones.build import tiny_config, train_tokenizer
@@ -33,7 +33,7 @@ from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
 from perl.stages.material import corpus, generates, quiet_libraries, read_data
-from perl.stages.session import Session, Trial, adapter_shape
+from perl.stages.session import Session, Trial, adapters_for
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
@@ -130,7 +130,8 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
-    whole = isinstance(recipe.lora.layers, list)  # layers named one by one: no smaller depth stands for them
+    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    whole = recipe.lora is None or isinstance(recipe.lora.layers, list)
     if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:
@@ -225,7 +226,7 @@ def _session(recipe: Recipe, subject: Subject, depth: int, scratch: Path) -> Ses
         text.layer_types = text.layer_types[:depth]
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
-    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))
     backbone = backbone_of(config)
     base = Base(
         name="no weights",

@@ -183,7 +183,7 @@ def _alternatives(recipe: Recipe) -> list[Case]:
     settings.append(smaller)
     if recipe.tuning == "full":
         settings.append(["tuning=lora"])
-    elif recipe.lora.layers == "all":
+    elif recipe.lora is not None and recipe.lora.layers == "all":
         settings.append(["lora.layers=top-half"])
     if recipe.rl is not None and recipe.critic == "adapter" and recipe.tuning == "lora":
         settings.append(["rl.critic=shared"])

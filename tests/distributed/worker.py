@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 
-from perl.adapters.lora import lora_config
 from perl.commands.run import run
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.launcher import skips_finalization
@@ -25,7 +24,7 @@ from perl.rl.samplers.local import Sampling, sample
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.distributed.launching import engine_environment
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 SAMPLED = 40
 """Times that `lengths` samples."""
@@ -34,7 +33,7 @@ SAMPLED = 40
 def roles_on(engine: Engine | None) -> SharedBase:
     """A policy on a random base, its adapter not zero."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm), engine)
+    roles = SharedBase(lora(lm, 2, 4), engine)
     torch.manual_seed(1)
     roles.add(Role.POLICY)
     with torch.no_grad():

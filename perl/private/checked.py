@@ -16,8 +16,11 @@ def need(owner: Any, *names: str) -> None:
     Raises:
         MachineError: a name is not there; library, version and name are said.
     """
-    there = set(inspect.signature(owner).parameters) if inspect.isfunction(owner) else set(dir(owner))
-    missing = [name for name in names if name not in there]
+    if inspect.isfunction(owner):
+        parameters = inspect.signature(owner).parameters
+        missing = [name for name in names if name not in parameters]
+    else:  # some modules make their attributes when they are asked for
+        missing = [name for name in names if not hasattr(owner, name)]
     if not missing:
         return
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__

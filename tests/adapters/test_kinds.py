@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perl.adapters import ADAPTERS, low_rank
 from perl.adapters.lora import Lora
-from perl.backbones.base import load_base
+from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from perl.roles.export_formats import merge, save_adapter

@@ -20,7 +20,8 @@ from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.launcher import skips_finalization
 from perl.parallel.process_group import process_group
 from perl.recipe import load_recipe
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.distributed.launching import engine_environment
@@ -58,7 +59,9 @@ def lengths(engine: Engine) -> int:
         sizes = [rng.randrange(1, 9) for _ in range(1 if lonely else 5)]
         prompts = [[rng.randrange(1, 7) for _ in range(size)] for size in sizes] * (3 if lonely else 1)
         drawn = [
-            sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
+            LocalSampler(roles)
+            .draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step))
+            .completions()
             for roles in ((together,) if step % 10 else (together, alone))
         ]
         assert drawn[0] == drawn[-1], (step, drawn)

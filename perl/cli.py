@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from perl.errors import UserError, machine_fault
-from perl.parallel.launcher import ranks
+from perl.parallel.launcher import ranks, skips_finalization
 from perl.system.allocator import keep_freed_memory
 from perl.system.progress import console
 from perl.system.signals import handle
@@ -209,10 +209,10 @@ def bench_command(
     """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
     _one_of("--layers", layers, ["all", "top-half"])
     from perl.bench import work
-    from perl.commands.bench import PARTS, bench_part, bench_step, refuse_unread
+    from perl.commands.bench import READS, bench_part, bench_step, refuse_unread
 
     _one_of("--model", model, list(work.MODELS))
-    _one_of("PART", part, ["step", *PARTS])
+    _one_of("PART", part, list(READS))
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
     if part == "step":
@@ -247,14 +247,14 @@ def fetch_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Such as taskmaster-coffee.")],
 ) -> None:
     """Download a source, checked against pinned hashes."""
-    from perl.data.fetch import fetch
+    from perl.data.sources import fetch_source
 
-    console.print(f"{source} is in {fetch(source)}", markup=False)
+    console.print(f"{source} is in {fetch_source(source)}", markup=False)
 
 
 @data_app.command("check")
 def check_command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
 ) -> None:
     """Describe a source or file, and name every bad row."""
     from perl.commands.data_check import check
@@ -262,6 +262,7 @@ def check_command(
     raise typer.Exit(check(source))
 
 
+@skips_finalization
 def main() -> None:
     """Run a command and turn what goes wrong into one message and an exit status."""
     handle((signal.SIGTERM, signal.SIGHUP), _interrupt)
@@ -304,10 +305,10 @@ def _run(recipe: Path, overrides: list[str] | None, out: Path | None, stage: Any
     loaded = load_recipe(recipe, overrides)
     # After the recipe is read: torch and transformers take seconds to import, a typo should not wait for them.
     from perl.commands.run import run
-    from perl.parallel.joined import joined
+    from perl.parallel.process_group import process_group
 
     folder = out or Path("runs") / loaded.name
-    with _writing(folder), joined() as engine:
+    with _writing(folder), process_group() as engine:
         run(loaded, folder, [stage] if stage else None, engine=engine)
 
 

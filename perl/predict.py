@@ -18,20 +18,22 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.adapters.lora import linear_layers
-from perl.backbones.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
+from perl.adapters.targets import linear_layers
+from perl.backbones import backbone_of
+from perl.backbones.base import Base
 from perl.backbones.build import tiny_config, train_tokenizer
-from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.backbones.fake import fake_lm, unknown_values
+from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
 from perl.commands.run import TRAIN
 from perl.data.records import Records
-from perl.measure.ledger import KINDS, PHASES, PhaseMemory
-from perl.measure.probe import Kind, Phase
+from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict_rl import try_rl
 from perl.recipe import Recipe, StageName
+from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
-from perl.stages.material import corpus, only_scores, quiet_libraries, read_data
-from perl.stages.session import Session, Trial, adapter_shape
+from perl.stages.material import corpus, generates, quiet_libraries, read_data
+from perl.stages.session import Session, Trial, adapters_for
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
@@ -117,7 +119,7 @@ def read_subject(recipe: Recipe) -> Subject:
             config, numbered_tokens(config.get_text_config().vocab_size), _longest(train), _longest(held_out)
         )
     assert spec.model is not None
-    config = load_config(spec.model, spec.trust_remote_code, encoders=only_scores(recipe))
+    config = load_config(spec.model, spec.trust_remote_code, generates=generates(recipe))
     tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
     return Subject(config, tokenizer, _longest(train), _longest(held_out))
 
@@ -128,7 +130,8 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
-    whole = isinstance(recipe.lora.layers, list)  # layers named one by one: no smaller depth stands for them
+    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    whole = recipe.lora is None or isinstance(recipe.lora.layers, list)
     if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:
@@ -223,15 +226,15 @@ def _session(recipe: Recipe, subject: Subject, depth: int, scratch: Path) -> Ses
         text.layer_types = text.layer_types[:depth]
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
-    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
-    chat, context_length = chat_format(lm, subject.tokenizer)
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))
+    backbone = backbone_of(config)
     base = Base(
         name="no weights",
         tokenizer=subject.tokenizer,
-        chat=chat,
+        chat=backbone.chat_format(lm, subject.tokenizer),
         sha256="",
         parameters=sum(parameter.numel() for parameter in lm.parameters()),
-        context_length=context_length,
+        context_length=backbone.context_length(lm),
         load=lambda: lm,
     )
     trial = Trial(STEPS, abridged=True)

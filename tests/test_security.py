@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
 from perl.backbones.fake import fake_lm
+from perl.backbones.loading import load_base
 from perl.data.fetch import fetch
 from perl.errors import UserError
 from perl.predict import read_subject
@@ -26,6 +25,7 @@ from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
 from tests.bad_input.cases import contents
 from tests.conftest import RunCli, WriteRecipe, write_rows
+from tests.tiny import lora
 
 CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parent.parent / "perl"
@@ -106,7 +106,7 @@ def test_pickles_beside_safetensors_are_left_alone(model: Path, canary: Path) ->
 
 def test_no_pickle_of_an_adapter_is_read(model: Path, canary: Path, tmp_path: Path) -> None:
     def roles() -> SharedBase:
-        return SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+        return SharedBase(lora(lm, 2, 4))
 
     base, lm = load_base(str(model), torch.float32, CPU)
     mine, folder = roles(), tmp_path / "sft" / "adapter"
@@ -246,7 +246,7 @@ def test_a_download_cannot_be_put_out_of_its_folder(path: str, tmp_path: Path) -
     listing.write_text(f"{'0' * 64}  3  {path}\n")
     before = contents(tmp_path)
     with pytest.raises(UserError, match="leads out of its folder"):
-        fetch("taskmaster-ticketing", tmp_path / "cache", (tmp_path / "served").as_uri(), listing)
+        fetch("TM-3-2020", tmp_path / "cache", (tmp_path / "served").as_uri(), listing)
     assert contents(tmp_path) == before
 
 

@@ -26,6 +26,8 @@ from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from perl.adapters.low_rank import compute_as
+
 
 @contextlib.contextmanager
 def targets_as_named() -> Iterator[None]:
@@ -147,11 +149,6 @@ def _nested(layer: Any) -> Iterator[Any]:
         layer = layer.base_layer
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def compute_with_one_adapter(layer: ParamWrapper) -> None:
     """Let peft's layer on experts compute as this module says."""
-    kind = type(layer)
-    if not issubclass(kind, _OneAdapter):
-        layer.__class__ = _CLASSES.setdefault(kind, type(kind.__name__, (_OneAdapter, kind), {}))
+    compute_as(layer, _OneAdapter)

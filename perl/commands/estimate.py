@@ -14,7 +14,6 @@ from rich.table import Table
 
 from perl.commands.compare import TUNINGS, variant
 from perl.errors import UserError
-from perl.measure.ledger import memory_as_json
 from perl.measure.probe import Kind
 from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
 from perl.recipe import Recipe, StageName
@@ -22,6 +21,7 @@ from perl.report.numbers import bytes_text
 from perl.stages.material import quiet_libraries
 from perl.system.files import write_metrics
 from perl.system.progress import console, track
+from perl.system.typed_json import as_json
 
 UNITS = {
     "": 1,
@@ -89,7 +89,7 @@ def estimate(recipe: Recipe, device_memory: int | None, devices: int, json_file:
     for case, prediction in zip(cases, predictions, strict=True):
         console.print(_table(case, prediction, devices, device_memory))
     own = next(p for case, p in zip(cases, predictions, strict=True) if case.label == recipe.tuning)
-    found: dict[str, Any] = {case.label: _as_json(p) for case, p in zip(cases, predictions, strict=True)}
+    found: dict[str, Any] = {case.label: as_json(p) for case, p in zip(cases, predictions, strict=True)}
     if device_memory is not None:
         found["fits"] = _peak(own) <= device_memory
         _say_whether_it_fits(recipe, own, device_memory)
@@ -183,7 +183,7 @@ def _alternatives(recipe: Recipe) -> list[Case]:
     settings.append(smaller)
     if recipe.tuning == "full":
         settings.append(["tuning=lora"])
-    elif recipe.lora.layers == "all":
+    elif recipe.lora is not None and recipe.lora.layers == "all":
         settings.append(["lora.layers=top-half"])
     if recipe.rl is not None and recipe.critic == "adapter" and recipe.tuning == "lora":
         settings.append(["rl.critic=shared"])
@@ -232,7 +232,3 @@ def _table(case: Case, prediction: Prediction, devices: int, device_memory: int 
             cells = [bytes_text(peak.kinds[kind]) if kind in peak.kinds else "" for kind in SHORT]
             table.add_row(stage, phase, bytes_text(peak.peak), *cells, style="red" if too_much else None)
     return table
-
-
-def _as_json(prediction: Prediction) -> dict[str, Any]:
-    return {stage: memory_as_json(memory) for stage, memory in prediction.items()}

@@ -8,7 +8,7 @@ from rich.table import Table
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError
 from perl.measure.bootstrap import Interval
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.rl.evaluate import evaluate_policy, policy_change
 from perl.roles.roles import Role
@@ -49,7 +49,7 @@ def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> 
     if data is not None:
         source, path = parse_source(data)
         session.held_out = load_records(source, path, session.recipe.seed)
-    metrics: RewardEval | dict[str, Any]
+    metrics: RewardModelCard | dict[str, Any]
     if role == "reward":
         metrics = card = _reward(session, data)
         print_card(f"reward of {run}", card)
@@ -69,7 +69,7 @@ def open_run(run: Path) -> Session:
     return open_session(RunFolder(run).recipe(), run)
 
 
-def _reward(session: Session, data: str | None) -> RewardEval:
+def _reward(session: Session, data: str | None) -> RewardModelCard:
     session.load(Role.REWARD)
     settings = session.recipe.reward
     assert settings is not None
@@ -101,6 +101,8 @@ def _print(title: str, metrics: dict[str, Any]) -> None:
         if f"{name}_before" in metrics:
             ends = (f"{metrics[f'{name}_{when}']:.4g}" for when in ("before", "after"))
             table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
+    for name, value in metrics["reward_parts_before"].items():
+        table.add_row(f"reward/{name}", f"{value:.4g}", f"{metrics['reward_parts_after'][name]:.4g}", "")
     table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
     console.print(table)
     each = counted(metrics["samples_per_prompt"], "completion")

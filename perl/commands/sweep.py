@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from perl.adapters.lora import without_adapters
 from perl.commands.compare import variant
 from perl.commands.run import run
 from perl.errors import UserError
@@ -22,7 +21,7 @@ from perl.report import sweep as page
 from perl.report.runs import read_runs
 from perl.runs.folder import RunFolder
 from perl.stages.material import read_material
-from perl.stages.session import adapter_shape
+from perl.stages.session import adapters_for
 from perl.system.files import user_named, write_metrics
 from perl.system.progress import console
 
@@ -47,6 +46,7 @@ class Setting:
         alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
         if self.targets is None:
             return variant(alone, "full", seed)
+        assert recipe.lora is not None
         lora = recipe.lora.model_dump() | {"targets": self.targets, "rank": self.rank}
         return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
 
@@ -140,6 +140,9 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
     if recipe.tuning == "full":
         remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
         raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
+    if recipe.lora is None:
+        what = f"the recipe has adapters of kind {recipe.adapter_kind}, and ranks are LoRA's"
+        raise UserError(what, where="adapter", remedy="Set lora in the place of adapter.")
     if full and recipe.base.quantization != "none":
         what = "full tuning cannot train 4-bit weights"
         raise UserError(what, where="base.quantization", remedy="Leave full tuning out: --no-full.")
@@ -157,12 +160,11 @@ def _run_adapters(runs: Sequence[_Run]) -> None:
     if not runs:
         return
     material = read_material(runs[0].recipe)
-    for one in runs:
-        adapter_shape(one.recipe, material.lm)  # that each fits the base is known before any is trained
-    for one in runs:
+    adapters = [adapters_for(one.recipe, material.lm) for one in runs]  # each fits the base, before any is trained
+    for one, adapter in zip(runs, adapters, strict=True):
         one.say()
         run(one.recipe, one.folder, material=material)
-        without_adapters(material.lm)
+        adapter.remove()
 
 
 def _table(found: page.Sweep) -> Table:

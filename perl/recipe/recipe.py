@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from perl.recipe.adapter import Lora
+from perl.plugins import load_plugins, plugin_sha256
+from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
 from perl.recipe.rl import Rl
@@ -30,24 +31,49 @@ class Recipe(Section):
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     checkpoint_every: Positive = 20
     """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
+    plugins: list[str] = Field(default=[])
+    """Python files that add rows to the registries of `perl.plugins`: kinds of reward of one's own, and so on."""
     base: Base
-    lora: Lora = Lora()
+    lora: LoraSettings | None = LoraSettings()
+    """The adapters; short for `adapter: {kind: lora, ...}`, and absent where they are of another kind."""
+    adapter: Adapter | None = None
+    """The adapters, of a kind other than LoRA."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None
     rl: Rl | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind_of_adapter(cls, content: Any) -> Any:
+        return one_section(content)
+
     @model_validator(mode="after")
     def _runs_something(self) -> "Recipe":
         if not self.stages:
             raise ValueError("no stage to run: add a section sft, reward or rl")
-        if self.rl and not self.rl.reward.function and not self.reward:
+        if self.rl and not self.reward and any(part.needs_model for part in self.rl.reward_parts):
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
         if self.tuning == "full" and self.base.quantization != "none":
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
             )
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.model_dump(),)
+
+    @property
+    def adapter_kind(self) -> str:
+        """The name of the adapters' kind in `perl.adapters.ADAPTERS`."""
+        return LORA if self.adapter is None else self.adapter.kind
+
+    @property
+    def adapter_settings(self) -> Section:
+        """What the adapters' kind is given."""
+        settings = self.lora or self.adapter
+        assert settings is not None
+        return settings
 
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:
@@ -66,11 +92,22 @@ class Recipe(Section):
 
     @property
     def sha256(self) -> str:
-        """Of all that it says beyond the defaults: a key that a later version adds does not change it."""
+        """Of all that it says beyond the defaults: a key that a later version adds does not change it.
+
+        What a plugin says is its bytes, wherever it lies.
+        """
         said = self.model_dump(mode="json", exclude_defaults=True)
+        if self.plugins:
+            said["plugins"] = [plugin_sha256(file) for file in self.plugins]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
         text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
         return text
+
+
+def _received(content: dict[str, Any]) -> Recipe:
+    """A recipe sent from another process: this one knows no plugin's sections before it has imported it."""
+    load_plugins(content["plugins"], where="plugins")
+    return Recipe.model_validate(content)

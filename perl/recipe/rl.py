@@ -4,19 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.samplers import SAMPLERS
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's."""
-
-
-class RewardFrom(Section):
-    """Where the RL reward comes from; empty means the reward stage's model."""
-
-    function: str | None = None
-    """FILE.py:NAME, called as TRL calls reward functions."""
 
 
 class SamplerFrom(Section):
@@ -35,7 +29,8 @@ class Rl(Section):
     critic: Literal["shared", "adapter", "none"] | None = None
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
     where the algorithm has none; else shared under LoRA, adapter under full tuning."""
-    reward: RewardFrom = RewardFrom()
+    reward: Rewards = RewardFrom()
+    """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
     prompts_per_step: Positive = 16
@@ -78,6 +73,13 @@ class Rl(Section):
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
     """Nats a completion that the policy may be away from its reference."""
+
+    @property
+    def reward_parts(self) -> list[RewardPart]:
+        """The reward in its long form."""
+        if isinstance(self.reward, list):
+            return self.reward
+        return [self.reward.part if isinstance(self.reward, RewardFrom) else self.reward]
 
     @field_validator("guard", mode="before")
     @classmethod

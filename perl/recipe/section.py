@@ -1,6 +1,7 @@
 """What all sections of a recipe are, and the types of their values."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -31,3 +32,14 @@ class Section(BaseModel):
     """A part of a recipe: typed, frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def variant(cls, given: Any) -> "type[Section]":
+        """The section whose keys a value is to have, where that depends on the value."""
+        return cls
+
+
+def nearest(name: str, valid: Collection[str]) -> str:
+    """What to write in place of an unknown name of a registry."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}"

@@ -17,7 +17,7 @@ from perl.backbones.chat import ChatFormat
 from perl.measure.probe import Phase
 from perl.parallel.processes import Processes
 from perl.rl.batches import micro_batches, trim
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.roles.roles import Role, Roles
@@ -37,7 +37,7 @@ class Collector:
 
     roles: Roles
     sampler: Sampler
-    reward: RewardSource
+    reward: CombinedReward
     sampling: Sampling
     chat: ChatFormat
     micro_batch_size: int
@@ -100,7 +100,7 @@ class Collector:
             samples = self.draw(role, mine, generator, Share(rows, len(prompts)), shared)
             texts = [self.chat.decode(ids) for ids in samples.completions()]
         with phase("score"):
-            rewards = self.reward(mine.prompts, samples, texts)
+            scores = self.reward(mine.prompts, samples, texts)
             reference_BT, _ = self.read(self.roles.reference, samples, temperature)
             policy_BT: Tensor | None = samples.sampler_log_probs_BT
             values_BT = samples.read_BT
@@ -116,8 +116,8 @@ class Collector:
             prompts=mine.prompts,
             groups=mine.groups,
             texts=texts,
-            rewards_B=torch.tensor(rewards, dtype=torch.float64, device=samples.ids_BL.device),
-            reward_parts={},
+            rewards_B=scores.total_B,
+            reward_parts=scores.parts,
             policy_log_probs_BT=policy_BT,
             reference_log_probs_BT=reference_BT,
             values_BT=values_BT,

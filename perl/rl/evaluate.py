@@ -6,10 +6,10 @@ from typing import Any
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
-from perl.results import Answer, Sample
+from perl.results import Completion, Sample
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
-from perl.rl.rewards.sources import messages
+from perl.rl.rewards.function import messages
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.roles import Role
 from perl.system.progress import console
@@ -19,6 +19,8 @@ EVAL_BATCH = 64
 """Completions sampled at once."""
 COMPLETIONS = 256
 """At least so many in all: the mean of 24 rewards of 0 or 1 has a standard error of 0.1."""
+PART = "reward/"
+"""Before the name of a part of the reward."""
 MOST_A_PROMPT = 32
 """More tell nothing new: what differs from prompt to prompt remains."""
 
@@ -31,7 +33,7 @@ def samples_per_prompt(prompts: int) -> int:
 def evaluate_policy(
     collector: Collector, role: Role, prompts: EncodedPrompts, judge: Judge | None, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
-    """Reward, gold score, KL to the reference (nats a completion, k1), length, and whether it ended by itself.
+    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats a completion, k1), length, `ended`.
 
     All policies draw with the same random numbers.
 
@@ -74,27 +76,36 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> d
         after: what it found of the policy.
 
     Returns:
-        `n` prompts and the `samples_per_prompt`; of reward, gold (where there is a judge), answer_tokens and
+        `n` prompts and the `samples_per_prompt`; `reward_parts_before` and `reward_parts_after`, the means of the
+        reward's parts by name; of reward, gold (where there is a judge), answer_tokens and
         ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by
         prompt); the policy's `kl` with `kl_interval`.
     """
-    before = {**before, "kl": [0.0] * len(prompts)}  # of the reference to itself, where rounding left a little
+    parts = {
+        f"reward_parts_{when}": {
+            name.removeprefix(PART): statistics.fmean(values)
+            for name, values in metrics.items()
+            if name.startswith(PART)
+        }
+        for when, metrics in (("before", before), ("after", after))
+    }
+    before = {name: values for name, values in before.items() if not name.startswith(PART)}
+    before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
     found = changes(before, after, [prompt.dialogue for prompt in prompts.prompts])
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
-    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **found}
+    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **parts, **found}
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
     """A rollout in metrics; `kl` is the k1 estimate in nats a completion, `kl_token` in nats a token.
 
     `gold` is the judge's, where there is one: it is written down and never trained on. `reward/NAME` are the
-    parts of a reward that is a sum.
+    parts of the reward.
     """
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
     means = {name: statistics.fmean(values) for name, values in _of_each(rollout, judge).items()}
-    parts = {f"reward/{name}": float(part_B.mean()) for name, part_B in rollout.reward_parts.items()}
-    return means | parts | {"kl_token": float(masked_mean(kl_BT, rollout.completion_mask_BT))}
+    return means | {"kl_token": float(masked_mean(kl_BT, rollout.completion_mask_BT))}
 
 
 def _of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
@@ -102,6 +113,7 @@ def _of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
     mask_BT = rollout.completion_mask_BT
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
     metrics: dict[str, list[float]] = {"reward": rollout.rewards_B.tolist()}
+    metrics |= {f"{PART}{name}": part_B.tolist() for name, part_B in rollout.reward_parts.items()}
     if judge is not None:
         metrics["gold"] = list(judge(rollout.prompts, rollout.texts))
     return metrics | {
@@ -115,14 +127,14 @@ def draw_samples(
     collector: Collector, roles: Sequence[Role], prompts: EncodedPrompts, judge: Judge | None
 ) -> list[Sample]:
     """One completion by each role of each prompt, with its reward and the judge's verdict, for people to read."""
-    answers: list[dict[str, Answer]] = [{} for _ in prompts.prompts]
+    answers: list[dict[str, Completion]] = [{} for _ in prompts.prompts]
     for role in roles:
         mine = collector.collect(role, prompts, collector.generator("samples"))
         rollout = mine.gather(collector.processes, prompts)
         gold = judge(prompts.prompts, rollout.texts) if judge is not None else None
         for index, text in enumerate(rollout.texts):
             verdict = None if gold is None else float(gold[index])
-            answers[index][role] = Answer(text=text, reward=float(rollout.rewards_B[index]), gold=verdict)
+            answers[index][role] = Completion(text=text, reward=float(rollout.rewards_B[index]), gold=verdict)
     return [
         made(Sample, {"prompt": messages(prompt.context), "answers": given})
         for prompt, given in zip(prompts.prompts, answers, strict=True)

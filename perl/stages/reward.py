@@ -19,9 +19,9 @@ from perl.backbones.chat import ChatFormat
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
-from perl.measure.answers import Answers
+from perl.measure.rated_rows import RatedRows
 from perl.results import Recorded, RewardStage, Tried
-from perl.rl.rewards.sources import probabilities, score_rows
+from perl.rl.rewards.model import probabilities, score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut
@@ -37,7 +37,7 @@ SCALE_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Rows(Answers):
+class Rows(RatedRows):
     """Answers with their contexts as tokens.
 
     Attributes:
@@ -170,7 +170,7 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     )
 
 
-def answers_of(records: Records, loss: str, source: str) -> Answers:
+def answers_of(records: Records, loss: str, source: str) -> RatedRows:
     """The answers of `tokenize_rows`, without their tokens."""
     return _answers(*_chosen(records, loss, source), records.prompts, source)
 
@@ -188,13 +188,13 @@ def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], lis
 
 def _answers(
     ratings: Sequence[Rating], comparisons: Sequence[Comparison], prompts: Sequence[Prompt], source: str
-) -> Answers:
+) -> RatedRows:
     first, count = len(ratings), len(comparisons)
     records: list[Rating | Comparison] = [*ratings, *comparisons, *comparisons]
     contexts = [record.context for record in records]
     # A row's further fields are on its prompt; rows of one file may name different sources.
     named = {prompt.context: str(prompt.columns["source"]) for prompt in prompts if "source" in prompt.columns}
-    return Answers(
+    return RatedRows(
         contexts=contexts,
         answers=[one.answer for one in ratings]
         + [one.better for one in comparisons]

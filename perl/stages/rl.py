@@ -8,11 +8,10 @@ from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change
 from perl.rl.loop import InitialEval, Loop, checkpoint, resume, rollback, train
-from perl.rl.rewards.sources import RewardFunction
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
 from perl.stages.cut_rows import say_cut
-from perl.stages.rl_setup import eval_prompts, settings_of, setup, tokenized_prompts
+from perl.stages.rl_setup import eval_prompts, reward_context, settings_of, setup, tokenized_prompts
 from perl.stages.session import Session
 from perl.system.progress import console, counted
 from perl.system.typed_json import made
@@ -25,8 +24,10 @@ def check(session: Session) -> None:
     """Refuse what RL cannot use, before anything is trained or written."""
     prompts = [*session.train.prompts, *session.held_out.prompts]
     tokenized_prompts(session, prompts)
-    if (function := settings_of(session).reward.function) is not None:
-        RewardFunction(function, prompts)
+    context = reward_context(session)
+    for part in settings_of(session).reward_parts:
+        if not part.needs_model:  # that is trained first
+            part.source(context)
 
 
 def train_rl(session: Session) -> RlStage:

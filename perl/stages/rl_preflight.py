@@ -10,7 +10,8 @@ from perl.results import Recorded
 from perl.rl.checks.findings import Finding
 from perl.rl.checks.preflight import CLOSE, EarlierStages
 from perl.rl.collector import read_completions
-from perl.rl.rewards.sources import RewardModel, RewardSource, score_rows
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import score_rows
 from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role
 from perl.roles.saved import load_role
@@ -18,14 +19,14 @@ from perl.stages.reward import checksum, held_out_rows, recorded_scores
 from perl.stages.session import Session
 
 
-def earlier_stages(session: Session, reward: RewardSource) -> EarlierStages:
+def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
     """The checks of what the stages before RL have left."""
 
     def check(samples: Samples, again: bool) -> Iterator[Finding]:
         for role in () if again else (Role.SFT, Role.REWARD):
             if role in session.roles.roles:
                 yield reloaded(session, role, samples)
-        if isinstance(reward, RewardModel):
+        if reward.model is not None:
             trained = session.folder.results().reward
             if trained is not None and trained.recorded:
                 yield from recorded_evaluation(session, trained.recorded)

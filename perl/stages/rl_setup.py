@@ -15,8 +15,10 @@ from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
 from perl.rl.loop import Loop, Objective
 from perl.rl.prompts import encode_prompts
+from perl.rl.rewards.base import RewardContext
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import RewardModel
 from perl.rl.rewards.scale import RewardScale
-from perl.rl.rewards.sources import RewardFunction, RewardModel, RewardSource
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers import SAMPLERS
 from perl.rl.samplers.base import Sampling
@@ -53,18 +55,16 @@ def eval_prompts(session: Session) -> EncodedPrompts:
 
 def setup_collector(session: Session) -> Collector:
     """The recipe's sampler and reward, for the roles that are in memory."""
-    settings, chat = settings_of(session), session.base.chat
-    # Whether completions are text or turns of agents decides what ends them.
-    ends = chat.ends(session.train.prompts[0].context)
+    settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
     sampler = SAMPLERS[settings.sampler.kind](session.roles)
     for role in sorted(session.roles.roles):
         sampler.sync(role)
     return Collector(
         roles=session.roles,
         sampler=sampler,
-        reward=_reward(session, settings, ends),
+        reward=CombinedReward([(part.source(context), part.weight) for part in settings.reward_parts]),
         sampling=Sampling(
-            settings.max_new_tokens, settings.temperature, ends, chat.pad_id, settings.micro_batch_size
+            settings.max_new_tokens, settings.temperature, end_ids(session), chat.pad_id, settings.micro_batch_size
         ),
         chat=chat,
         micro_batch_size=settings.micro_batch_size,
@@ -72,12 +72,20 @@ def setup_collector(session: Session) -> Collector:
     )
 
 
-def _reward(session: Session, settings: Rl, ends: tuple[int, ...]) -> RewardSource:
-    """A function, or the reward stage's adapter."""
-    if settings.reward.function is not None:
-        return RewardFunction(settings.reward.function, [*session.train.prompts, *session.held_out.prompts])
-    session.load(Role.REWARD)
-    return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, ends)
+def reward_context(session: Session) -> RewardContext:
+    """What the parts of the reward may be made from."""
+
+    def model() -> RewardModel:
+        session.load(Role.REWARD)
+        settings = settings_of(session)
+        return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, end_ids(session))
+
+    return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
+
+
+def end_ids(session: Session) -> tuple[int, ...]:
+    """What ends completions: that depends on whether they are text or turns of agents."""
+    return session.base.chat.ends(session.train.prompts[0].context)
 
 
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:

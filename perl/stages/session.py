@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.coverage import HALF
-from perl.adapters.lora import lora_config
+from perl.backbones import backbone_of
 from perl.backbones.base import Base
-from perl.backbones.encoder import is_encoder
 from perl.backbones.four_bit import scales
 from perl.data.records import Records
-from perl.errors import UserError
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
@@ -35,7 +33,6 @@ from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
-from perl.system.typed_json import made
 
 LEARNERS = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -87,17 +84,11 @@ class Session:
         return Meter(self.device, resident, trunks, MEASURED_STEPS if trial.measured else 0)
 
     def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
-        """What a stage trained and cost, of all processes.
-
-        Work is added up; time and memory are those of the process that had most.
-        """
-        mine = meter.metrics()
-        everyone = self.processes.all_gather(mine)
-        for name, over in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
-            if name in mine:
-                mine[name] = over(metrics[name] for metrics in everyone)
-        counts = {"trainable_parameters": sum(one.numel() for one in trained), "rows": rows, "rows_cut": rows_cut}
-        return made(Stage, {**counts, **mine})
+        """What a stage trained and cost, of all processes."""
+        cost = meter.cost()
+        cost = cost.of_all(self.processes.all_gather(cost))
+        parameters = sum(one.numel() for one in trained)
+        return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
 
     def begin_together(self, learning: Iterable[Tensor]) -> None:
         """Let all processes train the same weights, and each draw a dropout of its own."""
@@ -222,13 +213,9 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     """No roles on the base so far but all ready for them, under the recipe's tuning."""
     if recipe.tuning == "full":
         return SeparateModels(lm, base.load, engine)
-    if engine.shards_base and is_encoder(lm.config):
-        raise UserError(
-            f"{engine.name} spreads the blocks of causal LMs only",
-            where=f"base.model {base.name}",
-            remedy="Launch with recipes/engines/ddp.yaml: encoders are small.",
-        )
-    roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
+    if engine.shards_base:
+        backbone_of(lm.config).require("sharding", f"base.model {base.name}")
+    roles = SharedBase(adapters_for(recipe, lm), engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.split_unsupported_reason is not None:
         console.print(
@@ -238,7 +225,10 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     return roles
 
 
-def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:
-    """The recipe's adapters, for this model."""
-    lora = recipe.lora
-    return lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm)
+def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
+    """The recipe's adapters, for this model.
+
+    Raises:
+        UserError: they do not fit it.
+    """
+    return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from perl.measure.bootstrap import Figure, Floats, plain
+from perl.measure.bootstrap import Floats, Statistic, value_of
 from perl.measure.metrics import (
+    ReliabilityBin,
     accuracy,
     auroc,
     balanced_accuracy,
@@ -28,8 +29,8 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def of_all(figure: Figure, answers: int = 6) -> float | None:
-    return plain(figure, answers)
+def of_all(statistic: Statistic, answers: int = 6) -> float | None:
+    return value_of(statistic, answers)
 
 
 def test_by_hand() -> None:
@@ -42,7 +43,7 @@ def test_by_hand() -> None:
     assert of_all(pairwise_accuracy(SCORES, [(0, 4), (3, 4), (2, 5), (1, 1)])) == pytest.approx(1.5 / 4)
     # six answers in ten bins stand alone: the mean of |p - y|
     distances = [abs(1 / (1 + math.exp(-score)) - label) for score, label in zip(SCORES, LABELS, strict=True)]
-    assert of_all(calibration_error(SCORES, LABELS)) == pytest.approx(sum(distances) / 6)
+    assert calibration_error(SCORES, LABELS) == pytest.approx(sum(distances) / 6)
 
 
 def test_within_strata_by_hand() -> None:
@@ -67,14 +68,14 @@ def test_one_class() -> None:
     assert of_all(balanced_accuracy(scores, 1 - labels), 3) == pytest.approx(1 / 3)
 
 
-def copied(figure_of: object, times: np.ndarray) -> float | None:
-    """The figure of the answers copied so many times."""
+def copied(statistic_of: object, times: np.ndarray) -> float | None:
+    """The value of the answers copied so many times."""
     places = np.repeat(np.arange(len(times)), times)
-    return plain(figure_of(places), len(places))  # type: ignore[operator]
+    return value_of(statistic_of(places), len(places))  # type: ignore[operator]
 
 
 def test_weights_count_like_copies() -> None:
-    """Every figure of weighted answers is that of the answers copied so often; and scikit-learn's."""
+    """Every statistic of weighted answers is that of the answers copied so often; and scikit-learn's."""
     random = np.random.default_rng(0)
     scores = random.integers(-6, 7, size=80) / 3
     labels = random.integers(0, 2, size=80)
@@ -88,15 +89,14 @@ def test_weights_count_like_copies() -> None:
             balanced_accuracy(scores, labels),
             lambda rows: balanced_accuracy(scores[rows], labels[rows]),
         ),
-        "ece": (calibration_error(scores, labels), lambda rows: calibration_error(scores[rows], labels[rows])),
     }
-    for name, (figure, of_rows) in metrics.items():
+    for name, (statistic, of_rows) in metrics.items():
         expected = [copied(of_rows, times) for times in times_SN]
-        assert figure(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
+        assert statistic(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
     weighted = auroc(scores, labels)(times_SN.astype(np.float64))
     theirs = [roc_auc_score(labels, scores, sample_weight=times) for times in times_SN]
     assert weighted.tolist() == pytest.approx(theirs)
-    assert plain(balanced_accuracy(scores, labels), 80) == pytest.approx(
+    assert value_of(balanced_accuracy(scores, labels), 80) == pytest.approx(
         balanced_accuracy_score(labels, scores > 0)
     )
 
@@ -106,10 +106,10 @@ def test_ece_of_equal_mass_bins() -> None:
     # 1 above: |gaps| 0.05, 0.15, .., 0.45 and the same again, mean 0.25.
     scores = np.array([log_odds(0.05 + 0.1 * b) for b in range(10) for _ in range(2)])
     labels = np.array([int(b >= 5) for b in range(10) for _ in range(2)])
-    assert of_all(calibration_error(scores, labels), 20) == pytest.approx(0.25)
+    assert calibration_error(scores, labels) == pytest.approx(0.25)
     # One up of two in every bin: |p - ½| is 0.45, 0.35, .., 0.05 and back, mean 0.25 again; the labels of
     # a bin are averaged before the distance is taken (answer by answer the mean would be ½).
-    assert of_all(calibration_error(scores, np.array([0, 1] * 10)), 20) == pytest.approx(0.25)
+    assert calibration_error(scores, np.array([0, 1] * 10)) == pytest.approx(0.25)
 
 
 def test_ece_bins_hold_equal_numbers() -> None:
@@ -119,27 +119,27 @@ def test_ece_bins_hold_equal_numbers() -> None:
     labels = np.array([i // 2 % 2 for i in range(18)] + [1, 1])
     scores = np.array([log_odds(p) for p in probabilities])
     expected = sum(abs(p - y) for p, y in zip(probabilities, labels, strict=True)) / 20
-    assert of_all(calibration_error(scores, labels), 20) == pytest.approx(expected)
+    assert calibration_error(scores, labels) == pytest.approx(expected)
 
 
 def test_ece_of_a_constant_score_does_not_depend_on_the_order() -> None:
     # p = ½ for all, 3 of 12 up: |½ - ¼|, whichever stand first.
     for labels in ([1] * 3 + [0] * 9, [0] * 9 + [1] * 3, [1, 0, 0, 0] * 3):
-        assert of_all(calibration_error(np.zeros(12), np.array(labels)), 12) == pytest.approx(0.25)
+        assert calibration_error(np.zeros(12), np.array(labels)) == pytest.approx(0.25)
 
 
 def test_extreme_scores_do_not_overflow() -> None:
-    assert of_all(calibration_error(np.array([1e4, -1e4]), np.array([1, 0])), 2) == 0.0
-    assert of_all(calibration_error(np.array([1e4, -1e4]), np.array([0, 1])), 2) == 1.0
+    assert calibration_error(np.array([1e4, -1e4]), np.array([1, 0])) == 0.0
+    assert calibration_error(np.array([1e4, -1e4]), np.array([0, 1])) == 1.0
 
 
 def test_bins_and_counts() -> None:
     assert equal_mass(np.array([5.0, 1.0, 1.0, 9.0]), 2).tolist() == [1, 0, 0, 1]
     assert equal_mass(np.array([1.0, 1.0, 1.0, 9.0]), 2).tolist() == [0, 0, 0, 1]
-    assert reliability(np.zeros(4), np.array([1, 0, 0, 0])) == [{"probability": 0.5, "share": 0.25, "n": 4}]
+    assert reliability(np.zeros(4), np.array([1, 0, 0, 0])) == [ReliabilityBin(probability=0.5, share=0.25, n=4)]
     counts = score_histogram(SCORES, LABELS, bins=5)
-    assert counts["edges"] == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
-    assert (counts["up"], counts["down"]) == ([1, 0, 1, 0, 2], [0, 1, 0, 1, 0])
+    assert counts.edges == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+    assert (counts.up, counts.down) == ([1, 0, 1, 0, 2], [0, 1, 0, 1, 0])
 
 
 @pytest.mark.parametrize(

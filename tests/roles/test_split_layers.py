@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from perl.adapters.lora import lora_config
-from perl.roles import lower_layer_cache as below_cache
+from perl.roles import lower_layer_cache
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 llama = partial(random_llama, **SHAPE)
 
 
 def roles_on(lm: LlamaForCausalLM, layers: str | list[int] = "top-half") -> SharedBase:
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm))
+    roles = SharedBase(lora(lm, 4, 8, layers=layers))
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, head=True)
     generator = torch.Generator().manual_seed(1)
@@ -93,7 +92,7 @@ def test_the_blocks_below_every_adapter_are_shared(layers: str | list[int], coun
 def test_a_model_that_adds_positions_to_its_embeddings_is_not_split() -> None:
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "top-half", lm))
+    roles = SharedBase(lora(lm, 4, 8, layers="top-half"))
     assert roles.shared_blocks == 0
     assert (
         roles.split_unsupported_reason
@@ -107,7 +106,7 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
         intermediate_size=64, layer_types=kinds, use_sliding_window=True, num_key_value_heads=4, **SHAPE
     )
     lm = Qwen2ForCausalLM(config)
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "top-half", lm))
+    roles = SharedBase(lora(lm, 4, 8, layers="top-half"))
     assert roles.shared_blocks == 0
     assert "full_attention, sliding_attention" in str(roles.split_unsupported_reason)
 
@@ -115,12 +114,12 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and in a file; rows in other company and padded otherwise the second time."""
-    monkeypatch.setattr(below_cache, "SHARE_OF_FREE_MEMORY", share)
+    monkeypatch.setattr(lower_layer_cache, "SHARE_OF_FREE_MEMORY", share)
     roles = roles_on(llama(torch.float32))
     ids_BL, mask_BL = batch()
     rows = [ids_L[mask_L].tolist() for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)]
     cache = LowerLayerCache(roles, rows, 0, tmp_path)
-    assert (tmp_path / "below.bin").exists() == (share == 0.0)
+    assert (tmp_path / "lower_hidden.bin").exists() == (share == 0.0)
     first = cache.read([0, 1, 2], mask_BL)
     expected = roles.lower_hidden(ids_BL, mask_BL).masked_fill(~mask_BL[..., None], 0.0)
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
@@ -128,7 +127,7 @@ def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatc
     other = LowerLayerCache(roles, rows, 0, tmp_path / "other")
     assert torch.equal(other.read([1], mask_BL[[1]])[0], first[1])  # to the bit, whatever is asked for first
     calls = []
-    monkeypatch.setattr(SharedBase, "below", lambda *_: calls.append(1))
+    monkeypatch.setattr(SharedBase, "lower_hidden", lambda *_: calls.append(1))
     again = cache.read([2, 1], mask_BL[[2, 1]])
     assert not calls
     assert torch.equal(again[mask_BL[[2, 1]]], first[[2, 1]][mask_BL[[2, 1]]])

@@ -27,7 +27,7 @@ from perl.rl.checks.tracking import (
 from perl.rl.checks.wiring import adapters_as_configured, base_unchanged, dropout_off, roles_apart
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k3
-from perl.rl.rewards.sources import RewardModel, with_written_end
+from perl.rl.rewards.model import with_written_end
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role, Roles
@@ -114,11 +114,11 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
         for tokens, wanted, ended in zip(completions, ends, samples.ended_B.tolist(), strict=True)
     )
     elsewhere = 0
-    if isinstance(reward, RewardModel):
+    if reward.model is not None:
         read = with_written_end(samples, ends[0]).completions()
         rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts.ids, read, strict=True)]
         at_the_end = [_read_at_last_token(collector.roles, row) for row in rows]
-        found = reward.scores(samples)
+        found = reward.model.scores(samples)
         elsewhere = sum(
             not abs(one - other) <= CLOSE[collector.dtype] for one, other in zip(found, at_the_end, strict=True)
         )

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.backbones.logits import logits_transform
-from perl.backbones.padding import left_pad
+from perl.backbones.padding import left_pad, positions
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import KVCache
 from perl.roles.roles import Role, Roles
-from perl.roles.split_layers import positions
 
 KEEP_UNTIL = 0.75
 """Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""

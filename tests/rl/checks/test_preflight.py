@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import perl.rl.rewards.sources
-import perl.roles.roles
+import perl.backbones.decoder
+import perl.rl.rewards.model
 from perl.commands.run import TRAIN
 from perl.recipe import load_recipe
 from perl.results import Check
@@ -22,7 +22,7 @@ from perl.rl.batches import trim
 from perl.rl.checks.findings import PreflightError
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
-from perl.rl.rewards.sources import RewardModel
+from perl.rl.rewards.model import RewardModel
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.rl.samplers.local import LocalSampler
@@ -240,7 +240,9 @@ def test_positions_counted_over_the_padding(
     spread_positions(session)
     parts = ready(session)
     parts.check()
-    monkeypatch.setattr(perl.roles.roles, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1)
+    monkeypatch.setattr(
+        perl.backbones.decoder, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1
+    )
     assert "rows read alone agree, rows read together do not" in parts.fails("sampled")
 
 
@@ -271,7 +273,8 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     ids = [[4, 5, 6, chat.end_id], [4, 5, 6, other], [4, 5, 6, 7]]
     mask_BL, ended_B = torch.ones(3, 4).bool(), torch.ones(3).bool()
     samples = Samples(torch.tensor(ids), mask_BL, [1] * 3, [3] * 3, ended_B, torch.zeros(3, 3))
-    usual, with_other, without = parts.collector.reward.scores(samples)  # type: ignore[attr-defined]
+    assert parts.collector.reward.model is not None
+    usual, with_other, without = parts.collector.reward.model.scores(samples)
     assert usual == with_other != without
     assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
     read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)
@@ -287,7 +290,7 @@ def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPa
         last_B = batch.mask_BL.long().cumsum(1).argmax(1)
         return dataclasses.replace(batch, mask_BL=batch.mask_BL.scatter(1, last_B[:, None], False))
 
-    monkeypatch.setattr(perl.rl.rewards.sources, "trim", early)
+    monkeypatch.setattr(perl.rl.rewards.model, "trim", early)
     assert "padding on the wrong side" in parts.fails("end")
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
+from perl.backbones.loading import load_base
 from perl.rl.batches import micro_batches, trim
 from perl.rl.collector import read_completions
 from perl.rl.samplers import local as sampler
@@ -17,11 +16,12 @@ from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
+from tests.tiny import lora
 
 
 def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Samples, int]:
     _, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8, layers=layers)).eval()
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, weights=False, head=True)
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
 def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
     """The first of them that is drawn, whichever it is: nothing after it is an answer's."""
     _, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8)).eval()
     ends = (3, *range(20, 60))
     sampling = Sampling(max_new_tokens=40, temperature=1.0, end_ids=ends, pad_id=0, prompts_at_once=64)
     samples = LocalSampler(roles).draw(Role.BASE, [[5, 6, 7]] * 64, sampling, torch.Generator().manual_seed(0))

@@ -1,12 +1,11 @@
 """One measurement of TRL's PPO trainer, whose last release with one is 1.12, on the same work.
 
-`python -m perl.bench.trl_ppo MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. Its LoRA
+`python benchmarks/trl_ppo.py MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. Its LoRA
 run adapts the policy and trains the value model whole, as its own example does; the reward model is a model of its
 own.
 """
 
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from perl.bench import work
+from perl.bench.measurement import Measurement
 from perl.bench.peak import PeakOverStart
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         trainer = _trainer(model, tuning, epochs, steps, clock)
         trainer.train()
     seconds = [{"all": end - start} for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    print(json.dumps({"steps": seconds, "peak_over_start_bytes": peak.bytes}))
+    Measurement(seconds, peak.bytes).print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""REINFORCE++ with a baseline (Hu et al. 2025, arXiv 2501.03262), as a plugin: `rl.algorithm: reinforce++`.
+"""REINFORCE++ with a baseline (Hu et al. 2025, arXiv 2501.03262), as a plugin: `plugins: [example_algorithm.py]`,
+`rl: {algorithm: reinforce++}`.
 
 A completion's advantage is its return less the mean of its group's, and advantages are scaled to unit spread over
 the whole rollout, so that groups in which little is at stake teach little.

@@ -1,4 +1,4 @@
-"""Sampling by transformers' own `generate`, as a plugin: `rl.sampler: {kind: generate}`."""
+"""Sampling by transformers' own `generate`, as a plugin: `rl: {sampler: {kind: generate}}`."""
 
 import torch
 import torch.nn.functional as F

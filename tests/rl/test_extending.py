@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,12 @@ from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.samplers import SAMPLERS
+from perl.roles.roles import Role
 from perl.stages.rl import train_rl
 from perl.stages.session import Session, open_session
 from tests.conftest import WriteRecipe
 
-RL = {
+RL: dict[str, Any] = {
     "reward": {"function": "rewards.py:length"},
     "steps": 2,
     "prompts_per_step": 4,
@@ -62,8 +64,12 @@ def test_a_sampler_of_a_users_own(
     rl = RL | {"sampler": {"kind": "generate"}, "algorithm": "ppo", "critic": critic}
     recipe = write_recipe(plugins=[str(SAMPLER)], reward=None, rl=rl)
     load_recipe(recipe)
+    told: list[Role] = []
     monkeypatch.setattr(SAMPLERS["generate"], "exact", exact)
+    monkeypatch.setattr(SAMPLERS["generate"], "sync", lambda self, role: told.append(role))
     _, steps = trained(recipe, tmp_path / "out")
+    assert {Role.BASE, Role.POLICY} <= set(told)
+    assert told.count(Role.POLICY) > 2 * RL["steps"], "after each update, and where preflight perturbs it"
     assert all(step["sampler_mismatch"] < 1e-5 for step in steps)
     assert steps[0]["explained_variance"] == pytest.approx(0, abs=1e-6)  # the head begins at zero
     assert steps[1]["explained_variance"] != 0

@@ -105,10 +105,10 @@ class Drawing:
         # Rows of like length stand together in the cache, those of the same prompt side by side.
         self._order = sorted(range(count), key=lambda row: (len(prompts[row]), prompts[row]))
         self._rows_B = torch.tensor(self._order, device=device)
-        self._mask_BL = self._prompt_mask_BP[self._rows_B].long()
+        self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
         self._start = self._prompt_ids_BP.shape[1]
         self.model = roles.model()
-        self._cache = KVCache(self.model, count, self._start, self.length)
+        self.cache = KVCache(self.model, count, self._start, self.length)
         self._lower = _LowerHidden(seen, count, self._start + self.length)
         self._hidden_BD: Tensor  # that the next tokens are drawn from
 
@@ -130,15 +130,15 @@ class Drawing:
             row = rows.stop
         for _ in range(len(starts), passes):  # in step with the other processes
             self.model.base_model(input_ids=self._rows_B.new_zeros(1, 1), use_cache=False)
-        self._cache.prefilled()
+        self.cache.prefilled()
         self._hidden_BD = torch.cat(parts)
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
         """Compute some prompts; the hidden states (B, D) after each of these rows of the batch."""
         copies_B = torch.tensor([copies for _, copies in groups], device=self._rows_B.device)
         ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, self._rows_B.device)
-        with self._cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
-            hidden_BD = _hidden(self.model, self._cache, ids_BP, mask_BP.long())[:, -1].clone()
+        with self.cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
+            hidden_BD = _hidden(self.model, self.cache, ids_BP, mask_BP.long())[:, -1].clone()
         self._lower.keep(self._rows_B[rows], self._start, copies_B)
         return hidden_BD.repeat_interleave(copies_B, 0)
 
@@ -162,26 +162,21 @@ class Drawing:
         done = not self._roles.together(len(going)) or step + 1 == self.length
         if done and not self._roles.shared_blocks:
             return False  # nobody reads what is computed of the last tokens
-        self._mask_BL = F.pad(self._mask_BL, (0, 1), value=1)
+        self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
         ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
-        self._hidden_BD = _hidden(self.model, self._cache, ids_B1, self._mask_BL)[:, -1]
+        self._hidden_BD = _hidden(self.model, self.cache, ids_B1, self.mask_BL)[:, -1]
         self._lower.keep(self._rows_B, self._start + step + 1)
         if not done and 0 < len(going) <= KEEP_UNTIL * len(self._order):
             self._keep(going)
         return not done
 
-    def skip(self, count: int) -> None:
-        """Leave so many completion positions out, uncomputed."""
-        self._mask_BL = F.pad(self._mask_BL, (0, count), value=1)
-        self._cache.skip(count)
-
     def _keep(self, going: list[int]) -> None:
         """Go on with these places of the batch only."""
         places = torch.tensor(going, device=self._rows_B.device)
         self._order = [self._order[place] for place in going]
-        self._rows_B, self._mask_BL = self._rows_B[places], self._mask_BL[places]
+        self._rows_B, self.mask_BL = self._rows_B[places], self.mask_BL[places]
         self._hidden_BD = self._hidden_BD[places]
-        self._cache.keep(places)
+        self.cache.keep(places)
 
     def samples(self) -> Samples:
         """All that was drawn."""

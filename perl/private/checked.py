@@ -1,34 +1,39 @@
-"""The check of a library's undocumented interface: a version that has changed it is refused, not run wrong."""
+"""The check of private interfaces: that the installed version of a library still has the names used here."""
 
 import inspect
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from importlib import metadata
+from types import FunctionType, ModuleType
 
 from perl.errors import MachineError
 
+TESTED = {
+    "deepspeed": "0.19.8",
+    "peft": "0.21.2",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+}
+"""The version of each library that the tests run with: those of constraints.txt."""
 
-def need(owner: Any, *names: str) -> None:
-    """Check that a library's module, class or function still has what PERL uses of it.
+
+def need(owner: object, *names: str) -> None:
+    """Check that a module, class, object or function of a library has what this package uses of it.
 
     Args:
-        owner: where the names are; of a function, they are parameters; an instance, for what its class sets in it.
+        owner: the module, class, object or function.
+        names: its attributes; of a function, its parameters.
 
     Raises:
-        MachineError: a name is not there; library, version and name are said.
+        MachineError: it lacks one; it names the library, its installed version, the attribute and the version
+            tested.
     """
-    there = set(inspect.signature(owner).parameters) if inspect.isfunction(owner) else set(dir(owner))
-    missing = [name for name in names if name not in there]
-    if not missing:
-        return
-    module = owner.__name__ if inspect.ismodule(owner) else owner.__module__
-    named = getattr(owner, "__qualname__", type(owner).__qualname__)
-    library, within = module.partition(".")[0], "" if inspect.ismodule(owner) else f".{named}"
-    try:
-        installed = f"{library} {version(library)}"
-    except PackageNotFoundError:
-        installed = library
-    raise MachineError(
-        f"{installed} has no {', '.join(missing)} in {module}{within}, which PERL uses",
-        where=library,
-        remedy="Install the versions that PERL was tested with: pip install -c constraints.txt perl-rlhf",
-    )
+    kind = owner if isinstance(owner, type | FunctionType) else type(owner)
+    place = owner.__name__ if isinstance(owner, ModuleType) else f"{kind.__module__}.{kind.__qualname__}"
+    library = place.partition(".")[0]
+    parameters = inspect.signature(owner).parameters if isinstance(owner, FunctionType) else ()
+    for name in names:
+        if not hasattr(owner, name) and name not in parameters:
+            raise MachineError(
+                f"{library} {metadata.version(library)} has no {place}.{name}, which perl-rlhf needs",
+                remedy=f"Tested with {TESTED[library]}: pip install '{library}=={TESTED[library]}'",
+            )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft.tuners.lora
 import pytest
+from peft.functional import inject_adapter_in_model
 
 from perl.errors import MachineError
 from perl.private.checked import TESTED, need
@@ -36,3 +37,9 @@ def test_the_installed_version_has_what_is_used(library: str, monkeypatch: pytes
 def test_the_versions_named_are_those_that_the_tests_run_with() -> None:
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert {name: pinned[name] for name in TESTED} == TESTED
+
+
+def test_of_a_function_the_parameters_are_checked() -> None:
+    need(inject_adapter_in_model, "adapter_name")
+    with pytest.raises(MachineError, match=r"has no gone in peft\.mapping\.inject_adapter_in_model"):
+        need(inject_adapter_in_model, "gone")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.backbones.logits import logits_transform
-from perl.backbones.padding import left_pad, positions
+from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import KVCache
@@ -129,7 +129,8 @@ class Drawing:
             parts.append(self.prefill_groups(some, rows))
             row = rows.stop
         for _ in range(len(starts), passes):  # in step with the other processes
-            self.model.base_model(input_ids=self._rows_B.new_zeros(1, 1), use_cache=False)
+            ids_11 = self._rows_B.new_zeros(1, 1)
+            self._roles.trunk(ids_11, torch.ones_like(ids_11, dtype=torch.bool))
         self.cache.prefilled()
         self._hidden_BD = torch.cat(parts)
 
@@ -138,9 +139,14 @@ class Drawing:
         copies_B = torch.tensor([copies for _, copies in groups], device=self._rows_B.device)
         ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, self._rows_B.device)
         with self.cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
-            hidden_BD = _hidden(self.model, self.cache, ids_BP, mask_BP.long())[:, -1].clone()
+            hidden_BD = self._next_hidden(ids_BP, mask_BP.long()).clone()
         self._lower.keep(self._rows_B[rows], self._start, copies_B)
         return hidden_BD.repeat_interleave(copies_B, 0)
+
+    def _next_hidden(self, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
+        """The hidden states (B, D) after the newest N positions; those before are in the cache."""
+        attention_mask = self.cache.mask(mask_BL, ids_BN.shape[1])
+        return self._roles.backbone.extend(self.model, ids_BN, mask_BL, attention_mask, self.cache)[:, -1]
 
     def draw(self, step: int) -> None:
         """Draw each row's next token."""
@@ -164,7 +170,7 @@ class Drawing:
             return False  # nobody reads what is computed of the last tokens
         self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
         ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
-        self._hidden_BD = _hidden(self.model, self.cache, ids_B1, self.mask_BL)[:, -1]
+        self._hidden_BD = self._next_hidden(ids_B1, self.mask_BL)
         self._lower.keep(self._rows_B, self._start + step + 1)
         if not done and 0 < len(going) <= KEEP_UNTIL * len(self._order):
             self._keep(going)
@@ -223,18 +229,6 @@ class _LowerHidden:
         if copies_B is not None:
             states_BND = states_BND.repeat_interleave(copies_B, 0)
         self.states_BLD[rows_B, end - states_BND.shape[1] : end] = states_BND
-
-
-def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
-    """Hidden states (B, N, D) of the last N positions; those before are in the cache."""
-    hidden: Tensor = model.base_model(
-        input_ids=ids_BN,
-        attention_mask=cache.mask(mask_BL, ids_BN.shape[1]),
-        position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return hidden
 
 
 def _draw_next(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from perl.backbones import Decoder
 from perl.backbones.loading import load_base
 from perl.rl.batches import micro_batches, trim
 from perl.rl.collector import read_completions
@@ -128,13 +129,13 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
 def test_the_same_prompt_is_computed_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five prompts of eight answers each, two at once: three prefills of five rows together."""
     widths = []
-    real = sampler._hidden
+    real = Decoder.extend
 
-    def watched(model: Any, cache: Any, ids_BN: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def watched(self: Decoder, lm: Any, ids_BN: torch.Tensor, *more: Any) -> torch.Tensor:
         widths.append(tuple(ids_BN.shape))
-        return real(model, cache, ids_BN, mask_BL)
+        return real(self, lm, ids_BN, *more)
 
-    monkeypatch.setattr(sampler, "_hidden", watched)
+    monkeypatch.setattr(Decoder, "extend", watched)
     rollout(tiny_llama)
     prefills = [shape for shape in widths if shape[1] > 1]
     assert prefills == [(2, 16), (2, 16), (1, 32)]

@@ -26,8 +26,10 @@ def need(owner: Any, *names: str) -> None:
     Raises:
         MachineError: a name is not there; library, installed version, name and the version tested are said.
     """
-    there = set(inspect.signature(owner).parameters) if inspect.isfunction(owner) else set(dir(owner))
-    missing = [name for name in names if name not in there]
+    if inspect.isfunction(owner):
+        missing = [name for name in names if name not in inspect.signature(owner).parameters]
+    else:
+        missing = [name for name in names if not hasattr(owner, name)]  # torch.ops has what it is asked for
     if not missing:
         return
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__

@@ -27,10 +27,9 @@ def need(owner: Any, *names: str) -> None:
         MachineError: a name is not there; library, installed version, name and the version tested are said.
     """
     if inspect.isfunction(owner):
-        parameters = inspect.signature(owner).parameters
-        missing = [name for name in names if name not in parameters]
-    else:  # some modules make their attributes when they are asked for
-        missing = [name for name in names if not hasattr(owner, name)]
+        missing = [name for name in names if name not in inspect.signature(owner).parameters]
+    else:
+        missing = [name for name in names if not hasattr(owner, name)]  # torch.ops has what it is asked for
     if not missing:
         return
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__

@@ -49,7 +49,7 @@ def lengths(engine: Engine) -> int:
     Returns:
         how often this process's completions ended before those of another.
     """
-    together, alone = roles_on(engine), roles_on(None)
+    together, alone = LocalSampler(roles_on(engine)), LocalSampler(roles_on(None))
     sampling = Sampling(10, 1.0, end_ids=(7,), pad_id=0, prompts_at_once=2)
     shorter = 0
     for step in range(SAMPLED):
@@ -59,10 +59,8 @@ def lengths(engine: Engine) -> int:
         sizes = [rng.randrange(1, 9) for _ in range(1 if lonely else 5)]
         prompts = [[rng.randrange(1, 7) for _ in range(size)] for size in sizes] * (3 if lonely else 1)
         drawn = [
-            LocalSampler(roles)
-            .draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step))
-            .completions()
-            for roles in ((together,) if step % 10 else (together, alone))
+            sampler.draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
+            for sampler in ((together,) if step % 10 else (together, alone))
         ]
         assert drawn[0] == drawn[-1], (step, drawn)
         longest = max(len(completion) for completion in drawn[0])

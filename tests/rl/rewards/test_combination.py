@@ -16,7 +16,7 @@ from perl.errors import UserError
 from perl.rl.rewards import RewardSource
 from perl.rl.rewards.combination import CombinedReward, Scores
 from perl.rl.rewards.length import Length
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 from tests.conftest import RunCli, WriteRecipe
 
 LENGTHS = [3, 5, 9]

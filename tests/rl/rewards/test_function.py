@@ -8,7 +8,7 @@ import pytest
 
 from perl.data.records import Prompt, Turn
 from perl.rl.rewards.function import RewardFunction
-from perl.rl.samplers.local import Samples
+from perl.rl.samplers.base import Samples
 
 NUMBERS = """
 import numpy as np

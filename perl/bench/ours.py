@@ -4,10 +4,8 @@ import json
 import sys
 
 from perl.bench.peak import PeakOverStart
+from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
-from perl.results import Tried
-from perl.stages.rl import train_rl
-from perl.stages.session import Trial, trial_session
 from perl.system.allocator import keep_freed_memory
 
 
@@ -16,8 +14,7 @@ def main() -> None:
     keep_freed_memory()
     recipe, steps = Recipe.model_validate_json(sys.argv[1]), int(sys.argv[2])
     with PeakOverStart() as peak, trial_session(recipe, Trial(steps, measured=False)) as session:
-        result = train_rl(session)
-    assert isinstance(result, Tried)
+        result = TRY["rl"](session)
     print(json.dumps({"steps": result.step_seconds, "peak_over_start_bytes": peak.bytes}))
 
 

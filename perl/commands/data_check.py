@@ -4,7 +4,9 @@ import math
 import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -217,3 +219,10 @@ def _spread(sizes: Iterable[int]) -> Spread:
     ordered = sorted(sizes)
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     return Spread(statistics.median_high(ordered), p95, ordered[-1])
+
+
+def data_check(
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
+) -> None:
+    """Describe a source or file, and name every bad row."""
+    raise typer.Exit(check(source))

@@ -6,35 +6,23 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.table import Table
 
 from perl.commands.compare import TUNINGS, variant
+from perl.commands.options import JsonFile, Overrides, RecipeFile
 from perl.errors import UserError
-from perl.measure.ledger import memory_as_json
-from perl.measure.probe import Kind
-from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
-from perl.stages.material import quiet_libraries
-from perl.system.files import write_metrics
 from perl.system.progress import console, track
 
-UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
-SHORT: dict[Kind, str] = {
+if TYPE_CHECKING:
+    from perl.measure.probe import Kind
+    from perl.predict import Memory, Subject
+
+SHORT: "dict[Kind, str]" = {
     "base_weights": "base",
     "adapters": "adapters",
     "gradients": "grads",
@@ -45,7 +33,7 @@ SHORT: dict[Kind, str] = {
 SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
 """What ZeRO-3 and FSDP spread over the devices."""
 
-Prediction = dict[StageName, Memory]
+Prediction = dict[StageName, "Memory"]
 
 
 @dataclass(frozen=True)
@@ -62,52 +50,63 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: it is no size.
     """
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(I?)B?", text.strip(), re.IGNORECASE)
     try:
-        size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    except (ValueError, KeyError):
+        unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+        size = float(match[1]) * unit if match else 0.0
+    except ValueError:
         size = 0.0
     if not 1 <= size < 2**60:
         raise UserError(f"{text!r} is no size", where="--device-memory", remedy="For example 24GB or 80GiB.")
     return int(size)
 
 
-def estimate(recipe: Recipe, device_memory: int | None, devices: int, json_file: Path | None) -> None:
-    """Print the predicted peak of every stage under both tunings, and what would make the recipe fit.
+def estimate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", metavar="SIZE", help="What one device has, such as 24GB.")
+    ] = None,
+    devices: Annotated[
+        int, typer.Option("--devices", metavar="N", min=1, help="Shard over so many (ZeRO-3 or FSDP).")
+    ] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
+    loaded = load_recipe(recipe, overrides)
+    limit = parse_bytes(device_memory) if device_memory else None
+    from perl.measure.ledger import memory_as_json
+    from perl.predict import read_subject
+    from perl.system.files import write_metrics
 
-    Args:
-        device_memory: bytes of one device; None: no question of fitting.
-        devices: over how many the weights are sharded (ZeRO-3 or FSDP).
-        json_file: where the predictions go as JSON.
-
-    Raises:
-        UserError: what of the recipe, the data or the base cannot be used.
-    """
-    subject = read_subject(recipe)
-    cases = [Case(tuning, variant(recipe, tuning, recipe.seed)) for tuning in TUNINGS if _possible(recipe, tuning)]
-    predictions = _predict_all(cases, subject, devices)
-    for case, prediction in zip(cases, predictions, strict=True):
-        console.print(_table(case, prediction, devices, device_memory))
-    own = next(p for case, p in zip(cases, predictions, strict=True) if case.label == recipe.tuning)
-    found: dict[str, Any] = {case.label: _as_json(p) for case, p in zip(cases, predictions, strict=True)}
-    if device_memory is not None:
-        found["fits"] = _peak(own) <= device_memory
-        _say_whether_it_fits(recipe, own, device_memory)
+    subject = read_subject(loaded)
+    cases = [Case(one, variant(loaded, one, loaded.seed)) for one in TUNINGS if _possible(loaded, one)]
+    predictions = {case.label: one for case, one in zip(cases, _predict_all(cases, subject, devices), strict=True)}
+    for label, prediction in predictions.items():
+        console.print(_table(label, prediction, devices, limit))
+    found: dict[str, Any] = {
+        label: {stage: memory_as_json(memory) for stage, memory in prediction.items()}
+        for label, prediction in predictions.items()
+    }
+    if limit is not None:
+        own = predictions[loaded.tuning]
+        found["fits"] = _peak(own) <= limit
+        _say_whether_it_fits(loaded, own, limit)
         if not found["fits"]:
-            found["changes"] = _changes(recipe, subject, devices, device_memory)
+            found["changes"] = _changes(loaded, subject, devices, limit)
     if json_file is not None:
-        write_metrics(json_file, {"name": recipe.name, "devices": devices, **found})
+        write_metrics(json_file, {"name": loaded.name, "devices": devices, **found})
 
 
 def _possible(recipe: Recipe, tuning: str) -> bool:
     return tuning == "lora" or recipe.base.quantization == "none"
 
 
-def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[Prediction]:
+def _predict_all(cases: Sequence[Case], subject: "Subject", devices: int) -> list[Prediction]:
     """In processes side by side: each is most of a minute of Python, not of arithmetic."""
     workers = min(len(cases), os.cpu_count() or 1)
     context = get_context("forkserver")
-    context.set_forkserver_preload([predict.__module__])  # what takes long to import, once for all
+    context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
     with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
         futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
         for _ in as_completed(futures):
@@ -115,7 +114,7 @@ def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[
         return [future.result() for future in futures]
 
 
-def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+def _predict_one(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
     try:
         return _predict(recipe, subject, devices)
     except UserError:
@@ -124,7 +123,12 @@ def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _predict(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
+    import torch
+
+    from perl.predict import predict, weight_sizes
+    from perl.stages.material import quiet_libraries
+
     quiet_libraries()
     torch.set_num_threads(1)
     if devices == 1:
@@ -150,7 +154,9 @@ def _share(recipe: Recipe, devices: int) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def _sharded(memory: Memory, devices: int, gathered: int) -> Memory:
+def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
+    from perl.predict import changed
+
     spread: Memory = {}
     for phase, peak in memory.items():
         less = {
@@ -160,7 +166,7 @@ def _sharded(memory: Memory, devices: int, gathered: int) -> Memory:
     return spread
 
 
-def _changes(recipe: Recipe, subject: Subject, devices: int, device_memory: int) -> dict[str, Any]:
+def _changes(recipe: Recipe, subject: "Subject", devices: int, device_memory: int) -> dict[str, Any]:
     """Settings that need less memory, each alone and then together, as predicted; printed and returned."""
     cases = _alternatives(recipe)
     predictions = _predict_all(cases, subject, devices)
@@ -221,9 +227,9 @@ def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) ->
     )
 
 
-def _table(case: Case, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
+def _table(label: str, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
     where = f", each of {devices} devices (ZeRO-3 or FSDP)" if devices > 1 else ""
-    table = Table(title=f"{case.label}{where}", padding=(0, 1, 0, 0))
+    table = Table(title=f"{label}{where}", padding=(0, 1, 0, 0))
     for column in ("stage", "phase", "peak", *SHORT.values()):
         table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "phase") else "right")
     for stage, memory in prediction.items():
@@ -232,7 +238,3 @@ def _table(case: Case, prediction: Prediction, devices: int, device_memory: int 
             cells = [bytes_text(peak.kinds[kind]) if kind in peak.kinds else "" for kind in SHORT]
             table.add_row(stage, phase, bytes_text(peak.peak), *cells, style="red" if too_much else None)
     return table
-
-
-def _as_json(prediction: Prediction) -> dict[str, Any]:
-    return {stage: memory_as_json(memory) for stage, memory in prediction.items()}

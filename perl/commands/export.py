@@ -19,7 +19,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from perl.backbones.encoder import EncoderHead
 from perl.backbones.padding import left_pad
-from perl.commands.evaluate import open_run
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName
 from perl.report.model_card import TITLES, Exported, card
@@ -37,7 +36,7 @@ from perl.roles.roles import Role
 from perl.roles.saved import STAMP
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import RunFolder
-from perl.stages.session import Session
+from perl.stages.session import Session, open_run
 from perl.system.files import user_named, whole_folder, write_whole
 from perl.system.progress import console
 

@@ -9,25 +9,46 @@ Regret").
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import typer
 from rich.table import Table
 
-from perl.adapters.lora import without_adapters
 from perl.commands.compare import variant
-from perl.commands.run import run
+from perl.commands.options import Out, Overrides, RecipeFile, one_of, writing
 from perl.errors import UserError
-from perl.recipe import Recipe
-from perl.report import sweep as page
-from perl.report.runs import read_runs
-from perl.runs.folder import RunFolder
-from perl.stages.material import read_material
-from perl.stages.session import adapter_shape
-from perl.system.files import user_named, write_metrics
+from perl.recipe import Recipe, load_recipe
 from perl.system.progress import console
+
+if TYPE_CHECKING:
+    from perl.report.sweep import Sweep
 
 TARGETS = ("attention", "all-linear")
 T = TypeVar("T", str, int)
+
+
+def sweep(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    ranks: Annotated[str, typer.Option("--ranks", metavar="R,R", help="Ranks of the adapters.")] = "1,2,4,8,16",
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="T,T", help="Where they are: attention, all-linear.")
+    ] = "attention,all-linear",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
+    full: Annotated[bool, typer.Option("--full/--no-full", help="Full tuning beside them.")] = True,
+) -> None:
+    """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
+    loaded = load_recipe(recipe, overrides)
+    lists = (
+        _parse_list("--ranks", ranks, int),
+        _parse_list("--targets", targets, str),
+        _parse_list("--seeds", seeds, int),
+    )
+    _check(loaded, *lists, full)
+    folder = out or Path("runs") / f"{loaded.name}-sweep"
+    with writing(folder):
+        _sweep(loaded, folder, *lists, full)
 
 
 @dataclass(frozen=True)
@@ -69,25 +90,19 @@ class _Run:
         console.print(f"[bold]{self.setting.name}, seed {self.recipe.seed}[/] in {self.folder}")
 
 
-def sweep(
+def _sweep(
     recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
 ) -> None:
     """Train and judge every reward model that is not finished, print the table, write the page and sweep.json.
 
     All run in this process; data and base are read once a seed, and once more for full tuning, which changes it.
-
-    Args:
-        recipe: with the settings for LoRA, and a section reward; other stages are left out.
-        out: the folder of all the runs, of the page and of sweep.json.
-        ranks: of the adapters.
-        targets: where they are, of `TARGETS`.
-        seeds: of every setting.
-        full: whether full tuning is among the settings.
-
-    Raises:
-        UserError: as `perl-rlhf run`, or what is asked for makes no sense; nothing has been trained then.
     """
-    _check(recipe, ranks, targets, seeds, full)
+    from perl.report import sweep as page
+    from perl.report.runs import read_runs
+    from perl.runs.folder import RunFolder
+    from perl.stages.pipeline import run
+    from perl.system.files import user_named, write_metrics
+
     settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
     runs = {
         seed: [_Run(setting, setting.recipe(recipe, seed), out / f"{setting.name}-{seed}") for setting in settings]
@@ -114,7 +129,7 @@ def sweep(
     console.print(f"Written: {file}, sweep.json beside it, and the runs in {out}/")
 
 
-def parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     """Reads `1,2,4`.
 
     Raises:
@@ -146,16 +161,19 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
     for option, numbers, least in (("--ranks", ranks, 1), ("--seeds", seeds, 0)):
         if wrong := [number for number in numbers if number < least]:
             raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
-    if unknown := [place for place in targets if place not in TARGETS]:
-        raise UserError(
-            f"{unknown[0]!r} is none of {', '.join(TARGETS)}", where="--targets", remedy="Choose from them."
-        )
+    for place in targets:
+        one_of("--targets", place, list(TARGETS))
 
 
 def _run_adapters(runs: Sequence[_Run]) -> None:
     """Runs of one seed, on one base: each leaves it as it found it."""
     if not runs:
         return
+    from perl.adapters.lora import without_adapters
+    from perl.stages.material import read_material
+    from perl.stages.pipeline import run
+    from perl.stages.session import adapter_shape
+
     material = read_material(runs[0].recipe)
     for one in runs:
         adapter_shape(one.recipe, material.lm)  # that each fits the base is known before any is trained
@@ -165,9 +183,11 @@ def _run_adapters(runs: Sequence[_Run]) -> None:
         without_adapters(material.lm)
 
 
-def _table(found: page.Sweep) -> Table:
+def _table(found: "Sweep") -> Table:
     """What a terminal has room for; the page has the other metrics."""
-    left_out = {page.QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
+    from perl.report.sweep import QUALITIES
+
+    left_out = {QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
     columns = {name: text for name, text in found.columns.items() if name not in left_out}
     table = Table(
         title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)

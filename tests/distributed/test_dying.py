@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from perl.commands import run as pipeline
 from perl.recipe import load_recipe
+from perl.stages import pipeline
 from perl.system.progress import silence
 from tests.distributed.launching import LIMIT, finished, learned, steps, torchrun
 

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from perl.commands.run import run
 from perl.parallel.joined import joined
 from perl.recipe import load_recipe
+from perl.stages.pipeline import run
 
 if __name__ == "__main__":
     with joined() as engine:

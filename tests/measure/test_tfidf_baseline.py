@@ -15,7 +15,7 @@ from perl.measure.answers import Answers
 from perl.measure.bootstrap import Floats, plain
 from perl.measure.metrics import auroc
 from perl.measure.tfidf_baseline import tfidf_floor
-from perl.stages.reward import answers_of
+from perl.stages.reward_rows import answers_of
 from tests.measure.rated import made, shuffled
 
 REAL = Path(__file__).parents[2].parent / "shared" / "taskmaster"

@@ -10,7 +10,7 @@ import trl
 
 from perl.recipe import load_recipe
 from perl.rl.prompts import encode_prompts
-from perl.stages.reward import tokenize_rows
+from perl.stages.reward_rows import tokenize_rows
 from perl.stages.session import Session, open_session
 from perl.stages.sft import tokenized
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows

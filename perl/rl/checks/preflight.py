@@ -30,7 +30,8 @@ from perl.rl.rollout import EncodedPrompts, answer
 from perl.rl.samplers.local import Samples, Sampling
 from perl.roles.roles import Role, Roles
 from perl.roles.saved import load_role
-from perl.stages.reward import checksum, held_out_rows, recorded_scores
+from perl.stages.reward import checksum, recorded_scores
+from perl.stages.reward_rows import held_out_rows
 from perl.stages.session import Session
 
 ANSWERS = 8

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import perl.rl.rewards.sources
 import perl.roles.roles
-from perl.commands.run import TRAIN
 from perl.recipe import load_recipe
 from perl.results import Check
 from perl.rl.batches import Batch, trim
@@ -28,6 +27,7 @@ from perl.rl.samplers.local import Samples, Sampling
 from perl.roles.fingerprint import fingerprint
 from perl.roles.roles import Outputs, Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.pipeline import TRAIN
 from perl.stages.session import Session, open_session
 from tests.conftest import RunCli, WriteRecipe
 

@@ -1,0 +1,197 @@
+"""PERL from Python: run a recipe, and use what a run has trained."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from perl.data.jsonl import parse_row
+from perl.data.records import Context, Prompt, Rating
+from perl.data.rows import RowError
+from perl.errors import UserError
+from perl.parallel.joined import joined
+from perl.recipe import Recipe, StageName
+from perl.results import Stages
+from perl.rl.rewards.sources import score_rows
+from perl.rl.rollout import EncodedPrompts, answer
+from perl.rl.samplers.local import Sampling
+from perl.roles.roles import Role
+from perl.stages import pipeline
+from perl.stages.session import Session, open_run
+from perl.system.seeds import derived_seed
+
+Messages = Sequence[Mapping[str, str]]
+"""Chat messages, each with `role` and `content`, as TRL and chat templates have them."""
+POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
+"""The roles that write."""
+MICRO_BATCH_SIZE = 32
+
+
+def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageName] | None = None) -> Stages:
+    """Run the stages of a recipe that are not finished, as `perl-rlhf run` does; in one process or several.
+
+    Args:
+        out: the run folder; runs/NAME by default.
+        stages: some of the recipe's stages; all of them by default.
+
+    Returns:
+        The results of all stages that are finished: what report.json has under `stages`.
+
+    Raises:
+        UserError: the input of any stage cannot be used; nothing has been written then.
+    """
+    with joined() as engine:
+        return pipeline.run(recipe, Path(out or Path("runs") / recipe.name), stages, engine=engine)
+
+
+def load_run(path: str | Path) -> "LoadedRun":
+    """The run in a folder, its base loaded; roles are loaded as they are asked for.
+
+    Raises:
+        UserError: this is no run folder, or its base or data cannot be used.
+    """
+    return LoadedRun(open_run(path))
+
+
+class LoadedRun:
+    """What a run has trained, ready to generate and to score."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.recipe = session.recipe
+        self.results: Stages = session.folder.results()
+
+    @property
+    def policies(self) -> list[str]:
+        """The roles that can generate: `base`, and `sft` and `policy` where they are trained."""
+        if self.session.roles.encoder:
+            return []
+        return [role for role in POLICIES if role is Role.BASE or self.session.saved(role).exists()]
+
+    def generate(
+        self,
+        prompts: Iterable[str | Messages],
+        role: str = "policy",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """A sampled completion of each prompt, without its end token.
+
+        Args:
+            prompts: texts, or chat messages; not both at once. What is too long for the base's context loses its
+                oldest turns.
+            role: `base`, `sft` or `policy`.
+            max_new_tokens: tokens of a completion at most; the recipe's by default, or 128.
+            temperature: of sampling, above 0; the recipe's by default, or 1.
+            seed: of the draws.
+
+        Raises:
+            UserError: a prompt is neither text nor messages, or the run has no such role.
+        """
+        contexts = [_context(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        return self.complete(contexts, role, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def complete(
+        self,
+        contexts: Sequence[Context],
+        role: str = "policy",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """As `generate`, for contexts as PERL's records have them."""
+        if role not in self.policies:
+            has = ", ".join(self.policies) or "none"
+            raise UserError(
+                f"the run has no role {role!r} that generates",
+                where=str(self.session.folder.path),
+                remedy=f"Roles of this run that do: {has}.",
+            )
+        if not contexts:
+            return []
+        session, chat, rl = self.session, self.session.base.chat, self.recipe.rl
+        ends = {chat.ends(context) for context in contexts}
+        if len(ends) > 1:
+            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
+        tokens = max_new_tokens or (rl.max_new_tokens if rl is not None else 128)
+        room = session.base.context_length - tokens
+        if room < 1:
+            raise UserError(
+                f"the base's context is {session.base.context_length} tokens, max_new_tokens is {tokens}",
+                remedy="Lower max_new_tokens.",
+            )
+        if temperature is None:
+            temperature = rl.temperature if rl is not None else 1.0
+        if temperature <= 0:
+            raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
+        session.load(Role(role))
+        session.roles.eval()
+        prompts = EncodedPrompts(
+            [Prompt(context, "prompt") for context in contexts],
+            [chat.context(context, room) for context in contexts],
+        )
+        sampling = Sampling(tokens, temperature, ends.pop(), chat.pad_id, MICRO_BATCH_SIZE)
+        generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
+        _, texts = answer(session.roles, Role(role), chat, prompts, sampling, generator)
+        return texts
+
+    def score(
+        self, prompts: Iterable[str | Messages], completions: Iterable[str], *, probability: bool = False
+    ) -> list[float]:
+        """The reward model's score of each completion of its prompt: log-odds under thumbs, else Bradley-Terry.
+
+        Args:
+            prompts: texts, or chat messages.
+            probability: the calibrated probability instead, of a thumb up (of being the better one, of a model of
+                pairs): σ(slope · score + intercept), fitted on the run's held-out ratings.
+
+        Raises:
+            UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
+        """
+        if self.results.reward is None or self.recipe.reward is None:
+            raise UserError(
+                "the run has no finished reward model",
+                where=str(self.session.folder.path),
+                remedy="Run its recipe with a section reward.",
+            )
+        chat, roles = self.session.base.chat, self.session.roles
+        length = min(self.recipe.reward.max_length, self.session.base.context_length)
+        pairs = enumerate(zip(prompts, completions, strict=True))
+        ratings = [_rating(prompt, completion, f"prompts[{index}]") for index, (prompt, completion) in pairs]
+        rows = [chat.row(rating.context, rating.answer, length).ids for rating in ratings]
+        self.session.load(Role.REWARD)
+        roles.eval()
+        scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
+        if not probability:
+            return scores
+        fitted = self.results.reward.eval.calibration
+        log_odds = fitted.slope * torch.tensor(scores, dtype=torch.float64) + fitted.intercept
+        chances: list[float] = log_odds.sigmoid().tolist()
+        return chances
+
+
+def _context(prompt: str | Messages, where: str) -> Context:
+    """A prompt in one of TRL's forms as a context.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    row = {"prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt]}
+    return next(record.context for record in _records(row, where) if isinstance(record, Prompt))
+
+
+def _rating(prompt: str | Messages, completion: str, where: str) -> Rating:
+    """A prompt and its completion, in TRL's forms, as a row of the reward model."""
+    text = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    row = {"prompt": text, "completion": completion, "label": True}
+    return next(record for record in _records(row, where) if isinstance(record, Rating))
+
+
+def _records(row: Mapping[str, object], where: str) -> list[object]:
+    try:
+        return list(parse_row(row))
+    except RowError as error:
+        raise UserError(str(error), where=where, remedy="Give a text, or a list of messages.") from None

@@ -21,9 +21,15 @@ from perl.system.progress import console
 from perl.system.signals import handle
 
 INTERRUPTED = 130
-LAUNCHABLE: dict[str, Callable[..., None]] = {"run": stages.run, "sft": stages.sft, "reward": stages.reward, "rl": stages.rl}
+Command = Callable[..., None]
+LAUNCHABLE: dict[str, Command] = {
+    "run": stages.run,
+    "sft": stages.sft,
+    "reward": stages.reward,
+    "rl": stages.rl,
+}
 """The commands that several processes run together."""
-COMMANDS: dict[str, Callable[..., None]] = LAUNCHABLE | {
+COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
     "sweep": sweep_command.sweep,

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from perl.commands.options import Out, Overrides, RecipeFile, writing
 from perl.recipe import Recipe, StageName, load_recipe
+from perl.system.files import user_named, write_json, write_metrics, write_whole
 from perl.system.progress import console
+from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
     from perl.predict import Memory
@@ -61,14 +63,14 @@ def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
 
     Every run is a process of its own, so that its peak memory is its own; a finished one is not repeated.
     """
+    from perl.predict import predict, read_subject
     from perl.report.outcome import match_all
     from perl.report.page import write_page
     from perl.report.runs import groups, read_runs
     from perl.report.tunings import cost_rows, quality_rows
-    from perl.system.files import write_metrics
 
-    folders = []
-    predicted = {tuning: _predicted(variant(recipe, tuning, recipe.seed)) for tuning in TUNINGS}
+    folders, subject = [], read_subject(recipe)
+    predicted = {tuning: predict(variant(recipe, tuning, recipe.seed), subject) for tuning in TUNINGS}
     for seed in range(recipe.seed, recipe.seed + seeds):
         for tuning in TUNINGS:
             folder = out / f"{tuning}-{seed}"
@@ -95,7 +97,6 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     """Measure memory and speed alone, over so many steps of each stage on the longest rows; write compare.json."""
     from perl.predict import TRY, Trial, trial_session
     from perl.report.numbers import bytes_text, rate_text
-    from perl.system.files import user_named, write_metrics
 
     table = Table(*COLUMNS, title=f"{recipe.name}, {steps} steps a stage")
     rows = []
@@ -119,15 +120,7 @@ def _means(row: "CostRow | QualityRow") -> dict[str, float]:
     return {"lora": row.lora.mean, "full": row.full.mean}
 
 
-def _predicted(recipe: Recipe) -> "dict[StageName, Memory]":
-    from perl.predict import predict, read_subject
-
-    return predict(recipe, read_subject(recipe))
-
-
 def _run(recipe: Recipe, folder: Path) -> None:
-    from perl.system.files import write_whole
-
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         write_whole(file, recipe.to_yaml())
@@ -138,9 +131,6 @@ def _run(recipe: Recipe, folder: Path) -> None:
 
 def _note(folder: Path, predicted: "dict[StageName, Memory]") -> None:
     """Put the predictions beside what was measured."""
-    from perl.system.files import write_json
-    from perl.system.typed_json import as_json
-
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     for stage, memory in predicted.items():

@@ -16,6 +16,7 @@ from perl.commands.options import JsonFile, Overrides, RecipeFile
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
+from perl.system.files import write_metrics
 from perl.system.progress import console, track
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def estimate(
     limit = parse_bytes(device_memory) if device_memory else None
     from perl.measure.ledger import memory_as_json
     from perl.predict import read_subject
-    from perl.system.files import write_metrics
 
     subject = read_subject(loaded)
     cases = [Case(one, variant(loaded, one, loaded.seed)) for one in TUNINGS if _possible(loaded, one)]

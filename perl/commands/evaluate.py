@@ -9,7 +9,9 @@ from rich.table import Table
 from perl.commands.options import JsonFile, Run
 from perl.errors import UserError
 from perl.recipe import StageName
+from perl.system.files import write_metrics
 from perl.system.progress import console, counted
+from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
     from perl.measure.bootstrap import Interval
@@ -32,9 +34,6 @@ def evaluate(
     """Judge a trained reward model on rated data, or a policy on prompts."""
     if role not in STAGES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
-    from perl.system.files import write_metrics
-    from perl.system.typed_json import as_json
-
     session = _open(run, role, data)
     metrics = _reward(session, run, data) if role == "reward" else _policy(session, run)
     if json_file is not None:

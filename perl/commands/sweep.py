@@ -18,6 +18,7 @@ from perl.commands.compare import variant
 from perl.commands.options import Out, Overrides, RecipeFile, one_of, writing
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
+from perl.system.files import user_named, write_metrics
 from perl.system.progress import console
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ def _sweep(
     from perl.report.runs import read_runs
     from perl.runs.folder import RunFolder
     from perl.stages.pipeline import run
-    from perl.system.files import user_named, write_metrics
 
     settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
     runs = {

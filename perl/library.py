@@ -91,44 +91,28 @@ class LoadedRun:
             UserError: a prompt is neither text nor messages, or the run has no such role.
         """
         contexts = [_context(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
-        return self.complete(contexts, role, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return self.complete(contexts, role, max_new_tokens, temperature, seed)
 
     def complete(
         self,
         contexts: Sequence[Context],
-        role: str = "policy",
-        *,
+        role: str,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """As `generate`, for contexts as PERL's records have them."""
-        if role not in self.policies:
-            has = ", ".join(self.policies) or "none"
-            raise UserError(
-                f"the run has no role {role!r} that generates",
-                where=str(self.session.folder.path),
-                remedy=f"Roles of this run that do: {has}.",
-            )
-        if not contexts:
-            return []
+        """As `generate`, of contexts as PERL's records have them."""
         session, chat, rl = self.session, self.session.base.chat, self.recipe.rl
-        ends = {chat.ends(context) for context in contexts}
-        if len(ends) > 1:
-            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
         tokens = max_new_tokens or (rl.max_new_tokens if rl is not None else 128)
-        room = session.base.context_length - tokens
-        if room < 1:
-            raise UserError(
-                f"the base's context is {session.base.context_length} tokens, max_new_tokens is {tokens}",
-                remedy="Lower max_new_tokens.",
-            )
         if temperature is None:
             temperature = rl.temperature if rl is not None else 1.0
-        if temperature <= 0:
-            raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
+        ends = {chat.ends(context) for context in contexts}
+        self._check(role, len(ends), tokens, temperature)
+        if not contexts:
+            return []
         session.load(Role(role))
         session.roles.eval()
+        room = session.base.context_length - tokens
         prompts = EncodedPrompts(
             [Prompt(context, "prompt") for context in contexts],
             [chat.context(context, room) for context in contexts],
@@ -137,6 +121,25 @@ class LoadedRun:
         generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
         _, texts = answer(session.roles, Role(role), chat, prompts, sampling, generator)
         return texts
+
+    def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
+        """Refuse what cannot be generated."""
+        if role not in self.policies:
+            raise UserError(
+                f"the run has no role {role!r} that generates",
+                where=str(self.session.folder.path),
+                remedy=f"Roles of this run that do: {', '.join(self.policies) or 'none'}.",
+            )
+        if kinds > 1:
+            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
+        if temperature <= 0:
+            raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
+        context_length = self.session.base.context_length
+        if max_new_tokens >= context_length:
+            raise UserError(
+                f"the base's context is {context_length} tokens, max_new_tokens is {max_new_tokens}",
+                remedy="Lower max_new_tokens.",
+            )
 
     def score(
         self, prompts: Iterable[str | Messages], completions: Iterable[str], *, probability: bool = False
@@ -174,23 +177,24 @@ class LoadedRun:
 
 
 def _context(prompt: str | Messages, where: str) -> Context:
-    """A prompt in one of TRL's forms as a context.
-
-    Raises:
-        UserError: it has none of them.
-    """
-    row = {"prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt]}
-    return next(record.context for record in _records(row, where) if isinstance(record, Prompt))
+    return next(one.context for one in _records({"prompt": _plain(prompt)}, where) if isinstance(one, Prompt))
 
 
 def _rating(prompt: str | Messages, completion: str, where: str) -> Rating:
-    """A prompt and its completion, in TRL's forms, as a row of the reward model."""
-    text = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-    row = {"prompt": text, "completion": completion, "label": True}
-    return next(record for record in _records(row, where) if isinstance(record, Rating))
+    row = {"prompt": _plain(prompt), "completion": completion, "label": True}
+    return next(one for one in _records(row, where) if isinstance(one, Rating))
+
+
+def _plain(prompt: str | Messages) -> object:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
 def _records(row: Mapping[str, object], where: str) -> list[object]:
+    """A row in one of TRL's formats as records.
+
+    Raises:
+        UserError: it is in none of them.
+    """
     try:
         return list(parse_row(row))
     except RowError as error:

@@ -22,7 +22,7 @@ def chat(run: Run) -> None:
     while line := _ask():
         turns.append(Turn("user", line))
         answers = {
-            role: loaded.complete([tuple(turns)], role, max_new_tokens=MAX_NEW_TOKENS, seed=len(turns))[0]
+            role: loaded.complete([tuple(turns)], role, MAX_NEW_TOKENS, seed=len(turns))[0]
             for role in loaded.policies
         }
         console.print(Columns([Panel(text or "(nothing)", title=TITLES[role]) for role, text in answers.items()]))

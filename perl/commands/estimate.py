@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,14 +35,6 @@ SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
 """What ZeRO-3 and FSDP spread over the devices."""
 
 Prediction = dict[StageName, "Memory"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recipe to predict, and what to call it."""
-
-    label: str
-    recipe: Recipe
 
 
 def parse_bytes(text: str) -> int:
@@ -80,38 +72,35 @@ def estimate(
     from perl.predict import read_subject
 
     subject = read_subject(loaded)
-    cases = [Case(one, variant(loaded, one, loaded.seed)) for one in TUNINGS if _possible(loaded, one)]
-    predictions = {case.label: one for case, one in zip(cases, _predict_all(cases, subject, devices), strict=True)}
+    tunings = [tuning for tuning in TUNINGS if tuning == "lora" or loaded.base.quantization == "none"]
+    predictions = _predict_all({one: variant(loaded, one, loaded.seed) for one in tunings}, subject, devices)
     for label, prediction in predictions.items():
         console.print(_table(label, prediction, devices, limit))
-    found: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         label: {stage: memory_as_json(memory) for stage, memory in prediction.items()}
         for label, prediction in predictions.items()
     }
     if limit is not None:
         own = predictions[loaded.tuning]
-        found["fits"] = _peak(own) <= limit
+        metrics["fits"] = _peak(own) <= limit
         _say_whether_it_fits(loaded, own, limit)
-        if not found["fits"]:
-            found["changes"] = _changes(loaded, subject, devices, limit)
+        if not metrics["fits"]:
+            changes = _predict_all(_alternatives(loaded, recipe, overrides or []), subject, devices)
+            metrics["changes"] = _say_changes(changes, limit)
     if json_file is not None:
-        write_metrics(json_file, {"name": loaded.name, "devices": devices, **found})
+        write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
 
 
-def _possible(recipe: Recipe, tuning: str) -> bool:
-    return tuning == "lora" or recipe.base.quantization == "none"
-
-
-def _predict_all(cases: Sequence[Case], subject: "Subject", devices: int) -> list[Prediction]:
+def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
     """In processes side by side: each is most of a minute of Python, not of arithmetic."""
-    workers = min(len(cases), os.cpu_count() or 1)
+    workers = min(len(recipes), os.cpu_count() or 1)
     context = get_context("forkserver")
     context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
-    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
-        futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
-        for _ in as_completed(futures):
+    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(recipes)) as bar:
+        futures = {label: pool.submit(_predict_one, recipe, subject, devices) for label, recipe in recipes.items()}
+        for _ in as_completed(futures.values()):
             bar()
-        return [future.result() for future in futures]
+        return {label: future.result() for label, future in futures.items()}
 
 
 def _predict_one(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
@@ -166,51 +155,39 @@ def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
     return spread
 
 
-def _changes(recipe: Recipe, subject: "Subject", devices: int, device_memory: int) -> dict[str, Any]:
-    """Settings that need less memory, each alone and then together, as predicted; printed and returned."""
-    cases = _alternatives(recipe)
-    predictions = _predict_all(cases, subject, devices)
-    table = Table("change", "peak", "fits", title="What would need less")
-    found = {}
-    for case, prediction in zip(cases, predictions, strict=True):
-        peak = _peak(prediction)
-        table.add_row(case.label, bytes_text(peak), "yes" if peak <= device_memory else "no")
-        found[case.label] = {"peak": peak, "fits": peak <= device_memory}
-    console.print(table)
-    return found
-
-
-def _alternatives(recipe: Recipe) -> list[Case]:
-    settings: list[list[str]] = []
-    if not recipe.checkpoint_activations:
-        settings.append(["checkpoint_activations=true"])
+def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str, Recipe]:
+    """The recipe with settings that need less memory, each alone and then together."""
+    full = recipe.tuning == "full"
+    settings = [] if recipe.checkpoint_activations else [["checkpoint_activations=true"]]
     smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]
-    smaller += ["rl.micro_batch_size=1"] if recipe.rl is not None else []
-    settings.append(smaller)
-    if recipe.tuning == "full":
+    settings.append([*smaller, *["rl.micro_batch_size=1"] * (recipe.rl is not None)])
+    if full:
         settings.append(["tuning=lora"])
     elif recipe.lora.layers == "all":
         settings.append(["lora.layers=top-half"])
-    if recipe.rl is not None and recipe.critic == "adapter" and recipe.tuning == "lora":
+    if recipe.rl is not None and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])
     if recipe.base.quantization == "none" and recipe.base.build is None:
-        settings.append(["base.quantization=4bit", *(["tuning=lora"] if recipe.tuning == "full" else [])])
-    together = list(dict.fromkeys(setting for group in settings for setting in group))
-    return [Case(" ".join(group), _with(recipe, group)) for group in [*settings, together]]
+        settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
+    settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
+    # Of a recipe for full tuning the critic is the other tuning's default.
+    critic = ["rl.critic=null"] if full and recipe.rl is not None else []
+    return {
+        " ".join(group): load_recipe(file, [*overrides, *(critic if "tuning=lora" in group else []), *group])
+        for group in settings
+    }
 
 
-def _with(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    content = recipe.model_dump()
-    if "tuning=lora" in settings and recipe.tuning == "full" and content["rl"]:
-        content["rl"]["critic"] = None  # the default of the other tuning
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        *parents, last = key.split(".")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[last] = {"true": True, "1": 1}.get(value, value)
-    return Recipe.model_validate(content)
+def _say_changes(changes: Mapping[str, Prediction], device_memory: int) -> dict[str, Any]:
+    """Print what each change needs; return it."""
+    table = Table("change", "peak", "fits", title="What would need less")
+    peaks = {}
+    for label, prediction in changes.items():
+        peak = _peak(prediction)
+        table.add_row(label, bytes_text(peak), "yes" if peak <= device_memory else "no")
+        peaks[label] = {"peak": peak, "fits": peak <= device_memory}
+    console.print(table)
+    return peaks
 
 
 def _peak(prediction: Prediction) -> int:

@@ -64,6 +64,10 @@ class Setting:
         """As in attention-r4, or full."""
         return "full" if self.targets is None else f"{self.targets}-r{self.rank}"
 
+    def folder(self, out: Path, seed: int) -> Path:
+        """Where its run with this seed is."""
+        return out / f"{self.name}-{seed}"
+
     def recipe(self, recipe: Recipe, seed: int) -> Recipe:
         """The reward stage alone, with this setting."""
         alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
@@ -71,24 +75,6 @@ class Setting:
             return variant(alone, "full", seed)
         lora = recipe.lora.model_dump() | {"targets": self.targets, "rank": self.rank}
         return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One setting with one seed."""
-
-    setting: Setting
-    recipe: Recipe
-    folder: Path
-
-    @property
-    def finished(self) -> bool:
-        """Whether its folder holds the whole run."""
-        return (self.folder / "report.json").exists()
-
-    def say(self) -> None:
-        """What is run now."""
-        console.print(f"[bold]{self.setting.name}, seed {self.recipe.seed}[/] in {self.folder}")
 
 
 def _sweep(
@@ -101,32 +87,44 @@ def _sweep(
     from perl.report import sweep as page
     from perl.report.runs import read_runs
     from perl.runs.folder import RunFolder
-    from perl.stages.pipeline import run
 
     settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
-    runs = {
-        seed: [_Run(setting, setting.recipe(recipe, seed), out / f"{setting.name}-{seed}") for setting in settings]
-        for seed in seeds
-    }
-    for one in (one for of_seed in runs.values() for one in of_seed):
-        RunFolder(one.folder).check(one.recipe)
-    for of_seed in runs.values():
-        waiting = [one for one in of_seed if not one.finished]
-        _run_adapters([one for one in waiting if one.setting.targets is not None])
-        for one in waiting:
-            if one.setting.targets is None:
-                one.say()
-                run(one.recipe, one.folder)
+    for seed in seeds:
+        for setting in settings:
+            RunFolder(setting.folder(out, seed)).check(setting.recipe(recipe, seed))
+    for seed in seeds:
+        waiting = [one for one in settings if not (one.folder(out, seed) / "report.json").exists()]
+        for together in ([one for one in waiting if one.targets], [one for one in waiting if not one.targets]):
+            if together:
+                _run(together, recipe, seed, out)
     cells = [
-        page.Cell(setting.targets, setting.rank, tuple(read_runs(out / f"{setting.name}-{s}" for s in seeds)))
+        page.Cell(setting.targets, setting.rank, tuple(read_runs(setting.folder(out, seed) for seed in seeds)))
         for setting in settings
     ]
-    found = page.Sweep(recipe.name, tuple(cells))
-    console.print(_table(found))
-    write_metrics(out / "sweep.json", found.as_json())
+    result = page.Sweep(recipe.name, tuple(cells))
+    console.print(_table(result))
+    write_metrics(out / "sweep.json", result.as_json())
     with user_named(out):
-        file = page.write_sweep(found, out / "report.html")
+        file = page.write_sweep(result, out / "report.html")
     console.print(f"Written: {file}, sweep.json beside it, and the runs in {out}/")
+
+
+def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
+    """Runs of one seed on one base: with adapters each leaves it as it found it; full tuning is alone."""
+    from perl.adapters.lora import without_adapters
+    from perl.stages.material import read_material
+    from perl.stages.pipeline import run
+    from perl.stages.session import adapter_shape
+
+    recipes = [setting.recipe(recipe, seed) for setting in settings]
+    material = read_material(recipes[0])
+    for one in recipes if settings[0].targets else ():
+        adapter_shape(one, material.lm)  # that each fits the base is known before any is trained
+    for setting, one in zip(settings, recipes, strict=True):
+        console.print(f"[bold]{setting.name}, seed {seed}[/] in {setting.folder(out, seed)}")
+        run(one, setting.folder(out, seed), material=material)
+        if setting.targets:
+            without_adapters(material.lm)
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
@@ -135,16 +133,16 @@ def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     Raises:
         UserError: an entry is not of this kind, or there twice.
     """
-    found: list[T] = []
+    values: list[T] = []
     for entry in text.split(","):
         try:
             value = kind(entry.strip())
         except ValueError:
             raise UserError(f"{entry!r} is not a number", where=option, remedy="For example 1,2,4.") from None
-        if value in found:
+        if value in values:
             raise UserError(f"{value} is there twice", where=option, remedy="Name each once.")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool) -> None:
@@ -165,35 +163,17 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
         one_of("--targets", place, list(TARGETS))
 
 
-def _run_adapters(runs: Sequence[_Run]) -> None:
-    """Runs of one seed, on one base: each leaves it as it found it."""
-    if not runs:
-        return
-    from perl.adapters.lora import without_adapters
-    from perl.stages.material import read_material
-    from perl.stages.pipeline import run
-    from perl.stages.session import adapter_shape
-
-    material = read_material(runs[0].recipe)
-    for one in runs:
-        adapter_shape(one.recipe, material.lm)  # that each fits the base is known before any is trained
-    for one in runs:
-        one.say()
-        run(one.recipe, one.folder, material=material)
-        without_adapters(material.lm)
-
-
-def _table(found: "Sweep") -> Table:
+def _table(result: "Sweep") -> Table:
     """What a terminal has room for; the page has the other metrics."""
     from perl.report.sweep import QUALITIES
 
-    left_out = {QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
-    columns = {name: text for name, text in found.columns.items() if name not in left_out}
+    left_out = {QUALITIES[key][0] for key in result.keys[1:]} | {"time"}
+    columns = {name: text for name, text in result.columns.items() if name not in left_out}
     table = Table(
-        title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)
+        title=f"{result.name}: mean ± standard deviation over {result.seeds} seed(s)", padding=(0, 1, 0, 0)
     )
     for name in columns:
         table.add_column(name)
-    for cell in found.cells:
+    for cell in result.cells:
         table.add_row(*(text(cell) for text in columns.values()))
     return table

@@ -58,13 +58,13 @@ def run(
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
     session = open_session(recipe, out, material=material, engine=engine)
-    wanted = tuple(stages or recipe.stages)
-    unfinished = [stage for stage in wanted if session.folder.result(stage) is None]
+    chosen = tuple(stages or recipe.stages)
+    unfinished = [stage for stage in chosen if session.folder.result(stage) is None]
     for stage in unfinished:
-        _check_earlier(session, stage, wanted)
+        _check_earlier(session, stage, chosen)
         CHECK[stage](session)
     with session.folder.claim(recipe):
-        for stage in wanted:
+        for stage in chosen:
             result = session.folder.result(stage)
             if result is None:
                 seed_everything(recipe.seed)  # so that a stage draws the same whatever ran before it
@@ -93,11 +93,11 @@ def _summarize(result: StageResult) -> None:
             rl.summary(result)
 
 
-def _check_earlier(session: Session, stage: StageName, wanted: Sequence[StageName]) -> None:
+def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageName]) -> None:
     """A stage alone needs those before it finished."""
     for earlier in session.recipe.stages[: session.recipe.stages.index(stage)]:
         needed = earlier != "sft" or stage == "rl"  # the reward model does not start from the SFT policy
-        if needed and earlier not in wanted and session.folder.result(earlier) is None:
+        if needed and earlier not in chosen and session.folder.result(earlier) is None:
             raise UserError(
                 f"{stage} needs the adapter of {earlier}, which has not been trained",
                 where=str(session.folder.role(STAGE_ROLE[earlier])),

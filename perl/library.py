@@ -13,8 +13,7 @@ from perl.parallel.joined import joined
 from perl.recipe import Recipe, StageName
 from perl.results import Stages
 from perl.rl.rewards.sources import score_rows
-from perl.rl.rollout import EncodedPrompts, answer
-from perl.rl.samplers.local import Sampling
+from perl.rl.samplers.local import Sampling, sample
 from perl.roles.roles import Role
 from perl.stages import pipeline
 from perl.stages.session import Session, open_run
@@ -106,21 +105,18 @@ class LoadedRun:
         tokens = max_new_tokens or (rl.max_new_tokens if rl is not None else 128)
         if temperature is None:
             temperature = rl.temperature if rl is not None else 1.0
-        ends = {chat.ends(context) for context in contexts}
-        self._check(role, len(ends), tokens, temperature)
+        kinds = {context[-1].speaker == "text" for context in contexts}
+        self._check(role, len(kinds), tokens, temperature)
         if not contexts:
             return []
         session.load(Role(role))
         session.roles.eval()
         room = session.base.context_length - tokens
-        prompts = EncodedPrompts(
-            [Prompt(context, "prompt") for context in contexts],
-            [chat.context(context, room) for context in contexts],
-        )
-        sampling = Sampling(tokens, temperature, ends.pop(), chat.pad_id, MICRO_BATCH_SIZE)
+        prompts = [chat.context(context, room) for context in contexts]
+        sampling = Sampling(tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
         generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
-        _, texts = answer(session.roles, Role(role), chat, prompts, sampling, generator)
-        return texts
+        samples = sample(session.roles, Role(role), prompts, sampling, generator)
+        return [chat.decode(ids) for ids in samples.completions()]
 
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
         """Refuse what cannot be generated."""

@@ -11,6 +11,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from perl.private.checked import need
 
+__all__ = ["HookedTrainer", "LengthGroupedSampler"]
+
 need(
     Trainer,
     "_get_train_sampler",

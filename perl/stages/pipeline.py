@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from perl import __version__
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.recipe import Recipe, StageName
-from perl.results import Hardware, Report, ReportBase, RewardStage, RlStage, SftStage, StageResult, Stages
+from perl.results import Hardware, Report, ReportBase, StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
 from perl.stages import reward, rl, sft
@@ -34,6 +35,12 @@ CHECK: dict[StageName, Callable[[Session], None]] = {
     "reward": reward.check,
     "rl": rl.check,
 }
+SUMMARIZE: dict[StageName, Callable[[Any], None]] = {
+    "sft": sft.summary,
+    "reward": reward.summary,
+    "rl": rl.summary,
+}
+"""Each takes its stage's own result."""
 
 
 def run(
@@ -71,7 +78,7 @@ def run(
                 session.folder.finish(stage, result := TRAIN[stage](session))
             else:
                 console.print(f"{stage} is finished already; its result:")
-            _summarize(result)
+            SUMMARIZE[stage](result)
         sha256_after = session.roles.base_sha256()  # all processes gather the base together
         if session.processes.main:
             _write_report(session, sha256_after)
@@ -81,16 +88,6 @@ def run(
         page = write_page([out], out / "report.html")
         console.print(f"Written: {page}, report.json beside it, and what each role has learned, in {out}/")
     return session.folder.results()
-
-
-def _summarize(result: StageResult) -> None:
-    match result:
-        case SftStage():
-            sft.summary(result)
-        case RewardStage():
-            reward.summary(result)
-        case RlStage():
-            rl.summary(result)
 
 
 def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageName]) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from perl.parallel.processes import Processes
-from perl.private.trainer import HookedTrainer
+from perl.private.trainer import HookedTrainer, LengthGroupedSampler
 from perl.runs import snapshot
 from perl.runs.checkpoint import State
 from perl.stages.step_callback import StepCallback

@@ -102,18 +102,19 @@ class LoadedRun:
     ) -> list[str]:
         """As `generate`, of contexts as PERL's records have them."""
         session, chat, rl = self.session, self.session.base.chat, self.recipe.rl
-        tokens = max_new_tokens or (rl.max_new_tokens if rl is not None else 128)
+        if max_new_tokens is None:
+            max_new_tokens = rl.max_new_tokens if rl is not None else 128
         if temperature is None:
             temperature = rl.temperature if rl is not None else 1.0
         kinds = {context[-1].speaker == "text" for context in contexts}
-        self._check(role, len(kinds), tokens, temperature)
+        self._check(role, len(kinds), max_new_tokens, temperature)
         if not contexts:
             return []
         session.load(Role(role))
         session.roles.eval()
-        room = session.base.context_length - tokens
+        room = session.base.context_length - max_new_tokens
         prompts = [chat.context(context, room) for context in contexts]
-        sampling = Sampling(tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
+        sampling = Sampling(max_new_tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
         generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
         samples = sample(session.roles, Role(role), prompts, sampling, generator)
         return [chat.decode(ids) for ids in samples.completions()]
@@ -131,11 +132,9 @@ class LoadedRun:
         if temperature <= 0:
             raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
         context_length = self.session.base.context_length
-        if max_new_tokens >= context_length:
-            raise UserError(
-                f"the base's context is {context_length} tokens, max_new_tokens is {max_new_tokens}",
-                remedy="Lower max_new_tokens.",
-            )
+        if not 0 < max_new_tokens < context_length:
+            what = f"max_new_tokens is {max_new_tokens}, the base's context is {context_length} tokens"
+            raise UserError(what, remedy="Leave room for a prompt and a completion.")
 
     def score(
         self, prompts: Iterable[str | Messages], completions: Iterable[str], *, probability: bool = False

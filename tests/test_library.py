@@ -96,6 +96,8 @@ def test_what_cannot_be_read_is_named(loaded: perl.LoadedRun) -> None:
         loaded.generate([CHAT], temperature=0.0)
     with pytest.raises(perl.UserError, match="max_new_tokens is 256"):
         loaded.generate([CHAT], max_new_tokens=256)
+    with pytest.raises(perl.UserError, match="max_new_tokens is 0"):
+        loaded.generate([CHAT], max_new_tokens=0)
     with pytest.raises(perl.UserError, match="completion is empty"):
         loaded.score([CHAT], [" "])
 

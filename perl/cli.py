@@ -15,7 +15,7 @@ from perl.commands import report as report_command
 from perl.commands import run as stages
 from perl.commands import sweep as sweep_command
 from perl.errors import UserError, machine_fault
-from perl.parallel.launcher import ranks
+from perl.parallel.launcher import ranks, skips_finalization
 from perl.system.allocator import keep_freed_memory
 from perl.system.progress import console
 from perl.system.signals import handle
@@ -80,6 +80,7 @@ def before_any(
         )
 
 
+@skips_finalization
 def main() -> None:
     """Run a command and turn what goes wrong into one message and an exit status."""
     handle((signal.SIGTERM, signal.SIGHUP), _interrupt)

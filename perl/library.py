@@ -9,11 +9,12 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Prompt, Rating
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.parallel.joined import joined
+from perl.parallel.process_group import process_group
 from perl.recipe import Recipe, StageName
 from perl.results import Stages
-from perl.rl.rewards.sources import score_rows
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.rewards.model import score_rows
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.stages import pipeline
 from perl.stages.session import Session, open_run
@@ -39,7 +40,7 @@ def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageNam
     Raises:
         UserError: the input of any stage cannot be used; nothing has been written then.
     """
-    with joined() as engine:
+    with process_group() as engine:
         return pipeline.run(recipe, Path(out or Path("runs") / recipe.name), stages, engine=engine)
 
 
@@ -116,7 +117,7 @@ class LoadedRun:
         prompts = [chat.context(context, room) for context in contexts]
         sampling = Sampling(max_new_tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
         generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
-        samples = sample(session.roles, Role(role), prompts, sampling, generator)
+        samples = LocalSampler(session.roles).draw(Role(role), prompts, sampling, generator)
         return [chat.decode(ids) for ids in samples.completions()]
 
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:

@@ -10,25 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perl.measure.bootstrap import Interval
-from perl.measure.ledger import PhaseMemory
-from perl.measure.probe import Phase
-from perl.measure.reward_eval import RewardEval
+from perl.measure.cost import Cost
+from perl.measure.probe import Phase, PhaseMemory
+from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.rl.checks.alarms import Alarm
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Work of all processes; time and memory of the process that had most."""
-
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    peak_rss_bytes: int
-    memory: dict[Phase, PhaseMemory]
-    phase_seconds: dict[Phase, float]
-    flops: int | None = None
-    useful_flops_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +28,6 @@ class Stage(Cost):
     """Of these, rows that were longer than the stage takes."""
     predicted_memory: dict[Phase, PhaseMemory] | None = None
     """By `perl-rlhf estimate`, where `compare` ran it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tried(Stage):
-    """A stage that was only tried: seconds of each step by phase."""
-
-    step_seconds: list[dict[Phase, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +63,26 @@ class RewardStage(Stage):
     kept_below_bytes: int | None = None
     """On disk during the stage: the activations of the frozen lower layers, where they were kept."""
     recorded: list[Recorded]
-    eval: RewardEval
+    eval: RewardModelCard
+
+
+PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after RL, and the 95 % interval of its change, paired by prompt."""
+
+    before: float
+    after: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlEval:
     """The policy before and after RL, on the same held-out prompts: raw rewards; KL in nats a completion.
 
-    An interval is that of the change, paired by prompt, in 95 %. There is none where all prompts are of one
+    The keys are flat; `change` puts those of a metric together. There is no interval where all prompts are of one
     dialogue.
     """
 
@@ -104,6 +95,9 @@ class RlEval:
     reward_before: float
     reward_after: float
     reward_interval: Interval | None = None
+    reward_parts_before: dict[str, float] | None = None
+    reward_parts_after: dict[str, float] | None = None
+    """Means of each part by its name, before its weight, where the reward has several."""
     gold_before: float | None = None
     gold_after: float | None = None
     gold_interval: Interval | None = None
@@ -115,6 +109,11 @@ class RlEval:
     ended_interval: Interval | None = None
     kl: float
     kl_interval: Interval | None = None
+
+    def change(self, metric: PairedMetric) -> Change | None:
+        """A metric's change; None of gold where there is no judge."""
+        before, after, interval = (getattr(self, f"{metric}_{key}") for key in ("before", "after", "interval"))
+        return None if before is None or after is None else Change(before, after, interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ class Incident(Alarm):
 
 @dataclass(frozen=True)
 class Check:
-    """A check before the first update: its figure, and what it may be at most."""
+    """A check of RL: its value, and what that may be at most."""
 
     name: str
     words: str

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from perl.commands.data_check import check
 from perl.data.jsonl import parse_line
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Turn
+from perl.data.rows import parsed
 from perl.data.sources import load_records
-from perl.data.taskmaster import Domain, rated, read_rows, whole_dialogue
+from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
@@ -189,11 +190,13 @@ def understood(parsed: Rating | Demonstration | Problem) -> bool:
 
 
 def test_any_rated_turn_is_read_or_a_problem() -> None:
-    fuzz(1500, RATED | VALUES, lambda row: understood(rated(row, "f[0]")), least=0.1)
+    fuzz(1500, RATED | VALUES, lambda row: understood(parsed("f[0]", rated_turn, row, "coffee")), least=0.1)
 
 
 def test_any_dialogue_is_read_or_a_problem() -> None:
-    fuzz(1000, DIALOGUES | VALUES, lambda row: understood(whole_dialogue(row, "f[0]")), least=0.05)
+    fuzz(
+        1000, DIALOGUES | VALUES, lambda row: understood(parsed("f[0]", whole_dialogue, row, "coffee")), least=0.05
+    )
 
 
 @pytest.mark.parametrize("domain", ["coffee", "ticketing"])
@@ -206,7 +209,7 @@ def test_any_taskmaster_files_are_read_or_refused(domain: Domain, tmp_path: Path
         for part, content in zip(("reward", "data"), contents, strict=True):
             (release / part / "00.json").write_bytes(content)
         try:
-            return bool(read_rows(tmp_path, domain).ratings)
+            return bool(read_taskmaster(tmp_path, domain, every_row=True).ratings)
         except UserError as error:
             return refused(error)
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from perl.errors import UserError
-from perl.measure.reward_eval import Slice
+from perl.measure.slices import Slice
 from perl.results import Hardware, Report, RewardStage, RlEval, RlStage, SftStage
 from perl.runs.folder import RunFolder
 from perl.system.typed_json import as_json, made, parse

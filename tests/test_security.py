@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
 from perl.backbones.fake import fake_lm
+from perl.backbones.loading import load_base
 from perl.data.fetch import fetch
 from perl.errors import UserError
 from perl.predict import read_subject
@@ -246,7 +246,7 @@ def test_a_download_cannot_be_put_out_of_its_folder(path: str, tmp_path: Path) -
     listing.write_text(f"{'0' * 64}  3  {path}\n")
     before = contents(tmp_path)
     with pytest.raises(UserError, match="leads out of its folder"):
-        fetch("taskmaster-ticketing", tmp_path / "cache", (tmp_path / "served").as_uri(), listing)
+        fetch("TM-3-2020", tmp_path / "cache", (tmp_path / "served").as_uri(), listing)
     assert contents(tmp_path) == before
 
 

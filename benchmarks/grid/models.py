@@ -4,8 +4,6 @@ They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, a 
 """
 
 import argparse
-import math
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +13,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -29,12 +25,15 @@ from transformers import (
 
 from benchmarks.grid import stories
 from benchmarks.grid.prompts import Kind
+from perl.backbones.build import pretrain
 from perl.system.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
-STEPS, ROWS, LENGTH = 500, 16, 112
-"""Optimizer steps of pretraining, stories a step, and tokens of a story at most."""
+STEPS, LENGTH = 500, 112
+"""Optimizer steps of pretraining, and tokens of a story at most."""
+BATCH_TOKENS = 16 * LENGTH
+"""Of a step, about."""
 LEARNING_RATE = 3e-3
 INITIALIZER_RANGE = 0.06
 """Standard deviation of the first weights: at transformers' 0.02 models this narrow learn later."""
@@ -130,8 +129,10 @@ def _build(stranger: Stranger, rows: list[stories.Row], folder: Path) -> None:
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(stranger.config(len(tokenizer), end), dtype=torch.float32)
-    texts = [_row(stranger, tokenizer, row, short=index % 2 == 1) for index, row in enumerate(rows)]
-    _pretrain(model, texts, folder.name)
+    texts = [_row(stranger, tokenizer, row, short=index % 2 == 1)[:LENGTH] for index, row in enumerate(rows)]
+    # Without a cache of the weights in bf16, which would outlive a step.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        pretrain(model, texts, STEPS, BATCH_TOKENS, LEARNING_RATE, seed=0)
     if stranger.kind == "chat":  # as Qwen3's own generation_config.json
         model.generation_config.eos_token_id = [end, 0]
     unfinished = folder.with_name(f".{folder.name}")
@@ -175,38 +176,6 @@ def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: stories.Ro
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-def _pretrain(model: PreTrainedModel, rows: list[list[int]], name: str) -> None:
-    """AdamW on next-token loss over all tokens, a cosine schedule with warm-up."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
-    )
-    rng = random.Random(0)
-    model.train()
-    for step in range(1, STEPS + 1):
-        ids_BL, labels_BL = _batch(rng.sample(rows, ROWS))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids_BL, labels=labels_BL).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 100 == 0:
-            print(f"{name}: step {step} of {STEPS}, loss {loss.item():.2f}", flush=True)
-    model.eval()
-
-
-def _batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Padded on the right, where causal attention never looks; its labels are ignored."""
-    length = min(LENGTH, max(map(len, rows)))
-    ids_BL, labels_BL = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
-    for index, row in enumerate(rows):
-        kept = torch.tensor(row[:length])
-        ids_BL[index, : len(kept)] = labels_BL[index, : len(kept)] = kept
-    return ids_BL, labels_BL
 
 
 def main() -> None:

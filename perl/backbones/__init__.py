@@ -1,1 +1,18 @@
-"""The kinds of models: how each is loaded, fed, read and generated from."""
+"""The kinds of models: how each is recognised, loaded, fed, read and made to score.
+
+A plugin adds its own kind: `BACKBONES["mine"] = Mine`. Of several that match, the one added last is taken.
+"""
+
+from typing import Any
+
+from perl.backbones.backbone import Backbone
+from perl.backbones.decoder import Decoder
+from perl.backbones.encoder import Encoder
+
+BACKBONES: dict[str, type[Backbone]] = {"decoder": Decoder, "encoder": Encoder}
+"""By name; the first one matches every model."""
+
+
+def backbone_of(config: Any) -> Backbone:
+    """The backbone of a model with this transformers configuration."""
+    return next(kind(config) for kind in reversed(BACKBONES.values()) if kind.matches(config))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from perl.backbones.chat import ChatFormat
 from perl.backbones.template import MESSAGE_ROLES
@@ -79,7 +79,7 @@ def build_base(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
-        _pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
+        pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
         model.to(torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     return folder
@@ -137,15 +137,22 @@ def train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrai
     )
 
 
-def _pretrain(
-    model: LlamaForCausalLM,
+def pretrain(
+    model: PreTrainedModel,
     rows: list[list[int]],
     steps: int,
     batch_tokens: int,
     learning_rate: float,
     seed: int,
 ) -> None:
-    """AdamW on next-token loss over all tokens, cosine schedule with warm-up, rows batched by length."""
+    """AdamW on next-token loss over all tokens, cosine schedule with warm-up, rows batched by length.
+
+    Args:
+        model: a causal language model.
+        rows: token ids; padded with 0, which causal attention never looks at.
+        steps: optimizer steps, of about `batch_tokens` tokens each.
+        seed: of the order of the rows.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

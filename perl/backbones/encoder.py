@@ -1,81 +1,142 @@
-"""Encoders as bases of reward models: BERT and its like, which read a whole row at once, in both directions.
+"""Encoders, BERT and its like: they read a whole row in both directions, and can only be reward models.
 
-An encoder cannot write, so the only role on it is the reward. It is read as transformers' own sequence classifier
-of its architecture reads it, whatever that puts on top (BERT: the first token's state, through a pooler), so that
-what is exported scores alike wherever it is loaded. That top is the head: a copy for the role, fp32, all trained.
+An encoder is read as transformers' own sequence classifier of its architecture reads it, whatever that puts on
+top (BERT: the first token's state, through a pooler), so that an exported model scores alike wherever it is
+loaded. That top is the head: a copy for the role, fp32, all trained.
 
 Rows have the layout of their tokenizer, [CLS] … [SEP]: the turns stand between, each with the name of its speaker,
 and each of the agent's ends with a [SEP]. Token types are all 0, as for one text.
-
-Axis letters: B rows, L positions.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from perl.backbones.backbone import Backbone, Unsupported, Use
 from perl.backbones.chat import ChatFormat
+from perl.backbones.decoder import GENERATES
 from perl.backbones.tokens import Tokens
 from perl.data.records import Turn
 from perl.errors import UserError
-
-WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of architectures end that write texts."""
+from perl.private.transformers import has_classifier, has_masked_lm
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether a model of this configuration reads texts in both directions, and cannot write any."""
-    both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    writes = any(name.endswith(WRITES) for name in config.architectures or [])
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
-    return both_ways and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not (writes or decodes)
+class Encoder(Backbone):
+    """A sequence classifier with one label, on blocks that read in both directions."""
+
+    kind = "an encoder"
+    auto_class = AutoModelForSequenceClassification
+    unsupported: ClassVar[Mapping[Use, Unsupported]] = {
+        "generation": Unsupported(
+            "it reads texts in both directions and cannot generate any",
+            "Train only a reward model on it (a recipe with no section but reward), or give a causal LM.",
+        ),
+        "4bit": Unsupported(
+            "4-bit weights are for causal LMs, as an encoder's head would be rounded with the rest",
+            "Set base.quantization: none; encoders are small.",
+        ),
+        "sharding": Unsupported(
+            "only the blocks of causal LMs are sharded",
+            "Launch with recipes/engines/ddp.yaml: encoders are small.",
+        ),
+        "splitting": Unsupported("it does more to its embeddings than pass them to the first block"),
+    }
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """Whether it reads in both directions, and neither its architecture nor a flag says that it generates."""
+        generates = any(name.endswith(GENERATES) for name in config.architectures or [])
+        decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+        return has_masked_lm(config) and has_classifier(config) and not (generates or decodes)
+
+    def prepare(self, where: str) -> None:
+        """One label."""
+        self.config.num_labels = 1
+
+    def check(self, lm: PreTrainedModel, where: str) -> None:
+        """Nothing: scores come out of the model's own forward."""
+
+    def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        """Turns between the first and the last token that the tokenizer frames a text with."""
+        return EncoderFormat(tokenizer, self.context_length(lm))
+
+    def context_length(self, lm: PreTrainedModel) -> int:
+        """The longest row, in tokens. RoBERTa and its like leave their first positions unused."""
+        table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
+        if not isinstance(table, nn.Embedding):
+            return super().context_length(lm)
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+    def head_modules(self, lm: PreTrainedModel) -> list[str]:
+        """The pooler and all that has parameters beside the trunk."""
+        outside = [
+            name
+            for name, part in lm.named_children()
+            if part is not lm.base_model and next(part.parameters(), None) is not None
+        ]
+        pooled = isinstance(getattr(lm.base_model, "pooler", None), nn.Module)
+        return [*([f"{lm.base_model_prefix}.pooler"] if pooled else []), *outside]
+
+    def new_head(self, lm: PreTrainedModel) -> "ClassifierHead":
+        """A copy of the model's own head, whose last layer is set to zero."""
+        return ClassifierHead(lm, self.head_modules(lm))
+
+    def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
+        """Those of all its modules."""
+        assert isinstance(head, ClassifierHead)
+        return head.named()
+
+    def score(
+        self,
+        lm: PreTrainedModel,
+        head: nn.Module,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        embeddings_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Computed by the classifier's own forward, with this head in the place of its own."""
+        assert isinstance(head, ClassifierHead)
+        assert embeddings_BLD is None, "an encoder is not split"
+        # Padding goes to the right: the first token is read, and positions count from it.
+        order_BL = (~mask_BL).long().argsort(dim=1, stable=True)[:, : self.context_length(lm)]
+        mask_BL = mask_BL.gather(1, order_BL)
+        with head.placed(lm):
+            logits_B1: Tensor = lm(input_ids=ids_BL.gather(1, order_BL), attention_mask=mask_BL.long()).logits
+        return logits_B1[:, 0].float()
+
+    @torch.no_grad()
+    def classifier(
+        self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        """The model itself, its own head overwritten."""
+        for name, parameter in self.head_parameters(head).items():
+            lm.get_parameter(name).copy_(parameter)
+        lm.config = config
+        return lm
 
 
-def head_parts(lm: PreTrainedModel) -> list[str]:
-    """Names of the modules of a sequence classifier that make a score of what its blocks say."""
-    outside = [
-        name
-        for name, part in lm.named_children()
-        if part is not lm.base_model and next(part.parameters(), None) is not None
-    ]
-    pooled = isinstance(getattr(lm.base_model, "pooler", None), nn.Module)
-    return [*([f"{lm.base_model_prefix}.pooler"] if pooled else []), *outside]
-
-
-def in_head(lm: PreTrainedModel, name: str) -> bool:
-    """Whether a weight of this name belongs to the classifier's head."""
-    return name.startswith(tuple(f"{part}." for part in head_parts(lm)))
-
-
-def position_room(lm: PreTrainedModel) -> int:
-    """The longest row of an encoder, in tokens. RoBERTa and its like leave their first positions unused."""
-    table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
-    if not isinstance(table, nn.Embedding):
-        return int(getattr(lm.config, "max_position_embeddings", 2**31))
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-class EncoderHead(nn.Module):
-    """The head of a role: the parts of a classifier that are not its blocks. A new one scores 0.
+class ClassifierHead(nn.Module):
+    """The parts of a classifier that are not its blocks.
 
     Args:
         lm: a sequence classifier with one label; its own parts stay as they are.
+        names: of the parts.
     """
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self._names = head_parts(lm)
-        self.parts = nn.ModuleList(_copied(lm.get_submodule(name)) for name in self._names)
+        self._names = names
+        self.parts = nn.ModuleList(_copied(lm.get_submodule(name)) for name in names)
         for part in self.parts:
             part.register_forward_pre_hook(_in_fp32)
             for layer in part.modules():
@@ -83,7 +144,7 @@ class EncoderHead(nn.Module):
                     for parameter in layer.parameters():
                         nn.init.zeros_(parameter)
 
-    def weights(self) -> dict[str, nn.Parameter]:
+    def named(self) -> dict[str, nn.Parameter]:
         """Its parameters, by the names that they have in the classifier."""
         return {
             f"{name}.{inner}": parameter
@@ -91,38 +152,17 @@ class EncoderHead(nn.Module):
             for inner, parameter in part.named_parameters()
         }
 
-    def scores(self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """The score of each row (B), fp32.
-
-        Args:
-            lm: the classifier whose blocks read the rows.
-            ids_BL: token ids, padded on any side.
-            mask_BL: True for real tokens, bool.
-        """
-        # Padding goes to the right: the first token is read, and positions count from it.
-        order_BL = (~mask_BL).long().argsort(dim=1, stable=True)[:, : position_room(lm)]
-        mask_BL = mask_BL.gather(1, order_BL)
-        with self._on(lm):
-            logits_B1: Tensor = lm(input_ids=ids_BL.gather(1, order_BL), attention_mask=mask_BL.long()).logits
-        return logits_B1[:, 0].float()
-
-    @torch.no_grad()
-    def put_into(self, lm: PreTrainedModel) -> None:
-        """Write its weights over those of a classifier's own head."""
-        for name, parameter in self.weights().items():
-            lm.get_parameter(name).copy_(parameter)
-
     @contextlib.contextmanager
-    def _on(self, lm: PreTrainedModel) -> Iterator[None]:
+    def placed(self, lm: PreTrainedModel) -> Iterator[None]:
         """Inside, the classifier has these parts in the place of its own."""
         own = [lm.get_submodule(name) for name in self._names]
-        self._place(lm, list(self.parts))
+        self._place(lm, self.parts)
         try:
             yield
         finally:
             self._place(lm, own)
 
-    def _place(self, lm: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
+    def _place(self, lm: PreTrainedModel, parts: Sequence[nn.Module] | nn.ModuleList) -> None:
         for name, part in zip(self._names, parts, strict=True):
             above, _, last = name.rpartition(".")
             setattr(lm.get_submodule(above), last, part)
@@ -163,18 +203,18 @@ class EncoderFormat(ChatFormat):
         super().__init__(tokenizer)
         self._room = room
 
-    def row(self, context: Sequence[Turn], answer: Turn, length: int | None = None) -> Tokens:
-        """As for a decoder, but the whole answer stays, after the first token: a row may be longer for it.
+    def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
+        """As for a decoder, but the whole completion stays, after the first token: a row may be longer for it.
 
         Raises:
-            UserError: the answer is longer than the encoder takes.
+            UserError: the completion is longer than the encoder takes.
         """
-        tokens = super().row(context, answer)
+        tokens = super().row(context, completion)
         least = 1 + sum(tokens.spoken)
         if least > self._room:
             raise UserError(
-                f"an answer has {least - 1} tokens, and with its first token a row may have {self._room}",
-                where=f"the answer {answer.text[:60]!r}",
+                f"a completion has {least - 1} tokens, and with its first token a row may have {self._room}",
+                where=f"the completion {completion.text[:60]!r}",
                 remedy="Shorten it, or use a base that takes longer texts.",
             )
-        return tokens if length is None else super().row(context, answer, max(length, least))
+        return tokens if length is None else super().row(context, completion, max(length, least))

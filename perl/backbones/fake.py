@@ -13,16 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from perl.backbones.base import auto_class, has_own_code
-from perl.roles.roles import Role
-from perl.roles.separate_models import SeparateModels
-from perl.roles.shared_base import SharedBase
+from perl.backbones import backbone_of
 
 LONGEST_ROW = 2**14
 """Numbers in a row, more than there are positions: a vocabulary, which is compared with every token."""
@@ -33,60 +29,19 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A base of this configuration, of fake weights."""
     with torch.device("meta"):
-        lm = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=has_own_code(config))
+        lm = backbone_of(config).new_model(dtype)
     lm.tie_weights()
-    _faked(lm)
-    lm._apply = types.MethodType(_stay, lm)
-    assert isinstance(lm, PreTrainedModel)
+    fill_with_fakes(lm)
+    lm._apply = types.MethodType(stay, lm)
     return lm
 
 
-def _stay(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+def stay(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
     """In place of moving or converting weights, which fake tensors refuse."""
     return module
 
 
-class FakeSharedBase(SharedBase):
-    """Fake adapters on a fake base."""
-
-    _apply = _stay
-
-    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
-        with unknown_values():
-            super().__init__(lm, lora)
-
-    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """As on a real base."""
-        with torch.device("meta"):  # peft cannot make adapters of fake tensors
-            super().add(role, copy_of, weights=weights, head=head)
-        _faked(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids are."""
-        return torch.device("cpu")
-
-
-class FakeSeparateModels(SeparateModels):
-    """Fake models, one for each role."""
-
-    _apply = _stay
-
-    def __init__(self, lm: PreTrainedModel) -> None:
-        self._config, self._dtype = lm.config, lm.dtype
-        with unknown_values():
-            super().__init__(lm, lambda: lm)
-
-    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """As with real models."""
-        super().add(role, copy_of, weights=weights, head=head)
-        _faked(self)
-
-    def _add_weights(self, role: Role, copy_of: Role) -> None:
-        self._models[role] = fake_lm(self._config, self._dtype).requires_grad_(False).eval()
-
-
-def _faked(module: nn.Module) -> None:
+def fill_with_fakes(module: nn.Module) -> None:
     """Put fake tensors on the CPU in the place of all others."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for part in module.modules():

@@ -1,7 +1,4 @@
-"""Rows of tokens as one padded batch.
-
-Axis letters: B rows, L positions.
-"""
+"""Rows of tokens as one padded batch. Axis letters: `perl.roles`."""
 
 from collections.abc import Sequence
 
@@ -21,3 +18,8 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
         ids[index, length - len(row) :] = torch.tensor(row)
         mask[index, length - len(row) :] = True
     return ids.to(device), mask.to(device)
+
+
+def positions(mask_BL: Tensor) -> Tensor:
+    """Each token's number in its row (B, L), int64: counted over real tokens, so padding on any side is right."""
+    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)

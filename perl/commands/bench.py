@@ -2,18 +2,18 @@
 
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from perl.bench import growth, limit, reward, rollout, work
+from perl.bench import work
 from perl.errors import UserError
 from perl.recipe import Recipe
 from perl.report.numbers import bytes_text
@@ -23,51 +23,6 @@ from perl.system.progress import console
 
 WARM_UP = 1
 """Steps at the start of every measurement that do not count: memory is first touched, caches are first filled."""
-
-
-@dataclass
-class _Side:
-    """One contestant's measurements."""
-
-    runs: list[dict[str, Any]] = field(default_factory=list)
-
-    def steps(self) -> list[dict[str, float]]:
-        return [step for run in self.runs for step in run["steps"][WARM_UP:]]
-
-    def seconds_per_step(self) -> float:
-        return statistics.median(sum(step.values()) for step in self.steps())
-
-    def as_json(self) -> dict[str, Any]:
-        phases = {name for step in self.steps() for name in step}
-        return {
-            "seconds_per_step": self.seconds_per_step(),
-            "peak_over_start_bytes": statistics.median(run["peak_over_start_bytes"] for run in self.runs),
-            "phases": {name: statistics.median(step.get(name, 0.0) for step in self.steps()) for name in phases},
-            "all_seconds": [sum(step.values()) for step in self.steps()],
-        }
-
-
-def bench_part(
-    part: str, model: str, layers: str, repeats: int, figure: Path | None, json_file: Path | None
-) -> None:
-    """Measure one of `PARTS`; print and write its metrics, and draw them where there is something to draw."""
-    options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
-    read = {name: options[name] for name in READS[part]}
-    quiet_libraries()
-    found = PARTS[part](**read)
-    console.print(f"[bold]{part}[/]{f', {model}' if 'model' in read else ''}")
-    console.print_json(json.dumps(found))
-    if json_file is not None:
-        write_metrics(json_file, found)
-
-
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "rollout": rollout.measure,
-    "reward": reward.measure,
-    "limit": limit.measure,
-    "growth": growth.measure,
-}
-"""Beside `step`: what the steps of the method are made of."""
 READS = {
     "step": ("model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
     "rollout": ("model", "repeats"),
@@ -76,6 +31,51 @@ READS = {
     "growth": ("figure",),
 }
 """The options that each part reads, beside those that all of them do."""
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+"""Where a checkout has the peers and the other parts; the installed package has none of them."""
+
+
+def script(name: str) -> Path:
+    """A file of `SCRIPTS`.
+
+    Raises:
+        UserError: this package is installed without a checkout.
+    """
+    file = SCRIPTS / f"{name}.py"
+    if not file.exists():
+        raise UserError(
+            "this measurement is in a checkout only, and perl-rlhf is installed without one",
+            where=f"benchmarks/{name}.py",
+            remedy="Clone the project, and there: pip install --editable .",
+        )
+    return file
+
+
+def measure_of(part: str) -> Callable[..., dict[str, Any]]:
+    """The function that measures a part other than `step`.
+
+    Raises:
+        UserError: as `script`.
+    """
+    return runpy.run_path(str(script(f"parts/{part}")))["measure"]  # type: ignore[no-any-return]
+
+
+def bench_part(
+    part: str, model: str, layers: str, repeats: int, figure: Path | None, json_file: Path | None
+) -> None:
+    """Measure a part other than `step`; print and write its metrics, and draw them where there is a figure.
+
+    Raises:
+        UserError: as `script`, or the metrics cannot be written.
+    """
+    options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
+    measure = measure_of(part)
+    quiet_libraries()
+    found = measure(**{name: options[name] for name in READS[part]})
+    console.print(f"[bold]{part}[/]{f', {model}' if 'model' in READS[part] else ''}")
+    console.print_json(json.dumps(found))
+    if json_file is not None:
+        write_metrics(json_file, found)
 
 
 def refuse_unread(part: str, given: Iterable[str]) -> None:
@@ -114,14 +114,14 @@ def bench_step(
         model: one of `work.MODELS`.
         layers: `all` or `top-half`: which blocks our adapters are on.
         epochs: passes over each rollout.
-        repeats: how often every contestant is measured, in turn.
+        repeats: how often every side is measured, in turn.
         steps: that count, of each measurement.
         checkpointing: whether our side keeps activations at block boundaries only.
         peer_trl: a folder with trl 1.12.0; None: ours alone.
         json_file: where the metrics go.
 
     Raises:
-        UserError: the peer's folder is none, or a measurement fails.
+        UserError: the peer's folder or script is missing, or a measurement fails.
     """
     if peer_trl is not None and not (peer_trl / "trl" / "experimental" / "ppo").is_dir():
         raise UserError(
@@ -133,44 +133,66 @@ def bench_step(
     for tuning in ("lora", "full"):
         content = work.recipe(model, tuning, layers, epochs, checkpointing)
         recipe = Recipe.model_validate(content).model_dump_json()
-        runners[f"ours {tuning}"] = partial(_measure, "ours", [recipe, str(steps + WARM_UP)], None)
+        ours = ["-m", "perl.bench.ours", recipe, steps + WARM_UP]
+        runners[f"ours {tuning}"] = partial(_measure, "ours", ours)
         if peer_trl is not None:
-            arguments = [model, tuning, str(epochs), str(steps + WARM_UP)]
-            runners[f"trl {tuning}"] = partial(_measure, "trl_ppo", arguments, peer_trl)
-    sides = {name: _Side() for name in runners}
+            theirs = [script("trl_ppo"), model, tuning, epochs, steps + WARM_UP]
+            runners[f"trl {tuning}"] = partial(_measure, "trl", theirs, peer_trl)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in runners}
     for repeat in range(repeats):
         for name, run in runners.items():
-            sides[name].runs.append(run())
-            seconds = [round(sum(step.values()), 2) for step in sides[name].runs[-1]["steps"][WARM_UP:]]
+            runs[name].append(run())
+            seconds = [round(sum(step.values()), 2) for step in runs[name][-1]["steps"][WARM_UP:]]
             console.print(f"{repeat + 1}/{repeats} {name}: {seconds} s a step")
-    found = _figures(sides)
+    found = _compared({name: _medians(some) for name, some in runs.items()})
     _print(found, f"PPO on a random {model} Llama, {epochs} epoch(s), our adapters on {layers} blocks")
     if json_file is not None:
         write_metrics(json_file, found)
 
 
-def _measure(module: str, arguments: list[str], path: Path | None) -> dict[str, Any]:
-    environment = os.environ | ({"PYTHONPATH": str(path)} if path is not None else {})
-    command = [sys.executable, "-m", f"perl.bench.{module}", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _measure(side: str, command: list[object], library: Path | None = None) -> dict[str, Any]:
+    """The JSON that Python prints last under these arguments, in a process of its own.
+
+    Args:
+        side: who is measured.
+        command: the arguments.
+        library: a folder whose packages are imported rather than those installed.
+    """
+    paths = [*([library] if library else []), SCRIPTS.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, *command]
+    done = subprocess.run(
+        [str(one) for one in command], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
         last = lines[-1] if lines else "no message"
-        raise UserError(f"the measurement failed: {last}", where=f"bench {module}", remedy="See the message.")
+        raise UserError(f"the measurement failed: {last}", where=f"bench {side}", remedy="See the message.")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def _figures(sides: dict[str, _Side]) -> dict[str, Any]:
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    steps: list[dict[str, float]] = [step for run in runs for step in run["steps"][WARM_UP:]]
+    seconds = [sum(step.values()) for step in steps]
+    phases = {name for step in steps for name in step}
+    return {
+        "seconds_per_step": statistics.median(seconds),
+        "peak_over_start_bytes": statistics.median(run["peak_over_start_bytes"] for run in runs),
+        "phases": {name: statistics.median(step.get(name, 0.0) for step in steps) for name in phases},
+        "all_seconds": seconds,
+    }
+
+
+def _compared(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`ours`, `trl` and `ratio` under LoRA; the same under full tuning in `tuning_full`."""
-
-    def of(tuning: str) -> dict[str, Any]:
-        found = {
-            side: sides[f"{side} {tuning}"].as_json() for side in ("ours", "trl") if f"{side} {tuning}" in sides
-        }
-        return found | ({"ratio": _ratio(found["ours"], found["trl"])} if "trl" in found else {})
-
-    lora, full = of("lora"), of("full")
+    lora, full = (
+        {side: sides[name] for side in ("ours", "trl") if (name := f"{side} {tuning}") in sides}
+        for tuning in ("lora", "full")
+    )
+    for found in (lora, full):
+        if "trl" in found:
+            found["ratio"] = _ratio(found["ours"], found["trl"])
     return lora | {"tuning_full": full, "lora_to_full": _ratio(lora["ours"], full["ours"])}
 
 
@@ -183,6 +205,10 @@ def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 def _print(found: dict[str, Any], title: str) -> None:
     table = Table("", "s a step", "peak over start", "phases", title=title)
+
+    def add_ratio(name: str, ratio: dict[str, float]) -> None:
+        table.add_row(name, f"{ratio['time']:.2f}", f"{ratio['memory']:.2f}", "")
+
     for tuning, metrics in (("LoRA", found), ("full", found["tuning_full"])):
         for side in ("ours", "trl"):
             if side in metrics:
@@ -191,8 +217,6 @@ def _print(found: dict[str, Any], title: str) -> None:
                 peak = bytes_text(one["peak_over_start_bytes"])
                 table.add_row(f"{side}, {tuning}", f"{one['seconds_per_step']:.2f}", peak, phases)
         if "ratio" in metrics:
-            ratio = metrics["ratio"]
-            table.add_row(f"ours / trl, {tuning}", f"{ratio['time']:.2f}", f"{ratio['memory']:.2f}", "")
-    both = found["lora_to_full"]
-    table.add_row("ours, LoRA / full", f"{both['time']:.2f}", f"{both['memory']:.2f}", "")
+            add_ratio(f"ours / trl, {tuning}", metrics["ratio"])
+    add_ratio("ours, LoRA / full", found["lora_to_full"])
     console.print(table)

@@ -30,10 +30,10 @@ def bench(
     """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
     one_of("--layers", layers, ["all", "top-half"])
     from perl.bench import work
-    from perl.commands.bench import PARTS, bench_part, bench_step, refuse_unread
+    from perl.commands.bench import READS, bench_part, bench_step, refuse_unread
 
     one_of("--model", model, list(work.MODELS))
-    one_of("PART", part, ["step", *PARTS])
+    one_of("PART", part, list(READS))
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
     if part == "step":

@@ -82,12 +82,12 @@ def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
     costs, qualities = cost_rows(lora, full), quality_rows(lora, full, match_all([lora, full]))
     table = Table(*COLUMNS, title=f"{recipe.name}, {seeds} seed(s)")
     for row in costs:
-        table.add_row(row.stage, row.figure, *row.cells)
+        table.add_row(row.stage, row.metric, *row.cells)
     for quality in qualities:
-        table.add_row("quality", quality.figure, *quality.cells)
+        table.add_row("quality", quality.metric, *quality.cells)
     console.print(table)
-    rows = [{"stage": row.stage.lower(), "figure": row.figure, **_means(row)} for row in costs]
-    rows += [{"stage": "quality", "figure": quality.figure, **_means(quality)} for quality in qualities]
+    rows = [{"stage": row.stage.lower(), "figure": row.metric, **_means(row)} for row in costs]
+    rows += [{"stage": "quality", "figure": quality.metric, **_means(quality)} for quality in qualities]
     write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "rows": rows})
     page = write_page(folders, out / "report.html")
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")

@@ -11,6 +11,6 @@ def data_fetch(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Such as taskmaster-coffee.")],
 ) -> None:
     """Download a source, checked against pinned hashes."""
-    from perl.data.fetch import fetch
+    from perl.data.sources import fetch_source
 
-    console.print(f"{source} is in {fetch(source)}", markup=False)
+    console.print(f"{source} is in {fetch_source(source)}", markup=False)

@@ -18,6 +18,7 @@ from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
 from perl.system.files import write_metrics
 from perl.system.progress import console, track
+from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
     from perl.measure.probe import Kind
@@ -68,7 +69,6 @@ def estimate(
     """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
-    from perl.measure.ledger import memory_as_json
     from perl.predict import read_subject
 
     subject = read_subject(loaded)
@@ -76,10 +76,7 @@ def estimate(
     predictions = _predict_all({one: variant(loaded, one, loaded.seed) for one in tunings}, subject, devices)
     for label, prediction in predictions.items():
         console.print(_table(label, prediction, devices, limit))
-    metrics: dict[str, Any] = {
-        label: {stage: memory_as_json(memory) for stage, memory in prediction.items()}
-        for label, prediction in predictions.items()
-    }
+    metrics: dict[str, Any] = {label: as_json(prediction) for label, prediction in predictions.items()}
     if limit is not None:
         own = predictions[loaded.tuning]
         metrics["fits"] = _peak(own) <= limit

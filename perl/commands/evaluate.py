@@ -15,7 +15,7 @@ from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
     from perl.measure.bootstrap import Interval
-    from perl.measure.reward_eval import RewardEval
+    from perl.measure.reward_model_card import RewardModelCard
     from perl.stages.session import Session
 
 STAGES: dict[str, StageName] = {"reward": "reward", "policy": "rl"}
@@ -56,7 +56,7 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
     return session
 
 
-def _reward(session: "Session", run: Path, data: str | None) -> "RewardEval":
+def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard":
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.reward_card import evaluate_rows, print_card
@@ -76,19 +76,19 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardEval":
 
 def _policy(session: "Session", run: Path) -> dict[str, Any]:
     from perl.rl.evaluate import evaluate_policy, policy_change
-    from perl.rl.prompts import encode_prompts, reward_source
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
+    from perl.stages.rl_setup import eval_prompts, setup_collector
 
     assert session.recipe.rl is not None
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     session.load(Role.POLICY)
-    prompts = encode_prompts(session, session.held_out.prompts[: session.recipe.rl.eval_prompts])
+    prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    reward = reward_source(session)
-    before = evaluate_policy(session, reward, session.roles.reference, prompts)
-    after = evaluate_policy(session, reward, Role.POLICY, prompts)
+    collector, judge = setup_collector(session), session.held_out.judge
+    before = evaluate_policy(collector, session.roles.reference, prompts, judge)
+    after = evaluate_policy(collector, Role.POLICY, prompts, judge)
     metrics = policy_change(before, after, prompts)
     _print(f"policy of {run}", metrics)
     return metrics

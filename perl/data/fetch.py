@@ -17,12 +17,11 @@ COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
 BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"
 PINS = Path(__file__).with_name("taskmaster.sha256")
 """A line a file as published at `COMMIT`: SHA-256, bytes, path."""
-
-FETCHABLE = {"taskmaster-coffee": "TM-4-2024/", "taskmaster-ticketing": "TM-3-2020/"}
-"""What each source needs: the pinned files whose path begins so."""
-
+_BY_HAND = (
+    "Try again, or where there is no network clone the repository elsewhere and set data.path to the copy: "
+    f"git clone https://github.com/google-research-datasets/Taskmaster && git -C Taskmaster checkout {COMMIT}"
+)
 _TIMEOUT_SECONDS = 60
-_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +39,10 @@ def cache_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "perl-rlhf" / "taskmaster"
 
 
-def pins(source: str, listing: Path = PINS) -> list[Pin]:
-    """The pinned files of a source.
-
-    Raises:
-        UserError: the source is not one that is fetched.
-    """
-    if source not in FETCHABLE:
-        remedy = f"These can be fetched: {', '.join(FETCHABLE)}."
-        raise UserError(f"there is nothing to fetch for {source!r}", remedy=remedy)
+def pins(release: str, listing: Path = PINS) -> list[Pin]:
+    """The pinned files of a release, which is a folder of the repository."""
     lines = (line.split(maxsplit=2) for line in listing.read_text(encoding="utf-8").splitlines())
-    needed = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(FETCHABLE[source])]
+    needed = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
     for pin in needed:
         if ".." in pin.path.split("/"):
             what = f"{pin.path!r} leads out of its folder"
@@ -58,40 +50,42 @@ def pins(source: str, listing: Path = PINS) -> list[Pin]:
     return needed
 
 
-def fetch(source: str, folder: str | Path | None = None, base_url: str = BASE_URL, listing: Path = PINS) -> Path:
-    """Downloads a source's files, keeping those that are already there and right.
+def fetch(release: str, folder: Path | None = None, base_url: str = BASE_URL, listing: Path = PINS) -> Path:
+    """Downloads a release's files, keeping those that are already there and right.
 
     Args:
-        source: one of `FETCHABLE`.
+        release: a folder of the repository.
         folder: where to put them, in the repository's layout; by default `cache_folder()`.
-        base_url: the folder's address, without a slash at its end.
+        base_url: the repository's address, without a slash at its end.
         listing: the file of pins.
 
     Returns:
         The folder, which `read_taskmaster` reads.
 
     Raises:
-        UserError: the source is not one that is fetched, or a file is not the one pinned.
+        UserError: a file is not the one pinned.
         MachineError: the network or the disk fails. What was fetched before is kept; a file is never left half
             written.
     """
-    root = Path(os.path.expanduser(folder)) if folder else cache_folder()
-    needed = pins(source, listing)
+    root, needed = folder or cache_folder(), pins(release, listing)
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(source, total=sum(pin.size for pin in needed))
+        task = progress.add_task(release, total=sum(pin.size for pin in needed))
         for pin in needed:
-            target = root / pin.path
-            if not _is_right(target, pin):
-                _download(f"{base_url}/{pin.path}", target, pin)
+            if not _is_right(root / pin.path, pin):
+                _download(f"{base_url}/{pin.path}", root / pin.path, pin)
             progress.advance(task, pin.size)
     return root
 
 
 def _is_right(path: Path, pin: Pin) -> bool:
     try:
-        return path.stat().st_size == pin.size and hashlib.sha256(path.read_bytes()).hexdigest() == pin.sha256
+        return path.stat().st_size == pin.size and _sha256(path.read_bytes()) == pin.sha256
     except OSError:
         return False
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download(url: str, target: Path, pin: Pin) -> None:
@@ -99,34 +93,22 @@ def _download(url: str, target: Path, pin: Pin) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest, size = _stream(url, part, pin.size)
-        if (digest, size) != (pin.sha256, pin.size):
-            found = f"more than {pin.size:,} bytes" if size > pin.size else f"{size:,} bytes, SHA-256 {digest}"
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            content = response.read(pin.size + 1)  # the largest pinned file has a few MB
+        if len(content) != pin.size or _sha256(content) != pin.sha256:
+            size = len(content)
+            found = (
+                f"{size:,} bytes, SHA-256 {_sha256(content)}"
+                if size <= pin.size
+                else f"more than {pin.size:,} bytes"
+            )
             what = f"is not the file pinned: {found}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
-            raise UserError(what, where=url, remedy=_by_hand())
+            raise UserError(what, where=url, remedy=_BY_HAND)
+        part.write_bytes(content)
         part.replace(target)
     except (OSError, http.client.HTTPException) as error:
         what = f"cannot be fetched into {target.parent}: {error or type(error).__name__}"
-        raise machine_fault(error) or MachineError(what, where=url, remedy=_by_hand()) from error
+        raise machine_fault(error) or MachineError(what, where=url, remedy=_BY_HAND) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def _stream(url: str, part: Path, expected: int) -> tuple[str, int]:
-    """Downloads to a file and gives its SHA-256 and bytes; stops once there are more than expected."""
-    digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, part.open("wb") as file:
-        while size <= expected and (chunk := response.read(_CHUNK_BYTES)):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
-
-
-def _by_hand() -> str:
-    return (
-        "Try again, or where there is no network clone the repository elsewhere and set data.path to the copy: "
-        "git clone https://github.com/google-research-datasets/Taskmaster && "
-        f"git -C Taskmaster checkout {COMMIT}"
-    )

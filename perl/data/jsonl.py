@@ -16,62 +16,82 @@ fit is a `Problem` and is left out; only a file that cannot be used at all is an
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from perl.data.lines import line_value, numbered_lines
 from perl.data.records import (
+    JSON,
     Comparison,
     Context,
     Demonstration,
     Problem,
     Prompt,
     Rating,
+    Record,
     Records,
     Speaker,
     Turn,
 )
-from perl.data.rows import RowError, chance_of, first_user_key, kind, number_of, shown, usable_text
-from perl.errors import UserError
+from perl.data.rows import (
+    Row,
+    RowError,
+    first_user_key,
+    kind,
+    line_value,
+    number_to,
+    numbered_lines,
+    object_with,
+    parsed,
+    shown,
+    soft_label,
+    usable_text,
+)
 from perl.system.progress import counted
 
 FORMATS = (
     'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
     '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
 )
-
-Record = Demonstration | Rating | Comparison | Prompt
-Row = Mapping[str, Any]
-
-_SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
-_DIALOGUE_FIELDS = ("dialogue", "conversation_id")
-_CERTAINTY_FIELDS = ("margin", "probability")
 MAX_MARGIN = 1e6
 """A margin is a difference of scores; no larger one could be learned."""
+
+_SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
+_FORMATS = [
+    {"prompt"},
+    {"prompt", "completion"},
+    {"messages"},
+    {"prompt", "completion", "label"},
+    {"prompt", "chosen", "rejected"},
+    {"chosen", "rejected"},
+]
+_FIELDS = set[str]().union(*_FORMATS)
+_DIALOGUE_FIELDS = ("dialogue", "conversation_id")
+_CERTAINTY_FIELDS = ("margin", "probability")
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
 
 
-def read_jsonl(path: str | Path) -> Records:
+def read_jsonl(path: Path) -> Records:
     """Reads a JSON Lines file; the rows left out stand in `problems` as `FILE:LINE`.
 
     Prompts are unique: rows of one context and the same columns share one, and of rows that are prompts alone
     `notes` says how many repeat another.
 
     Raises:
-        UserError: the file is missing, a folder or unreadable, or holds no usable row.
+        UserError: it is no whole gzip file.
+        OSError: it cannot be read.
     """
     records = Records()
     prompts: dict[tuple[Context, str], Prompt] = {}
     copies = 0
-    for number, line in numbered_lines(Path(path)):
-        parsed = parse_line(line, f"{path}:{number}")
-        if isinstance(parsed, Problem):
-            records.problems.append(parsed)
+    for number, line in numbered_lines(path):
+        row = parse_line(line, f"{path}:{number}")
+        if isinstance(row, Problem):
+            records.problems.append(row)
             continue
-        for record in parsed:
+        for record in row:
             match record:
                 case Demonstration():
                     records.demonstrations.append(record)
@@ -81,42 +101,31 @@ def read_jsonl(path: str | Path) -> Records:
                     records.comparisons.append(record)
                 case Prompt():
                     key = record.context, json.dumps(record.columns, sort_keys=True)
-                    copies += key in prompts and len(parsed) == 1
+                    copies += key in prompts and len(row) == 1
                     prompts.setdefault(key, record)
     records.prompts = list(prompts.values())
     if copies:
         records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
-    if not (records.prompts or records.demonstrations):
-        problems = records.problems
-        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"
-        raise UserError(f"no usable row{first}", where=str(path), remedy=f"Write {FORMATS}.")
     return records
 
 
 def parse_line(line: bytes, where: str) -> list[Record] | Problem:
     """The records of one line, or what is wrong with it. Never raises, whatever the bytes."""
-    try:
-        return parse_row(line_value(line))
-    except RowError as error:
-        return Problem(where, str(error))
-    except RecursionError:
-        return Problem(where, "nested too deeply")
+    return parsed(where, lambda: parse_row(line_value(line)))
 
 
-def parse_row(row: object) -> list[Record]:
+def parse_row(value: object) -> list[Record]:
     """The records of one row: what it is, and its context as a prompt.
 
     Raises:
         RowError: the row fits no format.
     """
-    if not isinstance(row, dict):
-        raise RowError(f"the row is {kind(row)}; an object expected")
-    build = _FORMATS.get(frozenset(row) & _FIELDS)
-    if build is None:
+    row = object_with(value)
+    if _FIELDS.intersection(row) not in _FORMATS:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
-    record = build(row)
+    record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
-    columns = {key: value for key, value in row.items() if key not in used}
+    columns = {key: cast(JSON, value) for key, value in row.items() if key not in used}
     usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
     prompt = Prompt(record.context, record.dialogue, columns)
     if isinstance(record, Prompt):
@@ -125,18 +134,22 @@ def parse_row(row: object) -> list[Record]:
     return [record, prompt] if record.context else [record]
 
 
-# One function a format.
-
-
-def _prompt(row: Row) -> Prompt:
+def _record(row: Row) -> Record:
+    if "messages" in row:
+        return _conversation(row)
+    if "prompt" not in row:
+        return _comparison_without_prompt(row)
     context = _context(row["prompt"])
-    return Prompt(context, _dialogue(row, context))
-
-
-def _demonstration(row: Row) -> Demonstration:
-    context = _context(row["prompt"])
+    if "chosen" in row:
+        return _comparison(row, context, row["chosen"], row["rejected"])
+    dialogue = _dialogue(row, context)
+    if "completion" not in row:
+        return Prompt(context, dialogue)
     answer = _answer(row["completion"], "completion", context)
-    return Demonstration(context, (answer,), _dialogue(row, context))
+    if "label" not in row:
+        return Demonstration(context, (answer,), dialogue)
+    label = soft_label(row["label"], "label")
+    return Rating(context, answer, label >= 0.5, dialogue, probability=label if 0 < label < 1 else None)
 
 
 def _conversation(row: Row) -> Demonstration:
@@ -148,31 +161,19 @@ def _conversation(row: Row) -> Demonstration:
     return Demonstration(context, answer, _dialogue(row, turns))
 
 
-def _rating(row: Row) -> Rating:
-    context = _context(row["prompt"])
-    answer = _answer(row["completion"], "completion", context)
-    chance = chance_of(row["label"], "label")
-    soft = chance if 0 < chance < 1 else None
-    return Rating(context, answer, chance >= 0.5, _dialogue(row, context), probability=soft)
-
-
-def _comparison(row: Row) -> Comparison:
-    return _preferred(row, _context(row["prompt"]), row["chosen"], row["rejected"])
-
-
 def _comparison_without_prompt(row: Row) -> Comparison:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         cut = _shared_text(chosen, rejected)
-        return _preferred(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
+        return _comparison(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
     better, worse = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     cut = _shared(better, worse)
     if not cut:
         raise RowError("chosen and rejected share no first message, and there is no prompt")
-    return _preferred(row, better[:cut], chosen[cut:], rejected[cut:])
+    return _comparison(row, better[:cut], better[cut:], worse[cut:])
 
 
-def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> Comparison:
+def _comparison(row: Row, context: Context, chosen: object, rejected: object) -> Comparison:
     better = _answer(chosen, "chosen", context)
     worse = _answer(rejected, "rejected", context)
     if better == worse:
@@ -180,31 +181,15 @@ def _preferred(row: Row, context: Context, chosen: object, rejected: object) -> 
     comparison = Comparison(context, better, worse, _dialogue(row, context))
     match [name for name in _CERTAINTY_FIELDS if row.get(name) is not None]:
         case ["margin"]:
-            return replace(comparison, margin=number_of(row["margin"], "margin", MAX_MARGIN))
+            return replace(comparison, margin=number_to(MAX_MARGIN, row["margin"], "margin"))
         case ["probability"]:
-            return _as_probable(comparison, number_of(row["probability"], "probability", 1))
+            probability = number_to(1, row["probability"], "probability")
+            if probability < 0.5:  # the likelier answer comes first
+                comparison, probability = replace(comparison, better=worse, worse=better), 1 - probability
+            return replace(comparison, probability=probability)
         case [_, _]:
             raise RowError("both margin and probability say how sure the comparison is; give one")
     return comparison
-
-
-def _as_probable(comparison: Comparison, probability: float) -> Comparison:
-    """The comparison with the likelier answer first."""
-    if probability >= 0.5:
-        return replace(comparison, probability=probability)
-    better, worse = comparison.worse, comparison.better
-    return replace(comparison, better=better, worse=worse, probability=1 - probability)
-
-
-_FORMATS: dict[frozenset[str], Callable[[Row], Record]] = {
-    frozenset({"prompt"}): _prompt,
-    frozenset({"prompt", "completion"}): _demonstration,
-    frozenset({"messages"}): _conversation,
-    frozenset({"prompt", "completion", "label"}): _rating,
-    frozenset({"prompt", "chosen", "rejected"}): _comparison,
-    frozenset({"chosen", "rejected"}): _comparison_without_prompt,
-}
-_FIELDS = frozenset[str]().union(*_FORMATS)
 
 
 # The parts of a row.
@@ -225,7 +210,7 @@ def _answer(value: object, name: str, context: Context) -> Turn:
     if isinstance(value, str):
         answer = Turn("text" if plain else "agent", usable_text(value, name))
     else:
-        turns = _messages(value, name)
+        turns = value if isinstance(value, tuple) else _messages(value, name)
         if len(turns) != 1 or turns[0].speaker != "agent":
             roles = shown([turn.speaker for turn in turns])
             raise RowError(f"{name} has messages by {roles} after the prompt; one by the assistant expected")

@@ -8,14 +8,10 @@ The same sets as TRL converted them are in own formats (`perl.data.jsonl`), whic
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from perl.data.jsonl import parse_row
 from perl.data.records import Comparison, Context, Speaker, Turn
-from perl.data.rows import RowError, first_user_key, kind, label_of, shown, usable_text
-
-Row = Mapping[str, Any]
+from perl.data.rows import Row, RowError, binary_label, first_user_key, object_with, shown, usable_text
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_SPEAKERS: dict[str, Speaker] = {"Human": "user", "Assistant": "agent"}
@@ -31,9 +27,10 @@ def hh_row(row: Row) -> Comparison:
     Raises:
         RowError: the row does not fit, or the two differ before their last turn.
     """
-    if "prompt" in row or not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
+    texts = row.get("chosen"), row.get("rejected")
+    if "prompt" in row or not all(isinstance(text, str) for text in texts):
         return _own_format(row)
-    chosen, rejected = (_hh_turns(row[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = _hh_turns(texts[0], "chosen"), _hh_turns(texts[1], "rejected")
     context = chosen[:-1]
     if context != rejected[:-1]:
         raise RowError("chosen and rejected differ before their last turn")
@@ -50,9 +47,9 @@ def shp_row(row: Row) -> Comparison:
     """
     if not row.keys() & set(_SHP_FIELDS):
         return _own_format(row)
-    _require(row, _SHP_FIELDS, "the row")
+    object_with(row, _SHP_FIELDS)
     a, b = (Turn("agent", usable_text(row[name], name)) for name in ("human_ref_A", "human_ref_B"))
-    better, worse = (a, b) if label_of(row["labels"], "labels") else (b, a)
+    better, worse = (a, b) if binary_label(row["labels"], "labels") else (b, a)
     context = (Turn("user", usable_text(row["history"], "history")),)
     return _comparison(context, better, worse, f"shp:{usable_text(row['post_id'], 'post_id')}")
 
@@ -67,30 +64,30 @@ def tldr_row(row: Row) -> Comparison:
     """
     if not row.keys() & set(_TLDR_FIELDS):
         return _own_format(row)
-    _require(row, _TLDR_FIELDS, "the row")
-    info, summaries, choice = row["info"], row["summaries"], row["choice"]
-    _require(info, ("id",), "info")
+    object_with(row, _TLDR_FIELDS)
+    info, summaries, choice = object_with(row["info"], ("id",), "info"), row["summaries"], row["choice"]
     if info.get("post") is None and info.get("article") is not None:
         raise RowError("about a news article; a post of Reddit expected")
-    _require(info, ("subreddit", "title", "post"), "info")
+    object_with(info, ("subreddit", "title", "post"), "info")
     if not isinstance(summaries, list) or len(summaries) != 2:
         raise RowError(f"summaries is {shown(summaries)}; a list of two expected")
-    if isinstance(choice, bool) or choice not in (0, 1):
+    if not isinstance(choice, int) or isinstance(choice, bool) or choice not in (0, 1):
         raise RowError(f"choice is {shown(choice)}; 0 or 1 expected")
-    for index, summary in enumerate(summaries):
-        _require(summary, ("text",), f"summaries[{index}]")
     subreddit, title, post = (usable_text(info[name], f"info.{name}") for name in ("subreddit", "title", "post"))
     query = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-    texts = [usable_text(summary["text"], f"summaries[{index}].text") for index, summary in enumerate(summaries)]
+    texts = [
+        usable_text(object_with(summary, ("text",), f"summaries[{n}]")["text"], f"summaries[{n}].text")
+        for n, summary in enumerate(summaries)
+    ]
     # As published, most texts begin with the space that follows "TL;DR:", and a few do not.
     better, worse = (Turn("text", f" {texts[index].strip()}") for index in (choice, 1 - choice))
     return _comparison((Turn("text", query),), better, worse, f"tldr:{usable_text(info['id'], 'info.id')}")
 
 
-def _hh_turns(text: str, name: str) -> Context:
+def _hh_turns(text: object, name: str) -> Context:
     """A dialogue as turns; the last is the assistant's."""
-    initial_eval, *rest = _HH_TURN.split(usable_text(text, name))
-    if initial_eval.strip() or not rest:
+    before, *rest = _HH_TURN.split(usable_text(text, name))
+    if before.strip() or not rest:
         raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
     turns = tuple(Turn(_HH_SPEAKERS[who], said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True))
     for number, turn in enumerate(turns[:-1], start=1):
@@ -116,10 +113,3 @@ def _own_format(row: Row) -> Comparison:
     if not isinstance(record, Comparison):
         raise RowError("the row is no comparison")
     return record
-
-
-def _require(value: object, fields: tuple[str, ...], name: str) -> None:
-    if not isinstance(value, dict):
-        raise RowError(f"{name} is {kind(value)}; an object expected")
-    if missing := [field for field in fields if field not in value]:
-        raise RowError(f"{name} has no {', '.join(missing)}")

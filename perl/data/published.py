@@ -4,17 +4,15 @@ Where a set was published with a test part (or, having none, a validation part),
 train on that share a dialogue or post with it are left out, and so is a validation part beside a test part.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from perl.data.lines import line_value, numbered_lines
-from perl.data.preference_rows import Row, hh_row, shp_row, tldr_row
+from perl.data.preference_rows import hh_row, shp_row, tldr_row
 from perl.data.records import Comparison, Context, Problem, Prompt, Records
-from perl.data.rows import RowError, kind
+from perl.data.rows import Row, line_value, numbered_lines, object_with, parsed
 from perl.errors import MachineError, UserError, machine_fault
 
 Split = Literal["train", "validation", "test"]
@@ -24,7 +22,7 @@ _SPLIT = re.compile(f"({'|'.join(_SPLITS)})(?![a-z])")
 """How names of files, folders and splits begin: `train.jsonl.gz`, `test-00000-of-00001.parquet`, `valid1`."""
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _PARQUET = ".parquet"
-_REMEDY = "Set data.path to a folder with the files as published: data/README.md has the addresses and layouts."
+REMEDY = "Set data.path to a folder with the files as published: data/README.md has the addresses and layouts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +30,16 @@ class PublicSet:
     """Where a set is published and what its rows are.
 
     Attributes:
+        description: what it holds, in a line.
+        licence: of the data.
         repository: on the hub.
         parts: the folders there that belong to the set.
         comparison: a row as a record.
         revision: of the repository; by default the newest.
     """
 
+    description: str
+    licence: str
     repository: str
     parts: tuple[str, ...]
     comparison: Callable[[Row], Comparison]
@@ -51,13 +53,28 @@ _SHP = (
     *("asksocialscience", "askvet", "changemyview", "explainlikeimfive", "legaladvice"),
 )
 _SETS = {
-    "hh-rlhf": PublicSet("Anthropic/hh-rlhf", _HH, hh_row),
-    "shp": PublicSet("stanfordnlp/SHP", _SHP, shp_row),
-    # Its main branch holds a script, which `datasets` no longer runs; the hub itself converts to this one.
-    "tldr": PublicSet("openai/summarize_from_feedback", ("comparisons",), tldr_row, "refs/convert/parquet"),
+    "hh-rlhf": PublicSet(
+        "pairs of answers by assistants, helpful and harmless", "MIT", "Anthropic/hh-rlhf", _HH, hh_row
+    ),
+    "shp": PublicSet(
+        "pairs of comments on posts of 18 subreddits",
+        "see its card; Reddit's terms apply",
+        "stanfordnlp/SHP",
+        _SHP,
+        shp_row,
+    ),
+    "tldr": PublicSet(
+        "pairs of summaries of Reddit's posts",
+        "see its card",
+        "openai/summarize_from_feedback",
+        ("comparisons",),
+        tldr_row,
+        # Its main branch holds a script, which `datasets` no longer runs; the hub itself converts to this one.
+        revision="refs/convert/parquet",
+    ),
 }
 PUBLIC_SETS = _SETS | {
-    f"{name}/{part}": PublicSet(whole.repository, (part,), whole.comparison, whole.revision)
+    f"{name}/{part}": replace(whole, parts=(part,))
     for name, whole in _SETS.items()
     for part in whole.parts
     if len(whole.parts) > 1
@@ -74,88 +91,79 @@ class _Place:
     part: str | None = None
 
 
-def read_public(public: PublicSet, path: str | None) -> Records:
-    """Reads a set for training: its test part is told by `Records.published_test`.
+def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -> Records:
+    """Reads a set; its test part is told by `Records.published_test`.
 
     Args:
+        public: which.
         path: a folder in the layout published, a folder of one part, or a file; None: from the hub.
+        every_row: also the rows that training leaves out so that nothing of the test part leaks.
 
     Raises:
-        UserError: there is no such folder or file, or no usable row in it.
+        UserError: there is no file with rows.
+        OSError: a file cannot be read.
         MachineError: the hub cannot be reached.
     """
     rows, problems = _read(public, path)
     splits = {place.split for place, _ in rows}
     held_out: Split = "test" if "test" in splits else "validation"
-    if not {"train", held_out} <= splits:
-        return _records(rows, problems)
-    test = frozenset(comparison.dialogue for place, comparison in rows if place.split == held_out)
-
-    def is_used(place: _Place, comparison: Comparison) -> bool:
-        return place.split == held_out or (place.split == "train" and comparison.dialogue not in test)
-
-    records = _records([row for row in rows if is_used(*row)], problems)
-    records.published_test = test
-    return records
-
-
-def read_public_rows(public: PublicSet, path: str | None) -> Records:
-    """As `read_public`, with all rows."""
-    return _records(*_read(public, path))
-
-
-def _records(rows: list[tuple[_Place, Comparison]], problems: list[Problem]) -> Records:
+    test: frozenset[str] = frozenset()
+    if {"train", held_out} <= splits:
+        test = frozenset(row.dialogue for place, row in rows if place.split == held_out)
+    if test and not every_row:
+        rows = [
+            (place, row)
+            for place, row in rows
+            if place.split == held_out or (place.split == "train" and row.dialogue not in test)
+        ]
     prompts: dict[Context, Prompt] = {}
-    for place, comparison in rows:
+    for place, row in rows:
         # A column of this name is what reward models are judged by, source by source.
         columns = {"source": place.part} if place.part else {}
-        prompts.setdefault(comparison.context, Prompt(comparison.context, comparison.dialogue, columns))
-    comparisons = [comparison for _, comparison in rows]
-    return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems)
+        prompts.setdefault(row.context, Prompt(row.context, row.dialogue, columns))
+    comparisons = [row for _, row in rows]
+    return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems, published_test=test)
 
 
-def _read(public: PublicSet, path: str | None) -> tuple[list[tuple[_Place, Comparison]], list[Problem]]:
+def _read(public: PublicSet, path: Path | None) -> tuple[list[tuple[_Place, Comparison]], list[Problem]]:
     rows: list[tuple[_Place, Comparison]] = []
     problems: list[Problem] = []
     for place, value in _values(public, path):
-        try:
-            row = line_value(value) if isinstance(value, bytes) else value
-            if not isinstance(row, dict):
-                raise RowError(f"the row is {kind(row)}; an object expected")
-            split = _split_of(str(row.get("split"))) or place.split or "train"
-            rows.append((replace(place, split=split), public.comparison(row)))
-        except RowError as error:
-            problems.append(Problem(place.where, str(error)))
-        except RecursionError:
-            problems.append(Problem(place.where, "nested too deeply"))
-    if not rows:
-        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ""
-        raise UserError(f"no usable row{first}", where=path or public.repository, remedy=_REMEDY)
+        row = parsed(place.where, _row, public, place, value)
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            rows.append(row)
     return rows, problems
 
 
-def _values(public: PublicSet, path: str | None) -> Iterator[tuple[_Place, object]]:
+def _row(public: PublicSet, place: _Place, value: object) -> tuple[_Place, Comparison]:
+    row = object_with(line_value(value) if isinstance(value, bytes) else value)
+    split = _split_of(str(row.get("split"))) or place.split or "train"
+    return replace(place, split=split), public.comparison(row)
+
+
+def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, object]]:
     """All rows, those of files of lines still to be parsed."""
     if path is None:
         yield from _from_datasets(public.repository, public.parts, public.revision)
         return
-    given = Path(os.path.expanduser(path))
-    if not os.path.isdir(given):  # Path's own raises for a name that is too long
-        yield from _from_lines(given, _Place(""))
+    if not path.is_dir():
+        yield from _from_lines(path, _Place(""))
         return
-    parts = [part for part in public.parts if (given / part).is_dir()]
-    folders = [given / part for part in parts] or [given]
+    parts = [part for part in public.parts if (path / part).is_dir()]
+    folders = [path / part for part in parts] or [path]
     found = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     if lines := [file for file in found if file.name.endswith(_LINES)]:
         for file in lines:
-            names = file.relative_to(given).parts
+            names = file.relative_to(path).parts
             split = next((split for name in reversed(names) if (split := _split_of(name))), None)
             yield from _from_lines(file, _Place("", split, names[0] if names[0] in parts else None))
     elif any(file.suffix == _PARQUET for file in found):
-        yield from _from_datasets(str(given), parts or [None], None)
+        yield from _from_datasets(str(path), parts or [None], None)
     else:
         what = f"there is no file that ends in {', '.join((*_LINES, _PARQUET))}"
-        raise UserError(what, where=path, remedy=_REMEDY)
+        raise UserError(what, where=str(path), remedy=REMEDY)
 
 
 def _from_lines(file: Path, place: _Place) -> Iterator[tuple[_Place, bytes]]:
@@ -177,7 +185,7 @@ def _from_datasets(
             cause = str(error).strip().partition("\n")[0][:300] or type(error).__name__
             what = f"cannot be loaded by the datasets library: {cause}"
             refusal = UserError if Path(repository).is_dir() else MachineError
-            raise machine_fault(error) or refusal(what, where=name, remedy=_REMEDY) from error
+            raise machine_fault(error) or refusal(what, where=name, remedy=REMEDY) from error
         for split, rows in loaded.items():
             for index, row in enumerate(rows):
                 yield _Place(f"{name} {split}[{index}]", _split_of(split), part), row

@@ -5,7 +5,9 @@ A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns int
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeAlias
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 Speaker = Literal["system", "user", "agent", "api", "text"]
 """Who says a turn. `text` is plain text outside any chat format, rendered as it stands."""
@@ -44,12 +46,12 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """One answer with a thumb up (True) or down (False).
+    """Binary feedback on one answer: up (True) or down (False).
 
     Attributes:
         gold: the judgement of a source that knows the truth; training never sees it.
-        probability: of a thumb up, where the source has soft labels: what the loss learns. `label` is then it
-            rounded, 0.5 up, and what the classes, pairs and metrics go by.
+        probability: that the label is up, where the source has soft labels: what the loss learns. `label` is then
+            it rounded, 0.5 up, and what the classes, pairs and metrics go by.
     """
 
     context: Context
@@ -86,7 +88,23 @@ class Prompt:
 
     context: Context
     dialogue: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, JSON] = field(default_factory=dict)
+
+
+Record = Demonstration | Rating | Comparison | Prompt
+
+
+def answers_of(record: Record) -> list[Context]:
+    """What follows the context in a record: two answers in a comparison, none in a prompt."""
+    match record:
+        case Demonstration():
+            return [record.answer]
+        case Rating():
+            return [(record.answer,)]
+        case Comparison():
+            return [(record.better,), (record.worse,)]
+        case Prompt():
+            return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +121,14 @@ Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
 @dataclass(slots=True)
 class Records:
-    """All that a source holds, and the rows it could not read."""
+    """All that a source holds, and the rows it could not read.
+
+    Attributes:
+        judge: of a source that knows the truth.
+        corpus: dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt.
+        published_test: the dialogues of the test part it was published with, held out instead of a share.
+        notes: what the reader of a source, or of a split of it, should know about it.
+    """
 
     demonstrations: list[Demonstration] = field(default_factory=list)
     ratings: list[Rating] = field(default_factory=list)
@@ -112,8 +137,24 @@ class Records:
     problems: list[Problem] = field(default_factory=list)
     judge: Judge | None = None
     corpus: list[Demonstration] = field(default_factory=list)
-    """Dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt."""
     published_test: frozenset[str] = frozenset()
-    """The dialogues of the test part that a source was published with: held out instead of a share."""
     notes: list[str] = field(default_factory=list)
-    """What the reader of a source, or of a split of it, should know about it."""
+
+    def by_kind(self) -> dict[str, Sequence[Record]]:
+        """The four kinds of records by their names, empty ones too."""
+        return {
+            "demonstrations": self.demonstrations,
+            "ratings": self.ratings,
+            "comparisons": self.comparisons,
+            "prompts": self.prompts,
+        }
+
+    def where(self, keep: Callable[[Record], bool]) -> "Records":
+        """The records that are to be kept, with the same judge."""
+        return Records(
+            demonstrations=[record for record in self.demonstrations if keep(record)],
+            ratings=[record for record in self.ratings if keep(record)],
+            comparisons=[record for record in self.comparisons if keep(record)],
+            prompts=[record for record in self.prompts if keep(record)],
+            judge=self.judge,
+        )

@@ -1,47 +1,152 @@
-"""What all readers of rows share: strict JSON, usable text, numbers, and the key of a dialogue."""
+"""Rows of JSON, as every reader of files needs them: numbered lines, strict parsing, and checks of fields.
 
+A row that cannot be used raises `RowError`, which `parsed` turns into a `Problem`: it never leaves the readers.
+"""
+
+import gzip
 import json
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ParamSpec, TypeVar
 
-from perl.data.records import Turn
+from perl.data.records import Problem, Turn
+from perl.errors import UserError
+
+Row = Mapping[str, object]
+
+MAX_LINE_BYTES = 10_000_000
+"""Longer lines are a `Problem`: some other file, or one whose newlines were lost."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message says why. Never leaves the readers: it becomes a `Problem`."""
+    """A row that cannot be used; the message says why."""
 
 
-def strict_json(text: str, *, control_characters: bool = False) -> Any:
+def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Problem:
+    """What `parse` makes of its arguments, or what is wrong with the row at this place."""
+    try:
+        return parse(*args, **kwargs)
+    except RowError as error:
+        return Problem(where, str(error))
+    except RecursionError:
+        return Problem(where, "nested too deeply")
+
+
+def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserError:
+    """Of a file or folder that holds nothing to go by."""
+    first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"
+    return UserError(f"no usable row{first}", where=where, remedy=remedy)
+
+
+# Lines of a file.
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, numbered from 1; of a line that is too long only its beginning.
+
+    Raises:
+        UserError: the file is not the gzip file that its name promises.
+        OSError: it cannot be read.
+    """
+    try:
+        with _open(path) as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        remedy = "Get the file again, or take .gz off its name if it is not compressed."
+        raise UserError(f"is not a whole gzip file: {error}", where=str(path), remedy=remedy) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    # GzipFile is no IO by its type, but has all that is used here.
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def line_value(line: bytes) -> object:
+    """The JSON value of a line.
+
+    Raises:
+        RowError: it is too long, not UTF-8 or JSON, has a field twice, or is nested too deeply.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError(f"the line is longer than {MAX_LINE_BYTES:,} bytes")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
+    if "\0" in text:
+        raise RowError("the line holds NUL bytes")
+    return strict_json(text, object_pairs_hook=_without_repeats)
+
+
+def strict_json(text: str, **options: Any) -> object:
     """Parses JSON; NaN and infinities are refused.
 
     Args:
         text: a JSON document.
-        control_characters: allow raw tabs and newlines inside strings.
+        options: of `json.loads`, such as `strict=False`, which allows raw tabs and newlines inside strings.
 
     Raises:
         RowError: not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, strict=not control_characters)
+        value: object = json.loads(text, parse_constant=_refuse_constant, **options)
     except RowError:
         raise
     except ValueError as error:
         raise RowError(f"not JSON: {error}") from None
     except RecursionError:
         raise RowError("nested too deeply") from None
+    return value
 
 
 def _refuse_constant(constant: str) -> None:
     raise RowError(f"{constant} is not JSON")
 
 
-def usable_text(value: object, name: str) -> str:
-    """The value if it is text that every tokenizer takes.
+def _without_repeats(pairs: list[tuple[str, object]]) -> Row:
+    """JSON lets a later field overwrite an earlier one in silence: a row could have both labels."""
+    row: dict[str, object] = {}
+    for name, value in pairs:
+        if name in row:
+            raise RowError(f"the field {shown(name)} stands there twice")
+        row[name] = value
+    return row
 
-    Raises:
-        RowError: not a string, a NUL character, or half of a surrogate pair.
-    """
+
+# Fields of a row. Each raises `RowError` where the value is not what is expected.
+
+
+def object_with(value: object, fields: Iterable[str] = (), name: str = "the row") -> Row:
+    """The value if it is an object that has these fields."""
+    if not isinstance(value, dict):
+        raise RowError(f"{name} is {kind(value)}; an object expected")
+    if missing := [field for field in fields if field not in value]:
+        raise RowError(f"{name} has no {', '.join(missing)}")
+    return value
+
+
+def list_of(value: object, name: str) -> list[object]:
+    """The value if it is a list."""
+    if not isinstance(value, list):
+        raise RowError(f"{name} is {kind(value)}; a list expected")
+    return value
+
+
+def usable_text(value: object, name: str) -> str:
+    """The value if it is text that every tokenizer takes: without NUL and halves of surrogate pairs."""
     if not isinstance(value, str):
         raise RowError(f"{name} is {kind(value)}; text expected")
     if "\0" in value:
@@ -53,34 +158,22 @@ def usable_text(value: object, name: str) -> str:
     return value
 
 
-def label_of(value: object, name: str) -> bool:
-    """A thumb: true or 1 is up, false or 0 is down.
-
-    Raises:
-        RowError: anything else.
-    """
+def binary_label(value: object, name: str) -> bool:
+    """A binary label: true or 1 is up, false or 0 is down."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
 
 
-def chance_of(value: object, name: str) -> float:
-    """A thumb that may be uncertain: as `label_of`, or a number between, which is how probable a thumb up is.
-
-    Raises:
-        RowError: anything else.
-    """
+def soft_label(value: object, name: str) -> float:
+    """A label that may be uncertain: as `binary_label`, or a number between, the probability of up."""
     if isinstance(value, bool | int | float) and 0 <= value <= 1:
         return float(value)
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected")
 
 
-def number_of(value: object, name: str, most: float) -> float:
-    """A number from 0 to `most`.
-
-    Raises:
-        RowError: anything else.
-    """
+def number_to(most: float, value: object, name: str) -> float:
+    """A number from 0 to `most`."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
         return float(value)
     raise RowError(f"{name} is {shown(value)}; a number from 0 to {most:,.0f} expected")
@@ -98,19 +191,10 @@ def first_user_key(turns: Iterable[Turn], domain: str = "") -> str:
 
 def kind(value: object) -> str:
     """The JSON type of a value, in words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
+    if value is None:
+        return "null"
+    types = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
+    return types.get(type(value), "an object")
 
 
 def shown(value: object) -> str:

@@ -1,42 +1,132 @@
-"""The registry of sources: every name that `data.source` and `--data` take, and what reads it."""
+"""The sources of data: every name that `data.source` and `--data` take, and what reads it.
 
+A plugin adds its own: `SOURCES["mine"] = Source(read_mine, "what it holds")`.
+"""
+
+import contextlib
 import difflib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from perl.data.fetch import cache_folder, pins
-from perl.data.jsonl import read_jsonl
-from perl.data.published import PUBLIC_SETS, PublicSet, read_public, read_public_rows
+from perl.data.fetch import cache_folder, fetch, pins
+from perl.data.jsonl import FORMATS, read_jsonl
+from perl.data.published import PUBLIC_SETS, REMEDY, read_public
 from perl.data.records import Records
+from perl.data.rows import no_usable_row
 from perl.data.simulator.source import corpus, simulate
-from perl.data.taskmaster import Domain, read_rows, read_taskmaster
-from perl.errors import UserError
+from perl.data.taskmaster import RELEASES, Domain, read_taskmaster
+from perl.errors import UserError, machine_fault
 
-Loader = Callable[[str | None, int], Records]
-"""Reads a path, or where there is none the source's own data; the seed is for sources that draw theirs."""
+Reader = Callable[[Path | None, int], Records]
+"""Reads a folder or file, or where there is none the source's own data, drawn by the seed if it draws it.
+
+A row that cannot be used goes into `Records.problems`. An OSError becomes a message that names `data.path`.
+"""
 
 
-def load_records(source: str, path: str | None, seed: int) -> Records:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source of data. What it holds is in the `Records`: its gold judge and its published test part, too.
+
+    Attributes:
+        read: reads what training should see.
+        description: what it holds, in a line.
+        licence: of the data.
+        homepage: who published it, and its card.
+        every_row: reads also the rows that training leaves out, for `data check`; by default as `read`.
+        fetch: downloads it and returns the folder, where it has to be downloaded before it is read.
+        remedy: what to do if there is no usable row.
+    """
+
+    read: Reader
+    description: str
+    licence: str = ""
+    homepage: str = ""
+    every_row: Reader | None = None
+    fetch: Callable[[], Path] | None = None
+    remedy: str = "Check data.path."
+
+
+def find_source(name: str) -> Source:
+    """The source of this name.
+
+    Raises:
+        UserError: there is none; it has the nearest valid name.
+    """
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        whole = [name for name in SOURCES if "/" not in name]  # not the parts of sets
+        remedy = f"{hint}There are {', '.join(whole)}; own data is a file that ends in .jsonl."
+        raise UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
+    return SOURCES[name]
+
+
+def load_records(name: str, path: str | None, seed: int) -> Records:
     """What a source holds, as training should see it.
 
     Args:
-        source: a name in `SOURCES`.
+        name: in `SOURCES`.
         path: a folder or file that the source reads instead of its own data.
         seed: for the sources that draw their data.
 
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
     """
-    if source not in SOURCES:
-        raise _unknown(source)
-    return SOURCES[source](path, seed)
+    return _load(name, find_source(name).read, path, seed)
 
 
-def load_rows(source: str, path: str | None, seed: int) -> Records:
+def load_rows(name: str, path: str | None, seed: int) -> Records:
     """As `load_records`, with the rows that repeat or contradict others where training leaves them out."""
-    untidied = _UNTIDIED.get(source)
-    return untidied(path, seed) if untidied else load_records(source, path, seed)
+    source = find_source(name)
+    return _load(name, source.every_row or source.read, path, seed)
+
+
+def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
+    given = None if path is None else Path(os.path.expanduser(path))  # Path's own raises for the home of nobody
+    try:
+        if given is not None:
+            _check_characters(given)
+        records = read(given, seed)
+    except FileNotFoundError as error:
+        where = str(error.filename or path)
+        raise UserError("there is no such file", where=where, remedy="Check data.path.") from None
+    except IsADirectoryError as error:
+        remedy = "Set data.path to a file, or data.source to the source whose folder this is."
+        raise UserError("is a folder; a file expected", where=str(error.filename), remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        file, cause = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
+        where, what = str(file or path), f"cannot be read: {cause or error}"
+        raise machine_fault(error) or UserError(what, where=where, remedy="Check data.path.") from None
+    if not any(records.by_kind().values()):
+        raise no_usable_row(records.problems, path or name, SOURCES[name].remedy)
+    return records
+
+
+def _check_characters(path: Path) -> None:
+    """Refuses a path that no file can have: with a NUL character, or half of a surrogate pair."""
+    try:
+        with contextlib.suppress(OSError):
+            path.lstat()
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), remedy="Check data.path.") from None
+
+
+def fetch_source(name: str) -> Path:
+    """Downloads a source and returns its folder.
+
+    Raises:
+        UserError: there is no such source, or nothing to download for it.
+        MachineError: the network or the disk fails.
+    """
+    download = find_source(name).fetch
+    if download is None:
+        remedy = f"These can be fetched: {', '.join(name for name in SOURCES if SOURCES[name].fetch)}."
+        raise UserError(f"there is nothing to fetch for {name!r}", remedy=remedy)
+    return download()
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
@@ -46,25 +136,19 @@ def parse_source(text: str) -> tuple[str, str | None]:
         UserError: neither a known source nor a file.
     """
     name, colon, path = text.partition(":")
-    if name in SOURCES:
-        if colon and not path:
-            raise UserError(f"{text!r} names no path", remedy=f"Write {name} or {name}:PATH.")
-        return name, path or None
     # A file in own formats needs no name before it.
-    if text.endswith((".jsonl", ".json")) or os.path.isfile(os.path.expanduser(text)):
+    if name not in SOURCES and (text.endswith((".jsonl", ".json")) or os.path.isfile(os.path.expanduser(text))):
         return "jsonl", text
-    raise _unknown(name)
+    find_source(name)
+    if colon and not path:
+        raise UserError(f"{text!r} names no path", remedy=f"Write {name} or {name}:PATH.")
+    return name, path or None
 
 
-def _unknown(name: str) -> UserError:
-    near = difflib.get_close_matches(name, SOURCES, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    whole = [name for name in SOURCES if "/" not in name]  # not the parts of sets
-    remedy = f"{hint}There are {', '.join(whole)}; own data is a file that ends in .jsonl."
-    return UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
+# The sources of this package.
 
 
-def _coffee_simulator(path: str | None, seed: int) -> Records:
+def _coffee_simulator(path: Path | None, seed: int) -> Records:
     if path is not None:
         remedy = "Leave data.path out, or set data.source to jsonl to read a file."
         raise UserError(f"coffee-simulator reads no files, but is given {path}", where="data.path", remedy=remedy)
@@ -74,42 +158,50 @@ def _coffee_simulator(path: str | None, seed: int) -> Records:
     return records
 
 
-def _taskmaster(domain: Domain, read: Callable[[str | Path, Domain], Records]) -> Loader:
-    def load(path: str | None, seed: int) -> Records:
-        return read(path or _fetched(f"taskmaster-{domain}"), domain)
+def _jsonl(path: Path | None, seed: int) -> Records:
+    if path is None:
+        raise UserError("jsonl needs a file", where="data.path", remedy="Set data.path to a .jsonl file.")
+    return read_jsonl(path)
 
-    return load
+
+def _taskmaster(domain: Domain, description: str) -> Source:
+    def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
+        return read_taskmaster(path or _fetched(domain), domain, every_row)
+
+    return Source(
+        read,
+        description,
+        licence="CC BY 4.0",
+        homepage="https://github.com/google-research-datasets/Taskmaster",
+        every_row=partial(read, every_row=True),
+        fetch=partial(fetch, RELEASES[domain]),
+    )
 
 
-def _fetched(source: str) -> Path:
+def _fetched(domain: Domain) -> Path:
     """The folder that `data fetch` fills."""
-    folder = cache_folder()
-    if missing := [pin.path for pin in pins(source) if not (folder / pin.path).is_file()]:
+    folder, source = cache_folder(), f"taskmaster-{domain}"
+    if missing := [pin.path for pin in pins(RELEASES[domain]) if not (folder / pin.path).is_file()]:
         remedy = f"Run `perl-rlhf data fetch {source}`, or set data.path to a checkout of the repository."
         raise UserError(f"{source} is not fetched: there is no {missing[0]}", where=str(folder), remedy=remedy)
     return folder
 
 
-def _public(public: PublicSet, read: Callable[[PublicSet, str | None], Records]) -> Loader:
-    return lambda path, seed: read(public, path)
+def _public(name: str) -> Source:
+    def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
+        return read_public(public, path, every_row)
+
+    public = PUBLIC_SETS[name]
+    page = f"https://huggingface.co/datasets/{public.repository}"
+    return Source(read, public.description, public.licence, page, partial(read, every_row=True), remedy=REMEDY)
 
 
-def _jsonl(path: str | None, seed: int) -> Records:
-    if path is None:
-        raise UserError("jsonl needs a file", where="data.path", remedy="Set data.path to a .jsonl file.")
-    return read_jsonl(os.path.expanduser(path))
-
-
-SOURCES: dict[str, Loader] = {
-    "coffee-simulator": _coffee_simulator,
-    "taskmaster-coffee": _taskmaster("coffee", read_taskmaster),
-    "taskmaster-ticketing": _taskmaster("ticketing", read_taskmaster),
-    "jsonl": _jsonl,
-    **{name: _public(public, read_public) for name, public in PUBLIC_SETS.items()},
-}
-
-_UNTIDIED: dict[str, Loader] = {
-    "taskmaster-coffee": _taskmaster("coffee", read_rows),
-    "taskmaster-ticketing": _taskmaster("ticketing", read_rows),
-    **{name: _public(public, read_public_rows) for name, public in PUBLIC_SETS.items()},
+SOURCES: dict[str, Source] = {
+    "coffee-simulator": Source(
+        _coffee_simulator, "simulated orders in a coffee shop, with a gold judge", licence="this project's"
+    ),
+    "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
+    "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
+    "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}."),
+    **{name: _public(name) for name in PUBLIC_SETS},
 }

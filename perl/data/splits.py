@@ -9,15 +9,12 @@ that metrics can be compared.
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from perl.data.duplicates import Rows
-from perl.data.records import Comparison, Context, Demonstration, Prompt, Rating, Records
+from perl.data.records import Context, Record, Records, answers_of
 from perl.errors import UserError
 
-_R = TypeVar("_R", Demonstration, Rating, Comparison, Prompt)
-
-KINDS = ("demonstrations", "ratings", "comparisons", "prompts")
 LARGEST_GROUP = 0.25
 """Share of the dialogues. What more of them have in common, such as a greeting, does not make them one group."""
 TRIES = 16
@@ -30,8 +27,7 @@ class _Row(NamedTuple):
     """What is compared: a context, and an answer where there is one. A comparison is two rows."""
 
     kind: str
-    place: int
-    dialogue: str
+    record: Record
     turns: Context
 
 
@@ -57,20 +53,20 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     """
     if not 0 < held_out < 1:
         raise UserError(f"{held_out} is not a share", where="data.held_out", remedy="Set it above 0 and below 1.")
-    dialogues = {record.dialogue for kind in KINDS for record in getattr(records, kind)}
+    dialogues = {record.dialogue for kind in records.by_kind().values() for record in kind}
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
         what = "; ".join([f"{len(dialogues)} dialogue cannot be split", *records.notes])
         raise UserError(what, where="data.held_out", remedy=remedy)
     if records.published_test:
-        held = _side(records, set(records.published_test))
-        train = _side(records, dialogues - records.published_test)
+        chosen = set(records.published_test)
+        train, held = _sides(records, chosen)
     else:
         rows = list(_rows(records))
-        alike = Rows([row.turns for row in rows], [row.dialogue for row in rows])
+        alike = Rows([row.turns for row in rows], [row.record.dialogue for row in rows])
         groups = _groups(rows, alike.clusters())
         chosen = _drawn(groups, _properties(records, groups), held_out, seed)
-        train, held = _side(records, dialogues - chosen), _side(records, chosen)
+        train, held = _sides(records, chosen)
         _leave_out_seen(held, rows, alike, chosen)
     train.problems, train.corpus = records.problems, records.corpus
     for kind, count in _counts(records).items():
@@ -80,27 +76,16 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
 
 
 def _rows(records: Records) -> Iterator[_Row]:
-    for place, one in enumerate(records.demonstrations):
-        yield _Row("demonstrations", place, one.dialogue, (*one.context, *one.answer))
-    for place, rating in enumerate(records.ratings):
-        yield _Row("ratings", place, rating.dialogue, (*rating.context, rating.answer))
-    for place, pair in enumerate(records.comparisons):
-        for answer in (pair.better, pair.worse):
-            yield _Row("comparisons", place, pair.dialogue, (*pair.context, answer))
-    for place, prompt in enumerate(records.prompts):
-        yield _Row("prompts", place, prompt.dialogue, prompt.context)
+    for kind, of_kind in records.by_kind().items():
+        for record in of_kind:
+            for answer in answers_of(record) or [()]:
+                yield _Row(kind, record, (*record.context, *answer))
 
 
-def _side(records: Records, dialogues: set[str]) -> Records:
-    def of_side(kind: Sequence[_R]) -> list[_R]:
-        return [record for record in kind if record.dialogue in dialogues]
-
-    return Records(
-        demonstrations=of_side(records.demonstrations),
-        ratings=of_side(records.ratings),
-        comparisons=of_side(records.comparisons),
-        prompts=of_side(records.prompts),
-        judge=records.judge,
+def _sides(records: Records, chosen: set[str]) -> tuple[Records, Records]:
+    return (
+        records.where(lambda record: record.dialogue not in chosen),
+        records.where(lambda record: record.dialogue in chosen),
     )
 
 
@@ -122,8 +107,8 @@ def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
     """Dialogues by the rows that they have in common; what fewer have counts first."""
     sharing: dict[int, set[str]] = defaultdict(set)
     for cluster, row in zip(clusters, rows, strict=True):
-        sharing[cluster].add(row.dialogue)
-    group_of = {row.dialogue: {row.dialogue} for row in rows}
+        sharing[cluster].add(row.record.dialogue)
+    group_of = {row.record.dialogue: {row.record.dialogue} for row in rows}
     most = min(len(group_of) - 1, max(2, int(LARGEST_GROUP * len(group_of))))
     shared = [sorted(some) for some in sharing.values() if len(some) > 1]
     for together in sorted(shared, key=lambda some: (len(some), some)):
@@ -143,7 +128,7 @@ def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
     labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
     for rating in records.ratings:
         labels[rating.dialogue, rating.context].add(rating.label)
-    found = {kind: {of[record.dialogue] for record in getattr(records, kind)} for kind in KINDS}
+    found = {kind: {of[record.dialogue] for record in rows} for kind, rows in records.by_kind().items()}
     found |= {
         f"label {label}": {of[dialogue] for (dialogue, _), given in labels.items() if label in given}
         for label in (True, False)
@@ -212,16 +197,20 @@ def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]
 
 def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: set[str]) -> None:
     """Take rows out of the held-out records that training has, the same or nearly, and say so in their notes."""
+
+    def is_held(row: _Row) -> bool:
+        return row.record.dialogue in chosen
+
     before, taken = _counts(held), 0
     for kinds in (("demonstrations",), ("ratings", "comparisons"), ("prompts",)):
-        known = [number for number, row in enumerate(rows) if row.kind in kinds and row.dialogue not in chosen]
-        asked = [number for number, row in enumerate(rows) if row.kind in kinds and row.dialogue in chosen]
-        found = zip(asked, alike.like(asked, known), strict=True)
-        seen = {(rows[number].kind, rows[number].place) for number, yes in found if yes}
+        known, asked = [
+            [number for number, row in enumerate(rows) if row.kind in kinds and is_held(row) == side]
+            for side in (False, True)
+        ]
+        seen = {id(rows[n].record) for n, yes in zip(asked, alike.like(asked, known), strict=True) if yes}
         for kind in kinds:
-            whole: list[Any] = getattr(held, kind)
-            places = dict.fromkeys(rows[number].place for number in asked if rows[number].kind == kind)
-            left = [one for place, one in zip(places, whole, strict=True) if (kind, place) not in seen]
+            whole: list[Record] = getattr(held, kind)
+            left = [record for record in whole if id(record) not in seen]
             setattr(held, kind, left)
             if any(count and not _counts(held)[name] for name, count in before.items()):
                 setattr(held, kind, whole)

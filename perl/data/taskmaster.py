@@ -4,19 +4,27 @@ A rated turn holds its context and its answer as JSON strings; a dialogue holds 
 of the utterance that caused them. Both become turns of one rendering: `call NAME {"argument": "value"}` by
 the agent, `{"NAME":{…}}` by the API.
 
-The rows as published repeat and contradict each other: `read_rows` has them all, `read_taskmaster` those
-that training should see.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from perl.data.pairs import without_repeats
 from perl.data.records import CALL, Demonstration, Problem, Prompt, Rating, Records, Speaker, Turn
-from perl.data.rows import RowError, first_user_key, kind, label_of, shown, strict_json, usable_text
+from perl.data.rows import (
+    RowError,
+    binary_label,
+    first_user_key,
+    list_of,
+    no_usable_row,
+    object_with,
+    parsed,
+    shown,
+    strict_json,
+    usable_text,
+)
 from perl.errors import UserError
 
 Domain = Literal["coffee", "ticketing"]
@@ -24,112 +32,80 @@ RELEASES: dict[Domain, str] = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}
 """The folder of the public repository that holds each domain."""
 
 _SPEAKERS: dict[str, Speaker] = {"user": "user", "agent": "agent", "assistant": "agent"}
-_Row = TypeVar("_Row", Rating, Demonstration)
+_R = TypeVar("_R", Rating, Demonstration)
 
 
-def read_taskmaster(folder: str | Path, domain: Domain) -> Records:
-    """Reads a checkout of the repository, or its folder of this domain, for training.
+def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Records:
+    """Reads a checkout of the repository, or its folder of this domain.
 
-    Each (context, answer) is rated once; those with both labels are left out. Coffee's demonstrations are
-    its dialogues, Ticketing's its thumbs-up answers. Prompts are the contexts of the ratings.
+    Coffee's demonstrations are its dialogues, Ticketing's its answers that are rated up. Prompts are the contexts
+    of the ratings.
+
+    Args:
+        folder: where it lies.
+        domain: what is read of it.
+        every_row: also ratings that repeat a (context, answer), and those of answers rated both up and down.
 
     Raises:
         UserError: a folder is missing, or it holds no usable row.
     """
-    records = read_rows(folder, domain)
-    ratings = without_repeats(records.ratings)
-    return _assemble(domain, ratings, records.demonstrations, records.problems)
-
-
-def read_rows(folder: str | Path, domain: Domain) -> Records:
-    """As `read_taskmaster`, with the ratings that repeat or contradict others."""
-    release = _release(Path(os.path.expanduser(folder)), domain)
-    ratings, problems = _read(release / "reward", lambda row, where: rated(row, where, domain))
-    dialogues: list[Demonstration] = []
+    release = _release(folder, domain)
+    ratings, problems = _read(release / "reward", rated_turn, domain)
+    if not every_row:
+        ratings = without_repeats(ratings)
     if domain == "coffee":
-        dialogues, bad = _read(release / "data", lambda row, where: whole_dialogue(row, where, domain))
+        demonstrations, bad = _read(release / "data", whole_dialogue, domain)
         problems += bad
-    return _assemble(domain, ratings, dialogues, problems)
-
-
-def _assemble(
-    domain: Domain, ratings: list[Rating], dialogues: list[Demonstration], problems: list[Problem]
-) -> Records:
+    else:
+        liked = (rating for rating in ratings if rating.label and rating.answer.text)
+        demonstrations = [Demonstration(rating.context, (rating.answer,), rating.dialogue) for rating in liked]
     # An empty context, which a few rated turns have, cannot be answered.
-    answerable = [rating for rating in ratings if rating.context]
-    prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in answerable}
+    prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in ratings if rating.context}
     return Records(
-        demonstrations=dialogues if domain == "coffee" else _thumbs_up(ratings),
-        ratings=ratings,
-        prompts=list(prompts.values()),
-        problems=problems,
+        demonstrations=demonstrations, ratings=ratings, prompts=list(prompts.values()), problems=problems
     )
 
 
-def _thumbs_up(ratings: list[Rating]) -> list[Demonstration]:
-    return [
-        Demonstration(rating.context, (rating.answer,), rating.dialogue)
-        for rating in ratings
-        if rating.label and rating.answer.text
-    ]
-
-
-def rated(row: object, where: str, domain: str = "coffee") -> Rating | Problem:
-    """One rated turn as published. Never raises, whatever the row.
+def rated_turn(row: object, domain: str) -> Rating:
+    """One rated turn as published.
 
     Args:
         row: an object with `context` and `generation`, both JSON strings, and `reward`, 1.0 or 0.0.
-        where: the place that a `Problem` names.
         domain: prefixed to the dialogue's key.
+
+    Raises:
+        RowError: the row does not fit.
     """
-    try:
-        fields = _fields(row, "context", "generation", "reward")
-        turns = strict_json(usable_text(fields["context"], "context"))
-        context = tuple(_turn(turn, f"context[{i}]") for i, turn in enumerate(_list(turns, "context")))
-        answer = _turn(strict_json(usable_text(fields["generation"], "generation")), "generation")
-        if answer.speaker != "agent":
-            raise RowError(f"generation is by {answer.speaker}; a turn by the agent expected")
-        label = label_of(fields["reward"], "reward")
-        return Rating(context, answer, label, first_user_key(context, domain))
-    except RowError as error:
-        return Problem(where, str(error))
-    except RecursionError:
-        return Problem(where, "nested too deeply")
+    fields = object_with(row, ("context", "generation", "reward"))
+    turns = list_of(strict_json(usable_text(fields["context"], "context")), "context")
+    context = tuple(_turn(turn, f"context[{i}]") for i, turn in enumerate(turns))
+    answer = _turn(strict_json(usable_text(fields["generation"], "generation")), "generation")
+    if answer.speaker != "agent":
+        raise RowError(f"generation is by {answer.speaker}; a turn by the agent expected")
+    return Rating(context, answer, binary_label(fields["reward"], "reward"), first_user_key(context, domain))
 
 
-def whole_dialogue(row: object, where: str, domain: str = "coffee") -> Demonstration | Problem:
+def whole_dialogue(row: object, domain: str) -> Demonstration:
     """One dialogue as published: up to the first user turn it is context, all else the answer.
 
-    Never raises, whatever the row. Requests and responses that are not valid JSON are kept as they stand.
+    Requests and responses that are not valid JSON are kept as they stand.
+
+    Raises:
+        RowError: the row does not fit.
     """
-    try:
-        utterances = _list(_fields(row, "utterances")["utterances"], "utterances")
-        turns: list[Turn] = []
-        for index, utterance in enumerate(utterances):
-            turns += _utterance(utterance, f"utterances[{index}]")
-        first = next((i for i, turn in enumerate(turns) if turn.speaker == "user"), len(turns))
-        context, answer = tuple(turns[: first + 1]), tuple(turns[first + 1 :])
-        if not any(turn.speaker == "agent" for turn in answer):
-            raise RowError("the agent says nothing after the first user turn")
-        return Demonstration(context, answer, first_user_key(context, domain))
-    except RowError as error:
-        return Problem(where, str(error))
-    except RecursionError:
-        return Problem(where, "nested too deeply")
+    utterances = list_of(object_with(row, ("utterances",))["utterances"], "utterances")
+    turns = [turn for i, utterance in enumerate(utterances) for turn in _utterance(utterance, f"utterances[{i}]")]
+    first = next((i for i, turn in enumerate(turns) if turn.speaker == "user"), len(turns))
+    context, answer = tuple(turns[: first + 1]), tuple(turns[first + 1 :])
+    if not any(turn.speaker == "agent" for turn in answer):
+        raise RowError("the agent says nothing after the first user turn")
+    return Demonstration(context, answer, first_user_key(context, domain))
 
 
-def call_turn(name: str, arguments: object) -> Turn:
-    """An API call as a turn of the agent: `call NAME {"argument": "value"}`.
-
-    Arguments that are a string stand as they are.
-    """
+def _call_turn(name: str, arguments: object) -> Turn:
+    """An API call as a turn of the agent; arguments that are a string stand as they are."""
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Turn("agent", usable_text(f"{CALL}{name} {text}", "call"))
-
-
-def response_turn(response: object) -> Turn:
-    """An API response, `{NAME: {…}}`, as a turn of the API: compact JSON."""
-    return Turn("api", usable_text(_compact(response), "response"))
 
 
 def _compact(value: object) -> str:
@@ -143,9 +119,9 @@ def _turn(turn: object, name: str) -> Turn:
             case {"role": "agent", "api": dict(api)} if len(api) == 1:
                 ((call, arguments),) = api.items()
                 if isinstance(arguments, dict):
-                    return call_turn(call, arguments)
+                    return _call_turn(call, arguments)
             case {"role": "api", "response": dict(response)}:
-                return response_turn(response)
+                return Turn("api", usable_text(_compact(response), "response"))
             case {"role": "user" | "agent" as role, "text": str(text)}:
                 return Turn(_SPEAKERS[role], usable_text(text, name))
     raise RowError(f"{name} is {shown(turn)}; a text by user or agent, one api call, or a response expected")
@@ -153,25 +129,25 @@ def _turn(turn: object, name: str) -> Turn:
 
 def _utterance(utterance: object, name: str) -> Iterator[Turn]:
     """What was said, then the calls and responses it caused."""
-    fields = _fields(utterance, "speaker", "text", name=name)
+    fields = object_with(utterance, ("speaker", "text"), name)
     speaker, text = fields["speaker"], usable_text(fields["text"], f"{name}.text")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise RowError(f"{name} has the unknown speaker {shown(speaker)}; user or assistant expected")
     if not text.strip():
         raise RowError(f"{name}.text is empty")
     yield Turn(_SPEAKERS[speaker], text)
-    yield from _calls(_list(fields.get("annotations") or [], f"{name}.annotations"), name)
+    yield from _calls(list_of(fields.get("annotations") or [], f"{name}.annotations"), f"{name}.annotations")
 
 
-def _calls(annotations: list[Any], name: str) -> Iterator[Turn]:
+def _calls(annotations: list[object], name: str) -> Iterator[Turn]:
     """Runs of `api_call`, `request`, `api_response`, `response`; `request` may be missing: no arguments."""
     call = response = None
     arguments: object = {}
     for annotation in annotations:
-        fields = _fields(annotation, "name", "value", name=f"{name}.annotations")
-        part, value = fields["name"], usable_text(fields["value"], f"{name}.annotations.value")
+        fields = object_with(annotation, ("name", "value"), name)
+        part, value = fields["name"], usable_text(fields["value"], f"{name}.value")
         if call is not None and part != "request":
-            yield call_turn(call, arguments)
+            yield _call_turn(call, arguments)
             call, arguments = None, {}
         if part == "api_call":
             call = value
@@ -183,37 +159,22 @@ def _calls(annotations: list[Any], name: str) -> Iterator[Turn]:
             yield _response_to(response, _json_or_text(value))
             response = None
         else:
-            raise RowError(f"{name}.annotations has {shown(part)} out of place")
+            raise RowError(f"{name} has {shown(part)} out of place")
     if call is not None:
-        yield call_turn(call, arguments)
+        yield _call_turn(call, arguments)
 
 
 def _json_or_text(value: str) -> object:
     """The parsed value, or the string itself where it is not JSON, as in `{"id": ""latte-12""}`."""
     try:
-        return strict_json(value, control_characters=True)
+        return strict_json(value, strict=False)
     except RowError:
         return value
 
 
 def _response_to(name: str, response: object) -> Turn:
-    if isinstance(response, str):  # not JSON: it stands as it is inside the same wrapping
-        return Turn("api", f"{{{_compact(name)}:{response}}}")
-    return response_turn({name: response})
-
-
-def _fields(row: object, *names: str, name: str = "the row") -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise RowError(f"{name} is {kind(row)}; an object expected")
-    if missing := [field for field in names if field not in row]:
-        raise RowError(f"{name} has no {', '.join(missing)}")
-    return row
-
-
-def _list(value: object, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RowError(f"{name} is {kind(value)}; a list expected")
-    return value
+    text = response if isinstance(response, str) else _compact(response)  # not JSON: it stands as it is
+    return Turn("api", usable_text(f"{{{_compact(name)}:{text}}}", "response"))
 
 
 # Files.
@@ -233,24 +194,22 @@ def _release(folder: Path, domain: Domain) -> Path:
     return release
 
 
-def _read(folder: Path, parse: Callable[[object, str], _Row | Problem]) -> tuple[list[_Row], list[Problem]]:
+def _read(folder: Path, parse: Callable[[object, str], _R], domain: Domain) -> tuple[list[_R], list[Problem]]:
     """All rows of a folder's files, in the files' order."""
-    rows: list[_Row] = []
+    rows: list[_R] = []
     problems: list[Problem] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            values = _list(strict_json(path.read_text(encoding="utf-8")), "the file")
+            values = list_of(strict_json(path.read_text(encoding="utf-8")), "the file")
         except (RowError, OSError, UnicodeDecodeError) as error:
             problems.append(Problem(str(path), str(error)))
             continue
         for index, value in enumerate(values):
-            row = parse(value, f"{path}[{index}]")
+            row = parsed(f"{path}[{index}]", parse, value, domain)
             if isinstance(row, Problem):
                 problems.append(row)
             else:
                 rows.append(row)
     if not rows:
-        first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ""
-        remedy = "Fetch the data again, or check data.path."
-        raise UserError(f"no usable row{first}", where=str(folder), remedy=remedy)
+        raise no_usable_row(problems, str(folder), "Fetch the data again, or check data.path.")
     return rows, problems

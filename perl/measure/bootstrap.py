@@ -1,9 +1,10 @@
-"""How sure a figure is: the bootstrap by dialogue, all resamples at once.
+"""Confidence intervals: the bootstrap by dialogue, all resamples at once.
 
-A figure is a function of weights_SN (float64): S resamples of N answers, how often each answer was drawn. It
-returns S values, NaN where a resample has none (such as an AUROC without downs).
+A statistic is a function of weights_SN (float64): S resamples of N rows, how often each row was drawn. It returns
+S values, NaN where a resample has none (such as an AUROC without downs). `scipy.stats.bootstrap` is no help: it
+draws single rows, and has no interval where one resample has no value.
 
-Axis letters: S resamples, N answers, G dialogues.
+Axis letters: S resamples, N rows, G dialogues.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,33 +14,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Figure = Callable[[Floats], Floats]
+Statistic = Callable[[Floats], Floats]
 Interval = tuple[float, float]
 
 RESAMPLES = (200, 1000)
-"""At least and at most: the more answers, the fewer."""
-WEIGHTS = 20_000_000
-"""Resamples times answers: what a figure takes a second or so to go through."""
-HELD = 4_000_000
+"""At least and at most: the more rows, the fewer."""
+MAX_WEIGHTS = 20_000_000
+"""Resamples times rows: what a statistic takes a second or so to go through."""
+CHUNK = 4_000_000
 """Of these in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its 95 % interval; None where it has no value."""
+    """A statistic and its 95 % interval; None where it has no value."""
 
     value: float | None
     interval: Interval | None
 
 
-class Resampled:
-    """Whole dialogues drawn with replacement (Field & Welsh 2007), the same draws for every figure.
+class ClusterBootstrap:
+    """Whole dialogues drawn with replacement (Field & Welsh 2007), the same draws for every statistic.
 
-    The answers of one dialogue resemble one another; drawing them one by one would give intervals that are too
-    narrow. As all metrics see the same draws, the interval of a difference of two metrics is a paired one.
+    The rows of one dialogue resemble one another; drawing them one by one would give intervals that are too
+    narrow. As all statistics see the same draws, the interval of a difference of two is a paired one.
 
     Args:
-        dialogues: of each answer.
+        dialogues: of each row.
         seed: of the draws.
     """
 
@@ -47,33 +48,26 @@ class Resampled:
         _, self._dialogue_N = np.unique(np.asarray(dialogues), return_inverse=True)
         count = int(self._dialogue_N.max()) + 1
         least, most = RESAMPLES
-        samples = min(most, max(least, WEIGHTS // len(dialogues)))
+        samples = min(most, max(least, MAX_WEIGHTS // len(dialogues)))
         random = np.random.default_rng(seed)
         self._times_SG = np.empty((samples, count), dtype=np.int16)  # no dialogue is drawn thousands of times
         for times_G in self._times_SG:
             times_G[:] = np.bincount(random.integers(count, size=count), minlength=count)
 
-    def estimate(self, figure: Figure) -> Estimate:
-        """The figure of the answers as they are, and between which values 95 % of its resamples lie."""
-        answers = len(self._dialogue_N)
-        value = float(figure(np.ones((1, answers)))[0])
-        step = max(1, HELD // answers)
-        parts = [
-            figure(self._times_SG[first : first + step, self._dialogue_N].astype(np.float64))
-            for first in range(0, len(self._times_SG), step)
-        ]
-        values = np.concatenate(parts)
+    def estimate(self, statistic: Statistic) -> Estimate:
+        """The statistic of the rows as they are, and between which values 95 % of its resamples lie."""
+        rows = len(self._dialogue_N)
+        step = max(1, CHUNK // rows)
+        chunks = (self._times_SG[first : first + step] for first in range(0, len(self._times_SG), step))
+        values = np.concatenate([statistic(times[:, self._dialogue_N].astype(np.float64)) for times in chunks])
         known = values[np.isfinite(values)]
         low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (np.nan, np.nan)
-        return Estimate(
-            value=value if np.isfinite(value) else None,
-            interval=(float(low), float(high)) if len(known) else None,
-        )
+        return Estimate(value_of(statistic, rows), (float(low), float(high)) if len(known) else None)
 
 
-def plain(figure: Figure, answers: int) -> float | None:
-    """The figure of so many answers as they are; None where it has no value."""
-    value = float(figure(np.ones((1, answers)))[0])
+def value_of(statistic: Statistic, rows: int) -> float | None:
+    """The statistic of so many rows as they are; None where it has no value."""
+    value = float(statistic(np.ones((1, rows)))[0])
     return value if np.isfinite(value) else None
 
 

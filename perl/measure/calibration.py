@@ -14,20 +14,46 @@ judge. Of compared answers it is the probability that the first of two is the be
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Figure, Floats, plain
-from perl.measure.metrics import ECE_BINS, Labels, calibration_error, equal_mass, probabilities, reliability
+from perl.measure.bootstrap import Floats, value_of
+from perl.measure.metrics import (
+    ECE_BINS,
+    Labels,
+    ReliabilityBin,
+    calibration_error,
+    equal_mass,
+    probabilities,
+    reliability,
+)
+from perl.measure.rated_rows import RatedRows
 
 FOLDS = 5
-CHANCES = 400
-"""Draws of labels that agree with the probabilities."""
+LABEL_DRAWS = 400
+"""Sets of labels that agree with the probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Probabilities before and after scaling, p = σ(slope · score + intercept).
+
+    Slope, intercept and temperature are fitted on all answers, for use; each ECE after scaling is of log-odds
+    fitted on other dialogues (None where there is a single one).
+    """
+
+    of: str
+    n: int
+    slope: float
+    intercept: float
+    temperature: float | None
+    ece_before: float
+    ece_temperature: float | None
+    ece_after: float | None
+    ece_by_chance: float | None
+    reliability_before: list[ReliabilityBin]
+    reliability_after: list[ReliabilityBin] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +70,8 @@ class Scaling:
 
 def fit(scores: Floats, labels: Labels, intercept: bool = True) -> Scaling:
     """The likeliest scaling; without an intercept, the temperature alone."""
+    from sklearn.linear_model import LogisticRegression  # takes 2 s to import: not where a card is only read
+
     # In units of their spread (and from their mean where the intercept makes up for it) the solver converges fast.
     shift = float(scores.mean()) if intercept else 0.0
     unit = float(np.sqrt(np.mean((scores - shift) ** 2))) or 1.0
@@ -62,6 +90,8 @@ def cross_fitted(
     scores: Floats, labels: Labels, dialogues: Sequence[str], intercept: bool = True
 ) -> Floats | None:
     """Log-odds of each answer, scaled as fitted on other dialogues than its own; None with a single dialogue."""
+    from sklearn.model_selection import GroupKFold
+
     groups = np.unique(np.asarray(dialogues), return_inverse=True)[1]
     folds = min(FOLDS, int(groups.max()) + 1)
     if folds < 2:
@@ -81,15 +111,15 @@ def ece_by_chance(log_odds: Floats, seed: int) -> float:
     given, bins = probabilities(log_odds), equal_mass(log_odds, ECE_BINS)
     generator = np.random.default_rng(seed)
     errors = []
-    for _ in range(CHANCES):
+    for _ in range(LABEL_DRAWS):
         gaps = np.bincount(bins, weights=given - (generator.random(len(given)) < given))
         errors.append(np.abs(gaps).sum() / len(given))
     return float(np.percentile(errors, 95))
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a probability is given for: answers, or the first of two being the better."""
+class Predictions:
+    """What a probability is given for: an answer's thumb up, or the first of two answers being the better."""
 
     scores: Floats
     labels: Labels
@@ -97,44 +127,40 @@ class Judged:
     compared: bool
 
 
-def judged(scores: Floats, answers: Answers) -> Judged:
+def predictions(scores: Floats, rows: RatedRows) -> Predictions:
     """Answers as they are rated; compared ones as differences, every other pair turned round."""
-    if not answers.compared:
-        return Judged(scores, np.asarray(answers.labels, dtype=np.int64), answers.dialogues, False)
-    better, worse = np.asarray(answers.pairs, dtype=np.int64).T
+    if not rows.compared:
+        return Predictions(scores, np.asarray(rows.labels, dtype=np.int64), rows.dialogues, False)
+    better, worse = np.asarray(rows.pairs, dtype=np.int64).T
     first = np.arange(len(better)) % 2 == 0  # were the better always the first, being sure would always be right
     differences = np.where(first, 1.0, -1.0) * (scores[better] - scores[worse])
-    return Judged(differences, first.astype(np.int64), [answers.dialogues[one] for one in better], True)
+    return Predictions(differences, first.astype(np.int64), [rows.dialogues[index] for index in better], True)
 
 
-def calibration(of: Judged) -> tuple[dict[str, Any], Floats | None]:
-    """Calibration as it is and scaled; and the scaled log-odds, each fitted on other dialogues.
-
-    Returns:
-        the metrics as JSON: `slope` and `intercept` are fitted on all answers, for use; each ECE is of log-odds
-        fitted on other dialogues (None where there is a single one).
-    """
-    scaling = fit(of.scores, of.labels, intercept=not of.compared)
-    tempered = fit(of.scores, of.labels, intercept=False)
-    after = cross_fitted(of.scores, of.labels, of.dialogues, intercept=not of.compared)
-    temperature = cross_fitted(of.scores, of.labels, of.dialogues, intercept=False)
-    metrics = {
-        "of": "the first of two being the better" if of.compared else "a thumb up",
-        "n": len(of.scores),
-        **asdict(scaling),
-        "temperature": 1 / tempered.slope if tempered.slope > 0 else None,
-        "ece_before": _ece(of.scores, of.labels),
-        "ece_temperature": None if temperature is None else _ece(temperature, of.labels),
-        "ece_after": None if after is None else _ece(after, of.labels),
-        "ece_by_chance": None if after is None else ece_by_chance(after, seed=0),
-        "reliability_before": reliability(of.scores, of.labels),
-        "reliability_after": None if after is None else reliability(after, of.labels),
-    }
-    return metrics, after
+def calibrate(given: Predictions) -> tuple[Calibration, Floats | None]:
+    """Calibration as it is and scaled; and the scaled log-odds, each fitted on other dialogues."""
+    scores, labels, dialogues = given.scores, given.labels, given.dialogues
+    scaling = fit(scores, labels, intercept=not given.compared)
+    tempered = fit(scores, labels, intercept=False)
+    after = cross_fitted(scores, labels, dialogues, intercept=not given.compared)
+    by_temperature = cross_fitted(scores, labels, dialogues, intercept=False)
+    calibration = Calibration(
+        of="the first of two being the better" if given.compared else "a thumb up",
+        n=len(scores),
+        slope=scaling.slope,
+        intercept=scaling.intercept,
+        temperature=1 / tempered.slope if tempered.slope > 0 else None,
+        ece_before=_ece(scores, labels),
+        ece_temperature=None if by_temperature is None else _ece(by_temperature, labels),
+        ece_after=None if after is None else _ece(after, labels),
+        ece_by_chance=None if after is None else ece_by_chance(after, seed=0),
+        reliability_before=reliability(scores, labels),
+        reliability_after=None if after is None else reliability(after, labels),
+    )
+    return calibration, after
 
 
 def _ece(log_odds: Floats, labels: Labels) -> float:
-    error: Figure = calibration_error(log_odds, labels)
-    value = plain(error, len(log_odds))
+    value = value_of(calibration_error(log_odds, labels), len(log_odds))
     assert value is not None
     return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from perl.measure.probe import Kind, Phase
+from perl.measure.probe import Listener
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -44,7 +44,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _packed_linear
 
 
-class Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode, Listener):
     """Counts the operations of what runs while active.
 
     Args:
@@ -54,35 +54,29 @@ class Flops(TorchDispatchMode):
     def __init__(self, trunks: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trunks = list(trunks)
-        self._fill, self._again = 1.0, 0
+        self._real_share, self._recomputing = 1.0, 0
         self.total = 0.0
         self.useful = 0.0
 
-    def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """Of no concern here."""
-
-    def phase(self, name: Phase) -> None:
-        """Of no concern here."""
-
     def recomputing(self, begins: bool) -> None:
         """Note whether what follows was computed before."""
-        self._again += 1 if begins else -1
+        self._recomputing += 1 if begins else -1
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Inside, count."""
         with contextlib.ExitStack() as hooks:
             for trunk in self._trunks:
-                hooks.callback(trunk.register_forward_pre_hook(self._read_fill, with_kwargs=True).remove)
+                hooks.callback(trunk.register_forward_pre_hook(self._read_real_share, with_kwargs=True).remove)
             with self:
                 yield
 
-    def _read_fill(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _read_real_share(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or mask is None or ids.shape[1] == 1:  # one token a row: none is padding
-            self._fill = 1.0
+            self._real_share = 1.0
         else:
-            self._fill = float(mask[:, -ids.shape[1] :].float().mean())
+            self._real_share = float(mask[:, -ids.shape[1] :].float().mean())
 
     def __torch_dispatch__(
         self,
@@ -101,4 +95,4 @@ class Flops(TorchDispatchMode):
 
     def _add(self, count: float) -> None:
         self.total += count
-        self.useful += 0.0 if self._again else count * self._fill
+        self.useful += 0.0 if self._recomputing else count * self._real_share

@@ -8,35 +8,16 @@ read, which costs nothing; what is not marked there counts as activations.
 from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from perl.measure.memory import Holder, LiveBytes, holder
-from perl.measure.probe import Kind, Phase
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-PHASES: tuple[Phase, ...] = get_args(Phase)
+from perl.measure.probe import KINDS, PHASES, Kind, Listener, Phase, PhaseMemory
 
 
-@dataclass(frozen=True)
-class PhaseMemory:
-    """The peak of a phase, in bytes."""
-
-    peak: int
-    kinds: dict[Kind, int]
-    """What it was made of; the sum is the peak."""
-
-
-def memory_as_json(memory: Mapping[Phase, PhaseMemory]) -> dict[str, Any]:
-    """As report.json writes the peaks of a stage."""
-    return {name: {"peak": phase.peak, "kinds": phase.kinds} for name, phase in memory.items()}
-
-
-class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
+class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
     """Live tensor bytes over time.
 
     Args:
@@ -67,9 +48,6 @@ class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
         """What is done from now on."""
         self._starts.append((len(self._changes), name))
 
-    def recomputing(self, begins: bool) -> None:
-        """Of no concern to memory."""
-
     def memory(self) -> dict[Phase, PhaseMemory]:
         """The peaks of the phases seen so far."""
         changes, storages = np.array(self._changes), np.array(self._storages)
@@ -83,13 +61,13 @@ class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
             moment = start + int(level[start : end + 1].argmax())
             if name not in peaks or level[moment] > level[peaks[name]]:
                 peaks[name] = moment
-        found = {}
-        for name, moment in peaks.items():
-            sums = np.zeros(len(KINDS), dtype=np.int64)
+        memory: dict[Phase, PhaseMemory] = {}
+        for name in (phase for phase in PHASES if phase in peaks):
+            sums, moment = np.zeros(len(KINDS), dtype=np.int64), peaks[name]
             np.add.at(sums, kind_of[storages[:moment]], changes[:moment])
             kinds = {kind: int(count) for kind, count in zip(KINDS, sums, strict=True) if count}
-            found[name] = PhaseMemory(int(level[moment]), kinds)
-        return {name: found[name] for name in PHASES if name in found}
+            memory[name] = PhaseMemory(int(level[moment]), kinds)
+        return memory
 
     def _count(self, storage: Holder) -> None:
         key, before = id(storage), self._current
@@ -109,7 +87,7 @@ class Timeline(LiveBytes):  # type: ignore[no-untyped-call]
         self._changes.append(change)
 
 
-class Allocator(AbstractContextManager[None]):
+class Allocator(AbstractContextManager[None], Listener):
     """The CUDA allocator's peaks by phase, with the bytes of marked tensors as they were last marked.
 
     Args:
@@ -138,9 +116,6 @@ class Allocator(AbstractContextManager[None]):
         self._note()
         self._phase = name
         torch.cuda.reset_peak_memory_stats(self._device)
-
-    def recomputing(self, begins: bool) -> None:
-        """Of no concern to memory."""
 
     def memory(self) -> dict[Phase, PhaseMemory]:
         """The peaks of the phases seen so far."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perl.measure.cost import Cost
 from perl.measure.flops import Flops
-from perl.measure.ledger import Allocator, Timeline, memory_as_json
+from perl.measure.ledger import Allocator, Timeline
 from perl.measure.memory import peak_rss_bytes
 from perl.measure.probe import Kind, Phase, listening, mark
 
@@ -62,7 +63,7 @@ class Meter:
             stack.enter_context(self.phase("update"))
             yield
         self.step_seconds.append(
-            {name: sum_ - before.get(name, 0.0) for name, sum_ in self._phase_seconds.items() if name != "load"}
+            {name: total - before.get(name, 0.0) for name, total in self._phase_seconds.items() if name != "load"}
         )
         seconds = time.perf_counter() - begin
         self._seconds += seconds
@@ -123,31 +124,23 @@ class Meter:
         self._seconds, self._measured_seconds = times["seconds"], times["measured_seconds"]
         self._phase_seconds = dict(times["phase_seconds"])
 
-    def metrics(self) -> dict[str, Any]:
-        """The stage's metrics: seconds, bytes, operations."""
-        # The speed is that of the steps that nobody followed, where there are any.
+    def cost(self) -> Cost:
+        """The stage's cost so far, of this process."""
+        tokens, seconds = self._tokens, self._seconds
+        # The speed is that of the steps that were not followed, where there are any.
         if len(self.step_seconds) > self._measured_steps:
-            speed = (self._tokens - self._measured_tokens) / max(self._seconds - self._measured_seconds, 1e-9)
-        else:
-            speed = self._tokens / max(self._seconds, 1e-9)
-        memory = self._ledger.memory()
-        return {
-            "seconds": round(self._seconds, 2),
-            "tokens_per_second": round(speed, 1),
-            "peak_memory_bytes": max(phase.peak for phase in memory.values()),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "memory": memory_as_json(memory),
-            "phase_seconds": {
-                name: round(seconds, 2) for name, seconds in self._phase_seconds.items() if name != "load"
-            },
-            **self._operations(),
+            tokens, seconds = tokens - self._measured_tokens, seconds - self._measured_seconds
+        memory, flops = self._ledger.memory(), self._flops
+        by_phase: dict[Phase, float] = {
+            name: round(spent, 2) for name, spent in self._phase_seconds.items() if name != "load"
         }
-
-    def _operations(self) -> dict[str, Any]:
-        if self._flops is None:
-            return {}
-        a_token = self._flops.total / max(self._measured_tokens, 1)
-        return {
-            "flops": round(a_token * self._tokens),
-            "useful_flops_share": round(self._flops.useful / max(self._flops.total, 1.0), 4),
-        }
+        return Cost(
+            seconds=round(self._seconds, 2),
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            peak_memory_bytes=max(phase.peak for phase in memory.values()),
+            peak_rss_bytes=peak_rss_bytes(),
+            memory=memory,
+            phase_seconds=by_phase,
+            flops=None if flops is None else round(flops.total / max(self._measured_tokens, 1) * self._tokens),
+            useful_flops_share=None if flops is None else round(flops.useful / max(flops.total, 1.0), 4),
+        )

@@ -3,21 +3,41 @@
 Scores are log-odds of a thumb up: the probability is their sigmoid, the threshold 0 (a score of exactly 0
 counts as down). Labels are 1 for up and 0 for down. Pairs are indices (better, worse) into the scores.
 
-Each figure comes as a function of weights, so that the bootstrap can resample it (`perl.measure.bootstrap`).
+Each metric comes as a function of weights, so that the bootstrap can resample it (`perl.measure.bootstrap`);
+scikit-learn's would sort and check the scores again for each of a thousand resamples.
 
 Axis letters: S resamples, N answers, K distinct scores in order, P pairs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from perl.measure.bootstrap import Figure, Floats, ratio
+from perl.measure.bootstrap import Floats, Statistic, ratio
 
 Labels = NDArray[np.int64]
 
 ECE_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Answers of like predicted probability: the mean predicted, the share observed up, and how many."""
+
+    probability: float
+    share: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreHistogram:
+    """Counts of scores between `edges` (one more than counts), of answers rated up and of those rated down."""
+
+    edges: list[float]
+    up: list[int]
+    down: list[int]
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Labels]:
@@ -32,7 +52,7 @@ def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Labels]:
     return score, label.astype(np.int64)
 
 
-def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = None) -> Figure:
+def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = None) -> Statistic:
     """How often an up scores above a down, ties half; NaN where all labels are alike.
 
     Args:
@@ -44,18 +64,18 @@ def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = Non
     ordered = [rows[np.argsort(scores[rows], kind="stable")] for rows in groups]
     starts = [_starts(scores[rows]) for rows in ordered]
 
-    def figure(weights_SN: Floats) -> Floats:
+    def statistic(weights_SN: Floats) -> Floats:
         right_S, compared_S = np.zeros(len(weights_SN)), np.zeros(len(weights_SN))
         for rows, first in zip(ordered, starts, strict=True):
             drawn_SN, up_N = weights_SN[:, rows], labels[rows]
             up_SK = np.add.reduceat(drawn_SN * up_N, first, axis=1)
             down_SK = np.add.reduceat(drawn_SN * (1 - up_N), first, axis=1)
-            below_SK = down_SK.cumsum(axis=1) - down_SK / 2
-            right_S += (up_SK * below_SK).sum(axis=1)
+            lower_SK = down_SK.cumsum(axis=1) - down_SK / 2
+            right_S += (up_SK * lower_SK).sum(axis=1)
             compared_S += up_SK.sum(axis=1) * down_SK.sum(axis=1)
         return ratio(right_S, compared_S)
 
-    return figure
+    return statistic
 
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
@@ -63,41 +83,38 @@ def _starts(ordered: Floats) -> NDArray[np.int64]:
     return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
-def accuracy(scores: Floats, labels: Labels) -> Figure:
+def accuracy(scores: Floats, labels: Labels) -> Statistic:
     """Share of answers on the right side of 0."""
     right_N = ((scores > 0) == labels).astype(np.float64)
     return lambda weights_SN: ratio(weights_SN @ right_N, weights_SN.sum(axis=1))
 
 
-def balanced_accuracy(scores: Floats, labels: Labels) -> Figure:
+def balanced_accuracy(scores: Floats, labels: Labels) -> Statistic:
     """Mean of the accuracy on ups and on downs; where all labels are alike, the accuracy on those."""
     right_N = ((scores > 0) == labels).astype(np.float64)
+    is_up_N, is_down_N = labels.astype(np.float64), 1.0 - labels
 
-    def figure(weights_SN: Floats) -> Floats:
-        of_S2 = [
-            ratio(weights_SN @ (right_N * one_N), weights_SN @ one_N)
-            for one_N in (labels.astype(np.float64), 1.0 - labels)
-        ]
-        up_S, down_S = of_S2
+    def statistic(weights_SN: Floats) -> Floats:
+        up_S = ratio(weights_SN @ (right_N * is_up_N), weights_SN @ is_up_N)
+        down_S = ratio(weights_SN @ (right_N * is_down_N), weights_SN @ is_down_N)
         return np.where(np.isnan(up_S), down_S, np.where(np.isnan(down_S), up_S, (up_S + down_S) / 2))
 
-    return figure
+    return statistic
 
 
-def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Figure:
+def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Statistic:
     """Share of pairs whose better answer scores higher, ties half; a pair is drawn as often as its better one."""
     better_P, worse_P = np.asarray(pairs, dtype=np.int64).T
-    difference_P = scores[better_P] - scores[worse_P]
-    right_P = (difference_P > 0) + 0.5 * (difference_P == 0)
+    right_P = np.heaviside(scores[better_P] - scores[worse_P], 0.5)
 
-    def figure(weights_SN: Floats) -> Floats:
+    def statistic(weights_SN: Floats) -> Floats:
         weights_SP = weights_SN[:, better_P]
         return ratio(weights_SP @ right_P, weights_SP.sum(axis=1))
 
-    return figure
+    return statistic
 
 
-def calibration_error(scores: Floats, labels: Labels) -> Figure:
+def calibration_error(scores: Floats, labels: Labels) -> Statistic:
     """ECE, the mean distance between the probability given and the share of ups, over bins: Σ n_b/n |p̄_b - ȳ_b|.
 
     The ten bins hold equal numbers of answers (equal mass), not equal stretches of probability: a reward
@@ -108,7 +125,7 @@ def calibration_error(scores: Floats, labels: Labels) -> Figure:
     order = np.argsort(scores, kind="stable")
     first, gap_N = _starts(scores[order]), (probabilities(scores) - labels)[order]
 
-    def figure(weights_SN: Floats) -> Floats:
+    def statistic(weights_SN: Floats) -> Floats:
         drawn_SN, total_S = weights_SN[:, order], weights_SN.sum(axis=1)
         held_SK = np.add.reduceat(drawn_SN, first, axis=1)
         before_SK = held_SK.cumsum(axis=1) - held_SK
@@ -120,31 +137,24 @@ def calibration_error(scores: Floats, labels: Labels) -> Figure:
         sums = np.bincount(places_SK.ravel(), weights=gaps_SK.ravel(), minlength=ECE_BINS * len(weights_SN))
         return ratio(np.abs(sums.reshape(-1, ECE_BINS)).sum(axis=1), total_S)
 
-    return figure
+    return statistic
 
 
-def reliability(scores: Floats, labels: Labels) -> list[dict[str, float]]:
-    """What was promised and what came, by bins as in `calibration_error`.
-
-    Returns:
-        for each bin: the mean `probability` given, the `share` of ups, and `n`, the answers.
-    """
+def reliability(scores: Floats, labels: Labels) -> list[ReliabilityBin]:
+    """What was promised and what came, by bins as in `calibration_error`."""
     bins, given = equal_mass(scores, ECE_BINS), probabilities(scores)
+    members = [bins == one for one in np.unique(bins)]
     return [
-        {
-            "probability": float(given[bins == one].mean()),
-            "share": float(labels[bins == one].mean()),
-            "n": int((bins == one).sum()),
-        }
-        for one in np.unique(bins)
+        ReliabilityBin(probability=float(given[rows].mean()), share=float(labels[rows].mean()), n=int(rows.sum()))
+        for rows in members
     ]
 
 
-def score_histogram(scores: Floats, labels: Labels, bins: int = 24) -> dict[str, list[float]]:
-    """How often each stretch of scores came up: `edges` (bins + 1), and the counts of `up` and `down`."""
+def score_histogram(scores: Floats, labels: Labels, bins: int = 24) -> ScoreHistogram:
+    """How many scores of either label lie in each of equal stretches."""
     edges = np.histogram_bin_edges(scores, bins)
-    up, down = (np.histogram(scores[labels == one], edges)[0] for one in (1, 0))
-    return {"edges": edges.tolist(), "up": up.tolist(), "down": down.tolist()}
+    up, down = (np.histogram(scores[labels == one], edges)[0].tolist() for one in (1, 0))
+    return ScoreHistogram(edges=edges.tolist(), up=up, down=down)
 
 
 def probabilities(scores: Floats) -> Floats:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import norm, t
 
-from perl.measure.bootstrap import Floats, Interval, Resampled, ratio
+from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval, ratio
 
 Metrics = Mapping[str, Sequence[float]]
 """Of each prompt, by name."""
@@ -33,19 +33,20 @@ def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
     Returns:
         `NAME_before`, `NAME_after` and `NAME_interval` of each metric; no interval (None) with a single dialogue.
     """
-    resampled, found = Resampled(dialogues, seed=0), dict[str, float | Interval | None]()
+    bootstrap = ClusterBootstrap(dialogues, seed=0)
+    changed: dict[str, float | Interval | None] = {}
     for name, values in before.items():
-        first, last = np.asarray(values, dtype=np.float64), np.asarray(after[name], dtype=np.float64)
-        found[f"{name}_before"], found[f"{name}_after"] = float(first.mean()), float(last.mean())
-        found[f"{name}_interval"] = _interval(last - first, resampled, len(set(dialogues)))
-    return found
+        before_N, after_N = np.asarray(values, dtype=np.float64), np.asarray(after[name], dtype=np.float64)
+        changed[f"{name}_before"], changed[f"{name}_after"] = float(before_N.mean()), float(after_N.mean())
+        changed[f"{name}_interval"] = _interval(after_N - before_N, bootstrap, len(set(dialogues)))
+    return changed
 
 
-def _interval(change_N: Floats, resampled: Resampled, dialogues: int) -> Interval | None:
+def _interval(change_N: Floats, bootstrap: ClusterBootstrap, dialogues: int) -> Interval | None:
     if dialogues < 2:
         return None
     mean = float(change_N.mean())
-    interval = resampled.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN.sum(axis=1))).interval
+    interval = bootstrap.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN.sum(axis=1))).interval
     assert interval is not None
     wider = float(t.ppf(0.975, dialogues - 1) / norm.ppf(0.975)) * math.sqrt(dialogues / (dialogues - 1))
     low, high = interval

@@ -1,24 +1,37 @@
-"""What running code says of itself to whoever measures it; nobody listening, it costs a look at an empty list.
+"""What running code tells its listeners, who measure it; nobody listening, it costs a look at an empty list.
 
-The code that runs marks its tensors and names what it does; `Listener`s put that together with what they see.
+The code that runs marks its tensors and names what it does; listeners put that together with what they see.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # results are read without torch
 
 Kind = Literal["base_weights", "adapters", "gradients", "optimizer", "kv_cache", "activations"]
 """What bytes are for. Adapters: with their heads. Activations: whatever is nothing else, temporaries too."""
 Phase = Literal["load", "generate", "score", "update"]
 """When: before the first step; sampling; reading rewards, reference and values; forward, backward, optimizer."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-class Listener(Protocol):
-    """Someone who measures."""
+@dataclass(frozen=True)
+class PhaseMemory:
+    """The peak of a phase, in bytes."""
 
-    def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
+    peak: int
+    kinds: dict[Kind, int]
+    """What it was made of; the sum is the peak."""
+
+
+class Listener:
+    """Told what runs; each kind of listener overrides what it is concerned with."""
+
+    def mark(self, kind: Kind, tensors: "Iterable[Tensor]") -> None:
         """These tensors are of this kind."""
 
     def phase(self, name: Phase) -> None:
@@ -31,7 +44,7 @@ class Listener(Protocol):
 listeners: list[Listener] = []
 
 
-def mark(kind: Kind, tensors: Iterable[Tensor]) -> None:
+def mark(kind: Kind, tensors: "Iterable[Tensor]") -> None:
     """Say what tensors are for."""
     if listeners:
         tensors = list(tensors)

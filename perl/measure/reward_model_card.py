@@ -1,18 +1,19 @@
-"""The reward model's report card: all its metrics on held-out answers, as JSON, and the verdict on them."""
+"""The reward model card: all metrics of a reward model on held-out answers, and the verdict on them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from perl.data.records import Context
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Estimate, Figure, Floats, Resampled
-from perl.measure.calibration import calibration, judged
-from perl.measure.length import length_bias
+from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic
+from perl.measure.calibration import Calibration, calibrate, predictions
+from perl.measure.length import LengthBias, length_bias
 from perl.measure.metrics import (
     Labels,
+    ReliabilityBin,
+    ScoreHistogram,
     accuracy,
     auroc,
     balanced_accuracy,
@@ -23,130 +24,179 @@ from perl.measure.metrics import (
     reliability,
     score_histogram,
 )
-from perl.measure.slices import slices
-from perl.measure.tfidf_baseline import Floor
-from perl.measure.verdict import verdict
+from perl.measure.rated_rows import RatedRows
+from perl.measure.slices import Slice, slices
+from perl.measure.tfidf_baseline import TfidfBaseline, TfidfScores, tfidf_baseline
+from perl.measure.verdict import Verdict, verdict
 
 MISTAKES = 5
 """Worst mistakes of either kind."""
 SHOWN_CHARACTERS = 300
 
 
-def reward_card(scores: Sequence[float], everything: Answers, floor: Floor, seen: int = 0) -> dict[str, Any]:
-    """All metrics of a reward model, as JSON.
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """An answer that was scored wrongly."""
+
+    context: str
+    answer: str
+    score: float
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistakes:
+    """The downs that score highest and the ups that score lowest."""
+
+    downs_scored_high: list[Mistake]
+    ups_scored_low: list[Mistake]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardMetrics:
+    """The metrics of a reward model.
 
     Rankings and accuracies are against the gold judgement where there is one; probabilities are always held
     against the thumbs they are probabilities of. Where there are ratings and pairs, the pairs are for the
     pairwise accuracy alone.
 
+    Attributes:
+        seen_in_training: how many of the answers the model was trained on: their dialogue, or a row that says
+            nearly the same.
+        intervals: 95 %, by the name of the metric.
+    """
+
+    n: int
+    up: int
+    dialogues: int
+    seen_in_training: int
+    against: Literal["gold", "labels"]
+    auroc: float | None
+    auroc_labels: float | None = None
+    pairwise_accuracy: float | None = None
+    balanced_accuracy: float
+    accuracy: float
+    majority_accuracy: float
+    ece: float
+    compared: bool
+    pairs: int
+    intervals: dict[str, Interval | None]
+    reliability: list[ReliabilityBin]
+    score_histogram: ScoreHistogram
+    calibration: Calibration
+    slices: list[Slice]
+    length: LengthBias
+    tfidf_baseline: TfidfBaseline
+    mistakes: Mistakes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelCard(RewardMetrics):
+    """The metrics and the verdict."""
+
+    verdict: Verdict
+
+
+def reward_model_card(
+    scores: Sequence[float], all_rows: RatedRows, baseline: TfidfScores, seen: int = 0
+) -> RewardModelCard:
+    """The card of a reward model.
+
     Args:
         scores: log-odds, one an answer.
-        everything: the answers.
-        floor: what counting words comes to on those with labels.
-        seen: how many of those the model was trained on: their dialogue, or a row that says nearly the same.
+        all_rows: the answers.
+        baseline: TF-IDF's scores of those with labels.
+        seen: how many of those the model was trained on.
 
     Raises:
         ValueError: scores that are not finite, or of another number than the answers.
     """
-    answers = everything.labelled()
-    score, truth = checked(scores[: len(answers.labels)], answers.truth)
-    resampled = Resampled(answers.dialogues, seed=0)
-    metrics: dict[str, Figure] = {
-        "auroc": auroc(score, truth),
-        "balanced_accuracy": balanced_accuracy(score, truth),
-        "accuracy": accuracy(score, truth),
-        "ece": calibration_error(score, truth),
-    }
-    if answers.gold is not None:
-        metrics["auroc_labels"] = auroc(score, np.asarray(answers.labels, dtype=np.int64))
-    found = {name: resampled.estimate(figure) for name, figure in metrics.items()}
-    pairs = everything.ranked_pairs()
+    rows = all_rows.labelled()
+    score_N, truth_N = checked(scores[: len(rows.labels)], rows.truth)
+    bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
+    pairs = all_rows.ranked_pairs()
+    estimates = _estimates(score_N, truth_N, rows, bootstrap)
     if pairs:
-        all_resampled = Resampled(everything.dialogues, seed=0)
-        found["pairwise_accuracy"] = all_resampled.estimate(pairwise_accuracy(np.asarray(scores), pairs))
-    of = judged(score, answers)
-    calibrated, log_odds = calibration(of)
-    up = int(truth.sum())
-    ranking, lengths = score, np.array([len(answer.text) for answer in answers.answers], dtype=np.float64)
-    if answers.compared:  # only differences of two answers to one context mean something
-        ranking, lengths = _less_their_mean(score, answers.pairs), _less_their_mean(lengths, answers.pairs)
-    card = {
-        "n": len(score),
-        "up": up,
-        "dialogues": len(set(answers.dialogues)),
-        "seen_in_training": seen,
-        "against": "labels" if answers.gold is None else "gold",
-        **{name: one.value for name, one in found.items()},
-        "majority_accuracy": max(up, len(score) - up) / len(score),
-        "compared": answers.compared,
-        "pairs": len(pairs),
-        "intervals": {name: one.interval for name, one in found.items()},
-        "reliability": reliability(score, truth),
-        "score_histogram": score_histogram(score, truth),
-        "calibration": calibrated,
-        "slices": slices(ranking, truth, None if answers.compared else log_odds, answers, resampled),
-        "length": length_bias(ranking, lengths, truth, resampled),
-        "floor": _beside_floor(score, answers, floor, truth, resampled),
-        "mistakes": _mistakes(score, truth, answers),
+        pairwise = pairwise_accuracy(np.asarray(scores), pairs)
+        estimates["pairwise_accuracy"] = ClusterBootstrap(all_rows.dialogues, seed=0).estimate(pairwise)
+    values = {name: estimate.value for name, estimate in estimates.items()}
+    calibration, log_odds_N = calibrate(predictions(score_N, rows))
+    ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
+    if rows.compared:  # only differences of two answers to one context mean something
+        log_odds_N = None
+        ranking_N, length_N = (_less_pair_mean(one, rows.pairs) for one in (score_N, length_N))
+    up = int(truth_N.sum())
+    metrics = RewardMetrics(
+        n=len(score_N),
+        up=up,
+        dialogues=len(set(rows.dialogues)),
+        seen_in_training=seen,
+        against="labels" if rows.gold is None else "gold",
+        auroc=values["auroc"],
+        auroc_labels=values.get("auroc_labels"),
+        pairwise_accuracy=values.get("pairwise_accuracy"),
+        balanced_accuracy=_known(values["balanced_accuracy"]),
+        accuracy=_known(values["accuracy"]),
+        majority_accuracy=max(up, len(score_N) - up) / len(score_N),
+        ece=_known(values["ece"]),
+        compared=rows.compared,
+        pairs=len(pairs),
+        intervals={name: estimate.interval for name, estimate in estimates.items()},
+        reliability=reliability(score_N, truth_N),
+        score_histogram=score_histogram(score_N, truth_N),
+        calibration=calibration,
+        slices=slices(ranking_N, truth_N, log_odds_N, rows, bootstrap),
+        length=length_bias(ranking_N, length_N, truth_N, bootstrap),
+        tfidf_baseline=tfidf_baseline(score_N, rows, baseline, truth_N, bootstrap),
+        mistakes=_mistakes(score_N, truth_N, rows),
+    )
+    return RewardModelCard(**vars(metrics), verdict=verdict(metrics))
+
+
+def _estimates(
+    score_N: Floats, truth_N: Labels, rows: RatedRows, bootstrap: ClusterBootstrap
+) -> dict[str, Estimate]:
+    statistics: dict[str, Statistic] = {
+        "auroc": auroc(score_N, truth_N),
+        "balanced_accuracy": balanced_accuracy(score_N, truth_N),
+        "accuracy": accuracy(score_N, truth_N),
+        "ece": calibration_error(score_N, truth_N),
     }
-    return card | {"verdict": asdict(verdict(card))}
+    if rows.gold is not None:
+        statistics["auroc_labels"] = auroc(score_N, np.asarray(rows.labels, dtype=np.int64))
+    return {name: bootstrap.estimate(statistic) for name, statistic in statistics.items()}
 
 
-def _less_their_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _less_pair_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
     """Each value of a pair less the mean of the two."""
     better, worse = np.asarray(pairs, dtype=np.int64).T
-    half, less = (values[better] - values[worse]) / 2, np.zeros_like(values)
-    less[better], less[worse] = half, -half
-    return less
+    half, centred = (values[better] - values[worse]) / 2, np.zeros_like(values)
+    centred[better], centred[worse] = half, -half
+    return centred
 
 
-def _beside_floor(
-    scores: Floats, answers: Answers, floor: Floor, truth: Labels, resampled: Resampled
-) -> dict[str, Any]:
-    """The floor's figure, and by how much the model is ahead: a paired interval.
+def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
+    """The worst mistakes, for people to read."""
+    order, given = np.argsort(scores, kind="stable"), probabilities(scores)
 
-    The figure is the AUROC; of compared answers, of which only differences mean something, pairwise accuracy.
-    """
+    def mistake(index: int) -> Mistake:
+        text = rows.answers[index].text
+        return Mistake(
+            context=_tail(rows.contexts[index]),
+            answer=text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …",
+            score=float(scores[index]),
+            probability=float(given[index]),
+        )
 
-    def ranking(of: Floats) -> Figure:
-        return pairwise_accuracy(of, answers.pairs) if answers.compared else auroc(of, truth)
-
-    model, words = ranking(scores), ranking(floor.scores)
-    alone = resampled.estimate(words)
-    ahead = resampled.estimate(lambda weights_SN: model(weights_SN) - words(weights_SN))
-    return {
-        "figure": "pairwise_accuracy" if answers.compared else "auroc",
-        **_as_json("value", alone),
-        **_as_json("ahead", ahead),
-        "rows": floor.rows,
-        "of_rows": floor.of_rows,
-    }
-
-
-def _as_json(name: str, estimate: Estimate) -> dict[str, Any]:
-    return {name: estimate.value, f"{name}_interval": estimate.interval}
-
-
-def _mistakes(scores: Floats, truth: Labels, answers: Answers) -> dict[str, list[dict[str, Any]]]:
-    """The downs that score highest and the ups that score lowest, for people to read."""
-    order = np.argsort(scores, kind="stable")
-    chosen = {
-        "downs_scored_high": [index for index in order[::-1] if not truth[index]],
-        "ups_scored_low": [index for index in order if truth[index]],
-    }
-    given = probabilities(scores)
-    return {
-        kind: [
-            {
-                "context": _tail(answers.contexts[index]),
-                "answer": _cut(answers.answers[index].text),
-                "score": float(scores[index]),
-                "probability": float(given[index]),
-            }
-            for index in rows[:MISTAKES]
-        ]
-        for kind, rows in chosen.items()
-    }
+    return Mistakes(
+        downs_scored_high=[mistake(index) for index in order[::-1][truth[order[::-1]] == 0][:MISTAKES]],
+        ups_scored_low=[mistake(index) for index in order[truth[order] == 1][:MISTAKES]],
+    )
 
 
 def _tail(context: Context) -> str:
@@ -154,7 +204,3 @@ def _tail(context: Context) -> str:
     lines = [turn.text if turn.speaker == "text" else f"{turn.speaker}: {turn.text}" for turn in context]
     text = "\n".join(lines)
     return text if len(text) <= SHOWN_CHARACTERS else f"… {text[-SHOWN_CHARACTERS:]}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"

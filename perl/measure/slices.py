@@ -2,67 +2,83 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Figure, Floats, Resampled, plain
+from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic, value_of
 from perl.measure.metrics import Labels, auroc, calibration_error, equal_mass
+from perl.measure.rated_rows import RatedRows
 
-LEAST = 30
+MIN_JUDGED = 30
 """Smaller slices are counted, not judged."""
 PARTS = 3
 SOURCES = 10
 """The commonest sources are listed."""
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Answers of one kind; those too few to be judged are only counted. The ECE is after scaling."""
+
+    by: str
+    name: str
+    n: int
+    share_up: float
+    auroc: float | None = None
+    interval: Interval | None = None
+    ece: float | None = None
 
 
 def slices(
-    scores: Floats, truth: Labels, calibrated: Floats | None, answers: Answers, resampled: Resampled
-) -> list[dict[str, Any]]:
-    """Each slice with its size and share of ups, AUROC with interval, and ECE after scaling.
+    scores: Floats, truth: Labels, calibrated: Floats | None, rows: RatedRows, bootstrap: ClusterBootstrap
+) -> list[Slice]:
+    """Each slice with its metrics.
 
     Args:
         calibrated: log-odds of a thumb up, each fitted on other dialogues; None where answers were compared.
     """
-    labels = np.asarray(answers.labels, dtype=np.int64)
-    found = []
-    for by, name, rows in _cuts(answers):
-        of_slice: dict[str, Any] = {"by": by, "name": name, "n": len(rows), "share_up": float(truth[rows].mean())}
-        if len(rows) >= LEAST and truth[rows].min() != truth[rows].max():
-            ranked = resampled.estimate(_within(rows, auroc(scores[rows], truth[rows])))
-            of_slice |= {"auroc": ranked.value, "interval": ranked.interval}
+    labels = np.asarray(rows.labels, dtype=np.int64)
+    result = []
+    for by, name, indices in _cuts(rows):
+        ranked, ece = Estimate(None, None), None
+        up = truth[indices]
+        if len(indices) >= MIN_JUDGED and up.min() != up.max():
+            ranked = bootstrap.estimate(_within(indices, auroc(scores[indices], up)))
             if calibrated is not None:
-                of_slice["ece"] = plain(calibration_error(calibrated[rows], labels[rows]), len(rows))
-        found.append(of_slice)
-    return found
+                ece = value_of(calibration_error(calibrated[indices], labels[indices]), len(indices))
+        n, share = len(indices), float(up.mean())
+        result.append(
+            Slice(by=by, name=name, n=n, share_up=share, auroc=ranked.value, interval=ranked.interval, ece=ece)
+        )
+    return result
 
 
-def _within(rows: Rows, figure: Figure) -> Figure:
-    return lambda weights_SN: figure(weights_SN[:, rows])
+def _within(indices: Indices, statistic: Statistic) -> Statistic:
+    return lambda weights_SN: statistic(weights_SN[:, indices])
 
 
-def _cuts(answers: Answers) -> Iterator[tuple[str, str, Rows]]:
+def _cuts(rows: RatedRows) -> Iterator[tuple[str, str, Indices]]:
     """What the slice is by, its name, and its answers."""
-    calls = np.array([answer.is_call for answer in answers.answers])
+    calls = np.array([answer.is_call for answer in rows.answers])
     for name, chosen in (("API call", calls), ("text", ~calls)):
         if chosen.any():
             yield "kind of answer", name, np.flatnonzero(chosen)
-    yield from _parts("depth of dialogue", "turns before", [len(context) for context in answers.contexts])
-    yield from _parts("length of answer", "characters", [len(answer.text) for answer in answers.answers])
-    sources = np.array(answers.sources)
-    for source, _ in Counter(answers.sources).most_common(SOURCES):
+    yield from _thirds("depth of dialogue", "turns before", [len(context) for context in rows.contexts])
+    yield from _thirds("length of answer", "characters", [len(answer.text) for answer in rows.answers])
+    sources = np.array(rows.sources)
+    for source, _ in Counter(rows.sources).most_common(SOURCES):
         yield "source", source, np.flatnonzero(sources == source)
 
 
-def _parts(by: str, unit: str, counts: list[int]) -> Iterator[tuple[str, str, Rows]]:
+def _thirds(by: str, unit: str, counts: list[int]) -> Iterator[tuple[str, str, Indices]]:
     """Thirds of the answers; equal counts share one."""
     values = np.array(counts)
     thirds = equal_mass(values.astype(np.float64), PARTS)
     for third in np.unique(thirds):
-        rows = np.flatnonzero(thirds == third)
-        low, high = values[rows].min(), values[rows].max()
-        yield by, f"{low} {unit}" if low == high else f"{low} to {high} {unit}", rows
+        indices = np.flatnonzero(thirds == third)
+        low, high = values[indices].min(), values[indices].max()
+        yield by, f"{low} {unit}" if low == high else f"{low} to {high} {unit}", indices

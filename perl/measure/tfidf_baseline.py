@@ -1,49 +1,91 @@
-"""The floor: what counting words can do. A reward model that does no better has not been shown to read."""
+"""What counting words can do: a reward model that does no better has not been shown to read."""
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.compose import make_column_transformer
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Floats
+from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval, Statistic
+from perl.measure.metrics import Labels, auroc, pairwise_accuracy
+from perl.measure.rated_rows import RatedRows
 
 CONTEXT_CHARACTERS = 400
 """The end of the context is what an answer answers."""
-FLOOR_ROWS = 20_000
-"""Training rows at most, evenly spaced: the floor is to take seconds."""
+MAX_TRAINING_ROWS = 20_000
+"""Evenly spaced: the baseline is to take seconds."""
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The floor's scores of the held-out answers, and how many of the training rows it learned from."""
+class TfidfScores:
+    """The baseline's scores of the held-out answers, and how many of the training rows it learned from."""
 
     scores: Floats
     rows: int
     of_rows: int
 
 
-def tfidf_floor(train: Answers, held_out: Answers) -> Floor:
+@dataclass(frozen=True, kw_only=True)
+class TfidfBaseline:
+    """What TF-IDF with logistic regression comes to, and by how much the model is ahead of it.
+
+    The metric is the AUROC; of compared answers, of which only differences mean something, pairwise accuracy.
+    """
+
+    metric: Literal["auroc", "pairwise_accuracy"]
+    value: float | None
+    value_interval: Interval | None
+    ahead: float | None
+    ahead_interval: Interval | None
+    rows: int
+    of_rows: int
+
+
+def tfidf_scores(train: RatedRows, held_out: RatedRows) -> TfidfScores:
     """TF-IDF of the context's end and of the answer, each apart, and logistic regression with balanced classes."""
-    step = -(-len(train.labels) // FLOOR_ROWS)
+    # scikit-learn takes 2 s to import: not where a card is only read
+    from sklearn.compose import make_column_transformer
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    step = -(-len(train.labels) // MAX_TRAINING_ROWS)
     texts, labels = _texts(train)[::step], train.labels[::step]
     words = make_column_transformer((TfidfVectorizer(analyzer=_words), 0), (TfidfVectorizer(analyzer=_words), 1))
     model = make_pipeline(words, LogisticRegression(max_iter=1000, class_weight="balanced"))
     model.fit(texts, labels)
-    return Floor(model.decision_function(_texts(held_out)), len(labels), len(train.labels))
+    return TfidfScores(model.decision_function(_texts(held_out)), len(labels), len(train.labels))
 
 
-def _texts(answers: Answers) -> NDArray[np.object_]:
+def _texts(rows: RatedRows) -> NDArray[np.object_]:
     """N x 2: the context's end, the answer."""
-    ends = [" ".join(turn.text for turn in context)[-CONTEXT_CHARACTERS:] for context in answers.contexts]
-    return np.array([ends, [turn.text for turn in answers.answers]], dtype=object).T
+    ends = [" ".join(turn.text for turn in context)[-CONTEXT_CHARACTERS:] for context in rows.contexts]
+    return np.array([ends, [turn.text for turn in rows.answers]], dtype=object).T
 
 
 def _words(text: str) -> list[str]:
     """Words of two letters and more, as scikit-learn finds them; a text without any is a word of its own."""
     return re.findall(r"\w\w+", text.lower()) or [""]
+
+
+def tfidf_baseline(
+    scores: Floats, rows: RatedRows, baseline: TfidfScores, truth: Labels, bootstrap: ClusterBootstrap
+) -> TfidfBaseline:
+    """The baseline beside a model's scores of the same rows; the interval of the difference is a paired one."""
+
+    def ranking(of: Floats) -> Statistic:
+        return pairwise_accuracy(of, rows.pairs) if rows.compared else auroc(of, truth)
+
+    of_model, of_words = ranking(scores), ranking(baseline.scores)
+    alone = bootstrap.estimate(of_words)
+    ahead = bootstrap.estimate(lambda weights_SN: of_model(weights_SN) - of_words(weights_SN))
+    return TfidfBaseline(
+        metric="pairwise_accuracy" if rows.compared else "auroc",
+        value=alone.value,
+        value_interval=alone.interval,
+        ahead=ahead.value,
+        ahead_interval=ahead.interval,
+        rows=baseline.rows,
+        of_rows=baseline.of_rows,
+    )

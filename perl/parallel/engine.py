@@ -1,16 +1,16 @@
-"""The engines: how processes share the base in memory, and the optimizer of what learns.
+"""The engines: how processes share the base in memory, and the state of the optimizer.
 
-    Engine   every process holds the whole base                                      DDP
-    Zero     DeepSpeed shards the optimizer; at stage 3 the base's blocks too         DeepSpeed
-    Fsdp2    torch shards the base's blocks                                           FSDP2
+    Engine   every process holds the whole base                                       DDP
+    Zero     torch shards the optimizer's state; at stage 3 DeepSpeed the base's blocks   DeepSpeed
+    Fsdp2    torch shards the base's blocks                                            FSDP2
 
-What learns is small under LoRA, so every process holds all of it, and its gradients are added up once an update.
-That makes all engines the same to whoever trains: a model whose blocks may be gathered as they compute, ordinary
+Adapters are small, so every process holds all trainable parameters, and gradients are summed once an update. That
+makes all engines the same to a training loop: a model whose blocks may be gathered as they compute, ordinary
 parameters with ordinary gradients, and an ordinary optimizer. So no engine has to be told of roles, each role is
-trained in every one of them, and a checkpoint of one goes on under another.
+trained in every one of them, and a checkpoint of one resumes under another.
 
-What is sharded is gathered by all processes together: they must compute the same number of passes. `together` says
-so, and whoever may have nothing left to compute goes on until all have ended (see `perl.rl.samplers.local`).
+A sharded block is gathered by all processes together: they must compute the same number of passes. `together`
+says so, and a process with nothing left to compute goes on until all have ended (see `perl.rl.samplers.local`).
 """
 
 import os
@@ -34,7 +34,7 @@ class Engine:
 
     @property
     def shards_base(self) -> bool:
-        """Whether the base's blocks are spread over the processes."""
+        """Whether the base's blocks are sharded over the processes."""
         return False
 
     @property
@@ -42,27 +42,27 @@ class Engine:
         """Whether it has hooks on every layer, whose outputs nobody may then change in place."""
         return False
 
-    def home(self, device: torch.device) -> torch.device:
+    def load_device(self, device: torch.device) -> torch.device:
         """Where a base is loaded that is to compute on a device."""
         return torch.device("cpu") if self.shards_base else device
 
     def shard(self, lm: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Spread a frozen base's blocks over the processes, each gathered while it computes.
+        """Shard a frozen base's blocks over the processes, each gathered while it computes.
 
         What is not in a block, the embeddings above all, moves to the device whole: each process computes with it.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._spread(blocks, device)
+        self._shard(blocks, device)
         in_blocks = {id(tensor) for block in blocks for tensor in block.parameters()}
         for tensor in (*lm.parameters(), *lm.buffers()):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(device)
 
-    def _spread(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Spread the weights of these blocks."""
+    def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Shard the weights of these blocks."""
 
-    def whole(self, weight: Tensor) -> Tensor:
-        """All of a weight that may be spread; the processes ask together."""
+    def full_tensor(self, weight: Tensor) -> Tensor:
+        """All of a weight that may be sharded; the processes call it together."""
         return weight
 
     def together(self, number: int) -> int:
@@ -70,7 +70,7 @@ class Engine:
         return self.processes.all_reduce_max(number) if self.shards_base else number
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The same optimizer, its state shared out where the engine does that."""
+        """The same optimizer, its state sharded where the engine does that."""
         return optimizer
 
 
@@ -93,7 +93,7 @@ class Fsdp2(Engine):
         """Yes."""
         return True
 
-    def _spread(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -102,19 +102,19 @@ class Fsdp2(Engine):
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self._reshard, offload_policy=policy)
 
-    def whole(self, weight: Tensor) -> Tensor:
-        """As said there."""
-        full: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
-        return full() if full is not None else weight
+    def full_tensor(self, weight: Tensor) -> Tensor:
+        """As of every engine."""
+        gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+        return gather() if gather is not None else weight
 
 
-def engine_asked_for(processes: Processes) -> Engine:
+def engine_from_environment(processes: Processes) -> Engine:
     """The engine that `accelerate launch` wrote into the environment; DDP where it wrote none.
 
     Raises:
         UserError: DeepSpeed is asked for but not installed, or asked for what it cannot do here.
     """
-    if _says("ACCELERATE_USE_DEEPSPEED"):
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         try:
             import deepspeed  # noqa: F401
         except ImportError:
@@ -123,10 +123,10 @@ def engine_asked_for(processes: Processes) -> Engine:
                 where="accelerate config, distributed_type: DEEPSPEED",
                 remedy="pip install 'perl-rlhf[deepspeed]', or launch with another config of recipes/engines.",
             ) from None
-        from perl.parallel.zero import zero_asked_for
+        from perl.parallel.zero import zero_from_environment
 
-        return zero_asked_for(processes)
-    if _says("ACCELERATE_USE_FSDP"):
+        return zero_from_environment(processes)
+    if _is_set("ACCELERATE_USE_FSDP"):
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         plugin: Any = FullyShardedDataParallelPlugin()
@@ -141,5 +141,5 @@ def engine_asked_for(processes: Processes) -> Engine:
     return Engine(processes)
 
 
-def _says(name: str) -> bool:
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")

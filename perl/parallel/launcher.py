@@ -1,6 +1,15 @@
-"""What a launcher says in the environment; without torch, for who asks before that is imported."""
+"""What a launcher says in the environment, and how a launched process ends; without torch."""
 
+import atexit
+import functools
+import logging
 import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+_status: int | None = None
+"""The exit status of a program whose main function has ended."""
 
 
 def ranks() -> tuple[int, int, int]:
@@ -10,3 +19,34 @@ def ranks() -> tuple[int, int, int]:
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     return rank, count, local
+
+
+def skips_finalization(main: Callable[[], None]) -> Callable[[], NoReturn]:
+    """Make a program end with its main function and the status of that, whatever threads libraries left running.
+
+    Until Python 3.13, a thread of C++ that wakes while the interpreter is finalized aborts the process
+    ("terminate called without an active exception"), and the launcher would call a finished run failed. So a
+    launched process skips finalization: it ends when its Python threads have, and what was registered with
+    `atexit` has run. An exception that is no SystemExit takes the ordinary way.
+    """
+
+    @functools.wraps(main)
+    def program() -> NoReturn:
+        global _status
+        try:
+            main()
+            sys.exit(0)
+        except SystemExit as leaving:
+            _status = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+            raise
+
+    return program
+
+
+@atexit.register  # of what libraries register, imported later than this, all runs before
+def _skip_finalization() -> None:
+    if _status is not None and ranks()[1] > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)

@@ -17,13 +17,10 @@ from perl.parallel.launcher import ranks
 
 T = TypeVar("T")
 
-BUCKET = 32 * 1024 * 1024
-"""Bytes of gradients that are added up at once, so that no second copy of all of them is held."""
-
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and how many there are; one alone needs nobody."""
+    """This process, and how many there are."""
 
     rank: int = 0
     count: int = 1
@@ -74,17 +71,17 @@ class Processes:
     def shard(self, total: int) -> list[int]:
         """The numbers of this process's rows of so many: neighbours, and as many as everybody has.
 
-        The last row is given again where there are too few: `collect` drops what is too much.
+        The last row is repeated where there are too few: `unshard` drops what is too much.
         """
         each = -(-total // self.count)
         return [min(row, total - 1) for row in range(self.rank * each, (self.rank + 1) * each)]
 
     def unshard(self, mine: Sequence[T], total: int) -> list[T]:
-        """Everybody's rows in the order they were dealt in."""
+        """Everybody's rows, in the order in which they were sharded."""
         return [row for rows in self.all_gather(mine) for row in rows][:total]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Do what may leave something for the others to find, on each host in one process first."""
+    def local_main_first(self, work: Callable[[], T]) -> T:
+        """Do what may leave files for the others to find, on each host in its first process first."""
         results = [work()] if self.local_rank == 0 else []
         self.barrier()
         return results[0] if results else work()
@@ -94,16 +91,14 @@ class Processes:
         """Make each gradient the sum of everybody's."""
         if self.count == 1:
             return
-        learning = [parameter for parameter in parameters if parameter.requires_grad]
-        for parameter in learning:  # a share without rows left none, but the others wait for it
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.view(-1) for gradient in bucket])
-            dist.all_reduce(flat)
-            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+        pending: list[Any] = []
+        for parameter in (one for one in parameters if one.requires_grad):
+            # A share without rows left no gradient, but the others wait for it.
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            parameter.grad = gradient
+            pending.append(dist.all_reduce(gradient, async_op=True))
+        for work in pending:
+            work.wait()
 
     @torch.no_grad()
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -113,7 +108,7 @@ class Processes:
                 dist.broadcast(tensor.data, src=0)
 
     def check_divides(self, number: int, key: str) -> None:
-        """Refuse a number of rows that cannot be dealt evenly.
+        """Refuse a number of rows that cannot be sharded evenly.
 
         Raises:
             UserError: saying which numbers could.
@@ -122,26 +117,13 @@ class Processes:
             below, above = number // self.count * self.count, -(-number // self.count) * self.count
             fitting = " or ".join(str(one) for one in (below, above) if one)
             raise UserError(
-                f"{number} cannot be dealt evenly to {self.count} processes",
+                f"{number} cannot be divided among {self.count} processes",
                 where=key,
                 remedy=f"Set it to {fitting}, or launch a number of processes that divides {number}.",
             )
 
 
 ALONE = Processes()
-
-
-def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype, up to `BUCKET` bytes together."""
-    buckets: list[list[Tensor]] = []
-    size = 0
-    for gradient in gradients:
-        size += gradient.nbytes
-        if not buckets or size > BUCKET or buckets[-1][0].dtype != gradient.dtype:
-            buckets.append([])
-            size = gradient.nbytes
-        buckets[-1].append(gradient.contiguous())
-    return buckets
 
 
 def launched() -> Processes:

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters.lora import linear_layers
 from perl.backbones.fake import fake_lm
-from perl.measure.ledger import KINDS, PHASES, PhaseMemory
-from perl.measure.probe import Kind, Phase
+from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.stages import TRY
 from perl.predict.subject import Subject, fake_session
 from perl.recipe import Recipe, StageName

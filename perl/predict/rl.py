@@ -1,14 +1,128 @@
-"""RL tried: the stage's own loop, told by `session.trial` to evaluate and write nothing."""
+"""What a step of RL costs: the real steps, on the longest prompts and completions there can be.
 
-from dataclasses import fields
+On fake tensors no more of a step is computed than decides its peak memory: of the batch that is sampled the last
+prompts and the first and the last token, and two micro-batches of it. Their tensors are views of the whole
+batch's, which so stay in memory as in a real step.
+"""
 
-from perl import results
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from perl.predict.trial import TrialSession, Tried
-from perl.stages.rl import train_rl
+from perl.rl.evaluate import describe
+from perl.rl.loop import Loop, collect, estimate, normalize, update
+from perl.rl.rollout import EncodedPrompts
+from perl.rl.samplers.base import Read, Samples, Sampling, Share
+from perl.rl.samplers.local import Drawing, Groups, LocalSampler
+from perl.roles.roles import Role, Roles
+from perl.stages.rl_setup import eval_prompts, setup
+from perl.stages.session import Session
+
+MICRO_BATCHES = 2
+"""Of a rollout on fake tensors: in the second, all that the first has made is there."""
+HEAD_RATE = 1e-3
+"""Where the recipe leaves it to the base's hidden states: on fake tensors these have no size."""
 
 
 def try_rl(session: TrialSession) -> Tried:
-    """Take the trial's steps on the longest prompts, with completions as long as they can get."""
-    result = train_rl(session)
-    assert isinstance(result, results.Tried)
-    return Tried(**{field.name: getattr(result, field.name) for field in fields(Tried)})
+    """Take a trial's steps; nothing is checked, evaluated or saved.
+
+    Every rollout is learned from, with a signal or without, and no completion ends early.
+    """
+    held_out = eval_prompts(session)
+    loop = setup(_with_head_rate(session), held_out)
+    sampling = replace(loop.collector.sampling, end_ids=())
+    prompts = longest_prompts(loop)
+    sampler = loop.collector.sampler
+    if session.trial.abridged:
+        sampler = AbridgedSampler(session.roles, prompts.ids)
+        last = range(max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size), len(prompts))
+        prompts = prompts.take(last)
+    loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
+    with session.folder.metrics("rl") as log:
+        for step in range(session.trial.steps):
+            log.write(step + 1, _try_step(loop, step, prompts, session))
+    trained = session.roles.parameters_of(*loop.learner.trained)
+    return session.tried(loop.meter, trained)
+
+
+def _try_step(loop: Loop, step: int, prompts: EncodedPrompts, session: Session) -> dict[str, float]:
+    with loop.meter.step(loop.learner.optimizer):
+        mine, everyone = collect(loop, step, prompts)
+        targets = estimate(loop, everyone, normalize(loop, step, everyone.rewards_B))
+        metrics = update(loop, step, mine, everyone, targets)
+    return describe(everyone, session.train.judge) | metrics
+
+
+def longest_prompts(loop: Loop) -> EncodedPrompts:
+    """A step's worth of the longest prompts, the longest last."""
+    longest = sorted(range(len(loop.prompts)), key=lambda place: -len(loop.prompts.ids[place]))
+    chosen = [longest[place % len(longest)] for place in range(loop.prompts_per_step)]
+    chosen.sort(key=lambda place: len(loop.prompts.ids[place]))
+    return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
+
+
+def _with_head_rate(session: Session) -> Session:
+    settings = session.recipe.rl
+    assert settings is not None
+    if settings.head_learning_rate == "auto":
+        settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})
+    return replace(session, recipe=session.recipe.model_copy(update={"rl": settings}))
+
+
+class AbridgedSampler(LocalSampler):
+    """Draws a whole batch, of which the first and the last token are computed, and hands on its last rows.
+
+    Args:
+        whole: the tokens of all prompts of the batch; those that are drawn for are the last of them.
+    """
+
+    def __init__(self, roles: Roles, whole: Sequence[Sequence[int]]) -> None:
+        super().__init__(roles)
+        self._whole = whole
+
+    def draw(
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+        read: Read | None = None,
+    ) -> Samples:
+        """See `Sampler`."""
+        samples, first = super().draw(role, self._whole, sampling, generator, None, read), -len(prompts)
+        kept: dict[str, Any] = {
+            name: rows if rows is None else rows[first:] for name, rows in vars(samples).items()
+        }
+        return Samples(**kept)
+
+    def drawing(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        uniform_BT: Tensor,
+        read: Read | None,
+        seen: list[Tensor],
+    ) -> Drawing:
+        """The batch to be drawn."""
+        return _AbridgedDrawing(self.roles, prompts, sampling, uniform_BT, read, seen)
+
+
+class _AbridgedDrawing(Drawing):
+    def steps(self) -> Iterable[int]:
+        """The last two positions: what is computed of the one is the last token that is computed at all."""
+        left_out = max(0, self.length - 2)
+        self.skip(left_out)
+        return range(left_out, self.length)
+
+    def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
+        """The last, which are the longest."""
+        if rows.stop == len(self.prompts):
+            return super().prefill_groups(groups, rows)
+        weight_VD: Tensor = self.model.get_output_embeddings().weight
+        return weight_VD.new_zeros(rows.stop - rows.start, weight_VD.shape[1])

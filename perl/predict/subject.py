@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from perl.backbones.base import Base, chat_format, load_config, load_tokenizer, numbered_tokens
+from perl.backbones import backbone_of
+from perl.backbones.base import Base
 from perl.backbones.build import tiny_config, train_tokenizer
-from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.backbones.fake import fake_lm, unknown_values
+from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
 from perl.data.records import Records
 from perl.predict.trial import Trial, TrialSession, longest
 from perl.recipe import Recipe
+from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
-from perl.stages.material import corpus, only_scores, quiet_libraries, read_data
+from perl.stages.material import corpus, generates, quiet_libraries, read_data
 from perl.stages.session import adapter_shape
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
@@ -61,7 +64,7 @@ def read_subject(recipe: Recipe) -> Subject:
         tokenizer = numbered_tokens(config.get_text_config().vocab_size)
     else:
         assert spec.model is not None
-        config = load_config(spec.model, spec.trust_remote_code, encoders=only_scores(recipe))
+        config = load_config(spec.model, spec.trust_remote_code, generates=generates(recipe))
         tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
     return Subject(config, tokenizer, longest(train, recipe, STEPS), longest(held_out, recipe, STEPS))
 
@@ -77,14 +80,14 @@ def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[Trial
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
     roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
-    chat, context_length = chat_format(lm, subject.tokenizer)
+    backbone = backbone_of(config)
     base = Base(
         name="no weights",
         tokenizer=subject.tokenizer,
-        chat=chat,
+        chat=backbone.chat_format(lm, subject.tokenizer),
         sha256="",
         parameters=sum(parameter.numel() for parameter in lm.parameters()),
-        context_length=context_length,
+        context_length=backbone.context_length(lm),
         load=lambda: lm,
     )
     with tempfile.TemporaryDirectory() as scratch, silence():

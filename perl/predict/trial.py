@@ -14,16 +14,15 @@ from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
 from perl.data.records import Records, Turn
+from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Phase
 from perl.recipe import Recipe
-from perl.results import Cost
 from perl.roles.roles import Role
 from perl.roles.saved import Stamp, stamp_for
 from perl.stages.session import Session, open_session
 from perl.stages.training import ResumableTrainer
 from perl.system.seeds import seed_everything
-from perl.system.typed_json import made
 
 ROWS = 128
 """Records of each kind that are looked at, the longest; more where the steps take more."""
@@ -76,8 +75,8 @@ class TrialSession(Session):
 
     def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
         """What the steps so far cost."""
-        count = sum(parameter.numel() for parameter in trained)
-        return made(Tried, {"trainable_parameters": count, "step_seconds": meter.step_seconds, **meter.metrics()})
+        parameters = sum(parameter.numel() for parameter in trained)
+        return Tried(**vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import difflib
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -14,57 +15,90 @@ from perl.recipe.recipe import Recipe
 from perl.recipe.section import Section
 
 
-def explain(error: ValidationError, path: Path) -> UserError:
-    """The first complaint of pydantic in the recipe's own words, with the nearest valid key."""
+class _Place(NamedTuple):
+    """Where pydantic complains."""
+
+    keys: list[str]
+    """The way there."""
+    section: type[Section]
+    """The innermost section on the way."""
+    field: FieldInfo | None
+    """The last key, if it is one of that section."""
+
+
+def explain(error: ValidationError, content: dict[str, Any], path: Path) -> UserError:
+    """The first complaint of pydantic in the recipe's own words, with the nearest valid key.
+
+    Args:
+        content: what was validated.
+        path: of the recipe.
+    """
     first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in location if part.isidentifier() or part.isdigit())
+    place = _place(first["loc"], content)
+    key = ".".join(place.keys)
     where = f"{path}: {key}" if key else str(path)
     if first["type"] == "extra_forbidden":
-        valid = list(_on_the_way(location)[0].model_fields)
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        remedy = (
-            f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Valid keys: {', '.join(valid)}."
+        valid = list(place.section.model_fields)
+        near = difflib.get_close_matches(place.keys[-1], valid, n=1, cutoff=0.5)
+        meant = ".".join([*place.keys[:-1], *near])
+        return UserError(
+            "unknown key",
+            where=where,
+            remedy=f"Did you mean {meant}?" if near else f"Valid keys: {', '.join(valid)}.",
         )
-        return UserError("unknown key", where=where, remedy=remedy)
     if first["type"] == "missing":
         return UserError(
             "missing", where=where, remedy="Add this key; recipes/quickstart.yaml shows a complete recipe."
         )
     message = first["msg"].removeprefix("Value error, ")
-    what = f"{message[0].lower()}{message[1:]}"
-    if first["type"] == "value_error":  # of several keys together, by a validator above: what is wrong, what to do
+    what = f"{message[:1].lower()}{message[1:]}"
+    if first["type"] == "model_type":
+        what = "a section of keys and their values is expected here"
+    if first["type"] == "value_error":  # by a validator of ours: what is wrong, and mostly what to do
         what, _, remedy = what.partition(": ")
-        return UserError(what, where=where, remedy=f"{remedy[0].upper()}{remedy[1:]}.")
+        end = "" if remedy.endswith("?") else "."
+        return UserError(
+            what, where=where, remedy=f"{remedy[0].upper()}{remedy[1:]}{end}" if remedy else _remedy(first, place)
+        )
     return UserError(
-        f"{what} (the value is {reprlib.repr(first['input'])})", where=where, remedy=_remedy(first, location)
+        f"{what} (the value is {reprlib.repr(first['input'])})", where=where, remedy=_remedy(first, place)
     )
 
 
-def _remedy(complaint: Any, location: list[str]) -> str:
+def _remedy(complaint: Any, place: _Place) -> str:
     """What to write in place of an impossible value: the word that was meant, or what the key is by default."""
     if complaint["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])
         near = difflib.get_close_matches(str(complaint["input"]), valid, n=1, cutoff=0.7)
         if near:
             return f"Did you mean {near[0]}?"
-    _, field = _on_the_way(location)
-    if field is None or field.is_required() or field.default is None or isinstance(field.default, Section):
+    field = place.field
+    if field is None or field.is_required() or field.default in (None, "") or isinstance(field.default, Section):
         return "recipes/quickstart.yaml shows a complete recipe."
     return f"The default is {field.default}."
 
 
-def _on_the_way(location: list[str]) -> tuple[type[Section], FieldInfo | None]:
-    """The innermost section and the last key that pydantic's location of a complaint leads through."""
+def _place(location: Sequence[int | str], content: dict[str, Any]) -> _Place:
+    """Where a complaint's location leads, step by step through the content."""
+    keys: list[str] = []
     section: type[Section] = Recipe
     field: FieldInfo | None = None
-    for part in location:
-        if part not in section.model_fields:
-            break
-        field = section.model_fields[part]
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
-        if not inner:
-            break
-        section = inner[0]
-    return section, field
+    value: Any = content
+    for step in location:
+        if isinstance(value, dict) and (step in value or step in section.model_fields):
+            field, value = section.model_fields.get(str(step)), value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:  # what pydantic calls the member of a union
+            continue
+        keys.append(str(step))
+        inner = _sections(field.annotation) if field is not None else []
+        section = inner[0].variant(value) if inner else section
+    return _Place(keys, section, field)
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections that a key may hold, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for option in get_args(annotation) for section in _sections(option)]

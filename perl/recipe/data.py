@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from perl.data.sources import find_source
 from perl.recipe.section import Section
 
 
@@ -15,3 +16,9 @@ class Data(Section):
     """A folder or file that the source reads instead of its own."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the dialogues kept for evaluation; not read where a source was published with a test part."""
+
+    @field_validator("source")
+    @classmethod
+    def _is_known(cls, source: str) -> str:
+        find_source(source)
+        return source

@@ -2,12 +2,14 @@
 
 import os
 import reprlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from perl.errors import UserError
+from perl.plugins import load_plugins
 from perl.recipe.base import ORIGINS
 from perl.recipe.complaints import explain
 from perl.recipe.recipe import STAGES, Recipe
@@ -15,12 +17,12 @@ from perl.system import plain_yaml
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths and check it.
+    """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths, import its plugins and check it.
 
     A relative path is looked up beside the recipe first, then in the working folder.
 
     Raises:
-        UserError: unreadable file, broken YAML, unknown key, impossible value.
+        UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, impossible value.
     """
     path = Path(path)
     content = plain_yaml.read_mapping(path)
@@ -28,10 +30,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply_override(content, override)
     _replace_origin(content, overrides or [])
     _resolve_paths(content, path.parent)
+    files = content.get("plugins")
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):  # else it will be refused
+        load_plugins(files, where=f"{path}: plugins")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise explain(error, path) from None
+        raise explain(error, content, path) from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -43,15 +48,18 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     except ValueError as error:
         what = f"value {reprlib.repr(text)} is not valid YAML: {error}"
         raise UserError(what, where=key, remedy="Quote it as YAML would.") from None
-    *parents, last = key.split(".")
-    if parents and parents[0] in STAGES and content.get(parents[0]) is None:
-        remedy = f"Add `{parents[0]}: {{}}` to the recipe first."
-        raise UserError(f"the recipe has no section {parents[0]}", where=override, remedy=remedy)
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise UserError(f"{parent} is a value, not a section", where=override, remedy="Check the key.")
-    content[last] = value
+    keys = key.split(".")
+    if keys[1:] and keys[0] in STAGES and content.get(keys[0]) is None:
+        remedy = f"Add `{keys[0]}: {{}}` to the recipe first."
+        raise UserError(f"the recipe has no section {keys[0]}", where=override, remedy=remedy)
+    inner: Any = content
+    for outer, below in pairwise(keys):
+        inner = inner[int(outer)] if isinstance(inner, list) else inner.setdefault(outer, {})
+        if isinstance(inner, list) and not (below.isdecimal() and int(below) < len(inner)):
+            raise UserError(f"{outer} has no item {below}", where=override, remedy="Items are counted from 0.")
+        if not isinstance(inner, dict | list):
+            raise UserError(f"{outer} is a value, not a section", where=override, remedy="Check the key.")
+    inner[int(keys[-1]) if isinstance(inner, list) else keys[-1]] = value
 
 
 def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
@@ -69,23 +77,28 @@ def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
-
-    def resolve(section: Any, key: str) -> None:
-        text = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(text, str) or "\0" in text:
-            return
-        file, colon, name = text.partition(".py:")
-        file += ".py" if colon else ""
-        try:
-            given = Path(os.path.expanduser(file))  # Path's own raises for the home of nobody
-            for candidate in (folder / given, given):
-                if candidate.exists():
-                    section[key] = str(candidate.resolve()) + (f":{name}" if colon else "")
-                    return
-        except OSError:  # a name too long to be a path
-            return
-
-    resolve(content.get("base"), "model")
-    resolve(content.get("data"), "path")
     rl = content.get("rl")
-    resolve(rl.get("reward") if isinstance(rl, dict) else None, "function")
+    reward = rl.get("reward") if isinstance(rl, dict) else None
+    places = [(content.get("base"), "model"), (content.get("data"), "path")]
+    places += [(part, "function") for part in (reward if isinstance(reward, list) else [reward])]
+    for section, key in places:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = _resolved(section[key], folder)
+    if isinstance(files := content.get("plugins"), list):
+        content["plugins"] = [_resolved(file, folder) if isinstance(file, str) else file for file in files]
+
+
+def _resolved(text: str, folder: Path) -> str:
+    """A path, or FILE.py:NAME, made absolute if it exists."""
+    if "\0" in text:
+        return text
+    file, colon, name = text.partition(".py:")
+    file += ".py" if colon else ""
+    try:
+        given = Path(os.path.expanduser(file))  # Path's own raises for the home of nobody
+        for candidate in (folder / given, given):
+            if candidate.exists():
+                return str(candidate.resolve()) + (f":{name}" if colon else "")
+    except OSError:  # a name too long to be a path
+        pass
+    return text

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from perl.plugins import plugin_sha256
 from perl.recipe.adapter import Lora
 from perl.recipe.base import Base
 from perl.recipe.data import Data
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import Reward, Sft
+from perl.rl.algorithms import ALGORITHMS
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
@@ -29,6 +31,8 @@ class Recipe(Section):
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     checkpoint_every: Positive = 20
     """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
+    plugins: list[str] = Field(default=[])
+    """Python files that add rows to the registries of `perl.plugins`: kinds of reward of one's own, and so on."""
     base: Base
     lora: Lora = Lora()
     data: Data = Data()
@@ -40,7 +44,7 @@ class Recipe(Section):
     def _runs_something(self) -> "Recipe":
         if not self.stages:
             raise ValueError("no stage to run: add a section sft, reward or rl")
-        if self.rl and not self.rl.reward.function and not self.reward:
+        if self.rl and not self.reward and any(part.needs_model for part in self.rl.reward_parts):
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
         if self.tuning == "full" and self.base.quantization != "none":
             raise ValueError(
@@ -54,7 +58,7 @@ class Recipe(Section):
         assert self.rl is not None
         if self.rl.critic is not None:
             return self.rl.critic
-        if self.rl.algorithm == "rloo":
+        if not ALGORITHMS[self.rl.algorithm].needs_critic:
             return "none"
         return "shared" if self.tuning == "lora" else "adapter"
 
@@ -65,8 +69,13 @@ class Recipe(Section):
 
     @property
     def sha256(self) -> str:
-        """Of all that it says beyond the defaults: a key that a later version adds does not change it."""
+        """Of all that it says beyond the defaults: a key that a later version adds does not change it.
+
+        What a plugin says is its bytes, wherever it lies.
+        """
         said = self.model_dump(mode="json", exclude_defaults=True)
+        if self.plugins:
+            said["plugins"] = [plugin_sha256(file) for file in self.plugins]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -4,33 +4,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section
+from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
+from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
+from perl.rl.algorithms import ALGORITHMS
+from perl.rl.samplers import SAMPLERS
+
+ROW_DEFAULTS = ("epochs", "samples_per_prompt")
+"""Keys whose default is the algorithm's."""
 
 
-class RewardFrom(Section):
-    """Where the RL reward comes from; empty means the reward stage's model."""
+class SamplerFrom(Section):
+    """What draws completions."""
 
-    function: str | None = None
-    """FILE.py:NAME, called as TRL calls reward functions."""
-
-
-ALGORITHM_DEFAULTS: dict[str, dict[str, int]] = {
-    "ppo": {"epochs": 2},
-    "rloo": {"epochs": 2, "samples_per_prompt": 4},
-}
-"""Where an algorithm's best setting is another than that of the key: measured in docs/experiments.md."""
+    kind: Annotated[str, registered(SAMPLERS)] = "local"
+    """A name in perl/rl/samplers/__init__.py; a plugin may add to it."""
 
 
 class Rl(Section):
     """Reinforcement learning against the reward."""
 
-    algorithm: Literal["reinforce", "ppo", "rloo"] = "ppo"
-    """A row of the table in perl/rl/algorithms.py. The default learned every kind of reward that was tried, rare
-    ones too, from as few completions as any (docs/experiments.md)."""
+    algorithm: Annotated[str, registered(ALGORITHMS)] = "ppo"
+    """A row of the table in perl/rl/algorithms.py, to which a plugin may add. The default learned every kind of
+    reward that was tried, rare ones too, from as few completions as any (docs/experiments.md)."""
     critic: Literal["shared", "adapter", "none"] | None = None
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
-    for rloo; else shared under LoRA, adapter under full tuning."""
-    reward: RewardFrom = RewardFrom()
+    where the algorithm has none; else shared under LoRA, adapter under full tuning."""
+    reward: Rewards = RewardFrom()
+    """Unset: the reward stage's model. See perl/recipe/rewards.py."""
+    sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
     prompts_per_step: Positive = 16
     samples_per_prompt: Positive = 1
@@ -71,7 +72,14 @@ class Rl(Section):
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
-    """Nats an answer that the policy may be away from its reference."""
+    """Nats a completion that the policy may be away from its reference."""
+
+    @property
+    def reward_parts(self) -> list[RewardPart]:
+        """The reward in its long form."""
+        if isinstance(self.reward, list):
+            return self.reward
+        return [self.reward.part if isinstance(self.reward, RewardFrom) else self.reward]
 
     @field_validator("guard", mode="before")
     @classmethod
@@ -82,18 +90,20 @@ class Rl(Section):
     @classmethod
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
         name = given.get("algorithm", "ppo") if isinstance(given, dict) else None
-        return ALGORITHM_DEFAULTS.get(name, {}) | given if isinstance(name, str) else given
+        row = ALGORITHMS.get(name) if isinstance(name, str) else None
+        return given if row is None else {key: getattr(row, key) for key in ROW_DEFAULTS} | given
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Rl":
-        if self.algorithm == "rloo" and self.samples_per_prompt < 2:
-            raise ValueError("rloo compares answers to one prompt: set samples_per_prompt to at least 2")
-        if self.algorithm == "rloo" and self.critic not in (None, "none"):
-            raise ValueError(f"rloo has no critic, so critic {self.critic!r} would never be used: leave it out")
-        if self.algorithm != "rloo" and self.critic == "none":
-            raise ValueError(f"{self.algorithm} needs a critic: set critic to shared or adapter")
-        if self.algorithm == "reinforce" and self.epochs > 1:
-            raise ValueError("reinforce is on-policy: set epochs to 1, or algorithm to ppo")
+        name, row = self.algorithm, ALGORITHMS[self.algorithm]
+        if row.compares_groups and self.samples_per_prompt < 2:
+            raise ValueError(f"{name} compares completions of one prompt: set samples_per_prompt to at least 2")
+        if not row.needs_critic and self.critic not in (None, "none"):
+            raise ValueError(f"{name} has no critic, so critic {self.critic!r} would never be used: leave it out")
+        if row.needs_critic and self.critic == "none":
+            raise ValueError(f"{name} needs a critic: set critic to shared or adapter")
+        if row.on_policy and self.epochs > 1:
+            raise ValueError(f"{name} is on-policy: set epochs to 1, or algorithm to ppo")
         if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
             raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
         return self

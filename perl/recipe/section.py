@@ -1,8 +1,11 @@
 """What all sections of a recipe are, and the types of their values."""
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -12,7 +15,31 @@ LrSchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"
 not another one without them. All but `constant` warm up."""
 
 
+def registered(registry: Mapping[str, Any]) -> AfterValidator:
+    """A name in a registry, to which plugins may have added."""
+
+    def check(name: str) -> str:
+        if name not in registry:
+            *others, last = map(repr, registry)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
+
+    return AfterValidator(check)
+
+
 class Section(BaseModel):
     """A part of a recipe: typed, frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def variant(cls, given: Any) -> "type[Section]":
+        """The section whose keys a value is to have, where that depends on the value."""
+        return cls
+
+
+def nearest(name: str, valid: Collection[str]) -> str:
+    """What to write in place of an unknown name of a registry."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}"

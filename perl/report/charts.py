@@ -7,8 +7,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from perl.measure.ledger import PHASES
-from perl.measure.reward_eval import ReliabilityBin, RewardEval
+from perl.measure.metrics import ReliabilityBin
+from perl.measure.probe import PHASES
+from perl.measure.reward_model_card import RewardModelCard
 from perl.report.numbers import Spread, bytes_text, decimal, percent, seconds_text, spread_text
 from perl.report.outcome import Curve, curve, smooth, window
 from perl.report.runs import Group, Series
@@ -50,8 +51,8 @@ def step_plot(
     Args:
         ends: the held-out means before and after training, drawn as lines across.
     """
-    found = [run.metrics[role].get(metric) for run in group.runs]
-    series = [values for values in found if values is not None and np.isfinite(values).any()]
+    known = [values for run in group.runs if (values := run.metrics[role].get(metric)) is not None]
+    series = [values for values in known if np.isfinite(values).any()]
     if not series:
         return None
     length = min(len(values) for values in series)
@@ -125,7 +126,7 @@ def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str, l
     axes.plot(x, y, "D", color=colour, markersize=6.5, markeredgecolor=FG, zorder=5, label=label)
 
 
-def reliability_plot(card: RewardEval) -> Plot:
+def reliability_plot(card: RewardModelCard) -> Plot:
     """Observed share against the probability given, a point a bin; as it is, and scaled where that is known."""
     scaling = card.calibration
     before, after = scaling.reliability_before, scaling.reliability_after
@@ -154,7 +155,7 @@ def _points(axes: Axes, bins: Sequence[ReliabilityBin], colour: str, marker: str
     axes.plot(given, seen, color=colour, marker=marker, markersize=5, markeredgecolor=BG, label=label)
 
 
-def scores_plot(card: RewardEval) -> Plot | None:
+def scores_plot(card: RewardModelCard) -> Plot | None:
     """How the scores of answers rated up and down are spread; None of a histogram that does not fit together."""
     counts = card.score_histogram
     if not len(counts.edges) - 1 == len(counts.up) == len(counts.down) > 0:

@@ -43,7 +43,7 @@ def signed(value: float, places: int = 2) -> str:
     return text if text.startswith(MINUS) else f"+{text}"
 
 
-def figure(value: float) -> str:
+def number(value: float) -> str:
     """A number of any size with its sign: two decimal places, or as many as show two of its digits."""
     return signed(value, max(2, places_of(abs(value))))
 

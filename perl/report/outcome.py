@@ -23,17 +23,15 @@ from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
-from perl.results import RlEval
+from perl.results import PairedMetric, RlEval
 
-Z = 1.96
-"""A 95 % interval is this many standard errors to either side."""
-LEAST_STEPS = 5
+MIN_STEPS = 5
 """A shorter curve says nothing."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """A metric before and after RL, the mean over runs, and the 95 % interval of its rise where one is known."""
+class MeanChange:
+    """A metric before and after RL over runs, and the 95 % interval of its mean rise where one is known."""
 
     before: Spread
     after: Spread
@@ -57,42 +55,17 @@ class Change:
         return None if self.interval is None else self.interval[0] > 0 or self.interval[1] < 0
 
 
-def reward_change(evals: Sequence[RlEval]) -> Change | None:
-    """The reward before and after; with an interval where every run has one. None without RL."""
-    pairs = [(one.reward_before, one.reward_after) for one in evals]
-    return _change(pairs, [one.reward_interval for one in evals]) if pairs else None
+def mean_change(evals: Sequence[RlEval], metric: PairedMetric) -> MeanChange | None:
+    """A metric's change over runs, with an interval where every run has one; None if any run lacks the metric.
 
-
-def gold_change(evals: Sequence[RlEval]) -> Change | None:
-    """The gold judge's share before and after; None if any run lacks it.
-
-    The interval is the report's own (of paired completions) where it has one, else that of `share_interval`.
+    A mean over some of the runs would not be that of the metrics beside it.
     """
-    pairs = [(one.gold_before, one.gold_after) for one in evals]
-    known = [(before, after) for before, after in pairs if before is not None and after is not None]
-    if not known or len(known) < len(pairs):
+    changes = [change for one in evals if (change := one.change(metric)) is not None]
+    before, after = spread(one.before for one in changes), spread(one.after for one in changes)
+    if before is None or after is None or len(changes) < len(evals):
         return None
-    ends = zip(evals, known, strict=True)
-    return _change(known, [one.gold_interval or share_interval(*pair, one.n) for one, pair in ends])
-
-
-def share_interval(before: float, after: float, n: int) -> Interval:
-    """The 95 % interval of the rise of a share between two sets of n completions.
-
-    Agresti and Caffo 2000, one success and one failure added to each set: p̃ = (p n + 1) / (n + 2), rise
-    p̃_2 - p̃_1, variance Σ p̃ (1 - p̃) / (n + 2). It takes the sets as independent; they answer the same prompts,
-    which makes the interval, if anything, too wide.
-    """
-    first, second = ((share * n + 1) / (n + 2) for share in (before, after))
-    error = math.sqrt((first * (1 - first) + second * (1 - second)) / (n + 2))
-    return second - first - Z * error, second - first + Z * error
-
-
-def _change(pairs: Sequence[tuple[float, float]], intervals: Sequence[Interval | None]) -> Change:
-    before, after = spread(one for one, _ in pairs), spread(one for _, one in pairs)
-    assert before is not None
-    assert after is not None
-    return Change(before, after, _of_mean(intervals), sum(after > before for before, after in pairs))
+    interval = _of_mean([one.interval for one in changes])
+    return MeanChange(before, after, interval, sum(one.after > one.before for one in changes))
 
 
 def _of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
@@ -135,7 +108,7 @@ def curve(metrics: Mapping[str, Series]) -> Curve | None:
         return None
     kl, reward = metrics["kl"], metrics["reward"]
     known = np.isfinite(kl) & np.isfinite(reward)
-    if known.sum() < LEAST_STEPS:
+    if known.sum() < MIN_STEPS:
         return None
     gold = metrics.get("gold", np.full(len(kl), np.nan))
     return Curve(smooth(kl[known]), smooth(reward[known]), smooth(gold[known]))
@@ -145,14 +118,11 @@ def at_kl(kl: Series, values: Series, target: float) -> float | None:
     """The value where the KL first reaches the target, between steps by a straight line; None if it never does."""
     known = np.isfinite(values)
     kl, values = kl[known], values[known]
-    reached = np.flatnonzero(kl >= target)
-    if len(reached) == 0:
+    if not (kl >= target).any():
         return None
-    step = int(reached[0])
-    if step == 0:
-        return float(values[0])
-    share = (target - kl[step - 1]) / (kl[step] - kl[step - 1])
-    return float(values[step - 1] + share * (values[step] - values[step - 1]))
+    step = int(np.argmax(kl >= target))
+    around = slice(max(step - 1, 0), step + 1)
+    return float(np.interp(target, kl[around], values[around]))
 
 
 @dataclass(frozen=True)
@@ -160,7 +130,7 @@ class Matched:
     """Reward and gold of each run at one KL."""
 
     kl: float
-    rewards: tuple[float, ...]
+    rewards: tuple[float | None, ...]
     golds: tuple[float | None, ...]
 
 
@@ -170,9 +140,10 @@ def match(curves: Sequence[Curve | None]) -> Matched | None:
     if not known or len(known) < len(curves):
         return None
     target = min(float(one.kl.max()) for one in known)
-    rewards = [at_kl(one.kl, one.reward, target) for one in known]
-    golds = [at_kl(one.kl, one.gold, target) for one in known]
-    return Matched(target, tuple(reward for reward in rewards if reward is not None), tuple(golds))
+    rewards, golds = (
+        tuple(at_kl(one.kl, getattr(one, key), target) for one in known) for key in ("reward", "gold")
+    )
+    return Matched(target, rewards, golds)
 
 
 def match_all(groups: Sequence[Group]) -> Matched | None:

@@ -5,20 +5,22 @@ What a run folder must hold is report.json; recipe, metrics and samples are show
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from perl.errors import UserError
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, RlEval, Sample, SftEval, StageResult
 from perl.system.typed_json import parse
 
+T = TypeVar("T")
 DAMAGED = "Remove the damaged part and run the stage again."
 TUNING = {"lora": "LoRA", "full": "Full tuning"}
 SHARED = ("name", "base.", "data.")
@@ -47,6 +49,11 @@ class Run:
         except yaml.YAMLError:
             return {}
         return recipe if isinstance(recipe, dict) else {}
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the recipe; empty if it has none."""
+        section = self.recipe.get(name)
+        return section if isinstance(section, dict) else {}
 
     @property
     def stages(self) -> dict[StageName, StageResult]:
@@ -80,26 +87,25 @@ def read_run(folder: Path) -> Run:
             where=str(folder),
             remedy="Finish it with `perl-rlhf run RECIPE --out` and this folder.",
         )
-    samples = _lines(folder / "policy" / "samples.jsonl")
     return Run(
         path=folder,
         report=parse(Report, text, str(file), DAMAGED),
         recipe_yaml=_text(folder / "recipe.yaml") or "",
         metrics={role: _metrics(folder / role / "metrics.jsonl") for role in ("sft", "reward", "policy")},
-        samples=[parse(Sample, line, where, DAMAGED) for line, where in samples],
+        samples=_lines(Sample, folder / "policy" / "samples.jsonl"),
     )
 
 
 def _metrics(file: Path) -> dict[str, Series]:
-    lines = [parse(dict[str, float | None], line, where, DAMAGED) for line, where in _lines(file)]
+    lines = _lines(dict[str, float | None], file)
     names = {name for line in lines for name, value in line.items() if value is not None}
     return {name: np.array([line.get(name) for line in lines], dtype=np.float64) for name in sorted(names)}
 
 
-def _lines(file: Path) -> list[tuple[str, str]]:
-    """The lines that are not empty, each with where it stands; none if there is no such file."""
+def _lines(kind: type[T], file: Path) -> list[T]:
+    """The values in the lines that are not empty; none if there is no such file."""
     lines = enumerate((_text(file) or "").split("\n"), start=1)
-    return [(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+    return [parse(kind, line, f"{file}, line {number}", DAMAGED) for number, line in lines if line.strip()]
 
 
 def _text(file: Path) -> str | None:
@@ -134,7 +140,7 @@ class Group:
         return [run.report.stages.sft.eval for run in self.runs if run.report.stages.sft is not None]
 
     @property
-    def reward(self) -> list[RewardEval]:
+    def reward(self) -> list[RewardModelCard]:
         """The reward model cards of the runs that have one."""
         return [run.report.stages.reward.eval for run in self.runs if run.report.stages.reward is not None]
 
@@ -156,23 +162,22 @@ def groups(runs: Iterable[Run]) -> list[Group]:
             were not run on the same base and data. A mean over them would be of nothing.
     """
     ordered = sorted(runs, key=lambda run: run.report.seed)
-    for one, other in ((ordered[0], other) for other in ordered[1:]):
-        _refuse(one, other, lambda key: key.startswith(SHARED))
+    for other in ordered[1:]:
+        _check_same(ordered[0], other, lambda key: key.startswith(SHARED))
     by_tuning = {tuning: tuple(run for run in ordered if run.report.tuning == tuning) for tuning in TUNING}
-    found = [Group(tuning, members) for tuning, members in by_tuning.items() if members]
-    for group in found:
-        for one, other in zip(group.runs, group.runs[1:], strict=False):
-            _refuse(one, other, lambda key: key != "seed")
+    for members in by_tuning.values():
+        for one, other in pairwise(members):
+            _check_same(one, other, lambda key: key != "seed")
             if one.report.seed == other.report.seed:
                 raise UserError(
                     f"both are of seed {one.report.seed}: they are no two samples of what the recipe comes to",
                     where=f"{one.path} and {other.path}",
                     remedy="Name one run of each seed.",
                 )
-    return found
+    return [Group(tuning, members) for tuning, members in by_tuning.items() if members]
 
 
-def _refuse(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
+def _check_same(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
     first, second = _settings(one), _settings(other)
     keys = sorted(key for key in {*first, *second} if matters(key) and first.get(key) != second.get(key))
     if keys:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -90,57 +89,25 @@ def to_svg(figure: Figure, name: str, title: str) -> Markup:
         title: what the plot shows, for those who hear the page.
     """
     written = io.StringIO()
+    # Ids that are referred to are hashes salted with the plot's name, so that no two plots share one.
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
         figure.savefig(
             written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    root = ElementTree.fromstring(written.getvalue())
-    _tidy(root)
-    _drop_unused_ids(root)
-    for element in root.iter():
-        _follow_theme(element)
-    view = root.attrib["viewBox"]
-    root.attrib.clear()
-    root.attrib.update({"class": "plot", "viewBox": view, "role": "img", "aria-label": title})
-    spoken = ElementTree.Element("title")
-    spoken.text = title
-    spoken.tail = "\n"
-    root.insert(0, spoken)
-    # The text is escaped by ElementTree.
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    head, _, body = written.getvalue().partition("<svg")[2].partition(">")
+    view = re.findall(r'viewBox="[^"]*"', head)[0]
+    # HTML needs no namespaces; metadata, and styles for the whole page, do not belong in it.
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', body))
+    body = re.sub(r'(<[^>]*?) id="([^"]+)"', lambda tag: tag[0] if tag[2] in used else tag[1], body)
+    body = re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), body)
+    title = escape(title)
+    # matplotlib has escaped the text in the drawing.
+    return Markup(f'<svg class="plot" {view} role="img" aria-label="{title}"><title>{title}</title>\n{body}')
 
 
-def _tidy(root: ElementTree.Element) -> None:
-    """HTML needs no namespaces; metadata, and styles for the whole page, do not belong in it."""
-    for parent in list(root.iter()):
-        parent.tag = parent.tag.rpartition("}")[2]
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-        for key in [key for key in parent.attrib if key.startswith("{")]:
-            parent.attrib[key.rpartition("}")[2]] = parent.attrib.pop(key)
-
-
-def _drop_unused_ids(root: ElementTree.Element) -> None:
-    """Those that are used are hashes salted with the plot's name, so that no two plots share one."""
-    text = ElementTree.tostring(root, encoding="unicode")
-    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    for element in root.iter():
-        if element.attrib.get("id") not in used:
-            element.attrib.pop("id", None)
-
-
-def _follow_theme(element: ElementTree.Element) -> None:
-    """Placeholder colours become variables, which only style (not attributes) takes; fonts are the page's."""
-    style = element.attrib.pop("style", "")
-    for key in ("fill", "stroke"):
-        if key in element.attrib:
-            style += f"; {key}: {element.attrib.pop(key)}"
-    style = re.sub(r"#[0-9a-f]{6}", lambda found: _variable(found[0]), style)
-    style = re.sub(r"font: ([^;]*?)([\d.]+px) [^;]*", r"font: \1\2 var(--font)", style)
-    if style:
-        element.attrib["style"] = style.strip("; ")
-
-
-def _variable(colour: str) -> str:
-    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour
+def _themed(style: str) -> str:
+    """Placeholder colours become variables, and fonts are the page's."""
+    for colour, variable in VARIABLES.items():
+        style = style.replace(colour, f"var({variable})")
+    return re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", style)

@@ -1,11 +1,11 @@
 """A sweep: reward models by rank and placement of their adapters, beside full tuning; its table and its page."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.report.charts import rank_plot
 from perl.report.numbers import (
     GAP,
@@ -16,13 +16,13 @@ from perl.report.numbers import (
     spread,
     spread_text,
 )
-from perl.report.page import filled
 from perl.report.runs import Run
 from perl.report.svg import Plot
+from perl.report.templates import filled
 from perl.results import RewardStage
 from perl.system.files import write_whole
 
-QUALITIES: dict[str, tuple[str, Callable[[RewardEval], float | None]]] = {
+QUALITIES: dict[str, tuple[str, Callable[[RewardModelCard], float | None]]] = {
     "auroc": ("AUROC", lambda card: card.auroc),
     "pairwise_accuracy": ("pairwise accuracy", lambda card: card.pairwise_accuracy),
     "accuracy": ("accuracy", lambda card: card.accuracy),
@@ -96,31 +96,21 @@ class Sweep:
 
     @property
     def columns(self) -> dict[str, Callable[[Cell], str]]:
-        """Of the table: the head, and what stands below it."""
-        qualities: dict[str, Callable[[Cell], str]] = {
-            QUALITIES[key][0]: lambda cell, key=key: spread_text(cell.quality(key), 3)  # type: ignore[misc]
-            for key in self.keys
-        }
-        first, *others = qualities.items()
-        behind = (
-            {"less full tuning's": lambda cell: spread_text(self.behind(cell), 3, sign=True)} if self.full else {}
-        )
-        return {
+        """Of the table: the head, and what stands under it."""
+        columns: dict[str, Callable[[Cell], str]] = {
             "adapters on": lambda cell: cell.targets or "full tuning",
             "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
-            **dict([first]),
-            **behind,
-            **dict(others),
+        }
+        for key in self.keys:
+            columns[QUALITIES[key][0]] = lambda cell, key=key: spread_text(cell.quality(key), 3)  # type: ignore[misc]
+            if key == self.keys[0] and self.full:
+                columns["less full tuning's"] = lambda cell: spread_text(self.behind(cell), 3, sign=True)
+        return columns | {
             "trained": lambda cell: count_text(cell.parameters),
             "their memory": lambda cell: bytes_text(cell.trained_bytes),
             "peak": lambda cell: bytes_text(cell.mean(lambda stage: stage.peak_memory_bytes)),
             "time": lambda cell: seconds_text(cell.mean(lambda stage: stage.seconds)),
         }
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Of the table, a cell each."""
-        return [[text(cell) for text in self.columns.values()] for cell in self.cells]
 
     def behind(self, cell: Cell) -> Spread | None:
         """The first quality less full tuning's, seed by seed; None of full tuning itself, or without it."""
@@ -156,10 +146,10 @@ class Sweep:
             "seeds": [run.report.seed for run in self.cells[0].runs],
             "spread": "sample standard deviation over seeds",
             "bottom_line": self.bottom_line,
-            "rows": [self._figures(cell) for cell in self.cells],
+            "rows": [self._metrics(cell) for cell in self.cells],
         }
 
-    def _figures(self, cell: Cell) -> dict[str, Any]:
+    def _metrics(self, cell: Cell) -> dict[str, Any]:
         spreads = {key: cell.quality(key) for key in self.keys} | {"less_full": self.behind(cell)}
         spreads["seconds"] = spread(stage.seconds for stage in cell.stages)
         return {
@@ -168,23 +158,22 @@ class Sweep:
             "trainable_parameters": cell.parameters,
             "trained_memory_bytes": cell.trained_bytes,
             "peak_memory_bytes": cell.mean(lambda stage: stage.peak_memory_bytes),
-            **{key: None if value is None else vars(value) for key, value in spreads.items()},
+            **{key: None if value is None else asdict(value) for key, value in spreads.items()},
         }
 
 
-def write_sweep(found: Sweep, file: Path) -> Path:
+def write_sweep(sweep: Sweep, file: Path) -> Path:
     """Write the page of a sweep; return the file."""
-    first = found.cells[0]
-    tfidf = spread(stage.eval.floor.value for stage in first.stages)
+    first = sweep.cells[0]
+    baselines = [stage.eval.tfidf_baseline for stage in first.stages]
+    tfidf = spread(baseline.value for baseline in baselines)
     content = {
-        "sweep": found,
-        "columns": list(found.columns),
-        "rows": found.rows,
-        "plots": [_plot(found, key) for key in found.keys],
-        "tfidf": ""
-        if tfidf is None
-        else f"{QUALITIES[first.stages[0].eval.floor.figure][0]} {spread_text(tfidf, 3)}",
-        "runs": [(run.path.name, cell.name, run.report.seed) for cell in found.cells for run in cell.runs],
+        "sweep": sweep,
+        "columns": list(sweep.columns),
+        "rows": [[text(cell) for text in sweep.columns.values()] for cell in sweep.cells],
+        "plots": [_plot(sweep, key) for key in sweep.keys],
+        "tfidf": f"{QUALITIES[baselines[0].metric][0]} {spread_text(tfidf, 3)}" if tfidf else "",
+        "runs": [(run.path.name, cell.name, run.report.seed) for cell in sweep.cells for run in cell.runs],
         "eval": first.stages[0].eval,
         "first": first.runs[0],
     }
@@ -192,16 +181,16 @@ def write_sweep(found: Sweep, file: Path) -> Path:
     return file
 
 
-def _plot(found: Sweep, key: str) -> Plot:
+def _plot(sweep: Sweep, key: str) -> Plot:
     label = QUALITIES[key][0]
     label = label[0].upper() + label[1:]
     places: dict[str, dict[int, Spread]] = {}
-    for cell in found.cells:
+    for cell in sweep.cells:
         if cell.targets is not None and cell.rank is not None and (value := cell.quality(key)) is not None:
             places.setdefault(cell.targets, {})[cell.rank] = value
-    svg = rank_plot(f"sweep-{key}", label, places, found.full.quality(key) if found.full else None)
-    if found.seeds == 1:
+    svg = rank_plot(f"sweep-{key}", label, places, sweep.full.quality(key) if sweep.full else None)
+    if sweep.seeds == 1:
         return Plot(svg, f"{label} on held-out answers. One seed each: differences may be chance.")
-    band = ", and so does the band around full tuning" if found.full else ""
-    bars = f"Bars show one standard deviation over {found.seeds} seeds to either side{band}."
+    band = ", and so does the band around full tuning" if sweep.full else ""
+    bars = f"Bars show one standard deviation over {sweep.seeds} seeds to either side{band}."
     return Plot(svg, f"{label} on held-out answers. {bars}")

@@ -62,7 +62,7 @@ class CostRow:
     """A cost of a stage under both tunings."""
 
     stage: str
-    figure: str
+    metric: str
     lora: Spread
     full: Spread
     text: Callable[[float], str]
@@ -88,10 +88,10 @@ def cost_rows(lora: Group, full: Group) -> list[CostRow]:
     rows = []
     for name, label in STAGE.items():
         sides = [[stage for run in group.runs if (stage := run.stages.get(name))] for group in (lora, full)]
-        for figure, value, text in COSTS[:COMPARED]:
-            one, other = (spread(value(stage) for stage in stages) for stages in sides)
-            if one is not None and other is not None:
-                rows.append(CostRow(label, figure, one, other, text))
+        for metric, value, text in COSTS[:COMPARED]:
+            of_lora, of_full = (spread(value(stage) for stage in stages) for stages in sides)
+            if of_lora is not None and of_full is not None:
+                rows.append(CostRow(label, metric, of_lora, of_full, text))
     return rows
 
 
@@ -99,7 +99,7 @@ def cost_rows(lora: Group, full: Group) -> list[CostRow]:
 class QualityRow:
     """A measure of quality under both tunings."""
 
-    figure: str
+    metric: str
     lora: Spread
     full: Spread
 
@@ -127,21 +127,22 @@ class QualityRow:
 
 def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[QualityRow]:
     """What the reward model and the policy came to, at the end and at matched KL."""
-    sides: list[dict[str, Spread | None]] = []
-    cut = len(lora.runs)
-    for group, part in ((lora, slice(cut)), (full, slice(cut, None))):
-        side = {
-            "Reward model's AUROC": spread(card.auroc for card in group.reward),
-            "Reward at the end": spread(one.reward_after for one in group.rl),
-            "Gold judge at the end": spread(one.gold_after for one in group.rl),
-            "KL at the end": spread(one.kl for one in group.rl),
-        }
-        if matched is not None:
-            side[f"Reward at matched KL {matched.kl:.2f}"] = spread(matched.rewards[part])
-            side[f"Gold judge at matched KL {matched.kl:.2f}"] = spread(matched.golds[part])
-        sides.append(side)
-    pairs = [(name, one, sides[1][name]) for name, one in sides[0].items()]
-    return [QualityRow(name, one, other) for name, one, other in pairs if one is not None and other is not None]
+    both = (lora, full)
+    sides = {
+        "Reward model's AUROC": [spread(card.auroc for card in group.reward) for group in both],
+        "Reward at the end": [spread(one.reward_after for one in group.rl) for group in both],
+        "Gold judge at the end": [spread(one.gold_after for one in group.rl) for group in both],
+        "KL at the end": [spread(one.kl for one in group.rl) for group in both],
+    }
+    if matched is not None:
+        cut = len(lora.runs)
+        for name, values in (("Reward", matched.rewards), ("Gold judge", matched.golds)):
+            sides[f"{name} at matched KL {matched.kl:.2f}"] = [spread(values[:cut]), spread(values[cut:])]
+    return [
+        QualityRow(name, of_lora, of_full)
+        for name, (of_lora, of_full) in sides.items()
+        if of_lora is not None and of_full is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,18 @@ class Balance:
 def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balance:
     """Gains and losses of LoRA, as plainly the one as the other."""
     sides = Balance([], [], [])
-    for figure, below, above, less_is_better in BALANCED:
-        chosen = [(row.stage, row.ratio) for row in costs if row.figure == figure]
-        for words, picked, good in (
-            (below, [one for one in chosen if one[1] < 1 - SAME], less_is_better),
-            (above, [one for one in chosen if one[1] > 1 + SAME], not less_is_better),
+    for metric, less, more, less_is_better in BALANCED:
+        ratios = [(row.stage, row.ratio) for row in costs if row.metric == metric]
+        for words, chosen, good in (
+            (less, [one for one in ratios if one[1] < 1 - SAME], less_is_better),
+            (more, [one for one in ratios if one[1] > 1 + SAME], not less_is_better),
         ):
-            if picked:
-                where = joined([f"{stage} (×{GAP}{ratio:.2f})" for stage, ratio in picked])
+            if chosen:
+                where = joined([f"{stage} (×{GAP}{ratio:.2f})" for stage, ratio in chosen])
                 (sides.ahead if good else sides.behind).append(f"{words}: {where}.")
     for row in qualities:
-        words = f"{row.figure}: {decimal(row.lora.mean)} against {decimal(row.full.mean)}"
-        if row.figure.startswith("KL"):
+        words = f"{row.metric}: {decimal(row.lora.mean)} against {decimal(row.full.mean)}"
+        if row.metric.startswith("KL"):
             continue
         if row.clear is None:
             sides.open.append(f"{words}; with one run on a side this may be chance.")
@@ -180,28 +181,26 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
 
 def bottom_line(rows: Sequence[QualityRow]) -> str:
     """Would full tuning have been better? By gold at matched KL if there is one, else by what there is."""
-    best = next((row for start in DECISIVE for row in rows if row.figure.startswith(start)), None)
+    best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
         return "These runs hold no measure of quality under both tunings."
-    figure = best.figure[0].lower() + best.figure[1:]
-    told = f"({figure}: LoRA {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
+    metric = best.metric[0].lower() + best.metric[1:]
+    evidence = f"({metric}: LoRA {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
     if best.clear is None:
-        return f"Not known: with one run on a side, a difference may be chance {told}."
+        return f"Not known: with one run on a side, a difference may be chance {evidence}."
     if not best.clear:
-        return f"No difference shown: the two are within two standard errors {told}."
-    return f"Yes, full tuning is better {told}." if best.difference < 0 else f"No, LoRA is better {told}."
+        return f"No difference shown: the two are within two standard errors {evidence}."
+    return f"Yes, full tuning is better {evidence}." if best.difference < 0 else f"No, LoRA is better {evidence}."
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
     """The reward model under LoRA beside that under full tuning, and whether seeds can tell them apart."""
     if len(by_tuning) > 1:
-        rows = [
-            row for row in quality_rows(by_tuning[0], by_tuning[1], None) if row.figure.startswith("Reward model")
-        ]
-        sides = balance([], rows)
-        for how, lines in (("ahead of", sides.ahead), ("behind", sides.behind), ("beside", sides.open)):
+        rows = quality_rows(by_tuning[0], by_tuning[1], None)
+        sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
+        for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
             if lines:
-                return f"LoRA {'is ' if how != 'beside' else ''}{how} full tuning. {lines[0]}"
+                return f"LoRA {how} full tuning. {lines[0]}"
     return "LoRA against full tuning: not compared (perl-rlhf compare does)."
 
 
@@ -215,21 +214,20 @@ class Predictions:
 
 def predictions(groups: Sequence[Group]) -> Predictions | None:
     """Of each first run; None if nothing was estimated."""
-    found = [
-        (group.label, STAGE[name], phase, peak.peak, measured.peak)
+    peaks = [
+        ((group.label, STAGE[name], phase), predicted.peak, measured.peak)
         for group in groups
         for name, stage in group.first.stages.items()
-        for phase, peak in (stage.predicted_memory or {}).items()
+        for phase, predicted in (stage.predicted_memory or {}).items()
         if (measured := stage.memory.get(phase)) and measured.peak
     ]
-    if not found:
+    if not peaks:
         return None
-    errors = [one[3] / one[4] - 1 for one in found]
-    cells = zip(found, errors, strict=True)
-    rows = [(*one[:3], bytes_text(one[3]), bytes_text(one[4]), percent(error, 1)) for one, error in cells]
-    worst = max(range(len(errors)), key=lambda place: abs(errors[place]))
+    errors = {where: predicted / measured - 1 for where, predicted, measured in peaks}
+    rows = [(*where, bytes_text(one), bytes_text(other), percent(errors[where], 1)) for where, one, other in peaks]
+    worst = max(errors, key=lambda where: abs(errors[where]))
     return Predictions(
         rows,
         f"The estimate of memory was within {percent(abs(errors[worst]), 1)} of the measurement everywhere "
-        f"(worst: {', '.join(found[worst][:3])}).",
+        f"(worst: {', '.join(worst)}).",
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from perl.measure.change import change_words, loss_verb, loss_words
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
-from perl.report.outcome import Change, gold_change, reward_change
+from perl.report.outcome import MeanChange, mean_change
 from perl.report.runs import Group, Run
 from perl.results import Incident
 
@@ -20,12 +20,13 @@ NO_JUDGE = (
     "That is the judgement of the reward that RL itself raised. The data have no gold judge, so nothing "
     "independent confirms it: read the samples."
 )
-AS_BEGUN = "The policy is the one that RL began with."
+NO_INTERVAL = "The report has no interval of the change, so it may be chance."
+EXPLOITS = "It exploits mistakes of its reward: stop earlier, or raise kl_coef."
 SHOWN_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Said:
+class Finding:
     """A headline, the sentences that bear it out, and its kind: good, bad or open."""
 
     headline: str
@@ -33,47 +34,29 @@ class Said:
     kind: str
 
 
-def verdict(group: Group) -> Said:
-    """Is the policy better? Without a policy: is what was trained any good?"""
-    reward, gold = reward_change(group.rl), gold_change(group.rl)
+def verdict(group: Group) -> Finding:
+    """Is the policy better, by the gold judge if there is one? Without a policy: is what was trained any good?"""
+    reward, gold = mean_change(group.rl, "reward"), mean_change(group.rl, "gold")
     if reward is None:
         return _without_policy(group)
-    return _by_reward(group, reward) if gold is None else _by_gold(group, reward, gold)
-
-
-def _by_gold(group: Group, reward: Change, gold: Change) -> Said:
-    assert gold.interval is not None
-    low, high = (signed(100 * end, 1) for end in gold.interval)
-    lines = [
-        f"The gold judge, which training never sees, finds {percent(gold.before.mean)} of the completions right "
-        f"before RL and {percent(gold.after.mean)} after (95 % interval of the change: {low} to {high} "
-        f"points{_seeds(gold)}).",
-        _reward_words(reward),
-    ]
+    lines, decisive = [_reward_words(reward)], reward
+    if gold is not None:
+        lines, decisive = [_gold_words(gold), *lines], gold
     if _nothing_remains(group):
-        return Said(AS_BEGUN, lines, "open")
-    if not gold.clear:
-        return Said("No clear difference.", [*lines, _too_few(group)], "open")
+        return Finding("The policy is the one that RL began with.", lines, "open")
+    if decisive.clear is None:
+        return Finding("The policy cannot be judged.", [*lines, NO_INTERVAL], "open")
+    if not decisive.clear:
+        return Finding("No clear difference.", [*lines, _too_few(group)], "open")
+    if gold is None:
+        if reward.rise > 0:
+            return Finding("The reward rose; nothing else has checked it.", [*lines, NO_JUDGE], "open")
+        return Finding("The reward fell.", lines, "bad")
     if gold.rise > 0:
-        return Said("The policy is better.", lines, "good")
+        return Finding("The policy is better.", lines, "good")
     if reward.clear and reward.rise > 0:
-        why = "It exploits mistakes of its reward: stop earlier, or raise kl_coef."
-        return Said("The policy is worse, although its reward rose.", [*lines, why], "bad")
-    return Said("The policy is worse.", lines, "bad")
-
-
-def _by_reward(group: Group, reward: Change) -> Said:
-    lines = [_reward_words(reward)]
-    if _nothing_remains(group):
-        return Said(AS_BEGUN, lines, "open")
-    if reward.clear is None:
-        unknown = "The report has no interval of the change, so it may be chance."
-        return Said("The policy cannot be judged.", [*lines, unknown], "open")
-    if not reward.clear:
-        return Said("No clear difference.", [*lines, _too_few(group)], "open")
-    if reward.rise > 0:
-        return Said("The reward rose; nothing else has checked it.", [*lines, NO_JUDGE], "open")
-    return Said("The reward fell.", lines, "bad")
+        return Finding("The policy is worse, although its reward rose.", [*lines, EXPLOITS], "bad")
+    return Finding("The policy is worse.", lines, "bad")
 
 
 def _nothing_remains(group: Group) -> bool:
@@ -84,43 +67,48 @@ def _nothing_remains(group: Group) -> bool:
     )
 
 
-def _reward_words(reward: Change) -> str:
+def _gold_words(gold: MeanChange) -> str:
+    ends = f"{percent(gold.before.mean)} of the completions right before RL and {percent(gold.after.mean)} after"
+    return f"The gold judge, which training never sees, finds {ends}{_evidence(gold, 100.0, 1, ' points')}."
+
+
+def _reward_words(reward: MeanChange) -> str:
     ends = decimal(reward.before.mean, reward.places), decimal(reward.after.mean, reward.places)
-    told = change_words(*ends, reward.interval)
-    if reward.interval is None:
-        return f"The reward {told}{_seeds(reward)}."
-    low, high = (signed(end, reward.places) for end in reward.interval)
-    return f"The reward {told} (95 % interval of the change: {low} to {high}{_seeds(reward)})."
+    return f"The reward {change_words(*ends, reward.interval)}{_evidence(reward, 1.0, reward.places)}."
 
 
-def _seeds(change: Change) -> str:
-    return "" if change.after.n == 1 else f"; up in {change.rose_in} of {change.after.n} seeds"
+def _evidence(change: MeanChange, scale: float, places: int, unit: str = "") -> str:
+    """The interval, and how many seeds agree; of several seeds."""
+    seeds = "" if change.after.n == 1 else f"; up in {change.rose_in} of {change.after.n} seeds"
+    if change.interval is None:
+        return seeds
+    low, high = (signed(scale * end, places) for end in change.interval)
+    return f" (95 % interval of the change: {low} to {high}{unit}{seeds})"
 
 
 def _too_few(group: Group) -> str:
     most = max(one.n for one in group.rl)
     n = joined(sorted({f"{one.n:,}" for one in group.rl}))
     few = f"{n} prompt is" if most == 1 else f"{n} prompts are"
-    settings = [run.recipe.get("rl") for run in group.runs]
-    allowed = [rl.get("eval_prompts") for rl in settings if isinstance(rl, dict)]
+    allowed = [run.section("rl").get("eval_prompts") for run in group.runs]
     more = "Raise rl.eval_prompts"
     if any(isinstance(one, int) and most < one for one in allowed):  # there are no more
         more = "Use more prompts or a larger data.held_out"
     return f"The interval includes 0: {few} too few to tell. {more}, or run more seeds."
 
 
-def _without_policy(group: Group) -> Said:
+def _without_policy(group: Group) -> Finding:
     if group.reward:
-        found = fitness(group.reward)
-        return Said(f"The reward model is {found.headline.lower()[:-3]}RL.", [*found.lines, NO_RL], found.kind)
+        fit = fitness(group.reward)
+        return Finding(f"The reward model is {fit.headline.lower()[:-3]}RL.", [*fit.lines, NO_RL], fit.kind)
     if not group.sft:
-        return Said("No stage is finished.", ["The report holds no results."], "open")
+        return Finding("No stage is finished.", ["The report holds no results."], "open")
     verb = loss_verb(*_mean_loss(group))
     kind = {"fell": "good", "rose": "bad"}.get(verb, "open")
-    return Said(f"The loss on held-out answers {verb}.", [sft_words(group), NO_RL], kind)
+    return Finding(f"The loss on held-out answers {verb}.", [sft_words(group), NO_RL], kind)
 
 
-def fitness(cards: Sequence[RewardEval]) -> Said:
+def fitness(cards: Sequence[RewardModelCard]) -> Finding:
     """Whether the reward model is fit for RL: in all seeds, in some or in none.
 
     The reasons are those of the first seed that is not fit; where all are fit, of the first.
@@ -130,10 +118,10 @@ def fitness(cards: Sequence[RewardEval]) -> Said:
     reasons = next((verdict.reasons for verdict in verdicts if not verdict.fit), verdicts[0].reasons)
     kind = "good" if fit == count else "open" if fit else "bad"
     seeds = "" if count == 1 or not fit else f" in {'all' if fit == count else f'{fit} of'} {count} seeds"
-    return Said(f"{'Fit' if fit else 'Not fit'} for RL{seeds}.", reasons, kind)
+    return Finding(f"{'Fit' if fit else 'Not fit'} for RL{seeds}.", reasons, kind)
 
 
-def card_words(cards: Sequence[RewardEval]) -> list[str]:
+def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
     """What the verdict's reasons leave out: the AUROC as odds that a reader can picture; use as a classifier."""
     auroc = spread(card.auroc for card in cards)
     if auroc is None:
@@ -161,26 +149,26 @@ def _mean_loss(group: Group) -> tuple[float, float]:
     return float(np.mean(befores)), float(np.mean(afters))
 
 
-def summary(group: Group, everyone: Sequence[Run]) -> list[str]:
-    """What was run, on what, and what its reward means, a sentence each."""
+def summary(group: Group, runs: Sequence[Run]) -> list[str]:
+    """What was run, on what, and what its reward means, a sentence each.
+
+    Args:
+        runs: all on the page.
+    """
     seeds = [str(run.report.seed) for run in group.runs]
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({joined(seeds)})"
     done = joined([STAGE_WORDS[name] for name in group.first.stages]) or "no stage"
-    machines = joined(list(dict.fromkeys(_machine(run) for run in everyone)))
+    base = group.first.report.base
+    built = group.first.section("base").get("build") is not None
+    name = "a tiny base built by the recipe itself" if built else base.model
+    machines = joined(list(dict.fromkeys(_machine(run) for run in runs)))
     lines = [
-        f"{group.label}, {which}: {done}, on {_base(group.first)}.",
+        f"{group.label}, {which}: {done}, on {name} ({count_text(base.parameters)} parameters, {base.dtype}).",
         f"Everything ran on {machines}.",
         _reward_meaning(group.first),
-        *dict.fromkeys(_base_unchanged(run) for run in everyone),
+        *dict.fromkeys(_base_unchanged(run) for run in runs),
     ]
     return [line for line in lines if line]
-
-
-def _base(run: Run) -> str:
-    base, settings = run.report.base, run.recipe.get("base")
-    built = isinstance(settings, dict) and settings.get("build") is not None
-    name = "a tiny base built by the recipe itself" if built else base.model
-    return f"{name} ({count_text(base.parameters)} parameters, {base.dtype})"
 
 
 def _machine(run: Run) -> str:
@@ -190,15 +178,14 @@ def _machine(run: Run) -> str:
 
 
 def _reward_meaning(run: Run) -> str:
-    """What the reward's scale means; empty without RL or recipe."""
-    if run.report.stages.rl is None or not run.recipe:
+    """What the reward's scale is; empty without RL or recipe, and where several rewards add up."""
+    source = run.section("rl").get("reward")
+    if run.report.stages.rl is None or not run.recipe or isinstance(source, list):
         return ""
-    rl, reward = run.recipe.get("rl"), run.recipe.get("reward")
-    source = rl.get("reward") if isinstance(rl, dict) else None
     if isinstance(source, dict) and source.get("function"):
         return f"The reward is what the function {source['function']} returns."
     what, unit = "score", ""
-    if isinstance(reward, dict) and reward.get("loss") == "thumbs":
+    if run.section("reward").get("loss") == "thumbs":
         what, unit = "probability of a thumb up", ", 1 is one standard deviation better"
     return (
         f"The reward is the reward model's {what}, in standard deviations from the mean of its training answers: "
@@ -215,20 +202,20 @@ def _base_unchanged(run: Run) -> str:
     return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
 
 
-def happenings(runs: Sequence[Run]) -> list[Said]:
+def incidents(runs: Sequence[Run]) -> list[Finding]:
     """All that went wrong in these runs; what ended one of them is bad, and comes first."""
-    found = [said for run in runs for said in _of_run(run, f" (seed {run.report.seed})" if runs[1:] else "")]
-    return sorted(found, key=lambda said: said.kind != "bad")
+    findings = [one for run in runs for one in _of_run(run, f" (seed {run.report.seed})" if runs[1:] else "")]
+    return sorted(findings, key=lambda one: one.kind != "bad")
 
 
-def _of_run(run: Run, which: str) -> Iterator[Said]:
+def _of_run(run: Run, which: str) -> Iterator[Finding]:
     for role, label in (("sft", STAGE["sft"]), ("reward", STAGE["reward"])):
         refused = run.metrics[role].get("refused")
         if refused is not None:
             steps = (np.flatnonzero(refused == 1) + 1).tolist()
             named = joined([str(step) for step in steps[:SHOWN_STEPS]])
             more = f" and {len(steps) - SHOWN_STEPS} more" if steps[SHOWN_STEPS:] else ""
-            yield Said(
+            yield Finding(
                 f"{label}: {len(steps)} of {len(refused)} updates were refused{which}.",
                 [f"At steps {named}{more} the loss or its gradient was not finite; these updates were not made."],
                 "open",
@@ -237,15 +224,15 @@ def _of_run(run: Run, which: str) -> Iterator[Said]:
         yield _of_guard(incident, which)
 
 
-def _of_guard(incident: Incident, which: str) -> Said:
+def _of_guard(incident: Incident, which: str) -> Finding:
     shown = f" It began to show at step {incident.since}." if incident.since < incident.step else ""
     lines = [f"{incident.what[0].upper()}{incident.what[1:]}.{shown}", incident.causes, incident.remedy]
     if incident.action == "warned":
-        return Said(f"RL, step {incident.step}{which}.", lines, "open")
+        return Finding(f"RL, step {incident.step}{which}.", lines, "open")
     remains = "No checkpoint is older than that: what remains is the policy that RL began with."
     if incident.remains:
         remains = (
             f"What remains, and is judged on this page, is the policy after {incident.remains} updates, from the "
             "last checkpoint before that."
         )
-    return Said(f"RL was stopped at step {incident.step}{which}.", [*lines, remains], "bad")
+    return Finding(f"RL was stopped at step {incident.step}{which}.", [*lines, remains], "bad")

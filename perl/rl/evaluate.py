@@ -1,26 +1,26 @@
 """Judging a policy: its completions of held-out prompts, and what changed from one policy to another."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
+from perl.results import Answer, Sample
+from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
-from perl.rl.prompts import how_to_sample
-from perl.rl.rewards.sources import RewardSource
-from perl.rl.rollout import EncodedPrompts
-from perl.rl.rollouts import Rollout, everyones, roll_out
+from perl.rl.rewards.function import messages
+from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.roles import Role
-from perl.stages.session import Session
 from perl.system.progress import console
-from perl.system.seeds import derived_seed
+from perl.system.typed_json import made
 
 EVAL_BATCH = 64
 """Completions sampled at once."""
 COMPLETIONS = 256
 """At least so many in all: the mean of 24 rewards of 0 or 1 has a standard error of 0.1."""
+PART = "reward/"
+"""Before the name of a part of the reward."""
 MOST_A_PROMPT = 32
 """More tell nothing new: what differs from prompt to prompt remains."""
 
@@ -31,9 +31,9 @@ def samples_per_prompt(prompts: int) -> int:
 
 
 def evaluate_policy(
-    session: Session, reward: RewardSource, role: Role, prompts: EncodedPrompts, *, say_spread: bool = False
+    collector: Collector, role: Role, prompts: EncodedPrompts, judge: Judge | None, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
-    """Reward, gold score, KL to the reference (nats a completion, k1), length, and whether it ended by itself.
+    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats a completion, k1), length, `ended`.
 
     All policies draw with the same random numbers.
 
@@ -43,18 +43,14 @@ def evaluate_policy(
     Returns:
         of each prompt the mean over its completions, by name.
     """
-    session.roles.eval()
-    generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "evaluate", 0))
-    sampling, each = how_to_sample(session), samples_per_prompt(len(prompts))
-    rows = [prompt for prompt in range(len(prompts)) for _ in range(each)]
+    generator, each = collector.generator("evaluate"), samples_per_prompt(len(prompts))
+    asked = prompts.repeat(each)
     found: dict[str, list[float]] = {}
-    for start in range(0, len(rows), EVAL_BATCH):
-        part = prompts.take(rows[start : start + EVAL_BATCH])
-        mine = roll_out(session, reward, role, part, sampling, generator)
-        metrics = _of_each(everyones(session, part, mine), session.held_out.judge)
-        for name in ("reward", "gold", "kl", "answer_tokens", "ended"):
-            if name in metrics:
-                found.setdefault(name, []).extend(metrics[name])
+    for start in range(0, len(asked), EVAL_BATCH):
+        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
+        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
+        for name, values in _of_each(rollout, judge).items():
+            found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))
     return {
@@ -80,38 +76,66 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> d
         after: what it found of the policy.
 
     Returns:
-        `n` prompts and the `samples_per_prompt`; of reward, gold (where there is a judge), answer_tokens and
+        `n` prompts and the `samples_per_prompt`; `reward_parts_before` and `reward_parts_after`, the means of the
+        reward's parts by name; of reward, gold (where there is a judge), answer_tokens and
         ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by
         prompt); the policy's `kl` with `kl_interval`.
     """
-    before = {**before, "kl": [0.0] * len(prompts)}  # of the reference to itself, where rounding left a little
+    parts = {
+        f"reward_parts_{when}": {
+            name.removeprefix(PART): statistics.fmean(values)
+            for name, values in metrics.items()
+            if name.startswith(PART)
+        }
+        for when, metrics in (("before", before), ("after", after))
+    }
+    before = {name: values for name, values in before.items() if not name.startswith(PART)}
+    before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
     found = changes(before, after, [prompt.dialogue for prompt in prompts.prompts])
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
-    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **found}
+    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **parts, **found}
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
-    """A rollout in metrics; `kl` is the k1 estimate in nats an answer, `kl_token` in nats a token.
+    """A rollout in metrics; `kl` is the k1 estimate in nats a completion, `kl_token` in nats a token.
 
-    `gold` is the judge's, where there is one: it is written down and never trained on.
+    `gold` is the judge's, where there is one: it is written down and never trained on. `reward/NAME` are the
+    parts of the reward.
     """
-    known = rollout.scored
-    kl_BT = kl_k1(known.sampler_log_probs_BT, known.reference_log_probs_BT)
+    kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
     means = {name: statistics.fmean(values) for name, values in _of_each(rollout, judge).items()}
-    return means | {"kl_token": float(masked_mean(kl_BT, known.mask_BT))}
+    return means | {"kl_token": float(masked_mean(kl_BT, rollout.completion_mask_BT))}
 
 
 def _of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
     """The metrics of each completion."""
-    answers, known = rollout
-    kl_BT = kl_k1(known.sampler_log_probs_BT, known.reference_log_probs_BT)
-    metrics: dict[str, list[float]] = {
-        "reward": answers.rewards_B.tolist(),
-        "kl": kl_BT.masked_fill(~known.mask_BT, 0.0).sum(1).tolist(),
-        "answer_tokens": known.mask_BT.sum(1).tolist(),
-        "ended": answers.samples.ended_B.float().tolist(),
-    }
+    mask_BT = rollout.completion_mask_BT
+    kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
+    metrics: dict[str, list[float]] = {"reward": rollout.rewards_B.tolist()}
+    metrics |= {f"{PART}{name}": part_B.tolist() for name, part_B in rollout.reward_parts.items()}
     if judge is not None:
-        metrics["gold"] = list(judge(answers.prompts, answers.texts))
-    return metrics
+        metrics["gold"] = list(judge(rollout.prompts, rollout.texts))
+    return metrics | {
+        "kl": kl_BT.masked_fill(~mask_BT, 0.0).sum(1).tolist(),
+        "answer_tokens": mask_BT.sum(1).tolist(),
+        "ended": rollout.ended_B.float().tolist(),
+    }
+
+
+def draw_samples(
+    collector: Collector, roles: Sequence[Role], prompts: EncodedPrompts, judge: Judge | None
+) -> list[Sample]:
+    """One completion by each role of each prompt, with its reward and the judge's verdict, for people to read."""
+    answers: list[dict[str, Answer]] = [{} for _ in prompts.prompts]
+    for role in roles:
+        mine = collector.collect(role, prompts, collector.generator("samples"))
+        rollout = mine.gather(collector.processes, prompts)
+        gold = judge(prompts.prompts, rollout.texts) if judge is not None else None
+        for index, text in enumerate(rollout.texts):
+            verdict = None if gold is None else float(gold[index])
+            answers[index][role] = Answer(text=text, reward=float(rollout.rewards_B[index]), gold=verdict)
+    return [
+        made(Sample, {"prompt": messages(prompt.context), "answers": given})
+        for prompt, given in zip(prompts.prompts, answers, strict=True)
+    ]

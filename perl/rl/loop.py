@@ -1,180 +1,229 @@
-"""What the RL stage trains with: all its state in one place, its beginning, and its checkpoints."""
+"""The loop of RL: sample, score, estimate, update.
 
-from dataclasses import dataclass, replace
-from typing import Any
+All randomness of a step follows from the seed and the step's number, so the whole state of the loop is the step,
+the adapters and heads, the optimizer, the scale of the rewards, and what the guards remember.
 
-import torch
+Axis letters: B completions, T completion positions.
+"""
 
-from perl.backbones.padding import left_pad
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from perl.data.records import Judge
 from perl.measure.meter import Meter
-from perl.recipe import Rl
-from perl.rl.algorithms import ALGORITHMS, Algorithm
+from perl.results import Check
+from perl.rl.algorithms import Algorithm, Targets
 from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.guarding import Guarding
 from perl.rl.checks.guards import last_good
-from perl.rl.prompts import encode_prompts, how_to_sample, reward_source
-from perl.rl.rewards.scale import RewardScale
-from perl.rl.rewards.sources import RewardSource
-from perl.rl.rollout import EncodedPrompts
-from perl.rl.samplers.local import Sampling
-from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
+from perl.rl.checks.liveness import Liveness
+from perl.rl.checks.preflight import Preflight
+from perl.rl.collector import Collector
+from perl.rl.evaluate import describe
+from perl.rl.prompts import prompts_of
+from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
+from perl.rl.rollout import EncodedPrompts, Rollout
+from perl.rl.update import Learner
 from perl.roles.roles import Role
 from perl.runs import snapshot
 from perl.runs.checkpoint import Checkpoints, State
-from perl.stages.session import Session
+from perl.system.interrupt import between_steps
+from perl.system.progress import console, track
+from perl.system.typed_json import as_json, made
+
+
+@dataclass(frozen=True)
+class InitialEval:
+    """What was found before the first step; part of the checkpoints, as it is costly to compute."""
+
+    preflight: list[Check]
+    before: dict[str, list[float]]
+    """The reference on the held-out prompts, as `evaluate_policy` gives it."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the policy is to raise."""
+
+    kl_coef: float
+    """β of `(1-β) r - β KL`."""
+    normalize_rewards: bool
+    missing_end_penalty: float
+    """In standard deviations of the reward."""
 
 
 @dataclass
 class Loop:
-    """All state of RL training, in one place, and what the steps read."""
+    """Who takes part in training, and what it has come to."""
 
-    settings: Rl
-    session: Session
-    algorithm: Algorithm
-    reward: RewardSource
+    collector: Collector
+    learner: Learner
+    objective: Objective
     prompts: EncodedPrompts
-    optimizer: torch.optim.Optimizer
-    rates: list[float]
-    """The full learning rates of weights and of heads, as the optimizer's groups."""
-    rate_shares: list[float]
-    """Of the full rates, what each step has."""
-    reward_scale: RewardScale
-    missing_end_penalty: float
-    """In standard deviations of the reward."""
-    learners: list[Role]
-    critic: str
-    """`shared`, `adapter` or `none`."""
-    meter: Meter
-    sampling: Sampling
-    checkpoints: Checkpoints
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    judge: Judge | None
+    """Of the training prompts' completions; it is asked and never trained on."""
+    preflight: Preflight
+    liveness: Liveness
     guarding: Guarding
-    step: int = 0
+    meter: Meter
+    checkpoints: Checkpoints
+    reward_scale: RewardScale
 
     @property
-    def value_head(self) -> Role | None:
-        """Whose head reads values; None without a critic."""
-        return Role.CRITIC if self.algorithm.needs_critic else None
+    def algorithm(self) -> Algorithm:
+        """The row of the table."""
+        return self.learner.algorithm
 
-    @property
-    def shared_head(self) -> Role | None:
-        """Whose head reads values on the policy's trunk; None where there is none."""
-        return self.value_head if self.critic == "shared" else None
-
-
-def begin(session: Session, settings: Rl, held_out: EncodedPrompts) -> Loop:
-    """The policy, its critic and their optimizer, before the first step."""
-    roles, critic, sampling = session.roles, session.recipe.critic, how_to_sample(session)
-    if session.recipe.sft is not None:
-        session.load(Role.SFT)
-    reward = reward_source(session)
-    roles.add(Role.POLICY, copy_of=roles.reference)
-    learners = [Role.POLICY]
-    if critic != "none":
-        start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
-        roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
-        # What a reward model's head gives is on another scale than returns: the critic's begins at zero.
-        with torch.no_grad():
-            roles.head(Role.CRITIC).weight.zero_()
-        learners.append(Role.CRITIC)
-    roles.keep(roles.reference, Role.REWARD, *learners)
-    roles.train_only(*learners)
-    roles.eval()  # added adapters begin with dropout on, and there is none in RL
-    weights = [parameter for role in learners for parameter in roles.weights(role).values()]
-    heads = [parameter for role in learners if role in roles.heads for parameter in roles.heads[role].parameters()]
-    prompts = encode_prompts(session, session.train.prompts)
-    rates = learning_rates(session, settings, prompts)
-    groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
-    session.begin_together(weights + heads)
-    groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
-    optimizer = session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0))
-    penalty = missing_end_penalty(settings, session)
-    return Loop(
-        settings=settings,
-        session=session,
-        algorithm=resolved_algorithm(settings),
-        reward=reward,
-        prompts=prompts,
-        optimizer=optimizer,
-        rates=rates,
-        rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
-        reward_scale=RewardScale(),
-        missing_end_penalty=penalty,
-        learners=learners,
-        critic=critic,
-        meter=session.meter(),
-        sampling=sampling,
-        checkpoints=session.checkpoints("rl"),
-        guarding=Guarding(session, reward, sampling, held_out, rates[0], penalty > 0),
-    )
+    def prompts_of(self, step: int) -> EncodedPrompts:
+        """A step's prompts, each as often as it is completed."""
+        chosen = prompts_of(step, self.prompts_per_step, len(self.prompts), self.collector.seed)
+        return self.prompts.take(chosen).repeat(self.samples_per_prompt)
 
 
-def resolved_algorithm(settings: Rl) -> Algorithm:
-    """The recipe's row of the table, with the recipe's constants."""
-    return replace(
-        ALGORITHMS[settings.algorithm],
-        samples_per_prompt=settings.samples_per_prompt,
-        gae_lambda=settings.gae_lambda,
-        clip=settings.clip,
-        value_clip=settings.value_clip,
-        value_coef=settings.value_coef,
-    )
+def train(
+    loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float]], None]
+) -> list[Alarm]:
+    """Take the steps that are not done; return the alarms that ended it early, if any.
 
+    Args:
+        done: steps that an earlier process took.
+        log: told each step, counted from 1, and its metrics.
 
-@torch.no_grad()
-def learning_rates(session: Session, settings: Rl, prompts: EncodedPrompts) -> list[float]:
-    """The full learning rates of weights and of heads, for this base."""
-    roles, weights, heads = session.roles, settings.learning_rate, settings.head_learning_rate
-    ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
-    with roles.role(Role.POLICY):
-        hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
-    width = hidden_BLD.shape[2]
-    size = 1.0 if session.trial is not None else float(hidden_BLD.abs().mean())
-    return [
-        auto_learning_rate(width, session.recipe.tuning, settings.epochs) if weights == "auto" else weights,
-        auto_head_learning_rate(width, size) if heads == "auto" else heads,
-    ]
-
-
-def missing_end_penalty(settings: Rl, session: Session) -> float:
-    """What a completion without an end costs, in standard deviations of the reward.
-
-    Plain text need not end within the tokens it gets; the turn of an agent that never ends is useless.
+    Raises:
+        KeyboardInterrupt: someone asked to stop; the last step is saved.
+        PreflightError: the first updates did not do what they should.
     """
-    if settings.missing_end_penalty is not None:
-        return settings.missing_end_penalty
-    return 0.0 if session.train.prompts[0].context[-1].speaker == "text" else 0.5
+    with track("rl", loop.steps, done) as bar, between_steps(loop.collector.processes) as stop:
+        for step in range(done, loop.steps):
+            metrics = take_step(loop, step)
+            log(step + 1, metrics)
+            bar(reward=metrics["reward"], kl=metrics["kl"])
+            if stopped_by := loop.guarding.alarms(step + 1, metrics):
+                return stopped_by
+            last = stop.poll() or step + 1 == loop.steps
+            if last or loop.checkpoints.due(step + 1):
+                checkpoint(loop, step + 1, initial)
+            if stop.requested:
+                raise KeyboardInterrupt
+    return []
+
+
+def take_step(loop: Loop, step: int) -> dict[str, float]:
+    """One step, and its metrics."""
+    with loop.meter.step(loop.learner.optimizer):
+        mine, everyone = collect(loop, step, loop.prompts_of(step))
+        normalized_B = normalize(loop, step, everyone.rewards_B)
+        learned = {"no_signal": 1.0}
+        if loop.algorithm.has_signal(everyone, normalized_B):
+            targets = estimate(loop, everyone, normalized_B)
+            learned = loop.liveness.watch(step, everyone, partial(update, loop, step, mine, everyone, targets))
+            learned |= critic_quality(everyone, targets)
+    metrics = describe(everyone, loop.judge) | learned | loop.guarding.check(step + 1)
+    # In the reward's own unit: in standard deviations it would fall as their spread grows.
+    penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
+    metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
+    metrics["reward_std"] = loop.reward_scale.std
+    return loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
+
+
+def collect(loop: Loop, step: int, prompts: EncodedPrompts) -> tuple[Rollout, Rollout]:
+    """Sample and score: the rollout of this process's share of the prompts, and that of all processes."""
+    collector = loop.collector
+    mine = collector.collect(
+        Role.POLICY,
+        prompts,
+        collector.generator("sample", step),
+        critic=loop.learner.critic,
+        phase=loop.meter.phase,
+    )
+    loop.meter.count(sum(mine.prompt_lengths) + sum(mine.completion_lengths))
+    return mine, mine.gather(collector.processes, prompts)
+
+
+def normalize(loop: Loop, step: int, rewards_B: Tensor) -> Tensor:
+    """The rewards that are trained on, fp32: in standard deviations of all so far, or as they are."""
+    scale = loop.reward_scale
+    if not loop.objective.normalize_rewards:
+        scale.update(rewards_B)
+        return rewards_B.float()
+    within_B = scale.within(rewards_B)
+    if (absurd := scale.absurd(rewards_B)) is not None:
+        console.print(
+            f"[yellow]Step {step + 1}[/]: a reward of {absurd:.3g} lies more than {ABSURD:g} standard "
+            f"deviations from the mean of those before, {scale.mean:.3g}; it counts as {FARTHEST:g}."
+        )
+    scale.update(within_B)
+    return scale.normalized(within_B)
+
+
+def estimate(loop: Loop, everyone: Rollout, normalized_B: Tensor) -> Targets:
+    """Advantages and returns, of the normalised rewards less the penalty for a missing end."""
+    objective, std = loop.objective, loop.reward_scale.std
+    spread = float(std > 0.0) if objective.normalize_rewards else std
+    rewards_B = normalized_B - objective.missing_end_penalty * spread * ~everyone.ended_B
+    return loop.algorithm.estimate(everyone, rewards_B, objective.kl_coef)
+
+
+def update(loop: Loop, step: int, mine: Rollout, everyone: Rollout, targets: Targets) -> dict[str, float]:
+    """Let the policy and its critic learn, and the sampler follow; returns the update's metrics."""
+    metrics = loop.learner.update(step, mine, everyone, targets)
+    loop.collector.sampler.sync(Role.POLICY)
+    return metrics
+
+
+def critic_quality(rollout: Rollout, targets: Targets) -> dict[str, float]:
+    """How much of the returns' variance the critic explains, 1 - Var(R - V) / Var(R): 1 is all, below 0 harms."""
+    if targets.returns_BT is None or rollout.values_BT is None:
+        return {}
+    mask_BT = rollout.completion_mask_BT
+    returns_N, values_N = targets.returns_BT[mask_BT], rollout.values_BT[mask_BT]
+    unexplained, variance = (returns_N - values_N).var(correction=0), returns_N.var(correction=0)
+    return {"explained_variance": float(1.0 - unexplained / variance.clamp(min=1e-12))}
+
+
+def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
+    """Write all state after so many steps."""
+    learner = loop.learner
+    tensors, values = snapshot.take(learner.roles, learner.trained, learner.optimizer)
+    values |= {
+        "initial_eval": as_json(initial),
+        "liveness": as_json(loop.liveness.found),
+        "meter": loop.meter.times(),
+        "guard": loop.guarding.guard.state_dict(),
+        "reward_scale": loop.reward_scale.state_dict(),
+    }
+    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
+    loop.checkpoints.write(State(step, tensors, values), keep)
+
+
+def resume(loop: Loop) -> tuple[InitialEval | None, int]:
+    """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
+    saved = loop.checkpoints.newest()
+    if saved is None:
+        return None, 0
+    learner, state, values = loop.learner, (saved.tensors, saved.values), saved.values
+    snapshot.restore(learner.roles, learner.trained, learner.optimizer, state, str(loop.checkpoints.folder))
+    snapshot.set_generators(state, loop.collector.processes)
+    loop.collector.sampler.sync(Role.POLICY)
+    loop.meter.resume_from(values["meter"])
+    loop.guarding.guard.load_state_dict(values["guard"])
+    loop.reward_scale = RewardScale(**values["reward_scale"])
+    found = values["liveness"]
+    loop.liveness.found = None if found is None else [made(Check, check) for check in found]
+    return made(InitialEval, values["initial_eval"]), saved.step
 
 
 def rollback(loop: Loop, alarms: list[Alarm]) -> int:
     """Put back what was learned at the last checkpoint before the trouble began; return its step."""
     step = last_good(min(alarm.good_until for alarm in alarms), loop.checkpoints.steps())
     tensors = loop.checkpoints.read(step).tensors
-    snapshot.load_trained_state(loop.session.roles, loop.learners, tensors, str(loop.checkpoints.folder))
+    learner = loop.learner
+    snapshot.load_trained_state(learner.roles, learner.trained, tensors, str(loop.checkpoints.folder))
+    loop.collector.sampler.sync(Role.POLICY)
     return step
-
-
-def checkpoint(loop: Loop, step: int, initial_eval: dict[str, Any]) -> None:
-    """Write all state after so many steps; `initial_eval` is from before the first: it is costly to compute."""
-    tensors, values = snapshot.take(loop.session.roles, loop.learners, loop.optimizer)
-    values |= {
-        "initial_eval": initial_eval,
-        "meter": loop.meter.times(),
-        "guard": loop.guarding.guard.state_dict(),
-    }
-    values["reward_scale"] = loop.reward_scale.state_dict()
-    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
-    loop.checkpoints.write(State(step, tensors, values), keep)
-
-
-def resume(loop: Loop) -> tuple[dict[str, Any], int]:
-    """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
-    found = loop.checkpoints.newest()
-    if found is None:
-        return {}, 0
-    roles, state = loop.session.roles, (found.tensors, found.values)
-    snapshot.restore(roles, loop.learners, loop.optimizer, state, str(loop.checkpoints.folder))
-    snapshot.set_generators(state, loop.session.processes)
-    loop.meter.resume_from(found.values["meter"])
-    loop.guarding.guard.load_state_dict(found.values["guard"])
-    loop.reward_scale = RewardScale(**found.values["reward_scale"])
-    return found.values["initial_eval"], found.step

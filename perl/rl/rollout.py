@@ -1,32 +1,19 @@
-"""A rollout: answers drawn by the policy, with everything that is known of them before it learns.
+"""A rollout: completions drawn by the policy, with everything that is known of them before it learns.
 
-Axis letters: B answers, L = P + T positions of prompt and answer, T answer positions.
+Axis letters: B completions, L = P + T positions of prompt and completion, T completion positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from perl.backbones.chat import ChatFormat
 from perl.data.records import Prompt
-from perl.rl.algorithms import Scored
-from perl.rl.batches import micro_batches, trim
-from perl.rl.rewards.sources import RewardSource
-from perl.rl.samplers.local import Samples, Sampling, Share, sample
-from perl.roles.roles import Role, Roles
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Answers to prompts, and their scores."""
-
-    prompts: list[Prompt]
-    texts: list[str]
-    samples: Samples
-    rewards_B: Tensor
-    """As the reward source gave them, fp64: normalised later, when those of all processes are together."""
+from perl.parallel.processes import Processes
+from perl.rl.samplers.base import Samples
 
 
 @dataclass(frozen=True)
@@ -35,75 +22,91 @@ class EncodedPrompts:
 
     prompts: list[Prompt]
     ids: list[list[int]]
+    groups: list[int]
+    """Completions of prompts of one group are compared with one another."""
     cut: int = 0
     """How many were too long."""
 
     def take(self, chosen: Sequence[int]) -> "EncodedPrompts":
         """The prompts at these places."""
-        return EncodedPrompts([self.prompts[i] for i in chosen], [self.ids[i] for i in chosen])
+        return EncodedPrompts(
+            prompts=[self.prompts[place] for place in chosen],
+            ids=[self.ids[place] for place in chosen],
+            groups=[self.groups[place] for place in chosen],
+        )
+
+    def repeat(self, each: int) -> "EncodedPrompts":
+        """Each prompt so often, side by side: a group."""
+        places = [place for place in range(len(self)) for _ in range(each)]
+        return replace(self.take(places), groups=places)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-def answer(
-    roles: Roles,
-    role: Role,
-    chat: ChatFormat,
-    prompts: EncodedPrompts,
-    sampling: Sampling,
-    generator: torch.Generator,
-    head: Role | None = None,
-    share: Share | None = None,
-) -> tuple[Samples, list[str]]:
-    """One answer for each prompt, as tokens and as text."""
-    samples = sample(roles, role, prompts.ids, sampling, generator, head, share)
-    return samples, [chat.decode(ids) for ids in samples.completions()]
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Samples):
+    """Completions, their rewards, and what each role says of them; all fp32 but the rewards.
+
+    Log-probs are named by who computed them: the sampler as it drew, the policy before this step's first update
+    (π_old), the reference. All are 0 in the padding.
+    """
+
+    prompts: list[Prompt]
+    groups: list[int]
+    """Which completions are of one prompt: these have equal numbers and stand side by side."""
+    texts: list[str]
+    rewards_B: Tensor
+    """As the reward gave them, fp64: normalised later, when those of all processes are together."""
+    reward_parts: dict[str, Tensor]
+    """By name what the rewards are the weighted sum of, (B), fp64; empty where they have no parts."""
+    policy_log_probs_BT: Tensor
+    """The tensor of the sampler's, where the sampler computes as the policy does."""
+    reference_log_probs_BT: Tensor
+    values_BT: Tensor | None
+    """The critic's value of the state before each token; None without a critic."""
+
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt."""
+        return len(self.groups) // len(set(self.groups))
+
+    def gather(self, processes: Processes, prompts: EncodedPrompts) -> "Rollout":
+        """The rollout of all processes in the order of the prompts, the shared blocks' states left out.
+
+        Args:
+            prompts: of all processes.
+        """
+        if processes.count == 1:
+            return self
+        columns = self.ids_BL.shape[1]
+        wider = (processes.all_reduce_max(columns) - columns, 0)  # prompts are padded on the left
+        mine: dict[str, Any] = vars(self) | {
+            "ids_BL": F.pad(self.ids_BL, wider),
+            "mask_BL": F.pad(self.mask_BL, wider),
+            "lower_hidden_BLD": None,
+            "prompts": [],
+            "groups": [],
+        }
+        parts = processes.all_gather({name: _on_host(value) for name, value in mine.items()})
+        total, device = len(prompts), self.ids_BL.device
+        joined = {
+            field.name: _joined([part[field.name] for part in parts], total, device) for field in fields(self)
+        }
+        return Rollout(**joined | {"prompts": prompts.prompts, "groups": prompts.groups})
 
 
-def score(reward: RewardSource, prompts: EncodedPrompts, samples: Samples, texts: list[str]) -> Answers:
-    """The reward of each answer."""
-    rewards = reward(prompts.prompts, samples, texts)
-    rewards_B = torch.tensor(rewards, dtype=torch.float64, device=samples.ids_BL.device)
-    return Answers(prompts.prompts, texts, samples, rewards_B)
+def _on_host(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_host(one) for name, one in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
-@torch.no_grad()
-def read_answers(
-    roles: Roles,
-    role: Role,
-    samples: Samples,
-    micro_batch_size: int,
-    *,
-    temperature: float | None,
-    head: Role | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Teacher-forced log-probs and values (B, T) of the answers, as one role, without gradients."""
-    log_probs_BT = torch.zeros_like(samples.log_probs_BT) if temperature is not None else None
-    values_BT = torch.zeros_like(samples.log_probs_BT) if head is not None else None
-    for rows in micro_batches(samples, micro_batch_size):
-        batch = trim(samples, rows)
-        outputs = roles(
-            role,
-            batch.ids_BL,
-            batch.mask_BL,
-            completion_length=batch.completion_length,
-            temperature=temperature,
-            head=head,
-            lower_hidden_BLD=batch.lower_hidden_BLD,
-        )
-        if log_probs_BT is not None:
-            log_probs_BT[rows, : batch.completion_length] = outputs.log_probs_BT
-        if values_BT is not None:
-            values_BT[rows, : batch.completion_length] = outputs.values_BT.masked_fill(
-                ~batch.completion_mask_BT, 0.0
-            )
-    return log_probs_BT, values_BT
-
-
-def scored(answers: Answers, reference_log_probs_BT: Tensor, values_BT: Tensor | None) -> Scored:
-    """What the algorithms read of a rollout, its rewards raw."""
-    samples = answers.samples
-    return Scored(
-        answers.rewards_B, samples.log_probs_BT, reference_log_probs_BT, values_BT, samples.completion_mask_BT
-    )
+def _joined(parts: list[Any], total: int, device: torch.device) -> Any:
+    """The values of all processes as one, of the first `total` rows: the last may have been dealt twice."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)[:total].to(device)
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts], total, device) for name in first}
+    return None if first is None else [row for part in parts for row in part][:total]

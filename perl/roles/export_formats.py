@@ -16,18 +16,16 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.adapters.experts import expert_delta, is_read_as_named
 from perl.adapters.lora import name_without_lora
-from perl.backbones.base import has_own_code
 from perl.backbones.chat import ChatFormat
-from perl.backbones.encoder import EncoderHead
 from perl.backbones.scoring_template import ending_with_the_answer
 from perl.backbones.template import ASKED
 from perl.errors import UserError
-from perl.roles.roles import Role
+from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
 
@@ -152,16 +150,17 @@ def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedMo
 
 
 def classifier(
+    roles: Roles,
     lm: PreTrainedModel,
-    head: nn.Linear | EncoderHead,
+    role: Role,
     label: str,
     problem_type: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The trunk of a language model and a head, as transformers' sequence classifier of that architecture.
+    """The trunk of a model and a role's head, as transformers' sequence classifier of that architecture.
 
     Args:
-        lm: its trunk is used as it is; of an encoder it is such a classifier, and gets the head.
+        lm: its trunk is used as it is.
         label: the name of the only class.
         problem_type: as transformers has it; pipelines give `regression` as it is, and of
             `multi_label_classification` the sigmoid.
@@ -174,30 +173,7 @@ def classifier(
     config.num_labels, config.problem_type = 1, problem_type
     config.id2label, config.label2id = {0: label}, {label: 0}
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if isinstance(head, EncoderHead):
-        head.put_into(lm)
-        lm.config = config
-        return lm.requires_grad_(False).eval()
-    try:
-        with torch.device("meta"):  # its own weights are never used
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=lm.dtype, trust_remote_code=has_own_code(config)
-            )
-    except ValueError:
-        model = None
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(
-            f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}",
-            where=lm.name_or_path,
-            remedy="Of this architecture only language models can be exported.",
-        )
-    assert isinstance(model, PreTrainedModel)
-    setattr(model, model.base_model_prefix, lm.base_model)
-    model.score = copy.deepcopy(head).to(lm.dtype)
-    known = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > known:  # padding is never attended to: what its row holds does not matter
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.get_input_embeddings().weight.data[known:] = 0
+    model = roles.backbone.classifier(lm, roles.heads[role], config, tokenizer)
     return model.requires_grad_(False).eval()
 
 

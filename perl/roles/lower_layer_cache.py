@@ -1,6 +1,6 @@
 """What the base's shared blocks make of the rows of a data set, computed once for all epochs.
 
-Axis letters: B rows, L positions, D hidden.
+Axis letters: `perl.roles`.
 """
 
 import itertools

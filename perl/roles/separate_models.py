@@ -12,9 +12,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from perl.backbones.encoder import in_head, is_encoder
 from perl.parallel.engine import Engine
-from perl.roles.roles import Role, Roles, check_logits
+from perl.roles.roles import Role, Roles
 
 
 class SeparateModels(Roles):
@@ -23,9 +22,6 @@ class SeparateModels(Roles):
     Args:
         lm: the base's model, as loaded.
         load: loads it again, for roles that start from the base after its memory was freed.
-
-    Raises:
-        UserError: the model changes its logits in a way that is not known.
     """
 
     prefix = ""
@@ -36,8 +32,6 @@ class SeparateModels(Roles):
         self, lm: PreTrainedModel, load: Callable[[], PreTrainedModel], engine: Engine | None = None
     ) -> None:
         super().__init__(engine)
-        if not is_encoder(lm.config):
-            check_logits(lm)
         self._models = nn.ModuleDict({Role.BASE: lm.requires_grad_(False).eval()})
         self._load = load
 
@@ -57,12 +51,13 @@ class SeparateModels(Roles):
         return [model for model in self._models.values() if isinstance(model, PreTrainedModel)]
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """All parameters of the role's model; a role on an encoder has its head beside it."""
+        """All parameters of the role's model, but for those of a classifier's own head where the role has one."""
         if role not in self._models:
             return {}
-        own, encoder = self._models[role], role in self.heads and self.encoder
+        own, scores = self._models[role], role in self.heads
         assert isinstance(own, PreTrainedModel)
-        return {name: p for name, p in own.named_parameters() if not (encoder and in_head(own, name))}
+        named = own.named_parameters()
+        return {name: p for name, p in named if not (scores and self.backbone.in_head(own, name))}
 
     def keep(self, *roles: Role) -> None:
         """Free the models and heads of all other roles; a base that was freed before is loaded again."""

@@ -27,12 +27,11 @@ from perl.adapters import experts, low_rank
 from perl.adapters.coverage import Coverage, coverage
 from perl.adapters.lora import lowest_adapted_layer, name_without_lora
 from perl.backbones.base import weights_sha256
-from perl.backbones.encoder import head_parts
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.roles.fingerprint import changed, fingerprint
-from perl.roles.roles import Role, Roles, check_logits
-from perl.roles.split_layers import blocks, unsupported_reason
+from perl.roles.roles import Role, Roles
+from perl.roles.split_layers import unsupported_reason
 
 
 class SharedBase(Roles):
@@ -45,8 +44,7 @@ class SharedBase(Roles):
             then every block is computed for every role.
 
     Raises:
-        UserError: the LoRA settings do not fit the model or the engine, or it changes its logits in a way
-            that is not known.
+        UserError: the LoRA settings do not fit the model or the engine.
     """
 
     prefix = "base_model.model."
@@ -68,14 +66,14 @@ class SharedBase(Roles):
                 remedy="Launch with recipes/engines/fsdp2.yaml, or set lora.targets: attention.",
             )
         if self.engine.shards_base:
-            self.engine.shard(self.lm, blocks(self.lm))
+            self.engine.shard(self.lm, self.backbone.blocks(self.lm))
         self.lora = lora
         self._layers: list[LoraLayer] = []
-        if not self.encoder:
-            check_logits(lm)
         lowest = lowest_adapted_layer(lora)
         spread = "they are spread over the processes" if self.engine.shards_base else None
-        self.split_unsupported_reason = (spread or unsupported_reason(lm, lowest)) if lowest else None
+        self.split_unsupported_reason = (
+            (spread or unsupported_reason(self.backbone, lm, lowest)) if lowest else None
+        )
         self._shared_blocks = lowest if self.split_unsupported_reason is None else 0
         self._as_loaded = fingerprint(self._base_tensors())
 
@@ -112,7 +110,7 @@ class SharedBase(Roles):
 
     def base_sha256(self) -> str:
         """SHA-256 of the base's weights as they are now."""
-        return weights_sha256(self.lm, self.engine.whole)
+        return weights_sha256(self.lm, self.engine.full_tensor)
 
     def base_changed(self) -> list[str]:
         """The base's tensors that are no longer as loaded, by a sample of each; nobody may change any."""
@@ -138,8 +136,8 @@ class SharedBase(Roles):
         """Write peft's configuration of an adapter."""
         config = dataclasses.replace(self.lora, base_model_name_or_path=base, inference_mode=True)
         config.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
-        parts = head_parts(self.lm) if self.encoder else ["score"]
-        config.modules_to_save = [name.rpartition(".")[2] for name in parts] if scores else None
+        parts = self.backbone.head_modules(self.lm) if scores else []
+        config.modules_to_save = [name.rpartition(".")[2] for name in parts] or None
         config.save_pretrained(folder)
 
     def config_fits(self, folder: Path) -> bool:

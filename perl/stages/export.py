@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.backbones.encoder import EncoderHead
 from perl.backbones.padding import left_pad
 from perl.recipe import StageName
-from perl.report.model_card import Exported, card
-from perl.rl.rewards.sources import messages
+from perl.report.model_card import Exported, model_card
+from perl.rl.rewards.function import messages
 from perl.roles.export_formats import (
     classifier,
     generating_tokenizer,
@@ -69,7 +67,7 @@ def export_role(session: Session, role: Role, stage: StageName, folder: Path, wh
             save_adapter(session.roles, role, trunk, session.base.name, unfinished)
             if not scores:
                 _generation(session, role, tokenizer).save_pretrained(unfinished)
-        write_whole(unfinished / "README.md", card(session, exported))
+        write_whole(unfinished / "README.md", model_card(session, exported))
         for weights in unfinished.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
             weights.chmod((unfinished / "README.md").stat().st_mode)
     return exported
@@ -107,9 +105,7 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
     # As it was trained: log-odds, of which pipelines give the probability; or a number, which they give as it is.
     thumbs = session.stamp(role).reward_is_probability
     label, problem_type = ("thumb up", "multi_label_classification") if thumbs else (str(role), "regression")
-    head = roles.heads[role]
-    assert isinstance(head, nn.Linear | EncoderHead)
-    return classifier(lm, head, label, problem_type, tokenizer)
+    return classifier(roles, lm, role, label, problem_type, tokenizer)
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

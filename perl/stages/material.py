@@ -10,8 +10,9 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from perl.backbones.base import Base, load_base, random_base
+from perl.backbones.base import Base
 from perl.backbones.build import build_base
+from perl.backbones.loading import load_base, random_base
 from perl.data.records import Demonstration, Records, Speaker
 from perl.data.sources import load_records
 from perl.data.splits import split
@@ -43,7 +44,7 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
-    base, lm = engine.processes.in_turn(lambda: open_base(recipe, train, engine.home(device)))
+    base, lm = engine.processes.local_main_first(lambda: open_base(recipe, train, engine.load_device(device)))
     seen = engine.processes.all_gather(
         (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
     )
@@ -115,7 +116,7 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
         four_bit=four_bit,
         trust_remote_code=spec.trust_remote_code,
         random_seed=recipe.seed if spec.random_init else None,
-        encoders=only_scores(recipe),
+        generates=generates(recipe),
     )
 
 
@@ -130,9 +131,9 @@ def _speakers(records: Records) -> set[Speaker]:
     return {turn.speaker for context in contexts for turn in context}
 
 
-def only_scores(recipe: Recipe) -> bool:
-    """Whether nothing is written under a recipe, so that its base may be an encoder."""
-    return recipe.stages == ("reward",)
+def generates(recipe: Recipe) -> bool:
+    """Whether completions are generated under a recipe, or learned to be: not by a reward model alone."""
+    return recipe.stages != ("reward",)
 
 
 def corpus(train: Records) -> list[Demonstration]:

@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
     "sft": sft.train_sft,
     "reward": reward.train_reward,
-    "rl": rl.train_rl,  # type: ignore[dict-item]
+    "rl": rl.train_rl,
 }
 CHECK: dict[StageName, Callable[[Session], None]] = {
     "sft": sft.check,

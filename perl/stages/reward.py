@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from perl.results import Recorded, RewardStage
-from perl.rl.rewards.sources import probabilities, score_rows
+from perl.rl.rewards.model import probabilities, score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut

@@ -6,35 +6,33 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 
 from perl.data.duplicates import Rows
-from perl.measure.answers import Answers
-from perl.measure.reward_eval import RewardEval
-from perl.measure.reward_model_card import reward_card
-from perl.measure.tfidf_baseline import tfidf_floor
-from perl.rl.rewards.sources import score_rows
+from perl.measure.rated_rows import RatedRows
+from perl.measure.reward_model_card import RewardModelCard, reward_model_card
+from perl.measure.tfidf_baseline import tfidf_scores
+from perl.rl.rewards.model import score_rows
 from perl.roles.roles import Roles
 from perl.system.progress import console
-from perl.system.typed_json import made
 
 
 def evaluate_rows(
-    roles: Roles, ids: Sequence[list[int]], answers: Answers, trained_on: Answers, pad_id: int
-) -> RewardEval:
-    """The reward role's card.
+    roles: Roles, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows, pad_id: int
+) -> RewardModelCard:
+    """The reward model card of the reward role.
 
     Args:
         ids: tokens of each answer and its context.
         answers: what is judged.
-        trained_on: what the model learned from; the floor learns from it as well.
+        trained_on: what the model learned from; so does the TF-IDF baseline.
     """
     scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
     if any(not math.isfinite(score) for score in scores):
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))
-    floor = tfidf_floor(trained_on.labelled(), answers.labelled())
-    return made(RewardEval, reward_card(scores, answers, floor, seen))
+    baseline = tfidf_scores(trained_on.labelled(), answers.labelled())
+    return reward_model_card(scores, answers, baseline, seen)
 
 
-def seen_in_training(answers: Answers, trained_on: Answers) -> list[bool]:
+def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
     """Of each answer, whether its dialogue was trained on, or a row that says the same or nearly."""
     both = [trained_on, answers]
     rows = [(*context, text) for side in both for context, text in zip(side.contexts, side.answers, strict=True)]
@@ -44,7 +42,7 @@ def seen_in_training(answers: Answers, trained_on: Answers) -> list[bool]:
     return [dialogue in known or one for dialogue, one in zip(answers.dialogues, repeated, strict=True)]
 
 
-def print_card(title: str, card: RewardEval) -> None:
+def print_card(title: str, card: RewardModelCard) -> None:
     """A dozen lines: the verdict, and what it rests on."""
     verdict = card.verdict
     colour, fit = ("green", "Fit for RL") if verdict.fit else ("red", "Not fit for RL")
@@ -55,7 +53,7 @@ def print_card(title: str, card: RewardEval) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def _lines(card: RewardEval) -> Iterator[str]:
+def _lines(card: RewardModelCard) -> Iterator[str]:
     intervals = card.intervals
     against = "the gold judge's verdict" if card.against == "gold" else "the labels"
     if card.auroc is None:

@@ -8,12 +8,12 @@ from perl.backbones.chat import ChatFormat
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
-from perl.measure.answers import Answers
+from perl.measure.rated_rows import RatedRows
 from perl.stages.session import Session
 
 
 @dataclass(frozen=True)
-class Rows(Answers):
+class Rows(RatedRows):
     """Answers with their contexts as tokens.
 
     Attributes:
@@ -104,7 +104,7 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     )
 
 
-def answers_of(records: Records, loss: str, source: str) -> Answers:
+def answers_of(records: Records, loss: str, source: str) -> RatedRows:
     """The answers of `tokenize_rows`, without their tokens."""
     return _answers(*_chosen(records, loss, source), records.prompts, source)
 
@@ -133,14 +133,14 @@ def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], lis
 
 def _answers(
     ratings: Sequence[Rating], comparisons: Sequence[Comparison], prompts: Sequence[Prompt], source: str
-) -> Answers:
+) -> RatedRows:
     first, count = len(ratings), len(comparisons)
     records: list[Rating | Comparison] = [*ratings, *comparisons, *comparisons]
     contexts = [record.context for record in records]
     # A row's further fields are on its prompt; rows of one file may name different sources.
     named = {prompt.context: str(prompt.columns["source"]) for prompt in prompts if "source" in prompt.columns}
     gold = [rating.gold for rating in ratings if rating.gold is not None]
-    return Answers(
+    return RatedRows(
         contexts=contexts,
         answers=[
             *(one.answer for one in ratings),

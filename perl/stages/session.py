@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from perl.adapters.coverage import HALF
 from perl.adapters.lora import lora_config
+from perl.backbones import backbone_of
 from perl.backbones.base import Base
-from perl.backbones.encoder import is_encoder
 from perl.backbones.four_bit import scales
 from perl.data.records import Records
-from perl.errors import UserError
 from perl.measure.meter import Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
@@ -33,7 +32,6 @@ from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
-from perl.system.typed_json import made
 
 TRAINED = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
@@ -49,8 +47,6 @@ class Session:
     base: Base
     roles: Roles
     device: torch.device
-    trial: Any = None
-    """Read by perl.rl until its trials are in perl.predict."""
 
     @property
     def engine(self) -> Engine:
@@ -77,17 +73,11 @@ class Session:
         return resident
 
     def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
-        """What a stage trained and cost, of all processes.
-
-        Work is added up; time and memory are those of the process that had most.
-        """
-        metrics = meter.metrics()
-        of_all = self.processes.all_gather(metrics)
-        for name, reduce in (("tokens_per_second", sum), ("flops", sum), ("peak_memory_bytes", max)):
-            if name in metrics:
-                metrics[name] = reduce(one[name] for one in of_all)
-        counts = {"trainable_parameters": sum(one.numel() for one in trained), "rows": rows, "rows_cut": rows_cut}
-        return made(Stage, {**counts, **metrics})
+        """What a stage trained and cost, of all processes."""
+        cost = meter.cost()
+        cost = cost.of_all(self.processes.all_gather(cost))
+        parameters = sum(one.numel() for one in trained)
+        return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
 
     def begin_together(self, trained: Iterable[Tensor]) -> None:
         """Let all processes train the same weights, and each draw a dropout of its own."""
@@ -171,12 +161,8 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     """No roles on the base so far but all ready for them, under the recipe's tuning."""
     if recipe.tuning == "full":
         return SeparateModels(lm, base.load, engine)
-    if engine.shards_base and is_encoder(lm.config):
-        raise UserError(
-            f"{engine.name} spreads the blocks of causal LMs only",
-            where=f"base.model {base.name}",
-            remedy="Launch with recipes/engines/ddp.yaml: encoders are small.",
-        )
+    if engine.shards_base:
+        backbone_of(lm.config).require("sharding", f"base.model {base.name}")
     roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.split_unsupported_reason is not None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base, random_base, weights_sha256
+from perl.backbones.base import weights_sha256
+from perl.backbones.loading import load_base, random_base
 from perl.errors import UserError
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -122,9 +123,9 @@ def test_an_encoder_is_refused_unless_it_will_do(tiny_llama: Path, copy_of: Call
 def test_what_is_no_language_model_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
     folder = copy_of(tiny_llama)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}))
-    for seed, encoders in itertools.product((None, 0), (False, True)):
+    for seed, generates in itertools.product((None, 0), (False, True)):
         with pytest.raises(UserError, match="not a causal LM but LlamaModel") as caught:
-            load_base(str(folder), torch.float32, CPU, random_seed=seed, encoders=encoders)
+            load_base(str(folder), torch.float32, CPU, random_seed=seed, generates=generates)
         assert "Give a hub id" in str(caught.value)
 
 
@@ -190,8 +191,10 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         "intermediate_size": 64,
         "initializer_range": 0.2,
     }
-    for named, what in (({}, "bert is an encoder"), ({"architectures": ["BertLMHeadModel"]}, "is not causal")):
-        with pytest.raises(UserError, match=what) as caught:
+    for named, what in (
+        ({}, "bert is an encoder"),
+        ({"architectures": ["BertLMHeadModel"]}, "is not causal"),
+        ({"is_decoder": True}, "changes its logits after the output embedding"),
+    ):
+        with pytest.raises(UserError, match=what):
             random_base({**config, **named}, torch.float32, CPU, 0)
-        assert "is_decoder: true" in str(caught.value)
-    random_base({**config, "is_decoder": True}, torch.float32, CPU, 0)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base, weights_sha256
-from perl.backbones.encoder import EncoderFormat, head_parts, is_encoder, position_room
+from perl.backbones import backbone_of
+from perl.backbones.base import weights_sha256
+from perl.backbones.encoder import Encoder, EncoderFormat
+from perl.backbones.loading import load_base
 from perl.backbones.padding import left_pad
 from perl.backbones.tokens import Tokens
 from perl.data.records import Turn
@@ -33,7 +35,7 @@ MAKERS = {"bert": tiny_bert, "roberta": tiny_roberta}
 
 def opened(folder: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32) -> tuple[Any, Roles]:
     """A base and, on it, a reward role that says something."""
-    base, lm = load_base(str(folder), dtype, CPU, encoders=True)
+    base, lm = load_base(str(folder), dtype, CPU, generates=False)
     if tuning == "full":
         roles: Roles = SeparateModels(lm, base.load)
     else:
@@ -69,7 +71,8 @@ def scores(roles: Roles, rows: list[list[int]]) -> torch.Tensor:
     ],
 )
 def test_an_encoder_reads_both_ways_and_does_not_write(model_type: str, changes: Any, expected: bool) -> None:
-    assert is_encoder(AutoConfig.for_model(model_type, **changes)) is expected
+    backbone = backbone_of(AutoConfig.for_model(model_type, **changes))
+    assert isinstance(backbone, Encoder) is expected
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_the_head_and_the_room_are_the_architectures_own(
 ) -> None:
     base, roles = opened(MAKERS[name](tmp_path))
     lm = roles.models()[0]
-    assert head_parts(lm) == parts
-    assert position_room(lm) == base.context_length == room
+    assert roles.backbone.head_modules(lm) == parts
+    assert roles.backbone.context_length(lm) == base.context_length == room
     longest = [[5] * room, [6] * (room - 3)]
     assert scores(roles, longest).isfinite().all()  # RoBERTa counts positions from 2: 130 of them hold 128 tokens
 
@@ -95,14 +98,13 @@ def test_scores_are_those_of_transformers_with_the_same_head(name: str, tuning: 
     assert together.std() > 1e-2
     with roles.role(Role.REWARD):
         own = roles.model()
-        head = roles.heads[Role.REWARD]
-        head.put_into(own)  # type: ignore[operator]
+        own = roles.backbone.classifier(own, roles.heads[Role.REWARD], own.config, base.tokenizer)
         alone = torch.stack([own(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_a_new_head_scores_0_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
-    base, lm = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True)
+    base, lm = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False)
     roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
     roles.add(Role.REWARD, head=True)
     assert scores(roles, [[2, 9, 3]]).item() == 0
@@ -138,7 +140,7 @@ def test_full_tuning_has_each_weight_once(tmp_path: Path) -> None:
 
 
 def test_rows_keep_their_first_token_and_their_answer(tmp_path: Path) -> None:
-    base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True)
+    base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False)
     whole = base.chat.row(CONTEXT, ANSWER, 128).ids
     answer = base.chat.answer(CONTEXT, ANSWER)
     assert whole[0] == base.tokenizer.cls_token_id
@@ -153,13 +155,13 @@ def test_rows_keep_their_first_token_and_their_answer(tmp_path: Path) -> None:
         assert cut.ids[0] == whole[0]
         assert cut.ids[-len(answer) :] == answer
     assert base.chat.row(CONTEXT, Turn("agent", "a " * 126), 1).ids[0] == whole[0]
-    with pytest.raises(UserError, match=r"an answer has 128 tokens, .* a row may have 128") as caught:
+    with pytest.raises(UserError, match=r"a completion has 128 tokens, .* a row may have 128") as caught:
         base.chat.row(CONTEXT, Turn("agent", "a " * 127), 128)
     assert "takes longer texts" in str(caught.value)
 
 
 def test_a_text_has_the_layout_that_its_tokenizer_gives_it(tmp_path: Path) -> None:
-    base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True)
+    base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False)
     row = base.chat.row([Turn("text", "a latte?")], Turn("text", " one latte."), 128)
     assert row.ids == AutoTokenizer.from_pretrained(tmp_path)("a latte? one latte.")["input_ids"]
 
@@ -180,7 +182,7 @@ def test_an_encoder_is_refused_where_something_is_to_be_written(tmp_path: Path) 
 
 def test_4_bit_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4-bit weights are for causal LMs"):
-        load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, encoders=True, four_bit=True)
+        load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False, four_bit=True)
 
 
 def test_weights_missing_inside_the_blocks_are_refused(tmp_path: Path) -> None:
@@ -189,4 +191,4 @@ def test_weights_missing_inside_the_blocks_are_refused(tmp_path: Path) -> None:
     del tensors["encoder.layer.0.output.dense.weight"]
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"weights are not in its files, bert\.encoder"):
-        load_base(str(tmp_path), torch.float32, CPU, encoders=True)
+        load_base(str(tmp_path), torch.float32, CPU, generates=False)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from perl.backbones.base import load_base, random_base
 from perl.backbones.chat import ChatFormat
+from perl.backbones.loading import load_base, random_base
 from perl.commands.export import export
 from perl.data.records import Turn
 from tests.backbones.test_chat import chatml, llama_3, plain

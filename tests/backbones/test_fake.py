@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.adapters.lora import lora_config
-from perl.backbones.fake import FakeSeparateModels, FakeSharedBase, fake_lm, unknown_values
+from perl.backbones.fake import fake_lm, unknown_values
+from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase

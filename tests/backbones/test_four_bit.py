@@ -16,8 +16,9 @@ from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base, weights_sha256
+from perl.backbones.base import weights_sha256
 from perl.backbones.four_bit import four_bit_config, hide_quantization, keep_layout
+from perl.backbones.loading import load_base
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe

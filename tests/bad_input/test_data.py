@@ -82,7 +82,7 @@ CASES = [
     ),
     Case(
         "answer too long",
-        ("no room for prompts", "answers of 256", "Lower rl.max_new_tokens"),
+        ("no room for prompts", "completions of 256", "Lower rl.max_new_tokens"),
         overrides=("rl.max_new_tokens=256",),
     ),
     Case(

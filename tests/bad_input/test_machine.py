@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import resource
@@ -158,9 +159,9 @@ def test_a_download_without_room_leaves_no_half_file(tmp_path: Path) -> None:
     served.mkdir(parents=True)
     (served / "big.json").write_bytes(b"x" * 10_000)
     listing = tmp_path / "pins"
-    listing.write_text(f"{'0' * 64}  10000  TM-3-2020/big.json\n")
+    listing.write_text(f"{hashlib.sha256(b'x' * 10_000).hexdigest()}  10000  TM-3-2020/big.json\n")
     with limit(4096), pytest.raises(MachineError, match="File too large") as caught:
-        fetch("taskmaster-ticketing", tmp_path / "cache", served.parent.as_uri(), listing)
+        fetch("TM-3-2020", tmp_path / "cache", served.parent.as_uri(), listing)
     assert "Raise that limit" in caught.value.remedy
     assert not list((tmp_path / "cache" / "TM-3-2020").iterdir())
 

@@ -171,7 +171,8 @@ def test_a_reward_function_that_fails_is_named(
         (("data", "check", "cofee-simulator"), ("no source", "data.source", "coffee-simulator?")),
         (("data", "check", "gone.jsonl"), ("no such file", "gone.jsonl", "Check data.path")),
         (("data", "check", "jsonl:"), ("names no path", "'jsonl:'", "jsonl:PATH")),
-        (("data", "fetch", "tea"), ("nothing to fetch", "'tea'", "taskmaster-coffee")),
+        (("data", "fetch", "taskmaster-cofee"), ("no source", "data.source", "mean taskmaster-coffee?")),
+        (("data", "fetch", "jsonl"), ("nothing to fetch", "'jsonl'", "taskmaster-coffee")),
     ],
 )
 def test_other_commands_refuse_in_the_same_way(

@@ -64,8 +64,22 @@ def test_an_option_that_a_part_would_ignore_is_refused(part: str, option: str, e
 
 
 def test_what_a_part_reads_is_what_it_is_given() -> None:
-    for part, run in {"step": command.bench_step, **command.PARTS}.items():
-        assert {*signature(run).parameters} - {"json_file"} == {*command.READS[part]}
+    for part, options in command.READS.items():
+        run = command.bench_step if part == "step" else command.measure_of(part)
+        assert {*signature(run).parameters} - {"json_file"} == {*options}
+
+
+@pytest.mark.parametrize("arguments", [["rollout"], ["--peer-trl", "PEER"]])
+def test_without_a_checkout_what_is_only_there_is_refused_before_anything_is_measured(
+    arguments: list[str], run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trl" / "experimental" / "ppo").mkdir(parents=True)
+    monkeypatch.setattr(command, "SCRIPTS", tmp_path / "benchmarks")
+    code, text = run_cli("bench", *(str(tmp_path) if one == "PEER" else one for one in arguments))
+    assert code == 2
+    said = " ".join(text.split())
+    assert "this measurement is in a checkout only, and perl-rlhf is installed without one" in said
+    assert "pip install --editable ." in said
 
 
 def test_a_part_is_measured_and_says_so_if_its_figures_cannot_be_written(
@@ -81,8 +95,8 @@ def test_a_part_is_measured_and_says_so_if_its_figures_cannot_be_written(
 
 
 def test_a_measurement_that_fails_says_why() -> None:
-    with pytest.raises(UserError, match=r"bench ours: the measurement failed: pydantic.*Recipe"):
-        command._measure("ours", ["no recipe", "1"], None)
+    with pytest.raises(UserError, match="bench ours: the measurement failed: ValueError: no recipe"):
+        command._measure("ours", ["-c", "raise ValueError('no recipe')"])
 
 
 def test_the_peak_is_what_was_held_beyond_the_start() -> None:

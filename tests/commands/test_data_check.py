@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from perl.commands.data_check import Balance, Spread, check, describe
+from perl.commands.data_check import balance, check, counts, sizes
 from perl.data.records import Comparison, Demonstration, Prompt, Rating, Records, Turn
 from perl.errors import UserError
 
@@ -19,34 +19,29 @@ def write(tmp_path: Path, *lines: str) -> str:
     return str(path)
 
 
-def test_the_figures_of_each_kind() -> None:
+def test_each_kind_in_numbers() -> None:
     records = Records(
         demonstrations=[Demonstration(ASK, (CALL, Turn("api", "{}"), TEXT), "a")],
         ratings=[Rating(ASK, TEXT, True, "a"), Rating(ASK * 2, CALL, False, "b")],
         comparisons=[Comparison(ASK, TEXT, CALL, "c")],
         prompts=[Prompt(ASK, "a", {"x": 1}), Prompt(ASK, "a", {"x": 2})],
     )
-    description = describe(records)
-    kinds = description.kinds
-    assert description.dialogues == 3
-    assert {name: kind.count for name, kind in kinds.items()} == {
-        "demonstrations": 1,
-        "ratings": 2,
-        "comparisons": 1,
-        "prompts": 2,
+    found = {kind: " ".join(counts(rows).values()) for kind, rows in records.by_kind().items()}
+    assert list(counts(records.prompts)) == ["rows", "dialogues", "duplicates", "agent's calls", "agent's texts"]
+    assert found == {
+        "demonstrations": "1 1 0 1 1",  # the API's turn is neither call nor text of the agent
+        "ratings": "2 2 0 1 1",
+        "comparisons": "1 1 0 1 1",
+        "prompts": "2 1 0 0 0",  # no duplicate: the columns differ
     }
-    assert (kinds["demonstrations"].calls, kinds["demonstrations"].texts) == (1, 1), "the API's is neither"
-    assert kinds["demonstrations"].answer_characters == Spread(15, 15, 15)
-    assert kinds["ratings"].context_turns == Spread(2, 2, 2)
-    assert kinds["ratings"].context_characters == Spread(10, 10, 10)
-    assert (kinds["comparisons"].calls, kinds["comparisons"].texts) == (1, 1)
-    assert kinds["prompts"].answer_characters is None
-    assert kinds["prompts"].duplicates == 0, "the columns differ"
+    assert list(sizes(records.ratings).values()) == ["2/2/2", "10/10/10", "9/9/9"]
+    assert sizes(records.demonstrations)["answer: characters"] == "15/15/15"
+    assert sizes(records.prompts)["answer: characters"] == "–"
 
 
 def test_spread_is_median_95_percent_and_longest() -> None:
     prompts = [Prompt((Turn("user", "x" * n),), "a") for n in range(1, 101)]
-    assert describe(Records(prompts=prompts)).kinds["prompts"].context_characters == Spread(51, 95, 100)
+    assert sizes(prompts)["characters"] == "51/95/100"
 
 
 def test_labels_duplicates_and_contradictions() -> None:
@@ -57,10 +52,10 @@ def test_labels_duplicates_and_contradictions() -> None:
         Rating(ASK * 2, OTHER, True, "a"),
         Rating(ASK * 2, OTHER, False, "a"),  # a contradiction, and no pair
     ]
-    description = describe(Records(ratings=ratings))
-    assert description.kinds["ratings"].duplicates == 1
-    assert description.balance == Balance(
-        up=3, down=2, majority_accuracy=0.6, contradictions=1, mixed_contexts=1, pairs=1
+    assert counts(ratings)["duplicates"] == "1"
+    assert balance(ratings) == (
+        "3 thumbs up, 2 down: a constant answer is right for 60.0%; 1 answers with both labels; "
+        "1 contexts with both labels, which make 1 pairs"
     )
 
 
@@ -69,6 +64,7 @@ def test_a_file_without_a_fault_is_status_0(tmp_path: Path, capsys: pytest.Captu
     assert check(write(tmp_path, *map(json.dumps, rows))) == 0
     printed = capsys.readouterr().out
     assert "3 thumbs up, 1 down: a constant answer is right for 75.0%; 1 answers with both labels" in printed
+    assert "1 dialogues in all" in printed
     assert "every row is usable" in printed
 
 

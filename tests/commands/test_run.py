@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoTokenizer
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
+from perl.backbones.loading import load_base
 from perl.data.records import Demonstration, Turn
 from perl.errors import UserError
 from perl.recipe import load_recipe

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from perl.data.fetch import COMMIT, FETCHABLE, cache_folder, fetch, pins
+from perl.data.fetch import COMMIT, cache_folder, fetch, pins
+from perl.data.sources import SOURCES, fetch_source
 from perl.errors import UserError
 
 FILES = {
@@ -72,15 +73,15 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def test_fetches_what_the_source_needs_and_nothing_else(server: Server, listing: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    assert fetch("taskmaster-ticketing", folder, server.url, listing) == folder
+    assert fetch("TM-3-2020", folder, server.url, listing) == folder
     assert files_in(folder) == {name: FILES[name] for name in (FIRST, SECOND)}
 
 
 def test_good_files_are_kept_and_damaged_ones_fetched_again(server: Server, listing: Path, tmp_path: Path) -> None:
-    fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+    fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
     server.asked.clear()
     (tmp_path / "cache" / FIRST).write_bytes(b"[9]")  # the size is right, the content is not
-    fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+    fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
     assert server.asked == [FIRST]
     assert (tmp_path / "cache" / FIRST).read_bytes() == b"[1]"
 
@@ -101,7 +102,7 @@ def test_a_wrong_file_is_refused_and_not_left_behind(
     if announced:
         server.announced[SECOND] = announced
     with pytest.raises(UserError, match="is not the file pinned") as error:
-        fetch("taskmaster-ticketing", tmp_path / "cache", server.url, listing)
+        fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
     assert what in error.value.what
     assert error.value.where == f"{server.url}/{SECOND}"
     assert list(files_in(tmp_path / "cache")) == [FIRST], "what came before is kept, no part is left"
@@ -119,24 +120,34 @@ def test_errors_of_server_network_and_disk_tell_how_to_go_on(
     }
     for cause, (url, folder) in cases.items():
         with pytest.raises(UserError, match="cannot be fetched") as error:
-            fetch("taskmaster-ticketing", folder, url, listing)
+            fetch("TM-3-2020", folder, url, listing)
         assert cause in error.value.what
         assert "git clone" in error.value.remedy
         assert "data.path" in error.value.remedy
         assert COMMIT in error.value.remedy
 
 
-def test_a_source_that_is_not_fetched_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="taskmaster-ticketing"):
-        fetch("coffee-simulator", tmp_path)
+def test_a_source_that_is_not_fetched_is_refused() -> None:
+    with pytest.raises(UserError, match="taskmaster-coffee, taskmaster-ticketing"):
+        fetch_source("coffee-simulator")
+    with pytest.raises(UserError, match="Did you mean taskmaster-ticketing"):
+        fetch_source("taskmaster-tickets")
 
 
 def test_the_pins_of_each_source_are_those_of_the_readers_folders() -> None:
-    paths = {source: [pin.path for pin in pins(source)] for source in FETCHABLE}
-    coffee, ticketing = paths["taskmaster-coffee"], paths["taskmaster-ticketing"]
-    assert [sum(f"/{part}/" in path for path in coffee) for part in ("data", "reward")] == [8, 7]
-    assert ticketing == [f"TM-3-2020/reward/reward_0{n}.json" for n in range(8)]
-    assert all(len(pin.sha256) == 64 and pin.size > 100_000 for source in FETCHABLE for pin in pins(source))
+    coffee, ticketing = pins("TM-4-2024"), pins("TM-3-2020")
+    assert [sum(f"/{part}/" in pin.path for pin in coffee) for part in ("data", "reward")] == [8, 7]
+    assert [pin.path for pin in ticketing] == [f"TM-3-2020/reward/reward_0{n}.json" for n in range(8)]
+    assert all(len(pin.sha256) == 64 and pin.size > 100_000 for pin in (*coffee, *ticketing))
+
+
+def test_what_can_be_fetched_is_fetched_as_its_reader_expects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (name for name, source in SOURCES.items() if source.fetch):
+        with pytest.raises(UserError, match=f"data fetch {name}"):
+            SOURCES[name].read(None, 0)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl.data.jsonl import MAX_MARGIN, parse_line, read_jsonl
-from perl.data.lines import MAX_LINE_BYTES
 from perl.data.pairs import pair_ratings, without_repeats
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Records, Turn
+from perl.data.rows import MAX_LINE_BYTES
+from perl.data.sources import load_records
 from perl.errors import UserError
 
 EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
@@ -226,7 +227,7 @@ def test_files_that_cannot_be_used_are_user_errors(tmp_path: Path) -> None:
     }
     for path, what in expected.items():
         with pytest.raises(UserError) as error:
-            read_jsonl(path)
+            load_records("jsonl", str(path), seed=0)
         assert what in error.value.what
         assert error.value.where == str(path)
         assert error.value.remedy

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import islice
 from random import Random
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from perl.data.records import Prompt, Records
 from perl.data.simulator.acts import WORDINGS, Act, parse, render
 from perl.data.simulator.agent import MISTAKES
-from perl.data.simulator.dialogues import LONGEST, from_row, play, rated_rows, to_row
+from perl.data.simulator.dialogues import LONGEST, moments, play, rated
 from perl.data.simulator.judge import Mistake, judge, judge_turn
 from perl.data.simulator.shop import MENU, OFF_MENU, Shop
 from perl.data.simulator.source import corpus, simulate
@@ -166,24 +167,25 @@ def test_ratings_are_gold_with_noise_and_balanced(records: Records) -> None:
 
 def test_ratings_cover_every_act_and_every_mistake() -> None:
     seen: Counter[object] = Counter()
-    pairs: defaultdict[str, set[float]] = defaultdict(set)
-    for row in rated_rows(seed=1, ratings=2000, skill=0.5, noise=0.1):
-        state, answer = State.from_dict(row["state"]), from_row(json.loads(row["generation"]))
-        verdict = judge_turn(state, answer.text)
-        assert row["gold"] == float(verdict.right)
+    pairs: defaultdict[str, set[bool]] = defaultdict(set)
+    ratings = rated(seed=1, ratings=2000, skill=0.5, noise=0.1)
+    states = [state for _, _, state in islice(moments(1, 0.5), 1000) for _ in range(2)]
+    for rating, state in zip(ratings, states, strict=True):
+        verdict = judge_turn(state, rating.answer.text)
+        assert rating.gold is verdict.right
         seen.update([state.due, verdict.mistake])
-        pairs[row["conversation_id"]].add(row["reward"])
+        pairs[rating.dialogue].add(rating.label)
     assert all(seen[kind] > 200 for kind in KINDS)
     assert all(seen[mistake] > 20 for mistake in Mistake)
     assert sum(len(labels) == 2 for labels in pairs.values()) > 300
 
 
 def test_prompts_end_before_every_kind_of_turn_and_carry_their_state(records: Records) -> None:
-    states = [State.from_dict(prompt.columns["state"]) for prompt in records.prompts]
+    states = [State.from_json(prompt.columns["state"]) for prompt in records.prompts]
     assert all(count > 100 for count in Counter(state.due for state in states).values())
     for prompt, state in zip(records.prompts, states, strict=True):
         assert json.loads(json.dumps(prompt.columns)) == prompt.columns
-        assert State.from_dict(prompt.columns["state"]) == state
+        assert State.from_json(prompt.columns["state"]) == state
         assert prompt.context[-1].speaker in ("user", "api")
         # What has been said, and what the API has said, stands in the context.
         words = set(re.findall(r"[a-z]+|[0-9.]*\d", " ".join(turn.text for turn in prompt.context)))
@@ -194,16 +196,10 @@ def test_prompts_end_before_every_kind_of_turn_and_carry_their_state(records: Re
 
 def test_the_judge_reads_the_prompts_state_even_after_arrow() -> None:
     nulls = {**dict.fromkeys(MENU), **ASK.said}  # Arrow gives every row the keys of all
-    plain = Prompt((), "a", {"state": ASK.to_dict()})
-    filled = Prompt((), "b", {"state": {**ASK.to_dict(), "said": nulls, "response": None}})
+    plain = Prompt((), "a", {"state": ASK.to_json()})
+    filled = Prompt((), "b", {"state": {**ASK.to_json(), "said": nulls, "response": None}})
     right = "what milk would you like, oat, soy, whole or skim?"
     assert judge([plain, filled, plain], [right, right, "bye"]) == [1.0, 1.0, 0.0]
-
-
-def test_rows_read_back_as_the_turns_they_were() -> None:
-    for dialogue in DIALOGUES[:300]:
-        for turn in dialogue.turns:
-            assert from_row(json.loads(json.dumps(to_row(turn)))) == turn
 
 
 def test_dialogues_are_short_and_their_vocabulary_small() -> None:

@@ -1,21 +1,27 @@
 """The registry: every source by its name, and names and paths that are wrong."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 
+from perl.commands.data_check import check
 from perl.data.fetch import pins
+from perl.data.records import Problem
 from perl.data.simulator.source import simulate
 from perl.data.sources import SOURCES, load_records, load_rows, parse_source
 from perl.errors import UserError
+from perl.recipe import load_recipe
+from perl.stages.material import read_data
+from tests.conftest import WriteRecipe
 
 
 def rows_of(folder: Path) -> Path:
     """A release of ticketing with one rated turn, twice."""
     context = json.dumps([{"role": "user", "text": "a"}])
     row = {"context": context, "generation": json.dumps({"role": "agent", "text": "b"}), "reward": 1.0}
-    for pin in pins("taskmaster-ticketing"):
+    for pin in pins("TM-3-2020"):
         path = folder / pin.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[]")
@@ -85,3 +91,66 @@ def test_sources_and_files_of_the_command_line(tmp_path: Path) -> None:
         parse_source("taskmaster-tickets:some/dir")
     with pytest.raises(UserError, match="names no path"):
         parse_source("taskmaster-coffee:")
+
+
+@pytest.fixture
+def stars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The example of a source outside the package, registered for one test, and a file that it reads."""
+    monkeypatch.setattr("perl.data.sources.SOURCES", dict(SOURCES))
+    runpy.run_path(str(Path(__file__).with_name("example_source.py")))
+    rows = "".join(f"Question {n}?,Answer {n}.,{n % 5 + 1}\n" for n in range(40))
+    file = tmp_path / "answers.csv"
+    file.write_text(f"question,answer,stars\n{rows}Why?,Because.,many\n")
+    return file
+
+
+def test_a_source_outside_the_package_feeds_a_recipe(stars: Path, write_recipe: WriteRecipe) -> None:
+    data = {"source": "stars", "path": str(stars), "held_out": 0.25}
+    recipe = load_recipe(write_recipe(data=data, sft={}))
+    train, held_out = read_data(recipe)
+    sides = [[len(side.demonstrations), len(side.ratings), len(side.prompts)] for side in (train, held_out)]
+    assert [sum(counts) for counts in zip(*sides, strict=True)] == [8, 40, 40]
+    assert sides[1] == [2, 10, 10]
+    assert [rating.label for rating in train.ratings].count(True) == 12
+    assert train.problems == [Problem(f"{stars}, row 41", "stars is 'many'; 1 to 5 expected")]
+
+
+@pytest.mark.parametrize("named", ["source", "recipe"])
+def test_a_source_outside_the_package_is_described(
+    named: str, stars: Path, write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(data={"source": "stars", "path": stars.name})
+    assert check(str(recipe) if named == "recipe" else f"stars:{stars}") == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("stars: questions and answers with one to five stars; CC0\n")
+    assert "16 thumbs up, 24 down" in printed
+    assert "stars is 'many'; 1 to 5 expected" in printed
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        (None, "stars needs a file"),
+        ("gone.csv", "there is no such file"),
+        (".", "is a folder"),
+        ("latin.csv", "cannot be read: 'utf-8' codec"),
+        ("empty.csv", "no usable row: it is empty"),
+    ],
+)
+def test_files_that_any_source_cannot_read_are_user_errors(stars: Path, path: str | None, what: str) -> None:
+    (stars.parent / "latin.csv").write_bytes(b"question,answer,stars\nWhy?,caf\xe9,5\n")
+    (stars.parent / "empty.csv").touch()
+    with pytest.raises(UserError) as error:
+        load_records("stars", path and str(stars.parent / path), seed=0)
+    assert what in str(error.value)
+    assert "data.path" in str(error.value)
+
+
+def test_the_readme_lists_every_source_with_its_licence() -> None:
+    readme = (Path(__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("\n## ")[0].splitlines()
+    rows = {line.split("`")[1]: line for line in table if line.startswith("| `")}
+    for name, source in SOURCES.items():
+        if "/" not in name:  # the parts of sets are told below the table
+            assert source.description
+            assert source.licence in rows[name]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl.data.pairs import pair_ratings
-from perl.data.records import Demonstration, Problem, Rating, Turn
+from perl.data.records import Problem, Rating, Turn
+from perl.data.rows import RowError, parsed
 from perl.data.splits import split
-from perl.data.taskmaster import Domain, rated, read_rows, read_taskmaster, whole_dialogue
+from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
 
 EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
@@ -46,8 +47,7 @@ def dialogue(*utterances: tuple[str, str, list[tuple[str, str]]]) -> dict[str, A
 
 
 def test_a_rated_row_is_rendered_turn_by_turn() -> None:
-    parsed = rated(row([HELLO, ASK, CALL, RESPONSE], {"role": "agent", "text": "Here."}), "f[0]")
-    assert parsed == Rating(
+    assert rated_turn(row([HELLO, ASK, CALL, RESPONSE], {"role": "agent", "text": "Here."}), "coffee") == Rating(
         context=(
             Turn("agent", "Welcome!"),
             Turn("user", " A  Café Latte"),
@@ -62,13 +62,12 @@ def test_a_rated_row_is_rendered_turn_by_turn() -> None:
 
 def test_an_empty_call_and_an_invalid_intent_are_kept() -> None:
     context = [ASK, {"role": "agent", "api": {"": {}}}, {"role": "api", "response": {"invalid_intent": {}}}]
-    parsed = rated(row(context, CALL, 0.0), "f[0]", "ticketing")
-    assert isinstance(parsed, Rating)
-    assert parsed.context[1] == Turn("agent", "call  {}")
-    assert parsed.context[1].is_call
-    assert parsed.context[2] == Turn("api", '{"invalid_intent":{}}')
-    assert (parsed.label, parsed.answer.is_call) == (False, True)
-    assert parsed.dialogue == "ticketing:a café latte"
+    rating = rated_turn(row(context, CALL, 0.0), "ticketing")
+    assert rating.context[1] == Turn("agent", "call  {}")
+    assert rating.context[1].is_call
+    assert rating.context[2] == Turn("api", '{"invalid_intent":{}}')
+    assert (rating.label, rating.answer.is_call) == (False, True)
+    assert rating.dialogue == "ticketing:a café latte"
 
 
 @pytest.mark.parametrize(
@@ -91,10 +90,10 @@ def test_an_empty_call_and_an_invalid_intent_are_kept() -> None:
     ],
 )
 def test_a_bad_rated_row_is_a_problem(bad: object, what: str) -> None:
-    parsed = rated(bad, "f[3]")
-    assert isinstance(parsed, Problem)
-    assert parsed.where == "f[3]"
-    assert what in parsed.what
+    problem = parsed("f[3]", rated_turn, bad, "coffee")
+    assert isinstance(problem, Problem)
+    assert problem.where == "f[3]"
+    assert what in problem.what
 
 
 def test_calls_follow_the_utterance_that_caused_them() -> None:
@@ -107,27 +106,25 @@ def test_calls_follow_the_utterance_that_caused_them() -> None:
         ("api_response", "get_addons"),
         ("response", '{"name":"\tMilk"}'),  # a raw tab
     ]
-    parsed = whole_dialogue(
-        dialogue(("assistant", "Hi", []), ("user", "Menu", marks), ("assistant", "Ok", [])), "f"
+    read = whole_dialogue(
+        dialogue(("assistant", "Hi", []), ("user", "Menu", marks), ("assistant", "Ok", [])), "coffee"
     )
-    assert isinstance(parsed, Demonstration)
-    assert parsed.context == (Turn("agent", "Hi"), Turn("user", "Menu"))
-    assert [(turn.speaker, turn.text) for turn in parsed.answer] == [
+    assert read.context == (Turn("agent", "Hi"), Turn("user", "Menu"))
+    assert [(turn.speaker, turn.text) for turn in read.answer] == [
         ("agent", "call show_menu {}"),
         ("api", '{"show_menu":{"success":true}}'),
         ("agent", 'call get_addons {"query": "milk"}'),
         ("api", '{"get_addons":{"name":"\\tMilk"}}'),
         ("agent", "Ok"),
     ]
-    assert parsed.dialogue == "coffee:menu"
+    assert read.dialogue == "coffee:menu"
 
 
 def test_a_request_and_a_response_that_are_not_json_stand_as_they_are() -> None:
     broken = '{"id": ""latte-1""}'
     marks = [("api_call", "add"), ("request", broken), ("api_response", "add"), ("response", broken)]
-    parsed = whole_dialogue(dialogue(("user", "Latte", marks)), "f")
-    assert isinstance(parsed, Demonstration)
-    assert [turn.text for turn in parsed.answer] == [f"call add {broken}", f'{{"add":{broken}}}']
+    read = whole_dialogue(dialogue(("user", "Latte", marks)), "coffee")
+    assert [turn.text for turn in read.answer] == [f"call add {broken}", f'{{"add":{broken}}}']
 
 
 @pytest.mark.parametrize(
@@ -145,9 +142,9 @@ def test_a_request_and_a_response_that_are_not_json_stand_as_they_are() -> None:
     ],
 )
 def test_a_bad_dialogue_is_a_problem(bad: object, what: str) -> None:
-    parsed = whole_dialogue(bad, "f[3]")
-    assert isinstance(parsed, Problem)
-    assert what in parsed.what
+    with pytest.raises(RowError) as error:
+        whole_dialogue(bad, "coffee")
+    assert what in str(error.value)
 
 
 def write(release: Path, part: str, rows: object) -> None:
@@ -159,7 +156,7 @@ def test_repeats_and_contradictions_are_left_out_for_training(tmp_path: Path) ->
     one, other, silent = ({"role": "agent", "text": text} for text in ("one", "other", ""))
     rows = [row([ASK], one), row([ASK], one), row([ASK], other, 1), row([ASK], other, 0), row([ASK], silent)]
     write(tmp_path / "TM-3-2020", "reward", [*rows, {"context": 1}])
-    everything, records = read_rows(tmp_path, "ticketing"), read_taskmaster(tmp_path, "ticketing")
+    everything, records = (read_taskmaster(tmp_path, "ticketing", every) for every in (True, False))
     assert len(everything.ratings) == 5
     assert [rating.answer.text for rating in records.ratings] == ["one", ""]
     assert [demonstration.answer[0].text for demonstration in records.demonstrations] == ["one"]
@@ -204,7 +201,7 @@ def test_a_broken_file_is_a_problem_and_the_others_are_read(tmp_path: Path) -> N
 def test_real_ratings(
     real: Path, domain: Domain, rows: int, kept: int, up: int, groups: int, majority: float
 ) -> None:
-    everything = read_rows(real, domain)
+    everything = read_taskmaster(real, domain, every_row=True)
     assert len(everything.ratings) == rows
     assert everything.problems == []
     ups = sum(rating.label for rating in everything.ratings)
@@ -288,13 +285,13 @@ DIALOGUES = fields(utterances=st.lists(UTTERANCES, min_size=1, max_size=3))
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(RATED | DIALOGUES | JSON_VALUES)
 def test_any_row_gives_usable_records_or_a_problem(value: object) -> None:
-    for parsed in (rated(value, "f[0]"), whole_dialogue(value, "f[0]")):
-        if isinstance(parsed, Problem):
-            assert parsed.where == "f[0]"
-            assert parsed.what
+    for read in (parsed("f[0]", rated_turn, value, "coffee"), parsed("f[0]", whole_dialogue, value, "coffee")):
+        if isinstance(read, Problem):
+            assert read.where == "f[0]"
+            assert read.what
             continue
-        answer = (parsed.answer,) if isinstance(parsed, Rating) else parsed.answer
-        for turn in (*parsed.context, *answer):
+        answer = (read.answer,) if isinstance(read, Rating) else read.answer
+        for turn in (*read.context, *answer):
             turn.text.encode()
         assert any(turn.speaker == "agent" for turn in answer)
-        assert parsed.dialogue.startswith("coffee:")
+        assert read.dialogue.startswith("coffee:")

@@ -30,7 +30,7 @@ def length(completions, **columns):
 def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SFT, reward and PPO on one base; then PPO with a critic of its own, REINFORCE and RLOO on the bare one.
 
-    Seven demonstrations, fourteen ratings and batches of four: the last batch of an epoch cannot be dealt evenly:
+    Seven demonstrations, fourteen ratings and batches of four: the last batch of an epoch cannot be divided:
     in four processes it leaves one without a row.
     """
     folder = tmp_path_factory.mktemp("recipes")

@@ -1,8 +1,10 @@
-"""A process dies: the others stop and say which; and the run goes on, with as many processes or with others."""
+"""Processes that end early: the others stop and say why, and the run goes on under any engine, with any number."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import yaml
 from perl.recipe import load_recipe
 from perl.stages import pipeline
 from perl.system.progress import silence
-from tests.distributed.launching import LIMIT, finished, learned, steps, torchrun
+from tests.distributed.launching import ENGINES, LIMIT, finished, learned, start, steps, torchrun
 
 STEPS = 14
 
@@ -29,6 +31,12 @@ def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
+
+
+def accelerate(engine: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start what a config of recipes/engines says."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ENGINES / f"{engine}.yaml"]
+    return start([*command, *arguments], {})
 
 
 def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
@@ -48,41 +56,43 @@ def wait_for_steps(out: Path, count: int) -> None:
     raise AssertionError("the run does not begin")
 
 
-def test_the_others_name_who_died_and_the_run_goes_on_with_another_number_of_processes(
+def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_it(
     long_recipe: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("deepspeed")
     out = tmp_path / "out"
-    launcher = torchrun(2, "-m", "perl", "run", long_recipe, "--out", out)
-    wait_for_steps(out, 3)
-    victim = worker(launcher, 1)
-    begin = time.monotonic()
-    victim.send_signal(signal.SIGKILL)
-    status, said = finished(launcher)
-    assert status != 0
-    assert time.monotonic() - begin < 60
-    assert f"process 1 (host {os.uname().nodename}, pid {victim.pid}) is gone" in said
-    assert "goes on from the newest checkpoint" in said
-    done = len(steps(out, "policy"))
-    assert done < STEPS
+    command = ["-m", "perl", "run", long_recipe, "--out", out]
 
-    status, said = finished(torchrun(4, "-m", "perl", "run", long_recipe, "--out", out))
-    assert status == 0, said
-    assert [int(step["step"]) for step in steps(out, "policy")] == list(range(1, STEPS + 1))
-    with silence():
-        pipeline.run(load_recipe(long_recipe), tmp_path / "peaceful")
-    one, several = learned(tmp_path / "peaceful"), learned(out)
-    for name in one:
-        torch.testing.assert_close(several[name], one[name], rtol=0, atol=1e-5)
-
-
-def test_all_leave_together_when_one_is_asked_to(long_recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    launcher = torchrun(2, "-m", "perl", "run", long_recipe, "--out", out)
+    launcher = accelerate("fsdp2", *command)
     wait_for_steps(out, 2)
-    worker(launcher, 1).send_signal(signal.SIGTERM)
+    worker(launcher, 1).send_signal(signal.SIGTERM)  # to one: all leave together
     status, said = finished(launcher)
     assert status != 0
     assert "interrupted: finished stages are saved" in said
     done = len(steps(out, "policy"))
     newest = max(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
     assert newest == f"step-{done:08}"
+
+    launcher = torchrun(4, *command)
+    wait_for_steps(out, done + 2)
+    victim = worker(launcher, 1)
+    begin = time.monotonic()
+    victim.send_signal(signal.SIGKILL)
+    status, said = finished(launcher)
+    assert status != 0
+    assert time.monotonic() - begin < 60
+    assert said.count(f"process 1 (host {os.uname().nodename}, pid {victim.pid}) is gone") == 1
+    assert "goes on from the newest checkpoint" in said
+    assert done < len(steps(out, "policy")) < STEPS
+
+    status, said = finished(accelerate("zero3", *command))
+    assert status == 0, said
+    assert said.count("Written:") == 1
+    assert [int(step["step"]) for step in steps(out, "policy")] == list(range(1, STEPS + 1))
+    hardware = json.loads((out / "report.json").read_text())["hardware"]
+    assert (hardware["processes"], hardware["engine"]) == (2, "zero3")
+    with silence():
+        pipeline.run(load_recipe(long_recipe), tmp_path / "peaceful")
+    one, several = learned(tmp_path / "peaceful"), learned(out)
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=0, atol=1e-5)

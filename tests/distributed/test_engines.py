@@ -1,53 +1,133 @@
 """Several processes under every engine: the losses, gradients and final adapters of one, on the same batches."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.distributed.launching import finished, learned, steps, torchrun
+from tests.distributed.worker import SAMPLED
 
 CLOSE = 1e-5
 STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
-LAUNCHES = [
-    pytest.param("ddp", 2, (*LORA, "full"), id="ddp-2"),
-    pytest.param("ddp", 4, ("all",), id="ddp-4", marks=pytest.mark.slow),
-    pytest.param("zero2", 2, ("all",), id="zero2-2"),
-    pytest.param("zero3", 2, ("all", "adapter"), id="zero3-2"),
-    pytest.param("zero3-offload", 2, ("adapter",), id="zero3-offload-2"),
-    pytest.param("fsdp2", 2, ("all", "adapter"), id="fsdp2-2"),
-    *(
-        pytest.param(engine, 4, LORA, id=f"{engine}-4", marks=pytest.mark.slow)
-        for engine in ("zero2", "zero3", "zero3-offload", "fsdp2")
-    ),
+FEW = {
+    "ddp": (*LORA, "full"),
+    "fsdp2": ("all", "adapter"),
+    "zero2": ("all", "optimizer"),
+    "zero3": ("all", "adapter", "lengths"),
+    "zero3-offload": ("adapter",),
+}
+"""What two processes do: recipes and checks, by engine. DeepSpeed comes last: it changes what torch warns of."""
+MANY = {
+    "ddp": ("all",),
+    "fsdp2": (*LORA, "lengths"),
+    "zero2": (*LORA, "optimizer"),
+    "zero3": (*LORA, "lengths"),
+    "zero3-offload": LORA,
+}
+"""What four do."""
+CHECKS = ("lengths", "optimizer")
+CASES = [
+    *(pytest.param(2, engine, id=f"{engine}-2") for engine in FEW),
+    *(pytest.param(4, engine, id=f"{engine}-4", marks=pytest.mark.slow) for engine in MANY),
 ]
 
 
-@pytest.mark.parametrize(("engine", "count", "names"), LAUNCHES)
+@dataclass(frozen=True)
+class Launch:
+    """What a launch left."""
+
+    folder: Path
+    status: int
+    said: str
+
+    def found(self, engine: str, check: str) -> list[Any]:
+        """What a check found in each process."""
+        (line,) = (line for line in self.said.splitlines() if line.startswith(f"{engine} {check}: "))
+        values: list[Any] = json.loads(line.partition(": ")[2])
+        return values
+
+
+@pytest.fixture(scope="module")
+def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
+    """Launches by their number of processes, made when first asked for; each runs all engines.
+
+    The last recipe of each has batches that cannot be divided.
+    """
+    pytest.importorskip("deepspeed")
+
+    class Launches(dict[int, Launch]):
+        def __missing__(self, count: int) -> Launch:
+            folder = tmp_path_factory.mktemp(f"launch-{count}")
+            arguments: list[str] = []
+            for engine, work in (FEW if count == 2 else MANY).items():
+                pairs = {name: f"{recipes[name]}={folder / engine / name}" for name in work if name in recipes}
+                arguments += [engine, *(pairs.get(name, name) for name in work)]
+            content = yaml.safe_load(recipes["all"].read_text())
+            content["rl"]["prompts_per_step"] = 3
+            uneven = recipes["all"].with_name("uneven.yaml")
+            uneven.write_text(yaml.safe_dump(content))
+            launcher = torchrun(
+                count, "-m", "tests.distributed.worker", *arguments, "ddp", f"{uneven}={folder / 'uneven'}"
+            )
+            self[count] = Launch(folder, *finished(launcher))
+            return self[count]
+
+    return Launches()
+
+
+@pytest.mark.parametrize(("count", "engine"), CASES)
 def test_processes_together_do_what_one_does_alone(
-    engine: str,
-    count: int,
-    names: tuple[str, ...],
-    recipes: dict[str, Path],
-    alone: dict[str, Path],
-    tmp_path: Path,
+    count: int, engine: str, launches: dict[int, Launch], alone: dict[str, Path]
 ) -> None:
-    if engine.startswith("zero"):
-        pytest.importorskip("deepspeed")
-    pairs = [f"{recipes[name]}={tmp_path / name}" for name in names]
-    status, said = finished(torchrun(count, "-m", "tests.distributed.worker", *pairs, engine=engine))
-    assert status == 0, said
-    for name in names:
+    launch = launches[count]
+    for name in (FEW if count == 2 else MANY)[engine]:
+        if name in CHECKS:
+            continue
+        out = launch.folder / engine / name
+        assert (out / "report.json").exists(), launch.said
         for role in STAGES.get(name, ("policy",)):
-            _same_steps(steps(alone[name], role), steps(tmp_path / name, role), f"{name} {role}")
-        one, several = learned(alone[name]), learned(tmp_path / name)
+            _same_steps(steps(alone[name], role), steps(out, role), f"{name} {role}")
+        one, several = learned(alone[name]), learned(out)
         assert one.keys() == several.keys()
         for tensor in one:
             torch.testing.assert_close(several[tensor], one[tensor], rtol=0, atol=CLOSE, msg=f"{name}: {tensor}")
-        hardware = json.loads((tmp_path / name / "report.json").read_text())["hardware"]
+        hardware = json.loads((out / "report.json").read_text())["hardware"]
         assert (hardware["processes"], hardware["engine"]) == (count, engine.removesuffix("-offload"))
+
+
+@pytest.mark.parametrize(
+    ("count", "engine"),
+    [(2, "zero3"), *(pytest.param(4, engine, marks=pytest.mark.slow) for engine in ("zero3", "fsdp2"))],
+)
+def test_completions_of_very_different_lengths_never_hang(
+    count: int, engine: str, launches: dict[int, Launch]
+) -> None:
+    found = launches[count].found(engine, "lengths")
+    assert len(found) == count
+    assert all(shorter > SAMPLED / 20 for shorter in found)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_sharded_optimizer_is_plain_adamw_of_which_each_process_holds_a_part(
+    count: int, launches: dict[int, Launch]
+) -> None:
+    found = launches[count].found("zero2", "optimizer")
+    assert sum(one.pop("held") for one in found) == pytest.approx(1)
+    assert all(value < 1e-6 for one in found for value in one.values()), found
+
+
+def test_a_batch_that_the_processes_cannot_divide_is_refused_once(launches: dict[int, Launch]) -> None:
+    launch = launches[2]
+    assert launch.status != 0
+    assert launch.said.count("3 cannot be divided among 2 processes") == 1
+    assert "Set it to 2 or 4, or launch a number of processes that divides 3." in launch.said
+    assert not (launch.folder / "uneven").exists()
 
 
 def _same_steps(one: list[dict[str, float]], several: list[dict[str, float]], where: str) -> None:

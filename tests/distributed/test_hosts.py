@@ -53,9 +53,12 @@ def test_two_hosts_run_a_recipe_together(recipes: dict[str, Path], alone: dict[s
         command += [f"--master-addr={ADDRESSES[0]}", "--master-port=29513", f"--local-addr={ADDRESSES[number]}"]
         command += ["-m", "perl", "run", str(recipes["adapter"]), "--out", str(out)]
         launchers.append(start([*command], {"GLOO_SOCKET_IFNAME": f"cable{number}"}))
+    words = []
     for launcher in launchers:
         status, said = finished(launcher)
         assert status == 0, said
+        words.append(said)
+    assert [said.count("Written:") for said in words] == [1, 0]
     one, several = learned(alone["adapter"]), learned(out)
     for tensor in one:
         torch.testing.assert_close(several[tensor], one[tensor], rtol=0, atol=1e-5, msg=tensor)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perl.data.records import Turn
-from perl.measure.answers import Answers
 from perl.measure.bootstrap import Floats
+from perl.measure.rated_rows import RatedRows
 
 ANSWERS_A_DIALOGUE = 4
 
@@ -15,8 +15,8 @@ ANSWERS_A_DIALOGUE = 4
 class Made:
     """Answers to learn from and held-out ones, and how good each of these really is, in standard deviations."""
 
-    train: Answers
-    held_out: Answers
+    train: RatedRows
+    held_out: RatedRows
     quality: Floats
 
 
@@ -29,7 +29,7 @@ def made(seed: int = 0, dialogues: int = 250, up: float = 0.85, length_matters: 
 
 def _answers(
     random: np.random.Generator, dialogues: int, up: float, length_matters: float
-) -> tuple[Answers, Floats]:
+) -> tuple[RatedRows, Floats]:
     count = dialogues * ANSWERS_A_DIALOGUE
     quality = random.normal(size=count)
     noisy = quality + 0.7 * random.normal(size=count)
@@ -40,7 +40,7 @@ def _answers(
         texts.append(" ".join(f"{'fine' if one else 'so'}{random.integers(20)}" for one in liked))
     names = [f"d{random.integers(10**9)}-{index // ANSWERS_A_DIALOGUE}" for index in range(0, count, 4)]
     of = [names[index // ANSWERS_A_DIALOGUE] for index in range(count)]
-    answers = Answers(
+    answers = RatedRows(
         contexts=[
             (Turn("user", f"hello {name}"), *([Turn("agent", "go on"), Turn("user", "ok")] * (index % 4)))
             for index, name in enumerate(of)
@@ -55,12 +55,12 @@ def _answers(
     return answers, quality
 
 
-def shuffled(answers: Answers, seed: int = 0) -> Answers:
+def shuffled(answers: RatedRows, seed: int = 0) -> RatedRows:
     """The same answers, each with another's label."""
     labels = np.random.default_rng(seed).permutation(answers.labels).tolist()
     return replace(answers, labels=labels)
 
 
-def lengths(answers: Answers) -> Floats:
+def lengths(answers: RatedRows) -> Floats:
     """Characters."""
     return np.array([len(answer.text) for answer in answers.answers], dtype=np.float64)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from perl.data.records import Turn
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Floats, plain
-from perl.measure.calibration import calibration, cross_fitted, ece_by_chance, fit, judged
+from perl.measure.bootstrap import Floats, value_of
+from perl.measure.calibration import calibrate, cross_fitted, ece_by_chance, fit, predictions
 from perl.measure.metrics import Labels, calibration_error, probabilities
+from perl.measure.rated_rows import RatedRows
 
 
 def drawn(count: int, slope: float, intercept: float, seed: int = 0) -> tuple[Floats, Labels]:
@@ -53,9 +53,9 @@ def test_separable_scores_have_a_finite_slope() -> None:
     assert 0 < found.slope < 10
 
 
-def answers(labels: Labels, dialogues: list[str], pairs: list[tuple[int, int]] | None = None) -> Answers:
+def answers(labels: Labels, dialogues: list[str], pairs: list[tuple[int, int]] | None = None) -> RatedRows:
     count = len(labels)
-    return Answers(
+    return RatedRows(
         contexts=[(Turn("user", "hi"),)] * count,
         answers=[Turn("agent", "hello")] * count,
         dialogues=dialogues,
@@ -69,14 +69,14 @@ def answers(labels: Labels, dialogues: list[str], pairs: list[tuple[int, int]] |
 def test_balanced_weights_and_overconfidence_are_mended() -> None:
     """Twice too sure, and centred as if there were as many downs: only slope and intercept mend both."""
     scores, labels = drawn(4000, slope=0.5, intercept=1.7)
-    metrics, after = calibration(judged(scores, answers(labels, [str(n // 4) for n in range(4000)])))
-    assert metrics["ece_before"] > 0.2
-    assert metrics["ece_temperature"] > 0.2
-    assert metrics["ece_after"] < 0.03
-    assert metrics["ece_after"] < metrics["ece_by_chance"] < 0.04
+    calibration, after = calibrate(predictions(scores, answers(labels, [str(n // 4) for n in range(4000)])))
+    assert calibration.ece_before > 0.2
+    assert calibration.ece_temperature > 0.2
+    assert calibration.ece_after < 0.03
+    assert calibration.ece_after < calibration.ece_by_chance < 0.04
     assert after is not None
-    assert plain(calibration_error(after, labels), 4000) == metrics["ece_after"]
-    assert sum(one["n"] for one in metrics["reliability_after"]) == 4000
+    assert value_of(calibration_error(after, labels), 4000) == calibration.ece_after
+    assert sum(one.n for one in calibration.reliability_after) == 4000
 
 
 def test_nothing_leaks_from_the_dialogue_judged() -> None:
@@ -91,8 +91,8 @@ def test_nothing_leaks_from_the_dialogue_judged() -> None:
     dialogues = [str(n // 40) for n in range(200)]
     honest = cross_fitted(scores, labels, dialogues)
     assert honest is not None
-    at_once = plain(calibration_error(fit(scores, labels)(scores), labels), 200)
-    apart = plain(calibration_error(honest, labels), 200)
+    at_once = value_of(calibration_error(fit(scores, labels)(scores), labels), 200)
+    apart = value_of(calibration_error(honest, labels), 200)
     assert at_once is not None
     assert apart is not None
     assert apart > at_once + 0.1
@@ -106,10 +106,10 @@ def test_nothing_leaks_from_the_dialogue_judged() -> None:
 
 def test_one_dialogue_cannot_be_judged() -> None:
     scores, labels = drawn(40, 1.0, 0.0)
-    metrics, after = calibration(judged(scores, answers(labels, ["only"] * 40)))
+    calibration, after = calibrate(predictions(scores, answers(labels, ["only"] * 40)))
     assert after is None
-    assert metrics["ece_after"] is metrics["ece_temperature"] is metrics["ece_by_chance"] is None
-    assert metrics["slope"] > 0
+    assert calibration.ece_after is calibration.ece_temperature is calibration.ece_by_chance is None
+    assert calibration.slope > 0
 
 
 def test_chance_shrinks_with_answers() -> None:
@@ -120,17 +120,17 @@ def test_chance_shrinks_with_answers() -> None:
     # 95 of 100 label sets that agree with the probabilities stay below.
     random = np.random.default_rng(5)
     labels = [(random.random(200) < probabilities(scores[:200])).astype(np.int64) for _ in range(200)]
-    below = [plain(calibration_error(scores[:200], one), 200) or 0.0 for one in labels]
+    below = [value_of(calibration_error(scores[:200], one), 200) or 0.0 for one in labels]
     assert np.mean(np.array(below) < few) == pytest.approx(0.95, abs=0.04)
 
 
 def test_pairs_are_judged_by_differences() -> None:
     # Pairs (3, 1), (0, 2), (5, 5): differences 2, -2, 0; every other pair turned round: 2, 2, 0.
     scores = np.array([3.0, 0.0, 5.0, 1.0, 2.0, 5.0])
-    of = judged(scores, answers(np.array([1, 1, 1, 0, 0, 0]), list("abcabc"), [(0, 3), (1, 4), (2, 5)]))
-    assert of.scores.tolist() == [2.0, 2.0, 0.0]
-    assert of.labels.tolist() == [1, 0, 1]
-    assert of.dialogues == ["a", "b", "c"]
+    given = predictions(scores, answers(np.array([1, 1, 1, 0, 0, 0]), list("abcabc"), [(0, 3), (1, 4), (2, 5)]))
+    assert given.scores.tolist() == [2.0, 2.0, 0.0]
+    assert given.labels.tolist() == [1, 0, 1]
+    assert given.dialogues == ["a", "b", "c"]
 
 
 def test_pairs_have_a_temperature_alone() -> None:
@@ -142,9 +142,9 @@ def test_pairs_have_a_temperature_alone() -> None:
     scores = np.concatenate([np.where(first, one[0], other[0]), np.where(first, other[0], one[0])])
     pairs = [(n, 3000 + n) for n in range(3000)]
     dialogues = [str(n % 3000) for n in range(6000)]
-    metrics, _ = calibration(judged(scores, answers(np.repeat([1, 0], 3000), dialogues, pairs)))
-    assert metrics["of"] == "the first of two being the better"
-    assert (metrics["slope"], metrics["intercept"]) == (pytest.approx(0.5, abs=0.04), 0.0)
-    assert metrics["temperature"] == pytest.approx(2.0, abs=0.2)
-    assert metrics["ece_before"] > 0.08
-    assert metrics["ece_after"] == metrics["ece_temperature"] < 0.03
+    calibration, _ = calibrate(predictions(scores, answers(np.repeat([1, 0], 3000), dialogues, pairs)))
+    assert calibration.of == "the first of two being the better"
+    assert (calibration.slope, calibration.intercept) == (pytest.approx(0.5, abs=0.04), 0.0)
+    assert calibration.temperature == pytest.approx(2.0, abs=0.2)
+    assert calibration.ece_before > 0.08
+    assert calibration.ece_after == calibration.ece_temperature < 0.03

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from perl.measure.ledger import Allocator, PhaseMemory, Timeline
+from perl.measure.ledger import Allocator, Timeline
+from perl.measure.probe import PhaseMemory
 
 CUDA = torch.device("cuda", 0)
 

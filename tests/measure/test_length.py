@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perl.measure.bootstrap import Floats, Resampled, plain
+from perl.measure.bootstrap import ClusterBootstrap, Floats, value_of
 from perl.measure.length import length_bias, spearman
 from perl.measure.metrics import Labels, auroc
 
@@ -34,36 +34,36 @@ def test_spearman_by_hand() -> None:
 def test_counting_is_no_ranking_among_like_lengths(count: object) -> None:
     lengths, _, labels = liked_for_length()
     scores = count(lengths, np.random.default_rng(1).normal(size=len(lengths)))  # type: ignore[operator]
-    found = length_bias(scores, lengths, labels, Resampled(range(len(labels)), seed=0))
-    assert found["correlation"] > 0.9
-    ranked = plain(auroc(scores, labels), len(labels))
+    bias = length_bias(scores, lengths, labels, ClusterBootstrap(range(len(labels)), seed=0))
+    assert bias.correlation > 0.9
+    ranked = value_of(auroc(scores, labels), len(labels))
     assert ranked is not None
     assert ranked > 0.7
-    assert found["auroc_of_length"] > 0.7
-    assert found["auroc_within"] == pytest.approx(0.5, abs=0.05)
-    assert found["ahead"] <= 1e-9 or found["ahead_interval"][0] < 0
-    assert found["ahead_interval"][0] <= 0
+    assert bias.auroc_of_length > 0.7
+    assert bias.auroc_within == pytest.approx(0.5, abs=0.05)
+    assert bias.ahead <= 1e-9 or bias.ahead_interval[0] < 0
+    assert bias.ahead_interval[0] <= 0
 
 
 def test_short_is_counted_too() -> None:
     lengths, _, labels = liked_for_length()
-    found = length_bias(-lengths, lengths, 1 - labels, Resampled(range(len(labels)), seed=0))
-    assert found["correlation"] == pytest.approx(-1.0)
-    assert found["auroc_of_length"] < 0.3
-    assert found["ahead_interval"] == (0.0, 0.0)
+    bias = length_bias(-lengths, lengths, 1 - labels, ClusterBootstrap(range(len(labels)), seed=0))
+    assert bias.correlation == pytest.approx(-1.0)
+    assert bias.auroc_of_length < 0.3
+    assert bias.ahead_interval == (0.0, 0.0)
 
 
 def test_reading_is_seen_beside_length() -> None:
     lengths, quality, labels = liked_for_length()
-    found = length_bias(lengths / 50 + quality, lengths, labels, Resampled(range(len(labels)), seed=0))
-    assert found["correlation"] > 0.5
-    assert found["auroc_within"] > 0.75
-    assert found["ahead_interval"][0] > 0.2
+    bias = length_bias(lengths / 50 + quality, lengths, labels, ClusterBootstrap(range(len(labels)), seed=0))
+    assert bias.correlation > 0.5
+    assert bias.auroc_within > 0.75
+    assert bias.ahead_interval[0] > 0.2
 
 
 def test_nothing_to_compare() -> None:
     """Length tells the labels: no two of like length bear different ones."""
     lengths, labels = np.repeat([10.0, 20.0], 20), np.repeat([0, 1], 20)
-    found = length_bias(lengths, lengths, labels, Resampled(range(40), seed=0))
-    assert found["auroc_within"] is None
-    assert found["ahead_interval"] is None
+    bias = length_bias(lengths, lengths, labels, ClusterBootstrap(range(40), seed=0))
+    assert bias.auroc_within is None
+    assert bias.ahead_interval is None

@@ -3,15 +3,15 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
-from perl.measure.probe import listeners
+from perl.measure.probe import PhaseMemory, listeners
 
 CPU = torch.device("cpu")
 WEIGHTS = 4 * (64 * 64)
@@ -44,35 +44,35 @@ class Work:
             self.meter.count(tokens)
             time.sleep(seconds)
 
-    def metrics(self) -> dict[str, Any]:
-        return self.meter.metrics()
+    def cost(self) -> Cost:
+        return self.meter.cost()
 
 
 def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     work = Work()
     work.step()
     work.step()
-    memory = work.metrics()["memory"]
+    memory = work.cost().memory
     assert list(memory) == ["load", "generate", "update"]
-    assert memory["load"] == {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}
-    kinds = memory["update"]["kinds"]
+    assert memory["load"] == PhaseMemory(WEIGHTS, {"adapters": WEIGHTS})
+    kinds = memory["update"].kinds
     assert kinds["adapters"] == kinds["gradients"] == WEIGHTS
     assert kinds["optimizer"] == 2 * WEIGHTS + 4  # two moments, and the count of steps
-    assert sum(kinds.values()) == memory["update"]["peak"]
+    assert sum(kinds.values()) == memory["update"].peak
     # The second step samples beside the state that the first left, and without gradients.
-    kinds = memory["generate"]["kinds"]
+    kinds = memory["generate"].kinds
     assert kinds["optimizer"] == 2 * WEIGHTS + 4
     assert "gradients" not in kinds
     assert kinds["activations"] == 2 * 8 * 64 * 4  # the input and the result
-    assert work.metrics()["peak_memory_bytes"] == memory["update"]["peak"]
+    assert work.cost().peak_memory_bytes == memory["update"].peak
 
 
 def test_one_step_has_the_optimizers_state_at_its_end_only() -> None:
     work = Work()
     work.step()
-    memory = work.metrics()["memory"]
-    assert "optimizer" not in memory["generate"]["kinds"]
-    assert memory["update"]["kinds"]["optimizer"] == 2 * WEIGHTS + 4
+    memory = work.cost().memory
+    assert "optimizer" not in memory["generate"].kinds
+    assert memory["update"].kinds["optimizer"] == 2 * WEIGHTS + 4
 
 
 def test_operations_of_all_steps_are_those_of_the_followed_by_tokens() -> None:
@@ -80,33 +80,33 @@ def test_operations_of_all_steps_are_those_of_the_followed_by_tokens() -> None:
     for _ in range(MEASURED_STEPS):
         work.step(tokens=10)
     product = 2 * 8 * 64 * 64  # sampling, forward, and backward of the weight
-    assert work.metrics()["flops"] == MEASURED_STEPS * 3 * product
+    assert work.cost().flops == MEASURED_STEPS * 3 * product
     work.step(tokens=100, rows=80)  # not followed
-    assert work.metrics()["flops"] == MEASURED_STEPS * 3 * product + 10 * 3 * product
-    assert work.metrics()["useful_flops_share"] == 1.0
+    assert work.cost().flops == MEASURED_STEPS * 3 * product + 10 * 3 * product
+    assert work.cost().useful_flops_share == 1.0
 
 
 def test_without_steps_or_tokens_nothing_is_divided_by_zero() -> None:
-    metrics = Work().metrics()
-    assert metrics["seconds"] == metrics["tokens_per_second"] == metrics["flops"] == 0
-    assert metrics["memory"] == {"load": {"peak": WEIGHTS, "kinds": {"adapters": WEIGHTS}}}
+    cost = Work().cost()
+    assert cost.seconds == cost.tokens_per_second == cost.flops == 0
+    assert cost.memory == {"load": PhaseMemory(WEIGHTS, {"adapters": WEIGHTS})}
     work = Work()
     work.step()
-    assert work.metrics()["tokens_per_second"] == 0
+    assert work.cost().tokens_per_second == 0
 
 
 def test_later_steps_change_neither_memory_nor_operations() -> None:
     work = Work()
     for _ in range(MEASURED_STEPS):
         work.step()
-    before = work.metrics()
+    before = work.cost()
     with work.meter.step(work.optimizer):
         assert not listeners
         assert not _get_current_dispatch_mode_stack()
         torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-    after = work.metrics()
-    for figure in ("memory", "peak_memory_bytes", "useful_flops_share"):
-        assert after[figure] == before[figure]
+    after = work.cost()
+    for name in ("memory", "peak_memory_bytes", "useful_flops_share"):
+        assert getattr(after, name) == getattr(before, name)
     assert work.meter._flops.total == 2 * 3 * 2 * 8 * 64 * 64
 
 
@@ -134,7 +134,7 @@ def test_an_exception_leaves_nothing_listening_and_the_next_step_counts(where: s
     assert not work.layer.weight._post_accumulate_grad_hooks
     work.step()
     work.step()
-    assert work.metrics()["memory"]["update"]["kinds"]["gradients"] == WEIGHTS
+    assert work.cost().memory["update"].kinds["gradients"] == WEIGHTS
 
 
 def test_phases_seconds_sum_to_the_steps() -> None:
@@ -148,14 +148,14 @@ def test_phases_seconds_sum_to_the_steps() -> None:
                 with work.meter.phase("generate"):
                     time.sleep(0.02)
             time.sleep(0.02)
-    metrics = work.metrics()
-    phases = metrics["phase_seconds"]
+    cost = work.cost()
+    phases = cost.phase_seconds
     assert set(phases) == {"generate", "score", "update"}
-    assert sum(phases.values()) == pytest.approx(metrics["seconds"], abs=0.03)
+    assert sum(phases.values()) == pytest.approx(cost.seconds, abs=0.03)
     assert phases["generate"] >= 3 * 0.04 - 0.01
     assert phases["score"] >= 3 * 0.04 - 0.01
     assert phases["update"] >= 3 * 0.02 - 0.01
-    assert metrics["seconds"] >= 3 * 0.1 - 0.01
+    assert cost.seconds >= 3 * 0.1 - 0.01
 
 
 def test_what_lies_before_and_between_steps_is_no_phases_time() -> None:
@@ -163,10 +163,10 @@ def test_what_lies_before_and_between_steps_is_no_phases_time() -> None:
     for _ in range(3):
         time.sleep(0.1)
         work.step()
-    metrics = work.metrics()
-    assert "load" not in metrics["phase_seconds"]
-    assert sum(metrics["phase_seconds"].values()) == pytest.approx(metrics["seconds"], abs=0.02)
-    assert metrics["seconds"] < 0.3
+    cost = work.cost()
+    assert "load" not in cost.phase_seconds
+    assert sum(cost.phase_seconds.values()) == pytest.approx(cost.seconds, abs=0.02)
+    assert cost.seconds < 0.3
 
 
 def test_the_speed_leaves_the_followed_steps_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_the_speed_leaves_the_followed_steps_out(monkeypatch: pytest.MonkeyPatch
     work = Work()
     for seconds in (10.0, 8.0):
         work.step(tokens=100, seconds=seconds)
-    assert work.metrics()["tokens_per_second"] == round(200 / 18, 1)  # there are no others yet
+    assert work.cost().tokens_per_second == round(200 / 18, 1)  # there are no others yet
     work.step(tokens=90, seconds=2.0)
     work.step(tokens=60, seconds=1.0)
-    assert work.metrics()["tokens_per_second"] == 50.0
-    assert work.metrics()["seconds"] == 21.0
-    assert work.metrics()["phase_seconds"] == {"update": 21.0, "generate": 0.0}
+    assert work.cost().tokens_per_second == 50.0
+    assert work.cost().seconds == 21.0
+    assert work.cost().phase_seconds == {"update": 21.0, "generate": 0.0}

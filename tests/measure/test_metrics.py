@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from perl.measure.bootstrap import Figure, Floats, plain
+from perl.measure.bootstrap import Floats, Statistic, value_of
 from perl.measure.metrics import (
+    ReliabilityBin,
     accuracy,
     auroc,
     balanced_accuracy,
@@ -28,8 +29,8 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def of_all(figure: Figure, answers: int = 6) -> float | None:
-    return plain(figure, answers)
+def of_all(statistic: Statistic, answers: int = 6) -> float | None:
+    return value_of(statistic, answers)
 
 
 def test_by_hand() -> None:
@@ -67,14 +68,14 @@ def test_one_class() -> None:
     assert of_all(balanced_accuracy(scores, 1 - labels), 3) == pytest.approx(1 / 3)
 
 
-def copied(figure_of: object, times: np.ndarray) -> float | None:
-    """The figure of the answers copied so many times."""
+def copied(statistic_of: object, times: np.ndarray) -> float | None:
+    """The value of the answers copied so many times."""
     places = np.repeat(np.arange(len(times)), times)
-    return plain(figure_of(places), len(places))  # type: ignore[operator]
+    return value_of(statistic_of(places), len(places))  # type: ignore[operator]
 
 
 def test_weights_count_like_copies() -> None:
-    """Every figure of weighted answers is that of the answers copied so often; and scikit-learn's."""
+    """Every statistic of weighted answers is that of the answers copied so often; and scikit-learn's."""
     random = np.random.default_rng(0)
     scores = random.integers(-6, 7, size=80) / 3
     labels = random.integers(0, 2, size=80)
@@ -90,13 +91,13 @@ def test_weights_count_like_copies() -> None:
         ),
         "ece": (calibration_error(scores, labels), lambda rows: calibration_error(scores[rows], labels[rows])),
     }
-    for name, (figure, of_rows) in metrics.items():
+    for name, (statistic, of_rows) in metrics.items():
         expected = [copied(of_rows, times) for times in times_SN]
-        assert figure(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
+        assert statistic(times_SN.astype(np.float64)).tolist() == pytest.approx(expected), name
     weighted = auroc(scores, labels)(times_SN.astype(np.float64))
     theirs = [roc_auc_score(labels, scores, sample_weight=times) for times in times_SN]
     assert weighted.tolist() == pytest.approx(theirs)
-    assert plain(balanced_accuracy(scores, labels), 80) == pytest.approx(
+    assert value_of(balanced_accuracy(scores, labels), 80) == pytest.approx(
         balanced_accuracy_score(labels, scores > 0)
     )
 
@@ -136,10 +137,10 @@ def test_extreme_scores_do_not_overflow() -> None:
 def test_bins_and_counts() -> None:
     assert equal_mass(np.array([5.0, 1.0, 1.0, 9.0]), 2).tolist() == [1, 0, 0, 1]
     assert equal_mass(np.array([1.0, 1.0, 1.0, 9.0]), 2).tolist() == [0, 0, 0, 1]
-    assert reliability(np.zeros(4), np.array([1, 0, 0, 0])) == [{"probability": 0.5, "share": 0.25, "n": 4}]
+    assert reliability(np.zeros(4), np.array([1, 0, 0, 0])) == [ReliabilityBin(probability=0.5, share=0.25, n=4)]
     counts = score_histogram(SCORES, LABELS, bins=5)
-    assert counts["edges"] == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
-    assert (counts["up"], counts["down"]) == ([1, 0, 1, 0, 2], [0, 1, 0, 1, 0])
+    assert counts.edges == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+    assert (counts.up, counts.down) == ([1, 0, 1, 0, 2], [0, 1, 0, 1, 0])
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from perl.data.records import Turn
-from perl.measure.answers import Answers
 from perl.measure.bootstrap import Floats
 from perl.measure.metrics import probabilities
-from perl.measure.reward_model_card import reward_card
-from perl.measure.tfidf_baseline import Floor, tfidf_floor
+from perl.measure.rated_rows import RatedRows
+from perl.measure.reward_model_card import RewardModelCard, reward_model_card
+from perl.measure.tfidf_baseline import TfidfScores, tfidf_scores
 from perl.measure.verdict import verdict
+from perl.system.typed_json import as_json
 from tests.measure.rated import Made, lengths, made, shuffled
 
 
@@ -25,33 +26,33 @@ def data() -> Made:
 
 
 @pytest.fixture(scope="module")
-def floor(data: Made) -> Floor:
+def baseline(data: Made) -> TfidfScores:
     """Of these."""
-    return tfidf_floor(data.train, data.held_out)
+    return tfidf_scores(data.train, data.held_out)
 
 
-def card_of(scores: Floats, data: Made, floor: Floor, **more: Any) -> dict[str, Any]:
+def card_of(scores: Floats, data: Made, baseline: TfidfScores, **more: Any) -> RewardModelCard:
     """The card, which is JSON."""
-    card = reward_card(scores.tolist(), data.held_out, floor, **more)
-    json.dumps(card, allow_nan=False)
-    assert card["majority_accuracy"] == pytest.approx(0.85)
+    card = reward_model_card(scores.tolist(), data.held_out, baseline, **more)
+    json.dumps(as_json(card), allow_nan=False)
+    assert card.majority_accuracy == pytest.approx(0.85)
     return card
 
 
-def test_a_good_model_is_fit(data: Made, floor: Floor) -> None:
-    card = card_of(2 * data.quality, data, floor)
-    assert card["verdict"]["fit"], card["verdict"]
-    assert len(card["verdict"]["reasons"]) == 5
-    assert card["auroc"] > 0.9
-    assert card["intervals"]["auroc"][0] < card["auroc"] < card["intervals"]["auroc"][1]
+def test_a_good_model_is_fit(data: Made, baseline: TfidfScores) -> None:
+    card = card_of(2 * data.quality, data, baseline)
+    assert card.verdict.fit, card.verdict
+    assert len(card.verdict.reasons) == 5
+    assert card.auroc > 0.9
+    assert card.intervals["auroc"][0] < card.auroc < card.intervals["auroc"][1]
     # Centred for as many ups as downs, it is mostly wrong about 85 % ups: scaling mends that, AUROC never saw it.
-    assert card["accuracy"] < card["majority_accuracy"] < 0.9
-    assert card["calibration"]["ece_before"] > 0.2
-    assert card["calibration"]["ece_after"] < 0.05
+    assert card.accuracy < card.majority_accuracy < 0.9
+    assert card.calibration.ece_before > 0.2
+    assert card.calibration.ece_after < 0.05
 
 
 def by_shuffled_labels(data: Made) -> Floats:
-    return tfidf_floor(shuffled(data.train), data.held_out).scores
+    return tfidf_scores(shuffled(data.train), data.held_out).scores
 
 
 IMPOSTORS: dict[str, tuple[Callable[[Made], Floats], str]] = {
@@ -64,17 +65,17 @@ IMPOSTORS: dict[str, tuple[Callable[[Made], Floats], str]] = {
         lambda data: lengths(data.held_out) / 10 + np.random.default_rng(0).normal(size=1000),
         "length",
     ),
-    "words": (lambda data: tfidf_floor(data.train, data.held_out).scores, "no better than TF-IDF"),
+    "words": (lambda data: tfidf_scores(data.train, data.held_out).scores, "no better than TF-IDF"),
     "upside down": (lambda data: -2 * data.quality, "worse than TF-IDF"),
 }
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)
-def test_impostors_are_not_fit(name: str, data: Made, floor: Floor) -> None:
+def test_impostors_are_not_fit(name: str, data: Made, baseline: TfidfScores) -> None:
     scorer, reason = IMPOSTORS[name]
-    card = card_of(scorer(data), data, floor)
-    assert not card["verdict"]["fit"]
-    assert reason in " ".join(card["verdict"]["reasons"])
+    card = card_of(scorer(data), data, baseline)
+    assert not card.verdict.fit
+    assert reason in " ".join(card.verdict.reasons)
 
 
 @pytest.mark.parametrize(
@@ -86,47 +87,47 @@ def test_impostors_are_not_fit(name: str, data: Made, floor: Floor) -> None:
     ],
 )
 def test_what_may_be_chance_is_said_to_be_no_more(
-    ahead: float, interval: tuple[float, float], said: str, data: Made, floor: Floor
+    ahead: float, interval: tuple[float, float], said: str, data: Made, baseline: TfidfScores
 ) -> None:
-    card = card_of(2 * data.quality, data, floor)
-    card["floor"] |= {"ahead": ahead, "ahead_interval": interval}
-    (reason,) = verdict(card).reasons
+    card = card_of(2 * data.quality, data, baseline)
+    behind = replace(card.tfidf_baseline, ahead=ahead, ahead_interval=interval)
+    (reason,) = verdict(replace(card, tfidf_baseline=behind)).reasons
     assert said in reason
 
 
-def test_the_majority_cannot_fool_it(data: Made, floor: Floor) -> None:
+def test_the_majority_cannot_fool_it(data: Made, baseline: TfidfScores) -> None:
     """Always up is as accurate as the majority, calibrated once scaled, and no reward model."""
-    card = card_of(np.full(1000, 1.7), data, floor)
-    assert card["accuracy"] == card["majority_accuracy"] == pytest.approx(0.85)
-    assert card["balanced_accuracy"] == card["auroc"] == 0.5
-    assert card["intervals"]["auroc"] == (0.5, 0.5)
-    assert card["calibration"]["ece_after"] < 0.05
-    assert card["length"]["correlation"] is None
+    card = card_of(np.full(1000, 1.7), data, baseline)
+    assert card.accuracy == card.majority_accuracy == pytest.approx(0.85)
+    assert card.balanced_accuracy == card.auroc == 0.5
+    assert card.intervals["auroc"] == (0.5, 0.5)
+    assert card.calibration.ece_after < 0.05
+    assert card.length.correlation is None
 
 
-def test_length_ranks_all_but_not_among_like_lengths(data: Made, floor: Floor) -> None:
-    card = card_of(lengths(data.held_out) / 10 - 5, data, floor)
-    assert card["auroc"] > 0.85
-    assert card["floor"]["ahead_interval"][0] > 0  # TF-IDF does not count, so this bar alone would be passed
-    assert card["length"]["auroc_within"] < 0.65
-    assert card["length"]["ahead_interval"] == (0.0, 0.0)
+def test_length_ranks_all_but_not_among_like_lengths(data: Made, baseline: TfidfScores) -> None:
+    card = card_of(lengths(data.held_out) / 10 - 5, data, baseline)
+    assert card.auroc > 0.85
+    assert card.tfidf_baseline.ahead_interval[0] > 0  # TF-IDF does not count, so this bar alone would be passed
+    assert card.length.auroc_within < 0.65
+    assert card.length.ahead_interval == (0.0, 0.0)
 
 
-def test_scores_bent_out_of_shape_are_not_calibrated(data: Made, floor: Floor) -> None:
+def test_scores_bent_out_of_shape_are_not_calibrated(data: Made, baseline: TfidfScores) -> None:
     """A ranking as good as ever, but all worse answers score nearly alike."""
-    card = card_of(np.exp(3 * data.quality), data, floor)
-    assert card["auroc"] > 0.9
-    assert any(reason.startswith("Not calibrated") for reason in card["verdict"]["reasons"]), card["calibration"]
+    card = card_of(np.exp(3 * data.quality), data, baseline)
+    assert card.auroc > 0.9
+    assert any(reason.startswith("Not calibrated") for reason in card.verdict.reasons), card.calibration
 
 
-def test_training_dialogues_are_not_held_out(data: Made, floor: Floor) -> None:
-    found = card_of(2 * data.quality, data, floor, seen=40)["verdict"]
-    assert not found["fit"]
-    assert found["reasons"][0].startswith("40 of these 1,000 answers are of dialogues it was trained on")
+def test_training_dialogues_are_not_held_out(data: Made, baseline: TfidfScores) -> None:
+    found = card_of(2 * data.quality, data, baseline, seen=40).verdict
+    assert not found.fit
+    assert found.reasons[0].startswith("40 of these 1,000 answers are of dialogues it was trained on")
     # A published test part repeats a few rows of the training part: that is said, and decides nothing.
-    found = card_of(2 * data.quality, data, floor, seen=10)["verdict"]
-    assert found["fit"]
-    assert found["reasons"][0].endswith("dialogues it was not trained on, but for 10 that it has seen, or nearly.")
+    found = card_of(2 * data.quality, data, baseline, seen=10).verdict
+    assert found.fit
+    assert found.reasons[0].endswith("dialogues it was not trained on, but for 10 that it has seen, or nearly.")
 
 
 @pytest.mark.parametrize(
@@ -138,73 +139,73 @@ def test_training_dialogues_are_not_held_out(data: Made, floor: Floor) -> None:
         ({"dialogues": [str(n % 9) for n in range(1000)]}, "of 9 dialogues, and 10 are needed"),
     ],
 )
-def test_too_few_to_tell(changes: dict[str, Any], reason: str, data: Made, floor: Floor) -> None:
+def test_too_few_to_tell(changes: dict[str, Any], reason: str, data: Made, baseline: TfidfScores) -> None:
     few = replace(data, held_out=replace(data.held_out, **changes))
-    card = reward_card(data.quality.tolist(), few.held_out, floor)
-    json.dumps(card, allow_nan=False)
-    assert not card["verdict"]["fit"]
-    assert [reason in one for one in card["verdict"]["reasons"]] == [True]
+    card = reward_model_card(data.quality.tolist(), few.held_out, baseline)
+    json.dumps(as_json(card), allow_nan=False)
+    assert not card.verdict.fit
+    assert [reason in one for one in card.verdict.reasons] == [True]
 
 
-def test_few_answers_may_be_off_by_chance(data: Made, floor: Floor) -> None:
+def test_few_answers_may_be_off_by_chance(data: Made, baseline: TfidfScores) -> None:
     """The bar of 0.05 cannot be asked of a hundred answers: perfect probabilities miss it there."""
-    card = card_of(2 * data.quality, data, floor)
-    off = card["calibration"] | {"ece_after": 0.07, "ece_by_chance": 0.08}
-    assert verdict(card | {"calibration": off}).fit
-    assert "0.080 may be chance" in " ".join(verdict(card | {"calibration": off}).reasons)
-    assert not verdict(card | {"calibration": off | {"ece_by_chance": 0.06}}).fit
+    card = card_of(2 * data.quality, data, baseline)
+    off = replace(card.calibration, ece_after=0.07, ece_by_chance=0.08)
+    assert verdict(replace(card, calibration=off)).fit
+    assert "0.080 may be chance" in " ".join(verdict(replace(card, calibration=off)).reasons)
+    assert not verdict(replace(card, calibration=replace(off, ece_by_chance=0.06))).fit
 
 
-def test_gold_is_the_truth(data: Made, floor: Floor) -> None:
+def test_gold_is_the_truth(data: Made, baseline: TfidfScores) -> None:
     """Labels that agree with the scores do not help where the gold judge does not."""
     random = np.random.default_rng(0)
     gold = random.random(1000) < 0.5
-    fooled = card_of_gold(2 * data.quality, data, floor, gold.tolist())
-    assert fooled["auroc_labels"] > 0.9
-    assert fooled["intervals"]["auroc_labels"][0] > 0.85
-    assert not fooled["verdict"]["fit"]
-    assert "AUROC against the gold judge 0.5" in fooled["verdict"]["reasons"][0]
+    fooled = card_of_gold(2 * data.quality, data, baseline, gold.tolist())
+    assert fooled.auroc_labels > 0.9
+    assert fooled.intervals["auroc_labels"][0] > 0.85
+    assert not fooled.verdict.fit
+    assert "AUROC against the gold judge 0.5" in fooled.verdict.reasons[0]
     # Noisy labels, and a judge that knows: metrics are the judge's, probabilities the labels'.
     good = data.quality > np.quantile(data.quality, 0.3)
     labels = np.where(random.random(1000) < 0.1, ~good, good).tolist()
     noisy = replace(data, held_out=replace(data.held_out, labels=labels))
-    card = card_of_gold(10 * (data.quality + 0.52), noisy, floor, good.tolist())
-    assert card["auroc"] == 1.0
-    assert card["auroc_labels"] < 0.95
-    assert card["ece"] < 0.06 < card["calibration"]["ece_before"]
-    assert card["up"] == 700
+    card = card_of_gold(10 * (data.quality + 0.52), noisy, baseline, good.tolist())
+    assert card.auroc == 1.0
+    assert card.auroc_labels < 0.95
+    assert card.ece < 0.06 < card.calibration.ece_before
+    assert card.up == 700
 
 
-def card_of_gold(scores: Floats, data: Made, floor: Floor, gold: list[bool]) -> dict[str, Any]:
-    return reward_card(scores.tolist(), replace(data.held_out, gold=gold), floor)
+def card_of_gold(scores: Floats, data: Made, baseline: TfidfScores, gold: list[bool]) -> RewardModelCard:
+    return reward_model_card(scores.tolist(), replace(data.held_out, gold=gold), baseline)
 
 
-def test_slices(data: Made, floor: Floor) -> None:
+def test_slices(data: Made, baseline: TfidfScores) -> None:
     """By kind, depth, length and source; each adds up, and small ones are only counted."""
     answers = replace(data.held_out, sources=["tiny" if n < 29 else "shop" for n in range(1000)])
-    card = reward_card((2 * data.quality).tolist(), answers, floor)
-    found = {(one["by"], one["name"]): one for one in card["slices"]}
+    card = reward_model_card((2 * data.quality).tolist(), answers, baseline)
+    found = {(one.by, one.name): one for one in card.slices}
     for by in ("kind of answer", "depth of dialogue", "length of answer", "source"):
-        assert sum(one["n"] for one in card["slices"] if one["by"] == by) == 1000
+        assert sum(one.n for one in card.slices if one.by == by) == 1000
     calls = found["kind of answer", "API call"]
-    assert calls["n"] == 200
+    assert calls.n == 200
     rows = np.arange(0, 1000, 5)
     labels = np.array(answers.labels)[rows]
     ups, downs = data.quality[rows][labels], data.quality[rows][~labels]
-    assert calls["share_up"] == pytest.approx(labels.mean())
-    assert calls["auroc"] == pytest.approx((ups[:, None] > downs).mean())
-    assert calls["interval"][0] < calls["auroc"] <= calls["interval"][1]
-    assert 0 < calls["ece"] < 0.15
+    assert calls.share_up == pytest.approx(labels.mean())
+    assert calls.auroc == pytest.approx((ups[:, None] > downs).mean())
+    assert calls.interval[0] < calls.auroc <= calls.interval[1]
+    assert 0 < calls.ece < 0.15
     assert ("depth of dialogue", "7 turns before") in found
     tiny = found["source", "tiny"]
-    assert tiny["n"] == 29
-    assert "auroc" not in tiny
-    assert "ece" not in tiny
+    assert tiny.n == 29
+    assert tiny.auroc is None
+    assert tiny.ece is None
 
 
 def test_mistakes_are_the_worst_and_cut() -> None:
     count = 8
-    answers = Answers(
+    answers = RatedRows(
         contexts=[(Turn("user", f"{'long ' * 100}question {n}"), Turn("api", "{}")) for n in range(count)],
         answers=[Turn("agent", f"answer {n}{' and so on' * 60}") for n in range(count)],
         dialogues=[str(n) for n in range(count)],
@@ -213,21 +214,21 @@ def test_mistakes_are_the_worst_and_cut() -> None:
         gold=None,
         pairs=[],
     )
-    card = reward_card([float(n) for n in range(count)], answers, Floor(np.zeros(count), 1, 1))
-    high, low = card["mistakes"]["downs_scored_high"], card["mistakes"]["ups_scored_low"]
-    assert [one["answer"][:8] for one in high] == ["answer 7", "answer 5", "answer 3", "answer 1"]
-    assert [one["answer"][:8] for one in low] == ["answer 0", "answer 2", "answer 4", "answer 6"]
-    assert high[0]["score"] == 7.0
-    assert high[0]["probability"] == pytest.approx(probabilities(np.array([7.0]))[0])
-    assert high[0]["context"].startswith("… ")
-    assert high[0]["context"].endswith("question 7\napi: {}")
-    assert all(len(one["context"]) <= 302 and len(one["answer"]) <= 302 for one in high + low)
+    card = reward_model_card([float(n) for n in range(count)], answers, TfidfScores(np.zeros(count), 1, 1))
+    high, low = card.mistakes.downs_scored_high, card.mistakes.ups_scored_low
+    assert [one.answer[:8] for one in high] == ["answer 7", "answer 5", "answer 3", "answer 1"]
+    assert [one.answer[:8] for one in low] == ["answer 0", "answer 2", "answer 4", "answer 6"]
+    assert high[0].score == 7.0
+    assert high[0].probability == pytest.approx(probabilities(np.array([7.0]))[0])
+    assert high[0].context.startswith("… ")
+    assert high[0].context.endswith("question 7\napi: {}")
+    assert all(len(one.context) <= 302 and len(one.answer) <= 302 for one in high + low)
 
 
 def test_answers_to_one_context_are_paired() -> None:
     """Up and down of one context: (5 > 1), (0 < 1) of the first, none of the second; (2 = 2) of the third."""
     contexts = [(Turn("user", name),) for name in "aaabcc"]
-    answers = Answers(
+    answers = RatedRows(
         contexts=contexts,
         answers=[Turn("agent", str(n)) for n in range(6)],
         dialogues=list("aaabcc"),
@@ -236,18 +237,18 @@ def test_answers_to_one_context_are_paired() -> None:
         gold=None,
         pairs=[],
     )
-    card = reward_card([5.0, 0.0, 1.0, 9.0, 2.0, 2.0], answers, Floor(np.zeros(6), 1, 1))
-    assert card["pairs"] == 3
-    assert card["pairwise_accuracy"] == pytest.approx(1.5 / 3)
-    assert card["intervals"]["pairwise_accuracy"] == pytest.approx((0.5, 0.5))
+    card = reward_model_card([5.0, 0.0, 1.0, 9.0, 2.0, 2.0], answers, TfidfScores(np.zeros(6), 1, 1))
+    assert card.pairs == 3
+    assert card.pairwise_accuracy == pytest.approx(1.5 / 3)
+    assert card.intervals["pairwise_accuracy"] == pytest.approx((0.5, 0.5))
 
 
-def compared(count: int = 600) -> tuple[Answers, Floats]:
+def compared(count: int = 600) -> tuple[RatedRows, Floats]:
     """Pairs of answers, the better first, the longer a little more often; and how good each is."""
     random = np.random.default_rng(0)
     quality = np.sort(random.normal(size=(count, 2)), axis=1)[:, ::-1].T.ravel()
     words = 5 + random.poisson(np.clip(10 + 2 * quality, 1, None))
-    answers = Answers(
+    answers = RatedRows(
         contexts=[(Turn("user", f"question {n}"),) for n in range(count)] * 2,
         answers=[Turn("agent", " ".join(f"w{random.integers(30)}" for _ in range(n))) for n in words],
         dialogues=[str(n) for n in range(count)] * 2,
@@ -262,33 +263,35 @@ def compared(count: int = 600) -> tuple[Answers, Floats]:
 def test_pairs_alone() -> None:
     """Whatever a context adds to both of its answers changes nothing that the verdict rests on."""
     answers, quality = compared()
-    floor = tfidf_floor(answers, answers)
-    floor = replace(floor, scores=np.random.default_rng(1).normal(size=1200))
+    baseline = tfidf_scores(answers, answers)
+    baseline = replace(baseline, scores=np.random.default_rng(1).normal(size=1200))
     moved = quality + np.tile(np.random.default_rng(2).normal(scale=5.0, size=600), 2)
-    card = reward_card((quality + np.random.default_rng(3).normal(scale=0.3, size=1200)).tolist(), answers, floor)
-    assert card["verdict"]["fit"], card["verdict"]
-    assert "pairwise accuracy" in " ".join(card["verdict"]["reasons"])
-    assert card["compared"]
-    assert card["calibration"]["intercept"] == 0.0
-    far = reward_card(moved.tolist(), answers, floor)
-    assert far["auroc"] < 0.7
-    assert far["pairwise_accuracy"] == 1.0
-    assert far["verdict"]["fit"], far["verdict"]
-    counting = reward_card((lengths(answers) / 10).tolist(), answers, floor)
-    assert not counting["verdict"]["fit"]
-    assert "length" in " ".join(counting["verdict"]["reasons"])
-    constant = reward_card([0.0] * 1200, answers, floor)
-    assert constant["pairwise_accuracy"] == 0.5
-    assert not constant["verdict"]["fit"]
+    noisy = quality + np.random.default_rng(3).normal(scale=0.3, size=1200)
+    card = reward_model_card(noisy.tolist(), answers, baseline)
+    assert card.verdict.fit, card.verdict
+    assert "pairwise accuracy" in " ".join(card.verdict.reasons)
+    assert card.compared
+    assert card.calibration.intercept == 0.0
+    far = reward_model_card(moved.tolist(), answers, baseline)
+    assert far.auroc < 0.7
+    assert far.pairwise_accuracy == 1.0
+    assert far.verdict.fit, far.verdict
+    counting = reward_model_card((lengths(answers) / 10).tolist(), answers, baseline)
+    assert not counting.verdict.fit
+    assert "length" in " ".join(counting.verdict.reasons)
+    constant = reward_model_card([0.0] * 1200, answers, baseline)
+    assert constant.pairwise_accuracy == 0.5
+    assert not constant.verdict.fit
     few = replace(answers, labels=[True] * 20 + [False] * 20, pairs=[(n, 20 + n) for n in range(20)])
-    few = Answers(**{name: getattr(few, name)[:40] if name != "gold" else None for name in vars(few)})
-    assert "there are 20 pairs" in reward_card([0.0] * 40, few, Floor(np.zeros(40), 1, 1))["verdict"]["reasons"][0]
+    few = RatedRows(**{name: getattr(few, name)[:40] if name != "gold" else None for name in vars(few)})
+    card = reward_model_card([0.0] * 40, few, TfidfScores(np.zeros(40), 1, 1))
+    assert "there are 20 pairs" in card.verdict.reasons[0]
 
 
-def test_pairs_beside_ratings(data: Made, floor: Floor) -> None:
+def test_pairs_beside_ratings(data: Made, baseline: TfidfScores) -> None:
     """They give the pairwise accuracy, and nothing else."""
     pairs, quality = compared(50)
-    both = Answers(
+    both = RatedRows(
         contexts=data.held_out.contexts + pairs.contexts,
         answers=data.held_out.answers + pairs.answers,
         dialogues=data.held_out.dialogues + pairs.dialogues,
@@ -297,10 +300,10 @@ def test_pairs_beside_ratings(data: Made, floor: Floor) -> None:
         gold=None,
         pairs=[(1000 + better, 1000 + worse) for better, worse in pairs.pairs],
     )
-    alone = reward_card((2 * data.quality).tolist(), data.held_out, floor)
-    card = reward_card([*(2 * data.quality), *quality], both, floor)
-    assert card["pairwise_accuracy"] == 1.0
-    assert card["pairs"] == 50
-    assert not card["compared"]
-    for name in ("n", "auroc", "accuracy", "calibration", "slices", "length", "floor", "verdict"):
-        assert card[name] == alone[name], name
+    alone = reward_model_card((2 * data.quality).tolist(), data.held_out, baseline)
+    card = reward_model_card([*(2 * data.quality), *quality], both, baseline)
+    assert card.pairwise_accuracy == 1.0
+    assert card.pairs == 50
+    assert not card.compared
+    for name in ("n", "auroc", "accuracy", "calibration", "slices", "length", "tfidf_baseline", "verdict"):
+        assert getattr(card, name) == getattr(alone, name), name

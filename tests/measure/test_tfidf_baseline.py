@@ -1,4 +1,4 @@
-"""The floor: what counting words comes to, on made-up answers and on the real ratings where they are."""
+"""The TF-IDF baseline: what counting words comes to, on made-up answers and on the real ratings where they are."""
 
 import time
 from dataclasses import replace
@@ -10,24 +10,24 @@ import pytest
 from perl.data.records import Turn
 from perl.data.splits import split
 from perl.data.taskmaster import Domain, read_taskmaster
-from perl.measure import tfidf_baseline as floor
-from perl.measure.answers import Answers
-from perl.measure.bootstrap import Floats, plain
+from perl.measure import tfidf_baseline
+from perl.measure.bootstrap import Floats, value_of
 from perl.measure.metrics import auroc
-from perl.measure.tfidf_baseline import tfidf_floor
+from perl.measure.rated_rows import RatedRows
+from perl.measure.tfidf_baseline import tfidf_scores
 from perl.stages.reward_rows import answers_of
 from tests.measure.rated import made, shuffled
 
 REAL = Path(__file__).parents[2].parent / "shared" / "taskmaster"
 
 
-def ranked(scores: Floats, answers: Answers) -> float:
-    value = plain(auroc(scores, np.array(answers.labels, dtype=np.int64)), len(answers.labels))
+def ranked(scores: Floats, answers: RatedRows) -> float:
+    value = value_of(auroc(scores, np.array(answers.labels, dtype=np.int64)), len(answers.labels))
     assert value is not None
     return value
 
 
-def told_apart(by: str) -> tuple[Answers, Answers]:
+def told_apart(by: str) -> tuple[RatedRows, RatedRows]:
     """Answers whose label is the word `yes` in the answer, in the end of the context, or before that."""
     contexts, answers, labels = [], [], []
     for number in range(80):
@@ -36,47 +36,47 @@ def told_apart(by: str) -> tuple[Answers, Answers]:
         contexts.append((Turn("user", f"{told[0]} {'padding ' * 60}{told[1]}"),))
         answers.append(Turn("agent", f"{told[2]} x{number}"))
         labels.append(number % 2 == 1)
-    whole = Answers(contexts, answers, [str(n) for n in range(80)], ["shop"] * 80, labels, None, [])
+    columns = RatedRows(contexts, answers, [str(n) for n in range(80)], ["shop"] * 80, labels, None, [])
     halves = []
     for rows in (slice(0, 40), slice(40, 80)):
-        columns = {name: value[rows] for name, value in vars(whole).items() if isinstance(value, list)}
-        halves.append(replace(whole, **columns))
+        part = {name: value[rows] for name, value in vars(columns).items() if isinstance(value, list)}
+        halves.append(replace(columns, **part))
     return halves[0], halves[1]
 
 
 @pytest.mark.parametrize(("by", "found"), [("answer", 1.0), ("end", 1.0), ("before", 0.5)])
 def test_words_of_the_answer_and_of_the_contexts_end_count(by: str, found: float) -> None:
     train, held_out = told_apart(by)
-    assert ranked(tfidf_floor(train, held_out).scores, held_out) == pytest.approx(found, abs=0.2)
+    assert ranked(tfidf_scores(train, held_out).scores, held_out) == pytest.approx(found, abs=0.2)
 
 
 def test_shuffled_labels_teach_nothing() -> None:
     data = made()
-    assert ranked(tfidf_floor(data.train, data.held_out).scores, data.held_out) > 0.7
-    blind = tfidf_floor(shuffled(data.train), data.held_out)
+    assert ranked(tfidf_scores(data.train, data.held_out).scores, data.held_out) > 0.7
+    blind = tfidf_scores(shuffled(data.train), data.held_out)
     assert ranked(blind.scores, data.held_out) == pytest.approx(0.5, abs=0.1)
 
 
 def test_rows_are_capped_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     data = made(dialogues=30)
-    assert (tfidf_floor(data.train, data.held_out).rows, len(data.train.labels)) == (120, 120)
-    monkeypatch.setattr(floor, "FLOOR_ROWS", 50)
-    capped = tfidf_floor(data.train, data.held_out)
+    assert (tfidf_scores(data.train, data.held_out).rows, len(data.train.labels)) == (120, 120)
+    monkeypatch.setattr(tfidf_baseline, "MAX_TRAINING_ROWS", 50)
+    capped = tfidf_scores(data.train, data.held_out)
     assert (capped.rows, capped.of_rows) == (40, 120)  # every third
 
 
 def test_texts_without_words_are_scored() -> None:
     data = made(dialogues=10)
     silent = replace(data.held_out, answers=[Turn("agent", "?")] * 40)
-    assert np.isfinite(tfidf_floor(data.train, silent).scores).all()
+    assert np.isfinite(tfidf_scores(data.train, silent).scores).all()
     none = replace(data.train, answers=[Turn("agent", "!")] * 40, contexts=[()] * 40)
-    assert np.ptp(tfidf_floor(none, silent).scores) == 0
+    assert np.ptp(tfidf_scores(none, silent).scores) == 0
 
 
 @pytest.mark.parametrize(
     ("domain", "low", "high"), [("coffee", (0.55, 0.68), (0.68, 0.84)), ("ticketing", (0.58, 0.75), (0.73, 0.84))]
 )
-def test_the_floor_of_the_real_ratings(
+def test_the_baseline_of_the_real_ratings(
     domain: Domain, low: tuple[float, float], high: tuple[float, float]
 ) -> None:
     """Splits by dialogue differ: from 0.61 to 0.78 on Coffee, from 0.61 to 0.75 on Ticketing, over three seeds."""
@@ -84,10 +84,10 @@ def test_the_floor_of_the_real_ratings(
         pytest.skip("the real Taskmaster files are not beside the checkout, in shared/taskmaster")
     records = read_taskmaster(REAL, domain)
     found = []
-    began = time.process_time()
+    start = time.process_time()
     for seed in range(3):
         train, held_out = (answers_of(side, "thumbs", domain) for side in split(records, 0.2, seed))
-        found.append(ranked(tfidf_floor(train, held_out).scores, held_out))
-    assert time.process_time() - began < 15
+        found.append(ranked(tfidf_scores(train, held_out).scores, held_out))
+    assert time.process_time() - start < 15
     assert low[0] < min(found) < low[1]
     assert high[0] < max(found) < high[1]

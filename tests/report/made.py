@@ -108,7 +108,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
             "reward": {
                 **cost("reward", 88.0, 24_000.0 * (1.2 if full else 1.0), 3.6e9),
                 "recorded": [{"row": 0, "score": 0.4, "tokens": 1}],
-                "eval": make_card() | {"auroc": 0.9 + gain / 4},
+                "eval": make_reward_model_card() | {"auroc": 0.9 + gain / 4},
             },
             "rl": {
                 **cost("rl", 209.0, 3_700.0 * (1.05 if full else 1.0), 4.1e9),
@@ -134,8 +134,8 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
     }
 
 
-def make_card() -> dict[str, Any]:
-    """The card of a good reward model."""
+def make_reward_model_card() -> dict[str, Any]:
+    """That of a good reward model."""
     edges = [-6 + 0.5 * step for step in range(25)]
     centres = [edge + 0.25 for edge in edges[:-1]]
     bins = [
@@ -186,8 +186,8 @@ def make_card() -> dict[str, Any]:
             "ahead": 0.3,
             "ahead_interval": [0.2, 0.4],
         },
-        "floor": {
-            "figure": "auroc",
+        "tfidf_baseline": {
+            "metric": "auroc",
             "value": 0.77,
             "value_interval": [0.74, 0.79],
             "ahead": 0.13,
@@ -217,6 +217,8 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         "kl_interval": [0.5, 0.75],
         "samples_per_prompt": 2,
     }
+    report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.3, "length": -0.12}
+    report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 0.8, "length": -0.06}
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000
     report["stages"]["rl"]["preflight"] = [

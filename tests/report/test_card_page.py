@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from perl.data.records import Turn
-from perl.measure.answers import Answers
-from perl.measure.reward_eval import RewardEval
-from perl.measure.reward_model_card import reward_card
-from perl.measure.tfidf_baseline import Floor, tfidf_floor
+from perl.measure.rated_rows import RatedRows
+from perl.measure.reward_model_card import RewardModelCard, reward_model_card
+from perl.measure.tfidf_baseline import TfidfScores, tfidf_scores
 from perl.report.numbers import GAP
 from perl.report.page import write_page
 from perl.report.runs import groups, read_runs
@@ -29,10 +28,10 @@ EVIL = "<script>alert(1)</script>"
 def metrics() -> dict[str, Any]:
     """The card of a good model, as it stands in report.json."""
     data = made(dialogues=100)
-    floor = tfidf_floor(data.train, data.held_out)
-    card = made_of(RewardEval, reward_card((2 * data.quality).tolist(), data.held_out, floor))
-    found: dict[str, Any] = json.loads(json.dumps(as_json(card)))
-    return found
+    baseline = tfidf_scores(data.train, data.held_out)
+    card = reward_model_card((2 * data.quality).tolist(), data.held_out, baseline)
+    metrics: dict[str, Any] = json.loads(json.dumps(as_json(card)))
+    return metrics
 
 
 def run(folder: Path, metrics: dict[str, Any], seed: int = 0, tuning: str = "lora", only: bool = False) -> Path:
@@ -55,7 +54,7 @@ def test_a_fit_model(tmp_path: Path, metrics: dict[str, Any]) -> None:
     assert '<p class="lead">Fit for RL.</p>' in text
     for reason in metrics["verdict"]["reasons"]:
         assert f"<li>{reason}</li>" in text
-    assert f'<td class="number">{metrics["floor"]["value"]:.2f}</td>' in text
+    assert f'<td class="number">{metrics["tfidf_baseline"]["value"]:.2f}</td>' in text
     after = metrics["calibration"]["ece_after"]
     assert f'… with slope and intercept</th><td class="number">{after:.2f}</td>' in text
     assert "on dialogues that this was not fitted to" in text
@@ -79,19 +78,19 @@ def test_a_model_that_is_not_fit(tmp_path: Path, metrics: dict[str, Any]) -> Non
 
 
 def test_seeds_disagree(metrics: dict[str, Any]) -> None:
-    def cards(*fit: bool) -> list[RewardEval]:
+    def cards(*fit: bool) -> list[RewardModelCard]:
         verdicts = [{"fit": one, "reasons": [f"Because {one}."]} for one in fit]
-        return [made_of(RewardEval, metrics | {"verdict": verdict}) for verdict in verdicts]
+        return [made_of(RewardModelCard, metrics | {"verdict": verdict}) for verdict in verdicts]
 
-    def found(*fit: bool) -> tuple[str, list[str], str]:
-        said = fitness(cards(*fit))
-        return said.headline, said.lines, said.kind
+    def findings(*fit: bool) -> tuple[str, list[str], str]:
+        finding = fitness(cards(*fit))
+        return finding.headline, finding.lines, finding.kind
 
-    assert found(True) == ("Fit for RL.", ["Because True."], "good")
-    assert found(False) == ("Not fit for RL.", ["Because False."], "bad")
-    assert found(True, True, True) == ("Fit for RL in all 3 seeds.", ["Because True."], "good")
-    assert found(True, False, True) == ("Fit for RL in 2 of 3 seeds.", ["Because False."], "open")
-    assert found(False, False) == ("Not fit for RL.", ["Because False."], "bad")
+    assert findings(True) == ("Fit for RL.", ["Because True."], "good")
+    assert findings(False) == ("Not fit for RL.", ["Because False."], "bad")
+    assert findings(True, True, True) == ("Fit for RL in all 3 seeds.", ["Because True."], "good")
+    assert findings(True, False, True) == ("Fit for RL in 2 of 3 seeds.", ["Because False."], "open")
+    assert findings(False, False) == ("Not fit for RL.", ["Because False."], "bad")
 
 
 def test_lora_beside_full_tuning(tmp_path: Path, metrics: dict[str, Any]) -> None:
@@ -118,7 +117,7 @@ def test_what_the_data_say_is_text(tmp_path: Path, metrics: dict[str, Any]) -> N
 
 def test_cards_with_little_in_them(tmp_path: Path) -> None:
     """One class, one dialogue, no slice large enough: whatever is unknown is left out or a dash."""
-    answers = Answers(
+    answers = RatedRows(
         contexts=[(Turn("user", "hi"),)] * 8,
         answers=[Turn("agent", f"answer {n}") for n in range(8)],
         dialogues=["only"] * 8,
@@ -127,7 +126,7 @@ def test_cards_with_little_in_them(tmp_path: Path) -> None:
         gold=None,
         pairs=[],
     )
-    few = as_json(made_of(RewardEval, reward_card([0.0] * 8, answers, Floor(np.zeros(8), 1, 1))))
+    few = as_json(reward_model_card([0.0] * 8, answers, TfidfScores(np.zeros(8), 1, 1)))
     text = page(tmp_path, run(tmp_path / "a", few, only=True))
     assert "The reward model is not fit for RL." in text
     assert "Too few to tell" in text

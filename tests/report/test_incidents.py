@@ -9,7 +9,7 @@ import yaml
 
 from perl.report.page import write_page
 from perl.report.runs import read_run
-from perl.report.words import happenings
+from perl.report.words import incidents
 from tests.report.made import make_run
 
 STOPPED: dict[str, Any] = {
@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_says_so_before_any_figure(tmp_path: Path) -> Non
     ],
 )
 def test_what_remains(incident: dict[str, Any], words: str, tmp_path: Path) -> None:
-    (found,) = happenings([read_run(change(make_run(tmp_path / "a"), incidents=[incident]))])
+    (found,) = incidents([read_run(change(make_run(tmp_path / "a"), incidents=[incident]))])
     assert found.kind == ("bad" if incident["action"] == "stopped" else "open")
     assert words in found.lines[-1]
 
@@ -86,7 +86,7 @@ def test_updates_refused_in_supervised_stages_are_counted(tmp_path: Path) -> Non
     for line in lines[2:9]:
         line |= {"refused": 1.0, "grad_norm": None}
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (found,) = happenings([read_run(run)])
+    (found,) = incidents([read_run(run)])
     assert found.headline == "SFT: 7 of 31 updates were refused."
     assert found.lines[0].startswith("At steps 3, 4, 5, 6 and 7 and 2 more ")
     assert found.kind == "open"

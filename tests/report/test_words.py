@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from perl.measure.reward_eval import RewardEval
+from perl.measure.reward_model_card import RewardModelCard
 from perl.report import words
 from perl.report.numbers import (
     GAP,
@@ -12,20 +12,20 @@ from perl.report.numbers import (
     bytes_text,
     count_text,
     decimal,
-    figure,
     flops_text,
     joined,
+    number,
     percent,
     seconds_text,
     signed,
     spread,
     spread_text,
 )
-from perl.report.outcome import gold_change, reward_change, share_interval
+from perl.report.outcome import mean_change
 from perl.report.tunings import CostRow, QualityRow, balance, bottom_line
 from perl.results import RlEval, SftEval
 from perl.system.typed_json import made
-from tests.report.made import make_card
+from tests.report.made import make_reward_model_card
 
 
 def _rl(**metrics: Any) -> RlEval:
@@ -38,24 +38,25 @@ class _Group:
     """As much of a group as a verdict reads."""
 
     def __init__(
-        self, *rl: RlEval, reward: list[RewardEval] | None = None, sft: list[SftEval] | None = None
+        self, *rl: RlEval, reward: list[RewardModelCard] | None = None, sft: list[SftEval] | None = None
     ) -> None:
         self.rl, self.reward, self.sft, self.runs = list(rl), reward or [], sft or [], ()
 
 
-def _verdict(*rl: RlEval, **more: Any) -> words.Said:
+def _verdict(*rl: RlEval, **more: Any) -> words.Finding:
     return words.verdict(_Group(*rl, **more))  # type: ignore[arg-type]
 
 
 ROSE, FELL, OPEN = ({"reward_interval": ends} for ends in ((0.5, 1.1), (-1.1, -0.5), (-0.1, 0.2)))
-WORSE = {"gold_before": 0.75, "gold_after": 0.5}
+WORSE = {"gold_before": 0.75, "gold_after": 0.5, "gold_interval": (-0.35, -0.15)}
 
 
 @pytest.mark.parametrize(
-    ("figures", "headline", "kind"),
+    ("metrics", "headline", "kind"),
     [
-        ({"gold_before": 0.5, "gold_after": 0.75}, "The policy is better.", "good"),
-        ({"gold_before": 0.5, "gold_after": 0.55}, "No clear difference.", "open"),
+        ({"gold_before": 0.5, "gold_after": 0.75, "gold_interval": (0.15, 0.35)}, "The policy is better.", "good"),
+        ({"gold_before": 0.5, "gold_after": 0.55, "gold_interval": (-0.05, 0.15)}, "No clear difference.", "open"),
+        ({"gold_before": 0.5, "gold_after": 0.75} | ROSE, "The policy cannot be judged.", "open"),
         (WORSE | ROSE, "The policy is worse, although its reward rose.", "bad"),
         (WORSE | OPEN, "The policy is worse.", "bad"),
         (WORSE, "The policy is worse.", "bad"),
@@ -72,7 +73,7 @@ def test_verdict(metrics: dict[str, Any], headline: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "said"),
+    ("metrics", "said"),
     [
         (ROSE, "The reward rose, 0.10 before and 0.90 after (95 % interval of the change: +0.50 to +1.10)."),
         (FELL | {"reward_after": -0.7}, "The reward fell, 0.10 before and −0.70 after"),
@@ -102,41 +103,33 @@ def test_a_loss_that_hardly_changed_is_called_so(after: float, headline: str, ki
 
 def test_verdict_evidence() -> None:
     """Both ends, the interval in points, and how many seeds agree."""
-    seeds = [_rl(gold_before=0.5, gold_after=0.75, n=98), _rl(gold_before=0.5, gold_after=0.75, n=98)]
+    seeds = [_rl(gold_before=0.5, gold_after=0.75, gold_interval=(0.15, 0.35))] * 2
     evidence = " ".join(_verdict(*seeds).lines).replace(GAP, " ")
     assert "50 % of the completions right before RL and 75 % after" in evidence
-    assert "+15.3 to +33.7 points; up in 2 of 2 seeds" in evidence
+    assert "+17.9 to +32.1 points; up in 2 of 2 seeds" in evidence
 
 
-def test_share_interval() -> None:
-    """(49 + 1) / 100 and (73.5 + 1) / 100: a rise of .245, variance (.25 + .745 · .255) / 100."""
-    low, high = share_interval(0.5, 0.75, 98)
-    assert (low + high) / 2 == pytest.approx(0.245)
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.0663306, rel=1e-5)
-
-
-def test_the_reports_own_interval_counts() -> None:
-    """It is of paired completions, and narrower than one of shares; of several runs it is that of the mean."""
+def test_the_interval_over_runs() -> None:
+    """Of several runs it is that of the mean; there is none where a run has none."""
     narrow = _rl(gold_before=0.5, gold_after=0.55, gold_interval=(0.01, 0.09))
     assert _verdict(narrow).headline == "The policy is better."
     assert "+1.0 to +9.0 points" in _verdict(narrow).lines[0]
-    two = reward_change([_rl(reward_interval=(0.1, 0.5)), _rl(reward_interval=(0.3, 0.7))])
+    two = mean_change([_rl(reward_interval=(0.1, 0.5)), _rl(reward_interval=(0.3, 0.7))], "reward")
     assert two is not None
     assert two.interval == pytest.approx((0.4 - 0.2 / 2**0.5, 0.4 + 0.2 / 2**0.5))
-    one_of_two = reward_change([_rl(reward_interval=(0.1, 0.5)), _rl()])
+    one_of_two = mean_change([_rl(reward_interval=(0.1, 0.5)), _rl()], "reward")
     assert one_of_two is not None
     assert one_of_two.interval is None
 
 
 def test_gold_needs_every_run() -> None:
     """A mean over some of the runs would not be that of the reward beside it."""
-    assert gold_change([_rl(gold_before=0.5, gold_after=0.6), _rl()]) is None
-    assert gold_change([]) is None
-    assert reward_change([]) is None
+    assert mean_change([_rl(gold_before=0.5, gold_after=0.6), _rl()], "gold") is None
+    assert mean_change([], "reward") is None
 
 
-def _card(**metrics: Any) -> RewardEval:
-    return made(RewardEval, make_card() | metrics)
+def _card(**metrics: Any) -> RewardModelCard:
+    return made(RewardModelCard, make_reward_model_card() | metrics)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +146,18 @@ def test_reward_model_alone(fit: bool, headline: str, kind: str) -> None:
     assert found.lines == ["Because.", "There was no RL."]
 
 
-def test_card_words() -> None:
+def test_reward_model_words() -> None:
     """AUROC as odds, and a classifier that is no better than the majority's label called so."""
-    assert "91 times in 100" in words.card_words([_card(auroc=0.913)])[0]
-    assert "gold judge calls" in words.card_words([_card(against="gold")])[0]
-    assert "people rated" in words.card_words([_card(against="labels")])[0]
-    assert "undefined" in words.card_words([_card(auroc=None)])[0]
-    assert "worth nothing" in words.card_words([_card(accuracy=0.68, majority_accuracy=0.8)])[1]
-    assert len(words.card_words([_card()])) == 1
+    assert "91 times in 100" in words.reward_model_words([_card(auroc=0.913)])[0]
+    assert "gold judge calls" in words.reward_model_words([_card(against="gold")])[0]
+    assert "people rated" in words.reward_model_words([_card(against="labels")])[0]
+    assert "undefined" in words.reward_model_words([_card(auroc=None)])[0]
+    assert "worth nothing" in words.reward_model_words([_card(accuracy=0.68, majority_accuracy=0.8)])[1]
+    assert len(words.reward_model_words([_card()])) == 1
 
 
 def test_balance() -> None:
-    """Losses are as plain as gains, and what seeds cannot tell is said."""
+    """Losses are as value_of as gains, and what seeds cannot tell is said."""
     costs = [
         CostRow("RL", "peak memory", Spread(1.0, None, 1), Spread(2.0, None, 1), bytes_text),
         CostRow("RL", "tokens a second", Spread(90.0, None, 1), Spread(100.0, None, 1), str),
@@ -209,10 +202,10 @@ def test_balance() -> None:
         (decimal(-1.5), "−1.50"),
         (decimal(3787878.86), "3.7879e6"),
         (decimal(-1.5e-6, 7), "−1.5e−6"),
-        (figure(2e-6), "+2.0e−6"),
-        (figure(-0.0123), "−0.012"),
-        (figure(0.0), "+0.00"),
-        (figure(-4e12), "−4.0000e12"),
+        (number(2e-6), "+2.0e−6"),
+        (number(-0.0123), "−0.012"),
+        (number(0.0), "+0.00"),
+        (number(-4e12), "−4.0000e12"),
         (signed(0.3), "+0.30"),
         (signed(-0.3), "−0.30"),
         (spread_text(spread([0.7, 0.8, 0.9, None])), "0.80 ± 0.10"),

@@ -5,20 +5,40 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perl.rl.algorithms import ALGORITHMS, Scored
+from perl.data.records import Prompt
+from perl.rl.algorithms import ALGORITHMS, Targets
+from perl.rl.rollout import Rollout
+from perl.roles.roles import Outputs
 
 MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
 LOG_PROBS = torch.zeros(4, 2)
 
 
-def scored(scores: list[float], values: torch.Tensor | None = None) -> Scored:
-    return Scored(torch.tensor(scores), LOG_PROBS, LOG_PROBS, values, MASK)
+def rollout(values: torch.Tensor | None = None, each: int = 2) -> Rollout:
+    """Four completions, `each` of a prompt; what the policy and its reference say of them is the same."""
+    ones_BL = torch.cat([torch.ones(4, 1).bool(), MASK], 1)
+    return Rollout(
+        ids_BL=ones_BL.long(),
+        mask_BL=ones_BL,
+        prompt_lengths=[1] * 4,
+        completion_lengths=MASK.sum(1).tolist(),
+        ended_B=torch.ones(4).bool(),
+        sampler_log_probs_BT=LOG_PROBS,
+        prompts=[Prompt((), "")] * 4,
+        groups=[row // each for row in range(4)],
+        texts=[""] * 4,
+        rewards_B=torch.zeros(4),
+        reward_parts={},
+        policy_log_probs_BT=LOG_PROBS,
+        reference_log_probs_BT=LOG_PROBS,
+        values_BT=values,
+    )
 
 
 def test_rloo_keeps_the_baseline_and_the_spread_of_its_groups() -> None:
     """Leave-one-out's own mean is its baseline: shifted over the batch it would be another estimator."""
-    rloo = replace(ALGORITHMS["rloo"], samples_per_prompt=2)
-    advantages_BT = rloo.estimate(scored([3.0, 1.0, 10.0, 10.0]), kl_coef=0.0).advantages_BT
+    rewards_B = torch.tensor([3.0, 1.0, 10.0, 10.0])
+    advantages_BT = ALGORITHMS["rloo"].estimate(rollout(), rewards_B, kl_coef=0.0).advantages_BT
     assert advantages_BT.tolist() == [[2.0, 2.0], [-2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
 
@@ -26,7 +46,7 @@ def test_rloo_keeps_the_baseline_and_the_spread_of_its_groups() -> None:
 def test_actor_critic_advantages_are_whitened_returns_less_values(name: str) -> None:
     """With λ = 1 both are the return to go less the value; here the returns are the scores."""
     values_BT = torch.tensor([[1.0, 1.0], [0.0, 9.0], [1.0, 3.0], [0.0, 9.0]])
-    targets = ALGORITHMS[name].estimate(scored([2.0, 0.0, 4.0, -2.0], values_BT), kl_coef=0.0)
+    targets = ALGORITHMS[name].estimate(rollout(values_BT), torch.tensor([2.0, 0.0, 4.0, -2.0]), kl_coef=0.0)
     assert targets.returns_BT is not None
     assert targets.returns_BT.tolist() == [[2.0, 2.0], [0.0, 0.0], [4.0, 4.0], [-2.0, 0.0]]
     raw = torch.tensor([1.0, 1.0, 0.0, 3.0, 1.0, -2.0])
@@ -38,7 +58,8 @@ def test_gae_lambda_is_the_recipes() -> None:
     """λ = 0 leaves the one-step difference: values of the next state less those of this one."""
     values_BT = torch.tensor([[1.0, 4.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     ppo = replace(ALGORITHMS["ppo"], gae_lambda=0.0, scaling="none")
-    advantages_BT = ppo.estimate(scored([2.0, 0.0, 0.0, 0.0], values_BT), kl_coef=0.0).advantages_BT
+    rewards_B = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    advantages_BT = ppo.estimate(rollout(values_BT), rewards_B, kl_coef=0.0).advantages_BT
     assert advantages_BT[0].tolist() == [3.0, -2.0]
 
 
@@ -54,8 +75,7 @@ def test_gae_lambda_is_the_recipes() -> None:
     ],
 )
 def test_equal_scores_carry_no_signal(name: str, scores: list[float], signal: bool) -> None:
-    row = replace(ALGORITHMS[name], samples_per_prompt=2)
-    assert row.has_signal(torch.tensor(scores)) is signal
+    assert ALGORITHMS[name].has_signal(rollout(), torch.tensor(scores)) is signal
 
 
 def test_the_clip_fraction_counts_tokens_whose_gradient_is_gone() -> None:
@@ -63,6 +83,7 @@ def test_the_clip_fraction_counts_tokens_whose_gradient_is_gone() -> None:
     log_probs_BT = torch.zeros(4, 2)
     log_probs_BT[0, 0] = log_probs_BT[1, 0] = torch.tensor(1.5).log()
     advantages_BT = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    _, clipped = ALGORITHMS["ppo"].policy_loss(log_probs_BT, LOG_PROBS, advantages_BT, MASK, 6.0)
+    outputs, targets = Outputs(log_probs_BT), Targets(advantages_BT, None)
+    _, clipped = ALGORITHMS["ppo"].policy_loss(outputs, rollout(), targets, 6.0)
     assert float(clipped) == pytest.approx(1 / 6)
-    assert ALGORITHMS["reinforce"].policy_loss(log_probs_BT, LOG_PROBS, advantages_BT, MASK, 6.0)[1] is None
+    assert ALGORITHMS["reinforce"].policy_loss(outputs, rollout(), targets, 6.0)[1] is None

@@ -9,8 +9,9 @@ from perl.backbones.base import weights_sha256
 from perl.measure.flops import Flops
 from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
-from perl.rl.rollout import read_answers
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.collector import read_completions
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.packed import SUPPORTED, packed
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -111,8 +112,9 @@ def test_an_answer_has_the_log_probs_that_a_plain_forward_gives_it(layers: str) 
     for parameter in roles.parameters_of(Role.POLICY):
         parameter.data.normal_(std=0.05)
     before, sampling = roles.base_sha256(), Sampling(32, 1.0, (), 0, 4)
-    samples = sample(roles, Role.POLICY, [[3, 5, 8], [9, 4]] * 4, sampling, torch.Generator().manual_seed(0))
-    plain, _ = read_answers(roles, Role.POLICY, samples, 4, temperature=1.0, head=None)
-    torch.testing.assert_close(plain, samples.log_probs_BT, rtol=0, atol=0.02)  # bf16 has 8 bits
+    generator = torch.Generator().manual_seed(0)
+    samples = LocalSampler(roles).draw(Role.POLICY, [[3, 5, 8], [9, 4]] * 4, sampling, generator)
+    plain, _ = read_completions(roles, Role.POLICY, samples, 4, temperature=1.0, head=None)
+    torch.testing.assert_close(plain, samples.sampler_log_probs_BT, rtol=0, atol=0.02)  # bf16 has 8 bits
     assert plain.std() > 0.05  # some are more likely than others
     assert roles.base_sha256() == before

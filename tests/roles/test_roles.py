@@ -280,15 +280,3 @@ def test_targets_and_layers() -> None:
         lora_config(4, 8, 0.0, "attention", [2], lm)
     with pytest.raises(UserError, match="query"):
         lora_config(4, 8, 0.0, ["query"], "all", lm)
-
-
-def test_a_model_that_changes_its_logits_is_refused() -> None:
-    class Capped(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            output.logits = output.logits.tanh()
-            return output
-
-    lm = Capped(llama().config)
-    with pytest.raises(UserError, match="changes its logits"):
-        SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))

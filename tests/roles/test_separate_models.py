@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from perl.backbones.base import Base, load_base
+from perl.backbones.base import Base
+from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.roles.roles import Role
 from perl.roles.saved import load_role, read_stamp, save_role, stamp_for

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from perl.adapters.lora import lora_config
-from perl.rl.rollout import read_answers
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.collector import read_completions
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
@@ -117,11 +118,13 @@ def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedMod
         parameter.data.normal_(std=0.1)
     prompts = [torch.randint(3, 250, (length,)).tolist() for length in (3, 20, 9, 1)]
     sampling = Sampling(max_new_tokens=70, temperature=0.7, end_ids=(), pad_id=0, prompts_at_once=2)
-    samples = sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(0))
-    read_BT, _ = read_answers(roles, Role.POLICY, samples, 4, temperature=0.7, head=None)
-    torch.testing.assert_close(samples.log_probs_BT, read_BT, rtol=1e-4, atol=1e-4)
+    samples = LocalSampler(roles).draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(0))
+    read_BT, _ = read_completions(roles, Role.POLICY, samples, 4, temperature=0.7, head=None)
+    torch.testing.assert_close(samples.sampler_log_probs_BT, read_BT, rtol=1e-4, atol=1e-4)
     with roles.role(Role.POLICY), torch.no_grad():
-        for prompt, answer, drawn_T in zip(prompts, samples.completions(), samples.log_probs_BT, strict=True):
+        for prompt, answer, drawn_T in zip(
+            prompts, samples.completions(), samples.sampler_log_probs_BT, strict=True
+        ):
             logits_TV = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             own_T = (logits_TV / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
             torch.testing.assert_close(drawn_T, own_T, rtol=1e-4, atol=1e-4)

@@ -9,8 +9,8 @@ import pytest
 import trl
 
 from perl.recipe import load_recipe
-from perl.rl.prompts import encode_prompts
 from perl.stages.reward_rows import tokenize_rows
+from perl.stages.rl_setup import tokenized_prompts
 from perl.stages.session import Session, open_session
 from perl.stages.sft import tokenized
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
@@ -73,7 +73,7 @@ def test_all_rows_of_a_file_too_long_are_said_aloud(
     rows = [
         *tokenized(session, session.train.demonstrations)["input_ids"],
         *tokenize_rows(session.base.chat, session.train, "thumbs", 70, "jsonl").ids,
-        *encode_prompts(session, session.train.prompts).ids,
+        *tokenized_prompts(session, session.train.prompts).ids,
     ]
     assert all(row[: len(begins)] == begins for row in rows)
     decoded = [session.base.tokenizer.decode(row) for row in rows]

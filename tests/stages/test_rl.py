@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from perl.recipe import load_recipe
-from perl.rl.loop import resolved_algorithm
 from perl.roles.shared_base import SharedBase
+from perl.stages.rl_setup import resolved_algorithm
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 

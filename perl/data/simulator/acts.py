@@ -3,11 +3,9 @@
 The same wordings serve `render` and `parse`, so whatever the agent says can be read, and nothing else.
 """
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -57,14 +55,11 @@ _PARTS = {
 class Act:
     """One thing an agent does, apart from its wording.
 
-    Args:
-        kind: what it does.
-        slot: the slot asked for.
-        options: what is offered for it.
+    Attributes:
+        slot: what is asked for.
+        options: what is offered for a slot.
         order: what is read back or ordered.
         word: what is said to be sold out.
-        price: as told to the customer.
-        minutes: as told to the customer.
     """
 
     kind: Kind
@@ -84,11 +79,6 @@ def describe(order: Order) -> str:
     return " ".join(filter(None, words))
 
 
-def either(options: Sequence[str]) -> str:
-    """`small, medium or large`."""
-    return f"{', '.join(options[:-1])} or {options[-1]}"
-
-
 def call_text(order: Mapping[str, str]) -> str:
     """The API call as a turn's text, arguments in the menu's order and unknown ones last."""
     known = {slot: order[slot] for slot in SLOTS if slot in order}
@@ -101,7 +91,7 @@ def render(act: Act, rng: Random) -> str:
         return call_text(act.order)
     return rng.choice(WORDINGS[act.kind]).format(
         slot=act.slot,
-        options=either(act.options) if act.options else "",
+        options=f"{', '.join(act.options[:-1])} or {act.options[-1]}" if act.options else "",
         order=describe(act.order),
         word=act.word,
         price=act.price,
@@ -129,19 +119,11 @@ def parse(text: str) -> Act | None:
 
 
 def _act(kind: Kind, found: dict[str, str]) -> Act:
-    if "only_extra" in found:
-        found["extra"] = found.pop("only_extra")
-    if found.get("drink") == "drink":  # the word that stands for a drink not said
-        del found["drink"]
-    return Act(
-        kind,
-        slot=found.get("slot", ""),
-        options=tuple(re.split(", | or ", found["options"])) if "options" in found else (),
-        order={slot: found[slot] for slot in SLOTS if slot in found},
-        word=found.get("word", ""),
-        price=found.get("price", ""),
-        minutes=found.get("minutes", ""),
-    )
+    options, extra = found.pop("options", ""), found.pop("only_extra", "")
+    order = {slot: found.pop(slot) for slot in SLOTS if slot in found} | ({"extra": extra} if extra else {})
+    if order.get("drink") == "drink":  # the word that stands for a drink not said
+        del order["drink"]
+    return Act(kind, options=tuple(re.split(", | or ", options)) if options else (), order=order, **found)
 
 
 def parse_call(text: str) -> dict[str, str] | None:

@@ -1,7 +1,5 @@
 """An agent of mediocre skill: it knows the right act, and often makes a mistake instead."""
 
-from __future__ import annotations
-
 from random import Random
 
 from perl.data.simulator.acts import Act, call_text, render
@@ -9,41 +7,15 @@ from perl.data.simulator.judge import Mistake
 from perl.data.simulator.shop import MENU, NEEDED, OFF_MENU, SLOTS, Order
 from perl.data.simulator.state import Kind, State
 
-MISTAKES: dict[Kind, tuple[Mistake, ...]] = {
-    "ask": (
-        Mistake.ALREADY_SAID,
-        Mistake.NOT_OFFERED,
-        Mistake.TOO_EARLY,
-        Mistake.TOO_EARLY,
-        Mistake.OUT_OF_PLACE,
-        Mistake.UNCLEAR,
-    ),
-    "read": (
-        Mistake.WRONG_ITEM,
-        Mistake.WRONG_ITEM,
-        Mistake.NOT_OFFERED,
-        Mistake.FORGOTTEN,
-        Mistake.FORGOTTEN,
-        Mistake.ALREADY_SAID,
-        Mistake.TOO_EARLY,
-        Mistake.TOO_EARLY,
-        Mistake.UNCLEAR,
-    ),
-    "call": (
-        Mistake.WRONG_ITEM,
-        Mistake.WRONG_ITEM,
-        Mistake.NOT_OFFERED,
-        Mistake.FORGOTTEN,
-        Mistake.FORGOTTEN,
-        Mistake.ALREADY_SAID,
-        Mistake.MALFORMED,
-        Mistake.MALFORMED,
-        Mistake.OUT_OF_PLACE,
-    ),
-    "offer": (Mistake.WRONG_ITEM, Mistake.NOT_OFFERED, Mistake.NOT_OFFERED, Mistake.OUT_OF_PLACE),
-    "tell": (Mistake.WRONG_NUMBER, Mistake.WRONG_NUMBER, Mistake.ALREADY_SAID, Mistake.OUT_OF_PLACE),
-    "bye": (Mistake.ALREADY_SAID, Mistake.UNCLEAR),
+_MISTAKES: dict[Kind, str] = {
+    "ask": "ALREADY_SAID NOT_OFFERED TOO_EARLY TOO_EARLY OUT_OF_PLACE UNCLEAR",
+    "read": "WRONG_ITEM WRONG_ITEM NOT_OFFERED FORGOTTEN FORGOTTEN ALREADY_SAID TOO_EARLY TOO_EARLY UNCLEAR",
+    "call": "WRONG_ITEM WRONG_ITEM NOT_OFFERED FORGOTTEN FORGOTTEN ALREADY_SAID MALFORMED MALFORMED OUT_OF_PLACE",
+    "offer": "WRONG_ITEM NOT_OFFERED NOT_OFFERED OUT_OF_PLACE",
+    "tell": "WRONG_NUMBER WRONG_NUMBER ALREADY_SAID OUT_OF_PLACE",
+    "bye": "ALREADY_SAID UNCLEAR",
 }
+MISTAKES = {kind: tuple(Mistake[name] for name in names.split()) for kind, names in _MISTAKES.items()}
 """The mistakes made in place of each right act; one named twice is made twice as often."""
 
 MISNAMED = {"drink": "item", "size": "cup", "milk": "cream"}
@@ -60,17 +32,18 @@ def speak(state: State, skill: float, rng: Random) -> tuple[str, Mistake | None]
 
 def right_act(state: State, rng: Random) -> Act:
     """What a perfect agent does: one of the right acts, where there are several."""
-    kind = state.due
-    if kind == "ask":
-        return _ask(state, rng.choice(state.missing), rng)
-    if kind in ("read", "call"):
-        return Act(kind, order=state.said)
-    if kind == "offer":
-        slot, word = state.lacking
-        return Act(kind, word=word, options=_some(state, slot, rng))
-    if kind == "tell":
-        return Act(kind, price=state.response["price"], minutes=state.response["minutes"])
-    return Act("bye")
+    match state.due:
+        case "ask":
+            return _ask(state, rng.choice(state.missing), rng)
+        case "offer":
+            slot, word = state.lacking
+            return Act("offer", word=word, options=_some(state, slot, rng))
+        case "tell":
+            return Act("tell", price=state.response["price"], minutes=state.response["minutes"])
+        case "bye":
+            return Act("bye")
+        case kind:
+            return Act(kind, order=state.said)
 
 
 def mistaken(state: State, mistake: Mistake, rng: Random) -> str:

@@ -25,11 +25,7 @@ PICKS = ("{thing} then, go ahead.", "ok, {thing}, go ahead.")
 THANKS = ("great, thanks.", "perfect, thank you.", "ok, thanks a lot.")
 
 NOTICES: dict[Mistake, tuple[str, ...]] = {
-    Mistake.WRONG_ITEM: (
-        "no, i asked for {thing}.",
-        "no, not {word}, {thing}.",
-        "that is wrong, i said {thing}.",
-    ),
+    Mistake.WRONG_ITEM: ("no, i asked for {thing}.", "no, not {word}, {thing}.", "that is wrong, i said {thing}."),
     Mistake.NOT_OFFERED: (
         "that is not on the menu, is it?",
         "{word} is not on the menu.",

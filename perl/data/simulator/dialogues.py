@@ -1,6 +1,4 @@
-"""Plays dialogues, and writes rated turns as rows in Taskmaster's own format."""
-
-from __future__ import annotations
+"""Plays dialogues, draws points of them where the agent is to speak, and rates what it says there."""
 
 import json
 from collections import Counter
@@ -8,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
-from typing import Any
 
-from perl.data.records import CALL, Context, Turn
-from perl.data.simulator.acts import API, parse, parse_call
+from perl.data.records import Context, Rating, Turn
+from perl.data.simulator.acts import parse, parse_call
 from perl.data.simulator.agent import speak
 from perl.data.simulator.customer import Customer
 from perl.data.simulator.judge import Mistake, Verdict, judge_turn
@@ -23,8 +20,6 @@ LONGEST = 8
 
 SPAN = 1_000_000
 """Dialogue seeds set aside for each seed of a collection of dialogues."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +44,8 @@ def play(seed: int, skill: float) -> Dialogue:
     """One dialogue of an agent of this skill, the same for the same seed."""
     rng = Random(seed)
     shop, customer = Shop.opened(rng), Customer.arrived(rng)
-    initial_eval, said = customer.open()
-    turns, state = [Turn("user", initial_eval)], State(said=said)
+    opening, said = customer.open()
+    turns, state = [Turn("user", opening)], State(said=said)
     steps: list[Step] = []
     while len(steps) < LONGEST:
         text, mistake = speak(state, skill, rng)
@@ -128,62 +123,26 @@ def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
         yield dialogue.key, dialogue.turns[: step.at], step.state
 
 
-def rated_rows(seed: int, ratings: int, skill: float, noise: float) -> list[Row]:
-    """Rated agent turns as Taskmaster's rows, with the keys `gold` and `state` added.
+def rated(seed: int, ratings: int, skill: float, noise: float) -> list[Rating]:
+    """Rated agent turns.
 
-    Each context comes with two answers of the agent, so that contexts with both a thumb up and a
-    thumb down make pairs, as in the real data; and as there, the two are at times the same.
+    Each context comes with two answers of the agent, so that contexts with answers rated up and down make pairs,
+    as in the real data; and as there, the two are at times the same.
 
     Args:
         seed: which dialogues are rated.
-        ratings: how many rows.
+        ratings: how many.
         skill: the agent's.
         noise: the probability that a rating is not the gold judgement.
     """
     rng = Random(f"ratings {seed}")
-    rows: list[Row] = []
+    rows: list[Rating] = []
     for key, context, state in islice(moments(seed, skill), (ratings + 1) // 2):
         for _ in range(2):
             # Spoken afresh: of a dialogue's own turns at one stage, only the last is right, so
             # drawing one of them would favour the right ones.
             text, _ = speak(state, skill, rng)
             gold = judge_turn(state, text).right
-            rows.append(
-                {
-                    "conversation_id": key,
-                    "context": json.dumps([to_row(turn) for turn in context]),
-                    "generation": json.dumps(to_row(Turn("agent", text))),
-                    "reward": float(gold != (rng.random() < noise)),
-                    "gold": float(gold),
-                    "state": state.to_dict(),
-                }
-            )
+            label = gold != (rng.random() < noise)
+            rows.append(Rating(context, Turn("agent", text), label, key, gold))
     return rows[:ratings]
-
-
-def to_row(turn: Turn) -> Row:
-    """A turn as Taskmaster writes it. The arguments of a call that is not valid JSON stay a string."""
-    if turn.speaker == "api":
-        return {"role": "api", "response": {API: json.loads(turn.text)}}
-    if turn.is_call:
-        name, _, arguments = turn.text.removeprefix(CALL).partition(" ")
-        return {"role": "agent", "api": {name: _loaded(arguments)}}
-    return {"role": turn.speaker, "text": turn.text}
-
-
-def _loaded(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
-
-
-def from_row(row: Row) -> Turn:
-    """The turn that `to_row` wrote."""
-    if "response" in row:
-        return Turn("api", json.dumps(row["response"][API]))
-    if "api" in row:
-        ((name, arguments),) = row["api"].items()
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        return Turn("agent", f"{CALL}{name} {text}")
-    return Turn(row["role"], row["text"])

@@ -4,9 +4,7 @@ It knows the visible state and the text, never how the text was made. Faults of 
 faults of content: an order called before the customer said yes is too early, whatever it holds.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -112,13 +110,5 @@ def _order(kind: Kind, order: Order, said: Order) -> Verdict:
 
 def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
     """Gold scores, 1.0 right and 0.0 wrong: a `Judge` that reads each prompt's column `state`."""
-    return [
-        float(judge_turn(_state(prompt.columns), answer).right)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-
-
-def _state(columns: Mapping[str, object]) -> State:
-    row = columns["state"]
-    assert isinstance(row, Mapping), "a prompt of the simulator carries its state as a mapping"
-    return State.from_dict(row)
+    states = [State.from_json(prompt.columns["state"]) for prompt in prompts]
+    return [float(judge_turn(state, answer).right) for state, answer in zip(states, answers, strict=True)]

@@ -1,13 +1,10 @@
 """The source `coffee-simulator`: played dialogues as records."""
 
-from __future__ import annotations
-
-import json
 from itertools import islice
 from random import Random
 
-from perl.data.records import Demonstration, Prompt, Rating, Records
-from perl.data.simulator.dialogues import SPAN, Dialogue, Row, from_row, moments, play, played, rated_rows
+from perl.data.records import Demonstration, Prompt, Records
+from perl.data.simulator.dialogues import SPAN, Dialogue, moments, play, played, rated
 from perl.data.simulator.judge import judge
 
 DEMONSTRATIONS, RATINGS, PROMPTS, CORPUS = range(4)
@@ -32,14 +29,12 @@ def simulate(
         skill: the probability that an agent's turn is right.
         noise: the probability that a rating is not the gold judgement.
     """
-    rows = rated_rows(_seed(seed, RATINGS), ratings, skill, noise)
+    whole = islice(played(_seed(seed, DEMONSTRATIONS), skill), dialogues)
     return Records(
-        demonstrations=[
-            demonstration(dialogue) for dialogue in islice(played(_seed(seed, DEMONSTRATIONS), skill), dialogues)
-        ],
-        ratings=[rating(row) for row in rows],
+        demonstrations=[_demonstration(dialogue) for dialogue in whole],
+        ratings=rated(_seed(seed, RATINGS), ratings, skill, noise),
         prompts=[
-            Prompt(context, key, {"state": state.to_dict()})
+            Prompt(context, key, {"state": state.to_json()})
             for key, context, state in islice(moments(_seed(seed, PROMPTS), skill), prompts)
         ],
         judge=judge,
@@ -49,23 +44,12 @@ def simulate(
 def corpus(seed: int, dialogues: int) -> list[Demonstration]:
     """Dialogues of agents of all skills, bad to perfect, to pretrain a tiny language model on."""
     first, rng = _seed(seed, CORPUS) * SPAN, Random(f"corpus {seed}")
-    return [demonstration(play(first + n, rng.uniform(0.3, 1.0))) for n in range(dialogues)]
+    return [_demonstration(play(first + n, rng.uniform(0.3, 1.0))) for n in range(dialogues)]
 
 
-def demonstration(dialogue: Dialogue) -> Demonstration:
+def _demonstration(dialogue: Dialogue) -> Demonstration:
     """A whole dialogue: the customer's first turn, and how it went on."""
     return Demonstration(dialogue.turns[:1], dialogue.turns[1:], dialogue.key)
-
-
-def rating(row: Row) -> Rating:
-    """A rated row of the simulator as a record."""
-    return Rating(
-        context=tuple(from_row(turn) for turn in json.loads(row["context"])),
-        answer=from_row(json.loads(row["generation"])),
-        label=row["reward"] == 1.0,
-        dialogue=row["conversation_id"],
-        gold=row["gold"] == 1.0,
-    )
 
 
 def _seed(seed: int, purpose: int) -> int:

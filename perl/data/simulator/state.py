@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
+from perl.data.records import JSON
 from perl.data.simulator.shop import MENU, NEEDED, SLOTS, Order
 
 Phase = Literal["gather", "confirmed", "answered", "closing"]
@@ -16,6 +17,13 @@ Kind = Literal["ask", "read", "call", "offer", "tell", "bye"]
 and offer what there is, tell price and minutes, say goodbye."""
 
 KINDS: tuple[Kind, ...] = ("ask", "read", "call", "offer", "tell", "bye")
+
+
+class _StateRow(TypedDict):
+    phase: Phase
+    said: Mapping[str, str | None] | None
+    sold_out: list[str] | None
+    response: Mapping[str, str | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +66,19 @@ class State:
         """What can be offered for a slot, as far as the dialogue tells."""
         return [value for value in MENU[slot] if value not in self.sold_out]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """The state as plain JSON values."""
-        return {
-            "phase": self.phase,
-            "said": dict(self.said),
-            "sold_out": list(self.sold_out),
-            "response": dict(self.response),
-        }
+        said, response = dict(self.said), dict(self.response)
+        return {"phase": self.phase, "said": said, "sold_out": list(self.sold_out), "response": response}
 
     @staticmethod
-    def from_dict(row: Mapping[str, Any]) -> State:
-        """The state of `to_dict`, also after a trip through Arrow, which fills absent keys with None."""
+    def from_json(value: JSON) -> State:
+        """The state of `to_json`, also after a trip through Arrow, which fills absent keys with None."""
+        row = cast(_StateRow, value)
         said, response = row.get("said") or {}, row.get("response") or {}
         return State(
             row["phase"],
-            {slot: value for slot, value in said.items() if value},
+            {slot: word for slot, word in said.items() if word},
             tuple(row.get("sold_out") or ()),
-            {key: value for key, value in response.items() if value},
+            {key: word for key, word in response.items() if word},
         )

@@ -1,13 +1,15 @@
 """What the checks of RL find: measured values with their limits, and the error that a failed check raises."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from perl.errors import UserError
 from perl.results import Check
 from perl.system.progress import console
 
-CLOSE_LOG_PROBS = {"float32": 1e-3, "bfloat16": 0.04, "float16": 0.01}
+CLOSE_LOG_PROBS = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 """Nats a token that log-probs may lie apart on average, that are the same by arithmetic; by the base's dtype.
 Twice what rounding does to a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
 
@@ -29,6 +31,12 @@ class Finding(Check):
     def passed(self) -> bool:
         """Whether the value is a number within its limit."""
         return self.figure <= self.limit
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}" if names else ""
 
 
 def require(findings: Iterable[Finding], when: str, where: str, quiet: bool = False) -> list[Check]:

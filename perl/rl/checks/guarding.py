@@ -6,23 +6,20 @@ so that the exit status is 0. That it was stopped is said on the console, in the
 
 import statistics
 from collections.abc import Sequence
-
-import torch
+from typing import Literal
 
 from perl.results import Incident
 from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import WINDOW, Limits
 from perl.rl.checks.guards import Guard, last_good
-from perl.rl.rewards.sources import RewardSource
+from perl.rl.collector import Collector
 from perl.rl.rollout import EncodedPrompts
-from perl.rl.rollouts import everyones, roll_out
-from perl.rl.samplers.local import Sampling
 from perl.roles.roles import Role
-from perl.stages.session import Session
 from perl.system.progress import console
-from perl.system.seeds import derived_seed
 
+Mode = Literal["stop", "warn", "off"]
+"""What an alarm leads to; off: nothing is looked at."""
 CHECKS = 10
 """How often in a run the check is looked at."""
 FEWEST_STEPS = 10
@@ -35,60 +32,61 @@ class Guarding:
     """The guard of one run.
 
     Args:
-        prompts: held out.
+        held_out: prompts; a few of them are tried from time to time.
+        prompts_per_step: as many of them are tried, within bounds.
+        steps: of the run.
+        judged: whether a gold judge is asked about every rollout.
         learning_rate: the full one, of adapters or whole models.
         penalized: whether completions without an end are.
     """
 
     def __init__(
         self,
-        session: Session,
-        reward: RewardSource,
-        sampling: Sampling,
-        prompts: EncodedPrompts,
+        collector: Collector,
+        held_out: EncodedPrompts,
+        mode: Mode,
+        *,
+        prompts_per_step: int,
+        steps: int,
+        kl_limit: float,
+        judged: bool,
         learning_rate: float,
         penalized: bool,
     ) -> None:
-        settings = session.recipe.rl
-        assert settings is not None
-        self._session, self._reward, self._sampling = session, reward, sampling
-        self._prompts = prompts.take(range(min(len(prompts), MOST, max(FEWEST, settings.prompts_per_step))))
-        self._mode = "off" if session.trial is not None else settings.guard
-        self._check_every = max(FEWEST_STEPS, -(-settings.steps // CHECKS))
+        self.mode, self._collector, self._judged = mode, collector, judged
+        self._prompts = held_out.take(range(min(len(held_out), MOST, max(FEWEST, prompts_per_step))))
+        self._check_every = max(FEWEST_STEPS, -(-steps // CHECKS))
         limits = Limits(
-            kl=settings.kl_limit,
+            kl=kl_limit,
             check_every=self._check_every,
             penalized=penalized,
-            mismatch=CLOSE_LOG_PROBS[session.recipe.base.dtype],
+            mismatch=CLOSE_LOG_PROBS[collector.dtype],
             learning_rate=learning_rate,
         )
         self.guard = Guard(limits)
 
     def check(self, step: int) -> dict[str, float]:
-        """From time to time, the reward of the policy's answers to held-out prompts; the same draws each time.
+        """From time to time, the reward of the policy's completions of held-out prompts; the same draws each time.
 
         For sources without a gold judge: where there is one it is asked about every rollout, at no cost. It cannot
         see that the reward itself is wrong, only that what was learned on the training prompts fails on others.
         """
-        judged = self._session.train.judge is not None
-        if self._mode == "off" or judged or step % self._check_every or len(self._prompts) < FEWEST:
+        if self.mode == "off" or self._judged or step % self._check_every or len(self._prompts) < FEWEST:
             return {}
-        session, prompts = self._session, self._prompts
-        session.roles.eval()
-        generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "check", 0))
-        mine = roll_out(session, self._reward, Role.POLICY, prompts, self._sampling, generator)
-        rewards = everyones(session, prompts, mine).answers.rewards_B.tolist()
+        collector, prompts = self._collector, self._prompts
+        mine = collector.collect(Role.POLICY, prompts, collector.generator("check"))
+        rewards = mine.gather(collector.processes, prompts).rewards_B.tolist()
         error = statistics.stdev(rewards) / len(rewards) ** 0.5
         return {"held_out": statistics.fmean(rewards), "held_out_error": error}
 
     def alarms(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
         """Read a step's metrics and say what has gone wrong; those alarms for which the run is to stop."""
-        if self._mode == "off":
+        if self.mode == "off":
             return []
         new = self.guard.check(step, metrics)
         for alarm in new:
             console.print(f"[yellow]Step {alarm.step}[/]: {alarm.what}. {alarm.causes} {alarm.remedy}")
-        return [alarm for alarm in new if alarm.grave and self._mode == "stop"]
+        return [alarm for alarm in new if alarm.grave and self.mode == "stop"]
 
     def worth_keeping(self, step: int, steps: Sequence[int]) -> set[int]:
         """Of the steps that have checkpoints, those that the run may have to go back to.

@@ -1,29 +1,27 @@
 """Whether training acts at all: what the optimizer holds, and what the first updates changed.
 
 A run whose updates reach nobody looks like one that learns slowly: it ends with status 0 and a policy that is its
-reference. So the first updates are looked at, tensor by tensor. It happens once in a process, and not in trials.
+reference. So the first updates are looked at, tensor by tensor. It happens once in a process.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perl.results import Check
-from perl.rl.checks.findings import Finding, require
-from perl.rl.checks.movement import at_the_end, first_rows, policy_movement
-from perl.rl.checks.preflight import preflight
+from perl.rl.checks.findings import Finding, named, require
+from perl.rl.checks.guarding import Mode
+from perl.rl.checks.movement import at_the_end, policy_movement
+from perl.rl.checks.preflight import Preflight
 from perl.rl.checks.tracking import against_the_reference, moves_alike, rounding_noise
-from perl.rl.loop import Loop
-from perl.rl.rollouts import Rollout
-from perl.rl.samplers.local import Samples
+from perl.rl.rollout import Rollout
+from perl.rl.update import Learner
 from perl.roles.fingerprint import Fingerprint, changed, fingerprint
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.runs import snapshot
-from perl.system.typed_json import as_json
 
 LOOKED_AT = 2
 """Updates that are looked at: a critic's adapter first learns in the second, as its head begins at zero."""
@@ -31,15 +29,18 @@ LOOK_AGAIN = 5
 """The policy's movement is measured after the first update, and again after this share of the steps."""
 FEWEST_STEPS = 10
 """Or after so many steps, if that is later."""
+ROWS = 8
+"""Completions that are looked at."""
 
 
-def optimizer_holds_what_learns(roles: Roles, learners: Sequence[Role], optimizer: Any) -> Iterator[Finding]:
+def optimizer_holds_what_learns(learner: Learner) -> Iterator[Finding]:
     """The optimizer has exactly the parameters of the roles that learn, and these take gradients.
 
     Under an engine that works on flat copies, too: its groups hold the parameters that it copies to.
     """
-    wanted = snapshot.trained_state(roles, learners)
-    held = [one for group in snapshot.unwrapped(optimizer).param_groups for one in group["params"]]
+    roles, optimizer = learner.roles, snapshot.unwrapped(learner.optimizer)
+    wanted = snapshot.trained_state(roles, learner.trained)
+    held = [one for group in optimizer.param_groups for one in group["params"]]
     ids, learning = {id(one) for one in held}, {id(one) for one in wanted.values()}
     known = {id(parameter): name for name, parameter in roles.named_parameters()}
     missing = [name for name, parameter in wanted.items() if id(parameter) not in ids]
@@ -50,21 +51,21 @@ def optimizer_holds_what_learns(roles: Roles, learners: Sequence[Role], optimize
         "trainable parameters that are not in the optimizer",
         len(missing),
         0.0,
-        f"the optimizer was not given {_some(missing)}, but {_some(foreign) or 'nothing'} instead. This is a bug.",
+        f"the optimizer was not given {named(missing)}, but {named(foreign) or 'nothing'} instead. This is a bug.",
     )
     yield Finding(
         "optimizer holds nothing else",
         "tensors in the optimizer that are not to be trained, or are there twice",
         len(foreign) + len(held) - len(ids),
         0.0,
-        f"the optimizer also trains {_some(foreign) or 'a parameter twice'}. This is a bug.",
+        f"the optimizer also trains {named(foreign) or 'a parameter twice'}. This is a bug.",
     )
     yield Finding(
         "takes gradients",
         "trainable parameters that take no gradients",
         len(frozen),
         0.0,
-        f"the adapter is not trained: {_some(frozen)} does not require gradients. This is a bug.",
+        f"the adapter is not trained: {named(frozen)} does not require gradients. This is a bug.",
     )
 
 
@@ -72,55 +73,54 @@ class Liveness:
     """Looks at the first updates that this process makes.
 
     Args:
-        initial_eval: found before the first step, and here after the first update: part of the checkpoints.
+        mode: of the guards: with `off` the policy's movement is not measured.
 
     Raises:
         PreflightError: the optimizer does not hold what is to learn.
     """
 
-    def __init__(self, loop: Loop, initial_eval: dict[str, Any]) -> None:
-        self._loop, self._opening = loop, initial_eval
-        self._updates = LOOKED_AT if loop.session.trial is not None else 0
-        self._look_again = max(FEWEST_STEPS, loop.settings.steps // LOOK_AGAIN)
-        self._samples: Samples | None = None
-        """Of the last rollout."""
+    def __init__(self, learner: Learner, preflight: Preflight, mode: Mode) -> None:
+        self._learner, self._preflight, self._mode = learner, preflight, mode
+        self.found: list[Check] | None = None
+        """What the checks after the first update found, in this process or before it was resumed."""
+        self._updates = 0
+        self._look_again = max(FEWEST_STEPS, len(learner.rate_shares) // LOOK_AGAIN)
+        self._seen: Rollout | None = None
+        """Some of the last rollout."""
         self._checks: list[Finding] = []
         """Of the last update."""
-        if loop.session.trial is None:
-            roles, optimizer = loop.session.roles, loop.optimizer
-            self._require(optimizer_holds_what_learns(roles, loop.learners, optimizer), "before the first update")
+        self._require(optimizer_holds_what_learns(learner), "before the first update")
 
-    def watch(self, everyone: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def watch(self, step: int, everyone: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Make an update from a rollout that carries a signal, and look at what it changes.
 
         Args:
+            step: counted from 0.
             everyone: the rollout of all processes: all look at the same completions.
             update: returns the step's metrics.
 
         Raises:
             PreflightError: the rollout was not sampled by the policy.
         """
-        if self._loop.session.trial is not None:
-            return update()
-        self._samples = first_rows(everyone.answers.samples)
-        if self._updates >= LOOKED_AT or self._loop.rate_shares[self._loop.step] == 0:
+        learner, roles = self._learner, self._learner.roles
+        self._seen = everyone.take(range(min(ROWS, len(everyone.texts))))
+        if self._updates >= LOOKED_AT or learner.rate_shares[step] == 0:
             return update()
         if self._updates:
-            self._require(self._sampled_by_the_policy(self._samples), "before the second update")
-        roles, learners = self._loop.session.roles, self._loop.learners
-        learning = snapshot.trained_state(roles, learners)
-        frozen = snapshot.trained_state(roles, [role for role in roles.roles if role not in learners])
+            self._require(self._sampled_by_the_policy(self._seen), "before the second update")
+        learning = snapshot.trained_state(roles, learner.trained)
+        frozen = snapshot.trained_state(roles, [role for role in roles.roles if role not in learner.trained])
         before, untouched = fingerprint(learning), fingerprint(frozen)
         with _gradients(learning) as gradients, _dropout(roles) as dropout:
-            losses = update()
-        if not losses.get("refused"):
+            metrics = update()
+        if not metrics.get("refused"):
             self._updates += 1
             self._checks = [
                 *_nothing_dropped(dropout),
-                *self._learned(before, gradients),
+                *self._learned(before, gradients, learner.learning_rate(step)),
                 _frozen_unchanged(changed(untouched, frozen)),
             ]
-        return losses
+        return metrics
 
     def after_step(self, step: int) -> dict[str, float]:
         """What has to be so after the first updates; the policy's movement, where it is measured.
@@ -131,64 +131,62 @@ class Liveness:
         Raises:
             PreflightError: the update did not do what it should, or the sampler does not follow the policy.
         """
-        loop, first = self._loop, False
+        first = False
         if self._checks:
             name = "first" if self._updates == 1 else "second"
             found = self._require(self._checks, f"after the {name} update")
             self._checks = []
             if self._updates == 1:
-                found += preflight(loop.session, loop.reward, loop.sampling, loop.prompts, again=True)
-                first = "liveness" not in self._opening
-                self._opening.setdefault("liveness", as_json(found))
-        if self._samples is None or loop.settings.guard == "off" or not (first or step == self._look_again):
+                found += self._preflight.check(again=True)
+                first = self.found is None
+                self.found = found if self.found is None else self.found
+        if self._seen is None or self._mode == "off" or not (first or step == self._look_again):
             return {}
-        moved = policy_movement(loop.session, self._samples)
-        return {"movement": moved, "movement_at_the_end": at_the_end(moved, loop.rate_shares, step)}
+        moved = policy_movement(self._preflight.collector, self._seen)
+        return {"movement": moved, "movement_at_the_end": at_the_end(moved, self._learner.rate_shares, step)}
 
     def _require(self, findings: Sequence[Finding] | Iterator[Finding], when: str) -> list[Check]:
-        return require(findings, when, str(self._loop.session.folder.path), quiet=True)
+        return require(findings, when, self._preflight.where, quiet=True)
 
-    def _sampled_by_the_policy(self, samples: Samples) -> Iterator[Finding]:
+    def _sampled_by_the_policy(self, rollout: Rollout) -> Iterator[Finding]:
         """The rollout's own log-probs moved as the policy's did in the first update."""
-        policy = against_the_reference(self._loop.session, samples)
+        policy = against_the_reference(self._preflight.collector, rollout)
         words = "what the rollout's log-probs miss of the policy's first movement, as a share"
-        noise = rounding_noise(self._loop.session, samples)
+        noise = rounding_noise(self._preflight.collector, rollout)
         yield from moves_alike("rollout by the policy", words, policy, noise)
 
-    def _learned(self, before: Fingerprint, gradients: dict[str, Tensor]) -> Iterator[Finding]:
+    def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
         """Each role that learns has changed: its weights in at least one module, and its head."""
-        roles, loop = self._loop.session.roles, self._loop
-        unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, loop.learners)))
-        for role in loop.learners:
+        roles, trained = self._learner.roles, self._learner.trained
+        unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, trained)))
+        for role in trained:
             weights = [f"{role}.{name}" for name in roles.weights(role)]
             heads = [name for name in before if name.startswith(f"{role}.") and name not in weights]
             if weights and (role is not Role.CRITIC or self._updates > 1):
                 modules = {_module(name) for name in weights}
                 still = modules - {_module(name) for name in weights if name not in unchanged}
                 words = f"modules of the {role} that are as they were"
-                cause = self._why_unchanged(weights, gradients)
+                cause = _why_unchanged(weights, gradients, rate)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
             if heads:
                 words = f"tensors of the {role}'s head that are as they were"
-                still_there = len(unchanged & set(heads))
-                yield Finding(
-                    f"{role}'s head learns", words, still_there, 0, self._why_unchanged(heads, gradients)
-                )
+                still_there, cause = len(unchanged & set(heads)), _why_unchanged(heads, gradients, rate)
+                yield Finding(f"{role}'s head learns", words, still_there, 0, cause)
         if isinstance(roles, SharedBase):
             yield _all_ranks_learn(roles)
 
-    def _why_unchanged(self, names: Sequence[str], gradients: dict[str, Tensor]) -> str:
-        largest = max((float(gradients[name]) for name in names if name in gradients), default=None)
-        rate = self._loop.rates[0] * self._loop.rate_shares[self._loop.step]
-        if largest is None:
-            return "the adapter or head is not trained: no gradient reached it. This is a bug."
-        if largest == 0:
-            return "the adapter or head is not trained: its gradient is zero everywhere. This is a bug."
-        return (
-            f"there is a gradient (largest element {largest:.1g}), and the update at learning rate {rate:.1g} is "
-            "lost: the rate is too small for the weights' precision (raise rl.learning_rate), or the optimizer "
-            "works on copies."
-        )
+
+def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: float) -> str:
+    largest = max((float(gradients[name]) for name in names if name in gradients), default=None)
+    if largest is None:
+        return "the adapter or head is not trained: no gradient reached it. This is a bug."
+    if largest == 0:
+        return "the adapter or head is not trained: its gradient is zero everywhere. This is a bug."
+    return (
+        f"there is a gradient (largest element {largest:.1g}), and the update at learning rate {rate:.1g} is "
+        "lost: the rate is too small for the weights' precision (raise rl.learning_rate), or the optimizer "
+        "works on copies."
+    )
 
 
 def _all_ranks_learn(roles: SharedBase) -> Finding:
@@ -206,12 +204,12 @@ def _all_ranks_learn(roles: SharedBase) -> Finding:
 
 
 def _frozen_unchanged(names: list[str]) -> Finding:
-    cause = f"a frozen role was trained, or written over: {_some(names)}. This is a bug."
+    cause = f"a frozen role was trained, or written over: {named(names)}. This is a bug."
     return Finding("frozen roles unchanged", "tensors of frozen roles that have changed", len(names), 0.0, cause)
 
 
 def _nothing_dropped(modules: set[str]) -> Iterator[Finding]:
-    cause = f"dropout is on in the update: {_some(sorted(modules))}. This is a bug."
+    cause = f"dropout is on in the update: {named(sorted(modules))}. This is a bug."
     yield Finding("no dropout in the update", "dropout modules in training mode", len(modules), 0.0, cause)
 
 
@@ -255,8 +253,3 @@ def _dropout(roles: Roles) -> Iterator[set[str]]:
 def _module(name: str) -> str:
     """The adapted module of an adapter's tensor; of a whole model's, the tensor itself."""
     return name.partition(".lora_")[0]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}" if names else ""

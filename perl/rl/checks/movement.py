@@ -10,69 +10,53 @@ Axis letters: B completions, T positions in them.
 from torch import Tensor
 
 from perl.rl.checks.perturbation import part_of, restored
-from perl.rl.checks.tracking import gap, log_probs
-from perl.rl.samplers.local import Samples
+from perl.rl.checks.tracking import gap
+from perl.rl.collector import Collector
+from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from perl.stages.session import Session
 
 NATS = 0.1
 """A movement that needs no magnification; five times it is no longer linear."""
 MOST = 1e6
 """By what a magnification grows in one go."""
 TRIES = 10
-ROWS = 8
 FEWEST_STEPS = 10.0
 """A run that is shorter is not blamed for it: its policy is thought on to so many steps."""
 
 
-def first_rows(samples: Samples, count: int = ROWS) -> Samples:
-    """The first completions of a rollout, without values."""
-    lower_hidden_BLD = None if samples.lower_hidden_BLD is None else samples.lower_hidden_BLD[:count]
-    return samples._replace(
-        ids_BL=samples.ids_BL[:count],
-        mask_BL=samples.mask_BL[:count],
-        prompt_lengths=samples.prompt_lengths[:count],
-        completion_lengths=samples.completion_lengths[:count],
-        log_probs_BT=samples.log_probs_BT[:count],
-        values_BT=None,
-        ended_B=samples.ended_B[:count],
-        lower_hidden_BLD=lower_hidden_BLD,
-    )
-
-
-def policy_movement(session: Session, samples: Samples) -> float:
+def policy_movement(collector: Collector, samples: Samples) -> float:
     """Mean absolute difference of the policy's log-probs from the reference's, nats a token; the main process's.
 
     Of whole models, which are not magnified, it includes what rounding makes of a change.
     """
-    roles = session.roles
-    reference_BT = log_probs(session, roles.reference, samples)
-    moved, factor = _moved(session, samples, reference_BT), 1.0
+    roles = collector.roles
+    reference_BT = collector.log_probs(roles.reference, samples)
+    moved, factor = _moved(collector, samples, reference_BT), 1.0
     if not isinstance(roles, SharedBase):
         return moved
     for _ in range(TRIES):
         if NATS <= moved <= 5 * NATS or (factor == 1.0 and moved > NATS):
             break
         factor = max(1.0, factor * (min(2 * NATS / moved, MOST) if moved > 0 else MOST))
-        moved = _magnified(session, samples, reference_BT, factor)
+        moved = _magnified(collector, samples, reference_BT, factor)
     return moved / factor
 
 
-def _moved(session: Session, samples: Samples, reference_BT: Tensor) -> float:
-    return session.processes.broadcast(gap(log_probs(session, Role.POLICY, samples), reference_BT, samples))
+def _moved(collector: Collector, samples: Samples, reference_BT: Tensor) -> float:
+    return collector.processes.broadcast(gap(collector.log_probs(Role.POLICY, samples), reference_BT, samples))
 
 
-def _magnified(session: Session, samples: Samples, reference_BT: Tensor, factor: float) -> float:
+def _magnified(collector: Collector, samples: Samples, reference_BT: Tensor, factor: float) -> float:
     """How far the policy would have moved, had its adapter moved so many times as far."""
-    roles = session.roles
+    roles = collector.roles
     weights, starts = roles.weights(Role.POLICY), roles.weights(roles.reference)
     names = [name for name in weights if name in starts or "lora_B" in name]  # on a bare base B begins at zero
     with restored(weights[name] for name in names) as parts:
         for name, part in zip(names, parts, strict=True):
             start = part_of(starts[name]) if name in starts else 0.0
             part.copy_(start + factor * (part - start))
-        return _moved(session, samples, reference_BT)
+        return _moved(collector, samples, reference_BT)
 
 
 def at_the_end(moved: float, rate_shares: list[float], steps: int) -> float:

@@ -8,9 +8,9 @@ known: along that direction 0.2 % of temperature can be seen.
 Axis letters: B completions, T positions in them.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from perl.rl.checks.findings import Finding
 from perl.rl.checks.perturbation import perturbed
+from perl.rl.collector import Collector
 from perl.rl.maths import masked_mean
-from perl.rl.rollout import EncodedPrompts, answer, read_answers
-from perl.rl.samplers.local import Samples, Sampling
+from perl.rl.rollout import EncodedPrompts
+from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role
-from perl.stages.session import Session
 
 STEP = 1.05
 """A factor of temperature, by which its effect on each token is measured."""
@@ -39,89 +39,64 @@ TOKENS = 32
 """Length of the completions that a perturbed policy draws."""
 
 
-def log_probs(session: Session, role: Role, samples: Samples, temperature: float | None = None) -> Tensor:
-    """A role's log-probs (B, T) of given completions, by a forward pass.
-
-    Args:
-        temperature: None for the recipe's.
-    """
-    settings = session.recipe.rl
-    assert settings is not None
-    log_probs_BT, _ = read_answers(
-        session.roles,
-        role,
-        samples,
-        settings.micro_batch_size,
-        temperature=settings.temperature if temperature is None else temperature,
-        head=None,
-    )
-    assert log_probs_BT is not None
-    return log_probs_BT
-
-
 def gap(one_BT: Tensor, other_BT: Tensor, samples: Samples) -> float:
     """Mean absolute difference, nats a token."""
     return float(masked_mean((one_BT - other_BT).abs(), samples.completion_mask_BT))
 
 
-def rounding_noise(session: Session, samples: Samples) -> float:
+def rounding_noise(collector: Collector, samples: Samples) -> float:
     """What rounding makes of the policy's log-probs, nats a token: all processes' is the main one's.
 
     Half of the embeddings' elements are moved by one unit in the last place, which is what two equally right
     computations differ by; what comes out is how far the model blows that up.
     """
-    embeddings = {model.get_input_embeddings() for model in session.roles.models()}
-    generator = torch.Generator(session.device).manual_seed(0)
+    embeddings = {model.get_input_embeddings() for model in collector.roles.models()}
+    generator = torch.Generator(collector.roles.device).manual_seed(0)
 
     def nudge(module: object, arguments: object, output_BLD: Tensor) -> Tensor:
         up = torch.rand(output_BLD.shape, generator=generator, device=output_BLD.device) < 0.5
         return torch.where(up, torch.nextafter(output_BLD, torch.full_like(output_BLD, math.inf)), output_BLD)
 
-    samples = samples._replace(lower_hidden_BLD=None)  # which would go on from behind the embeddings
-    plain_BT = log_probs(session, Role.POLICY, samples)
+    samples = replace(samples, lower_hidden_BLD=None)  # which would go on from behind the embeddings
+    plain_BT = collector.log_probs(Role.POLICY, samples)
     hooks = [embedding.register_forward_hook(nudge) for embedding in embeddings]
     try:
-        nudged_BT = log_probs(session, Role.POLICY, samples)
+        nudged_BT = collector.log_probs(Role.POLICY, samples)
     finally:
         for hook in hooks:
             hook.remove()
-    return session.processes.broadcast(gap(plain_BT, nudged_BT, samples))
+    return collector.processes.broadcast(gap(plain_BT, nudged_BT, samples))
 
 
-def fitted_temperature(session: Session, samples: Samples) -> tuple[float, float]:
+def fitted_temperature(collector: Collector, samples: Samples) -> tuple[float, float]:
     """The logarithm of the sampler's temperature over the recipe's, and its standard error.
 
     Fitted by least squares along what temperature does to each token's log-prob.
     """
-    settings = session.recipe.rl
-    assert settings is not None
     mask_BT = samples.completion_mask_BT
-    plain_BT = log_probs(session, Role.POLICY, samples)
-    warmer_BT = log_probs(session, Role.POLICY, samples, settings.temperature * STEP)
+    plain_BT = collector.log_probs(Role.POLICY, samples)
+    warmer_BT = collector.log_probs(Role.POLICY, samples, collector.sampling.temperature * STEP)
     effect = ((warmer_BT - plain_BT) / math.log(STEP))[mask_BT].double()
-    difference = (samples.log_probs_BT - plain_BT)[mask_BT].double()
+    difference = (samples.sampler_log_probs_BT - plain_BT)[mask_BT].double()
     power = max(float(effect.square().sum()), 1e-12)  # 0 where all tokens are equally likely
     off = float((effect * difference).sum()) / power
     rest = float((difference - off * effect).square().mean().sqrt())
     return off, rest / math.sqrt(power)
 
 
-def at_the_temperature(session: Session, samples: Samples) -> Finding:
+def at_the_temperature(collector: Collector, samples: Samples) -> Finding:
     """The temperature that the sampler drew at is the recipe's."""
-    settings = session.recipe.rl
-    assert settings is not None
-    off, error = fitted_temperature(session, samples)
+    off, error = fitted_temperature(collector, samples)
+    temperature = collector.sampling.temperature
     cause = (
         f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-        f"{settings.temperature * math.exp(off):.3g}, rl.temperature is {settings.temperature:g}."
+        f"{temperature * math.exp(off):.3g}, rl.temperature is {temperature:g}."
     )
     words = "the sampler's temperature, fitted to its log-probs, off by a share of"
     return Finding("temperature", words, abs(off), TEMPERATURE + 4 * error, cause)
 
 
-def follows_the_policy(
-    session: Session, sampling: Sampling, prompts: EncodedPrompts, noise: float
-) -> Iterator[Finding]:
+def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: float) -> Iterator[Finding]:
     """The policy is perturbed, and the sampler draws on: its log-probs are to be the perturbed policy's.
 
     Where no perturbation moves the policy far enough above rounding, nothing is said.
@@ -129,26 +104,27 @@ def follows_the_policy(
     Args:
         noise: nats a token that rounding makes of a pass.
     """
-    sampling = dataclasses.replace(sampling, max_new_tokens=min(TOKENS, sampling.max_new_tokens))
+    sampling = collector.sampling
+    collector = replace(collector, sampling=replace(sampling, max_new_tokens=min(TOKENS, sampling.max_new_tokens)))
     target, size = max(NATS, 20 * noise), 0.1
-    drawn = _draw_perturbed(session, sampling, prompts, size)
+    drawn = _draw_perturbed(collector, prompts, size)
     for _ in range(TRIES):
         if target / 2 <= drawn.moved <= 4 * target or (size == LARGEST and drawn.moved < target):
             break
         size = min(LARGEST, size * min(max(target / max(drawn.moved, 1e-9), 1 / 16), 16))
-        drawn = _draw_perturbed(session, sampling, prompts, size)
+        drawn = _draw_perturbed(collector, prompts, size)
     yield from moves_alike(
         "sampler follows the policy",
         "the policy perturbed: what the sampler's log-probs miss of its movement, as a share",
         drawn,
         noise,
     )
-    if drawn.values_BT is not None and drawn.samples.values_BT is not None:
+    if drawn.values_BT is not None and drawn.samples.read_BT is not None:
         size = float(masked_mean(drawn.values_BT.abs(), drawn.samples.completion_mask_BT))
-        missed = gap(drawn.samples.values_BT, drawn.values_BT, drawn.samples)
+        missed = gap(drawn.samples.read_BT, drawn.values_BT, drawn.samples)
         cause = "the head is lost, or the sampler reads values off another role's states. This is a bug."
         words = "the critic perturbed: the values read in sampling against a forward pass, difference as a share"
-        yield Finding("values as read", words, missed / max(size, 1e-12), _values_limit(session), cause)
+        yield Finding("values as read", words, missed / max(size, 1e-12), _values_limit(collector), cause)
 
 
 class Moved(NamedTuple):
@@ -168,43 +144,38 @@ def moves_alike(name: str, words: str, policy: Moved, noise: float) -> Iterator[
     samples, moved = policy.samples, policy.moved
     if moved <= 12 * noise or moved == 0:
         return
-    missed = gap(samples.log_probs_BT, policy.after_BT, samples)
+    missed = gap(samples.sampler_log_probs_BT, policy.after_BT, samples)
     mask_BT = samples.completion_mask_BT
     movement = (policy.after_BT - policy.before_BT)[mask_BT]
-    slope = float(((samples.log_probs_BT - policy.before_BT)[mask_BT] * movement).sum() / movement.square().sum())
+    followed = (samples.sampler_log_probs_BT - policy.before_BT)[mask_BT]
+    slope = float((followed * movement).sum() / movement.square().sum())
     yield Finding(name, words, missed / moved, FOLLOWS + 3 * noise / moved, _diagnosis(slope))
 
 
-def against_the_reference(session: Session, samples: Samples) -> Moved:
+def against_the_reference(collector: Collector, samples: Samples) -> Moved:
     """How the policy moved away from its reference since RL began, on what it has drawn."""
-    before_BT, after_BT = (log_probs(session, role, samples) for role in (session.roles.reference, Role.POLICY))
-    moved = session.processes.broadcast(gap(before_BT, after_BT, samples))
+    before_BT, after_BT = (collector.log_probs(role, samples) for role in (collector.roles.reference, Role.POLICY))
+    moved = collector.processes.broadcast(gap(before_BT, after_BT, samples))
     return Moved(samples, before_BT, after_BT, moved)
 
 
-def _draw_perturbed(session: Session, sampling: Sampling, prompts: EncodedPrompts, size: float) -> Moved:
-    roles, settings = session.roles, session.recipe.rl
-    assert settings is not None
+def _draw_perturbed(collector: Collector, prompts: EncodedPrompts, size: float) -> Moved:
+    roles, sampler = collector.roles, collector.sampler
     head = Role.CRITIC if Role.CRITIC in roles.heads and not roles.weights(Role.CRITIC) else None
-    generator = torch.Generator(session.device).manual_seed(session.recipe.seed)
+    generator = torch.Generator(roles.device).manual_seed(collector.seed)
     with perturbed(roles.parameters_of(Role.POLICY, *([head] if head else [])), size):
-        samples, _ = answer(roles, Role.POLICY, session.base.chat, prompts, sampling, generator, head)
-        after_BT, values_BT = read_answers(
-            roles,
-            Role.POLICY,
-            samples,
-            settings.micro_batch_size,
-            temperature=settings.temperature,
-            head=head,
-        )
+        sampler.sync(Role.POLICY)
+        samples = collector.draw(Role.POLICY, prompts, generator, head=head)
+        after_BT, values_BT = collector.read(Role.POLICY, samples, collector.sampling.temperature, head)
+    sampler.sync(Role.POLICY)
     assert after_BT is not None
-    before_BT = log_probs(session, Role.POLICY, samples)
-    moved = session.processes.broadcast(gap(before_BT, after_BT, samples))
+    before_BT = collector.log_probs(Role.POLICY, samples)
+    moved = collector.processes.broadcast(gap(before_BT, after_BT, samples))
     return Moved(samples, before_BT, after_BT, moved, values_BT)
 
 
-def _values_limit(session: Session) -> float:
-    return 0.02 if session.recipe.base.dtype == "float32" else 0.3
+def _values_limit(collector: Collector) -> float:
+    return 0.02 if collector.dtype == torch.float32 else 0.3
 
 
 def _diagnosis(slope: float) -> str:

@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perl.rl.checks.findings import Finding
+from perl.rl.checks.findings import Finding, named
 from perl.rl.checks.perturbation import perturbed
-from perl.rl.checks.tracking import gap, log_probs
-from perl.rl.rewards.sources import RewardModel, RewardSource
-from perl.rl.rollout import read_answers
-from perl.rl.samplers.local import Samples
+from perl.rl.checks.tracking import gap
+from perl.rl.collector import Collector
+from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
-from perl.stages.session import Session
 
 SIZE = 0.5
 """Of the perturbation; see `perturbed`."""
@@ -33,40 +31,40 @@ DEVIATION = 0.05
 """Of an adapter's output from s B A x, as a share of it, beside what rounding explains."""
 
 
-def base_unchanged(session: Session) -> Finding:
+def base_unchanged(roles: Roles) -> Finding:
     """The base's weights are the bytes that were loaded."""
-    changed = session.roles.base_changed()
-    cause = f"an adapter was merged into the base, or the base was trained: {_first(changed)}. This is a bug."
+    changed = roles.base_changed()
+    cause = f"an adapter was merged into the base, or the base was trained: {named(changed)}. This is a bug."
     return Finding("base unchanged", "tensors of the base that are not as loaded", len(changed), 0.0, cause)
 
 
-def dropout_off(session: Session, samples: Samples, noise: float) -> Finding:
+def dropout_off(collector: Collector, samples: Samples, noise: float) -> Finding:
     """Two equal passes say the same, with the policy perturbed so that its adapter matters.
 
     Args:
         noise: nats a token that rounding makes of a pass.
     """
-    with perturbed(session.roles.parameters_of(Role.POLICY), SIZE):
-        once, again = (log_probs(session, Role.POLICY, samples) for _ in range(2))
+    with perturbed(collector.roles.parameters_of(Role.POLICY), SIZE):
+        once, again = (collector.log_probs(Role.POLICY, samples) for _ in range(2))
     figure = gap(once, again, samples)
     cause = "dropout is on: something was left in training mode. This is a bug."
     words = "two equal passes of the policy, mean difference a token"
     return Finding("dropout off", words, figure, max(1e-4, 2 * noise), cause)
 
 
-def roles_apart(session: Session, reward: RewardSource, samples: Samples) -> Finding:
+def roles_apart(collector: Collector, samples: Samples) -> Finding:
     """Each role computes with its own weights and head, and with nobody else's."""
-    roles = session.roles
+    roles = collector.roles
     wrong = []
     head = roles.parameters_of(Role.CRITIC) if Role.CRITIC in roles.heads else []
     with perturbed(head, SIZE):  # a new head gives 0, whatever it reads
-        before = _readings(session, reward, samples)
-        noise = _moved(before, _readings(session, reward, samples))
+        before = _readings(collector, samples)
+        noise = _moved(before, _readings(collector, samples))
         own: dict[Role, float] = {}
         seen: list[tuple[Role, str, dict[Role, float]]] = []
         for role, part, parameters in _parts(roles, before):
             with perturbed(parameters, SIZE):
-                moved = _moved(before, _readings(session, reward, samples))
+                moved = _moved(before, _readings(collector, samples))
             own[role] = max(own.get(role, 0.0), moved[role])
             seen.append((role, part, moved))
     for role, part, moved in seen:
@@ -92,17 +90,15 @@ def _parts(roles: Roles, readings: dict[Role, Tensor]) -> Iterator[tuple[Role, s
             yield role, "head", list(roles.heads[role].parameters())
 
 
-def _readings(session: Session, reward: RewardSource, samples: Samples) -> dict[Role, Tensor]:
+def _readings(collector: Collector, samples: Samples) -> dict[Role, Tensor]:
     """What each role says of the same completions: log-probs, rewards before scaling, values."""
-    roles = session.roles
-    said = {role: log_probs(session, role, samples) for role in (Role.POLICY, roles.reference)}
-    if isinstance(reward, RewardModel):
-        said[Role.REWARD] = torch.tensor(reward.scores(samples))
+    roles = collector.roles
+    said = {role: collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference)}
+    if collector.reward.model is not None:
+        said[Role.REWARD] = torch.tensor(collector.reward.model.scores(samples))
     if Role.CRITIC in roles.heads:
-        assert session.recipe.rl is not None
         reader = Role.CRITIC if roles.weights(Role.CRITIC) else Role.POLICY
-        at_once = session.recipe.rl.micro_batch_size
-        _, values_BT = read_answers(roles, reader, samples, at_once, temperature=None, head=Role.CRITIC)
+        _, values_BT = collector.read(reader, samples, None, Role.CRITIC)
         assert values_BT is not None
         said[Role.CRITIC] = values_BT
     return said
@@ -129,10 +125,9 @@ class _Tried(NamedTuple):
     """Of the deviation: rounding of the layer's output included."""
 
 
-def adapters_as_configured(session: Session) -> Iterator[Finding]:
+def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
     """Each layer adds alpha / rank · B A x with the policy's factors of now, in training and in sampling."""
-    roles = session.roles
-    if not isinstance(roles, SharedBase) or session.engine.shards_base or session.engine.hooks_layers:
+    if not isinstance(roles, SharedBase) or roles.engine.shards_base or roles.engine.hooks_layers:
         return
     sampling = roles.sampling(Role.POLICY)
     for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", sampling)):
@@ -141,7 +136,7 @@ def adapters_as_configured(session: Session) -> Iterator[Finding]:
             wrong = [one for one in tried if not one.deviation <= one.tolerance]
             again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
         late = bool(again) and name == "sampler" and all(one.deviation <= one.tolerance for one in again)
-        cause = f"{_why(name, wrong, active, late)} (in {_first([one.layer for one in wrong])}). This is a bug."
+        cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])}). This is a bug."
         words = f"layers in which the {name} does not add alpha / rank · B A x of the policy"
         yield Finding(f"adapter in the {name}", words, len(wrong), 0.0, cause)
 
@@ -195,8 +190,3 @@ def _try_layer(roles: SharedBase, name: str, layer: Any, base: Any, learning: bo
     deviation = float((added_NO - expected_NO).abs().mean()) / size
     rest = float((added_NO - ratio * expected_NO).abs().mean()) / size
     return _Tried(name, ratio, deviation, rest, DEVIATION + rounding)
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}" if names else ""

@@ -1,15 +1,14 @@
-"""Sampling answers with a KV cache, keeping the log-probability each token was drawn with.
+"""Sampling in this process with a KV cache, keeping the log-probability each token was drawn with.
 
 A hand-written loop instead of `generate`: it keeps (B,) log-probs and values a step where `generate` would hand
 back logits of B x T x V, rows that ended leave the batch, and equal prompts are computed once.
 
-Axis letters: B answers, P prompt positions, T answer positions, V vocabulary, D hidden, E end tokens.
+Axis letters: B completions, P prompt positions, T completion positions, V vocabulary, D hidden, E end tokens.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,159 +16,193 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.backbones.logits import logits_transform
-from perl.backbones.padding import left_pad
+from perl.backbones.padding import left_pad, positions
+from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import KVCache
 from perl.roles.roles import Role, Roles
-from perl.roles.split_layers import positions
 
 KEEP_UNTIL = 0.75
-"""Answers that ended leave the batch once so many of it, or fewer, go on: to leave means to copy all that stay."""
+"""Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""
+
+Groups = list[tuple[list[int], int]]
+"""Different prompts, and how often each stands in the batch, side by side."""
 
 
-class Samples(NamedTuple):
-    """Prompts with the answers drawn for them: prompts padded on the left, answers on the right."""
-
-    ids_BL: Tensor
-    """Prompt and answer, L = P + T, int64."""
-    mask_BL: Tensor
-    """True for real tokens, bool."""
-    prompt_lengths: list[int]
-    completion_lengths: list[int]
-    """The same in counts, on the host: what is cut and batched by length must not wait for the device."""
-    log_probs_BT: Tensor
-    """What each token was drawn with, fp32; 0 in the padding."""
-    values_BT: Tensor | None
-    """The head's value of the state before each token, fp32; 0 in the padding."""
-    ended_B: Tensor
-    """Whether the answer ended by itself, bool."""
-    lower_hidden_BLD: Tensor | None = None
-    """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
-    abridged: bool = False
-    """Not all that was drawn was computed, and not all micro-batches of it are to be; see `Sampling`."""
-
-    @property
-    def completion_length(self) -> int:
-        """T."""
-        return self.log_probs_BT.shape[1]
-
-    @property
-    def completion_mask_BT(self) -> Tensor:
-        """True for the answers' tokens."""
-        return self.mask_BL[:, -self.completion_length :]
-
-    def completions(self) -> list[list[int]]:
-        """Each answer's tokens, the end-of-turn included where there is one."""
-        rows = self.ids_BL[:, -self.completion_length :].tolist()
-        return [row[:length] for row, length in zip(rows, self.completion_lengths, strict=True)]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn: from softmax(logits / temperature)."""
-
-    max_new_tokens: int
-    """T; answers without an end are cut there."""
-    temperature: float
-    end_ids: tuple[int, ...]
-    """Tokens that end an answer, and belong to it. Empty: answers all have T tokens."""
-    pad_id: int
-    prompts_at_once: int
-    """Different prompts computed together before the answers are drawn: bounds their activations."""
-    abridged: bool = False
-    """Compute the first and the last token of each answer only: for estimates, as memory peaks at one of them."""
-
-
-class Share(NamedTuple):
-    """Which rows of a larger batch are drawn here: they draw as they would in it."""
-
-    rows: list[int]
-    of: int
-
-
-@torch.no_grad()
-def sample(
-    roles: Roles,
-    role: Role,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    generator: torch.Generator,
-    head: Role | None = None,
-    share: Share | None = None,
-) -> Samples:
-    """Draw one answer for each prompt, as one role.
+class LocalSampler(Sampler):
+    """Draws with the roles themselves, so that whatever they learn it draws with.
 
     What is drawn follows from the generator and a prompt's place, whatever stands beside it.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def sync(self, role: Role) -> None:
+        """Nothing to do: there is no copy of the weights."""
+
+    @torch.no_grad()
+    def draw(
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+        read: Read | None = None,
+    ) -> Samples:
+        """See `Sampler`; equal prompts are computed once."""
+        rows, total = share or Share(list(range(len(prompts))), len(prompts))
+        uniform_BT = torch.rand(
+            total, sampling.max_new_tokens, dtype=torch.float64, generator=generator, device=generator.device
+        )[rows]
+        with self.roles.sampling(role) as seen, fast_decoding(self.roles.device):
+            drawing = self.drawing(prompts, sampling, uniform_BT, read, seen)
+            drawing.prefill()
+            for step in drawing.steps():
+                drawing.draw(step)
+                if not drawing.append(step):
+                    break
+        return drawing.samples()
+
+    def drawing(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        uniform_BT: Tensor,
+        read: Read | None,
+        seen: list[Tensor],
+    ) -> "Drawing":
+        """The batch to be drawn."""
+        return Drawing(self.roles, prompts, sampling, uniform_BT, read, seen)
+
+
+class Drawing:
+    """A batch while it is drawn, a token a step.
 
     Args:
-        prompts: token ids, not empty. Equal ones are computed once.
-        generator: on the base's device.
-        head: whose head reads the value of each state.
-        share: where these prompts stand in the batch of all processes; None: they are the batch.
+        uniform_BT: the random number that decides each token, fp64.
+        seen: where each forward leaves what the shared blocks made of it, as `Roles.sampling` says.
     """
-    device, length = roles.device, sampling.max_new_tokens
-    rows, total = share or Share(list(range(len(prompts))), len(prompts))
-    uniform_BT = torch.rand(total, length, dtype=torch.float64, generator=generator, device=generator.device)[rows]
-    prompt_ids_BP, prompt_mask_BP = left_pad(prompts, sampling.pad_id, device)
-    ids_BT = torch.full((len(prompts), length), sampling.pad_id, device=device)
-    log_probs_BT = torch.zeros((len(prompts), length), device=device)
-    values_BT = torch.zeros_like(log_probs_BT) if head is not None else None
-    ends_E = torch.tensor(sampling.end_ids, device=device)
-    lengths = [0] * len(prompts)  # of the answers that ended
 
-    # Rows of like length stand together in the cache, those of the same prompt side by side.
-    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row]))
-    rows_B = torch.tensor(order, device=device)
-    mask_BL = prompt_mask_BP[rows_B].long()
-    with roles.sampling(role) as seen, fast_decoding(device):
-        model, start = roles.model(), prompt_ids_BP.shape[1]
-        cache, below = KVCache(model, len(prompts), start, length), _Below(seen, len(prompts), start + length)
-        hidden_BD = _prefill(roles, model, cache, [prompts[row] for row in order], rows_B, below, sampling)
-        for step in range(length):
-            ids_BT[rows_B, step], log_probs_BT[rows_B, step] = _draw_next(
-                model, hidden_BD, sampling, uniform_BT[rows_B, step, None]
-            )
-            if values_BT is not None and head is not None:
-                values_BT[rows_B, step] = roles.head(head)(hidden_BD.float())[:, 0]
-            if sampling.end_ids:
-                for row, is_end in zip(order, torch.isin(ids_BT[rows_B, step], ends_E).tolist(), strict=True):
-                    lengths[row] = lengths[row] or (step + 1 if is_end else 0)
-            going = [place for place, row in enumerate(order) if not lengths[row]]
-            # Where the base is spread over processes, all compute on until every answer of every one has ended.
-            done = not roles.together(len(going)) or step + 1 == length
-            if done and not roles.shared_blocks:
-                break  # nobody reads what is computed of the last tokens
-            mask_BL = F.pad(mask_BL, (0, 1), value=1)
-            if sampling.abridged and step + 2 < length:
-                cache.skip(1)
-                continue
-            hidden_BD = _hidden(model, cache, ids_BT[rows_B, step : step + 1], mask_BL)[:, -1]
-            below.keep(rows_B, start + step + 1)
-            if done:
-                break
-            if 0 < len(going) <= KEEP_UNTIL * len(order):
-                places = torch.tensor(going, device=device)
-                order = [order[place] for place in going]
-                rows_B, mask_BL, hidden_BD = rows_B[places], mask_BL[places], hidden_BD[places]
-                cache.keep(places)
-    ended = [one > 0 for one in lengths]
-    lengths = [one or length for one in lengths]
-    mask_BT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
-    return Samples(
+    def __init__(
+        self,
+        roles: Roles,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        uniform_BT: Tensor,
+        read: Read | None,
+        seen: list[Tensor],
+    ) -> None:
+        self.prompts, self.sampling, self.length = prompts, sampling, sampling.max_new_tokens
+        self._roles, self._uniform_BT, self._read = roles, uniform_BT, read
+        device, count = roles.device, len(prompts)
+        self._prompt_ids_BP, self._prompt_mask_BP = left_pad(prompts, sampling.pad_id, device)
+        self._ids_BT = torch.full((count, self.length), sampling.pad_id, device=device)
+        self._log_probs_BT = torch.zeros((count, self.length), device=device)
+        self._read_BT = torch.zeros_like(self._log_probs_BT) if read is not None else None
+        self._ends_E = torch.tensor(sampling.end_ids, device=device)
+        self._lengths = [0] * count  # of the completions that ended
+        # Rows of like length stand together in the cache, those of the same prompt side by side.
+        self._order = sorted(range(count), key=lambda row: (len(prompts[row]), prompts[row]))
+        self._rows_B = torch.tensor(self._order, device=device)
+        self._mask_BL = self._prompt_mask_BP[self._rows_B].long()
+        self._start = self._prompt_ids_BP.shape[1]
+        self.model = roles.model()
+        self._cache = KVCache(self.model, count, self._start, self.length)
+        self._lower = _LowerHidden(seen, count, self._start + self.length)
+        self._hidden_BD: Tensor  # that the next tokens are drawn from
+
+    def steps(self) -> Iterable[int]:
+        """The completion positions that are drawn."""
+        return range(self.length)
+
+    def prefill(self) -> None:
+        """Compute the prompts, equal ones once, some at a time."""
+        ordered = [list(self.prompts[row]) for row in self._order]
+        groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(ordered)]
+        starts = range(0, len(groups), self.sampling.prompts_at_once)
+        passes = self._roles.together(len(starts))  # asked first: who has fewer would ask while others compute
+        parts, row = [], 0
+        for start in starts:
+            some = groups[start : start + self.sampling.prompts_at_once]
+            rows = slice(row, row + sum(copies for _, copies in some))
+            parts.append(self.prefill_groups(some, rows))
+            row = rows.stop
+        for _ in range(len(starts), passes):  # in step with the other processes
+            self.model.base_model(input_ids=self._rows_B.new_zeros(1, 1), use_cache=False)
+        self._cache.prefilled()
+        self._hidden_BD = torch.cat(parts)
+
+    def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
+        """Compute some prompts; the hidden states (B, D) after each of these rows of the batch."""
+        copies_B = torch.tensor([copies for _, copies in groups], device=self._rows_B.device)
+        ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, self._rows_B.device)
+        with self._cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
+            hidden_BD = _hidden(self.model, self._cache, ids_BP, mask_BP.long())[:, -1].clone()
+        self._lower.keep(self._rows_B[rows], self._start, copies_B)
+        return hidden_BD.repeat_interleave(copies_B, 0)
+
+    def draw(self, step: int) -> None:
+        """Draw each row's next token."""
+        rows_B = self._rows_B
+        self._ids_BT[rows_B, step], self._log_probs_BT[rows_B, step] = _draw_next(
+            self.model, self._hidden_BD, self.sampling, self._uniform_BT[rows_B, step, None]
+        )
+        if self._read_BT is not None and self._read is not None:
+            self._read_BT[rows_B, step] = self._read(self._hidden_BD)[:, 0]
+        if self.sampling.end_ids:
+            ends = torch.isin(self._ids_BT[rows_B, step], self._ends_E).tolist()
+            for row, is_end in zip(self._order, ends, strict=True):
+                self._lengths[row] = self._lengths[row] or (step + 1 if is_end else 0)
+
+    def append(self, step: int) -> bool:
+        """Compute the tokens that were drawn, where someone reads that; whether others are to be drawn."""
+        going = [place for place, row in enumerate(self._order) if not self._lengths[row]]
+        # Where the base is spread over processes, all compute on until every completion of every one has ended.
+        done = not self._roles.together(len(going)) or step + 1 == self.length
+        if done and not self._roles.shared_blocks:
+            return False  # nobody reads what is computed of the last tokens
+        self._mask_BL = F.pad(self._mask_BL, (0, 1), value=1)
+        ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
+        self._hidden_BD = _hidden(self.model, self._cache, ids_B1, self._mask_BL)[:, -1]
+        self._lower.keep(self._rows_B, self._start + step + 1)
+        if not done and 0 < len(going) <= KEEP_UNTIL * len(self._order):
+            self._keep(going)
+        return not done
+
+    def skip(self, count: int) -> None:
+        """Leave so many completion positions out, uncomputed."""
+        self._mask_BL = F.pad(self._mask_BL, (0, count), value=1)
+        self._cache.skip(count)
+
+    def _keep(self, going: list[int]) -> None:
+        """Go on with these places of the batch only."""
+        places = torch.tensor(going, device=self._rows_B.device)
+        self._order = [self._order[place] for place in going]
+        self._rows_B, self._mask_BL = self._rows_B[places], self._mask_BL[places]
+        self._hidden_BD = self._hidden_BD[places]
+        self._cache.keep(places)
+
+    def samples(self) -> Samples:
+        """All that was drawn."""
+        device = self._rows_B.device
+        lengths = [one or self.length for one in self._lengths]
+        mask_BT = torch.arange(self.length, device=device) < torch.tensor(lengths, device=device)[:, None]
         # Rows that had ended were drawn on for a while, until enough of them were there to be taken out.
-        torch.cat([prompt_ids_BP, ids_BT.masked_fill(~mask_BT, sampling.pad_id)], dim=1),
-        torch.cat([prompt_mask_BP, mask_BT], dim=1),
-        [len(prompt) for prompt in prompts],
-        lengths,
-        log_probs_BT.masked_fill(~mask_BT, 0.0),
-        values_BT.masked_fill(~mask_BT, 0.0) if values_BT is not None else None,
-        torch.tensor(ended, device=device),
-        below.states_BLD,
-        abridged=sampling.abridged,
-    )
+        ids_BT = self._ids_BT.masked_fill(~mask_BT, self.sampling.pad_id)
+        return Samples(
+            ids_BL=torch.cat([self._prompt_ids_BP, ids_BT], dim=1),
+            mask_BL=torch.cat([self._prompt_mask_BP, mask_BT], dim=1),
+            prompt_lengths=[len(prompt) for prompt in self.prompts],
+            completion_lengths=lengths,
+            ended_B=torch.tensor([one > 0 for one in self._lengths], device=device),
+            sampler_log_probs_BT=self._log_probs_BT.masked_fill(~mask_BT, 0.0),
+            read_BT=None if self._read_BT is None else self._read_BT.masked_fill(~mask_BT, 0.0),
+            lower_hidden_BLD=self._lower.states_BLD,
+        )
 
 
-class _Below:
+class _LowerHidden:
     """What the shared blocks make of each position, kept as it comes by.
 
     The reference, the reward model and the critic, and every pass over the rollout, go on from there.
@@ -195,40 +228,6 @@ class _Below:
         if copies_B is not None:
             states_BND = states_BND.repeat_interleave(copies_B, 0)
         self.states_BLD[rows_B, end - states_BND.shape[1] : end] = states_BND
-
-
-def _prefill(
-    roles: Roles,
-    model: PreTrainedModel,
-    cache: KVCache,
-    prompts: list[Sequence[int]],
-    rows_B: Tensor,
-    below: _Below,
-    sampling: Sampling,
-) -> Tensor:
-    """The hidden states (B, D) after each prompt; equal prompts stand side by side and are computed once."""
-    groups = [(list(prompt), len(list(same))) for prompt, same in itertools.groupby(prompts)]
-    parts, row = [], 0
-    starts = range(0, len(groups), sampling.prompts_at_once)
-    passes = roles.together(len(starts))  # asked before the first: who has fewer would ask while others compute
-    for start in starts:
-        some = groups[start : start + sampling.prompts_at_once]
-        copies = [count for _, count in some]
-        rows = slice(row, row + sum(copies))
-        row = rows.stop
-        if sampling.abridged and row < len(prompts):
-            continue  # the last are the longest
-        ids_BP, mask_BP = left_pad([prompt for prompt, _ in some], sampling.pad_id, rows_B.device)
-        copies_B = torch.tensor(copies, device=rows_B.device)
-        with cache.prefilling(rows, copies_B if len(copies) < sum(copies) else None):
-            hidden_BD = _hidden(model, cache, ids_BP, mask_BP.long())[:, -1].clone()
-        below.keep(rows_B[rows], cache.prompt_length, copies_B)
-        parts.append(hidden_BD.repeat_interleave(copies_B, 0))
-    for _ in range(len(starts), passes):
-        model.base_model(input_ids=rows_B.new_zeros(1, 1), use_cache=False)  # in step with the other processes
-    cache.prefilled()
-    hidden_BD = torch.cat(parts)
-    return F.pad(hidden_BD, (0, 0, len(prompts) - len(hidden_BD), 0))  # abridged: the others are not known
 
 
 def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import perl.rl.rollouts
 from perl.recipe import load_recipe
 from perl.rl.checks.movement import policy_movement
 from perl.rl.checks.perturbation import perturbed
-from perl.rl.checks.tracking import gap, log_probs, rounding_noise
-from perl.rl.prompts import encode_prompts, how_to_sample
-from perl.rl.rollout import answer
-from perl.rl.samplers.local import sample
+from perl.rl.checks.tracking import gap, rounding_noise
+from perl.rl.collector import Collector
+from perl.rl.rollout import Rollout
+from perl.rl.samplers.base import Samples
 from perl.roles.fingerprint import changed, fingerprint
 from perl.roles.roles import Role
-from perl.stages.session import Session, open_session
+from perl.stages.rl_setup import setup_collector, tokenized_prompts
+from perl.stages.session import open_session
 from tests.conftest import RunCli, WriteRecipe
 
 RL: dict[str, Any] = {
@@ -42,18 +42,12 @@ def write_recipe(write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path) ->
     return partial(write_recipe, reward=None, base={"model": str(folder), "dtype": "float32"}, rl=RL)
 
 
-def opened(recipe: Path, *overrides: str) -> Session:
-    """A session whose policy is there."""
+def opened(recipe: Path, *overrides: str) -> tuple[Collector, Samples]:
+    """The collector of a session whose policy is there, and completions that it drew."""
     session = open_session(load_recipe(recipe, list(overrides)), recipe.parent / "out")
     session.roles.add(Role.POLICY)
-    session.roles.eval()
-    return session
-
-
-def drawn(session: Session) -> Any:
-    prompts = encode_prompts(session, session.train.prompts[:4])
-    generator = torch.Generator().manual_seed(0)
-    return sample(session.roles, Role.POLICY, prompts.ids, how_to_sample(session), generator)
+    collector, prompts = setup_collector(session), tokenized_prompts(session, session.train.prompts[:4])
+    return collector, collector.draw(Role.POLICY, prompts, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -75,11 +69,12 @@ def test_a_rollout_that_something_else_than_the_policy_drew_is_seen_at_the_secon
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What preflight samples is right then; only the rollouts themselves are not."""
+    collect = Collector.collect
 
-    def stale(roles: Any, role: Role, *arguments: Any, **keywords: Any) -> Any:
-        return answer(roles, Role.BASE if role is Role.POLICY else role, *arguments, **keywords)
+    def stale(self: Collector, role: Role, *arguments: Any, **keywords: Any) -> Rollout:
+        return collect(self, Role.BASE if role is Role.POLICY else role, *arguments, **keywords)
 
-    monkeypatch.setattr(perl.rl.rollouts, "answer", stale)
+    monkeypatch.setattr(Collector, "collect", stale)
     recipe = write_recipe()
     code, text = run_cli("run", recipe, "--out", tmp_path / "out")
     assert code == 1, text
@@ -94,13 +89,14 @@ def test_a_rollout_that_something_else_than_the_policy_drew_is_seen_at_the_secon
 def test_a_perturbation_leaves_no_trace_though_weights_are_packed_inside(
     tuning: str, write_recipe: WriteRecipe
 ) -> None:
-    session = opened(write_recipe(tuning=tuning), "base.dtype=bfloat16")
-    everything = dict(session.roles.named_parameters())
+    collector, samples = opened(write_recipe(tuning=tuning), "base.dtype=bfloat16")
+    roles, prompts = collector.roles, samples.prompt_ids()
+    everything = dict(roles.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in everything.items()}
     known = fingerprint(everything)
-    with perturbed(session.roles.parameters_of(Role.POLICY), 0.5):
+    with perturbed(roles.parameters_of(Role.POLICY), 0.5):
         assert changed(known, everything)
-        drawn(session)
+        collector.sampler.draw(Role.POLICY, prompts, collector.sampling, torch.Generator().manual_seed(0))
     assert all(torch.equal(before[name], parameter) for name, parameter in everything.items())
     assert changed(known, everything) == []
 
@@ -108,15 +104,15 @@ def test_a_perturbation_leaves_no_trace_though_weights_are_packed_inside(
 def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: WriteRecipe) -> None:
     recipe, found = write_recipe(), {}
     for dtype in ("float32", "bfloat16"):
-        session = opened(recipe, f"base.dtype={dtype}")
-        samples = drawn(opened(recipe))  # the same completions
+        collector, _ = opened(recipe, f"base.dtype={dtype}")
+        _, samples = opened(recipe)  # the same completions
         generator = torch.Generator().manual_seed(1)
-        for name, weight in session.roles.weights(Role.POLICY).items():
+        for name, weight in collector.roles.weights(Role.POLICY).items():
             if "lora_B" in name:
                 weight.data.add_(1e-6 * torch.randn(weight.shape, generator=generator))
-        found[dtype] = policy_movement(session, samples)
+        found[dtype] = policy_movement(collector, samples)
         if dtype == "bfloat16":
-            assert rounding_noise(session, samples) > 1000 * found[dtype]
+            assert rounding_noise(collector, samples) > 1000 * found[dtype]
     assert 1e-7 < found["float32"] < 1e-4
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.5)
 
@@ -124,11 +120,11 @@ def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: Writ
 def test_rounding_noise_is_of_the_size_of_what_sampling_differs_by(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe()
     for dtype, (low, high) in {"float32": (0, 1e-5), "bfloat16": (2e-3, 0.1), "float16": (2e-4, 1e-2)}.items():
-        session = opened(recipe, f"base.dtype={dtype}")
-        samples = drawn(session)
-        noise = rounding_noise(session, samples)
+        collector, samples = opened(recipe, f"base.dtype={dtype}")
+        noise = rounding_noise(collector, samples)
         assert low < noise < high
-        assert gap(log_probs(session, Role.POLICY, samples), samples.log_probs_BT, samples) < 2 * noise + 1e-6
+        read_BT = collector.log_probs(Role.POLICY, samples)
+        assert gap(read_BT, samples.sampler_log_probs_BT, samples) < 2 * noise + 1e-6
 
 
 def test_a_sample_of_a_tensor_shows_dense_changes_in_any_bit() -> None:

@@ -13,21 +13,24 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import perl.rl.rewards.sources
-import perl.roles.roles
+import perl.backbones.decoder
+import perl.rl.rewards.model
 from perl.recipe import load_recipe
 from perl.results import Check
-from perl.rl.batches import Batch, trim
+from perl.rl.batches import trim
 from perl.rl.checks.findings import PreflightError
-from perl.rl.checks.preflight import preflight
-from perl.rl.prompts import encode_prompts, how_to_sample, reward_source
-from perl.rl.rewards.sources import RewardModel, RewardSource
+from perl.rl.checks.preflight import COMPLETIONS, Preflight
+from perl.rl.collector import Collector
+from perl.rl.rewards.model import RewardModel
 from perl.rl.rollout import EncodedPrompts
-from perl.rl.samplers.local import Samples, Sampling
+from perl.rl.samplers.base import Samples
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.fingerprint import fingerprint
 from perl.roles.roles import Outputs, Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.pipeline import TRAIN
+from perl.stages.rl_preflight import earlier_stages
+from perl.stages.rl_setup import setup_collector, tokenized_prompts
 from perl.stages.session import Session, open_session
 from tests.conftest import RunCli, WriteRecipe
 
@@ -52,12 +55,16 @@ class Parts:
     """What preflight looks at, before RL; tests spoil it."""
 
     session: Session
-    reward: RewardSource
-    sampling: Sampling
+    collector: Collector
     prompts: EncodedPrompts
 
     def check(self) -> list[Check]:
-        return preflight(self.session, self.reward, self.sampling, self.prompts)
+        stages = earlier_stages(self.session, self.collector.reward)
+        return Preflight(self.collector, self.prompts, "out", stages).check()
+
+    def ends_with(self, *ids: int) -> None:
+        sampling = dataclasses.replace(self.collector.sampling, end_ids=ids)
+        self.collector = dataclasses.replace(self.collector, sampling=sampling)
 
     def fails(self, check: str) -> str:
         """The message of a preflight whose first failure is this check."""
@@ -89,9 +96,10 @@ def ready(session: Session) -> Parts:
     """As RL begins: what was trained is loaded, and the policy is a copy of the reference."""
     if session.recipe.sft is not None:
         session.load(Role.SFT)
-    reward = reward_source(session)
+    collector = setup_collector(session)
     session.roles.add(Role.POLICY, copy_of=session.roles.reference)
-    return Parts(session, reward, how_to_sample(session), encode_prompts(session, session.train.prompts))
+    prompts = tokenized_prompts(session, session.train.prompts)
+    return Parts(session, collector, prompts.take(range(min(COMPLETIONS, len(prompts)))))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +223,11 @@ def test_held_out_rows_that_are_others_than_they_were(parts: Parts) -> None:
 
 
 def test_a_sampler_at_another_temperature(parts: Parts) -> None:
-    parts.sampling = dataclasses.replace(parts.sampling, temperature=1.6)
+    class Warm(LocalSampler):
+        def draw(self, role: Role, prompts: Any, sampling: Any, *rest: Any) -> Samples:
+            return super().draw(role, prompts, dataclasses.replace(sampling, temperature=1.6), *rest)
+
+    parts.collector = dataclasses.replace(parts.collector, sampler=Warm(parts.session.roles))
     assert "another temperature, or its logits are scaled: they agree best at about 1.6" in parts.fails("sampled")
 
 
@@ -228,7 +240,9 @@ def test_positions_counted_over_the_padding(
     spread_positions(session)
     parts = ready(session)
     parts.check()
-    monkeypatch.setattr(perl.roles.roles, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1)
+    monkeypatch.setattr(
+        perl.backbones.decoder, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1
+    )
     assert "rows read alone agree, rows read together do not" in parts.fails("sampled")
 
 
@@ -243,10 +257,10 @@ def spread_positions(session: Session) -> None:
 
 def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(parts: Parts) -> None:
     eos = parts.session.base.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    parts.sampling = dataclasses.replace(parts.sampling, end_ids=(eos,))
+    parts.ends_with(eos)
     remedy = parts.fails("end")
-    assert "answers here end with '<|endoftext|>'" in remedy
-    assert "trained on answers that end with '<|im_end|>'" in remedy
+    assert "completions here end with '<|endoftext|>'" in remedy
+    assert "those that the reward was trained on end with '<|im_end|>'" in remedy
 
 
 def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: Parts) -> None:
@@ -254,29 +268,28 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     chat = parts.session.base.chat
     other = chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     chat.end_ids = (chat.end_id, other)
-    parts.sampling, parts.reward = how_to_sample(parts.session), reward_source(parts.session)
-    assert parts.sampling.end_ids == (chat.end_id, other)
+    parts.collector = setup_collector(parts.session)
+    assert parts.collector.sampling.end_ids == (chat.end_id, other)
     ids = [[4, 5, 6, chat.end_id], [4, 5, 6, other], [4, 5, 6, 7]]
-    samples = Samples(
-        torch.tensor(ids), torch.ones(3, 4).bool(), [1] * 3, [3] * 3, torch.zeros(3, 3), None, torch.ones(3).bool()
-    )
-    usual, with_other, without = parts.reward.scores(samples)  # type: ignore[attr-defined]
+    mask_BL, ended_B = torch.ones(3, 4).bool(), torch.ones(3).bool()
+    samples = Samples(torch.tensor(ids), mask_BL, [1] * 3, [3] * 3, ended_B, torch.zeros(3, 3))
+    usual, with_other, without = parts.collector.reward.scores(samples)  # type: ignore[attr-defined]
     assert usual == with_other != without
     assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
     read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)
     assert read[1] != usual
     chat.end_ids = (chat.end_id, *range(20, 250))  # so many that all answers end with others
-    parts.sampling, parts.reward = how_to_sample(parts.session), reward_source(parts.session)
+    parts.collector = setup_collector(parts.session)
     assert all(finding.figure <= 1e-5 for finding in parts.check())
 
 
 def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    def early(samples: Samples, rows: list[int]) -> Batch:
+    def early(samples: Samples, rows: list[int]) -> Samples:
         batch = trim(samples, rows)
         last_B = batch.mask_BL.long().cumsum(1).argmax(1)
-        return batch._replace(mask_BL=batch.mask_BL.scatter(1, last_B[:, None], False))
+        return dataclasses.replace(batch, mask_BL=batch.mask_BL.scatter(1, last_B[:, None], False))
 
-    monkeypatch.setattr(perl.rl.rewards.sources, "trim", early)
+    monkeypatch.setattr(perl.rl.rewards.model, "trim", early)
     assert "padding on the wrong side" in parts.fails("end")
 
 

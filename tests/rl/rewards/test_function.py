@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from perl.data.records import Prompt, Turn
-from perl.rl.rewards.sources import RewardFunction
+from perl.rl.rewards.function import RewardFunction
 from perl.rl.samplers.local import Samples
 
 NUMBERS = """
@@ -46,5 +46,5 @@ def test_numbers_of_every_kind_are_taken_and_columns_of_other_rows_too(
     prompts = [Prompt((Turn("text", text),), text, {}) for text in ("one", "two")]
     reddish = Prompt((Turn("text", "red"),), "red", {"colour": "red"})
     reward = RewardFunction(f"{tmp_path}/own.py:{name}", [*prompts, reddish])
-    samples = cast(Any, SimpleNamespace(answers=lambda: [[1], [2]]))
+    samples = cast(Any, SimpleNamespace(completions=lambda: [[1], [2]]))
     assert reward(prompts, cast(Samples, samples), ["a", "b"]) == expected

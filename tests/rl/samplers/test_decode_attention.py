@@ -13,8 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from perl.adapters.lora import lora_config
 from perl.rl.samplers import decode_attention
 from perl.rl.samplers import local as sampler
+from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.decode_attention import attend, fast_decoding, tolerance
-from perl.rl.samplers.local import Samples, Sampling, sample
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import random_llama
@@ -131,7 +132,7 @@ def drawn(lm: Any) -> Samples:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     prompts = [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (3, 20, 9)]
     sampling = Sampling(max_new_tokens=12, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=2)
-    return sample(roles, Role.POLICY, prompts * 2, sampling, torch.Generator().manual_seed(0))
+    return LocalSampler(roles).draw(Role.POLICY, prompts * 2, sampling, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -144,7 +145,7 @@ def test_samples_are_those_of_the_kernel(groups: int, monkeypatch: pytest.Monkey
     plain = drawn(random_llama(num_key_value_heads=groups))
     assert len(used) == 2 * 11
     assert torch.equal(fast.ids_BL, plain.ids_BL)
-    torch.testing.assert_close(fast.log_probs_BT, plain.log_probs_BT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.sampler_log_probs_BT, plain.sampler_log_probs_BT, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_attention_of_its_own_is_left_alone(

@@ -14,6 +14,7 @@ from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
 from perl.rl.samplers import kv_cache
 from perl.rl.samplers import local as sampler
+from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.kv_cache import KVCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -177,8 +178,8 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
     monkeypatch.setattr(sampler, "KVCache", watched)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     roles = SharedBase(model, lora_config(2, 4, 0.0, "all-linear", "all", model))
-    sampling = sampler.Sampling(max_new_tokens=5, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=1)
-    sampler.sample(roles, Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
+    sampling = Sampling(max_new_tokens=5, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=1)
+    sampler.LocalSampler(roles).draw(Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
     for layer in made[0].layers:
         assert layer.keys.shape == (2, 4, BUCKET + 5, 8)
         assert layer.filled == BUCKET + 5 - 1  # nothing is computed after the last token drawn

@@ -1,5 +1,6 @@
 """What the sampler says it drew is what a teacher-forced forward says of it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import load_base
+from perl.backbones.loading import load_base
 from perl.rl.batches import micro_batches, trim
-from perl.rl.rollout import read_answers
+from perl.rl.collector import read_completions
 from perl.rl.samplers import local as sampler
-from perl.rl.samplers.local import Samples, Sampling, sample
+from perl.rl.samplers.base import Samples, Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 
@@ -29,13 +31,12 @@ def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Sa
     # A token of some likelihood ends answers here, so that some end early and some are cut.
     logits = roles.lm(torch.tensor([prompts[1]])).logits[0, -1]
     end_id = int(logits.argmax())
-    samples = sample(
-        roles,
+    samples = LocalSampler(roles).draw(
         Role.POLICY,
         prompts * 8,
         Sampling(max_new_tokens=40, temperature=0.7, end_ids=(end_id,), pad_id=0, prompts_at_once=2),
         torch.Generator().manual_seed(seed),
-        head=Role.CRITIC,
+        read=lambda hidden_BD: roles.head(Role.CRITIC)(hidden_BD.float()),
     )
     return roles, samples, end_id
 
@@ -45,12 +46,12 @@ def test_sampled_log_probs_and_values_equal_teacher_forced_ones(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     roles, samples, _ = rollout(request.getfixturevalue(model))
-    log_probs_BT, values_BT = read_answers(roles, Role.POLICY, samples, 7, temperature=0.7, head=Role.CRITIC)
+    log_probs_BT, values_BT = read_completions(roles, Role.POLICY, samples, 7, temperature=0.7, head=Role.CRITIC)
     mask_BT = samples.completion_mask_BT
-    torch.testing.assert_close(log_probs_BT[mask_BT], samples.log_probs_BT[mask_BT], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(values_BT[mask_BT], samples.values_BT[mask_BT], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_probs_BT[mask_BT], samples.sampler_log_probs_BT[mask_BT], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values_BT[mask_BT], samples.read_BT[mask_BT], rtol=1e-4, atol=1e-4)
     assert log_probs_BT[mask_BT].abs().max() > 0.1
-    assert samples.log_probs_BT[~mask_BT].eq(0).all()
+    assert samples.sampler_log_probs_BT[~mask_BT].eq(0).all()
 
 
 def test_states_below_the_adapters_are_kept_while_sampling(tiny_llama: Path) -> None:
@@ -60,9 +61,9 @@ def test_states_below_the_adapters_are_kept_while_sampling(tiny_llama: Path) -> 
     assert 0 < samples.ended_B.sum() < len(samples.ended_B)
     expected = roles.lower_hidden(samples.ids_BL, samples.mask_BL)[samples.mask_BL]
     torch.testing.assert_close(samples.lower_hidden_BLD[samples.mask_BL], expected, rtol=1e-4, atol=1e-5)
-    on_top, _ = read_answers(roles, Role.POLICY, samples, 7, temperature=0.7, head=None)
-    whole, _ = read_answers(
-        roles, Role.POLICY, samples._replace(lower_hidden_BLD=None), 7, temperature=0.7, head=None
+    on_top, _ = read_completions(roles, Role.POLICY, samples, 7, temperature=0.7, head=None)
+    whole, _ = read_completions(
+        roles, Role.POLICY, replace(samples, lower_hidden_BLD=None), 7, temperature=0.7, head=None
     )
     torch.testing.assert_close(on_top, whole, rtol=1e-4, atol=1e-5)
 
@@ -83,7 +84,7 @@ def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
     roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
     ends = (3, *range(20, 60))
     sampling = Sampling(max_new_tokens=40, temperature=1.0, end_ids=ends, pad_id=0, prompts_at_once=64)
-    samples = sample(roles, Role.BASE, [[5, 6, 7]] * 64, sampling, torch.Generator().manual_seed(0))
+    samples = LocalSampler(roles).draw(Role.BASE, [[5, 6, 7]] * 64, sampling, torch.Generator().manual_seed(0))
     last = [ids[-1] for ids in samples.completions()]
     assert len(set(last)) > 10
     for ids, ended in zip(samples.completions(), samples.ended_B.tolist(), strict=True):
@@ -107,7 +108,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_the_same_seed_draws_the_same_answers(tiny_llama: Path) -> None:
     first, again, other = (rollout(tiny_llama, seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first.ids_BL, again.ids_BL)
-    assert torch.equal(first.log_probs_BT, again.log_probs_BT)
+    assert torch.equal(first.sampler_log_probs_BT, again.sampler_log_probs_BT)
     assert not torch.equal(first.ids_BL, other.ids_BL)
 
 
@@ -116,10 +117,11 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
     seen = []
     for rows in micro_batches(samples, 7):
         seen += rows
-        ids_bl, mask_bl, length, _ = trim(samples, rows)
-        assert mask_bl.sum() == samples.mask_BL[rows].sum()
-        assert torch.equal(ids_bl[mask_bl], samples.ids_BL[rows][samples.mask_BL[rows]])
-        assert mask_bl[:, -length:].sum() == samples.completion_mask_BT[rows].sum()
+        batch = trim(samples, rows)
+        assert batch.mask_BL.sum() == samples.mask_BL[rows].sum()
+        assert torch.equal(batch.ids_BL[batch.mask_BL], samples.ids_BL[rows][samples.mask_BL[rows]])
+        assert batch.completion_mask_BT.sum() == samples.completion_mask_BT[rows].sum()
+        assert batch.read_BT.shape == batch.sampler_log_probs_BT.shape == batch.completion_mask_BT.shape
     assert sorted(seen) == list(range(40))
 
 

@@ -1,4 +1,4 @@
-"""Answers that people rated or compared, as columns: what a reward model is judged on."""
+"""Rated or compared answers as columns: what a reward model is judged on."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ PAIRS_A_CONTEXT = 16
 
 
 @dataclass(frozen=True)
-class Answers:
+class RatedRows:
     """The rated answers, then the better ones of pairs, then the worse; one entry an answer in every column.
 
     Attributes:
@@ -20,7 +20,7 @@ class Answers:
         labels: thumbs up, of the rated answers; where there are none, True of the better ones of pairs and
             False of the worse.
         gold: the truth about the same answers, where the source knows it.
-        pairs: places (better, worse) of what was compared.
+        pairs: indices (better, worse) of what was compared.
     """
 
     contexts: list[Context]
@@ -41,10 +41,10 @@ class Answers:
         """What the model is judged against: the gold judgement where there is one, else the labels."""
         return self.labels if self.gold is None else self.gold
 
-    def labelled(self) -> "Answers":
-        """The answers that have labels."""
+    def labelled(self) -> "RatedRows":
+        """The rows that have labels."""
         count = len(self.labels)
-        return Answers(
+        return RatedRows(
             contexts=self.contexts[:count],
             answers=self.answers[:count],
             dialogues=self.dialogues[:count],
@@ -56,12 +56,12 @@ class Answers:
 
     def ranked_pairs(self) -> list[tuple[int, int]]:
         """What was compared; else the good and bad answers to one context, each with each."""
-        return self.pairs or _within_contexts(self.contexts, self.truth)
+        return self.pairs or _pairs_within_contexts(self.contexts, self.truth)
 
 
-def _within_contexts(contexts: Sequence[Context], truth: Sequence[bool]) -> list[tuple[int, int]]:
-    """Places (up, down) of answers to the same context."""
-    sides: dict[Context, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+def _pairs_within_contexts(contexts: Sequence[Context], truth: Sequence[bool]) -> list[tuple[int, int]]:
+    """Indices (up, down) of answers to the same context."""
+    by_context: dict[Context, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for index, (context, up) in enumerate(zip(contexts, truth, strict=True)):
-        sides[context][not up].append(index)
-    return [pair for ups, downs in sides.values() for pair in islice(product(ups, downs), PAIRS_A_CONTEXT)]
+        by_context[context][not up].append(index)
+    return [pair for ups, downs in by_context.values() for pair in islice(product(ups, downs), PAIRS_A_CONTEXT)]

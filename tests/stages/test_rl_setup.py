@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from perl.recipe import load_recipe
-from perl.rl.loop import Loop, begin, missing_end_penalty
-from perl.rl.prompts import encode_prompts
+from perl.rl.loop import Loop
 from perl.roles.roles import Role
+from perl.stages.rl_setup import eval_prompts, missing_end_penalty, setup
 from perl.stages.session import open_session
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 
@@ -17,10 +17,8 @@ REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "learning_rate": 0.01,
 
 
 def begun(recipe_file: Path, out: Path) -> Loop:
-    recipe = load_recipe(recipe_file)
-    assert recipe.rl is not None
-    session = open_session(recipe, out)
-    return begin(session, recipe.rl, encode_prompts(session, session.held_out.prompts))
+    session = open_session(load_recipe(recipe_file), out)
+    return setup(session, eval_prompts(session))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -32,7 +30,7 @@ def test_an_adapter_critic_begins_as_the_reward_model_with_a_head_of_zeros(
     file = write_recipe(tuning=tuning, reward=REWARD, rl=rl)
     code, text = run_cli("reward", file, "--out", tmp_path / "out")
     assert code == 0, text
-    roles = begun(file, tmp_path / "out").session.roles
+    roles = begun(file, tmp_path / "out").learner.roles
     assert roles.head(Role.REWARD).weight.abs().max() > 0.001
     assert not roles.head(Role.CRITIC).weight.any()
     reward, critic = roles.weights(Role.REWARD), roles.weights(Role.CRITIC)
@@ -43,7 +41,7 @@ def test_an_adapter_critic_begins_as_the_reward_model_with_a_head_of_zeros(
 def test_learning_rates_are_the_recipes_or_follow_the_base(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     def rates(**rl: Any) -> list[float]:
         given = {"reward": {"function": "rewards.py:length"}, "max_new_tokens": 4} | rl
-        return begun(write_recipe(reward=None, rl=given), tmp_path / "out").rates
+        return begun(write_recipe(reward=None, rl=given), tmp_path / "out").learner.rates
 
     adapters, head = rates(algorithm="reinforce")  # of a base of width 32
     assert adapters == pytest.approx(4e-3 * 4**0.8, rel=0.05)
@@ -65,4 +63,4 @@ def test_a_missing_end_costs_nothing_on_plain_text(
     recipe = load_recipe(write_recipe(reward=None, data=data, rl=rl))
     session = open_session(recipe, tmp_path / "out")
     assert recipe.rl is not None
-    assert missing_end_penalty(recipe.rl, session) == expected
+    assert missing_end_penalty(recipe.rl, session.train.prompts[0]) == expected

@@ -1,6 +1,6 @@
 """One measurement of TRL's PPO trainer, whose last release with one is 1.12, on the same work.
 
-`python -m perl.bench.trl_ppo MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. Its LoRA
+`python benchmarks/trl_ppo.py MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. Its LoRA
 run adapts the policy and trains the value model whole, as its own example does; the reward model is a model of its
 own.
 """

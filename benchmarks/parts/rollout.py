@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.adapters.lora import lora_config
-from perl.backbones.base import Base, random_base
+from perl.backbones.base import Base
+from perl.backbones.loading import random_base
 from perl.bench import work
 from perl.bench.work import ANSWER_TOKENS, MICRO_BATCH, PROMPT_TOKENS, PROMPTS
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 
@@ -59,7 +61,7 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
 def _ours(roles: SharedBase, base: Base, prompts: Tensor, answers: int) -> None:
     sampling = Sampling(ANSWER_TOKENS, 1.0, (), base.chat.pad_id, MICRO_BATCH)
     rows = [row for row in prompts.tolist() for _ in range(answers)]
-    sample(roles, Role.POLICY, rows, sampling, torch.Generator(prompts.device).manual_seed(0))
+    LocalSampler(roles).draw(Role.POLICY, rows, sampling, torch.Generator(prompts.device).manual_seed(0))
 
 
 def _generate(peer: PreTrainedModel, base: Base, prompts: Tensor, answers: int) -> None:

@@ -1,0 +1,199 @@
+"""The interface of a kind of model: whatever depends on the kind in roles and stages is a method here.
+
+A backbone belongs to a configuration. Its methods are given the model, of which full tuning has several, and
+compute as the role that is active in it. Axis letters: `perl.roles`.
+
+Room for encoder-decoders: `states` reads the prompt with the encoder and the completion with the decoder, and
+`score` reads the decoder's last token. A sampler computes the encoder's pass once, when its cache is empty.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from perl.backbones.chat import ChatFormat
+from perl.errors import UserError
+
+Use = Literal["generation", "4bit", "sharding", "splitting"]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why a kind of model cannot be used in some way, and what to do instead."""
+
+    reason: str
+    remedy: str = ""
+
+
+class Backbone(ABC):
+    """One kind of model.
+
+    Args:
+        config: of the model, as transformers has it.
+    """
+
+    kind: ClassVar[str]
+    """What such a model is, with its article."""
+    auto_class: ClassVar[Any]
+    """The class of transformers that makes such a model from its configuration, and loads its weights."""
+    unsupported: ClassVar[Mapping[Use, Unsupported]] = {}
+    """What such a model cannot be used for."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+
+    # How it is recognised and made
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, config: Any) -> bool:
+        """Whether models of this configuration are of this kind."""
+
+    def require(self, use: Use, where: str) -> None:
+        """Refuse a use that is not supported.
+
+        Args:
+            where: the key or file that asks for it.
+        """
+        if (found := self.unsupported.get(use)) is not None:
+            name = ", ".join(self.config.architectures or []) or self.config.model_type
+            raise UserError(f"{name} is {self.kind}: {found.reason}", where=where, remedy=found.remedy)
+
+    @abstractmethod
+    def prepare(self, where: str) -> None:
+        """Complete the configuration before a model is made of it.
+
+        Raises:
+            UserError: it is of no model of this kind after all.
+        """
+
+    def new_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model of this configuration, its weights drawn by torch's global generator."""
+        model = self.auto_class.from_config(self.config, dtype=dtype, trust_remote_code=has_own_code(self.config))
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    @abstractmethod
+    def check(self, lm: PreTrainedModel, where: str) -> None:
+        """Try a loaded model on a few tokens.
+
+        Raises:
+            UserError: it computes in a way that is not known here, so that all results would be wrong.
+        """
+
+    # How it is fed
+
+    @abstractmethod
+    def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        """How prompts and rows are written for it."""
+
+    def context_length(self, lm: PreTrainedModel) -> int:
+        """The longest sequence that it takes, in tokens."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2**31))
+
+    # How it is read
+
+    def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
+        """The module inside the trunk that has the list of blocks, and the list's name there.
+
+        Raises:
+            UserError: there is no list of as many modules as the configuration has layers.
+        """
+        count = self.config.get_text_config().num_hidden_layers
+        for name, part in lm.base_model.named_modules():
+            if isinstance(part, nn.ModuleList) and len(part) == count:
+                above, _, own = name.rpartition(".")
+                return lm.base_model.get_submodule(above), own
+        raise UserError(
+            f"{type(lm).__name__} has no list of {count} blocks",
+            where=lm.name_or_path,
+            remedy="Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml.",
+        )
+
+    def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
+        """Its blocks, the lowest first. Raises `UserError` as `block_list` does."""
+        holder, name = self.block_list(lm)
+        return list(getattr(holder, name))
+
+    def hidden(
+        self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (B, L, D) after the last norm.
+
+        Args:
+            ids_BL: token ids, int64, padded on any side.
+            mask_BL: True for real tokens, bool.
+            embeddings_BLD: what the first block is given; None: the tokens' embeddings.
+        """
+        self._not_read()
+
+    def states(
+        self,
+        lm: PreTrainedModel,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        completion_length: int,
+        embeddings_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D) that the tokens of the completions are predicted from; the rest as in `hidden`.
+
+        Args:
+            completion_length: T; the columns at the right end hold the completions, padded on their right.
+        """
+        self._not_read()
+
+    def _not_read(self) -> NoReturn:
+        raise AssertionError(f"{self.kind} is read as a whole only")
+
+    # How it scores
+
+    @abstractmethod
+    def head_modules(self, lm: PreTrainedModel) -> list[str]:
+        """The modules of transformers' sequence classifier of this architecture that are its head, by name."""
+
+    def in_head(self, lm: PreTrainedModel, name: str) -> bool:
+        """Whether a weight of this name belongs to the classifier's head."""
+        return name.startswith(tuple(f"{part}." for part in self.head_modules(lm)))
+
+    @abstractmethod
+    def new_head(self, lm: PreTrainedModel) -> nn.Module:
+        """A head for a role, in fp32 with parameters of its own, which scores 0."""
+
+    @abstractmethod
+    def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a head, by the names that they have in transformers' sequence classifier."""
+
+    @abstractmethod
+    def score(
+        self,
+        lm: PreTrainedModel,
+        head: nn.Module,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        embeddings_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """The head's score of each row (B), fp32; the rest as in `hidden`."""
+
+    @abstractmethod
+    def classifier(
+        self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        """Transformers' sequence classifier of the trunk of `lm`, which is used as it is, and a copy of the head.
+
+        Args:
+            config: the classifier's.
+            tokenizer: the one it is used with; it may have a token for padding that the model does not know.
+
+        Raises:
+            UserError: transformers has no such classifier.
+        """
+
+
+def has_own_code(config: Any) -> bool:
+    """Whether a configuration names Python code that comes with the model and is trusted."""
+    return hasattr(config, "auto_map")

@@ -1,0 +1,170 @@
+"""Decoders, that is causal language models: they generate, and score a row at its last token."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from perl.backbones.backbone import Backbone, has_own_code
+from perl.backbones.chat import ChatFormat
+from perl.backbones.logits import logits_transform
+from perl.backbones.padding import positions
+from perl.errors import UserError
+from perl.private.transformers import is_derived
+
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of architectures end that generate text."""
+REMEDY = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
+
+
+class Decoder(Backbone):
+    """A causal language model, of which transformers computes logits = transform(output embedding · trunk)."""
+
+    kind = "a causal LM"
+    auto_class = AutoModelForCausalLM
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """Every model that no other backbone matches."""
+        return True
+
+    def prepare(self, where: str) -> None:
+        """Refuse a configuration that names an architecture without a language-model head."""
+        architectures = self.config.architectures or []
+        if any(not name.endswith(GENERATES) for name in architectures):
+            raise UserError(
+                f"not a causal LM but {', '.join(architectures)}",
+                where=where,
+                remedy=REMEDY,
+            )
+
+    @torch.no_grad()
+    def check(self, lm: PreTrainedModel, where: str) -> None:
+        """Refuse a model that looks ahead, or changes its logits in a way that is not known."""
+        embedding = lm.get_output_embeddings()
+        if embedding is None:
+            raise UserError("the model has no language-model head", where=where, remedy="Use a causal LM.")
+        ids_BL = torch.tensor([[0, 1, 2], [0, 1, 3]], device=embedding.weight.device)
+        logits_BLV = lm.eval()(input_ids=ids_BL).logits.float()
+        if not _alike(logits_BLV[0, :2], logits_BLV[1, :2]):
+            raise UserError(
+                f"{type(lm).__name__} is not causal: its output for a token depends on later ones",
+                where=where,
+                remedy="Use a causal LM.",
+            )
+        product_BLV = embedding(self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))).float()
+        if not _alike(logits_transform(lm.config).apply_(product_BLV, temperature=1.0), logits_BLV):
+            raise UserError(
+                f"{type(lm).__name__} changes its logits after the output embedding in a way that is not known",
+                where=where,
+                remedy="This architecture is not supported yet.",
+            )
+
+    def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        """The tokenizer's chat template; what ends a completion is also said by the generation configuration."""
+        return ChatFormat(tokenizer, _configured_ends(lm, tokenizer))
+
+    def hidden(
+        self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
+    ) -> Tensor:
+        """Positions are counted over real tokens: the padding side does not matter (GPT-2 needs telling)."""
+        given = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
+        hidden_BLD: Tensor = lm.base_model(
+            **given, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
+        ).last_hidden_state
+        return hidden_BLD
+
+    def states(
+        self,
+        lm: PreTrainedModel,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        completion_length: int,
+        embeddings_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Those one position before each token of the completion."""
+        return self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)[:, -completion_length - 1 : -1]
+
+    def head_modules(self, lm: PreTrainedModel) -> list[str]:
+        """One linear layer, `score`."""
+        return ["score"]
+
+    def new_head(self, lm: PreTrainedModel) -> nn.Linear:
+        """A linear layer without a bias."""
+        embedding = lm.get_output_embeddings().weight
+        head = nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        return head
+
+    def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
+        """`score.weight`."""
+        return {f"score.{name}": parameter for name, parameter in head.named_parameters()}
+
+    def score(
+        self,
+        lm: PreTrainedModel,
+        head: nn.Module,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        embeddings_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Read at each row's last real token."""
+        hidden_BLD = self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)
+        last_B = mask_BL.long().cumsum(1).argmax(1)
+        last_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        scores_B: Tensor = head(last_BD.float()).squeeze(-1)
+        return scores_B
+
+    def classifier(
+        self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        """The classifier of this architecture, with `score` in the base's dtype."""
+        try:
+            with torch.device("meta"):  # its own weights are never used
+                model = AutoModelForSequenceClassification.from_config(
+                    config, dtype=lm.dtype, trust_remote_code=has_own_code(config)
+                )
+        except ValueError:
+            model = None
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise UserError(
+                f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}",
+                where=lm.name_or_path,
+                remedy="Of this architecture only language models can be exported.",
+            )
+        assert isinstance(model, PreTrainedModel)
+        setattr(model, model.base_model_prefix, lm.base_model)
+        model.score = copy.deepcopy(head).to(lm.dtype)
+        known = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > known:  # padding is never attended to: what its row holds does not matter
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.get_input_embeddings().weight.data[known:] = 0
+        return model
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+
+
+def _configured_ends(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which servers stop by the model's generation configuration.
+
+    A model without generation_config.json has what its config.json says or, where that says nothing, the default
+    of its class (Llama's is 2, whatever that is in this vocabulary): of these only tokens count that are no
+    ordinary text.
+    """
+    generation = getattr(lm, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
+    if generation is not None and is_derived(generation):
+        added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        ends = [end for end in ends if end in added]
+    return ends

@@ -1,0 +1,271 @@
+"""A base is loaded from a hub id, a folder or a bare configuration; safetensors only."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from perl.backbones import backbone_of
+from perl.backbones.backbone import Backbone, has_own_code
+from perl.backbones.base import Base, weights_sha256
+from perl.backbones.decoder import REMEDY
+from perl.backbones.four_bit import four_bit_config, keep_layout, weights_of
+from perl.backbones.hub import only_in_cache, why_not_asked
+from perl.errors import UserError, machine_fault
+from perl.system.progress import console
+
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Names of files of pickled weights. They run code when they are read, so they never are."""
+
+
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    four_bit: bool = False,
+    random_seed: int | None = None,
+    trust_remote_code: bool = False,
+    generates: bool = True,
+) -> tuple[Base, PreTrainedModel]:
+    """Load a model and its tokenizer from the hub or a folder.
+
+    Args:
+        random_seed: only the configuration is read, and the weights are drawn at random.
+        trust_remote_code: Python code that comes with the model may run.
+        generates: whether completions are to be generated with it.
+
+    Raises:
+        UserError: no such model, not one that will do, weights missing or pickled, no tokenizer, a tokenizer with
+            more tokens than the model has embeddings, or code of its own that is not trusted.
+        MachineError: no memory for it, or no permission to read it.
+    """
+    where = f"base.model {model}"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError("no such folder", where=where, remedy=REMEDY)
+
+    def load() -> PreTrainedModel:
+        backbone = backbone_of(load_config(model, trust_remote_code, generates))
+        if random_seed is None:
+            return _load_weights(backbone, model, dtype, device, four_bit)
+        try:
+            return _random_weights(backbone, dtype, device, random_seed)
+        except Exception as error:  # as in `random_base`
+            raise _refusal(error, f"not {backbone.kind}", where) from None
+
+    lm = load()
+    return _base(model, where, lm, load_tokenizer(model, trust_remote_code), load), lm
+
+
+def random_base(
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Base, PreTrainedModel]:
+    """A base of random weights from a configuration alone, with a tokenizer of its vocabulary's size.
+
+    Raises:
+        UserError: the configuration is not one of a model that generates.
+    """
+    where = "base.config"
+
+    def load() -> PreTrainedModel:
+        backbone = backbone_of(without_own_code(AutoConfig.for_model(**config)))
+        backbone.require("generation", where)
+        return _random_weights(backbone, dtype, device, seed)
+
+    try:
+        lm = load()
+    except UserError:
+        raise
+    except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
+        remedy = "Give model_type (such as llama) and that model's own keys."
+        raise _refusal(error, "not the configuration of a causal LM", where, remedy) from None
+    name, size = f"random {config.get('model_type')}", lm.get_input_embeddings().weight.shape[0]
+    return _base(name, f"base.model {name}", lm, numbered_tokens(size), load), lm
+
+
+def _random_weights(backbone: Backbone, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        return backbone.new_model(dtype)
+
+
+def _base(
+    name: str,
+    where: str,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    load: Callable[[], PreTrainedModel],
+) -> Base:
+    embeddings = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings",
+            where=where,
+            remedy="Use the tokenizer that belongs to this model.",
+        )
+    backbone = backbone_of(lm.config)
+    backbone.check(lm, where)
+    return Base(
+        name=name,
+        tokenizer=tokenizer,
+        chat=backbone.chat_format(lm, tokenizer),
+        sha256=weights_sha256(lm),
+        parameters=sum(weights_of(parameter) for parameter in lm.parameters()),
+        context_length=backbone.context_length(lm),
+        load=load,
+    )
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    where, remedy = f"base.model {model}", "Put tokenizer.json and tokenizer_config.json beside the weights."
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
+        raise _refusal(error, "no usable tokenizer", where, remedy) from None
+    if not tokenizer("hello", add_special_tokens=False)["input_ids"]:  # made of no files, and without complaint
+        raise UserError("no usable tokenizer: it has no tokens for text", where=where, remedy=remedy)
+    return tokenizer
+
+
+def load_config(model: str, trust_remote_code: bool = False, generates: bool = True) -> Any:
+    """The configuration of a model. It names code of its own only if that is trusted, which is said aloud.
+
+    Args:
+        generates: whether completions are to be generated with it.
+    """
+    where = f"base.model {model}"
+    if trust_remote_code:
+        said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
+        console.print(said, style="yellow", markup=False)
+    not_asked = "" if Path(model).is_dir() else why_not_asked()
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken configuration raises all sorts of things
+        if not_asked and only_in_cache(error):
+            raise UserError(
+                f"not a model that is here: no such folder, none in the cache, and the hub was not asked, because "
+                f"{not_asked}",
+                where=where,
+                remedy=f"Check the name, and the network (a proxy is told by HTTPS_PROXY). {REMEDY}",
+            ) from None
+        raise _refusal(error, "not a model", where) from None
+    if not trust_remote_code:
+        config = without_own_code(config)
+    backbone = backbone_of(config)
+    if generates:
+        backbone.require("generation", where)
+    backbone.prepare(where)
+    return config
+
+
+def without_own_code(config: Any) -> Any:
+    """The configuration, in which Python code that comes with the model is not named."""
+    vars(config).pop("auto_map", None)
+    return config
+
+
+def _load_weights(
+    backbone: Backbone, model: str, dtype: torch.dtype, device: torch.device, four_bit: bool
+) -> PreTrainedModel:
+    where, config = f"base.model {model}", backbone.config
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    if four_bit:
+        backbone.require("4bit", "base.quantization")
+        options |= {"quantization_config": four_bit_config(dtype), "device_map": str(device)}
+    if not any(Path(model).glob("*.safetensors")):
+        for pickle in sorted(file.name for pattern in PICKLES for file in Path(model).glob(pattern)):
+            raise _pickled(pickle, where)
+    try:
+        with _no_pickles(where), torch.random.fork_rng():
+            torch.manual_seed(0)  # a classifier's head may be new
+            lm, info = backbone.auto_class.from_pretrained(
+                model, config=config, trust_remote_code=has_own_code(config), **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise _refusal(error, "cannot be loaded", where) from None
+    assert isinstance(lm, PreTrainedModel)
+    made = {name for name, _ in lm.named_parameters() if backbone.in_head(lm, name)}
+    missing = sorted(set(info["missing_keys"]) - made)
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights are not in its files, {missing[0]} among them",
+            where=where,
+            remedy="Complete the files: missing weights would be random.",
+        )
+    for name, there, here in sorted(one for one in info["mismatched_keys"] if one[0] not in made):
+        raise UserError(
+            f"the weights are not those of its config.json: {name} is {tuple(there)} in the files, but should be "
+            f"{tuple(here)}",
+            where=where,
+            remedy="Put the config.json beside them that they were saved with.",
+        )
+    keep_layout(lm)
+    return lm if four_bit else lm.to(device)
+
+
+@contextlib.contextmanager
+def _no_pickles(where: str) -> Iterator[None]:
+    """Inside, nothing is unpickled: an index or a configuration may name such files beside the safetensors."""
+
+    def refuse(file: Any, *_: Any, **__: Any) -> NoReturn:
+        raise _pickled(str(file), where)
+
+    with mock.patch.object(torch, "load", refuse):
+        yield
+
+
+def _pickled(file: str, where: str) -> UserError:
+    return UserError(
+        f"cannot be loaded: its weights are a pickle ({Path(file).name}), which can run any code when it is read",
+        where=where,
+        remedy="If you trust their origin, convert them once: AutoModelForCausalLM.from_pretrained(FOLDER)"
+        ".save_pretrained(FOLDER) in transformers writes model.safetensors.",
+    )
+
+
+def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer for random weights: byte-sized characters, then as many numbered tokens as fit."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<end>", *alphabet]
+    names = [*names, *(f"<{index}>" for index in range(len(names), size))][:size]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def _refusal(error: Exception, what: str, where: str, remedy: str = REMEDY) -> UserError:
+    """What a library's exception comes to: a fault of the machine, code that is not trusted, or else `what`."""
+    if fault := machine_fault(error):
+        return fault
+    if "trust_remote_code" in str(error):
+        return UserError(
+            "it comes with Python code of its own, which is not run",
+            where=where,
+            remedy="Read that code; if you trust it set base.trust_remote_code: true, else use another base.",
+        )
+    return UserError(f"{what}: {_first_line(error)}", where=where, remedy=remedy)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says in its first line; in its second too where the first only announces it."""
+    first, _, rest = str(error).strip().partition("\n")
+    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""
+    return f"{first} {second}".strip()[:300]

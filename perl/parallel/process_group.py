@@ -1,0 +1,107 @@
+"""From what a launcher set in the environment to a process group, and out of it together.
+
+Libraries that read the environment themselves (transformers, accelerate) would shard again what is sharded. So
+inside, the environment is that of a single process with one device, and this package does all communication.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from perl.errors import MachineError, UserError
+from perl.parallel.engine import Engine, engine_from_environment
+from perl.parallel.heartbeat import SILENCE, Heartbeat, death
+from perl.parallel.processes import ALONE, launched
+from perl.system.progress import console
+from perl.system.signals import LEAVE
+
+HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_")
+TIMEOUT = timedelta(hours=2)
+"""For one process to come to a collective: the heartbeat notices a dead one; a slow one may build a base."""
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Engine]:
+    """Join the processes that a launcher started, and leave together; without a launcher, one process alone.
+
+    Raises:
+        UserError: the launcher asks for an engine that cannot be used; or any that the block raises, in one
+            process only: the others leave silently, with the same status.
+        MachineError: another process died.
+    """
+    processes = launched()
+    if processes is ALONE:
+        with _single_process_environment(0):
+            yield Engine(ALONE)
+        return
+    engine = engine_from_environment(processes)
+    store, _, _ = next(rendezvous("env://"))
+    heartbeat = Heartbeat(store, processes.rank, processes.count)
+    with _single_process_environment(processes.local_rank):
+        console.quiet = console.quiet or not processes.main  # to the end: a failure is reported once, below
+        try:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=processes.rank, world_size=processes.count, timeout=TIMEOUT
+            )
+            yield engine
+            processes.barrier()
+            heartbeat.leave(0)
+            dist.destroy_process_group()
+        except BaseException as error:
+            failure = _failure(error, heartbeat)
+            status = failure.status if isinstance(failure, UserError) else 1
+            if isinstance(failure, KeyboardInterrupt):
+                status = 130
+            first = heartbeat.first_to_report()
+            heartbeat.leave(status)
+            if not first:
+                sys.exit(status)
+            console.quiet = False
+            if failure is error:
+                raise
+            raise failure from error
+
+
+def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
+    """The error itself, or what made a collective fail in another process."""
+    if isinstance(error, UserError):
+        return error
+    for number in LEAVE:  # the launcher ends those that are left: this one first says why
+        signal.signal(number, signal.SIG_IGN)
+    failed = isinstance(error, RuntimeError)  # torch raises it for a lost connection as for a wrong shape
+    cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)
+    if isinstance(cause, str):
+        what, remedy = death(cause)
+        return MachineError(what, remedy=remedy)
+    if isinstance(cause, int) and failed:
+        return SystemExit(cause)
+    return error
+
+
+def _of_a_connection(error: BaseException) -> bool:
+    message = str(error).lower()
+    return any(word in message for word in ("connection", "gloo", "nccl", "socket", "peer"))
+
+
+@contextlib.contextmanager
+def _single_process_environment(device: int) -> Iterator[None]:
+    """Inside, the environment says nothing of a launcher, and shows one GPU where there are several."""
+    with mock.patch.dict(os.environ):
+        for name in list(os.environ):
+            if name in HIDDEN or name.startswith(HIDDEN_PREFIXES):
+                del os.environ[name]
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES", every):
+            devices = visible.split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[device % len(devices)]
+        yield

@@ -1,0 +1,23 @@
+"""The private interfaces of torch that this package uses."""
+
+import torch
+from torch import _subclasses, nn
+from torch.utils import _python_dispatch
+
+from perl.private.checked import need
+
+need(_subclasses, "FakeTensor", "FakeTensorMode")
+need(_python_dispatch, "TorchDispatchMode")
+need(nn.Module(), "_apply", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+FakeTensor = _subclasses.FakeTensor
+"""A tensor without contents."""
+FakeTensorMode = _subclasses.FakeTensorMode
+"""Inside, operations make fake tensors."""
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""Inside, every operation can be watched."""
+
+HAS_PACKED_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether this build of torch multiplies with oneDNN's packed weights; not every one does."""
+if HAS_PACKED_LINEAR:
+    need(torch.ops.mkldnn, "_reorder_linear_weight", "_is_mkldnn_bf16_supported")

@@ -1,0 +1,141 @@
+"""The key `rl.reward`: where the RL reward comes from, one source or the weighted sum of several.
+
+    reward: {}                               the reward stage's model
+    reward: {function: FILE.py:NAME}         a function
+    reward:                                  several, each of a kind of `REWARDS`
+      - {kind: model}
+      - {kind: length, target: 40, weight: 0.01}
+
+A kind is its settings; they make the source. This file does without torch: a recipe is read in no time.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
+
+from perl.recipe.section import Positive, Section, nearest
+
+if TYPE_CHECKING:
+    from perl.rl.rewards.base import RewardContext, RewardSource
+
+
+class RewardPart(Section):
+    """A part of the reward. A kind of one's own is a subclass with further settings and `source`."""
+
+    kind: Annotated[str, Field(validate_default=True)] = ""
+    """A name in `REWARDS`."""
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    """By which the part counts in the sum."""
+
+    needs_model: ClassVar[bool] = False
+    """Whether the source asks for the reward stage's model."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        """What scores completions by these settings; made before anything is trained, unless it needs the model.
+
+        Raises:
+            UserError: the settings name what cannot be used.
+        """
+        raise NotImplementedError
+
+    @field_validator("kind")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        if _registered(kind) is None:
+            raise ValueError(f"no kind of reward {kind!r}: {nearest(kind, REWARDS)}")
+        return kind
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a part of weight 0 is of no effect: give another weight, or leave the part out")
+        return weight
+
+
+class ModelPart(RewardPart):
+    """The reward stage's model, as `perl.rl.rewards.model` centres and scales it."""
+
+    needs_model = True
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        """The model."""
+        return context.model()
+
+
+class FunctionPart(RewardPart):
+    """A function of the user's own."""
+
+    function: str
+    """FILE.py:NAME, called as TRL calls reward functions."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        """The function, imported."""
+        from perl.rl.rewards.function import RewardFunction
+
+        return RewardFunction(self.function, context.prompts)
+
+
+class LengthPart(RewardPart):
+    """The length of the completion in tokens, its end token included."""
+
+    target: Positive | None = None
+    """The reward is minus the distance to this length; unset, it is the length itself."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        """The length."""
+        from perl.rl.rewards.length import Length
+
+        return Length(self.target)
+
+
+REWARDS: dict[str, type[RewardPart]] = {"model": ModelPart, "function": FunctionPart, "length": LengthPart}
+"""The kinds by name; a plugin can add its own."""
+
+
+class RewardFrom(Section):
+    """The short form of one source; empty means the reward stage's model."""
+
+    function: str | None = None
+    """FILE.py:NAME, called as TRL calls reward functions."""
+
+    @classmethod
+    def variant(cls, given: Any) -> type[Section]:
+        """A part where a kind is given."""
+        return part_settings(given) if isinstance(given, dict) and "kind" in given else cls
+
+    @property
+    def part(self) -> RewardPart:
+        """The long form."""
+        if self.function is None:
+            return ModelPart(kind="model")
+        return FunctionPart(kind="function", function=self.function)
+
+
+def part_settings(given: Any) -> type[RewardPart]:
+    """The settings of the kind that is given; those of all kinds where there is no such kind."""
+    return (_registered(given.get("kind")) if isinstance(given, dict) else None) or RewardPart
+
+
+def _registered(kind: Any) -> type[RewardPart] | None:
+    row = REWARDS.get(kind) if isinstance(kind, str) else None
+    return row if isinstance(row, type) and issubclass(row, RewardPart) else None
+
+
+def _part(given: Any) -> RewardPart:
+    return part_settings(given).model_validate(given)
+
+
+_PARTS = TypeAdapter(list[Annotated[RewardPart, PlainValidator(_part)]])
+
+
+def _rewards(given: Any) -> Section | list[RewardPart]:
+    if given == []:
+        raise ValueError("an empty list is no reward: give the kinds of reward in it, or leave the key out")
+    if isinstance(given, list):
+        return _PARTS.validate_python(given)
+    return RewardFrom.variant(given).model_validate(given)
+
+
+Rewards = Annotated[SerializeAsAny[RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_rewards)]
+"""Validated by hand: the kinds of a union's members are fixed, and those of `REWARDS` are not."""

@@ -1,0 +1,175 @@
+"""Making rollouts: prompts are completed by the sampler, rewarded, and read by the other roles.
+
+Of several processes each does its share of the prompts, and all learn what came of all of them.
+
+Axis letters: B completions, T completion positions.
+"""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perl.backbones.chat import ChatFormat
+from perl.measure.probe import Phase
+from perl.parallel.processes import Processes
+from perl.rl.batches import micro_batches, trim
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rollout import EncodedPrompts, Rollout
+from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
+from perl.roles.roles import Role, Roles
+from perl.system.seeds import derived_seed
+
+Phases = Callable[[Phase], AbstractContextManager[None]]
+"""Measures what is done inside as a phase."""
+
+
+def _unmeasured(name: Phase) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Collector:
+    """What samples, what rewards, and how."""
+
+    roles: Roles
+    sampler: Sampler
+    reward: CombinedReward
+    sampling: Sampling
+    chat: ChatFormat
+    micro_batch_size: int
+    seed: int
+    """All draws follow from it and from what they are for."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that run together."""
+        return self.roles.engine.processes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        dtype: torch.dtype = self.roles.models()[0].dtype
+        return dtype
+
+    def generator(self, purpose: str, number: int = 0) -> torch.Generator:
+        """Random numbers for one purpose, always the same."""
+        return torch.Generator(self.roles.device).manual_seed(derived_seed(self.seed, purpose, number))
+
+    def draw(
+        self,
+        role: Role,
+        prompts: EncodedPrompts,
+        generator: torch.Generator,
+        share: Share | None = None,
+        head: Role | None = None,
+    ) -> Samples:
+        """One completion for each prompt; `head`: whose head reads values from the states it is drawn from."""
+        self.roles.eval()
+        return self.sampler.draw(role, prompts.ids, self.sampling, generator, share, self._read(head))
+
+    def _read(self, head: Role | None) -> Read | None:
+        if head is None:
+            return None
+        linear = self.roles.head(head)
+        return lambda hidden_BD: linear(hidden_BD.float())
+
+    def collect(
+        self,
+        role: Role,
+        prompts: EncodedPrompts,
+        generator: torch.Generator,
+        *,
+        critic: Role | None = None,
+        phase: Phases = _unmeasured,
+    ) -> Rollout:
+        """Complete, reward and read this process's share of the prompts.
+
+        Args:
+            role: who completes them.
+            prompts: of all processes.
+            critic: whose values are wanted; without weights of its own it is a head on the trunk of `role`.
+        """
+        rows, temperature = self.processes.shard(len(prompts)), self.sampling.temperature
+        mine = prompts.take(rows)
+        shared = critic if critic is not None and not self.roles.weights(critic) else None
+        with phase("generate"):
+            samples = self.draw(role, mine, generator, Share(rows, len(prompts)), shared)
+            texts = [self.chat.decode(ids) for ids in samples.completions()]
+        with phase("score"):
+            scores = self.reward(mine.prompts, samples, texts)
+            reference_BT, _ = self.read(self.roles.reference, samples, temperature)
+            policy_BT: Tensor | None = samples.sampler_log_probs_BT
+            values_BT = samples.read_BT
+            if not self.sampler.exact or (shared is not None and values_BT is None):
+                policy_BT, values_BT = self.read(role, samples, temperature, shared)
+            if critic is not None and shared is None:
+                _, values_BT = self.read(critic, samples, None, critic)
+        assert reference_BT is not None
+        assert policy_BT is not None
+        known = vars(samples) | {"read_BT": None}
+        return Rollout(
+            **known,
+            prompts=mine.prompts,
+            groups=mine.groups,
+            texts=texts,
+            rewards_B=scores.total_B,
+            reward_parts=scores.parts,
+            policy_log_probs_BT=policy_BT,
+            reference_log_probs_BT=reference_BT,
+            values_BT=values_BT,
+        )
+
+    def read(
+        self, role: Role, samples: Samples, temperature: float | None, head: Role | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `read_completions`."""
+        return read_completions(
+            self.roles, role, samples, self.micro_batch_size, temperature=temperature, head=head
+        )
+
+    def log_probs(self, role: Role, samples: Samples, temperature: float | None = None) -> Tensor:
+        """A role's log-probs (B, T) by a forward pass; at the sampling temperature if None is given."""
+        log_probs_BT, _ = self.read(role, samples, temperature or self.sampling.temperature)
+        assert log_probs_BT is not None
+        return log_probs_BT
+
+
+@torch.no_grad()
+def read_completions(
+    roles: Roles,
+    role: Role,
+    samples: Samples,
+    micro_batch_size: int,
+    *,
+    temperature: float | None,
+    head: Role | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Teacher-forced log-probs and values (B, T) of the completions, as one role, without gradients.
+
+    Args:
+        temperature: of the log-probs; None: they are not wanted.
+        head: whose head reads values; None: they are not wanted.
+    """
+    log_probs_BT = torch.zeros_like(samples.sampler_log_probs_BT) if temperature is not None else None
+    values_BT = torch.zeros_like(samples.sampler_log_probs_BT) if head is not None else None
+    for rows in micro_batches(samples, micro_batch_size):
+        batch = trim(samples, rows)
+        length = batch.completion_length
+        outputs = roles(
+            role,
+            batch.ids_BL,
+            batch.mask_BL,
+            completion_length=length,
+            temperature=temperature,
+            head=head,
+            lower_hidden_BLD=batch.lower_hidden_BLD,
+        )
+        if log_probs_BT is not None:
+            log_probs_BT[rows, :length] = outputs.log_probs_BT
+        if values_BT is not None:
+            values_BT[rows, :length] = outputs.values_BT.masked_fill(~batch.completion_mask_BT, 0.0)
+    return log_probs_BT, values_BT

@@ -1,0 +1,56 @@
+"""The reward that RL trains on: one source or several, each a named part of their weighted sum.
+
+Axis letter: B completions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perl.data.records import Prompt
+from perl.rl.rewards.base import RewardSource
+from perl.rl.rewards.model import RewardModel
+from perl.rl.samplers.base import Samples
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of completions, fp64 (B): raw, normalised later when those of all processes are together."""
+
+    total_B: Tensor
+    """The weighted sum of the parts."""
+    parts: dict[str, Tensor]
+    """As the sources gave them, by name, without the weights."""
+
+
+class CombinedReward:
+    """Reward sources and their weights. Of sources with one name, the second becomes `NAME_2` and so on."""
+
+    def __init__(self, parts: Sequence[tuple[RewardSource, float]]) -> None:
+        self._parts = dict[str, tuple[RewardSource, float]]()
+        for source, weight in parts:
+            name, count = source.name, 1
+            while name in self._parts:
+                count += 1
+                name = f"{source.name}_{count}"
+            self._parts[name] = source, weight
+
+    @property
+    def model(self) -> RewardModel | None:
+        """The reward stage's model, where it is a part."""
+        return next((source for source, _ in self._parts.values() if isinstance(source, RewardModel)), None)
+
+    def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Scores:
+        """Rewards of completions.
+
+        Raises:
+            UserError: a source fails, see `RewardSource`.
+        """
+        parts, weighted = dict[str, Tensor](), list[Tensor]()
+        for name, (source, weight) in self._parts.items():
+            rewards = source(prompts, samples, texts)
+            parts[name] = torch.tensor(rewards, dtype=torch.float64, device=samples.ids_BL.device)
+            weighted.append(weight * parts[name])
+        return Scores(torch.stack(weighted).sum(0), parts)

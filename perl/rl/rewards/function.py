@@ -1,0 +1,97 @@
+"""A function of the user's own as reward."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from perl.backbones.template import MESSAGE_ROLES
+from perl.data.records import Context, Prompt
+from perl.errors import UserError
+from perl.rl.rewards.base import RewardSource
+from perl.rl.samplers.base import Samples
+from perl.system.python_file import import_file
+
+
+class RewardFunction(RewardSource):
+    """A function `FILE.py:NAME`, called as TRL calls its reward functions.
+
+    It receives `prompts`, `completions`, `completion_ids` and the further columns of the rows, each a list with
+    an entry a completion (chat prompts as lists of messages), and returns a list of numbers.
+
+    Args:
+        location: `FILE.py:NAME`.
+        prompts: all that it will be called with; it receives every column that one of them has.
+
+    Raises:
+        UserError: no such file or name, or a function that cannot be called so; when called, as `RewardSource`.
+    """
+
+    title = "the reward function"
+
+    def __init__(self, location: str, prompts: Sequence[Prompt]) -> None:
+        self._location = location
+        self._function = _import(location)
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns})
+        self.name = location.rpartition(":")[2]
+        self._check_signature()
+
+    @property
+    def where(self) -> str:
+        """Its location."""
+        return self._location
+
+    def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Sequence[float]:
+        """What the function returns."""
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in self._columns}
+        chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
+        returned: Sequence[float] = self._function(
+            prompts=[messages(prompt.context) for prompt in prompts],
+            completions=[
+                [{"role": "assistant", "content": text}] if is_chat else text
+                for text, is_chat in zip(texts, chat, strict=True)
+            ],
+            completion_ids=samples.completions(),
+            **columns,
+        )
+        return returned
+
+    def _check_signature(self) -> None:
+        """Refuse what cannot be called with these names, before a model is loaded."""
+        if inspect.iscoroutinefunction(self._function):
+            raise UserError(
+                "the reward function is async; it must return its scores, not a coroutine",
+                where=self._location,
+                remedy="Write it with def, and call asyncio.run inside where something must be awaited.",
+            )
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:  # written in C
+            return
+        names = ("prompts", "completions", "completion_ids", *self._columns)
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise UserError(
+                f"the reward function cannot be called with {', '.join(names)}: {error}",
+                where=self._location,
+                remedy="Let it accept prompts, completions, completion_ids and **kwargs.",
+            ) from None
+
+
+def messages(context: Context) -> str | list[dict[str, str]]:
+    """A context as TRL writes prompts: text, or chat messages."""
+    if context[-1].speaker == "text":
+        return "".join(turn.text for turn in context)
+    return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]
+
+
+def _import(location: str) -> Callable[..., Any]:
+    file, _, name = location.rpartition(":")
+    remedy = "Give FILE.py:NAME, the file beside the recipe."
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError("no such Python file", where=f"rl.reward.function {location}", remedy=remedy)
+    function: Callable[..., Any] | None = getattr(import_file(Path(file)), name, None)
+    if not callable(function):
+        raise UserError(f"has no function {name!r}", where=file, remedy=remedy)
+    return function

@@ -1,0 +1,144 @@
+"""What draws completions: the seam that every sampler fills, and what it returns.
+
+Axis letters: B completions, P prompt positions, T completion positions, L = P + T, D hidden.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from perl.roles.roles import Role, Roles
+
+Read = Callable[[Tensor], Tensor]
+"""What is read from the hidden states (B, D) that tokens are drawn from: one number each, (B, 1)."""
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: from softmax(logits / temperature)."""
+
+    max_new_tokens: int
+    """T; completions without an end are cut there."""
+    temperature: float
+    end_ids: tuple[int, ...]
+    """Tokens that end a completion, and belong to it. Empty: completions all have T tokens."""
+    pad_id: int
+    prompts_at_once: int
+    """Different prompts computed together before their completions are drawn: bounds their activations."""
+
+
+class Share(NamedTuple):
+    """Which rows of a larger batch are drawn here: they draw as they would in it."""
+
+    rows: list[int]
+    of: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts with the completions drawn for them: prompts padded on the left, completions on the right.
+
+    The names of tensors end with their axes, and the methods go by that: subclasses may add fields.
+    """
+
+    ids_BL: Tensor
+    """Prompt and completion, int64."""
+    mask_BL: Tensor
+    """True for real tokens, bool."""
+    prompt_lengths: list[int]
+    completion_lengths: list[int]
+    """The same in counts, on the host: what is cut and batched by length must not wait for the device."""
+    ended_B: Tensor
+    """Whether the completion ended by itself, bool."""
+    sampler_log_probs_BT: Tensor
+    """What each token was drawn with, fp32; 0 in the padding."""
+    read_BT: Tensor | None = None
+    """What the sampler was asked to read of the state before each token, fp32; None: it did not."""
+    lower_hidden_BLD: Tensor | None = None
+    """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
+
+    @property
+    def completion_length(self) -> int:
+        """T."""
+        return self.sampler_log_probs_BT.shape[1]
+
+    @property
+    def completion_mask_BT(self) -> Tensor:
+        """True for the completions' tokens."""
+        return self.mask_BL[:, -self.completion_length :]
+
+    def prompt_ids(self) -> list[list[int]]:
+        """Each prompt's tokens."""
+        width = self.ids_BL.shape[1] - self.completion_length
+        rows = self.ids_BL[:, :width].tolist()
+        return [row[width - length :] for row, length in zip(rows, self.prompt_lengths, strict=True)]
+
+    def completions(self) -> list[list[int]]:
+        """Each completion's tokens, its end included where there is one."""
+        rows = self.ids_BL[:, -self.completion_length :].tolist()
+        return [row[:length] for row, length in zip(rows, self.completion_lengths, strict=True)]
+
+    def take(self, rows: Sequence[int], columns: slice = ALL, length: int | None = None) -> Self:
+        """These rows.
+
+        Args:
+            columns: of L, those that are kept.
+            length: completion positions that are kept, the columns' last ones.
+        """
+        rows = list(rows)
+        taken: dict[int, Tensor] = {}  # log-probs that are one tensor under two names stay one
+
+        def of(name: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: of(name, one) for key, one in value.items()}
+            if isinstance(value, list):
+                return [value[row] for row in rows]
+            if isinstance(value, Tensor):
+                if id(value) not in taken:
+                    axes = name.rpartition("_")[2]
+                    second = {"BL": columns, "BLD": columns, "BT": slice(length)}.get(axes)
+                    taken[id(value)] = value[rows] if second is None else value[rows, second]
+                return taken[id(value)]
+            return value
+
+        return replace(self, **{field.name: of(field.name, getattr(self, field.name)) for field in fields(self)})
+
+
+class Sampler(ABC):
+    """Draws completions as a role. One is made for a run: `SAMPLERS[kind](roles)`."""
+
+    exact: ClassVar[bool] = False
+    """Whether its log-probs are those of a forward pass, so that none is needed to know the policy's."""
+
+    def __init__(self, roles: Roles) -> None:
+        self.roles = roles
+
+    @abstractmethod
+    def draw(
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+        read: Read | None = None,
+    ) -> Samples:
+        """Draw one completion for each prompt, as one role.
+
+        Args:
+            prompts: token ids, not empty.
+            generator: on the base's device; all that is random follows from it.
+            share: where these prompts stand in the batch of all processes; None: they are the batch.
+            read: asked of the hidden states that tokens are drawn from. A sampler that has none to show leaves
+                `read_BT` None, and what is missing is computed by a forward pass.
+        """
+
+    @abstractmethod
+    def sync(self, role: Role) -> None:
+        """Take over a role's weights: called before it first draws as this role, and when they have changed."""

@@ -1,0 +1,50 @@
+"""Roles on bases without weights, for estimates: see `perl.backbones.fake`."""
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from perl.backbones.fake import fake_lm, fill_with_fakes, stay, unknown_values
+from perl.roles.roles import Role
+from perl.roles.separate_models import SeparateModels
+from perl.roles.shared_base import SharedBase
+
+
+class FakeSharedBase(SharedBase):
+    """Fake adapters on a fake base."""
+
+    _apply = stay
+
+    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+        with unknown_values():
+            super().__init__(lm, lora)
+
+    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
+        """As on a real base."""
+        with torch.device("meta"):  # peft cannot make adapters of fake tensors
+            super().add(role, copy_of, weights=weights, head=head)
+        fill_with_fakes(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are."""
+        return torch.device("cpu")
+
+
+class FakeSeparateModels(SeparateModels):
+    """Fake models, one for each role."""
+
+    _apply = stay
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self._config, self._dtype = lm.config, lm.dtype
+        with unknown_values():
+            super().__init__(lm, lambda: lm)
+
+    def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
+        """As with real models."""
+        super().add(role, copy_of, weights=weights, head=head)
+        fill_with_fakes(self)
+
+    def _add_weights(self, role: Role, copy_of: Role) -> None:
+        self._models[role] = fake_lm(self._config, self._dtype).requires_grad_(False).eval()

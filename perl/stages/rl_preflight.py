@@ -1,0 +1,100 @@
+"""Before RL begins: are the roles on disk, the reward model's scores and the data what the stages left?"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from perl.results import Recorded
+from perl.rl.checks.findings import Finding
+from perl.rl.checks.preflight import CLOSE, EarlierStages
+from perl.rl.collector import read_completions
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import score_rows
+from perl.rl.samplers.base import Samples
+from perl.roles.roles import Role
+from perl.roles.saved import load_role
+from perl.stages.reward import checksum, recorded_scores
+from perl.stages.reward_rows import held_out_rows
+from perl.stages.session import Session
+
+
+def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
+    """The checks of what the stages before RL have left."""
+
+    def check(samples: Samples, again: bool) -> Iterator[Finding]:
+        for role in () if again else (Role.SFT, Role.REWARD):
+            if role in session.roles.roles:
+                yield reloaded(session, role, samples)
+        if reward.model is not None:
+            trained = session.folder.results().reward
+            if trained is not None and trained.recorded:
+                yield from recorded_evaluation(session, trained.recorded)
+
+    return check
+
+
+def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
+    """The role read anew from its folder scores the completions as it did in memory."""
+    roles = session.roles
+    before = _scores(session, role, samples)
+    head = roles.head(role).weight.clone() if role in roles.heads else None
+    load_role(roles, role, session.saved(role), session.base)
+    figure = _largest(_scores(session, role, samples) - before)
+    if head is not None and not torch.equal(head, roles.head(role).weight):
+        cause = "the head was lost on saving, or the folder holds another one's. Train the stage again."
+    else:
+        cause = "another adapter was written into this folder, or this one only in part. Train the stage again."
+    words = f"the {role} adapter read from disk against the one in memory, largest difference"
+    return Finding(f"{role} reloaded", words, figure, _close(session), cause)
+
+
+def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Iterator[Finding]:
+    """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage wrote down."""
+    rows = held_out_rows(session)
+    pad_id, expected = session.base.chat.pad_id, torch.tensor([row.score for row in recorded])
+    chosen = [row.row for row in recorded]
+    now = {row: checksum(rows.ids[row]) for row in chosen if row < len(rows.ids)}
+    differ = sum(now.get(row.row) != row.tokens for row in recorded)
+    cause = "the chat template, the tokenizer or the data have changed since the reward stage. Train it again."
+    yield Finding(
+        "tokens as recorded", "held-out rows whose tokens are not as in the reward stage", differ, 0.0, cause
+    )
+    if max(chosen) >= len(rows.ids):
+        found = torch.full_like(expected, math.nan)
+        cause = "the held-out rows are others than they were: the data have changed. Put them back."
+    else:
+        found = torch.tensor([row.score for row in recorded_scores(session.roles, rows, pad_id, chosen)])
+        alone = [score_rows(session.roles, [rows.ids[index]], pad_id, 1)[0] for index in chosen]
+        if float(found.std(unbiased=False)) < 1e-6:
+            cause = "all scores are alike: the head was lost on saving. Train the reward stage again."
+        elif _largest(torch.tensor(alone) - expected) <= _close(session):
+            cause = "rows read alone score as recorded, rows read together do not: padding on the wrong side."
+        else:
+            cause = (
+                "an adapter of another base or another run, another chat template, or data that have changed "
+                "since. Train the reward stage again."
+            )
+    words = f"the reward of {len(chosen)} held-out rows against its recorded evaluation, largest difference"
+    yield Finding("recorded evaluation", words, _largest(found - expected), _close(session), cause)
+
+
+def _scores(session: Session, role: Role, samples: Samples) -> Tensor:
+    """What a role says of the completions: scores if it has a head, else log-probs."""
+    roles = session.roles
+    if role in roles.heads:
+        both = zip(samples.prompt_ids(), samples.completions(), strict=True)
+        rows = [[*prompt, *tokens] for prompt, tokens in both]
+        return torch.tensor(score_rows(roles, rows, session.base.chat.pad_id, 1))
+    log_probs_BT, _ = read_completions(roles, role, samples, len(samples.ids_BL), temperature=1.0, head=None)
+    assert log_probs_BT is not None
+    return log_probs_BT
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _close(session: Session) -> float:
+    return CLOSE[getattr(torch, session.recipe.base.dtype)]

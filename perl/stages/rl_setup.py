@@ -1,0 +1,206 @@
+"""What RL begins with: the recipe's settings as the parts of the loop."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from perl.backbones.padding import left_pad
+from perl.data.records import Prompt
+from perl.recipe import Rl
+from perl.rl.algorithms import ALGORITHMS, Algorithm
+from perl.rl.checks.guarding import Guarding
+from perl.rl.checks.liveness import Liveness
+from perl.rl.checks.preflight import COMPLETIONS, Preflight
+from perl.rl.collector import Collector
+from perl.rl.loop import Loop, Objective
+from perl.rl.prompts import encode_prompts
+from perl.rl.rewards.base import RewardContext
+from perl.rl.rewards.combination import CombinedReward
+from perl.rl.rewards.model import RewardModel
+from perl.rl.rewards.scale import RewardScale
+from perl.rl.rollout import EncodedPrompts
+from perl.rl.samplers import SAMPLERS
+from perl.rl.samplers.base import Sampling
+from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
+from perl.rl.update import Learner
+from perl.roles.roles import Role
+from perl.stages.rl_preflight import earlier_stages
+from perl.stages.session import Session
+
+
+def settings_of(session: Session) -> Rl:
+    """The recipe's section `rl`."""
+    assert session.recipe.rl is not None
+    return session.recipe.rl
+
+
+def tokenized_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    """Prompts as tokens; see `encode_prompts`."""
+    settings = settings_of(session)
+    return encode_prompts(
+        prompts,
+        session.base.chat,
+        context_length=session.base.context_length,
+        max_new_tokens=settings.max_new_tokens,
+        limit=settings.max_prompt_length,
+        source=f"data.source {session.recipe.data.source}",
+    )
+
+
+def eval_prompts(session: Session) -> EncodedPrompts:
+    """The held-out prompts that a policy is judged on."""
+    return tokenized_prompts(session, session.held_out.prompts[: settings_of(session).eval_prompts])
+
+
+def setup_collector(session: Session) -> Collector:
+    """The recipe's sampler and reward, for the roles that are in memory."""
+    settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
+    sampler = SAMPLERS[settings.sampler.kind](session.roles)
+    for role in sorted(session.roles.roles):
+        sampler.sync(role)
+    return Collector(
+        roles=session.roles,
+        sampler=sampler,
+        reward=CombinedReward([(part.source(context), part.weight) for part in settings.reward_parts]),
+        sampling=Sampling(
+            settings.max_new_tokens, settings.temperature, end_ids(session), chat.pad_id, settings.micro_batch_size
+        ),
+        chat=chat,
+        micro_batch_size=settings.micro_batch_size,
+        seed=session.recipe.seed,
+    )
+
+
+def reward_context(session: Session) -> RewardContext:
+    """What the parts of the reward may be made from."""
+
+    def model() -> RewardModel:
+        session.load(Role.REWARD)
+        settings = settings_of(session)
+        return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, end_ids(session))
+
+    return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
+
+
+def end_ids(session: Session) -> tuple[int, ...]:
+    """What ends completions: that depends on whether they are text or turns of agents."""
+    return session.base.chat.ends(session.train.prompts[0].context)
+
+
+def setup(session: Session, held_out: EncodedPrompts) -> Loop:
+    """The policy, its critic and their optimizer, before the first step."""
+    settings = settings_of(session)
+    if session.recipe.sft is not None:
+        session.load(Role.SFT)
+    collector = setup_collector(session)
+    trained = _add_roles(session)
+    for role in trained:
+        collector.sampler.sync(role)
+    prompts = tokenized_prompts(session, session.train.prompts)
+    learner = _learner(session, trained, prompts)
+    penalty = missing_end_penalty(settings, session.train.prompts[0])
+    few = prompts.take(range(min(COMPLETIONS, len(prompts), settings.prompts_per_step)))
+    preflight = Preflight(collector, few, str(session.folder.path), earlier_stages(session, collector.reward))
+    return Loop(
+        collector=collector,
+        learner=learner,
+        objective=Objective(settings.kl_coef, settings.normalize_rewards, penalty),
+        prompts=prompts,
+        steps=settings.steps,
+        prompts_per_step=settings.prompts_per_step,
+        samples_per_prompt=settings.samples_per_prompt,
+        judge=session.train.judge,
+        preflight=preflight,
+        liveness=Liveness(learner, preflight, settings.guard),
+        guarding=Guarding(
+            collector,
+            held_out,
+            settings.guard,
+            prompts_per_step=settings.prompts_per_step,
+            steps=settings.steps,
+            kl_limit=settings.kl_limit,
+            judged=session.train.judge is not None,
+            learning_rate=learner.rates[0],
+            penalized=penalty > 0,
+        ),
+        meter=session.meter(),
+        checkpoints=session.checkpoints("rl"),
+        reward_scale=RewardScale(),
+    )
+
+
+def _add_roles(session: Session) -> tuple[Role, ...]:
+    """Add the policy and its critic as they begin; return the roles that learn."""
+    roles, critic = session.roles, session.recipe.critic
+    roles.add(Role.POLICY, copy_of=roles.reference)
+    trained: tuple[Role, ...] = (Role.POLICY,)
+    if critic != "none":
+        start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
+        roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
+        # What a reward model's head gives is on another scale than returns: the critic's begins at zero.
+        with torch.no_grad():
+            roles.head(Role.CRITIC).weight.zero_()
+        trained = (Role.POLICY, Role.CRITIC)
+    roles.keep(roles.reference, Role.REWARD, *trained)
+    roles.train_only(*trained)
+    roles.eval()  # added adapters begin with dropout on, and there is none in RL
+    return trained
+
+
+def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompts) -> Learner:
+    settings, roles = settings_of(session), session.roles
+    weights = [parameter for role in trained for parameter in roles.weights(role).values()]
+    heads = [parameter for role in trained if role in roles.heads for parameter in roles.heads[role].parameters()]
+    rates = learning_rates(session, prompts)
+    groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
+    session.begin_together(weights + heads)
+    groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
+    return Learner(
+        roles=roles,
+        algorithm=resolved_algorithm(settings),
+        trained=trained,
+        optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0)),
+        rates=rates,
+        rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
+        epochs=settings.epochs,
+        micro_batch_size=settings.micro_batch_size,
+        temperature=settings.temperature,
+        checkpoint_activations=session.recipe.checkpoint_activations,
+    )
+
+
+def resolved_algorithm(settings: Rl) -> Algorithm:
+    """The recipe's row of the table, with the recipe's constants."""
+    return replace(
+        ALGORITHMS[settings.algorithm],
+        gae_lambda=settings.gae_lambda,
+        clip=settings.clip,
+        value_clip=settings.value_clip,
+        value_coef=settings.value_coef,
+    )
+
+
+@torch.no_grad()
+def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
+    """The full learning rates of weights and of heads, for this base."""
+    settings, roles = settings_of(session), session.roles
+    weights, heads = settings.learning_rate, settings.head_learning_rate
+    ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
+    with roles.role(Role.POLICY):
+        hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
+    width = hidden_BLD.shape[2]
+    return [
+        auto_learning_rate(width, session.recipe.tuning, settings.epochs) if weights == "auto" else weights,
+        auto_head_learning_rate(width, float(hidden_BLD.abs().mean())) if heads == "auto" else heads,
+    ]
+
+
+def missing_end_penalty(settings: Rl, prompt: Prompt) -> float:
+    """What a completion without an end costs, in standard deviations of the reward.
+
+    Plain text need not end within the tokens it gets; the turn of an agent that never ends is useless.
+    """
+    if settings.missing_end_penalty is not None:
+        return settings.missing_end_penalty
+    return 0.0 if prompt.context[-1].speaker == "text" else 0.5

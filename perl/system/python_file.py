@@ -1,0 +1,40 @@
+"""Importing a Python file of the user's own."""
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from perl.errors import UserError
+
+
+def import_file(file: Path) -> ModuleType:
+    """Run a file as a module, anew at each call; files of one name in two folders are two modules.
+
+    Raises:
+        UserError: an exception inside, with its line; no traceback.
+    """
+    file = file.absolute()
+    folder = hashlib.sha256(str(file.parent).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"user_file_{file.stem}_{folder}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code
+        del sys.modules[spec.name]
+        what = f"cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(what, where=_place(file, error), remedy="Mend the file.") from error
+    return module
+
+
+def _place(file: Path, error: BaseException) -> str:
+    """The file, and the line in it where that is known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        lines.append(error.lineno)
+    return f"{file}:{lines[-1]}" if lines and lines[-1] else str(file)

@@ -1,0 +1,38 @@
+"""Private interfaces: those used are there, and one that is not is refused by its name."""
+
+import importlib
+import re
+from pathlib import Path
+
+import peft.tuners.lora
+import pytest
+
+from perl.errors import MachineError
+from perl.private.checked import TESTED, need
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_name_that_a_library_no_longer_has_is_refused_with_both_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda library: "9.9")
+    need(peft.tuners.lora.LoraLayer, "get_base_layer")
+    with pytest.raises(MachineError) as refusal:
+        need(peft.tuners.lora.LoraLayer, "get_base_layer", "_gone")
+    said = str(refusal.value)
+    assert "peft 9.9 has no peft.tuners.lora.layer.LoraLayer._gone" in said
+    assert f"pip install 'peft=={TESTED['peft']}'" in said
+    with pytest.raises(MachineError, match=r"has no peft\.tuners\.lora\.gone"):
+        need(peft.tuners.lora, "gone")
+
+
+@pytest.mark.parametrize("library", ["torch", "peft", "deepspeed"])
+def test_the_installed_version_has_what_is_used(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    importlib.import_module(f"perl.private.{library}")
+
+
+def test_the_versions_named_are_those_that_the_tests_run_with() -> None:
+    pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {name: pinned[name] for name in TESTED} == TESTED

@@ -1,0 +1,35 @@
+"""The table of the policy: every metric of RL, and each part of a reward that has several."""
+
+import json
+from pathlib import Path
+
+from perl.report.page import write_page
+from tests.report.made import make_run
+
+
+def rows(run: Path) -> str:
+    """The table as HTML."""
+    text = write_page([run], run / "report.html").read_text(encoding="utf-8")
+    section = text[text.index('id="policy"') :]
+    return section[: section.index("</table>")]
+
+
+def test_parts_of_the_reward_follow_it(tmp_path: Path) -> None:
+    table = rows(make_run(tmp_path / "a"))
+    model = '<th scope="row">… model</th><td class="number">0.30</td><td class="number">0.80</td>'
+    length = '<th scope="row">… length</th><td class="number">−0.12</td><td class="number">−0.06</td>'
+    assert table.index(">Reward<") < table.index(model) < table.index(length) < table.index("Gold judge")
+    assert "KL to the reference" in table
+
+
+def test_a_single_reward_has_no_parts(tmp_path: Path) -> None:
+    assert "…" not in rows(make_run(tmp_path / "a", rich=False))
+
+
+def test_a_part_that_came_later_has_one_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    report = json.loads((run / "report.json").read_text())
+    report["stages"]["rl"]["eval"]["reward_parts_before"] = {"<b>": 1.0}
+    report["stages"]["rl"]["eval"]["reward_parts_after"] = {}
+    (run / "report.json").write_text(json.dumps(report))
+    assert '… &lt;b&gt;</th><td class="number">1.00</td><td class="number">–</td>' in rows(run)

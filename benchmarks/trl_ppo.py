@@ -6,7 +6,6 @@ own.
 """
 
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from perl.bench import work
+from perl.bench.measurement import Measurement
 from perl.bench.peak import PeakOverStart
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         trainer = _trainer(model, tuning, epochs, steps, clock)
         trainer.train()
     seconds = [{"all": end - start} for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    print(json.dumps({"steps": seconds, "peak_over_start_bytes": peak.bytes}))
+    Measurement(seconds, peak.bytes).print()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from perl import __version__
-from perl.commands import bench_command, chat, compare, data_check, data_fetch, estimate, evaluate, export
+from perl.commands import bench, chat, compare, data_check, data_fetch, estimate, evaluate, export
 from perl.commands import report as report_command
 from perl.commands import run as stages
 from perl.commands import sweep as sweep_command
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "sweep": sweep_command.sweep,
     "estimate": estimate.estimate,
     "report": report_command.report,
-    "bench": bench_command.bench,
+    "bench": bench.bench,
     "export": export.export,
     "chat": chat.chat,
 }

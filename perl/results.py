@@ -212,8 +212,8 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A completion, its reward, and the gold judge's verdict where there is one."""
+class Completion:
+    """What a policy generated, its reward, and the gold judge's verdict where there is one."""
 
     text: str
     reward: float
@@ -233,4 +233,4 @@ class Sample:
     """A line of samples.jsonl: a prompt and the completions of it, by role."""
 
     prompt: str | list[Turn]
-    answers: dict[str, Answer]
+    answers: dict[str, Completion]

@@ -16,7 +16,7 @@ GOOD: dict[str, Any] = {
     "reward": {"loss": "pairs", "learning_rate": 2e-3},
     "rl": {"algorithm": "rloo", "samples_per_prompt": 4, "reward": {"function": "f.py:f"}, "kl_coef": 0.0},
 }
-KEYS = "name base build model rl reward sft steps lora layers config random_init trust_remote_code"
+KEYS = "name base build model rl reward kind plugins sft steps lora layers config random_init trust_remote_code"
 MARKS = "1 -1 1e-3 .inf .nan null true ~ *a &a << [ ] { } , | > ' \" # % @ ` \\x 0x 1:60 2001-1-1 é \ud7ff"
 TAGS = "!!int !!float !!bool !!timestamp !!binary !!set !!map !!omap !!pairs !!python/name:os.system !x"
 SPACED = ["? ", ": ", "- ", "\n", "\n  ", "\n    ", "\t", "---\n", "...\n", *(f"{tag} " for tag in TAGS.split())]
@@ -57,11 +57,12 @@ def near_recipes(draw: st.DrawFn) -> str:
     return str(yaml.dump(recipe))
 
 
+KEYS_GIVEN = "rl.steps rl.reward plugins base.build base.config name data.path a.b.c lora ."
 OVERRIDES = st.one_of(
     st.text(max_size=20),
     st.builds(
         "{}={}".format,
-        st.sampled_from(["rl.steps", "base.build", "base.config", "name", "data.path", "a.b.c", "lora", "", "."]),
+        st.sampled_from([*KEYS_GIVEN.split(), ""]),
         YAML | CONTENT.map(yaml.dump),
     ),
 )

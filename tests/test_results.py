@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 
 from perl.errors import UserError
 from perl.measure.slices import Slice
-from perl.results import Hardware, Report, RewardStage, RlEval, RlStage, SftStage
+from perl.results import Change, Hardware, Report, RewardStage, RlEval, RlStage, SftStage
 from perl.runs.folder import RunFolder
 from perl.system.typed_json import as_json, made, parse
 from tests.report.made import make_run
@@ -88,3 +90,19 @@ def test_the_names_that_scripts_rely_on() -> None:
         "algorithm steps n reward_before reward_after reward_interval gold_before gold_after gold_interval kl"
     )
     assert set(promised.split()) <= {field.name for field in dataclasses.fields(RlEval)}
+
+
+def test_the_change_of_a_metric_is_made_of_its_flat_keys() -> None:
+    flat = {"algorithm": "ppo", "critic": "none", "steps": 9, "n": 4, "kl": 0.1, "ended_before": 1.0}
+    flat |= {"reward_before": 0.1, "reward_after": 0.4, "reward_interval": (0.2, 0.5), "ended_after": 0.5}
+    rl = made(RlEval, flat | {"answer_tokens_before": 9.0, "answer_tokens_after": 8.0})
+    assert rl.change("reward") == Change(0.1, 0.4, (0.2, 0.5))
+    assert rl.change("ended") == Change(1.0, 0.5, None)
+    assert rl.change("gold") is None
+
+
+def test_results_are_read_without_the_libraries_that_make_them() -> None:
+    """They take seconds to import."""
+    code = "import sys, perl.results; print({'torch', 'sklearn', 'scipy'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "set()"

@@ -5,9 +5,11 @@ A plugin adds its own kind: `BACKBONES["mine"] = Mine`. Of several that match, t
 
 from typing import Any
 
-from perl.backbones.backbone import Backbone
+from perl.backbones.backbone import Backbone, Unsupported
 from perl.backbones.decoder import Decoder
 from perl.backbones.encoder import Encoder
+
+__all__ = ["BACKBONES", "Backbone", "Decoder", "Encoder", "Unsupported", "backbone_of"]
 
 BACKBONES: dict[str, type[Backbone]] = {"decoder": Decoder, "encoder": Encoder}
 """By name; the first one matches every model."""

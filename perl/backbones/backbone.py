@@ -8,7 +8,6 @@ Room for encoder-decoders: `states` reads the prompt with the encoder and the co
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -24,8 +23,9 @@ Use = Literal["generation", "4bit", "sharding", "splitting"]
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Why a kind of model cannot be used in some way, and what to do instead."""
+    """A use that a kind of model is not fit for, why, and what to do instead."""
 
+    use: Use
     reason: str
     remedy: str = ""
 
@@ -39,10 +39,12 @@ class Backbone(ABC):
 
     kind: ClassVar[str]
     """What such a model is, with its article."""
+    model_type: ClassVar[str | None] = None
+    """Of configurations: for a kind that has one type only."""
     auto_class: ClassVar[Any]
     """The class of transformers that makes such a model from its configuration, and loads its weights."""
-    unsupported: ClassVar[Mapping[Use, Unsupported]] = {}
-    """What such a model cannot be used for."""
+    unsupported: ClassVar[tuple[Unsupported, ...]] = ()
+    """What such a model is not fit for."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -50,19 +52,26 @@ class Backbone(ABC):
     # How it is recognised and made
 
     @classmethod
-    @abstractmethod
     def matches(cls, config: Any) -> bool:
         """Whether models of this configuration are of this kind."""
+        return bool(config.model_type == cls.model_type)
 
-    def require(self, use: Use, where: str) -> None:
-        """Refuse a use that is not supported.
+    def refusal(self, use: Use, where: str) -> UserError | None:
+        """The error that says why such a model is not fit for a use; None: it is fit.
 
         Args:
             where: the key or file that asks for it.
         """
-        if (found := self.unsupported.get(use)) is not None:
-            name = ", ".join(self.config.architectures or []) or self.config.model_type
-            raise UserError(f"{name} is {self.kind}: {found.reason}", where=where, remedy=found.remedy)
+        found = next((one for one in self.unsupported if one.use == use), None)
+        if found is None:
+            return None
+        name = ", ".join(self.config.architectures or []) or self.config.model_type
+        return UserError(f"{name} is {self.kind}: {found.reason}", where=where, remedy=found.remedy)
+
+    def require(self, use: Use, where: str) -> None:
+        """Raise the error of `refusal`, if there is one."""
+        if (refused := self.refusal(use, where)) is not None:
+            raise refused
 
     @abstractmethod
     def prepare(self, where: str) -> None:

@@ -1,7 +1,7 @@
-"""Turns to tokens: the chat format, which tokens are the agent's to learn, and what ends its answers.
+"""Turns to tokens: the chat format, which tokens are trained on, and what ends a completion.
 
-The context of an answer has the same tokens in SFT, in the reward model and in RL: those that a server sends. See
-`perl.backbones.template` for what an answer is, `perl.backbones.tokens` for how both meet, and
+The context of a completion has the same tokens in SFT, in the reward model and in RL: those that a server sends.
+See `perl.backbones.template` for what a completion is, `perl.backbones.tokens` for how both are tokenized, and
 `perl.backbones.cutting` for what is left out of a dialogue that is too long.
 """
 
@@ -24,9 +24,9 @@ class ChatFormat:
     """How a tokenizer writes dialogues, and which tokens end the agent's turn.
 
     Attributes:
-        end_id: the token that rows are written with at the end of an answer: the template's.
+        end_id: the token that rows are written with at the end of a completion: the template's.
         eos_id: the tokenizer's, with which plain text ends.
-        end_ids: all at which an answer ends: both, and those of the model's generation configuration.
+        end_ids: all at which a completion ends: both, and those of the model's generation configuration.
 
     Args:
         more_ends: those of the generation configuration.
@@ -47,7 +47,7 @@ class ChatFormat:
         self._tokens = RowTokenizer(tokenizer, self.template.end)
         self.end_id: int = tokenizer.convert_tokens_to_ids(self.template.end)
         self.eos_id: int = tokenizer.eos_token_id
-        # What a template writes inside an answer does not end it, whatever the configuration says.
+        # What a template writes inside a completion does not end it, whatever the configuration says.
         inside = set(self._tokens.ids(self.template.row(ASKED)[1])[:-1])
         self._more_ends = sorted({one for one in more_ends if 0 <= one < len(tokenizer)} - inside)
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, self.eos_id, *self._more_ends)))
@@ -56,7 +56,7 @@ class ChatFormat:
         self.sha256 = hashlib.sha256(described.encode()).hexdigest()
 
     def context(self, turns: Sequence[Turn], length: int | None = None) -> list[int]:
-        """The tokens of a context, up to where the agent's answer begins: what a server sends.
+        """The tokens of a context, up to where the agent's completion begins: what a server sends.
 
         Args:
             length: at most so many; older turns are left out (`perl.backbones.cutting`), or older text.
@@ -69,40 +69,40 @@ class ChatFormat:
         kept, _ = newest_turns(turns, len(turns), lambda some, _: len(self._prompt(some)), length)
         return _without_middle(self._prompt(kept), 1, length)
 
-    def answer(self, context: Sequence[Turn], answer: Turn) -> list[int]:
-        """The tokens of an answer, its end token included."""
-        row = self.row(context, answer)
+    def completion(self, context: Sequence[Turn], completion: Turn) -> list[int]:
+        """The tokens of a completion, its end token included."""
+        row = self.row(context, completion)
         return row.ids[row.prompt_length() :]
 
-    def row(self, context: Sequence[Turn], answer: Turn, length: int | None = None) -> Tokens:
-        """A context and an answer, to be read at its end token.
+    def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
+        """A context and a completion, to be read at its end token.
 
         Args:
-            length: at most so many tokens; the context is cut as by `context`. Where the answer alone is longer,
-                its beginning is left out.
+            length: at most so many tokens; the context is cut as by `context`, and of a completion that alone is
+                longer the beginning is left out.
         """
-        if answer.speaker == "text":
-            row = self._text_row(context, answer, length)
+        if completion.speaker == "text":
+            row = self._text_row(context, completion, length)
         else:
-            row = self._fitted([*context, answer], len(context), length)
+            row = self._fitted([*context, completion], len(context), length)
         if length is None or len(row.ids) <= length:
             return row
         head = max(1, min(row.prompt_length(), length - sum(row.spoken)))
         return Tokens(_without_middle(row.ids, head, length), _without_middle(row.spoken, head, length), cut=True)
 
-    def rows(self, context: Sequence[Turn], answer: Sequence[Turn], length: int | None = None) -> list[Tokens]:
-        """A context and how it went on, to learn the agent's turns of the answer, which are marked as spoken.
+    def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
+        """A context and all turns after it; the agent's turns among these are trained on, and marked as spoken.
 
-        It is one row where the template writes an earlier answer as it wrote it when that was the last. Where it
-        does not, each answer has a row of its own: it has to be learned as it is asked for.
+        It is one row where the template writes an agent's turn alike whether or not it is the last. Where it does
+        not, each of these turns has a row of its own, as it will be asked for.
 
         Args:
-            length: at most so many tokens a row; older turns are left out, of a long answer the end.
+            length: at most so many tokens a row; older turns are left out, of a long completion its end.
         """
-        if answer[-1].speaker == "text":
-            return [self._text_row(context, answer[-1], length).first(length)]
-        spoken = [index for index, turn in enumerate(answer, len(context)) if turn.speaker == "agent"]
-        turns = [*context, *answer][: spoken[-1] + 1]  # nothing after it could be learned
+        if completion[-1].speaker == "text":
+            return [self._text_row(context, completion[-1], length).first(length)]
+        spoken = [index for index, turn in enumerate(completion, len(context)) if turn.speaker == "agent"]
+        turns = [*context, *completion][: spoken[-1] + 1]  # nothing after it could be learned
         rows = self._rows(turns, len(context))
         if length is None or max(len(row.ids) for row in rows) <= length:
             return rows
@@ -113,13 +113,13 @@ class ChatFormat:
         return [row.first(length) for row in rows]
 
     def ends(self, context: Sequence[Turn]) -> tuple[int, ...]:
-        """The tokens that end an answer to this context; the first is the one that rows are written with."""
+        """The tokens that end a completion to this context; the first is the one that rows are written with."""
         if context[-1].speaker == "text":
             return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
         return self.end_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without what ends it."""
+        """The text of a completion, without what ends it."""
         said = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
         text: str = self.tokenizer.decode(said, skip_special_tokens=True)
         return text.strip()
@@ -128,7 +128,7 @@ class ChatFormat:
         """Try a dialogue with these speakers against the tokenizer's own `apply_chat_template`.
 
         Returns:
-            What is worth knowing of how answers are written, in words.
+            What is worth knowing of how completions are written, in words.
 
         Raises:
             UserError: the template refuses or leaves out what one of them says, or what a server would send has
@@ -152,7 +152,7 @@ class ChatFormat:
         prompt = self.tokenizer.decode(ours[-3:])
         return [
             f"the chat template's prompt ends in {prompt!r}, and a finished dialogue has other tokens there: "
-            "answers are learned and scored after the prompt, as a server asks for them"
+            "completions are trained on and scored after the prompt, as a server asks for them"
         ]
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
@@ -163,7 +163,7 @@ class ChatFormat:
         return self._tokens.rows([self.template.row(turns[:end]) for end in ends])
 
     def _fitted(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
-        """The row of the last answer and of what else of the answer is in it."""
+        """The row of the last completion and of what else of the completion is in it."""
         row = self._rows(turns, first)[-1]
         if length is None or len(row.ids) <= length:
             return row
@@ -171,8 +171,8 @@ class ChatFormat:
         row = self._rows(*kept)[-1]
         return Tokens(row.ids, row.spoken, cut=True)
 
-    def _text_row(self, context: Sequence[Turn], answer: Turn, length: int | None) -> Tokens:
-        prompt, said = self._tokens.text_row(_text(context), answer.text)
+    def _text_row(self, context: Sequence[Turn], completion: Turn, length: int | None) -> Tokens:
+        prompt, said = self._tokens.text_row(_text(context), completion.text)
         said = [*said, self.eos_id]
         kept = self._cut_text(prompt, None if length is None else max(1, length - len(said)))
         row = Tokens.joined(kept, said)

@@ -6,30 +6,30 @@ from collections.abc import Callable, Sequence
 from perl.data.records import Turn
 
 Size = Callable[[Sequence[Turn], int], int]
-"""Tokens of a dialogue whose turns from an index on are the answer."""
+"""Tokens of a dialogue whose turns from an index on are the completion."""
 
 
 def newest_turns(turns: Sequence[Turn], first: int, size: Size, limit: int) -> tuple[list[Turn], int]:
     """The system's turns and the newest of the others, from a user's turn on, as many as fit.
 
     Where not even the last user's turn and what follows it fit, the longest of them are shortened, at their
-    beginning, as is the system's turn in the end. What an answer says is not.
+    beginning, as is the system's turn in the end. A completion is not.
 
     Args:
-        turns: a context, then the answer.
-        first: where the answer begins.
+        turns: a context, then the completion.
+        first: where the completion begins.
         limit: in tokens.
 
     Returns:
-        The turns, which may still be too long: then the answer alone is; and where the answer begins in them.
+        The turns, too long only where the completion alone is, and where it begins in them.
     """
     system = next((index for index, turn in enumerate(turns) if turn.speaker != "system"), len(turns))
 
     def since(start: int) -> tuple[list[Turn], int]:
         return [*turns[:system], *turns[start:]], max(system, system + first - start)
 
-    answers = [index for index in range(first, len(turns)) if turns[index].speaker == "agent"]
-    last = answers[-1] if answers else len(turns)
+    completions = [index for index in range(first, len(turns)) if turns[index].speaker == "agent"]
+    last = completions[-1] if completions else len(turns)
     starts = [index for index in range(system, last) if turns[index].speaker == "user"]
     if not starts:
         return _shortened(turns, first, size, limit)

@@ -33,8 +33,8 @@ class Decoder(Backbone):
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """Every model that no other backbone matches."""
-        return True
+        """Every model that no other backbone matches; of a subclass with a model type, those of this type."""
+        return cls.model_type in (None, config.model_type)
 
     def prepare(self, where: str) -> None:
         """Refuse a configuration that names an architecture without a language-model head."""

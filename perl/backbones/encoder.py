@@ -10,8 +10,8 @@ and each of the agent's ends with a [SEP]. Token types are all 0, as for one tex
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from perl.backbones.backbone import Backbone, Unsupported, Use
+from perl.backbones.backbone import Backbone, Unsupported
 from perl.backbones.chat import ChatFormat
 from perl.backbones.decoder import GENERATES
 from perl.backbones.tokens import Tokens
@@ -36,25 +36,30 @@ class Encoder(Backbone):
 
     kind = "an encoder"
     auto_class = AutoModelForSequenceClassification
-    unsupported: ClassVar[Mapping[Use, Unsupported]] = {
-        "generation": Unsupported(
+    unsupported = (
+        Unsupported(
+            "generation",
             "it reads texts in both directions and cannot generate any",
             "Train only a reward model on it (a recipe with no section but reward), or give a causal LM.",
         ),
-        "4bit": Unsupported(
+        Unsupported(
+            "4bit",
             "4-bit weights are for causal LMs, as an encoder's head would be rounded with the rest",
             "Set base.quantization: none; encoders are small.",
         ),
-        "sharding": Unsupported(
+        Unsupported(
+            "sharding",
             "only the blocks of causal LMs are sharded",
             "Launch with recipes/engines/ddp.yaml: encoders are small.",
         ),
-        "splitting": Unsupported("it does more to its embeddings than pass them to the first block"),
-    }
+        Unsupported("splitting", "it does more to its embeddings than pass them to the first block"),
+    )
 
     @classmethod
     def matches(cls, config: Any) -> bool:
         """Whether it reads in both directions, and neither its architecture nor a flag says that it generates."""
+        if cls.model_type is not None:
+            return super().matches(config)
         generates = any(name.endswith(GENERATES) for name in config.architectures or [])
         decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
         return has_masked_lm(config) and has_classifier(config) and not (generates or decodes)

@@ -5,8 +5,8 @@ import json
 from perl.backbones.template import ASKED, Template
 
 
-def ending_with_the_answer(source: str, template: Template) -> str:
-    """The template, and where a dialogue ends with an answer it writes what `Template.row` does.
+def ending_with_completion(source: str, template: Template) -> str:
+    """The template, and where a dialogue ends with a completion it writes what `Template.row` does.
 
     Args:
         source: of the chat template, in Jinja.

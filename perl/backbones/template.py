@@ -1,12 +1,12 @@
-"""The chat template: what a dialogue looks like as text, and where in it an answer stands.
+"""The chat template: a dialogue as text, and where in it a completion stands.
 
-An answer follows the prompt that the template writes to ask for one: that is what a server sends and a policy goes
-on from, so that is what SFT and reward models read before an answer too. Most templates write a last answer after
-this prompt, with whatever is theirs around it (Qwen3's empty thoughts, gpt-oss's channel), and it is taken from
-there. Some do not: DeepSeek-R1's prompt opens `<think>`, of which the finished dialogue has no trace. There the
-answer is written as it was said; where it brings no reasoning, what the prompt opened is closed first.
+A completion follows the prompt that the template writes to ask for one: that is what a server sends and a policy
+continues, so SFT and reward models read it before a completion too. Most templates write a last completion after
+this prompt, with their own text around it (Qwen3's empty thoughts, gpt-oss's channel), and it is taken from there.
+Some do not: DeepSeek-R1's prompt opens `<think>`, of which the finished dialogue has no trace. There the
+completion is written as it is in the data; where it has no reasoning, what the prompt opened is closed first.
 
-How a template writes earlier answers is its own affair (Qwen3 drops their thoughts): they are context then.
+Earlier completions are context, in whatever way the template writes them (Qwen3 drops their thoughts).
 """
 
 import re
@@ -42,13 +42,13 @@ class Template:
     """How a tokenizer writes dialogues as text.
 
     Attributes:
-        end: the token that ends an answer, as text.
-        closing: what has to be added after an answer that the template does not end; mostly nothing.
-        after: how many characters the template writes after the end of a last answer.
+        end: the token that ends a completion, as text.
+        closing: what has to be added after a completion that the template does not end; mostly nothing.
+        after: how many characters the template writes after the end of a last completion.
 
     Raises:
         UserError: the template refuses a question with its answer, leaves out what is said, or writes no token
-            between an answer and what follows it.
+            between a completion and what follows it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,11 +61,11 @@ class Template:
         self.end, self.after = self._find_end()
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """A context, up to where the agent's answer begins."""
+        """A context, up to where the agent's completion begins."""
         return self._render(turns, add_generation_prompt=True)
 
     def row(self, turns: Sequence[Turn]) -> tuple[str, str]:
-        """The prompt before the last turn, which is the agent's, and the answer with its end.
+        """The prompt before the last turn, which is the agent's, and the completion with its end.
 
         Raises:
             UserError: the template refuses these turns, or writes other words than the agent said.
@@ -74,19 +74,19 @@ class Template:
         whole = whole[: len(whole) - self.after] + self.closing
         # Templates refuse an empty conversation: where the agent speaks first, its words show the start.
         prompt = self.prompt(turns[:-1]) if turns[1:] else whole.partition(said)[0]
-        answer = whole.removeprefix(prompt)
+        completion = whole.removeprefix(prompt)
         if not whole.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", said)) not in _squeezed(whole):
             raise UserError(
                 f"the chat template rewrites the agent's turn {said[:60]!r}",
                 where=self._tokenizer.name_or_path,
                 remedy="Use a base whose chat template writes the last turn as it was said.",
             )
-        if whole.startswith(prompt) and _squeezed(said) in _squeezed(answer):
-            return prompt, answer
+        if whole.startswith(prompt) and _squeezed(said) in _squeezed(completion):
+            return prompt, completion
         return prompt, self._as_said(prompt, said)
 
     def writes_after_prompt(self) -> bool:
-        """Whether the template writes an answer without reasoning after the prompt that asks for it."""
+        """Whether the template writes a completion without reasoning after the prompt that asks for it."""
         return self._render(ASKED).startswith(self.prompt(ASKED[:1]))
 
     def opened(self, prompt: str) -> str | None:
@@ -95,7 +95,7 @@ class Template:
         return found[1] if found else None
 
     def _as_said(self, prompt: str, said: str) -> str:
-        """The answer after a prompt that the template does not write it after."""
+        """The completion after a prompt that the template does not write it after."""
         if tag := self.opened(prompt):
             reasons = f"</{tag}>" in said
             said = said.removeprefix(f"<{tag}>").lstrip() if reasons else f"</{tag}>\n\n{said}"
@@ -164,8 +164,8 @@ class Template:
     def _find_end(self) -> tuple[str, int]:
         """The token after the agent's last words, and how many characters come after it.
 
-        Of several side by side it is the last that is there after an earlier answer too: Cohere's second.
-        Templates such as GLM's end no answer: there it is the token that begins the next turn.
+        Of several side by side it is the last that is there after an earlier completion too: Cohere's second.
+        Templates such as GLM's end no completion: there it is the token that begins the next turn.
         """
         tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         tokens.update(self._tokenizer.all_special_tokens)

@@ -1,9 +1,9 @@
-"""From text to tokens, such that an answer follows the very tokens that a server sends as its prompt.
+"""From text to tokens, such that a completion follows the very tokens that a server sends as its prompt.
 
 A row is tokenized in one go and cut where the prompt ends, as `apply_chat_template(tokenize=True)` would tokenize
-it: a tokenizer of SentencePiece's kind adds a space to the beginning of every piece that it is given alone. Where
-prompt and answer would merge across the cut, or the end of the prompt would be tokenized otherwise because of what
-follows, the prompt keeps the tokens that it has alone, and the answer's come after them: so a policy writes it.
+it: a SentencePiece tokenizer adds a space to the beginning of every text that it is given alone. Where a token
+would span the cut, or the end of the prompt would be tokenized in another way because of what follows, the prompt
+keeps the tokens that it has alone, and the completion's follow: so a policy generates it.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", "a", ".")
-"""Characters before an answer that is tokenized alone: it begins in the middle of a text."""
+"""Characters before a completion that is tokenized alone: it begins in the middle of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Tokens:
     """Whether something of it was left out because it was too long."""
 
     @classmethod
-    def joined(cls, prompt: list[int], answer: list[int]) -> "Tokens":
-        """A prompt and its answer."""
-        return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+    def joined(cls, prompt: list[int], completion: list[int]) -> "Tokens":
+        """A prompt and its completion."""
+        return cls([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
 
     def first(self, length: int | None) -> "Tokens":
         """At most so many tokens from the start; None: all."""
@@ -43,10 +43,10 @@ class Tokens:
 
 
 class RowTokenizer:
-    """Tokenizes prompts and answers.
+    """Tokenizes prompts and completions.
 
     Args:
-        end: the token that ends an answer in a dialogue, as text.
+        end: the token that ends a completion in a dialogue, as text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
@@ -64,13 +64,13 @@ class RowTokenizer:
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
-    def text_row(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    def text_row(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """A plain text and how it goes on, without an end."""
         prompt_ids = self.text_ids(prompt)
-        return prompt_ids, self._following(prompt_ids, self.text_ids(prompt + answer), answer)
+        return prompt_ids, self._following(prompt_ids, self.text_ids(prompt + completion), completion)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
-        """Prompts with their answers; those that contain one another, as a dialogue grows, become one row."""
+        """Prompts with their completions; those that contain one another, as a dialogue grows, become one row."""
         rows: list[Tokens] = []
         for chain in _chains(pairs):
             row = self._at_once(chain)
@@ -86,10 +86,10 @@ class RowTokenizer:
         ids: list[int] = encoding["input_ids"]
         starts = [start for start, _ in encoding["offset_mapping"]]
         spoken = [False] * len(ids)
-        for prompt, answer in chain:
+        for prompt, completion in chain:
             begin = self._prompt_end(prompt, ids, starts)
-            last = bisect_left(starts, len(prompt) + len(answer) - len(self._end))
-            if begin is None or last >= len(ids) or starts[last] != len(prompt) + len(answer) - len(self._end):
+            last = bisect_left(starts, len(prompt) + len(completion) - len(self._end))
+            if begin is None or last >= len(ids) or starts[last] != len(prompt) + len(completion) - len(self._end):
                 return None
             spoken[begin : last + 1] = [True] * (last + 1 - begin)
         return Tokens(ids, spoken)
@@ -109,33 +109,33 @@ class RowTokenizer:
 
     def _one_by_one(self, chain: Sequence[tuple[str, str]]) -> list[Tokens]:
         rows: list[Tokens] = []
-        for prompt, answer in chain:
+        for prompt, completion in chain:
             prompt_ids = self.ids(prompt)
-            row = Tokens.joined(prompt_ids, self._following(prompt_ids, self.ids(prompt + answer), answer))
+            row = Tokens.joined(prompt_ids, self._following(prompt_ids, self.ids(prompt + completion), completion))
             if rows and prompt_ids[: len(rows[-1].ids)] == rows[-1].ids:
                 earlier = rows.pop()
                 row.spoken[: len(earlier.ids)] = earlier.spoken
             rows.append(row)
         return rows
 
-    def _following(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
-        """The tokens of an answer after the prompt's; `whole` are those of both together."""
+    def _following(self, prompt: list[int], whole: list[int], completion: str) -> list[int]:
+        """The tokens of a completion after the prompt's; `whole` are those of both together."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         for anchor in _ANCHORS:
-            before, ids = self.ids(anchor), self.ids(anchor + answer)
+            before, ids = self.ids(anchor), self.ids(anchor + completion)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
-        return self.ids(answer)
+        return self.ids(completion)
 
 
 def _chains(pairs: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Runs of pairs in which each prompt begins with the prompt and the answer before it."""
+    """Runs of pairs in which each prompt begins with the prompt and the completion before it."""
     chain: list[tuple[str, str]] = []
-    for prompt, answer in pairs:
+    for prompt, completion in pairs:
         if chain and not prompt.startswith("".join(chain[-1])):
             yield chain
             chain = []
-        chain.append((prompt, answer))
+        chain.append((prompt, completion))
     if chain:
         yield chain

@@ -1,8 +1,8 @@
 """One measurement of ours, in a process of its own: `python -m perl.bench.ours RECIPE_JSON STEPS`."""
 
-import json
 import sys
 
+from perl.bench.measurement import Measurement
 from perl.bench.peak import PeakOverStart
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
@@ -15,7 +15,8 @@ def main() -> None:
     recipe, steps = Recipe.model_validate_json(sys.argv[1]), int(sys.argv[2])
     with PeakOverStart() as peak, trial_session(recipe, Trial(steps, measured=False)) as session:
         result = TRY["rl"](session)
-    print(json.dumps({"steps": result.step_seconds, "peak_over_start_bytes": peak.bytes}))
+    steps_seconds = [{str(phase): seconds for phase, seconds in step.items()} for step in result.step_seconds]
+    Measurement(steps_seconds, peak.bytes).print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
+"""`bench`: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
 
 import json
 import os
@@ -7,17 +7,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from perl.bench import work
+from perl.bench.measurement import Measurement
+from perl.commands.options import JsonFile, one_of
 from perl.errors import UserError
 from perl.recipe import Recipe
 from perl.report.numbers import bytes_text
-from perl.stages.material import quiet_libraries
 from perl.system.files import write_metrics
 from perl.system.progress import console
 
@@ -33,6 +36,37 @@ READS = {
 """The options that each part reads, beside those that all of them do."""
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 """Where a checkout has the peers and the other parts; the installed package has none of them."""
+
+
+def bench(
+    context: typer.Context,
+    part: Annotated[
+        str, typer.Argument(metavar="[PART]", help="step (PPO, the default), rollout, reward, limit or growth.")
+    ] = "step",
+    peer_trl: Annotated[
+        Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
+    ] = None,
+    layers: Annotated[str, typer.Option("--layers", help="all or top-half: the blocks with adapters.")] = "all",
+    epochs: Annotated[int, typer.Option("--epochs", metavar="K", min=1, help="Passes over a rollout.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps a measurement.")] = 2,
+    model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the random Llama's shape.")] = "100m",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Our side keeps activations at block boundaries only.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Draw growth there.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
+    one_of("--layers", layers, ["all", "top-half"])
+    one_of("--model", model, list(work.MODELS))
+    one_of("PART", part, list(READS))
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
+    if part == "step":
+        bench_step(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
+    else:
+        bench_part(part, model, layers, repeats, figure, json_file)
 
 
 def script(name: str) -> Path:
@@ -70,6 +104,8 @@ def bench_part(
     """
     options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
     measure = measure_of(part)
+    from perl.stages.material import quiet_libraries
+
     quiet_libraries()
     found = measure(**{name: options[name] for name in READS[part]})
     console.print(f"[bold]{part}[/]{f', {model}' if 'model' in READS[part] else ''}")
@@ -129,7 +165,7 @@ def bench_step(
             where=f"--peer-trl {peer_trl}",
             remedy="pip install --no-deps --target DIR trl==1.12.0",
         )
-    runners: dict[str, Callable[[], dict[str, Any]]] = {}
+    runners: dict[str, Callable[[], Measurement]] = {}
     for tuning in ("lora", "full"):
         content = work.recipe(model, tuning, layers, epochs, checkpointing)
         recipe = Recipe.model_validate(content).model_dump_json()
@@ -138,20 +174,64 @@ def bench_step(
         if peer_trl is not None:
             theirs = [script("trl_ppo"), model, tuning, epochs, steps + WARM_UP]
             runners[f"trl {tuning}"] = partial(_measure, "trl", theirs, peer_trl)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in runners}
+    runs: dict[str, list[Measurement]] = {name: [] for name in runners}
     for repeat in range(repeats):
         for name, run in runners.items():
             runs[name].append(run())
-            seconds = [round(sum(step.values()), 2) for step in runs[name][-1]["steps"][WARM_UP:]]
+            seconds = [round(sum(step.values()), 2) for step in runs[name][-1].steps[WARM_UP:]]
             console.print(f"{repeat + 1}/{repeats} {name}: {seconds} s a step")
-    found = _compared({name: _medians(some) for name, some in runs.items()})
-    _print(found, f"PPO on a random {model} Llama, {epochs} epoch(s), our adapters on {layers} blocks")
+    sides = {name: _medians(some) for name, some in runs.items()}
+    lora, full = (_Tuning(sides[f"ours {tuning}"], sides.get(f"trl {tuning}")) for tuning in ("lora", "full"))
+    lora_to_full = _Ratio.of(lora.ours, full.ours)
+    _print(lora, full, lora_to_full, f"{model} Llama, {epochs} epoch(s), our adapters on {layers} blocks")
     if json_file is not None:
+        found = lora.as_json() | {"tuning_full": full.as_json(), "lora_to_full": asdict(lora_to_full)}
         write_metrics(json_file, found)
 
 
-def _measure(side: str, command: list[object], library: Path | None = None) -> dict[str, Any]:
-    """The JSON that Python prints last under these arguments, in a process of its own.
+@dataclass(frozen=True)
+class _Side:
+    """Medians of one side under one tuning, over all steps that count."""
+
+    seconds_per_step: float
+    peak_over_start_bytes: float
+    phases: dict[str, float]
+    all_seconds: list[float]
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    """Of one side to another."""
+
+    time: float
+    memory: float
+
+    @classmethod
+    def of(cls, one: _Side, other: _Side) -> "_Ratio":
+        return cls(
+            one.seconds_per_step / other.seconds_per_step, one.peak_over_start_bytes / other.peak_over_start_bytes
+        )
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """The sides under one tuning."""
+
+    ours: _Side
+    trl: _Side | None
+
+    def ratio(self) -> _Ratio | None:
+        """Ours to TRL's."""
+        return _Ratio.of(self.ours, self.trl) if self.trl is not None else None
+
+    def as_json(self) -> dict[str, Any]:
+        """What was measured, by name."""
+        found = {"ours": self.ours, "trl": self.trl, "ratio": self.ratio()}
+        return {name: asdict(one) for name, one in found.items() if one is not None}
+
+
+def _measure(side: str, command: list[object], library: Path | None = None) -> Measurement:
+    """What Python prints last under these arguments, in a process of its own.
 
     Args:
         side: who is measured.
@@ -168,55 +248,32 @@ def _measure(side: str, command: list[object], library: Path | None = None) -> d
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
         last = lines[-1] if lines else "no message"
         raise UserError(f"the measurement failed: {last}", where=f"bench {side}", remedy="See the message.")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    steps: list[dict[str, float]] = [step for run in runs for step in run["steps"][WARM_UP:]]
+def _medians(runs: list[Measurement]) -> _Side:
+    steps = [step for run in runs for step in run.steps[WARM_UP:]]
     seconds = [sum(step.values()) for step in steps]
     phases = {name for step in steps for name in step}
-    return {
-        "seconds_per_step": statistics.median(seconds),
-        "peak_over_start_bytes": statistics.median(run["peak_over_start_bytes"] for run in runs),
-        "phases": {name: statistics.median(step.get(name, 0.0) for step in steps) for name in phases},
-        "all_seconds": seconds,
-    }
-
-
-def _compared(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`ours`, `trl` and `ratio` under LoRA; the same under full tuning in `tuning_full`."""
-    lora, full = (
-        {side: sides[name] for side in ("ours", "trl") if (name := f"{side} {tuning}") in sides}
-        for tuning in ("lora", "full")
+    return _Side(
+        seconds_per_step=statistics.median(seconds),
+        peak_over_start_bytes=statistics.median(run.peak_over_start_bytes for run in runs),
+        phases={name: statistics.median(step.get(name, 0.0) for step in steps) for name in phases},
+        all_seconds=seconds,
     )
-    for found in (lora, full):
-        if "trl" in found:
-            found["ratio"] = _ratio(found["ours"], found["trl"])
-    return lora | {"tuning_full": full, "lora_to_full": _ratio(lora["ours"], full["ours"])}
 
 
-def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    return {
-        "time": one["seconds_per_step"] / other["seconds_per_step"],
-        "memory": one["peak_over_start_bytes"] / other["peak_over_start_bytes"],
-    }
-
-
-def _print(found: dict[str, Any], title: str) -> None:
-    table = Table("", "s a step", "peak over start", "phases", title=title)
-
-    def add_ratio(name: str, ratio: dict[str, float]) -> None:
-        table.add_row(name, f"{ratio['time']:.2f}", f"{ratio['memory']:.2f}", "")
-
-    for tuning, metrics in (("LoRA", found), ("full", found["tuning_full"])):
-        for side in ("ours", "trl"):
-            if side in metrics:
-                one = metrics[side]
-                phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in one["phases"].items())
-                peak = bytes_text(one["peak_over_start_bytes"])
-                table.add_row(f"{side}, {tuning}", f"{one['seconds_per_step']:.2f}", peak, phases)
-        if "ratio" in metrics:
-            add_ratio(f"ours / trl, {tuning}", metrics["ratio"])
-    add_ratio("ours, LoRA / full", found["lora_to_full"])
+def _print(lora: _Tuning, full: _Tuning, lora_to_full: _Ratio, what: str) -> None:
+    table = Table("", "s a step", "peak over start", "phases", title=f"PPO on a random {what}")
+    ratios: dict[str, _Ratio] = {}
+    for name, tuning in (("LoRA", lora), ("full", full)):
+        for side, one in (("ours", tuning.ours), ("trl", tuning.trl)):
+            if one is not None:
+                phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in one.phases.items())
+                peak = bytes_text(one.peak_over_start_bytes)
+                table.add_row(f"{side}, {name}", f"{one.seconds_per_step:.2f}", peak, phases)
+        if ratio := tuning.ratio():
+            ratios[f"ours / trl, {name}"] = ratio
+    for name, ratio in (*ratios.items(), ("ours, LoRA / full", lora_to_full)):
+        table.add_row(name, f"{ratio.time:.2f}", f"{ratio.memory:.2f}", "")
     console.print(table)

@@ -100,6 +100,8 @@ def _print(title: str, metrics: dict[str, Any]) -> None:
         if f"{name}_before" in metrics:
             ends = (f"{metrics[f'{name}_{when}']:.4g}" for when in ("before", "after"))
             table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
+    for name, value in metrics["reward_parts_before"].items():
+        table.add_row(f"reward/{name}", f"{value:.4g}", f"{metrics['reward_parts_after'][name]:.4g}", "")
     table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
     console.print(table)
     each = counted(metrics["samples_per_prompt"], "completion")

@@ -71,7 +71,8 @@ def value_of(statistic: Statistic, rows: int) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def ratio(parts_S: Floats, whole_S: Floats) -> Floats:
-    """Parts over wholes; NaN where the whole is 0."""
-    values: Floats = np.divide(parts_S, whole_S, out=np.full(len(whole_S), np.nan), where=whole_S > 0)
+def ratio(numerator_S: Floats, denominator_S: Floats) -> Floats:
+    """Element by element; NaN where the denominator is 0."""
+    out = np.full(len(denominator_S), np.nan)
+    values: Floats = np.divide(numerator_S, denominator_S, out=out, where=denominator_S > 0)
     return values

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.bootstrap import Floats, value_of
+from perl.measure.bootstrap import Floats
 from perl.measure.metrics import (
     ECE_BINS,
     Labels,
@@ -150,17 +150,11 @@ def calibrate(given: Predictions) -> tuple[Calibration, Floats | None]:
         slope=scaling.slope,
         intercept=scaling.intercept,
         temperature=1 / tempered.slope if tempered.slope > 0 else None,
-        ece_before=_ece(scores, labels),
-        ece_temperature=None if by_temperature is None else _ece(by_temperature, labels),
-        ece_after=None if after is None else _ece(after, labels),
+        ece_before=calibration_error(scores, labels),
+        ece_temperature=None if by_temperature is None else calibration_error(by_temperature, labels),
+        ece_after=None if after is None else calibration_error(after, labels),
         ece_by_chance=None if after is None else ece_by_chance(after, seed=0),
         reliability_before=reliability(scores, labels),
         reliability_after=None if after is None else reliability(after, labels),
     )
     return calibration, after
-
-
-def _ece(log_odds: Floats, labels: Labels) -> float:
-    value = value_of(calibration_error(log_odds, labels), len(log_odds))
-    assert value is not None
-    return value

@@ -1,4 +1,4 @@
-"""A figure before and after in words, which claim no more than the metrics do."""
+"""A metric before and after in words, which claim no more than the metrics do."""
 
 import math
 
@@ -16,7 +16,7 @@ def change_words(before: str, after: str, interval: Interval | None) -> str:
     """As in "rose, 0.10 before and 0.90 after".
 
     Args:
-        before: the figure as it is to be read; so is `after`.
+        before: the value as it is to be read; so is `after`.
         interval: of the change, 95 %. It "rose" or "fell" only where this excludes 0. None: only both ends.
     """
     ends = f"{before} before and {after} after"
@@ -32,19 +32,19 @@ def measured_words(before: float, after: float, interval: Interval | None, perce
     Args:
         before: a mean over prompts; so is `after`.
         interval: as in `change_words`; None where all prompts are of one dialogue.
-        percent: whether it is a share, to be told in per cent.
+        percent: whether it is a share, to be written in per cent.
     """
     scale, unit, points = (100.0, " %", " points") if percent else (1.0, "", "")
     width = interval[1] - interval[0] if interval else 0.0
     moved = width or abs(after - before)
     places = places_of(scale * moved) if moved else max(2, places_of(scale * abs(before)))
-    told = change_words(
+    words = change_words(
         f"{fixed(scale * before, places)}{unit}", f"{fixed(scale * after, places)}{unit}", interval
     )
     if interval is None:
-        return f"{told} (all prompts are of one dialogue: too few to tell)"
+        return f"{words} (all prompts are of one dialogue: too few to tell)"
     low, high = (fixed(scale * end, places, sign=True) for end in interval)
-    return f"{told} (95 % interval of the change: {low} to {high}{points})"
+    return f"{words} (95 % interval of the change: {low} to {high}{points})"
 
 
 def places_of(size: float) -> int:

@@ -114,30 +114,17 @@ def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Stati
     return statistic
 
 
-def calibration_error(scores: Floats, labels: Labels) -> Statistic:
+def calibration_error(scores: Floats, labels: Labels) -> float:
     """ECE, the mean distance between the probability given and the share of ups, over bins: Σ n_b/n |p̄_b - ȳ_b|.
 
     The ten bins hold equal numbers of answers (equal mass), not equal stretches of probability: a reward
     model's probabilities crowd together, and most equal stretches would be empty (Nguyen & O'Connor 2015;
     Roelofs et al. 2022 find this form less biased). Equal scores share a bin, so that the order of the
-    answers does not matter. The fewer the answers, the more the estimate lies above the truth.
+    answers does not matter. The fewer the answers, the more the estimate lies above the truth; resamples, in
+    which answers repeat, lie higher still, so there is no bootstrap interval.
     """
-    order = np.argsort(scores, kind="stable")
-    first, gap_N = _starts(scores[order]), (probabilities(scores) - labels)[order]
-
-    def statistic(weights_SN: Floats) -> Floats:
-        drawn_SN, total_S = weights_SN[:, order], weights_SN.sum(axis=1)
-        held_SK = np.add.reduceat(drawn_SN, first, axis=1)
-        before_SK = held_SK.cumsum(axis=1) - held_SK
-        # A score that was not drawn and stands behind all others would open an eleventh bin.
-        bins_SK = np.minimum(before_SK * ECE_BINS // np.maximum(total_S, 1.0)[:, None], ECE_BINS - 1)
-        places_SK = bins_SK.astype(np.int64) + ECE_BINS * np.arange(len(weights_SN))[:, None]
-        # n_b |p̄_b - ȳ_b| is the absolute sum of the differences in the bin.
-        gaps_SK = np.add.reduceat(drawn_SN * gap_N, first, axis=1)
-        sums = np.bincount(places_SK.ravel(), weights=gaps_SK.ravel(), minlength=ECE_BINS * len(weights_SN))
-        return ratio(np.abs(sums.reshape(-1, ECE_BINS)).sum(axis=1), total_S)
-
-    return statistic
+    bins = reliability(scores, labels)
+    return sum(one.n * abs(one.probability - one.share) for one in bins) / len(scores)
 
 
 def reliability(scores: Floats, labels: Labels) -> list[ReliabilityBin]:

@@ -138,7 +138,7 @@ def reward_model_card(
         balanced_accuracy=_known(values["balanced_accuracy"]),
         accuracy=_known(values["accuracy"]),
         majority_accuracy=max(up, len(score_N) - up) / len(score_N),
-        ece=_known(values["ece"]),
+        ece=calibration_error(score_N, truth_N),
         compared=rows.compared,
         pairs=len(pairs),
         intervals={name: estimate.interval for name, estimate in estimates.items()},
@@ -160,7 +160,6 @@ def _estimates(
         "auroc": auroc(score_N, truth_N),
         "balanced_accuracy": balanced_accuracy(score_N, truth_N),
         "accuracy": accuracy(score_N, truth_N),
-        "ece": calibration_error(score_N, truth_N),
     }
     if rows.gold is not None:
         statistics["auroc_labels"] = auroc(score_N, np.asarray(rows.labels, dtype=np.int64))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic, value_of
+from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic
 from perl.measure.metrics import Labels, auroc, calibration_error, equal_mass
 from perl.measure.rated_rows import RatedRows
 
@@ -49,7 +49,7 @@ def slices(
         if len(indices) >= MIN_JUDGED and up.min() != up.max():
             ranked = bootstrap.estimate(_within(indices, auroc(scores[indices], up)))
             if calibrated is not None:
-                ece = value_of(calibration_error(calibrated[indices], labels[indices]), len(indices))
+                ece = calibration_error(calibrated[indices], labels[indices])
         n, share = len(indices), float(up.mean())
         result.append(
             Slice(by=by, name=name, n=n, share_up=share, auroc=ranked.value, interval=ranked.interval, ece=ece)

@@ -28,19 +28,13 @@ class Engine:
     """Data parallel: every process holds the whole base. It is also the engine of a process alone."""
 
     name = "ddp"
+    shards_base = False
+    """Whether the base's blocks are sharded over the processes."""
+    hooks_layers = False
+    """Whether it has hooks on every layer, whose outputs nobody may then change in place."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-
-    @property
-    def shards_base(self) -> bool:
-        """Whether the base's blocks are sharded over the processes."""
-        return False
-
-    @property
-    def hooks_layers(self) -> bool:
-        """Whether it has hooks on every layer, whose outputs nobody may then change in place."""
-        return False
 
     def load_device(self, device: torch.device) -> torch.device:
         """Where a base is loaded that is to compute on a device."""
@@ -83,15 +77,11 @@ class Fsdp2(Engine):
     """
 
     name = "fsdp2"
+    shards_base = True
 
     def __init__(self, processes: Processes, offload: bool, reshard: bool) -> None:
         super().__init__(processes)
         self._offload, self._reshard = offload, reshard
-
-    @property
-    def shards_base(self) -> bool:
-        """Yes."""
-        return True
 
     def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -103,7 +93,6 @@ class Fsdp2(Engine):
             fully_shard(block, mesh=mesh, reshard_after_forward=self._reshard, offload_policy=policy)
 
     def full_tensor(self, weight: Tensor) -> Tensor:
-        """As of every engine."""
         gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
         return gather() if gather is not None else weight
 

@@ -76,7 +76,7 @@ def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     """The error itself, or what made a collective fail in another process."""
     if isinstance(error, UserError):
         return error
-    for number in LEAVE:  # the launcher ends those that are left: this one first says why
+    for number in LEAVE:  # the launcher ends those that are left; this process first says why
         signal.signal(number, signal.SIG_IGN)
     failed = isinstance(error, RuntimeError)  # torch raises it for a lost connection as for a wrong shape
     cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)

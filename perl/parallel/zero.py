@@ -14,11 +14,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.parallel.processes import Processes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # its neighbours there use torch.jit
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 REFUSED = ("optimizer", "scheduler")
 """Sections of a DeepSpeed config that a recipe decides."""
@@ -69,19 +72,10 @@ class Zero(Engine):
 
     def __init__(self, processes: Processes, config: dict[str, Any]) -> None:
         super().__init__(processes)
-        self.stage = int(config["zero_optimization"]["stage"])
-        self.name = f"zero{self.stage}"
+        stage = int(config["zero_optimization"]["stage"])
+        self.name = f"zero{stage}"
+        self.shards_base = self.hooks_layers = stage == 3
         self._config = {name: _without_auto(config[name]) for name in READ if name in config}
-
-    @property
-    def shards_base(self) -> bool:
-        """At stage 3."""
-        return self.stage == 3
-
-    @property
-    def hooks_layers(self) -> bool:
-        """At stage 3."""
-        return self.stage == 3
 
     def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         import deepspeed
@@ -110,7 +104,6 @@ class Zero(Engine):
         blocks[0].register_forward_pre_hook(before_first_block)
 
     def full_tensor(self, weight: Tensor) -> Tensor:
-        """As of every engine."""
         import deepspeed
 
         from perl.private.deepspeed import is_partitioned
@@ -121,7 +114,6 @@ class Zero(Engine):
             return weight.detach().clone()
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The same optimizer, each process holding the state of some of the parameters."""
         return ShardedOptimizer(optimizer)
 
 

@@ -55,7 +55,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     inner: Any = content
     for outer, below in pairwise(keys):
         inner = inner[int(outer)] if isinstance(inner, list) else inner.setdefault(outer, {})
-        if isinstance(inner, list) and not (below.isdecimal() and int(below) < len(inner)):
+        if isinstance(inner, list) and below not in map(str, range(len(inner))):
             raise UserError(f"{outer} has no item {below}", where=override, remedy="Items are counted from 0.")
         if not isinstance(inner, dict | list):
             raise UserError(f"{outer} is a value, not a section", where=override, remedy="Check the key.")

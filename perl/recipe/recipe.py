@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from perl.plugins import plugin_sha256
+from perl.plugins import load_plugins, plugin_sha256
 from perl.recipe.adapter import Lora
 from perl.recipe.base import Base
 from perl.recipe.data import Data
@@ -52,6 +52,9 @@ class Recipe(Section):
             )
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.model_dump(),)
+
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:
         """The critic in use, the default resolved."""
@@ -82,3 +85,9 @@ class Recipe(Section):
         """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
         text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
         return text
+
+
+def _received(content: dict[str, Any]) -> Recipe:
+    """A recipe sent from another process: this one knows no plugin's sections before it has imported it."""
+    load_plugins(content["plugins"], where="plugins")
+    return Recipe.model_validate(content)

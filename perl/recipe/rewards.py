@@ -59,7 +59,6 @@ class ModelPart(RewardPart):
     needs_model = True
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        """The model."""
         return context.model()
 
 
@@ -70,7 +69,6 @@ class FunctionPart(RewardPart):
     """FILE.py:NAME, called as TRL calls reward functions."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        """The function, imported."""
         from perl.rl.rewards.function import RewardFunction
 
         return RewardFunction(self.function, context.prompts)
@@ -83,7 +81,6 @@ class LengthPart(RewardPart):
     """The reward is minus the distance to this length; unset, it is the length itself."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        """The length."""
         from perl.rl.rewards.length import Length
 
         return Length(self.target)
@@ -101,12 +98,10 @@ class RewardFrom(Section):
 
     @classmethod
     def variant(cls, given: Any) -> type[Section]:
-        """A part where a kind is given."""
         return part_settings(given) if isinstance(given, dict) and "kind" in given else cls
 
     @property
     def part(self) -> RewardPart:
-        """The long form."""
         if self.function is None:
             return ModelPart(kind="model")
         return FunctionPart(kind="function", function=self.function)

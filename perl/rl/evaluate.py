@@ -6,7 +6,7 @@ from typing import Any
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
-from perl.results import Answer, Sample
+from perl.results import Completion, Sample
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.rewards.function import messages
@@ -127,14 +127,14 @@ def draw_samples(
     collector: Collector, roles: Sequence[Role], prompts: EncodedPrompts, judge: Judge | None
 ) -> list[Sample]:
     """One completion by each role of each prompt, with its reward and the judge's verdict, for people to read."""
-    answers: list[dict[str, Answer]] = [{} for _ in prompts.prompts]
+    answers: list[dict[str, Completion]] = [{} for _ in prompts.prompts]
     for role in roles:
         mine = collector.collect(role, prompts, collector.generator("samples"))
         rollout = mine.gather(collector.processes, prompts)
         gold = judge(prompts.prompts, rollout.texts) if judge is not None else None
         for index, text in enumerate(rollout.texts):
             verdict = None if gold is None else float(gold[index])
-            answers[index][role] = Answer(text=text, reward=float(rollout.rewards_B[index]), gold=verdict)
+            answers[index][role] = Completion(text=text, reward=float(rollout.rewards_B[index]), gold=verdict)
     return [
         made(Sample, {"prompt": messages(prompt.context), "answers": given})
         for prompt, given in zip(prompts.prompts, answers, strict=True)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from perl.adapters.experts import expert_delta, is_read_as_named
 from perl.adapters.lora import name_without_lora
 from perl.backbones.chat import ChatFormat
-from perl.backbones.scoring_template import ending_with_the_answer
+from perl.backbones.scoring_template import ending_with_completion
 from perl.backbones.template import ASKED
 from perl.errors import UserError
 from perl.roles.roles import Role, Roles
@@ -57,7 +57,7 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": PAD})
     written = tokenizer.apply_chat_template(chat.template.messages(ASKED), tokenize=False)
     if written != "".join(chat.template.row(ASKED)):
-        tokenizer.chat_template = ending_with_the_answer(tokenizer.get_chat_template(), chat.template)
+        tokenizer.chat_template = ending_with_completion(tokenizer.get_chat_template(), chat.template)
     return tokenizer
 
 

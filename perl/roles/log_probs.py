@@ -1,10 +1,10 @@
 """Log-probs and entropies from hidden states, without ever holding the logits of all tokens.
 
-Axes: N tokens (answer positions of a batch, flattened), D hidden, V vocabulary.
+Axis letters: `perl.roles`; the N tokens are those of the completions of a batch.
 
 The LM head runs on `chunk` tokens at a time: their logits live while they are computed, and again, computed
 anew, while their gradient is. So memory is a few chunk × V floats instead of N × V, for one more product with the
-head in the backward pass. Take only the answers' positions to begin with: the prompt's need no LM head.
+head in the backward pass. Positions of prompts need no LM head and are left out by the caller.
 
 The gradient is written out: with p = softmax(z), z = (W h + b) / temperature, and a token y,
 
@@ -137,3 +137,43 @@ def log_probs_and_entropy(
         hidden_ND, weight_VD, bias_V, targets_N, temperature, chunk, transform
     )
     return found
+
+
+def completion_log_probs(
+    states_BTD: Tensor,
+    embedding: Any,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    temperature: float,
+    transform: LogitsTransform,
+) -> tuple[Tensor, Tensor]:
+    """`log_probs_and_entropy` of completions, (B, T) each; 0 where there is no token.
+
+    Args:
+        states_BTD: hidden states that the tokens are predicted from.
+        embedding: the output embedding, a linear layer.
+        ids_BT: the tokens, int64.
+        mask_BT: True for real tokens, bool.
+    """
+    at_N = mask_BT.nonzero(as_tuple=True)
+    weight_VD = embedding.weight
+    found = log_probs_and_entropy(
+        states_BTD[at_N],
+        weight_VD,
+        embedding.bias,
+        ids_BT[at_N],
+        temperature,
+        tokens_at_once(len(weight_VD)),
+        transform,
+    )
+    nothing_BT = found[0].new_zeros(mask_BT.shape)
+    log_probs_BT, entropies_BT = (nothing_BT.index_put(at_N, one_N) for one_N in found)
+    return log_probs_BT, entropies_BT
+
+
+def scaled_gradient(states: Tensor, share: float) -> Tensor:
+    """The same states, of whose gradient only a share in [0, 1] is passed on."""
+    if share == 1.0:
+        return states
+    constant = states.detach()
+    return constant if share == 0.0 else constant + share * (states - constant)

@@ -45,7 +45,7 @@ class LowerLayerCache:
         if size * dtype.itemsize <= SHARE_OF_FREE_MEMORY * free:
             flat = torch.empty(size, dtype=dtype)
         else:
-            flat = torch.from_file(str(folder / "below.bin"), shared=True, size=size, dtype=dtype)
+            flat = torch.from_file(str(folder / "lower_hidden.bin"), shared=True, size=size, dtype=dtype)
         self._states = flat.view(-1, width)
         self.bytes = flat.nbytes
         """On the host, whatever the device: not among the live bytes of a step."""

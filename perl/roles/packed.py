@@ -1,4 +1,4 @@
-"""Weights in the order that oneDNN multiplies by, for as long as a model draws answers on a CPU.
+"""Weights in the order that oneDNN multiplies by, while a model generates on a CPU.
 
 A product of few rows costs what reading its weight costs, and a plain weight is read at half the speed of a packed
 one. Packing moves numbers and rounds none; a packed weight takes the plain one's place in memory, and becomes the

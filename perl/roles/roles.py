@@ -29,8 +29,8 @@ from perl.backbones.backbone import Backbone
 from perl.backbones.logits import logits_transform
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
-from perl.roles.checkpointing import EnterRole, checkpointed
-from perl.roles.log_probs import log_probs_and_entropy, tokens_at_once
+from perl.roles.checkpointing import checkpointed
+from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.packed import packed
 from perl.roles.split_layers import lower, only, watched
 
@@ -59,11 +59,7 @@ class Outputs(NamedTuple):
 
 
 class Roles(nn.Module, ABC):
-    """All roles in one module.
-
-    Args:
-        engine: how the processes that run together hold the weights.
-    """
+    """All roles in one module; `engine` says how the processes that run together hold the weights."""
 
     prefix: ClassVar[str]
     """Stands before the names of weights on disk, as the library that reads them expects."""
@@ -163,9 +159,8 @@ class Roles(nn.Module, ABC):
         if head:
             self.heads[role] = self.backbone.new_head(self.models()[0])
             if copy_of in self.heads:
-                pairs = zip(self.heads[role].parameters(), self.heads[copy_of].parameters(), strict=True)
-                for parameter, start in pairs:
-                    parameter.data.copy_(start.data)
+                for new, old in zip(self.heads[role].parameters(), self.heads[copy_of].parameters(), strict=True):
+                    new.data.copy_(old.data)
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
         """The parameters of a role's head, by the names that they have in a classifier of transformers."""
@@ -181,8 +176,7 @@ class Roles(nn.Module, ABC):
         """All that the roles learn: their weights and heads."""
         found = []
         for role in roles:
-            found += [*self.weights(role).values()]
-            found += [*self.heads[role].parameters()] if role in self.heads else []
+            found += [*self.weights(role).values(), *(self.heads[role].parameters() if role in self.heads else ())]
         return found
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
@@ -214,30 +208,27 @@ class Roles(nn.Module, ABC):
         Yields a list in which each forward leaves the hidden states after the shared blocks as its only element;
         it stays empty where there are no such blocks.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.role(role))
-            model = self.model()
-            stack.enter_context(packed(model))
-            yield stack.enter_context(watched(self.backbone, model, self.shared_blocks))
+        with (
+            self.role(role),
+            packed(self.model()),
+            watched(self.backbone, self.model(), self.shared_blocks) as seen,
+        ):
+            yield seen
 
     @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:
         """Inside, keep only each block's input for the backward pass and compute the rest again."""
-        if not enabled:
-            yield
-            return
-        blocks = [block for model in self.models() for block in self.backbone.blocks(model)]
+        models = self.models() if enabled else []
+        blocks = [block for model in models for block in self.backbone.blocks(model)]
         # DeepSpeed's weights are of another shape when a block's input is kept than when it is read again.
-        with checkpointed(blocks, self._active_role, check_shapes=not self.engine.hooks_layers):
+        check_shapes = not self.engine.hooks_layers
+        with checkpointed(blocks, lambda: partial(self.role, self._active), check_shapes=check_shapes):
             yield
-
-    def _active_role(self) -> EnterRole:
-        return partial(self.role, self._active)
 
     def train(self, mode: bool = True) -> "Roles":
-        """Note whether the adapters' dropout is on. The base stays in eval mode: its own is off in every stage.
+        """Note whether the adapters' dropout is on. The base's own is off in every stage.
 
-        One rule for all stages: what samples, what is trained and what is evaluated are then one model.
+        So what samples, what is trained and what is evaluated are one model.
         """
         super().train(False)
         self.training = mode
@@ -256,9 +247,10 @@ class Roles(nn.Module, ABC):
     def _above(self, lower_hidden_BLD: Tensor | None) -> Iterator[PreTrainedModel]:
         """The active role's model; where the hidden states after the shared blocks are known, without these."""
         model = self.model()
-        with contextlib.ExitStack() as stack:
-            if lower_hidden_BLD is not None:
-                stack.enter_context(only(self.backbone, model, slice(self.shared_blocks, None)))
+        if lower_hidden_BLD is None:
+            yield model
+            return
+        with only(self.backbone, model, slice(self.shared_blocks, None)):
             yield model
 
     def forward(
@@ -294,28 +286,14 @@ class Roles(nn.Module, ABC):
             states_BTD = self.backbone.states(model, ids_BL, mask_BL, completion_length, lower_hidden_BLD)
         log_probs_BT = entropy_BT = values_BT = None
         if head is not None:
-            values_BT = self.head(head)(_scaled_gradient(states_BTD, trunk_gradient).float()).squeeze(-1)
+            values_BT = self.head(head)(scaled_gradient(states_BTD, trunk_gradient).float()).squeeze(-1)
         if temperature is not None:
-            rows_N, columns_N = mask_BL[:, -completion_length:].nonzero(as_tuple=True)
-            embedding = model.get_output_embeddings()
-            log_probs_N, entropy_N = log_probs_and_entropy(
-                states_BTD[rows_N, columns_N],
-                embedding.weight,
-                embedding.bias,
-                ids_BL[:, -completion_length:][rows_N, columns_N],
+            log_probs_BT, entropy_BT = completion_log_probs(
+                states_BTD,
+                model.get_output_embeddings(),
+                ids_BL[:, -completion_length:],
+                mask_BL[:, -completion_length:],
                 temperature,
-                tokens_at_once(len(embedding.weight)),
                 logits_transform(model.config),
             )
-            nothing_BT = log_probs_N.new_zeros(len(ids_BL), completion_length)
-            log_probs_BT = nothing_BT.index_put((rows_N, columns_N), log_probs_N)
-            entropy_BT = nothing_BT.index_put((rows_N, columns_N), entropy_N)
         return Outputs(log_probs_BT, entropy_BT, values_BT)
-
-
-def _scaled_gradient(states: Tensor, share: float) -> Tensor:
-    """The same states, of whose gradient only a share goes on."""
-    if share == 1.0:
-        return states
-    known = states.detach()
-    return known if share == 0.0 else known + share * (states - known)

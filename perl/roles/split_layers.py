@@ -55,8 +55,8 @@ def lower(backbone: Backbone, lm: PreTrainedModel, count: int, ids_BL: Tensor, m
 def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> str | None:
     """Why this model cannot be split after so many blocks; None if it can, as tried on a small batch."""
     name = type(lm).__name__
-    if (known := backbone.unsupported.get("splitting")) is not None:
-        return f"{name} is {backbone.kind}: {known.reason}"
+    if (refused := backbone.refusal("splitting", name)) is not None:
+        return refused.what
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
         return f"its layers are of several kinds ({', '.join(sorted(kinds))})"

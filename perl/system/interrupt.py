@@ -1,4 +1,4 @@
-"""StopRequest between steps: the first signal to leave lets a step end and be saved, the second leaves at once."""
+"""Requests to stop between steps: the first signal lets a step end and be saved, the second leaves at once."""
 
 import contextlib
 import signal

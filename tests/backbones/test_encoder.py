@@ -142,7 +142,7 @@ def test_full_tuning_has_each_weight_once(tmp_path: Path) -> None:
 def test_rows_keep_their_first_token_and_their_answer(tmp_path: Path) -> None:
     base, _ = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False)
     whole = base.chat.row(CONTEXT, ANSWER, 128).ids
-    answer = base.chat.answer(CONTEXT, ANSWER)
+    answer = base.chat.completion(CONTEXT, ANSWER)
     assert whole[0] == base.tokenizer.cls_token_id
     assert whole[-len(answer) :] == answer
     assert answer[-1] == base.tokenizer.sep_token_id

@@ -17,6 +17,10 @@ def right(completions, **columns):
     return [0.0 for _ in completions]
 number = 3
 """
+TAKES = """
+from perl.rl.rewards import REWARDS
+REWARDS["length"] = None
+"""
 
 
 @pytest.fixture
@@ -51,6 +55,7 @@ def refused(
         monkeypatch.chdir(tmp_path)
         (tmp_path / "own.py").write_text(REWARDS)
         (tmp_path / "bad.py").write_text("def f(:\n")
+        (tmp_path / "takes.py").write_text(TAKES)
         changes = dict(case.changes)
         if case.rows is not None:
             file = tmp_path / "own.jsonl"

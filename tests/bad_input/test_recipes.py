@@ -75,6 +75,61 @@ CASES = [
     Case("no section", ("no section sft", "sft.epochs=2", "Add `sft: {}`"), overrides=("sft.epochs=2",)),
     Case("stage not in recipe", ("no section sft", "tiny", "Add it"), command="sft"),
     Case(
+        "no such plugin",
+        ("no such Python file", "plugins.0", "path of a Python"),
+        overrides=("plugins=[gone.py]",),
+    ),
+    Case("a broken plugin", ("SyntaxError", "bad.py:1", "Mend the file"), overrides=("plugins=[bad.py]",)),
+    Case(
+        "a plugin that is data",
+        ("no such Python file", "recipe.yaml", "Python"),
+        overrides=("plugins=[recipe.yaml]",),
+    ),
+    Case("a path for plugins", ("valid list", "plugins", "The default is []"), overrides=("plugins=own.py",)),
+    Case(
+        "a number among plugins",
+        ("valid string", "plugins.1", "the value is 3"),
+        overrides=("plugins=[own.py, 3]",),
+    ),
+    Case(
+        "a plugin that takes a name",
+        ("'length' in REWARDS is taken by a built-in", "takes.py", "another name"),
+        overrides=("plugins=[takes.py]",),
+    ),
+    Case("no rewards", ("an empty list", "rl.reward", "leave the key out"), overrides=("rl.reward=[]",)),
+    Case(
+        "no such kind of reward",
+        ("no kind of reward 'lenght'", "rl.reward.1.kind", "Did you mean length?"),
+        overrides=("rl.reward=[{kind: model}, {kind: lenght}]",),
+    ),
+    Case(
+        "a reward of weight 0",
+        ("weight 0", "rl.reward.1.weight", "leave the part out"),
+        overrides=("rl.reward=[{kind: model}, {kind: length, weight: 0}]",),
+    ),
+    Case(
+        "a reward of infinite weight",
+        ("the value is inf", "rl.reward.0.weight", "The default is 1.0"),
+        overrides=("rl.reward=[{kind: model, weight: .inf}]",),
+    ),
+    Case(
+        "unknown setting of a reward",
+        ("unknown key", "rl.reward.0.taget", "Did you mean rl.reward.0.target?"),
+        overrides=("rl.reward=[{kind: length, taget: 3}]",),
+    ),
+    Case(
+        "a function that is missing among rewards",
+        ("no such Python file", "gone.py:f", "Give FILE.py:NAME"),
+        overrides=("rl.reward=[{kind: length}, {kind: function, function: 'gone.py:f'}]",),
+    ),
+    Case("a word for a reward", ("section of keys", "rl.reward.0", "'model'"), overrides=("rl.reward=[model]",)),
+    Case(
+        "an item that is not there",
+        ("reward has no item 1", "rl.reward.1.weight=2", "counted from 0"),
+        changes={"rl": {"reward": [{"kind": "model"}]}},
+        overrides=("rl.reward.1.weight=2",),
+    ),
+    Case(
         "stage too early",
         ("needs the adapter of reward", "reward", "perl-rlhf reward"),
         command="rl",

@@ -49,10 +49,10 @@ def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) 
     card = json.loads((tmp_path / "card.json").read_text())
     assert (card["n"], card["up"], card["dialogues"], card["seen_in_training"]) == (216, 108, 36, 0)
     assert {"auroc", "balanced_accuracy", "accuracy", "majority_accuracy", "ece", "pairwise_accuracy"} <= set(card)
-    assert {"calibration", "slices", "length", "floor", "mistakes", "verdict", "reliability"} <= set(card)
+    assert {"calibration", "slices", "length", "tfidf_baseline", "mistakes", "verdict", "reliability"} <= set(card)
     assert card["majority_accuracy"] == 0.5
     # TF-IDF tells these apart as well as anything can, so nothing can be shown to be better.
-    assert card["floor"]["value"] == 1.0
+    assert card["tfidf_baseline"]["value"] == 1.0
     assert not card["verdict"]["fit"]
     sources = {one["name"]: one["n"] for one in card["slices"] if one["by"] == "source"}
     assert sources == {"menu": 120, "counter": 96}

@@ -131,7 +131,7 @@ def test_sft_learns_agent_turns_only_and_leaves_the_base_as_it_was(
     row = tokenized(session, [Demonstration(turns[:1], turns[1:], "one")])[0]
     learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     chat = session.base.chat
-    assert learned == chat.answer(turns[:1], turns[1]) + chat.answer(turns[:3], turns[3])
+    assert learned == chat.completion(turns[:1], turns[1]) + chat.completion(turns[:3], turns[3])
     session.folder.claim(recipe)
     train_sft(session)
     assert "forward" not in vars(session.roles.lm)  # TRL's patched forward is gone

@@ -49,6 +49,10 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "lora": {"rank": 2, "alpha": 4},
         "data": {"source": "jsonl", "path": "rows.jsonl", "held_out": 0.3},
     }
+    parts = [
+        {"kind": "function", "function": "rewards.py:length"},
+        {"kind": "length", "target": 5, "weight": 0.5},
+    ]
     function = RL | {"reward": {"function": "rewards.py:length"}}
     contents = {
         "all": {
@@ -61,7 +65,7 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             "lora": {"rank": 2, "alpha": 4, "layers": "top-half"},
             "rl": function | {"algorithm": "reinforce"},
         },
-        "rloo": {"rl": function | {"algorithm": "rloo", "samples_per_prompt": 2}},
+        "rloo": {"rl": RL | {"algorithm": "rloo", "samples_per_prompt": 2, "reward": parts}},
         "full": {"tuning": "full", "rl": function | {"algorithm": "ppo"}},
     }
     files = {}
@@ -73,12 +77,17 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="session")
 def alone(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run folders of one process."""
+    """The run folders of one process, each made when it is first asked for."""
     folder = tmp_path_factory.mktemp("alone")
-    with silence():
-        for name, recipe in recipes.items():
-            pipeline.run(load_recipe(recipe), folder / name)
-    return {name: folder / name for name in recipes}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            with silence():
+                pipeline.run(load_recipe(recipes[name]), folder / name)
+            self[name] = folder / name
+            return self[name]
+
+    return Runs()
 
 
 def result(out: Path, role: str) -> dict[str, Any]:

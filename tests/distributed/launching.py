@@ -58,15 +58,15 @@ def start(command: list[object], more: dict[str, str], **options: Any) -> subpro
     )
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for it; its exit status and what it said."""
+def finished(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, str]:
+    """Wait for it, so many seconds at most; its exit status and what it said."""
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         for one in (*psutil.Process(process.pid).children(recursive=True), process):
             one.kill()
         said, _ = process.communicate()
-        raise AssertionError(f"still running after {LIMIT} s:\n{said[-4000:]}") from None
+        raise AssertionError(f"still running after {limit} s:\n{said[-4000:]}") from None
     return process.returncode, said
 
 

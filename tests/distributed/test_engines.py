@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.launching import finished, learned, steps, torchrun
+from tests.distributed.launching import LIMIT, finished, learned, steps, torchrun
 from tests.distributed.worker import SAMPLED
 
 CLOSE = 1e-5
@@ -75,7 +75,7 @@ def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
             launcher = torchrun(
                 count, "-m", "tests.distributed.worker", *arguments, "ddp", f"{uneven}={folder / 'uneven'}"
             )
-            self[count] = Launch(folder, *finished(launcher))
+            self[count] = Launch(folder, *finished(launcher, count * LIMIT))
             return self[count]
 
     return Launches()

@@ -54,10 +54,7 @@ class Shards(Engine):
     """An engine that shards the base."""
 
     name = "shards"
-
-    @property
-    def shards_base(self) -> bool:
-        return True
+    shards_base = True
 
 
 @pytest.mark.parametrize(

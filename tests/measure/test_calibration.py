@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from perl.data.records import Turn
-from perl.measure.bootstrap import Floats, value_of
+from perl.measure.bootstrap import Floats
 from perl.measure.calibration import calibrate, cross_fitted, ece_by_chance, fit, predictions
 from perl.measure.metrics import Labels, calibration_error, probabilities
 from perl.measure.rated_rows import RatedRows
@@ -75,7 +75,7 @@ def test_balanced_weights_and_overconfidence_are_mended() -> None:
     assert calibration.ece_after < 0.03
     assert calibration.ece_after < calibration.ece_by_chance < 0.04
     assert after is not None
-    assert value_of(calibration_error(after, labels), 4000) == calibration.ece_after
+    assert calibration_error(after, labels) == calibration.ece_after
     assert sum(one.n for one in calibration.reliability_after) == 4000
 
 
@@ -91,10 +91,8 @@ def test_nothing_leaks_from_the_dialogue_judged() -> None:
     dialogues = [str(n // 40) for n in range(200)]
     honest = cross_fitted(scores, labels, dialogues)
     assert honest is not None
-    at_once = value_of(calibration_error(fit(scores, labels)(scores), labels), 200)
-    apart = value_of(calibration_error(honest, labels), 200)
-    assert at_once is not None
-    assert apart is not None
+    at_once = calibration_error(fit(scores, labels)(scores), labels)
+    apart = calibration_error(honest, labels)
     assert apart > at_once + 0.1
     for number in range(5):  # whatever a dialogue's labels are, its own probabilities stay
         own = np.array(dialogues) == str(number)
@@ -120,7 +118,7 @@ def test_chance_shrinks_with_answers() -> None:
     # 95 of 100 label sets that agree with the probabilities stay below.
     random = np.random.default_rng(5)
     labels = [(random.random(200) < probabilities(scores[:200])).astype(np.int64) for _ in range(200)]
-    below = [value_of(calibration_error(scores[:200], one), 200) or 0.0 for one in labels]
+    below = [calibration_error(scores[:200], one) for one in labels]
     assert np.mean(np.array(below) < few) == pytest.approx(0.95, abs=0.04)
 
 

@@ -157,7 +157,7 @@ def make_reward_model_card() -> dict[str, Any]:
         "ece": 0.047,
         "compared": False,
         "pairs": 0,
-        "intervals": {"auroc": [0.88, 0.92], "accuracy": [0.82, 0.87], "ece": None},
+        "intervals": {"auroc": [0.88, 0.92], "accuracy": [0.82, 0.87], "auroc_labels": None},
         "reliability": bins,
         "score_histogram": {
             "edges": edges,

@@ -21,7 +21,7 @@ def test_rich_run(tmp_path: Path) -> None:
     assert reward is not None
     assert rl.eval.gold_before == 0.53
     assert rl.memory["update"].peak == pytest.approx(sum(rl.memory["update"].kinds.values()))
-    assert reward.eval.intervals == {"auroc": (0.88, 0.92), "accuracy": (0.82, 0.87), "ece": None}
+    assert reward.eval.intervals == {"auroc": (0.88, 0.92), "accuracy": (0.82, 0.87), "auroc_labels": None}
     assert len(run.metrics["policy"]["reward"]) == 60
     assert run.samples[0].answers["policy"].gold == 1
     assert run.recipe["seed"] == 0

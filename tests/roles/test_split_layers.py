@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from perl.adapters.lora import lora_config
-from perl.roles import lower_layer_cache as below_cache
+from perl.roles import lower_layer_cache
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -115,12 +115,12 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and in a file; rows in other company and padded otherwise the second time."""
-    monkeypatch.setattr(below_cache, "SHARE_OF_FREE_MEMORY", share)
+    monkeypatch.setattr(lower_layer_cache, "SHARE_OF_FREE_MEMORY", share)
     roles = roles_on(llama(torch.float32))
     ids_BL, mask_BL = batch()
     rows = [ids_L[mask_L].tolist() for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)]
     cache = LowerLayerCache(roles, rows, 0, tmp_path)
-    assert (tmp_path / "below.bin").exists() == (share == 0.0)
+    assert (tmp_path / "lower_hidden.bin").exists() == (share == 0.0)
     first = cache.read([0, 1, 2], mask_BL)
     expected = roles.lower_hidden(ids_BL, mask_BL).masked_fill(~mask_BL[..., None], 0.0)
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
@@ -128,7 +128,7 @@ def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatc
     other = LowerLayerCache(roles, rows, 0, tmp_path / "other")
     assert torch.equal(other.read([1], mask_BL[[1]])[0], first[1])  # to the bit, whatever is asked for first
     calls = []
-    monkeypatch.setattr(SharedBase, "below", lambda *_: calls.append(1))
+    monkeypatch.setattr(SharedBase, "lower_hidden", lambda *_: calls.append(1))
     again = cache.read([2, 1], mask_BL[[2, 1]])
     assert not calls
     assert torch.equal(again[mask_BL[[2, 1]]], first[[2, 1]][mask_BL[[2, 1]]])

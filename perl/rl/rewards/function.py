@@ -38,11 +38,9 @@ class RewardFunction(RewardSource):
 
     @property
     def where(self) -> str:
-        """Its location."""
         return self._location
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Sequence[float]:
-        """What the function returns."""
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in self._columns}
         chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
         returned: Sequence[float] = self._function(

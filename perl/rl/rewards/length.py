@@ -20,7 +20,6 @@ class Length(RewardSource):
         self._target = target
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """One number a completion, in tokens."""
         if self._target is None:
             return [float(length) for length in samples.completion_lengths]
         return [-float(abs(length - self._target)) for length in samples.completion_lengths]

@@ -39,7 +39,6 @@ class RewardModel(RewardSource):
         return self.rewards(prompts, samples, texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """Rewards of the completions."""
         scores = self.scores(samples)
         rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
         return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]

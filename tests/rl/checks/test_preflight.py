@@ -273,7 +273,8 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     ids = [[4, 5, 6, chat.end_id], [4, 5, 6, other], [4, 5, 6, 7]]
     mask_BL, ended_B = torch.ones(3, 4).bool(), torch.ones(3).bool()
     samples = Samples(torch.tensor(ids), mask_BL, [1] * 3, [3] * 3, ended_B, torch.zeros(3, 3))
-    usual, with_other, without = parts.collector.reward.scores(samples)  # type: ignore[attr-defined]
+    assert parts.collector.reward.model is not None
+    usual, with_other, without = parts.collector.reward.model.scores(samples)
     assert usual == with_other != without
     assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
     read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)

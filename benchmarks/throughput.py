@@ -1,4 +1,4 @@
-"""Throughput of each process beside one alone: python -m tests.distributed.throughput [--processes N]
+"""Throughput of each process beside one alone: python -m benchmarks.throughput [--processes N]
 
 One thread each, the same rows a process: the global batch grows with the processes. PPO with a shared critic on a
 random Llama of 22M parameters; tokens a second and process, as reports say them.

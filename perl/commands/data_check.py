@@ -143,7 +143,7 @@ def balance(ratings: Sequence[Rating]) -> str:
 
 
 def data_check(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source or a JSONL file.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
 ) -> None:
     """Describe a source or file, and name every bad row."""
     raise typer.Exit(check(source))

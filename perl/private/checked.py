@@ -6,6 +6,16 @@ from typing import Any
 
 from perl.errors import MachineError
 
+TESTED = {
+    "accelerate": "1.15.0",
+    "deepspeed": "0.19.8",
+    "peft": "0.21.2",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+}
+"""The versions that the tests run with: those of constraints.txt, which an installed package does not have."""
+
 
 def need(owner: Any, *names: str) -> None:
     """Check that a library's module, class or function still has what PERL uses of it.
@@ -14,10 +24,13 @@ def need(owner: Any, *names: str) -> None:
         owner: where the names are; of a function, they are parameters; an instance, for what its class sets in it.
 
     Raises:
-        MachineError: a name is not there; library, version and name are said.
+        MachineError: a name is not there; library, installed version, name and the version tested are said.
     """
-    there = set(inspect.signature(owner).parameters) if inspect.isfunction(owner) else set(dir(owner))
-    missing = [name for name in names if name not in there]
+    if inspect.isfunction(owner):
+        parameters = inspect.signature(owner).parameters
+        missing = [name for name in names if name not in parameters]
+    else:  # some modules make their attributes when they are asked for
+        missing = [name for name in names if not hasattr(owner, name)]
     if not missing:
         return
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__
@@ -30,5 +43,5 @@ def need(owner: Any, *names: str) -> None:
     raise MachineError(
         f"{installed} has no {', '.join(missing)} in {module}{within}, which PERL uses",
         where=library,
-        remedy="Install the versions that PERL was tested with: pip install -c constraints.txt perl-rlhf",
+        remedy=f"It was tested with {library} {TESTED[library]}: pip install '{library}=={TESTED[library]}'",
     )

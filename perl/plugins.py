@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 from perl.errors import UserError
 from perl.system.python_file import import_file
 
-REGISTRIES = {"ALGORITHMS": "perl.rl.algorithms", "REWARDS": "perl.rl.rewards"}
+REGISTRIES = {
+    "ALGORITHMS": "perl.rl.algorithms",
+    "REWARDS": "perl.rl.rewards",
+    "SAMPLERS": "perl.rl.samplers",
+}
 """The mappings from names to rows, and the modules they are in."""
 
 

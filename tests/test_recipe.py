@@ -99,6 +99,55 @@ def test_an_unknown_key_names_the_nearest(key: str, meant: str | None, tmp_path:
     assert (f"Did you mean {meant}?" if meant else "Valid keys: ") in message
 
 
+LORA = {"name": "x", "base": {"model": "org/model"}, "reward": {}}
+
+
+def test_lora_is_short_for_an_adapter_of_that_kind(tmp_path: Path) -> None:
+    short = load_recipe(write(tmp_path, {**LORA, "lora": {"rank": 4}}))
+    long = load_recipe(write(tmp_path, {**LORA, "adapter": {"kind": "lora", "rank": 4}}))
+    assert short == long
+    assert short.sha256 == long.sha256
+    assert (short.adapter_kind, short.adapter_settings) == ("lora", short.lora)
+    assert load_recipe(write(tmp_path, LORA)) == load_recipe(
+        write(tmp_path, {**LORA, "adapter": {"kind": "lora"}})
+    )
+    assert "adapter" not in yaml.safe_load(long.to_yaml())
+
+
+@pytest.mark.parametrize(
+    "section", [{"lora": {"targets": ["q_proj"]}}, {"adapter": {"kind": "lora", "targets": ["q_proj"]}}]
+)
+def test_an_override_reaches_the_adapters_by_either_name(section: dict[str, Any], tmp_path: Path) -> None:
+    file = write(tmp_path, {**LORA, **section})
+    for name in ("lora", "adapter"):
+        recipe = load_recipe(file, [f"{name}.rank=3"])
+        assert recipe.lora is not None
+        assert (recipe.lora.rank, recipe.lora.targets) == (3, ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"adapter": {"kind": "lorra"}}, "no adapter kind 'lorra'\n  Did you mean lora?"),
+        ({"adapter": {"kind": "xyz"}}, "no adapter kind 'xyz'\n  There are "),
+        ({"adapter": {"kind": "pissa"}}, "pissa is not supported, because it rewrites the base's weights"),
+        (
+            {"adapter": {"kind": "LoRA-GA"}},
+            "kind LoRA-GA is not supported, because it rewrites the base's weights",
+        ),
+        ({"adapter": {"rank": 4}}, "adapter.kind: missing"),
+        ({"adapter": "lora"}, "adapter: input should be a valid dictionary"),
+        ({"adapter": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
+        ({"adapter": {"kind": "lora"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
+        ({"adapter": {"kind": "scale"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
+    ],
+)
+def test_an_impossible_adapter_is_refused(section: dict[str, Any], says: str, tmp_path: Path) -> None:
+    message = refused(write(tmp_path, {**LORA, **section}))
+    assert says in message
+    assert "recipe.yaml" in message
+
+
 @pytest.mark.parametrize(
     "text", ["name: a\nname: b\n", "rl:\n  steps: 1\n  steps: 2\n", "base: {model: a, model: b}\n"]
 )

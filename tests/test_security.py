@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-from perl.adapters.lora import lora_config
 from perl.backbones.fake import fake_lm
 from perl.backbones.loading import load_base
 from perl.data.fetch import fetch
@@ -26,6 +25,7 @@ from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
 from tests.bad_input.cases import contents
 from tests.conftest import RunCli, WriteRecipe, write_rows
+from tests.tiny import lora
 
 CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parent.parent / "perl"
@@ -106,7 +106,7 @@ def test_pickles_beside_safetensors_are_left_alone(model: Path, canary: Path) ->
 
 def test_no_pickle_of_an_adapter_is_read(model: Path, canary: Path, tmp_path: Path) -> None:
     def roles() -> SharedBase:
-        return SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+        return SharedBase(lora(lm, 2, 4))
 
     base, lm = load_base(str(model), torch.float32, CPU)
     mine, folder = roles(), tmp_path / "sft" / "adapter"

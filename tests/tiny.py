@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from perl.adapters.lora import Lora
+from perl.recipe.adapter import LoraSettings
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 300,
@@ -23,3 +26,8 @@ def random_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaFor
     """
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.2, **changes})).to(dtype)
+
+
+def lora(lm: PreTrainedModel, rank: int = 4, alpha: float = 8, **settings: Any) -> Lora:
+    """LoRA on all linear layers, unless other settings are given."""
+    return Lora(lm, LoraSettings(rank=rank, alpha=alpha, **settings))

@@ -11,11 +11,12 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perl.adapters.lora import lora_config
+from perl.adapters.lora import Lora
 from perl.backbones.base import Base
 from perl.backbones.loading import random_base
 from perl.bench import work
 from perl.bench.work import ANSWER_TOKENS, MICRO_BATCH, PROMPT_TOKENS, PROMPTS
+from perl.recipe.adapter import LoraSettings
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
@@ -31,12 +32,12 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     base, lm = random_base(config, torch.bfloat16, device, seed=0)
     plain = base.load()
     # A configuration for each: peft rewrites the target names of the one that it is given.
-    ours, theirs = (lora_config(work.RANK, work.ALPHA, 0.0, "all-linear", "all", model) for model in (lm, plain))
-    peer = get_peft_model(plain, theirs, autocast_adapter_dtype=False).to(torch.bfloat16).eval()
-    roles = SharedBase(lm, ours).eval()
+    ours, theirs = (Lora(model, LoraSettings(rank=work.RANK, alpha=work.ALPHA)) for model in (lm, plain))
+    peer = get_peft_model(plain, theirs.config, autocast_adapter_dtype=False).to(torch.bfloat16).eval()
+    roles = SharedBase(ours).eval()
     roles.add(Role.POLICY)
     for name, parameter in [*roles.weights(Role.POLICY).items(), *peer.named_parameters()]:
-        if "lora_B" in name:
+        if ours.starting_value(name) == 0:
             torch.nn.init.normal_(parameter.data, std=0.01)
     found = {}
     for name, answers in GROUPS.items():

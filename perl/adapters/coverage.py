@@ -1,11 +1,11 @@
 """How much of a base its adapters reach: of the matrices in its blocks, which are most of what it knows."""
 
+from collections.abc import Set
 from typing import NamedTuple
 
-from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from perl.adapters.lora import layer_index
+from perl.adapters.targets import layer_index
 from perl.backbones.four_bit import weights_of
 
 HALF = 0.5
@@ -26,9 +26,8 @@ class Coverage(NamedTuple):
         return f"The adapters cover {percent} of the blocks' matrix weights{but}."
 
 
-def coverage(lm: PreTrainedModel, lora: LoraConfig) -> Coverage:
-    """What adapters of this shape reach; the base has none yet, and its weights are whole."""
-    adapted = {*(f"{name}.weight" for name in lora.target_modules or ()), *(lora.target_parameters or ())}
+def coverage(lm: PreTrainedModel, adapted: Set[str]) -> Coverage:
+    """What adapters beside these weights reach; the base has none yet, and its weights are whole."""
     sizes = {
         name: weights_of(parameter)
         for name, parameter in lm.named_parameters()

@@ -21,10 +21,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from perl.adapters.low_rank import compute_as
+from perl.private.peft import ParamWrapper, transformers_weight_conversion
 
 
 @contextlib.contextmanager
@@ -147,11 +148,6 @@ def _nested(layer: Any) -> Iterator[Any]:
         layer = layer.base_layer
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def compute_with_one_adapter(layer: ParamWrapper) -> None:
     """Let peft's layer on experts compute as this module says."""
-    kind = type(layer)
-    if not issubclass(kind, _OneAdapter):
-        layer.__class__ = _CLASSES.setdefault(kind, type(kind.__name__, (_OneAdapter, kind), {}))
+    compute_as(layer, _OneAdapter)

@@ -153,11 +153,32 @@ def kept_factors(layers: Iterable[Any], name: str, dtype: torch.dtype) -> Iterat
             layer.kept = None
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+def is_plain_lora(layer: Any, name: str) -> bool:
+    """Whether peft's forward of this layer and adapter is f(x) + s B A x, so that this module computes the same.
+
+    A variant (DoRA, activated LoRA and others) has an object of its own for it, or a class of its own of layers.
+    """
+    kind = type(layer).__mro__[2] if has_own_forward(layer) else type(layer)
+    path = f"{kind.__module__}.{kind.__name__}"
+    known = path in ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+    return known and name not in layer.lora_variant and layer.lora_B[name].bias is None
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer computes as this module says."""
+    return isinstance(layer, _OneAdapter)
 
 
 def compute_with_one_adapter(layer: nn.Module) -> None:
-    """Let a peft LoRA layer, whatever layer it is on, compute as this module says."""
-    kind = type(layer)
-    if not issubclass(kind, _OneAdapter):
-        layer.__class__ = _CLASSES.setdefault(kind, type(kind.__name__, (_OneAdapter, kind), {}))
+    """Let a peft layer with plain LoRA compute as this module says."""
+    compute_as(layer, _OneAdapter)
+
+
+_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def compute_as(layer: nn.Module, own: type) -> None:
+    """Put the forward of a class before the layer's own."""
+    if not isinstance(layer, own):
+        kind = type(layer)
+        layer.__class__ = _CLASSES.setdefault((kind, own), type(kind.__name__, (own, kind), {}))

@@ -4,7 +4,7 @@ A backbone belongs to a configuration. Its methods are given the model, of which
 compute as the role that is active in it. Axis letters: `perl.roles`.
 
 Room for encoder-decoders: `states` reads the prompt with the encoder and the completion with the decoder, and
-`score` reads the decoder's last token. A sampler computes the encoder's pass once, when its cache is empty.
+`score` reads the decoder's last token. `extend` computes the encoder's pass once, when the cache is empty.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.backbones.chat import ChatFormat
 from perl.errors import UserError
@@ -153,6 +153,19 @@ class Backbone(ABC):
 
         Args:
             completion_length: T; the columns at the right end hold the completions, padded on their right.
+        """
+        self._not_read()
+
+    def extend(
+        self, lm: PreTrainedModel, ids_BN: Tensor, mask_BL: Tensor, attention_mask: Tensor, cache: Cache
+    ) -> Tensor:
+        """Hidden states (B, N, D) of the N newest positions of a batch that is generated.
+
+        Args:
+            ids_BN: their tokens.
+            mask_BL: True or 1 for real tokens, of all positions so far.
+            attention_mask: the mask that attention with this cache is given.
+            cache: of all positions before; this method adds the new ones.
         """
         self._not_read()
 

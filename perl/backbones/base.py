@@ -1,14 +1,13 @@
 """The frozen base: what is known of it, and the hash that tells it from others."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.adapters.lora import name_without_lora
 from perl.backbones.chat import ChatFormat
 from perl.backbones.four_bit import scales
 
@@ -29,27 +28,27 @@ class Base:
     """Loads (or draws) the same weights once more."""
 
 
-def weights_sha256(model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every weight of the base, adapters left out.
+def weights_sha256(
+    model: nn.Module,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+    base_name: Callable[[str], str | None] = str,
+) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every weight of the base.
 
     Args:
         whole: gives all of a weight that may be spread over processes.
+        base_name: a weight's name before adapters were put in; None for an adapter's.
     """
     digest = hashlib.sha256()
-    for name, weight in _base_weights(model):
+    named: dict[str, Tensor] = {
+        own: tensor
+        for name, tensor in (*model.named_parameters(), *scales(model))
+        if (own := base_name(name)) is not None
+    }
+    for name, weight in sorted(named.items()):
         tensor = whole(weight)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
-
-
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights by the names they have without LoRA."""
-    named: dict[str, Tensor] = {
-        name_without_lora(name): tensor
-        for name, tensor in (*model.named_parameters(), *scales(model))
-        if "lora_" not in name
-    }
-    yield from sorted(named.items())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -92,6 +93,19 @@ class Decoder(Backbone):
     ) -> Tensor:
         """Those one position before each token of the completion."""
         return self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)[:, -completion_length - 1 : -1]
+
+    def extend(
+        self, lm: PreTrainedModel, ids_BN: Tensor, mask_BL: Tensor, attention_mask: Tensor, cache: Cache
+    ) -> Tensor:
+        """By transformers' own forward with a cache."""
+        hidden_BND: Tensor = lm.base_model(
+            input_ids=ids_BN,
+            attention_mask=attention_mask,
+            position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden_BND
 
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
         """One linear layer, `score`."""

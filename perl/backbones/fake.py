@@ -14,11 +14,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from perl.backbones import backbone_of
+from perl.private.torch import FakeTensor, FakeTensorMode
 
 LONGEST_ROW = 2**14
 """Numbers in a row, more than there are positions: a vocabulary, which is compared with every token."""

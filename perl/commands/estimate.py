@@ -160,7 +160,7 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str,
     settings.append([*smaller, *["rl.micro_batch_size=1"] * (recipe.rl is not None)])
     if full:
         settings.append(["tuning=lora"])
-    elif recipe.lora.layers == "all":
+    elif recipe.lora is not None and recipe.lora.layers == "all":
         settings.append(["lora.layers=top-half"])
     if recipe.rl is not None and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])

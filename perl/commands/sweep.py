@@ -73,6 +73,7 @@ class Setting:
         alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
         if self.targets is None:
             return variant(alone, "full", seed)
+        assert recipe.lora is not None
         lora = recipe.lora.model_dump() | {"targets": self.targets, "rank": self.rank}
         return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
 
@@ -111,20 +112,19 @@ def _sweep(
 
 def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
     """Runs of one seed on one base: with adapters each leaves it as it found it; full tuning is alone."""
-    from perl.adapters.lora import without_adapters
     from perl.stages.material import read_material
     from perl.stages.pipeline import run
-    from perl.stages.session import adapter_shape
+    from perl.stages.session import adapters_for
 
     recipes = [setting.recipe(recipe, seed) for setting in settings]
     material = read_material(recipes[0])
-    for one in recipes if settings[0].targets else ():
-        adapter_shape(one, material.lm)  # that each fits the base is known before any is trained
-    for setting, one in zip(settings, recipes, strict=True):
+    full = settings[0].targets is None
+    adapters = [] if full else [adapters_for(one, material.lm) for one in recipes]  # that each fits is known first
+    for index, (setting, one) in enumerate(zip(settings, recipes, strict=True)):
         console.print(f"[bold]{setting.name}, seed {seed}[/] in {setting.folder(out, seed)}")
         run(one, setting.folder(out, seed), material=material)
-        if setting.targets:
-            without_adapters(material.lm)
+        if not full:
+            adapters[index].remove()
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
@@ -153,6 +153,9 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
     if recipe.tuning == "full":
         remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
         raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
+    if recipe.lora is None:
+        what = f"the recipe has adapters of kind {recipe.adapter_kind}, and ranks are LoRA's"
+        raise UserError(what, where="adapter", remedy="Set lora in the place of adapter.")
     if full and recipe.base.quantization != "none":
         what = "full tuning cannot train 4-bit weights"
         raise UserError(what, where="base.quantization", remedy="Leave full tuning out: --no-full.")

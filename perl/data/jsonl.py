@@ -7,8 +7,8 @@
     {"chosen": …, "rejected": …}                      a comparison; what both share is the prompt
     {"prompt": …}                                     a prompt
 
-A `label` may lie between false and true: it is then how probable a thumb up is. A comparison may have a `margin`,
-as TRL's do, or the `probability` that `chosen` is the better.
+A `label` may lie between false and true: it is then the probability that the answer is rated up. A comparison
+may have a `margin`, as TRL's do, or the `probability` that `chosen` is the better.
 
 Every row also yields a prompt: its context, with the row's further fields as columns. A row that does not
 fit is a `Problem` and is left out; only a file that cannot be used at all is an error.

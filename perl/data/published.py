@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from perl.data.preference_rows import hh_row, shp_row, tldr_row
-from perl.data.records import Comparison, Context, Problem, Prompt, Records
-from perl.data.rows import Row, line_value, numbered_lines, object_with, parsed
+from perl.data.records import Comparison, Context, Prompt, Records
+from perl.data.rows import Row, line_value, numbered_lines, object_with, parsed, sifted
 from perl.errors import MachineError, UserError, machine_fault
 
 Split = Literal["train", "validation", "test"]
@@ -104,7 +104,9 @@ def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -
         OSError: a file cannot be read.
         MachineError: the hub cannot be reached.
     """
-    rows, problems = _read(public, path)
+    rows, problems = sifted(
+        parsed(place.where, _row, public, place, value) for place, value in _values(public, path)
+    )
     splits = {place.split for place, _ in rows}
     held_out: Split = "test" if "test" in splits else "validation"
     test: frozenset[str] = frozenset()
@@ -125,18 +127,6 @@ def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -
     return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems, published_test=test)
 
 
-def _read(public: PublicSet, path: Path | None) -> tuple[list[tuple[_Place, Comparison]], list[Problem]]:
-    rows: list[tuple[_Place, Comparison]] = []
-    problems: list[Problem] = []
-    for place, value in _values(public, path):
-        row = parsed(place.where, _row, public, place, value)
-        if isinstance(row, Problem):
-            problems.append(row)
-        else:
-            rows.append(row)
-    return rows, problems
-
-
 def _row(public: PublicSet, place: _Place, value: object) -> tuple[_Place, Comparison]:
     row = object_with(line_value(value) if isinstance(value, bytes) else value)
     split = _split_of(str(row.get("split"))) or place.split or "train"
@@ -149,7 +139,7 @@ def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, obje
         yield from _from_datasets(public.repository, public.parts, public.revision)
         return
     if not path.is_dir():
-        yield from _from_lines(path, _Place(""))
+        yield from _from_lines(path)
         return
     parts = [part for part in public.parts if (path / part).is_dir()]
     folders = [path / part for part in parts] or [path]
@@ -158,7 +148,7 @@ def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, obje
         for file in lines:
             names = file.relative_to(path).parts
             split = next((split for name in reversed(names) if (split := _split_of(name))), None)
-            yield from _from_lines(file, _Place("", split, names[0] if names[0] in parts else None))
+            yield from _from_lines(file, split, names[0] if names[0] in parts else None)
     elif any(file.suffix == _PARQUET for file in found):
         yield from _from_datasets(str(path), parts or [None], None)
     else:
@@ -166,9 +156,9 @@ def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, obje
         raise UserError(what, where=str(path), remedy=REMEDY)
 
 
-def _from_lines(file: Path, place: _Place) -> Iterator[tuple[_Place, bytes]]:
+def _from_lines(file: Path, split: Split | None = None, part: str | None = None) -> Iterator[tuple[_Place, bytes]]:
     for number, line in numbered_lines(file):
-        yield replace(place, where=f"{file}:{number}"), line
+        yield _Place(f"{file}:{number}", split, part), line
 
 
 def _from_datasets(

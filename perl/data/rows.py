@@ -37,6 +37,18 @@ def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwa
         return Problem(where, "nested too deeply")
 
 
+def sifted(rows: Iterable[_T | Problem]) -> tuple[list[_T], list[Problem]]:
+    """The rows that can be used, and what is wrong with the others."""
+    usable: list[_T] = []
+    problems: list[Problem] = []
+    for row in rows:
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            usable.append(row)
+    return usable, problems
+
+
 def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserError:
     """Of a file or folder that holds nothing to go by."""
     first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"

@@ -22,6 +22,7 @@ from perl.data.rows import (
     object_with,
     parsed,
     shown,
+    sifted,
     strict_json,
     usable_text,
 )
@@ -66,7 +67,7 @@ def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Re
     )
 
 
-def rated_turn(row: object, domain: str) -> Rating:
+def rated_turn(row: object, domain: Domain) -> Rating:
     """One rated turn as published.
 
     Args:
@@ -85,7 +86,7 @@ def rated_turn(row: object, domain: str) -> Rating:
     return Rating(context, answer, binary_label(fields["reward"], "reward"), first_user_key(context, domain))
 
 
-def whole_dialogue(row: object, domain: str) -> Demonstration:
+def whole_dialogue(row: object, domain: Domain) -> Demonstration:
     """One dialogue as published: up to the first user turn it is context, all else the answer.
 
     Requests and responses that are not valid JSON are kept as they stand.
@@ -194,22 +195,19 @@ def _release(folder: Path, domain: Domain) -> Path:
     return release
 
 
-def _read(folder: Path, parse: Callable[[object, str], _R], domain: Domain) -> tuple[list[_R], list[Problem]]:
+def _read(folder: Path, parse: Callable[[object, Domain], _R], domain: Domain) -> tuple[list[_R], list[Problem]]:
     """All rows of a folder's files, in the files' order."""
-    rows: list[_R] = []
-    problems: list[Problem] = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            values = list_of(strict_json(path.read_text(encoding="utf-8")), "the file")
-        except (RowError, OSError, UnicodeDecodeError) as error:
-            problems.append(Problem(str(path), str(error)))
-            continue
-        for index, value in enumerate(values):
-            row = parsed(f"{path}[{index}]", parse, value, domain)
-            if isinstance(row, Problem):
-                problems.append(row)
-            else:
-                rows.append(row)
+    rows, problems = sifted(row for path in sorted(folder.glob("*.json")) for row in _rows(path, parse, domain))
     if not rows:
         raise no_usable_row(problems, str(folder), "Fetch the data again, or check data.path.")
     return rows, problems
+
+
+def _rows(path: Path, parse: Callable[[object, Domain], _R], domain: Domain) -> Iterator[_R | Problem]:
+    try:
+        values = list_of(strict_json(path.read_text(encoding="utf-8")), "the file")
+    except (RowError, OSError, UnicodeDecodeError) as error:
+        yield Problem(str(path), str(error))
+        return
+    for index, value in enumerate(values):
+        yield parsed(f"{path}[{index}]", parse, value, domain)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perl.measure.memory import Holder, LiveBytes, holder
+from perl.measure.memory import LiveBytes, holder
 from perl.measure.probe import KINDS, PHASES, Kind, Listener, Phase, PhaseMemory
 
 
@@ -69,22 +69,14 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
             memory[name] = PhaseMemory(int(level[moment]), kinds)
         return memory
 
-    def _count(self, storage: Holder) -> None:
-        key, before = id(storage), self._current
-        super()._count(storage)
-        if key not in self._serials:
-            self._serials[key] = self._next
-            self._next += 1
-        self._log(self._serials[key], self._current - before)
-
-    def _forget(self, key: int) -> None:
-        before = self._current
-        super()._forget(key)
-        self._log(self._serials.pop(key), self._current - before)
-
-    def _log(self, serial: int, change: int) -> None:
+    def _change(self, key: int, by: int) -> None:
+        super()._change(key, by)
+        serial = self._serials.setdefault(key, self._next)
+        self._next = max(self._next, serial + 1)
+        if key not in self._sizes:
+            del self._serials[key]
         self._storages.append(serial)
-        self._changes.append(change)
+        self._changes.append(by)
 
 
 class Allocator(AbstractContextManager[None], Listener):

@@ -125,12 +125,16 @@ class LiveBytes(TorchDispatchMode):
         key, size = id(storage), _size(storage)
         if key not in self._sizes:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self._current += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
+        before, self._sizes[key] = self._sizes.get(key, 0), size
+        self._change(key, size - before)
 
     def _forget(self, key: int) -> None:
-        self._current -= self._sizes.pop(key)
         del self._references[key]
+        self._change(key, -self._sizes.pop(key))
+
+    def _change(self, key: int, by: int) -> None:
+        """So many bytes more of a storage; when it is forgotten, it has no size any more."""
+        self._current += by
 
 
 def peak_rss_bytes() -> int:

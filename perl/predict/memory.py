@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perl.adapters.lora import linear_layers
+from perl.adapters.targets import linear_layers
 from perl.backbones.fake import fake_lm
 from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.stages import TRY
@@ -36,7 +36,8 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
-    whole = isinstance(recipe.lora.layers, list)  # layers named one by one: no smaller depth stands for them
+    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    whole = recipe.lora is None or isinstance(recipe.lora.layers, list)
     if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:

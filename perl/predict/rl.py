@@ -2,7 +2,8 @@
 
 On fake tensors no more of a step is computed than decides its peak memory: of the batch that is sampled the last
 prompts and the first and the last token, and two micro-batches of it. Their tensors are views of the whole
-batch's, which so stay in memory as in a real step.
+batch's, which so stay in memory as in a real step; of what is computed later, some numbers a token, the other
+rows' share is left out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perl.predict.trial import TrialSession, Tried
@@ -117,7 +119,8 @@ class _AbridgedDrawing(Drawing):
     def steps(self) -> Iterable[int]:
         """The last two positions: what is computed of the one is the last token that is computed at all."""
         left_out = max(0, self.length - 2)
-        self.skip(left_out)
+        self.mask_BL = F.pad(self.mask_BL, (0, left_out), value=1)
+        self.cache.skip(left_out)
         return range(left_out, self.length)
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:

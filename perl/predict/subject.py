@@ -23,7 +23,7 @@ from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
 from perl.stages.material import corpus, generates, quiet_libraries, read_data
-from perl.stages.session import adapter_shape
+from perl.stages.session import adapters_for
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
@@ -79,7 +79,7 @@ def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[Trial
         text.layer_types = text.layer_types[:depth]
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
-    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(lm, adapter_shape(recipe, lm))
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))
     backbone = backbone_of(config)
     base = Base(
         name="no weights",

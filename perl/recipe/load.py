@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from perl.errors import UserError
 from perl.plugins import load_plugins
+from perl.recipe.adapter import section_meant
 from perl.recipe.base import ORIGINS
 from perl.recipe.complaints import explain
 from perl.recipe.recipe import STAGES, Recipe
@@ -48,7 +49,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     except ValueError as error:
         what = f"value {reprlib.repr(text)} is not valid YAML: {error}"
         raise UserError(what, where=key, remedy="Quote it as YAML would.") from None
-    keys = key.split(".")
+    first, *rest = key.split(".")
+    keys = [section_meant([first, *rest], content), *rest]
     if keys[1:] and keys[0] in STAGES and content.get(keys[0]) is None:
         remedy = f"Add `{keys[0]}: {{}}` to the recipe first."
         raise UserError(f"the recipe has no section {keys[0]}", where=override, remedy=remedy)

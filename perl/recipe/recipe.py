@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from perl.plugins import load_plugins, plugin_sha256
-from perl.recipe.adapter import Lora
+from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
 from perl.recipe.rl import Rl
@@ -34,11 +34,19 @@ class Recipe(Section):
     plugins: list[str] = Field(default=[])
     """Python files that add rows to the registries of `perl.plugins`: kinds of reward of one's own, and so on."""
     base: Base
-    lora: Lora = Lora()
+    lora: LoraSettings | None = LoraSettings()
+    """The adapters; short for `adapter: {kind: lora, ...}`, and absent where they are of another kind."""
+    adapter: Adapter | None = None
+    """The adapters, of a kind other than LoRA."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None
     rl: Rl | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind_of_adapter(cls, content: Any) -> Any:
+        return one_section(content)
 
     @model_validator(mode="after")
     def _runs_something(self) -> "Recipe":
@@ -54,6 +62,18 @@ class Recipe(Section):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.model_dump(),)
+
+    @property
+    def adapter_kind(self) -> str:
+        """The name of the adapters' kind in `perl.adapters.ADAPTERS`."""
+        return LORA if self.adapter is None else self.adapter.kind
+
+    @property
+    def adapter_settings(self) -> Section:
+        """What the adapters' kind is given."""
+        settings = self.lora or self.adapter
+        assert settings is not None
+        return settings
 
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:

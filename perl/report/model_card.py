@@ -6,6 +6,7 @@ from pathlib import Path
 from perl.recipe import StageName
 from perl.report.templates import filled
 from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
 
 TITLES = {
@@ -47,10 +48,15 @@ def model_card(session: Session, exported: Exported) -> str:
     origin = f"`{Path(base.name).name if local else base.name}`"
     if recipe.base.build is not None:
         origin = f"a tiny {type(session.roles.models()[0]).__name__} that the recipe trained on the same source"
+    form = "trained whole"
+    if isinstance(session.roles, SharedBase):
+        form = f"{session.roles.adapter}" + (", merged into the base" if exported.whole else "")
     auto_class = f"Auto{'' if exported.whole else 'Peft'}ModelFor"
     auto_class += "SequenceClassification" if exported.scores else "CausalLM"
     imported = ["AutoTokenizer", *[auto_class] * exported.whole, *["GenerationConfig"] * (not exported.scores)]
     tokens = base.tokenizer.convert_ids_to_tokens(list(base.chat.end_ids))
+    rank = recipe.lora.rank if recipe.lora is not None else None
+    served_rank = next((one for one in VLLM_RANKS if rank is not None and one >= rank), None)
     return filled(
         "model_card.md.j2",
         {
@@ -67,7 +73,8 @@ def model_card(session: Session, exported: Exported) -> str:
             "remote_code": ", trust_remote_code=True" if recipe.base.trust_remote_code else "",
             "max_new_tokens": recipe.rl.max_new_tokens if recipe.rl else MAX_NEW_TOKENS,
             "stamp": session.stamp(exported.role) if exported.scores else None,
-            "lora_rank": next((rank for rank in VLLM_RANKS if rank >= recipe.lora.rank), None),
+            "form": form,
+            "served_rank": served_rank,
             "ends": " or ".join(f"`{token}`" for token in tokens),
             "metrics": _metrics(session, exported),
         },

@@ -1,11 +1,11 @@
-"""The arithmetic of RL on answers: rewards of tokens, advantages, losses. Pure functions of tensors.
+"""The arithmetic of RL on completions: rewards of tokens, advantages, losses. Pure functions of tensors.
 
-Axes: B answers, T positions in the answer. Every tensor is fp32 unless said otherwise; every mask is bool,
-True on the tokens of the answer. Answers are right-padded. Whatever stands in the padding, NaN and infinity
-included, reaches neither a result nor a gradient, and results are 0 there (the per-token KL estimates, which
-take no mask, apart).
+Axes: B completions, T positions in them. Every tensor is fp32 unless said otherwise; every mask is bool, True on
+the completion's tokens. Completions are right-padded. Whatever stands in the padding, NaN and infinity included,
+reaches neither a result nor a gradient, and results are 0 there (the per-token KL estimates, which take no mask,
+apart).
 
-Losses are sums over tokens divided by `normalizer`, the number of answer tokens of the whole minibatch, so
+Losses are sums over tokens divided by `normalizer`, the number of completion tokens of the whole minibatch, so
 that the gradients of its micro-batches add up to its own however the tokens fall among them.
 
 References: Schulman et al. 2016 (GAE, arXiv 1506.02438); Schulman et al. 2017 (PPO, arXiv 1707.06347);
@@ -61,7 +61,7 @@ def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: f
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
-    """Bool (B, T), True on each answer's last masked token; a row without tokens has none."""
+    """Bool (B, T), True on each completion's last masked token; a row without tokens has none."""
     still_to_come_BT = mask_BT.flip(1).cumsum(1).flip(1)
     return mask_BT & (still_to_come_BT == 1)
 
@@ -102,12 +102,12 @@ def token_rewards(
 ) -> Tensor:
     """PERL's objective (1 - β) r - β KL(π‖π_ref) as a reward for each token.
 
-    Every token gets -β (log π - log π_ref); the answer's last one gets (1 - β) r besides. Summed over an
-    answer this is the objective (PERL, arXiv 2403.10704), with KL by its k1 estimate.
+    Every token gets -β (log π - log π_ref); the completion's last one gets (1 - β) r besides. Summed over an
+    completion this is the objective (PERL, arXiv 2403.10704), with KL by its k1 estimate.
 
     Args:
-        score_B: fp32, the reward r of each answer. An answer without tokens gets none.
-        log_probs_BT: fp32, under the policy that sampled.
+        score_B: fp32, the reward r of each completion. A completion without tokens gets none.
+        log_probs_BT: fp32, under the policy that the rollout is of.
         reference_log_probs_BT: fp32, under the anchor.
         mask_BT: bool.
         kl_coef: β, in [0, 1].
@@ -130,7 +130,7 @@ def _discounted_sums(x_BT: Tensor, discount: float) -> Tensor:
 
 
 def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_t = Σ_{l≥0} γ^l r_{t+l} up to the answer's last token: what REINFORCE weighs a token by.
+    """G_t = Σ_{l≥0} γ^l r_{t+l} up to the completion's last token: what REINFORCE weighs a token by.
 
     Args:
         rewards_BT: fp32.
@@ -148,7 +148,7 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = Σ_{l≥0} (γλ)^l δ_{t+l}        R_t = A_t + V_t
 
-    The answer ends after its last masked token: the value beyond is 0.
+    The completion ends after its last masked token: the value beyond is 0.
 
     Args:
         rewards_BT: fp32.
@@ -168,19 +168,19 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
 
 
 def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
-    """RLOO's advantage: r_i - mean of the r of the other answers to its prompt.
+    """RLOO's advantage: r_i - mean of the r of the other completions of its prompt.
 
     (Kool et al. 2019, and for language models Ahmadian et al. 2024, arXiv 2402.14740.) The others'
-    mean does not depend on answer i, so it is a baseline that leaves the gradient unbiased.
+    mean does not depend on completion i, so it is a baseline that leaves the gradient unbiased.
 
     Args:
-        score_B: fp32; the answers to one prompt stand side by side.
-        group_size: answers to one prompt, at least 2.
+        score_B: fp32; the completions of one prompt stand side by side.
+        group_size: completions of one prompt, at least 2.
 
     Returns:
         fp32 (B).
     """
-    assert group_size >= 2, f"leaving one out needs two answers to a prompt, not {group_size}"
+    assert group_size >= 2, f"leaving one out needs two completions of a prompt, not {group_size}"
     groups = score_B.view(-1, group_size)
     others_mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others_mean).flatten()
@@ -195,7 +195,7 @@ def policy_gradient_loss(
         log_probs_BT: fp32, of the sampled tokens under the policy being trained.
         advantages_BT: fp32, detached.
         mask_BT: bool.
-        normalizer: answer tokens in the whole minibatch.
+        normalizer: completion tokens in the whole minibatch.
 
     Returns:
         fp32 scalar.
@@ -205,7 +205,7 @@ def policy_gradient_loss(
 
 def ppo_policy_loss(
     log_probs_BT: Tensor,
-    sampler_log_probs_BT: Tensor,
+    policy_log_probs_BT: Tensor,
     advantages_BT: Tensor,
     mask_BT: Tensor,
     clip: float,
@@ -213,21 +213,21 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated.
 
-        ρ_t = π(a_t) / π_sampler(a_t)        loss = -Σ min(ρ A, clamp(ρ, 1 - c, 1 + c) A) / normalizer
+        ρ_t = π(a_t) / π_old(a_t)        loss = -Σ min(ρ A, clamp(ρ, 1 - c, 1 + c) A) / normalizer
 
     Args:
         log_probs_BT: fp32, of the sampled tokens under the policy being trained.
-        sampler_log_probs_BT: fp32, as sampled.
+        policy_log_probs_BT: fp32, under the policy before the rollout's first update, π_old.
         advantages_BT: fp32, detached.
         mask_BT: bool.
         clip: c.
-        normalizer: answer tokens in the whole minibatch.
+        normalizer: completion tokens in the whole minibatch.
 
     Returns:
         the loss, and the share of the minibatch's tokens on which the clip took the gradient away (also
         divided by `normalizer`, so micro-batches' shares add up; detached). Both fp32 scalars.
     """
-    ratio_BT = masked(log_probs_BT - sampler_log_probs_BT, mask_BT).exp()
+    ratio_BT = masked(log_probs_BT - policy_log_probs_BT, mask_BT).exp()
     known_advantages_BT = masked(advantages_BT, mask_BT)
     plain_BT = ratio_BT * known_advantages_BT
     clipped_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * known_advantages_BT
@@ -253,7 +253,7 @@ def value_loss(
         returns_BT: fp32, detached.
         mask_BT: bool.
         clip: c; None for the plain squared error.
-        normalizer: answer tokens in the whole minibatch.
+        normalizer: completion tokens in the whole minibatch.
 
     Returns:
         fp32 scalar.

@@ -7,24 +7,15 @@ libraries tell from the end of a row, and every layer has an adapter, as TGI wan
 
 import copy
 import errno
-import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perl.adapters.experts import expert_delta, is_read_as_named
-from perl.adapters.lora import name_without_lora
 from perl.backbones.chat import ChatFormat
 from perl.backbones.scoring_template import ending_with_completion
 from perl.backbones.template import ASKED
-from perl.errors import UserError
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
@@ -68,7 +59,7 @@ def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:
-    """Write an adapter in peft's format; that of a language model also in the form that vLLM and TGI load.
+    """Write an adapter as peft reads it, and where it can be as servers do.
 
     Args:
         role: whose head is written, if it has one.
@@ -76,76 +67,28 @@ def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: 
         base: the name or folder that leads to the base.
 
     Raises:
-        UserError: peft would read it as an adapter of other modules.
+        UserError: peft would not read it as what it is.
     """
-    tensors: dict[str, Tensor] = {roles.prefix + name: weight for name, weight in roles.weights(trunk).items()}
     scores = role in roles.heads
-    roles.write_config(folder, base, scores=scores)
-    config = LoraConfig.from_pretrained(str(folder))
-    linear = {name: tensor for name, tensor in tensors.items() if not _on_experts(roles, name)}
-    if not scores:
-        linear |= _zeros_elsewhere(roles, linear)
-    config.target_modules = sorted({_module(name, roles.prefix) for name in linear})
-    if not is_read_as_named(config, roles.lm):
-        raise UserError(
-            f"peft would put this adapter elsewhere: it takes shared experts and dense blocks of "
-            f"{type(roles.lm).__name__} for experts in an older layout",
-            where=roles.lm.name_or_path,
-            remedy="Export with --merge: the whole model.",
-        )
-    tensors |= linear
+    tensors = roles.adapter.export(trunk, folder, base, roles.head_modules if scores else None)
     if scores:
-        tensors |= {roles.prefix + name: weight for name, weight in roles.head_weights(role).items()}
-    if config.lora_alpha == int(config.lora_alpha):
-        config.lora_alpha = int(config.lora_alpha)  # the type that vLLM and TGI give it
-    config.save_pretrained(str(folder))
-    write_tensors(folder / roles.weights_file, tensors)
-
-
-def _zeros_elsewhere(roles: SharedBase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters of zeros for the same modules of all other layers: they change nothing.
-
-    TGI takes the adapters of a kind of module (such as q_proj) only where every layer has one; else it serves the
-    bare base without a word (server/text_generation_server/adapters/lora.py, `prepare_weights`).
-    """
-    modules = dict(roles.lm.named_modules())
-
-    def shape(name: str) -> Any:
-        return getattr(getattr(modules.get(_module(name, roles.prefix)), "weight", None), "shape", None)
-
-    found = {}
-    for name, tensor in tensors.items():
-        for layer in range(roles.lm.config.get_text_config().num_hidden_layers):
-            other = re.sub(r"\.\d+\.", f".{layer}.", name, count=1)
-            if other not in tensors and shape(other) == shape(name):
-                found[other] = torch.zeros_like(tensor)
-    return found
-
-
-def _on_experts(roles: SharedBase, name: str) -> bool:
-    """Whether a LoRA weight on disk is of experts, which peft knows by `target_parameters`, and TGI does not."""
-    return isinstance(roles.lm.get_submodule(_module(name, roles.prefix)), ParamWrapper)
-
-
-def _module(name: str, prefix: str) -> str:
-    """The module that a LoRA weight on disk is of."""
-    return name.removeprefix(prefix).rpartition(".lora_")[0]
+        tensors |= roles.head_weights(role)
+    write_tensors(folder / roles.weights_file, {roles.prefix + name: tensor for name, tensor in tensors.items()})
 
 
 @torch.no_grad()
 def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedModel:
-    """W + s B A in a copy of the base, summed in fp32 and rounded once to the base's dtype.
+    """The base with what a role adds to its weights, summed in fp32 and rounded once to the base's dtype.
 
     Args:
         fresh: the base, loaded once more; it is changed in place.
+
+    Raises:
+        UserError: the adapters add to something else than weights.
     """
-    for name, layer in roles.lm.named_modules():
-        if isinstance(layer, ParamWrapper):
-            weight = fresh.get_parameter(name_without_lora(f"{name}.{layer.parameter_name}"))
-            weight.copy_(weight.float() + expert_delta(layer, str(role)))
-        elif isinstance(layer, LoraLayer):
-            weight = fresh.get_parameter(f"{name}.weight")
-            weight.copy_(weight.float() + layer.get_delta_weight(str(role)).float())
+    for name, delta in roles.adapter.deltas(role):
+        weight = fresh.get_parameter(name)
+        weight.copy_(weight.float() + delta)
     return fresh
 
 

@@ -1,9 +1,9 @@
 """Roles on bases without weights, for estimates: see `perl.backbones.fake`."""
 
 import torch
-from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from perl.adapters import AdapterKind
 from perl.backbones.fake import fake_lm, fill_with_fakes, stay, unknown_values
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
@@ -15,9 +15,9 @@ class FakeSharedBase(SharedBase):
 
     _apply = stay
 
-    def __init__(self, lm: PreTrainedModel, lora: LoraConfig) -> None:
+    def __init__(self, adapter: AdapterKind) -> None:
         with unknown_values():
-            super().__init__(lm, lora)
+            super().__init__(adapter)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
         """As on a real base."""

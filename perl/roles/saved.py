@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from perl import __version__
+from perl.adapters.kind import CONFIG
 from perl.backbones.base import Base
 from perl.errors import UserError, machine_fault
 from perl.roles.roles import Role, Roles
+from perl.roles.shared_base import SharedBase
 from perl.system.files import whole_folder, write_json, write_tensors
 
 HEAD = "score.weight"
@@ -112,15 +114,23 @@ def load_role(
     with roles.role(role):
         differs = _shape_difference(weights, targets)
         if differs or not _config_fits(roles, folder):
-            raise UserError(
-                f"has another rank, alpha, targets or layers than the recipe's lora section{differs}",
-                where=str(folder),
-                remedy="Set lora.rank, alpha, targets and layers as in its adapter_config.json.",
-            )
+            raise _of_other_settings(roles, folder, differs)
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights[name])
     return stamp
+
+
+def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
+    if not isinstance(roles, SharedBase):
+        what = f"is another kind of model than the recipe's base{differs}"
+        return UserError(what, where=str(folder), remedy=f"Use the base that {STAMP} names.")
+    section, (*keys, last) = roles.adapter.section, roles.adapter.shape
+    return UserError(
+        f"has another {', '.join(keys)} or {last} than the recipe's {section} section{differs}",
+        where=str(folder),
+        remedy=f"Set {section}.{', '.join(keys)} and {last} as in its {CONFIG}.",
+    )
 
 
 def _read_weights(folder: Path, file: str) -> dict[str, torch.Tensor]:

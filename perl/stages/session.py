@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.coverage import HALF
-from perl.adapters.lora import lora_config
 from perl.backbones import backbone_of
 from perl.backbones.base import Base
 from perl.backbones.four_bit import scales
@@ -163,7 +162,7 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
         return SeparateModels(lm, base.load, engine)
     if engine.shards_base:
         backbone_of(lm.config).require("sharding", f"base.model {base.name}")
-    roles = SharedBase(lm, adapter_shape(recipe, lm), engine)
+    roles = SharedBase(adapters_for(recipe, lm), engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.split_unsupported_reason is not None:
         console.print(
@@ -173,7 +172,10 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     return roles
 
 
-def adapter_shape(recipe: Recipe, lm: PreTrainedModel) -> LoraConfig:
-    """The recipe's adapters, for this model."""
-    lora = recipe.lora
-    return lora_config(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.layers, lm)
+def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
+    """The recipe's adapters, for this model.
+
+    Raises:
+        UserError: they do not fit it.
+    """
+    return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)

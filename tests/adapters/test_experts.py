@@ -22,7 +22,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from perl.adapters.lora import lora_config, without_adapters
 from perl.backbones.base import weights_sha256
 from perl.errors import UserError
 from perl.parallel.engine import Engine
@@ -30,6 +29,7 @@ from perl.parallel.processes import ALONE
 from perl.roles.export_formats import merge, save_adapter
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from tests.tiny import lora
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -77,7 +77,7 @@ def lm(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 def roles_on(lm: PreTrainedModel, targets: str | list[str] = "all-linear") -> SharedBase:
     """Two roles with adapters drawn at random."""
-    roles = SharedBase(lm, lora_config(RANK, 6, 0.0, targets, "all", lm))
+    roles = SharedBase(lora(lm, RANK, 6, targets=targets))
     for role in (Role.SFT, Role.POLICY):
         roles.add(role)
         for parameter in roles.weights(role).values():
@@ -168,7 +168,7 @@ def test_the_base_keeps_its_bytes_and_its_modules(lm: PreTrainedModel) -> None:
     roles.train_only(Role.POLICY)
     log_probs(roles, Role.POLICY).sum().backward()
     assert roles.base_sha256() == before
-    without_adapters(lm)
+    roles.adapter.remove()
     assert weights_sha256(lm) == before
     assert [type(module) for module in lm.modules()] == modules
 
@@ -176,7 +176,7 @@ def test_the_base_keeps_its_bytes_and_its_modules(lm: PreTrainedModel) -> None:
 @pytest.mark.parametrize("layers", ["all", "top-half"])
 def test_plain_peft_loads_what_is_exported(lm: PreTrainedModel, layers: str, tmp_path: Path) -> None:
     fresh = copy.deepcopy(lm)
-    roles = SharedBase(lm, lora_config(RANK, 6, 0.0, "all-linear", layers, lm))
+    roles = SharedBase(lora(lm, RANK, 6, layers=layers))
     roles.add(Role.POLICY)
     for parameter in roles.weights(Role.POLICY).values():
         parameter.data.normal_(0, 0.1)
@@ -201,7 +201,7 @@ def test_plain_peft_loads_what_is_exported(lm: PreTrainedModel, layers: str, tmp
 )
 def test_coverage(targets: str | list[str], share: float, without: list[str]) -> None:
     lm = mixtral()
-    coverage = SharedBase(lm, lora_config(RANK, 6, 0.0, targets, "all", lm)).coverage
+    coverage = SharedBase(lora(lm, RANK, 6, targets=targets)).coverage
     assert coverage.share == pytest.approx(share, abs=0.005)
     assert coverage.without == without
     assert ", ".join(without) in str(coverage)
@@ -238,12 +238,12 @@ def test_an_engine_that_gathers_layer_by_layer_is_refused() -> None:
 
     lm = mixtral()
     with pytest.raises(UserError, match="gathers weights layer by layer"):
-        SharedBase(lm, lora_config(RANK, 6, 0.0, "all-linear", "all", lm), LayerByLayer(ALONE))
-    SharedBase(lm, lora_config(RANK, 6, 0.0, "attention", "all", lm), LayerByLayer(ALONE))
+        SharedBase(lora(lm, RANK, 6), LayerByLayer(ALONE))
+    SharedBase(lora(lm, RANK, 6, targets="attention"), LayerByLayer(ALONE))
 
 
 def test_dropout_on_experts_is_refused() -> None:
     lm = mixtral()
     with pytest.raises(UserError, match="have no dropout"):
-        lora_config(RANK, 6, 0.1, "all-linear", "all", lm)
-    lora_config(RANK, 6, 0.1, "attention", "all", lm)
+        lora(lm, RANK, 6, dropout=0.1)
+    lora(lm, RANK, 6, dropout=0.1, targets="attention")

@@ -8,11 +8,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from perl.adapters.lora import lora_config
 from perl.adapters.low_rank import _LinearLowRank, compute_with_one_adapter, kept_factors
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 INPUTS, OUTPUTS = 8, 12
 
@@ -96,7 +95,7 @@ def test_kept_factors_change_no_bit(dtype: torch.dtype) -> None:
 
 def test_kept_factors_end_with_the_sampling_and_are_one_roles_only() -> None:
     lm = random_llama(torch.bfloat16)
-    roles = SharedBase(lm, lora_config(4, 8, 0.1, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 4, 8, dropout=0.1))
     roles.add(Role.SFT)
     roles.add(Role.POLICY)
     roles.eval()

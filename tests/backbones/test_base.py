@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
-from perl.adapters.lora import lora_config
 from perl.backbones.base import weights_sha256
 from perl.backbones.loading import load_base, random_base
 from perl.errors import UserError
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, lora
 
 CPU = torch.device("cpu")
 CONFIG = {"model_type": "llama", **LLAMA}
@@ -40,7 +39,7 @@ def test_the_hash_is_of_the_base_alone(model: str, dtype: torch.dtype, request: 
     assert base.context_length == 256
     assert base.parameters == sum(parameter.numel() for parameter in base.load().parameters())
 
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
     roles.add(Role.REWARD, head=True)

@@ -117,7 +117,7 @@ def test_a_context_has_the_same_tokens_whatever_follows(
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_ends_once_and_reads_back(chat: ChatFormat, answer: Turn) -> None:
-    ids = chat.answer(CONTEXTS[2], answer)
+    ids = chat.completion(CONTEXTS[2], answer)
     assert ids[-1] == chat.end_id
     assert ids.count(chat.end_id) == 1
     assert chat.decode(ids) == chat.decode(ids[:-1]) == answer.text
@@ -127,7 +127,7 @@ def test_only_the_agent_of_the_answer_is_marked(chat: ChatFormat) -> None:
     answer = [Turn("agent", "What size?"), Turn("user", "Large."), Turn("agent", "Yes."), Turn("api", "{}")]
     (tokens,) = chat.rows(CONTEXTS[2], answer)
     said = [token for token, spoken in zip(tokens.ids, tokens.spoken, strict=True) if spoken]
-    first, second = chat.answer(CONTEXTS[2], answer[0]), chat.answer(CONTEXTS[2], answer[2])
+    first, second = chat.completion(CONTEXTS[2], answer[0]), chat.completion(CONTEXTS[2], answer[2])
     assert said == first + second
     unheard = chat.decode([token for token, spoken in zip(tokens.ids, tokens.spoken, strict=True) if not spoken])
     assert "Large." in unheard
@@ -141,7 +141,7 @@ def test_plain_text_is_tokenized_as_it_stands(chat: ChatFormat) -> None:
     assert [tokens] == chat.rows(context, [answer])
     before = chat.context(context)
     assert tokens.ids[: len(before)] == before
-    assert chat.answer(context, answer) == tokens.ids[len(before) :]
+    assert chat.completion(context, answer) == tokens.ids[len(before) :]
     assert tokens.ids[-1] == chat.eos_id
     assert before[-1] != chat.eos_id
     assert chat.decode(tokens.ids) == "Once upon a time."
@@ -158,7 +158,7 @@ def test_plain_text_does_not_end_before_the_answer() -> None:
     chat = ChatFormat(tokenizer)
     context, answer = (Turn("text", "Once upon"),), Turn("text", " a time.")
     assert chat.row(context, answer).ids.count(chat.eos_id) == 1
-    assert chat.answer(CONTEXTS[0], ANSWERS[0]).count(chat.end_id) == 1
+    assert chat.completion(CONTEXTS[0], ANSWERS[0]).count(chat.end_id) == 1
 
 
 def test_the_plain_fallback_is_readable() -> None:

@@ -34,7 +34,7 @@ def test_whole_turns_go_first_and_the_oldest_of_them(chat: ChatFormat) -> None:
     for length in range(sizes[-1], sizes[0] + 3):
         longest = next(turns for turns, size in zip(kept, sizes, strict=True) if size <= length)
         assert chat.context(LONG, length) == chat.context(longest)
-        row = chat.row(LONG, ANSWER, length + len(chat.answer(LONG, ANSWER)))
+        row = chat.row(LONG, ANSWER, length + len(chat.completion(LONG, ANSWER)))
         assert (row.ids, row.spoken) == (chat.row(longest, ANSWER).ids, chat.row(longest, ANSWER).spoken)
         assert row.cut == (len(longest) < len(LONG))
 
@@ -71,7 +71,7 @@ def test_of_an_answer_that_is_too_long_its_end_is_scored_and_its_start_learnt(ch
     assert len(learned.ids) == 50
     assert learned.cut
     said = [token for token, spoken in zip(learned.ids, learned.spoken, strict=True) if spoken]
-    assert said == chat.answer([Turn("user", "")], answer)[: len(said)]
+    assert said == chat.completion([Turn("user", "")], answer)[: len(said)]
     assert len(said) > 10
 
 
@@ -114,7 +114,7 @@ def test_plain_text_keeps_what_it_begins_with_and_its_newest_words() -> None:
     whole = chat.context(context)
     assert whole[0] == tokenizer.bos_token_id
     assert chat.context(context, 12) == [whole[0], *whole[-11:]]
-    row, said = chat.row(context, answer, 12), chat.answer(context, answer)
+    row, said = chat.row(context, answer, 12), chat.completion(context, answer)
     assert row.ids == [whole[0], *whole[-(11 - len(said)) :], *said]
     assert row.cut
     assert chat.rows(context, [answer], 12) == [row]

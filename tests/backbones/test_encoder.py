@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from perl.adapters.lora import lora_config
 from perl.backbones import backbone_of
 from perl.backbones.base import weights_sha256
 from perl.backbones.encoder import Encoder, EncoderFormat
@@ -21,6 +20,7 @@ from perl.roles.roles import Role, Roles
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from tests.encoders import BERT, tiny_bert, tiny_roberta, word_pieces
+from tests.tiny import lora
 
 CPU = torch.device("cpu")
 CONTEXT = [
@@ -39,7 +39,7 @@ def opened(folder: Path, tuning: str = "lora", dtype: torch.dtype = torch.float3
     if tuning == "full":
         roles: Roles = SeparateModels(lm, base.load)
     else:
-        roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+        roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.REWARD, head=True)
     generator = torch.Generator().manual_seed(1)
     for parameter in roles.parameters_of(Role.REWARD):
@@ -105,7 +105,7 @@ def test_scores_are_those_of_transformers_with_the_same_head(name: str, tuning: 
 
 def test_a_new_head_scores_0_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     base, lm = load_base(str(tiny_bert(tmp_path)), torch.float32, CPU, generates=False)
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.REWARD, head=True)
     assert scores(roles, [[2, 9, 3]]).item() == 0
     optimizer = torch.optim.SGD(roles.train_only(Role.REWARD), lr=1.0)

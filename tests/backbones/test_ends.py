@@ -36,8 +36,8 @@ def test_a_models_other_end_ends_answers_too(tiny_llama: Path, tmp_path: Path) -
     base, _ = load_base(str(configured(tiny_llama, tmp_path / "a", eos_token_id=other)), torch.float32, CPU)
     assert base.chat.ends(ASKED) == (end, other)
     assert base.chat.ends(TEXT) == (end, other), "the tokenizer's is <|im_end|> too"
-    assert base.chat.answer(ASKED, Turn("agent", "yes"))[-1] == end == base.chat.end_id
-    assert base.chat.decode([*base.chat.answer(ASKED, Turn("agent", "yes"))[:-1], other]) == "yes"
+    assert base.chat.completion(ASKED, Turn("agent", "yes"))[-1] == end == base.chat.end_id
+    assert base.chat.decode([*base.chat.completion(ASKED, Turn("agent", "yes"))[:-1], other]) == "yes"
 
 
 @pytest.mark.parametrize("listed", [[2, 3, 4], [4, 3, 2, 3]])
@@ -103,7 +103,7 @@ def test_what_a_template_writes_inside_an_answer_does_not_end_it() -> None:
     tokenizer.eos_token = "<|eot|>"
     end, mid, start = tokenizer.convert_tokens_to_ids(["<|end|>", "<|mid|>", "<|start|>"])
     chat = ChatFormat(tokenizer, [end, mid, start])
-    assert end in chat.answer(ASKED, Turn("agent", "yes"))
+    assert end in chat.completion(ASKED, Turn("agent", "yes"))
     assert chat.ends(ASKED) == (chat.end_id, *sorted([mid, start]))
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from perl.adapters.lora import lora_config
 from perl.backbones import BACKBONES, backbone_of
 from perl.backbones.loading import load_base, numbered_tokens
 from perl.errors import UserError
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from tests.tiny import lora
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).with_name("example_backbone.py")
@@ -32,7 +32,7 @@ def test_a_policy_and_a_reward_model_compute_on_it(tmp_path: Path, monkeypatch: 
 
     _, lm = load_base(str(tmp_path), torch.float32, CPU, generates=False)
     assert type(backbone_of(lm.config)) is plugin["Sums"]
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.POLICY)
     roles.add(Role.REWARD, head=True)
     parameters = roles.train_only(Role.POLICY, Role.REWARD)

@@ -5,13 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from perl.adapters.lora import lora_config
 from perl.backbones.fake import fake_lm, unknown_values
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, lora
 
 WIDER = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
 
@@ -36,7 +35,7 @@ def test_a_fake_model_has_the_shapes_of_a_real_one_and_no_weights(tied: bool) ->
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_fake_roles_have_the_parameters_of_real_ones(tuning: str) -> None:
     lm, fake = LlamaForCausalLM(config()), fake_lm(config(), torch.float32)
-    shape = lora_config(4, 8, 0.0, "all-linear", "all", lm)
+    shape = lora(lm, 4, 8)
     pair = (
         (SharedBase(lm, shape), FakeSharedBase(fake, shape))
         if tuning == "lora"

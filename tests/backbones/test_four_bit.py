@@ -15,7 +15,6 @@ from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedModel
 
-from perl.adapters.lora import lora_config
 from perl.backbones.base import weights_sha256
 from perl.backbones.four_bit import four_bit_config, hide_quantization, keep_layout
 from perl.backbones.loading import load_base
@@ -23,6 +22,7 @@ from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.exported import Run
+from tests.tiny import lora
 
 CPU = torch.device("cpu")
 TINYSTORIES = Path(__file__).parents[3] / "shared" / "models" / "tinystories-656k"
@@ -57,7 +57,7 @@ def written_out(folder: Path, four_bit: PreTrainedModel) -> PreTrainedModel:
 
 def with_roles(lm: PreTrainedModel, layers: str = "all") -> SharedBase:
     """Roles whose adapters and heads are the same whatever the base."""
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", layers, lm))
+    roles = SharedBase(lora(lm, 2, 4, layers=layers))
     generator = torch.Generator().manual_seed(3)
     for role in (Role.POLICY, Role.REWARD, Role.CRITIC):
         roles.add(role, head=role is not Role.POLICY)

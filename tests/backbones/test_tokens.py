@@ -113,10 +113,10 @@ def test_rows_are_what_a_server_sends(chat: ChatFormat) -> None:
     for end in (1, 3):
         prompt, alone = chat.context(TURNS[:end]), chat.row(TURNS[:end], TURNS[end])
         assert prompt == sent(chat, TURNS[:end], asks=True)
-        assert alone.ids == [*prompt, *chat.answer(TURNS[:end], TURNS[end])] == row.ids[: len(alone.ids)]
+        assert alone.ids == [*prompt, *chat.completion(TURNS[:end], TURNS[end])] == row.ids[: len(alone.ids)]
         assert alone.ids == sent(chat, TURNS[: end + 1])[: len(alone.ids)]
         assert row.spoken[len(prompt) : len(alone.ids)] == [True] * (len(alone.ids) - len(prompt))
-    assert sum(row.spoken) == sum(len(chat.answer(TURNS[:end], TURNS[end])) for end in (1, 3))
+    assert sum(row.spoken) == sum(len(chat.completion(TURNS[:end], TURNS[end])) for end in (1, 3))
     assert chat.probe({"user", "agent"}) == []
 
 

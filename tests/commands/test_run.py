@@ -8,7 +8,6 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-from perl.adapters.lora import lora_config
 from perl.backbones.loading import load_base
 from perl.data.records import Demonstration, Turn
 from perl.errors import UserError
@@ -19,6 +18,7 @@ from perl.roles.shared_base import SharedBase
 from perl.stages.session import open_session
 from perl.stages.sft import tokenized, train_sft
 from tests.conftest import RunCli, WriteRecipe
+from tests.tiny import lora
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
 REWARD = {"loss": "thumbs", "epochs": 4, "batch_size": 4, "learning_rate": 0.01}
@@ -76,7 +76,7 @@ def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None
     policy = AutoPeftModelForCausalLM.from_pretrained(finished / "policy" / "adapter")
     assert any("lora_A" in name for name, _ in policy.named_parameters())
     base, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 2, 4))
     load_role(roles, Role.REWARD, finished / "reward" / "adapter", base)
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(
         finished / "reward" / "adapter", num_labels=1
@@ -94,12 +94,12 @@ def test_a_stamp_names_the_parent_and_refuses_another_base(
 ) -> None:
     stamp = read_stamp(finished / "policy" / "adapter")
     other, other_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"), random_seed=7)
-    roles = SharedBase(other_lm, lora_config(2, 4, 0.0, "all-linear", "all", other_lm))
+    roles = SharedBase(lora(other_lm, 2, 4))
     assert stamp.parent_sha256 == weights_sha256(roles, finished / "sft" / "adapter")
     with pytest.raises(UserError, match="belongs to another base"):
         load_role(roles, Role.SFT, finished / "sft" / "adapter", other)
     same, same_lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    narrow = SharedBase(same_lm, lora_config(2, 8, 0.0, "all-linear", "all", same_lm))
+    narrow = SharedBase(lora(same_lm, 2, 8))
     with pytest.raises(UserError, match="another rank, alpha"):
         load_role(narrow, Role.SFT, finished / "sft" / "adapter", same)
 

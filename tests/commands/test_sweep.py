@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from peft.tuners.lora import LoraLayer
 
-from perl.adapters.lora import lora_config, without_adapters
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 
 @pytest.fixture
@@ -120,10 +119,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_trained(
 def test_adapters_are_taken_out_again() -> None:
     lm = random_llama()
     before, own = list(lm.named_modules()), set(vars(lm))
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.SFT)
     roles.add(Role.REWARD, head=True)
     assert any(isinstance(module, LoraLayer) for module in lm.modules())
-    without_adapters(lm)
+    roles.adapter.remove()
     assert list(lm.named_modules()) == before
     assert set(vars(lm)) == own

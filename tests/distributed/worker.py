@@ -15,17 +15,17 @@ from unittest import mock
 
 import torch
 
-from perl.adapters.lora import lora_config
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.launcher import skips_finalization
 from perl.parallel.process_group import process_group
 from perl.recipe import load_recipe
-from perl.rl.samplers.local import Sampling, sample
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.pipeline import run
 from tests.distributed.launching import engine_environment
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 SAMPLED = 40
 """Times that `lengths` samples."""
@@ -34,7 +34,7 @@ SAMPLED = 40
 def roles_on(engine: Engine | None) -> SharedBase:
     """A policy on a random base, its adapter not zero."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)
-    roles = SharedBase(lm, lora_config(2, 4, 0.0, "all-linear", "all", lm), engine)
+    roles = SharedBase(lora(lm, 2, 4), engine)
     torch.manual_seed(1)
     roles.add(Role.POLICY)
     with torch.no_grad():
@@ -59,7 +59,9 @@ def lengths(engine: Engine) -> int:
         sizes = [rng.randrange(1, 9) for _ in range(1 if lonely else 5)]
         prompts = [[rng.randrange(1, 7) for _ in range(size)] for size in sizes] * (3 if lonely else 1)
         drawn = [
-            sample(roles, Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step)).completions()
+            LocalSampler(roles)
+            .draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(step))
+            .completions()
             for roles in ((together,) if step % 10 else (together, alone))
         ]
         assert drawn[0] == drawn[-1], (step, drawn)

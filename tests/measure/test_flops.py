@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perl.adapters.lora import lora_config
 from perl.measure.flops import Flops
 from perl.measure.probe import listeners, listening, recomputing
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import LLAMA, random_llama
+from tests.tiny import LLAMA, lora, random_llama
 
 
 def counted(flops: Flops) -> tuple[float, float]:
@@ -122,7 +121,7 @@ HIDDEN, MLP, LAYERS = (LLAMA[size] for size in ("hidden_size", "intermediate_siz
 
 
 def llama_roles() -> SharedBase:
-    roles = SharedBase(lm := random_llama(vocab_size=50), lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(random_llama(vocab_size=50), 4, 8))
     roles.add(Role.REWARD, head=True)
     roles.train_only(Role.REWARD)
     return roles

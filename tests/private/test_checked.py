@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft.tuners.lora
 import pytest
+from peft.functional import inject_adapter_in_model
 
 from perl.errors import MachineError
 from perl.private.checked import TESTED, need
@@ -16,18 +17,18 @@ ROOT = Path(__file__).parents[2]
 def test_a_name_that_a_library_no_longer_has_is_refused_with_both_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda library: "9.9")
+    monkeypatch.setattr("perl.private.checked.version", lambda library: "9.9")
     need(peft.tuners.lora.LoraLayer, "get_base_layer")
     with pytest.raises(MachineError) as refusal:
         need(peft.tuners.lora.LoraLayer, "get_base_layer", "_gone")
     said = str(refusal.value)
-    assert "peft 9.9 has no peft.tuners.lora.layer.LoraLayer._gone" in said
+    assert "peft 9.9 has no _gone in peft.tuners.lora.layer.LoraLayer" in said
     assert f"pip install 'peft=={TESTED['peft']}'" in said
-    with pytest.raises(MachineError, match=r"has no peft\.tuners\.lora\.gone"):
+    with pytest.raises(MachineError, match=r"has no gone in peft\.tuners\.lora,"):
         need(peft.tuners.lora, "gone")
 
 
-@pytest.mark.parametrize("library", ["torch", "peft", "deepspeed"])
+@pytest.mark.parametrize("library", ["torch", "peft", "deepspeed", "transformers"])
 def test_the_installed_version_has_what_is_used(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     importlib.import_module(f"perl.private.{library}")
@@ -36,3 +37,9 @@ def test_the_installed_version_has_what_is_used(library: str, monkeypatch: pytes
 def test_the_versions_named_are_those_that_the_tests_run_with() -> None:
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert {name: pinned[name] for name in TESTED} == TESTED
+
+
+def test_of_a_function_the_parameters_are_checked() -> None:
+    need(inject_adapter_in_model, "adapter_name")
+    with pytest.raises(MachineError, match=r"has no gone in peft\.mapping\.inject_adapter_in_model"):
+        need(inject_adapter_in_model, "gone")

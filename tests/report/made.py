@@ -123,6 +123,8 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
                     "n": 128,
                     "reward_before": 0.18,
                     "reward_after": 0.74 + gain,
+                    "reward_parts_before": {"model": 0.18},
+                    "reward_parts_after": {"model": 0.74 + gain},
                     "answer_tokens_before": 15.3,
                     "answer_tokens_after": 16.7,
                     "ended_before": 1.0,

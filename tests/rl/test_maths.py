@@ -141,7 +141,7 @@ def test_ppo_policy_loss() -> None:
     log_probs_BT = ratio_T.log()[None].requires_grad_()
     loss, clipped = arithmetic.ppo_policy_loss(
         log_probs_BT,
-        sampler_log_probs_BT=torch.zeros(1, 5),
+        policy_log_probs_BT=torch.zeros(1, 5),
         advantages_BT=torch.tensor([[1.0, 1.0, -1.0, -1.0, NAN]]),
         mask_BT=torch.tensor([[True, True, True, True, False]]),
         clip=0.2,

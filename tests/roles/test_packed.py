@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perl.adapters.lora import lora_config
 from perl.backbones.base import weights_sha256
 from perl.measure.flops import Flops
 from perl.measure.ledger import Timeline
@@ -15,7 +14,7 @@ from perl.rl.samplers.local import LocalSampler
 from perl.roles.packed import SUPPORTED, packed
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no oneDNN, or no products in bf16")
 
@@ -107,7 +106,7 @@ def test_leaves_alone_what_it_cannot_pack() -> None:
 @pytest.mark.parametrize("layers", ["all", "top-half"])
 def test_an_answer_has_the_log_probs_that_a_plain_forward_gives_it(layers: str) -> None:
     lm = random_llama(torch.bfloat16, hidden_size=64, initializer_range=0.05)
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8, layers=layers)).eval()
     roles.add(Role.POLICY)
     for parameter in roles.parameters_of(Role.POLICY):
         parameter.data.normal_(std=0.05)

@@ -14,12 +14,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from perl.adapters.lora import lora_config
 from perl.backbones.base import weights_sha256
 from perl.errors import UserError
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 TRAINED = (Role.POLICY, Role.REWARD, Role.CRITIC)
 llama = partial(random_llama, vocab_size=50)
@@ -33,7 +32,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def roles_on(lm: LlamaForCausalLM | GPT2LMHeadModel) -> Roles:
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 4, 8))
     roles.add(Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
     roles.add(Role.REWARD, head=True)
@@ -85,15 +84,15 @@ def test_the_base_is_the_same_to_the_byte_after_training() -> None:
     lm = llama(torch.bfloat16)
     before = weights_sha256(lm)
     roles = roles_on(lm)
-    assert weights_sha256(lm) == before
+    assert roles.base_sha256() == before
     optimizer = torch.optim.AdamW(roles.train_only(*TRAINED), lr=0.1)
     randomize(roles, *TRAINED)
     for _ in range(3):
         sum(loss_of(roles, role) for role in TRAINED).backward()
         optimizer.step()
-    assert weights_sha256(lm) == before
+    assert roles.base_sha256() == before
     lm.model.layers[0].mlp.up_proj.base_layer.weight.data[0, 0] += 1
-    assert weights_sha256(lm) != before
+    assert roles.base_sha256() != before
 
 
 def test_a_new_adapter_is_the_identity_and_a_new_head_scores_nothing() -> None:
@@ -106,7 +105,7 @@ def test_a_new_adapter_is_the_identity_and_a_new_head_scores_nothing() -> None:
 
 
 def test_a_copy_begins_as_what_it_copies_and_then_goes_its_own_way() -> None:
-    roles = SharedBase(lm := llama(), lora_config(4, 8, 0.0, "all-linear", "all", lm))
+    roles = SharedBase(lora(llama(), 4, 8))
     roles.add(Role.SFT)
     randomize(roles, Role.SFT)
     roles.add(Role.POLICY, copy_of=Role.SFT)
@@ -136,9 +135,9 @@ def test_the_switch_puts_everything_back_after_an_exception_and_when_nested() ->
         with pytest.raises(RuntimeError, match="in the middle"):
             fail()
         assert roles.active is Role.POLICY
-        assert all(layer.active_adapters == ["policy"] for layer in roles._layers)
+        assert all(layer.active_adapters == ["policy"] for layer in roles.adapter._layers)
     assert roles.active is Role.BASE
-    assert all(layer.active_adapters == [] for layer in roles._layers)
+    assert all(layer.active_adapters == [] for layer in roles.adapter._layers)
     assert {name: parameter.requires_grad for name, parameter in roles.named_parameters()} == found
 
 
@@ -181,7 +180,7 @@ class alone_with(nn.Module):  # noqa: N801  reads as a function
     def __init__(self, roles: Roles, role: Role) -> None:
         super().__init__()
         lm = llama()
-        self.peft = get_peft_model(lm, copy.deepcopy(roles.lora), adapter_name=role)
+        self.peft = get_peft_model(lm, copy.deepcopy(roles.adapter.config), adapter_name=role)
         weights = roles.weights(role)
         for name, parameter in self.peft.named_parameters():
             if "lora_" in name:
@@ -241,7 +240,7 @@ def test_padding_gets_no_gradient() -> None:
 
 def test_dropout_of_the_base_stays_off_and_loras_own_is_switched() -> None:
     lm = gpt2()
-    roles = SharedBase(lm, lora_config(4, 8, 0.5, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, 4, 8, dropout=0.5))
     roles.add(Role.POLICY)
     randomize(roles, Role.POLICY)
     ids_BL, mask_BL = batch()
@@ -272,11 +271,11 @@ def test_scores_equal_a_sequence_classifier_of_transformers() -> None:
 
 def test_targets_and_layers() -> None:
     lm = llama()
-    assert len(lora_config(4, 8, 0.0, "all-linear", "all", lm).target_modules) == 14
-    attention = lora_config(4, 8, 0.0, "attention", "top-half", lm).target_modules
+    assert len(lora(lm).config.target_modules) == 14
+    attention = lora(lm, 4, 8, targets="attention", layers="top-half").config.target_modules
     assert attention == {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"}
-    assert len(lora_config(4, 8, 0.0, ["q_proj"], [0], lm).target_modules) == 1
+    assert len(lora(lm, 4, 8, targets=["q_proj"], layers=[0]).config.target_modules) == 1
     with pytest.raises(UserError, match="no layer 2"):
-        lora_config(4, 8, 0.0, "attention", [2], lm)
+        lora(lm, 4, 8, targets="attention", layers=[2])
     with pytest.raises(UserError, match="query"):
-        lora_config(4, 8, 0.0, ["query"], "all", lm)
+        lora(lm, 4, 8, targets=["query"])

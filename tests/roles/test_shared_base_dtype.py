@@ -8,18 +8,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
-from perl.adapters.lora import lora_config
 from perl.measure.memory import LiveBytes
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 RANK, ROWS, LENGTH, HIDDEN, MLP = 4, 2, 16, 64, 96
 llama = partial(random_llama, vocab_size=50, hidden_size=HIDDEN, intermediate_size=MLP, initializer_range=0.1)
 
 
 def policy_on(lm: LlamaForCausalLM, dropout: float = 0.0) -> SharedBase:
-    roles = SharedBase(lm, lora_config(RANK, 8, dropout, "all-linear", "all", lm))
+    roles = SharedBase(lora(lm, RANK, 8, dropout=dropout))
     roles.add(Role.SFT)
     generator = torch.Generator().manual_seed(1)
     for parameter in roles.parameters_of(Role.SFT):

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from perl.adapters.lora import lora_config
 from perl.roles import lower_layer_cache
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 llama = partial(random_llama, **SHAPE)
 
 
 def roles_on(lm: LlamaForCausalLM, layers: str | list[int] = "top-half") -> SharedBase:
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm))
+    roles = SharedBase(lora(lm, 4, 8, layers=layers))
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, head=True)
     generator = torch.Generator().manual_seed(1)
@@ -93,7 +92,7 @@ def test_the_blocks_below_every_adapter_are_shared(layers: str | list[int], coun
 def test_a_model_that_adds_positions_to_its_embeddings_is_not_split() -> None:
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "top-half", lm))
+    roles = SharedBase(lora(lm, 4, 8, layers="top-half"))
     assert roles.shared_blocks == 0
     assert (
         roles.split_unsupported_reason
@@ -107,7 +106,7 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
         intermediate_size=64, layer_types=kinds, use_sliding_window=True, num_key_value_heads=4, **SHAPE
     )
     lm = Qwen2ForCausalLM(config)
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "top-half", lm))
+    roles = SharedBase(lora(lm, 4, 8, layers="top-half"))
     assert roles.shared_blocks == 0
     assert "full_attention, sliding_attention" in str(roles.split_unsupported_reason)
 

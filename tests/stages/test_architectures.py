@@ -24,14 +24,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from perl.adapters.lora import lora_config
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, lora
 
 ALIBI: dict[str, Any] = {
     "vocab_size": 300,
@@ -112,7 +111,7 @@ def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedMod
     with torch.no_grad():
         for bias in (weight for name, weight in lm.named_parameters() if name.endswith("bias")):
             bias.normal_(std=0.1)
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8)).eval()
     roles.add(Role.POLICY)
     for parameter in roles.parameters_of(Role.POLICY):
         parameter.data.normal_(std=0.1)

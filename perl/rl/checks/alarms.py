@@ -91,7 +91,7 @@ WORDS = {
     "divergence": Words(
         "{check} fell from {start:.2f} to {value:.2f} while the reward in training rose",
         "The policy exploits mistakes of its reward, or has learned its training prompts by heart.",
-        "Stop earlier (rl.steps), raise rl.kl_coef, or mend the reward: more ratings, of answers like these.",
+        "Stop earlier (rl.steps), raise rl.kl_coef, or mend the reward: more ratings, of completions like these.",
     ),
     "not_finite": Words(
         "loss or gradient was not finite: the update was refused",

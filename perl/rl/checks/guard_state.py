@@ -10,7 +10,7 @@ from perl.rl.checks.alarms import Alarm
 WINDOW = 5
 START = 5
 NOTHING = 1.5
-"""Tokens: an answer that is hardly more than its end."""
+"""Tokens: a completion that is hardly more than its end."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Limits:
     """Where each alarm is certain; chosen on some 40 recorded runs that went well and a dozen that did not."""
 
     kl: float = 50.0
-    """Nats an answer. Healthy runs here end at 0.3 to 12; those that explode pass 50 on their way to hundreds."""
+    """Nats a completion. Healthy runs here end at 0.3 to 12; those that explode pass 50 on the way to hundreds."""
     entropy: float = 0.1
     """Share of the start's entropy. Healthy runs keep a half and more."""
     entropy_nats: float = 0.1
     """Nats a token below which no reward excuses it."""
     ended: float = 0.05
-    """Share of answers that still end by themselves, where at the start at least half of them did."""
+    """Share of completions that still end by themselves, where at the start at least half of them did."""
     length: float = 0.5
-    """Share of the start's length, if the score has fallen too: short answers that score better are welcome."""
+    """Share of the start's length, if the score has fallen too: short completions that score more are welcome."""
     penalized: bool = False
     """Whether completions without an end are penalised."""
     reward: float = 2.0

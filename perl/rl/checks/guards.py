@@ -45,7 +45,7 @@ class Guard:
 
         Args:
             step: counted from 1.
-            metrics: `kl` (nats an answer), `entropy` and `sampler_mismatch` (nats a token), `ended` (share),
+            metrics: `kl` (nats a completion), `entropy` and `sampler_mismatch` (nats a token), `ended` (share),
                 `answer_tokens`, `reward`; `gold`, or `held_out` and its standard error `held_out_error`, where
                 there are; `movement_at_the_end` (nats a token) where it was measured; `refused` if the update was,
                 `no_signal` if there was none to make. What is missing or not finite is passed over.

@@ -163,8 +163,8 @@ class Liveness:
             weights = [f"{role}.{name}" for name in roles.weights(role)]
             heads = [name for name in before if name.startswith(f"{role}.") and name not in weights]
             if weights and (role is not Role.CRITIC or self._updates > 1):
-                modules = {_module(name) for name in weights}
-                still = modules - {_module(name) for name in weights if name not in unchanged}
+                modules = {_module(roles, name) for name in weights}
+                still = modules - {_module(roles, name) for name in weights if name not in unchanged}
                 words = f"modules of the {role} that are as they were"
                 cause = _why_unchanged(weights, gradients, rate)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
@@ -191,14 +191,7 @@ def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: flo
 
 def _all_ranks_learn(roles: SharedBase) -> Finding:
     """Each rank of the policy's B differs from what it began as in at least one module."""
-    weights, starts = roles.weights(Role.POLICY), roles.weights(roles.reference)
-    moved_R: Tensor | None = None
-    for name, b_OR in weights.items():
-        if "lora_B" in name and b_OR.dim() == 2 and b_OR.shape[1] == roles.lora.r:
-            same_OR = b_OR == starts[name] if name in starts else b_OR == 0
-            here_R = ~same_OR.all(0)
-            moved_R = here_R if moved_R is None else moved_R | here_R
-    still = 0 if moved_R is None else int((~moved_R).sum())
+    still = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
     cause = "the rank is truncated: part of the adapter's factors takes part in nothing. This is a bug."
     return Finding("all ranks learn", "ranks of the policy's adapter that are as they were", still, 0.0, cause)
 
@@ -250,6 +243,6 @@ def _dropout(roles: Roles) -> Iterator[set[str]]:
         hook.remove()
 
 
-def _module(name: str) -> str:
+def _module(roles: Roles, name: str) -> str:
     """The adapted module of an adapter's tensor; of a whole model's, the tensor itself."""
-    return name.partition(".lora_")[0]
+    return roles.adapter.module_of(name) if isinstance(roles, SharedBase) else name

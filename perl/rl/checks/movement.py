@@ -13,7 +13,7 @@ from perl.rl.checks.perturbation import part_of, restored
 from perl.rl.checks.tracking import gap
 from perl.rl.collector import Collector
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role
+from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 
 NATS = 0.1
@@ -33,13 +33,12 @@ def policy_movement(collector: Collector, samples: Samples) -> float:
     roles = collector.roles
     reference_BT = collector.log_probs(roles.reference, samples)
     moved, factor = _moved(collector, samples, reference_BT), 1.0
-    if not isinstance(roles, SharedBase):
-        return moved
-    for _ in range(TRIES):
+    starts = _starts(roles)
+    for _ in range(TRIES if starts else 0):
         if NATS <= moved <= 5 * NATS or (factor == 1.0 and moved > NATS):
             break
         factor = max(1.0, factor * (min(2 * NATS / moved, MOST) if moved > 0 else MOST))
-        moved = _magnified(collector, samples, reference_BT, factor)
+        moved = _magnified(collector, samples, reference_BT, starts, factor)
     return moved / factor
 
 
@@ -47,14 +46,26 @@ def _moved(collector: Collector, samples: Samples, reference_BT: Tensor) -> floa
     return collector.processes.broadcast(gap(collector.log_probs(Role.POLICY, samples), reference_BT, samples))
 
 
-def _magnified(collector: Collector, samples: Samples, reference_BT: Tensor, factor: float) -> float:
+def _starts(roles: Roles) -> dict[str, Tensor | float]:
+    """What the policy's adapter began as: the reference's, or on a bare base what a new one has by definition."""
+    if not isinstance(roles, SharedBase):
+        return {}
+    known: dict[str, Tensor | float] = {
+        name: part_of(start) for name, start in roles.weights(roles.reference).items()
+    }
+    for name in roles.weights(Role.POLICY):
+        if name not in known and (value := roles.adapter.starting_value(name)) is not None:
+            known[name] = value
+    return known
+
+
+def _magnified(
+    collector: Collector, samples: Samples, reference_BT: Tensor, starts: dict[str, Tensor | float], factor: float
+) -> float:
     """How far the policy would have moved, had its adapter moved so many times as far."""
-    roles = collector.roles
-    weights, starts = roles.weights(Role.POLICY), roles.weights(roles.reference)
-    names = [name for name in weights if name in starts or "lora_B" in name]  # on a bare base B begins at zero
-    with restored(weights[name] for name in names) as parts:
-        for name, part in zip(names, parts, strict=True):
-            start = part_of(starts[name]) if name in starts else 0.0
+    weights = collector.roles.weights(Role.POLICY)
+    with restored(weights[name] for name in starts) as parts:
+        for start, part in zip(starts.values(), parts, strict=True):
             part.copy_(start + factor * (part - start))
         return _moved(collector, samples, reference_BT)
 

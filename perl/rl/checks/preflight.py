@@ -104,7 +104,7 @@ class Preflight:
 def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samples) -> Finding:
     """The reward is read at each completion's last token, of the kind that it was trained to be read at.
 
-    Where an answer ended with another of the end tokens, that one stands there instead (`with_written_end`).
+    Where a completion ended with another of the end tokens, that one stands there instead (`with_written_end`).
     """
     chat, reward, sampling = collector.chat, collector.reward, collector.sampling
     ends = [chat.ends(prompt.context) for prompt in prompts.prompts]
@@ -179,7 +179,7 @@ def _why_not_as_read(
 
 
 def begins_as_the_reference(collector: Collector, samples: Samples) -> Finding:
-    """KL to the reference, k3 estimate (never negative, and 0 only of equals), in nats an answer."""
+    """KL to the reference, k3 estimate (never negative, and 0 only of equals), in nats a completion."""
     roles = collector.roles
     policy_BT, reference_BT = (collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference))
     kl_BT = kl_k3(policy_BT, reference_BT).masked_fill(~samples.completion_mask_BT, 0.0)

@@ -3,7 +3,7 @@
 Before the first update of a recipe with RL alone all roles equal the base, so that roles that are mixed up say the
 same. Under perturbation they do not.
 
-Axis letters: N tokens, I inputs and O outputs of a layer, R rank.
+Axis letters: N tokens, I inputs and O outputs of a layer.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from perl.adapters.kind import AdaptedLayer
 from perl.rl.checks.findings import Finding, named
 from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap
@@ -163,30 +164,26 @@ def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
 def _try_layers(
     roles: SharedBase, context: AbstractContextManager[Any], learning: bool
 ) -> tuple[list[_Tried], set[str]]:
-    """Each layer that is a plain product with a LoRA adapter, and which adapters were active."""
-    tried, active = [], set()
+    """Each layer whose adapter can be tried alone, and which adapters were active."""
+    tried, active = [], set[str]()
     with context:
-        for name, layer in roles.lora_layers(Role.POLICY).items():
-            base: Any = layer.base_layer
-            if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
-                continue
-            active |= {str(role) for role in layer.active_adapters}
-            tried.append(_try_layer(roles, name, layer, base, learning))
+        for adapted in roles.adapter.layers(Role.POLICY):
+            active |= adapted.active
+            tried.append(_try_layer(roles, adapted, learning))
     return tried, active
 
 
-def _try_layer(roles: SharedBase, name: str, layer: Any, base: Any, learning: bool) -> _Tried:
-    a_RI, b_OR = (factors[Role.POLICY].weight.detach().float() for factors in (layer.lora_A, layer.lora_B))
-    generator = torch.Generator(a_RI.device).manual_seed(0)
-    x_NI = torch.randn(TOKENS, a_RI.shape[1], generator=generator, device=a_RI.device).to(roles.lm.dtype)
+def _try_layer(roles: SharedBase, adapted: AdaptedLayer, learning: bool) -> _Tried:
+    generator = torch.Generator(roles.device).manual_seed(0)
+    x_NI = torch.randn(TOKENS, adapted.inputs, generator=generator, device=roles.device).to(roles.lm.dtype)
     with torch.set_grad_enabled(learning):
-        y_NO = layer(x_NI[None])[0].detach().float()
-    plain_NO = base(x_NI[None])[0].detach().float()
-    expected_NO = roles.lora.lora_alpha / roles.lora.r * (x_NI.float() @ a_RI.T @ b_OR.T)
+        y_NO = adapted.layer(x_NI[None])[0].detach().float()
+    plain_NO = adapted.base(x_NI[None])[0].detach().float()
+    expected_NO = adapted.added(x_NI.float())
     added_NO = y_NO - plain_NO
     size = float(expected_NO.abs().mean())
     rounding = 2 * torch.finfo(roles.lm.dtype).eps * float(y_NO.abs().mean() + plain_NO.abs().mean()) / size
     ratio = float((added_NO * expected_NO).sum() / expected_NO.square().sum())
     deviation = float((added_NO - expected_NO).abs().mean()) / size
     rest = float((added_NO - ratio * expected_NO).abs().mean()) / size
-    return _Tried(name, ratio, deviation, rest, DEVIATION + rounding)
+    return _Tried(adapted.name, ratio, deviation, rest, DEVIATION + rounding)

@@ -91,23 +91,22 @@ class Samples:
             columns: of L, those that are kept.
             length: completion positions that are kept, the columns' last ones.
         """
-        rows = list(rows)
-        taken: dict[int, Tensor] = {}  # log-probs that are one tensor under two names stay one
+        places = {"BL": columns, "BLD": columns, "BT": slice(length)}
+        taken: dict[int, Any] = {}  # log-probs that are one tensor under two names stay one
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if id(value) not in taken:
+                taken[id(value)] = _rows_of(value, list(rows), places.get(field.name.rpartition("_")[2]))
+        return replace(self, **{field.name: taken[id(getattr(self, field.name))] for field in fields(self)})
 
-        def of(name: str, value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: of(name, one) for key, one in value.items()}
-            if isinstance(value, list):
-                return [value[row] for row in rows]
-            if isinstance(value, Tensor):
-                if id(value) not in taken:
-                    axes = name.rpartition("_")[2]
-                    second = {"BL": columns, "BLD": columns, "BT": slice(length)}.get(axes)
-                    taken[id(value)] = value[rows] if second is None else value[rows, second]
-                return taken[id(value)]
-            return value
 
-        return replace(self, **{field.name: of(field.name, getattr(self, field.name)) for field in fields(self)})
+def _rows_of(value: Any, rows: list[int], columns: slice | None) -> Any:
+    """Rows of a field: of a tensor, a list, or all values of a dictionary."""
+    if isinstance(value, Tensor):
+        return value[rows] if columns is None else value[rows, columns]
+    if isinstance(value, dict):
+        return {key: _rows_of(one, rows, columns) for key, one in value.items()}
+    return None if value is None else [value[row] for row in rows]
 
 
 class Sampler(ABC):

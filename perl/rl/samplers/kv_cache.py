@@ -128,7 +128,7 @@ class KVCache(Cache):
         model: whose layers it is for.
         batch: rows.
         prompt_length: positions of the prompts, padded on the left.
-        completion_length: positions of the answers at most.
+        completion_length: positions of the completions at most.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_length: int, completion_length: int) -> None:
@@ -166,7 +166,7 @@ class KVCache(Cache):
         return F.pad(mask_BL, (0, seen - mask_BL.shape[1]))
 
     def prefilled(self) -> None:
-        """All prompts are written; what comes now are answers."""
+        """All prompts are written; what comes now are completions."""
         self.skip(self.prompt_length)
 
     def keep(self, rows: Tensor) -> None:

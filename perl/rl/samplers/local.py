@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.backbones.logits import logits_transform
-from perl.backbones.padding import left_pad, positions
+from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import KVCache
@@ -105,10 +105,10 @@ class Drawing:
         # Rows of like length stand together in the cache, those of the same prompt side by side.
         self._order = sorted(range(count), key=lambda row: (len(prompts[row]), prompts[row]))
         self._rows_B = torch.tensor(self._order, device=device)
-        self._mask_BL = self._prompt_mask_BP[self._rows_B].long()
+        self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
         self._start = self._prompt_ids_BP.shape[1]
         self.model = roles.model()
-        self._cache = KVCache(self.model, count, self._start, self.length)
+        self.cache = KVCache(self.model, count, self._start, self.length)
         self._lower = _LowerHidden(seen, count, self._start + self.length)
         self._hidden_BD: Tensor  # that the next tokens are drawn from
 
@@ -129,18 +129,24 @@ class Drawing:
             parts.append(self.prefill_groups(some, rows))
             row = rows.stop
         for _ in range(len(starts), passes):  # in step with the other processes
-            self.model.base_model(input_ids=self._rows_B.new_zeros(1, 1), use_cache=False)
-        self._cache.prefilled()
+            ids_11 = self._rows_B.new_zeros(1, 1)
+            self._roles.trunk(ids_11, torch.ones_like(ids_11, dtype=torch.bool))
+        self.cache.prefilled()
         self._hidden_BD = torch.cat(parts)
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
         """Compute some prompts; the hidden states (B, D) after each of these rows of the batch."""
         copies_B = torch.tensor([copies for _, copies in groups], device=self._rows_B.device)
         ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, self._rows_B.device)
-        with self._cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
-            hidden_BD = _hidden(self.model, self._cache, ids_BP, mask_BP.long())[:, -1].clone()
+        with self.cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
+            hidden_BD = self._next_hidden(ids_BP, mask_BP.long()).clone()
         self._lower.keep(self._rows_B[rows], self._start, copies_B)
         return hidden_BD.repeat_interleave(copies_B, 0)
+
+    def _next_hidden(self, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
+        """The hidden states (B, D) after the newest N positions; those before are in the cache."""
+        attention_mask = self.cache.mask(mask_BL, ids_BN.shape[1])
+        return self._roles.backbone.extend(self.model, ids_BN, mask_BL, attention_mask, self.cache)[:, -1]
 
     def draw(self, step: int) -> None:
         """Draw each row's next token."""
@@ -162,26 +168,21 @@ class Drawing:
         done = not self._roles.together(len(going)) or step + 1 == self.length
         if done and not self._roles.shared_blocks:
             return False  # nobody reads what is computed of the last tokens
-        self._mask_BL = F.pad(self._mask_BL, (0, 1), value=1)
+        self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
         ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
-        self._hidden_BD = _hidden(self.model, self._cache, ids_B1, self._mask_BL)[:, -1]
+        self._hidden_BD = self._next_hidden(ids_B1, self.mask_BL)
         self._lower.keep(self._rows_B, self._start + step + 1)
         if not done and 0 < len(going) <= KEEP_UNTIL * len(self._order):
             self._keep(going)
         return not done
 
-    def skip(self, count: int) -> None:
-        """Leave so many completion positions out, uncomputed."""
-        self._mask_BL = F.pad(self._mask_BL, (0, count), value=1)
-        self._cache.skip(count)
-
     def _keep(self, going: list[int]) -> None:
         """Go on with these places of the batch only."""
         places = torch.tensor(going, device=self._rows_B.device)
         self._order = [self._order[place] for place in going]
-        self._rows_B, self._mask_BL = self._rows_B[places], self._mask_BL[places]
+        self._rows_B, self.mask_BL = self._rows_B[places], self.mask_BL[places]
         self._hidden_BD = self._hidden_BD[places]
-        self._cache.keep(places)
+        self.cache.keep(places)
 
     def samples(self) -> Samples:
         """All that was drawn."""
@@ -228,18 +229,6 @@ class _LowerHidden:
         if copies_B is not None:
             states_BND = states_BND.repeat_interleave(copies_B, 0)
         self.states_BLD[rows_B, end - states_BND.shape[1] : end] = states_BND
-
-
-def _hidden(model: PreTrainedModel, cache: KVCache, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
-    """Hidden states (B, N, D) of the last N positions; those before are in the cache."""
-    hidden: Tensor = model.base_model(
-        input_ids=ids_BN,
-        attention_mask=cache.mask(mask_BL, ids_BN.shape[1]),
-        position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return hidden
 
 
 def _draw_next(

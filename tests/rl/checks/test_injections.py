@@ -137,7 +137,7 @@ def scale_doubled_everywhere(patch: Patch) -> None:
 
     def doubled(self: SharedBase, role: Role, copy_of: Role) -> None:
         add(self, role, copy_of)
-        for layer in self._layers:
+        for layer in self.adapter._layers:
             layer.scaling[role] *= 2
 
     patch.setattr(SharedBase, "_add_weights", doubled)
@@ -191,8 +191,9 @@ def base_merged(patch: Patch) -> None:
     @contextlib.contextmanager
     @torch.no_grad()
     def merging(self: SharedBase, role: Role) -> Iterator[list[torch.Tensor]]:
-        for layer in self.lora_layers(role).values():
-            layer.base_layer.weight += layer.get_delta_weight(role).to(layer.base_layer.weight.dtype)
+        for adapted in self.adapter.layers(role):
+            weight = adapted.base.weight
+            weight += adapted.layer.get_delta_weight(role).to(weight.dtype)
         with sampling(self, Role.BASE) as seen:
             yield seen
 

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import perl.backbones.decoder
 import perl.rl.rewards.model
+from perl.backbones import Decoder
 from perl.recipe import load_recipe
 from perl.results import Check
 from perl.rl.batches import trim
@@ -240,9 +240,12 @@ def test_positions_counted_over_the_padding(
     spread_positions(session)
     parts = ready(session)
     parts.check()
-    monkeypatch.setattr(
-        perl.backbones.decoder, "positions", lambda mask_BL: torch.ones_like(mask_BL).cumsum(1) - 1
-    )
+
+    def hidden(_: Decoder, lm: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor, *__: Any) -> torch.Tensor:
+        states: torch.Tensor = lm.base_model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+        return states
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
     assert "rows read alone agree, rows read together do not" in parts.fails("sampled")
 
 

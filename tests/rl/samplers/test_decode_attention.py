@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perl.adapters.lora import lora_config
 from perl.rl.samplers import decode_attention
 from perl.rl.samplers import local as sampler
 from perl.rl.samplers.base import Samples, Sampling
@@ -18,7 +17,7 @@ from perl.rl.samplers.decode_attention import attend, fast_decoding, tolerance
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import random_llama
+from tests.tiny import lora, random_llama
 
 ROWS, HEADS, LENGTH, SIZE = 3, 4, 70, 16
 CPU = torch.device("cpu")
@@ -125,7 +124,7 @@ def test_the_kernel_is_back_afterwards() -> None:
 
 
 def drawn(lm: Any) -> Samples:
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8)).eval()
     roles.add(Role.POLICY)
     generator = torch.Generator().manual_seed(1)
     for parameter in roles.parameters_of(Role.POLICY):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
-from perl.adapters.lora import lora_config
 from perl.backbones.padding import BUCKET
 from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
@@ -18,6 +17,7 @@ from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.kv_cache import KVCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from tests.tiny import lora
 
 PROMPT, CAPACITY = 6, 12
 
@@ -177,7 +177,7 @@ def test_sampling_fills_what_it_reserved_but_for_the_last_token(
 
     monkeypatch.setattr(sampler, "KVCache", watched)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    roles = SharedBase(model, lora_config(2, 4, 0.0, "all-linear", "all", model))
+    roles = SharedBase(lora(model, 2, 4))
     sampling = Sampling(max_new_tokens=5, temperature=1.0, end_ids=(), pad_id=0, prompts_at_once=1)
     sampler.LocalSampler(roles).draw(Role.BASE, [[3, 4, 5], [6]], sampling, torch.Generator().manual_seed(0))
     for layer in made[0].layers:

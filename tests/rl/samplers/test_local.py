@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perl.adapters.lora import lora_config
+from perl.backbones import Decoder
 from perl.backbones.loading import load_base
 from perl.rl.batches import micro_batches, trim
 from perl.rl.collector import read_completions
@@ -17,11 +17,12 @@ from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
+from tests.tiny import lora
 
 
 def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Samples, int]:
     _, lm = load_base(str(folder), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", layers, lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8, layers=layers)).eval()
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, weights=False, head=True)
     torch.manual_seed(1)
@@ -81,7 +82,7 @@ def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
 def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
     """The first of them that is drawn, whichever it is: nothing after it is an answer's."""
     _, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    roles = SharedBase(lm, lora_config(4, 8, 0.0, "all-linear", "all", lm)).eval()
+    roles = SharedBase(lora(lm, 4, 8)).eval()
     ends = (3, *range(20, 60))
     sampling = Sampling(max_new_tokens=40, temperature=1.0, end_ids=ends, pad_id=0, prompts_at_once=64)
     samples = LocalSampler(roles).draw(Role.BASE, [[5, 6, 7]] * 64, sampling, torch.Generator().manual_seed(0))
@@ -128,13 +129,13 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
 def test_the_same_prompt_is_computed_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five prompts of eight answers each, two at once: three prefills of five rows together."""
     widths = []
-    real = sampler._hidden
+    real = Decoder.extend
 
-    def watched(model: Any, cache: Any, ids_BN: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def watched(self: Decoder, lm: Any, ids_BN: torch.Tensor, *more: Any) -> torch.Tensor:
         widths.append(tuple(ids_BN.shape))
-        return real(model, cache, ids_BN, mask_BL)
+        return real(self, lm, ids_BN, *more)
 
-    monkeypatch.setattr(sampler, "_hidden", watched)
+    monkeypatch.setattr(Decoder, "extend", watched)
     rollout(tiny_llama)
     prefills = [shape for shape in widths if shape[1] > 1]
     assert prefills == [(2, 16), (2, 16), (1, 32)]

@@ -1,0 +1,96 @@
+"""What in a base can have an adapter, and which of it a recipe chooses."""
+
+import difflib
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from perl.adapters.experts import expert_parameters
+from perl.errors import UserError
+
+
+def choose(
+    lm: PreTrainedModel, targets: str | list[str], layers: str | list[int], section: str
+) -> dict[str, tuple[int, int]]:
+    """The linear layers and experts' parameters that get an adapter, by name, with the widths of their two sides.
+
+    Args:
+        targets: `attention`, `all-linear` (experts included) or names of modules or of experts' parameters.
+        layers: `all`, `top-half` or layer indices.
+        section: the recipe's, which the user is told to change.
+
+    Raises:
+        UserError: no such module or layer in the model.
+    """
+    count = lm.config.get_text_config().num_hidden_layers
+    chosen = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
+        layers if isinstance(layers, str) else "", layers
+    )
+    out_of_range = [index for index in chosen if not 0 <= int(index) < count]
+    if out_of_range:
+        raise UserError(
+            f"no layer {out_of_range[0]}",
+            where=f"{section}.layers",
+            remedy=f"The base has layers 0 to {count - 1}.",
+        )
+    shapes = {name: shape for name, shape in adaptable(lm).items() if layer_index(name) in chosen}
+    wanted = {name: shape for name, shape in shapes.items() if _wanted(name, targets)}
+    _refuse_unmatched(targets, list(shapes), list(wanted), section)
+    return wanted
+
+
+def _wanted(name: str, targets: str | list[str]) -> bool:
+    if targets == "all-linear":
+        return True
+    if targets == "attention":
+        return "attn" in name or "attention" in name
+    return name.rsplit(".", 1)[-1] in targets or name in targets
+
+
+def _refuse_unmatched(targets: str | list[str], there: list[str], wanted: list[str], section: str) -> None:
+    """Refuse targets of which one is no module (or parameter of experts) in the chosen layers."""
+    given = [targets] if isinstance(targets, str) else targets
+    unmatched = [
+        one for one in given if isinstance(targets, list) and not any(_wanted(name, [one]) for name in there)
+    ]
+    if wanted and not unmatched:
+        return
+    available = sorted({name.rsplit(".", 1)[-1] for name in there})
+    near = difflib.get_close_matches(unmatched[0], available, n=1) if unmatched else []
+    remedy = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"no module matches {unmatched[0] if unmatched else targets!r}",
+        where=f"{section}.targets",
+        remedy=f"{remedy}This base has: {', '.join(available)}.",
+    )
+
+
+def adaptable(lm: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """What can have an adapter, linear layers and experts' matrices in the blocks, with widths of both sides."""
+    found = {}
+    for name in linear_layers(lm):
+        layer: Any = lm.get_submodule(name)
+        conv1d = type(layer).__name__ == "Conv1D"
+        found[name] = tuple(layer.weight.shape) if conv1d else (layer.in_features, layer.out_features)
+    for name, module in lm.named_modules():
+        if layer_index(name) is not None:
+            found |= {f"{name}.{own}": tuple(getattr(module, own).shape[1:]) for own in expert_parameters(module)}
+    return found
+
+
+def linear_layers(lm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers inside the decoder blocks (GPT-2's Conv1D among them)."""
+    head = lm.get_output_embeddings()
+    return [
+        name
+        for name, module in lm.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit"))
+        and module is not head
+        and layer_index(name) is not None
+    ]
+
+
+def layer_index(name: str) -> int | None:
+    """The block that a module or a weight of this name is in; None: in none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

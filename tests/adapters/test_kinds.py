@@ -1,0 +1,257 @@
+"""The seam: a kind of adapters from outside the package, variants of LoRA, and who may say which kind it is."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.functional import inject_adapter_in_model
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perl.adapters import ADAPTERS, low_rank
+from perl.adapters.lora import Lora
+from perl.backbones.loading import load_base
+from perl.errors import UserError
+from perl.recipe import Recipe, load_recipe
+from perl.roles.export_formats import merge, save_adapter
+from perl.roles.roles import Role
+from perl.roles.saved import load_role, save_role, stamp_for
+from perl.roles.shared_base import SharedBase
+from perl.stages.session import adapters_for
+from tests.adapters.example_ia3 import Ia3, Ia3Settings
+from tests.conftest import RunCli, WriteRecipe
+from tests.tiny import lora, random_llama
+
+
+def ia3(folder: Path | None = None, **settings: Any) -> SharedBase:
+    lm = random_llama() if folder is None else load_base(str(folder), torch.float32, torch.device("cpu"))[1]
+    return SharedBase(Ia3(lm, Ia3Settings(kind="ia3", **settings)))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.arange(3, 27).view(3, 8), torch.ones(3, 8, dtype=torch.bool)
+
+
+def log_probs(roles: SharedBase, role: Role) -> Tensor:
+    found = roles(role, *batch(), completion_length=4, temperature=1.0).log_probs_BT
+    assert found is not None
+    return found
+
+
+def test_a_kind_from_outside_trains_roles_one_after_the_other() -> None:
+    """As the stages do: SFT, then a reward model with its head, then a policy that starts from SFT."""
+    roles = ia3()
+    modules = [type(module) for module in roles.lm.modules()]
+    before, bare = roles.base_sha256(), log_probs(roles, Role.BASE)
+    read: dict[Role, Tensor] = {}
+    for role, start in ((Role.SFT, Role.BASE), (Role.REWARD, Role.BASE), (Role.POLICY, Role.SFT)):
+        roles.add(role, copy_of=start, head=role is Role.REWARD)
+        assert torch.equal(log_probs(roles, role), read.get(start, bare)), "it begins as what it starts from"
+        learned = roles.train_only(role)
+        optimizer = torch.optim.AdamW(learned, lr=0.05)
+        with roles.checkpointed(role is Role.POLICY):
+            outputs = roles(role, *batch(), completion_length=4, temperature=1.0)
+            loss = -outputs.log_probs_BT.mean()  # type: ignore[union-attr]
+            if role is Role.REWARD:
+                loss = loss + roles(role, *batch(), head=role).scores_B.sum()  # type: ignore[union-attr]
+            log_probs(roles, Role.BASE)  # another role computes between forward and backward
+            loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned)
+        optimizer.step()
+        read[role] = log_probs(roles, role).detach()
+        assert (read[role] - bare).abs().max() > 1e-3
+    for role, expected in read.items():
+        assert torch.equal(log_probs(roles, role), expected), "roles do not touch one another"
+    assert torch.equal(log_probs(roles, Role.BASE), bare)
+    assert roles.base_sha256() == before
+    assert roles.base_changed() == []
+    roles.adapter.remove()
+    assert [type(module) for module in roles.lm.modules()] == modules
+
+
+def test_its_role_comes_back_after_an_exception() -> None:
+    roles = ia3()
+    roles.add(Role.POLICY)
+
+    def fail() -> None:
+        with roles.role(Role.POLICY):
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert roles.adapter.active is None  # type: ignore[attr-defined]
+
+
+def randomized(roles: SharedBase, role: Role, **add: Any) -> SharedBase:
+    roles.add(role, **add)
+    for parameter in roles.parameters_of(role):
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return roles
+
+
+def test_its_merged_weights_compute_the_same() -> None:
+    fresh = random_llama()
+    roles = randomized(ia3(), Role.POLICY)
+    merged = merge(fresh, roles, Role.POLICY)
+    with roles.role(Role.POLICY):
+        torch.testing.assert_close(merged(batch()[0]).logits, roles.lm(batch()[0]).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_saved_and_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    base, _ = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
+    roles = randomized(ia3(tiny_llama), Role.REWARD, head=True)
+    save_role(roles, Role.REWARD, tmp_path / "reward", stamp_for(Role.REWARD, base))
+    again = ia3(tiny_llama)
+    load_role(again, Role.REWARD, tmp_path / "reward", base)
+    expected = roles(Role.REWARD, *batch(), head=Role.REWARD).scores_B
+    assert torch.equal(again(Role.REWARD, *batch(), head=Role.REWARD).scores_B, expected)
+    for other in (ia3(tiny_llama, targets=["v_proj"]), SharedBase(lora(random_llama()))):
+        with pytest.raises(UserError, match=r"has another .* than the recipe's (adapter|lora) section"):
+            load_role(other, Role.REWARD, tmp_path / "reward", base)
+    with pytest.raises(UserError, match="peft does not read adapters of kind ia3"):
+        save_adapter(roles, Role.REWARD, Role.REWARD, "base", tmp_path)
+
+
+def test_its_targets_are_checked_and_its_reach_is_told() -> None:
+    with pytest.raises(UserError, match=r"adapter\.targets: no module matches 'value'"):
+        ia3(targets=["value"])
+    roles = ia3(targets=["v_proj"])
+    assert roles.coverage.without == sorted(
+        [*(f"mlp.{name}_proj" for name in ("down", "gate", "up")), *(f"self_attn.{name}_proj" for name in "koq")]
+    )
+
+
+def test_a_recipe_chooses_the_kind() -> None:
+    content = {"name": "x", "base": {"model": "org/model"}, "reward": {}}
+    recipe = Recipe.model_validate({**content, "adapter": {"kind": "ia3", "targets": ["v_proj"]}})
+    adapter = adapters_for(recipe, random_llama())
+    assert isinstance(adapter, Ia3)
+    assert adapter.settings == Ia3Settings(kind="ia3", targets=["v_proj"])
+    assert isinstance(adapters_for(Recipe.model_validate(content), random_llama()), Lora)
+    assert set(ADAPTERS) >= {"lora", "ia3"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kind": "ia4"}, "no adapter kind 'ia4': did you mean ia3"),
+        ({"kind": "ia3", "rank": 4}, "rank is no setting: kind ia3 has kind, targets"),
+        ({"kind": "ia3", "targets": 4}, "targets.*valid string.*: kind ia3 has kind, targets"),
+    ],
+)
+def test_what_a_recipe_says_of_it_is_checked(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Recipe.model_validate({"name": "x", "base": {"model": "org/model"}, "reward": {}, "adapter": settings})
+
+
+def test_all_stages_run_with_it(
+    write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
+) -> None:
+    """From the bare base to the report, evaluated, and exported as a whole model."""
+    file = write_recipe(
+        lora=None,
+        adapter={"kind": "ia3"},
+        data={"source": "jsonl", "path": str(mixed_data), "held_out": 0.3},
+        sft={"batch_size": 4, "max_length": 64},
+        rl={"steps": 2, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2, "algorithm": "ppo"},
+    )
+    out = tmp_path / "out"
+    code, text = run_cli("run", file, "--out", out)
+    assert code == 0, text
+    report = json.loads((out / "report.json").read_text())
+    assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
+    assert report["base"]["coverage"] == 1
+    assert load_recipe(out / "recipe.yaml") == load_recipe(file)
+    names = set(load_file(out / "policy" / "adapter" / "adapter_model.safetensors"))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.ia3_factors" in names
+    code, text = run_cli("evaluate", out, "policy")
+    assert code == 0, text
+    code, text = run_cli("export", out, "policy", tmp_path / "adapter")
+    assert code == 2
+    assert "peft does not read adapters of kind ia3" in " ".join(text.split())
+    code, text = run_cli("export", out, "policy", tmp_path / "whole", "--merge")
+    assert code == 0, text
+    assert "adapters of kind ia3, merged into the base" in (tmp_path / "whole" / "README.md").read_text()
+    code, text = run_cli("run", file, "adapter.targets=attention", "--out", out)
+    assert code == 2
+    assert "adapter" in text
+
+
+VARIANTS = {
+    "DoRA": {"use_dora": True},
+    "a bias": {"lora_bias": True},
+    "rank-stabilized": {"use_rslora": True},
+    "activated": {"alora_invocation_tokens": [5]},
+}
+
+
+class Variant(Lora):
+    """As somebody would add one of peft's variants."""
+
+    changes: dict[str, Any]
+
+    def peft_config(self) -> LoraConfig:
+        config = super().peft_config()
+        for key, value in self.changes.items():
+            setattr(config, key, value)
+        return config
+
+
+def variant(**changes: Any) -> SharedBase:
+    lm = random_llama(attention_bias=True, mlp_bias=True)
+    kind = type("Changed", (Variant,), {"changes": changes})
+    return SharedBase(kind(lm, lora(lm).settings))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_of_lora_computes_as_peft_has_it(changes: dict[str, Any]) -> None:
+    """Whether by the fast path or by peft's own forward: never as plain LoRA."""
+    roles = randomized(variant(**changes), Role.POLICY)
+    plain = SharedBase(lora(random_llama(attention_bias=True, mlp_bias=True)))
+    plain.add(Role.POLICY)
+    theirs = random_llama(attention_bias=True, mlp_bias=True)
+    adapter = roles.adapter
+    assert isinstance(adapter, Variant)
+    inject_adapter_in_model(copy.deepcopy(adapter.config), theirs, adapter_name="policy")
+    own = dict(theirs.named_parameters())
+    for name, parameter in roles.lm.named_parameters():
+        own[name].data.copy_(parameter.data)
+    for name, parameter in plain.weights(Role.POLICY).items():
+        parameter.data.copy_(roles.weights(Role.POLICY)[name].data)
+    ids_BL, _ = batch()
+    expected = theirs(ids_BL).logits
+    with roles.sampling(Role.POLICY), torch.no_grad():
+        sampled = roles.lm(ids_BL).logits
+    with roles.role(Role.POLICY):
+        torch.testing.assert_close(roles.lm(ids_BL).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=1e-5)
+    with plain.role(Role.POLICY):
+        assert (plain.lm(ids_BL).logits - expected).abs().max() > 1e-3
+    fast = {low_rank.has_own_forward(layer) for layer in adapter._layers}
+    assert fast == {"use_rslora" in changes}
+    fresh = random_llama(attention_bias=True, mlp_bias=True)
+    if "use_rslora" in changes:
+        merged = merge(fresh, roles, Role.POLICY)
+        torch.testing.assert_close(merged(ids_BL).logits, expected, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(UserError, match="cannot be merged"):
+            merge(fresh, roles, Role.POLICY)
+
+
+def test_adapters_of_another_variant_are_not_loaded(tmp_path: Path) -> None:
+    lora(random_llama()).write_config(tmp_path, "base", None)
+    assert lora(random_llama()).config_fits(tmp_path)
+    assert not lora(random_llama(), dropout=0.0, rank=2).config_fits(tmp_path)
+    assert not variant(use_rslora=True).config_fits(tmp_path)
+    assert not variant(use_dora=True).config_fits(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "orthogonal", "eva", False])
+def test_a_start_that_is_not_the_base_is_refused(start: object) -> None:
+    with pytest.raises(UserError, match="LoRA that starts"):
+        variant(init_lora_weights=start)

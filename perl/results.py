@@ -31,13 +31,6 @@ class Stage(Cost):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried(Stage):
-    """A stage that was only tried: seconds of each step by phase."""
-
-    step_seconds: list[dict[Phase, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SftEval:
     """Mean loss on the tokens of held-out completions."""
 

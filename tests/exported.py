@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from perl.backbones.padding import left_pad
-from perl.commands.evaluate import open_run
 from perl.commands.export import STAGES
 from perl.data.records import Turn
 from perl.recipe import Recipe, StageName
 from perl.results import RESULTS, StageResult
 from perl.roles.roles import Role
-from perl.stages.session import open_session
+from perl.stages.session import open_run, open_session
 from perl.system.typed_json import made
 from tests.report.made import make_report
 

@@ -1,6 +1,7 @@
 """The command line: help, usage errors, `data check`, and a run that is interrupted and goes on."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from perl import cli
+from perl import __version__, cli
 from tests.conftest import RunCli, WriteRecipe, write_rows
+from tests.exported import make, recipe_on
 
 COMMANDS = [
     *(
@@ -52,6 +54,33 @@ def test_help_says_what_a_command_does(command: str, run_cli: RunCli) -> None:
     assert f"perl-rlhf {command}".strip() in written.splitlines()[0]
     assert "--help" in written
     assert len(written.splitlines()) > 4
+
+
+def test_version(run_cli: RunCli) -> None:
+    assert run_cli("--version") == (0, f"perl-rlhf {__version__}\n")
+
+
+def test_a_typo_does_not_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys, perl.cli\ntry: perl.cli.main()\nfinally: print('torch' in sys.modules)"
+    for arguments in (["run", "none.yaml"], ["estimate", "none.yaml"], ["export", "run", "nobody", "there"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 2
+        assert done.stdout == "False\n"
+        assert "error: " in done.stderr
+
+
+def test_chat_shows_every_policys_answer(
+    run_cli: RunCli, tiny_llama: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(tmp_path / "out", recipe_on(tiny_llama, mixed_data))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A latte, please.\nLarge.\n"))
+    status, written = run_cli("chat", out)
+    assert status == 0, written
+    assert "Talking to base, SFT, RL policy" in written
+    for title in ("base", "SFT", "RL policy"):
+        assert len(re.findall(rf"─ {title} ─", written)) == 2
 
 
 def test_help_lists_every_command(run_cli: RunCli) -> None:

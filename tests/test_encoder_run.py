@@ -12,12 +12,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from perl.commands.compare import variant
 from perl.commands.export import export
-from perl.commands.run import run
 from perl.predict import predict, read_subject
 from perl.recipe import Recipe
 from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
-from perl.stages.reward import _RewardTrainer
+from perl.stages.pipeline import run
+from perl.stages.reward import RewardTrainer
 from tests.commands.test_export import CLASSIFIERS, DIALOGUES, TEXTS, assert_same, card_code, scores, texts_of
 from tests.conftest import RunCli, WriteRecipe, write_rows
 from tests.encoders import minilm, tiny_bert, tiny_roberta
@@ -99,7 +99,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(
 ) -> None:
     recipe = reward_recipe(bert, mixed_data, tuning=tuning, checkpoint_every=5)
     run(recipe, tmp_path / "whole")
-    compute, calls = _RewardTrainer.compute_loss, 0
+    compute, calls = RewardTrainer.compute_loss, 0
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -109,7 +109,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(
         return compute(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_RewardTrainer, "compute_loss", interrupted)
+        patch.setattr(RewardTrainer, "compute_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / "stopped")
     assert RunFolder(tmp_path / "stopped").result("reward") is None

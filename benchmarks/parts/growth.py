@@ -9,11 +9,9 @@ from matplotlib.figure import Figure
 
 from perl.bench import work
 from perl.measure.memory import LiveBytes
-from perl.predict_rl import try_rl
+from perl.predict import TRY, Trial, Tried, trial_session
 from perl.recipe import Recipe
-from perl.results import Tried
 from perl.roles.log_probs import log_probs_and_entropy, tokens_at_once
-from perl.stages.session import Trial, trial_session
 from perl.system.files import user_named
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -42,7 +40,7 @@ def _trial(batch: int, answer_tokens: int, trial: Trial) -> Tried:
     content["rl"] |= {"prompts_per_step": batch, "max_new_tokens": answer_tokens}
     recipe = Recipe.model_validate(content)
     with trial_session(recipe, trial) as session:
-        return try_rl(session)
+        return TRY["rl"](session)
 
 
 def _seconds(batch: int, answer_tokens: int) -> float:

@@ -7,17 +7,17 @@ import torch
 
 from perl.bench import work
 from perl.measure.memory import LiveBytes
-from perl.predict_rl import try_rl
+from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
 from perl.roles.roles import Role
-from perl.stages.session import Session, Trial, trial_session
+from perl.stages.session import Session
 
 
 def measure(model: str, layers: str) -> dict[str, Any]:
     """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the KV cache."""
     recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
     with trial_session(recipe, Trial(2)) as session:
-        memory = try_rl(session).memory
+        memory = TRY["rl"](session).memory
         kinds: Counter[str] = Counter()
         for phase in memory.values():
             kinds |= Counter(phase.kinds)  # of each kind the most

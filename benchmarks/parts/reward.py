@@ -5,10 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from perl.bench import work
+from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
-from perl.results import Tried
-from perl.stages.reward import train_reward
-from perl.stages.session import Trial, trial_session
 
 ROWS, EPOCHS, BATCH = 32, 4, 4
 CASES = {"full": ("full", "all"), "LoRA, all blocks": ("lora", "all"), "LoRA, upper half": ("lora", "top-half")}
@@ -45,6 +43,5 @@ def _seconds(model: str, tuning: str, layers: str) -> list[float]:
         of_class = ([rating for rating in longest if rating.label is label] for label in (True, False))
         some = [rating for ratings in of_class for rating in ratings[: ROWS // 2]]
         session.train = replace(session.train, ratings=some)
-        tried = train_reward(session)
-    assert isinstance(tried, Tried)
+        tried = TRY["reward"](session)
     return [sum(step.values()) for step in tried.step_seconds]

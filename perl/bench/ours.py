@@ -4,9 +4,8 @@ import sys
 
 from perl.bench.measurement import Measurement
 from perl.bench.peak import PeakOverStart
-from perl.predict_rl import try_rl
+from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
-from perl.stages.session import Trial, trial_session
 from perl.system.allocator import keep_freed_memory
 
 
@@ -15,7 +14,7 @@ def main() -> None:
     keep_freed_memory()
     recipe, steps = Recipe.model_validate_json(sys.argv[1]), int(sys.argv[2])
     with PeakOverStart() as peak, trial_session(recipe, Trial(steps, measured=False)) as session:
-        result = try_rl(session)
+        result = TRY["rl"](session)
     steps_seconds = [{str(phase): seconds for phase, seconds in step.items()} for step in result.step_seconds]
     Measurement(steps_seconds, peak.bytes).print()
 

@@ -1,4 +1,4 @@
-"""The command: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
+"""`bench`: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
 
 import json
 import os
@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from perl.bench import work
 from perl.bench.measurement import Measurement
+from perl.commands.options import JsonFile, one_of
 from perl.errors import UserError
 from perl.recipe import Recipe
 from perl.report.numbers import bytes_text
-from perl.stages.material import quiet_libraries
 from perl.system.files import write_metrics
 from perl.system.progress import console
 
@@ -35,6 +36,37 @@ READS = {
 """The options that each part reads, beside those that all of them do."""
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 """Where a checkout has the peers and the other parts; the installed package has none of them."""
+
+
+def bench(
+    context: typer.Context,
+    part: Annotated[
+        str, typer.Argument(metavar="[PART]", help="step (PPO, the default), rollout, reward, limit or growth.")
+    ] = "step",
+    peer_trl: Annotated[
+        Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
+    ] = None,
+    layers: Annotated[str, typer.Option("--layers", help="all or top-half: the blocks with adapters.")] = "all",
+    epochs: Annotated[int, typer.Option("--epochs", metavar="K", min=1, help="Passes over a rollout.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps a measurement.")] = 2,
+    model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the random Llama's shape.")] = "100m",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Our side keeps activations at block boundaries only.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Draw growth there.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
+    one_of("--layers", layers, ["all", "top-half"])
+    one_of("--model", model, list(work.MODELS))
+    one_of("PART", part, list(READS))
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
+    if part == "step":
+        bench_step(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
+    else:
+        bench_part(part, model, layers, repeats, figure, json_file)
 
 
 def script(name: str) -> Path:
@@ -72,6 +104,8 @@ def bench_part(
     """
     options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
     measure = measure_of(part)
+    from perl.stages.material import quiet_libraries
+
     quiet_libraries()
     found = measure(**{name: options[name] for name in READS[part]})
     console.print(f"[bold]{part}[/]{f', {model}' if 'model' in READS[part] else ''}")

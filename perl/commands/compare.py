@@ -5,28 +5,45 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 
-from perl.commands.run import TRAIN
-from perl.predict import Memory, predict, read_subject
-from perl.predict_rl import try_rl
-from perl.recipe import Recipe, StageName
-from perl.report.numbers import bytes_text, rate_text
-from perl.report.outcome import match_all
-from perl.report.page import write_page
-from perl.report.runs import groups, read_runs
-from perl.report.tunings import CostRow, QualityRow, cost_rows, quality_rows
-from perl.results import Stage
-from perl.stages.session import Trial, trial_session
+from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_json, write_metrics, write_whole
 from perl.system.progress import console
 from perl.system.typed_json import as_json
+
+if TYPE_CHECKING:
+    from perl.predict import Memory
+    from perl.report.tunings import CostRow, QualityRow
 
 FULL_LEARNING_RATE = 0.1
 """Of LoRA's, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without Regret")."""
 TUNINGS = ("lora", "full")
 COLUMNS = ("stage", "figure", "LoRA", "full tuning", "LoRA / full")
+
+
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Runs of each tuning.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=3, help="Measure memory and speed alone, over N steps a stage."),
+    ] = None,
+) -> None:
+    """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
+    loaded = load_recipe(recipe, overrides)
+    folder = out or Path("runs") / f"{loaded.name}-compare"
+    with writing(folder):
+        if steps is not None:
+            _compare_costs(loaded, steps, folder)
+        else:
+            _compare_runs(loaded, folder, seeds)
 
 
 def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
@@ -41,21 +58,19 @@ def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
     return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
 
 
-def compare(recipe: Recipe, out: Path, seeds: int) -> None:
-    """Run all stages under both tunings, print the table and write the page.
+def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
+    """Run all stages under both tunings, print the table, write the page and compare.json.
 
     Every run is a process of its own, so that its peak memory is its own; a finished one is not repeated.
-
-    Args:
-        recipe: with the settings for LoRA.
-        out: the folder of all the runs, of the page and of compare.json.
-        seeds: how many, from the recipe's on.
-
-    Raises:
-        UserError: as `perl-rlhf run`.
     """
-    folders = []
-    predicted = {tuning: _predicted(variant(recipe, tuning, recipe.seed)) for tuning in TUNINGS}
+    from perl.predict import predict, read_subject
+    from perl.report.outcome import match_all
+    from perl.report.page import write_page
+    from perl.report.runs import groups, read_runs
+    from perl.report.tunings import cost_rows, quality_rows
+
+    folders, subject = [], read_subject(recipe)
+    predicted = {tuning: predict(variant(recipe, tuning, recipe.seed), subject) for tuning in TUNINGS}
     for seed in range(recipe.seed, recipe.seed + seeds):
         for tuning in TUNINGS:
             folder = out / f"{tuning}-{seed}"
@@ -78,15 +93,19 @@ def compare(recipe: Recipe, out: Path, seeds: int) -> None:
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
 
 
-def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
+def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     """Measure memory and speed alone, over so many steps of each stage on the longest rows; write compare.json."""
+    from perl.predict import TRY, Trial, trial_session
+    from perl.report.numbers import bytes_text, rate_text
+
     table = Table(*COLUMNS, title=f"{recipe.name}, {steps} steps a stage")
     rows = []
     for stage in recipe.stages:
         results = []
         for tuning in TUNINGS:
             console.print(f"{stage}, {tuning}")
-            results.append(_tried(variant(recipe, tuning, recipe.seed), stage, steps))
+            with trial_session(variant(recipe, tuning, recipe.seed), Trial(steps)) as session:
+                results.append(TRY[stage](session))
         for figure, text in (("peak_memory_bytes", bytes_text), ("tokens_per_second", rate_text)):
             lora, full = (getattr(result, figure) for result in results)
             table.add_row(stage, figure.replace("_", " "), text(lora), text(full), f"{lora / full:.2f}")
@@ -97,17 +116,8 @@ def compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     write_metrics(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
 
 
-def _tried(recipe: Recipe, stage: StageName, steps: int) -> Stage:
-    with trial_session(recipe, Trial(steps)) as session:
-        return try_rl(session) if stage == "rl" else TRAIN[stage](session)
-
-
-def _means(row: CostRow | QualityRow) -> dict[str, float]:
+def _means(row: "CostRow | QualityRow") -> dict[str, float]:
     return {"lora": row.lora.mean, "full": row.full.mean}
-
-
-def _predicted(recipe: Recipe) -> dict[StageName, Memory]:
-    return predict(recipe, read_subject(recipe))
 
 
 def _run(recipe: Recipe, folder: Path) -> None:
@@ -119,7 +129,7 @@ def _run(recipe: Recipe, folder: Path) -> None:
         raise SystemExit(done.returncode)  # it has said why
 
 
-def _note(folder: Path, predicted: dict[StageName, Memory]) -> None:
+def _note(folder: Path, predicted: "dict[StageName, Memory]") -> None:
     """Put the predictions beside what was measured."""
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))

@@ -4,7 +4,9 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -138,3 +140,10 @@ def balance(ratings: Sequence[Rating]) -> str:
         f"{max(up, len(ratings) - up) / len(ratings):.1%}; {contradictions:,} answers with both labels; "
         f"{mixed:,} contexts with both labels, which make {len(pair_ratings(ratings)):,} pairs"
     )
+
+
+def data_check(
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
+) -> None:
+    """Describe a source or file, and name every bad row."""
+    raise typer.Exit(check(source))

@@ -2,39 +2,29 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.table import Table
 
 from perl.commands.compare import TUNINGS, variant
+from perl.commands.options import JsonFile, Overrides, RecipeFile
 from perl.errors import UserError
-from perl.measure.probe import Kind
-from perl.predict import Memory, Subject, changed, predict, read_subject, weight_sizes
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
-from perl.stages.material import quiet_libraries
 from perl.system.files import write_metrics
 from perl.system.progress import console, track
 from perl.system.typed_json import as_json
 
-UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
-SHORT: dict[Kind, str] = {
+if TYPE_CHECKING:
+    from perl.measure.probe import Kind
+    from perl.predict import Memory, Subject
+
+SHORT: "dict[Kind, str]" = {
     "base_weights": "base",
     "adapters": "adapters",
     "gradients": "grads",
@@ -45,15 +35,7 @@ SHORT: dict[Kind, str] = {
 SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
 """What ZeRO-3 and FSDP spread over the devices."""
 
-Prediction = dict[StageName, Memory]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recipe to predict, and what to call it."""
-
-    label: str
-    recipe: Recipe
+Prediction = dict[StageName, "Memory"]
 
 
 def parse_bytes(text: str) -> int:
@@ -62,60 +44,63 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: it is no size.
     """
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(I?)B?", text.strip(), re.IGNORECASE)
     try:
-        size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    except (ValueError, KeyError):
+        unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+        size = float(match[1]) * unit if match else 0.0
+    except ValueError:
         size = 0.0
     if not 1 <= size < 2**60:
         raise UserError(f"{text!r} is no size", where="--device-memory", remedy="For example 24GB or 80GiB.")
     return int(size)
 
 
-def estimate(recipe: Recipe, device_memory: int | None, devices: int, json_file: Path | None) -> None:
-    """Print the predicted peak of every stage under both tunings, and what would make the recipe fit.
+def estimate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", metavar="SIZE", help="What one device has, such as 24GB.")
+    ] = None,
+    devices: Annotated[
+        int, typer.Option("--devices", metavar="N", min=1, help="Shard over so many (ZeRO-3 or FSDP).")
+    ] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
+    loaded = load_recipe(recipe, overrides)
+    limit = parse_bytes(device_memory) if device_memory else None
+    from perl.predict import read_subject
 
-    Args:
-        device_memory: bytes of one device; None: no question of fitting.
-        devices: over how many the weights are sharded (ZeRO-3 or FSDP).
-        json_file: where the predictions go as JSON.
-
-    Raises:
-        UserError: what of the recipe, the data or the base cannot be used.
-    """
-    subject = read_subject(recipe)
-    cases = [Case(tuning, variant(recipe, tuning, recipe.seed)) for tuning in TUNINGS if _possible(recipe, tuning)]
-    predictions = _predict_all(cases, subject, devices)
-    for case, prediction in zip(cases, predictions, strict=True):
-        console.print(_table(case, prediction, devices, device_memory))
-    own = next(p for case, p in zip(cases, predictions, strict=True) if case.label == recipe.tuning)
-    found: dict[str, Any] = {case.label: as_json(p) for case, p in zip(cases, predictions, strict=True)}
-    if device_memory is not None:
-        found["fits"] = _peak(own) <= device_memory
-        _say_whether_it_fits(recipe, own, device_memory)
-        if not found["fits"]:
-            found["changes"] = _changes(recipe, subject, devices, device_memory)
+    subject = read_subject(loaded)
+    tunings = [tuning for tuning in TUNINGS if tuning == "lora" or loaded.base.quantization == "none"]
+    predictions = _predict_all({one: variant(loaded, one, loaded.seed) for one in tunings}, subject, devices)
+    for label, prediction in predictions.items():
+        console.print(_table(label, prediction, devices, limit))
+    metrics: dict[str, Any] = {label: as_json(prediction) for label, prediction in predictions.items()}
+    if limit is not None:
+        own = predictions[loaded.tuning]
+        metrics["fits"] = _peak(own) <= limit
+        _say_whether_it_fits(loaded, own, limit)
+        if not metrics["fits"]:
+            changes = _predict_all(_alternatives(loaded, recipe, overrides or []), subject, devices)
+            metrics["changes"] = _say_changes(changes, limit)
     if json_file is not None:
-        write_metrics(json_file, {"name": recipe.name, "devices": devices, **found})
+        write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
 
 
-def _possible(recipe: Recipe, tuning: str) -> bool:
-    return tuning == "lora" or recipe.base.quantization == "none"
-
-
-def _predict_all(cases: Sequence[Case], subject: Subject, devices: int) -> list[Prediction]:
+def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
     """In processes side by side: each is most of a minute of Python, not of arithmetic."""
-    workers = min(len(cases), os.cpu_count() or 1)
+    workers = min(len(recipes), os.cpu_count() or 1)
     context = get_context("forkserver")
-    context.set_forkserver_preload([predict.__module__])  # what takes long to import, once for all
-    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(cases)) as bar:
-        futures = [pool.submit(_predict_one, case.recipe, subject, devices) for case in cases]
-        for _ in as_completed(futures):
+    context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
+    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(recipes)) as bar:
+        futures = {label: pool.submit(_predict_one, recipe, subject, devices) for label, recipe in recipes.items()}
+        for _ in as_completed(futures.values()):
             bar()
-        return [future.result() for future in futures]
+        return {label: future.result() for label, future in futures.items()}
 
 
-def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+def _predict_one(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
     try:
         return _predict(recipe, subject, devices)
     except UserError:
@@ -124,7 +109,12 @@ def _predict_one(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _predict(recipe: Recipe, subject: Subject, devices: int) -> Prediction:
+def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
+    import torch
+
+    from perl.predict import predict, weight_sizes
+    from perl.stages.material import quiet_libraries
+
     quiet_libraries()
     torch.set_num_threads(1)
     if devices == 1:
@@ -150,7 +140,9 @@ def _share(recipe: Recipe, devices: int) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def _sharded(memory: Memory, devices: int, gathered: int) -> Memory:
+def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
+    from perl.predict import changed
+
     spread: Memory = {}
     for phase, peak in memory.items():
         less = {
@@ -160,51 +152,39 @@ def _sharded(memory: Memory, devices: int, gathered: int) -> Memory:
     return spread
 
 
-def _changes(recipe: Recipe, subject: Subject, devices: int, device_memory: int) -> dict[str, Any]:
-    """Settings that need less memory, each alone and then together, as predicted; printed and returned."""
-    cases = _alternatives(recipe)
-    predictions = _predict_all(cases, subject, devices)
-    table = Table("change", "peak", "fits", title="What would need less")
-    found = {}
-    for case, prediction in zip(cases, predictions, strict=True):
-        peak = _peak(prediction)
-        table.add_row(case.label, bytes_text(peak), "yes" if peak <= device_memory else "no")
-        found[case.label] = {"peak": peak, "fits": peak <= device_memory}
-    console.print(table)
-    return found
-
-
-def _alternatives(recipe: Recipe) -> list[Case]:
-    settings: list[list[str]] = []
-    if not recipe.checkpoint_activations:
-        settings.append(["checkpoint_activations=true"])
+def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str, Recipe]:
+    """The recipe with settings that need less memory, each alone and then together."""
+    full = recipe.tuning == "full"
+    settings = [] if recipe.checkpoint_activations else [["checkpoint_activations=true"]]
     smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]
-    smaller += ["rl.micro_batch_size=1"] if recipe.rl is not None else []
-    settings.append(smaller)
-    if recipe.tuning == "full":
+    settings.append([*smaller, *["rl.micro_batch_size=1"] * (recipe.rl is not None)])
+    if full:
         settings.append(["tuning=lora"])
     elif recipe.lora is not None and recipe.lora.layers == "all":
         settings.append(["lora.layers=top-half"])
-    if recipe.rl is not None and recipe.critic == "adapter" and recipe.tuning == "lora":
+    if recipe.rl is not None and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])
     if recipe.base.quantization == "none" and recipe.base.build is None:
-        settings.append(["base.quantization=4bit", *(["tuning=lora"] if recipe.tuning == "full" else [])])
-    together = list(dict.fromkeys(setting for group in settings for setting in group))
-    return [Case(" ".join(group), _with(recipe, group)) for group in [*settings, together]]
+        settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
+    settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
+    # Of a recipe for full tuning the critic is the other tuning's default.
+    critic = ["rl.critic=null"] if full and recipe.rl is not None else []
+    return {
+        " ".join(group): load_recipe(file, [*overrides, *(critic if "tuning=lora" in group else []), *group])
+        for group in settings
+    }
 
 
-def _with(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    content = recipe.model_dump()
-    if "tuning=lora" in settings and recipe.tuning == "full" and content["rl"]:
-        content["rl"]["critic"] = None  # the default of the other tuning
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        *parents, last = key.split(".")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[last] = {"true": True, "1": 1}.get(value, value)
-    return Recipe.model_validate(content)
+def _say_changes(changes: Mapping[str, Prediction], device_memory: int) -> dict[str, Any]:
+    """Print what each change needs; return it."""
+    table = Table("change", "peak", "fits", title="What would need less")
+    peaks = {}
+    for label, prediction in changes.items():
+        peak = _peak(prediction)
+        table.add_row(label, bytes_text(peak), "yes" if peak <= device_memory else "no")
+        peaks[label] = {"peak": peak, "fits": peak <= device_memory}
+    console.print(table)
+    return peaks
 
 
 def _peak(prediction: Prediction) -> int:
@@ -221,9 +201,9 @@ def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) ->
     )
 
 
-def _table(case: Case, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
+def _table(label: str, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
     where = f", each of {devices} devices (ZeRO-3 or FSDP)" if devices > 1 else ""
-    table = Table(title=f"{case.label}{where}", padding=(0, 1, 0, 0))
+    table = Table(title=f"{label}{where}", padding=(0, 1, 0, 0))
     for column in ("stage", "phase", "peak", *SHORT.values()):
         table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "phase") else "right")
     for stage, memory in prediction.items():

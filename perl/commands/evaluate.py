@@ -1,88 +1,85 @@
 """`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
-from perl.data.sources import load_records, parse_source
+from perl.commands.options import JsonFile, Run
 from perl.errors import UserError
-from perl.measure.bootstrap import Interval
-from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
-from perl.rl.evaluate import evaluate_policy, policy_change
-from perl.roles.roles import Role
-from perl.runs.folder import RunFolder
-from perl.stages.cut_rows import say_cut
-from perl.stages.reward import answers_of, tokenize_rows
-from perl.stages.reward_card import evaluate_rows, print_card
-from perl.stages.rl_setup import eval_prompts, setup_collector
-from perl.stages.session import Session, open_session
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
+
+if TYPE_CHECKING:
+    from perl.measure.bootstrap import Interval
+    from perl.measure.reward_model_card import RewardModelCard
+    from perl.stages.session import Session
 
 STAGES: dict[str, StageName] = {"reward": "reward", "policy": "rl"}
 """The roles that can be judged, and the stage in which each is trained."""
 
 
-def evaluate(run: Path, role: str, data: str | None, json_file: Path | None) -> None:
-    """Judge a role of a finished run, print the metrics, and write them where asked.
-
-    Args:
-        run: the run folder.
-        role: `reward` or `policy`.
-        data: a source or file; the held-out part of the run's own data by default.
-        json_file: where the metrics go as JSON.
-
-    Raises:
-        UserError: no such run or role, a stage that is not finished, or data that cannot be used.
-    """
+def evaluate(
+    run: Run,
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="reward or policy.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SOURCE[:PATH]", help="A source or a file; the run's own by default."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Judge a trained reward model on rated data, or a policy on prompts."""
     if role not in STAGES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
-    recipe, stage = RunFolder(run).recipe(), STAGES[role]
-    if stage not in recipe.stages:
-        has = ", ".join(recipe.stages)
-        remedy = f"Its recipe has no section {stage}; it has {has}."
-        raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
-    session = open_session(recipe, run)
-    if data is not None:
-        source, path = parse_source(data)
-        session.held_out = load_records(source, path, session.recipe.seed)
-    metrics: RewardModelCard | dict[str, Any]
-    if role == "reward":
-        metrics = card = _reward(session, data)
-        print_card(f"reward of {run}", card)
-    else:
-        metrics = values = _policy(session)
-        _print(f"policy of {run}", values)
+    session = _open(run, role, data)
+    metrics = _reward(session, run, data) if role == "reward" else _policy(session, run)
     if json_file is not None:
         write_metrics(json_file, as_json(metrics))
 
 
-def open_run(run: Path) -> Session:
-    """The session of a run that was started: its base, and whatever adapters it has, to be loaded.
+def _open(run: Path, role: str, data: str | None) -> "Session":
+    """The run's session, with the data to judge on as those held out."""
+    from perl.data.sources import load_records, parse_source
+    from perl.runs.folder import RunFolder
+    from perl.stages.session import open_session
 
-    Raises:
-        UserError: this is no run folder.
-    """
-    return open_session(RunFolder(run).recipe(), run)
+    recipe = RunFolder(run).recipe()
+    if STAGES[role] not in recipe.stages:
+        remedy = f"Its recipe has no section {STAGES[role]}; it has {', '.join(recipe.stages)}."
+        raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
+    session = open_session(recipe, run)
+    if data is not None:
+        session.held_out = load_records(*parse_source(data), recipe.seed)
+    return session
 
 
-def _reward(session: Session, data: str | None) -> RewardModelCard:
+def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard":
+    from perl.roles.roles import Role
+    from perl.stages.cut_rows import say_cut
+    from perl.stages.reward_card import evaluate_rows, print_card
+    from perl.stages.reward_rows import answers_of, max_length, session_rows
+
     session.load(Role.REWARD)
     settings = session.recipe.reward
     assert settings is not None
-    length = min(settings.max_length, session.base.context_length)
-    source = data or session.recipe.data.source
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
-    rows = tokenize_rows(session.base.chat, session.held_out, "any", length, source)
-    say_cut(rows.cut, len(rows.ids), length, "reward.max_length")
+    rows = session_rows(session, session.held_out, "any", data)
+    say_cut(rows.cut, len(rows.ids), max_length(session), "reward.max_length")
     trained_on = answers_of(session.train, settings.loss, session.recipe.data.source)
-    return evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
+    card = evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
+    print_card(f"reward of {run}", card)
+    return card
 
 
-def _policy(session: Session) -> dict[str, Any]:
+def _policy(session: "Session", run: Path) -> dict[str, Any]:
+    from perl.rl.evaluate import evaluate_policy, policy_change
+    from perl.roles.roles import Role
+    from perl.stages.cut_rows import say_cut
+    from perl.stages.rl_setup import eval_prompts, setup_collector
+
     assert session.recipe.rl is not None
     if session.recipe.sft is not None:
         session.load(Role.SFT)
@@ -92,7 +89,9 @@ def _policy(session: Session) -> dict[str, Any]:
     collector, judge = setup_collector(session), session.held_out.judge
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)
-    return policy_change(before, after, prompts)
+    metrics = policy_change(before, after, prompts)
+    _print(f"policy of {run}", metrics)
+    return metrics
 
 
 def _print(title: str, metrics: dict[str, Any]) -> None:
@@ -109,5 +108,5 @@ def _print(title: str, metrics: dict[str, Any]) -> None:
     console.print(f"{counted(metrics['n'], 'prompt')}, {each} each")
 
 
-def _ends(interval: Interval | None) -> str:
+def _ends(interval: "Interval | None") -> str:
     return "unknown" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"

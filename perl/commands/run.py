@@ -1,164 +1,35 @@
-"""The stages in order, each from where the last one stopped, and the report at the end."""
+"""`run`, `sft`, `reward` and `rl`: the stages of a recipe, or one of them."""
 
-import os
-import platform
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from perl import __version__
-from perl.errors import UserError
-from perl.parallel.engine import Engine
-from perl.recipe import Recipe, StageName
-from perl.results import Hardware, Report, ReportBase, RewardStage, RlStage, SftStage, StageResult, Tried
-from perl.roles.shared_base import SharedBase
-from perl.runs.folder import STAGE_ROLE
-from perl.stages import reward, rl, sft
-from perl.stages.material import Material
-from perl.stages.session import Session, open_session
-from perl.system.files import write_json
-from perl.system.progress import console
-from perl.system.seeds import seed_everything
-from perl.system.typed_json import as_json
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-TRAIN: dict[StageName, Callable[[Session], StageResult | Tried]] = {
-    "sft": sft.train_sft,
-    "reward": reward.train_reward,
-    "rl": rl.train_rl,
-}
-CHECK: dict[StageName, Callable[[Session], None]] = {
-    "sft": sft.check,
-    "reward": reward.check,
-    "rl": rl.check,
-}
+from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.recipe import StageName, load_recipe
 
 
-def run(
-    recipe: Recipe,
-    out: Path,
-    stages: Sequence[StageName] | None = None,
-    material: Material | None = None,
-    engine: Engine | None = None,
-) -> None:
-    """Run the stages that are not finished, and write the report.
-
-    Args:
-        out: the run folder.
-        stages: which of the recipe's stages to run; all of them by default.
-        material: data and base, where they were read before.
-        engine: of the processes that run it together; each calls this.
-
-    Raises:
-        UserError: the input of any stage cannot be used; nothing has been written then.
-    """
-    for stage in stages or ():
-        if stage not in recipe.stages:
-            raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
-    session = open_session(recipe, out, material=material, engine=engine)
-    wanted = tuple(stages or recipe.stages)
-    unfinished = [stage for stage in wanted if session.folder.result(stage) is None]
-    for stage in unfinished:
-        _check_earlier(session, stage, wanted)
-        CHECK[stage](session)
-    with session.folder.claim(recipe):
-        for stage in wanted:
-            result = session.folder.result(stage)
-            if result is None:
-                seed_everything(recipe.seed)  # so that a stage draws the same whatever ran before it
-                found = TRAIN[stage](session)
-                assert not isinstance(found, Tried)  # this is no trial
-                session.folder.finish(stage, result := found)
-            else:
-                console.print(f"{stage} is finished already; its result:")
-            _summarize(result)
-        sha256_after = session.roles.base_sha256()  # all processes gather the base together
-        if session.processes.main:
-            _write_report(session, sha256_after)
-    if not session.processes.main:
-        return
-    from perl.report.page import write_page  # matplotlib takes a second to import: not before there is a page
-
-    page = write_page([out], out / "report.html")
-    console.print(f"Written: {page}, report.json beside it, and what each role has learned, in {out}/")
+def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Run the recipe's stages in order; called again, go on with the first unfinished one."""
+    _run(recipe, overrides, out)
 
 
-def _summarize(result: StageResult) -> None:
-    match result:
-        case SftStage():
-            sft.summary(result)
-        case RewardStage():
-            reward.summary(result)
-        case RlStage():
-            rl.summary(result)
+def sft(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    _run(recipe, overrides, out, "sft")
 
 
-def _check_earlier(session: Session, stage: StageName, wanted: Sequence[StageName]) -> None:
-    """A stage alone needs those before it finished."""
-    for earlier in session.recipe.stages[: session.recipe.stages.index(stage)]:
-        needed = earlier != "sft" or stage == "rl"  # the reward model does not start from the SFT policy
-        if needed and earlier not in wanted and session.folder.result(earlier) is None:
-            raise UserError(
-                f"{stage} needs the adapter of {earlier}, which has not been trained",
-                where=str(session.folder.role(STAGE_ROLE[earlier])),
-                remedy=f"Run `perl-rlhf {earlier}` with this recipe first, or `perl-rlhf run`.",
-            )
+def reward(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the reward model on thumbs or pairs."""
+    _run(recipe, overrides, out, "reward")
 
 
-def _write_report(session: Session, after: str | None) -> Path:
-    """Write report.json of all finished stages; say aloud if the base has changed.
-
-    Args:
-        after: SHA-256 of the base's weights as they are now; None where there is no shared base.
-
-    Raises:
-        RuntimeError: the base's bytes after the run are not those before it.
-    """
-    recipe, base = session.recipe, session.base
-    adapters = session.roles.coverage if isinstance(session.roles, SharedBase) else None
-    report = Report(
-        name=recipe.name,
-        seed=recipe.seed,
-        tuning=recipe.tuning,
-        versions={"perl": __version__, "python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
-        hardware=_hardware(session.device, session.processes.count, session.engine.name),
-        base=ReportBase(
-            model=base.name,
-            parameters=base.parameters,
-            dtype=recipe.base.dtype,
-            sha256_before=base.sha256,
-            sha256_after=after,
-            coverage=adapters.share if adapters else None,
-            without_adapter=adapters.without if adapters else None,
-        ),
-        stages=session.folder.results(),
-    )
-    path = session.folder.path / "report.json"
-    write_json(path, as_json(report))
-    if after is None:  # full tuning: every role has weights of its own
-        return path
-    if after != base.sha256:
-        raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
-    console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
-    return path
+def rl(recipe: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the policy against the reward."""
+    _run(recipe, overrides, out, "rl")
 
 
-def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:
-    return Hardware(
-        device=device.type,
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        cores=os.cpu_count(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        processes=processes,
-        engine=engine,
-    )
+def _run(file: Path, overrides: list[str] | None, out: Path | None, stage: StageName | None = None) -> None:
+    recipe = load_recipe(file, overrides)
+    from perl.library import run
 
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    folder = out or Path("runs") / recipe.name
+    with writing(folder):
+        run(recipe, folder, [stage] if stage else None)

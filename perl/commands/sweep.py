@@ -9,24 +9,47 @@ Regret").
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import typer
 from rich.table import Table
 
 from perl.commands.compare import variant
-from perl.commands.run import run
+from perl.commands.options import Out, Overrides, RecipeFile, one_of, writing
 from perl.errors import UserError
-from perl.recipe import Recipe
-from perl.report import sweep as page
-from perl.report.runs import read_runs
-from perl.runs.folder import RunFolder
-from perl.stages.material import read_material
-from perl.stages.session import adapters_for
+from perl.recipe import Recipe, load_recipe
 from perl.system.files import user_named, write_metrics
 from perl.system.progress import console
 
+if TYPE_CHECKING:
+    from perl.report.sweep import Sweep
+
 TARGETS = ("attention", "all-linear")
 T = TypeVar("T", str, int)
+
+
+def sweep(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    ranks: Annotated[str, typer.Option("--ranks", metavar="R,R", help="Ranks of the adapters.")] = "1,2,4,8,16",
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="T,T", help="Where they are: attention, all-linear.")
+    ] = "attention,all-linear",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
+    full: Annotated[bool, typer.Option("--full/--no-full", help="Full tuning beside them.")] = True,
+) -> None:
+    """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
+    loaded = load_recipe(recipe, overrides)
+    lists = (
+        _parse_list("--ranks", ranks, int),
+        _parse_list("--targets", targets, str),
+        _parse_list("--seeds", seeds, int),
+    )
+    _check(loaded, *lists, full)
+    folder = out or Path("runs") / f"{loaded.name}-sweep"
+    with writing(folder):
+        _sweep(loaded, folder, *lists, full)
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,10 @@ class Setting:
         """As in attention-r4, or full."""
         return "full" if self.targets is None else f"{self.targets}-r{self.rank}"
 
+    def folder(self, out: Path, seed: int) -> Path:
+        """Where its run with this seed is."""
+        return out / f"{self.name}-{seed}"
+
     def recipe(self, recipe: Recipe, seed: int) -> Recipe:
         """The reward stage alone, with this setting."""
         alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
@@ -51,85 +78,71 @@ class Setting:
         return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One setting with one seed."""
-
-    setting: Setting
-    recipe: Recipe
-    folder: Path
-
-    @property
-    def finished(self) -> bool:
-        """Whether its folder holds the whole run."""
-        return (self.folder / "report.json").exists()
-
-    def say(self) -> None:
-        """What is run now."""
-        console.print(f"[bold]{self.setting.name}, seed {self.recipe.seed}[/] in {self.folder}")
-
-
-def sweep(
+def _sweep(
     recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
 ) -> None:
     """Train and judge every reward model that is not finished, print the table, write the page and sweep.json.
 
     All run in this process; data and base are read once a seed, and once more for full tuning, which changes it.
-
-    Args:
-        recipe: with the settings for LoRA, and a section reward; other stages are left out.
-        out: the folder of all the runs, of the page and of sweep.json.
-        ranks: of the adapters.
-        targets: where they are, of `TARGETS`.
-        seeds: of every setting.
-        full: whether full tuning is among the settings.
-
-    Raises:
-        UserError: as `perl-rlhf run`, or what is asked for makes no sense; nothing has been trained then.
     """
-    _check(recipe, ranks, targets, seeds, full)
+    from perl.report import sweep as page
+    from perl.report.runs import read_runs
+    from perl.runs.folder import RunFolder
+
     settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
-    runs = {
-        seed: [_Run(setting, setting.recipe(recipe, seed), out / f"{setting.name}-{seed}") for setting in settings]
-        for seed in seeds
-    }
-    for one in (one for of_seed in runs.values() for one in of_seed):
-        RunFolder(one.folder).check(one.recipe)
-    for of_seed in runs.values():
-        waiting = [one for one in of_seed if not one.finished]
-        _run_adapters([one for one in waiting if one.setting.targets is not None])
-        for one in waiting:
-            if one.setting.targets is None:
-                one.say()
-                run(one.recipe, one.folder)
+    for seed in seeds:
+        for setting in settings:
+            RunFolder(setting.folder(out, seed)).check(setting.recipe(recipe, seed))
+    for seed in seeds:
+        waiting = [one for one in settings if not (one.folder(out, seed) / "report.json").exists()]
+        for together in ([one for one in waiting if one.targets], [one for one in waiting if not one.targets]):
+            if together:
+                _run(together, recipe, seed, out)
     cells = [
-        page.Cell(setting.targets, setting.rank, tuple(read_runs(out / f"{setting.name}-{s}" for s in seeds)))
+        page.Cell(setting.targets, setting.rank, tuple(read_runs(setting.folder(out, seed) for seed in seeds)))
         for setting in settings
     ]
-    found = page.Sweep(recipe.name, tuple(cells))
-    console.print(_table(found))
-    write_metrics(out / "sweep.json", found.as_json())
+    result = page.Sweep(recipe.name, tuple(cells))
+    console.print(_table(result))
+    write_metrics(out / "sweep.json", result.as_json())
     with user_named(out):
-        file = page.write_sweep(found, out / "report.html")
+        file = page.write_sweep(result, out / "report.html")
     console.print(f"Written: {file}, sweep.json beside it, and the runs in {out}/")
 
 
-def parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
+    """Runs of one seed on one base: with adapters each leaves it as it found it; full tuning is alone."""
+    from perl.stages.material import read_material
+    from perl.stages.pipeline import run
+    from perl.stages.session import adapters_for
+
+    recipes = [setting.recipe(recipe, seed) for setting in settings]
+    material = read_material(recipes[0])
+    full = settings[0].targets is None
+    adapters = [] if full else [adapters_for(one, material.lm) for one in recipes]  # that each fits is known first
+    for index, (setting, one) in enumerate(zip(settings, recipes, strict=True)):
+        console.print(f"[bold]{setting.name}, seed {seed}[/] in {setting.folder(out, seed)}")
+        run(one, setting.folder(out, seed), material=material)
+        if not full:
+            adapters[index].remove()
+
+
+def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     """Reads `1,2,4`.
 
     Raises:
         UserError: an entry is not of this kind, or there twice.
     """
-    found: list[T] = []
+    values: list[T] = []
     for entry in text.split(","):
         try:
             value = kind(entry.strip())
         except ValueError:
             raise UserError(f"{entry!r} is not a number", where=option, remedy="For example 1,2,4.") from None
-        if value in found:
+        if value in values:
             raise UserError(f"{value} is there twice", where=option, remedy="Name each once.")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool) -> None:
@@ -149,33 +162,21 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
     for option, numbers, least in (("--ranks", ranks, 1), ("--seeds", seeds, 0)):
         if wrong := [number for number in numbers if number < least]:
             raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
-    if unknown := [place for place in targets if place not in TARGETS]:
-        raise UserError(
-            f"{unknown[0]!r} is none of {', '.join(TARGETS)}", where="--targets", remedy="Choose from them."
-        )
+    for place in targets:
+        one_of("--targets", place, list(TARGETS))
 
 
-def _run_adapters(runs: Sequence[_Run]) -> None:
-    """Runs of one seed, on one base: each leaves it as it found it."""
-    if not runs:
-        return
-    material = read_material(runs[0].recipe)
-    adapters = [adapters_for(one.recipe, material.lm) for one in runs]  # each fits the base, before any is trained
-    for one, adapter in zip(runs, adapters, strict=True):
-        one.say()
-        run(one.recipe, one.folder, material=material)
-        adapter.remove()
-
-
-def _table(found: page.Sweep) -> Table:
+def _table(result: "Sweep") -> Table:
     """What a terminal has room for; the page has the other metrics."""
-    left_out = {page.QUALITIES[key][0] for key in found.keys[1:]} | {"time"}
-    columns = {name: text for name, text in found.columns.items() if name not in left_out}
+    from perl.report.sweep import QUALITIES
+
+    left_out = {QUALITIES[key][0] for key in result.keys[1:]} | {"time"}
+    columns = {name: text for name, text in result.columns.items() if name not in left_out}
     table = Table(
-        title=f"{found.name}: mean ± standard deviation over {found.seeds} seed(s)", padding=(0, 1, 0, 0)
+        title=f"{result.name}: mean ± standard deviation over {result.seeds} seed(s)", padding=(0, 1, 0, 0)
     )
     for name in columns:
         table.add_column(name)
-    for cell in found.cells:
+    for cell in result.cells:
         table.add_row(*(text(cell) for text in columns.values()))
     return table

@@ -13,23 +13,23 @@ report.json  report.html
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from perl.errors import UserError
 from perl.system.files import write_json, write_whole
 from perl.roles.roles import Role
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName, load_recipe
-from perl.results import RESULTS, RewardStage, RlStage, Sample, SftStage, StageResult, Stages
-from perl.system.typed_json import as_json, parse
+from perl.results import RESULTS, Sample, StageResult, Stages
+from perl.system.typed_json import as_json, made, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
 """The role that each stage trains; its folder bears the role's name."""
 RERUN = "Remove it to run the stage again."
-Result = TypeVar("Result", bound=StageResult)
 
 
 class RunFolder:
@@ -90,11 +90,11 @@ class RunFolder:
         """
         if not (self.path / "recipe.yaml").exists():
             return
-        mine, theirs = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
-        for key in sorted({*mine, *theirs}):
-            if mine.get(key) != theirs.get(key):
+        here, there = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        for key in sorted({*here, *there}):
+            if here.get(key) != there.get(key):
                 raise UserError(
-                    f"holds another run: there {key} is {theirs.get(key)!r}, here {mine.get(key)!r}",
+                    f"holds another run: there {key} is {there.get(key)!r}, here {here.get(key)!r}",
                     where=str(self.path),
                     remedy="Use another --out, or remove that folder.",
                 )
@@ -134,9 +134,7 @@ class RunFolder:
         Raises:
             UserError: as `result`.
         """
-        return Stages(
-            sft=self._read("sft", SftStage), reward=self._read("reward", RewardStage), rl=self._read("rl", RlStage)
-        )
+        return made(Stages, {stage: self.result(stage) for stage in RESULTS})
 
     def result(self, stage: StageName) -> StageResult | None:
         """What a finished stage came to; None if it is not finished.
@@ -144,9 +142,6 @@ class RunFolder:
         Raises:
             UserError: its result.json cannot be read, or is not a result of this stage; the field is named.
         """
-        return self._read(stage, RESULTS[stage])
-
-    def _read(self, stage: StageName, kind: type[Result]) -> Result | None:
         file = self.role(STAGE_ROLE[stage]) / "result.json"
         try:
             text = file.read_text(encoding="utf-8")
@@ -158,7 +153,7 @@ class RunFolder:
             ) from None
         except UnicodeDecodeError as error:
             raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
-        return parse(kind, text, str(file), RERUN)
+        return parse(RESULTS[stage], text, str(file), RERUN)
 
     def finish(self, stage: StageName, result: StageResult) -> None:
         """Note what a stage came to: from now on it is finished."""
@@ -188,7 +183,7 @@ class MetricsLog:
         """Add a line, at once on disk for who follows the run."""
         if self._file is None:
             return
-        line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -200,10 +195,6 @@ class MetricsLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

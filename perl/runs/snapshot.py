@@ -39,8 +39,8 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 def take(roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> Snapshot:
     """The state as it is; tensors are the living ones, to be written before the next step."""
     moments = optimizer.state_dict()
-    drawn, states = generators(roles.engine.processes)
-    tensors = trained_state(roles, learners) | drawn
+    generator_tensors, generator_values = generators(roles.engine.processes)
+    tensors = trained_state(roles, learners) | generator_tensors
     scalars: dict[str, dict[str, Any]] = {}
     for number, state in moments["state"].items():
         for name, value in state.items():
@@ -50,7 +50,7 @@ def take(roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimize
                 scalars.setdefault(str(number), {})[name] = value
     return tensors, {
         "optimizer": {"groups": moments["param_groups"], "scalars": scalars},
-        "generators": states,
+        "generators": generator_values,
     }
 
 
@@ -86,26 +86,26 @@ def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str
     """
     with torch.no_grad():
         for name, parameter in trained_state(roles, learners).items():
-            found = tensors.get(name)
-            if found is None or found.shape != parameter.shape:
-                there = "is missing" if found is None else f"is {tuple(found.shape)}"
+            saved = tensors.get(name)
+            if saved is None or saved.shape != parameter.shape:
+                there = "is missing" if saved is None else f"is {tuple(saved.shape)}"
                 raise UserError(
                     f"this checkpoint is of other adapters: {name} {there}, here it is {tuple(parameter.shape)}",
                     where=where,
                     remedy="Remove that folder, or use another --out.",
                 )
-            parameter.copy_(found)
+            parameter.copy_(saved)
 
 
 def generators(processes: Processes = ALONE) -> Snapshot:
     """The state of every global generator; torch's, which draw dropout, of every process."""
-    mine = {"torch": torch.get_rng_state()}
+    states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        mine["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state()
     tensors = {
         _generator(name, rank): state
-        for rank, states in enumerate(processes.all_gather(mine))
-        for name, state in states.items()
+        for rank, of_rank in enumerate(processes.all_gather(states))
+        for name, state in of_rank.items()
     }
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()

@@ -15,7 +15,8 @@ from perl.rl.rewards.model import score_rows
 from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role
 from perl.roles.saved import load_role
-from perl.stages.reward import checksum, held_out_rows, recorded_scores
+from perl.stages.reward import checksum, recorded_scores
+from perl.stages.reward_rows import held_out_rows
 from perl.stages.session import Session
 
 

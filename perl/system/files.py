@@ -7,13 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from perl.errors import UserError, machine_fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -75,12 +76,14 @@ def write_metrics(file: Path, metrics: Any) -> None:
         write_json(file, metrics)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
     """Write tensors as safetensors.
 
     Raises:
         OSError: they cannot be written.
     """
+    from safetensors.torch import save_file  # the rest of this file does without torch
+
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(held, file, {"format": "pt"})

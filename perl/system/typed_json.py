@@ -32,8 +32,8 @@ def made(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ValidationError: a field is missing or of another type, or a key is no field: a mistake in the producer.
     """
-    found: T = _adapter(kind).validate_python(values, extra="forbid")
-    return found
+    result: T = _adapter(kind).validate_python(values, extra="forbid")
+    return result
 
 
 def parse(kind: type[T], text: str, where: str, remedy: str) -> T:
@@ -43,8 +43,8 @@ def parse(kind: type[T], text: str, where: str, remedy: str) -> T:
         UserError: not JSON, or a field is missing or of another type; the field is named.
     """
     try:
-        found: T = _adapter(kind).validate_python(json.loads(text))
-        return found
+        result: T = _adapter(kind).validate_python(json.loads(text))
+        return result
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

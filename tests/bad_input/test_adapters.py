@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from perl.commands.run import run
 from perl.recipe import load_recipe
+from perl.stages.pipeline import run
 from tests.bad_input.cases import contents
 from tests.bad_input.conftest import RefusedIn
 from tests.conftest import RunCli

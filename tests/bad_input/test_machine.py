@@ -246,7 +246,7 @@ def test_a_cache_that_is_a_file(
 LITTLE_MEMORY = """
 import resource, sys
 from perl import cli
-from perl.commands import run as pipeline
+from perl.stages import pipeline
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
 cli.main()

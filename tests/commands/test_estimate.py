@@ -8,9 +8,8 @@ import pytest
 
 from perl.commands.estimate import parse_bytes
 from perl.errors import UserError
+from perl.predict import TRY, Trial, trial_session
 from perl.recipe import load_recipe
-from perl.stages.reward import train_reward
-from perl.stages.session import Trial, trial_session
 from tests.conftest import RunCli, WriteRecipe
 
 REWARD = {"batch_size": 4, "max_length": 64}
@@ -65,7 +64,7 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
     assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
     # What it says is what a real step holds.
     with trial_session(load_recipe(recipe), Trial(2)) as session:
-        measured = train_reward(session).memory
+        measured = TRY["reward"](session).memory
     for name, phase in found["lora"]["reward"].items():
         assert phase["peak"] == pytest.approx(measured[name].peak, rel=0.05)
 

@@ -20,11 +20,11 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from perl.commands.export import export
-from perl.commands.run import run
 from perl.roles.export_formats import merge
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import RunFolder
+from perl.stages.pipeline import run
 from tests.conftest import RunCli, write_rows
 from tests.exported import Run, made_up, make, recipe_on
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from perl.commands import run as pipeline
 from perl.recipe import load_recipe
+from perl.stages import pipeline
 from perl.system.progress import silence
 from tests.conftest import DRINKS, write_rows
 

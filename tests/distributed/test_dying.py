@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from perl.commands import run as pipeline
 from perl.recipe import load_recipe
+from perl.stages import pipeline
 from perl.system.progress import silence
 from tests.distributed.launching import ENGINES, LIMIT, finished, learned, start, steps, torchrun
 

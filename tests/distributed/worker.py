@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 
-from perl.commands.run import run
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.launcher import skips_finalization
 from perl.parallel.process_group import process_group
@@ -24,6 +23,7 @@ from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.pipeline import run
 from tests.distributed.launching import engine_environment
 from tests.tiny import lora, random_llama
 

@@ -15,7 +15,7 @@ from perl.measure.bootstrap import Floats, value_of
 from perl.measure.metrics import auroc
 from perl.measure.rated_rows import RatedRows
 from perl.measure.tfidf_baseline import tfidf_scores
-from perl.stages.reward import answers_of
+from perl.stages.reward_rows import answers_of
 from tests.measure.rated import made, shuffled
 
 REAL = Path(__file__).parents[2].parent / "shared" / "taskmaster"

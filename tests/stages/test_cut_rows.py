@@ -9,7 +9,7 @@ import pytest
 import trl
 
 from perl.recipe import load_recipe
-from perl.stages.reward import tokenize_rows
+from perl.stages.reward_rows import tokenize_rows
 from perl.stages.rl_setup import tokenized_prompts
 from perl.stages.session import Session, open_session
 from perl.stages.sft import tokenized

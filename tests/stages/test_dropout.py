@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from perl.commands.run import TRAIN
+from perl.stages.pipeline import TRAIN
 from tests.conftest import RunCli, WriteRecipe
 
 LORAS = 0.25

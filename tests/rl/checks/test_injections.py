@@ -19,8 +19,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import perl.adapters.low_rank
-import perl.commands.run
 import perl.rl.samplers.local
+import perl.stages.pipeline
 from perl.adapters.low_rank import _Kept
 from perl.parallel.engine import Engine
 from perl.roles.roles import Role, Roles
@@ -210,14 +210,14 @@ def temperature_off(patch: Patch) -> None:
 
 
 def template_changed(patch: Patch) -> None:
-    train_rl = perl.commands.run.TRAIN["rl"]
+    train_rl = perl.stages.pipeline.TRAIN["rl"]
 
     def after(session: Session) -> dict[str, Any]:
         tokenizer = session.base.chat.tokenizer
         tokenizer.chat_template = "Be brief. " + str(tokenizer.chat_template)
         return train_rl(session)
 
-    patch.setitem(perl.commands.run.TRAIN, "rl", after)
+    patch.setitem(perl.stages.pipeline.TRAIN, "rl", after)
 
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], str, dict[str, Any]]] = {

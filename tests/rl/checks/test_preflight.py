@@ -15,7 +15,6 @@ from torch import Tensor
 
 import perl.rl.rewards.model
 from perl.backbones import Decoder
-from perl.commands.run import TRAIN
 from perl.recipe import load_recipe
 from perl.results import Check
 from perl.rl.batches import trim
@@ -29,6 +28,7 @@ from perl.rl.samplers.local import LocalSampler
 from perl.roles.fingerprint import fingerprint
 from perl.roles.roles import Outputs, Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.pipeline import TRAIN
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.rl_setup import setup_collector, tokenized_prompts
 from perl.stages.session import Session, open_session

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perl.results import Tried
+from perl.predict.trial import TrialSession, Tried
 from perl.rl.evaluate import describe
 from perl.rl.loop import Loop, collect, estimate, normalize, update
 from perl.rl.rollout import EncodedPrompts
@@ -30,12 +30,11 @@ HEAD_RATE = 1e-3
 """Where the recipe leaves it to the base's hidden states: on fake tensors these have no size."""
 
 
-def try_rl(session: Session) -> Tried:
+def try_rl(session: TrialSession) -> Tried:
     """Take a trial's steps; nothing is checked, evaluated or saved.
 
     Every rollout is learned from, with a signal or without, and no completion ends early.
     """
-    assert session.trial is not None
     held_out = eval_prompts(session)
     loop = setup(_with_head_rate(session), held_out)
     sampling = replace(loop.collector.sampling, end_ids=())
@@ -50,9 +49,7 @@ def try_rl(session: Session) -> Tried:
         for step in range(session.trial.steps):
             log.write(step + 1, _try_step(loop, step, prompts, session))
     trained = session.roles.parameters_of(*loop.learner.trained)
-    rows, cut = len(loop.prompts) + len(held_out), loop.prompts.cut + held_out.cut
-    stage = session.stage(loop.meter, trained, rows, cut)
-    return Tried(**vars(stage), step_seconds=loop.meter.step_seconds)
+    return session.tried(loop.meter, trained)
 
 
 def _try_step(loop: Loop, step: int, prompts: EncodedPrompts, session: Session) -> dict[str, float]:

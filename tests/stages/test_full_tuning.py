@@ -1,4 +1,4 @@
-"""Stages tried for what they cost, and whole runs under full tuning."""
+"""Whole runs under full tuning."""
 
 import hashlib
 import json
@@ -10,15 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from perl.commands.run import TRAIN
 from perl.errors import UserError
-from perl.predict_rl import try_rl
 from perl.recipe import load_recipe
-from perl.results import Tried
-from perl.roles.roles import Role
 from perl.roles.saved import read_stamp
-from perl.stages.session import Trial, open_session
-from perl.system.seeds import seed_everything
 from tests.conftest import RunCli, WriteRecipe
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}
@@ -29,75 +23,6 @@ RL = {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens"
 def settings(mixed_data: Path, tuning: str, **rl: Any) -> dict[str, Any]:
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     return {"tuning": tuning, "data": data, "sft": SFT, "reward": REWARD, "rl": RL | rl}
-
-
-def files(folder: Path) -> set[str]:
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-
-
-# Trials.
-
-
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_trial_writes_metrics_alone_and_evaluates_nothing(
-    tuning: str, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
-) -> None:
-    recipe = load_recipe(write_recipe(**settings(mixed_data, tuning, critic="adapter")))
-    session = open_session(recipe, tmp_path / "out", trial=Trial(2))
-    session.held_out = session.train  # if anything were evaluated, it could be seen
-    for stage in recipe.stages:
-        seed_everything(recipe.seed)
-        result = (try_rl if stage == "rl" else TRAIN[stage])(session)
-        assert isinstance(result, Tried)
-        assert result.peak_memory_bytes == max(phase.peak for phase in result.memory.values())
-        assert result.tokens_per_second > 0
-        assert result.trainable_parameters > 0
-    assert files(tmp_path / "out") == {f"{role}/metrics.jsonl" for role in ("sft", "reward", "policy")}
-    for role in ("sft", "reward", "policy"):
-        lines = (tmp_path / "out" / role / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2]
-
-
-def test_a_trials_answers_are_as_long_as_they_can_get(
-    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
-) -> None:
-    recipe = load_recipe(write_recipe(**settings(mixed_data, "lora", max_new_tokens=12)))
-    session = open_session(recipe, tmp_path / "out", trial=Trial(3))
-    try_rl(session)
-    lines = (tmp_path / "out" / "policy" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answer_tokens"] for line in lines] == [12, 12, 12]
-    assert [json.loads(line)["ended"] for line in lines] == [0, 0, 0]
-
-
-def test_a_stage_can_be_tried_without_those_before_it(
-    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
-) -> None:
-    """RL alone, though its SFT policy and its reward model were never trained."""
-    recipe = load_recipe(write_recipe(**settings(mixed_data, "full")))
-    session = open_session(recipe, tmp_path / "out", trial=Trial(2))
-    result = try_rl(session)
-    assert session.roles.roles == {Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC}
-    # Four models, of which two learn; AdamW's moments are two for each of their weights, but for the critic's
-    # language-model head.
-    model = session.base.parameters * 4
-    load = result.memory["load"].kinds["base_weights"]
-    assert load == pytest.approx(4 * model, rel=0.01)
-    head = session.roles.models()[0].get_output_embeddings().weight.nbytes
-    assert result.memory["update"].kinds["optimizer"] == pytest.approx(2 * (2 * model - head), rel=0.01)
-
-
-def test_a_trial_does_not_touch_a_run_that_is_there(
-    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
-) -> None:
-    recipe = load_recipe(write_recipe(**settings(mixed_data, "lora")))
-    session = open_session(recipe, tmp_path / "out", trial=Trial(1))
-    base = session.roles.base_sha256()
-    TRAIN["sft"](session)
-    assert session.roles.base_sha256() == base == session.base.sha256
-    assert session.folder.result("sft") is None
-
-
-# Full tuning.
 
 
 def test_full_tuning_of_4_bit_weights_is_refused(write_recipe: WriteRecipe, run_cli: RunCli) -> None:

@@ -1,0 +1,23 @@
+"""`report`: one page from finished runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perl.system.progress import console
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page; report.html in the only or the first run by default."
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
+    from perl.report.page import write_page
+
+    console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}", markup=False)

@@ -1,0 +1,197 @@
+"""PERL from Python: run a recipe, and use what a run has trained."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from perl.data.jsonl import parse_row
+from perl.data.records import Context, Prompt, Rating
+from perl.data.rows import RowError
+from perl.errors import UserError
+from perl.parallel.process_group import process_group
+from perl.recipe import Recipe, StageName
+from perl.results import Stages
+from perl.rl.rewards.model import score_rows
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
+from perl.roles.roles import Role
+from perl.stages import pipeline
+from perl.stages.session import Session, open_run
+from perl.system.seeds import derived_seed
+
+Messages = Sequence[Mapping[str, str]]
+"""Chat messages, each with `role` and `content`, as TRL and chat templates have them."""
+POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
+"""The roles that write."""
+MICRO_BATCH_SIZE = 32
+
+
+def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageName] | None = None) -> Stages:
+    """Run the stages of a recipe that are not finished, as `perl-rlhf run` does; in one process or several.
+
+    Args:
+        out: the run folder; runs/NAME by default.
+        stages: some of the recipe's stages; all of them by default.
+
+    Returns:
+        The results of all stages that are finished: what report.json has under `stages`.
+
+    Raises:
+        UserError: the input of any stage cannot be used; nothing has been written then.
+    """
+    with process_group() as engine:
+        return pipeline.run(recipe, Path(out or Path("runs") / recipe.name), stages, engine=engine)
+
+
+def load_run(path: str | Path) -> "LoadedRun":
+    """The run in a folder, its base loaded; roles are loaded as they are asked for.
+
+    Raises:
+        UserError: this is no run folder, or its base or data cannot be used.
+    """
+    return LoadedRun(open_run(path))
+
+
+class LoadedRun:
+    """What a run has trained, ready to generate and to score."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.recipe = session.recipe
+        self.results: Stages = session.folder.results()
+
+    @property
+    def policies(self) -> list[str]:
+        """The roles that can generate: `base`, and `sft` and `policy` where they are trained."""
+        if self.session.roles.encoder:
+            return []
+        return [role for role in POLICIES if role is Role.BASE or self.session.saved(role).exists()]
+
+    def generate(
+        self,
+        prompts: Iterable[str | Messages],
+        role: str = "policy",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """A sampled completion of each prompt, without its end token.
+
+        Args:
+            prompts: texts, or chat messages; not both at once. What is too long for the base's context loses its
+                oldest turns.
+            role: `base`, `sft` or `policy`.
+            max_new_tokens: tokens of a completion at most; the recipe's by default, or 128.
+            temperature: of sampling, above 0; the recipe's by default, or 1.
+            seed: of the draws.
+
+        Raises:
+            UserError: a prompt is neither text nor messages, or the run has no such role.
+        """
+        contexts = [_context(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        return self.complete(contexts, role, max_new_tokens, temperature, seed)
+
+    def complete(
+        self,
+        contexts: Sequence[Context],
+        role: str,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """As `generate`, of contexts as PERL's records have them."""
+        session, chat, rl = self.session, self.session.base.chat, self.recipe.rl
+        if max_new_tokens is None:
+            max_new_tokens = rl.max_new_tokens if rl is not None else 128
+        if temperature is None:
+            temperature = rl.temperature if rl is not None else 1.0
+        kinds = {context[-1].speaker == "text" for context in contexts}
+        self._check(role, len(kinds), max_new_tokens, temperature)
+        if not contexts:
+            return []
+        session.load(Role(role))
+        session.roles.eval()
+        room = session.base.context_length - max_new_tokens
+        prompts = [chat.context(context, room) for context in contexts]
+        sampling = Sampling(max_new_tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
+        generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
+        samples = LocalSampler(session.roles).draw(Role(role), prompts, sampling, generator)
+        return [chat.decode(ids) for ids in samples.completions()]
+
+    def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
+        """Refuse what cannot be generated."""
+        if role not in self.policies:
+            raise UserError(
+                f"the run has no role {role!r} that generates",
+                where=str(self.session.folder.path),
+                remedy=f"Roles of this run that do: {', '.join(self.policies) or 'none'}.",
+            )
+        if kinds > 1:
+            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
+        if temperature <= 0:
+            raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
+        context_length = self.session.base.context_length
+        if not 0 < max_new_tokens < context_length:
+            what = f"max_new_tokens is {max_new_tokens}, the base's context is {context_length} tokens"
+            raise UserError(what, remedy="Leave room for a prompt and a completion.")
+
+    def score(
+        self, prompts: Iterable[str | Messages], completions: Iterable[str], *, probability: bool = False
+    ) -> list[float]:
+        """The reward model's score of each completion of its prompt: log-odds under thumbs, else Bradley-Terry.
+
+        Args:
+            prompts: texts, or chat messages.
+            probability: the calibrated probability instead, of a thumb up (of being the better one, of a model of
+                pairs): σ(slope · score + intercept), fitted on the run's held-out ratings.
+
+        Raises:
+            UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
+        """
+        if self.results.reward is None or self.recipe.reward is None:
+            raise UserError(
+                "the run has no finished reward model",
+                where=str(self.session.folder.path),
+                remedy="Run its recipe with a section reward.",
+            )
+        chat, roles = self.session.base.chat, self.session.roles
+        length = min(self.recipe.reward.max_length, self.session.base.context_length)
+        pairs = enumerate(zip(prompts, completions, strict=True))
+        ratings = [_rating(prompt, completion, f"prompts[{index}]") for index, (prompt, completion) in pairs]
+        rows = [chat.row(rating.context, rating.answer, length).ids for rating in ratings]
+        self.session.load(Role.REWARD)
+        roles.eval()
+        scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
+        if not probability:
+            return scores
+        fitted = self.results.reward.eval.calibration
+        log_odds = fitted.slope * torch.tensor(scores, dtype=torch.float64) + fitted.intercept
+        chances: list[float] = log_odds.sigmoid().tolist()
+        return chances
+
+
+def _context(prompt: str | Messages, where: str) -> Context:
+    return next(one.context for one in _records({"prompt": _plain(prompt)}, where) if isinstance(one, Prompt))
+
+
+def _rating(prompt: str | Messages, completion: str, where: str) -> Rating:
+    row = {"prompt": _plain(prompt), "completion": completion, "label": True}
+    return next(one for one in _records(row, where) if isinstance(one, Rating))
+
+
+def _plain(prompt: str | Messages) -> object:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _records(row: Mapping[str, object], where: str) -> list[object]:
+    """A row in one of TRL's formats as records.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    try:
+        return list(parse_row(row))
+    except RowError as error:
+        raise UserError(str(error), where=where, remedy="Give a text, or a list of messages.") from None

@@ -1,0 +1,20 @@
+"""What a recipe will cost: its stages tried for a few steps, on real weights or on tensors without contents."""
+
+from perl.predict.memory import Memory, changed, predict, weight_sizes
+from perl.predict.stages import TRY
+from perl.predict.subject import Subject, read_subject
+from perl.predict.trial import Trial, TrialSession, Tried, trial_session
+
+__all__ = [
+    "TRY",
+    "Memory",
+    "Subject",
+    "Trial",
+    "TrialSession",
+    "Tried",
+    "changed",
+    "predict",
+    "read_subject",
+    "trial_session",
+    "weight_sizes",
+]

@@ -1,0 +1,98 @@
+"""What predictions are made of: the longest rows of the data, a tokenizer, and a base of fake weights."""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from perl.backbones import backbone_of
+from perl.backbones.base import Base
+from perl.backbones.build import tiny_config, train_tokenizer
+from perl.backbones.fake import fake_lm, unknown_values
+from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
+from perl.data.records import Records
+from perl.predict.trial import Trial, TrialSession, longest
+from perl.recipe import Recipe
+from perl.roles.fake import FakeSeparateModels, FakeSharedBase
+from perl.roles.roles import Roles
+from perl.runs.folder import RunFolder
+from perl.stages.material import corpus, generates, quiet_libraries, read_data
+from perl.stages.session import adapters_for
+from perl.system.progress import silence
+from perl.system.seeds import seed_everything
+
+STEPS = 2
+"""The first step makes gradients and the optimizer's state; in the second all of them are there from the start."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all predictions for one recipe and its variations share."""
+
+    config: Any
+    """The base's, as transformers has it."""
+    tokenizer: PreTrainedTokenizerBase
+    train: Records
+    held_out: Records
+
+    @property
+    def depth(self) -> int:
+        """Layers of the base."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+
+def read_subject(recipe: Recipe) -> Subject:
+    """The data, the tokenizer and the configuration of a recipe: all but weights.
+
+    Raises:
+        UserError: any of them cannot be used.
+    """
+    quiet_libraries()
+    train, held_out = read_data(recipe)
+    spec, tokenizer, config = recipe.base, None, None
+    if (made := spec.build) is not None:
+        tokenizer = train_tokenizer(corpus(train), made.vocabulary)
+        config = tiny_config(tokenizer, made.hidden_size, made.layers, made.heads, made.max_length)
+    elif spec.config is not None:
+        config = AutoConfig.for_model(**spec.config)
+        tokenizer = numbered_tokens(config.get_text_config().vocab_size)
+    else:
+        assert spec.model is not None
+        config = load_config(spec.model, spec.trust_remote_code, generates=generates(recipe))
+        tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
+    return Subject(config, tokenizer, longest(train, recipe, STEPS), longest(held_out, recipe, STEPS))
+
+
+@contextlib.contextmanager
+def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[TrialSession]:
+    """A session to try a stage in on fake weights, with a base of so many layers."""
+    config = copy.deepcopy(subject.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    lm = fake_lm(config, getattr(torch, recipe.base.dtype))
+    full = recipe.tuning == "full"
+    roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))
+    backbone = backbone_of(config)
+    base = Base(
+        name="no weights",
+        tokenizer=subject.tokenizer,
+        chat=backbone.chat_format(lm, subject.tokenizer),
+        sha256="",
+        parameters=sum(parameter.numel() for parameter in lm.parameters()),
+        context_length=backbone.context_length(lm),
+        load=lambda: lm,
+    )
+    with tempfile.TemporaryDirectory() as scratch, silence():
+        folder, device = RunFolder(Path(scratch)), torch.device("cpu")
+        trial = Trial(STEPS, abridged=True)
+        seed_everything(recipe.seed)
+        with unknown_values():
+            yield TrialSession(recipe, folder, subject.train, subject.held_out, base, roles, device, trial)

@@ -1,0 +1,124 @@
+"""A stage tried for what it costs: its own setup and a few of its steps on the longest rows there are.
+
+Nothing is evaluated, and nothing stays: the folder is a scratch one, and roles of earlier stages are new.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import SaveStrategy
+
+from perl.data.records import Records, Turn
+from perl.measure.cost import Cost
+from perl.measure.meter import MEASURED_STEPS, Meter
+from perl.measure.probe import Phase
+from perl.recipe import Recipe
+from perl.roles.roles import Role
+from perl.roles.saved import Stamp, stamp_for
+from perl.stages.session import Session, open_session
+from perl.stages.training import ResumableTrainer
+from perl.system.seeds import seed_everything
+
+ROWS = 128
+"""Records of each kind that are looked at, the longest; more where the steps take more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a stage is tried."""
+
+    steps: int
+    abridged: bool = False
+    """On fake tensors: no more is computed of a step than decides its peak memory."""
+    measured: bool = True
+    """Whether memory and operations are followed, which slows small models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(Cost):
+    """What a trial found: the cost of its steps, and the seconds of each by phase."""
+
+    trainable_parameters: int
+    step_seconds: list[dict[Phase, float]]
+
+
+@dataclass
+class TrialSession(Session):
+    """A session to try one stage in."""
+
+    trial: Trial = Trial(2)
+
+    def meter(self) -> Meter:
+        """A meter of what the trial is for."""
+        trunks = [] if self.trial.abridged else [model.base_model for model in self.roles.models()]
+        return Meter(self.device, self.resident(), trunks, MEASURED_STEPS if self.trial.measured else 0)
+
+    def load(self, role: Role) -> None:
+        """Add a role with new weights in the place of trained ones."""
+        if role not in self.roles.roles:
+            self.roles.add(role, head=role is Role.REWARD)
+
+    def stamp(self, role: Role) -> Stamp:
+        """The stamp of a role that would be trained now."""
+        return stamp_for(role, self.base)
+
+    def take_steps(self, trainer: ResumableTrainer, trained: Sequence[nn.Parameter]) -> Tried:
+        """Train for the steps that the trainer was made for; what they cost."""
+        trainer.args.save_strategy = SaveStrategy.NO
+        trainer.resume()
+        return self.tried(trainer.run.meter, trained)
+
+    def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
+        """What the steps so far cost."""
+        parameters = sum(parameter.numel() for parameter in trained)
+        return Tried(**vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds)
+
+
+@contextlib.contextmanager
+def trial_session(recipe: Recipe, trial: Trial) -> Iterator[TrialSession]:
+    """A session on the recipe's base, its folder gone afterwards; seeded as a run's stages are.
+
+    Raises:
+        UserError: as `open_session`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = vars(open_session(recipe, Path(scratch)))
+        session = TrialSession(**opened | {"train": longest(opened["train"], recipe, trial.steps), "trial": trial})
+        seed_everything(recipe.seed)
+        yield session
+
+
+def longest(records: Records, recipe: Recipe, steps: int) -> Records:
+    """The records that decide the peak, in characters: enough for so many steps of every stage."""
+    sizes = [section.batch_size for section in (recipe.sft, recipe.reward) if section is not None]
+    count = max(ROWS, steps * max([*sizes, recipe.rl.prompts_per_step if recipe.rl is not None else 0]))
+
+    def size(turns: Sequence[Turn]) -> int:
+        return sum(len(turn.text) for turn in turns)
+
+    def top(rows: Sequence[Any], key: Callable[[Any], int]) -> list[Any]:
+        return sorted(rows, key=key, reverse=True)[:count]
+
+    ratings = [
+        rating
+        for label in (True, False)  # a reward model needs both
+        for rating in top(
+            [one for one in records.ratings if one.label is label], lambda one: size((*one.context, one.answer))
+        )
+    ]
+    return replace(
+        records,
+        demonstrations=top(records.demonstrations, lambda one: size((*one.context, *one.answer))),
+        ratings=ratings,
+        comparisons=top(
+            records.comparisons,
+            lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text)),
+        ),
+        prompts=top(records.prompts, lambda one: size(one.context)),
+        corpus=[],
+    )

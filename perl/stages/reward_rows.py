@@ -1,0 +1,181 @@
+"""The rows of reward training and of what it is judged on: rated and compared answers as tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perl.backbones.chat import ChatFormat
+from perl.data.pairs import pair_ratings
+from perl.data.records import Comparison, Prompt, Rating, Records
+from perl.errors import UserError
+from perl.measure.rated_rows import RatedRows
+from perl.stages.session import Session
+
+
+@dataclass(frozen=True)
+class Rows(RatedRows):
+    """Answers with their contexts as tokens.
+
+    Attributes:
+        ids: of each answer and its context.
+        targets: the probability of a thumb up, or that the better (the worse) one of a pair is the better.
+        margins: of the pairs.
+        cut: how many were too long.
+    """
+
+    ids: list[list[int]]
+    targets: list[float]
+    margins: list[float]
+    cut: int
+
+
+def training_rows(session: Session) -> Rows:
+    """What the reward model learns from.
+
+    Raises:
+        UserError: no rows of the kind the loss needs, or ratings of one class only.
+    """
+    assert session.recipe.reward is not None
+    rows = session_rows(session, session.train, session.recipe.reward.loss)
+    if len(set(rows.labels)) < 2:
+        raise UserError(
+            f"all {len(rows.labels)} ratings are thumbs {'up' if rows.labels[0] else 'down'}: there is nothing to "
+            "tell apart",
+            where=f"data.source {session.recipe.data.source}",
+            remedy="Add ratings of the other kind.",
+        )
+    return rows
+
+
+def held_out_rows(session: Session) -> Rows:
+    """What it is judged on: rows of the kind that it learns from; of too few data perhaps only the other kind.
+
+    Raises:
+        UserError: nothing is rated or compared.
+    """
+    assert session.recipe.reward is not None
+    records = session.held_out
+    loss: str = session.recipe.reward.loss
+    paired = bool(records.comparisons or pair_ratings(records.ratings))
+    if (loss != "thumbs" and not paired) or (loss == "both" and not records.ratings):
+        loss = "any"
+    return session_rows(session, records, loss)
+
+
+def session_rows(session: Session, records: Records, loss: str, source: str | None = None) -> Rows:
+    """As `tokenize_rows`, with the session's chat format and length."""
+    chat, source = session.base.chat, source or session.recipe.data.source
+    return tokenize_rows(chat, records, loss, max_length(session), source)
+
+
+def max_length(session: Session) -> int:
+    """Tokens of a row at most."""
+    assert session.recipe.reward is not None
+    return min(session.recipe.reward.max_length, session.base.context_length)
+
+
+def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, source: str) -> Rows:
+    """The rated or compared answers as tokens of at most `length`, older context cut off first.
+
+    Args:
+        loss: which of the records are taken; `any`: ratings and comparisons as they are.
+        source: where the records are from, for those that do not say.
+
+    Raises:
+        UserError: none are of the kind that the loss needs.
+    """
+    ratings, comparisons = _chosen(records, loss, source)
+    answers = _answers(ratings, comparisons, records.prompts, source)
+    better = [comparison.probability for comparison in comparisons]
+    rows = [
+        chat.row(context, answer, length)
+        for context, answer in zip(answers.contexts, answers.answers, strict=True)
+    ]
+    return Rows(
+        **vars(answers),
+        ids=[row.ids for row in rows],
+        cut=sum(row.cut for row in rows),
+        targets=[
+            *(float(one.label) if one.probability is None else one.probability for one in ratings),
+            *better,
+            *(1 - probability for probability in better),
+        ],
+        margins=[comparison.margin for comparison in comparisons],
+    )
+
+
+def answers_of(records: Records, loss: str, source: str) -> RatedRows:
+    """The answers of `tokenize_rows`, without their tokens."""
+    return _answers(*_chosen(records, loss, source), records.prompts, source)
+
+
+def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], list[Comparison]]:
+    ratings = [] if loss == "pairs" else records.ratings
+    comparisons = records.comparisons
+    if loss in ("pairs", "both"):
+        comparisons = comparisons or pair_ratings(records.ratings)
+    elif loss == "thumbs" and ratings:
+        comparisons = []
+    if not comparisons and (loss in ("pairs", "both") or not ratings):
+        raise UserError(
+            f"{source} has no pairs, nor ratings of one context with both labels",
+            where="reward.loss",
+            remedy="Set reward.loss: thumbs, or use data with chosen and rejected answers.",
+        )
+    if loss == "both" and not ratings:
+        raise UserError(
+            f"{source} has no ratings, only pairs",
+            where="reward.loss",
+            remedy="Set reward.loss: pairs, or add rows with completion and label.",
+        )
+    return ratings, comparisons
+
+
+def _answers(
+    ratings: Sequence[Rating], comparisons: Sequence[Comparison], prompts: Sequence[Prompt], source: str
+) -> RatedRows:
+    first, count = len(ratings), len(comparisons)
+    records: list[Rating | Comparison] = [*ratings, *comparisons, *comparisons]
+    contexts = [record.context for record in records]
+    # A row's further fields are on its prompt; rows of one file may name different sources.
+    named = {prompt.context: str(prompt.columns["source"]) for prompt in prompts if "source" in prompt.columns}
+    gold = [rating.gold for rating in ratings if rating.gold is not None]
+    return RatedRows(
+        contexts=contexts,
+        answers=[
+            *(one.answer for one in ratings),
+            *(one.better for one in comparisons),
+            *(one.worse for one in comparisons),
+        ],
+        dialogues=[record.dialogue for record in records],
+        sources=[named.get(context, source) for context in contexts],
+        labels=[rating.label for rating in ratings] or [True] * count + [False] * count,
+        gold=gold if gold and len(gold) == len(ratings) else None,
+        pairs=[(first + index, first + count + index) for index in range(count)],
+    )
+
+
+def training_examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
+    """What the trainer shuffles: rated answers, pairs of answers, or both; an example each."""
+    examples = []
+    if loss != "pairs":
+        # Either class weighs half, however rare it is: Σ over the data of the weights is the number of rows.
+        count, up = len(rows.labels), sum(rows.labels)
+        weight = {True: count / (2 * up), False: count / (2 * (count - up))}
+        examples = [_example(rows, [row], weight=weight[label]) for row, label in enumerate(rows.labels)]
+    if loss != "thumbs":
+        pairs = zip(rows.pairs, rows.margins, strict=True)
+        examples += [_example(rows, [better, worse], margin=margin) for (better, worse), margin in pairs]
+    return examples
+
+
+def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> dict[str, Any]:
+    """One answer, or the better and the worse of a pair; they count alike in the mean of a batch."""
+    return {
+        "rows": [rows.ids[number] for number in numbers],
+        "numbers": numbers,
+        "target": rows.targets[numbers[0]],
+        "margin": margin,
+        "weight": weight,
+        "length": max(len(rows.ids[number]) for number in numbers),
+    }

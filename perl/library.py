@@ -64,7 +64,7 @@ class LoadedRun:
     @property
     def policies(self) -> list[str]:
         """The roles that can generate: `base`, and `sft` and `policy` where they are trained."""
-        if self.session.roles.backbone.refusal("generation", "") is not None:
+        if self.session.roles.backbone.refusal("generation", "base.model") is not None:
             return []
         return [role for role in POLICIES if role is Role.BASE or self.session.saved(role).exists()]
 

@@ -67,8 +67,15 @@ class AdapterKind(ABC):
     wrapper: ClassVar[str] = ""
     """What injecting puts into the names of the base's own tensors, such as `base_layer.`."""
 
+    adapted: frozenset[str]
+    """The base's weights that have an adapter beside them, by their names before injection."""
+    active: str | None = None
+    """The role whose parameters take part in forward passes."""
+
     def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
         self.lm, self.settings = lm, settings
+        self.removal = contextlib.ExitStack()
+        """Called back when the adapters are removed: what injecting has to have undone."""
 
     @property
     def shape(self) -> list[str]:
@@ -78,22 +85,17 @@ class AdapterKind(ABC):
     def __str__(self) -> str:
         return f"adapters of kind {self.settings.kind}"
 
-    @property
-    @abstractmethod
-    def adapted(self) -> frozenset[str]:
-        """The base's weights that have an adapter beside them, by their names before injection."""
-
     @abstractmethod
     def inject(self, role: str) -> None:
         """Put a role's parameters into the model; with them as they begin it computes as the base."""
 
-    @abstractmethod
     def activate(self, role: str | None) -> None:
         """Let this role's parameters alone take part in forward passes from now on; None: nobody's."""
+        self.active = role
 
-    @abstractmethod
     def remove(self) -> None:
         """Take all adapters out of the model, which has the modules that it was loaded with again."""
+        self.removal.close()
 
     # What the names tell.
 

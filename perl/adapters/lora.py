@@ -44,6 +44,8 @@ class Lora(AdapterKind):
     def __init__(self, lm: PreTrainedModel, settings: LoraSettings) -> None:
         super().__init__(lm, settings)
         self.config = self.peft_config()
+        modules, parameters = self.config.target_modules or (), self.config.target_parameters or ()
+        self.adapted = frozenset({*(f"{name}.weight" for name in modules), *parameters})
         if self.config.init_lora_weights not in (True, "gaussian"):
             raise UserError(
                 f"LoRA that starts by {self.config.init_lora_weights!r} changes the base, which all roles share",
@@ -93,12 +95,6 @@ class Lora(AdapterKind):
         """What B A x is multiplied by."""
         config = self.config
         return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
-
-    @property
-    def adapted(self) -> frozenset[str]:
-        """The weights of linear layers, and experts' parameters."""
-        modules, parameters = self.config.target_modules or (), self.config.target_parameters or ()
-        return frozenset({*(f"{name}.weight" for name in modules), *parameters})
 
     def use(self, engine: Engine) -> None:
         """Refuse experts that are gathered layer by layer; leave peft's forward to layers that an engine hooks."""

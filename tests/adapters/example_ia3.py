@@ -1,10 +1,4 @@
-"""A kind of adapters from outside the package: a learned factor on each output of some linear layers.
-
-That is what (IA)³ learns (Liu et al. 2022, arXiv 2205.05638). A recipe names this file and the kind:
-
-    plugins: [example_ia3.py]
-    adapter: {kind: ia3, targets: [k_proj, v_proj]}
-"""
+"""Adapters of one's own: (IA)³, a learned factor on each output of some linear layers (arXiv 2205.05638)."""
 
 import torch
 from torch import nn
@@ -24,33 +18,18 @@ class Ia3(AdapterKind):
     def __init__(self, lm, settings):
         super().__init__(lm, settings)
         self.chosen = {name: lm.get_submodule(name) for name in choose(lm, settings.targets, "all", "adapter")}
-        self.active, self.hooks = None, []
+        self.adapted = frozenset(f"{name}.weight" for name in self.chosen)
 
-    @property
-    def adapted(self):
-        return frozenset(f"{name}.weight" for name in self.chosen)
-
-    def inject(self, role):
+    def inject(self, role):  # factors begin as 1: the role computes as the base does
         for layer in self.chosen.values():
             if not hasattr(layer, "ia3_factors"):
                 layer.ia3_factors = nn.ParameterDict()
-                self.hooks.append(layer.register_forward_hook(self.scale))
+                self.removal.callback(delattr, layer, "ia3_factors")
+                self.removal.callback(layer.register_forward_hook(self.scale).remove)
             layer.ia3_factors[role] = nn.Parameter(torch.ones(layer.out_features, device=layer.weight.device))
 
     def scale(self, layer, inputs, y):
         return y if self.active is None else y * layer.ia3_factors[self.active].to(y.dtype)
-
-    def activate(self, role):
-        self.active = role
-
-    def remove(self):
-        for layer, hook in zip(self.chosen.values(), self.hooks, strict=True):
-            del layer.ia3_factors
-            hook.remove()
-        self.hooks = []
-
-    def starting_value(self, name):  # lets an RL run measure how far the policy has moved
-        return 1.0
 
     def deltas(self, role):  # for `export --merge`
         for name, layer in self.chosen.items():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from perl.errors import UserError
 from perl.system.python_file import import_file
 
-REGISTRIES = {"ALGORITHMS": "perl.rl.algorithms", "REWARDS": "perl.rl.rewards"}
+REGISTRIES = {"ADAPTERS": "perl.adapters", "ALGORITHMS": "perl.rl.algorithms", "REWARDS": "perl.rl.rewards"}
 """The mappings from names to rows, and the modules they are in."""
 
 

@@ -21,12 +21,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perl.adapters.low_rank import compute_as
+from perl.private.peft import ParamWrapper, transformers_weight_conversion
 
 
 @contextlib.contextmanager

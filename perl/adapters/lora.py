@@ -15,13 +15,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,17 +26,8 @@ from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
 from perl.adapters.targets import choose, linear_layers
 from perl.errors import UserError
 from perl.parallel.engine import Engine
+from perl.private.peft import LoraLayer, ParamWrapper
 from perl.recipe.adapter import LoraSettings
-
-for holder, private in (
-    (LoraLayer, "_active_adapter"),
-    (LoraLayer, "resolve_lora_variant"),
-    (transformers_weight_conversion, "convert_peft_config_for_transformers"),
-):
-    if not hasattr(holder, private):  # each is used or replaced below, and would silently do nothing
-        raise ImportError(
-            f"peft {peft.__version__} has no {holder.__name__}.{private}: install a version that PERL names"
-        )
 
 FACTORS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
 """Of peft's configuration, what says how the weights compute."""

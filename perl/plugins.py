@@ -16,9 +16,12 @@ from perl.errors import UserError
 from perl.system.python_file import import_file
 
 REGISTRIES = {
+    "ADAPTERS": "perl.adapters",
     "ALGORITHMS": "perl.rl.algorithms",
+    "BACKBONES": "perl.backbones",
     "REWARDS": "perl.rl.rewards",
     "SAMPLERS": "perl.rl.samplers",
+    "SOURCES": "perl.data.sources",
 }
 """The mappings from names to rows, and the modules they are in."""
 

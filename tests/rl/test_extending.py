@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from perl import plugins
-from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.samplers import SAMPLERS
@@ -73,13 +72,3 @@ def test_a_sampler_of_a_users_own(
     assert all(step["sampler_mismatch"] < 1e-5 for step in steps)
     assert steps[0]["explained_variance"] == pytest.approx(0, abs=1e-6)  # the head begins at zero
     assert steps[1]["explained_variance"] != 0
-
-
-@pytest.mark.parametrize("file", [ALGORITHM, SAMPLER])
-def test_an_example_is_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 40
-
-
-def test_a_name_that_is_not_registered_is_refused(write_recipe: WriteRecipe) -> None:
-    with pytest.raises(UserError, match="should be 'local'"):
-        load_recipe(write_recipe(), ["rl.sampler.kind=generate"])

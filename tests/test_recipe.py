@@ -136,7 +136,7 @@ def test_an_override_reaches_the_adapters_by_either_name(section: dict[str, Any]
             "kind LoRA-GA is not supported, because it rewrites the base's weights",
         ),
         ({"adapter": {"rank": 4}}, "adapter.kind: missing"),
-        ({"adapter": "lora"}, "adapter: input should be a valid dictionary"),
+        ({"adapter": "lora"}, "adapter: a section of keys and their values is expected"),
         ({"adapter": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
         ({"adapter": {"kind": "lora"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
         ({"adapter": {"kind": "scale"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),

@@ -200,8 +200,8 @@ def _part_rows(group: Group) -> list[Row]:
     """A row for each part of the reward, where it has several."""
     pairs = [(one.reward_parts_before or {}, one.reward_parts_after or {}) for one in group.rl]
     names = dict.fromkeys(name for before, after in pairs for name in (*before, *after))
-    rows = []
-    for name in names:
+    rows: list[Row] = []
+    for name in names if len(names) > 1 else ():
         ends = [spread(parts.get(name) for parts in side) for side in zip(*pairs, strict=True)]
         rows.append(_policy_row(f"… {name}", ends, None, 2, 1))
     return rows

@@ -218,7 +218,7 @@ def test_any_taskmaster_files_are_read_or_refused(domain: Domain, tmp_path: Path
         whole = text.map(str.encode)
         return whole | whole | whole | damaged(text) | st.binary()
 
-    fuzz(250, st.tuples(files(RATED), files(DIALOGUES)), read, least=0.02)
+    fuzz(500, st.tuples(files(RATED), files(DIALOGUES)), read, least=0.002)
 
 
 HH = st.builds(

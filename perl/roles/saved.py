@@ -47,11 +47,10 @@ class Stamp:
     parent_sha256: str | None = None
     """Of the parent's weights file."""
     reward_is_probability: bool = False
-    """A reward model of thumbs: its score is the log-odds of a thumb up, and RL takes the probability."""
+    """Whether the score is the log-odds of a thumb up; RL's reward is then the probability."""
     reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Mean of the reward on the training rows; RL takes it off."""
     reward_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Their standard deviation; RL divides by it."""
+    """Of the reward on training rows; RL normalises by them."""
     perl: str = __version__
 
 
@@ -80,11 +79,9 @@ def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
 
 
 def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
-    """What a role learns, by the names it has on disk."""
-    named: dict[str, torch.Tensor] = {f"{roles.prefix}{name}": p for name, p in roles.weights(role).items()}
-    if role in roles.heads:
-        named |= {f"{roles.prefix}{name}": p for name, p in roles.head_weights(role).items()}
-    return named
+    """A role's weights and head, by their names on disk."""
+    head = roles.head_weights(role) if role in roles.heads else {}
+    return {f"{roles.prefix}{name}": parameter for name, parameter in (roles.weights(role) | head).items()}
 
 
 def load_role(
@@ -154,7 +151,7 @@ def _shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch
 
 
 def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
-    """Compare what the stamp says with what is here, and name all that differs."""
+    """Compare a stamp with the one that would be written here, and name all that differs."""
     compared = [
         ("role", stamp.role, here.role),
         ("base", stamp.base_sha256, here.base_sha256),
@@ -185,7 +182,7 @@ def _short(value: object) -> str:
 
 
 def _anew(folder: Path) -> str:
-    """What to do about files that are damaged: the stage's newest checkpoint is not."""
+    """The remedy for damaged files."""
     return f"Remove {folder.parent / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
 
 
@@ -219,6 +216,6 @@ def read_stamp(folder: Path) -> Stamp:
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:
-    """SHA-256 of the weights file in a role's folder: how its children name their parent."""
+    """SHA-256 of the weights file in a role's folder, which names a parent in its children's stamps."""
     with open(folder / roles.weights_file, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

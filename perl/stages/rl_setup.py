@@ -30,13 +30,11 @@ from perl.stages.session import Session
 
 
 def settings_of(session: Session) -> Rl:
-    """The recipe's section `rl`."""
     assert session.recipe.rl is not None
     return session.recipe.rl
 
 
 def tokenized_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
-    """Prompts as tokens; see `encode_prompts`."""
     settings = settings_of(session)
     return encode_prompts(
         prompts,
@@ -54,7 +52,7 @@ def eval_prompts(session: Session) -> EncodedPrompts:
 
 
 def setup_collector(session: Session) -> Collector:
-    """The recipe's sampler and reward, for the roles that are in memory."""
+    """The recipe's sampler and reward, of the roles in memory."""
     settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
     sampler = SAMPLERS[settings.sampler.kind](session.roles)
     for role in sorted(session.roles.roles):
@@ -84,7 +82,7 @@ def reward_context(session: Session) -> RewardContext:
 
 
 def end_ids(session: Session) -> tuple[int, ...]:
-    """What ends completions: that depends on whether they are text or turns of agents."""
+    """What ends completions, which are text or turns of an agent."""
     return session.base.chat.ends(session.train.prompts[0].context)
 
 
@@ -131,14 +129,14 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
 
 
 def _add_roles(session: Session) -> tuple[Role, ...]:
-    """Add the policy and its critic as they begin; return the roles that learn."""
+    """Add the policy and its critic; return the roles that learn."""
     roles, critic = session.roles, session.recipe.critic
     roles.add(Role.POLICY, copy_of=roles.reference)
     trained: tuple[Role, ...] = (Role.POLICY,)
     if critic != "none":
         start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
         roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
-        # What a reward model's head gives is on another scale than returns: the critic's begins at zero.
+        # A reward model's scores are on another scale than returns: the critic's head begins at zero.
         with torch.no_grad():
             roles.head(Role.CRITIC).weight.zero_()
         trained = (Role.POLICY, Role.CRITIC)
@@ -153,9 +151,12 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
     weights = [parameter for role in trained for parameter in roles.weights(role).values()]
     heads = [parameter for role in trained if role in roles.heads for parameter in roles.heads[role].parameters()]
     rates = learning_rates(session, prompts)
-    groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
     session.begin_together(weights + heads)
-    groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
+    groups = [
+        {"params": parameters, "lr": rate}
+        for parameters, rate in zip((weights, heads), rates, strict=True)
+        if parameters  # DeepSpeed fails on an empty group
+    ]
     return Learner(
         roles=roles,
         algorithm=resolved_algorithm(settings),
@@ -197,10 +198,7 @@ def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
 
 
 def missing_end_penalty(settings: Rl, prompt: Prompt) -> float:
-    """What a completion without an end costs, in standard deviations of the reward.
-
-    Plain text need not end within the tokens it gets; the turn of an agent that never ends is useless.
-    """
+    """What a completion without an end costs, in standard deviations of the reward; plain text need not end."""
     if settings.missing_end_penalty is not None:
         return settings.missing_end_penalty
     return 0.0 if prompt.context[-1].speaker == "text" else 0.5

@@ -1,7 +1,7 @@
-"""What the guards of RL read besides the rollouts, and what their alarms lead to.
+"""The validation score that the guards of RL read besides the rollouts, and what their alarms lead to.
 
-A run that a guard stopped has done what it was asked to: its last good policy is evaluated and saved as any other,
-so that the exit status is 0. That it was stopped is said on the console, in the report and on its page.
+A run that a guard stopped has not failed: its last good policy is evaluated and saved as any other, and the exit
+status is 0. Console, report and page say that it was stopped.
 """
 
 import statistics
@@ -19,21 +19,20 @@ from perl.roles.roles import Role
 from perl.system.progress import console
 
 Mode = Literal["stop", "warn", "off"]
-"""What an alarm leads to; off: nothing is looked at."""
+"""What an alarm leads to; off: nothing is read."""
 CHECKS = 10
-"""How often in a run the check is looked at."""
+"""Validation scores of a run."""
 FEWEST_STEPS = 10
-"""From one look to the next, however short the run."""
+"""From one to the next, however short the run."""
 FEWEST, MOST = 8, 64
-"""Held-out prompts of a check; of fewer nothing could be said."""
+"""Held-out prompts of a validation; fewer would say nothing."""
 
 
 class Guarding:
     """The guard of one run.
 
     Args:
-        held_out: prompts; a few of them are tried from time to time.
-        prompts_per_step: as many of them are tried, within bounds.
+        held_out: prompts, of which as many as `prompts_per_step` are completed at each validation, within bounds.
         steps: of the run.
         judged: whether a gold judge is asked about every rollout.
         learning_rate: the full one, of adapters or whole models.
@@ -66,21 +65,21 @@ class Guarding:
         self.guard = Guard(limits)
 
     def check(self, step: int) -> dict[str, float]:
-        """From time to time, the reward of the policy's completions of held-out prompts; the same draws each time.
+        """Every few steps, the reward of the policy's completions of held-out prompts, always drawn alike.
 
-        For sources without a gold judge: where there is one it is asked about every rollout, at no cost. It cannot
-        see that the reward itself is wrong, only that what was learned on the training prompts fails on others.
+        For sources without a gold judge, which would be asked about every rollout at no cost. It cannot show that
+        the reward itself is wrong, only that what was learned on the training prompts fails on others.
         """
         if self.mode == "off" or self._judged or step % self._check_every or len(self._prompts) < FEWEST:
             return {}
         collector, prompts = self._collector, self._prompts
-        mine = collector.collect(Role.POLICY, prompts, collector.generator("check"))
-        rewards = mine.gather(collector.processes, prompts).rewards_B.tolist()
+        local = collector.collect(Role.POLICY, prompts, collector.generator("check"))
+        rewards = local.gather(collector.processes, prompts).rewards_B.tolist()
         error = statistics.stdev(rewards) / len(rewards) ** 0.5
         return {"held_out": statistics.fmean(rewards), "held_out_error": error}
 
     def alarms(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
-        """Read a step's metrics and say what has gone wrong; those alarms for which the run is to stop."""
+        """Read a step's metrics and print new alarms; return those for which the run is to stop."""
         if self.mode == "off":
             return []
         new = self.guard.check(step, metrics)
@@ -98,11 +97,11 @@ class Guarding:
         return {last_good(good_until, steps) for good_until in needed} if steps else set()
 
     def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
-        """All alarms for the report, each with what it led to.
+        """All alarms for the report.
 
         Args:
             stopped_by: the alarms that ended the run.
-            remains: the updates that the policy which remains has seen.
+            remains: updates that the remaining policy has seen.
         """
         return [
             Incident(**vars(alarm), action="stopped", remains=remains)

@@ -19,7 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 from perl.errors import MachineError, UserError
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.heartbeat import SILENCE, Heartbeat, death
-from perl.parallel.processes import ALONE, launched
+from perl.parallel.launcher import ranks
+from perl.parallel.processes import ALONE, Processes
 from perl.system.progress import console
 from perl.system.signals import LEAVE
 
@@ -38,8 +39,8 @@ def process_group() -> Iterator[Engine]:
             process only: the others exit silently with the same status.
         MachineError: another process died.
     """
-    processes = launched()
-    if processes is ALONE:
+    processes = Processes(*ranks())
+    if processes.count == 1:
         with _single_process_environment(0):
             yield Engine(ALONE)
         return
@@ -60,8 +61,7 @@ def process_group() -> Iterator[Engine]:
         except BaseException as error:
             failure = _failure(error, heartbeat)
             status = failure.status if isinstance(failure, UserError) else 1
-            if isinstance(failure, KeyboardInterrupt):
-                status = 130
+            status = 130 if isinstance(failure, KeyboardInterrupt) else status
             first = heartbeat.first_to_report()
             heartbeat.leave(status)
             if not first:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perl.errors import UserError
-from perl.parallel.launcher import ranks
 
 T = TypeVar("T")
 
@@ -117,9 +116,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def launched() -> Processes:
-    """The processes by the launcher's environment variables."""
-    rank, count, local = ranks()
-    return Processes(rank, count, local) if count > 1 else ALONE

@@ -91,7 +91,7 @@ def load_role(
     base: Base,
     recipe: str | None = None,
     recipe_sha256: str | None = None,
-) -> Stamp:
+) -> None:
     """Read a role's weights and head from a folder; the role is added if it is new.
 
     Args:
@@ -115,7 +115,6 @@ def load_role(
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights[name])
-    return stamp
 
 
 def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
@@ -166,7 +165,9 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
         if (beside / roles.weights_file).exists():
             compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, beside)))
     differs = [
-        f"{what} (it says {_short(there)}, here {_short(ours)})" for what, there, ours in compared if there != ours
+        f"{what} (it says {str(there)[:12]}, here {str(ours)[:12]})"
+        for what, there, ours in compared
+        if there != ours
     ]
     if differs:
         trained = f"{stamp.base}{f' by recipe {stamp.recipe}' if stamp.recipe else ''}"
@@ -175,10 +176,6 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
             where=str(folder),
             remedy=f"Use it where its {STAMP} says; to train it here, remove {folder.parent} and run the recipe.",
         )
-
-
-def _short(value: object) -> str:
-    return str(value)[:12]
 
 
 def _anew(folder: Path) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 
 from perl.results import Recorded, RewardStage
@@ -43,7 +43,7 @@ def train_reward(session: Session) -> RewardStage:
     train, held_out = training_rows(session), held_out_rows(session)
     rows, cut = len(train.ids) + len(held_out.ids), train.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
-    trained = setup(session)
+    trained = session.add_trained(Role.REWARD, head=True)
     with reward_trainer(session, train) as trainer:
         if settings.epochs > 1:
             trainer.cache_lower_layers(train)
@@ -60,16 +60,9 @@ def train_reward(session: Session) -> RewardStage:
     )
 
 
-def setup(session: Session) -> list[nn.Parameter]:
-    """Add the role and its head; return what of it is trained."""
-    session.roles.add(Role.REWARD, head=True)
-    session.roles.keep(Role.REWARD)
-    return session.roles.train_only(Role.REWARD)
-
-
 @contextmanager
 def reward_trainer(session: Session, train: Rows, steps: int | None = None) -> Iterator["RewardTrainer"]:
-    """A trainer of the `reward` role, after `setup`.
+    """A trainer of the `reward` role, after `Session.add_trained`.
 
     Args:
         steps: optimizer steps in all; by default those of the recipe's epochs.

@@ -9,7 +9,9 @@ from perl.backbones.padding import left_pad
 from perl.data.records import Prompt
 from perl.recipe import Rl
 from perl.rl.algorithms import ALGORITHMS, Algorithm
-from perl.rl.checks.guarding import Guarding
+from perl.rl.checks.findings import CLOSE_LOG_PROBS
+from perl.rl.checks.guard_state import Limits
+from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
 from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
@@ -99,6 +101,14 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     learner = _learner(session, trained, prompts)
     penalty = missing_end_penalty(settings, session.train.prompts[0])
     few = prompts.take(range(min(COMPLETIONS, len(prompts), settings.prompts_per_step)))
+    limits = Limits(
+        kl=settings.kl_limit,
+        penalized=penalty > 0,
+        mismatch=CLOSE_LOG_PROBS[collector.dtype],
+        learning_rate=learner.rates[0],
+        check_every=validation_interval(settings.steps),
+    )
+    validation = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))
     preflight = Preflight(collector, few, str(session.folder.path), earlier_stages(session, collector.reward))
     return Loop(
         collector=collector,
@@ -111,17 +121,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         judge=session.train.judge,
         preflight=preflight,
         liveness=Liveness(learner, preflight, settings.guard),
-        guarding=Guarding(
-            collector,
-            held_out,
-            settings.guard,
-            prompts_per_step=settings.prompts_per_step,
-            steps=settings.steps,
-            kl_limit=settings.kl_limit,
-            judged=session.train.judge is not None,
-            learning_rate=learner.rates[0],
-            penalized=penalty > 0,
-        ),
+        guarding=Guarding(collector, validation, settings.guard, limits, judged=session.train.judge is not None),
         meter=session.meter(),
         checkpoints=session.checkpoints("rl"),
         reward_scale=RewardScale(),

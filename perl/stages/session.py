@@ -59,9 +59,7 @@ class Session:
 
     def resident(self) -> dict[Kind, list[Tensor]]:
         """The tensors that live through the whole stage, by what they are for."""
-        roles: list[Role] = (
-            [] if self.recipe.tuning == "full" else [role for role in Role if role is not Role.BASE]
-        )
+        roles = [role for role in Role if role is not Role.BASE and self.recipe.tuning != "full"]
         adapters = {id(parameter) for parameter in self.roles.parameters_of(*roles)}
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         four_bit_scales = [tensor for _, tensor in scales(self.roles)]
@@ -75,6 +73,12 @@ class Session:
         cost = cost.of_all(self.processes.all_gather(cost))
         parameters = sum(one.numel() for one in trained)
         return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
+
+    def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
+        """Add the role that a supervised stage trains; return its parameters."""
+        self.roles.add(role, head=head)
+        self.roles.keep(role)
+        return self.roles.train_only(role)
 
     def begin_together(self, trained: Iterable[Tensor]) -> None:
         """Give all processes the same weights to train, and each a dropout of its own."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -33,7 +33,7 @@ def train_sft(session: Session) -> SftStage:
     train, held_out = (tokenized(session, one.demonstrations) for one in (session.train, session.held_out))
     rows, cut = len(train) + len(held_out), sum(train["cut"]) + sum(held_out["cut"])
     _say_rows(session, rows, cut)
-    trained = setup(session)
+    trained = session.add_trained(Role.SFT)
     with sft_trainer(session, train, held_out) as trainer:
         loss_before = trainer.eval_loss()
         trainer.resume()
@@ -43,18 +43,11 @@ def train_sft(session: Session) -> SftStage:
     return SftStage(**vars(stage), eval=SftEval(n=len(held_out), loss_before=loss_before, loss_after=loss_after))
 
 
-def setup(session: Session) -> list[nn.Parameter]:
-    """Add the role; return what of it is trained."""
-    session.roles.add(Role.SFT)
-    session.roles.keep(Role.SFT)
-    return session.roles.train_only(Role.SFT)
-
-
 @contextmanager
 def sft_trainer(
     session: Session, train: Dataset, held_out: Dataset | None = None, steps: int | None = None
 ) -> Iterator["RoleTrainer"]:
-    """A trainer of the `sft` role, after `setup`.
+    """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
         train, held_out: as from `tokenized`.

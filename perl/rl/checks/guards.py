@@ -1,9 +1,9 @@
 """Guards: they read the metrics of each step, and say when training has gone wrong and until when it was right.
 
-A guard reads the median of the last `WINDOW` steps, so that a single bad step does not count and three of five do.
-It has two marks: at the first the trouble shows, at the second it is certain and raises an alarm; the policy was
-right before the first. Most marks are shares of the first `START` steps' median, because the same entropy is
-collapse of one model and usual of another.
+A guard reads the median of the last `WINDOW` steps, so that three bad steps of five count and a single one does
+not. It has two marks: at the first the trouble shows, at the second it is certain and raises an alarm. The policy
+was right before the first. Most marks are shares of the first `START` steps' median, because an entropy that is
+collapse for one model is normal for another.
 
 A step's metrics are of the policy before that step's update.
 """

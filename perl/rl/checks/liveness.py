@@ -158,13 +158,15 @@ class Liveness:
     def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
         """Each role that learns has changed: its weights in at least one module, and its head."""
         roles, trained = self._learner.roles, self._learner.trained
+        # In a whole model every tensor stands for itself.
+        module_of = roles.adapter.module_of if isinstance(roles, SharedBase) else str
         unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, trained)))
         for role in trained:
             weights = [f"{role}.{name}" for name in roles.weights(role)]
             heads = [name for name in before if name.startswith(f"{role}.") and name not in weights]
             if weights and (role is not Role.CRITIC or self._updates > 1):
-                modules = {_module(roles, name) for name in weights}
-                still = modules - {_module(roles, name) for name in weights if name not in unchanged}
+                modules = {module_of(name) for name in weights}
+                still = modules - {module_of(name) for name in weights if name not in unchanged}
                 words = f"modules of the {role} that are as they were"
                 cause = _why_unchanged(weights, gradients, rate)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
@@ -225,8 +227,3 @@ def _dropout(roles: Roles) -> Iterator[set[str]]:
         yield on
     finally:
         hook.remove()
-
-
-def _module(roles: Roles, name: str) -> str:
-    """The adapted module of an adapter's tensor; of a whole model's, the tensor itself."""
-    return roles.adapter.module_of(name) if isinstance(roles, SharedBase) else name

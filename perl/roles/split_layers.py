@@ -69,6 +69,7 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         return f"{name} does not run in two parts: {str(error).splitlines()[0][:200]}"
     rounding = 16 * torch.finfo(unsplit.dtype).eps
-    if not torch.allclose(split[mask_BL], unsplit[mask_BL], rtol=rounding, atol=rounding):
+    split, unsplit = (states.masked_fill(~mask_BL[..., None], 0.0) for states in (split, unsplit))
+    if not torch.allclose(split, unsplit, rtol=rounding, atol=rounding):
         return f"{name} does more to its embeddings than pass them to the first block"
     return None

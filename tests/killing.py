@@ -27,7 +27,7 @@ import yaml
 from perl import cli
 from perl.recipe import STAGES, StageName
 from perl.runs.folder import STAGE_ROLE
-from perl.stages import pipeline  # noqa: F401
+from perl.stages import pipeline  # noqa: F401  imported once, for all forks
 
 GOODS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
 RECIPE = {

@@ -29,7 +29,7 @@ from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.update import Learner
 from perl.roles.roles import Role
 from perl.runs import snapshot
-from perl.runs.checkpoint import Checkpoints, State
+from perl.runs.checkpoint import Checkpoints
 from perl.system.interrupt import between_steps
 from perl.system.progress import console, track
 from perl.system.typed_json import as_json, made
@@ -190,24 +190,23 @@ def critic_quality(rollout: Rollout, targets: Targets) -> dict[str, float]:
 def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
     """Write all state after so many steps."""
     learner = loop.learner
-    tensors, values = snapshot.take(learner.roles, learner.trained, learner.optimizer)
-    values |= {
-        "initial_eval": as_json(initial),
-        "liveness": as_json(loop.liveness.found),
-        "meter": loop.meter.times(),
-        "guard": loop.guarding.guard.state_dict(),
-        "reward_scale": loop.reward_scale.state_dict(),
-    }
-    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
-    loop.checkpoints.write(State(step, tensors, values), keep)
+    state = snapshot.take(step, learner.roles, learner.trained, learner.optimizer)
+    state.values.update(
+        initial_eval=as_json(initial),
+        liveness=as_json(loop.liveness.found),
+        meter=loop.meter.times(),
+        guard=loop.guarding.guard.state_dict(),
+        reward_scale=loop.reward_scale.state_dict(),
+    )
+    loop.checkpoints.write(state, loop.guarding.worth_keeping(step, loop.checkpoints.steps()))
 
 
 def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
-    saved = loop.checkpoints.newest()
-    if saved is None:
+    state = loop.checkpoints.newest()
+    if state is None:
         return None, 0
-    learner, state, values = loop.learner, (saved.tensors, saved.values), saved.values
+    learner, values = loop.learner, state.values
     snapshot.restore(learner.roles, learner.trained, learner.optimizer, state, str(loop.checkpoints.folder))
     snapshot.set_generators(state, loop.collector.processes)
     loop.collector.sampler.sync(Role.POLICY)
@@ -216,7 +215,7 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     loop.reward_scale = RewardScale(**values["reward_scale"])
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
-    return made(InitialEval, values["initial_eval"]), saved.step
+    return made(InitialEval, values["initial_eval"]), state.step
 
 
 def rollback(loop: Loop, alarms: list[Alarm]) -> int:

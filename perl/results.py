@@ -14,6 +14,7 @@ from perl.measure.cost import Cost
 from perl.measure.probe import Phase, PhaseMemory
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
+from perl.rl.algorithms import Algorithm
 from perl.rl.checks.alarms import Alarm
 
 
@@ -141,6 +142,8 @@ class RlStage(Stage):
 
     learning_rate: float
     """Of adapters or weights at its full height, `auto` resolved."""
+    algorithm_row: Algorithm | None = None
+    """With what the recipe overrides."""
     preflight: list[Check]
     liveness: list[Check]
     """The checks after the first update."""

@@ -207,7 +207,7 @@ def test_impossible_values_are_refused_where_they_stand(override: str, says: str
         ("lora.layers=middle", "The default is all."),
         ("lora.targets=3", "The default is all-linear."),
         ("rl.algorithm=rlo", "Did you mean rloo?"),
-        ("rl.algorithm=dpo", "The default is ppo."),
+        ("rl.algorithm=sarsa", "The default is ppo."),
         ("sft.lr_scheduler_type=dull", "The default is cosine."),
         ("name=a/b", "recipes/quickstart.yaml shows a complete recipe."),
         ("base.model=5", "recipes/quickstart.yaml shows a complete recipe."),

@@ -62,7 +62,7 @@ def _check_run(recipe: Recipe, run: Path, role: str) -> None:
         raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
     if role == "critic" and recipe.critic == "none":
         assert recipe.rl is not None
-        remedy = "Only reinforce and ppo train a critic."
+        remedy = "A critic is trained where rl.advantage is gae or return: perl-rlhf algorithms."
         raise UserError(f"the run has no critic: {recipe.rl.algorithm} needs none", where=str(run), remedy=remedy)
     if RunFolder(run).result(stage) is None:
         remedy = "Run the recipe again with the same --out: it goes on from where it stopped."

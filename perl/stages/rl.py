@@ -54,19 +54,21 @@ def train_rl(session: Session) -> RlStage:
         learning_rate=loop.learner.rates[0],
         preflight=initial.preflight,
         liveness=loop.liveness.found or [],
+        algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out)),
     )
 
 
 def _plan(session: Session, loop: Loop) -> str:
-    """What a step is, `auto` resolved."""
+    """What a step is: the algorithm's row as resolved, and the values that stand for `auto`."""
     settings, (rate, head_rate) = settings_of(session), loop.learner.rates
     head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (
         f"RL by {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
-        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}."
+        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}.\n"
+        f"{settings.algorithm}: {loop.algorithm.words}."
     )
 
 

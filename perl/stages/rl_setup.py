@@ -1,14 +1,12 @@
 """What RL begins with: the recipe's settings as the parts of the loop."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from perl.backbones.padding import left_pad
 from perl.data.records import Prompt
 from perl.recipe import Rl
-from perl.rl.algorithms import ALGORITHMS, Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
 from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
@@ -113,7 +111,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     return Loop(
         collector=collector,
         learner=learner,
-        objective=Objective(settings.kl_coef, settings.normalize_rewards, penalty),
+        objective=Objective(settings.kl_coef, learner.algorithm.normalize_rewards, penalty),
         prompts=prompts,
         steps=settings.steps,
         prompts_per_step=settings.prompts_per_step,
@@ -159,7 +157,7 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
     ]
     return Learner(
         roles=roles,
-        algorithm=resolved_algorithm(settings),
+        algorithm=settings.row,
         trained=trained,
         optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0)),
         rates=rates,
@@ -167,18 +165,8 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         epochs=settings.epochs,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
         checkpoint_activations=session.recipe.checkpoint_activations,
-    )
-
-
-def resolved_algorithm(settings: Rl) -> Algorithm:
-    """The recipe's row of the table, with the recipe's constants."""
-    return replace(
-        ALGORITHMS[settings.algorithm],
-        gae_lambda=settings.gae_lambda,
-        clip=settings.clip,
-        value_clip=settings.value_clip,
-        value_coef=settings.value_coef,
     )
 
 

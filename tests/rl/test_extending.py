@@ -46,7 +46,7 @@ def trained(recipe: Path, out: Path) -> tuple[Session, list[dict[str, float]]]:
 
 
 def test_an_algorithm_of_a_users_own(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(plugins=[str(ALGORITHM)], reward=None, rl=RL | {"algorithm": "reinforce++"})
+    recipe = write_recipe(plugins=[str(ALGORITHM)], reward=None, rl=RL | {"algorithm": "group-baseline"})
     session, steps = trained(recipe, tmp_path / "out")
     assert session.recipe.critic == "none"
     assert session.recipe.rl is not None

@@ -55,6 +55,7 @@ DECISIVE = (
     "Reward at the end",
     "Reward model",
 )
+"""How the names of the measures begin that the bottom line goes by, the first that there is."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +167,17 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
             if chosen:
                 where = joined([f"{stage} (×{GAP}{ratio:.2f})" for stage, ratio in chosen])
                 (sides.ahead if good else sides.behind).append(f"{words}: {where}.")
-    for row in qualities:
+    for row in (row for row in qualities if not row.metric.startswith("KL")):
         words = f"{row.metric}: {decimal(row.lora.mean)} against {decimal(row.full.mean)}"
-        if row.metric.startswith("KL"):
-            continue
-        if row.clear is None:
-            sides.open.append(f"{words}; with one run on a side this may be chance.")
-        elif not row.clear:
-            sides.open.append(f"{words}; that is within two standard errors.")
-        else:
+        if row.clear:
             (sides.ahead if row.difference > 0 else sides.behind).append(f"{words}.")
+        else:
+            why = (
+                "with one run on a side this may be chance"
+                if row.clear is None
+                else "that is within two standard errors"
+            )
+            sides.open.append(f"{words}; {why}.")
     return sides
 
 
@@ -226,8 +228,5 @@ def predictions(groups: Sequence[Group]) -> Predictions | None:
     errors = {where: predicted / measured - 1 for where, predicted, measured in peaks}
     rows = [(*where, bytes_text(one), bytes_text(other), percent(errors[where], 1)) for where, one, other in peaks]
     worst = max(errors, key=lambda where: abs(errors[where]))
-    return Predictions(
-        rows,
-        f"The estimate of memory was within {percent(abs(errors[worst]), 1)} of the measurement everywhere "
-        f"(worst: {', '.join(worst)}).",
-    )
+    within = f"within {percent(abs(errors[worst]), 1)} of the measurement everywhere (worst: {', '.join(worst)})"
+    return Predictions(rows, f"The estimate of memory was {within}.")

@@ -1,4 +1,4 @@
-"""The public preference sets: their files in a folder, or the `datasets` library's copy of the hub.
+"""The public preference sets, from their files in a folder, or from the hub by the `datasets` library.
 
 Where a set was published with a test part (or, having none, a validation part), that part is held out. Rows to
 train on that share a dialogue or post with it are left out, and so is a validation part beside a test part.
@@ -30,12 +30,9 @@ class PublicSet:
     """Where a set is published and what its rows are.
 
     Attributes:
-        description: what it holds, in a line.
-        licence: of the data.
-        repository: on the hub.
+        repository: on the hub; the newest `revision` by default.
         parts: the folders there that belong to the set.
         comparison: a row as a record.
-        revision: of the repository; by default the newest.
     """
 
     description: str
@@ -92,12 +89,11 @@ class _Place:
 
 
 def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -> Records:
-    """Reads a set; its test part is told by `Records.published_test`.
+    """Read a set; `Records.published_test` says what is its test part.
 
     Args:
-        public: which.
         path: a folder in the layout published, a folder of one part, or a file; None: from the hub.
-        every_row: also the rows that training leaves out so that nothing of the test part leaks.
+        every_row: also the rows that training leaves out so that the test part does not leak.
 
     Raises:
         UserError: there is no file with rows.
@@ -120,8 +116,7 @@ def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -
         ]
     prompts: dict[Context, Prompt] = {}
     for place, row in rows:
-        # A column of this name is what reward models are judged by, source by source.
-        columns = {"source": place.part} if place.part else {}
+        columns = {"source": place.part} if place.part else {}  # reward models are judged by source
         prompts.setdefault(row.context, Prompt(row.context, row.dialogue, columns))
     comparisons = [row for _, row in rows]
     return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems, published_test=test)

@@ -189,6 +189,8 @@ def _part_rows(group: Group) -> list[Row]:
     """A row for each part of the reward, where it has several."""
     pairs = [(one.reward_parts_before or {}, one.reward_parts_after or {}) for one in group.rl]
     names = dict.fromkeys(name for before, after in pairs for name in (*before, *after))
+    if len(names) == 1 and all(before and after for before, after in pairs):
+        return []  # the only part is the reward itself
     rows = []
     for name in names:
         ends = [spread(parts.get(name) for parts in side) for side in zip(*pairs, strict=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from perl.data.jsonl import parse_row
-from perl.data.records import Context, Prompt, Rating
+from perl.data.records import Context, Rating, Record
 from perl.data.rows import RowError
 from perl.errors import UserError
 from perl.parallel.process_group import process_group
@@ -28,7 +28,7 @@ MICRO_BATCH_SIZE = 32
 
 
 def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageName] | None = None) -> Stages:
-    """Run the stages of a recipe that are not finished, as `perl-rlhf run` does; in one process or several.
+    """Run the unfinished stages of a recipe, as `perl-rlhf run` does; in one process or several.
 
     Args:
         out: the run folder; runs/NAME by default.
@@ -90,7 +90,7 @@ class LoadedRun:
         Raises:
             UserError: a prompt is neither text nor messages, or the run has no such role.
         """
-        contexts = [_context(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        contexts = [_record(f"prompts[{index}]", prompt).context for index, prompt in enumerate(prompts)]
         return self.complete(contexts, role, max_new_tokens, temperature, seed)
 
     def complete(
@@ -158,9 +158,11 @@ class LoadedRun:
             )
         chat, roles = self.session.base.chat, self.session.roles
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        pairs = enumerate(zip(prompts, completions, strict=True))
-        ratings = [_rating(prompt, completion, f"prompts[{index}]") for index, (prompt, completion) in pairs]
-        rows = [chat.row(rating.context, rating.answer, length).ids for rating in ratings]
+        rows = []
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
+            assert isinstance(record, Rating)
+            rows.append(chat.row(record.context, record.answer, length).ids)
         self.session.load(Role.REWARD)
         roles.eval()
         scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
@@ -172,26 +174,10 @@ class LoadedRun:
         return chances
 
 
-def _context(prompt: str | Messages, where: str) -> Context:
-    return next(one.context for one in _records({"prompt": _plain(prompt)}, where) if isinstance(one, Prompt))
-
-
-def _rating(prompt: str | Messages, completion: str, where: str) -> Rating:
-    row = {"prompt": _plain(prompt), "completion": completion, "label": True}
-    return next(one for one in _records(row, where) if isinstance(one, Rating))
-
-
-def _plain(prompt: str | Messages) -> object:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _records(row: Mapping[str, object], where: str) -> list[object]:
-    """A row in one of TRL's formats as records.
-
-    Raises:
-        UserError: it is in none of them.
-    """
+def _record(where: str, prompt: str | Messages, **fields: object) -> Record:
+    """A row of TRL's formats as a record. Raises `UserError` if it fits none."""
+    plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
-        return list(parse_row(row))
+        return parse_row({"prompt": plain, **fields})[0]
     except RowError as error:
         raise UserError(str(error), where=where, remedy="Give a text, or a list of messages.") from None

@@ -123,11 +123,9 @@ class LoadedRun:
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
         """Refuse what cannot be generated."""
         if role not in self.policies:
-            raise UserError(
-                f"the run has no role {role!r} that generates",
-                where=str(self.session.folder.path),
-                remedy=f"Roles of this run that do: {', '.join(self.policies) or 'none'}.",
-            )
+            remedy = f"Roles of this run that do: {', '.join(self.policies) or 'none'}."
+            where = str(self.session.folder.path)
+            raise UserError(f"the run has no role {role!r} that generates", where=where, remedy=remedy)
         if kinds > 1:
             raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
         if temperature <= 0:
@@ -151,11 +149,8 @@ class LoadedRun:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
         """
         if self.results.reward is None or self.recipe.reward is None:
-            raise UserError(
-                "the run has no finished reward model",
-                where=str(self.session.folder.path),
-                remedy="Run its recipe with a section reward.",
-            )
+            where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
+            raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat, roles = self.session.base.chat, self.session.roles
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
         rows = []

@@ -56,11 +56,11 @@ class Backbone(ABC):
 
     def refusal(self, use: Use, where: str) -> UserError | None:
         """The error that says why such a model is not fit for a use that `where` asks for; None if it is fit."""
-        found = next((one for one in self.unsupported if one.use == use), None)
-        if found is None:
+        entry = next((one for one in self.unsupported if one.use == use), None)
+        if entry is None:
             return None
         name = ", ".join(self.config.architectures or []) or self.config.model_type
-        return UserError(f"{name} is {self.kind}: {found.reason}", where=where, remedy=found.remedy)
+        return UserError(f"{name} is {self.kind}: {entry.reason}", where=where, remedy=entry.remedy)
 
     def require(self, use: Use, where: str) -> None:
         """Raise what `refusal` returns, if anything."""
@@ -112,11 +112,8 @@ class Backbone(ABC):
             if isinstance(part, nn.ModuleList) and len(part) == count:
                 above, _, own = name.rpartition(".")
                 return lm.base_model.get_submodule(above), own
-        raise UserError(
-            f"{type(lm).__name__} has no list of {count} blocks",
-            where=lm.name_or_path,
-            remedy="Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml.",
-        )
+        remedy = "Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml."
+        raise UserError(f"{type(lm).__name__} has no list of {count} blocks", where=lm.name_or_path, remedy=remedy)
 
     def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
         """Its blocks, the lowest first. Raises `UserError` as `block_list` does."""

@@ -139,8 +139,8 @@ class ChatFormat:
             what = "the tokenizer's chat template gives other tokens than its text has when it is tokenized"
             remedy = "Use the tokenizer as tokenizer.json, which transformers loads as a fast one."
             raise UserError(what, where=self.tokenizer.name_or_path, remedy=remedy)
-        whole = list(self.tokenizer.apply_chat_template(messages, **options))
-        if whole[: len(row.ids) - 1] == row.ids[:-1]:
+        finished = list(self.tokenizer.apply_chat_template(messages, **options))
+        if finished[: len(row.ids) - 1] == row.ids[:-1]:
             return []
         prompt = self.tokenizer.decode(ours[-3:])
         return [

@@ -68,9 +68,9 @@ class Decoder(Backbone):
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
         """Positions are counted over real tokens, so the padding side does not matter, for GPT-2 either."""
-        given = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
+        inputs = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
         hidden_BLD: Tensor = lm.base_model(
-            **given, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
+            **inputs, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
         ).last_hidden_state
         return hidden_BLD
 
@@ -140,11 +140,9 @@ class Decoder(Backbone):
         except ValueError:
             model = None
         if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise UserError(
-                f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}",
-                where=lm.name_or_path,
-                remedy="Of this architecture only language models can be exported.",
-            )
+            what = f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}"
+            remedy = "Of this architecture only language models can be exported."
+            raise UserError(what, where=lm.name_or_path, remedy=remedy)
         assert isinstance(model, PreTrainedModel)
         setattr(model, model.base_model_prefix, lm.base_model)
         model.score = copy.deepcopy(head).to(lm.dtype)

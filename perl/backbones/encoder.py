@@ -199,10 +199,9 @@ class EncoderFormat(ChatFormat):
         last = tokenizer.sep_token or tokenizer.eos_token
         for token, name in ((first, "cls_token"), (last, "sep_token")):
             if token is None:
+                what, remedy = f"the tokenizer has no {name}", f"Set {name} in tokenizer_config.json."
                 raise UserError(
-                    f"the tokenizer has no {name}: an encoder's rows are [CLS] … [SEP]",
-                    where=tokenizer.name_or_path,
-                    remedy=f"Set {name} in tokenizer_config.json.",
+                    f"{what}: an encoder's rows are [CLS] … [SEP]", where=tokenizer.name_or_path, remedy=remedy
                 )
         tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = first, last, None
         super().__init__(tokenizer)

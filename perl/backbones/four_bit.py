@@ -23,11 +23,9 @@ def four_bit_config(dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError(
-            "4-bit weights need bitsandbytes, which is not installed",
-            where="base.quantization",
-            remedy="pip install 'perl-rlhf[4bit]', or set base.quantization: none.",
-        ) from None
+        what = "4-bit weights need bitsandbytes, which is not installed"
+        remedy = "pip install 'perl-rlhf[4bit]', or set base.quantization: none."
+        raise UserError(what, where="base.quantization", remedy=remedy) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -47,12 +45,12 @@ def hide_quantization(lm: nn.Module) -> Iterator[None]:
     """Inside, a 4-bit base looks like any frozen model: else transformers' Trainer, which does not know our
     adapters, refuses to train, and TRL's rounds the adapters to bf16.
     """
-    told = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
-    vars(lm).update(dict.fromkeys(told, False))
+    flags = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
+    vars(lm).update(dict.fromkeys(flags, False))
     try:
         yield
     finally:
-        vars(lm).update(told)
+        vars(lm).update(flags)
 
 
 def scales(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:

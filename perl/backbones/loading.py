@@ -110,11 +110,8 @@ def _base(
 ) -> Base:
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings",
-            where=where,
-            remedy="Use the tokenizer that belongs to this model.",
-        )
+        what = f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings"
+        raise UserError(what, where=where, remedy="Use the tokenizer that belongs to this model.")
     backbone = backbone_of(lm.config)
     backbone.check(lm, where)
     return Base(
@@ -150,8 +147,8 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
     """
     where = f"base.model {model}"
     if trust_remote_code:
-        said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
-        console.print(said, style="yellow", markup=False)
+        warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
+        console.print(warning, style="yellow", markup=False)
     not_asked = "" if Path(model).is_dir() else why_not_asked()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

@@ -71,23 +71,20 @@ class Template:
         Raises:
             UserError: the template refuses these turns, or writes other words than the agent said.
         """
-        said, whole = turns[-1].text.strip(), self._render(turns)
-        whole = whole[: len(whole) - self.after] + self.closing
+        text, rendered = turns[-1].text.strip(), self._render(turns)
+        rendered = rendered[: len(rendered) - self.after] + self.closing
         # Templates refuse an empty conversation: where the agent speaks first, its words show the start.
-        prompt = self.prompt(turns[:-1]) if turns[1:] else whole.partition(said)[0]
-        completion = whole.removeprefix(prompt)
-        if not whole.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", said)) not in _squeezed(whole):
-            raise UserError(
-                f"the chat template rewrites the agent's turn {said[:60]!r}",
-                where=self._tokenizer.name_or_path,
-                remedy="Use a base whose chat template writes the last turn as it was said.",
-            )
-        if whole.startswith(prompt) and _squeezed(said) in _squeezed(completion):
+        prompt = self.prompt(turns[:-1]) if turns[1:] else rendered.partition(text)[0]
+        completion = rendered.removeprefix(prompt)
+        if not rendered.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", text)) not in _squeezed(rendered):
+            remedy = "Use a base whose chat template writes the last turn as it was said."
+            raise self._refusal(f"rewrites the agent's turn {text[:60]!r}", remedy)
+        if rendered.startswith(prompt) and _squeezed(text) in _squeezed(completion):
             return prompt, completion
         if tag := self.opened(prompt):
-            reasons = f"</{tag}>" in said
-            said = said.removeprefix(f"<{tag}>").lstrip() if reasons else f"</{tag}>\n\n{said}"
-        return prompt, said + self.end
+            reasons = f"</{tag}>" in text
+            text = text.removeprefix(f"<{tag}>").lstrip() if reasons else f"</{tag}>\n\n{text}"
+        return prompt, text + self.end
 
     def writes_after_prompt(self) -> bool:
         """Whether the template writes a completion without reasoning after its own prompt."""
@@ -95,8 +92,8 @@ class Template:
 
     def opened(self, prompt: str) -> str | None:
         """The name of the reasoning tag that a prompt ends with, if any."""
-        found = _THINK_OPENED.search(prompt)
-        return found[1] if found else None
+        match = _THINK_OPENED.search(prompt)
+        return match[1] if match else None
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         try:
@@ -104,11 +101,9 @@ class Template:
                 self.messages(turns), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template raises whatever its author chose
-            raise UserError(
-                f"the chat template refuses a dialogue of {', '.join(t.speaker for t in turns)}: {error}",
-                where=self._tokenizer.name_or_path,
-                remedy="Use a base whose chat template takes these roles in this order.",
-            ) from None
+            speakers = ", ".join(turn.speaker for turn in turns)
+            remedy = "Use a base whose chat template takes these roles in this order."
+            raise self._refusal(f"refuses a dialogue of {speakers}: {error}", remedy) from None
         assert isinstance(text, str)
         return text
 
@@ -144,11 +139,12 @@ class Template:
         raise refused or self._left_out(missing)
 
     def _left_out(self, turn: Turn) -> UserError:
-        return UserError(
-            f"the chat template leaves out what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})",
-            where=self._tokenizer.name_or_path,
-            remedy="Use a base whose chat template writes this role, or give these turns another one in the data.",
-        )
+        what = f"leaves out what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})"
+        remedy = "Use a base whose chat template writes this role, or give these turns another one in the data."
+        return self._refusal(what, remedy)
+
+    def _refusal(self, what: str, remedy: str) -> UserError:
+        return UserError(f"the chat template {what}", where=self._tokenizer.name_or_path, remedy=remedy)
 
     def _find_end(self) -> tuple[str, int]:
         """The token that ends a last completion, and how many characters follow it.
@@ -171,11 +167,8 @@ class Template:
         if (found := _first(tokens, earlier)) and not earlier[: found[0]].strip():
             self.closing = earlier[: found[0] + len(found[1])].removeprefix(rest)
             return found[1], 0
-        raise UserError(
-            "the chat template does not end the agent's turn with a special token",
-            where=self._tokenizer.name_or_path,
-            remedy="Add the end token after the assistant's content in the chat template.",
-        )
+        remedy = "Add the end token after the assistant's content in the chat template."
+        raise self._refusal("does not end the agent's turn with a special token", remedy)
 
 
 def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | None:

@@ -141,11 +141,11 @@ def _facts(records: Records) -> Iterator[str]:
 def balance(ratings: Sequence[Rating]) -> str:
     """The labels of ratings; a reward model's accuracy means nothing without that of a constant answer."""
     up = sum(rating.label for rating in ratings)
-    contradictions = sum(len(given) == 2 for given in labels_by_answer(ratings).values())
+    contradictions = sum(len(values) == 2 for values in labels_by_answer(ratings).values())
     labels: dict[Context, set[bool]] = defaultdict(set)
     for rating in without_repeats(ratings):
         labels[rating.context].add(rating.label)
-    mixed = sum(len(given) == 2 for given in labels.values())
+    mixed = sum(len(values) == 2 for values in labels.values())
     return (
         f"{up:,} thumbs up, {len(ratings) - up:,} down: a constant answer is right for "
         f"{max(up, len(ratings) - up) / len(ratings):.1%}; {contradictions:,} answers with both labels; "

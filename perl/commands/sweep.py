@@ -78,9 +78,9 @@ class Setting:
 def _sweep(
     recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
 ) -> None:
-    """Train and judge every reward model that is not finished, print the table, write the page and sweep.json.
+    """Train every reward model that is not finished, print the table, write the page and sweep.json.
 
-    All run in this process; data and base are read once a seed, and once more for full tuning, which changes it.
+    Data and base are read once a seed, and once more for full tuning, which changes the base.
     """
     from perl.report import sweep as page
     from perl.report.runs import read_runs
@@ -108,7 +108,7 @@ def _sweep(
 
 
 def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
-    """Runs of one seed on one base: with adapters each leaves it as it found it; full tuning is alone."""
+    """Runs of one seed on one base, which adapters leave unchanged; full tuning runs alone."""
     from perl.stages.material import read_material
     from perl.stages.pipeline import run
     from perl.stages.session import adapters_for

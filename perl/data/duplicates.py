@@ -57,7 +57,7 @@ class Rows:
         self.words = [b"".join(digest for digest, _ in row) for row in turns]
         """Of each row, the same bytes for the same words."""
         none = np.empty(0, dtype=np.uint64)
-        pairs = [np.unique(np.concatenate([none, *(found for _, found in row)])) for row in turns]
+        pairs = [np.unique(np.concatenate([none, *(array for _, array in row)])) for row in turns]
         self._numbers, self._shared, self._distinctive = _numbered(pairs, self.words, dialogues)
 
     def clusters(self) -> list[int]:

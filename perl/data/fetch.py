@@ -95,8 +95,8 @@ def _download(url: str, target: Path, pin: Pin) -> None:
             content = response.read(pin.size + 1)  # the largest pinned file has a few MB
         size, sha256 = len(content), _sha256(content)
         if (size, sha256) != (pin.size, pin.sha256):
-            found = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
-            what = f"is not the file pinned: {found}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
+            actual = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
+            what = f"is not the file pinned: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
             raise UserError(what, where=url, remedy=_BY_HAND)
         part.write_bytes(content)
         part.replace(target)

@@ -239,12 +239,12 @@ def _message(message: object, name: str) -> Turn:
 
 
 def _dialogue(row: Row, turns: Context) -> str:
-    given = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
-    if given is None:
+    key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
+    if key is None:
         return first_user_key(turns)
-    if isinstance(given, bool) or not isinstance(given, str | int):
-        raise RowError(f"dialogue is {kind(given)}; text or a whole number expected")
-    return usable_text(str(given), "dialogue")
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise RowError(f"dialogue is {kind(key)}; text or a whole number expected")
+    return usable_text(str(key), "dialogue")
 
 
 def _shared(one: Iterable[object], other: Iterable[object]) -> int:

@@ -20,7 +20,7 @@ def without_repeats(ratings: Iterable[Rating]) -> list[Rating]:
     ratings = list(ratings)
     labels = labels_by_answer(ratings)
     first = {(rating.context, rating.answer): rating for rating in reversed(ratings)}
-    return [first[key] for key, given in labels.items() if len(given) == 1]
+    return [first[key] for key, values in labels.items() if len(values) == 1]
 
 
 def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison]:

@@ -89,7 +89,9 @@ def _hh_turns(text: object, name: str) -> Context:
     before, *rest = _HH_TURN.split(usable_text(text, name))
     if before.strip() or not rest:
         raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
-    turns = tuple(Turn(_HH_SPEAKERS[who], said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True))
+    turns = tuple(
+        Turn(_HH_SPEAKERS[name], words.strip()) for name, words in zip(rest[::2], rest[1::2], strict=True)
+    )
     for number, turn in enumerate(turns[:-1], start=1):
         if not turn.text:
             raise RowError(f"{name}: turn {number} is empty")

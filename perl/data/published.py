@@ -71,10 +71,10 @@ _SETS = {
     ),
 }
 PUBLIC_SETS = _SETS | {
-    f"{name}/{part}": replace(whole, parts=(part,))
-    for name, whole in _SETS.items()
-    for part in whole.parts
-    if len(whole.parts) > 1
+    f"{name}/{part}": replace(public, parts=(part,))
+    for name, public in _SETS.items()
+    for part in public.parts
+    if len(public.parts) > 1
 }
 """By the names that `data.source` takes: each set, and each of its parts as `SET/PART`."""
 
@@ -138,13 +138,13 @@ def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, obje
         return
     parts = [part for part in public.parts if (path / part).is_dir()]
     folders = [path / part for part in parts] or [path]
-    found = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    if lines := [file for file in found if file.name.endswith(_LINES)]:
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    if lines := [file for file in files if file.name.endswith(_LINES)]:
         for file in lines:
             names = file.relative_to(path).parts
             split = next((split for name in reversed(names) if (split := _split_of(name))), None)
             yield from _from_lines(file, split, names[0] if names[0] in parts else None)
-    elif any(file.suffix == _PARQUET for file in found):
+    elif any(file.suffix == _PARQUET for file in files):
         yield from _from_datasets(str(path), parts or [None], None)
     else:
         what = f"there is no file that ends in {', '.join((*_LINES, _PARQUET))}"
@@ -177,5 +177,5 @@ def _from_datasets(
 
 
 def _split_of(name: str) -> Split | None:
-    found = _SPLIT.match(name)
-    return _SPLITS[found[1]] if found else None
+    match = _SPLIT.match(name)
+    return _SPLITS[match[1]] if match else None

@@ -79,17 +79,17 @@ def load_rows(name: str, path: str | None, seed: int) -> Records:
 
 
 def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
-    given = (
+    location = (
         None if path is None else Path(os.path.expanduser(path))
     )  # Path's own raises for an unknown user's home
     try:
-        if given is not None:
+        if location is not None:
             with contextlib.suppress(OSError):
-                given.lstat()
+                location.lstat()
     except ValueError as error:  # a NUL character, or half of a surrogate pair, which no file's name has
-        raise UserError(f"cannot be read: {error}", where=str(given), remedy="Check data.path.") from None
+        raise UserError(f"cannot be read: {error}", where=str(location), remedy="Check data.path.") from None
     try:
-        records = read(given, seed)
+        records = read(location, seed)
     except FileNotFoundError as error:
         where = str(error.filename or path)
         raise UserError("there is no such file", where=where, remedy="Check data.path.") from None

@@ -129,7 +129,7 @@ def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
         ("label False", {False}),
         ("both labels of a context", {True, False}),
     ):
-        has[name] = {group_of[dialogue] for (dialogue, _), given in labels.items() if wanted <= given}
+        has[name] = {group_of[dialogue] for (dialogue, _), values in labels.items() if wanted <= values}
     return {name: members for name, members in has.items() if members}
 
 

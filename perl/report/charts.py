@@ -1,4 +1,4 @@
-"""What the page draws: training by step and by √KL, the reward model, costs, and a sweep's qualities by rank."""
+"""The plots: training by step and by √KL, the reward model, costs, and a sweep's qualities by rank."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,7 @@ KINDS = {
     "kv_cache": "KV cache",
 }
 LABEL_ROOM = 0.0235
-"""A segment is labelled inside if it takes this much of the widest bar for each letter."""
+"""A segment is labelled if it has this share of the widest bar for each letter."""
 MARKERS = ("o", "s", "^", "D")
 POINTS = 120
 """Steps of a run that are drawn against √KL, at most."""
@@ -148,8 +148,8 @@ def reliability_plot(card: RewardModelCard) -> Plot:
 
 
 def _points(axes: Axes, bins: Sequence[ReliabilityBin], colour: str, marker: str, label: str) -> None:
-    given, seen = [one.probability for one in bins], [one.share for one in bins]
-    axes.plot(given, seen, color=colour, marker=marker, markersize=5, markeredgecolor=BG, label=label)
+    predicted, observed = [one.probability for one in bins], [one.share for one in bins]
+    axes.plot(predicted, observed, color=colour, marker=marker, markersize=5, markeredgecolor=BG, label=label)
 
 
 def scores_plot(card: RewardModelCard) -> Plot | None:

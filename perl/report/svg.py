@@ -1,7 +1,7 @@
-"""Plots as inline SVG that follows the page's colours.
+"""Plots as inline SVG in the page's colours.
 
-matplotlib draws with placeholder colours, which become CSS variables; so one drawing serves light and dark.
-Text stays text, and the same metrics give the same bytes.
+matplotlib draws with placeholder colours, which become CSS variables, for light and dark. Text stays text, and the
+same metrics give the same bytes.
 """
 
 import io

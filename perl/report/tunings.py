@@ -148,7 +148,7 @@ def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[Qual
 
 @dataclass(frozen=True)
 class Balance:
-    """Sentences on where LoRA is ahead, where it is behind, and what cannot be told."""
+    """Sentences on where LoRA is ahead, where it is behind, and what the runs cannot tell."""
 
     ahead: list[str]
     behind: list[str]
@@ -156,7 +156,7 @@ class Balance:
 
 
 def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balance:
-    """Gains and losses of LoRA, as plainly the one as the other."""
+    """Gains and losses of LoRA."""
     sides = Balance([], [], [])
     for metric, less, more, less_is_better in BALANCED:
         ratios = [(row.stage, row.ratio) for row in costs if row.metric == metric]
@@ -182,7 +182,7 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
 
 
 def bottom_line(rows: Sequence[QualityRow]) -> str:
-    """Would full tuning have been better? By gold at matched KL if there is one, else by what there is."""
+    """Whether full tuning would have been better, by the first measure of `DECISIVE`."""
     best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
         return "These runs hold no measure of quality under both tunings."
@@ -196,7 +196,7 @@ def bottom_line(rows: Sequence[QualityRow]) -> str:
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
-    """The reward model under LoRA beside that under full tuning, and whether seeds can tell them apart."""
+    """The reward model under LoRA beside that under full tuning."""
     if len(by_tuning) > 1:
         rows = quality_rows(by_tuning[0], by_tuning[1], None)
         sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])

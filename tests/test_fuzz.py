@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perl.commands.data_check import check
+from perl.commands.data import check
 from perl.data.jsonl import parse_line
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Turn
 from perl.data.rows import parsed

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.backbones.chat import ChatFormat
-from perl.backbones.scoring_template import ending_with_completion
-from perl.backbones.template import ASKED
+from perl.backbones.template import ASKED, scoring_template
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
@@ -48,7 +47,7 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": PAD})
     written = tokenizer.apply_chat_template(chat.template.messages(ASKED), tokenize=False)
     if written != "".join(chat.template.row(ASKED)):
-        tokenizer.chat_template = ending_with_completion(tokenizer.get_chat_template(), chat.template)
+        tokenizer.chat_template = scoring_template(tokenizer.get_chat_template(), chat.template)
     return tokenizer
 
 

@@ -119,7 +119,7 @@ def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
     if devices == 1:
         return prediction
     size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
-    # Two blocks are gathered at a time, the one that computes and the next; what is outside the blocks always is.
+    # Gathered are the block that computes, the next one, and all that is outside the blocks.
     gathered = 2 * size.block + size.outside
     return {stage: _sharded(memory, devices, gathered) for stage, memory in prediction.items()}
 
@@ -146,7 +146,7 @@ def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
 
 
 def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str, Recipe]:
-    """The recipe with settings that need less memory, each alone and then together."""
+    """The recipe with settings that need less memory, each alone, then together."""
     full, rl = recipe.tuning == "full", recipe.rl is not None
     settings = [] if recipe.checkpoint_activations else [["checkpoint_activations=true"]]
     smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]

@@ -76,7 +76,7 @@ PUBLIC_SETS = _SETS | {
     for part in public.parts
     if len(public.parts) > 1
 }
-"""By the names that `data.source` takes: each set, and each of its parts as `SET/PART`."""
+"""By the names that `data.source` takes: each set, and each part as `SET/PART`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns int
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -135,19 +135,9 @@ class Records:
 
     def by_kind(self) -> dict[str, Sequence[Record]]:
         """The four kinds of records by their names, empty ones too."""
-        return {
-            "demonstrations": self.demonstrations,
-            "ratings": self.ratings,
-            "comparisons": self.comparisons,
-            "prompts": self.prompts,
-        }
+        return {kind: getattr(self, kind) for kind in ("demonstrations", "ratings", "comparisons", "prompts")}
 
     def where(self, keep: Callable[[Record], bool]) -> "Records":
-        """The records that are to be kept, with the same judge."""
-        return Records(
-            demonstrations=[record for record in self.demonstrations if keep(record)],
-            ratings=[record for record in self.ratings if keep(record)],
-            comparisons=[record for record in self.comparisons if keep(record)],
-            prompts=[record for record in self.prompts if keep(record)],
-            judge=self.judge,
-        )
+        """The records to keep, with the same judge."""
+        kept: dict[str, Any] = {kind: list(filter(keep, rows)) for kind, rows in self.by_kind().items()}
+        return Records(**kept, judge=self.judge)

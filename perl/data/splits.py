@@ -118,7 +118,7 @@ def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
 
 
 def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
-    """What both sides should have, and the groups that have it."""
+    """What both sides should have, and the groups with it."""
     group_of = {dialogue: group for group, dialogues in groups.items() for dialogue in dialogues}
     labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
     for rating in records.ratings:

@@ -1,4 +1,4 @@
-"""The page: findings, plots and tables put into one HTML file that asks nothing of any network."""
+"""The page: findings, plots and tables in one HTML file that loads nothing from a network."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,10 +48,7 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
     ("… of the majority label alone", lambda card: (card.majority_accuracy, None)),
     ("AUROC against the labels", lambda card: (card.auroc_labels, card.intervals.get("auroc_labels"))),
     ("Balanced accuracy", lambda card: (card.balanced_accuracy, card.intervals.get("balanced_accuracy"))),
-    (
-        "TF-IDF + logistic regression",
-        lambda card: (card.tfidf_baseline.value, card.tfidf_baseline.value_interval),
-    ),
+    ("TF-IDF + logistic regression", lambda card: (card.tfidf_baseline.value, card.tfidf_baseline.value_interval)),
     ("… the model is ahead by", lambda card: (card.tfidf_baseline.ahead, card.tfidf_baseline.ahead_interval)),
     ("AUROC of length alone", lambda card: (card.length.auroc_of_length, None)),
     (
@@ -232,7 +229,7 @@ def _slice_row(one: Slice) -> Row:
 
 
 def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, Any]:
-    """A table whose last column is left out where it is empty; what is folded away follows `rows`."""
+    """A table without its last column if that is empty; the rows after the first are folded away."""
     width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
     cut = [row[:width] for row in rows]
     return {"head": head[:width], "rows": cut[:shown], "further": cut[shown:]}

@@ -42,6 +42,7 @@ def try_rl(session: TrialSession) -> Tried:
     if session.trial.abridged:
         sampler = AbridgedSampler(session.roles, prompts.ids)
         first = max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size)
+        first -= first % loop.samples_per_prompt  # whole groups: they are compared
         prompts = prompts.take(range(first, len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     with session.folder.metrics("rl") as log:

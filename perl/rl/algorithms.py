@@ -50,6 +50,10 @@ class Targets(NamedTuple):
     kl_coef: float = 0.0
     """Weight of the KL in the loss."""
 
+    def mask(self, rollout: Rollout) -> Tensor:
+        """Bool (B, T), the tokens of these completions that are learned from."""
+        return rollout.completion_mask_BT if self.learned_BT is None else self.learned_BT
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -222,7 +226,7 @@ class Algorithm:
         """
         from perl.rl import losses, maths
 
-        log_probs_BT, mask_BT = outputs.log_probs_BT, _learned(batch, targets)
+        log_probs_BT, mask_BT = outputs.log_probs_BT, targets.mask(batch)
         assert log_probs_BT is not None
         tokens = losses.Tokens(log_probs_BT, batch.policy_log_probs_BT, targets.advantages_BT, mask_BT)
         high = self.clip if self.clip_high is None else self.clip_high
@@ -247,15 +251,10 @@ class Algorithm:
         assert batch.values_BT is not None
         assert targets.returns_BT is not None
         clip = (self.value_clip or None) if self.surrogate == "clip" else None
-        mask_BT = _learned(batch, targets)
+        mask_BT = targets.mask(batch)
         return losses.value_loss(
             outputs.values_BT, batch.values_BT, targets.returns_BT, mask_BT, clip, sizes.tokens
         )
-
-
-def _learned(batch: Rollout, targets: Targets) -> Tensor:
-    """The tokens that are learned from."""
-    return batch.completion_mask_BT if targets.learned_BT is None else targets.learned_BT
 
 
 def _of_groups(advantage: Advantage, surrogate: Surrogate, **cells: Any) -> Algorithm:

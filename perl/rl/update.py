@@ -57,31 +57,31 @@ class Learner:
         """Of weights, in this step."""
         return self.rates[0] * self.rate_shares[step]
 
-    def update(self, step: int, mine: Rollout, everyone: Rollout, targets: Targets) -> dict[str, float]:
+    def update(self, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
         """One update a pass over the rollout; returns the last one's metrics.
 
         An update whose loss or gradient is not finite is refused: nothing has changed then, and `refused` is 1.
 
         Args:
-            mine: what this process learns from.
-            everyone: what all learn from together.
-            targets: of everyone.
+            local: what this process learns from.
+            rollout: of all processes.
+            targets: of `rollout`.
         """
         processes = self.roles.engine.processes
-        rows = processes.shard(len(everyone.rewards_B))
-        learned_BT = everyone.completion_mask_BT if targets.learned_BT is None else targets.learned_BT
+        rows = processes.shard(len(rollout.rewards_B))
+        learned_BT = targets.mask(rollout)
         completions = float(learned_BT.any(1).sum())
         sizes = Sizes(float(learned_BT.sum()), completions, self.max_new_tokens)
-        targets = _take(targets, slice(rows[0], rows[-1] + 1), everyone.completion_length)
-        tokens = float(everyone.completion_mask_BT.sum())
+        targets = _take(targets, slice(rows[0], rows[-1] + 1), rollout.completion_length)
+        tokens = float(rollout.completion_mask_BT.sum())
         sums: dict[str, float] = {}
         mismatch = 0.0
         for epoch in range(self.epochs):
             sums = dict.fromkeys(
                 ("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0
             )
-            for batch_rows in micro_batches(mine, self.micro_batch_size):
-                batch = trim(mine, batch_rows)
+            for batch_rows in micro_batches(local, self.micro_batch_size):
+                batch = trim(local, batch_rows)
                 with self.roles.checkpointed(self.checkpoint_activations):
                     taken = _take(targets, batch_rows, batch.completion_length)
                     self._accumulate(batch, taken, sizes, tokens, sums)

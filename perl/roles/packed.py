@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from perl.adapters.low_rank import is_plain_linear
 from perl.measure.probe import mark
+from perl.private.torch import HAS_PACKED_LINEAR
 
-SUPPORTED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+SUPPORTED = HAS_PACKED_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether torch was built with oneDNN, and this CPU multiplies bf16."""
 
 

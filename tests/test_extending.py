@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,19 +37,8 @@ def examples() -> list[Example]:
     return [Example(title, yaml.safe_load(keys), code) for title, keys, code in found]
 
 
+pytestmark = pytest.mark.usefixtures("own_registries")
 EXAMPLES = {example.title: example for example in examples()}
-
-
-@pytest.fixture(autouse=True)
-def _registries_as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a plugin adds is gone after its test."""
-    monkeypatch.setattr(plugins, "_loaded", {})
-    registries = [getattr(import_module(module), name) for name, module in REGISTRIES.items()]
-    before = [dict(registry) for registry in registries]
-    yield
-    for registry, rows in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(rows)
 
 
 def test_there_is_an_example_for_each_registry() -> None:

@@ -1,15 +1,12 @@
 """An algorithm and a sampler from a user's own files take part in a run as those of the package do."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perl import plugins
 from perl.recipe import load_recipe
-from perl.rl.algorithms import ALGORITHMS
 from perl.rl.samplers import SAMPLERS
 from perl.roles.roles import Role
 from perl.stages.rl import train_rl
@@ -27,15 +24,7 @@ ALGORITHM = Path(__file__).parent / "example_algorithm.py"
 SAMPLER = Path(__file__).parent / "samplers" / "example_sampler.py"
 
 
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers is gone afterwards."""
-    monkeypatch.setattr(plugins, "_loaded", {})
-    known = set(ALGORITHMS), set(SAMPLERS)
-    yield
-    for registry, names in zip((ALGORITHMS, SAMPLERS), known, strict=True):
-        for name in registry.keys() - names:
-            del registry[name]
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def trained(recipe: Path, out: Path) -> tuple[Session, list[dict[str, float]]]:

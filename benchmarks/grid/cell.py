@@ -18,15 +18,14 @@ from benchmarks.grid import judge, prompts
 from benchmarks.grid.facts import Facts, written
 from benchmarks.grid.models import kind_of
 from benchmarks.rewards import RewardFunction, animals, cheerful_words, mentions, near_length
+from perl.rl.algorithms import ALGORITHMS as ROWS
 
 REWARDS = ("dense", "sparse", "length", "model")
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reinforce": {"algorithm": "reinforce"},
-    "ppo": {"algorithm": "ppo"},
-    "rloo": {"algorithm": "rloo", "samples_per_prompt": 4},
+ALGORITHMS: dict[str, dict[str, Any]] = {"default": {}} | {
+    name: {"algorithm": name} | ({"prompts_per_step": 4} if row.samples_per_prompt > 1 else {})
+    for name, row in ROWS.items()
 }
-"""The keys of each; `default` says nothing."""
+"""The keys of each; `default` says nothing. Every row draws 16 completions a step: 4 each where it compares groups."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Plan:
     @property
     def name(self) -> str:
         """Of the cell, and of its folder."""
-        return f"{self.model}-{self.reward}-{self.scale.replace('+', 'p')}-{self.algorithm}-{self.seed}"
+        return f"{self.model}-{self.reward}-{self.scale}-{self.algorithm}-{self.seed}".replace("+", "p")
 
     @property
     def factor(self) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from perl import __version__
-from perl.commands import algorithms, bench, chat, compare, data, estimate, evaluate, export
+from perl.commands import algorithms, bench, chat, compare, data, estimate, evaluate, export, keys
 from perl.commands import report as report_command
 from perl.commands import run as stages
 from perl.commands import sweep as sweep_command
@@ -39,12 +39,12 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "bench": bench.bench,
     "export": export.export,
     "chat": chat.chat,
+    "keys": keys.keys,
 }
 
 app = typer.Typer(
     name="perl-rlhf",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

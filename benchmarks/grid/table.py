@@ -106,10 +106,15 @@ COLUMNS = (
 
 
 def _cells(results: list[dict[str, Any]]) -> list[str]:
-    return [_row(COLUMNS), "|" + "---|" * len(COLUMNS), *(_row(_cell(result)) for result in results)]
+    return [
+        markdown_row(COLUMNS),
+        "|" + "---|" * len(COLUMNS),
+        *(markdown_row(_cell(result)) for result in results),
+    ]
 
 
-def _row(entries: Sequence[object]) -> str:
+def markdown_row(entries: Sequence[object]) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(map(str, entries))} |"
 
 
@@ -145,10 +150,10 @@ def _scales(scales: list[dict[str, Any]]) -> list[str]:
         return []
     first = [key for key in KEYS if key != "scale"]
     columns = [*first, "reward after, by scale", "KL, by scale", "apart", "agree"]
-    rows = [_row(columns), "|" + "---|" * len(columns)]
+    rows = [markdown_row(columns), "|" + "---|" * len(columns)]
     for row in scales:
         by_scale = [
             ", ".join(f"{scale}: {value:.3f}" for scale, value in row[part].items()) for part in ("rewards", "kls")
         ]
-        rows.append(_row([*(row[key] for key in first), *by_scale, f"{row['apart']:.1e}", row["agree"]]))
+        rows.append(markdown_row([*(row[key] for key in first), *by_scale, f"{row['apart']:.1e}", row["agree"]]))
     return rows

@@ -24,6 +24,7 @@ def export(
     role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
+    hub: Annotated[str, typer.Option("--push-to-hub", metavar="REPO", help="Upload it too, private if new.")] = "",
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
     if role not in STAGES:
@@ -33,10 +34,14 @@ def export(
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             what = "is not empty" if folder.is_dir() else "is a file"
             raise UserError(what, where=str(folder), remedy="Name a new folder, or remove this one.")
+    from perl.backbones.hub import why_not_asked
     from perl.roles.roles import Role
     from perl.stages.export import export_role
     from perl.stages.session import open_run
+    from perl.system.publish import check_repository, push_to_hub
 
+    if hub:
+        check_repository(hub)
     recipe = _recipe_with(run, role)
     whole = merge or recipe.tuning == "full"
     _check_form(recipe, whole)
@@ -44,6 +49,8 @@ def export(
     with user_named(folder):
         exported = export_role(session, Role(role), STAGES[role], folder, whole)
     _say(session, exported, folder)
+    if hub:
+        push_to_hub(folder, hub, why_not_asked())
 
 
 def _recipe_with(run: Path, role: str) -> Recipe:

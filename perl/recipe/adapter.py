@@ -28,7 +28,9 @@ class LoraSettings(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): the same shape for every role."""
 
     rank: Positive = 8
+    """r: rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
+    """The update is alpha / rank · B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
     RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
@@ -36,6 +38,7 @@ class LoraSettings(Section):
     """Modules that get an adapter: attention projections (the paper), all linear layers and experts, or names. The
     share of the blocks' weights that is covered is said at the start and in the report."""
     layers: Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]] = "all"
+    """Blocks that get adapters. What lies below all of them is computed once for all roles."""
 
 
 class AdapterSettings(Section):

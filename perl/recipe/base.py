@@ -14,15 +14,21 @@ class Build(Section):
     """A tiny base, trained by the recipe itself on the source's dialogues, and cached."""
 
     hidden_size: Positive = 128
+    """Width."""
     layers: Positive = 3
+    """Blocks."""
     heads: Positive = 4
+    """Attention heads of a block."""
     vocabulary: Positive = 512
     """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
     max_length: Positive = 512
     """Context length, in tokens."""
     steps: Positive = 1500
+    """Of training it."""
     batch_tokens: Positive = 1536
+    """Tokens a step."""
     learning_rate: Rate = 3e-3
+    """Of training it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the base alone: like a pretrained model, it stays the same when the run's seed changes."""
 
@@ -47,7 +53,9 @@ class Base(Section):
     random_init: bool = False
     """Take only the configuration and draw the weights at random: for measuring, not for use."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the base's weights and of what is computed with them."""
     quantization: Literal["none", "4bit"] = "none"
+    """4bit: NF4 by bitsandbytes, as in QLoRA (docs/quantization.md)."""
     trust_remote_code: bool = False
     """Let Python code run that comes with the model, where transformers has none for it. Read that code first."""
 

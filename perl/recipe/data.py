@@ -12,6 +12,7 @@ class Data(Section):
     """Where the records come from."""
 
     source: str = "coffee-simulator"
+    """A name in `SOURCES`, perl/data/sources.py."""
     path: str | None = None
     """A folder or file that the source reads instead of its own."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -23,7 +23,9 @@ class Recipe(Section):
     """A complete run. A stage runs if its section is there."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Of the run, and of its folder under runs/."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn: adapters, order of rows, completions."""
     tuning: Literal["lora", "full"] = "lora"
     """Adapters on one shared base; or a whole model for each role, trained whole: the conventional way."""
     checkpoint_activations: bool = False

@@ -37,41 +37,55 @@ class Rl(Section):
     """This and the keys below down to `entropy_coef` override a cell or a constant of the algorithm's row: see
     `Algorithm` in perl/rl/algorithms.py. Unset: the row's own."""
     surrogate: Surrogate | None = None
+    """-A log π; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
     ratio: Ratio | None = None
+    """Whose probabilities are compared with those before the update: each token's, or the whole completion's."""
     average: Average | None = None
+    """What weighs alike in the loss: tokens; completions; tokens, over the most that there can be."""
     kl: Kl | None = None
+    """Where β KL(π‖reference) is: in each token's reward, in the loss by the estimate k2 or k3, or nowhere."""
     whiten: bool | None = None
+    """Whether advantages get mean 0 and variance 1 over the rollout."""
     normalize_rewards: bool | None = None
     """Train on (reward - mean) / std, over all rewards of the run so far: rewards of any scale work, and what is
     reported stays raw. false: train on the rewards as they are. Unset: true for all rows but maxrl."""
     drop_equal_groups: bool | None = None
+    """Whether groups whose rewards are all equal are left out of the averages."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
     """λ of GAE: 1 takes the whole return, less leans on the critic."""
     clip: Annotated[float, Field(gt=0, le=1)] | None = None
     """How far the ratio of new to old probability may fall from 1 in one step, and rise where `clip_high` is
     unset in the row too."""
     clip_high: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """How far the ratio may rise above 1."""
     dual_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """At a negative advantage, the ratio from which there is no gradient; 0: none."""
     tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Of the mirror: at 1 an advantage of one draws a completion's log-prob up by one nat."""
     value_clip: NonNegative | None = None
     """How far a value may move in one step where the policy is clipped, in standard deviations of the reward; 0:
     any distance."""
     value_coef: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
     entropy_coef: NonNegative | None = None
+    """Weight of the entropy's mean over tokens, which the loss raises."""
     reward: Rewards = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
+    """Rollouts, each learned from `epochs` times."""
     prompts_per_step: Positive = 16
+    """Of a rollout, over all processes."""
     samples_per_prompt: Positive = 1
     """Completions of each prompt. Unset: 4 where the algorithm compares them, else 1."""
     epochs: Positive = 1
     """Updates from each rollout. Unset: 2; reinforce is on-policy and takes 1."""
     micro_batch_size: Positive = 4
+    """Completions in one pass: more are faster and take more memory; the result is the same."""
     max_prompt_length: Positive | None = None
     """Cut older context off so that prompts have at most so many tokens; unset, a longer prompt is refused."""
     max_new_tokens: Positive = 64
+    """Longest completion, in tokens."""
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Outside these bounds logits over it, and the log-probs of what is sampled, cannot be reckoned with."""
     learning_rate: Rate | Literal["auto"] = "auto"
@@ -79,6 +93,7 @@ class Rl(Section):
     head_learning_rate: Rate | Literal["auto"] = "auto"
     """Of the critic's head. auto: by the width and the size of the base's hidden states."""
     lr_scheduler_type: LrSchedulerType = "cosine"
+    """How the learning rate goes over the stage, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the learning rate rises to its full value."""
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -11,9 +11,13 @@ class Supervised(Section):
     """What SFT and reward training have in common."""
 
     epochs: Positive = 1
+    """Passes over the training rows."""
     batch_size: Positive = 16
+    """Rows a step, over all processes."""
     learning_rate: Rate = 1e-3
+    """At its highest."""
     lr_scheduler_type: LrSchedulerType = "cosine"
+    """How the learning rate goes over the stage, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps over which the learning rate rises from 0, rounded down; `constant` has none."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -32,3 +36,4 @@ class Reward(Supervised):
     loss: Literal["thumbs", "pairs", "both"] = "thumbs"
     """Learn from ratings, from comparisons, or from both in one training. Comparisons may be made from ratings."""
     epochs: Positive = 2
+    """Passes over the training rows."""

@@ -379,6 +379,21 @@ def test_an_unfinished_stage_and_a_missing_critic_are_refused(
     assert "rl is not finished" in text
 
 
+def test_without_a_connection_what_would_be_uploaded_is_listed(
+    runs: dict[str, Run], run_cli: RunCli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, text = run_cli("export", runs["gpt2"].folder, "reward", out, "--push-to-hub", "no/name/of/the/hub")
+    assert code == 2
+    assert "--push-to-hub" in text
+    assert not out.exists()
+    code, text = run_cli("export", runs["gpt2"].folder, "reward", out, "--push-to-hub", "somebody/judge")
+    assert code == 0, text
+    assert "Nothing was sent to somebody/judge: HF_HUB_OFFLINE is set" in text
+    assert all(f"  {file.name}  " in text for file in out.iterdir())
+    assert f"hf upload somebody/judge {out}" in text
+
+
 def test_without_room_nothing_is_left(runs: dict[str, Run], run_cli: RunCli, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))

@@ -25,7 +25,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {"default": {}} | {
     name: {"algorithm": name} | ({"prompts_per_step": 4} if row.samples_per_prompt > 1 else {})
     for name, row in ROWS.items()
 }
-"""The keys of each; `default` says nothing. All draw 16 completions a step: 4 a prompt where they compare groups."""
+"""The keys of each; `default` says nothing. All draw 16 completions a step: 4 a prompt where they are compared."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Algorithms differ in how far they have moved after as many steps, so their last rewards do not compare them. A
 run's own curve does: reward and KL of each step's completions, both averaged over `WINDOW` steps, and of that
-curve the reward where the KL first reaches a given size (linear between steps). Over seeds: mean, and against the default
-algorithm the paired difference with Student's 95 % interval.
+curve the reward where the KL first reaches a given size (linear between steps). Over seeds: mean, and against the
+default algorithm the paired difference with Student's 95 % interval.
 """
 
 import argparse

@@ -37,7 +37,7 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
         subject: of this recipe, or of one with the same base, data and seed.
     """
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
-    whole = recipe.lora is None or isinstance(recipe.lora.layers, list)
+    whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:

@@ -29,7 +29,7 @@ LEAK = 0.02
 TOKENS = 4
 """Rows of noise that each layer is tried on."""
 DEVIATION = 0.05
-"""Of an adapter's output from s B A x, as a share of it, beside what rounding explains."""
+"""Of an adapter's output from its definition, as a share of it, beside what rounding explains."""
 
 
 def base_unchanged(roles: Roles) -> Finding:
@@ -127,7 +127,7 @@ class _Tried(NamedTuple):
 
 
 def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
-    """Each layer adds alpha / rank · B A x with the policy's factors of now, in training and in sampling."""
+    """Each layer adds what the policy's adapter of now is defined to, in training and in sampling."""
     if not isinstance(roles, SharedBase) or roles.engine.shards_base or roles.engine.hooks_layers:
         return
     sampling = roles.sampling(Role.POLICY)
@@ -138,7 +138,7 @@ def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
             again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
         late = bool(again) and name == "sampler" and all(one.deviation <= one.tolerance for one in again)
         cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])}). This is a bug."
-        words = f"layers in which the {name} does not add alpha / rank · B A x of the policy"
+        words = f"layers in which the {name} does not add what the policy's adapter is defined to"
         yield Finding(f"adapter in the {name}", words, len(wrong), 0.0, cause)
 
 

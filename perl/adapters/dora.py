@@ -116,7 +116,7 @@ def _norms(layer: Any, name: str) -> Tensor:
     magnitude = layer.lora_magnitude_vector[name]
     factors = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
     lora_OI = magnitude.get_lora_weight(**factors).detach().float()
-    weight = layer.get_base_layer().weight.float()
+    weight = layer.get_base_layer().weight.to(lora_OI)
     norms: Tensor = magnitude.get_weight_norm(weight, lora_OI, layer.scaling[name])
     return norms
 

@@ -7,6 +7,7 @@ take as much of the matrices as they are wide.
 import warnings
 from typing import Any
 
+import torch
 from peft import VeraConfig
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Vera(PeftKind):
     layer_type = VeraLayer
     meaning = ("r", "projection_prng_key")
     settings: VeraSettings
-    _tuner: VeraModel | None = None
+    _tuner: "_Tuner | None" = None
     """Has the random matrices."""
 
     def peft_config(self) -> VeraConfig:
@@ -42,7 +43,7 @@ class Vera(PeftKind):
     def _put_in(self, role: str) -> None:
         """The first role's injection draws the matrices; all others are given the same."""
         if self._tuner is None:
-            self._tuner, self._first = VeraModel(self.lm, self.config, role), role
+            self._tuner, self._first = _Tuner(self.lm, self.config, role), role
         else:
             self._tuner.peft_config[role] = self.config
             self._tuner.inject_adapter(self.lm, role)
@@ -62,3 +63,11 @@ class Vera(PeftKind):
         """The product b B d A."""
         product: Tensor = layer.get_delta_weight(role)
         return product.float()
+
+
+class _Tuner(VeraModel):
+    """Draws the matrices on the CPU, where their generator is, whatever torch's default is."""
+
+    def _init_vera_A_vera_B(self, config: VeraConfig, adapter_name: str) -> None:
+        with torch.device("cpu"):
+            super()._init_vera_A_vera_B(config, adapter_name)

@@ -21,6 +21,7 @@ need(
 )
 need(DoraLinearLayer, "get_weight_norm", "get_lora_weight")
 need(BaseTuner, "inject_adapter")
+need(VeraModel, "_init_vera_A_vera_B")
 need(transformers_weight_conversion, "convert_peft_config_for_transformers")
 
 ParamWrapper = layer.ParamWrapper

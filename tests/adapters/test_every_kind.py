@@ -1,6 +1,8 @@
 """What holds for every kind of adapters: the roles on one base, what they learn, and their way to disk and out."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from perl.parallel.engine import Fsdp2
 from perl.parallel.processes import ALONE
 from perl.recipe import Recipe
 from perl.recipe.adapter import BUILT_IN
+from perl.results import RlStage
 from perl.rl.checks.wiring import adapters_as_configured
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
@@ -27,8 +30,8 @@ from perl.roles.export_formats import merge, save_adapter
 from perl.roles.roles import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
+from perl.stages.session import open_run
 from tests.conftest import RunCli, WriteRecipe
-from tests.exported import Run
 from tests.tiny import KINDS, adapter_of_kind, random_llama
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -311,7 +314,7 @@ def test_weights_that_stand_the_other_way_round(kind: str) -> None:
 def test_a_run_of_sft_and_ppo_passes_all_checks(
     kind: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """Preflight, liveness and tracking; a critic with an adapter of its own, and lower blocks computed once."""
+    """With a critic that has an adapter of its own, and lower blocks computed once; and it is resumed."""
     file = write_recipe(
         lora=None,
         adapter={"kind": kind, "layers": "top-half", **KINDS[kind]},
@@ -321,7 +324,7 @@ def test_a_run_of_sft_and_ppo_passes_all_checks(
         rl={
             "algorithm": "ppo",
             "critic": "adapter",
-            "steps": 3,
+            "steps": 4,
             "prompts_per_step": 4,
             "max_new_tokens": 4,
             "eval_prompts": 2,
@@ -331,8 +334,21 @@ def test_a_run_of_sft_and_ppo_passes_all_checks(
     out = tmp_path / "out"
     code, text = run_cli("run", file, "--out", out)
     assert code == 0, text
-    run = Run(out)
-    assert run.session.folder.result("rl") is not None
+    result = open_run(out).folder.result("rl")
+    assert isinstance(result, RlStage)
+    assert all(check.figure <= check.limit for check in (*result.preflight, *result.liveness))
+    checked = {check.name for check in (*result.preflight, *result.liveness)}
+    assert checked >= {"adapter in the forward pass", "adapter in the sampler", "roles apart", "policy learns"}
+    steps = [json.loads(line) for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["movement"] > 0
+    for late in sorted((out / "policy" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(late)
+    learned = out / "policy" / "adapter" / "adapter_model.safetensors"
+    before = learned.read_bytes()
+    (out / "policy" / "result.json").unlink()
+    code, text = run_cli("run", file, "--out", out)
+    assert code == 0, text
+    assert learned.read_bytes() == before, "resumed, it ends in the same bytes"
 
 
 def test_kinds_refuse_what_they_cannot_do(tiny_llama: Path) -> None:

@@ -15,6 +15,7 @@ from peft.utils import (
 from torch import Tensor
 
 from perl.adapters.peft_kind import PeftKind
+from perl.adapters.targets import choose
 from perl.errors import UserError
 from perl.private.peft import IA3Layer
 from perl.recipe.adapter import Ia3Settings
@@ -42,7 +43,7 @@ class Ia3(PeftKind):
                     where="adapter.targets",
                     remedy="Set it to attention, all-linear or names of modules.",
                 )
-            everything = self.linear_targets("all-linear", self.settings.layers)
+            everything = choose(self.lm, "all-linear", self.settings.layers, self.section)
             targets = [name for name in everything if name.endswith(tuple(f".{one}" for one in names))]
         else:
             targets = self.settings.targets

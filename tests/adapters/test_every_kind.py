@@ -366,6 +366,8 @@ def test_kinds_refuse_what_they_cannot_do(tiny_llama: Path) -> None:
     for kind in ("dora", "vera", "miss"):
         with pytest.raises(UserError, match=r"adapter\.targets: .* for linear layers, and .* is of experts"):
             adapter_of_kind(experts, kind)
+    beside_them = adapter_of_kind(experts, "ia3").adapted
+    assert beside_them == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
     with pytest.raises(UserError, match=r"(?s)adapter\.rank: .* has 32 inputs.*Give at most 32"):
         adapter_of_kind(random_llama(), "miss", rank=33)
     with pytest.raises(UserError, match=r"adapters of kind miss do not fit this model"):

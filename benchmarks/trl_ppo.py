@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from perl.bench import work
-from perl.bench.measurement import Measurement
-from perl.bench.peak import PeakOverStart
+from perl.bench.measurement import Measurement, PeakOverStart
 
 
 class _Clock(TrainerCallback):

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from perl import __version__
-from perl.commands import bench, chat, compare, data_check, data_fetch, estimate, evaluate, export
+from perl.commands import algorithms, bench, chat, compare, data, estimate, evaluate, export
 from perl.commands import report as report_command
 from perl.commands import run as stages
 from perl.commands import sweep as sweep_command
@@ -30,6 +30,7 @@ LAUNCHABLE: dict[str, Command] = {
 }
 """The commands that several processes run together."""
 COMMANDS: dict[str, Command] = LAUNCHABLE | {
+    "algorithms": algorithms.algorithms,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
     "sweep": sweep_command.sweep,
@@ -51,8 +52,8 @@ data_app = typer.Typer(help="Fetch and check data.", no_args_is_help=True)
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(data_app, name="data")
-data_app.command("fetch")(data_fetch.data_fetch)
-data_app.command("check")(data_check.data_check)
+data_app.command("fetch")(data.data_fetch)
+data_app.command("check")(data.data_check)
 
 
 def _print_version(asked: bool) -> None:

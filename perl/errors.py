@@ -1,4 +1,4 @@
-"""What a user is told in one message: a mistake of theirs, or a fault of the machine."""
+"""Errors that are printed as one message: the user's mistakes, and faults of the machine."""
 
 import errno
 import os
@@ -9,16 +9,15 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """Input that cannot be used: printed as one message, without a traceback.
+    """Input that cannot be used: printed as one message, without a traceback; `status` is the exit status.
 
     Args:
-        what: what is wrong, with the value that is.
-        where: the file, line, key or folder it stands in.
+        what: what is wrong, with the value.
+        where: the file, line, key or folder.
         remedy: what to do about it.
     """
 
     status: ClassVar[int] = 2
-    """The exit status."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         self.what, self.where, self.remedy = what, where, remedy
@@ -53,33 +52,29 @@ _REMEDIES = {
     errno.ENOMEM: _MEMORY,
 }
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What torch's RuntimeErrors say, of GPUs and of CPUs."""
+"""In the messages of torch's RuntimeErrors, of GPUs and of CPUs."""
 
 
 def machine_fault(error: BaseException) -> MachineError | None:
-    """What an exception of Python or a library says is wrong with the machine; None if nothing is.
-
-    A name that does not exist is no fault of the machine's: whoever was given it says whose it is.
-    """
-    said = str(error).strip().partition("\n")[0][:300]
+    """The fault of the machine that an exception of any library reports, if any; a missing file is none."""
+    message = str(error).strip().partition("\n")[0][:300]
     number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    if rust := re.search(r"\(os error (\d+)\)", said):  # safetensors and tokenizers have exceptions of their own
+    if rust := re.search(r"\(os error (\d+)\)", message):  # of safetensors and tokenizers
         number = int(rust[1])
-    no_memory = isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    no_memory = isinstance(error, RuntimeError) and any(words in message for words in _NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):
         number = errno.ENOMEM
     if number not in _REMEDIES:
         return None
     cause = os.strerror(number)
-    what = cause if file or not said else f"{cause} ({said})"
+    what = cause if file or not message else f"{cause} ({message})"
     return MachineError(what, where=str(file or _place(error)), remedy=_REMEDIES[number])
 
 
 def _place(error: BaseException) -> str:
-    """Where in this package it happened: in which stage if in one, else where exactly."""
+    """The innermost function of this package, of its stages if one is among the frames."""
     root = Path(__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
     in_stages = [f for f in frames if Path(f.filename).parent.name == "stages"]
-    for frame in (in_stages or frames)[-1:]:
-        return f"{frame.name} ({Path(frame.filename).relative_to(root.parent)})"
-    return ""
+    places = [f"{f.name} ({Path(f.filename).relative_to(root.parent)})" for f in in_stages or frames]
+    return places[-1] if places else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from perl.data.jsonl import parse_row
-from perl.data.records import Context, Prompt, Rating
+from perl.data.records import Context, Rating, Record
 from perl.data.rows import RowError
 from perl.errors import UserError
 from perl.parallel.process_group import process_group
@@ -28,7 +28,7 @@ MICRO_BATCH_SIZE = 32
 
 
 def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageName] | None = None) -> Stages:
-    """Run the stages of a recipe that are not finished, as `perl-rlhf run` does; in one process or several.
+    """Run the unfinished stages of a recipe, as `perl-rlhf run` does; in one process or several.
 
     Args:
         out: the run folder; runs/NAME by default.
@@ -90,7 +90,7 @@ class LoadedRun:
         Raises:
             UserError: a prompt is neither text nor messages, or the run has no such role.
         """
-        contexts = [_context(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        contexts = [_record(f"prompts[{index}]", prompt).context for index, prompt in enumerate(prompts)]
         return self.complete(contexts, role, max_new_tokens, temperature, seed)
 
     def complete(
@@ -123,11 +123,9 @@ class LoadedRun:
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
         """Refuse what cannot be generated."""
         if role not in self.policies:
-            raise UserError(
-                f"the run has no role {role!r} that generates",
-                where=str(self.session.folder.path),
-                remedy=f"Roles of this run that do: {', '.join(self.policies) or 'none'}.",
-            )
+            remedy = f"Roles of this run that do: {', '.join(self.policies) or 'none'}."
+            where = str(self.session.folder.path)
+            raise UserError(f"the run has no role {role!r} that generates", where=where, remedy=remedy)
         if kinds > 1:
             raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
         if temperature <= 0:
@@ -151,16 +149,15 @@ class LoadedRun:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
         """
         if self.results.reward is None or self.recipe.reward is None:
-            raise UserError(
-                "the run has no finished reward model",
-                where=str(self.session.folder.path),
-                remedy="Run its recipe with a section reward.",
-            )
+            where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
+            raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat, roles = self.session.base.chat, self.session.roles
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        pairs = enumerate(zip(prompts, completions, strict=True))
-        ratings = [_rating(prompt, completion, f"prompts[{index}]") for index, (prompt, completion) in pairs]
-        rows = [chat.row(rating.context, rating.answer, length).ids for rating in ratings]
+        rows = []
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
+            assert isinstance(record, Rating)
+            rows.append(chat.row(record.context, record.answer, length).ids)
         self.session.load(Role.REWARD)
         roles.eval()
         scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
@@ -172,26 +169,10 @@ class LoadedRun:
         return chances
 
 
-def _context(prompt: str | Messages, where: str) -> Context:
-    return next(one.context for one in _records({"prompt": _plain(prompt)}, where) if isinstance(one, Prompt))
-
-
-def _rating(prompt: str | Messages, completion: str, where: str) -> Rating:
-    row = {"prompt": _plain(prompt), "completion": completion, "label": True}
-    return next(one for one in _records(row, where) if isinstance(one, Rating))
-
-
-def _plain(prompt: str | Messages) -> object:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _records(row: Mapping[str, object], where: str) -> list[object]:
-    """A row in one of TRL's formats as records.
-
-    Raises:
-        UserError: it is in none of them.
-    """
+def _record(where: str, prompt: str | Messages, **fields: object) -> Record:
+    """A row of TRL's formats as a record. Raises `UserError` if it fits none."""
+    plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
-        return list(parse_row(row))
+        return parse_row({"prompt": plain, **fields})[0]
     except RowError as error:
         raise UserError(str(error), where=where, remedy="Give a text, or a list of messages.") from None

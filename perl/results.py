@@ -1,9 +1,7 @@
-"""What the stages come to: what they return, what result.json and report.json hold, and what the page reads.
+"""The results of the stages: what they return, result.json and report.json hold, and the page reads.
 
-One set of types for all of these: what no stage returns, no page can show. In JSON (`perl.system.typed_json`) an
-optional field without a value is left out; a field that is always there and may be unknown, such as the AUROC of
-one class, is null. Keys that are not known are passed over in reading, so that what newer versions wrote can be
-read.
+In JSON (`perl.system.typed_json`) an optional field without a value is left out; a required field that may be
+unknown, such as the AUROC of one class, is null. Unknown keys, which newer versions write, are ignored in reading.
 """
 
 from dataclasses import dataclass
@@ -14,20 +12,24 @@ from perl.measure.cost import Cost
 from perl.measure.probe import Phase, PhaseMemory
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
+from perl.rl.algorithms import Algorithm
 from perl.rl.checks.alarms import Alarm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
-    """What a stage trained, and what that cost."""
+    """What a stage trained, and what that cost.
+
+    Attributes:
+        rows: trained on and held out.
+        rows_cut: of these, rows that were cut to the longest length.
+        predicted_memory: by `perl-rlhf estimate`, where `compare` ran it.
+    """
 
     trainable_parameters: int
     rows: int | None = None
-    """Rows that the stage read, trained on and held out."""
     rows_cut: int | None = None
-    """Of these, rows that were longer than the stage takes."""
     predicted_memory: dict[Phase, PhaseMemory] | None = None
-    """By `perl-rlhf estimate`, where `compare` ran it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +50,18 @@ class SftStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The score of a held-out row, for others to check that they score alike."""
+    """The score of a held-out row and a checksum of its tokens, to check exports against."""
 
     row: int
     score: float
     tokens: int
-    """A checksum of the row's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStage(Stage):
-    """Reward modelling."""
+    """Reward modelling; `kept_below_bytes` is the size on disk of the lower layers' activations, if kept."""
 
     kept_below_bytes: int | None = None
-    """On disk during the stage: the activations of the frozen lower layers, where they were kept."""
     recorded: list[Recorded]
     eval: RewardModelCard
 
@@ -80,24 +80,21 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class RlEval:
-    """The policy before and after RL, on the same held-out prompts: raw rewards; KL in nats a completion.
+    """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
 
-    The keys are flat; `change` puts those of a metric together. There is no interval where all prompts are of one
-    dialogue.
+    The parts of the reward are means before weighting. There is no interval where all prompts are of one dialogue.
     """
 
     algorithm: str
     critic: str
     steps: int
     n: int
-    """Prompts."""
     samples_per_prompt: int | None = None
     reward_before: float
     reward_after: float
     reward_interval: Interval | None = None
     reward_parts_before: dict[str, float] | None = None
     reward_parts_after: dict[str, float] | None = None
-    """Means of each part by its name, before its weight, where the reward has several."""
     gold_before: float | None = None
     gold_after: float | None = None
     gold_interval: Interval | None = None
@@ -111,23 +108,22 @@ class RlEval:
     kl_interval: Interval | None = None
 
     def change(self, metric: PairedMetric) -> Change | None:
-        """A metric's change; None of gold where there is no judge."""
+        """A metric's change; None for gold without a judge."""
         before, after, interval = (getattr(self, f"{metric}_{key}") for key in ("before", "after", "interval"))
         return None if before is None or after is None else Change(before, after, interval)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Incident(Alarm):
-    """An alarm of a guard, and what it led to."""
+    """An alarm of a guard; if it stopped the run, `remains` counts the updates of the policy that remains."""
 
     action: Literal["stopped", "warned"]
     remains: int | None = None
-    """Updates that the policy which remains has seen, where the run was stopped."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check of RL: its value, and what that may be at most."""
+    """A check of RL: its value (`figure`), and the highest that is allowed."""
 
     name: str
     words: str
@@ -137,13 +133,13 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class RlStage(Stage):
-    """Reinforcement learning."""
+    """Reinforcement learning: the peak learning rate, the checks before and after the first update, and alarms."""
 
     learning_rate: float
-    """Of adapters or weights at its full height, `auto` resolved."""
+    algorithm_row: Algorithm | None = None
+    """With what the recipe overrides."""
     preflight: list[Check]
     liveness: list[Check]
-    """The checks after the first update."""
     incidents: list[Incident]
     eval: RlEval
 
@@ -185,7 +181,12 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportBase:
-    """The base, and the SHA-256 of its weights before and after; None after where there is no shared base."""
+    """The base, and the SHA-256 of its weights before and after; None after where there is no shared base.
+
+    Attributes:
+        coverage: of all weights of matrices in the blocks, the share in matrices with an adapter.
+        without_adapter: the other matrices, by their names in a block.
+    """
 
     model: str
     parameters: int
@@ -193,9 +194,7 @@ class ReportBase:
     sha256_before: str
     sha256_after: str | None
     coverage: float | None = None
-    """Of the weights of all matrices in the blocks, the share in matrices that have an adapter."""
     without_adapter: list[str] | None = None
-    """Matrices that have none, by their names in a block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +212,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a policy generated, its reward, and the gold judge's verdict where there is one."""
+    """What a policy generated, its reward, and the gold judge's score where there is one."""
 
     text: str
     reward: float

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from perl import cli
+from perl import cli, plugins
 from tests.tiny import random_llama
 
 CHATML = (
@@ -66,6 +67,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process: no plugin is loaded; what the test's plugins add is gone afterwards."""
+    monkeypatch.setattr(plugins, "_loaded", {})
+    registries = [getattr(import_module(module), name) for name, module in plugins.REGISTRIES.items()]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, rows in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(rows)
 
 
 @pytest.fixture(scope="session")

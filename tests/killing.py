@@ -24,9 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 import yaml
 
-from perl import cli, pipeline  # noqa: F401  imported once, for all forks
+from perl import cli
 from perl.recipe import STAGES, StageName
 from perl.runs.folder import STAGE_ROLE
+from perl.stages import pipeline  # noqa: F401  imported once, for all forks
 
 GOODS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
 RECIPE = {

@@ -26,6 +26,7 @@ COMMANDS = [
         "sft",
         "reward",
         "rl",
+        "algorithms",
         "evaluate",
         "bench",
         "compare",

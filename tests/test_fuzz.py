@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perl.commands.data_check import check
+from perl.commands.data import check
 from perl.data.jsonl import parse_line
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Turn
 from perl.data.rows import parsed
@@ -218,7 +218,7 @@ def test_any_taskmaster_files_are_read_or_refused(domain: Domain, tmp_path: Path
         whole = text.map(str.encode)
         return whole | whole | whole | damaged(text) | st.binary()
 
-    fuzz(250, st.tuples(files(RATED), files(DIALOGUES)), read, least=0.02)
+    fuzz(500, st.tuples(files(RATED), files(DIALOGUES)), read, least=0.002)
 
 
 HH = st.builds(

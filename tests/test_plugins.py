@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -28,14 +27,7 @@ REWARDS["{name}"] = Part
 """
 
 
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers is gone afterwards."""
-    before = dict(REWARDS)
-    monkeypatch.setattr(plugins, "_loaded", {})
-    yield
-    REWARDS.clear()
-    REWARDS.update(before)
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def write(folder: Path, *names: str, kind: str = "mine", **settings: object) -> Path:

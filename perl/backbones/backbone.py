@@ -1,10 +1,10 @@
-"""The interface of a kind of model: whatever depends on the kind in roles and stages is a method here.
+"""The interface of a kind of model: all that depends on the kind in roles and stages.
 
-A backbone belongs to a configuration. Its methods are given the model, of which full tuning has several, and
-compute as the role that is active in it. Axis letters: `perl.roles`.
+A backbone belongs to a configuration. Its methods take the model, of which full tuning has several, and compute as
+the role that is active in it. Axis letters: `perl.roles`.
 
-Room for encoder-decoders: `states` reads the prompt with the encoder and the completion with the decoder, and
-`score` reads the decoder's last token. `extend` computes the encoder's pass once, when the cache is empty.
+An encoder-decoder would read the prompt with the encoder and the completion with the decoder in `states`, the
+decoder's last token in `score`, and compute the encoder's pass in `extend` when the cache is empty.
 """
 
 from abc import ABC, abstractmethod
@@ -33,18 +33,16 @@ class Unsupported:
 class Backbone(ABC):
     """One kind of model.
 
-    Args:
-        config: of the model, as transformers has it.
+    Attributes:
+        kind: its name in messages, with the article.
+        model_type: of its configurations, for a kind that has one type only.
+        auto_class: of transformers, which makes such a model from its configuration, and loads its weights.
     """
 
     kind: ClassVar[str]
-    """What such a model is, with its article."""
     model_type: ClassVar[str | None] = None
-    """Of configurations: for a kind that has one type only."""
     auto_class: ClassVar[Any]
-    """The class of transformers that makes such a model from its configuration, and loads its weights."""
     unsupported: ClassVar[tuple[Unsupported, ...]] = ()
-    """What such a model is not fit for."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -57,19 +55,15 @@ class Backbone(ABC):
         return bool(config.model_type == cls.model_type)
 
     def refusal(self, use: Use, where: str) -> UserError | None:
-        """The error that says why such a model is not fit for a use; None: it is fit.
-
-        Args:
-            where: the key or file that asks for it.
-        """
-        found = next((one for one in self.unsupported if one.use == use), None)
-        if found is None:
+        """The error that says why such a model is not fit for a use that `where` asks for; None if it is fit."""
+        entry = next((one for one in self.unsupported if one.use == use), None)
+        if entry is None:
             return None
         name = ", ".join(self.config.architectures or []) or self.config.model_type
-        return UserError(f"{name} is {self.kind}: {found.reason}", where=where, remedy=found.remedy)
+        return UserError(f"{name} is {self.kind}: {entry.reason}", where=where, remedy=entry.remedy)
 
     def require(self, use: Use, where: str) -> None:
-        """Raise the error of `refusal`, if there is one."""
+        """Raise what `refusal` returns, if anything."""
         if (refused := self.refusal(use, where)) is not None:
             raise refused
 
@@ -108,21 +102,18 @@ class Backbone(ABC):
     # How it is read
 
     def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
-        """The module inside the trunk that has the list of blocks, and the list's name there.
+        """The module inside the trunk that holds the list of blocks, and the list's name in it.
 
         Raises:
-            UserError: there is no list of as many modules as the configuration has layers.
+            UserError: no list has as many modules as the configuration has layers.
         """
         count = self.config.get_text_config().num_hidden_layers
         for name, part in lm.base_model.named_modules():
             if isinstance(part, nn.ModuleList) and len(part) == count:
                 above, _, own = name.rpartition(".")
                 return lm.base_model.get_submodule(above), own
-        raise UserError(
-            f"{type(lm).__name__} has no list of {count} blocks",
-            where=lm.name_or_path,
-            remedy="Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml.",
-        )
+        remedy = "Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml."
+        raise UserError(f"{type(lm).__name__} has no list of {count} blocks", where=lm.name_or_path, remedy=remedy)
 
     def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
         """Its blocks, the lowest first. Raises `UserError` as `block_list` does."""
@@ -184,7 +175,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def new_head(self, lm: PreTrainedModel) -> nn.Module:
-        """A head for a role, in fp32 with parameters of its own, which scores 0."""
+        """A head for a role, in fp32, with its own parameters; it scores 0."""
 
     @abstractmethod
     def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
@@ -205,11 +196,11 @@ class Backbone(ABC):
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
-        """Transformers' sequence classifier of the trunk of `lm`, which is used as it is, and a copy of the head.
+        """Transformers' sequence classifier, of the trunk of `lm` itself and a copy of the head.
 
         Args:
             config: the classifier's.
-            tokenizer: the one it is used with; it may have a token for padding that the model does not know.
+            tokenizer: of the classifier; it may have a token for padding that the model does not know.
 
         Raises:
             UserError: transformers has no such classifier.

@@ -14,18 +14,21 @@ from perl.backbones.four_bit import scales
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of the base besides its weights, and how it writes dialogues."""
+    """What is known of the base besides its weights.
+
+    Attributes:
+        sha256: of the weights as loaded (`weights_sha256`).
+        context_length: the longest sequence, in tokens.
+        load: loads (or draws) the same weights once more.
+    """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
     sha256: str
-    """Of the weights as loaded; see `weights_sha256`."""
     parameters: int
     context_length: int
-    """The longest sequence the base takes, in tokens."""
     load: Callable[[], PreTrainedModel]
-    """Loads (or draws) the same weights once more."""
 
 
 def weights_sha256(

@@ -30,15 +30,13 @@ TEMPLATE = (
 )
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", *(f"<|{role}|>" for role in MESSAGE_ROLES.values())]
 PIECES = r"\d| ?[^\W\d_]+|[^\w\s]+(?: [^\w\s]+)*|\s+|_"
-"""What BPE never merges across: digits one by one, for numbers are to be copied; a word with the space before
-it; a run of punctuation such as JSON's `": "`."""
+"""What BPE never merges across: digits, as numbers are copied; a word and the space before it; punctuation."""
 INITIALIZER_RANGE = 0.08
-"""Standard deviation of the first weights. At transformers' 0.02 a model this narrow learns to copy words from
-the dialogue several times later (docs/experiments.md)."""
+"""At transformers' 0.02 a model this narrow learns to copy words several times later (docs/experiments.md)."""
 BUCKET = 32
-"""Rows are padded to a multiple of this: few shapes, which oneDNN and the allocator like."""
+"""Rows are padded to a multiple of this, so that few shapes occur."""
 VERSION = 1
-"""Raised when the same settings would build another base."""
+"""To be raised when the same settings build another base."""
 
 
 def build_base(
@@ -57,18 +55,18 @@ def build_base(
     """Train a tokenizer and a small Llama on all turns of the corpus; return its folder, cached by content.
 
     Args:
-        corpus: dialogues.
         vocabulary: tokens of the byte-level BPE.
         steps: optimizer steps, of about `batch_tokens` tokens each.
 
     Raises:
-        UserError: the cache cannot be written; that is known before any training.
+        UserError: the cache cannot be written, before any training.
     """
     settings = {name: value for name, value in locals().items() if name != "corpus"}
     digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
     for record in corpus:
         digest.update(repr((record.context, record.answer)).encode())
-    folder = _cache() / digest.hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "perl-rlhf" / "bases" / digest.hexdigest()[:16]
     if (folder / "model.safetensors").exists():
         return folder
     with _unfinished(folder) as unfinished:
@@ -103,11 +101,6 @@ def tiny_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "perl-rlhf" / "bases"
 
 
 def train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -148,8 +141,7 @@ def pretrain(
     """AdamW on next-token loss over all tokens, cosine schedule with warm-up, rows batched by length.
 
     Args:
-        model: a causal language model.
-        rows: token ids; padded with 0, which causal attention never looks at.
+        rows: token ids.
         steps: optimizer steps, of about `batch_tokens` tokens each.
         seed: of the order of the rows.
     """
@@ -190,18 +182,16 @@ def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> li
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded to a multiple of `BUCKET`: causal attention never looks at it, and its labels are ignored."""
+    """Ids, right-padded with 0 to a multiple of `BUCKET`, and labels, which ignore the padding."""
     length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
-    ids_BL = torch.zeros(len(rows), length, dtype=torch.long)
-    labels_BL = torch.full((len(rows), length), -100)
-    for index, row in enumerate(rows):
-        ids_BL[index, : len(row)] = labels_BL[index, : len(row)] = torch.tensor(row)
+    ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    labels_BL = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
     return ids_BL, labels_BL
 
 
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder of this process's own that becomes `folder` when the block ends without an exception."""
+    """A new folder of this process that becomes `folder` when the block ends without an exception."""
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)

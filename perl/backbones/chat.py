@@ -1,8 +1,8 @@
 """Turns to tokens: the chat format, which tokens are trained on, and what ends a completion.
 
 The context of a completion has the same tokens in SFT, in the reward model and in RL: those that a server sends.
-See `perl.backbones.template` for what a completion is, `perl.backbones.tokens` for how both are tokenized, and
-`perl.backbones.cutting` for what is left out of a dialogue that is too long.
+`perl.backbones.template` finds the completion, `perl.backbones.tokens` tokenizes both, and
+`perl.backbones.cutting` shortens dialogues.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ class ChatFormat:
     """How a tokenizer writes dialogues, and which tokens end the agent's turn.
 
     Attributes:
-        end_id: the token that rows are written with at the end of a completion: the template's.
+        end_id: the template's token at the end of a completion, with which rows are written.
         eos_id: the tokenizer's, with which plain text ends.
-        end_ids: all at which a completion ends: both, and those of the model's generation configuration.
+        end_ids: all that end a completion: both, and those of the model's generation configuration.
 
     Args:
         more_ends: those of the generation configuration.
@@ -38,11 +38,8 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, more_ends: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                "the tokenizer has no end token",
-                where=tokenizer.name_or_path,
-                remedy="Set eos_token in tokenizer_config.json.",
-            )
+            remedy = "Set eos_token in tokenizer_config.json."
+            raise UserError("the tokenizer has no end token", where=tokenizer.name_or_path, remedy=remedy)
         self.template = Template(tokenizer)
         self._tokens = RowTokenizer(tokenizer, self.template.end)
         self.end_id: int = tokenizer.convert_tokens_to_ids(self.template.end)
@@ -59,7 +56,7 @@ class ChatFormat:
         """The tokens of a context, up to where the agent's completion begins: what a server sends.
 
         Args:
-            length: at most so many; older turns are left out (`perl.backbones.cutting`), or older text.
+            length: at most so many; the oldest turns, or the oldest text, are left out.
         """
         if turns[-1].speaker == "text":
             return self._cut_text(self._tokens.text_ids(_text(turns)), length)
@@ -78,8 +75,7 @@ class ChatFormat:
         """A context and a completion, to be read at its end token.
 
         Args:
-            length: at most so many tokens; the context is cut as by `context`, and of a completion that alone is
-                longer the beginning is left out.
+            length: at most so many tokens; the context is cut as by `context`, then the completion's beginning.
         """
         if completion.speaker == "text":
             row = self._text_row(context, completion, length)
@@ -93,11 +89,11 @@ class ChatFormat:
     def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
         """A context and all turns after it; the agent's turns among these are trained on, and marked as spoken.
 
-        It is one row where the template writes an agent's turn alike whether or not it is the last. Where it does
-        not, each of these turns has a row of its own, as it will be asked for.
+        It is one row if the template writes an agent's turn alike whether or not it is the last; otherwise each of
+        these turns has a row of its own, as it will be asked for.
 
         Args:
-            length: at most so many tokens a row; older turns are left out, of a long completion its end.
+            length: at most so many tokens a row; the oldest turns are left out, then the completion's end.
         """
         if completion[-1].speaker == "text":
             return [self._text_row(context, completion[-1], length).first(length)]
@@ -113,26 +109,25 @@ class ChatFormat:
         return [row.first(length) for row in rows]
 
     def ends(self, context: Sequence[Turn]) -> tuple[int, ...]:
-        """The tokens that end a completion to this context; the first is the one that rows are written with."""
+        """The tokens that end a completion to this context, first the one that rows are written with."""
         if context[-1].speaker == "text":
             return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
         return self.end_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without what ends it."""
-        said = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
-        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
+        """The text of a completion, without its end token."""
+        kept = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.strip()
 
     def probe(self, speakers: Iterable[Speaker]) -> list[str]:
-        """Try a dialogue with these speakers against the tokenizer's own `apply_chat_template`.
+        """Compare a dialogue with these speakers with the tokenizer's own `apply_chat_template`.
 
         Returns:
-            What is worth knowing of how completions are written, in words.
+            Warnings on how completions are written.
 
         Raises:
-            UserError: the template refuses or leaves out what one of them says, or what a server would send has
-                other tokens.
+            UserError: the template refuses or leaves out a speaker, or a server would send other tokens.
         """
         turns = _probe_turns(set(speakers))
         self.template.check_written(turns[:-1])
@@ -141,13 +136,11 @@ class ChatFormat:
         options: dict[str, Any] = {"tokenize": True, "return_dict": False}
         sent = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
         if list(sent) != ours:
-            raise UserError(
-                "the tokenizer's chat template gives other tokens than its text has when it is tokenized",
-                where=self.tokenizer.name_or_path,
-                remedy="Use the tokenizer as tokenizer.json, which transformers loads as a fast one.",
-            )
-        whole = list(self.tokenizer.apply_chat_template(messages, **options))
-        if whole[: len(row.ids) - 1] == row.ids[:-1]:
+            what = "the tokenizer's chat template gives other tokens than its text has when it is tokenized"
+            remedy = "Use the tokenizer as tokenizer.json, which transformers loads as a fast one."
+            raise UserError(what, where=self.tokenizer.name_or_path, remedy=remedy)
+        finished = list(self.tokenizer.apply_chat_template(messages, **options))
+        if finished[: len(row.ids) - 1] == row.ids[:-1]:
             return []
         prompt = self.tokenizer.decode(ours[-3:])
         return [
@@ -163,7 +156,7 @@ class ChatFormat:
         return self._tokens.rows([self.template.row(turns[:end]) for end in ends])
 
     def _fitted(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
-        """The row of the last completion and of what else of the completion is in it."""
+        """The row that ends with the last completion."""
         row = self._rows(turns, first)[-1]
         if length is None or len(row.ids) <= length:
             return row
@@ -172,31 +165,28 @@ class ChatFormat:
         return Tokens(row.ids, row.spoken, cut=True)
 
     def _text_row(self, context: Sequence[Turn], completion: Turn, length: int | None) -> Tokens:
-        prompt, said = self._tokens.text_row(_text(context), completion.text)
-        said = [*said, self.eos_id]
-        kept = self._cut_text(prompt, None if length is None else max(1, length - len(said)))
-        row = Tokens.joined(kept, said)
+        prompt, completion_ids = self._tokens.text_row(_text(context), completion.text)
+        completion_ids = [*completion_ids, self.eos_id]
+        kept = self._cut_text(prompt, None if length is None else max(1, length - len(completion_ids)))
+        row = Tokens.joined(kept, completion_ids)
         return Tokens(row.ids, row.spoken, cut=len(kept) < len(prompt))
 
     def _cut_text(self, ids: list[int], length: int | None) -> list[int]:
-        """The newest text after what the tokenizer puts before every text."""
+        """The newest text, after the tokenizer's first special token."""
         if length is None or len(ids) <= length:
             return ids
         framed = ids[0] in self.tokenizer.all_special_ids
         return _without_middle(ids, int(framed), length)
 
     def _find_pad(self) -> int:
-        """A token for padding that no row ends with: masks, not this id, say what is padding."""
-        tokenizer = self.tokenizer
-        ends = {self.end_id, self.eos_id}
-        for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
-            if candidate is not None and candidate not in ends:
-                return int(candidate)
-        return next(i for i in range(len(tokenizer)) if i not in ends)
+        """A token for padding that no row ends with; masks, not this id, say what is padding."""
+        tokenizer, ends = self.tokenizer, {None, self.end_id, self.eos_id}
+        special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+        return next(int(token) for token in (*special, *range(len(tokenizer))) if token not in ends)
 
 
 def _probe_turns(speakers: set[Speaker]) -> list[Turn]:
-    """Three turns of an agent at most, with everyone who speaks in the data."""
+    """A dialogue of everyone who speaks in the data."""
     turns = [Turn("system", "capybara")] if "system" in speakers else []
     turns += ASKED
     if "api" in speakers:

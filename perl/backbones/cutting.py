@@ -1,4 +1,4 @@
-"""Dialogues that are too long: what is said at the start stays, then the oldest turns go, whole ones first."""
+"""Shortening dialogues: the system's turns stay, and the oldest of the others go, whole turns first."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ Size = Callable[[Sequence[Turn], int], int]
 def newest_turns(turns: Sequence[Turn], first: int, size: Size, limit: int) -> tuple[list[Turn], int]:
     """The system's turns and the newest of the others, from a user's turn on, as many as fit.
 
-    Where not even the last user's turn and what follows it fit, the longest of them are shortened, at their
-    beginning, as is the system's turn in the end. A completion is not.
+    Where not even the last user's turn and what follows it fit, the longest of these are cut at the beginning,
+    then the system's turn at the end; completions are not cut.
 
     Args:
         turns: a context, then the completion.
@@ -43,7 +43,6 @@ def _shortened(turns: Sequence[Turn], first: int, size: Size, limit: int) -> tup
     turns = list(turns)
     others = [index for index, turn in enumerate(turns) if index < first or turn.speaker != "agent"]
     while others and (tokens := size(turns, first)) > limit:
-        # The system's turn comes last, and the longest of the others first.
         longest = max(others, key=lambda index: len(turns[index].text) * (turns[index].speaker != "system"))
         longest = longest if turns[longest].text else others[0]
         speaker, text = turns[longest].speaker, turns[longest].text

@@ -1,4 +1,4 @@
-"""Decoders, that is causal language models: they generate, and score a row at its last token."""
+"""Decoders, or causal language models: they generate, and score a row at its last token."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ from perl.errors import UserError
 from perl.private.transformers import is_derived
 
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of architectures end that generate text."""
+"""Suffixes of architectures that generate text."""
 REMEDY = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json and model.safetensors."
 
 
@@ -41,11 +41,7 @@ class Decoder(Backbone):
         """Refuse a configuration that names an architecture without a language-model head."""
         architectures = self.config.architectures or []
         if any(not name.endswith(GENERATES) for name in architectures):
-            raise UserError(
-                f"not a causal LM but {', '.join(architectures)}",
-                where=where,
-                remedy=REMEDY,
-            )
+            raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=REMEDY)
 
     @torch.no_grad()
     def check(self, lm: PreTrainedModel, where: str) -> None:
@@ -55,31 +51,26 @@ class Decoder(Backbone):
             raise UserError("the model has no language-model head", where=where, remedy="Use a causal LM.")
         ids_BL = torch.tensor([[0, 1, 2], [0, 1, 3]], device=embedding.weight.device)
         logits_BLV = lm.eval()(input_ids=ids_BL).logits.float()
+        name = type(lm).__name__
         if not _alike(logits_BLV[0, :2], logits_BLV[1, :2]):
-            raise UserError(
-                f"{type(lm).__name__} is not causal: its output for a token depends on later ones",
-                where=where,
-                remedy="Use a causal LM.",
-            )
+            what = f"{name} is not causal: its output for a token depends on later ones"
+            raise UserError(what, where=where, remedy="Use a causal LM.")
         product_BLV = embedding(self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))).float()
         if not _alike(logits_transform(lm.config).apply_(product_BLV, temperature=1.0), logits_BLV):
-            raise UserError(
-                f"{type(lm).__name__} changes its logits after the output embedding in a way that is not known",
-                where=where,
-                remedy="This architecture is not supported yet.",
-            )
+            what = f"{name} changes its logits after the output embedding in a way that is not known"
+            raise UserError(what, where=where, remedy="This architecture is not supported yet.")
 
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """The tokenizer's chat template; what ends a completion is also said by the generation configuration."""
+        """The tokenizer's chat template, and the generation configuration's tokens that end a completion."""
         return ChatFormat(tokenizer, _configured_ends(lm, tokenizer))
 
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
-        """Positions are counted over real tokens: the padding side does not matter (GPT-2 needs telling)."""
-        given = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
+        """Positions are counted over real tokens, so the padding side does not matter, for GPT-2 either."""
+        inputs = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
         hidden_BLD: Tensor = lm.base_model(
-            **given, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
+            **inputs, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
         ).last_hidden_state
         return hidden_BLD
 
@@ -149,11 +140,9 @@ class Decoder(Backbone):
         except ValueError:
             model = None
         if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise UserError(
-                f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}",
-                where=lm.name_or_path,
-                remedy="Of this architecture only language models can be exported.",
-            )
+            what = f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}"
+            remedy = "Of this architecture only language models can be exported."
+            raise UserError(what, where=lm.name_or_path, remedy=remedy)
         assert isinstance(model, PreTrainedModel)
         setattr(model, model.base_model_prefix, lm.base_model)
         model.score = copy.deepcopy(head).to(lm.dtype)
@@ -169,11 +158,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _configured_ends(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens at which servers stop by the model's generation configuration.
+    """The tokens that end a completion by the model's generation configuration.
 
-    A model without generation_config.json has what its config.json says or, where that says nothing, the default
-    of its class (Llama's is 2, whatever that is in this vocabulary): of these only tokens count that are no
-    ordinary text.
+    Without generation_config.json they are those of config.json, or else the default of the model's class (Llama:
+    2, whatever that is in this vocabulary): of these only special and added tokens count.
     """
     generation = getattr(lm, "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)

@@ -1,11 +1,11 @@
-"""Encoders, BERT and its like: they read a whole row in both directions, and can only be reward models.
+"""Encoders such as BERT: they read a row in both directions, and can only be reward models.
 
-An encoder is read as transformers' own sequence classifier of its architecture reads it, whatever that puts on
-top (BERT: the first token's state, through a pooler), so that an exported model scores alike wherever it is
-loaded. That top is the head: a copy for the role, fp32, all trained.
+The model is transformers' sequence classifier of the architecture, so that an exported one scores alike wherever
+it is loaded. What it has on its blocks (BERT: a pooler of the first token) is the head: a copy for the role, fp32,
+all trained.
 
-Rows have the layout of their tokenizer, [CLS] … [SEP]: the turns stand between, each with the name of its speaker,
-and each of the agent's ends with a [SEP]. Token types are all 0, as for one text.
+Rows are [CLS] … [SEP], as the tokenizer frames texts: between them the turns with their speakers' names, a [SEP]
+after each of the agent's. Token types are all 0.
 """
 
 import contextlib
@@ -76,14 +76,14 @@ class Encoder(Backbone):
         return EncoderFormat(tokenizer, self.context_length(lm))
 
     def context_length(self, lm: PreTrainedModel) -> int:
-        """The longest row, in tokens. RoBERTa and its like leave their first positions unused."""
+        """The longest row, in tokens; RoBERTa's first positions are unused."""
         table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
         if not isinstance(table, nn.Embedding):
             return super().context_length(lm)
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
-        """The pooler and all that has parameters beside the trunk."""
+        """The pooler, and all modules beside the trunk that have parameters."""
         outside = [
             name
             for name, part in lm.named_children()
@@ -109,7 +109,7 @@ class Encoder(Backbone):
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
     ) -> Tensor:
-        """Computed by the classifier's own forward, with this head in the place of its own."""
+        """By the classifier's own forward, with this head instead of its own."""
         assert isinstance(head, ClassifierHead)
         assert embeddings_BLD is None, "an encoder is not split"
         # Padding goes to the right: the first token is read, and positions count from it.
@@ -159,7 +159,7 @@ class ClassifierHead(nn.Module):
 
     @contextlib.contextmanager
     def placed(self, lm: PreTrainedModel) -> Iterator[None]:
-        """Inside, the classifier has these parts in the place of its own."""
+        """Inside, the classifier has these parts instead of its own."""
         own = [lm.get_submodule(name) for name in self._names]
         self._place(lm, self.parts)
         try:
@@ -174,7 +174,7 @@ class ClassifierHead(nn.Module):
 
 
 def _copied(part: nn.Module) -> nn.Module:
-    """A copy with parameters of its own, fp32. They are copied one by one: `deepcopy` cannot copy fake tensors."""
+    """A copy with its own fp32 parameters, copied one by one as `deepcopy` cannot copy fake tensors."""
     fresh = {id(p): nn.Parameter(p.detach().float().clone(), requires_grad=False) for p in part.parameters()}
     return copy.deepcopy(part, memo=dict[int, Any](fresh))
 
@@ -184,11 +184,11 @@ def _in_fp32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class EncoderFormat(ChatFormat):
-    """How an encoder's tokenizer writes dialogues: between its first and its last token, in the plain template.
+    """How an encoder's tokenizer writes dialogues: in the plain template, between its first and its last token.
 
     Args:
         tokenizer: its beginning and end of text become [CLS] and [SEP], its chat template the plain one.
-        room: the longest row that the encoder takes, in tokens.
+        room: the longest row of the encoder, in tokens.
 
     Raises:
         UserError: the tokenizer has no first or no last token.
@@ -199,17 +199,16 @@ class EncoderFormat(ChatFormat):
         last = tokenizer.sep_token or tokenizer.eos_token
         for token, name in ((first, "cls_token"), (last, "sep_token")):
             if token is None:
+                what, remedy = f"the tokenizer has no {name}", f"Set {name} in tokenizer_config.json."
                 raise UserError(
-                    f"the tokenizer has no {name}: an encoder's rows are [CLS] … [SEP]",
-                    where=tokenizer.name_or_path,
-                    remedy=f"Set {name} in tokenizer_config.json.",
+                    f"{what}: an encoder's rows are [CLS] … [SEP]", where=tokenizer.name_or_path, remedy=remedy
                 )
         tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = first, last, None
         super().__init__(tokenizer)
         self._room = room
 
     def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
-        """As for a decoder, but the whole completion stays, after the first token: a row may be longer for it.
+        """As for a decoder, but the completion is never cut, even if the row becomes longer than `length`.
 
         Raises:
             UserError: the completion is longer than the encoder takes.

@@ -1,8 +1,8 @@
-"""Bases without weights: every shape and size of the real thing, and no memory, for estimates.
+"""Bases without weights, for estimates: real shapes and sizes, and no memory.
 
-Weights are fake tensors, so whatever is computed from them is fake too: it has a shape, a dtype and a count of
-bytes, but no values. Token ids and masks stay real. What code asks of a value (is the loss finite, which token
-was drawn) is answered by `unknown_values`: zeros.
+Weights are fake tensors, and so is all that is computed from them: shape, dtype and bytes, but no values. Token
+ids and masks are real. Where code asks for a value (is the loss finite, which token was drawn) it gets zeros
+(`unknown_values`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from perl.backbones import backbone_of
 from perl.private.torch import FakeTensor, FakeTensorMode
 
 LONGEST_ROW = 2**14
-"""Numbers in a row, more than there are positions: a vocabulary, which is compared with every token."""
+"""A longer `arange` is no positions but a vocabulary, which is compared with every token."""
 
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -65,17 +65,9 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class _Unknown(TorchFunctionMode):
-    """Answers with zeros where code asks for the value of a fake tensor."""
+    """Returns zeros where code asks for the values of a fake tensor."""
 
-    ASKS = frozenset(
-        {
-            torch.Tensor.item,
-            torch.Tensor.tolist,
-            torch.Tensor.__bool__,
-            torch.Tensor.__float__,
-            torch.Tensor.__int__,
-        }
-    )
+    ASKS = frozenset(getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__"))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,7 +104,7 @@ def _fake_maker(name: str) -> Any:
 
 @contextlib.contextmanager
 def unknown_values() -> Iterator[None]:
-    """Inside, new float tensors are fake, and code that asks for the values of fake tensors is told zeros."""
+    """Inside, new float tensors are fake, and code that asks for the values of fake tensors gets zeros."""
     with contextlib.ExitStack() as stack:
         for name in MAKERS:  # patched: a function mode does not reach the backward pass of custom functions
             stack.enter_context(mock.patch.object(torch, name, _fake_maker(name)))

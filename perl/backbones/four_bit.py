@@ -1,8 +1,7 @@
 """4-bit bases, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314): bitsandbytes' NF4.
 
-The weights of the blocks' linear layers are 16 values in blocks of 64, each block with an fp32 scale of its own;
-embeddings, norms and the output embedding stay as they are. A product computes in the base's dtype, on weights
-that are written out in it for as long as it takes.
+The weights of the blocks' linear layers are rounded to 16 values, times an fp32 scale for every 64; embeddings,
+norms and the output embedding are not. For each product the weights are dequantized to the base's dtype.
 """
 
 import contextlib
@@ -24,19 +23,17 @@ def four_bit_config(dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError(
-            "4-bit weights need bitsandbytes, which is not installed",
-            where="base.quantization",
-            remedy="pip install 'perl-rlhf[4bit]', or set base.quantization: none.",
-        ) from None
+        what = "4-bit weights need bitsandbytes, which is not installed"
+        remedy = "pip install 'perl-rlhf[4bit]', or set base.quantization: none."
+        raise UserError(what, where="base.quantization", remedy=remedy) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def keep_layout(lm: nn.Module) -> None:
-    """Keep bitsandbytes from packing the weights anew for inference, which it does to layers in eval mode on CPUs
-    with AVX-512 bf16: through the packed ones no gradient flows, without a word, and their bytes are others.
+    """Keep bitsandbytes from repacking the weights of layers in eval mode, as it does on CPUs with AVX-512 bf16:
+    repacked weights silently stop gradients, and their bytes differ.
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -45,22 +42,21 @@ def keep_layout(lm: nn.Module) -> None:
 
 @contextlib.contextmanager
 def hide_quantization(lm: nn.Module) -> Iterator[None]:
-    """Inside, libraries take a 4-bit base for any frozen model. Told what it is, transformers' Trainer refuses to
-    train, not knowing our adapters, and TRL's rounds the adapters to bf16.
+    """Inside, a 4-bit base looks like any frozen model: else transformers' Trainer, which does not know our
+    adapters, refuses to train, and TRL's rounds the adapters to bf16.
     """
-    told = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
-    vars(lm).update(dict.fromkeys(told, False))
+    flags = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
+    vars(lm).update(dict.fromkeys(flags, False))
     try:
         yield
     finally:
-        vars(lm).update(told)
+        vars(lm).update(flags)
 
 
 def scales(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What belongs to 4-bit weights and is neither parameter nor buffer: scales and the 16 values, by name."""
+    """The scales and the 16 values of 4-bit weights, which are neither parameters nor buffers, by name."""
     for name, parameter in lm.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
+        if state := getattr(parameter, "quant_state", None):
             yield from ((f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items())
 
 

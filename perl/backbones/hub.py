@@ -1,4 +1,4 @@
-"""Whether the hub can be asked. Without network its library tries for half a minute and then blames the name."""
+"""Whether the hub can be reached: without network its library tries for half a minute and then blames the name."""
 
 import functools
 
@@ -6,14 +6,14 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 SECONDS = 5.0
-"""To wait for an answer of any kind."""
+"""Timeout of the request."""
 
 
 @functools.cache
 def why_not_asked() -> str:
     """Why the hub is not asked for models, in words; empty if it is.
 
-    Looks once a process. Where the hub cannot be reached, libraries read from their cache only from then on.
+    Checked once a process; if the hub cannot be reached, libraries read only from their cache from then on.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
@@ -26,7 +26,7 @@ def why_not_asked() -> str:
 
 
 def only_in_cache(error: BaseException | None) -> bool:
-    """Whether an exception means that the cache has no such model, and nobody else was asked."""
+    """Whether an exception means that the cache has no such model and the hub was not asked."""
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""A base is loaded from a hub id, a folder or a bare configuration; safetensors only."""
+"""Loading a base from a hub id, a folder (safetensors only) or a configuration alone."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -26,7 +27,7 @@ from perl.errors import UserError, machine_fault
 from perl.system.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Names of files of pickled weights. They run code when they are read, so they never are."""
+"""Files of pickled weights, which can run any code when read, and are never read."""
 
 
 def load_base(
@@ -42,12 +43,12 @@ def load_base(
     """Load a model and its tokenizer from the hub or a folder.
 
     Args:
-        random_seed: only the configuration is read, and the weights are drawn at random.
+        random_seed: where given, only the configuration is read, and the weights are drawn at random.
         trust_remote_code: Python code that comes with the model may run.
-        generates: whether completions are to be generated with it.
+        generates: whether it is to generate completions.
 
     Raises:
-        UserError: no such model, not one that will do, weights missing or pickled, no tokenizer, a tokenizer with
+        UserError: no such model, an unsupported one, weights missing or pickled, no tokenizer, a tokenizer with
             more tokens than the model has embeddings, or code of its own that is not trusted.
         MachineError: no memory for it, or no permission to read it.
     """
@@ -109,11 +110,8 @@ def _base(
 ) -> Base:
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings",
-            where=where,
-            remedy="Use the tokenizer that belongs to this model.",
-        )
+        what = f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings"
+        raise UserError(what, where=where, remedy="Use the tokenizer that belongs to this model.")
     backbone = backbone_of(lm.config)
     backbone.check(lm, where)
     return Base(
@@ -142,26 +140,25 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 
 
 def load_config(model: str, trust_remote_code: bool = False, generates: bool = True) -> Any:
-    """The configuration of a model. It names code of its own only if that is trusted, which is said aloud.
+    """The configuration of a model, without code of its own unless that is trusted, of which the user is told.
 
     Args:
-        generates: whether completions are to be generated with it.
+        generates: whether it is to generate completions.
     """
     where = f"base.model {model}"
     if trust_remote_code:
-        said = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
-        console.print(said, style="yellow", markup=False)
+        warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
+        console.print(warning, style="yellow", markup=False)
     not_asked = "" if Path(model).is_dir() else why_not_asked()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken configuration raises all sorts of things
         if not_asked and only_in_cache(error):
-            raise UserError(
-                f"not a model that is here: no such folder, none in the cache, and the hub was not asked, because "
-                f"{not_asked}",
-                where=where,
-                remedy=f"Check the name, and the network (a proxy is told by HTTPS_PROXY). {REMEDY}",
-            ) from None
+            what = (
+                "not a model that is here: no such folder, none in the cache, and the hub was not asked, because"
+            )
+            remedy = f"Check the name, and the network (a proxy is told by HTTPS_PROXY). {REMEDY}"
+            raise UserError(f"{what} {not_asked}", where=where, remedy=remedy) from None
         raise _refusal(error, "not a model", where) from None
     if not trust_remote_code:
         config = without_own_code(config)
@@ -173,7 +170,7 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
 
 
 def without_own_code(config: Any) -> Any:
-    """The configuration, in which Python code that comes with the model is not named."""
+    """The configuration, without the names of Python code that comes with the model."""
     vars(config).pop("auto_map", None)
     return config
 
@@ -183,7 +180,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     where, config = f"base.model {model}", backbone.config
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    options["ignore_mismatched_sizes"] = True  # refused below, by name
     if four_bit:
         backbone.require("4bit", "base.quantization")
         options |= {"quantization_config": four_bit_config(dtype), "device_map": str(device)}
@@ -202,25 +199,19 @@ def _load_weights(
     made = {name for name, _ in lm.named_parameters() if backbone.in_head(lm, name)}
     missing = sorted(set(info["missing_keys"]) - made)
     if missing:
-        raise UserError(
-            f"{len(missing)} weights are not in its files, {missing[0]} among them",
-            where=where,
-            remedy="Complete the files: missing weights would be random.",
-        )
-    for name, there, here in sorted(one for one in info["mismatched_keys"] if one[0] not in made):
-        raise UserError(
-            f"the weights are not those of its config.json: {name} is {tuple(there)} in the files, but should be "
-            f"{tuple(here)}",
-            where=where,
-            remedy="Put the config.json beside them that they were saved with.",
-        )
+        what = f"{len(missing)} weights are not in its files, {missing[0]} among them"
+        raise UserError(what, where=where, remedy="Complete the files: missing weights would be random.")
+    for name, saved, expected in sorted(one for one in info["mismatched_keys"] if one[0] not in made):
+        shapes = f"{name} is {tuple(saved)} in the files, but should be {tuple(expected)}"
+        remedy = "Put the config.json beside them that they were saved with."
+        raise UserError(f"the weights are not those of its config.json: {shapes}", where=where, remedy=remedy)
     keep_layout(lm)
     return lm if four_bit else lm.to(device)
 
 
 @contextlib.contextmanager
 def _no_pickles(where: str) -> Iterator[None]:
-    """Inside, nothing is unpickled: an index or a configuration may name such files beside the safetensors."""
+    """Inside, nothing is unpickled: an index or a configuration may name pickles beside the safetensors."""
 
     def refuse(file: Any, *_: Any, **__: Any) -> NoReturn:
         raise _pickled(str(file), where)
@@ -239,11 +230,8 @@ def _pickled(file: str, where: str) -> UserError:
 
 
 def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer for random weights: byte-sized characters, then as many numbered tokens as fit."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<pad>", "<end>", *alphabet]
+    """A tokenizer for random weights: bytes, then numbered tokens up to `size`."""
+    names = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names = [*names, *(f"<{index}>" for index in range(len(names), size))][:size]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -252,20 +240,12 @@ def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
 
 
 def _refusal(error: Exception, what: str, where: str, remedy: str = REMEDY) -> UserError:
-    """What a library's exception comes to: a fault of the machine, code that is not trusted, or else `what`."""
+    """The error for a library's exception: a fault of the machine, code that is not trusted, or else `what`."""
     if fault := machine_fault(error):
         return fault
     if "trust_remote_code" in str(error):
-        return UserError(
-            "it comes with Python code of its own, which is not run",
-            where=where,
-            remedy="Read that code; if you trust it set base.trust_remote_code: true, else use another base.",
-        )
-    return UserError(f"{what}: {_first_line(error)}", where=where, remedy=remedy)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says in its first line; in its second too where the first only announces it."""
+        remedy = "Read that code; if you trust it set base.trust_remote_code: true, else use another base."
+        return UserError("it comes with Python code of its own, which is not run", where=where, remedy=remedy)
     first, _, rest = str(error).strip().partition("\n")
-    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""
-    return f"{first} {second}".strip()[:300]
+    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""  # the first only announces it
+    return UserError(f"{what}: {f'{first} {second}'.strip()[:300]}", where=where, remedy=remedy)

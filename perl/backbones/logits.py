@@ -1,9 +1,9 @@
-"""What a model does to its logits after the product with the output embedding.
+"""What a model does to its logits after the output embedding.
 
     Granite: z / logits_scaling      Cohere, HyperCLOVA X: z · scale      Gemma 2: cap · tanh(z / cap)
 
-as transformers' `modeling_granite.py`, `modeling_cohere.py`, `modeling_hyperclovax.py` and `modeling_gemma2.py`
-have it. A constant scale is another temperature. A cap is not: it has a derivative of its own.
+as in transformers' `modeling_granite.py`, `modeling_cohere.py`, `modeling_hyperclovax.py` and
+`modeling_gemma2.py`. A constant scale is another temperature; a cap has a derivative of its own.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 SCALES = {"granite": ("logits_scaling", -1), "cohere": ("logit_scale", 1), "hyperclovax": ("logits_scaling", 1)}
-"""By what a model's type begins with: the number in its configuration, and the power of it that multiplies."""
+"""By the beginning of a model's type: the number in its configuration, and its exponent in the factor."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,24 @@ class LogitsTransform:
     cap: float | None = None
 
     def apply_(self, product_NV: Tensor, temperature: float) -> Tensor:
-        """The logits over the temperature, written where the product is, fp32."""
+        """The logits over the temperature, fp32, in place of the product."""
         if self.cap is not None:
             return product_NV.mul_(self.scale / self.cap).tanh_().mul_(self.cap / temperature)
         divisor = temperature / self.scale
         return product_NV if divisor == 1.0 else product_NV.div_(divisor)
 
     def slope_(self, logits_NV: Tensor, temperature: float) -> Tensor | None:
-        """The cap's derivative 1 - tanh², written where `apply_` wrote the logits; None: 1 everywhere."""
+        """The cap's derivative 1 - tanh², in place of the logits from `apply_`; None without a cap."""
         if self.cap is None:
             return None
         return logits_NV.mul_(temperature / self.cap).square_().neg_().add_(1.0)
 
 
 PLAIN = LogitsTransform()
-"""Nothing."""
 
 
 def logits_transform(config: Any) -> LogitsTransform:
-    """What a model of this transformers configuration does to its logits, as far as it is known here."""
+    """What a model of this transformers configuration does to its logits, if it is one of the above."""
     text = config.get_text_config()
     scale, cap = 1.0, getattr(text, "final_logit_softcapping", None)
     for kind, (name, power) in SCALES.items():

@@ -1,14 +1,15 @@
 """The chat template: a dialogue as text, and where in it a completion stands.
 
-A completion follows the prompt that the template writes to ask for one: that is what a server sends and a policy
-continues, so SFT and reward models read it before a completion too. Most templates write a last completion after
-this prompt, with their own text around it (Qwen3's empty thoughts, gpt-oss's channel), and it is taken from there.
-Some do not: DeepSeek-R1's prompt opens `<think>`, of which the finished dialogue has no trace. There the
-completion is written as it is in the data; where it has no reasoning, what the prompt opened is closed first.
+A completion follows the prompt that the template writes to ask for one, which a server sends and a policy
+continues: SFT and reward models read it too. Most templates write a last completion after this prompt, with their
+own text around it (Qwen3's empty thoughts, gpt-oss's channel), and it is taken from there. Some do not:
+DeepSeek-R1's prompt opens `<think>`, which the finished dialogue lacks. There the completion is that of the data,
+and where it has no reasoning the tag is closed first.
 
-Earlier completions are context, in whatever way the template writes them (Qwen3 drops their thoughts).
+Earlier completions are context, however the template writes them (Qwen3 drops their thoughts).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -43,8 +44,8 @@ class Template:
 
     Attributes:
         end: the token that ends a completion, as text.
-        closing: what has to be added after a completion that the template does not end; mostly nothing.
-        after: how many characters the template writes after the end of a last completion.
+        closing: what to add after a completion that the template does not end; mostly empty.
+        after: characters that the template writes after the end of a last completion.
 
     Raises:
         UserError: the template refuses a question with its answer, leaves out what is said, or writes no token
@@ -70,36 +71,29 @@ class Template:
         Raises:
             UserError: the template refuses these turns, or writes other words than the agent said.
         """
-        said, whole = turns[-1].text.strip(), self._render(turns)
-        whole = whole[: len(whole) - self.after] + self.closing
+        text, rendered = turns[-1].text.strip(), self._render(turns)
+        rendered = rendered[: len(rendered) - self.after] + self.closing
         # Templates refuse an empty conversation: where the agent speaks first, its words show the start.
-        prompt = self.prompt(turns[:-1]) if turns[1:] else whole.partition(said)[0]
-        completion = whole.removeprefix(prompt)
-        if not whole.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", said)) not in _squeezed(whole):
-            raise UserError(
-                f"the chat template rewrites the agent's turn {said[:60]!r}",
-                where=self._tokenizer.name_or_path,
-                remedy="Use a base whose chat template writes the last turn as it was said.",
-            )
-        if whole.startswith(prompt) and _squeezed(said) in _squeezed(completion):
+        prompt = self.prompt(turns[:-1]) if turns[1:] else rendered.partition(text)[0]
+        completion = rendered.removeprefix(prompt)
+        if not rendered.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", text)) not in _squeezed(rendered):
+            remedy = "Use a base whose chat template writes the last turn as it was said."
+            raise self._refusal(f"rewrites the agent's turn {text[:60]!r}", remedy)
+        if rendered.startswith(prompt) and _squeezed(text) in _squeezed(completion):
             return prompt, completion
-        return prompt, self._as_said(prompt, said)
+        if tag := self.opened(prompt):
+            reasons = f"</{tag}>" in text
+            text = text.removeprefix(f"<{tag}>").lstrip() if reasons else f"</{tag}>\n\n{text}"
+        return prompt, text + self.end
 
     def writes_after_prompt(self) -> bool:
-        """Whether the template writes a completion without reasoning after the prompt that asks for it."""
+        """Whether the template writes a completion without reasoning after its own prompt."""
         return self._render(ASKED).startswith(self.prompt(ASKED[:1]))
 
     def opened(self, prompt: str) -> str | None:
-        """The name of the tag for reasoning that a prompt ends in; None: it ends in none."""
-        found = _THINK_OPENED.search(prompt)
-        return found[1] if found else None
-
-    def _as_said(self, prompt: str, said: str) -> str:
-        """The completion after a prompt that the template does not write it after."""
-        if tag := self.opened(prompt):
-            reasons = f"</{tag}>" in said
-            said = said.removeprefix(f"<{tag}>").lstrip() if reasons else f"</{tag}>\n\n{said}"
-        return said + self.end
+        """The name of the reasoning tag that a prompt ends with, if any."""
+        match = _THINK_OPENED.search(prompt)
+        return match[1] if match else None
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         try:
@@ -107,30 +101,21 @@ class Template:
                 self.messages(turns), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template raises whatever its author chose
-            raise UserError(
-                f"the chat template refuses a dialogue of {', '.join(t.speaker for t in turns)}: {error}",
-                where=self._tokenizer.name_or_path,
-                remedy="Use a base whose chat template takes these roles in this order.",
-            ) from None
+            speakers = ", ".join(turn.speaker for turn in turns)
+            remedy = "Use a base whose chat template takes these roles in this order."
+            raise self._refusal(f"refuses a dialogue of {speakers}: {error}", remedy) from None
         assert isinstance(text, str)
         return text
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """Turns as the template wants them; those of vision models want content in parts."""
-        return [
-            {
-                "role": MESSAGE_ROLES[turn.speaker],
-                "content": [{"type": "text", "text": turn.text}] if self._in_parts else turn.text,
-            }
-            for turn in turns
-        ]
+        """Turns as the template takes them; those of vision models take content in parts."""
+        texts = (turn.text for turn in turns)
+        contents = ([{"type": "text", "text": text}] if self._in_parts else text for text in texts)
+        roles = (MESSAGE_ROLES[turn.speaker] for turn in turns)
+        return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
     def check_written(self, turns: Sequence[Turn]) -> None:
-        """Refuse a template that says nothing of what someone says: some write no message of a tool.
-
-        Raises:
-            UserError: the words of one of these turns are not in the prompt.
-        """
+        """Refuse a template that leaves out one of these turns, as some do a tool's. Raises `UserError`."""
         missing = self._unwritten(turns, self.prompt(turns))
         if missing is not None:
             raise self._left_out(missing)
@@ -139,7 +124,7 @@ class Template:
         return next((turn for turn in turns if turn.text not in text), None)
 
     def _wants_parts(self) -> bool:
-        """Whether contents are to be lists of parts: as a string the template refuses them, or leaves them out."""
+        """Whether contents have to be lists of parts: the template refuses strings, or leaves them out."""
         refused = None
         missing: Turn | None = ASKED[0]
         for self._in_parts in (False, True):
@@ -154,18 +139,18 @@ class Template:
         raise refused or self._left_out(missing)
 
     def _left_out(self, turn: Turn) -> UserError:
-        """That the template does not write what someone says."""
-        return UserError(
-            f"the chat template leaves out what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})",
-            where=self._tokenizer.name_or_path,
-            remedy="Use a base whose chat template writes this role, or give these turns another one in the data.",
-        )
+        what = f"leaves out what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})"
+        remedy = "Use a base whose chat template writes this role, or give these turns another one in the data."
+        return self._refusal(what, remedy)
+
+    def _refusal(self, what: str, remedy: str) -> UserError:
+        return UserError(f"the chat template {what}", where=self._tokenizer.name_or_path, remedy=remedy)
 
     def _find_end(self) -> tuple[str, int]:
-        """The token after the agent's last words, and how many characters come after it.
+        """The token that ends a last completion, and how many characters follow it.
 
-        Of several side by side it is the last that is there after an earlier completion too: Cohere's second.
-        Templates such as GLM's end no completion: there it is the token that begins the next turn.
+        Of several in a row it is the last that also follows an earlier completion (Cohere's second). Where the
+        template ends no completion (GLM), it is the token that begins the next turn.
         """
         tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         tokens.update(self._tokenizer.all_special_tokens)
@@ -182,15 +167,12 @@ class Template:
         if (found := _first(tokens, earlier)) and not earlier[: found[0]].strip():
             self.closing = earlier[: found[0] + len(found[1])].removeprefix(rest)
             return found[1], 0
-        raise UserError(
-            "the chat template does not end the agent's turn with a special token",
-            where=self._tokenizer.name_or_path,
-            remedy="Add the end token after the assistant's content in the chat template.",
-        )
+        remedy = "Add the end token after the assistant's content in the chat template."
+        raise self._refusal("does not end the agent's turn with a special token", remedy)
 
 
 def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | None:
-    """Where the first of these tokens is in a text, and which: the longest where several begin there."""
+    """Where the first of these tokens is in a text, and which; the longest where several begin there."""
     found = [(at, -len(token), token) for token in tokens if (at := text.find(token, start)) >= 0]
     if not found:
         return None
@@ -201,3 +183,31 @@ def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | Non
 def _squeezed(text: str) -> str:
     """A text without spaces and lines: templates trim and indent."""
     return "".join(text.split())
+
+
+def scoring_template(source: str, template: Template) -> str:
+    """The chat template `source`, in which a last completion is written as by `Template.row`."""
+    prompt, _ = template.row(ASKED)
+    whole = f"dialogue[: dialogue | length - {template.after}] + {json.dumps(template.closing)}"
+    completed = f"{{{{ {whole} }}}}"
+    if not template.writes_after_prompt():
+        said = "said"
+        if tag := template.opened(prompt):
+            opened, closed = json.dumps(f"<{tag}>"), json.dumps(f"</{tag}>")
+            said = f"(said.removeprefix({opened}).lstrip() if {closed} in said else {closed} + '\\n\\n' + said)"
+        completed = (
+            "{% set said = messages[-1].content | trim %}"
+            "{% set messages = messages[:-1] %}{% set add_generation_prompt = true %}"
+            f"{_captured('prompt', source)}"
+            f"{{{{ {whole} if dialogue.startswith(prompt) else prompt + {said} + {json.dumps(template.end)} }}}}"
+        )
+    return (
+        f"{_captured('dialogue', source)}"
+        "{% if messages[-1].role == 'assistant' and not add_generation_prompt %}"
+        f"{completed}{{% else %}}{{{{ dialogue }}}}{{% endif %}}"
+    )
+
+
+def _captured(name: str, source: str) -> str:
+    newline = "\n"  # Jinja drops one after a block, and one at a template's end
+    return f"{{% set {name} %}}{newline}{source.removesuffix(newline)}{{% endset %}}"

@@ -1,9 +1,9 @@
-"""From text to tokens, such that a completion follows the very tokens that a server sends as its prompt.
+"""From text to tokens, such that a completion follows the tokens that a server sends as its prompt.
 
-A row is tokenized in one go and cut where the prompt ends, as `apply_chat_template(tokenize=True)` would tokenize
-it: a SentencePiece tokenizer adds a space to the beginning of every text that it is given alone. Where a token
-would span the cut, or the end of the prompt would be tokenized in another way because of what follows, the prompt
-keeps the tokens that it has alone, and the completion's follow: so a policy generates it.
+A row is tokenized as a whole and cut where the prompt ends, as by `apply_chat_template(tokenize=True)`: a
+SentencePiece tokenizer adds a space before every text that it is given alone. Where a token would span the cut, or
+what follows would change the prompt's last tokens, the prompt keeps the tokens that it has alone, and the
+completion's follow, as a policy generates it.
 """
 
 from bisect import bisect_left
@@ -14,17 +14,16 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", "a", ".")
-"""Characters before a completion that is tokenized alone: it begins in the middle of a text."""
+"""Characters before a completion that is tokenized alone, as it does not begin a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A sequence and, for each token, whether the agent said it."""
+    """A sequence; for each token, whether the agent said it; whether something was cut to a length."""
 
     ids: list[int]
     spoken: list[bool]
     cut: bool = False
-    """Whether something of it was left out because it was too long."""
 
     @classmethod
     def joined(cls, prompt: list[int], completion: list[int]) -> "Tokens":
@@ -55,22 +54,22 @@ class RowTokenizer:
         self._known = lru_cache(maxsize=1024)(self.ids)
 
     def ids(self, text: str) -> list[int]:
-        """A rendered dialogue or a part of one: what is special in it is written out."""
+        """Of a rendered dialogue or a part of one, in which special tokens are written out."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def text_ids(self, text: str) -> list[int]:
-        """A plain text, framed as the tokenizer does, but for the end: the text goes on."""
+        """Of a plain text that goes on: with the tokenizer's special tokens, except for the end."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def text_row(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """A plain text and how it goes on, without an end."""
+        """Of a plain text and its continuation, without an end."""
         prompt_ids = self.text_ids(prompt)
         return prompt_ids, self._following(prompt_ids, self.text_ids(prompt + completion), completion)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
-        """Prompts with their completions; those that contain one another, as a dialogue grows, become one row."""
+        """Of prompts with completions; those that contain one another, as a dialogue grows, become one row."""
         rows: list[Tokens] = []
         for chain in _chains(pairs):
             row = self._at_once(chain)
@@ -78,7 +77,7 @@ class RowTokenizer:
         return rows
 
     def _at_once(self, chain: Sequence[tuple[str, str]]) -> Tokens | None:
-        """The last one's row, which contains the others; None where a cut is not between a prompt's own tokens."""
+        """The row of the last, which contains the others; None if a cut is not between a prompt's own tokens."""
         if not self._tokenizer.is_fast:
             return None  # it does not tell where in the text its tokens are
         text = "".join(chain[-1])
@@ -95,9 +94,9 @@ class RowTokenizer:
         return Tokens(ids, spoken)
 
     def _prompt_end(self, prompt: str, ids: list[int], starts: list[int]) -> int | None:
-        """How many tokens of a row are those that the prompt has alone; None where they are others.
+        """How many of a row's tokens are the prompt's; None if the prompt has other tokens alone.
 
-        Text is cut at added tokens before anything else, so only what follows the last of them has to be compared.
+        Tokenizers split text at added tokens first, so only what follows the last of them is compared.
         """
         first = bisect_left(starts, len(prompt)) - 1
         while first > 0 and ids[first] not in self._added:

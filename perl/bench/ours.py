@@ -2,8 +2,7 @@
 
 import sys
 
-from perl.bench.measurement import Measurement
-from perl.bench.peak import PeakOverStart
+from perl.bench.measurement import Measurement, PeakOverStart
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
 from perl.system.allocator import keep_freed_memory

@@ -25,7 +25,8 @@ from perl.system.files import write_metrics
 from perl.system.progress import console
 
 WARM_UP = 1
-"""Steps at the start of every measurement that do not count: memory is first touched, caches are first filled."""
+"""Steps at the start of every measurement that do not count: they touch memory and fill caches first."""
+TUNINGS = {"lora": "LoRA", "full": "full"}
 READS = {
     "step": ("model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
     "rollout": ("model", "repeats"),
@@ -63,10 +64,15 @@ def bench(
     one_of("PART", part, list(READS))
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
-    if part == "step":
-        bench_step(model, layers, epochs, repeats, steps, checkpointing, peer_trl, json_file)
-    else:
-        bench_part(part, model, layers, repeats, figure, json_file)
+    options = {"model": model, "layers": layers, "epochs": epochs, "repeats": repeats, "steps": steps}
+    options |= {"checkpointing": checkpointing, "peer_trl": peer_trl, "figure": figure}
+    measure: Callable[..., dict[str, Any]] = bench_step if part == "step" else measure_of(part)
+    metrics = measure(**{name: options[name] for name in READS[part]})
+    if part != "step":
+        console.print(f"[bold]{part}[/]{f', {model}' if 'model' in READS[part] else ''}")
+        console.print_json(json.dumps(metrics))
+    if json_file is not None:
+        write_metrics(json_file, metrics)
 
 
 def script(name: str) -> Path:
@@ -86,43 +92,23 @@ def script(name: str) -> Path:
 
 
 def measure_of(part: str) -> Callable[..., dict[str, Any]]:
-    """The function that measures a part other than `step`.
-
-    Raises:
-        UserError: as `script`.
-    """
-    return runpy.run_path(str(script(f"parts/{part}")))["measure"]  # type: ignore[no-any-return]
-
-
-def bench_part(
-    part: str, model: str, layers: str, repeats: int, figure: Path | None, json_file: Path | None
-) -> None:
-    """Measure a part other than `step`; print and write its metrics, and draw them where there is a figure.
-
-    Raises:
-        UserError: as `script`, or the metrics cannot be written.
-    """
-    options = {"model": model, "layers": layers, "repeats": repeats, "figure": figure}
-    measure = measure_of(part)
+    """The function that measures a part other than `step`. Raises `UserError` as `script`."""
+    measure: Callable[..., dict[str, Any]] = runpy.run_path(str(script(f"parts/{part}")))["measure"]
     from perl.stages.material import quiet_libraries
 
     quiet_libraries()
-    found = measure(**{name: options[name] for name in READS[part]})
-    console.print(f"[bold]{part}[/]{f', {model}' if 'model' in READS[part] else ''}")
-    console.print_json(json.dumps(found))
-    if json_file is not None:
-        write_metrics(json_file, found)
+    return measure
 
 
 def refuse_unread(part: str, given: Iterable[str]) -> None:
-    """Refuse what a part would ignore.
+    """Refuse an option that only other parts read.
 
     Args:
         part: one of `READS`.
-        given: names of the command's parameters that were given.
+        given: the command's parameters that were given, by name.
 
     Raises:
-        UserError: other parts read one of them, this one does not.
+        UserError: this part does not read one of them.
     """
     for option in given:
         readers = [name for name, options in READS.items() if option in options]
@@ -135,26 +121,13 @@ def refuse_unread(part: str, given: Iterable[str]) -> None:
 
 
 def bench_step(
-    model: str,
-    layers: str,
-    epochs: int,
-    repeats: int,
-    steps: int,
-    checkpointing: bool,
-    peer_trl: Path | None,
-    json_file: Path | None,
-) -> None:
-    """Measure a PPO step under both tunings, and TRL's beside it; print and write medians and ratios.
+    model: str, layers: str, epochs: int, repeats: int, steps: int, checkpointing: bool, peer_trl: Path | None
+) -> dict[str, Any]:
+    """Measure a PPO step under both tunings, and TRL's where its folder is given; print medians and ratios.
 
     Args:
-        model: one of `work.MODELS`.
-        layers: `all` or `top-half`: which blocks our adapters are on.
-        epochs: passes over each rollout.
-        repeats: how often every side is measured, in turn.
-        steps: that count, of each measurement.
-        checkpointing: whether our side keeps activations at block boundaries only.
-        peer_trl: a folder with trl 1.12.0; None: ours alone.
-        json_file: where the metrics go.
+        repeats: measurements of each side, taken in turn.
+        steps: counted steps of a measurement.
 
     Raises:
         UserError: the peer's folder or script is missing, or a measurement fails.
@@ -166,84 +139,63 @@ def bench_step(
             remedy="pip install --no-deps --target DIR trl==1.12.0",
         )
     runners: dict[str, Callable[[], Measurement]] = {}
-    for tuning in ("lora", "full"):
+    for tuning, label in TUNINGS.items():
         content = work.recipe(model, tuning, layers, epochs, checkpointing)
-        recipe = Recipe.model_validate(content).model_dump_json()
-        ours = ["-m", "perl.bench.ours", recipe, steps + WARM_UP]
-        runners[f"ours {tuning}"] = partial(_measure, "ours", ours)
+        ours = ["-m", "perl.bench.ours", Recipe.model_validate(content).model_dump_json(), steps + WARM_UP]
+        runners[f"ours, {label}"] = partial(_measure, "ours", ours)
         if peer_trl is not None:
-            theirs = [script("trl_ppo"), model, tuning, epochs, steps + WARM_UP]
-            runners[f"trl {tuning}"] = partial(_measure, "trl", theirs, peer_trl)
+            peer = [script("trl_ppo"), model, tuning, epochs, steps + WARM_UP]
+            runners[f"trl, {label}"] = partial(_measure, "trl", peer, peer_trl)
     runs: dict[str, list[Measurement]] = {name: [] for name in runners}
     for repeat in range(repeats):
         for name, run in runners.items():
             runs[name].append(run())
             seconds = [round(sum(step.values()), 2) for step in runs[name][-1].steps[WARM_UP:]]
             console.print(f"{repeat + 1}/{repeats} {name}: {seconds} s a step")
-    sides = {name: _medians(some) for name, some in runs.items()}
-    lora, full = (_Tuning(sides[f"ours {tuning}"], sides.get(f"trl {tuning}")) for tuning in ("lora", "full"))
-    lora_to_full = _Ratio.of(lora.ours, full.ours)
-    _print(lora, full, lora_to_full, f"{model} Llama, {epochs} epoch(s), our adapters on {layers} blocks")
-    if json_file is not None:
-        found = lora.as_json() | {"tuning_full": full.as_json(), "lora_to_full": asdict(lora_to_full)}
-        write_metrics(json_file, found)
+    sides = {name: _medians(measurements) for name, measurements in runs.items()}
+    lora, full = (_tuning(sides[f"ours, {one}"], sides.get(f"trl, {one}")) for one in TUNINGS.values())
+    lora_to_full = sides["ours, LoRA"].ratio(sides["ours, full"])
+    ratios = {"ours / trl, LoRA": lora.get("ratio"), "ours / trl, full": full.get("ratio")}
+    title = f"{model} Llama, {epochs} epoch(s), our adapters on {layers} blocks"
+    _print(sides, ratios | {"ours, LoRA / full": lora_to_full}, title)
+    return lora | {"tuning_full": full, "lora_to_full": lora_to_full}
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Medians of one side under one tuning, over all steps that count."""
+    """Medians of one side under one tuning, over all counted steps."""
 
     seconds_per_step: float
     peak_over_start_bytes: float
     phases: dict[str, float]
     all_seconds: list[float]
 
-
-@dataclass(frozen=True)
-class _Ratio:
-    """Of one side to another."""
-
-    time: float
-    memory: float
-
-    @classmethod
-    def of(cls, one: _Side, other: _Side) -> "_Ratio":
-        return cls(
-            one.seconds_per_step / other.seconds_per_step, one.peak_over_start_bytes / other.peak_over_start_bytes
-        )
+    def ratio(self, other: "_Side") -> dict[str, float]:
+        """Of this side to the other."""
+        return {
+            "time": self.seconds_per_step / other.seconds_per_step,
+            "memory": self.peak_over_start_bytes / other.peak_over_start_bytes,
+        }
 
 
-@dataclass(frozen=True)
-class _Tuning:
-    """The sides under one tuning."""
-
-    ours: _Side
-    trl: _Side | None
-
-    def ratio(self) -> _Ratio | None:
-        """Ours to TRL's."""
-        return _Ratio.of(self.ours, self.trl) if self.trl is not None else None
-
-    def as_json(self) -> dict[str, Any]:
-        """What was measured, by name."""
-        found = {"ours": self.ours, "trl": self.trl, "ratio": self.ratio()}
-        return {name: asdict(one) for name, one in found.items() if one is not None}
+def _tuning(ours: _Side, trl: _Side | None) -> dict[str, Any]:
+    """The sides under one tuning, as JSON."""
+    if trl is None:
+        return {"ours": asdict(ours)}
+    return {"ours": asdict(ours), "trl": asdict(trl), "ratio": ours.ratio(trl)}
 
 
 def _measure(side: str, command: list[object], library: Path | None = None) -> Measurement:
     """What Python prints last under these arguments, in a process of its own.
 
     Args:
-        side: who is measured.
-        command: the arguments.
-        library: a folder whose packages are imported rather than those installed.
+        side: named in the error.
+        library: a folder whose packages take precedence over those installed.
     """
     paths = [*([library] if library else []), SCRIPTS.parent]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, *command]
-    done = subprocess.run(
-        [str(one) for one in command], env=environment, capture_output=True, text=True, check=False
-    )
+    arguments = [sys.executable, *map(str, command)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
         last = lines[-1] if lines else "no message"
@@ -263,17 +215,12 @@ def _medians(runs: list[Measurement]) -> _Side:
     )
 
 
-def _print(lora: _Tuning, full: _Tuning, lora_to_full: _Ratio, what: str) -> None:
+def _print(sides: dict[str, _Side], ratios: dict[str, dict[str, float] | None], what: str) -> None:
     table = Table("", "s a step", "peak over start", "phases", title=f"PPO on a random {what}")
-    ratios: dict[str, _Ratio] = {}
-    for name, tuning in (("LoRA", lora), ("full", full)):
-        for side, one in (("ours", tuning.ours), ("trl", tuning.trl)):
-            if one is not None:
-                phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in one.phases.items())
-                peak = bytes_text(one.peak_over_start_bytes)
-                table.add_row(f"{side}, {name}", f"{one.seconds_per_step:.2f}", peak, phases)
-        if ratio := tuning.ratio():
-            ratios[f"ours / trl, {name}"] = ratio
-    for name, ratio in (*ratios.items(), ("ours, LoRA / full", lora_to_full)):
-        table.add_row(name, f"{ratio.time:.2f}", f"{ratio.memory:.2f}", "")
+    for name, side in sides.items():
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in side.phases.items())
+        table.add_row(name, f"{side.seconds_per_step:.2f}", bytes_text(side.peak_over_start_bytes), phases)
+    for name, ratio in ratios.items():
+        if ratio is not None:
+            table.add_row(name, f"{ratio['time']:.2f}", f"{ratio['memory']:.2f}", "")
     console.print(table)

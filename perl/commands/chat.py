@@ -17,16 +17,15 @@ def chat(run: Run) -> None:
     from perl.library import load_run
 
     loaded = load_run(run)
-    console.print(f"Talking to {', '.join(TITLES[role] for role in loaded.policies)}; an empty line ends.")
+    roles = loaded.policies
+    console.print(f"Talking to {', '.join(TITLES[role] for role in roles)}; an empty line ends.")
     turns: list[Turn] = []
     while line := _ask():
         turns.append(Turn("user", line))
-        answers = {
-            role: loaded.complete([tuple(turns)], role, MAX_NEW_TOKENS, seed=len(turns))[0]
-            for role in loaded.policies
-        }
-        console.print(Columns([Panel(text or "(nothing)", title=TITLES[role]) for role, text in answers.items()]))
-        turns.append(Turn("agent", answers[loaded.policies[-1]]))  # the last role's answer goes into the context
+        texts = [loaded.complete([tuple(turns)], role, MAX_NEW_TOKENS, seed=len(turns))[0] for role in roles]
+        panels = zip(roles, texts, strict=True)
+        console.print(Columns([Panel(text or "(nothing)", title=TITLES[role]) for role, text in panels]))
+        turns.append(Turn("agent", texts[-1]))  # the last role's completion goes into the context
 
 
 def _ask() -> str:

@@ -61,7 +61,7 @@ def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
 def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
     """Run all stages under both tunings, print the table, write the page and compare.json.
 
-    Every run is a process of its own, so that its peak memory is its own; a finished one is not repeated.
+    Every run is a process, for its peak memory; finished ones are not repeated.
     """
     from perl.predict import predict, read_subject
     from perl.report.outcome import match_all

@@ -83,30 +83,23 @@ def estimate(
         _say_whether_it_fits(loaded, own, limit)
         if not metrics["fits"]:
             changes = _predict_all(_alternatives(loaded, recipe, overrides or []), subject, devices)
-            metrics["changes"] = _say_changes(changes, limit)
+            peaks = {label: _peak(prediction) for label, prediction in changes.items()}
+            _say_changes(peaks, limit)
+            metrics["changes"] = {label: {"peak": peak, "fits": peak <= limit} for label, peak in peaks.items()}
     if json_file is not None:
         write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
 
 
 def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
-    """In processes side by side: each is most of a minute of Python, not of arithmetic."""
+    """In parallel processes: each prediction is up to a minute of Python, not of arithmetic."""
     workers = min(len(recipes), os.cpu_count() or 1)
     context = get_context("forkserver")
     context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
     with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(recipes)) as bar:
-        futures = {label: pool.submit(_predict_one, recipe, subject, devices) for label, recipe in recipes.items()}
+        futures = {label: pool.submit(_predict, recipe, subject, devices) for label, recipe in recipes.items()}
         for _ in as_completed(futures.values()):
             bar()
         return {label: future.result() for label, future in futures.items()}
-
-
-def _predict_one(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
-    try:
-        return _predict(recipe, subject, devices)
-    except UserError:
-        raise
-    except Exception as error:  # some of torch's cannot be sent from one process to another
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
@@ -117,11 +110,16 @@ def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
 
     quiet_libraries()
     torch.set_num_threads(1)
+    try:
+        prediction = predict(_share(recipe, devices) if devices > 1 else recipe, subject)
+    except UserError:
+        raise
+    except Exception as error:  # some of torch's cannot be sent from one process to another
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
     if devices == 1:
-        return predict(recipe, subject)
-    prediction = predict(_share(recipe, devices), subject)
+        return prediction
     size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
-    # Two blocks are gathered at a time, the one that computes and the next; what is outside the blocks always is.
+    # Gathered are the block that computes, the next one, and all that is outside the blocks.
     gathered = 2 * size.block + size.outside
     return {stage: _sharded(memory, devices, gathered) for stage, memory in prediction.items()}
 
@@ -129,14 +127,11 @@ def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
 def _share(recipe: Recipe, devices: int) -> Recipe:
     """One device's part of every batch."""
     content = recipe.model_dump()
-    for stage, keys in {"sft": ["batch_size"], "reward": ["batch_size"], "rl": ["prompts_per_step"]}.items():
-        for key in keys if content[stage] else []:
+    for stage, key in (("sft", "batch_size"), ("reward", "batch_size"), ("rl", "prompts_per_step")):
+        if content[stage]:
             content[stage][key] = -(-content[stage][key] // devices)
-    if content["rl"]:
-        content["rl"]["micro_batch_size"] = min(
-            content["rl"]["micro_batch_size"],
-            content["rl"]["prompts_per_step"] * content["rl"]["samples_per_prompt"],
-        )
+    if rl := content["rl"]:
+        rl["micro_batch_size"] = min(rl["micro_batch_size"], rl["prompts_per_step"] * rl["samples_per_prompt"])
     return Recipe.model_validate(content)
 
 
@@ -145,48 +140,41 @@ def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
 
     spread: Memory = {}
     for phase, peak in memory.items():
-        less = {
-            kind: -peak.kinds[kind] * (1 - 1 / devices) for kind in SHORT if kind in SHARDED and kind in peak.kinds
-        }
+        less = {kind: -count * (1 - 1 / devices) for kind, count in peak.kinds.items() if kind in SHARDED}
         spread |= changed({phase: peak}, less | {"activations": gathered})
     return spread
 
 
 def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str, Recipe]:
-    """The recipe with settings that need less memory, each alone and then together."""
-    full = recipe.tuning == "full"
+    """The recipe with settings that need less memory, each alone, then together."""
+    full, rl = recipe.tuning == "full", recipe.rl is not None
     settings = [] if recipe.checkpoint_activations else [["checkpoint_activations=true"]]
     smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]
-    settings.append([*smaller, *["rl.micro_batch_size=1"] * (recipe.rl is not None)])
+    settings.append([*smaller, *["rl.micro_batch_size=1"] * rl])
     if full:
         settings.append(["tuning=lora"])
     elif getattr(recipe.adapter_settings, "layers", None) == "all":
         section = "adapter" if recipe.lora is None else "lora"
         settings.append([f"{section}.layers=top-half"])
-    if recipe.rl is not None and recipe.critic == "adapter" and not full:
+    if rl and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])
     refused = recipe.adapter is not None and recipe.adapter.four_bit_refusal
     if recipe.base.quantization == "none" and recipe.base.build is None and not refused:
         settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
     settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
     # Of a recipe for full tuning the critic is the other tuning's default.
-    critic = ["rl.critic=null"] if full and recipe.rl is not None else []
+    critic = ["rl.critic=null"] if full and rl else []
     return {
         " ".join(group): load_recipe(file, [*overrides, *(critic if "tuning=lora" in group else []), *group])
         for group in settings
     }
 
 
-def _say_changes(changes: Mapping[str, Prediction], device_memory: int) -> dict[str, Any]:
-    """Print what each change needs; return it."""
+def _say_changes(peaks: Mapping[str, int], device_memory: int) -> None:
     table = Table("change", "peak", "fits", title="What would need less")
-    peaks = {}
-    for label, prediction in changes.items():
-        peak = _peak(prediction)
+    for label, peak in peaks.items():
         table.add_row(label, bytes_text(peak), "yes" if peak <= device_memory else "no")
-        peaks[label] = {"peak": peak, "fits": peak <= device_memory}
     console.print(table)
-    return peaks
 
 
 def _peak(prediction: Prediction) -> int:

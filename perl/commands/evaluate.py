@@ -8,7 +8,6 @@ from rich.table import Table
 
 from perl.commands.options import JsonFile, Run
 from perl.errors import UserError
-from perl.recipe import StageName
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from perl.measure.reward_model_card import RewardModelCard
     from perl.stages.session import Session
 
-STAGES: dict[str, StageName] = {"reward": "reward", "policy": "rl"}
-"""The roles that can be judged, and the stage in which each is trained."""
+ROLES = ("reward", "policy")
 
 
 def evaluate(
@@ -32,7 +30,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Judge a trained reward model on rated data, or a policy on prompts."""
-    if role not in STAGES:
+    if role not in ROLES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
     session = _open(run, role, data)
     metrics = _reward(session, run, data) if role == "reward" else _policy(session, run)
@@ -46,9 +44,9 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
     from perl.runs.folder import RunFolder
     from perl.stages.session import open_session
 
-    recipe = RunFolder(run).recipe()
-    if STAGES[role] not in recipe.stages:
-        remedy = f"Its recipe has no section {STAGES[role]}; it has {', '.join(recipe.stages)}."
+    recipe, stage = RunFolder(run).recipe(), "rl" if role == "policy" else role
+    if stage not in recipe.stages:
+        remedy = f"Its recipe has no section {stage}; it has {', '.join(recipe.stages)}."
         raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
     session = open_session(recipe, run)
     if data is not None:
@@ -63,12 +61,11 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     from perl.stages.reward_rows import answers_of, max_length, session_rows
 
     session.load(Role.REWARD)
-    settings = session.recipe.reward
-    assert settings is not None
+    assert session.recipe.reward is not None
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
     rows = session_rows(session, session.held_out, "any", data)
     say_cut(rows.cut, len(rows.ids), max_length(session), "reward.max_length")
-    trained_on = answers_of(session.train, settings.loss, session.recipe.data.source)
+    trained_on = answers_of(session.train, session.recipe.reward.loss, session.recipe.data.source)
     card = evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
     print_card(f"reward of {run}", card)
     return card

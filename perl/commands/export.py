@@ -29,14 +29,15 @@ def export(
     if role not in STAGES:
         remedy = f"It is {', '.join(list(STAGES)[:-1])} or {list(STAGES)[-1]}."
         raise UserError(f"no role {role!r} to export", where="ROLE", remedy=remedy)
-    _check_folder(folder)
+    with user_named(folder):
+        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            what = "is not empty" if folder.is_dir() else "is a file"
+            raise UserError(what, where=str(folder), remedy="Name a new folder, or remove this one.")
     from perl.roles.roles import Role
-    from perl.runs.folder import RunFolder
     from perl.stages.export import export_role
     from perl.stages.session import open_run
 
-    recipe = RunFolder(run).recipe()
-    _check_run(recipe, run, role)
+    recipe = _recipe_with(run, role)
     whole = merge or recipe.tuning == "full"
     _check_form(recipe, whole)
     session = open_run(run)
@@ -45,28 +46,25 @@ def export(
     _say(session, exported, folder)
 
 
-def _check_folder(folder: Path) -> None:
-    with user_named(folder):
-        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-            what = "is not empty" if folder.is_dir() else "is a file"
-            raise UserError(what, where=str(folder), remedy="Name a new folder, or remove this one.")
-
-
-def _check_run(recipe: Recipe, run: Path, role: str) -> None:
+def _recipe_with(run: Path, role: str) -> Recipe:
+    """The run's recipe, if the run has finished training this role."""
     from perl.runs.folder import RunFolder
 
-    stage = STAGES[role]
+    stage, recipe = STAGES[role], RunFolder(run).recipe()
+    what = remedy = ""
     if stage not in recipe.stages:
-        has = ", ".join(r for r, s in STAGES.items() if s in recipe.stages)
-        remedy = f"Its recipe has no section {stage}. Roles it can have: {has}."
-        raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
-    if role == "critic" and recipe.critic == "none":
+        has = ", ".join(role for role, stage in STAGES.items() if stage in recipe.stages)
+        what, remedy = f"the run has no {role}", f"Its recipe has no section {stage}. Roles it can have: {has}."
+    elif role == "critic" and recipe.critic == "none":
         assert recipe.rl is not None
-        remedy = "Only reinforce and ppo train a critic."
-        raise UserError(f"the run has no critic: {recipe.rl.algorithm} needs none", where=str(run), remedy=remedy)
-    if RunFolder(run).result(stage) is None:
+        what = f"the run has no critic: {recipe.rl.algorithm} needs none"
+        remedy = "A critic is trained where rl.advantage is gae or return: perl-rlhf algorithms."
+    elif RunFolder(run).result(stage) is None:
+        what = f"{stage} is not finished"
         remedy = "Run the recipe again with the same --out: it goes on from where it stopped."
-        raise UserError(f"{stage} is not finished", where=str(run), remedy=remedy)
+    if what:
+        raise UserError(what, where=str(run), remedy=remedy)
+    return recipe
 
 
 def _check_form(recipe: Recipe, whole: bool) -> None:
@@ -88,19 +86,16 @@ def _check_form(recipe: Recipe, whole: bool) -> None:
 def _say(session: "Session", exported: "Exported", folder: Path) -> None:
     from perl.report.model_card import TITLES
 
-    form = "a whole model" if exported.whole else "an adapter"
+    form, settings = "a whole model" if exported.whole else "an adapter", session.recipe.base
     written = f"Written: {folder}: the {TITLES[exported.role]}, {form}; README.md there says how to load it."
     console.print(written, markup=False)
-    if exported.difference is not None:
-        dtype = session.recipe.base.dtype
-        difference = f"{exported.difference:.1g}"
-        console.print(
-            f"Its scores by transformers ({dtype}) differ from the run's by at most {difference}.", markup=False
-        )
+    if (difference := exported.difference) is not None:
+        by = f"Its scores by transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}."
+        console.print(by, markup=False)
     if not exported.whole and Path(session.base.name).exists():
         warning = (
             f"It needs its base, {session.base.name}: a folder of this machine, which others do not have. "
             "Where they have it elsewhere, base_model_name_or_path in adapter_config.json is to name it. "
-            + ("" if session.recipe.base.quantization == "4bit" else "To give it away whole, export with --merge.")
+            + ("" if settings.quantization == "4bit" else "To give it away whole, export with --merge.")
         )
         console.print(warning, style="yellow", markup=False)

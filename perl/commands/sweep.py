@@ -41,15 +41,12 @@ def sweep(
 ) -> None:
     """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
     loaded = load_recipe(recipe, overrides)
-    lists = (
-        _parse_list("--ranks", ranks, int),
-        _parse_list("--targets", targets, str),
-        _parse_list("--seeds", seeds, int),
-    )
-    _check(loaded, *lists, full)
+    rank_list, seed_list = _parse_list("--ranks", ranks, int), _parse_list("--seeds", seeds, int)
+    target_list = _parse_list("--targets", targets, str)
+    _check(loaded, rank_list, target_list, seed_list, full)
     folder = out or Path("runs") / f"{loaded.name}-sweep"
     with writing(folder):
-        _sweep(loaded, folder, *lists, full)
+        _sweep(loaded, folder, rank_list, target_list, seed_list, full)
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Setting:
         return "full" if self.targets is None else f"{self.targets}-r{self.rank}"
 
     def folder(self, out: Path, seed: int) -> Path:
-        """Where its run with this seed is."""
+        """Of its run with this seed."""
         return out / f"{self.name}-{seed}"
 
     def recipe(self, recipe: Recipe, seed: int) -> Recipe:
@@ -81,9 +78,9 @@ class Setting:
 def _sweep(
     recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
 ) -> None:
-    """Train and judge every reward model that is not finished, print the table, write the page and sweep.json.
+    """Train every reward model that is not finished, print the table, write the page and sweep.json.
 
-    All run in this process; data and base are read once a seed, and once more for full tuning, which changes it.
+    Data and base are read once a seed, and once more for full tuning, which changes the base.
     """
     from perl.report import sweep as page
     from perl.report.runs import read_runs
@@ -111,7 +108,7 @@ def _sweep(
 
 
 def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
-    """Runs of one seed on one base: with adapters each leaves it as it found it; full tuning is alone."""
+    """Runs of one seed on one base, which adapters leave unchanged; full tuning runs alone."""
     from perl.stages.material import read_material
     from perl.stages.pipeline import run
     from perl.stages.session import adapters_for
@@ -128,11 +125,7 @@ def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> N
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """Reads `1,2,4`.
-
-    Raises:
-        UserError: an entry is not of this kind, or there twice.
-    """
+    """The entries of a list such as `1,2,4`. Raises `UserError` if one is not of this kind, or there twice."""
     values: list[T] = []
     for entry in text.split(","):
         try:
@@ -147,9 +140,8 @@ def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
 
 def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool) -> None:
     if recipe.reward is None:
-        raise UserError(
-            "the recipe has no section reward", where=f"recipe {recipe.name}", remedy="Add `reward: {}` to it."
-        )
+        where, remedy = f"recipe {recipe.name}", "Add `reward: {}` to it."
+        raise UserError("the recipe has no section reward", where=where, remedy=remedy)
     if recipe.tuning == "full":
         remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
         raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
@@ -172,11 +164,8 @@ def _table(result: "Sweep") -> Table:
 
     left_out = {QUALITIES[key][0] for key in result.keys[1:]} | {"time"}
     columns = {name: text for name, text in result.columns.items() if name not in left_out}
-    table = Table(
-        title=f"{result.name}: mean ± standard deviation over {result.seeds} seed(s)", padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        table.add_column(name)
+    title = f"{result.name}: mean ± standard deviation over {result.seeds} seed(s)"
+    table = Table(*columns, title=title, padding=(0, 1, 0, 0))
     for cell in result.cells:
         table.add_row(*(text(cell) for text in columns.values()))
     return table

@@ -1,15 +1,13 @@
-"""Which rows say the same, or nearly: so that splits do not leak, and what a model has seen can be counted.
+"""Duplicate and near-duplicate rows, so that splits do not leak and seen rows can be counted.
 
-Rows are compared by their words. Case, white space and punctuation do not count; digits do, and so do the signs of
-arithmetic. Rows of the same words are the same. Longer ones are nearly the same if the sets of word pairs in them
-overlap by 0.8 (Jaccard: pairs in both over pairs in either), as they do when one word in twenty is another; that
-has to hold for all pairs and for the distinctive ones alone. A pair that many dialogues have, as those of a system
-prompt or a template, is not distinctive.
+Rows are compared by their words: case, white space and punctuation do not count; digits and arithmetic signs do.
+Rows of the same words are the same. Longer ones are nearly the same if their sets of word pairs have a Jaccard
+overlap of 0.8, as when one word in twenty differs, both in all pairs and in the distinctive ones alone. A pair
+that many dialogues have, as those of a system prompt, is not distinctive.
 
-They are found without comparing each with each, and none is missed: of two sets that overlap by τ, the first
-n - ⌈τ n⌉ + 1 members of either, the rarest first, have one in common (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma
-& Srikant 2007). Of very much text only a part of the pairs is kept, chosen by a hash: the overlap of samples that
-were chosen so estimates that of the sets (Broder 1997).
+The search is exact and does not compare all rows: of two sets that overlap by τ, the first n - ⌈τ n⌉ + 1 members
+of either, the rarest first, have one in common (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma & Srikant 2007). Of
+very much text only pairs with certain hashes are kept, whose overlap estimates that of the sets (Broder 1997).
 """
 
 import hashlib
@@ -31,24 +29,24 @@ Numbers = NDArray[np.int64]
 
 OVERLAP = 0.8
 FEWEST_PAIRS = 12
-"""Distinctive ones of a row; of fewer, only rows of the same words are alike."""
+"""Rows with fewer distinctive pairs are alike only if their words are the same."""
 COMMON = (10, 0.01, 0.5)
-"""Dialogues from which on a pair is not distinctive: the larger of a number and a share, at most another share."""
+"""Dialogues that make a pair common: the larger of a number and a share, at most another share."""
 CHARACTERS = 100_000_000
-"""Of all rows; of more text, a part of the pairs is kept."""
+"""Of more text, only a part of the pairs is kept."""
 _WORD = re.compile(r"-\d\w*|[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
-"""Numbers with their sign, characters of Chinese and Japanese, words, and what stands between them."""
+"""Numbers with their sign, Chinese and Japanese characters, words, and single signs."""
 _SIGNS = "*/%&@#"
-"""Punctuation by its class in Unicode, but it says something."""
+"""Punctuation in Unicode that counts as words."""
 _SCATTER = np.uint64(0x9E3779B97F4A7C15)
-"""Multiplied by it, neighbouring numbers lie far apart (Knuth's multiplicative hash)."""
+"""Of Knuth's multiplicative hash."""
 
 
 class Rows:
-    """Rows that can be asked which of them are alike.
+    """Rows, compared with one another.
 
     Args:
-        rows: the turns of each, who says them left aside.
+        rows: the turns of each; speakers do not count.
         dialogues: of each row.
     """
 
@@ -59,22 +57,19 @@ class Rows:
         self.words = [b"".join(digest for digest, _ in row) for row in turns]
         """Of each row, the same bytes for the same words."""
         none = np.empty(0, dtype=np.uint64)
-        pairs = [np.unique(np.concatenate([none, *(found for _, found in row)])) for row in turns]
+        pairs = [np.unique(np.concatenate([none, *(array for _, array in row)])) for row in turns]
         self._numbers, self._shared, self._distinctive = _numbered(pairs, self.words, dialogues)
 
     def clusters(self) -> list[int]:
-        """For each row, the row that stands for all that are like it; itself where none is.
-
-        All rows of a cluster are like that one row: a chain of rows, each like the next, is no cluster.
-        """
+        """For each row, the leader of its cluster, which is like all other rows of it; often the row itself."""
         order = sorted(range(len(self.words)), key=lambda row: (-len(self._numbers[row]), self.words[row]))
         index, leaders = _Index(self), list(range(len(self.words)))
         for row in order:
-            found = index.find(row)
-            if found is None:
+            leader = index.find(row)
+            if leader is None:
                 index.add(row)
             else:
-                leaders[row] = found
+                leaders[row] = leader
         return leaders
 
     def like(self, rows: Iterable[int], known: Iterable[int]) -> list[bool]:
@@ -90,7 +85,7 @@ class Rows:
         return numbers[: np.searchsorted(numbers, self._distinctive)]
 
     def first(self, row: int) -> list[int]:
-        """The pairs of which one is in every row that is nearly the same; those of this row alone are left out."""
+        """The prefix that shares a pair with every nearly equal row, without pairs of this row alone."""
         pairs = self.distinctive(row)
         if len(pairs) < FEWEST_PAIRS:
             return []
@@ -114,14 +109,14 @@ class _Index:
         self._order: list[int] = []
 
     def add(self, row: int) -> None:
-        """Rows of words that are there already need not be there twice."""
+        """Add a row, unless one of the same words is there."""
         if self._added.setdefault(self._rows.words[row], row) == row:
             for pair in self._rows.first(row):
                 self._places[pair].append(len(self._order))
             self._order.append(row)
 
     def find(self, row: int) -> int | None:
-        """The row of the same words; else the first that was added of those nearly the same; None if none is."""
+        """The row of the same words, else the first added that is nearly the same, if any."""
         same = self._added.get(self._rows.words[row])
         if same is not None:
             return same
@@ -131,14 +126,14 @@ class _Index:
 
 
 class _Words:
-    """Turns as words, each text read once: the contexts of a dialogue are prefixes of one another."""
+    """Turns as words; each text is read once, as the contexts of a dialogue are prefixes of one another."""
 
     def __init__(self, one_in: int) -> None:
         self._one_in = np.uint64(one_in)
         self.read = cache(self._read)
 
     def _read(self, text: str) -> tuple[bytes, Pairs]:
-        """The same bytes for the same words, and the pairs of neighbours, or one in so many of them."""
+        """A digest of the words, and their pairs of neighbours, or one in so many of these."""
         numbers = [_number(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
         words = np.array([number for number in numbers if number is not None], dtype=np.uint64)
         pairs = words[:-1] << np.uint64(32) | words[1:]
@@ -149,7 +144,7 @@ class _Words:
 
 @cache
 def _number(word: str) -> int | None:
-    """The word as a number; None of punctuation."""
+    """A hash of the word; None for punctuation."""
     if unicodedata.category(word[0]).startswith("P") and len(word) == 1 and word not in _SIGNS:
         return None
     return zlib.crc32(word.encode())
@@ -158,16 +153,16 @@ def _number(word: str) -> int | None:
 def _numbered(
     pairs: Sequence[Pairs], words: Sequence[bytes], dialogues: Sequence[str]
 ) -> tuple[list[Numbers], int, int]:
-    """Each row's pairs as numbers in order, from the rarest to the commonest; rarity counts dialogues.
+    """Each row's pairs as sorted numbers, which grow with the count of dialogues that have the pair.
 
     Returns:
-        the rows, the number from which on pairs are in two dialogues or more, and that from which on they are
-        not distinctive.
+        the rows, the first number of a pair in two dialogues or more, and the first of one that is not
+        distinctive.
     """
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, dialogue in enumerate(dialogues):
         rows_of[dialogue].append(row)
-    # A dialogue that is there several times over, under other names, counts once.
+    # Copies of a dialogue under other names count once.
     different = {frozenset(words[row] for row in rows): rows for rows in rows_of.values()}.values()
     each = [np.unique(np.concatenate([pairs[row] for row in rows])) for rows in different]
     known, counts = np.unique(np.concatenate(each), return_counts=True)

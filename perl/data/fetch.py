@@ -1,4 +1,4 @@
-"""Downloads the public data at a pinned commit, and checks every file against its pinned hash and size."""
+"""Download the public data at a pinned commit; every file is checked against its pinned hash and size."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ class Pin:
 
 
 def cache_folder() -> Path:
-    """Where fetched data lies unless another folder is named: `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Where fetched data goes by default, in `$XDG_CACHE_HOME` or `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "perl-rlhf" / "taskmaster"
 
@@ -42,16 +42,15 @@ def cache_folder() -> Path:
 def pins(release: str, listing: Path = PINS) -> list[Pin]:
     """The pinned files of a release, which is a folder of the repository."""
     lines = (line.split(maxsplit=2) for line in listing.read_text(encoding="utf-8").splitlines())
-    needed = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
-    for pin in needed:
-        if ".." in pin.path.split("/"):
-            what = f"{pin.path!r} leads out of its folder"
-            raise UserError(what, where=str(listing), remedy="Remove that line.")
-    return needed
+    pinned = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
+    if outside := [pin.path for pin in pinned if ".." in pin.path.split("/")]:
+        what = f"{outside[0]!r} leads out of its folder"
+        raise UserError(what, where=str(listing), remedy="Remove that line.")
+    return pinned
 
 
 def fetch(release: str, folder: Path | None = None, base_url: str = BASE_URL, listing: Path = PINS) -> Path:
-    """Downloads a release's files, keeping those that are already there and right.
+    """Download a release's files, except those that are there already.
 
     Args:
         release: a folder of the repository.
@@ -64,8 +63,7 @@ def fetch(release: str, folder: Path | None = None, base_url: str = BASE_URL, li
 
     Raises:
         UserError: a file is not the one pinned.
-        MachineError: the network or the disk fails. What was fetched before is kept; a file is never left half
-            written.
+        MachineError: the network or the disk fails; whole files that were fetched are kept.
     """
     root, needed = folder or cache_folder(), pins(release, listing)
     with Progress(console=Console(stderr=True)) as progress:
@@ -89,20 +87,16 @@ def _sha256(content: bytes) -> str:
 
 
 def _download(url: str, target: Path, pin: Pin) -> None:
-    """Writes beside the target and renames, so that the target is either whole or not there."""
+    """Write beside the target and rename, so that the target is either whole or not there."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             content = response.read(pin.size + 1)  # the largest pinned file has a few MB
-        if len(content) != pin.size or _sha256(content) != pin.sha256:
-            size = len(content)
-            found = (
-                f"{size:,} bytes, SHA-256 {_sha256(content)}"
-                if size <= pin.size
-                else f"more than {pin.size:,} bytes"
-            )
-            what = f"is not the file pinned: {found}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
+        size, sha256 = len(content), _sha256(content)
+        if (size, sha256) != (pin.size, pin.sha256):
+            actual = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
+            what = f"is not the file pinned: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
             raise UserError(what, where=url, remedy=_BY_HAND)
         part.write_bytes(content)
         part.replace(target)

@@ -1,4 +1,4 @@
-"""Own files: JSON Lines in TRL's standard formats, as plain text or as chat messages.
+"""The user's own files: JSON Lines in TRL's standard formats, as plain text or as chat messages.
 
     {"prompt": …, "completion": …}                    a demonstration
     {"messages": […]}                                 a demonstration: a whole conversation
@@ -7,11 +7,11 @@
     {"chosen": …, "rejected": …}                      a comparison; what both share is the prompt
     {"prompt": …}                                     a prompt
 
-A `label` may lie between false and true: it is then the probability that the answer is rated up. A comparison
-may have a `margin`, as TRL's do, or the `probability` that `chosen` is the better.
+A `label` between 0 and 1 is the probability that the answer is rated up. A comparison may have a `margin`, as
+TRL's do, or the `probability` that `chosen` is the better.
 
-Every row also yields a prompt: its context, with the row's further fields as columns. A row that does not
-fit is a `Problem` and is left out; only a file that cannot be used at all is an error.
+Every row also yields a prompt: its context, with the row's further fields as columns. A row that fits no format is
+a `Problem` and is left out; only a file that cannot be used at all is an error.
 """
 
 import json
@@ -46,6 +46,7 @@ from perl.data.rows import (
     object_with,
     parsed,
     shown,
+    sifted,
     soft_label,
     usable_text,
 )
@@ -56,7 +57,7 @@ FORMATS = (
     '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
 )
 MAX_MARGIN = 1e6
-"""A margin is a difference of scores; no larger one could be learned."""
+"""Margins are differences of scores; no larger one could be learned."""
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
 _FORMATS = [
@@ -74,23 +75,19 @@ _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer b
 
 
 def read_jsonl(path: Path) -> Records:
-    """Reads a JSON Lines file; the rows left out stand in `problems` as `FILE:LINE`.
+    """Read a JSON Lines file; `problems` names the rows left out as `FILE:LINE`.
 
-    Prompts are unique: rows of one context and the same columns share one, and of rows that are prompts alone
-    `notes` says how many repeat another.
+    Rows of one context and the same columns share a prompt; `notes` counts rows of a prompt alone that are copies.
 
     Raises:
         UserError: it is no whole gzip file.
         OSError: it cannot be read.
     """
-    records = Records()
+    lines = (parse_line(line, f"{path}:{number}") for number, line in numbered_lines(path))
+    rows, problems = sifted(lines)
+    records, copies = Records(problems=problems), 0
     prompts: dict[tuple[Context, str], Prompt] = {}
-    copies = 0
-    for number, line in numbered_lines(path):
-        row = parse_line(line, f"{path}:{number}")
-        if isinstance(row, Problem):
-            records.problems.append(row)
-            continue
+    for row in rows:
         for record in row:
             match record:
                 case Demonstration():
@@ -242,12 +239,12 @@ def _message(message: object, name: str) -> Turn:
 
 
 def _dialogue(row: Row, turns: Context) -> str:
-    given = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
-    if given is None:
+    key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
+    if key is None:
         return first_user_key(turns)
-    if isinstance(given, bool) or not isinstance(given, str | int):
-        raise RowError(f"dialogue is {kind(given)}; text or a whole number expected")
-    return usable_text(str(given), "dialogue")
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise RowError(f"dialogue is {kind(key)}; text or a whole number expected")
+    return usable_text(str(key), "dialogue")
 
 
 def _shared(one: Iterable[object], other: Iterable[object]) -> int:
@@ -258,12 +255,10 @@ def _shared(one: Iterable[object], other: Iterable[object]) -> int:
 def _shared_text(chosen: str, rejected: str) -> int:
     """Where the prompt ends in two texts that begin alike.
 
-    TRL cuts at the first character that differs. That can lie inside a word or, where both answers begin
-    alike, inside the answer: so we go back to where hh-rlhf's last answer begins, else to a word's end.
+    TRL cuts at the first character that differs, which may be inside a word or inside the answer. Here the cut is
+    where hh-rlhf's last answer begins, else before the last space.
     """
     prompt = chosen[: _shared(chosen, rejected)]
-    marker = prompt.rfind(_HH_ANSWER)
-    if marker >= 0:
-        return marker + len(_HH_ANSWER)
+    before, marker, _ = prompt.rpartition(_HH_ANSWER)
     last_word = re.search(r"\s\S*\Z", prompt)
-    return last_word.start() if last_word else 0
+    return len(before + marker) if marker else last_word.start() if last_word else 0

@@ -1,7 +1,7 @@
 """Ratings that speak of one context: repeats, contradictions, and the preference pairs they make."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import product
 
 from perl.data.records import Comparison, Context, Rating, Turn
@@ -20,7 +20,7 @@ def without_repeats(ratings: Iterable[Rating]) -> list[Rating]:
     ratings = list(ratings)
     labels = labels_by_answer(ratings)
     first = {(rating.context, rating.answer): rating for rating in reversed(ratings)}
-    return [first[key] for key, given in labels.items() if len(given) == 1]
+    return [first[key] for key, values in labels.items() if len(values) == 1]
 
 
 def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison]:
@@ -28,23 +28,17 @@ def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison
 
     Args:
         ratings: in any order; repeats count once, answers with both labels not at all.
-        at_most: the pairs of one context, so that no context outweighs the others. As many different
-            answers as possible are used.
+        at_most: pairs of one context, so that none outweighs the others; they use as many answers as possible.
     """
     by_context: dict[Context, list[Rating]] = defaultdict(list)
     for rating in without_repeats(ratings):
         by_context[rating.context].append(rating)
     comparisons = []
     for context, rated in by_context.items():
-        ups = [rating for rating in rated if rating.label]
-        downs = [rating for rating in rated if not rating.label]
-        for up, down in _diagonally(ups, downs)[:at_most]:
-            comparisons.append(Comparison(context, up.answer, down.answer, up.dialogue))
+        ups, downs = ([rating for rating in rated if rating.label == label] for label in (True, False))
+        # The diagonal first, so that the first pairs share no answer where that is possible.
+        count = max(len(ups), len(downs))
+        pairs = sorted(product(range(len(ups)), range(len(downs))), key=lambda pair: (pair[1] - pair[0]) % count)
+        for up, down in pairs[:at_most]:
+            comparisons.append(Comparison(context, ups[up].answer, downs[down].answer, ups[up].dialogue))
     return comparisons
-
-
-def _diagonally(ups: Sequence[Rating], downs: Sequence[Rating]) -> list[tuple[Rating, Rating]]:
-    """All pairs, the diagonal first, so that the first few pairs share no answer where that is possible."""
-    longer = max(len(ups), len(downs))
-    indices = sorted(product(range(len(ups)), range(len(downs))), key=lambda pair: (pair[1] - pair[0]) % longer)
-    return [(ups[up], downs[down]) for up, down in indices]

@@ -1,10 +1,10 @@
-"""The rows of the public preference sets, in the schemas they were published in, as comparisons.
+"""The rows of the public preference sets, in their published schemas, as comparisons.
 
 Anthropic HH (Bai et al. 2022): two dialogues as text, alike but for their last turn.
 SHP (Ethayarajh et al. 2022): a post of Reddit, and two of its comments.
 TL;DR comparisons (Stiennon et al. 2020): a post of Reddit, and two summaries.
 
-The same sets as TRL converted them are in own formats (`perl.data.jsonl`), which each function reads as well.
+Each function also reads the set as TRL converted it, in the formats of `perl.data.jsonl`.
 """
 
 import re
@@ -40,7 +40,7 @@ def hh_row(row: Row) -> Comparison:
 def shp_row(row: Row) -> Comparison:
     """`{"post_id", "history", "human_ref_A", "human_ref_B", "labels", …}`: of labels 1 means A, 0 means B.
 
-    Scores and their ratio are not read: they grow with how many saw a post, not with how sure the preference is.
+    Scores and their ratio are not read: they grow with a post's audience, not with how sure the preference is.
 
     Raises:
         RowError: the row does not fit.
@@ -60,7 +60,7 @@ def tldr_row(row: Row) -> Comparison:
     Prompt and answer are plain text in the authors' format, `SUBREDDIT: … TITLE: … POST: … TL;DR:`.
 
     Raises:
-        RowError: the row does not fit; or it is about a news article, of which the published files hold some.
+        RowError: the row does not fit, or it is about a news article, as some in the published files are.
     """
     if not row.keys() & set(_TLDR_FIELDS):
         return _own_format(row)
@@ -89,7 +89,9 @@ def _hh_turns(text: object, name: str) -> Context:
     before, *rest = _HH_TURN.split(usable_text(text, name))
     if before.strip() or not rest:
         raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
-    turns = tuple(Turn(_HH_SPEAKERS[who], said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True))
+    turns = tuple(
+        Turn(_HH_SPEAKERS[name], words.strip()) for name, words in zip(rest[::2], rest[1::2], strict=True)
+    )
     for number, turn in enumerate(turns[:-1], start=1):
         if not turn.text:
             raise RowError(f"{name}: turn {number} is empty")

@@ -1,4 +1,4 @@
-"""The public preference sets: their files in a folder, or the `datasets` library's copy of the hub.
+"""The public preference sets, from their files in a folder, or from the hub by the `datasets` library.
 
 Where a set was published with a test part (or, having none, a validation part), that part is held out. Rows to
 train on that share a dialogue or post with it are left out, and so is a validation part beside a test part.
@@ -30,12 +30,9 @@ class PublicSet:
     """Where a set is published and what its rows are.
 
     Attributes:
-        description: what it holds, in a line.
-        licence: of the data.
-        repository: on the hub.
+        repository: on the hub; the newest `revision` by default.
         parts: the folders there that belong to the set.
         comparison: a row as a record.
-        revision: of the repository; by default the newest.
     """
 
     description: str
@@ -74,12 +71,12 @@ _SETS = {
     ),
 }
 PUBLIC_SETS = _SETS | {
-    f"{name}/{part}": replace(whole, parts=(part,))
-    for name, whole in _SETS.items()
-    for part in whole.parts
-    if len(whole.parts) > 1
+    f"{name}/{part}": replace(public, parts=(part,))
+    for name, public in _SETS.items()
+    for part in public.parts
+    if len(public.parts) > 1
 }
-"""By the names that `data.source` takes: each set, and each of its parts as `SET/PART`."""
+"""By the names that `data.source` takes: each set, and each part as `SET/PART`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +89,11 @@ class _Place:
 
 
 def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -> Records:
-    """Reads a set; its test part is told by `Records.published_test`.
+    """Read a set; `Records.published_test` says what is its test part.
 
     Args:
-        public: which.
         path: a folder in the layout published, a folder of one part, or a file; None: from the hub.
-        every_row: also the rows that training leaves out so that nothing of the test part leaks.
+        every_row: also the rows that training leaves out so that the test part does not leak.
 
     Raises:
         UserError: there is no file with rows.
@@ -120,8 +116,7 @@ def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -
         ]
     prompts: dict[Context, Prompt] = {}
     for place, row in rows:
-        # A column of this name is what reward models are judged by, source by source.
-        columns = {"source": place.part} if place.part else {}
+        columns = {"source": place.part} if place.part else {}  # reward models are judged by source
         prompts.setdefault(row.context, Prompt(row.context, row.dialogue, columns))
     comparisons = [row for _, row in rows]
     return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems, published_test=test)
@@ -143,13 +138,13 @@ def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, obje
         return
     parts = [part for part in public.parts if (path / part).is_dir()]
     folders = [path / part for part in parts] or [path]
-    found = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    if lines := [file for file in found if file.name.endswith(_LINES)]:
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    if lines := [file for file in files if file.name.endswith(_LINES)]:
         for file in lines:
             names = file.relative_to(path).parts
             split = next((split for name in reversed(names) if (split := _split_of(name))), None)
             yield from _from_lines(file, split, names[0] if names[0] in parts else None)
-    elif any(file.suffix == _PARQUET for file in found):
+    elif any(file.suffix == _PARQUET for file in files):
         yield from _from_datasets(str(path), parts or [None], None)
     else:
         what = f"there is no file that ends in {', '.join((*_LINES, _PARQUET))}"
@@ -182,5 +177,5 @@ def _from_datasets(
 
 
 def _split_of(name: str) -> Split | None:
-    found = _SPLIT.match(name)
-    return _SPLITS[found[1]] if found else None
+    match = _SPLIT.match(name)
+    return _SPLITS[match[1]] if match else None

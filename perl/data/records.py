@@ -5,7 +5,7 @@ A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns int
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -34,10 +34,7 @@ Context = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A context and how it went on. The loss falls on the agent's turns (and `text`) of the answer.
-
-    A whole dialogue is one demonstration: its first turns are the context, all others the answer.
-    """
+    """A context and all turns after it, such as a whole dialogue; the agent's (and `text`) are trained on."""
 
     context: Context
     answer: Context
@@ -50,8 +47,8 @@ class Rating:
 
     Attributes:
         gold: the judgement of a source that knows the truth; training never sees it.
-        probability: that the label is up, where the source has soft labels: what the loss learns. `label` is then
-            it rounded, 0.5 up, and what the classes, pairs and metrics go by.
+        probability: that the label is up, where the source has soft labels: the target of the loss. `label`, which
+            classes, pairs and metrics go by, is then true from 0.5.
     """
 
     context: Context
@@ -81,10 +78,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A context that ends where the policy is to answer.
-
-    `columns` are the further fields of the row: reward functions and the judge receive them.
-    """
+    """A context to complete; `columns` are the row's further fields, for reward functions and the judge."""
 
     context: Context
     dialogue: str
@@ -116,7 +110,7 @@ class Problem:
 
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
-"""Gold scores in [0, 1] of one answer for each prompt."""
+"""Gold scores in [0, 1] of one answer to each prompt."""
 
 
 @dataclass(slots=True)
@@ -124,10 +118,9 @@ class Records:
     """All that a source holds, and the rows it could not read.
 
     Attributes:
-        judge: of a source that knows the truth.
-        corpus: dialogues to train a tiny base on; none of them is a demonstration, rated or a prompt.
-        published_test: the dialogues of the test part it was published with, held out instead of a share.
-        notes: what the reader of a source, or of a split of it, should know about it.
+        corpus: dialogues to train a tiny base on, which are in no other record.
+        published_test: the dialogues of the published test part, which is held out instead of a share.
+        notes: what a user should know of the source or the split.
     """
 
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -142,19 +135,9 @@ class Records:
 
     def by_kind(self) -> dict[str, Sequence[Record]]:
         """The four kinds of records by their names, empty ones too."""
-        return {
-            "demonstrations": self.demonstrations,
-            "ratings": self.ratings,
-            "comparisons": self.comparisons,
-            "prompts": self.prompts,
-        }
+        return {kind: getattr(self, kind) for kind in ("demonstrations", "ratings", "comparisons", "prompts")}
 
     def where(self, keep: Callable[[Record], bool]) -> "Records":
-        """The records that are to be kept, with the same judge."""
-        return Records(
-            demonstrations=[record for record in self.demonstrations if keep(record)],
-            ratings=[record for record in self.ratings if keep(record)],
-            comparisons=[record for record in self.comparisons if keep(record)],
-            prompts=[record for record in self.prompts if keep(record)],
-            judge=self.judge,
-        )
+        """The records to keep, with the same judge."""
+        kept: dict[str, Any] = {kind: list(filter(keep, rows)) for kind, rows in self.by_kind().items()}
+        return Records(**kept, judge=self.judge)

@@ -1,6 +1,6 @@
-"""Rows of JSON, as every reader of files needs them: numbered lines, strict parsing, and checks of fields.
+"""Rows of JSON, for all readers of files: numbered lines, strict parsing, and checks of fields.
 
-A row that cannot be used raises `RowError`, which `parsed` turns into a `Problem`: it never leaves the readers.
+A row that cannot be used raises `RowError`, which `parsed` turns into a `Problem`.
 """
 
 import gzip
@@ -8,8 +8,9 @@ import json
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from perl.data.records import Problem, Turn
 from perl.errors import UserError
@@ -17,7 +18,7 @@ from perl.errors import UserError
 Row = Mapping[str, object]
 
 MAX_LINE_BYTES = 10_000_000
-"""Longer lines are a `Problem`: some other file, or one whose newlines were lost."""
+"""Longer lines are a `Problem`: another kind of file, or one without its newlines."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -28,7 +29,7 @@ class RowError(ValueError):
 
 
 def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Problem:
-    """What `parse` makes of its arguments, or what is wrong with the row at this place."""
+    """The result of `parse`, or what is wrong with the row at this place."""
     try:
         return parse(*args, **kwargs)
     except RowError as error:
@@ -39,18 +40,13 @@ def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwa
 
 def sifted(rows: Iterable[_T | Problem]) -> tuple[list[_T], list[Problem]]:
     """The rows that can be used, and what is wrong with the others."""
-    usable: list[_T] = []
-    problems: list[Problem] = []
-    for row in rows:
-        if isinstance(row, Problem):
-            problems.append(row)
-        else:
-            usable.append(row)
-    return usable, problems
+    both = list(rows)
+    usable = [row for row in both if not isinstance(row, Problem)]
+    return usable, [row for row in both if isinstance(row, Problem)]
 
 
 def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserError:
-    """Of a file or folder that holds nothing to go by."""
+    """The error of a file or folder without any usable row."""
     first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"
     return UserError(f"no usable row{first}", where=where, remedy=remedy)
 
@@ -59,31 +55,26 @@ def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserE
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1; of a line that is too long only its beginning.
+    """The lines that are not blank, numbered from 1; of one that is too long only the beginning.
 
     Raises:
         UserError: the file is not the gzip file that its name promises.
         OSError: it cannot be read.
     """
     try:
-        with _open(path) as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                rest = line
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number in count(1):
+                line = rest = file.readline(MAX_LINE_BYTES + 1)
                 while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
                     rest = file.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    return
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         remedy = "Get the file again, or take .gz off its name if it is not compressed."
         raise UserError(f"is not a whole gzip file: {error}", where=str(path), remedy=remedy) from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    # GzipFile is no IO by its type, but has all that is used here.
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def line_value(line: bytes) -> object:
@@ -104,17 +95,20 @@ def line_value(line: bytes) -> object:
 
 
 def strict_json(text: str, **options: Any) -> object:
-    """Parses JSON; NaN and infinities are refused.
+    """Parse JSON; NaN and infinities are refused.
 
     Args:
-        text: a JSON document.
         options: of `json.loads`, such as `strict=False`, which allows raw tabs and newlines inside strings.
 
     Raises:
         RowError: not JSON, or nested too deeply.
     """
+
+    def refuse(constant: str) -> None:
+        raise RowError(f"{constant} is not JSON")
+
     try:
-        value: object = json.loads(text, parse_constant=_refuse_constant, **options)
+        value: object = json.loads(text, parse_constant=refuse, **options)
     except RowError:
         raise
     except ValueError as error:
@@ -124,12 +118,8 @@ def strict_json(text: str, **options: Any) -> object:
     return value
 
 
-def _refuse_constant(constant: str) -> None:
-    raise RowError(f"{constant} is not JSON")
-
-
 def _without_repeats(pairs: list[tuple[str, object]]) -> Row:
-    """JSON lets a later field overwrite an earlier one in silence: a row could have both labels."""
+    """The object, in which `json.loads` would let a later field overwrite an earlier one of the same name."""
     row: dict[str, object] = {}
     for name, value in pairs:
         if name in row:
@@ -192,9 +182,9 @@ def number_to(most: float, value: object, name: str) -> float:
 
 
 def first_user_key(turns: Iterable[Turn], domain: str = "") -> str:
-    """What tells dialogues apart where nothing else does: the first user turn, case and spaces aside.
+    """A dialogue's key where the data have none: its first user turn, case and spaces ignored.
 
-    Contexts of one dialogue are prefixes of one another and share it, so a split by it does not leak.
+    All contexts of a dialogue are prefixes of one another and share it, so a split by it does not leak.
     """
     first = next((turn.text for turn in turns if turn.speaker in ("user", "text")), "")
     key = " ".join(first.casefold().split())
@@ -209,6 +199,5 @@ def kind(value: object) -> str:
     return types.get(type(value), "an object")
 
 
-def shown(value: object) -> str:
-    """A value for a message, cut to a readable length."""
-    return reprlib.repr(value)
+shown = reprlib.repr
+"""A value for a message, cut to a readable length."""

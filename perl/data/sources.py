@@ -21,7 +21,7 @@ from perl.data.taskmaster import RELEASES, Domain, read_taskmaster
 from perl.errors import UserError, machine_fault
 
 Reader = Callable[[Path | None, int], Records]
-"""Reads a folder or file, or where there is none the source's own data, drawn by the seed if it draws it.
+"""Reads a folder or file, or the source's own data where the path is None; the seed is for data that are drawn.
 
 A row that cannot be used goes into `Records.problems`. An OSError becomes a message that names `data.path`.
 """
@@ -29,13 +29,10 @@ A row that cannot be used goes into `Records.problems`. An OSError becomes a mes
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source of data. What it holds is in the `Records`: its gold judge and its published test part, too.
+    """A source of data.
 
     Attributes:
         read: reads what training should see.
-        description: what it holds, in a line.
-        licence: of the data.
-        homepage: who published it, and its card.
         every_row: reads also the rows that training leaves out, for `data check`; by default as `read`.
         fetch: downloads it and returns the folder, where it has to be downloaded before it is read.
         remedy: what to do if there is no usable row.
@@ -51,16 +48,12 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """The source of this name.
-
-    Raises:
-        UserError: there is none; it has the nearest valid name.
-    """
+    """The source of this name; `UserError` with the nearest valid name if there is none."""
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        whole = [name for name in SOURCES if "/" not in name]  # not the parts of sets
-        remedy = f"{hint}There are {', '.join(whole)}; own data is a file that ends in .jsonl."
+        sets = ", ".join(name for name in SOURCES if "/" not in name)  # without their parts
+        remedy = f"{hint}There are {sets}; own data is a file that ends in .jsonl."
         raise UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
     return SOURCES[name]
 
@@ -71,7 +64,7 @@ def load_records(name: str, path: str | None, seed: int) -> Records:
     Args:
         name: in `SOURCES`.
         path: a folder or file that the source reads instead of its own data.
-        seed: for the sources that draw their data.
+        seed: for sources that draw their data.
 
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
@@ -86,11 +79,17 @@ def load_rows(name: str, path: str | None, seed: int) -> Records:
 
 
 def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
-    given = None if path is None else Path(os.path.expanduser(path))  # Path's own raises for the home of nobody
+    location = (
+        None if path is None else Path(os.path.expanduser(path))
+    )  # Path's own raises for an unknown user's home
     try:
-        if given is not None:
-            _check_characters(given)
-        records = read(given, seed)
+        if location is not None:
+            with contextlib.suppress(OSError):
+                location.lstat()
+    except ValueError as error:  # a NUL character, or half of a surrogate pair, which no file's name has
+        raise UserError(f"cannot be read: {error}", where=str(location), remedy="Check data.path.") from None
+    try:
+        records = read(location, seed)
     except FileNotFoundError as error:
         where = str(error.filename or path)
         raise UserError("there is no such file", where=where, remedy="Check data.path.") from None
@@ -106,17 +105,8 @@ def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
     return records
 
 
-def _check_characters(path: Path) -> None:
-    """Refuses a path that no file can have: with a NUL character, or half of a surrogate pair."""
-    try:
-        with contextlib.suppress(OSError):
-            path.lstat()
-    except ValueError as error:
-        raise UserError(f"cannot be read: {error}", where=str(path), remedy="Check data.path.") from None
-
-
 def fetch_source(name: str) -> Path:
-    """Downloads a source and returns its folder.
+    """Download a source and return its folder.
 
     Raises:
         UserError: there is no such source, or nothing to download for it.
@@ -130,7 +120,7 @@ def fetch_source(name: str) -> Path:
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
-    """Reads the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
+    """Name and path from the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
 
     Raises:
         UserError: neither a known source nor a file.

@@ -1,9 +1,8 @@
 """Splits records by dialogue.
 
-Contexts of one dialogue are prefixes of one another, so rows split at random would be held out in name only. So
-would copies of a row under the names of other dialogues: dialogues with a row in common, the same or nearly
-(`perl.data.duplicates`), are on one side. A source that was published with a test part has that part held out, so
-that metrics can be compared.
+Contexts of one dialogue are prefixes of one another, so rows are not split at random. Dialogues that have a row in
+common, the same or nearly (`perl.data.duplicates`), are on one side too. A published test part is held out as it
+is.
 """
 
 import hashlib
@@ -16,15 +15,15 @@ from perl.data.records import Context, Record, Records, answers_of
 from perl.errors import UserError
 
 LARGEST_GROUP = 0.25
-"""Share of the dialogues. What more of them have in common, such as a greeting, does not make them one group."""
+"""Share of the dialogues; what more of them have in common, such as a greeting, does not group them."""
 TRIES = 16
-"""Draws, until one leaves neither side without anything that both could have."""
+"""Draws, until one leaves on both sides all that both could have."""
 Groups = Mapping[str, Sequence[str]]
 """Dialogues that belong on one side, by the first of their names."""
 
 
 class _Row(NamedTuple):
-    """What is compared: a context, and an answer where there is one. A comparison is two rows."""
+    """A context with an answer, if there is one: what is compared. A comparison is two rows."""
 
     kind: str
     record: Record
@@ -32,21 +31,19 @@ class _Row(NamedTuple):
 
 
 def split(records: Records, held_out: float, seed: int) -> tuple[Records, Records]:
-    """Splits into what is trained on and what is held out; no dialogue is on both sides, in any kind.
+    """Split into what is trained on and what is held out; no dialogue is on both sides.
 
-    Both classes of ratings and every kind of record are on both sides, in about the same shares, wherever there
-    is more than one group of dialogues to choose from; what is in one alone is trained on. Rows that are on both
-    sides nevertheless, because too many dialogues have them, are taken out of the held-out part, unless it would
-    lose a kind or a class with them. `notes` of the held-out records say what was done.
+    Both classes of ratings and every kind of record are on both sides, in about the same shares, if more than one
+    group of dialogues has them; else they are trained on. Rows that are on both sides because too many dialogues
+    have them are removed from the held-out part, unless it would lose a kind or a class. `notes` of the held-out
+    records say what was done.
 
     The same rows, share and seed always give the same split. The judge goes to both sides, the problems and the
     corpus to the first.
 
     Args:
-        records: what a source holds.
-        held_out: the share of dialogues to hold out, above 0 and below 1; at least one is. Not read where the
-            source has a published test part, which is held out as it is.
-        seed: picks which.
+        held_out: the share of dialogues, above 0 and below 1; at least one is held out. Unused where there is a
+            published test part.
 
     Raises:
         UserError: the share is out of range, or there is only one dialogue.
@@ -83,10 +80,8 @@ def _rows(records: Records) -> Iterator[_Row]:
 
 
 def _sides(records: Records, chosen: set[str]) -> tuple[Records, Records]:
-    return (
-        records.where(lambda record: record.dialogue not in chosen),
-        records.where(lambda record: record.dialogue in chosen),
-    )
+    train = records.where(lambda record: record.dialogue not in chosen)
+    return train, records.where(lambda record: record.dialogue in chosen)
 
 
 def _counts(records: Records) -> dict[str, int]:
@@ -104,7 +99,7 @@ def _counts(records: Records) -> dict[str, int]:
 
 
 def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
-    """Dialogues by the rows that they have in common; what fewer have counts first."""
+    """Dialogues by the rows that they have in common, starting with rows that few have."""
     sharing: dict[int, set[str]] = defaultdict(set)
     for cluster, row in zip(clusters, rows, strict=True):
         sharing[cluster].add(row.record.dialogue)
@@ -123,18 +118,19 @@ def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
 
 
 def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
-    """What either side should have, and the groups that have it."""
-    of = {dialogue: group for group, dialogues in groups.items() for dialogue in dialogues}
+    """What both sides should have, and the groups with it."""
+    group_of = {dialogue: group for group, dialogues in groups.items() for dialogue in dialogues}
     labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
     for rating in records.ratings:
         labels[rating.dialogue, rating.context].add(rating.label)
-    found = {kind: {of[record.dialogue] for record in rows} for kind, rows in records.by_kind().items()}
-    found |= {
-        f"label {label}": {of[dialogue] for (dialogue, _), given in labels.items() if label in given}
-        for label in (True, False)
-    }
-    found["both labels of a context"] = {of[dialogue] for (dialogue, _), given in labels.items() if len(given) > 1}
-    return {name: of for name, of in found.items() if of}
+    has = {kind: {group_of[record.dialogue] for record in rows} for kind, rows in records.by_kind().items()}
+    for name, wanted in (
+        ("label True", {True}),
+        ("label False", {False}),
+        ("both labels of a context", {True, False}),
+    ):
+        has[name] = {group_of[dialogue] for (dialogue, _), values in labels.items() if wanted <= values}
+    return {name: members for name, members in has.items() if members}
 
 
 def _drawn(groups: Groups, has: Mapping[str, set[str]], share: float, seed: int) -> set[str]:
@@ -143,15 +139,13 @@ def _drawn(groups: Groups, has: Mapping[str, set[str]], share: float, seed: int)
     def one_sided(held: set[str]) -> int:
         return sum(len(of) > 1 and (of <= held or not of & held) for of in has.values())
 
-    best: set[str] | None = None
-    for number in range(TRIES):
-        held = _stratified(groups, has, share, f"{seed}.{number}" if number else f"{seed}")
-        if best is None or one_sided(held) < one_sided(best):
-            best = held
-        if not one_sided(best):
+    salts = (f"{seed}.{number}" if number else f"{seed}" for number in range(TRIES))
+    draws: list[set[str]] = []
+    for salt in salts:
+        draws.append(_stratified(groups, has, share, salt))
+        if not one_sided(draws[-1]):
             break
-    assert best
-    return {dialogue for group in best for dialogue in groups[group]}
+    return {dialogue for group in min(draws, key=one_sided) for dialogue in groups[group]}
 
 
 def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt: str) -> set[str]:
@@ -160,7 +154,7 @@ def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt:
     Args:
         groups: at least two.
         has: the groups with each property; a group has at least one.
-        salt: picks which.
+        salt: of the draw.
     """
     order = _spread(groups, has, salt)
     held: set[str] = set()
@@ -183,8 +177,8 @@ def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt:
 
 
 def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]:
-    """The groups in an order of which every beginning has those of like properties in about their shares."""
-    # Ordered by a hash, not shuffled: a few more rows in the data leave most dialogues on their side.
+    """The groups in an order in which every prefix has about its share of those with the same properties."""
+    # Ordered by a hash, so that a few more rows in the data leave most dialogues on their side.
     like: dict[frozenset[str], list[str]] = defaultdict(list)
     for group in sorted(groups, key=lambda group: hashlib.sha256(f"{salt}:{group}".encode()).digest()):
         like[frozenset(name for name, of in has.items() if group in of)].append(group)
@@ -196,29 +190,25 @@ def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]
 
 
 def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: set[str]) -> None:
-    """Take rows out of the held-out records that training has, the same or nearly, and say so in their notes."""
-
-    def is_held(row: _Row) -> bool:
-        return row.record.dialogue in chosen
-
-    before, taken = _counts(held), 0
+    """Remove held-out rows that training has, the same or nearly, and note how many."""
+    before, removed = _counts(held), 0
     for kinds in (("demonstrations",), ("ratings", "comparisons"), ("prompts",)):
-        known, asked = [
-            [number for number, row in enumerate(rows) if row.kind in kinds and is_held(row) == side]
-            for side in (False, True)
-        ]
-        seen = {id(rows[n].record) for n, yes in zip(asked, alike.like(asked, known), strict=True) if yes}
+        trained, asked = (
+            [n for n, row in enumerate(rows) if row.kind in kinds and (row.record.dialogue in chosen) == is_held]
+            for is_held in (False, True)
+        )
+        seen = {id(rows[n].record) for n, yes in zip(asked, alike.like(asked, trained), strict=True) if yes}
         for kind in kinds:
-            whole: list[Record] = getattr(held, kind)
-            left = [record for record in whole if id(record) not in seen]
-            setattr(held, kind, left)
+            records: list[Record] = getattr(held, kind)
+            kept = [record for record in records if id(record) not in seen]
+            setattr(held, kind, kept)
             if any(count and not _counts(held)[name] for name, count in before.items()):
-                setattr(held, kind, whole)
+                setattr(held, kind, records)
                 held.notes.append(
-                    f"{len(whole) - len(left)} of {len(whole)} held-out {kind} are trained on too, under names "
-                    "of other dialogues; the rest alone would be too few to judge by"
+                    f"{len(records) - len(kept)} of {len(records)} held-out {kind} are trained on too, under "
+                    "names of other dialogues; the rest alone would be too few to judge by"
                 )
             else:
-                taken += len(whole) - len(left)
-    if taken:
-        held.notes.insert(0, f"{taken} held-out rows say what rows that are trained on say, and are left out")
+                removed += len(records) - len(kept)
+    if removed:
+        held.notes.insert(0, f"{removed} held-out rows say what rows that are trained on say, and are left out")

@@ -1,9 +1,8 @@
 """Taskmaster Coffee and Ticketing: the dialogues and rated turns released with the PERL paper.
 
-A rated turn holds its context and its answer as JSON strings; a dialogue holds the API calls as annotations
-of the utterance that caused them. Both become turns of one rendering: `call NAME {"argument": "value"}` by
-the agent, `{"NAME":{…}}` by the API.
-
+A rated turn holds its context and its answer as JSON strings; a dialogue holds the API calls as annotations of the
+utterance that caused them. Both become the same turns: `call NAME {"argument": "value"}` by the agent,
+`{"NAME":{…}}` by the API.
 """
 
 import json
@@ -37,14 +36,12 @@ _R = TypeVar("_R", Rating, Demonstration)
 
 
 def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Records:
-    """Reads a checkout of the repository, or its folder of this domain.
+    """Read a checkout of the repository, or its folder of this domain.
 
     Coffee's demonstrations are its dialogues, Ticketing's its answers that are rated up. Prompts are the contexts
     of the ratings.
 
     Args:
-        folder: where it lies.
-        domain: what is read of it.
         every_row: also ratings that repeat a (context, answer), and those of answers rated both up and down.
 
     Raises:
@@ -87,9 +84,7 @@ def rated_turn(row: object, domain: Domain) -> Rating:
 
 
 def whole_dialogue(row: object, domain: Domain) -> Demonstration:
-    """One dialogue as published: up to the first user turn it is context, all else the answer.
-
-    Requests and responses that are not valid JSON are kept as they stand.
+    """One dialogue as published: context up to the first user turn, then the answer. Invalid JSON is kept as text.
 
     Raises:
         RowError: the row does not fit.
@@ -104,7 +99,7 @@ def whole_dialogue(row: object, domain: Domain) -> Demonstration:
 
 
 def _call_turn(name: str, arguments: object) -> Turn:
-    """An API call as a turn of the agent; arguments that are a string stand as they are."""
+    """An API call as a turn of the agent; arguments that are a string are kept."""
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Turn("agent", usable_text(f"{CALL}{name} {text}", "call"))
 
@@ -166,7 +161,7 @@ def _calls(annotations: list[object], name: str) -> Iterator[Turn]:
 
 
 def _json_or_text(value: str) -> object:
-    """The parsed value, or the string itself where it is not JSON, as in `{"id": ""latte-12""}`."""
+    """The parsed value, or the string itself if it is not JSON, such as `{"id": ""latte-12""}`."""
     try:
         return strict_json(value, strict=False)
     except RowError:
@@ -182,7 +177,7 @@ def _response_to(name: str, response: object) -> Turn:
 
 
 def _release(folder: Path, domain: Domain) -> Path:
-    """The domain's folder: the one given, or in the checkout given."""
+    """The domain's folder: this one, or in this checkout."""
     name = RELEASES[domain]
     release = folder if name in (folder.name, folder.resolve().name) else folder / name
     for part in ("reward", "data") if domain == "coffee" else ("reward",):

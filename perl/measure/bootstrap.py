@@ -1,8 +1,8 @@
 """Confidence intervals: the bootstrap by dialogue, all resamples at once.
 
-A statistic is a function of weights_SN (float64): S resamples of N rows, how often each row was drawn. It returns
-S values, NaN where a resample has none (such as an AUROC without downs). `scipy.stats.bootstrap` is no help: it
-draws single rows, and has no interval where one resample has no value.
+A statistic is a function of weights_SN (float64): how often each of N rows was drawn in each of S resamples. It
+returns S values, NaN where a resample has none (such as an AUROC without downs). `scipy.stats.bootstrap` draws
+single rows, and has no interval where one resample has no value.
 
 Axis letters: S resamples, N rows, G dialogues.
 """
@@ -18,11 +18,11 @@ Statistic = Callable[[Floats], Floats]
 Interval = tuple[float, float]
 
 RESAMPLES = (200, 1000)
-"""At least and at most: the more rows, the fewer."""
+"""At least and at most; fewer where there are many rows."""
 MAX_WEIGHTS = 20_000_000
-"""Resamples times rows: what a statistic takes a second or so to go through."""
+"""Resamples times rows: about a second for a statistic."""
 CHUNK = 4_000_000
-"""Of these in memory at a time."""
+"""Weights in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,11 @@ class Estimate:
 class ClusterBootstrap:
     """Whole dialogues drawn with replacement (Field & Welsh 2007), the same draws for every statistic.
 
-    The rows of one dialogue resemble one another; drawing them one by one would give intervals that are too
-    narrow. As all statistics see the same draws, the interval of a difference of two is a paired one.
+    The rows of a dialogue are not independent: drawn one by one they would give intervals that are too narrow. As
+    all statistics see the same draws, the interval of a difference of two is a paired one.
 
     Args:
         dialogues: of each row.
-        seed: of the draws.
     """
 
     def __init__(self, dialogues: Sequence[str] | Sequence[int], seed: int) -> None:
@@ -55,7 +54,7 @@ class ClusterBootstrap:
             times_G[:] = np.bincount(random.integers(count, size=count), minlength=count)
 
     def estimate(self, statistic: Statistic) -> Estimate:
-        """The statistic of the rows as they are, and between which values 95 % of its resamples lie."""
+        """The statistic of the rows as they are, and the 2.5th and 97.5th percentiles of its resamples."""
         rows = len(self._dialogue_N)
         step = max(1, CHUNK // rows)
         chunks = (self._times_SG[first : first + step] for first in range(0, len(self._times_SG), step))

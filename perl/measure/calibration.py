@@ -1,16 +1,16 @@
-"""Probabilities that mean what they say: scores scaled after training, and judged on dialogues not fitted to.
+"""Calibration: scores scaled to probabilities after training, and judged on dialogues that were not fitted to.
 
-A reward model of thumbs learns with either class weighing half, so its log-odds are off by the log-odds of the
-data's own share of ups, and like most networks it is too sure. Scaling mends both without changing the ranking:
+A reward model of thumbs is trained with balanced classes, so its log-odds are off by those of the data's share of
+ups, and like most networks it is overconfident. Scaling corrects both without changing the ranking:
 
     p = σ(a s + b)        Platt 1999
     p = σ(s / T)          temperature scaling, Guo et al. 2017: the slope alone, which cannot move the share
 
 Both are fitted by maximum likelihood, with Platt's targets: (n₊ + 1) / (n₊ + 2) for an up and 1 / (n₋ + 2) for a
-down in the place of 1 and 0, so that scores which tell the classes apart without error have a finite slope too.
+down instead of 1 and 0, so that the slope is finite even for scores that separate the classes.
 
-What the probability promises is a thumb, so thumbs are what it is held against, also where there is a gold
-judge. Of compared answers it is the probability that the first of two is the better, σ(s₁ - s₂).
+The probability is that of a thumb up, so it is compared with thumbs, also where there is a gold judge. Of compared
+answers it is the probability that the first of two is the better, σ(s₁ - s₂).
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ LABEL_DRAWS = 400
 class Calibration:
     """Probabilities before and after scaling, p = σ(slope · score + intercept).
 
-    Slope, intercept and temperature are fitted on all answers, for use; each ECE after scaling is of log-odds
-    fitted on other dialogues (None where there is a single one).
+    Slope, intercept and temperature are fitted on all answers; each ECE after scaling is of log-odds fitted on
+    other dialogues (None where there is a single one).
     """
 
     of: str
@@ -72,13 +72,13 @@ def fit(scores: Floats, labels: Labels, intercept: bool = True) -> Scaling:
     """The likeliest scaling; without an intercept, the temperature alone."""
     from sklearn.linear_model import LogisticRegression  # takes 2 s to import: not where a card is only read
 
-    # In units of their spread (and from their mean where the intercept makes up for it) the solver converges fast.
+    # Standardized (without an intercept only scaled), the solver converges fast.
     shift = float(scores.mean()) if intercept else 0.0
     unit = float(np.sqrt(np.mean((scores - shift) ** 2))) or 1.0
     x = ((scores - shift) / unit)[:, None]
     ups = int(labels.sum())
     share_N = np.where(labels == 1, (ups + 1) / (ups + 2), 1 / (len(labels) - ups + 2))
-    # A target between 0 and 1 is a row of either label, weighted.
+    # A target between 0 and 1 is two weighted rows, one of each label.
     model = LogisticRegression(C=np.inf, fit_intercept=intercept, tol=1e-8, max_iter=1000)
     both = np.repeat([1, 0], len(x))
     model.fit(np.concatenate([x, x]), both, sample_weight=np.concatenate([share_N, 1 - share_N]))
@@ -103,18 +103,14 @@ def cross_fitted(
 
 
 def ece_by_chance(log_odds: Floats, seed: int) -> float:
-    """The ECE that probabilities exactly right would stay below 95 times in 100, on so many answers.
+    """The 95th percentile of the ECE that exact probabilities have on so many answers.
 
-    Labels are drawn from the probabilities themselves (consistency resampling, Bröcker & Smith 2007): on few
-    answers even these are off by something.
+    Labels are drawn from the probabilities themselves (consistency resampling, Bröcker & Smith 2007).
     """
-    given, bins = probabilities(log_odds), equal_mass(log_odds, ECE_BINS)
+    p, bins = probabilities(log_odds), equal_mass(log_odds, ECE_BINS)
     generator = np.random.default_rng(seed)
-    errors = []
-    for _ in range(LABEL_DRAWS):
-        gaps = np.bincount(bins, weights=given - (generator.random(len(given)) < given))
-        errors.append(np.abs(gaps).sum() / len(given))
-    return float(np.percentile(errors, 95))
+    gaps = (np.bincount(bins, weights=p - (generator.random(len(p)) < p)) for _ in range(LABEL_DRAWS))
+    return float(np.percentile([np.abs(gap).sum() / len(p) for gap in gaps], 95))
 
 
 @dataclass(frozen=True)
@@ -128,11 +124,11 @@ class Predictions:
 
 
 def predictions(scores: Floats, rows: RatedRows) -> Predictions:
-    """Answers as they are rated; compared ones as differences, every other pair turned round."""
+    """Answers as they are rated; compared ones as differences, every other pair reversed."""
     if not rows.compared:
         return Predictions(scores, np.asarray(rows.labels, dtype=np.int64), rows.dialogues, False)
     better, worse = np.asarray(rows.pairs, dtype=np.int64).T
-    first = np.arange(len(better)) % 2 == 0  # were the better always the first, being sure would always be right
+    first = np.arange(len(better)) % 2 == 0  # were the better always the first, overconfidence would be right
     differences = np.where(first, 1.0, -1.0) * (scores[better] - scores[worse])
     return Predictions(differences, first.astype(np.int64), [rows.dialogues[index] for index in better], True)
 

@@ -1,15 +1,15 @@
-"""A metric before and after in words, which claim no more than the metrics do."""
+"""A metric before and after, in words."""
 
 import math
 
 from perl.measure.bootstrap import Interval
 
 HARDLY = 0.02
-"""A loss that changed by a smaller share is said to have hardly changed: its interval is not known."""
+"""A loss that changed by a smaller share has hardly changed: its interval is not known."""
 LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
-"""Numbers from here on, and below there where more places are asked for, are written with an exponent."""
+"""Numbers at least so large, or smaller and to more places than the last, are written with an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
-"""After the point: at most, without an exponent and with one."""
+"""Digits after the point at most, without an exponent and with one."""
 
 
 def change_words(before: str, after: str, interval: Interval | None) -> str:
@@ -48,21 +48,16 @@ def measured_words(before: float, after: float, interval: Interval | None, perce
 
 
 def places_of(size: float) -> int:
-    """Decimal places that show two digits of a number of this size; of an interval's width, what it can bear.
-
-    Below 0 they are digits left of the point that it cannot bear.
-    """
+    """Decimal places for two significant digits; negative: digits left of the point that are not significant."""
     return min(MOST_PLACES, 1 - math.floor(math.log10(size))) if size > 0 else 2
 
 
 def fixed(value: float, places: int, *, sign: bool = False) -> str:
-    """A number to so many decimal places, as in 0.30; of unusual size as in 3.788e6 or 1.2e-6.
-
-    No zero has a minus.
+    """A number to so many decimal places, as in 0.30, or 3.788e6 or 1.2e-6 if very large or small; never -0.
 
     Args:
         places: as from `places_of`.
-        sign: write the sign of a number above 0, too.
+        sign: write the sign of a positive number too.
     """
     plus, size = "+" if sign else "", abs(value)
     tiny = 0 < size < SMALLEST and places > LEAST_PLACES

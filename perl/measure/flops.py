@@ -11,52 +11,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from perl.measure.probe import Listener
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    count: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
-    return count
-
-
-def _attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> int:
-    shapes = (gradient.shape, query.shape, key.shape, value.shape)
-    count: int = sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
-    return count
+from perl.private.torch import HAS_PACKED_LINEAR, TorchDispatchMode
 
 
 def _packed_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+_ATEN = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    # which torch's registry leaves out
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    # Torch's registry leaves out the CPU's attention.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
 }
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
+if HAS_PACKED_LINEAR:
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _packed_linear
 
 
 class Flops(TorchDispatchMode, Listener):
-    """Counts the operations of what runs while active.
+    """Counts operations while active.
 
     Args:
-        trunks: modules called with `attention_mask`; the share of real tokens in it holds until the next call.
+        trunks: modules called with `attention_mask`; its share of real tokens holds until the next call.
     """
 
     def __init__(self, trunks: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trunks = list(trunks)
         self._real_share, self._recomputing = 1.0, 0
-        self.total = 0.0
-        self.useful = 0.0
+        self.total = self.useful = 0.0
 
     def recomputing(self, begins: bool) -> None:
         """Note whether what follows was computed before."""
@@ -88,11 +77,8 @@ class Flops(TorchDispatchMode, Listener):
         """Run the operator and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self._add(formula(*args, **kwargs, out_val=result))
+        if formula := FORMULAS.get(func._overloadpacket):
+            count = formula(*args, **kwargs, out_val=result)
+            self.total += count
+            self.useful += 0.0 if self._recomputing else count * self._real_share
         return result
-
-    def _add(self, count: float) -> None:
-        self.total += count
-        self.useful += 0.0 if self._recomputing else count * self._real_share

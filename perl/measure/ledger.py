@@ -1,8 +1,8 @@
-"""Where memory goes: the peak of each phase, and what the bytes were for at that moment.
+"""Memory by phase: the peak of each, and what its bytes were for.
 
-On a CPU a `Timeline` keeps every change of the live bytes, so that the composition of each peak is exact, also of
-bytes whose kind is known only later (a gradient is born as a temporary). On CUDA the allocator's own peak is
-read, which costs nothing; what is not marked there counts as activations.
+On a CPU a `Timeline` keeps every change of the live bytes, so that the composition of a peak is exact, also of
+bytes whose kind is known only later, such as gradients. On CUDA the allocator's own peak is read, which costs
+nothing; bytes that are not marked count as activations.
 """
 
 from array import array
@@ -16,12 +16,20 @@ from torch import Tensor
 from perl.measure.memory import LiveBytes, holder
 from perl.measure.probe import KINDS, PHASES, Kind, Listener, Phase, PhaseMemory
 
+ABSENT: dict[Phase, tuple[Kind, ...]] = {
+    "load": ("gradients", "optimizer", "kv_cache"),
+    "generate": ("gradients",),
+    "score": ("gradients", "kv_cache"),
+    "update": ("kv_cache",),
+}
+"""The kinds that a phase does not hold, whatever was marked in another."""
+
 
 class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
     """Live tensor bytes over time.
 
     Args:
-        resident: tensors alive already that count, by what they are for: the phase `load`.
+        resident: tensors already alive that count, by kind: the phase `load`.
     """
 
     def __init__(self, resident: Mapping[Kind, Iterable[Tensor]]) -> None:
@@ -33,10 +41,10 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
         self._next = 0
         for kind, tensors in resident.items():
             self.mark(kind, tensors)
-        self._peak = self._current
+        self.peak = self.current
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """These tensors are of this kind, from their birth on; those from before are counted from now on."""
+        """These tensors are of this kind, all the time that they live; those from before count from now on."""
         for tensor in tensors:
             storage = holder(tensor)
             assert storage is not None, "sparse"
@@ -45,13 +53,13 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
             self._kind_of[self._serials[id(storage)]] = kind
 
     def phase(self, name: Phase) -> None:
-        """What is done from now on."""
+        """The phase from now on."""
         self._starts.append((len(self._changes), name))
 
     def memory(self) -> dict[Phase, PhaseMemory]:
         """The peaks of the phases seen so far."""
         changes, storages = np.array(self._changes), np.array(self._storages)
-        level = np.concatenate([[0], changes.cumsum()])  # level[i]: after i changes
+        level = np.concatenate([[0], changes.cumsum()])  # of live bytes, after so many changes
         kind_of = np.full(self._next, KINDS.index("activations"))
         for serial, kind in self._kind_of.items():
             kind_of[serial] = KINDS.index(kind)
@@ -80,11 +88,10 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
 
 
 class Allocator(AbstractContextManager[None], Listener):
-    """The CUDA allocator's peaks by phase, with the bytes of marked tensors as they were last marked.
+    """The CUDA allocator's peaks by phase, with the bytes of each kind as they were last marked.
 
     Args:
-        device: a CUDA device.
-        resident: tensors by what they are for.
+        resident: tensors already alive, by kind.
     """
 
     def __init__(self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]]) -> None:
@@ -96,7 +103,7 @@ class Allocator(AbstractContextManager[None], Listener):
             self.mark(kind, tensors)
 
     def __exit__(self, *error: object) -> None:
-        """The allocator counts all the time: nothing begins or ends."""
+        """Nothing: the allocator always counts."""
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """These are all tensors of this kind."""
@@ -104,7 +111,7 @@ class Allocator(AbstractContextManager[None], Listener):
         self._bytes[kind] = sum(storages.values())
 
     def phase(self, name: Phase) -> None:
-        """Note the peak of what ends, and begin another."""
+        """Note the peak of the phase that ends, and begin another."""
         self._note()
         self._phase = name
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -118,13 +125,6 @@ class Allocator(AbstractContextManager[None], Listener):
         peak = torch.cuda.max_memory_allocated(self._device)
         if self._phase in self._memory and peak <= self._memory[self._phase].peak:
             return
-        # A phase has no use for what only another one holds.
-        absent: dict[Phase, tuple[Kind, ...]] = {
-            "load": ("gradients", "optimizer", "kv_cache"),
-            "generate": ("gradients",),
-            "score": ("gradients", "kv_cache"),
-            "update": ("kv_cache",),
-        }
-        kinds = {kind: count for kind, count in self._bytes.items() if kind not in absent[self._phase]}
+        kinds = {kind: count for kind, count in self._bytes.items() if kind not in ABSENT[self._phase]}
         kinds["activations"] = max(0, peak - sum(kinds.values()))
         self._memory[self._phase] = PhaseMemory(peak, kinds)

@@ -1,4 +1,4 @@
-"""Is it only length? Scores beside how long answers are, and the ranking among answers of like length."""
+"""Bias towards length: scores against the length of answers, and the ranking among answers of like length."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,9 @@ STRATA = 20
 class LengthBias:
     """Spearman's correlation of score and length, the AUROC of length (longer is better), and the model beyond it.
 
-    Strata are twentieths of the answers by length. Even there longer answers differ a little from shorter ones, so
-    what counts is `ahead`: the AUROC within strata less that of length itself, taken in the direction in which
-    the scores follow it. Of a scorer that only counts, however it bends or adds noise to the count, it is at
-    most 0.
+    Strata are twentieths of the answers by length, within which lengths still differ a little. So what counts is
+    `ahead`: the AUROC within strata less that of length itself, in the direction in which the scores follow it. It
+    is at most 0 for any monotonic, noisy function of length.
     """
 
     correlation: float | None

@@ -1,13 +1,10 @@
-"""Live tensor bytes, what a CPU run reports as its memory; and the process's RSS beside them.
+"""Live tensor bytes, which a CPU run reports as its memory, and the process's RSS.
 
-RSS cannot be repeated: it depends on what the C allocator kept from before. The bytes of live tensors can.
+Live bytes repeat exactly; RSS depends on what the C allocator kept from before. Torch's own
+`torch.distributed._tools.mem_tracker.MemTracker` fails on parameters that do not require grad, such as the base's.
 
-`torch.distributed._tools.mem_tracker.MemTracker`, torch's own tool for this, cannot be used: it fails on
-parameters that do not require grad, and here that is the whole base.
-
-What is not seen: scratch space inside one kernel, tensors of subclasses that wrap others (DTensor), code
-under `torch.compile`, other threads, and storages resized by `untyped_storage().resize_` until the next
-operation that returns them.
+Not seen: scratch space inside a kernel, tensors of subclasses that wrap others (DTensor), code under
+`torch.compile`, other threads, and `untyped_storage().resize_` until the next operation returns the storage.
 """
 
 import gc
@@ -19,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from perl.private.torch import TorchDispatchMode
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results, which nest lists at most."""
+    """The tensors among an operator's arguments or results, which may be lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -32,58 +30,43 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 Holder = torch.UntypedStorage | Tensor
-"""What bytes are held by: a storage, or a tensor in oneDNN's own order, which has none."""
+"""What holds bytes: a storage, or a tensor in oneDNN's own order, which has no storage."""
 
 
 def holder(tensor: Tensor) -> Holder | None:
-    """What holds the tensor's bytes; None for layouts (sparse) that have no one holder."""
+    """What holds the tensor's bytes; None for sparse layouts, which have no single holder."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     return tensor if tensor.is_mkldnn else None
 
 
-def _size(held_by: Holder) -> int:
-    return held_by.nbytes if isinstance(held_by, Tensor) else held_by.nbytes()
-
-
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages made while active, and their peak; of any device.
+    """Counts the bytes of tensor storages made while active, and their peak, on any device.
 
-    A storage counts once, however many views it has, from the operator that made it until it is freed: it
-    is held by weak reference only. Storages from before count if they are given, and otherwise never. Freed
-    storages are noticed at once, also outside the mode. The backward of a CPU graph runs in the thread that
-    called it, so gradients and what it recomputes are counted as well.
+    A storage counts once, whatever its views, from the operator that makes it until it is freed, which is noticed
+    at once, also outside the mode. Storages from before count only if they are given. The backward pass of a CPU
+    graph runs in the thread that called it, and is counted.
 
-    The counts of one program repeat exactly, unless it drops tensors in reference cycles: those live on until
-    Python's collector comes by. Entering collects once, so that it comes by at the same points.
+    The counts of a program repeat exactly, unless it drops tensors in reference cycles, which live until Python's
+    collector runs. Entering collects once, so that it runs at the same points.
 
     Args:
-        start: tensors alive already that are to count, such as a model's parameters and buffers.
+        start: tensors already alive that count, such as a model's parameters and buffers.
+
+    Attributes:
+        current: bytes alive now.
+        peak: the most bytes alive at once.
     """
 
     def __init__(self, start: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Holder]] = {}
-        self._current = 0
+        self.current = 0
         for tensor in start:
             if (storage := holder(tensor)) is not None:
                 self._count(storage)
-        self._peak = self._current
-
-    @property
-    def current(self) -> int:
-        """Bytes alive now."""
-        return self._current
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that were alive at once, since the start or the last `reset_peak`."""
-        return self._peak
-
-    def reset_peak(self) -> None:
-        """Begin a new peak from what is alive now."""
-        self._peak = self._current
+        self.peak = self.current
 
     def __enter__(self) -> "LiveBytes":
         gc.collect()
@@ -108,7 +91,7 @@ class LiveBytes(TorchDispatchMode):
                 id(storage) in self._sizes or not self._is_from_before(storage, func, args, kwargs)
             ):
                 self._count(storage)
-        self._peak = max(self._peak, self._current)
+        self.peak = max(self.peak, self.current)
         return result
 
     def _is_from_before(
@@ -122,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: Holder) -> None:
         """Add a storage, or note its new size. A storage has one Python object for life: its id is a key."""
-        key, size = id(storage), _size(storage)
+        key, size = id(storage), storage.nbytes if isinstance(storage, Tensor) else storage.nbytes()
         if key not in self._sizes:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         before, self._sizes[key] = self._sizes.get(key, 0), size
@@ -133,8 +116,8 @@ class LiveBytes(TorchDispatchMode):
         self._change(key, -self._sizes.pop(key))
 
     def _change(self, key: int, by: int) -> None:
-        """So many bytes more of a storage; when it is forgotten, it has no size any more."""
-        self._current += by
+        """A storage has so many bytes more; one that is forgotten has no size any more."""
+        self.current += by
 
 
 def peak_rss_bytes() -> int:

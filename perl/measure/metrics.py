@@ -1,10 +1,10 @@
-"""The metrics of a reward model: how well scores rank and classify answers, and what its probabilities are worth.
+"""The metrics of a reward model: ranking, classification and calibration.
 
-Scores are log-odds of a thumb up: the probability is their sigmoid, the threshold 0 (a score of exactly 0
-counts as down). Labels are 1 for up and 0 for down. Pairs are indices (better, worse) into the scores.
+Scores are log-odds of a thumb up, with the threshold 0 (exactly 0 counts as down). Labels are 1 for up and 0 for
+down. Pairs are indices (better, worse) into the scores.
 
-Each metric comes as a function of weights, so that the bootstrap can resample it (`perl.measure.bootstrap`);
-scikit-learn's would sort and check the scores again for each of a thousand resamples.
+Each metric is a function of weights, for the bootstrap (`perl.measure.bootstrap`): scikit-learn's would sort and
+check the scores again for each of a thousand resamples.
 
 Axis letters: S resamples, N answers, K distinct scores in order, P pairs.
 """
@@ -56,8 +56,7 @@ def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = Non
     """How often an up scores above a down, ties half; NaN where all labels are alike.
 
     Args:
-        strata: of each answer; only answers of one stratum are compared, so what the strata are made of cannot
-            help. All answers by default.
+        strata: of each answer; only answers of one stratum are compared. All answers by default.
     """
     stratum = np.zeros(len(scores), dtype=np.int64) if strata is None else strata
     groups = [np.flatnonzero(stratum == one) for one in np.unique(stratum)]
@@ -115,30 +114,27 @@ def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Stati
 
 
 def calibration_error(scores: Floats, labels: Labels) -> float:
-    """ECE, the mean distance between the probability given and the share of ups, over bins: Σ n_b/n |p̄_b - ȳ_b|.
+    """ECE, the mean distance of predicted probability and observed share of ups over bins: Σ n_b/n |p̄_b - ȳ_b|.
 
-    The ten bins hold equal numbers of answers (equal mass), not equal stretches of probability: a reward
-    model's probabilities crowd together, and most equal stretches would be empty (Nguyen & O'Connor 2015;
-    Roelofs et al. 2022 find this form less biased). Equal scores share a bin, so that the order of the
-    answers does not matter. The fewer the answers, the more the estimate lies above the truth; resamples, in
-    which answers repeat, lie higher still, so there is no bootstrap interval.
+    The ten bins have equal mass (Nguyen & O'Connor 2015; less biased, Roelofs et al. 2022), as a reward model's
+    probabilities crowd together; equal scores share a bin. The estimate is biased upwards on few answers, and more
+    so on resamples, in which answers repeat: so there is no bootstrap interval.
     """
     bins = reliability(scores, labels)
     return sum(one.n * abs(one.probability - one.share) for one in bins) / len(scores)
 
 
 def reliability(scores: Floats, labels: Labels) -> list[ReliabilityBin]:
-    """What was promised and what came, by bins as in `calibration_error`."""
-    bins, given = equal_mass(scores, ECE_BINS), probabilities(scores)
-    members = [bins == one for one in np.unique(bins)]
+    """Predicted probability and observed share, by bins as in `calibration_error`."""
+    bins, p = equal_mass(scores, ECE_BINS), probabilities(scores)
     return [
-        ReliabilityBin(probability=float(given[rows].mean()), share=float(labels[rows].mean()), n=int(rows.sum()))
-        for rows in members
+        ReliabilityBin(probability=float(p[rows].mean()), share=float(labels[rows].mean()), n=int(rows.sum()))
+        for rows in (bins == one for one in np.unique(bins))
     ]
 
 
 def score_histogram(scores: Floats, labels: Labels, bins: int = 24) -> ScoreHistogram:
-    """How many scores of either label lie in each of equal stretches."""
+    """The scores of either label, in bins of equal width."""
     edges = np.histogram_bin_edges(scores, bins)
     up, down = (np.histogram(scores[labels == one], edges)[0].tolist() for one in (1, 0))
     return ScoreHistogram(edges=edges.tolist(), up=up, down=down)

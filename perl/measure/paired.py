@@ -1,11 +1,9 @@
-"""By how much a metric changed between two policies that answer the same prompts, and how sure that is.
+"""The change of a metric between two policies on the same prompts, with its 95 % interval, paired by prompt.
 
-The difference at each prompt is what counts: prompts differ far more from one another than a policy changes on
-one. Whole dialogues are resampled (`perl.measure.bootstrap`). Of few of them the percentiles lie too close
-together: the bootstrap's variance is (G - 1) / G of what it estimates, for G dialogues, and the estimate is
-uncertain itself. So their distance from the mean is multiplied by t · √(G / (G - 1)) / z, with the quantiles of
-Student's distribution with G - 1 degrees of freedom and of the normal one; of a hundred dialogues that is 1.02
-(Hesterberg 2015, "What Teachers Should Know About the Bootstrap", widens them likewise).
+Whole dialogues are resampled (`perl.measure.bootstrap`). For G dialogues the bootstrap's variance is (G - 1) / G
+of what it estimates, and the estimate is uncertain itself, so the percentiles' distance from the mean is
+multiplied by t · √(G / (G - 1)) / z, t and z being quantiles of Student's distribution with G - 1 degrees of
+freedom and of the normal one (as in Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
 
 Axis letters: S resamples, N prompts.
 """
@@ -26,9 +24,8 @@ def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
     """Means over the prompts before and after, and the 95 % interval of the change.
 
     Args:
-        before: of each prompt.
+        before: of each prompt, as are `dialogues`.
         after: of the same prompts in the same order, under the same names.
-        dialogues: of each prompt.
 
     Returns:
         `NAME_before`, `NAME_after` and `NAME_interval` of each metric; no interval (None) with a single dialogue.

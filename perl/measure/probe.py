@@ -1,7 +1,4 @@
-"""What running code tells its listeners, who measure it; nobody listening, it costs a look at an empty list.
-
-The code that runs marks its tensors and names what it does; listeners put that together with what they see.
-"""
+"""What running code tells the listeners that measure it: what its tensors are for, and when it recomputes."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -12,33 +9,29 @@ if TYPE_CHECKING:
     from torch import Tensor  # results are read without torch
 
 Kind = Literal["base_weights", "adapters", "gradients", "optimizer", "kv_cache", "activations"]
-"""What bytes are for. Adapters: with their heads. Activations: whatever is nothing else, temporaries too."""
+"""What bytes are for. Adapters include their heads; activations are all that is nothing else, temporaries too."""
 Phase = Literal["load", "generate", "score", "update"]
-"""When: before the first step; sampling; reading rewards, reference and values; forward, backward, optimizer."""
+"""Before the first step; sampling; rewards, reference and values; forward, backward and optimizer."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """The peak of a phase, in bytes."""
+    """The peak of a phase in bytes, and what these were for: the kinds add up to the peak."""
 
     peak: int
     kinds: dict[Kind, int]
-    """What it was made of; the sum is the peak."""
 
 
 class Listener:
-    """Told what runs; each kind of listener overrides what it is concerned with."""
+    """Told what runs; a subclass overrides what it is concerned with."""
 
     def mark(self, kind: Kind, tensors: "Iterable[Tensor]") -> None:
         """These tensors are of this kind."""
 
-    def phase(self, name: Phase) -> None:
-        """What is done from now on."""
-
     def recomputing(self, begins: bool) -> None:
-        """Whether what is computed from now on was computed before."""
+        """From now on, activations are computed again; or no longer."""
 
 
 listeners: list[Listener] = []
@@ -66,7 +59,7 @@ def recomputing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, the listener hears."""
+    """Inside, the listener is told."""
     listeners.append(listener)
     try:
         yield

@@ -1,9 +1,8 @@
 """Rated or compared answers as columns: what a reward model is judged on."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice, product
+from dataclasses import dataclass, replace
+from itertools import chain, islice, product
 
 from perl.data.records import Context, Turn
 
@@ -43,25 +42,16 @@ class RatedRows:
 
     def labelled(self) -> "RatedRows":
         """The rows that have labels."""
-        count = len(self.labels)
-        return RatedRows(
-            contexts=self.contexts[:count],
-            answers=self.answers[:count],
-            dialogues=self.dialogues[:count],
-            sources=self.sources[:count],
-            labels=self.labels,
-            gold=self.gold,
-            pairs=self.pairs if self.compared else [],
-        )
+        columns = ("contexts", "answers", "dialogues", "sources")
+        cut = {name: getattr(self, name)[: len(self.labels)] for name in columns}
+        return replace(self, **cut, pairs=self.pairs if self.compared else [])
 
     def ranked_pairs(self) -> list[tuple[int, int]]:
         """What was compared; else the good and bad answers to one context, each with each."""
-        return self.pairs or _pairs_within_contexts(self.contexts, self.truth)
-
-
-def _pairs_within_contexts(contexts: Sequence[Context], truth: Sequence[bool]) -> list[tuple[int, int]]:
-    """Indices (up, down) of answers to the same context."""
-    by_context: dict[Context, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for index, (context, up) in enumerate(zip(contexts, truth, strict=True)):
-        by_context[context][not up].append(index)
-    return [pair for ups, downs in by_context.values() for pair in islice(product(ups, downs), PAIRS_A_CONTEXT)]
+        if self.pairs:
+            return self.pairs
+        by_context: dict[Context, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for index, (context, up) in enumerate(zip(self.contexts, self.truth, strict=True)):
+            by_context[context][not up].append(index)
+        pairs = (islice(product(ups, downs), PAIRS_A_CONTEXT) for ups, downs in by_context.values())
+        return list(chain.from_iterable(pairs))

@@ -56,13 +56,11 @@ class Mistakes:
 class RewardMetrics:
     """The metrics of a reward model.
 
-    Rankings and accuracies are against the gold judgement where there is one; probabilities are always held
-    against the thumbs they are probabilities of. Where there are ratings and pairs, the pairs are for the
-    pairwise accuracy alone.
+    Rankings and accuracies are against the gold judgement where there is one, probabilities always against the
+    thumbs. Where there are ratings and pairs, the pairs serve the pairwise accuracy alone.
 
     Attributes:
-        seen_in_training: how many of the answers the model was trained on: their dialogue, or a row that says
-            nearly the same.
+        seen_in_training: answers of dialogues that the model was trained on, or nearly the same as a training row.
         intervals: 95 %, by the name of the metric.
     """
 
@@ -104,8 +102,7 @@ def reward_model_card(
 
     Args:
         scores: log-odds, one an answer.
-        all_rows: the answers.
-        baseline: TF-IDF's scores of those with labels.
+        baseline: TF-IDF's scores of the answers with labels.
         seen: how many of those the model was trained on.
 
     Raises:
@@ -181,7 +178,7 @@ def _less_pair_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
 
 def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
     """The worst mistakes, for people to read."""
-    order, given = np.argsort(scores, kind="stable"), probabilities(scores)
+    order, p = np.argsort(scores, kind="stable"), probabilities(scores)
 
     def mistake(index: int) -> Mistake:
         text = rows.answers[index].text
@@ -189,7 +186,7 @@ def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
             context=_tail(rows.contexts[index]),
             answer=text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …",
             score=float(scores[index]),
-            probability=float(given[index]),
+            probability=float(p[index]),
         )
 
     return Mistakes(

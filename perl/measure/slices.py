@@ -1,4 +1,4 @@
-"""Where the reward model is good and where not: its metrics by kind of answer, depth, length and source."""
+"""The metrics of a reward model by kind of answer, depth of dialogue, length and source."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Answers of one kind; those too few to be judged are only counted. The ECE is after scaling."""
+    """Answers of one kind; fewer than `MIN_JUDGED` are only counted. The ECE is after scaling."""
 
     by: str
     name: str

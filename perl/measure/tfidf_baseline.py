@@ -1,4 +1,4 @@
-"""What counting words can do: a reward model that does no better has not been shown to read."""
+"""The baseline of a reward model: TF-IDF with logistic regression."""
 
 import re
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from perl.measure.metrics import Labels, auroc, pairwise_accuracy
 from perl.measure.rated_rows import RatedRows
 
 CONTEXT_CHARACTERS = 400
-"""The end of the context is what an answer answers."""
+"""Read at the end of the context."""
 MAX_TRAINING_ROWS = 20_000
-"""Evenly spaced: the baseline is to take seconds."""
+"""Evenly spaced, so that training takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class TfidfScores:
 
 @dataclass(frozen=True, kw_only=True)
 class TfidfBaseline:
-    """What TF-IDF with logistic regression comes to, and by how much the model is ahead of it.
-
-    The metric is the AUROC; of compared answers, of which only differences mean something, pairwise accuracy.
-    """
+    """The baseline's pairwise accuracy (of compared answers) or AUROC, and by how much the model is ahead."""
 
     metric: Literal["auroc", "pairwise_accuracy"]
     value: float | None
@@ -72,7 +69,7 @@ def _words(text: str) -> list[str]:
 def tfidf_baseline(
     scores: Floats, rows: RatedRows, baseline: TfidfScores, truth: Labels, bootstrap: ClusterBootstrap
 ) -> TfidfBaseline:
-    """The baseline beside a model's scores of the same rows; the interval of the difference is a paired one."""
+    """The baseline beside a model's scores of the same rows; the interval of the difference is paired."""
 
     def ranking(of: Floats) -> Statistic:
         return pairwise_accuracy(of, rows.pairs) if rows.compared else auroc(of, truth)

@@ -30,28 +30,25 @@ class Verdict:
     reasons: list[str]
 
 
-@dataclass(frozen=True)
-class _Criterion:
-    met: bool
-    reason: str
+_Criterion = tuple[bool, str]
+"""Whether it is met, and the reason."""
 
 
 def verdict(metrics: "RewardMetrics") -> Verdict:
     """The verdict on a reward model.
 
-    Fit means shown to be fit, on these answers: the end of each 95 % interval has to be on the right side. So
-    a model that is not shown to be better than TF-IDF with logistic regression, the interval of the difference
-    including 0, is not fit: nothing shows that it reads more than single words, and what rewards single words
-    is what a policy exploits first. If it is better all the same, more held-out answers will show it.
+    Fit means shown to be fit on these answers: each 95 % interval has to lie on the right side. A model whose
+    difference from TF-IDF with logistic regression has an interval that includes 0 is not fit: it may read no more
+    than single words, which a policy exploits first. More held-out answers may show that it is better.
 
-    Accuracy is no criterion: with 86 % thumbs up a constant has 86 %. AUROC and the differences are blind to the
-    share of ups.
+    Accuracy is no criterion: with 86 % thumbs up a constant has 86 %. AUROC and differences of it do not depend on
+    the share of ups.
     """
     criteria = list(_enough(metrics))
-    if all(one.met for one in criteria):
+    if all(met for met, _ in criteria):
         criteria = [_unseen(metrics), *_ranks(metrics), _calibrated(metrics.calibration)]
-    failed = [one.reason for one in criteria if not one.met]
-    return Verdict(not failed, failed or [one.reason for one in criteria])
+    failed = [reason for met, reason in criteria if not met]
+    return Verdict(not failed, failed or [reason for _, reason in criteria])
 
 
 def _enough(metrics: "RewardMetrics") -> Iterator[_Criterion]:
@@ -60,23 +57,20 @@ def _enough(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     what = f"of {metrics.n:,} answers {fewer:,} are rated {kind}"
     if metrics.compared:
         what = f"there are {metrics.pairs} pairs"
-    yield _Criterion(fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}, and {MIN_OF_A_CLASS} are needed.")
-    yield _Criterion(
-        metrics.dialogues >= MIN_DIALOGUES,
-        f"Too few to tell: the answers are of {metrics.dialogues} dialogues, and {MIN_DIALOGUES} are needed.",
-    )
+    yield fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}, and {MIN_OF_A_CLASS} are needed."
+    what = f"the answers are of {metrics.dialogues} dialogues"
+    yield metrics.dialogues >= MIN_DIALOGUES, f"Too few to tell: {what}, and {MIN_DIALOGUES} are needed."
 
 
 def _unseen(metrics: "RewardMetrics") -> _Criterion:
     seen, n = metrics.seen_in_training, metrics.n
     if seen > MAX_SEEN * n:
-        reason = (
+        return False, (
             f"{seen:,} of these {n:,} answers are of dialogues it was trained on, or nearly the same as answers "
             "it was trained on, which flatters it; without --data the run's own held-out part is judged."
         )
-        return _Criterion(False, reason)
     reason = f"Judged on {n:,} answers of {metrics.dialogues:,} dialogues it was not trained on"
-    return _Criterion(True, f"{reason}, but for {seen:,} that it has seen, or nearly." if seen else f"{reason}.")
+    return True, f"{reason}, but for {seen:,} that it has seen, or nearly." if seen else f"{reason}."
 
 
 def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
@@ -87,11 +81,8 @@ def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     interval = metrics.intervals[metrics.tfidf_baseline.metric]
     against = " against the gold judge" if metrics.against == "gold" else ""
     better = _above(interval, 0.5)
-    yield _Criterion(
-        better,
-        f"It ranks {'better' if better else 'no better'} than a coin: {name}{against} {value:.2f} "
-        f"({_ends(interval)}).",
-    )
+    how = "better" if better else "no better"
+    yield better, f"It ranks {how} than a coin: {name}{against} {value:.2f} ({_ends(interval)})."
     yield _beats_words(metrics.tfidf_baseline, name)
     if better:
         yield _beats_length(metrics.length)
@@ -107,25 +98,21 @@ def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
         how = "not shown to be better"
     else:
         how = "worse" if interval[1] < 0 else "no better"
-    reason = (
+    return _above(interval, 0), (
         f"It is {how} than TF-IDF with logistic regression, which has {name} {baseline.value:.2f}: the difference "
         f"is {ahead:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})."
     )
-    return _Criterion(_above(interval, 0), reason)
 
 
 def _beats_length(length: LengthBias) -> _Criterion:
     if length.ahead_interval is None:
-        return _Criterion(False, "Length tells it all: no two answers of like length are rated differently.")
-    within = f"AUROC {length.auroc_within:.2f} ({_ends(length.auroc_within_interval)})"
-    if _above(length.ahead_interval, 0):
-        return _Criterion(True, f"It reads more than length: among answers of like length it has {within}.")
-    correlation = length.correlation or 0.0
-    if abs(correlation) >= MOSTLY_LENGTH:
+        return False, "Length tells it all: no two answers of like length are rated differently."
+    more, correlation = _above(length.ahead_interval, 0), length.correlation or 0.0
+    what = "It reads more than length" if more else "It is not shown to read more than length"
+    if not more and abs(correlation) >= MOSTLY_LENGTH:
         what = f"It only counts length (correlation {correlation:+.2f}, Spearman)"
-    else:
-        what = "It is not shown to read more than length"
-    return _Criterion(False, f"{what}: among answers of like length it has {within}.")
+    within = f"AUROC {length.auroc_within:.2f} ({_ends(length.auroc_within_interval)})"
+    return more, f"{what}: among answers of like length it has {within}."
 
 
 def _calibrated(calibration: Calibration) -> _Criterion:
@@ -134,10 +121,10 @@ def _calibrated(calibration: Calibration) -> _Criterion:
     assert chance is not None
     off = f"after scaling its probabilities are off by {error:.3f} on average (ECE"
     if error <= MAX_ECE:
-        return _Criterion(True, f"Calibrated: {off}; {MAX_ECE} allowed).")
+        return True, f"Calibrated: {off}; {MAX_ECE} allowed)."
     if error <= chance:
-        return _Criterion(True, f"Calibrated as far as so few answers tell: {off}; {chance:.3f} may be chance).")
-    return _Criterion(False, f"Not calibrated: {off}; {MAX_ECE} allowed).")
+        return True, f"Calibrated as far as so few answers tell: {off}; {chance:.3f} may be chance)."
+    return False, f"Not calibrated: {off}; {MAX_ECE} allowed)."
 
 
 def _above(interval: Interval | None, limit: float) -> bool:

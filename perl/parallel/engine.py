@@ -1,20 +1,18 @@
 """The engines: how processes share the base in memory, and the state of the optimizer.
 
-    Engine   every process holds the whole base                                       DDP
+    Engine   every process holds the whole base                                           DDP
     Zero     torch shards the optimizer's state; at stage 3 DeepSpeed the base's blocks   DeepSpeed
-    Fsdp2    torch shards the base's blocks                                            FSDP2
+    Fsdp2    torch shards the base's blocks                                               FSDP2
 
-Adapters are small, so every process holds all trainable parameters, and gradients are summed once an update. That
-makes all engines the same to a training loop: a model whose blocks may be gathered as they compute, ordinary
-parameters with ordinary gradients, and an ordinary optimizer. So no engine has to be told of roles, each role is
-trained in every one of them, and a checkpoint of one resumes under another.
+Adapters are small, so every process holds all trainable parameters, and gradients are summed once an update. To a
+training loop all engines are the same: ordinary parameters, gradients and optimizer, and a model whose blocks may
+be gathered as they compute. So no engine knows of roles, and a checkpoint of one resumes under another.
 
-A sharded block is gathered by all processes together: they must compute the same number of passes. `together`
-says so, and a process with nothing left to compute goes on until all have ended (see `perl.rl.samplers.local`).
+All processes gather a sharded block together, so they must compute the same number of passes: see `together`.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,9 +39,9 @@ class Engine:
         return torch.device("cpu") if self.shards_base else device
 
     def shard(self, lm: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Shard a frozen base's blocks over the processes, each gathered while it computes.
+        """Shard a frozen base's blocks over the processes; each is gathered while it computes.
 
-        What is not in a block, the embeddings above all, moves to the device whole: each process computes with it.
+        What is not in a block, such as the embeddings, moves to the device whole.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._shard(blocks, device)
@@ -53,7 +51,7 @@ class Engine:
                 tensor.data = tensor.data.to(device)
 
     def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Shard the weights of these blocks."""
+        """Nothing is sharded here."""
 
     def full_tensor(self, weight: Tensor) -> Tensor:
         """All of a weight that may be sharded; the processes call it together."""
@@ -93,8 +91,8 @@ class Fsdp2(Engine):
             fully_shard(block, mesh=mesh, reshard_after_forward=self._reshard, offload_policy=policy)
 
     def full_tensor(self, weight: Tensor) -> Tensor:
-        gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
-        return gather() if gather is not None else weight
+        full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return full
 
 
 def engine_from_environment(processes: Processes) -> Engine:

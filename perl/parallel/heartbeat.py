@@ -1,9 +1,9 @@
-"""Who is alive: each process beats in the launcher's store and watches the others; one that is dead is named.
+"""Heartbeats: each process beats in the launcher's store and watches the others, to name one that died.
 
 A process that dies leaves the others waiting in a collective. gloo ends that with the message of a socket, NCCL
-after its timeout, and torchrun names only the dead of its own host. So a thread looks every few seconds. A process
-of the same host is dead when the kernel says so, one of another host when its beat has not changed for half a
-minute.
+after its timeout, and torchrun names only the dead of its own host. So a thread of each process looks every few
+seconds. A process of the same host is dead when the kernel says so, one of another host when its beat has not
+changed for half a minute.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ BEAT = 2.0
 SILENCE = 30.0
 """Seconds without a beat after which a process of another host is dead."""
 LEAVE = 10.0
-"""Seconds that this process has to end by itself once another is dead; then the thread ends it."""
+"""Seconds for this process to end once another is dead; then the thread ends it."""
 
 
 class _Process(NamedTuple):
@@ -44,9 +44,8 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self._store, self._rank, self._count = store.clone(), rank, count
         namespace = "/proc/self/ns/pid"
-        self._own = _Process(
-            socket.gethostname(), os.readlink(namespace) if os.path.exists(namespace) else "", os.getpid()
-        )
+        own_namespace = os.readlink(namespace) if os.path.exists(namespace) else ""
+        self._own = _Process(socket.gethostname(), own_namespace, os.getpid())
         self._beats: dict[int, tuple[bytes | None, float]] = {}
         """The last beat of each other process, and when it was first seen."""
         self._cause: str | int | None = None
@@ -56,7 +55,7 @@ class Heartbeat:
         self._thread.start()
 
     def leave(self, status: int) -> None:
-        """Tell the others that this process ends by itself, with this exit status."""
+        """Tell the others that this process exits with this status."""
         self._ended.set()
         self._thread.join(BEAT + 1)
         with contextlib.suppress(RuntimeError):  # the store's process has ended
@@ -73,7 +72,7 @@ class Heartbeat:
         """Wait until it is known why a collective failed.
 
         Returns:
-            the name of a dead process, or the exit status of one that failed by itself; None if all are well.
+            the name of a dead process, or the exit status of one that failed by itself; None: neither.
         """
         self._failed.wait(seconds)
         return self._cause
@@ -127,7 +126,7 @@ class Heartbeat:
 
 
 def death(who: str) -> tuple[str, str]:
-    """What is said of a dead process, and what to do."""
+    """The message about a dead process, and the remedy."""
     return (
         f"{who} is gone: killed, out of memory, or its host is down; the others stop",
         "Launch the same command again: it goes on from the newest checkpoint, with any number of processes.",

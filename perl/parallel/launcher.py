@@ -1,4 +1,4 @@
-"""What a launcher says in the environment, and how a launched process ends; without torch."""
+"""A launcher's environment variables, and how a launched process ends; without torch."""
 
 import atexit
 import functools
@@ -22,12 +22,12 @@ def ranks() -> tuple[int, int, int]:
 
 
 def skips_finalization(main: Callable[[], None]) -> Callable[[], NoReturn]:
-    """Make a program end with its main function and the status of that, whatever threads libraries left running.
+    """Make a program end with the status of its main function, whatever threads libraries left running.
 
-    Until Python 3.13, a thread of C++ that wakes while the interpreter is finalized aborts the process
-    ("terminate called without an active exception"), and the launcher would call a finished run failed. So a
-    launched process skips finalization: it ends when its Python threads have, and what was registered with
-    `atexit` has run. An exception that is no SystemExit takes the ordinary way.
+    Until Python 3.13, a C++ thread that wakes while the interpreter is finalized aborts the process ("terminate
+    called without an active exception"), and the launcher reports a finished run as failed. So a launched process
+    skips finalization: it ends when its Python threads have ended and the functions of `atexit` have run.
+    Exceptions other than SystemExit are raised as usual.
     """
 
     @functools.wraps(main)

@@ -1,7 +1,7 @@
-"""From what a launcher set in the environment to a process group, and out of it together.
+"""A process group from the launcher's environment variables, entered and left together.
 
-Libraries that read the environment themselves (transformers, accelerate) would shard again what is sharded. So
-inside, the environment is that of a single process with one device, and this package does all communication.
+transformers and accelerate, which read these variables themselves, would shard again what is sharded. So inside,
+the environment is that of a single process with one device, and this package does all communication.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 from perl.errors import MachineError, UserError
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.heartbeat import SILENCE, Heartbeat, death
-from perl.parallel.processes import ALONE, launched
+from perl.parallel.launcher import ranks
+from perl.parallel.processes import ALONE, Processes
 from perl.system.progress import console
 from perl.system.signals import LEAVE
 
@@ -31,15 +32,15 @@ TIMEOUT = timedelta(hours=2)
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Engine]:
-    """Join the processes that a launcher started, and leave together; without a launcher, one process alone.
+    """The engine of the processes that a launcher started, inside their group; without a launcher, of one process.
 
     Raises:
         UserError: the launcher asks for an engine that cannot be used; or any that the block raises, in one
-            process only: the others leave silently, with the same status.
+            process only: the others exit silently with the same status.
         MachineError: another process died.
     """
-    processes = launched()
-    if processes is ALONE:
+    processes = Processes(*ranks())
+    if processes.count == 1:
         with _single_process_environment(0):
             yield Engine(ALONE)
         return
@@ -60,8 +61,7 @@ def process_group() -> Iterator[Engine]:
         except BaseException as error:
             failure = _failure(error, heartbeat)
             status = failure.status if isinstance(failure, UserError) else 1
-            if isinstance(failure, KeyboardInterrupt):
-                status = 130
+            status = 130 if isinstance(failure, KeyboardInterrupt) else status
             first = heartbeat.first_to_report()
             heartbeat.leave(status)
             if not first:
@@ -76,7 +76,7 @@ def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     """The error itself, or what made a collective fail in another process."""
     if isinstance(error, UserError):
         return error
-    for number in LEAVE:  # the launcher ends those that are left; this process first says why
+    for number in LEAVE:  # the launcher ends the others; this process first reports the cause
         signal.signal(number, signal.SIG_IGN)
     failed = isinstance(error, RuntimeError)  # torch raises it for a lost connection as for a wrong shape
     cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)
@@ -95,7 +95,7 @@ def _of_a_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _single_process_environment(device: int) -> Iterator[None]:
-    """Inside, the environment says nothing of a launcher, and shows one GPU where there are several."""
+    """Inside, the environment has no launcher's variables, and one visible GPU."""
     with mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name in HIDDEN or name.startswith(HIDDEN_PREFIXES):

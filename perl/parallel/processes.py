@@ -1,10 +1,10 @@
-"""The processes that `torchrun` or `accelerate launch` started for one run, as a value that the stages ask.
+"""The processes that `torchrun` or `accelerate launch` started for one run.
 
-Each process runs the same code with its own share of the rows; what is decided is decided from what all of them
-know, so that they take the same decision at the same step. The first one, `main`, writes and prints.
+Each process runs the same code on its own share of the rows. Decisions follow from values that all have, so that
+all decide alike at the same step. The first process, `main`, writes and prints.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perl.errors import UserError
-from perl.parallel.launcher import ranks
 
 T = TypeVar("T")
 
@@ -33,12 +32,11 @@ class Processes:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all are here."""
         if self.count > 1:
             self.all_gather(None)
 
     def all_gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank."""
+        """Every process's value, by rank."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
@@ -52,15 +50,13 @@ class Processes:
         return values[0]  # type: ignore[no-any-return]
 
     def any_true(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
         return self.all_reduce_max(int(flag)) > 0
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of everybody's numbers."""
         return self._reduced(number, torch.int64, dist.ReduceOp.MAX) if self.count > 1 else number
 
     def all_reduce_sum(self, number: float) -> float:
-        """Everybody's numbers added up; in fp64."""
+        """The sum of every process's number, in fp64."""
         return self._reduced(number, torch.float64, dist.ReduceOp.SUM) if self.count > 1 else number
 
     def _reduced(self, number: Any, dtype: torch.dtype, how: Any) -> Any:
@@ -69,26 +65,22 @@ class Processes:
         return tensor.item()
 
     def shard(self, total: int) -> list[int]:
-        """The numbers of this process's rows of so many: neighbours, and as many as everybody has.
+        """The indices of this process's rows of so many: consecutive, and as many as every process has.
 
-        The last row is repeated where there are too few: `unshard` drops what is too much.
+        The last row is repeated where there are too few; `Rollout.gather` drops the repetitions.
         """
         each = -(-total // self.count)
         return [min(row, total - 1) for row in range(self.rank * each, (self.rank + 1) * each)]
 
-    def unshard(self, mine: Sequence[T], total: int) -> list[T]:
-        """Everybody's rows, in the order in which they were sharded."""
-        return [row for rows in self.all_gather(mine) for row in rows][:total]
-
     def local_main_first(self, work: Callable[[], T]) -> T:
-        """Do what may leave files for the others to find, on each host in its first process first."""
+        """Do what may leave files for others, on each host in its first process first."""
         results = [work()] if self.local_rank == 0 else []
         self.barrier()
         return results[0] if results else work()
 
     @torch.no_grad()
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make each gradient the sum of everybody's."""
+        """Make each gradient the sum over the processes."""
         if self.count == 1:
             return
         pending: list[Any] = []
@@ -102,7 +94,7 @@ class Processes:
 
     @torch.no_grad()
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Give everybody the main process's contents."""
+        """Copy the main process's contents to all."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
@@ -124,9 +116,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def launched() -> Processes:
-    """What the environment says that a launcher has set."""
-    rank, count, local = ranks()
-    return Processes(rank, count, local) if count > 1 else ALONE

@@ -1,8 +1,8 @@
 """DeepSpeed's engine: ZeRO stages 1 and 2 shard the optimizer's state, stage 3 the base's blocks too.
 
-DeepSpeed's own loop (forward, backward and step of one engine around one model) does not fit RL, which computes as
-several roles, clips each by itself and refuses updates that are not finite. So only its partitioning of frozen
-weights is used; the optimizer's state is sharded by torch, which takes ordinary parameters and gradients.
+DeepSpeed's own loop around one model does not fit RL, which computes as several roles, clips each by itself and
+refuses updates that are not finite. So only its partitioning of frozen weights is used; torch shards the
+optimizer's state, with ordinary parameters and gradients.
 """
 
 import copy
@@ -143,7 +143,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
 
 
 def _without_auto(config: Any) -> Any:
-    """A config without what it leaves to others to decide, infinities and nulls included."""
+    """A config without the keys that are `auto` or null."""
     if not isinstance(config, dict):
         return config
     kept = {name: _without_auto(value) for name, value in config.items()}
@@ -151,5 +151,5 @@ def _without_auto(config: Any) -> Any:
 
 
 def _one_device() -> Any:
-    """Inside, the environment says what DeepSpeed insists on: each process sees one device."""
+    """Inside, the environment has the rank on the host that fits one visible device, as DeepSpeed insists."""
     return mock.patch.dict(os.environ, LOCAL_RANK="0")

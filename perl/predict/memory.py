@@ -1,10 +1,9 @@
 """Predicted peak memory of a recipe's stages: the real steps, run on fake tensors.
 
-A stage is tried for two steps by the code that trains it, on the longest rows of its data (`Trial`), with a base
-that has every shape and no weights. Nothing is modelled beside the code, so nothing can drift from it.
+The code that trains a stage takes two steps on the longest rows of its data (`Trial`), with a base that has every
+shape and no weights. There is no second model of memory that could drift from the code.
 
-A deep base is tried at two smaller depths, and each kind of memory is drawn on along the straight line through
-them: layers are all alike, so what they hold is proportional to their number.
+A deep base is tried at two smaller depths, and each kind of memory is extrapolated linearly: layers are all alike.
 """
 
 from collections.abc import Mapping
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from perl.adapters.targets import linear_layers
 from perl.backbones.fake import fake_lm
@@ -73,25 +70,22 @@ def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
     """The sizes of a base's weights, from its configuration."""
     lm = fake_lm(config, dtype)
     linear = [lm.get_submodule(name).weight.nbytes for name in linear_layers(lm)]
-    everything = sum(parameter.nbytes for parameter in lm.parameters())
-    outside = {id(p): p.nbytes for p in (lm.get_input_embeddings().weight, *_output_weights(lm))}
-    blocks = everything - sum(outside.values())
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())  # an encoder has no output embeddings
+    outside = sum(
+        {id(end.weight): end.weight.nbytes for end in ends if end is not None}.values()
+    )  # tied ones once
+    blocks = sum(parameter.nbytes for parameter in lm.parameters()) - outside
     depth = config.get_text_config().num_hidden_layers
-    return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, sum(outside.values()))
-
-
-def _output_weights(lm: PreTrainedModel) -> list[Tensor]:
-    head = lm.get_output_embeddings()
-    return [] if head is None else [head.weight]  # an encoder has none
+    return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, outside)
 
 
 def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
-    """Memory with so many bytes more (or fewer) of some kinds in every phase."""
+    """Memory with so many more bytes of some kinds in every phase; nothing is computed while loading."""
     result: Memory = {}
     for phase, peak in memory.items():
         kinds = dict(peak.kinds)
         for kind, count in change.items():
-            if phase != "load" or kind != "activations":  # nothing is computed in it
+            if phase != "load" or kind != "activations":
                 kinds[kind] = round(kinds.get(kind, 0) + count)
         result[phase] = PhaseMemory(sum(kinds.values()), kinds)
     return result
@@ -100,15 +94,13 @@ def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
 def _extend(low: Memory, high: Memory, share: float) -> Memory:
     """The line through two depths, so many times their distance above the lower."""
     extended: Memory = {}
-    for phase in PHASES:
-        if phase in low:
-            one, other = low[phase].kinds, high[phase].kinds
-            kinds: dict[Kind, int] = {}
-            for kind in KINDS:
-                start = one.get(kind, 0)
-                if end := max(0, round(start + share * (other.get(kind, 0) - start))):
-                    kinds[kind] = end
-            extended[phase] = PhaseMemory(sum(kinds.values()), kinds)
+    for phase in (phase for phase in PHASES if phase in low):
+        kinds: dict[Kind, int] = {}
+        for kind in KINDS:
+            start, end = (memory[phase].kinds.get(kind, 0) for memory in (low, high))
+            if size := max(0, round(start + share * (end - start))):
+                kinds[kind] = size
+        extended[phase] = PhaseMemory(sum(kinds.values()), kinds)
     return extended
 
 

@@ -1,9 +1,8 @@
 """What a step of RL costs: the real steps, on the longest prompts and completions there can be.
 
-On fake tensors no more of a step is computed than decides its peak memory: of the batch that is sampled the last
-prompts and the first and the last token, and two micro-batches of it. Their tensors are views of the whole
-batch's, which so stay in memory as in a real step; of what is computed later, some numbers a token, the other
-rows' share is left out.
+On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts
+and the first and the last token, and two micro-batches of it. Their tensors are views of the whole batch's, which
+stay in memory as in a real step; what is computed later of other rows, some numbers a token, is left out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,15 +24,15 @@ from perl.stages.rl_setup import eval_prompts, setup
 from perl.stages.session import Session
 
 MICRO_BATCHES = 2
-"""Of a rollout on fake tensors: in the second, all that the first has made is there."""
+"""Of a rollout on fake tensors: in the second, all that the first has made is in memory."""
 HEAD_RATE = 1e-3
-"""Where the recipe leaves it to the base's hidden states: on fake tensors these have no size."""
+"""Stands for `auto`, which is computed from hidden states: fake ones have no values."""
 
 
 def try_rl(session: TrialSession) -> Tried:
-    """Take a trial's steps; nothing is checked, evaluated or saved.
+    """Take the trial's steps; nothing is checked, evaluated or saved.
 
-    Every rollout is learned from, with a signal or without, and no completion ends early.
+    Every rollout is learned from, with or without a signal, and no completion ends early.
     """
     held_out = eval_prompts(session)
     loop = setup(_with_head_rate(session), held_out)
@@ -42,22 +41,18 @@ def try_rl(session: TrialSession) -> Tried:
     sampler = loop.collector.sampler
     if session.trial.abridged:
         sampler = AbridgedSampler(session.roles, prompts.ids)
-        last = range(max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size), len(prompts))
-        prompts = prompts.take(last)
+        first = max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size)
+        first -= first % loop.samples_per_prompt  # whole groups: they are compared
+        prompts = prompts.take(range(first, len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     with session.folder.metrics("rl") as log:
         for step in range(session.trial.steps):
-            log.write(step + 1, _try_step(loop, step, prompts, session))
-    trained = session.roles.parameters_of(*loop.learner.trained)
-    return session.tried(loop.meter, trained)
-
-
-def _try_step(loop: Loop, step: int, prompts: EncodedPrompts, session: Session) -> dict[str, float]:
-    with loop.meter.step(loop.learner.optimizer):
-        mine, everyone = collect(loop, step, prompts)
-        targets = estimate(loop, everyone, normalize(loop, step, everyone.rewards_B))
-        metrics = update(loop, step, mine, everyone, targets)
-    return describe(everyone, session.train.judge) | metrics
+            with loop.meter.step(loop.learner.optimizer):
+                local, rollout = collect(loop, step, prompts)
+                targets = estimate(loop, rollout, normalize(loop, step, rollout.rewards_B))
+                metrics = update(loop, step, local, rollout, targets)
+            log.write(step + 1, describe(rollout, session.train.judge) | metrics)
+    return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
 
 
 def longest_prompts(loop: Loop) -> EncodedPrompts:
@@ -77,15 +72,15 @@ def _with_head_rate(session: Session) -> Session:
 
 
 class AbridgedSampler(LocalSampler):
-    """Draws a whole batch, of which the first and the last token are computed, and hands on its last rows.
+    """Draws a whole batch, of which the first and the last token are computed, and returns its last rows.
 
     Args:
-        whole: the tokens of all prompts of the batch; those that are drawn for are the last of them.
+        batch: the tokens of all its prompts.
     """
 
-    def __init__(self, roles: Roles, whole: Sequence[Sequence[int]]) -> None:
+    def __init__(self, roles: Roles, batch: Sequence[Sequence[int]]) -> None:
         super().__init__(roles)
-        self._whole = whole
+        self._batch = batch
 
     def draw(
         self,
@@ -96,10 +91,11 @@ class AbridgedSampler(LocalSampler):
         share: Share | None = None,
         read: Read | None = None,
     ) -> Samples:
-        """See `Sampler`."""
-        samples, first = super().draw(role, self._whole, sampling, generator, None, read), -len(prompts)
+        """For the last prompts of the batch."""
+        samples, first = super().draw(role, self._batch, sampling, generator, None, read), -len(prompts)
+        # Slices, unlike `take`, are views of the whole batch's tensors.
         kept: dict[str, Any] = {
-            name: rows if rows is None else rows[first:] for name, rows in vars(samples).items()
+            name: None if rows is None else rows[first:] for name, rows in vars(samples).items()
         }
         return Samples(**kept)
 
@@ -111,13 +107,12 @@ class AbridgedSampler(LocalSampler):
         read: Read | None,
         seen: list[Tensor],
     ) -> Drawing:
-        """The batch to be drawn."""
         return _AbridgedDrawing(self.roles, prompts, sampling, uniform_BT, read, seen)
 
 
 class _AbridgedDrawing(Drawing):
     def steps(self) -> Iterable[int]:
-        """The last two positions: what is computed of the one is the last token that is computed at all."""
+        """The last two positions; computed is the last token."""
         left_out = max(0, self.length - 2)
         self.mask_BL = F.pad(self.mask_BL, (0, left_out), value=1)
         self.cache.skip(left_out)

@@ -1,4 +1,4 @@
-"""What predictions are made of: the longest rows of the data, a tokenizer, and a base of fake weights."""
+"""What predictions are made from: the longest rows of the data, a tokenizer, and a base of fake weights."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
 STEPS = 2
-"""The first step makes gradients and the optimizer's state; in the second all of them are there from the start."""
+"""The first makes gradients and the optimizer's state; in the second all of them are there from the start."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,21 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """Layers of the base."""
         return int(self.config.get_text_config().num_hidden_layers)
 
 
 def read_subject(recipe: Recipe) -> Subject:
-    """The data, the tokenizer and the configuration of a recipe: all but weights.
+    """The data, the tokenizer and the configuration of a recipe.
 
     Raises:
         UserError: any of them cannot be used.
     """
     quiet_libraries()
     train, held_out = read_data(recipe)
-    spec, tokenizer, config = recipe.base, None, None
-    if (made := spec.build) is not None:
-        tokenizer = train_tokenizer(corpus(train), made.vocabulary)
-        config = tiny_config(tokenizer, made.hidden_size, made.layers, made.heads, made.max_length)
+    spec, config = recipe.base, None
+    if (tiny := spec.build) is not None:
+        tokenizer = train_tokenizer(corpus(train), tiny.vocabulary)
+        config = tiny_config(tokenizer, tiny.hidden_size, tiny.layers, tiny.heads, tiny.max_length)
     elif spec.config is not None:
         config = AutoConfig.for_model(**spec.config)
         tokenizer = numbered_tokens(config.get_text_config().vocab_size)
@@ -90,9 +89,7 @@ def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[Trial
         context_length=backbone.context_length(lm),
         load=lambda: lm,
     )
-    with tempfile.TemporaryDirectory() as scratch, silence():
-        folder, device = RunFolder(Path(scratch)), torch.device("cpu")
-        trial = Trial(STEPS, abridged=True)
-        seed_everything(recipe.seed)
-        with unknown_values():
-            yield TrialSession(recipe, folder, subject.train, subject.held_out, base, roles, device, trial)
+    seed_everything(recipe.seed)
+    with tempfile.TemporaryDirectory() as scratch, silence(), unknown_values():
+        folder, device, trial = RunFolder(Path(scratch)), torch.device("cpu"), Trial(STEPS, abridged=True)
+        yield TrialSession(recipe, folder, subject.train, subject.held_out, base, roles, device, trial)

@@ -1,19 +1,19 @@
 """A stage tried for what it costs: its own setup and a few of its steps on the longest rows there are.
 
-Nothing is evaluated, and nothing stays: the folder is a scratch one, and roles of earlier stages are new.
+Nothing is evaluated or kept: the folder is temporary, and the roles of earlier stages are new.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
-from perl.data.records import Records, Turn
+from perl.data.records import Rating, Records, Turn
 from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Phase
@@ -24,8 +24,9 @@ from perl.stages.session import Session, open_session
 from perl.stages.training import ResumableTrainer
 from perl.system.seeds import seed_everything
 
+T = TypeVar("T")
 ROWS = 128
-"""Records of each kind that are looked at, the longest; more where the steps take more."""
+"""Records of each kind that are kept, the longest; more where the steps take more."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Trial:
     abridged: bool = False
     """On fake tensors: no more is computed of a step than decides its peak memory."""
     measured: bool = True
-    """Whether memory and operations are followed, which slows small models."""
+    """Whether memory and operations are measured, which slows small models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,6 @@ class TrialSession(Session):
             self.roles.add(role, head=role is Role.REWARD)
 
     def stamp(self, role: Role) -> Stamp:
-        """The stamp of a role that would be trained now."""
         return stamp_for(role, self.base)
 
     def take_steps(self, trainer: ResumableTrainer, trained: Sequence[nn.Parameter]) -> Tried:
@@ -74,14 +74,13 @@ class TrialSession(Session):
         return self.tried(trainer.run.meter, trained)
 
     def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
-        """What the steps so far cost."""
         parameters = sum(parameter.numel() for parameter in trained)
         return Tried(**vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds)
 
 
 @contextlib.contextmanager
 def trial_session(recipe: Recipe, trial: Trial) -> Iterator[TrialSession]:
-    """A session on the recipe's base, its folder gone afterwards; seeded as a run's stages are.
+    """A session on the recipe's base in a temporary folder, seeded as a run's stages are.
 
     Raises:
         UserError: as `open_session`.
@@ -101,23 +100,20 @@ def longest(records: Records, recipe: Recipe, steps: int) -> Records:
     def size(turns: Sequence[Turn]) -> int:
         return sum(len(turn.text) for turn in turns)
 
-    def top(rows: Sequence[Any], key: Callable[[Any], int]) -> list[Any]:
+    def top(rows: Iterable[T], key: Callable[[T], int]) -> list[T]:
         return sorted(rows, key=key, reverse=True)[:count]
 
-    ratings = [
-        rating
-        for label in (True, False)  # a reward model needs both
-        for rating in top(
-            [one for one in records.ratings if one.label is label], lambda one: size((*one.context, one.answer))
+    def rated(label: bool) -> list[Rating]:
+        return top(
+            (one for one in records.ratings if one.label is label), lambda one: size((*one.context, one.answer))
         )
-    ]
+
     return replace(
         records,
         demonstrations=top(records.demonstrations, lambda one: size((*one.context, *one.answer))),
-        ratings=ratings,
+        ratings=[*rated(True), *rated(False)],  # a reward model needs both
         comparisons=top(
-            records.comparisons,
-            lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text)),
+            records.comparisons, lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text))
         ),
         prompts=top(records.prompts, lambda one: size(one.context)),
         corpus=[],

@@ -1,4 +1,4 @@
-"""The check of a library's undocumented interface: a version that has changed it is refused, not run wrong."""
+"""Checks of libraries' undocumented interfaces: a version that has changed one is refused."""
 
 import inspect
 from importlib.metadata import PackageNotFoundError, version
@@ -14,17 +14,17 @@ TESTED = {
     "transformers": "5.23.0",
     "trl": "1.16.0",
 }
-"""The versions that the tests run with: those of constraints.txt, which an installed package does not have."""
+"""The versions of constraints.txt, which an installed package does not have."""
 
 
 def need(owner: Any, *names: str) -> None:
     """Check that a library's module, class or function still has what PERL uses of it.
 
     Args:
-        owner: where the names are; of a function, they are parameters; an instance, for what its class sets in it.
+        owner: has the names as attributes; a function, as parameters.
 
     Raises:
-        MachineError: a name is not there; library, installed version, name and the version tested are said.
+        MachineError: a name is missing, of this library, in this version; another one was tested.
     """
     if inspect.isfunction(owner):
         missing = [name for name in names if name not in inspect.signature(owner).parameters]

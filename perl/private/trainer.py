@@ -26,7 +26,7 @@ need(LengthGroupedSampler.__init__, "batch_size", "lengths", "generator")
 
 
 class HookedTrainer(Trainer):
-    """A Trainer whose order of rows and whose checkpoints are a subclass's. Its own write nothing."""
+    """A Trainer whose order of rows and checkpoints are a subclass's; it writes none of its own."""
 
     def train_sampler(self, lengths: Sequence[int]) -> Sampler[int]:
         """The order of the training rows, given their lengths in tokens."""
@@ -37,11 +37,11 @@ class HookedTrainer(Trainer):
         raise NotImplementedError
 
     def load_state(self) -> None:
-        """Put back weights, optimizer and schedule, which exist by now."""
+        """Restore weights, optimizer and schedule, which exist by then."""
         raise NotImplementedError
 
     def load_generators(self) -> None:
-        """Put back the random generators; called last before the first step."""
+        """Restore the random generators; called last before the first step."""
         raise NotImplementedError
 
     def count_loss_tokens(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:

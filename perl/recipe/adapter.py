@@ -1,13 +1,12 @@
 """The sections `adapter` and `lora`: what each role has of its own beside the frozen base."""
 
-import difflib
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
-from perl.recipe.section import Positive, Section
+from perl.recipe.section import Positive, Section, nearest
 
 if TYPE_CHECKING:
     from perl.adapters import AdapterKind
@@ -136,10 +135,7 @@ def _settings_type(kind: str) -> type[Section]:
         raise ValueError(f"kind {kind} is not supported, because {why}: use kind {LORA}")
     known = BUILT_IN | {name: row.settings_type for name, row in _registered().items()}
     if kind not in known:
-        names = sorted({LORA, *known})
-        near = difflib.get_close_matches(kind, names, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise ValueError(f"no adapter kind {kind!r}: {remedy}")
+        raise ValueError(f"no adapter kind {kind!r}: {nearest(kind, sorted({LORA, *known}))}")
     return known[kind]
 
 

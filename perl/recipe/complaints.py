@@ -85,8 +85,9 @@ def _place(location: Sequence[int | str], content: dict[str, Any]) -> _Place:
     field: FieldInfo | None = None
     value: Any = content
     for step in location:
-        if isinstance(value, dict) and (step in value or step in section.model_fields):
-            field, value = section.model_fields.get(str(step)), value.get(step)
+        if step in section.model_fields or (isinstance(value, dict) and step in value):
+            field = section.model_fields.get(str(step))
+            value = value.get(step) if isinstance(value, dict) else None
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             value = value[step]
         else:  # what pydantic calls the member of a union

@@ -14,7 +14,6 @@ from perl.recipe.data import Data
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import Reward, Sft
-from perl.rl.algorithms import ALGORITHMS
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
@@ -87,7 +86,7 @@ class Recipe(Section):
         assert self.rl is not None
         if self.rl.critic is not None:
             return self.rl.critic
-        if not ALGORITHMS[self.rl.algorithm].needs_critic:
+        if not self.rl.row.needs_critic:
             return "none"
         return "shared" if self.tuning == "lora" else "adapter"
 

@@ -1,16 +1,20 @@
 """The section `rl`: reinforcement learning against the reward."""
 
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
-from perl.rl.algorithms import ALGORITHMS
+from perl.rl.algorithms import ALGORITHMS, Advantage, Algorithm, Average, Kl, Ratio, Surrogate
 from perl.rl.samplers import SAMPLERS
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
-"""Keys whose default is the algorithm's."""
+"""Keys whose default is the algorithm's, and stands in the recipe as resolved."""
+CELLS = tuple(field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline"))
+"""Keys that are null unless they override the row, so that another `algorithm` brings its own."""
 
 
 class SamplerFrom(Section):
@@ -29,15 +33,41 @@ class Rl(Section):
     critic: Literal["shared", "adapter", "none"] | None = None
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
     where the algorithm has none; else shared under LoRA, adapter under full tuning."""
+    advantage: Advantage | None = None
+    """This and the keys below down to `entropy_coef` override a cell or a constant of the algorithm's row: see
+    `Algorithm` in perl/rl/algorithms.py. Unset: the row's own."""
+    surrogate: Surrogate | None = None
+    ratio: Ratio | None = None
+    average: Average | None = None
+    kl: Kl | None = None
+    whiten: bool | None = None
+    normalize_rewards: bool | None = None
+    """Train on (reward - mean) / std, over all rewards of the run so far: rewards of any scale work, and what is
+    reported stays raw. false: train on the rewards as they are. Unset: true for all rows but maxrl."""
+    drop_equal_groups: bool | None = None
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
+    """λ of GAE: 1 takes the whole return, less leans on the critic."""
+    clip: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How far the ratio of new to old probability may fall from 1 in one step, and rise where `clip_high` is
+    unset in the row too."""
+    clip_high: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dual_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    value_clip: NonNegative | None = None
+    """How far a value may move in one step where the policy is clipped, in standard deviations of the reward; 0:
+    any distance."""
+    value_coef: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
+    entropy_coef: NonNegative | None = None
     reward: Rewards = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
     prompts_per_step: Positive = 16
     samples_per_prompt: Positive = 1
-    """Completions of each prompt. Unset: 4 for rloo, which compares them."""
+    """Completions of each prompt. Unset: 4 where the algorithm compares them, else 1."""
     epochs: Positive = 1
-    """Updates from each rollout. Unset: 2 for ppo and rloo; reinforce is on-policy and takes 1."""
+    """Updates from each rollout. Unset: 2; reinforce is on-policy and takes 1."""
     micro_batch_size: Positive = 4
     max_prompt_length: Positive | None = None
     """Cut older context off so that prompts have at most so many tokens; unset, a longer prompt is refused."""
@@ -52,21 +82,11 @@ class Rl(Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the learning rate rises to its full value."""
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward."""
-    normalize_rewards: bool = True
-    """Train on (reward - mean) / std, over all rewards of the run so far: rewards of any scale work, and what is
-    reported stays raw. false: train on the rewards as they are."""
+    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. Where `kl` puts
+    the KL into the loss, β weighs it there and r keeps its weight; where `kl` is none, β has no use."""
     missing_end_penalty: NonNegative | None = None
     """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.
     Unset: half of one for turns of a chat, none for plain text."""
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """λ of GAE, for ppo: 1 takes the whole return, less leans on the critic."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """How far ppo and rloo let the ratio of new to old probability move from 1 in one step."""
-    value_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.2
-    """How far ppo lets a value move in one step, in standard deviations of the reward; null: any distance."""
-    value_coef: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is judged before and after."""
     guard: Literal["stop", "warn", "off"] = "stop"
@@ -81,6 +101,16 @@ class Rl(Section):
             return self.reward
         return [self.reward.part if isinstance(self.reward, RewardFrom) else self.reward]
 
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm's row, with what the recipe says instead."""
+        said: dict[str, Any] = {
+            key: value for key in (*ROW_DEFAULTS, *CELLS) if (value := getattr(self, key)) is not None
+        }
+        if self.critic is not None:
+            said["value_baseline"] = self.critic != "none"
+        return replace(ALGORITHMS[self.algorithm], **said)
+
     @field_validator("guard", mode="before")
     @classmethod
     def _off_is_no_boolean(cls, value: Any) -> Any:
@@ -91,19 +121,44 @@ class Rl(Section):
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
         name = given.get("algorithm", "ppo") if isinstance(given, dict) else None
         row = ALGORITHMS.get(name) if isinstance(name, str) else None
-        return given if row is None else {key: getattr(row, key) for key in ROW_DEFAULTS} | given
+        if row is None:
+            return given
+        said = {key: value for key, value in given.items() if key not in CELLS or value != getattr(row, key)}
+        return {key: getattr(row, key) for key in ROW_DEFAULTS} | said
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Rl":
-        name, row = self.algorithm, ALGORITHMS[self.algorithm]
-        if row.compares_groups and self.samples_per_prompt < 2:
-            raise ValueError(f"{name} compares completions of one prompt: set samples_per_prompt to at least 2")
-        if not row.needs_critic and self.critic not in (None, "none"):
-            raise ValueError(f"{name} has no critic, so critic {self.critic!r} would never be used: leave it out")
-        if row.needs_critic and self.critic == "none":
-            raise ValueError(f"{name} needs a critic: set critic to shared or adapter")
-        if row.on_policy and self.epochs > 1:
-            raise ValueError(f"{name} is on-policy: set epochs to 1, or algorithm to ppo")
+        row = self.row
+        if self.critic not in (None, "none") and not row.needs_critic:
+            raise ValueError(
+                f"{self.algorithm} has no critic, so critic {self.critic!r} would never be used: leave it out"
+            )
+        if self.critic == "none" and row.needs_critic:
+            raise ValueError(f"advantage {row.advantage} needs a critic: set critic to shared or adapter")
+        for conflict in _conflicts(row):
+            raise ValueError(conflict)
         if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
             raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
         return self
+
+
+def _conflicts(row: Algorithm) -> Iterator[str]:
+    """What in a row makes no sense, and after a colon what to do."""
+    advantage = f"advantage {row.advantage}"
+    if row.compares_groups and row.samples_per_prompt < 2:
+        yield f"{advantage} compares completions of one prompt: set samples_per_prompt to at least 2"
+    if row.on_policy and row.epochs > 1:
+        yield "surrogate plain is on-policy: set epochs to 1, or surrogate to clip"
+    if row.ratio == "answer" and not row.clips_ratio:
+        yield f"surrogate {row.surrogate} has no ratio of answers: set ratio to token, or surrogate to clip"
+    if row.surrogate == "mirror" and row.average != "answers":
+        yield "surrogate mirror is of whole completions: set average to answers"
+    if row.surrogate == "mirror" and row.kl_in_loss:
+        yield "surrogate mirror holds the policy by tau, not by a KL in the loss: set kl to none or reward-k1"
+    if row.advantage in ("group-std", "group-relative") and row.kl == "reward-k1":
+        # Where rewards are equal, what the KL differs by would be blown up to full size.
+        yield f"{advantage} would divide the KL in the reward too: set kl to loss-k2, loss-k3 or none"
+    if row.advantage == "group-relative" and row.normalize_rewards:
+        yield f"{advantage} divides by the mean of raw rewards: set normalize_rewards to false"
+    if row.drop_equal_groups and not row.compares_groups:
+        yield f"{advantage} has no groups that could be dropped: set drop_equal_groups to false"

@@ -42,4 +42,4 @@ class Section(BaseModel):
 def nearest(name: str, valid: Collection[str]) -> str:
     """What to write in place of an unknown name of a registry."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}"
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}"

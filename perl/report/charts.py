@@ -1,4 +1,4 @@
-"""What the page draws: training by step and by √KL, the reward model, costs, and a sweep's qualities by rank."""
+"""The plots: training by step and by √KL, the reward model, costs, and a sweep's qualities by rank."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,7 @@ KINDS = {
     "kv_cache": "KV cache",
 }
 LABEL_ROOM = 0.0235
-"""A segment is labelled inside if it takes this much of the widest bar for each letter."""
+"""A segment is labelled if it has this share of the widest bar for each letter."""
 MARKERS = ("o", "s", "^", "D")
 POINTS = 120
 """Steps of a run that are drawn against √KL, at most."""
@@ -78,8 +78,7 @@ def step_plot(
                 axes.text(1, end.mean, words, transform=across, ha="right", va="bottom", fontsize=8.5)
         spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
         svg = to_svg(drawn, f"steps-{role}-{metric}", spoken)
-    dashed = " Dashed: held-out prompts before and after RL." if any(ends) else ""
-    return Plot(svg, f"{caption}{dashed}")
+    return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))
 
 
 def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = None) -> Plot | None:
@@ -102,10 +101,11 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
         titled(panels[0], "Reward (what RL raised)", "", "reward")
         if has_gold:
             titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
-        for axes in panels if matched_kl is not None else ():
-            axes.axvline(
-                max(matched_kl or 0.0, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
-            )
+        if matched_kl is not None:
+            for axes in panels:
+                axes.axvline(
+                    max(matched_kl, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
+                )
         panels[-1].set_xlabel("√KL from the reference (KL in nats a completion)")
         if len(groups) > 1:
             panels[0].legend(loc="lower right")
@@ -141,18 +141,15 @@ def reliability_plot(card: RewardModelCard) -> Plot:
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         pairs = "; ".join(f"{one.probability:.2f} given, {one.share:.2f} observed" for one in after or before)
         svg = to_svg(drawn, "reliability", f"Reliability diagram{' (scaled)' if after else ''}: {pairs}")
-    counts = sorted({one.n for one in before})
-    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return Plot(
-        svg,
-        f"A point for {each} answers of like probability. Below the dashed line the model is too sure of "
-        f"{scaling.of}, above it not sure enough.",
-    )
+    fewest, most = min(one.n for one in before), max(one.n for one in before)
+    each = f"{most}" if fewest == most else f"{fewest} to {most}"
+    sure = f"Below the dashed line the model is too sure of {scaling.of}, above it not sure enough."
+    return Plot(svg, f"A point for {each} answers of like probability. {sure}")
 
 
 def _points(axes: Axes, bins: Sequence[ReliabilityBin], colour: str, marker: str, label: str) -> None:
-    given, seen = [one.probability for one in bins], [one.share for one in bins]
-    axes.plot(given, seen, color=colour, marker=marker, markersize=5, markeredgecolor=BG, label=label)
+    predicted, observed = [one.probability for one in bins], [one.share for one in bins]
+    axes.plot(predicted, observed, color=colour, marker=marker, markersize=5, markeredgecolor=BG, label=label)
 
 
 def scores_plot(card: RewardModelCard) -> Plot | None:

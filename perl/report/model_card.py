@@ -19,27 +19,30 @@ TITLES = {
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be in every version (vllm/config/lora.py, `MaxLoRARanks`)."""
 MAX_NEW_TOKENS = 64
-"""In the card's code, where the run says nothing."""
+"""In the card's code, where the recipe has no section rl."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported, for the card and for who exported it."""
+    """What was exported.
+
+    Attributes:
+        whole: a whole model; else an adapter.
+        scores: a sequence classifier; else a language model.
+        text: the run's rows are plain text, without a chat format.
+        text_end: what plain text needs after it, as Python.
+        pad_id: the token for padding.
+        difference: the largest between scores by transformers and the run's own, on held-out rows.
+    """
 
     role: Role
     stage: StageName
     whole: bool
-    """A whole model; else an adapter."""
     scores: bool
-    """A sequence classifier; else a language model."""
     text: bool
-    """The run's rows are plain text, without a chat format."""
     text_end: str
-    """What plain text needs after it, as Python."""
     pad_id: int
-    """The token for padding."""
     difference: float | None = None
-    """The largest between scores by transformers and the run's own, on held-out rows."""
 
 
 def model_card(session: Session, exported: Exported) -> str:
@@ -85,7 +88,7 @@ def model_card(session: Session, exported: Exported) -> str:
 
 
 def _metrics(session: Session, exported: Exported) -> dict[str, str]:
-    """What the stage came to on held-out data, without what is not a single value."""
+    """The single values of the stage's evaluation on held-out data."""
     result = session.folder.result(exported.stage)
     assert result is not None
     values = {name: value for name, value in vars(result.eval).items() if isinstance(value, int | float | str)}

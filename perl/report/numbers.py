@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
 
 MINUS = "−"
@@ -26,10 +27,8 @@ class Spread:
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Mean and sample standard deviation (n - 1) of the values that are there; None if none is."""
     known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return None
     sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return Spread(float(np.mean(known)), sd, len(known))
+    return Spread(float(np.mean(known)), sd, len(known)) if known else None
 
 
 def decimal(value: float, places: int = 2) -> str:
@@ -44,7 +43,7 @@ def signed(value: float, places: int = 2) -> str:
 
 
 def number(value: float) -> str:
-    """A number of any size with its sign: two decimal places, or as many as show two of its digits."""
+    """A number of any size with its sign: two decimal places, or as many as show two significant digits."""
     return signed(value, max(2, places_of(abs(value))))
 
 
@@ -109,9 +108,9 @@ def plus_minus(value: Spread) -> str:
     return "" if value.sd is None else f"± {decimal(value.sd)} over {value.n} seeds"
 
 
-def interval_text(low: float, high: float, places: int = 2) -> str:
+def interval_text(interval: Interval | None, places: int = 2) -> str:
     """As in 0.89 to 0.93."""
-    return f"{decimal(low, places)} to {decimal(high, places)}"
+    return NONE if interval is None else " to ".join(decimal(end, places) for end in interval)
 
 
 def joined(words: Sequence[str]) -> str:

@@ -1,16 +1,15 @@
-"""What RL came to: how sure a change over seeds is, and what was gained by the same KL.
+"""The outcome of RL: changes over seeds with their intervals, and reward and gold at the same KL.
 
-A policy that has moved further from the reference has had more room to raise its reward, so metrics at the end of
-training do not compare two ways of training fairly; metrics at the same KL do (Gao, Schulman and Hilton 2022,
-"Scaling Laws for Reward Model Overoptimization", plot all against √KL). Here, with k_s and r_s the KL and reward
-of step s, both smoothed:
+Two ways of training are compared at the same KL, as a policy further from the reference has had more room to raise
+its reward (Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", plot all against √KL).
+With k_s and r_s the KL and reward of step s, both smoothed:
 
     K    = min over runs of max over s of k_s           the largest KL that all runs reached
     s*   = the first step with k_s ≥ K
     r(K) = r_{s*-1} + (K - k_{s*-1}) / (k_{s*} - k_{s*-1}) · (r_{s*} - r_{s*-1})
 
-and likewise for gold. Where the first step is at K or beyond already, r(K) is its reward. These are rewards of
-completions sampled in training, not of the held-out prompts.
+and likewise for gold. If the first step has K already, r(K) is its reward. These are rewards of completions
+sampled in training, not of held-out prompts.
 """
 
 import math
@@ -26,7 +25,7 @@ from perl.report.runs import Group, Series
 from perl.results import PairedMetric, RlEval
 
 MIN_STEPS = 5
-"""A shorter curve says nothing."""
+"""Of a curve."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,7 @@ class MeanChange:
 
 
 def mean_change(evals: Sequence[RlEval], metric: PairedMetric) -> MeanChange | None:
-    """A metric's change over runs, with an interval where every run has one; None if any run lacks the metric.
-
-    A mean over some of the runs would not be that of the metrics beside it.
-    """
+    """A metric's change over runs, with an interval where every run has one; None if any run lacks the metric."""
     changes = [change for one in evals if (change := one.change(metric)) is not None]
     before, after = spread(one.before for one in changes), spread(one.after for one in changes)
     if before is None or after is None or len(changes) < len(evals):
@@ -79,12 +75,12 @@ def _of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
 
 
 def window(steps: int) -> int:
-    """How many steps the moving mean takes in: a tenth of all, odd, and three at least."""
+    """Steps in the moving mean: a tenth of all, odd, and at least three."""
     return max(3, steps // 10 | 1)
 
 
 def smooth(values: Series) -> Series:
-    """The centred moving mean over `window` steps, fewer at either end; steps without a value are left out."""
+    """The centred moving mean over `window` steps, fewer at either end; NaN is left out."""
     half, known = window(len(values)) // 2, np.isfinite(values)
     kernel = np.ones(2 * half + 1)
     total = np.convolve(np.where(known, values, 0.0), kernel)[half : half + len(values)]

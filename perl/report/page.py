@@ -1,4 +1,4 @@
-"""The page: findings, plots and tables put into one HTML file that asks nothing of any network."""
+"""The page: findings, plots and tables in one HTML file that loads nothing from a network."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_model_card import RewardModelCard
-from perl.recipe import StageName
+from perl.measure.slices import Slice
 from perl.report import charts, words
 from perl.report.numbers import (
     NONE,
@@ -25,7 +25,7 @@ from perl.report.outcome import match_all, mean_change
 from perl.report.runs import Group, groups, read_runs
 from perl.report.templates import filled
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
-from perl.results import PairedMetric, RlStage, Sample, StageResult, Turn
+from perl.results import PairedMetric, RlStage, Sample, Turn
 from perl.system.files import user_named, write_whole
 
 SHOWN_SAMPLES = 8
@@ -48,10 +48,7 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
     ("… of the majority label alone", lambda card: (card.majority_accuracy, None)),
     ("AUROC against the labels", lambda card: (card.auroc_labels, card.intervals.get("auroc_labels"))),
     ("Balanced accuracy", lambda card: (card.balanced_accuracy, card.intervals.get("balanced_accuracy"))),
-    (
-        "TF-IDF + logistic regression",
-        lambda card: (card.tfidf_baseline.value, card.tfidf_baseline.value_interval),
-    ),
+    ("TF-IDF + logistic regression", lambda card: (card.tfidf_baseline.value, card.tfidf_baseline.value_interval)),
     ("… the model is ahead by", lambda card: (card.tfidf_baseline.ahead, card.tfidf_baseline.ahead_interval)),
     ("AUROC of length alone", lambda card: (card.length.auroc_of_length, None)),
     (
@@ -67,14 +64,10 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
 
 
 def write_page(runs: Sequence[Path], file: Path) -> Path:
-    """Write the page of finished runs.
+    """Write the page of finished runs; return the file.
 
     Args:
         runs: run folders: seeds of one recipe, under one tuning or both.
-        file: where the page goes.
-
-    Returns:
-        the file.
 
     Raises:
         UserError: there are no runs, one is not finished or is broken, they are of different recipes, or the file
@@ -107,7 +100,13 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "sft_plot": charts.step_plot(main, "sft", "loss", "Loss in SFT", "loss"),
         "cost_head": ["stage", *(name for name, _, _ in COSTS)],
         # Of one run: seeds cost about the same.
-        "cost_rows": [_cost_row(name, stage) for name, stage in main.first.stages.items()],
+        "cost_rows": [
+            [
+                words.STAGE[name],
+                *(NONE if (cost := value(stage)) is None else text(cost) for _, value, text in COSTS),
+            ]
+            for name, stage in main.first.stages.items()
+        ],
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
@@ -122,11 +121,6 @@ def _checks(rl: RlStage) -> list[Row]:
     return [(when + one.words, f"{one.figure:.2g}", f"{one.limit:.2g}") for when, one in checks]
 
 
-def _cost_row(name: StageName, stage: StageResult) -> list[str]:
-    values = [(value(stage), text) for _, value, text in COSTS]
-    return [words.STAGE[name], *(NONE if value is None else text(value) for value, text in values)]
-
-
 def _tiles(group: Group) -> list[Row]:
     """Key metrics: label, value, note."""
     tiles: list[Row] = []
@@ -139,44 +133,36 @@ def _tiles(group: Group) -> list[Row]:
         tiles.append(("Reward", ends, "on held-out prompts, before → after RL"))
     kl, auroc = spread(one.kl for one in group.rl), spread(card.auroc for card in group.reward)
     if kl is not None:
-        note = f"nats a completion {plus_minus(kl)}"
-        tiles.append(("KL from the reference", decimal(kl.mean), note.strip()))
+        note = f"nats a completion {plus_minus(kl)}".strip()
+        tiles.append(("KL from the reference", decimal(kl.mean), note))
     if auroc is not None:
         note = plus_minus(auroc) or "0.5 is a coin, 1 perfect"
         tiles.append(("Reward model AUROC", decimal(auroc.mean), note))
     seconds = group.over_runs(lambda run: sum(stage.seconds for stage in run.stages.values()))
     peak = group.over_runs(lambda run: max((s.peak_memory_bytes for s in run.stages.values()), default=None))
     if seconds is not None and peak is not None:
-        each = " a seed" if len(group.runs) > 1 else ""
-        note = f"{bytes_text(peak.mean)} of memory at the peak"
-        tiles.append((f"Time{each}", seconds_text(seconds.mean), note))
+        label = "Time a seed" if len(group.runs) > 1 else "Time"
+        tiles.append((label, seconds_text(seconds.mean), f"{bytes_text(peak.mean)} of memory at the peak"))
     return tiles
 
 
 def _policy(group: Group) -> dict[str, Any]:
     """The policy's table and plots."""
-    rows = []
+    rows, alone = [], len(group.rl) == 1
     for label, metric, places, scale in POLICY:
         changes = [change for one in group.rl if (change := one.change(metric)) is not None]
         ends = [spread(scale * getattr(one, end) for one in changes) for end in ("before", "after")]
-        interval = changes[0].interval if len(group.rl) == 1 and changes else None
         if changes:
-            rows.append(_policy_row(label, ends, interval, places, scale))
+            rows.append(_policy_row(label, ends, changes[0].interval if alone else None, places, scale))
     rows[1:1] = _part_rows(group)
-    kl = spread(one.kl for one in group.rl)
-    interval = group.rl[0].kl_interval if len(group.rl) == 1 else None
-    rows.append(_policy_row("KL to the reference, nats a completion", [None, kl], interval, 2, 1))
+    ends = [None, spread(one.kl for one in group.rl)]
+    interval = group.rl[0].kl_interval if alone else None
+    rows.append(_policy_row("KL to the reference, nats a completion", ends, interval))
     reward = mean_change(group.rl, "reward")
+    means = (reward.before, reward.after) if reward is not None else ()
     plots = [
         charts.root_kl_plot([group], "root-kl"),
-        charts.step_plot(
-            group,
-            "policy",
-            "reward",
-            "Reward",
-            "reward of sampled completions",
-            (reward.before, reward.after) if reward is not None else (),
-        ),
+        charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled completions", means),
         charts.step_plot(group, "policy", "kl", "KL", "nats a completion"),
     ]
     table = _folded(["Metric", "Before RL", "After RL", "Change, 95 %"], rows, shown=len(rows))
@@ -184,7 +170,7 @@ def _policy(group: Group) -> dict[str, Any]:
 
 
 def _policy_row(
-    label: str, ends: Sequence[Spread | None], interval: Interval | None, places: int, scale: int
+    label: str, ends: Sequence[Spread | None], interval: Interval | None = None, places: int = 2, scale: int = 1
 ) -> Row:
     """The means before and after, with as many places as show the change."""
     known = [abs(end.mean) for end in ends if end is not None]
@@ -193,17 +179,19 @@ def _policy_row(
         places = max(places, places_of(interval[1] - interval[0]))
     elif len(known) == len(ends):
         places = max(places, places_of(max(known)))
-    return (label, *(spread_text(end, places) for end in ends), _interval(interval, places))
+    return (label, *(spread_text(end, places) for end in ends), interval_text(interval, places))
 
 
 def _part_rows(group: Group) -> list[Row]:
     """A row for each part of the reward, where it has several."""
     pairs = [(one.reward_parts_before or {}, one.reward_parts_after or {}) for one in group.rl]
     names = dict.fromkeys(name for before, after in pairs for name in (*before, *after))
+    if len(names) == 1 and all(before and after for before, after in pairs):
+        return []  # the only part is the reward itself
     rows = []
     for name in names:
         ends = [spread(parts.get(name) for parts in side) for side in zip(*pairs, strict=True)]
-        rows.append(_policy_row(f"… {name}", ends, None, 2, 1))
+        rows.append(_policy_row(f"… {name}", ends))
     return rows
 
 
@@ -215,7 +203,7 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
     for label, estimate in CARD:
         value, interval = spread(estimate(card)[0] for card in cards), estimate(first)[1]
         if value is not None:
-            rows.append((label, spread_text(value), _interval(interval if len(cards) == 1 else None)))
+            rows.append((label, spread_text(value), interval_text(interval if len(cards) == 1 else None)))
     plots = [
         charts.reliability_plot(first),
         charts.scores_plot(first),
@@ -226,18 +214,7 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "fitness": words.fitness(cards),
         "words": [*words.reward_model_words(cards), reward_line(by_tuning)],
         "first": first,
-        "slices": [
-            (
-                one.by,
-                one.name,
-                f"{one.n:,}",
-                percent(one.share_up),
-                NONE if one.auroc is None else decimal(one.auroc),
-                _interval(one.interval),
-                NONE if one.ece is None else decimal(one.ece),
-            )
-            for one in first.slices
-        ],
+        "slices": [_slice_row(one) for one in first.slices],
         "mistakes": [
             ("Bad answers that score high", first.mistakes.downs_scored_high),
             ("Good answers that score low", first.mistakes.ups_scored_low),
@@ -246,15 +223,16 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
     }
 
 
+def _slice_row(one: Slice) -> Row:
+    auroc, ece = (NONE if value is None else decimal(value) for value in (one.auroc, one.ece))
+    return one.by, one.name, f"{one.n:,}", percent(one.share_up), auroc, interval_text(one.interval), ece
+
+
 def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, Any]:
-    """A table whose last column is left out where it is empty; what is folded away follows `rows`."""
+    """A table without its last column if that is empty; the rows after the first are folded away."""
     width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
     cut = [row[:width] for row in rows]
     return {"head": head[:width], "rows": cut[:shown], "further": cut[shown:]}
-
-
-def _interval(interval: Interval | None, places: int = 2) -> str:
-    return NONE if interval is None else interval_text(*interval, places)
 
 
 def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:

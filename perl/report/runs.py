@@ -1,7 +1,4 @@
-"""Finished run folders, read into typed values and grouped.
-
-What a run folder must hold is report.json; recipe, metrics and samples are shown where they are there.
-"""
+"""Finished run folders, of which only report.json is required, read into typed values and grouped."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,14 +28,17 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run.
+
+    Attributes:
+        recipe_yaml: the recipe as resolved; empty if the folder has none.
+        metrics: of sft, reward and policy: a series a metric.
+    """
 
     path: Path
     report: Report
     recipe_yaml: str
-    """The recipe as resolved; empty if the folder has none."""
     metrics: Mapping[str, Mapping[str, Series]]
-    """Of sft, reward and policy: a series a metric."""
     samples: list[Sample]
 
     @property
@@ -82,11 +82,8 @@ def read_run(folder: Path) -> Run:
     file = folder / "report.json"
     text = _text(file)
     if text is None:
-        raise UserError(
-            "not a finished run: it has no report.json",
-            where=str(folder),
-            remedy="Finish it with `perl-rlhf run RECIPE --out` and this folder.",
-        )
+        remedy = "Finish it with `perl-rlhf run RECIPE --out` and this folder."
+        raise UserError("not a finished run: it has no report.json", where=str(folder), remedy=remedy)
     return Run(
         path=folder,
         report=parse(Report, text, str(file), DAMAGED),
@@ -159,7 +156,7 @@ def groups(runs: Iterable[Run]) -> list[Group]:
 
     Raises:
         UserError: runs under one tuning differ in more than their seed, or have the same one; or the two tunings
-            were not run on the same base and data. A mean over them would be of nothing.
+            were not run on the same base and data.
     """
     ordered = sorted(runs, key=lambda run: run.report.seed)
     for other in ordered[1:]:
@@ -169,11 +166,9 @@ def groups(runs: Iterable[Run]) -> list[Group]:
         for one, other in pairwise(members):
             _check_same(one, other, lambda key: key != "seed")
             if one.report.seed == other.report.seed:
-                raise UserError(
-                    f"both are of seed {one.report.seed}: they are no two samples of what the recipe comes to",
-                    where=f"{one.path} and {other.path}",
-                    remedy="Name one run of each seed.",
-                )
+                what = f"both are of seed {one.report.seed}: they are no two samples of what the recipe comes to"
+                where = f"{one.path} and {other.path}"
+                raise UserError(what, where=where, remedy="Name one run of each seed.")
     return [Group(tuning, members) for tuning, members in by_tuning.items() if members]
 
 

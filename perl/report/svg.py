@@ -1,7 +1,7 @@
-"""Plots as inline SVG that follows the page's colours.
+"""Plots as inline SVG in the page's colours.
 
-matplotlib draws with placeholder colours, which become CSS variables; so one drawing serves light and dark.
-Text stays text, and the same metrics give the same bytes.
+matplotlib draws with placeholder colours, which become CSS variables, for light and dark. Text stays text, and the
+same metrics give the same bytes.
 """
 
 import io
@@ -67,33 +67,29 @@ class Plot:
 
 @contextmanager
 def drawing(width: float = 4.0, height: float = 2.75) -> Iterator[Figure]:
-    """A figure to draw on, of so many inches, in the page's style."""
+    """A figure in the page's style; width and height in inches."""
     with matplotlib.rc_context(SETTINGS):
         yield Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def titled(axes: Axes, title: str, x: str, y: str) -> Axes:
-    """Title and axis labels."""
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    """The axes with a title and labels."""
+    axes.set(title=title, xlabel=x, ylabel=y)
     return axes
 
 
 def to_svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an <svg> element.
+    """A figure drawn inside `drawing` as an <svg> element.
 
     Args:
-        figure: drawn inside `drawing`.
         name: unique on the page.
-        title: what the plot shows, for those who hear the page.
+        title: what the plot shows, for screen readers.
     """
     written = io.StringIO()
     # Ids that are referred to are hashes salted with the plot's name, so that no two plots share one.
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
-        figure.savefig(
-            written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=metadata)
     head, _, body = written.getvalue().partition("<svg")[2].partition(">")
     view = re.findall(r'viewBox="[^"]*"', head)[0]
     # HTML needs no namespaces; metadata, and styles for the whole page, do not belong in it.

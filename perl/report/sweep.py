@@ -7,15 +7,7 @@ from typing import Any
 
 from perl.measure.reward_model_card import RewardModelCard
 from perl.report.charts import rank_plot
-from perl.report.numbers import (
-    GAP,
-    Spread,
-    bytes_text,
-    count_text,
-    seconds_text,
-    spread,
-    spread_text,
-)
+from perl.report.numbers import GAP, Spread, bytes_text, count_text, seconds_text, spread, spread_text
 from perl.report.runs import Run
 from perl.report.svg import Plot
 from perl.report.templates import filled
@@ -28,9 +20,9 @@ QUALITIES: dict[str, tuple[str, Callable[[RewardModelCard], float | None]]] = {
     "accuracy": ("accuracy", lambda card: card.accuracy),
 }
 COPIES = 4
-"""A trainable weight is kept with its gradient and Adam's two moments, all of one dtype."""
+"""A trainable weight, its gradient and Adam's two moments, all of one dtype."""
 CLOSE = 0.01
-"""A quality this little below full tuning's is called as good."""
+"""A quality at most so much below full tuning's counts as good."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ class Sweep:
 
     @property
     def columns(self) -> dict[str, Callable[[Cell], str]]:
-        """Of the table: the head, and what stands under it."""
+        """Of the table: each head and the text of its cells."""
         columns: dict[str, Callable[[Cell], str]] = {
             "adapters on": lambda cell: cell.targets or "full tuning",
             "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
@@ -189,8 +181,7 @@ def _plot(sweep: Sweep, key: str) -> Plot:
         if cell.targets is not None and cell.rank is not None and (value := cell.quality(key)) is not None:
             places.setdefault(cell.targets, {})[cell.rank] = value
     svg = rank_plot(f"sweep-{key}", label, places, sweep.full.quality(key) if sweep.full else None)
-    if sweep.seeds == 1:
-        return Plot(svg, f"{label} on held-out answers. One seed each: differences may be chance.")
     band = ", and so does the band around full tuning" if sweep.full else ""
     bars = f"Bars show one standard deviation over {sweep.seeds} seeds to either side{band}."
-    return Plot(svg, f"{label} on held-out answers. {bars}")
+    chance = "One seed each: differences may be chance."
+    return Plot(svg, f"{label} on held-out answers. {bars if sweep.seeds > 1 else chance}")

@@ -55,6 +55,7 @@ DECISIVE = (
     "Reward at the end",
     "Reward model",
 )
+"""How the names of the measures begin that the bottom line goes by, the first that there is."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[Qual
 
 @dataclass(frozen=True)
 class Balance:
-    """Sentences on where LoRA is ahead, where it is behind, and what cannot be told."""
+    """Sentences on where LoRA is ahead, where it is behind, and what the runs cannot tell."""
 
     ahead: list[str]
     behind: list[str]
@@ -155,7 +156,7 @@ class Balance:
 
 
 def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balance:
-    """Gains and losses of LoRA, as plainly the one as the other."""
+    """Gains and losses of LoRA."""
     sides = Balance([], [], [])
     for metric, less, more, less_is_better in BALANCED:
         ratios = [(row.stage, row.ratio) for row in costs if row.metric == metric]
@@ -166,21 +167,22 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
             if chosen:
                 where = joined([f"{stage} (×{GAP}{ratio:.2f})" for stage, ratio in chosen])
                 (sides.ahead if good else sides.behind).append(f"{words}: {where}.")
-    for row in qualities:
+    for row in (row for row in qualities if not row.metric.startswith("KL")):
         words = f"{row.metric}: {decimal(row.lora.mean)} against {decimal(row.full.mean)}"
-        if row.metric.startswith("KL"):
-            continue
-        if row.clear is None:
-            sides.open.append(f"{words}; with one run on a side this may be chance.")
-        elif not row.clear:
-            sides.open.append(f"{words}; that is within two standard errors.")
-        else:
+        if row.clear:
             (sides.ahead if row.difference > 0 else sides.behind).append(f"{words}.")
+        else:
+            why = (
+                "with one run on a side this may be chance"
+                if row.clear is None
+                else "that is within two standard errors"
+            )
+            sides.open.append(f"{words}; {why}.")
     return sides
 
 
 def bottom_line(rows: Sequence[QualityRow]) -> str:
-    """Would full tuning have been better? By gold at matched KL if there is one, else by what there is."""
+    """Whether full tuning would have been better, by the first measure of `DECISIVE`."""
     best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
         return "These runs hold no measure of quality under both tunings."
@@ -194,7 +196,7 @@ def bottom_line(rows: Sequence[QualityRow]) -> str:
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
-    """The reward model under LoRA beside that under full tuning, and whether seeds can tell them apart."""
+    """The reward model under LoRA beside that under full tuning."""
     if len(by_tuning) > 1:
         rows = quality_rows(by_tuning[0], by_tuning[1], None)
         sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
@@ -226,8 +228,5 @@ def predictions(groups: Sequence[Group]) -> Predictions | None:
     errors = {where: predicted / measured - 1 for where, predicted, measured in peaks}
     rows = [(*where, bytes_text(one), bytes_text(other), percent(errors[where], 1)) for where, one, other in peaks]
     worst = max(errors, key=lambda where: abs(errors[where]))
-    return Predictions(
-        rows,
-        f"The estimate of memory was within {percent(abs(errors[worst]), 1)} of the measurement everywhere "
-        f"(worst: {', '.join(worst)}).",
-    )
+    within = f"within {percent(abs(errors[worst]), 1)} of the measurement everywhere (worst: {', '.join(worst)})"
+    return Predictions(rows, f"The estimate of memory was {within}.")

@@ -35,7 +35,7 @@ class Finding:
 
 
 def verdict(group: Group) -> Finding:
-    """Is the policy better, by the gold judge if there is one? Without a policy: is what was trained any good?"""
+    """Whether the policy is better, by the gold judge; without RL, the verdict on what there is."""
     reward, gold = mean_change(group.rl, "reward"), mean_change(group.rl, "gold")
     if reward is None:
         return _without_policy(group)
@@ -109,10 +109,7 @@ def _without_policy(group: Group) -> Finding:
 
 
 def fitness(cards: Sequence[RewardModelCard]) -> Finding:
-    """Whether the reward model is fit for RL: in all seeds, in some or in none.
-
-    The reasons are those of the first seed that is not fit; where all are fit, of the first.
-    """
+    """Whether the reward model is fit for RL, in how many seeds, and the reasons of the first that is not fit."""
     verdicts = [card.verdict for card in cards]
     count, fit = len(verdicts), sum(verdict.fit for verdict in verdicts)
     reasons = next((verdict.reasons for verdict in verdicts if not verdict.fit), verdicts[0].reasons)
@@ -122,7 +119,7 @@ def fitness(cards: Sequence[RewardModelCard]) -> Finding:
 
 
 def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
-    """What the verdict's reasons leave out: the AUROC as odds that a reader can picture; use as a classifier."""
+    """The AUROC as odds, and whether the model is of use as a classifier."""
     auroc = spread(card.auroc for card in cards)
     if auroc is None:
         return ["The AUROC is undefined: all held-out answers bear the same label."]
@@ -150,11 +147,7 @@ def _mean_loss(group: Group) -> tuple[float, float]:
 
 
 def summary(group: Group, runs: Sequence[Run]) -> list[str]:
-    """What was run, on what, and what its reward means, a sentence each.
-
-    Args:
-        runs: all on the page.
-    """
+    """What was run, on what, and what its reward means, a sentence each; `runs` are all on the page."""
     seeds = [str(run.report.seed) for run in group.runs]
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({joined(seeds)})"
     done = joined([STAGE_WORDS[name] for name in group.first.stages]) or "no stage"

@@ -94,13 +94,13 @@ class Collector:
             critic: whose values are wanted; without weights of its own it is a head on the trunk of `role`.
         """
         rows, temperature = self.processes.shard(len(prompts)), self.sampling.temperature
-        mine = prompts.take(rows)
+        local = prompts.take(rows)
         shared = critic if critic is not None and not self.roles.weights(critic) else None
         with phase("generate"):
-            samples = self.draw(role, mine, generator, Share(rows, len(prompts)), shared)
+            samples = self.draw(role, local, generator, Share(rows, len(prompts)), shared)
             texts = [self.chat.decode(ids) for ids in samples.completions()]
         with phase("score"):
-            scores = self.reward(mine.prompts, samples, texts)
+            scores = self.reward(local.prompts, samples, texts)
             reference_BT, _ = self.read(self.roles.reference, samples, temperature)
             policy_BT: Tensor | None = samples.sampler_log_probs_BT
             values_BT = samples.read_BT
@@ -113,8 +113,8 @@ class Collector:
         known = vars(samples) | {"read_BT": None}
         return Rollout(
             **known,
-            prompts=mine.prompts,
-            groups=mine.groups,
+            prompts=local.prompts,
+            groups=local.groups,
             texts=texts,
             rewards_B=scores.total_B,
             reward_parts=scores.parts,

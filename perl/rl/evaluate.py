@@ -129,8 +129,8 @@ def draw_samples(
     """One completion by each role of each prompt, with its reward and the judge's verdict, for people to read."""
     answers: list[dict[str, Completion]] = [{} for _ in prompts.prompts]
     for role in roles:
-        mine = collector.collect(role, prompts, collector.generator("samples"))
-        rollout = mine.gather(collector.processes, prompts)
+        local = collector.collect(role, prompts, collector.generator("samples"))
+        rollout = local.gather(collector.processes, prompts)
         gold = judge(prompts.prompts, rollout.texts) if judge is not None else None
         for index, text in enumerate(rollout.texts):
             verdict = None if gold is None else float(gold[index])

@@ -29,7 +29,7 @@ from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.update import Learner
 from perl.roles.roles import Role
 from perl.runs import snapshot
-from perl.runs.checkpoint import Checkpoints, State
+from perl.runs.checkpoint import Checkpoints
 from perl.system.interrupt import between_steps
 from perl.system.progress import console, track
 from perl.system.typed_json import as_json, made
@@ -117,14 +117,14 @@ def train(
 def take_step(loop: Loop, step: int) -> dict[str, float]:
     """One step, and its metrics."""
     with loop.meter.step(loop.learner.optimizer):
-        mine, everyone = collect(loop, step, loop.prompts_of(step))
-        normalized_B = normalize(loop, step, everyone.rewards_B)
+        local, rollout = collect(loop, step, loop.prompts_of(step))
+        normalized_B = normalize(loop, step, rollout.rewards_B)
         learned = {"no_signal": 1.0}
-        if loop.algorithm.has_signal(everyone, normalized_B):
-            targets = estimate(loop, everyone, normalized_B)
-            learned = loop.liveness.watch(step, everyone, partial(update, loop, step, mine, everyone, targets))
-            learned |= critic_quality(everyone, targets)
-    metrics = describe(everyone, loop.judge) | learned | loop.guarding.check(step + 1)
+        if loop.algorithm.has_signal(rollout, normalized_B):
+            targets = estimate(loop, rollout, normalized_B)
+            learned = loop.liveness.watch(step, rollout, partial(update, loop, step, local, rollout, targets))
+            learned |= critic_quality(rollout, targets)
+    metrics = describe(rollout, loop.judge) | learned | loop.guarding.check(step + 1)
     # In the reward's own unit: in standard deviations it would fall as their spread grows.
     penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
     metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
@@ -135,15 +135,15 @@ def take_step(loop: Loop, step: int) -> dict[str, float]:
 def collect(loop: Loop, step: int, prompts: EncodedPrompts) -> tuple[Rollout, Rollout]:
     """Sample and score: the rollout of this process's share of the prompts, and that of all processes."""
     collector = loop.collector
-    mine = collector.collect(
+    local = collector.collect(
         Role.POLICY,
         prompts,
         collector.generator("sample", step),
         critic=loop.learner.critic,
         phase=loop.meter.phase,
     )
-    loop.meter.count(sum(mine.prompt_lengths) + sum(mine.completion_lengths))
-    return mine, mine.gather(collector.processes, prompts)
+    loop.meter.count(sum(local.prompt_lengths) + sum(local.completion_lengths))
+    return local, local.gather(collector.processes, prompts)
 
 
 def normalize(loop: Loop, step: int, rewards_B: Tensor) -> Tensor:
@@ -162,17 +162,17 @@ def normalize(loop: Loop, step: int, rewards_B: Tensor) -> Tensor:
     return scale.normalized(within_B)
 
 
-def estimate(loop: Loop, everyone: Rollout, normalized_B: Tensor) -> Targets:
+def estimate(loop: Loop, rollout: Rollout, normalized_B: Tensor) -> Targets:
     """Advantages and returns, of the normalised rewards less the penalty for a missing end."""
     objective, std = loop.objective, loop.reward_scale.std
     spread = float(std > 0.0) if objective.normalize_rewards else std
-    rewards_B = normalized_B - objective.missing_end_penalty * spread * ~everyone.ended_B
-    return loop.algorithm.estimate(everyone, rewards_B, objective.kl_coef)
+    rewards_B = normalized_B - objective.missing_end_penalty * spread * ~rollout.ended_B
+    return loop.algorithm.estimate(rollout, rewards_B, objective.kl_coef)
 
 
-def update(loop: Loop, step: int, mine: Rollout, everyone: Rollout, targets: Targets) -> dict[str, float]:
+def update(loop: Loop, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
     """Let the policy and its critic learn, and the sampler follow; returns the update's metrics."""
-    metrics = loop.learner.update(step, mine, everyone, targets)
+    metrics = loop.learner.update(step, local, rollout, targets)
     loop.collector.sampler.sync(Role.POLICY)
     return metrics
 
@@ -190,24 +190,23 @@ def critic_quality(rollout: Rollout, targets: Targets) -> dict[str, float]:
 def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
     """Write all state after so many steps."""
     learner = loop.learner
-    tensors, values = snapshot.take(learner.roles, learner.trained, learner.optimizer)
-    values |= {
-        "initial_eval": as_json(initial),
-        "liveness": as_json(loop.liveness.found),
-        "meter": loop.meter.times(),
-        "guard": loop.guarding.guard.state_dict(),
-        "reward_scale": loop.reward_scale.state_dict(),
-    }
-    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
-    loop.checkpoints.write(State(step, tensors, values), keep)
+    state = snapshot.take(step, learner.roles, learner.trained, learner.optimizer)
+    state.values.update(
+        initial_eval=as_json(initial),
+        liveness=as_json(loop.liveness.found),
+        meter=loop.meter.times(),
+        guard=loop.guarding.guard.state_dict(),
+        reward_scale=loop.reward_scale.state_dict(),
+    )
+    loop.checkpoints.write(state, loop.guarding.worth_keeping(step, loop.checkpoints.steps()))
 
 
 def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
-    saved = loop.checkpoints.newest()
-    if saved is None:
+    state = loop.checkpoints.newest()
+    if state is None:
         return None, 0
-    learner, state, values = loop.learner, (saved.tensors, saved.values), saved.values
+    learner, values = loop.learner, state.values
     snapshot.restore(learner.roles, learner.trained, learner.optimizer, state, str(loop.checkpoints.folder))
     snapshot.set_generators(state, loop.collector.processes)
     loop.collector.sampler.sync(Role.POLICY)
@@ -216,7 +215,7 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     loop.reward_scale = RewardScale(**values["reward_scale"])
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
-    return made(InitialEval, values["initial_eval"]), saved.step
+    return made(InitialEval, values["initial_eval"]), state.step
 
 
 def rollback(loop: Loop, alarms: list[Alarm]) -> int:

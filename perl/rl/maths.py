@@ -1,23 +1,25 @@
-"""The arithmetic of RL on completions: rewards of tokens, advantages, losses. Pure functions of tensors.
+"""The arithmetic of RL on completions: KL, rewards of tokens, advantages. Pure functions of tensors.
 
 Axes: B completions, T positions in them. Every tensor is fp32 unless said otherwise; every mask is bool, True on
 the completion's tokens. Completions are right-padded. Whatever stands in the padding, NaN and infinity included,
 reaches neither a result nor a gradient, and results are 0 there (the per-token KL estimates, which take no mask,
 apart).
 
-Losses are sums over tokens divided by `normalizer`, the number of completion tokens of the whole minibatch, so
-that the gradients of its micro-batches add up to its own however the tokens fall among them.
-
-References: Schulman et al. 2016 (GAE, arXiv 1506.02438); Schulman et al. 2017 (PPO, arXiv 1707.06347);
-Schulman 2020 (joschu.net/blog/kl-approx.html); Kool et al. 2019 and Ahmadian et al. 2024 (RLOO,
-arXiv 2402.14740); PERL (arXiv 2403.10704).
+References: Schulman et al. 2016 (GAE, arXiv 1506.02438); Schulman 2020 (joschu.net/blog/kl-approx.html); Kool et
+al. 2019 and Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Shao et al. 2024 (GRPO, arXiv 2402.03300); MaxRL
+(arXiv 2602.02710); PERL (arXiv 2403.10704).
 
 Departures from PERL: none in the objective; the KL term is spread over the tokens by its k1 estimate, so that
 the critic and the discounting see it where it arises.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
+
+STD_FLOOR = 1e-4
+"""Added to a group's standard deviation, as TRL does; verl adds 1e-6."""
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -79,8 +81,23 @@ def kl_k1(log_probs_BT: Tensor, reference_log_probs_BT: Tensor) -> Tensor:
     return log_probs_BT - reference_log_probs_BT
 
 
+def kl_k2(log_probs_BT: Tensor, reference_log_probs_BT: Tensor) -> Tensor:
+    """k2 = ½ (log π - log π_ref)²: biased, but its gradient is the KL's on tokens drawn from π (Schulman 2020).
+
+    Args:
+        log_probs_BT: fp32, of the sampled tokens under π.
+        reference_log_probs_BT: fp32, of the same tokens under π_ref.
+
+    Returns:
+        fp32 (B, T), meaningless in the padding.
+    """
+    return 0.5 * (log_probs_BT - reference_log_probs_BT).square()
+
+
 def kl_k3(log_probs_BT: Tensor, reference_log_probs_BT: Tensor) -> Tensor:
     """k3 = (ρ - 1) - log ρ with ρ = π_ref / π: unbiased like k1, never negative, less noisy (Schulman 2020).
+
+    Unbiased as an estimate of the KL; its gradient is that of KL(π_ref‖π).
 
     Args:
         log_probs_BT: fp32, of the sampled tokens under π.
@@ -186,82 +203,57 @@ def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
     return (groups - others_mean).flatten()
 
 
-def policy_gradient_loss(
-    log_probs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, normalizer: float
-) -> Tensor:
-    """-Σ A_t log π(a_t) / normalizer, whose gradient is REINFORCE's (Williams 1992).
+def equal_groups(score_B: Tensor, group_size: int, tolerance: float) -> Tensor:
+    """Which completions are of a group whose scores do not differ.
 
     Args:
-        log_probs_BT: fp32, of the sampled tokens under the policy being trained.
-        advantages_BT: fp32, detached.
-        mask_BT: bool.
-        normalizer: completion tokens in the whole minibatch.
+        score_B: fp32; the completions of one prompt stand side by side.
+        group_size: completions of one prompt.
+        tolerance: the largest difference that counts as none, as a share of 1 + the batch's largest score.
 
     Returns:
-        fp32 scalar.
+        bool (B).
     """
-    return -(masked(advantages_BT, mask_BT) * masked(log_probs_BT, mask_BT)).sum() / normalizer
+    groups = score_B.view(-1, group_size)
+    spread = groups.amax(1) - groups.amin(1)
+    return (spread <= tolerance * (1.0 + score_B.abs().max())).repeat_interleave(group_size)
 
 
-def ppo_policy_loss(
-    log_probs_BT: Tensor,
-    policy_log_probs_BT: Tensor,
-    advantages_BT: Tensor,
-    mask_BT: Tensor,
-    clip: float,
-    normalizer: float,
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated.
+def _groups(score_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """A row for each group, and the groups' means as a column."""
+    assert group_size >= 2, f"comparing needs two completions of a prompt, not {group_size}"
+    groups = score_B.view(-1, group_size)
+    return groups, groups.mean(1, keepdim=True)
 
-        ρ_t = π(a_t) / π_old(a_t)        loss = -Σ min(ρ A, clamp(ρ, 1 - c, 1 + c) A) / normalizer
 
-    Args:
-        log_probs_BT: fp32, of the sampled tokens under the policy being trained.
-        policy_log_probs_BT: fp32, under the policy before the rollout's first update, π_old.
-        advantages_BT: fp32, detached.
-        mask_BT: bool.
-        clip: c.
-        normalizer: completion tokens in the whole minibatch.
+def group_mean(score_B: Tensor, group_size: int) -> Tensor:
+    """r_i - r̄: against the mean of its own group (Dr. GRPO, arXiv 2503.20783). Arguments as `leave_one_out`."""
+    groups, means = _groups(score_B, group_size)
+    return (groups - means).flatten()
 
-    Returns:
-        the loss, and the share of the minibatch's tokens on which the clip took the gradient away (also
-        divided by `normalizer`, so micro-batches' shares add up; detached). Both fp32 scalars.
+
+def group_std(score_B: Tensor, group_size: int) -> Tensor:
+    """GRPO's advantage, (r_i - r̄) / (σ + ε), σ² divided by G - 1. Arguments as `leave_one_out`."""
+    groups, means = _groups(score_B, group_size)
+    return ((groups - means) / (groups.std(1, keepdim=True) + STD_FLOOR)).flatten()
+
+
+def group_relative(score_B: Tensor, group_size: int) -> Tensor:
+    """MaxRL's advantage, (r_i - r̄) / r̄, and 0 where r̄ ≤ 0. Arguments as `leave_one_out`.
+
+    Of rewards of 0 and 1 its mean gradient is that of a truncated log-likelihood of success, where the plain
+    advantage's is that of the success rate.
     """
-    ratio_BT = masked(log_probs_BT - policy_log_probs_BT, mask_BT).exp()
-    known_advantages_BT = masked(advantages_BT, mask_BT)
-    plain_BT = ratio_BT * known_advantages_BT
-    clipped_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * known_advantages_BT
-    loss = -torch.minimum(plain_BT, clipped_BT).sum() / normalizer
-    return loss, (clipped_BT < plain_BT).float().sum() / normalizer
+    groups, means = _groups(score_B, group_size)
+    positive = means > 0
+    return torch.where(positive, (groups - means) / torch.where(positive, means, 1.0), 0.0).flatten()
 
 
-def value_loss(
-    values_BT: Tensor,
-    old_values_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-    clip: float | None,
-    normalizer: float,
-) -> Tensor:
-    """Half the squared error of the critic, clipped as in PPO's published code (openai/baselines, ppo2).
-
-        loss = ½ Σ max((V - R)², (V_old + clamp(V - V_old, -c, c) - R)²) / normalizer
-
-    Args:
-        values_BT: fp32, of the critic being trained.
-        old_values_BT: fp32, as they were when the advantages were estimated.
-        returns_BT: fp32, detached.
-        mask_BT: bool.
-        clip: c; None for the plain squared error.
-        normalizer: completion tokens in the whole minibatch.
-
-    Returns:
-        fp32 scalar.
-    """
-    known_values_BT, targets_BT = masked(values_BT, mask_BT), masked(returns_BT, mask_BT)
-    squared_BT = (known_values_BT - targets_BT).square()
-    if clip is not None:
-        starts_BT = masked(old_values_BT, mask_BT)
-        near_BT = starts_BT + (known_values_BT - starts_BT).clamp(-clip, clip)
-        squared_BT = torch.maximum(squared_BT, (near_BT - targets_BT).square())
-    return 0.5 * squared_BT.sum() / normalizer
+GROUP_ADVANTAGES: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "group": group_mean,
+    "group-std": group_std,
+    "leave-one-out": leave_one_out,
+    "group-relative": group_relative,
+}
+"""By the names in `perl.rl.algorithms`, as are the estimates below."""
+KL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"loss-k2": kl_k2, "loss-k3": kl_k3}

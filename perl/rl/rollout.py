@@ -81,14 +81,14 @@ class Rollout(Samples):
             return self
         columns = self.ids_BL.shape[1]
         wider = (processes.all_reduce_max(columns) - columns, 0)  # prompts are padded on the left
-        mine: dict[str, Any] = vars(self) | {
+        local: dict[str, Any] = vars(self) | {
             "ids_BL": F.pad(self.ids_BL, wider),
             "mask_BL": F.pad(self.mask_BL, wider),
             "lower_hidden_BLD": None,
             "prompts": [],
             "groups": [],
         }
-        parts = processes.all_gather({name: _on_host(value) for name, value in mine.items()})
+        parts = processes.all_gather({name: _on_host(value) for name, value in local.items()})
         total, device = len(prompts), self.ids_BL.device
         joined = {
             field.name: _joined([part[field.name] for part in parts], total, device) for field in fields(self)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perl.rl.algorithms import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
+from perl.rl.losses import Sizes
 from perl.rl.rollout import Rollout
 from perl.roles.roles import Role, Roles
 
@@ -39,6 +40,7 @@ class Learner:
     """Passes over a rollout."""
     micro_batch_size: int
     temperature: float
+    max_new_tokens: int
     checkpoint_activations: bool
 
     @property
@@ -55,30 +57,34 @@ class Learner:
         """Of weights, in this step."""
         return self.rates[0] * self.rate_shares[step]
 
-    def update(self, step: int, mine: Rollout, everyone: Rollout, targets: Targets) -> dict[str, float]:
+    def update(self, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
         """One update a pass over the rollout; returns the last one's metrics.
 
         An update whose loss or gradient is not finite is refused: nothing has changed then, and `refused` is 1.
 
         Args:
-            mine: what this process learns from.
-            everyone: what all learn from together.
-            targets: of everyone.
+            local: what this process learns from.
+            rollout: of all processes.
+            targets: of `rollout`.
         """
         processes = self.roles.engine.processes
-        rows = processes.shard(len(everyone.rewards_B))
-        targets = _take(targets, slice(rows[0], rows[-1] + 1), everyone.completion_length)
-        tokens = float(everyone.completion_mask_BT.sum())
+        rows = processes.shard(len(rollout.rewards_B))
+        learned_BT = targets.mask(rollout)
+        completions = float(learned_BT.any(1).sum())
+        sizes = Sizes(float(learned_BT.sum()), completions, self.max_new_tokens)
+        targets = _take(targets, slice(rows[0], rows[-1] + 1), rollout.completion_length)
+        tokens = float(rollout.completion_mask_BT.sum())
         sums: dict[str, float] = {}
         mismatch = 0.0
         for epoch in range(self.epochs):
             sums = dict.fromkeys(
                 ("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0
             )
-            for batch_rows in micro_batches(mine, self.micro_batch_size):
-                batch = trim(mine, batch_rows)
+            for batch_rows in micro_batches(local, self.micro_batch_size):
+                batch = trim(local, batch_rows)
                 with self.roles.checkpointed(self.checkpoint_activations):
-                    self._accumulate(batch, _take(targets, batch_rows, batch.completion_length), tokens, sums)
+                    taken = _take(targets, batch_rows, batch.completion_length)
+                    self._accumulate(batch, taken, sizes, tokens, sums)
             processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
             sums = {name: processes.all_reduce_sum(value) for name, value in sums.items()}
             # Only before the first update is the policy the one that sampled: there they must agree.
@@ -88,8 +94,10 @@ class Learner:
                 break
         return sums | {"sampler_mismatch": mismatch, "learning_rate": self.learning_rate(step)}
 
-    def _accumulate(self, batch: Rollout, targets: Targets, tokens: float, sums: dict[str, float]) -> None:
-        """Add the gradients of one micro-batch, and its share of the metrics."""
+    def _accumulate(
+        self, batch: Rollout, targets: Targets, sizes: Sizes, tokens: float, sums: dict[str, float]
+    ) -> None:
+        """Add the gradients of one micro-batch, and its share of the metrics, which are of all its tokens."""
         read = partial(
             self.roles,
             ids_BL=batch.ids_BL,
@@ -103,12 +111,12 @@ class Learner:
             head=self.shared_head,
             trunk_gradient=self.algorithm.value_coef,
         )
-        policy_loss, clipped = self.algorithm.policy_loss(outputs, batch, targets, tokens)
+        policy_loss, clipped = self.algorithm.policy_loss(outputs, batch, targets, sizes)
         loss = policy_loss
         if self.critic is not None:
             if self.shared_head is None:
                 outputs = outputs._replace(values_BT=read(self.critic, head=self.critic).values_BT)
-            value_loss = self.algorithm.value_loss(outputs, batch, targets, tokens)
+            value_loss = self.algorithm.value_loss(outputs, batch, targets, sizes)
             loss = loss + value_loss
             sums["value_loss"] += float(value_loss.detach())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -135,7 +143,11 @@ class Learner:
 def _take(targets: Targets, rows: list[int] | slice, length: int) -> Targets:
     """The targets of these rows, as many columns."""
 
-    def of(value_BT: Tensor) -> Tensor:
-        return value_BT[rows, :length]
+    def of(value_BT: Tensor | None) -> Tensor | None:
+        return None if value_BT is None else value_BT[rows, :length]
 
-    return Targets(of(targets.advantages_BT), None if targets.returns_BT is None else of(targets.returns_BT))
+    return targets._replace(
+        advantages_BT=targets.advantages_BT[rows, :length],
+        returns_BT=of(targets.returns_BT),
+        learned_BT=of(targets.learned_BT),
+    )

@@ -1,6 +1,6 @@
-"""Activation checkpointing: each block's input is kept for the backward pass, and the rest computed again.
+"""Activation checkpointing: only each block's input is kept for the backward pass, the rest is computed again.
 
-A block is computed again as the role that it was first computed as, whichever is active by then.
+A block is computed again as the role that first computed it, whichever is active by then.
 """
 
 import contextlib
@@ -24,26 +24,21 @@ def checkpointed(
     """Inside, these blocks keep only their inputs where gradients are computed.
 
     Args:
-        active_role: gives a function that enters the role which is active when it is called.
-        check_shapes: whether what a block computes again must have the shapes that it had first.
+        active_role: returns a function that enters the role which is active now.
+        check_shapes: whether recomputed tensors must have the shapes that they had first.
     """
-
-    def contexts() -> tuple[Any, Any]:
-        """When a block is first computed, and when again."""
-        return contextlib.nullcontext(), _again(active_role())
-
     settings = {
         "use_reentrant": False,
-        "context_fn": contexts,
+        "context_fn": lambda: (contextlib.nullcontext(), _recomputation(active_role())),
         "determinism_check": "default" if check_shapes else "none",
     }
-    own = [vars(block).get("forward") for block in blocks]  # a library may have put one of its own there
+    before = [vars(block).get("forward") for block in blocks]  # a library may have set one
     for block in blocks:
         block.forward = partial(_forward, block.forward, settings)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
@@ -57,6 +52,6 @@ def _forward(forward: Callable[..., Any], settings: dict[str, Any], *inputs: Any
 
 
 @contextlib.contextmanager
-def _again(enter_role: EnterRole) -> Iterator[None]:
+def _recomputation(enter_role: EnterRole) -> Iterator[None]:
     with enter_role(), recomputing():
         yield

@@ -1,8 +1,8 @@
-"""Roles in the form that plain peft, plain transformers and servers of adapters load, without PERL.
+"""Roles in the form that peft, transformers and servers of adapters load without PERL.
 
-What `perl.roles.saved` writes loads into peft too, beside the run's own base and tokenizer. Here a role becomes a
-folder of its own: the tokenizer writes the rows that the role was trained on, padding is a token that these
-libraries tell from the end of a row, and every layer has an adapter, as TGI wants it.
+peft also loads what `perl.roles.saved` writes, beside the run's base and tokenizer. Here a role becomes a folder
+of its own: the tokenizer writes the rows that the role was trained on, the padding token is not an end token, and
+every layer has an adapter, as TGI requires.
 """
 
 import copy
@@ -14,18 +14,17 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.backbones.chat import ChatFormat
-from perl.backbones.scoring_template import ending_with_completion
-from perl.backbones.template import ASKED
+from perl.backbones.template import ASKED, scoring_template
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
 
 PAD = "<|pad|>"
-"""Added where a tokenizer has no token for padding, or one that also ends rows."""
+"""Added where a tokenizer has no padding token, or one that also ends rows."""
 
 
 def generating_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer with its chat template, set up to generate."""
+    """A copy of the tokenizer for generation."""
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -36,9 +35,9 @@ def generating_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
 def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer that writes dialogues as a reward model read them in training.
 
-    Sequence classifiers of transformers read the score at the last token that is not padding, by its id. So
-    padding must not be what ends a row, and nothing may come after the end of the agent's turn, where many
-    templates write a newline: either would move the score to a token that it was not trained on.
+    transformers' sequence classifiers read the score at the last token whose id is not the padding's. So padding
+    must not be an end token, and nothing may follow the end of the agent's turn, where many templates write a
+    newline.
     """
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.padding_side = "right"
@@ -48,23 +47,23 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": PAD})
     written = tokenizer.apply_chat_template(chat.template.messages(ASKED), tokenize=False)
     if written != "".join(chat.template.row(ASKED)):
-        tokenizer.chat_template = ending_with_completion(tokenizer.get_chat_template(), chat.template)
+        tokenizer.chat_template = scoring_template(tokenizer.get_chat_template(), chat.template)
     return tokenizer
 
 
 def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What has to follow a plain text: the end token, unless the tokenizer writes it itself."""
+    """What has to follow a plain text: the end token, unless the tokenizer adds it."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return "" if ids[-1:] == [tokenizer.eos_token_id] else str(tokenizer.eos_token)
 
 
 def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:
-    """Write an adapter as peft reads it, and where it can be as servers do.
+    """Write an adapter as peft reads it, and where possible as servers do.
 
     Args:
         role: whose head is written, if it has one.
         trunk: whose adapter is written.
-        base: the name or folder that leads to the base.
+        base: the base's name or folder.
 
     Raises:
         UserError: peft would not read it as what it is.
@@ -78,10 +77,10 @@ def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: 
 
 @torch.no_grad()
 def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedModel:
-    """The base with what a role adds to its weights, summed in fp32 and rounded once to the base's dtype.
+    """Add a role's adapter to a base's weights in place, in fp32, rounded once to the base's dtype.
 
     Args:
-        fresh: the base, loaded once more; it is changed in place.
+        fresh: the base, loaded once more.
 
     Raises:
         UserError: the adapters add to something else than weights.
@@ -100,13 +99,12 @@ def classifier(
     problem_type: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The trunk of a model and a role's head, as transformers' sequence classifier of that architecture.
+    """A model's trunk and a role's head, as transformers' sequence classifier of that architecture.
 
     Args:
-        lm: its trunk is used as it is.
         label: the name of the only class.
-        problem_type: as transformers has it; pipelines give `regression` as it is, and of
-            `multi_label_classification` the sigmoid.
+        problem_type: transformers'; pipelines return the score under `regression`, its sigmoid under
+            `multi_label_classification`.
         tokenizer: from `scoring_tokenizer`; where it has a token more than the model, the model gets one too.
 
     Raises:

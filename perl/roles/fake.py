@@ -20,7 +20,6 @@ class FakeSharedBase(SharedBase):
             super().__init__(adapter)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """As on a real base."""
         with torch.device("meta"):  # peft cannot make adapters of fake tensors
             super().add(role, copy_of, weights=weights, head=head)
         fill_with_fakes(self)
@@ -42,7 +41,6 @@ class FakeSeparateModels(SeparateModels):
             super().__init__(lm, lambda: lm)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """As with real models."""
         super().add(role, copy_of, weights=weights, head=head)
         fill_with_fakes(self)
 

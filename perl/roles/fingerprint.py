@@ -1,7 +1,7 @@
-"""Which tensors have changed: a few elements of each are remembered, and compared later.
+"""Which tensors have changed: a few elements of each are kept, and compared later.
 
 A dense change (an optimizer's update, an adapter merged into a weight) alters nearly all elements of a tensor, so
-that a sample shows it. The sample costs no memory to speak of, whatever the size of the model.
+that a sample shows it.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 256
-"""Elements that are remembered of each tensor."""
+"""Kept of each tensor."""
 
 Fingerprint = dict[str, Tensor]
-"""The remembered elements of each tensor, by its name."""
+"""The kept elements of each tensor, by its name."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
-    """Remember elements at fixed, scattered places of each tensor; of a sharded one, of this process's shard."""
+    """Elements at fixed, scattered places of each tensor; of a sharded one, of this process's shard."""
     return {name: _sample(tensor) for name, tensor in tensors.items()}
 
 
 def changed(before: Fingerprint, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors whose remembered elements differ in any bit, or which are gone."""
+    """The names of the tensors whose kept elements differ in any bit, or which are gone."""
     return [
         name
         for name, sample in before.items()
@@ -33,8 +33,8 @@ def changed(before: Fingerprint, tensors: Mapping[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> Tensor:
-    whole: Any = tensor.detach()
-    local = whole.to_local() if hasattr(whole, "to_local") else getattr(tensor, "ds_tensor", whole)
+    full: Any = tensor.detach()
+    local = full.to_local() if hasattr(full, "to_local") else getattr(tensor, "ds_tensor", full)
     flat = local.reshape(-1)
     if flat.numel() <= ELEMENTS:
         return flat.clone()  # type: ignore[no-any-return]

@@ -2,20 +2,20 @@
 
 Axis letters: `perl.roles`; the N tokens are those of the completions of a batch.
 
-The LM head runs on `chunk` tokens at a time: their logits live while they are computed, and again, computed
-anew, while their gradient is. So memory is a few chunk × V floats instead of N × V, for one more product with the
-head in the backward pass. Positions of prompts need no LM head and are left out by the caller.
+The LM head runs on `chunk` tokens at a time, whose logits are computed again in the backward pass. So memory is a
+few chunk × V floats instead of N × V, for one more product with the head. Callers leave out the positions of
+prompts.
 
-The gradient is written out: with p = softmax(z), z = (W h + b) / temperature, and a token y,
+The gradient is written out, which saves autograd's two further tensors of chunk × V: with p = softmax(z),
+z = (W h + b) / temperature, and a token y,
 
     ∂ log p(y) / ∂z = 1[y] - p        ∂ H(p) / ∂z = -p (log p + H)
 
-Left to autograd, both would come by way of two more tensors of chunk × V each. What the model itself does to the
-product with its head (see `perl.backbones.logits`) comes before the temperature, and its derivative after these.
+What the model does to its logits (`perl.backbones.logits`) comes before the temperature, its derivative after
+these.
 
-Precision: the product with the head runs in the head's own dtype, as it does when the model samples; the
-logits are then fp32 for the temperature, the softmax and the entropy. So a bf16 base gives here the log-probs
-that it sampled with, and no fp32 copy of the head is made.
+Precision: the product with the head runs in the head's dtype, as in sampling; temperature, softmax and entropy are
+computed in fp32. So a bf16 base gives the log-probs that it sampled with, and no fp32 copy of the head is made.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ LOGITS_AT_ONCE = 2**23
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """A chunk: 1,024 tokens for a vocabulary of 8,192, 65 for one of 128,256."""
+    """Tokens of a chunk: 1,024 for a vocabulary of 8,192, 65 for one of 128,256."""
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
@@ -75,9 +75,10 @@ class _InChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor | None, grad_H_N: Tensor | None) -> Any:
         hidden_ND, weight_VD, bias_V, targets_N, entropies_N = ctx.saved_tensors
-        wanted = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
-        found = [torch.zeros_like(one) if needed else None for one, needed in wanted]
-        # The factor of the logits, on rows instead of on all that is n × V.
+        inputs = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
+        gradients = [torch.zeros_like(one) if needed else None for one, needed in inputs]
+        of_hidden, of_weight, of_bias = gradients
+        # The factor of the logits, applied to rows instead of n × V elements.
         factor = ctx.transform.scale / ctx.temperature
         down_N, down_H_N = (None if one is None else one * factor for one in (grad_N, grad_H_N))
         for start in range(0, len(hidden_ND), ctx.chunk):
@@ -95,14 +96,13 @@ class _InChunks(torch.autograd.Function):
             if (slope_nV := ctx.transform.slope_(logits_nV, ctx.temperature)) is not None:
                 grad_nV.mul_(slope_nV)
             grad_nV = grad_nV.to(weight_VD.dtype)
-            of_hidden, of_weight, of_bias = found
             if of_hidden is not None:
                 of_hidden[part] = grad_nV @ weight_VD
             if of_weight is not None:
                 of_weight.addmm_(grad_nV.T, hidden_ND[part].to(weight_VD.dtype))
             if of_bias is not None:
                 of_bias += grad_nV.sum(0)
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def log_probs_and_entropy(
@@ -114,15 +114,13 @@ def log_probs_and_entropy(
     chunk: int,
     transform: LogitsTransform = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """The log-prob log p(target) and the entropy H(p) = -Σ_v p log p, p = softmax((W h + b) / temperature).
+    """The log-prob log p(target) and the entropy H(p) = -Σ_v p log p, with p = softmax((W h + b) / temperature).
 
-    Gradients flow to the hidden states, and to the head's weight and bias where they require them; from
-    both results.
+    Gradients flow from both to the hidden states, and to the head's weight and bias where they require them.
 
     Args:
         hidden_ND: the trunk's last hidden states, any float dtype.
-        weight_VD: the LM head's weight, any float dtype.
-        bias_V: its bias, or None.
+        weight_VD, bias_V: the LM head's, any float dtype.
         targets_N: int64, the tokens that follow.
         temperature: the sampler's, above 0.
         chunk: tokens whose logits are held at a time, at least 1.
@@ -133,10 +131,10 @@ def log_probs_and_entropy(
     """
     assert temperature > 0, temperature
     assert chunk >= 1, chunk
-    found: tuple[Tensor, Tensor] = _InChunks.apply(  # type: ignore[no-untyped-call]
+    log_probs_N, entropies_N = _InChunks.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, bias_V, targets_N, temperature, chunk, transform
     )
-    return found
+    return log_probs_N, entropies_N
 
 
 def completion_log_probs(
@@ -156,23 +154,16 @@ def completion_log_probs(
         mask_BT: True for real tokens, bool.
     """
     at_N = mask_BT.nonzero(as_tuple=True)
-    weight_VD = embedding.weight
-    found = log_probs_and_entropy(
-        states_BTD[at_N],
-        weight_VD,
-        embedding.bias,
-        ids_BT[at_N],
-        temperature,
-        tokens_at_once(len(weight_VD)),
-        transform,
+    weight_VD, chunk = embedding.weight, tokens_at_once(len(embedding.weight))
+    log_probs_N, entropies_N = log_probs_and_entropy(
+        states_BTD[at_N], weight_VD, embedding.bias, ids_BT[at_N], temperature, chunk, transform
     )
-    nothing_BT = found[0].new_zeros(mask_BT.shape)
-    log_probs_BT, entropies_BT = (nothing_BT.index_put(at_N, one_N) for one_N in found)
-    return log_probs_BT, entropies_BT
+    zeros_BT = log_probs_N.new_zeros(mask_BT.shape)
+    return zeros_BT.index_put(at_N, log_probs_N), zeros_BT.index_put(at_N, entropies_N)
 
 
 def scaled_gradient(states: Tensor, share: float) -> Tensor:
-    """The same states, of whose gradient only a share in [0, 1] is passed on."""
+    """The same states, whose gradient is multiplied by a share in [0, 1]."""
     if share == 1.0:
         return states
     constant = states.detach()

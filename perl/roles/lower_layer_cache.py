@@ -1,4 +1,4 @@
-"""What the base's shared blocks make of the rows of a data set, computed once for all epochs.
+"""The hidden states after the base's shared blocks of a data set's rows, computed once for all epochs.
 
 Axis letters: `perl.roles`.
 """
@@ -15,22 +15,21 @@ from perl.backbones.padding import left_pad
 from perl.roles.roles import Roles
 
 SHARE_OF_FREE_MEMORY = 0.25
-"""A cache larger than this is kept in a file, which the kernel holds in memory as far as there is room."""
+"""A larger cache is a memory-mapped file."""
 GROUP = 8
 """Rows computed together."""
 
 
 class LowerLayerCache:
-    """Hidden states of each row, (tokens, D) in the base's dtype, filled as rows are asked for.
+    """Hidden states of each row, (tokens, D) in the base's dtype, computed when first read.
 
-    A row is computed in a group of its own length's neighbours, always the same: in other company the last bit
-    would be another, and a run that was interrupted could not end in the same bytes.
+    A row is always computed in the same group of rows of like length: in another batch its last bits would differ,
+    and an interrupted run would not end in the same bytes.
 
     Args:
         roles: on a base with shared blocks.
         rows: the tokens of each row.
-        pad_id: stands in the padding.
-        folder: where the file goes if the cache is too large for memory.
+        folder: of the file, if the cache is too large for memory.
     """
 
     def __init__(self, roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, folder: Path) -> None:
@@ -51,11 +50,7 @@ class LowerLayerCache:
         """On the host, whatever the device: not among the live bytes of a step."""
 
     def read(self, rows: Sequence[int], mask_BL: Tensor) -> Tensor:
-        """The hidden states (B, L, D) of a batch, for `Roles.forward`; 0 in the padding.
-
-        Args:
-            rows: their numbers; each row's mask has as many True as the row has tokens.
-        """
+        """The hidden states (B, L, D) of a batch, by the rows' numbers, for `Roles.forward`; 0 in the padding."""
         for row in rows:
             if not self._known[row]:
                 self._compute(self._place[row] // GROUP * GROUP)

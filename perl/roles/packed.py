@@ -1,8 +1,7 @@
 """Weights in the order that oneDNN multiplies by, while a model generates on a CPU.
 
 A product of few rows costs what reading its weight costs, and a plain weight is read at half the speed of a packed
-one. Packing moves numbers and rounds none; a packed weight takes the plain one's place in memory, and becomes the
-same bytes again at the end.
+one. Packing rounds nothing; a packed weight replaces the plain one in memory, and is unpacked to the same bytes.
 """
 
 import contextlib
@@ -15,23 +14,24 @@ from torch import Tensor, nn
 
 from perl.adapters.low_rank import is_plain_linear
 from perl.measure.probe import mark
+from perl.private.torch import HAS_PACKED_LINEAR
 
-SUPPORTED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+SUPPORTED = HAS_PACKED_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether torch was built with oneDNN, and this CPU multiplies bf16."""
 
 
 @contextlib.contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers compute with packed weights, without gradients; nobody may read the plain ones there.
+    """Inside, linear layers compute with packed weights, without gradients; the plain ones are empty.
 
-    Layers stay as they are that are not bf16 on a CPU, whose weight another module has too (a tied output
-    embedding), or on which a library has put a hook or a kind of weight of its own.
+    Not packed are layers that are not bf16 on a CPU, whose weight another module shares (a tied output embedding),
+    or on which a library has put a hook or a kind of weight of its own.
     """
     users = Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
-    layers: list[Any] = [part for part in model.modules() if _packable(part)]
+    layers: list[Any] = [part for part in model.modules() if SUPPORTED and _packable(part)]
     now_packed: list[Any] = []
     try:
-        for layer in layers if SUPPORTED else ():
+        for layer in layers:
             if users[id(layer.weight)] == 1:
                 now_packed.append(layer)
                 _pack(layer)

@@ -3,13 +3,13 @@
     reference = base + `sft`      policy = base + `policy`      reward = base + `reward` + head
     critic    = base + `critic` + head, or only a head on the policy's trunk
 
-Where their weights are is said by two subclasses: `SharedBase`, adapters on one frozen base, and `SeparateModels`,
-the conventional side with a whole model for each. How a model is fed and read is said by its backbone.
+Two subclasses hold the weights: `SharedBase`, adapters on one frozen base, and `SeparateModels`, the conventional
+side with a model for each role. The backbone knows how a model is fed and read.
 
 Switching. A forward whose backward runs as another role is silently wrong: with activation checkpointing, blocks
-are computed again as whichever role is active by then. So the two are kept apart: `role()` only says which role
-computes, and puts back the one it found; `train_only()` says which parameters are trained; and checkpointed
-blocks enter the role they were first computed as before they are computed again.
+would be computed again as whichever role is active by then. So `role()` only says which role computes, and puts
+back the one before; `train_only()` says which parameters are trained; and checkpointed blocks are computed again
+as the role that first computed them.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from perl.roles.split_layers import lower, only, watched
 
 
 class Role(StrEnum):
-    """What computes. The value is the name of the role's folder and adapter; `BASE` has none."""
+    """The values are the names of the roles' folders and adapters; `BASE` has none."""
 
     BASE = "base"
     SFT = "sft"
@@ -62,11 +62,10 @@ class Roles(nn.Module, ABC):
     """All roles in one module; `engine` says how the processes that run together hold the weights."""
 
     prefix: ClassVar[str]
-    """Stands before the names of weights on disk, as the library that reads them expects."""
+    """Of the names of weights on disk, as the library that reads them expects."""
     folder: ClassVar[str]
-    """The folder of a role's weights on disk, inside the role's own."""
+    """Of a role's weights on disk, inside the role's own."""
     weights_file: ClassVar[str]
-    """The file of the weights there."""
 
     def __init__(self, engine: Engine | None = None) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ class Roles(nn.Module, ABC):
 
     @property
     def shared_blocks(self) -> int:
-        """How many of the lowest blocks compute alike for all roles, and need computing once only; 0: none."""
+        """How many of the lowest blocks compute alike for all roles, so that computing them once is enough."""
         return 0
 
     @abstractmethod
@@ -136,19 +135,16 @@ class Roles(nn.Module, ABC):
 
     @property
     def active(self) -> Role:
-        """The role that computes now."""
         return self._active
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.parameters()).device
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """Give a role its weights and its head; it starts as the role it is a copy of, a new head scores 0.
+        """Give a new role its weights and its head, which scores 0 if it is no copy.
 
         Args:
-            role: whose; it must be new.
             copy_of: the role whose weights (and head, if it has one) it starts from.
             weights: False for a critic that is only a head on the policy's trunk.
             head: whether it scores.
@@ -163,7 +159,7 @@ class Roles(nn.Module, ABC):
                     new.data.copy_(old.data)
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's head, by the names that they have in a classifier of transformers."""
+        """The parameters of a role's head, by their names in a classifier of transformers."""
         return self.backbone.head_parameters(self.heads[role])
 
     def head(self, role: Role) -> nn.Linear:
@@ -173,14 +169,15 @@ class Roles(nn.Module, ABC):
         return head
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
-        """All that the roles learn: their weights and heads."""
-        found = []
+        """The weights and heads of roles."""
+        parameters: list[nn.Parameter] = []
         for role in roles:
-            found += [*self.weights(role).values(), *(self.heads[role].parameters() if role in self.heads else ())]
-        return found
+            parameters += self.weights(role).values()
+            parameters += self.heads[role].parameters() if role in self.heads else ()
+        return parameters
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
-        """Make the parameters of these roles learn, and no others; return them."""
+        """Let the parameters of these roles alone require gradients; return them."""
         self.requires_grad_(False)
         parameters = self.parameters_of(*roles)
         for parameter in parameters:
@@ -188,12 +185,12 @@ class Roles(nn.Module, ABC):
         return parameters
 
     def together(self, number: int) -> int:
-        """The largest of the processes' numbers where all must compute as many passes, else this one's."""
+        """See `Engine.together`."""
         return self.engine.together(number)
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Compute as this role; whatever happens inside, the role found is put back."""
+        """Inside, this role computes; afterwards, the one before."""
         before = self._active
         self._activate(role)
         try:
@@ -203,10 +200,10 @@ class Roles(nn.Module, ABC):
 
     @contextlib.contextmanager
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
-        """Compute as this role many times over, without gradients; inside, it cannot be trained.
+        """Inside, this role computes many times over, without gradients or training.
 
-        Yields a list in which each forward leaves the hidden states after the shared blocks as its only element;
-        it stays empty where there are no such blocks.
+        Yields a list whose only element is the hidden states after the shared blocks in the last forward; it stays
+        empty where there are no such blocks.
         """
         with (
             self.role(role),
@@ -217,7 +214,7 @@ class Roles(nn.Module, ABC):
 
     @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:
-        """Inside, keep only each block's input for the backward pass and compute the rest again."""
+        """Inside, activations are checkpointed, if enabled."""
         models = self.models() if enabled else []
         blocks = [block for model in models for block in self.backbone.blocks(model)]
         # DeepSpeed's weights are of another shape when a block's input is kept than when it is read again.
@@ -226,16 +223,13 @@ class Roles(nn.Module, ABC):
             yield
 
     def train(self, mode: bool = True) -> "Roles":
-        """Note whether the adapters' dropout is on. The base's own is off in every stage.
-
-        So what samples, what is trained and what is evaluated are one model.
-        """
+        """Note whether the adapters' dropout is on; the base's own is off in every stage."""
         super().train(False)
         self.training = mode
         return self
 
     def lower_hidden(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward` to go on from."""
+        """Hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward`."""
         return lower(self.backbone, self.model(), self.shared_blocks, ids_BL, mask_BL)
 
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor, lower_hidden_BLD: Tensor | None = None) -> Tensor:
@@ -246,11 +240,8 @@ class Roles(nn.Module, ABC):
     @contextlib.contextmanager
     def _above(self, lower_hidden_BLD: Tensor | None) -> Iterator[PreTrainedModel]:
         """The active role's model; where the hidden states after the shared blocks are known, without these."""
-        model = self.model()
-        if lower_hidden_BLD is None:
-            yield model
-            return
-        with only(self.backbone, model, slice(self.shared_blocks, None)):
+        model, first = self.model(), 0 if lower_hidden_BLD is None else self.shared_blocks
+        with only(self.backbone, model, slice(first, None)) if first else contextlib.nullcontext():
             yield model
 
     def forward(
@@ -265,7 +256,7 @@ class Roles(nn.Module, ABC):
         trunk_gradient: float = 1.0,
         lower_hidden_BLD: Tensor | None = None,
     ) -> Outputs:
-        """Log-probabilities of completions, values of their states, or scores of whole rows, as one role.
+        """Log-probs of completions, values of their states, or scores of whole rows, as one role.
 
         Args:
             role: whose adapter computes.

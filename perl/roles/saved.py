@@ -47,11 +47,10 @@ class Stamp:
     parent_sha256: str | None = None
     """Of the parent's weights file."""
     reward_is_probability: bool = False
-    """A reward model of thumbs: its score is the log-odds of a thumb up, and RL takes the probability."""
+    """Whether the score is the log-odds of a thumb up; RL's reward is then the probability."""
     reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Mean of the reward on the training rows; RL takes it off."""
     reward_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Their standard deviation; RL divides by it."""
+    """Of the reward on training rows; RL normalises by them."""
     perl: str = __version__
 
 
@@ -80,11 +79,9 @@ def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
 
 
 def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
-    """What a role learns, by the names it has on disk."""
-    named: dict[str, torch.Tensor] = {f"{roles.prefix}{name}": p for name, p in roles.weights(role).items()}
-    if role in roles.heads:
-        named |= {f"{roles.prefix}{name}": p for name, p in roles.head_weights(role).items()}
-    return named
+    """A role's weights and head, by their names on disk."""
+    head = roles.head_weights(role) if role in roles.heads else {}
+    return {f"{roles.prefix}{name}": parameter for name, parameter in (roles.weights(role) | head).items()}
 
 
 def load_role(
@@ -94,7 +91,7 @@ def load_role(
     base: Base,
     recipe: str | None = None,
     recipe_sha256: str | None = None,
-) -> Stamp:
+) -> None:
     """Read a role's weights and head from a folder; the role is added if it is new.
 
     Args:
@@ -118,7 +115,6 @@ def load_role(
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights[name])
-    return stamp
 
 
 def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
@@ -154,7 +150,7 @@ def _shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch
 
 
 def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
-    """Compare what the stamp says with what is here, and name all that differs."""
+    """Compare a stamp with the one that would be written here, and name all that differs."""
     compared = [
         ("role", stamp.role, here.role),
         ("base", stamp.base_sha256, here.base_sha256),
@@ -169,7 +165,9 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
         if (beside / roles.weights_file).exists():
             compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, beside)))
     differs = [
-        f"{what} (it says {_short(there)}, here {_short(ours)})" for what, there, ours in compared if there != ours
+        f"{what} (it says {str(there)[:12]}, here {str(ours)[:12]})"
+        for what, there, ours in compared
+        if there != ours
     ]
     if differs:
         trained = f"{stamp.base}{f' by recipe {stamp.recipe}' if stamp.recipe else ''}"
@@ -180,12 +178,8 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
         )
 
 
-def _short(value: object) -> str:
-    return str(value)[:12]
-
-
 def _anew(folder: Path) -> str:
-    """What to do about files that are damaged: the stage's newest checkpoint is not."""
+    """The remedy for damaged files."""
     return f"Remove {folder.parent / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
 
 
@@ -219,6 +213,6 @@ def read_stamp(folder: Path) -> Stamp:
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:
-    """SHA-256 of the weights file in a role's folder: how its children name their parent."""
+    """SHA-256 of the weights file in a role's folder, which names a parent in its children's stamps."""
     with open(folder / roles.weights_file, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

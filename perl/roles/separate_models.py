@@ -1,7 +1,7 @@
-"""The conventional side, `tuning: full`: every role is a whole model of its own, and trained whole.
+"""The conventional side, `tuning: full`: every role is a model of its own, all of it trained.
 
-Weights, gradients and the optimizer's state have the base's dtype: that is the leanest way full tuning is done,
-so that the comparison with LoRA does not flatter LoRA. (Keeping fp32 copies of bf16 weights takes more.)
+Weights, gradients and the optimizer's state have the base's dtype: full tuning at its leanest (fp32 copies of bf16
+weights would take more), so that the comparison does not flatter LoRA.
 """
 
 import copy
@@ -20,7 +20,7 @@ class SeparateModels(Roles):
     """A model for each role.
 
     Args:
-        lm: the base's model, as loaded.
+        lm: the base's model.
         load: loads it again, for roles that start from the base after its memory was freed.
     """
 
@@ -41,13 +41,11 @@ class SeparateModels(Roles):
         return frozenset(Role(name) for name in (*self._models, *self.heads))
 
     def model(self) -> PreTrainedModel:
-        """The active role's model."""
         model = self._models[self._active]
         assert isinstance(model, PreTrainedModel)
         return model
 
     def models(self) -> list[PreTrainedModel]:
-        """Every role's model."""
         return [model for model in self._models.values() if isinstance(model, PreTrainedModel)]
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
@@ -60,7 +58,6 @@ class SeparateModels(Roles):
         return {name: p for name, p in named if not (scores and self.backbone.in_head(own, name))}
 
     def keep(self, *roles: Role) -> None:
-        """Free the models and heads of all other roles; a base that was freed before is loaded again."""
         for role in self.roles - frozenset(roles):
             for kept in (self._models, self.heads):
                 if role in kept:
@@ -72,7 +69,6 @@ class SeparateModels(Roles):
         """There is no shared base: every role has weights of its own."""
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
-        """Write transformers' configuration of a model."""
         config = copy.deepcopy(self.model().config)
         if scores:
             config.architectures = [
@@ -82,7 +78,6 @@ class SeparateModels(Roles):
         config.save_pretrained(folder)
 
     def config_fits(self, folder: Path) -> bool:
-        """Whether it is a model of this kind."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["model_type"] == self.models()[0].config.model_type)  # a head alone has no model
 

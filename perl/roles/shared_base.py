@@ -27,10 +27,8 @@ class SharedBase(Roles):
     """All roles on one base.
 
     Args:
-        adapter: what every role gets, on a causal language model or an encoder's classifier; that is frozen, and
-            adapters are put into it.
-        engine: how the processes that run together hold the base: an engine may spread its blocks over them, and
-            then every block is computed for every role.
+        adapter: what every role gets; its model is frozen.
+        engine: how the processes hold the base; where it shards the blocks, all are computed for every role.
 
     Raises:
         UserError: the adapters do not fit the engine.
@@ -42,7 +40,7 @@ class SharedBase(Roles):
     split_unsupported_reason: str | None
     """Why the blocks below every adapter are computed again for every role, where they are."""
     coverage: Coverage
-    """How much of the base the adapters reach."""
+    """The share of the base that has adapters."""
 
     def __init__(self, adapter: AdapterKind, engine: Engine | None = None) -> None:
         super().__init__(engine)
@@ -63,35 +61,29 @@ class SharedBase(Roles):
 
     @property
     def shared_blocks(self) -> int:
-        """The blocks below every adapter, if what they compute can be kept."""
         return self._shared_blocks
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles that exist, `BASE` among them."""
         return frozenset({Role.BASE, *self._adapted, *(Role(name) for name in self.heads)})
 
     def model(self) -> PreTrainedModel:
-        """The base, with the active role's adapter in it."""
         return self.lm
 
     def models(self) -> list[PreTrainedModel]:
-        """The base."""
         return [self.lm]
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The adapter's parameters of a role, by their names without the role's."""
         return self.adapter.parameters(role)
 
     def keep(self, *roles: Role) -> None:
         """Nothing to free: adapters are small and the base is everybody's."""
 
     def base_sha256(self) -> str:
-        """SHA-256 of the base's weights as they are now."""
         return weights_sha256(self.lm, self.engine.full_tensor, self.adapter.base_name)
 
     def base_changed(self) -> list[str]:
-        """The base's tensors that are no longer as loaded, by a sample of each; nobody may change any."""
+        """The base's tensors that are no longer as loaded, by a sample of each."""
         return changed(self._as_loaded, self._base_tensors())
 
     def _base_tensors(self) -> dict[str, Tensor]:
@@ -105,22 +97,19 @@ class SharedBase(Roles):
         return [name.rpartition(".")[2] for name in self.backbone.head_modules(self.lm)]
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
-        """Write the configuration of an adapter."""
         self.adapter.write_config(folder, base, self.head_modules if scores else None)
 
     def config_fits(self, folder: Path) -> bool:
-        """Whether an adapter computes here what it computed there."""
         return self.adapter.config_fits(folder)
 
     def train(self, mode: bool = True) -> "SharedBase":
-        """Switch the adapters' dropout."""
         super().train(mode)
         self.adapter.train(mode)
         return self
 
     @contextlib.contextmanager
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
-        """As said there; the adapter is made ready for many passes."""
+        """As on `Roles`, with the adapter prepared for many passes."""
         prepared = self.adapter.sampling(role) if role in self._adapted else contextlib.nullcontext()
         with prepared, super().sampling(role) as seen:  # once weights are packed nobody can read them
             yield seen

@@ -1,9 +1,8 @@
 """A decoder in two parts: the blocks below every adapter, which compute alike for all roles, and those above.
 
-What the lower blocks compute of a text is the same for every role and every epoch, so it can be computed once
-and kept: (B, L, D) in the base's dtype. The upper part is given it in the place of embeddings, so an architecture
-that does more to embeddings than pass them on (GPT-2 adds positions, Gemma scales) cannot be split;
-`unsupported_reason` finds out by trying.
+The lower blocks' output for a text is the same for every role and epoch, so it is computed once: (B, L, D) in the
+base's dtype. The upper part takes it in place of embeddings, so an architecture that does more to embeddings than
+pass them on (GPT-2 adds positions, Gemma scales) cannot be split; `unsupported_reason` tries.
 """
 
 import contextlib
@@ -31,16 +30,16 @@ def only(backbone: Backbone, lm: PreTrainedModel, chosen: slice) -> Iterator[Non
 
 @contextlib.contextmanager
 def watched(backbone: Backbone, lm: PreTrainedModel, count: int) -> Iterator[list[Tensor]]:
-    """Inside, each forward leaves the output of the first `count` blocks in the list, alone; nothing if 0."""
-    seen: list[Tensor] = []
+    """Inside, the list holds the output of the first `count` blocks in the last forward; it stays empty if 0."""
+    outputs: list[Tensor] = []
 
-    def see(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        seen[:] = [output[0] if isinstance(output, tuple) else output]
+    def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs[:] = [output[0] if isinstance(output, tuple) else output]
 
     with contextlib.ExitStack() as stack:
         if count:
-            stack.callback(backbone.blocks(lm)[count - 1].register_forward_hook(see).remove)
-        yield seen
+            stack.callback(backbone.blocks(lm)[count - 1].register_forward_hook(note).remove)
+        yield outputs
 
 
 @torch.no_grad()
@@ -62,15 +61,15 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
         return f"its layers are of several kinds ({', '.join(sorted(kinds))})"
     mask_BL = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=lm.device).bool()
     ids_BL = torch.tensor([[1, 2, 3, 1], [0, 0, 2, 1]], device=lm.device)
-    whole = backbone.hidden(lm, ids_BL, mask_BL)
+    unsplit = backbone.hidden(lm, ids_BL, mask_BL)
     try:
         lower_hidden_BLD = lower(backbone, lm, count, ids_BL, mask_BL)
         with only(backbone, lm, slice(count, None)):
             split = backbone.hidden(lm, ids_BL, mask_BL, lower_hidden_BLD)
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         return f"{name} does not run in two parts: {str(error).splitlines()[0][:200]}"
-    rounding = 16 * torch.finfo(whole.dtype).eps
-    split, whole = (states.masked_fill(~mask_BL[..., None], 0.0) for states in (split, whole))
-    if not torch.allclose(split, whole, rtol=rounding, atol=rounding):
+    rounding = 16 * torch.finfo(unsplit.dtype).eps
+    split, unsplit = (states.masked_fill(~mask_BL[..., None], 0.0) for states in (split, unsplit))
+    if not torch.allclose(split, unsplit, rtol=rounding, atol=rounding):
         return f"{name} does more to its embeddings than pass them to the first block"
     return None

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a folder for a step, written whole or not there, and the newest few of them.
+"""Checkpoints on disk: a folder a step, written whole or not there, and the newest few of them.
 
 checkpoints/step-00000040/
     state.safetensors    all tensors
@@ -24,7 +24,7 @@ from perl.system.files import whole_folder, write_json, write_tensors
 from perl.parallel.processes import ALONE, Processes
 
 KEPT = 2
-"""The newest checkpoints that stay on disk, besides those that are asked to."""
+"""The newest checkpoints that stay on disk, besides those that `write` is told to keep."""
 TENSORS, VALUES = "state.safetensors", "state.json"
 
 
@@ -36,17 +36,17 @@ class State:
     tensors: dict[str, Tensor]
     """Weights, optimizer state and generators, on any device."""
     values: dict[str, Any]
-    """What JSON can say."""
+    """All else, as JSON."""
 
 
 class Checkpoints:
     """The checkpoints of one stage.
 
     Args:
-        folder: theirs; made when the first is written. What an interrupted write left there is removed.
+        folder: made when the first is written. What an interrupted write left there is removed.
         every: steps from one to the next.
-        belongs: what the state is of and follows from, by what it is: hashes of the base, the recipe, roles.
-        processes: who runs the stage; the main one writes, and all can read the folder.
+        belongs: hashes of what the state depends on, by name: the base, the recipe, roles.
+        processes: the main one writes; all can read the folder.
     """
 
     def __init__(
@@ -69,20 +69,16 @@ class Checkpoints:
         """Write a state, and only then remove the oldest; `keep` are steps that stay whatever their age.
 
         Raises:
-            OSError: no room; the checkpoints before are as they were.
+            OSError: no room; earlier checkpoints are as they were.
         """
         if self._processes.main:
-            self._write(state, keep)
-        self._processes.barrier()
-
-    def _write(self, state: State, keep: Collection[int]) -> None:
-        with whole_folder(self._of(state.step)) as unfinished:
-            write_tensors(unfinished / TENSORS, state.tensors)
-            content = {"step": state.step, "belongs": self._belongs, "values": state.values}
-            write_json(unfinished / VALUES, content | {"sha256": _sha256(unfinished / TENSORS)})
-        for step in self.steps()[:-KEPT]:
-            if step not in keep:
+            with whole_folder(self._of(state.step)) as unfinished:
+                write_tensors(unfinished / TENSORS, state.tensors)
+                content = {"step": state.step, "belongs": self._belongs, "values": state.values}
+                write_json(unfinished / VALUES, content | {"sha256": _sha256(unfinished / TENSORS)})
+            for step in set(self.steps()[:-KEPT]) - set(keep):
                 shutil.rmtree(self._of(step), ignore_errors=True)
+        self._processes.barrier()
 
     def newest(self) -> State | None:
         """The state to go on from; None if there is none.
@@ -105,7 +101,7 @@ class Checkpoints:
             if content["sha256"] != _sha256(folder / TENSORS):
                 raise ValueError(f"{TENSORS} is not the file that was written")
             state = State(content["step"], load_file(folder / TENSORS), content["values"])
-            belongs = dict(content["belongs"])
+            belongs: dict[str, str] = dict(content["belongs"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             earlier = [one for one in self.steps() if one < step]
             then = f"goes on from step {earlier[-1]}" if earlier else "begins this stage anew"
@@ -114,10 +110,7 @@ class Checkpoints:
                 where=str(folder),
                 remedy=f"Remove that folder: the run then {then}.",
             ) from None
-        differs = sorted(
-            name for name in {*belongs, *self._belongs} if belongs.get(name) != self._belongs.get(name)
-        )
-        if differs:
+        if differs := sorted({name for name, _ in belongs.items() ^ self._belongs.items()}):
             raise UserError(
                 f"this checkpoint belongs to another {', another '.join(differs)}",
                 where=str(folder),

@@ -5,8 +5,8 @@ sft/ reward/ policy/ critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
-    samples.jsonl                        policy/ only: answers of base, SFT and policy side by side
-    result.json                          what the stage came to; there when the stage is finished
+    samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
+    result.json                          the stage's result; there when the stage is finished
 report.json  report.html
 """
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from perl.errors import UserError
-from perl.system.files import write_json, write_whole
-from perl.roles.roles import Role
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
+from perl.roles.roles import Role
+from perl.system.files import write_json, write_whole
 from perl.system.typed_json import as_json, made, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
@@ -36,8 +36,8 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: where; all processes can read it.
-        processes: who runs the recipe; the main one writes.
+        path: readable by all processes.
+        processes: the main one writes.
     """
 
     def __init__(self, path: Path, processes: Processes = ALONE) -> None:
@@ -45,11 +45,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(self, recipe: Recipe) -> Iterator[None]:
-        """Make the folder this recipe's, and this process's inside the block.
+        """Inside, the folder is this recipe's, and no other run can claim it.
 
         Raises:
-            UserError: the folder cannot be written, holds another recipe's run, or another run is using it; or a
-                process on another host does not see it.
+            UserError: it cannot be written, holds another recipe's run, or another run is using it; or a process
+                on another host does not see it.
         """
         with self._locked(recipe) if self._processes.main else contextlib.nullcontext():
             self._processes.barrier()
@@ -90,11 +90,11 @@ class RunFolder:
         """
         if not (self.path / "recipe.yaml").exists():
             return
-        here, there = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
-        for key in sorted({*here, *there}):
-            if here.get(key) != there.get(key):
+        new, old = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        for key in sorted({*new, *old}):
+            if new.get(key) != old.get(key):
                 raise UserError(
-                    f"holds another run: there {key} is {there.get(key)!r}, here {here.get(key)!r}",
+                    f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
                     remedy="Use another --out, or remove that folder.",
                 )
@@ -107,37 +107,30 @@ class RunFolder:
         """
         file = self.path / "recipe.yaml"
         if not file.exists():
-            raise UserError(
-                "not a run folder", where=str(self.path), remedy="Give the --out of a `perl-rlhf run`."
-            )
+            remedy = "Give the --out of a `perl-rlhf run`."
+            raise UserError("not a run folder", where=str(self.path), remedy=remedy)
         return load_recipe(file)
 
     def role(self, role: Role) -> Path:
-        """The folder of a role."""
         return self.path / role
 
     def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
-        """The step-by-step metrics of a stage, of which so many steps are done: later lines are removed."""
+        """The metrics of a stage by step; lines after the steps that are done are removed."""
         file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
         return MetricsLog(file, done)
 
     def write_samples(self, samples: Sequence[Sample]) -> None:
-        """Write answers for people to read, a line a prompt."""
-        if not self._processes.main:
-            return
-        lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
-        write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
+        """Write completions for people to read, a line a prompt."""
+        if self._processes.main:
+            lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
+            write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
 
     def results(self) -> Stages:
-        """What the finished stages came to.
-
-        Raises:
-            UserError: as `result`.
-        """
+        """The results of the finished stages; raises as `result`."""
         return made(Stages, {stage: self.result(stage) for stage in RESULTS})
 
     def result(self, stage: StageName) -> StageResult | None:
-        """What a finished stage came to; None if it is not finished.
+        """The result of a finished stage; None if it is not finished.
 
         Raises:
             UserError: its result.json cannot be read, or is not a result of this stage; the field is named.
@@ -148,15 +141,14 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(
-                f"cannot be read: {error.strerror}", where=str(file), remedy="Check its permissions."
-            ) from None
+            what = f"cannot be read: {error.strerror}"
+            raise UserError(what, where=str(file), remedy="Check its permissions.") from None
         except UnicodeDecodeError as error:
             raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
         return parse(RESULTS[stage], text, str(file), RERUN)
 
     def finish(self, stage: StageName, result: StageResult) -> None:
-        """Note what a stage came to: from now on it is finished."""
+        """Write a stage's result, which makes it finished."""
         if self._processes.main:
             write_json(self.role(STAGE_ROLE[stage]) / "result.json", as_json(result))
         self._processes.barrier()
@@ -166,32 +158,29 @@ class MetricsLog:
     """A file of JSON lines, one a step.
 
     Args:
-        file: where; None: nowhere.
-        done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint goes.
+        file: None: nothing is written.
+        done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint is removed.
     """
 
     def __init__(self, file: Path | None, done: int = 0) -> None:
         self._file: TextIO | None = None
-        if file is None:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
-        write_whole(file, "".join(lines[:done]))  # a line a step
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
+            write_whole(file, "".join(lines[:done]))
+            self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a line, at once on disk for who follows the run."""
-        if self._file is None:
-            return
-        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Add a line, flushed for readers who follow the run; values that are not finite become null."""
+        if self._file is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the file."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()

@@ -1,10 +1,11 @@
-"""All state of training between two steps, as tensors and JSON values, and back: the rest follows from the recipe.
+"""All state of training between two steps as a `State`, and back: what does not follow from the recipe.
 
-That is the weights and heads of the roles that learn, the optimizer and its schedule, and the generators.
+That is the weights and heads of the roles that learn, the optimizer and its schedule, and the random generators.
 """
 
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,9 @@ import torch
 from torch import Tensor
 
 from perl.errors import UserError
-from perl.roles.roles import Role, Roles
 from perl.parallel.processes import ALONE, Processes
-
-Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what JSON can say."""
+from perl.roles.roles import Role, Roles
+from perl.runs.checkpoint import State
 
 
 def trained_state(roles: Roles, learners: Sequence[Role]) -> dict[str, Tensor]:
@@ -36,28 +35,26 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def take(roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> Snapshot:
-    """The state as it is; tensors are the living ones, to be written before the next step."""
+def take(step: int, roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> State:
+    """The state after so many steps; its tensors are those in use, to be written before the next step."""
     moments = optimizer.state_dict()
     generator_tensors, generator_values = generators(roles.engine.processes)
     tensors = trained_state(roles, learners) | generator_tensors
     scalars: dict[str, dict[str, Any]] = {}
-    for number, state in moments["state"].items():
-        for name, value in state.items():
+    for number, of_parameter in moments["state"].items():
+        for name, value in of_parameter.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{name}"] = value
             else:
                 scalars.setdefault(str(number), {})[name] = value
-    return tensors, {
-        "optimizer": {"groups": moments["param_groups"], "scalars": scalars},
-        "generators": generator_values,
-    }
+    optimizer_values = {"groups": moments["param_groups"], "scalars": scalars}
+    return State(step, tensors, {"optimizer": optimizer_values, "generators": generator_values})
 
 
 def restore(
-    roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer, snapshot: Snapshot, where: str
+    roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer, state: State, where: str
 ) -> None:
-    """Put a snapshot back, the generators excepted.
+    """Put a state back, the generators excepted.
 
     Args:
         where: the checkpoint, for messages.
@@ -65,21 +62,21 @@ def restore(
     Raises:
         UserError: it is of other roles, or of other shapes.
     """
-    tensors, values = snapshot
-    load_trained_state(roles, learners, tensors, where)
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    load_trained_state(roles, learners, state.tensors, where)
+    moments: dict[int, dict[str, Any]] = defaultdict(dict)
+    for name, tensor in state.tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             number, key = rest.split(".", 1)
-            state.setdefault(int(number), {})[key] = tensor
-    for number, scalars in values["optimizer"]["scalars"].items():
-        state.setdefault(int(number), {}).update(scalars)
-    optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]["groups"]})
+            moments[int(number)][key] = tensor
+    for number, scalars in state.values["optimizer"]["scalars"].items():
+        moments[int(number)] |= scalars
+    groups = state.values["optimizer"]["groups"]
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
 
 
 def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str, Tensor], where: str) -> None:
-    """Put back what the roles have learned, and nothing else.
+    """Put back the weights and heads of the roles, and nothing else.
 
     Raises:
         UserError: the tensors are of other roles, or of other shapes.
@@ -97,8 +94,8 @@ def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str
             parameter.copy_(saved)
 
 
-def generators(processes: Processes = ALONE) -> Snapshot:
-    """The state of every global generator; torch's, which draw dropout, of every process."""
+def generators(processes: Processes = ALONE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every global generator, as tensors and JSON; torch's, which draw dropout, of every process."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -116,17 +113,17 @@ def _generator(name: str, rank: int) -> str:
     return f"generator.{name}" + (f".{rank}" if rank else "")
 
 
-def set_generators(snapshot: Snapshot, processes: Processes = ALONE) -> None:
-    """Put the global generators back to where they were; a process that is new draws something of its own."""
-    tensors, values = snapshot
-    version, words, gauss = values["generators"]["python"]
+def set_generators(state: State, processes: Processes = ALONE) -> None:
+    """Put the global generators back; a process that was not there before draws numbers of its own."""
+    tensors = state.tensors
+    version, words, gauss = state.values["generators"]["python"]
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state(values["generators"]["numpy"])
-    own, first = _generator("torch", processes.rank), tensors["generator.torch"]
+    np.random.set_state(state.values["generators"]["numpy"])
+    own = _generator("torch", processes.rank)
     if own in tensors:
         torch.set_rng_state(tensors[own])
     else:
-        torch.manual_seed(zlib.crc32(bytes(first.tolist())) + processes.rank)
+        torch.manual_seed(zlib.crc32(bytes(tensors["generator.torch"].tolist())) + processes.rank)
     cuda = _generator("cuda", processes.rank)
     if torch.cuda.is_available() and cuda in tensors:
         torch.cuda.set_rng_state(tensors[cuda])

@@ -2,9 +2,9 @@
 
 adapter_config.json  adapter_model.safetensors   an adapter; a head is the module `score`
 config.json          model.safetensors           merged, or under full tuning: a whole model
-tokenizer*  chat_template.jinja                  for scoring roles a dialogue ends where they were trained to read
-generation_config.json                           of language models: what ends an answer, how it was sampled
-perl.json                                        the stamp: what it belongs to, and how RL used a reward model
+tokenizer*  chat_template.jinja                  of scoring roles: a dialogue ends where they were trained to read
+generation_config.json                           of language models: what ends a completion, and the sampling
+perl.json                                        the stamp: what it belongs to, and a reward model's scale
 README.md                                        the model card
 """
 
@@ -36,7 +36,7 @@ from perl.stages.session import Session
 from perl.system.files import whole_folder, write_whole
 
 COMPARED = 16
-"""Held-out rows whose scores by a merged model are compared with the run's own."""
+"""Held-out rows on which a merged model's scores are compared with the run's own."""
 
 
 def export_role(session: Session, role: Role, stage: StageName, folder: Path, whole: bool) -> Exported:
@@ -51,16 +51,17 @@ def export_role(session: Session, role: Role, stage: StageName, folder: Path, wh
     chat = session.base.chat
     tokenizer = scoring_tokenizer(chat) if scores else generating_tokenizer(chat)
     end = "tokenizer.eos_token" if text_end(tokenizer) else ""
-    exported = Exported(role, stage, whole, scores, _is_text(session), end, tokenizer.pad_token_id)
+    prompts = session.train.prompts
+    is_text = bool(prompts) and all(prompt.context[-1].speaker == "text" for prompt in prompts)
+    exported = Exported(role, stage, whole, scores, is_text, end, tokenizer.pad_token_id)
     with whole_folder(folder.resolve()) as unfinished:
         tokenizer.save_pretrained(unfinished)
         shutil.copyfile(session.saved(role) / STAMP, unfinished / STAMP)
         if whole:
             model = _whole_model(session, role, trunk, tokenizer)
             if scores:
-                exported = replace(
-                    exported, difference=_largest_difference(session, role, trunk, model, tokenizer)
-                )
+                difference = _largest_difference(session, role, trunk, model, tokenizer)
+                exported = replace(exported, difference=difference)
             save_model(model, unfinished)
         else:
             assert isinstance(session.roles, SharedBase)
@@ -85,12 +86,6 @@ def _load(session: Session, role: Role) -> Role:
     return Role.POLICY
 
 
-def _is_text(session: Session) -> bool:
-    """Whether the run's rows are plain text, without a chat format."""
-    prompts = session.train.prompts
-    return bool(prompts) and all(prompt.context[-1].speaker == "text" for prompt in prompts)
-
-
 def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The role as one of transformers' own models: a causal LM, or a sequence classifier."""
     roles = session.roles
@@ -102,14 +97,14 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
     if role not in roles.heads:
         lm.generation_config = _generation(session, role, tokenizer)
         return lm
-    # As it was trained: log-odds, of which pipelines give the probability; or a number, which they give as it is.
-    thumbs = session.stamp(role).reward_is_probability
-    label, problem_type = ("thumb up", "multi_label_classification") if thumbs else (str(role), "regression")
+    # Of log-odds pipelines then give the probability; another score they give as it is.
+    log_odds = session.stamp(role).reward_is_probability
+    label, problem_type = ("thumb up", "multi_label_classification") if log_odds else (str(role), "regression")
     return classifier(roles, lm, role, label, problem_type, tokenizer)
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What ends an answer; a policy samples as it did in RL, without transformers' top-k of 50."""
+    """What ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
     chat, rl = session.base.chat, session.recipe.rl
     sampling: dict[str, Any] = {}
     if role is Role.POLICY:
@@ -122,13 +117,9 @@ def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase
 def _largest_difference(
     session: Session, role: Role, trunk: Role, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
-    """How far a classifier's scores of held-out rows, from text and by transformers alone, are from the run's own.
-
-    None where no answers are held out to compare.
-    """
-    records, chat = session.held_out, session.base.chat
+    """How far transformers' scores of held-out rows, from text, are from the run's own; None without rows."""
+    records, chat, differences = session.held_out, session.base.chat, []
     rated = [(one.context, one.answer) for one in records.ratings]
-    differences = []
     for context, answer in (rated or [(one.context, one.better) for one in records.comparisons])[:COMPARED]:
         ids = chat.row(context, answer).ids
         if len(ids) > session.base.context_length:

@@ -1,7 +1,7 @@
-"""What runs of one seed on one base can share: the records, and the base as it was loaded."""
+"""What runs of one seed on one base can share, and how it is read."""
 
 import warnings
-from collections.abc import Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 
 import datasets
@@ -25,7 +25,7 @@ from perl.system.progress import console
 
 @dataclass(frozen=True)
 class Material:
-    """What runs of one seed on one base can share: the records, and the base as it was loaded."""
+    """The records, and the base as it was loaded."""
 
     train: Records
     held_out: Records
@@ -45,29 +45,22 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
     base, lm = engine.processes.local_main_first(lambda: open_base(recipe, train, engine.load_device(device)))
-    seen = engine.processes.all_gather(
-        (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
-    )
-    if len(set(seen)) > 1:
-        other = next(rank for rank, one in enumerate(seen) if one != seen[0])
+    own = (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
+    main, *others = engine.processes.all_gather(own)
+    if differ := [rank for rank, one in enumerate(others, 1) if one != main]:
         raise UserError(
-            f"processes 0 and {other} have read another base or other data",
+            f"processes 0 and {differ[0]} have read another base or other data",
             where=f"base.model {base.name}, data.source {recipe.data.source}",
             remedy="Put the same files on all hosts.",
         )
     speakers = _speakers(train) | _speakers(held_out)
-    if speakers - {"text"}:
-        for note in base.chat.probe(speakers):
-            console.print(f"[yellow]Note[/]: {escape(note)}.")
+    _print_notes(base.chat.probe(speakers) if speakers - {"text"} else [])
     return Material(train, held_out, base, lm, device)
 
 
-ROWS: dict[StageName, str] = {
-    "sft": "prompt and completion",
-    "reward": "prompt, completion and label (or prompt, chosen and rejected)",
-    "rl": "prompt",
-}
-"""What a row has that each stage learns from, where the source is a file."""
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"[yellow]Note[/]: {escape(note)}.")
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
@@ -79,13 +72,12 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
     if records.problems:
         first = records.problems[0]
-        quoted = escape(f"{first.where}: {first.what}")  # what the data contain is not markup
+        quoted = escape(f"{first.where}: {first.what}")
         console.print(
             f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
-            f"(`perl-rlhf data check` names them all)"
+            "(`perl-rlhf data check` names them all)"
         )
-    for note in records.notes:
-        console.print(f"[yellow]Note[/]: {escape(note)}.")
+    _print_notes(records.notes)
     train, held_out = split(records, recipe.data.held_out, recipe.seed)
     for note in held_out.notes:
         console.print(f"[yellow]Split[/]: {escape(note)}")
@@ -95,8 +87,7 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
 
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
     """The base of a recipe: loaded, built or drawn at random."""
-    spec, dtype = recipe.base, getattr(torch, recipe.base.dtype)
-    four_bit = spec.quantization == "4bit"
+    spec, dtype, four_bit = recipe.base, getattr(torch, recipe.base.dtype), recipe.base.quantization == "4bit"
     if four_bit and spec.random_init:
         raise UserError(
             "weights drawn at random are not quantized",
@@ -121,7 +112,6 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
 
 
 def _speakers(records: Records) -> set[Speaker]:
-    """Who speaks in the records."""
     contexts = [
         *((*one.context, *one.answer) for one in records.demonstrations),
         *(one.context for one in records.ratings),
@@ -145,34 +135,40 @@ def corpus(train: Records) -> list[Demonstration]:
     return [*train.demonstrations, *rated, *compared]
 
 
-def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
-    def needed(records: Records) -> dict[str, tuple[Sized, str]]:
-        return {
-            "sft": (records.demonstrations, "demonstrations"),
-            "reward": (records.ratings or records.comparisons, "ratings or comparisons"),
-            "rl": (records.prompts, "prompts"),
-        }
+NEEDED: dict[StageName, tuple[Callable[[Records], Sized], str, str]] = {
+    "sft": (lambda records: records.demonstrations, "demonstrations", "prompt and completion"),
+    "reward": (
+        lambda records: records.ratings or records.comparisons,
+        "ratings or comparisons",
+        "prompt, completion and label (or prompt, chosen and rejected)",
+    ),
+    "rl": (lambda records: records.prompts, "prompts", "prompt"),
+}
+"""The records that each stage learns from, their name, and the columns of a file that has them."""
 
+
+def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
     for stage in recipe.stages:
-        (have, what), (judged, _) = needed(train)[stage], needed(held_out)[stage]
-        if not have and not judged:
+        needed, name, columns = NEEDED[stage]
+        trained, judged = len(needed(train)), len(needed(held_out))
+        if not trained and not judged:
             raise UserError(
-                f"{recipe.data.source} has no {what}, which {stage} needs",
+                f"{recipe.data.source} has no {name}, which {stage} needs",
                 where="data.source",
-                remedy=f"Use another source, add rows of {ROWS[stage]}, or take the section {stage} out of the "
+                remedy=f"Use another source, add rows of {columns}, or take the section {stage} out of the "
                 "recipe.",
             )
-        if not have or not judged:
+        if not trained or not judged:
             raise UserError(
-                f"all {len(have) + len(judged)} {what} are of dialogues that belong together: there is nothing to "
-                f"{'judge' if have else 'train'} {stage} on",
+                f"all {trained + judged} {name} are of dialogues that belong together: there is nothing to "
+                f"{'judge' if trained else 'train'} {stage} on",
                 where="data.held_out",
                 remedy="Use more data, or give each row's conversation its own `dialogue`.",
             )
 
 
 def quiet_libraries() -> None:
-    """No bars and notes of the libraries' own beside ours."""
+    """Turn off the libraries' own progress bars and notes."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -30,17 +30,15 @@ TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
     "reward": reward.train_reward,
     "rl": rl.train_rl,
 }
-CHECK: dict[StageName, Callable[[Session], None]] = {
-    "sft": sft.check,
-    "reward": reward.check,
-    "rl": rl.check,
-}
+"""Each trains its stage's roles and writes them."""
+CHECK: dict[StageName, Callable[[Session], None]] = {"sft": sft.check, "reward": reward.check, "rl": rl.check}
+"""Each refuses what its stage cannot use, before anything is trained or written."""
 SUMMARIZE: dict[StageName, Callable[[Any], None]] = {
     "sft": sft.summary,
     "reward": reward.summary,
     "rl": rl.summary,
 }
-"""Each takes its stage's own result."""
+"""Each prints its stage's own result."""
 
 
 def run(
@@ -50,7 +48,7 @@ def run(
     material: Material | None = None,
     engine: Engine | None = None,
 ) -> Stages:
-    """Run the stages that are not finished, and write the report; return the results of all that are finished.
+    """Run the stages that are not finished, and write the report; return the results of all finished ones.
 
     Args:
         out: the run folder.
@@ -91,7 +89,7 @@ def run(
 
 
 def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageName]) -> None:
-    """A stage alone needs those before it finished."""
+    """Refuse a stage whose earlier stages are neither finished nor to be run."""
     for earlier in session.recipe.stages[: session.recipe.stages.index(stage)]:
         needed = earlier != "sft" or stage == "rl"  # the reward model does not start from the SFT policy
         if needed and earlier not in chosen and session.folder.result(earlier) is None:
@@ -102,8 +100,8 @@ def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageNam
             )
 
 
-def _write_report(session: Session, after: str | None) -> Path:
-    """Write report.json of all finished stages; say aloud if the base has changed.
+def _write_report(session: Session, after: str | None) -> None:
+    """Write report.json of all finished stages.
 
     Args:
         after: SHA-256 of the base's weights as they are now; None where there is no shared base.
@@ -132,12 +130,10 @@ def _write_report(session: Session, after: str | None) -> Path:
     )
     path = session.folder.path / "report.json"
     write_json(path, as_json(report))
-    if after is None:  # full tuning: every role has weights of its own
-        return path
-    if after != base.sha256:
+    if after not in (None, base.sha256):
         raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
-    console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
-    return path
+    if after is not None:
+        console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
 
 
 def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:

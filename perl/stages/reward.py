@@ -1,8 +1,7 @@
 """The reward stage: the `reward` adapter and its head learn from thumbs, pairs or both, on transformers' Trainer.
 
-TRL's RewardTrainer wants a sequence classifier of its own and has no loss for thumbs, so the trainer here is
-ours: it scores rows with the shared base's reward role. The loss on pairs is TRL's, margins included (a test
-compares them); soft labels are ours.
+TRL's RewardTrainer needs a sequence classifier of its own and has no loss for thumbs, so this trainer scores rows
+with the reward role. The loss on pairs is TRL's, margins included (a test compares them); soft labels are added.
 """
 
 import statistics
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 
 from perl.results import Recorded, RewardStage
@@ -28,25 +27,23 @@ from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import optimizer_steps, training_run
 
 RECORDED = 8
-"""Held-out rows whose scores are written down, for others to check that they score alike."""
+"""Held-out rows whose scores are recorded, for RL to check that they are scored alike."""
 SCALE_ROWS = 512
-"""Training rows whose scores give the mean and spread that RL takes off and divides by."""
+"""Training rows whose scores give the mean and standard deviation that RL normalises by."""
 
 
 def check(session: Session) -> None:
-    """Refuse what the reward stage cannot use, before anything is trained or written."""
     training_rows(session)
     held_out_rows(session)
 
 
 def train_reward(session: Session) -> RewardStage:
-    """Train the `reward` adapter and its head, and write them; return the stage's result."""
     settings, roles, pad_id = session.recipe.reward, session.roles, session.base.chat.pad_id
     assert settings is not None
     train, held_out = training_rows(session), held_out_rows(session)
     rows, cut = len(train.ids) + len(held_out.ids), train.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
-    trained = setup(session)
+    trained = session.add_trained(Role.REWARD, head=True)
     with reward_trainer(session, train) as trainer:
         if settings.epochs > 1:
             trainer.cache_lower_layers(train)
@@ -63,16 +60,9 @@ def train_reward(session: Session) -> RewardStage:
     )
 
 
-def setup(session: Session) -> list[nn.Parameter]:
-    """Add the role and its head; return what of it is trained."""
-    session.roles.add(Role.REWARD, head=True)
-    session.roles.keep(Role.REWARD)
-    return session.roles.train_only(Role.REWARD)
-
-
 @contextmanager
 def reward_trainer(session: Session, train: Rows, steps: int | None = None) -> Iterator["RewardTrainer"]:
-    """A trainer of the `reward` role, after `setup`.
+    """A trainer of the `reward` role, after `Session.add_trained`.
 
     Args:
         steps: optimizer steps in all; by default those of the recipe's epochs.
@@ -97,7 +87,7 @@ class RewardTrainer(ResumableTrainer):
     lower_layers: LowerLayerCache | None = None
 
     def cache_lower_layers(self, train: Rows) -> None:
-        """Compute what lies below the adapters once for all epochs, where anything does."""
+        """Compute the blocks below the adapters once for all epochs, where there are any."""
         roles, pad_id = self.run.session.roles, self.run.session.base.chat.pad_id
         if roles.shared_blocks:
             self.lower_layers = LowerLayerCache(roles, train.ids, pad_id, self.run.scratch)
@@ -106,14 +96,12 @@ class RewardTrainer(ResumableTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over the examples of a batch; of several processes, this one's part of the sum."""
-        ids_BL, mask_BL, lower_hidden_BLD = inputs["ids_BL"], inputs["mask_BL"], None
+        ids_BL, mask_BL, lower_BLD = inputs["ids_BL"], inputs["mask_BL"], None
         self.run.meter.count(int(mask_BL.sum()))
         if self.lower_layers is not None:
-            lower_hidden_BLD = self.lower_layers.read(inputs["numbers_B"].tolist(), mask_BL)
-        scores_B = model(
-            Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, lower_hidden_BLD=lower_hidden_BLD
-        ).scores_B
-        loss = batch_loss(scores_B, inputs)
+            lower_BLD = self.lower_layers.read(inputs["numbers_B"].tolist(), mask_BL)
+        outputs = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, lower_hidden_BLD=lower_BLD)
+        loss = batch_loss(outputs.scores_B, inputs)
         return loss if self.run.processes.count == 1 else loss * inputs[SHARE]
 
 
@@ -135,10 +123,7 @@ def checksum(ids: list[int]) -> int:
 
 
 def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[Recorded]:
-    """The reward role's scores of these rows, and a checksum of their tokens.
-
-    The scores are always computed as one batch, so that they repeat to the bit.
-    """
+    """The reward role's scores of these rows, computed as one batch so that they repeat to the bit."""
     scores = score_rows(roles, [rows.ids[index] for index in chosen], pad_id, RECORDED)
     return [
         Recorded(row=index, score=score, tokens=checksum(rows.ids[index]))
@@ -147,5 +132,4 @@ def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]
 
 
 def summary(stage: RewardStage) -> None:
-    """Say in words whether the reward model can be trusted."""
     print_card("Reward model", stage.eval)

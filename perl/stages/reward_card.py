@@ -1,4 +1,4 @@
-"""Judging the reward model: its scores of held-out answers, the card made of them, and the card in words."""
+"""The reward model card: computed from the scores of held-out answers, and printed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,12 +33,12 @@ def evaluate_rows(
 
 
 def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
-    """Of each answer, whether its dialogue was trained on, or a row that says the same or nearly."""
+    """Of each answer, whether its dialogue was trained on, or a row that is the same or nearly."""
     both = [trained_on, answers]
     rows = [(*context, text) for side in both for context, text in zip(side.contexts, side.answers, strict=True)]
+    known, count = set(trained_on.dialogues), len(trained_on.answers)
     alike = Rows(rows, [*trained_on.dialogues, *answers.dialogues])
-    known, cut = set(trained_on.dialogues), len(trained_on.answers)
-    repeated = alike.like(range(cut, len(rows)), range(cut))
+    repeated = alike.like(range(count, len(rows)), range(count))
     return [dialogue in known or one for dialogue, one in zip(answers.dialogues, repeated, strict=True)]
 
 
@@ -54,7 +54,7 @@ def print_card(title: str, card: RewardModelCard) -> None:
 
 
 def _lines(card: RewardModelCard) -> Iterator[str]:
-    intervals = card.intervals
+    intervals, scaled, length = card.intervals, card.calibration, card.length
     against = "the gold judge's verdict" if card.against == "gold" else "the labels"
     if card.auroc is None:
         auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated alike by {against}"
@@ -71,23 +71,18 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         f"Accuracy {_told(card.accuracy, intervals['accuracy'])}, where always giving the commoner label has "
         f"{card.majority_accuracy:.2f}; balanced {balanced}."
     )
-    scaled = card.calibration
     yield (
         f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
         f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
     )
-    length = card.length
     yield (
         f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
         f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."
     )
-    judged = [(one.auroc, one) for one in card.slices if one.auroc is not None]
-    if judged:
+    if judged := [(one.auroc, one) for one in card.slices if one.auroc is not None]:
         auroc_of_worst, worst = min(judged, key=lambda pair: pair[0])
-        yield (
-            f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC "
-            f"{_told(auroc_of_worst, worst.interval)}."
-        )
+        words = _told(auroc_of_worst, worst.interval)
+        yield f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC {words}."
     yield "LoRA against full tuning: not compared (perl-rlhf compare does); worst mistakes: in the report."
 
 

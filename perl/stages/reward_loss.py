@@ -1,4 +1,4 @@
-"""The reward model's losses, and its batches: pairs and rated answers mixed.
+"""The reward model's losses, and its batches of pairs and rated answers.
 
 Axis letters: B answers to score, P pairs, T rated answers, E examples (pairs, then rated answers), L positions.
 """
@@ -34,7 +34,7 @@ def thumbs_losses(scores_T: Tensor, targets_T: Tensor, weights_T: Tensor) -> Ten
 
 
 def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean over the examples of a batch, in which a pair counts as much as a rated answer."""
+    """The mean over the examples of a batch; a pair counts as much as a rated answer."""
     margins_P, weights_T = batch["margins_P"], batch["weights_T"]
     better_P, worse_P, rated_T = torch.split(scores_B, [len(margins_P), len(margins_P), len(weights_T)])
     targets_P, targets_T = torch.split(batch["targets_E"], [len(margins_P), len(weights_T)])

@@ -1,4 +1,4 @@
-"""The rows of reward training and of what it is judged on: rated and compared answers as tokens."""
+"""The rows that the reward model is trained and judged on: rated and compared answers as tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,15 @@ from perl.stages.session import Session
 
 @dataclass(frozen=True)
 class Rows(RatedRows):
-    """Answers with their contexts as tokens.
-
-    Attributes:
-        ids: of each answer and its context.
-        targets: the probability of a thumb up, or that the better (the worse) one of a pair is the better.
-        margins: of the pairs.
-        cut: how many were too long.
-    """
+    """Answers with their contexts as tokens."""
 
     ids: list[list[int]]
     targets: list[float]
+    """The probability of a thumb up, or that the better (the worse) one of a pair is the better."""
     margins: list[float]
+    """Of the pairs."""
     cut: int
+    """How many rows were too long."""
 
 
 def training_rows(session: Session) -> Rows:
@@ -48,14 +44,13 @@ def training_rows(session: Session) -> Rows:
 
 
 def held_out_rows(session: Session) -> Rows:
-    """What it is judged on: rows of the kind that it learns from; of too few data perhaps only the other kind.
+    """What it is judged on: rows of the kind that it learns from, or of any kind where there are none.
 
     Raises:
         UserError: nothing is rated or compared.
     """
     assert session.recipe.reward is not None
-    records = session.held_out
-    loss: str = session.recipe.reward.loss
+    records, loss = session.held_out, str(session.recipe.reward.loss)
     paired = bool(records.comparisons or pair_ratings(records.ratings))
     if (loss != "thumbs" and not paired) or (loss == "both" and not records.ratings):
         loss = "any"
@@ -69,7 +64,6 @@ def session_rows(session: Session, records: Records, loss: str, source: str | No
 
 
 def max_length(session: Session) -> int:
-    """Tokens of a row at most."""
     assert session.recipe.reward is not None
     return min(session.recipe.reward.max_length, session.base.context_length)
 
@@ -86,21 +80,16 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     """
     ratings, comparisons = _chosen(records, loss, source)
     answers = _answers(ratings, comparisons, records.prompts, source)
-    better = [comparison.probability for comparison in comparisons]
-    rows = [
-        chat.row(context, answer, length)
-        for context, answer in zip(answers.contexts, answers.answers, strict=True)
-    ]
+    rated = [float(one.label) if one.probability is None else one.probability for one in ratings]
+    better = [one.probability for one in comparisons]
+    both = zip(answers.contexts, answers.answers, strict=True)
+    rows = [chat.row(context, answer, length) for context, answer in both]
     return Rows(
         **vars(answers),
         ids=[row.ids for row in rows],
         cut=sum(row.cut for row in rows),
-        targets=[
-            *(float(one.label) if one.probability is None else one.probability for one in ratings),
-            *better,
-            *(1 - probability for probability in better),
-        ],
-        margins=[comparison.margin for comparison in comparisons],
+        targets=[*rated, *better, *(1 - probability for probability in better)],
+        margins=[one.margin for one in comparisons],
     )
 
 

@@ -1,7 +1,6 @@
-"""The RL stage: the policy is judged, learns, and is judged again.
+"""The RL stage: the policy is evaluated, trained, and evaluated again.
 
-It begins as a copy of the SFT adapter (or as the identity on the bare base) and stays near it: that is the
-reference.
+It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
 from perl.measure.change import fixed, measured_words
@@ -21,17 +20,15 @@ SAMPLES = 12
 
 
 def check(session: Session) -> None:
-    """Refuse what RL cannot use, before anything is trained or written."""
     prompts = [*session.train.prompts, *session.held_out.prompts]
     tokenized_prompts(session, prompts)
     context = reward_context(session)
     for part in settings_of(session).reward_parts:
-        if not part.needs_model:  # that is trained first
+        if not part.needs_model:  # the model is trained first
             part.source(context)
 
 
 def train_rl(session: Session) -> RlStage:
-    """Train the policy (and its critic) and write them; return the stage's result."""
     settings, held_out, judge = settings_of(session), eval_prompts(session), session.held_out.judge
     loop = setup(session, held_out)
     rows, cut = len(loop.prompts) + len(held_out), loop.prompts.cut + held_out.cut
@@ -51,35 +48,32 @@ def train_rl(session: Session) -> RlStage:
     remains = rollback(loop, stopped_by) if stopped_by else settings.steps
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     _save(session, loop, held_out)
-    found = {
-        "algorithm": settings.algorithm,
-        "critic": session.recipe.critic,
-        "steps": remains,
-        **policy_change(initial.before, after, held_out),
-    }
+    evaluation = {"algorithm": settings.algorithm, "critic": session.recipe.critic, "steps": remains}
     return RlStage(
         **vars(stage),
         learning_rate=loop.learner.rates[0],
         preflight=initial.preflight,
         liveness=loop.liveness.found or [],
+        algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
-        eval=made(RlEval, found),
+        eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out)),
     )
 
 
 def _plan(session: Session, loop: Loop) -> str:
-    """What a step is, with the values that stand for `auto`."""
+    """What a step is: the algorithm's row as resolved, and the values that stand for `auto`."""
     settings, (rate, head_rate) = settings_of(session), loop.learner.rates
     head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (
         f"RL by {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
-        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}."
+        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}.\n"
+        f"{settings.algorithm}: {loop.algorithm.words}."
     )
 
 
 def _save(session: Session, loop: Loop, held_out: EncodedPrompts) -> None:
-    """Write what was learned, and completions of each policy for people to read."""
+    """Write the trained roles, and completions of each policy for people to read."""
     session.save(Role.POLICY, parent=session.roles.reference)
     if Role.CRITIC in session.roles.roles:
         session.save(Role.CRITIC, parent=Role.REWARD)
@@ -89,19 +83,18 @@ def _save(session: Session, loop: Loop, held_out: EncodedPrompts) -> None:
 
 
 def summary(stage: RlStage) -> None:
-    """Say in words how much better the policy got."""
-    found = stage.eval
-    each = counted(found.samples_per_prompt or 1, "completion")
+    change = stage.eval
+    each = counted(change.samples_per_prompt or 1, "completion")
     text = (
-        f"[bold]RL[/] ({found.algorithm}, {counted(found.steps, 'step')}): on "
-        f"{counted(found.n, 'held-out prompt')}, {each} each, the reward "
-        f"{measured_words(found.reward_before, found.reward_after, found.reward_interval)}, at a KL of "
-        f"{fixed(found.kl, 1)} nats a completion."
+        f"[bold]RL[/] ({change.algorithm}, {counted(change.steps, 'step')}): on "
+        f"{counted(change.n, 'held-out prompt')}, {each} each, the reward "
+        f"{measured_words(change.reward_before, change.reward_after, change.reward_interval)}, at a KL of "
+        f"{fixed(change.kl, 1)} nats a completion."
     )
-    if found.gold_before is not None and found.gold_after is not None:
+    if change.gold_before is not None and change.gold_after is not None:
         text += (
             " The share that the gold judge, which training never sees, finds right "
-            f"{measured_words(found.gold_before, found.gold_after, found.gold_interval, percent=True)}."
+            f"{measured_words(change.gold_before, change.gold_after, change.gold_interval, percent=True)}."
         )
     console.print(text)
     for incident in stage.incidents:

@@ -1,4 +1,4 @@
-"""Before RL begins: are the roles on disk, the reward model's scores and the data what the stages left?"""
+"""Preflight checks of what the stages before RL left: the roles on disk, the reward model's scores, the data."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from perl.stages.session import Session
 
 
 def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
-    """The checks of what the stages before RL have left."""
+    """The checks, given the run and its reward."""
 
     def check(samples: Samples, again: bool) -> Iterator[Finding]:
         for role in () if again else (Role.SFT, Role.REWARD):
@@ -36,40 +36,38 @@ def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
 
 
 def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
-    """The role read anew from its folder scores the completions as it did in memory."""
+    """The role read anew from its folder computes the completions as it did in memory."""
     roles = session.roles
-    before = _scores(session, role, samples)
+    before = _outputs(session, role, samples)
     head = roles.head(role).weight.clone() if role in roles.heads else None
     load_role(roles, role, session.saved(role), session.base)
-    figure = _largest(_scores(session, role, samples) - before)
+    figure = _largest(_outputs(session, role, samples) - before)
     if head is not None and not torch.equal(head, roles.head(role).weight):
         cause = "the head was lost on saving, or the folder holds another one's. Train the stage again."
     else:
         cause = "another adapter was written into this folder, or this one only in part. Train the stage again."
     words = f"the {role} adapter read from disk against the one in memory, largest difference"
-    return Finding(f"{role} reloaded", words, figure, _close(session), cause)
+    return Finding(f"{role} reloaded", words, figure, _limit(session), cause)
 
 
 def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Iterator[Finding]:
-    """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage wrote down."""
-    rows = held_out_rows(session)
-    pad_id, expected = session.base.chat.pad_id, torch.tensor([row.score for row in recorded])
-    chosen = [row.row for row in recorded]
+    """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage recorded."""
+    rows, pad_id, limit = held_out_rows(session), session.base.chat.pad_id, _limit(session)
+    chosen, expected = [row.row for row in recorded], torch.tensor([row.score for row in recorded])
     now = {row: checksum(rows.ids[row]) for row in chosen if row < len(rows.ids)}
     differ = sum(now.get(row.row) != row.tokens for row in recorded)
     cause = "the chat template, the tokenizer or the data have changed since the reward stage. Train it again."
-    yield Finding(
-        "tokens as recorded", "held-out rows whose tokens are not as in the reward stage", differ, 0.0, cause
-    )
+    words = "held-out rows whose tokens are not as in the reward stage"
+    yield Finding("tokens as recorded", words, differ, 0.0, cause)
     if max(chosen) >= len(rows.ids):
-        found = torch.full_like(expected, math.nan)
+        scores = torch.full_like(expected, math.nan)
         cause = "the held-out rows are others than they were: the data have changed. Put them back."
     else:
-        found = torch.tensor([row.score for row in recorded_scores(session.roles, rows, pad_id, chosen)])
+        scores = torch.tensor([row.score for row in recorded_scores(session.roles, rows, pad_id, chosen)])
         alone = [score_rows(session.roles, [rows.ids[index]], pad_id, 1)[0] for index in chosen]
-        if float(found.std(unbiased=False)) < 1e-6:
+        if float(scores.std(unbiased=False)) < 1e-6:
             cause = "all scores are alike: the head was lost on saving. Train the reward stage again."
-        elif _largest(torch.tensor(alone) - expected) <= _close(session):
+        elif _largest(torch.tensor(alone) - expected) <= limit:
             cause = "rows read alone score as recorded, rows read together do not: padding on the wrong side."
         else:
             cause = (
@@ -77,11 +75,11 @@ def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Itera
                 "since. Train the reward stage again."
             )
     words = f"the reward of {len(chosen)} held-out rows against its recorded evaluation, largest difference"
-    yield Finding("recorded evaluation", words, _largest(found - expected), _close(session), cause)
+    yield Finding("recorded evaluation", words, _largest(scores - expected), limit, cause)
 
 
-def _scores(session: Session, role: Role, samples: Samples) -> Tensor:
-    """What a role says of the completions: scores if it has a head, else log-probs."""
+def _outputs(session: Session, role: Role, samples: Samples) -> Tensor:
+    """The role's scores of the completions if it has a head, else its log-probs."""
     roles = session.roles
     if role in roles.heads:
         both = zip(samples.prompt_ids(), samples.completions(), strict=True)
@@ -96,5 +94,5 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 
-def _close(session: Session) -> float:
+def _limit(session: Session) -> float:
     return CLOSE[getattr(torch, session.recipe.base.dtype)]

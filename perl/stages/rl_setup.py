@@ -1,15 +1,15 @@
 """What RL begins with: the recipe's settings as the parts of the loop."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from perl.backbones.padding import left_pad
 from perl.data.records import Prompt
 from perl.recipe import Rl
-from perl.rl.algorithms import ALGORITHMS, Algorithm
-from perl.rl.checks.guarding import Guarding
+from perl.rl.checks.findings import CLOSE_LOG_PROBS
+from perl.rl.checks.guard_state import Limits
+from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
 from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
@@ -30,13 +30,11 @@ from perl.stages.session import Session
 
 
 def settings_of(session: Session) -> Rl:
-    """The recipe's section `rl`."""
     assert session.recipe.rl is not None
     return session.recipe.rl
 
 
 def tokenized_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
-    """Prompts as tokens; see `encode_prompts`."""
     settings = settings_of(session)
     return encode_prompts(
         prompts,
@@ -54,7 +52,7 @@ def eval_prompts(session: Session) -> EncodedPrompts:
 
 
 def setup_collector(session: Session) -> Collector:
-    """The recipe's sampler and reward, for the roles that are in memory."""
+    """The recipe's sampler and reward, of the roles in memory."""
     settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
     sampler = SAMPLERS[settings.sampler.kind](session.roles)
     for role in sorted(session.roles.roles):
@@ -84,7 +82,7 @@ def reward_context(session: Session) -> RewardContext:
 
 
 def end_ids(session: Session) -> tuple[int, ...]:
-    """What ends completions: that depends on whether they are text or turns of agents."""
+    """What ends completions, which are text or turns of an agent."""
     return session.base.chat.ends(session.train.prompts[0].context)
 
 
@@ -101,11 +99,19 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     learner = _learner(session, trained, prompts)
     penalty = missing_end_penalty(settings, session.train.prompts[0])
     few = prompts.take(range(min(COMPLETIONS, len(prompts), settings.prompts_per_step)))
+    limits = Limits(
+        kl=settings.kl_limit,
+        penalized=penalty > 0,
+        mismatch=CLOSE_LOG_PROBS[collector.dtype],
+        learning_rate=learner.rates[0],
+        check_every=validation_interval(settings.steps),
+    )
+    validation = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))
     preflight = Preflight(collector, few, str(session.folder.path), earlier_stages(session, collector.reward))
     return Loop(
         collector=collector,
         learner=learner,
-        objective=Objective(settings.kl_coef, settings.normalize_rewards, penalty),
+        objective=Objective(settings.kl_coef, learner.algorithm.normalize_rewards, penalty),
         prompts=prompts,
         steps=settings.steps,
         prompts_per_step=settings.prompts_per_step,
@@ -113,17 +119,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         judge=session.train.judge,
         preflight=preflight,
         liveness=Liveness(learner, preflight, settings.guard),
-        guarding=Guarding(
-            collector,
-            held_out,
-            settings.guard,
-            prompts_per_step=settings.prompts_per_step,
-            steps=settings.steps,
-            kl_limit=settings.kl_limit,
-            judged=session.train.judge is not None,
-            learning_rate=learner.rates[0],
-            penalized=penalty > 0,
-        ),
+        guarding=Guarding(collector, validation, settings.guard, limits, judged=session.train.judge is not None),
         meter=session.meter(),
         checkpoints=session.checkpoints("rl"),
         reward_scale=RewardScale(),
@@ -131,14 +127,14 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
 
 
 def _add_roles(session: Session) -> tuple[Role, ...]:
-    """Add the policy and its critic as they begin; return the roles that learn."""
+    """Add the policy and its critic; return the roles that learn."""
     roles, critic = session.roles, session.recipe.critic
     roles.add(Role.POLICY, copy_of=roles.reference)
     trained: tuple[Role, ...] = (Role.POLICY,)
     if critic != "none":
         start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
         roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
-        # What a reward model's head gives is on another scale than returns: the critic's begins at zero.
+        # A reward model's scores are on another scale than returns: the critic's head begins at zero.
         with torch.no_grad():
             roles.head(Role.CRITIC).weight.zero_()
         trained = (Role.POLICY, Role.CRITIC)
@@ -153,12 +149,15 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
     weights = [parameter for role in trained for parameter in roles.weights(role).values()]
     heads = [parameter for role in trained if role in roles.heads for parameter in roles.heads[role].parameters()]
     rates = learning_rates(session, prompts)
-    groups = [{"params": weights, "lr": rates[0]}, {"params": heads, "lr": rates[1]}]
     session.begin_together(weights + heads)
-    groups = [group for group in groups if group["params"]]  # DeepSpeed fails on an empty one
+    groups = [
+        {"params": parameters, "lr": rate}
+        for parameters, rate in zip((weights, heads), rates, strict=True)
+        if parameters  # DeepSpeed fails on an empty group
+    ]
     return Learner(
         roles=roles,
-        algorithm=resolved_algorithm(settings),
+        algorithm=settings.row,
         trained=trained,
         optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0)),
         rates=rates,
@@ -166,18 +165,8 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         epochs=settings.epochs,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
         checkpoint_activations=session.recipe.checkpoint_activations,
-    )
-
-
-def resolved_algorithm(settings: Rl) -> Algorithm:
-    """The recipe's row of the table, with the recipe's constants."""
-    return replace(
-        ALGORITHMS[settings.algorithm],
-        gae_lambda=settings.gae_lambda,
-        clip=settings.clip,
-        value_clip=settings.value_clip,
-        value_coef=settings.value_coef,
     )
 
 
@@ -197,10 +186,7 @@ def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
 
 
 def missing_end_penalty(settings: Rl, prompt: Prompt) -> float:
-    """What a completion without an end costs, in standard deviations of the reward.
-
-    Plain text need not end within the tokens it gets; the turn of an agent that never ends is useless.
-    """
+    """What a completion without an end costs, in standard deviations of the reward; plain text need not end."""
     if settings.missing_end_penalty is not None:
         return settings.missing_end_penalty
     return 0.0 if prompt.context[-1].speaker == "text" else 0.5

@@ -1,4 +1,4 @@
-"""What the stages of one run share: the recipe, the records, the base with its roles, and the run folder."""
+"""What the stages of one run share: recipe, records, base with its roles, and run folder."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from perl.backbones import backbone_of
 from perl.backbones.base import Base
 from perl.backbones.four_bit import scales
 from perl.data.records import Records
+from perl.errors import UserError
 from perl.measure.meter import Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
@@ -27,12 +28,9 @@ from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, RunFolder
-from perl.stages.engines import check_engine
 from perl.stages.material import Material, read_material
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
-
-TRAINED = (Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC)
 
 
 @dataclass
@@ -49,26 +47,24 @@ class Session:
 
     @property
     def engine(self) -> Engine:
-        """How the processes that run together hold the base."""
         return self.roles.engine
 
     @property
     def processes(self) -> Processes:
-        """The processes that run together."""
         return self.roles.engine.processes
 
     def meter(self) -> Meter:
-        """A meter that counts what is in memory now: begun when the stage has all its roles."""
+        """A meter of a stage that has all its roles."""
         return Meter(self.device, self.resident(), [model.base_model for model in self.roles.models()])
 
     def resident(self) -> dict[Kind, list[Tensor]]:
         """The tensors that live through the whole stage, by what they are for."""
-        trained = {id(parameter) for role in TRAINED for parameter in self.roles.parameters_of(role)}
-        full = self.recipe.tuning == "full"
+        roles = [role for role in Role if role is not Role.BASE and self.recipe.tuning != "full"]
+        adapters = {id(parameter) for parameter in self.roles.parameters_of(*roles)}
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         four_bit_scales = [tensor for _, tensor in scales(self.roles)]
         for tensor in (*self.roles.parameters(), *self.roles.buffers(), *four_bit_scales):
-            resident["adapters" if id(tensor) in trained and not full else "base_weights"].append(tensor)
+            resident["adapters" if id(tensor) in adapters else "base_weights"].append(tensor)
         return resident
 
     def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
@@ -78,14 +74,19 @@ class Session:
         parameters = sum(one.numel() for one in trained)
         return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
 
+    def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
+        """Add the role that a supervised stage trains; return its parameters."""
+        self.roles.add(role, head=head)
+        self.roles.keep(role)
+        return self.roles.train_only(role)
+
     def begin_together(self, trained: Iterable[Tensor]) -> None:
-        """Let all processes train the same weights, and each draw a dropout of its own."""
+        """Give all processes the same weights to train, and each a dropout of its own."""
         self.processes.broadcast_tensors(trained)
         if not self.processes.main:
             torch.manual_seed(derived_seed(self.recipe.seed, "process", self.processes.rank))
 
     def saved(self, role: Role) -> Path:
-        """Where a role's weights are in the run folder."""
         return self.folder.role(role) / self.roles.folder
 
     def save(self, role: Role, parent: Role | None = None, **more: Any) -> None:
@@ -111,11 +112,9 @@ class Session:
             load_role(self.roles, role, self.saved(role), self.base, **self._recipe())
 
     def stamp(self, role: Role) -> Stamp:
-        """What is written beside a role's weights."""
         return read_stamp(self.saved(role))
 
     def checkpoints(self, stage: StageName) -> Checkpoints:
-        """The checkpoints of a stage."""
         belongs = {"base": self.base.sha256, "recipe": self.recipe.sha256}
         if stage == "rl":
             earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
@@ -127,7 +126,7 @@ class Session:
 def open_session(
     recipe: Recipe, out: Path, material: Material | None = None, engine: Engine | None = None
 ) -> Session:
-    """Read the data, check it for every stage, and load the base: nothing is written before all of it fits.
+    """Read the data, check it for every stage, and load the base; nothing is written.
 
     Args:
         out: the run folder.
@@ -148,7 +147,7 @@ def open_session(
 
 
 def open_run(run: str | Path) -> Session:
-    """The session of a run that was started: its base, and whatever roles it has, to be loaded.
+    """The session of a run that was started, to load its roles in.
 
     Raises:
         UserError: this is no run folder.
@@ -156,8 +155,35 @@ def open_run(run: str | Path) -> Session:
     return open_session(RunFolder(Path(run)).recipe(), Path(run))
 
 
+def check_engine(engine: Engine, recipe: Recipe) -> None:
+    """Refuse what of a recipe the engine cannot do.
+
+    Raises:
+        UserError: saying what it can.
+    """
+    sizes = {
+        "sft.batch_size": recipe.sft and recipe.sft.batch_size,
+        "reward.batch_size": recipe.reward and recipe.reward.batch_size,
+        "rl.prompts_per_step": recipe.rl and recipe.rl.prompts_per_step,
+    }
+    for key, size in sizes.items():
+        engine.processes.check_divides(size or 0, key)
+    if recipe.tuning == "full" and type(engine) is not Engine:
+        raise UserError(
+            f"{engine.name} shards a frozen base and the optimizer of adapters; full tuning has neither",
+            where="tuning: full",
+            remedy="Set tuning: lora, or launch plainly (recipes/engines/ddp.yaml).",
+        )
+    if recipe.base.quantization != "none" and engine.shards_base:
+        raise UserError(
+            f"{engine.name} cannot spread quantized weights",
+            where=f"base.quantization: {recipe.base.quantization}",
+            remedy="Set base.quantization: none, or launch with recipes/engines/ddp.yaml or zero2.yaml.",
+        )
+
+
 def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine) -> Roles:
-    """No roles on the base so far but all ready for them, under the recipe's tuning."""
+    """The base, ready for roles under the recipe's tuning."""
     if recipe.tuning == "full":
         return SeparateModels(lm, base.load, engine)
     if engine.shards_base:

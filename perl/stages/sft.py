@@ -1,4 +1,4 @@
-"""SFT: the `sft` adapter learns the demonstrations, with TRL's SFTTrainer; the loss falls on agent turns only."""
+"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -25,18 +25,15 @@ from perl.system.progress import console
 
 
 def check(session: Session) -> None:
-    """Refuse what SFT cannot use, before anything is trained or written."""
     tokenized(session, session.train.demonstrations)
     tokenized(session, session.held_out.demonstrations)
 
 
 def train_sft(session: Session) -> SftStage:
-    """Train the `sft` adapter and write it; return the stage's result."""
-    train = tokenized(session, session.train.demonstrations)
-    held_out = tokenized(session, session.held_out.demonstrations)
+    train, held_out = (tokenized(session, one.demonstrations) for one in (session.train, session.held_out))
     rows, cut = len(train) + len(held_out), sum(train["cut"]) + sum(held_out["cut"])
     _say_rows(session, rows, cut)
-    trained = setup(session)
+    trained = session.add_trained(Role.SFT)
     with sft_trainer(session, train, held_out) as trainer:
         loss_before = trainer.eval_loss()
         trainer.resume()
@@ -46,18 +43,11 @@ def train_sft(session: Session) -> SftStage:
     return SftStage(**vars(stage), eval=SftEval(n=len(held_out), loss_before=loss_before, loss_after=loss_after))
 
 
-def setup(session: Session) -> list[nn.Parameter]:
-    """Add the role; return what of it is trained."""
-    session.roles.add(Role.SFT)
-    session.roles.keep(Role.SFT)
-    return session.roles.train_only(Role.SFT)
-
-
 @contextmanager
 def sft_trainer(
     session: Session, train: Dataset, held_out: Dataset | None = None, steps: int | None = None
 ) -> Iterator["RoleTrainer"]:
-    """A trainer of the `sft` role, after `setup`.
+    """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
         train, held_out: as from `tokenized`.
@@ -66,7 +56,7 @@ def sft_trainer(
     settings = session.recipe.sft
     assert settings is not None
     steps = optimizer_steps(len(train), settings) if steps is None else steps
-    with training_run(session, "sft", steps) as run, _lent(session.roles) as model:
+    with training_run(session, "sft", steps) as run, _trainable_model(session.roles) as model:
         yield RoleTrainer(
             run,
             model=model,
@@ -85,7 +75,7 @@ def sft_trainer(
 
 
 class RoleTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's trainer, its tokens counted; its loss is over the tokens of all processes."""
+    """TRL's trainer, its loss over the tokens of all processes."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, 0 for a row that does not count."""
@@ -96,7 +86,7 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
         return loss if share is None or share > 0 else loss * 0.0
 
     def count_loss_tokens(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Those of all processes; of an evaluation, which each does whole, its own."""
+        """Those of all processes; in evaluation, which no process shares, its own."""
         processes = self.run.processes
         if processes.count == 1 or SHARE not in batch:
             return tokens
@@ -109,9 +99,9 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
 
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
-    """Demonstrations as `input_ids` and `labels`; -100 stands where the agent does not speak.
+    """Demonstrations as `input_ids` and `labels`, which are -100 where the agent does not speak.
 
-    A demonstration is one row, or one an answer where the chat template writes earlier answers otherwise
+    A demonstration is one row, or a row for each answer where the chat template writes earlier answers otherwise
     (`ChatFormat.rows`); `cut` says which were too long.
 
     Raises:
@@ -137,7 +127,6 @@ def _max_length(session: Session) -> int:
 
 
 def _say_rows(session: Session, rows: int, cut: int) -> None:
-    """Say what became of the demonstrations as rows."""
     demonstrations = len(session.train.demonstrations) + len(session.held_out.demonstrations)
     if rows > demonstrations:
         console.print(
@@ -148,15 +137,15 @@ def _say_rows(session: Session, rows: int, cut: int) -> None:
 
 
 @contextmanager
-def _lent(roles: Roles) -> Iterator[PreTrainedModel]:
-    """The SFT role's model, for the Trainer to train: `Roles.train` decides which modules are in training mode."""
+def _trainable_model(roles: Roles) -> Iterator[PreTrainedModel]:
+    """The SFT role's model for the Trainer; `Roles.train` decides which modules are in training mode."""
     model: PreTrainedModel
 
     def train(mode: bool = True) -> PreTrainedModel:
         del vars(model)["train"]  # which the roles would call
         roles.train(mode)
         vars(model)["train"] = train
-        model.training = mode  # no more than what the Trainer reads: the modules in it stay in eval mode
+        model.training = mode  # what the Trainer reads: the modules inside stay in eval mode
         return model
 
     with roles.role(Role.SFT), hide_quantization(model := roles.model()), forward_restored(model):
@@ -169,7 +158,6 @@ def _lent(roles: Roles) -> Iterator[PreTrainedModel]:
 
 
 def summary(stage: SftStage) -> None:
-    """Say in words what SFT came to."""
     console.print(
         f"[bold]SFT[/]: the loss on {stage.eval.n} held-out demonstrations "
         f"{loss_words(stage.eval.loss_before, stage.eval.loss_after)}; "

@@ -1,37 +1,101 @@
-"""What SFT and reward training share: transformers' Trainer with checkpoints of ours, on one or several processes.
+"""What SFT and reward training share: transformers' Trainer, with checkpoints of its own and on several processes.
 
 The Trainer's own checkpoints are pickles, and its order of rows depends on what was drawn before. Here the state
 is safetensors and JSON, and the order follows from the seed and the epoch alone.
 """
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
+from perl.errors import UserError
 from perl.parallel.processes import Processes
 from perl.private.trainer import HookedTrainer, LengthGroupedSampler
+from perl.rl.checks.alarms import WORDS
+from perl.rl.checks.guard_state import Limits
 from perl.runs import snapshot
-from perl.runs.checkpoint import State
-from perl.stages.step_callback import StepCallback
 from perl.stages.training_run import TrainingRun
+from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
 SHARE = "share"
 """In a batch: its share of the rows that all processes have; 0 where its row does not count."""
 
 
+class NotFiniteError(UserError):
+    """Losses or gradients that training cannot go on with."""
+
+    status = 1
+
+
+class StepCallback(TrainerCallback):
+    """Between the Trainer's steps: measures, logs, refuses updates that are not finite, and stops on request."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._refused = 0
+        self._step: AbstractContextManager[object] = contextlib.nullcontext()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._step = self._run.meter.step(kwargs["optimizer"])
+        self._step.__enter__()
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse an update whose gradient is not finite: an optimizer without gradients changes nothing.
+
+        Raises:
+            NotFiniteError: it is the third in a row.
+        """
+        gradients = [one.grad for group in kwargs["optimizer"].param_groups for one in group["params"]]
+        norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
+        self._refused = 0 if math.isfinite(norm) else self._refused + 1
+        if not self._refused:
+            return
+        kwargs["optimizer"].zero_grad(set_to_none=True)
+        learner, step = self._run.learner, state.global_step + 1
+        console.print(f"[yellow]Step {step}[/] of {learner}: {WORDS['not_finite'].what}.")
+        if self._refused == Limits.refused:
+            raise NotFiniteError(
+                f"the loss or its gradient was not finite {self._refused} steps in a row, up to step {step}; none "
+                "of these updates was made",
+                where=f"stage of {learner}",
+                remedy="Lower its learning_rate; with base.dtype float16 use bfloat16 or float32.",
+            )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop measuring; save and stop if that was requested."""
+        self._step.__exit__(None, None, None)
+        if self._run.stop.poll():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the trainer's closing summary, or an evaluation
+            return
+        refused = {"refused": 1.0} if self._refused else {}
+        metrics = {name: self._reduced(name, float(value)) for name, value in logs.items()}
+        self._run.log.write(state.global_step, metrics | refused)
+        self._run.bar(loss=float(logs["loss"]))
+
+    def _reduced(self, name: str, value: float) -> float:
+        """A metric of all processes. What is not of the whole batch already is a count, or a mean over a share."""
+        processes = self._run.processes
+        if name in ("loss", "grad_norm", "learning_rate", "epoch"):
+            return value
+        return processes.all_reduce_sum(value) / (1 if name == "num_tokens" else processes.count)
+
+
 class ShardedCollator:
-    """A collator that is given the rows of all processes and collates this one's share of them.
-
-    So the Trainer of each process works as if alone, on the same batches in the same order as a process alone.
-
-    Args:
-        collate: for the rows of a share.
-    """
+    """Is given the rows of all processes and collates this one's share: each Trainer works as if alone."""
 
     def __init__(self, collate: Callable[..., Any], processes: Processes) -> None:
         self._collate, self._processes = collate, processes
@@ -45,7 +109,7 @@ class ShardedCollator:
 
 
 class SeededSampler(LengthGroupedSampler):
-    """Rows of like length together; the order follows from the seed and the epoch, whatever was drawn before."""
+    """Rows of like length together, in an order that follows from the seed and the epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=list(lengths))
@@ -57,14 +121,10 @@ class SeededSampler(LengthGroupedSampler):
 
 
 class ResumableTrainer(HookedTrainer):
-    """A Trainer that goes on where an earlier process stopped, to the same bytes; and one of several processes.
+    """A Trainer whose resumed training ends in the same bytes, on one process or several.
 
     It sees one process only: `ShardedCollator` gives it its share of each batch, the loss is of that share over
-    the whole batch's size, and gradients and losses are added up before it looks at them.
-
-    Args:
-        run: what it trains.
-        arguments: of the Trainer it extends.
+    the whole batch's size, and gradients and losses are summed over the processes before it reads them.
     """
 
     data_collator: Any
@@ -85,12 +145,12 @@ class ResumableTrainer(HookedTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The batches of all processes, of which this one collates its share."""
-        whole = self.data_collator
-        self.data_collator = ShardedCollator(whole, self.run.processes)
+        collator = self.data_collator
+        self.data_collator = ShardedCollator(collator, self.run.processes)
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = whole
+            self.data_collator = collator
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, in the engine's form; every process begins with the same weights."""
@@ -104,14 +164,12 @@ class ResumableTrainer(HookedTrainer):
         Raises:
             KeyboardInterrupt: a stop was requested; all is saved.
         """
-        folder = None
-        if self.run.resumed is not None:
-            # The Trainer wants its own state in a folder; all else is read in `load_state`.
-            folder = self.run.scratch / "resumed"
+        folder = self.run.scratch / "resumed"
+        if self.run.resumed is not None:  # the Trainer reads its own state from a folder; `load_state` all else
             folder.mkdir()
             state = json.dumps(self.run.resumed.values["trainer"])
             (folder / "trainer_state.json").write_text(state, encoding="utf-8")
-        self.train(resume_from_checkpoint=str(folder) if folder is not None else None)
+        self.train(resume_from_checkpoint=str(folder) if self.run.resumed is not None else None)
         if self.run.stop.requested:
             raise KeyboardInterrupt
 
@@ -121,26 +179,22 @@ class ResumableTrainer(HookedTrainer):
         return SeededSampler(lengths, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def save_state(self) -> None:
-        """Write a checkpoint of ours."""
         run, file = self.run, self.run.scratch / "trainer_state.json"
         self.state.log_history = []  # it is in metrics.jsonl
         self.state.save_to_json(str(file))
-        tensors, values = snapshot.take(run.session.roles, [run.learner], snapshot.unwrapped(self.optimizer))
-        values["trainer"] = json.loads(file.read_text(encoding="utf-8"))
-        values["schedule"] = self.lr_scheduler.state_dict()
-        values["meter"] = run.meter.times()
-        run.checkpoints.write(State(self.state.global_step, tensors, values))
+        optimizer = snapshot.unwrapped(self.optimizer)
+        state = snapshot.take(self.state.global_step, run.session.roles, [run.learner], optimizer)
+        state.values["trainer"] = json.loads(file.read_text(encoding="utf-8"))
+        state.values["schedule"] = self.lr_scheduler.state_dict()
+        state.values["meter"] = run.meter.times()
+        run.checkpoints.write(state)
 
     def load_state(self) -> None:
-        """Read it back."""
-        if (state := self.run.resumed) is None:
-            return
-        run, optimizer = self.run, snapshot.unwrapped(self.optimizer)
-        where = str(run.checkpoints.folder)
-        snapshot.restore(run.session.roles, [run.learner], optimizer, (state.tensors, state.values), where)
-        self.lr_scheduler.load_state_dict(state.values["schedule"])
+        if (state := self.run.resumed) is not None:
+            run, optimizer = self.run, snapshot.unwrapped(self.optimizer)
+            snapshot.restore(run.session.roles, [run.learner], optimizer, state, str(run.checkpoints.folder))
+            self.lr_scheduler.load_state_dict(state.values["schedule"])
 
     def load_generators(self) -> None:
-        """Those of the checkpoint."""
         if (state := self.run.resumed) is not None:
-            snapshot.set_generators((state.tensors, state.values), self.run.processes)
+            snapshot.set_generators(state, self.run.processes)

@@ -1,4 +1,4 @@
-"""One stage's training on transformers' Trainer: what it trains, for how long, and where everything goes."""
+"""One stage's training on transformers' Trainer: what it trains, for how long, and where its state goes."""
 
 import contextlib
 import tempfile
@@ -22,7 +22,7 @@ from perl.system.progress import Advance, track
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One stage's training: what it trains, for how long, and where its metrics and its state go."""
+    """One stage's training."""
 
     session: Session
     learner: Role
@@ -39,12 +39,10 @@ class TrainingRun:
 
     @property
     def processes(self) -> Processes:
-        """The processes that train together."""
         return self.session.processes
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
         return self.session.roles.parameters_of(self.learner)
 
     def arguments(self, settings: Supervised) -> dict[str, Any]:
@@ -81,15 +79,14 @@ def optimizer_steps(rows: int, settings: Supervised) -> int:
 
 @contextlib.contextmanager
 def training_run(session: Session, stage: StageName, steps: int) -> Iterator[TrainingRun]:
-    """Open everything that the training of a stage writes; the stage has all its roles by now.
+    """Open what the training of a stage writes, once the stage has all its roles.
 
     Args:
         steps: optimizer steps in all.
     """
-    meter, checkpoints = session.meter(), session.checkpoints(stage)
-    resumed = checkpoints.newest()
-    done = resumed.step if resumed is not None else 0
-    if resumed is not None:
+    meter, checkpoints, done = session.meter(), session.checkpoints(stage), 0
+    if (resumed := checkpoints.newest()) is not None:
+        done = resumed.step
         meter.resume_from(resumed.values["meter"])
     with (
         session.folder.metrics(stage, done) as log,
@@ -98,7 +95,5 @@ def training_run(session: Session, stage: StageName, steps: int) -> Iterator[Tra
         session.roles.checkpointed(session.recipe.checkpoint_activations),
         between_steps(session.processes) as stop,
     ):
-        learner = STAGE_ROLE[stage]
-        yield TrainingRun(
-            session, learner, steps, checkpoints, resumed, meter, log, bar, stop, scratch=Path(scratch)
-        )
+        learner, folder = STAGE_ROLE[stage], Path(scratch)
+        yield TrainingRun(session, learner, steps, checkpoints, resumed, meter, log, bar, stop, folder)

@@ -1,7 +1,7 @@
-"""How the C library hands out memory on the CPU.
+"""The C library's allocator, which torch uses on the CPU.
 
-Left alone, glibc maps every block of more than 128 KiB anew and unmaps it when it is freed, and the kernel clears
-its pages each time: up to a quarter of a training step of a small model. torch has no allocator of its own there.
+By default glibc maps every block of more than 128 KiB and unmaps it when it is freed, and the kernel clears its
+pages each time: up to a quarter of a training step of a small model.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Use freed blocks of up to 32 MiB (glibc's own limit) again instead of returning them to the kernel."""
+    """Reuse freed blocks of up to 32 MiB (glibc's limit) instead of returning them to the kernel."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

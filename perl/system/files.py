@@ -52,11 +52,7 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def user_named(path: Path) -> Iterator[None]:
-    """Inside, a file or folder is written where the user said.
-
-    Raises:
-        UserError: it cannot be written; a MachineError where that is the machine's fault.
-    """
+    """Inside, failing to write the user's `path` is a UserError, or a MachineError where that is its cause."""
     try:
         yield
     except OSError as error:
@@ -67,32 +63,24 @@ def user_named(path: Path) -> Iterator[None]:
 
 
 def write_metrics(file: Path, metrics: Any) -> None:
-    """Write metrics as JSON where the user said.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write metrics as JSON to the user's file. Raises `UserError` if it cannot be written."""
     with user_named(file):
         write_json(file, metrics)
 
 
 def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
-    """Write tensors as safetensors.
+    """Write tensors as safetensors. Raises `OSError` if they cannot be written."""
+    from safetensors.torch import save_file  # imports torch
 
-    Raises:
-        OSError: they cannot be written.
-    """
-    from safetensors.torch import save_file  # the rest of this file does without torch
-
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(held, file, {"format": "pt"})
-    except SafetensorError as error:  # its own name for what the system said
+        save_file(copies, file, {"format": "pt"})
+    except SafetensorError as error:  # in place of an OSError
         raise OSError(errno.EIO, str(error), str(file)) from None
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

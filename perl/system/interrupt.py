@@ -13,27 +13,27 @@ from perl.system.progress import console
 from perl.system.signals import LEAVE, handle
 
 GRACE = 3.0
-"""Seconds in which a launcher may pass on the one signal that a terminal has sent to everybody."""
+"""Seconds in which a launcher may pass on a signal that a terminal has sent to all processes."""
 
 
 @dataclass
 class StopRequest:
-    """Whether someone asked to leave."""
+    """Whether a process was asked to leave."""
 
     processes: Processes = ALONE
     requested: bool = False
 
     def poll(self) -> bool:
-        """Whether any process was asked to: all of them learn it at the same step, and ask once a step."""
+        """Whether any process was asked to; to be called by all processes, once a step."""
         self.requested = self.processes.any_true(self.requested)
         return self.requested
 
 
 @contextlib.contextmanager
 def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
-    """Inside, a signal to leave is only noted; whoever trains asks after each step, saves, and leaves.
+    """Inside, a signal to leave is only noted, for the training loop to poll after each step.
 
-    Off the main thread nothing changes: Python lets no other thread handle signals.
+    Off the main thread nothing changes, as only the main thread can handle signals.
     """
     stop, first = StopRequest(processes), 0.0
     if threading.current_thread() is not threading.main_thread():

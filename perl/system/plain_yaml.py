@@ -1,4 +1,4 @@
-"""YAML without its traps, for recipes: no key twice, where the later one would win in silence, and no aliases."""
+"""YAML for recipes, without duplicate keys, of which the later would silently win, and without aliases."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from perl.errors import UserError, machine_fault
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Aliases are refused: a recipe stands for itself, and an alias can contain itself or stand for gigabytes."""
+    """Refuses aliases, which can contain themselves or stand for gigabytes, and duplicate keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -22,7 +22,7 @@ class _PlainLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception:  # for a value under a wrong tag, such as `!!float x`, it raises all sorts
+        except Exception:  # of various types, for a value under a wrong tag such as `!!float x`
             what = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
@@ -56,18 +56,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not UTF-8, not plain YAML, or not a mapping.
     """
-    where = str(path)
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = "Check the path; see recipes/ for complete ones."
-        raise UserError("no such recipe", where=where, remedy=remedy) from None
+        what, remedy, fault = "no such recipe", "Check the path; see recipes/ for complete ones.", None
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "A recipe is a YAML file in UTF-8."
-        raise machine_fault(error) or UserError(f"cannot be read: {error}", where=where, remedy=remedy) from None
+        what, remedy, fault = f"cannot be read: {error}", "A recipe is a YAML file in UTF-8.", machine_fault(error)
     except ValueError as error:
-        raise UserError(f"not valid YAML: {error}", where=where, remedy="Mend the line named.") from None
-    if not isinstance(content, dict):
-        remedy = "See recipes/quickstart.yaml."
-        raise UserError("a recipe is a mapping of keys to values", where=where, remedy=remedy)
-    return content
+        what, remedy, fault = f"not valid YAML: {error}", "Mend the line named.", None
+    else:
+        if isinstance(content, dict):
+            return content
+        what, remedy, fault = "a recipe is a mapping of keys to values", "See recipes/quickstart.yaml.", None
+    raise fault or UserError(what, where=str(path), remedy=remedy)

@@ -1,30 +1,23 @@
-"""Progress bars with the time left, on everything that takes longer than a few seconds."""
+"""The console, and progress bars with the time left."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
 """Called once a step, with the metrics to show beside the bar."""
 
 LINE_EVERY = 30.0
-"""Seconds from one line to the next where there is no terminal to draw a bar in."""
+"""Seconds between two lines where there is no terminal for a bar."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Where everything but a command's result goes."""
+"""For all output but a command's result."""
 
 
 def counted(number: int, noun: str) -> str:
-    """So many of what the noun names: `1 step`, `2 steps`."""
+    """As in `1 step`, `2 steps`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -40,17 +33,9 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar over `total` steps; call what it yields once a step, with the metrics to show beside the bar."""
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    """A bar over `total` steps, of which `done` are done; call what it yields once a step."""
+    counts = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    with Progress("{task.description:<12}", *counts, "{task.fields[metrics]}", console=console) as progress:
         task = progress.add_task(what, total=total, completed=done, metrics="")
         last, count = time.monotonic(), done
 

@@ -11,10 +11,10 @@ from perl.errors import UserError
 
 
 def import_file(file: Path) -> ModuleType:
-    """Run a file as a module, anew at each call; files of one name in two folders are two modules.
+    """Run a file as a new module, named after its folder too.
 
     Raises:
-        UserError: an exception inside, with its line; no traceback.
+        UserError: an exception inside, with its line.
     """
     file = file.absolute()
     folder = hashlib.sha256(str(file.parent).encode()).hexdigest()[:8]

@@ -14,5 +14,5 @@ def seed_everything(seed: int) -> None:
 
 
 def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for a purpose and a step, so that no generator's state has to be kept."""
+    """The seed of a purpose and a step, so that no generator's state has to be saved."""
     return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

@@ -13,25 +13,25 @@ LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def handle(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> dict[signal.Signals, Any]:
-    """Let a handler have these signals; return those found. An ignored SIGHUP stays so: nohup asks for it."""
+    """Set a handler for these signals; return those before. An ignored SIGHUP stays ignored, for nohup."""
 
-    def heard(signum: int, frame: FrameType | None) -> None:
+    def on_signal(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGHUP:
             _mute_lost_terminal()
         handler(signum, frame)
 
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return {n: signal.signal(n, heard) for n in numbers if not (ignored and n is signal.SIGHUP)}
+    return {n: signal.signal(n, on_signal) for n in numbers if not (ignored and n is signal.SIGHUP)}
 
 
 def _mute_lost_terminal() -> None:
-    """Let words to a terminal that is gone go nowhere: writing them would be an error, and end the run unsaved."""
+    """Discard output to a terminal that is gone: writing it would fail, and end the run unsaved."""
     for output in (1, 2):
         try:
             lost = stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output)
         except OSError:  # closed
             continue
         if lost:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, output)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, output)
+            os.close(null)

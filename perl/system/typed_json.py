@@ -11,11 +11,11 @@ from perl.errors import UserError
 
 T = TypeVar("T")
 _ADAPTERS: dict[object, TypeAdapter[Any]] = {}
-"""They take milliseconds to build; a file of samples needs one for every line."""
+"""By type: each takes milliseconds to build, and every line of a file of samples needs one."""
 
 
 def as_json(value: Any) -> Any:
-    """A result as JSON: dataclasses become objects, whose optional fields without a value are left out."""
+    """A result as JSON; dataclasses become objects without the optional fields that have no value."""
     if is_dataclass(value) and not isinstance(value, type):
         pairs = [(field, getattr(value, field.name)) for field in fields(value)]
         return {field.name: as_json(one) for field, one in pairs if one is not None or field.default is MISSING}
@@ -27,11 +27,7 @@ def as_json(value: Any) -> Any:
 
 
 def made(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A result from what its producer has.
-
-    Raises:
-        ValidationError: a field is missing or of another type, or a key is no field: a mistake in the producer.
-    """
+    """A result from its fields. A missing, mistyped or unknown one is a programming error (`ValidationError`)."""
     result: T = _adapter(kind).validate_python(values, extra="forbid")
     return result
 
@@ -40,7 +36,7 @@ def parse(kind: type[T], text: str, where: str, remedy: str) -> T:
     """A result from a file's text.
 
     Raises:
-        UserError: not JSON, or a field is missing or of another type; the field is named.
+        UserError: not JSON, or a field, which is named, is missing or of another type.
     """
     try:
         result: T = _adapter(kind).validate_python(json.loads(text))

@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_merged_weights(lm: PreTrainedModel, checkpoi
     assert all(p.grad is None for name, p in lm.named_parameters() if "lora_" not in name)
 
 
-def test_what_is_learnt_is_not_rounded_to_the_weights_of_a_bf16_base() -> None:
+def test_what_is_learned_is_not_rounded_to_the_weights_of_a_bf16_base() -> None:
     """Changes below every weight's last bit, which add up over the inputs: written into W they would be none."""
     width = 1024
     lm = MixtralForCausalLM(MixtralConfig(**SHAPE | {"hidden_size": width}, num_local_experts=4)).bfloat16()

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perl import plugins
 from perl.adapters import ADAPTERS, low_rank
 from perl.adapters.lora import Lora
 from perl.backbones.loading import load_base
@@ -39,11 +37,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The example's file; what it registers is gone afterwards."""
-    monkeypatch.setattr(plugins, "_loaded", {})
-    yield str(Path(__file__).parent / "example_bias.py")
-    ADAPTERS.pop("bias", None)
+def plugin(own_registries: None) -> str:
+    """The example's file."""
+    return str(Path(__file__).parent / "example_bias.py")
 
 
 def bias(folder: Path | None = None, **settings: Any) -> SharedBase:

@@ -198,7 +198,7 @@ def test_an_answer_follows_the_prompt_where_the_template_counts_what_is_to_come(
     assert row.prompt_length() == len(chat.context((Turn("user", "Hi"),)))
 
 
-def test_an_agent_that_speaks_first_is_learnt_from_its_words_on() -> None:
+def test_an_agent_that_speaks_first_is_learned_from_its_words_on() -> None:
     chat = ChatFormat(plain())
     (tokens,) = chat.rows((), [Turn("agent", "Hello."), Turn("user", "hi"), Turn("agent", "yes")])
     learned = [token for token, spoken in zip(tokens.ids, tokens.spoken, strict=True) if spoken]

@@ -59,7 +59,7 @@ def test_the_system_turn_is_cut_last_and_at_its_end(chat: ChatFormat) -> None:
     assert len(chat.context(turns, 60)) <= 60
 
 
-def test_of_an_answer_that_is_too_long_its_end_is_scored_and_its_start_learnt(chat: ChatFormat) -> None:
+def test_of_an_answer_that_is_too_long_its_end_is_scored_and_its_start_learned(chat: ChatFormat) -> None:
     answer = Turn("agent", " ".join(map(str, range(200))))
     whole, row = chat.row([SYSTEM, Turn("user", "hi")], answer), chat.row([SYSTEM, Turn("user", "hi")], answer, 50)
     assert len(row.ids) == 50

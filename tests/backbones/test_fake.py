@@ -35,9 +35,8 @@ def test_a_fake_model_has_the_shapes_of_a_real_one_and_no_weights(tied: bool) ->
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_fake_roles_have_the_parameters_of_real_ones(tuning: str) -> None:
     lm, fake = LlamaForCausalLM(config()), fake_lm(config(), torch.float32)
-    shape = lora(lm, 4, 8)
     pair = (
-        (SharedBase(lm, shape), FakeSharedBase(fake, shape))
+        (SharedBase(lora(lm, 4, 8)), FakeSharedBase(lora(fake, 4, 8)))
         if tuning == "lora"
         else (SeparateModels(lm, lambda: lm), FakeSeparateModels(fake))
     )

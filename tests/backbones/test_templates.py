@@ -93,7 +93,7 @@ def test_a_dialogue_is_one_row_where_earlier_answers_are_written_alike(named: tu
     assert rows[-1].ids == alone[-1].ids
 
 
-def test_reasoning_is_learnt_where_it_is_said(named: tuple[str, ChatFormat]) -> None:
+def test_reasoning_is_learned_where_it_is_said(named: tuple[str, ChatFormat]) -> None:
     _, chat = named
     said = Turn("agent", "<think>\nIt is small.\n</think>\n\nOne latte.")
     row = chat.row(SINGLE[:1], said)

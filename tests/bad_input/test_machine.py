@@ -48,7 +48,7 @@ FOLDERS = [
     Case("out is a file", ("cannot be written", "out", "another --out"), out=lambda out: out.write_text("x")),
     Case(
         "a model too large",
-        ("Cannot allocate memory", "_random_weights (perl/backbones/base.py)", "perl-rlhf estimate"),
+        ("Cannot allocate memory", "new_model (perl/backbones/backbone.py)", "perl-rlhf estimate"),
         changes={"base": {"config": {**TINY, "vocab_size": 2**45}, "random_init": True}},
         status=1,
     ),

@@ -44,8 +44,8 @@ CASES = [
     Case("not a number", ("valid integer", "lora.rank", "'eight'"), overrides=("lora.rank=eight",)),
     Case(
         "no such algorithm",
-        ("should be 'reinforce', 'ppo' or 'rloo'", "rl.algorithm", "'dpo'"),
-        overrides=("rl.algorithm=dpo",),
+        ("should be 'reinforce', 'ppo', ", "rl.algorithm", "'sarsa'"),
+        overrides=("rl.algorithm=sarsa",),
     ),
     Case(
         "rloo of one",

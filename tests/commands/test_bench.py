@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perl.bench import work
-from perl.bench.peak import PeakOverStart
+from perl.bench.measurement import PeakOverStart
 from perl.commands import bench as command
 from perl.errors import UserError
 from tests.conftest import RunCli

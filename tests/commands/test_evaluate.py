@@ -61,7 +61,7 @@ def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) 
     assert len(written.splitlines()) <= 12, written
 
 
-def test_answers_that_it_learnt_from_do_not_count(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:
+def test_answers_that_it_learned_from_do_not_count(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:
     file = tmp_path / "learn.jsonl"
     status, _ = run_cli("evaluate", trained, "reward", "--data", file, "--json", tmp_path / "card.json")
     assert status == 0
@@ -72,7 +72,7 @@ def test_answers_that_it_learnt_from_do_not_count(trained: Path, run_cli: RunCli
     assert "60 of these 72 answers are of dialogues it was trained on" in card["verdict"]["reasons"][0]
 
 
-def test_answers_that_say_nearly_what_it_learnt_from_do_not_count(
+def test_answers_that_say_nearly_what_it_learned_from_do_not_count(
     trained: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:
     """Copies in capitals, under names of dialogues that are new."""
@@ -88,7 +88,7 @@ def test_answers_that_say_nearly_what_it_learnt_from_do_not_count(
     assert "or nearly the same as answers it was trained on" in card["verdict"]["reasons"][0]
 
 
-def test_one_thumb_down_in_all_is_learnt_from_and_judged_less(
+def test_one_thumb_down_in_all_is_learned_from_and_judged_less(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     learned = [{**row, "label": number > 0} for number, row in enumerate(rows(DISHES))]

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from perl.commands.data_check import check
+from perl.commands.data import check
 from perl.data.published import PUBLIC_SETS
 from perl.data.records import Comparison, Records, Turn
 from perl.data.sources import load_records, load_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perl.commands.data_check import check
+from perl.commands.data import check
 from perl.data.fetch import pins
 from perl.data.records import Problem
 from perl.data.simulator.source import simulate

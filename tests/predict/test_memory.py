@@ -103,6 +103,15 @@ def test_all_layers_tried_it_is_what_is_measured(length: int, changes: dict[str,
     assert not listeners
 
 
+def test_groups_that_micro_batches_cut_are_tried_whole(dialogues: Path) -> None:
+    """Of 15 completions in groups of five the last two micro-batches of seven would be 14."""
+    tried = recipe(dialogues, 2, SHORT, "rl", algorithm="rloo", critic=None)
+    assert tried.rl is not None
+    settings = tried.rl.model_copy(update={"samples_per_prompt": 5, "micro_batch_size": 7})
+    tried = tried.model_copy(update={"rl": settings})
+    assert_close(predicted(tried), measured(tried), 0.001)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"stages": "reward"}, {"stages": "rl", "tuning": "full"}],

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from perl.rl.algorithms import ALGORITHMS
+from perl.system.typed_json import as_json
+
 SHARES = {
     "load": {"base_weights": 0.98, "adapters": 0.02},
     "generate": {"base_weights": 0.5, "adapters": 0.05, "optimizer": 0.1, "kv_cache": 0.35},
@@ -113,6 +116,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
             "rl": {
                 **cost("rl", 209.0, 3_700.0 * (1.05 if full else 1.0), 4.1e9),
                 "learning_rate": 1e-3,
+                "algorithm_row": as_json(ALGORITHMS["reinforce"]),
                 "preflight": [],
                 "liveness": [],
                 "incidents": [],

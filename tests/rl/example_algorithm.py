@@ -1,5 +1,4 @@
-"""REINFORCE++ with a baseline (Hu et al. 2025, arXiv 2501.03262), as a plugin: `plugins: [example_algorithm.py]`,
-`rl: {algorithm: reinforce++}`.
+"""An algorithm of one's own, as a plugin: `plugins: [example_algorithm.py]`, `rl: {algorithm: group-baseline}`.
 
 A completion's advantage is its return less the mean of its group's, and advantages are scaled to unit spread over
 the whole rollout, so that groups in which little is at stake teach little.
@@ -29,6 +28,6 @@ class GroupMeanBaseline(Algorithm):
         return Targets(masked_whiten(advantages_B[:, None] * mask_BT, mask_BT), None)
 
 
-ALGORITHMS["reinforce++"] = GroupMeanBaseline(
-    advantage="leave_one_out", surrogate="clip", scaling="whiten", samples_per_prompt=4, epochs=2
+ALGORITHMS["group-baseline"] = GroupMeanBaseline(
+    advantage="group", surrogate="clip", whiten=True, samples_per_prompt=4, epochs=2
 )

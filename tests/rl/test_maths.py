@@ -1,7 +1,6 @@
-"""The RL arithmetic against numbers worked by hand, and against torchrl."""
+"""KL, rewards of tokens and advantages against numbers worked by hand, and against torchrl."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -110,10 +109,39 @@ def test_leave_one_out() -> None:
     close(arithmetic.leave_one_out(score_B, 3), [-3.0, 0.0, 3.0, -3.0, -3.0, 6.0])
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("group", [-2.0, 0.0, 2.0, 0.0, 0.0, 0.0]),
+        ("group-std", [-2 / 2.0001, 0.0, 2 / 2.0001, 0.0, 0.0, 0.0]),
+        ("group-relative", [-2 / 3, 0.0, 2 / 3, 0.0, 0.0, 0.0]),
+        ("leave-one-out", [-3.0, 0.0, 3.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_advantages_of_groups(name: str, expected: list[float]) -> None:
+    # 1, 3, 5: mean 3, variance (4 + 0 + 4) / 2 = 4
+    compare = arithmetic.GROUP_ADVANTAGES[name]
+    close(compare(torch.tensor([1.0, 3.0, 5.0, -7.0, -7.0, -7.0]), 3), expected)
+    with pytest.raises(AssertionError, match="two completions"):
+        compare(torch.zeros(3), 1)
+
+
+def test_maxrl_is_zero_where_the_mean_is_not_above_zero() -> None:
+    close(arithmetic.group_relative(torch.tensor([1.0, -1.0, -3.0, 1.0, 0.0, 4.0]), 2), [0, 0, 0, 0, -1.0, 1.0])
+
+
+def test_equal_groups() -> None:
+    score_B = torch.tensor([0.5, 0.5 + 1e-7, 2.0, 2.1])
+    assert arithmetic.equal_groups(score_B, 2, 1e-6).tolist() == [True, True, False, False]
+    assert not arithmetic.equal_groups(score_B, 2, 0.0).any()
+    assert not arithmetic.equal_groups(score_B, 4, 1e-6).any()
+
+
 def test_kl_by_hand() -> None:
-    # π / π_ref = 2: k1 = ln 2, k3 = ½ - 1 + ln 2
+    # π / π_ref = 2: k1 = ln 2, k2 = ½ (ln 2)², k3 = ½ - 1 + ln 2
     log_probs_BT, reference_BT = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]])
     close(arithmetic.kl_k1(log_probs_BT, reference_BT), [[math.log(2)]])
+    close(arithmetic.kl_k2(log_probs_BT, reference_BT), [[math.log(2) ** 2 / 2]])
     close(arithmetic.kl_k3(log_probs_BT, reference_BT), [[math.log(2) - 0.5]])
 
 
@@ -125,118 +153,18 @@ def test_kl_estimates_are_unbiased() -> None:
         torch.testing.assert_close(expected, exact)
 
 
-def test_policy_gradient_loss() -> None:
-    # -(2 · -1 + -3 · -2) / 2 = -2
-    loss = arithmetic.policy_gradient_loss(
-        torch.tensor([[-1.0, -2.0, NAN]]), torch.tensor([[2.0, -3.0, NAN]]), MASK_BT[:1, 1:], normalizer=2.0
-    )
-    close(loss, -2.0)
+def test_the_gradient_of_k2_is_the_kls_and_that_of_k3_is_the_reverse_kls() -> None:
+    logits_V, reference_V = torch.tensor([0.7, 0.2, -0.3], requires_grad=True), torch.tensor([0.3, 0.3, 0.4])
 
+    def gradient(of: Tensor) -> Tensor:
+        return torch.autograd.grad(of, logits_V)[0]
 
-def test_ppo_policy_loss() -> None:
-    # clip 0.2. ρ = 2, A = 1: min(2, 1.2) = 1.2, clipped. ρ = ½, A = 1: min(0.5, 0.8) = 0.5.
-    # ρ = ½, A = -1: min(-0.5, -0.8) = -0.8, clipped. ρ = 2, A = -1: min(-2, -1.2) = -2.
-    # loss = -(1.2 + 0.5 - 0.8 - 2) / 4 = 0.275; two of four clipped, and these get no gradient.
-    ratio_T = torch.tensor([2.0, 0.5, 0.5, 2.0, 7.0])
-    log_probs_BT = ratio_T.log()[None].requires_grad_()
-    loss, clipped = arithmetic.ppo_policy_loss(
-        log_probs_BT,
-        policy_log_probs_BT=torch.zeros(1, 5),
-        advantages_BT=torch.tensor([[1.0, 1.0, -1.0, -1.0, NAN]]),
-        mask_BT=torch.tensor([[True, True, True, True, False]]),
-        clip=0.2,
-        normalizer=4.0,
-    )
-    close(loss.detach(), 0.275)
-    close(clipped, 0.5)
-    (gradient_BT,) = torch.autograd.grad(loss, log_probs_BT)
-    close(gradient_BT, [[0.0, -0.5 / 4, 0.0, 2.0 / 4, 0.0]])  # -ρ A / 4 where not clipped
-
-
-def test_ppo_at_ratio_one_has_the_policy_gradient() -> None:
-    generator = torch.Generator().manual_seed(0)
-    log_probs_BT = -torch.rand(2, 4, generator=generator).requires_grad_()
-    advantages_BT = torch.randn(2, 4, generator=generator)
-    plain = arithmetic.policy_gradient_loss(log_probs_BT, advantages_BT, MASK_BT, 4.0)
-    surrogate, clipped = arithmetic.ppo_policy_loss(
-        log_probs_BT, log_probs_BT.detach(), advantages_BT, MASK_BT, 0.2, 4.0
-    )
-    (expected_BT,) = torch.autograd.grad(plain, log_probs_BT)
-    (actual_BT,) = torch.autograd.grad(surrogate, log_probs_BT)
-    torch.testing.assert_close(actual_BT, expected_BT)
-    assert expected_BT[MASK_BT].all()
-    assert clipped == 0
-
-
-def test_value_loss() -> None:
-    # V_old = 0, V = 1, c = ½. R = 2: max((1-2)², (0.5-2)²) = 2.25. R = -1: max((1+1)², (0.5+1)²) = 4.
-    # Clipped: ½ (2.25 + 4) / 2 = 1.5625. Plain: ½ (1 + 4) / 2 = 1.25.
-    values_BT = torch.tensor([[1.0, 1.0, NAN]])
-    old_values_BT = torch.tensor([[0.0, 0.0, NAN]])
-    returns_BT = torch.tensor([[2.0, -1.0, NAN]])
-    mask_BT = torch.tensor([[True, True, False]])
-    close(arithmetic.value_loss(values_BT, old_values_BT, returns_BT, mask_BT, 0.5, 2.0), 1.5625)
-    close(arithmetic.value_loss(values_BT, old_values_BT, returns_BT, mask_BT, None, 2.0), 1.25)
-
-
-# Each loss of one learned tensor, the advantages or returns, and what the sampler or old critic gave.
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-LOSSES: dict[str, Loss] = {
-    "policy gradient": lambda x, target, old, mask, n: arithmetic.policy_gradient_loss(x, target, mask, n),
-    "ppo": lambda x, target, old, mask, n: arithmetic.ppo_policy_loss(x, old, target, mask, 0.2, n)[0],
-    "value": lambda x, target, old, mask, n: arithmetic.value_loss(x, old, target, mask, None, n),
-    "clipped value": lambda x, target, old, mask, n: arithmetic.value_loss(x, old, target, mask, 0.2, n),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_micro_batches_add_up(name: str) -> None:
-    """Answers of unequal lengths: averaging per micro-batch instead would not give the same gradient."""
-    generator = torch.Generator().manual_seed(0)
-    x_BT, target_BT, noise_BT = torch.randn(3, 6, 5, generator=generator)
-    x_BT.requires_grad_()
-    old_BT = x_BT.detach() + 0.3 * noise_BT
-    mask_BT = torch.arange(5)[None, :] < torch.tensor([5, 1, 2, 5, 3, 1])[:, None]
-    tokens = float(mask_BT.sum())
-
-    def gradient(micro_batch: int) -> Tensor:
-        total_BT = torch.zeros_like(x_BT)
-        for start in range(0, 6, micro_batch):
-            rows = slice(start, start + micro_batch)
-            loss = LOSSES[name](x_BT[rows], target_BT[rows], old_BT[rows], mask_BT[rows], tokens)
-            total_BT += torch.autograd.grad(loss, x_BT)[0]
-        return total_BT
-
-    whole_BT = gradient(6)
-    assert whole_BT.abs().sum() > 0.1
-    torch.testing.assert_close(gradient(2), whole_BT)
-    torch.testing.assert_close(gradient(1), whole_BT)
-
-
-def test_clipped_shares_of_micro_batches_add_up() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_BT, advantages_BT = torch.randn(2, 2, 4, generator=generator)
-
-    def share(rows: slice) -> Tensor:
-        zeros_BT = torch.zeros_like(x_BT[rows])
-        return arithmetic.ppo_policy_loss(x_BT[rows], zeros_BT, advantages_BT[rows], MASK_BT[rows], 0.2, 4.0)[1]
-
-    assert share(slice(0, 2)) > 0
-    assert share(slice(0, 1)) + share(slice(1, 2)) == share(slice(0, 2))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("rubbish", [NAN, math.inf, 1e30])
-def test_padding_gets_no_gradient(name: str, rubbish: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.randn(3, 2, 4, generator=generator)
-    results = []
-    for padding in (0.0, rubbish):
-        x_BT, target_BT, old_BT = clean.masked_fill(~MASK_BT, padding).unbind()
-        x_BT = x_BT.clone().requires_grad_()
-        loss = LOSSES[name](x_BT, target_BT, old_BT, MASK_BT, 4.0)
-        results.append((loss.detach(), *torch.autograd.grad(loss, x_BT)))
-    (clean_loss, clean_gradient_BT), (loss, gradient_BT) = results
-    assert not gradient_BT[~MASK_BT].any()
-    assert torch.equal(loss, clean_loss)
-    assert torch.equal(gradient_BT, clean_gradient_BT)
+    log_policy_V = logits_V.log_softmax(0)
+    drawn_V = log_policy_V.exp().detach()
+    k2 = gradient((drawn_V * arithmetic.kl_k2(log_policy_V, reference_V.log())).sum())
+    log_policy_V = logits_V.log_softmax(0)
+    k3 = gradient((drawn_V * arithmetic.kl_k3(log_policy_V, reference_V.log())).sum())
+    log_policy_V = logits_V.log_softmax(0)
+    torch.testing.assert_close(k2, gradient((log_policy_V.exp() * (log_policy_V - reference_V.log())).sum()))
+    log_policy_V = logits_V.log_softmax(0)
+    torch.testing.assert_close(k3, gradient(-(reference_V * log_policy_V).sum()))

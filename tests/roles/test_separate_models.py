@@ -234,9 +234,8 @@ def test_a_role_and_its_head_come_back_as_they_were(
 
     base, again = opened(tmp_path / "base", dtype)
     again.keep()  # as in a run whose stages before freed everything
-    stamp = load_role(again, Role.REWARD, tmp_path / "saved", base)
-    assert stamp == read_stamp(tmp_path / "saved")
-    assert stamp.reward_mean == 0.5
+    load_role(again, Role.REWARD, tmp_path / "saved", base)
+    assert read_stamp(tmp_path / "saved").reward_mean == 0.5
     assert again.roles == {Role.REWARD}
     assert again.head(Role.REWARD).weight.dtype == torch.float32
     actual = again(Role.REWARD, *batch(), head=Role.REWARD, **READ)

@@ -124,5 +124,5 @@ def test_all_generators_are_put_back() -> None:
 
     before = draw()
     draw()
-    snapshot.set_generators((tensors, {"generators": kept}))
+    snapshot.set_generators(State(0, tensors, {"generators": kept}))
     assert draw() == before

@@ -146,7 +146,7 @@ def test_both_learns_ratings_and_pairs_in_one_training(
     assert json.loads((tmp_path / "figures.json").read_text()) == card
 
 
-def test_soft_labels_are_learnt_as_they_are(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_soft_labels_are_learned_as_they_are(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     soft = {True: 0.7, False: 0.3}
     rows = [{**row, "label": soft[row["label"]]} if "label" in row else row for row in answers_to(DRINKS)]
     rows = [{**row, "margin": None, "probability": 0.7} if "margin" in row else row for row in rows]

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from perl.recipe import load_recipe
 from perl.roles.shared_base import SharedBase
-from perl.stages.rl_setup import resolved_algorithm
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
@@ -277,8 +276,8 @@ def test_settings_of_an_algorithm_are_the_recipes(name: str, toy: Path, tmp_path
     assert said is not None
     assert (left_out.epochs, left_out.samples_per_prompt) == (2, 4 if name == "rloo" else 1)
     assert said.epochs == 3
-    row = resolved_algorithm(said.model_copy(update={"gae_lambda": 0.5, "clip": 0.1, "value_clip": None}))
-    assert (row.gae_lambda, row.clip, row.value_clip) == (0.5, 0.1, None)
+    row = said.model_copy(update={"gae_lambda": 0.5, "clip": 0.1, "value_clip": 0.0}).row
+    assert (row.gae_lambda, row.clip, row.value_clip) == (0.5, 0.1, 0.0)
 
 
 def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

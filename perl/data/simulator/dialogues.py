@@ -1,10 +1,10 @@
-"""Plays dialogues, draws points of them where the agent is to speak, and rates what it says there."""
+"""Dialogues of agent and customer, points in them where the agent is to speak, and rated turns."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from random import Random
 
 from perl.data.records import Context, Rating, Turn
@@ -102,17 +102,14 @@ def _after_call(
 
 
 def played(seed: int, skill: float) -> Iterator[Dialogue]:
-    """Endless dialogues; other ones for another seed as long as fewer than `SPAN` are taken."""
-    n = seed * SPAN
-    while True:
-        yield play(n, skill)
-        n += 1
+    """Endless dialogues; those of two seeds differ as long as fewer than `SPAN` are taken."""
+    return (play(n, skill) for n in count(seed * SPAN))
 
 
 def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
     """A point where the agent is to speak in each of endless dialogues: key, context and state.
 
-    Every kind of due act comes about equally often, whether reached straight or after mistakes.
+    Every kind of due act comes about equally often.
     """
     rng = Random(seed)
     taken: Counter[Kind] = Counter({kind: 0 for kind in KINDS})
@@ -124,23 +121,17 @@ def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
 
 
 def rated(seed: int, ratings: int, skill: float, noise: float) -> list[Rating]:
-    """Rated agent turns.
-
-    Each context comes with two answers of the agent, so that contexts with answers rated up and down make pairs,
-    as in the real data; and as there, the two are at times the same.
+    """Rated agent turns, two to a context, as in the real data: one rated up and one down make a pair.
 
     Args:
-        seed: which dialogues are rated.
-        ratings: how many.
-        skill: the agent's.
+        seed: picks the dialogues.
         noise: the probability that a rating is not the gold judgement.
     """
     rng = Random(f"ratings {seed}")
     rows: list[Rating] = []
     for key, context, state in islice(moments(seed, skill), (ratings + 1) // 2):
         for _ in range(2):
-            # Spoken afresh: of a dialogue's own turns at one stage, only the last is right, so
-            # drawing one of them would favour the right ones.
+            # Not a turn of the dialogue itself, of which the last at each stage is always right.
             text, _ = speak(state, skill, rng)
             gold = judge_turn(state, text).right
             label = gold != (rng.random() < noise)

@@ -1,7 +1,7 @@
-"""The gold judge: whether any text is a right agent turn at some point of a dialogue.
+"""The gold judge: whether a text is a right agent turn in the visible state of a dialogue.
 
-It knows the visible state and the text, never how the text was made. Faults of timing come before
-faults of content: an order called before the customer said yes is too early, whatever it holds.
+Faults of timing come before faults of content: a call before the customer said yes is too early, whatever it
+holds.
 """
 
 from collections.abc import Sequence

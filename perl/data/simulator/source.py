@@ -8,7 +8,7 @@ from perl.data.simulator.dialogues import SPAN, Dialogue, moments, play, played,
 from perl.data.simulator.judge import judge
 
 DEMONSTRATIONS, RATINGS, PROMPTS, CORPUS = range(4)
-"""What dialogues are played for. Each purpose has seeds of its own, so no two share a dialogue."""
+"""What dialogues are played for; each purpose has seeds, and so dialogues, of its own."""
 
 
 def simulate(
@@ -22,16 +22,15 @@ def simulate(
     """All records of the simulated shop, the same for the same arguments.
 
     Args:
-        seed: decides everything.
-        dialogues: demonstrations, whole dialogues of an agent of this skill.
+        dialogues: demonstrations, which are whole dialogues.
         ratings: rated turns, two to a context.
         prompts: contexts that end where the agent is to speak, one to a dialogue.
         skill: the probability that an agent's turn is right.
         noise: the probability that a rating is not the gold judgement.
     """
-    whole = islice(played(_seed(seed, DEMONSTRATIONS), skill), dialogues)
+    demonstrations = islice(played(_seed(seed, DEMONSTRATIONS), skill), dialogues)
     return Records(
-        demonstrations=[_demonstration(dialogue) for dialogue in whole],
+        demonstrations=[_demonstration(dialogue) for dialogue in demonstrations],
         ratings=rated(_seed(seed, RATINGS), ratings, skill, noise),
         prompts=[
             Prompt(context, key, {"state": state.to_json()})

@@ -1,10 +1,10 @@
-"""Where a dialogue stands, as far as its visible turns tell: never the customer's hidden goal."""
+"""The state of a dialogue that its visible turns show, without the customer's hidden goal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, cast
 
 from perl.data.records import JSON
 from perl.data.simulator.shop import MENU, NEEDED, SLOTS, Order
@@ -19,16 +19,9 @@ and offer what there is, tell price and minutes, say goodbye."""
 KINDS: tuple[Kind, ...] = ("ask", "read", "call", "offer", "tell", "bye")
 
 
-class _StateRow(TypedDict):
-    phase: Phase
-    said: Mapping[str, str | None] | None
-    sold_out: list[str] | None
-    response: Mapping[str, str | None] | None
-
-
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the turns so far have established. Replaced, never changed in place.
+    """What the turns so far have established.
 
     Args:
         phase: how far the dialogue has come.
@@ -74,11 +67,8 @@ class State:
     @staticmethod
     def from_json(value: JSON) -> State:
         """The state of `to_json`, also after a trip through Arrow, which fills absent keys with None."""
-        row = cast(_StateRow, value)
-        said, response = row.get("said") or {}, row.get("response") or {}
-        return State(
-            row["phase"],
-            {slot: word for slot, word in said.items() if word},
-            tuple(row.get("sold_out") or ()),
-            {key: word for key, word in response.items() if word},
+        row = cast(Mapping[str, Any], value)
+        said, response = (
+            {key: word for key, word in (row.get(name) or {}).items() if word} for name in ("said", "response")
         )
+        return State(row["phase"], said, tuple(row.get("sold_out") or ()), response)

@@ -19,14 +19,14 @@ class Alarm:
     """None: not finite."""
     limit: float
     grave: bool
-    """Reason enough to stop."""
+    """Whether it stops the run."""
     what: str
     causes: str
     remedy: str
 
 
 class Words(NamedTuple):
-    """What an alarm says: what it is, the usual causes, and the remedy."""
+    """An alarm's text: what it is, the usual causes, and the remedy."""
 
     what: str
     causes: str

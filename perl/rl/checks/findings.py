@@ -10,8 +10,8 @@ from perl.results import Check
 from perl.system.progress import console
 
 CLOSE_LOG_PROBS = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
-"""Nats a token that log-probs may lie apart on average, that are the same by arithmetic; by the base's dtype.
-Twice what rounding does to a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
+"""Mean difference, nats a token, of log-probs that are equal by arithmetic; by the base's dtype. Twice the
+rounding noise of a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
 
 
 class PreflightError(UserError):
@@ -22,15 +22,18 @@ class PreflightError(UserError):
 
 @dataclass(frozen=True)
 class Finding(Check):
-    """One check, and why it failed."""
+    """One check, and its likeliest cause if it failed."""
 
     looks_like: str = ""
-    """Where it failed: the likeliest of the usual causes, by the evidence."""
 
     @property
     def passed(self) -> bool:
-        """Whether the value is a number within its limit."""
         return self.figure <= self.limit
+
+
+def bugs(name: str, words: str, count: int, cause: str) -> Finding:
+    """A check that counts what only a bug can cause."""
+    return Finding(name, words, count, 0.0, f"{cause}. This is a bug.")
 
 
 def named(names: Sequence[str]) -> str:
@@ -51,20 +54,21 @@ def require(findings: Iterable[Finding], when: str, where: str, quiet: bool = Fa
     Raises:
         PreflightError: a check failed; it names the first, its likely cause, and which others failed.
     """
-    found = []
+    found: list[Check] = []
+    failed: list[Finding] = []
     for finding in findings:
-        found.append(finding)
+        found.append(Check(finding.name, finding.words, finding.figure, finding.limit))
+        failed += [] if finding.passed else [finding]
         if not (quiet and finding.passed):
             mark = "[green]✓[/]" if finding.passed else "[red]✗[/]"
             limit = f"at most {finding.limit:.2g}"
             console.print(f"{mark} Preflight: {finding.words}: {finding.figure:.2g} ({limit})")
-    failed = [finding for finding in found if not finding.passed]
     if failed:
-        first = failed[0]
-        others = f" Also failed: {', '.join(finding.name for finding in failed[1:])}." if failed[1:] else ""
+        first, *others = failed
+        also = f" Also failed: {', '.join(finding.name for finding in others)}." if others else ""
         raise PreflightError(
-            f"preflight failed {when}: {first.words} is {first.figure:.3g}, at most {first.limit:.3g}.{others}",
+            f"preflight failed {when}: {first.words} is {first.figure:.3g}, at most {first.limit:.3g}.{also}",
             where=where,
             remedy=f"It looks like this: {first.looks_like}",
         )
-    return [Check(one.name, one.words, one.figure, one.limit) for one in found]
+    return found

@@ -1,14 +1,19 @@
-"""What the guards of RL know: their limits, one guard's view of a step, and all that they remember."""
+"""What the guards of RL know: their limits, one guard's reading of a step, and what they remember."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+import statistics
+import sys
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from perl.rl.checks.alarms import Alarm
 
 WINDOW = 5
+"""Steps whose median is read."""
 START = 5
+"""Steps whose median is what the run started at."""
+LEAST = -sys.float_info.max
+"""Below every reward, and a number that JSON has."""
 NOTHING = 1.5
 """Tokens: a completion that is hardly more than its end."""
 
@@ -17,44 +22,27 @@ NOTHING = 1.5
 class Limits:
     """Where each alarm is certain; chosen on some 40 recorded runs that went well and a dozen that did not."""
 
-    kl: float = 50.0
-    """Nats a completion. Healthy runs here end at 0.3 to 12; those that explode pass 50 on the way to hundreds."""
-    entropy: float = 0.1
-    """Share of the start's entropy. Healthy runs keep a half and more."""
-    entropy_nats: float = 0.1
-    """Nats a token below which no reward excuses it."""
-    ended: float = 0.05
-    """Share of completions that still end by themselves, where at the start at least half of them did."""
-    length: float = 0.5
-    """Share of the start's length, if the score has fallen too: short completions that score more are welcome."""
-    penalized: bool = False
-    """Whether completions without an end are penalised."""
-    reward: float = 2.0
-    """By so many of its standard deviations from step to step the reward then lies below its best."""
-    entropy_rise: float = 1.8
-    """Share of the start's entropy, if the reward has not risen."""
-    entropy_rise_nats: float = 0.25
-    """And by so much at least: next to nothing doubles soon."""
-    mismatch: float = 1e-3
-    """Nats a token between sampler and policy that are harmless, in this dtype."""
-    mismatch_rise: float = 4.0
-    """Share of the mismatch that the first step had."""
-    movement: float = 3e-3
-    """Nats a token that the policy will have moved by at the end: less is nothing learned."""
-    no_movement: float = 1e-4
-    """And less than this is worth no further step."""
-    learning_rate: float = 0.0
-    """The full one, from which the alarm works out a better one."""
-    flat: int = 10
-    """Steps in a row whose rewards were all equal."""
-    flat_for_good: int = 50
-    """So many are worth no further step."""
-    fall: float = 4.0
-    """Standard errors by which the check falls below its best, while the reward rises."""
-    refused: int = 3
-    """Updates refused in a row."""
-    check_every: int = 10
-    """Steps from one look at the check to the next: the gold judge's mean over them, or a held-out figure."""
+    kl: float = (
+        50.0  # nats a completion; healthy runs end at 0.3 to 12, exploding ones pass 50 on the way to hundreds
+    )
+    entropy: float = 0.1  # share of the start's; healthy runs keep a half and more
+    entropy_nats: float = 0.1  # nats a token, below which no reward excuses it
+    ended: float = 0.05  # share of completions that end by themselves, where at least half did at the start
+    length: float = 0.5  # share of the start's, if the reward has fallen too
+    penalized: bool = False  # whether completions without an end are penalised
+    reward: float = 2.0  # standard deviations from step to step that a fallen reward lies below its best
+    entropy_rise: float = 1.8  # share of the start's, if the reward has not risen
+    entropy_rise_nats: float = 0.25  # and by so much at least
+    mismatch: float = 1e-3  # nats a token between sampler and policy that are harmless in this dtype
+    mismatch_rise: float = 4.0  # share of the first step's mismatch
+    movement: float = 3e-3  # nats a token that the policy will have moved by at the end; less is nothing learned
+    no_movement: float = 1e-4  # less than this stops the run
+    learning_rate: float = 0.0  # of the run, from which the alarm works out a better one
+    flat: int = 10  # steps in a row whose rewards were all equal
+    flat_for_good: int = 50  # so many stop the run
+    fall: float = 4.0  # standard errors of the validation score below its best, while the reward rises
+    refused: int = 3  # updates refused in a row
+    check_every: int = 10  # steps from one validation score to the next
 
 
 class Reading(NamedTuple):
@@ -66,44 +54,78 @@ class Reading(NamedTuple):
     start: float
     shows: bool
     certain: bool
-    since: int
-    good_until: int
     grave: bool = True
+    since: int = 0
+    good_until: int = 0
 
 
 @dataclass
-class Check:
-    """The best the gold judge, or the held-out check, has said so far."""
+class Series:
+    """A metric over the steps so far."""
+
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+    squares: float = 0.0
+    """Sum of squared differences from step to step."""
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        if self.last:
+            self.squares += (value - self.last[-1]) ** 2
+        self.first = [*self.first, value][:START]
+        self.last = [*self.last, value][-WINDOW:]
+        self.count += 1
+
+    @property
+    def now(self) -> float:
+        """The median of the last steps; NaN while there are too few."""
+        return statistics.median(self.last) if len(self.last) > WINDOW // 2 else math.nan
+
+    @property
+    def start(self) -> float:
+        """The median of the first steps; NaN before they are past."""
+        return statistics.median(self.first) if len(self.first) == START else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation from step to step; of differences, so that a trend hardly shows in it."""
+        return math.sqrt(self.squares / (self.count - 1) / 2) if self.count > 1 else math.nan
+
+
+@dataclass
+class Trouble:
+    """What shows now."""
+
+    since: int
+    good_until: int
+    grave: bool | None = None
+    """Of the alarm that was raised; None: none was."""
+
+
+@dataclass
+class Validation:
+    """The mean of the gold judge, or of the reward on held-out prompts, with its standard error."""
 
     mean: float
     error: float
     reward: float
+    """In training, meanwhile."""
     step: int
 
 
 @dataclass
 class Memory:
-    """All that a guard remembers; plain values."""
+    """All that a guard remembers."""
 
-    first: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    last: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    squares: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sums of squared differences from step to step."""
-    seen: dict[str, int] = dataclasses.field(default_factory=dict)
-    best_reward: float = -math.inf
+    metrics: dict[str, Series] = field(default_factory=dict)
+    troubles: dict[str, Trouble] = field(default_factory=dict)
+    best_reward: float = LEAST
     refused: int = 0
     """Updates in a row."""
     flat: int = 0
     """Steps in a row without a signal."""
-    since: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Of what shows now: since which step."""
-    good_until: dict[str, int] = dataclasses.field(default_factory=dict)
-    raised: list[str] = dataclasses.field(default_factory=list)
-    """Of what shows now: what was said already."""
-    grave: list[str] = dataclasses.field(default_factory=list)
-    """Of that: what was said to be grave."""
-    gold: list[float] = dataclasses.field(default_factory=list)
-    rewards: list[float] = dataclasses.field(default_factory=list)
-    """Both since the last look at the check."""
-    best: Check | None = None
-    alarms: list[Alarm] = dataclasses.field(default_factory=list)
+    gold: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    """Both since the last validation score."""
+    best: Validation | None = None
+    alarms: list[Alarm] = field(default_factory=list)

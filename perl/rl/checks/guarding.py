@@ -1,7 +1,7 @@
-"""What the guards of RL read besides the rollouts, and what their alarms lead to.
+"""The validation score that the guards of RL read besides the rollouts, and what their alarms lead to.
 
-A run that a guard stopped has done what it was asked to: its last good policy is evaluated and saved as any other,
-so that the exit status is 0. That it was stopped is said on the console, in the report and on its page.
+A run that a guard stopped has not failed: its last good policy is evaluated and saved as any other, and the exit
+status is 0. Console, report and page say that it was stopped.
 """
 
 import statistics
@@ -10,7 +10,6 @@ from typing import Literal
 
 from perl.results import Incident
 from perl.rl.checks.alarms import Alarm
-from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import WINDOW, Limits
 from perl.rl.checks.guards import Guard, last_good
 from perl.rl.collector import Collector
@@ -19,74 +18,56 @@ from perl.roles.roles import Role
 from perl.system.progress import console
 
 Mode = Literal["stop", "warn", "off"]
-"""What an alarm leads to; off: nothing is looked at."""
-CHECKS = 10
-"""How often in a run the check is looked at."""
+"""What an alarm leads to; off: nothing is read."""
+VALIDATIONS = 10
+"""Of a run."""
 FEWEST_STEPS = 10
-"""From one look to the next, however short the run."""
+"""From one validation to the next, however short the run."""
 FEWEST, MOST = 8, 64
-"""Held-out prompts of a check; of fewer nothing could be said."""
+"""Held-out prompts of a validation; fewer would say nothing."""
+
+
+def validation_interval(steps: int) -> int:
+    """Steps from one validation to the next, in a run of so many."""
+    return max(FEWEST_STEPS, -(-steps // VALIDATIONS))
 
 
 class Guarding:
     """The guard of one run.
 
     Args:
-        held_out: prompts; a few of them are tried from time to time.
-        prompts_per_step: as many of them are tried, within bounds.
-        steps: of the run.
-        judged: whether a gold judge is asked about every rollout.
-        learning_rate: the full one, of adapters or whole models.
-        penalized: whether completions without an end are.
+        prompts: held-out ones, completed at each validation.
+        judged: whether a gold judge is asked about every rollout, which makes validations unnecessary.
     """
 
     def __init__(
-        self,
-        collector: Collector,
-        held_out: EncodedPrompts,
-        mode: Mode,
-        *,
-        prompts_per_step: int,
-        steps: int,
-        kl_limit: float,
-        judged: bool,
-        learning_rate: float,
-        penalized: bool,
+        self, collector: Collector, prompts: EncodedPrompts, mode: Mode, limits: Limits, *, judged: bool
     ) -> None:
-        self.mode, self._collector, self._judged = mode, collector, judged
-        self._prompts = held_out.take(range(min(len(held_out), MOST, max(FEWEST, prompts_per_step))))
-        self._check_every = max(FEWEST_STEPS, -(-steps // CHECKS))
-        limits = Limits(
-            kl=kl_limit,
-            check_every=self._check_every,
-            penalized=penalized,
-            mismatch=CLOSE_LOG_PROBS[collector.dtype],
-            learning_rate=learning_rate,
-        )
         self.guard = Guard(limits)
+        self._collector, self._prompts, self._mode = collector, prompts, mode
+        self._every = None if judged or mode == "off" or len(prompts) < FEWEST else limits.check_every
 
     def check(self, step: int) -> dict[str, float]:
-        """From time to time, the reward of the policy's completions of held-out prompts; the same draws each time.
+        """Every few steps, the reward of the policy's completions of held-out prompts, always drawn alike.
 
-        For sources without a gold judge: where there is one it is asked about every rollout, at no cost. It cannot
-        see that the reward itself is wrong, only that what was learned on the training prompts fails on others.
+        It cannot show that the reward is wrong, only that what was learned on training prompts fails on others.
         """
-        if self.mode == "off" or self._judged or step % self._check_every or len(self._prompts) < FEWEST:
+        if self._every is None or step % self._every:
             return {}
         collector, prompts = self._collector, self._prompts
-        mine = collector.collect(Role.POLICY, prompts, collector.generator("check"))
-        rewards = mine.gather(collector.processes, prompts).rewards_B.tolist()
+        local = collector.collect(Role.POLICY, prompts, collector.generator("check"))
+        rewards = local.gather(collector.processes, prompts).rewards_B.tolist()
         error = statistics.stdev(rewards) / len(rewards) ** 0.5
         return {"held_out": statistics.fmean(rewards), "held_out_error": error}
 
     def alarms(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
-        """Read a step's metrics and say what has gone wrong; those alarms for which the run is to stop."""
-        if self.mode == "off":
+        """Read a step's metrics and print new alarms; return those for which the run is to stop."""
+        if self._mode == "off":
             return []
         new = self.guard.check(step, metrics)
         for alarm in new:
             console.print(f"[yellow]Step {alarm.step}[/]: {alarm.what}. {alarm.causes} {alarm.remedy}")
-        return [alarm for alarm in new if alarm.grave and self.mode == "stop"]
+        return [alarm for alarm in new if alarm.grave and self._mode == "stop"]
 
     def worth_keeping(self, step: int, steps: Sequence[int]) -> set[int]:
         """Of the steps that have checkpoints, those that the run may have to go back to.
@@ -98,11 +79,11 @@ class Guarding:
         return {last_good(good_until, steps) for good_until in needed} if steps else set()
 
     def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
-        """All alarms for the report, each with what it led to.
+        """All alarms for the report.
 
         Args:
             stopped_by: the alarms that ended the run.
-            remains: the updates that the policy which remains has seen.
+            remains: updates that the remaining policy has seen.
         """
         return [
             Incident(**vars(alarm), action="stopped", remains=remains)

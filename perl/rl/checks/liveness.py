@@ -1,17 +1,17 @@
 """Whether training acts at all: what the optimizer holds, and what the first updates changed.
 
-A run whose updates reach nobody looks like one that learns slowly: it ends with status 0 and a policy that is its
-reference. So the first updates are looked at, tensor by tensor. It happens once in a process.
+A run whose updates change nothing looks like one that learns slowly: it ends with status 0 and a policy equal to
+its reference. So the first updates of each process are checked, tensor by tensor.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from perl.results import Check
-from perl.rl.checks.findings import Finding, named, require
+from perl.rl.checks.findings import Finding, bugs, named, require
 from perl.rl.checks.guarding import Mode
 from perl.rl.checks.movement import at_the_end, policy_movement
 from perl.rl.checks.preflight import Preflight
@@ -23,14 +23,14 @@ from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 from perl.runs import snapshot
 
-LOOKED_AT = 2
-"""Updates that are looked at: a critic's adapter first learns in the second, as its head begins at zero."""
+CHECKED_UPDATES = 2
+"""A critic's adapter first learns in the second, as its head begins at zero."""
 LOOK_AGAIN = 5
 """The policy's movement is measured after the first update, and again after this share of the steps."""
 FEWEST_STEPS = 10
 """Or after so many steps, if that is later."""
 ROWS = 8
-"""Completions that are looked at."""
+"""Completions that are read."""
 
 
 def optimizer_holds_what_learns(learner: Learner) -> Iterator[Finding]:
@@ -40,37 +40,30 @@ def optimizer_holds_what_learns(learner: Learner) -> Iterator[Finding]:
     """
     roles, optimizer = learner.roles, snapshot.unwrapped(learner.optimizer)
     wanted = snapshot.trained_state(roles, learner.trained)
-    held = [one for group in optimizer.param_groups for one in group["params"]]
-    ids, learning = {id(one) for one in held}, {id(one) for one in wanted.values()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held_ids, wanted_ids = {id(one) for one in held}, {id(one) for one in wanted.values()}
     known = {id(parameter): name for name, parameter in roles.named_parameters()}
-    missing = [name for name, parameter in wanted.items() if id(parameter) not in ids]
-    foreign = [known.get(one, "a tensor of no role, a copy perhaps") for one in ids - learning]
+    missing = [name for name, parameter in wanted.items() if id(parameter) not in held_ids]
+    foreign = [known.get(one, "a tensor of no role, a copy perhaps") for one in held_ids - wanted_ids]
     frozen = [name for name, parameter in wanted.items() if not parameter.requires_grad]
-    yield Finding(
+    yield bugs(
         "optimizer holds what learns",
         "trainable parameters that are not in the optimizer",
         len(missing),
-        0.0,
-        f"the optimizer was not given {named(missing)}, but {named(foreign) or 'nothing'} instead. This is a bug.",
+        f"the optimizer was not given {named(missing)}, but {named(foreign) or 'nothing'} instead",
     )
-    yield Finding(
+    yield bugs(
         "optimizer holds nothing else",
         "tensors in the optimizer that are not to be trained, or are there twice",
-        len(foreign) + len(held) - len(ids),
-        0.0,
-        f"the optimizer also trains {named(foreign) or 'a parameter twice'}. This is a bug.",
+        len(foreign) + len(held) - len(held_ids),
+        f"the optimizer also trains {named(foreign) or 'a parameter twice'}",
     )
-    yield Finding(
-        "takes gradients",
-        "trainable parameters that take no gradients",
-        len(frozen),
-        0.0,
-        f"the adapter is not trained: {named(frozen)} does not require gradients. This is a bug.",
-    )
+    cause = f"the adapter is not trained: {named(frozen)} does not require gradients"
+    yield bugs("takes gradients", "trainable parameters that take no gradients", len(frozen), cause)
 
 
 class Liveness:
-    """Looks at the first updates that this process makes.
+    """Checks the first updates that this process makes.
 
     Args:
         mode: of the guards: with `off` the policy's movement is not measured.
@@ -85,45 +78,52 @@ class Liveness:
         """What the checks after the first update found, in this process or before it was resumed."""
         self._updates = 0
         self._look_again = max(FEWEST_STEPS, len(learner.rate_shares) // LOOK_AGAIN)
-        self._seen: Rollout | None = None
-        """Some of the last rollout."""
-        self._checks: list[Finding] = []
+        self._rows: Rollout | None = None
+        """Some rows of the last rollout."""
+        self._findings: list[Finding] = []
         """Of the last update."""
         self._require(optimizer_holds_what_learns(learner), "before the first update")
 
-    def watch(self, step: int, everyone: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Make an update from a rollout that carries a signal, and look at what it changes.
+    def watch(self, step: int, rollout: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Make an update from a rollout that carries a signal, and see what it changes.
 
         Args:
             step: counted from 0.
-            everyone: the rollout of all processes: all look at the same completions.
+            rollout: of all processes: all read the same completions.
             update: returns the step's metrics.
 
         Raises:
             PreflightError: the rollout was not sampled by the policy.
         """
         learner, roles = self._learner, self._learner.roles
-        self._seen = everyone.take(range(min(ROWS, len(everyone.texts))))
-        if self._updates >= LOOKED_AT or learner.rate_shares[step] == 0:
+        self._rows = rollout.take(range(min(ROWS, len(rollout.texts))))
+        if self._updates >= CHECKED_UPDATES or learner.rate_shares[step] == 0:
             return update()
         if self._updates:
-            self._require(self._sampled_by_the_policy(self._seen), "before the second update")
-        learning = snapshot.trained_state(roles, learner.trained)
+            self._require(self._sampled_by_the_policy(self._rows), "before the second update")
+        trained = snapshot.trained_state(roles, learner.trained)
         frozen = snapshot.trained_state(roles, [role for role in roles.roles if role not in learner.trained])
-        before, untouched = fingerprint(learning), fingerprint(frozen)
-        with _gradients(learning) as gradients, _dropout(roles) as dropout:
+        before, frozen_before = fingerprint(trained), fingerprint(frozen)
+        with _gradients(trained) as gradients, _dropout(roles) as dropout:
             metrics = update()
         if not metrics.get("refused"):
             self._updates += 1
-            self._checks = [
-                *_nothing_dropped(dropout),
+            cause = f"dropout is on in the update: {named(sorted(dropout))}"
+            touched = changed(frozen_before, frozen)
+            self._findings = [
+                bugs("no dropout in the update", "dropout modules in training mode", len(dropout), cause),
                 *self._learned(before, gradients, learner.learning_rate(step)),
-                _frozen_unchanged(changed(untouched, frozen)),
+                bugs(
+                    "frozen roles unchanged",
+                    "tensors of frozen roles that have changed",
+                    len(touched),
+                    f"a frozen role was trained, or written over: {named(touched)}",
+                ),
             ]
         return metrics
 
     def after_step(self, step: int) -> dict[str, float]:
-        """What has to be so after the first updates; the policy's movement, where it is measured.
+        """Require what the first updates have to do; return the policy's movement, where it is measured.
 
         Args:
             step: counted from 1.
@@ -132,20 +132,20 @@ class Liveness:
             PreflightError: the update did not do what it should, or the sampler does not follow the policy.
         """
         first = False
-        if self._checks:
+        if self._findings:
             name = "first" if self._updates == 1 else "second"
-            found = self._require(self._checks, f"after the {name} update")
-            self._checks = []
+            found = self._require(self._findings, f"after the {name} update")
+            self._findings = []
             if self._updates == 1:
                 found += self._preflight.check(again=True)
                 first = self.found is None
-                self.found = found if self.found is None else self.found
-        if self._seen is None or self._mode == "off" or not (first or step == self._look_again):
+                self.found = self.found or found
+        if self._rows is None or self._mode == "off" or not (first or step == self._look_again):
             return {}
-        moved = policy_movement(self._preflight.collector, self._seen)
+        moved = policy_movement(self._preflight.collector, self._rows)
         return {"movement": moved, "movement_at_the_end": at_the_end(moved, self._learner.rate_shares, step)}
 
-    def _require(self, findings: Sequence[Finding] | Iterator[Finding], when: str) -> list[Check]:
+    def _require(self, findings: Iterable[Finding], when: str) -> list[Check]:
         return require(findings, when, self._preflight.where, quiet=True)
 
     def _sampled_by_the_policy(self, rollout: Rollout) -> Iterator[Finding]:
@@ -158,22 +158,28 @@ class Liveness:
     def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
         """Each role that learns has changed: its weights in at least one module, and its head."""
         roles, trained = self._learner.roles, self._learner.trained
+        # In a whole model every tensor stands for itself.
+        module_of = roles.adapter.module_of if isinstance(roles, SharedBase) else str
         unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, trained)))
         for role in trained:
             weights = [f"{role}.{name}" for name in roles.weights(role)]
             heads = [name for name in before if name.startswith(f"{role}.") and name not in weights]
             if weights and (role is not Role.CRITIC or self._updates > 1):
-                modules = {_module(roles, name) for name in weights}
-                still = modules - {_module(roles, name) for name in weights if name not in unchanged}
+                modules = {module_of(name) for name in weights}
+                still = modules - {module_of(name) for name in weights if name not in unchanged}
                 words = f"modules of the {role} that are as they were"
                 cause = _why_unchanged(weights, gradients, rate)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
             if heads:
                 words = f"tensors of the {role}'s head that are as they were"
-                still_there, cause = len(unchanged & set(heads)), _why_unchanged(heads, gradients, rate)
-                yield Finding(f"{role}'s head learns", words, still_there, 0, cause)
+                cause = _why_unchanged(heads, gradients, rate)
+                yield Finding(f"{role}'s head learns", words, len(unchanged & set(heads)), 0, cause)
         if isinstance(roles, SharedBase):
-            yield _all_ranks_learn(roles)
+            still_ranks = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
+            cause = "the rank is truncated: part of the adapter's factors takes part in nothing"
+            yield bugs(
+                "all ranks learn", "ranks of the policy's adapter that are as they were", still_ranks, cause
+            )
 
 
 def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: float) -> str:
@@ -189,46 +195,26 @@ def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: flo
     )
 
 
-def _all_ranks_learn(roles: SharedBase) -> Finding:
-    """Each rank of the policy's B differs from what it began as in at least one module."""
-    still = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
-    cause = "the rank is truncated: part of the adapter's factors takes part in nothing. This is a bug."
-    return Finding("all ranks learn", "ranks of the policy's adapter that are as they were", still, 0.0, cause)
-
-
-def _frozen_unchanged(names: list[str]) -> Finding:
-    cause = f"a frozen role was trained, or written over: {named(names)}. This is a bug."
-    return Finding("frozen roles unchanged", "tensors of frozen roles that have changed", len(names), 0.0, cause)
-
-
-def _nothing_dropped(modules: set[str]) -> Iterator[Finding]:
-    cause = f"dropout is on in the update: {named(sorted(modules))}. This is a bug."
-    yield Finding("no dropout in the update", "dropout modules in training mode", len(modules), 0.0, cause)
-
-
 @contextlib.contextmanager
-def _gradients(learning: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _gradients(parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Inside, the largest gradient of each parameter is noted as it comes; those that get none are left out."""
     largest: dict[str, Tensor] = {}
-    hooks = []
-    for name, parameter in learning.items():
+    with contextlib.ExitStack() as stack:
+        for name, parameter in parameters.items():
 
-        def note(got: Tensor, name: str = name) -> None:
-            assert got.grad is not None
-            largest[name] = got.grad.detach().abs().max()
+            def note(accumulated: Tensor, name: str = name) -> None:
+                assert accumulated.grad is not None
+                largest[name] = accumulated.grad.detach().abs().max()
 
-        if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
-    try:
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
         yield largest
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
 def _dropout(roles: Roles) -> Iterator[set[str]]:
-    """Inside, the dropout modules are noted that are on while something is computed to be learned from."""
+    """Inside, the dropout modules are noted that are on in a pass with gradients."""
     modules = {name: module for name, module in roles.named_modules() if isinstance(module, nn.Dropout)}
     on: set[str] = set()
 
@@ -241,8 +227,3 @@ def _dropout(roles: Roles) -> Iterator[set[str]]:
         yield on
     finally:
         hook.remove()
-
-
-def _module(roles: Roles, name: str) -> str:
-    """The adapted module of an adapter's tensor; of a whole model's, the tensor itself."""
-    return roles.adapter.module_of(name) if isinstance(roles, SharedBase) else name

@@ -1,7 +1,7 @@
 """Parameters changed for a moment by a known amount, to see who computes with them.
 
 An update of training is smaller than the rounding of a bfloat16 base, and where RL starts from the bare base all
-roles are equal: there a stale sampler, or one that computes as another role, cannot be seen. A perturbation of the
+roles are equal: a stale sampler, or one that computes as another role, cannot be seen there. A perturbation of the
 parameters is as large as it has to be. Afterwards they are the same bytes again.
 """
 
@@ -12,11 +12,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-WHOLE = 2**22
-"""Tensors of more elements (most adapters have fewer) are perturbed in part, so that little has to be kept."""
+LARGE = 2**22
+"""Elements of a tensor above which only `PART` of them are perturbed and kept; most adapters have fewer."""
 PART = 4096
-"""Elements of those."""
-SEED = 0
 
 
 @contextlib.contextmanager
@@ -41,8 +39,8 @@ def perturbed(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]
             of its width would have, if that is more (LoRA's B starts at zero).
     """
     with restored(parameters) as parts:
-        for number, part in enumerate(parts):
-            generator = torch.Generator(part.device).manual_seed(SEED + number)
+        for seed, part in enumerate(parts):
+            generator = torch.Generator(part.device).manual_seed(seed)
             noise = torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.float32)
             unit = max(float(part.float().square().mean().sqrt()), 1 / math.sqrt(part.shape[-1]))
             part.add_((noise * (size * unit)).to(part.dtype))
@@ -52,4 +50,4 @@ def perturbed(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]
 def part_of(parameter: nn.Parameter) -> Tensor:
     """The part of a parameter that may be perturbed: all of it, or of a large one the first elements, flat."""
     data = parameter.data
-    return data if data.numel() <= WHOLE or not data.is_contiguous() else data.view(-1)[:PART]
+    return data if data.numel() <= LARGE or not data.is_contiguous() else data.view(-1)[:PART]

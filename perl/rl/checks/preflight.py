@@ -1,7 +1,6 @@
-"""Preflight: before the first update, do the parts fit together? Each check is a figure, and what it should be.
+"""Preflight: before the first update, do the parts fit together? Each check is a value and its limit.
 
-What goes wrong between the stages goes wrong in silence: RL then trains for hours on noise. A few
-completions show it.
+A fault between the stages raises nothing: RL trains on noise for hours. A few completions show it.
 
 Axis letters: B completions, T completion positions.
 """
@@ -17,6 +16,7 @@ from perl.results import Check
 from perl.rl.checks.findings import CLOSE_LOG_PROBS, Finding, require
 from perl.rl.checks.tracking import (
     against_the_reference,
+    another_temperature,
     at_the_temperature,
     fitted_temperature,
     follows_the_policy,
@@ -27,20 +27,20 @@ from perl.rl.checks.tracking import (
 from perl.rl.checks.wiring import adapters_as_configured, base_unchanged, dropout_off, roles_apart
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k3
-from perl.rl.rewards.model import with_written_end
+from perl.rl.rewards.model import RewardModel, with_written_end
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role, Roles
+from perl.roles.roles import Role
 
 COMPLETIONS = 8
-"""Completions that are looked at, at most."""
+"""Completions that are read, at most."""
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far scores may lie apart that are the same by arithmetic, by the base's dtype."""
+"""How far scores equal by arithmetic may lie apart, by the base's dtype."""
 KL_LIMIT = 1e-3
-"""Nats a completion; policy and reference are the same numbers then."""
+"""Nats a completion, before the first update: policy and reference are the same numbers then."""
 
 EarlierStages = Callable[[Samples, bool], Iterator[Finding]]
-"""Whether what earlier stages left is what they trained; told whether it is checked again."""
+"""Whether earlier stages left what they trained; told whether this is checked again."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Preflight:
         return require(self._checks(samples, again), when, self.where, quiet=again)
 
     def _checks(self, samples: Samples, again: bool) -> Iterator[Finding]:
-        """The checks that this recipe allows; what later ones rest on comes first."""
+        """The checks that this recipe allows, in the order of what rests on what."""
         collector, roles = self.collector, self.collector.roles
         base = base_unchanged(roles)
         yield base
@@ -109,32 +109,42 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
     chat, reward, sampling = collector.chat, collector.reward, collector.sampling
     ends = [chat.ends(prompt.context) for prompt in prompts.prompts]
     completions = samples.completions()
-    wrong_end = any(sampling.end_ids != wanted for wanted in ends) or any(
-        ended and tokens[-1] not in wanted
-        for tokens, wanted, ended in zip(completions, ends, samples.ended_B.tolist(), strict=True)
-    )
-    elsewhere = 0
-    if reward.model is not None:
-        read = with_written_end(samples, ends[0]).completions()
-        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts.ids, read, strict=True)]
-        at_the_end = [_read_at_last_token(collector.roles, row) for row in rows]
-        found = reward.model.scores(samples)
-        elsewhere = sum(
-            not abs(one - other) <= CLOSE[collector.dtype] for one, other in zip(found, at_the_end, strict=True)
-        )
-    if wrong_end:
-        here, there = (
-            " or ".join(map(repr, chat.tokenizer.convert_ids_to_tokens(list(some))))
-            for some in (sampling.end_ids, ends[0])
+    rows = zip(completions, ends, samples.ended_B.tolist(), strict=True)
+    if any(
+        sampling.end_ids != expected or (ended and tokens[-1] not in expected) for tokens, expected, ended in rows
+    ):
+        elsewhere = len(completions)
+        sampled, trained = (
+            " or ".join(map(repr, chat.tokenizer.convert_ids_to_tokens(list(ids))))
+            for ids in (sampling.end_ids, ends[0])
         )
         cause = (
-            f"a wrong chat template or end-of-turn token: completions here end with {here or 'nothing'}, those "
-            f"that the reward was trained on end with {there}."
+            f"a wrong chat template or end-of-turn token: completions here end with {sampled or 'nothing'}, those "
+            f"that the reward was trained on end with {trained}."
         )
     else:
+        elsewhere = (
+            0 if reward.model is None else _read_elsewhere(collector, reward.model, prompts, samples, ends[0])
+        )
         cause = "padding on the wrong side: the score is read at a padding token, or at a token before the end."
     words = f"of {len(completions)} completions, those whose reward is not read at their last token"
-    return Finding("read at the end", words, len(completions) if wrong_end else elsewhere, 0.0, cause)
+    return Finding("read at the end", words, elsewhere, 0.0, cause)
+
+
+@torch.no_grad()
+def _read_elsewhere(
+    collector: Collector, model: RewardModel, prompts: EncodedPrompts, samples: Samples, ends: tuple[int, ...]
+) -> int:
+    """Completions whose score is not the head's on their last token's hidden state, each read alone."""
+    roles, elsewhere = collector.roles, 0
+    completions = with_written_end(samples, ends).completions()
+    for prompt, tokens, score in zip(prompts.ids, completions, model.scores(samples), strict=True):
+        ids_BL = torch.tensor([[*prompt, *tokens]], device=roles.device)
+        with roles.role(Role.REWARD):
+            hidden_BLD = roles.trunk(ids_BL, torch.ones_like(ids_BL).bool())
+        at_the_end = float(roles.head(Role.REWARD)(hidden_BLD[0, -1].float()))
+        elsewhere += not abs(score - at_the_end) <= CLOSE[collector.dtype]
+    return elsewhere
 
 
 def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Finding:
@@ -144,47 +154,41 @@ def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Fin
         noise: nats a token that rounding makes of a pass.
     """
 
-    def read(log_probs_BT: Tensor) -> float:
+    def off(log_probs_BT: Tensor) -> float:
         return gap(log_probs_BT, samples.sampler_log_probs_BT, samples)
 
-    figure = read(collector.log_probs(Role.POLICY, samples))
+    figure = off(collector.log_probs(Role.POLICY, samples))
     limit = max(CLOSE_LOG_PROBS[collector.dtype], 2 * noise)
-    cause = "" if figure <= limit else _why_not_as_read(collector, read, samples, figure)
+    cause = "" if figure <= limit else _why_not_as_read(collector, off, samples, figure / 2)
     words = "the sampler's log-probs against a forward pass over its completions, mean difference a token"
     return Finding("sampled as read", words, figure, limit, cause)
 
 
-def _why_not_as_read(
-    collector: Collector, read: Callable[[Tensor], float], samples: Samples, figure: float
-) -> str:
-    """What brings the forward pass closer to the sampler."""
+def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], samples: Samples, enough: float) -> str:
+    """What brings the forward pass closer to the sampler: less than `enough` nats a token apart."""
     temperature = collector.sampling.temperature
+    fitted, _ = fitted_temperature(collector, samples)
     others = [temperature * 2 ** (power / 4) for power in range(-8, 9) if power]
-    off, _ = fitted_temperature(collector, samples)
-    others.append(temperature * math.exp(max(-2.0, min(off, 2.0))))
-    gaps = {other: read(collector.log_probs(Role.POLICY, samples, other)) for other in others}
+    others.append(temperature * math.exp(max(-2.0, min(fitted, 2.0))))
+    gaps = {other: off(collector.log_probs(Role.POLICY, samples, other)) for other in others}
     nearest = min(gaps, key=gaps.__getitem__)
-    if gaps[nearest] < 0.5 * figure:
-        return (
-            f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-            f"{nearest:.3g}, rl.temperature is {temperature:g}."
-        )
-    if read(_alone(collector, samples, temperature)) < 0.5 * figure:
+    if gaps[nearest] < enough:
+        return another_temperature(nearest, temperature)
+    if off(_alone(collector, samples, temperature)) < enough:
         return "rows read alone agree, rows read together do not: padding on the wrong side, or positions."
-    others_roles = collector.roles.roles - {Role.POLICY, Role.CRITIC}
-    for role in sorted(others_roles):
-        if read(collector.log_probs(role, samples)) < 0.5 * figure:
+    for role in sorted(collector.roles.roles - {Role.POLICY, Role.CRITIC}):
+        if off(collector.log_probs(role, samples)) < enough:
             return f"the sampler computes as a wrong role: {role} instead of {Role.POLICY}. This is a bug."
     return "the sampler computes as another role, or its cache or positions are off. This is a bug."
 
 
 def begins_as_the_reference(collector: Collector, samples: Samples) -> Finding:
-    """KL to the reference, k3 estimate (never negative, and 0 only of equals), in nats a completion."""
+    """KL to the reference by the k3 estimate (0 only of equals, else positive), nats a completion."""
     roles = collector.roles
     policy_BT, reference_BT = (collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference))
     kl_BT = kl_k3(policy_BT, reference_BT).masked_fill(~samples.completion_mask_BT, 0.0)
-    ours, theirs = roles.weights(Role.POLICY), roles.weights(roles.reference)
-    if theirs and all(torch.equal(ours[name], theirs[name]) for name in ours):
+    policy, reference = roles.weights(Role.POLICY), roles.weights(roles.reference)
+    if reference and all(torch.equal(policy[name], reference[name]) for name in policy):
         cause = "the weights are equal, so they are computed differently: dropout is on, or the padding differs."
     else:
         cause = f"the policy did not begin as a copy of {roles.reference}; its adapter is another's."
@@ -198,21 +202,7 @@ def _alone(collector: Collector, samples: Samples, temperature: float) -> Tensor
     log_probs_BT = torch.zeros_like(samples.sampler_log_probs_BT)
     for row, (prompt, tokens) in enumerate(zip(samples.prompt_ids(), samples.completions(), strict=True)):
         ids_BL = torch.tensor([[*prompt, *tokens]], device=collector.roles.device)
-        outputs = collector.roles(
-            Role.POLICY,
-            ids_BL,
-            torch.ones_like(ids_BL).bool(),
-            completion_length=len(tokens),
-            temperature=temperature,
-        )
-        log_probs_BT[row, : len(tokens)] = outputs.log_probs_BT[0]
+        mask_BL, length = torch.ones_like(ids_BL).bool(), len(tokens)
+        outputs = collector.roles(Role.POLICY, ids_BL, mask_BL, completion_length=length, temperature=temperature)
+        log_probs_BT[row, :length] = outputs.log_probs_BT[0]
     return log_probs_BT
-
-
-@torch.no_grad()
-def _read_at_last_token(roles: Roles, row: list[int]) -> float:
-    """The reward head on the hidden state of a row's last token, the row alone and without padding."""
-    ids_BL = torch.tensor([row], device=roles.device)
-    with roles.role(Role.REWARD):
-        hidden_BLD = roles.trunk(ids_BL, torch.ones_like(ids_BL).bool())
-    return float(roles.head(Role.REWARD)(hidden_BLD[0, -1].float()))

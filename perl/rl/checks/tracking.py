@@ -25,16 +25,16 @@ from perl.rl.samplers.base import Samples
 from perl.roles.roles import Role
 
 STEP = 1.05
-"""A factor of temperature, by which its effect on each token is measured."""
+"""Factor of temperature by which its effect on each token is measured."""
 TEMPERATURE = 0.02
 """How far the sampler's temperature may be off, as a share, beside four standard errors."""
 NATS = 0.5
 """What a perturbation should move a token by: far above rounding, and not so far that all becomes random."""
 LARGEST = 1.0
-"""Of a perturbation: a model that does not move under it has no large log-probs to move."""
+"""Perturbation; a model that does not move under it has no large log-probs to move."""
 TRIES = 4
 FOLLOWS = 0.05
-"""Of the policy's movement, what the sampler may miss beside what rounding explains."""
+"""Share of the policy's movement that the sampler may miss beside what rounding explains."""
 TOKENS = 32
 """Length of the completions that a perturbed policy draws."""
 
@@ -45,10 +45,10 @@ def gap(one_BT: Tensor, other_BT: Tensor, samples: Samples) -> float:
 
 
 def rounding_noise(collector: Collector, samples: Samples) -> float:
-    """What rounding makes of the policy's log-probs, nats a token: all processes' is the main one's.
+    """What rounding makes of the policy's log-probs, nats a token, measured by the main process.
 
-    Half of the embeddings' elements are moved by one unit in the last place, which is what two equally right
-    computations differ by; what comes out is how far the model blows that up.
+    Half of the embeddings' elements are moved by one unit in the last place, as two equally right computations
+    differ; the result is how far the model amplifies that.
     """
     embeddings = {model.get_input_embeddings() for model in collector.roles.models()}
     generator = torch.Generator(collector.roles.device).manual_seed(0)
@@ -57,7 +57,7 @@ def rounding_noise(collector: Collector, samples: Samples) -> float:
         up = torch.rand(output_BLD.shape, generator=generator, device=output_BLD.device) < 0.5
         return torch.where(up, torch.nextafter(output_BLD, torch.full_like(output_BLD, math.inf)), output_BLD)
 
-    samples = replace(samples, lower_hidden_BLD=None)  # which would go on from behind the embeddings
+    samples = replace(samples, lower_hidden_BLD=None)  # else the embeddings are skipped
     plain_BT = collector.log_probs(Role.POLICY, samples)
     hooks = [embedding.register_forward_hook(nudge) for embedding in embeddings]
     try:
@@ -88,18 +88,23 @@ def at_the_temperature(collector: Collector, samples: Samples) -> Finding:
     """The temperature that the sampler drew at is the recipe's."""
     off, error = fitted_temperature(collector, samples)
     temperature = collector.sampling.temperature
-    cause = (
-        f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-        f"{temperature * math.exp(off):.3g}, rl.temperature is {temperature:g}."
-    )
     words = "the sampler's temperature, fitted to its log-probs, off by a share of"
+    cause = another_temperature(temperature * math.exp(off), temperature)
     return Finding("temperature", words, abs(off), TEMPERATURE + 4 * error, cause)
 
 
-def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: float) -> Iterator[Finding]:
-    """The policy is perturbed, and the sampler draws on: its log-probs are to be the perturbed policy's.
+def another_temperature(fitted: float, temperature: float) -> str:
+    """The cause, where the sampler's log-probs fit another temperature than the recipe's."""
+    return (
+        f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
+        f"{fitted:.3g}, rl.temperature is {temperature:g}."
+    )
 
-    Where no perturbation moves the policy far enough above rounding, nothing is said.
+
+def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: float) -> Iterator[Finding]:
+    """The sampler's log-probs under a perturbed policy are the perturbed policy's.
+
+    There is no finding where no perturbation moves the policy far enough above rounding.
 
     Args:
         noise: nats a token that rounding makes of a pass.
@@ -113,22 +118,19 @@ def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: flo
             break
         size = min(LARGEST, size * min(max(target / max(drawn.moved, 1e-9), 1 / 16), 16))
         drawn = _draw_perturbed(collector, prompts, size)
-    yield from moves_alike(
-        "sampler follows the policy",
-        "the policy perturbed: what the sampler's log-probs miss of its movement, as a share",
-        drawn,
-        noise,
-    )
+    words = "the policy perturbed: what the sampler's log-probs miss of its movement, as a share"
+    yield from moves_alike("sampler follows the policy", words, drawn, noise)
     if drawn.values_BT is not None and drawn.samples.read_BT is not None:
         size = float(masked_mean(drawn.values_BT.abs(), drawn.samples.completion_mask_BT))
         missed = gap(drawn.samples.read_BT, drawn.values_BT, drawn.samples)
         cause = "the head is lost, or the sampler reads values off another role's states. This is a bug."
         words = "the critic perturbed: the values read in sampling against a forward pass, difference as a share"
-        yield Finding("values as read", words, missed / max(size, 1e-12), _values_limit(collector), cause)
+        limit = 0.02 if collector.dtype == torch.float32 else 0.3
+        yield Finding("values as read", words, missed / max(size, 1e-12), limit, cause)
 
 
 class Moved(NamedTuple):
-    """Completions with the policy's log-probs (B, T) of them, by a forward pass, before and after it moved."""
+    """Completions, and the policy's log-probs of them by a forward pass before and after it moved."""
 
     samples: Samples
     before_BT: Tensor
@@ -136,7 +138,7 @@ class Moved(NamedTuple):
     moved: float
     """Nats a token; the main process's."""
     values_BT: Tensor | None = None
-    """Of the shared critic after it moved."""
+    """The shared critic's, after the move."""
 
 
 def moves_alike(name: str, words: str, policy: Moved, noise: float) -> Iterator[Finding]:
@@ -154,9 +156,18 @@ def moves_alike(name: str, words: str, policy: Moved, noise: float) -> Iterator[
 
 def against_the_reference(collector: Collector, samples: Samples) -> Moved:
     """How the policy moved away from its reference since RL began, on what it has drawn."""
-    before_BT, after_BT = (collector.log_probs(role, samples) for role in (collector.roles.reference, Role.POLICY))
+    return _moved(
+        collector,
+        samples,
+        *(collector.log_probs(role, samples) for role in (collector.roles.reference, Role.POLICY)),
+    )
+
+
+def _moved(
+    collector: Collector, samples: Samples, before_BT: Tensor, after_BT: Tensor, values_BT: Tensor | None = None
+) -> Moved:
     moved = collector.processes.broadcast(gap(before_BT, after_BT, samples))
-    return Moved(samples, before_BT, after_BT, moved)
+    return Moved(samples, before_BT, after_BT, moved, values_BT)
 
 
 def _draw_perturbed(collector: Collector, prompts: EncodedPrompts, size: float) -> Moved:
@@ -169,24 +180,17 @@ def _draw_perturbed(collector: Collector, prompts: EncodedPrompts, size: float) 
         after_BT, values_BT = collector.read(Role.POLICY, samples, collector.sampling.temperature, head)
     sampler.sync(Role.POLICY)
     assert after_BT is not None
-    before_BT = collector.log_probs(Role.POLICY, samples)
-    moved = collector.processes.broadcast(gap(before_BT, after_BT, samples))
-    return Moved(samples, before_BT, after_BT, moved, values_BT)
-
-
-def _values_limit(collector: Collector) -> float:
-    return 0.02 if collector.dtype == torch.float32 else 0.3
+    return _moved(collector, samples, collector.log_probs(Role.POLICY, samples), after_BT, values_BT)
 
 
 def _diagnosis(slope: float) -> str:
-    """What a sampler does that moves by this share of what the policy moves by."""
+    """What a sampler does that moves by this share of the policy's movement."""
     if abs(slope) < 0.2:
-        return (
-            "the sampler is stale, or computes as a wrong role: it does not see what the policy learns. "
-            "This is a bug."
-        )
-    if slope > 1.3:
-        return "the scale is doubled, or the adapter is merged into the base and computed besides. This is a bug."
-    if slope < 0.9:
-        return "the rank is truncated, the scale too small, or the sampler one step late. This is a bug."
-    return "the sampler computes something else than the policy. This is a bug."
+        cause = "the sampler is stale, or computes as a wrong role: it does not see what the policy learns"
+    elif slope > 1.3:
+        cause = "the scale is doubled, or the adapter is merged into the base and computed besides"
+    elif slope < 0.9:
+        cause = "the rank is truncated, the scale too small, or the sampler one step late"
+    else:
+        cause = "the sampler computes something else than the policy"
+    return f"{cause}. This is a bug."

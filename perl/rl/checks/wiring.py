@@ -1,6 +1,6 @@
-"""Who computes with whose parameters: each role's are perturbed in turn, and what every role says is read again.
+"""Which role computes with whose parameters: each role's are perturbed in turn, and every role is read again.
 
-Before the first update of a recipe with RL alone all roles equal the base, so that roles that are mixed up say the
+Before the first update of a recipe with RL alone all roles equal the base, so roles that are mixed up compute the
 same. Under perturbation they do not.
 
 Axis letters: N tokens, I inputs and O outputs of a layer.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perl.adapters.kind import AdaptedLayer
-from perl.rl.checks.findings import Finding, named
+from perl.rl.checks.findings import Finding, bugs, named
 from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap
 from perl.rl.collector import Collector
@@ -35,40 +35,39 @@ DEVIATION = 0.05
 def base_unchanged(roles: Roles) -> Finding:
     """The base's weights are the bytes that were loaded."""
     changed = roles.base_changed()
-    cause = f"an adapter was merged into the base, or the base was trained: {named(changed)}. This is a bug."
-    return Finding("base unchanged", "tensors of the base that are not as loaded", len(changed), 0.0, cause)
+    cause = f"an adapter was merged into the base, or the base was trained: {named(changed)}"
+    return bugs("base unchanged", "tensors of the base that are not as loaded", len(changed), cause)
 
 
 def dropout_off(collector: Collector, samples: Samples, noise: float) -> Finding:
-    """Two equal passes say the same, with the policy perturbed so that its adapter matters.
+    """Two equal passes give the same, with the policy perturbed so that its adapter matters.
 
     Args:
         noise: nats a token that rounding makes of a pass.
     """
     with perturbed(collector.roles.parameters_of(Role.POLICY), SIZE):
-        once, again = (collector.log_probs(Role.POLICY, samples) for _ in range(2))
-    figure = gap(once, again, samples)
+        first_BT, second_BT = (collector.log_probs(Role.POLICY, samples) for _ in range(2))
     cause = "dropout is on: something was left in training mode. This is a bug."
     words = "two equal passes of the policy, mean difference a token"
-    return Finding("dropout off", words, figure, max(1e-4, 2 * noise), cause)
+    return Finding("dropout off", words, gap(first_BT, second_BT, samples), max(1e-4, 2 * noise), cause)
 
 
 def roles_apart(collector: Collector, samples: Samples) -> Finding:
     """Each role computes with its own weights and head, and with nobody else's."""
     roles = collector.roles
-    wrong = []
     head = roles.parameters_of(Role.CRITIC) if Role.CRITIC in roles.heads else []
     with perturbed(head, SIZE):  # a new head gives 0, whatever it reads
-        before = _readings(collector, samples)
-        noise = _moved(before, _readings(collector, samples))
-        own: dict[Role, float] = {}
-        seen: list[tuple[Role, str, dict[Role, float]]] = []
-        for role, part, parameters in _parts(roles, before):
+        before = _outputs(collector, samples)
+        noise = _moved(before, _outputs(collector, samples))
+        tried: list[tuple[Role, str, dict[Role, float]]] = []
+        for role, part, parameters in _parts(roles, list(before)):
             with perturbed(parameters, SIZE):
-                moved = _moved(before, _readings(collector, samples))
-            own[role] = max(own.get(role, 0.0), moved[role])
-            seen.append((role, part, moved))
-    for role, part, moved in seen:
+                tried.append((role, part, _moved(before, _outputs(collector, samples))))
+    own: dict[Role, float] = {}
+    for role, _, moved in tried:
+        own[role] = max(own.get(role, 0.0), moved[role])
+    wrong = []
+    for role, part, moved in tried:
         if moved[role] <= 10 * noise[role]:
             lost = "its head is lost" if part == "head" else "it computes as another role, or as the base"
             wrong.append(f"the {role} does not depend on its own {part}: {lost}")
@@ -76,37 +75,34 @@ def roles_apart(collector: Collector, samples: Samples) -> Finding:
             shared = role is Role.POLICY and other is Role.CRITIC and not roles.weights(other)
             if other is not role and not shared and by > max(10 * noise[other], LEAK * own.get(other, own[role])):
                 wrong.append(f"the {other} computes with the {part} of the {role}: a wrong role")
-    cause = f"{'; '.join(wrong)}. This is a bug."
-    return Finding(
-        "roles apart", "roles that compute with what is not theirs, or not with theirs", len(wrong), 0, cause
-    )
+    words = "roles that compute with what is not theirs, or not with theirs"
+    return bugs("roles apart", words, len(wrong), "; ".join(wrong))
 
 
-def _parts(roles: Roles, readings: dict[Role, Tensor]) -> Iterator[tuple[Role, str, list[nn.Parameter]]]:
-    """The weights and heads of the roles that say something."""
-    for role in readings:
+def _parts(roles: Roles, tried: list[Role]) -> Iterator[tuple[Role, str, list[nn.Parameter]]]:
+    for role in tried:
         if weights := list(roles.weights(role).values()):
             yield role, "weights", weights
         if role in roles.heads:
             yield role, "head", list(roles.heads[role].parameters())
 
 
-def _readings(collector: Collector, samples: Samples) -> dict[Role, Tensor]:
-    """What each role says of the same completions: log-probs, rewards before scaling, values."""
+def _outputs(collector: Collector, samples: Samples) -> dict[Role, Tensor]:
+    """What each role computes of the same completions: log-probs, rewards before scaling, values."""
     roles = collector.roles
-    said = {role: collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference)}
+    outputs = {role: collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference)}
     if collector.reward.model is not None:
-        said[Role.REWARD] = torch.tensor(collector.reward.model.scores(samples))
+        outputs[Role.REWARD] = torch.tensor(collector.reward.model.scores(samples))
     if Role.CRITIC in roles.heads:
         reader = Role.CRITIC if roles.weights(Role.CRITIC) else Role.POLICY
         _, values_BT = collector.read(reader, samples, None, Role.CRITIC)
         assert values_BT is not None
-        said[Role.CRITIC] = values_BT
-    return said
+        outputs[Role.CRITIC] = values_BT
+    return outputs
 
 
 def _moved(before: dict[Role, Tensor], after: dict[Role, Tensor]) -> dict[Role, float]:
-    return {role: float((after[role] - said).abs().mean()) for role, said in before.items()}
+    return {role: float((after[role] - output).abs().mean()) for role, output in before.items()}
 
 
 # The adapter of each layer.
@@ -117,9 +113,9 @@ class _Tried(NamedTuple):
 
     layer: str
     ratio: float
-    """Of what the adapter added to what it should, as a factor."""
+    """What the adapter added, as a multiple of what it should have added."""
     deviation: float
-    """Of the one from the other, as a share."""
+    """Mean absolute difference of the two, as a share."""
     rest: float
     """Of the deviation, what another factor does not explain."""
     tolerance: float
@@ -130,16 +126,19 @@ def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
     """Each layer adds what the policy's adapter of now is defined to, in training and in sampling."""
     if not isinstance(roles, SharedBase) or roles.engine.shards_base or roles.engine.hooks_layers:
         return
-    sampling = roles.sampling(Role.POLICY)
-    for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", sampling)):
+    for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", roles.sampling(Role.POLICY))):
         with perturbed(roles.parameters_of(Role.POLICY), SIZE):
             tried, active = _try_layers(roles, context, learning=name == "forward pass")
-            wrong = [one for one in tried if not one.deviation <= one.tolerance]
+            wrong = _wrong(tried)
             again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
-        late = bool(again) and name == "sampler" and all(one.deviation <= one.tolerance for one in again)
-        cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])}). This is a bug."
+        late = bool(again) and name == "sampler" and not _wrong(again)
+        cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])})"
         words = f"layers in which the {name} does not add what the policy's adapter is defined to"
-        yield Finding(f"adapter in the {name}", words, len(wrong), 0.0, cause)
+        yield bugs(f"adapter in the {name}", words, len(wrong), cause)
+
+
+def _wrong(tried: list[_Tried]) -> list[_Tried]:
+    return [one for one in tried if not one.deviation <= one.tolerance]  # NaN is wrong too
 
 
 def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
@@ -153,11 +152,9 @@ def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
     worst = max(wrong, key=lambda one: one.deviation)
     if abs(worst.ratio) < 0.1 + worst.tolerance:
         return f"the {name} is stale: it does not see the policy's weights as they are now"
-    if worst.rest <= worst.tolerance:
-        return f"the scale is wrong: the {name} adds {worst.ratio:.2g} times what it should"
-    return (
-        f"the rank is truncated, or the factors are others: the {name} adds {worst.ratio:.2g} times what it should"
-    )
+    scale_only = worst.rest <= worst.tolerance
+    fault = "the scale is wrong" if scale_only else "the rank is truncated, or the factors are others"
+    return f"{fault}: the {name} adds {worst.ratio:.2g} times what it should"
 
 
 @torch.no_grad()
@@ -165,12 +162,10 @@ def _try_layers(
     roles: SharedBase, context: AbstractContextManager[Any], learning: bool
 ) -> tuple[list[_Tried], set[str]]:
     """Each layer whose adapter can be tried alone, and which adapters were active."""
-    tried, active = [], set[str]()
     with context:
-        for adapted in roles.adapter.layers(Role.POLICY):
-            active |= adapted.active
-            tried.append(_try_layer(roles, adapted, learning))
-    return tried, active
+        layers = list(roles.adapter.layers(Role.POLICY))
+        active = set[str]().union(*(layer.active for layer in layers))
+        return [_try_layer(roles, layer, learning) for layer in layers], active
 
 
 def _try_layer(roles: SharedBase, adapted: AdaptedLayer, learning: bool) -> _Tried:

@@ -192,7 +192,7 @@ def test_the_supervised_stages_refuse_too(
     mixed_data: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer: Any = sft._Trainer if stage == "sft" else reward._RewardTrainer
+    trainer: Any = sft.RoleTrainer if stage == "sft" else reward.RewardTrainer
     before, calls = trainer.compute_loss, 0
 
     def spoilt(self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from perl.commands.data_check import balance, check, counts, sizes
+from perl.commands.data import balance, check, counts, sizes
 from perl.data.records import Comparison, Demonstration, Prompt, Rating, Records, Turn
 from perl.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What a source holds, in numbers, and every row of it that cannot be used: `perl-rlhf data check`."""
+"""`data fetch` and `data check`: published data on this machine; what a source holds, and every bad row of it."""
 
 import math
 import statistics
@@ -12,18 +12,29 @@ from rich.table import Table
 
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
-from perl.data.sources import find_source, load_rows, parse_source
+from perl.data.sources import fetch_source, find_source, load_rows, parse_source
 from perl.recipe import load_recipe
+from perl.system.progress import console as messages
 
 SHOWN_PROBLEMS = 50
 
 
-def check(source_or_file: str) -> int:
-    """Prints the description of a source or file, then every bad row: the first 50 and how many more.
+def data_fetch(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Such as taskmaster-coffee.")],
+) -> None:
+    """Download a source, checked against pinned hashes."""
+    messages.print(f"{source} is in {fetch_source(source)}", markup=False)
 
-    Args:
-        source_or_file: `SOURCE`, `SOURCE:PATH` or a file, as `parse_source` reads it; or a recipe, whose data are
-            described, of a source in its plugins too.
+
+def data_check(
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
+) -> None:
+    """Describe a source or file, and name every bad row."""
+    raise typer.Exit(check(source))
+
+
+def check(source: str) -> int:
+    """Print what a source, a file or a recipe's data hold, then the first 50 bad rows and how many more there are.
 
     Returns:
         The exit code: 0, or 2 if any row is bad.
@@ -31,16 +42,16 @@ def check(source_or_file: str) -> int:
     Raises:
         UserError: there is no such source or file, or no usable row in it.
     """
-    if source_or_file.endswith((".yaml", ".yml")):
-        recipe = load_recipe(source_or_file)
+    if source.endswith((".yaml", ".yml")):
+        recipe = load_recipe(source)
         name, path, seed = recipe.data.source, recipe.data.path, recipe.seed
     else:
-        (name, path), seed = parse_source(source_or_file), 0
-    source, records = find_source(name), load_rows(name, path, seed)
+        (name, path), seed = parse_source(source), 0
+    row, records = find_source(name), load_rows(name, path, seed)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{name}: {'; '.join(filter(None, (source.description, source.licence, source.homepage)))}")
+    console.print(f"{name}: {'; '.join(filter(None, (row.description, row.licence, row.homepage)))}")
     console.print(_table("", {kind: counts(rows) for kind, rows in kinds.items()}))
     console.print(_table("median/95 %/longest", {kind: sizes(rows) for kind, rows in kinds.items()}))
     for line in _facts(records):
@@ -53,7 +64,7 @@ def check(source_or_file: str) -> int:
         console.print("every row is usable")
         return 0
     console.print(f"{len(records.problems):,} rows left out")
-    Console(stderr=True).print("Mend or remove the rows named: a run would go on without them.")
+    messages.print("Mend or remove the rows named: a run would go on without them.")
     return 2
 
 
@@ -130,20 +141,13 @@ def _facts(records: Records) -> Iterator[str]:
 def balance(ratings: Sequence[Rating]) -> str:
     """The labels of ratings; a reward model's accuracy means nothing without that of a constant answer."""
     up = sum(rating.label for rating in ratings)
-    contradictions = sum(len(given) == 2 for given in labels_by_answer(ratings).values())
+    contradictions = sum(len(values) == 2 for values in labels_by_answer(ratings).values())
     labels: dict[Context, set[bool]] = defaultdict(set)
     for rating in without_repeats(ratings):
         labels[rating.context].add(rating.label)
-    mixed = sum(len(given) == 2 for given in labels.values())
+    mixed = sum(len(values) == 2 for values in labels.values())
     return (
         f"{up:,} thumbs up, {len(ratings) - up:,} down: a constant answer is right for "
         f"{max(up, len(ratings) - up) / len(ratings):.1%}; {contradictions:,} answers with both labels; "
         f"{mixed:,} contexts with both labels, which make {len(pair_ratings(ratings)):,} pairs"
     )
-
-
-def data_check(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
-) -> None:
-    """Describe a source or file, and name every bad row."""
-    raise typer.Exit(check(source))

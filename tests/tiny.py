@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.lora import Lora
 from perl.recipe.adapter import LoraSettings
 
@@ -31,3 +32,23 @@ def random_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaFor
 def lora(lm: PreTrainedModel, rank: int = 4, alpha: float = 8, **settings: Any) -> Lora:
     """LoRA on all linear layers, unless other settings are given."""
     return Lora(lm, LoraSettings(rank=rank, alpha=alpha, **settings))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 8},
+    "rslora": {"rank": 4, "alpha": 8},
+    "dora": {"rank": 4, "alpha": 8},
+    "ia3": {},
+    "vera": {"rank": 8},
+    "miss": {"rank": 6},
+    "series": {"bottleneck": 8},
+    "parallel": {"bottleneck": 8},
+}
+"""Settings of every kind of adapters for models of this size."""
+
+
+def adapter_of_kind(lm: PreTrainedModel, kind: str, **settings: Any) -> AdapterKind:
+    """Adapters of a kind, small; what is given replaces settings or adds to them."""
+    row = ADAPTERS[kind]
+    named = {} if kind == "lora" else {"kind": kind}
+    return row(lm, row.settings_type.model_validate({**named, **KINDS[kind], **settings}))

@@ -5,55 +5,54 @@ peft's own forward, and its handling of several adapters, are replaced where `pe
 """
 
 import contextlib
-import dataclasses
-import json
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from peft.functional import inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.adapters import experts, low_rank
-from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
+from perl.adapters.kind import AdaptedLayer, AdapterKind
+from perl.adapters.peft_kind import PeftKind, unmoved
 from perl.adapters.targets import choose, linear_layers
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.private.peft import LoraLayer, ParamWrapper
 from perl.recipe.adapter import LoraSettings
-
-FACTORS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
-"""Of peft's configuration, what says how the weights compute."""
+from perl.recipe.section import Section
 
 
-class Lora(AdapterKind):
+class Lora(PeftKind):
     """LoRA; a variant that peft has is a subclass whose `config` says so."""
 
-    settings_type = LoraSettings
+    settings_type: ClassVar[type[Section]] = LoraSettings
     section = "lora"
-    mark, wrapper = "lora_", "base_layer."
+    mark = "lora_"
+    layer_type = LoraLayer
+    meaning = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
+    name = "LoRA"
+    """Of the variant, for people."""
+    zeros_change_nothing = True
+    """Whether an adapter of zeros computes as the base."""
     settings: LoraSettings
+    config: LoraConfig
 
     def __init__(self, lm: PreTrainedModel, settings: LoraSettings) -> None:
         super().__init__(lm, settings)
-        self.config = self.peft_config()
-        modules, parameters = self.config.target_modules or (), self.config.target_parameters or ()
-        self.adapted = frozenset({*(f"{name}.weight" for name in modules), *parameters})
+        self.adapted |= frozenset(self.config.target_parameters or ())
         if self.config.init_lora_weights not in (True, "gaussian"):
             raise UserError(
                 f"LoRA that starts by {self.config.init_lora_weights!r} changes the base, which all roles share",
-                where="lora",
+                where=self.section,
                 remedy="Leave init_lora_weights as peft has it.",
             )
         self._own_forward = True
-        self._layers: list[Any] = []
 
     @property
     def shape(self) -> list[str]:
@@ -61,7 +60,7 @@ class Lora(AdapterKind):
         return ["rank", "alpha", "targets", "layers"]
 
     def __str__(self) -> str:
-        return f"LoRA of rank {self.settings.rank}, alpha {self.settings.alpha:g}"
+        return f"{self.name} of rank {self.settings.rank}, alpha {self.settings.alpha:g}"
 
     def peft_config(self) -> LoraConfig:
         """The shape in peft's terms, with target modules named one by one.
@@ -70,24 +69,23 @@ class Lora(AdapterKind):
             UserError: no such module or layer in the model, or a rank that none of its matrices has.
         """
         settings, lm = self.settings, self.lm
-        wanted = choose(lm, settings.targets, settings.layers, "lora")
-        _refuse_rank(settings.rank, wanted)
+        wanted = choose(lm, settings.targets, settings.layers, self.section)
+        _refuse_rank(settings.rank, wanted, self.section)
         linear = set(linear_layers(lm))
         of_experts = [name for name in wanted if name not in linear]
         if of_experts and settings.dropout:
             raise UserError(
                 f"adapters on experts ({of_experts[0]} and others) have no dropout",
-                where="lora.dropout",
-                remedy="Set it to 0, or name lora.targets without the experts, such as attention.",
+                where=f"{self.section}.dropout",
+                remedy=f"Set it to 0, or name {self.section}.targets without the experts, such as attention.",
             )
-        transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # as GPT-2 stores weights
         return LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             target_modules=[name for name in wanted if name in linear],
             target_parameters=of_experts or None,
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=self._transposed,
         )
 
     @property
@@ -101,43 +99,19 @@ class Lora(AdapterKind):
         if self.config.target_parameters and engine.hooks_layers:
             raise UserError(
                 f"{engine.name} gathers weights layer by layer, and experts with adapters are no such layer",
-                where="lora.targets",
-                remedy="Launch with recipes/engines/fsdp2.yaml, or set lora.targets: attention.",
+                where=f"{self.section}.targets",
+                remedy=f"Launch with recipes/engines/fsdp2.yaml, or set {self.section}.targets: attention.",
             )
         self._own_forward = not engine.hooks_layers
 
     def inject(self, role: str) -> None:
-        """By peft, which wraps each layer once and gives it factors for each role."""
-        try:
-            with warnings.catch_warnings(), experts.targets_as_named():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
-                inject_adapter_in_model(self.config, self.lm, adapter_name=role)
-        except ValueError as error:
-            raise UserError(
-                f"LoRA does not fit this model: {error}",
-                where="lora.targets",
-                remedy="Name modules of this model, or use all-linear.",
-            ) from None
-        self._layers = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
+        """By peft; what computes the same in less time takes the place of its forward."""
+        super().inject(role)
         for layer in self._layers if self._own_forward else ():
             if isinstance(layer, ParamWrapper):
                 experts.compute_with_one_adapter(layer)
             elif low_rank.is_plain_lora(layer, role):
                 low_rank.compute_with_one_adapter(layer)
-
-    def activate(self, role: str | None) -> None:
-        """As peft's `set_adapter`, which would write `requires_grad` too: this is what its forward reads."""
-        for layer in self._layers:
-            layer._active_adapter = [] if role is None else [role]
-
-    def remove(self) -> None:
-        """Put every wrapped layer back in its place."""
-        for name, layer in list(self.lm.named_modules()):
-            above, _, own = name.rpartition(".")
-            if isinstance(layer, LoraLayer) and own != "base_layer":  # of experts there are layers inside layers
-                setattr(self.lm.get_submodule(above), own, layer.get_base_layer())
-        vars(self.lm).pop("peft_config", None)
-        self._layers = []
 
     def train(self, mode: bool) -> None:
         """Switch the dropout on what A is given."""
@@ -155,42 +129,23 @@ class Lora(AdapterKind):
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
         """Plain products with a plain LoRA."""
-        for name, layer in self.lm.named_modules():
-            base: Any = getattr(layer, "base_layer", None)
-            if isinstance(layer, ParamWrapper) or not isinstance(layer, LoraLayer) or role not in layer.lora_A:
-                continue
-            if role in layer.lora_variant or not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
-                continue
-            a_RI, b_OR = (factors[role].weight.detach().float() for factors in (layer.lora_A, layer.lora_B))
+        for adapted in super().layers(role):
+            layer: Any = adapted.layer
+            if role in layer.lora_A and role not in layer.lora_variant:
+                yield adapted
 
-            def added(x_NI: Tensor, a_RI: Tensor = a_RI, b_OR: Tensor = b_OR) -> Tensor:
-                return self.scale * (x_NI @ a_RI.T @ b_OR.T)
-
-            yield AdaptedLayer(name, layer, base, a_RI.shape[1], added, frozenset(layer.active_adapters))
+    @torch.no_grad()
+    def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
+        """The product s B A x."""
+        a_RI, b_OR = (factors[role].weight.float() for factors in (layer.lora_A, layer.lora_B))
+        product: Tensor = x_NI @ a_RI.T @ b_OR.T
+        return self.scale * product
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
         """Ranks whose column is as it began in every B; experts are left out."""
-        moved_R: Tensor | None = None
-        for name, b_OR in now.items():
-            if "lora_B" in name and b_OR.dim() == 2 and b_OR.shape[1] == self.config.r:
-                here_R = ~(b_OR == start.get(name, torch.zeros_like(b_OR))).all(0)
-                moved_R = here_R if moved_R is None else moved_R | here_R
-        return 0 if moved_R is None else int((~moved_R).sum())
-
-    def write_config(self, folder: Path, base: str, heads: list[str] | None) -> None:
-        """As peft does."""
-        self._config_on_disk(base, heads).save_pretrained(str(folder))
-
-    def _config_on_disk(self, base: str, heads: list[str] | None) -> LoraConfig:
-        config = dataclasses.replace(self.config, base_model_name_or_path=base, inference_mode=True)
-        config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
-        config.modules_to_save = heads
-        return config
-
-    def config_fits(self, folder: Path) -> bool:
-        """Whether rank, scale and variant are those here."""
-        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return all(saved[key] == getattr(self.config, key) for key in FACTORS)
+        factors = {name: b_OR for name, b_OR in now.items() if "lora_B" in name and b_OR.dim() == 2}
+        still = [unmoved(b, start.get(name), 1) for name, b in factors.items() if b.shape[1] == self.config.r]
+        return int(torch.stack(still).all(0).sum()) if still else 0
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """For peft; that of a language model also in the form that vLLM and TGI load.
@@ -200,9 +155,9 @@ class Lora(AdapterKind):
         """
         tensors: dict[str, Tensor] = {**self.parameters(role)}
         linear = {name: tensor for name, tensor in tensors.items() if not self._is_of_experts(name)}
-        if not heads:
+        if not heads and self.zeros_change_nothing:
             linear |= self._zeros_elsewhere(linear)
-        config = self._config_on_disk(base, heads)
+        config = self.config_on_disk(base, heads)
         config.target_modules = sorted({self.module_of(name) for name in linear})
         if not experts.is_read_as_named(config, self.lm):
             raise UserError(
@@ -248,21 +203,26 @@ class Lora(AdapterKind):
         """
         plain = (low_rank.is_plain_lora(one, role) for one in self._layers if not isinstance(one, ParamWrapper))
         if not all(plain):
-            super().deltas(role)
-        for name, layer in self.lm.named_modules():
+            AdapterKind.deltas(self, role)
+        for name, layer in self.named_layers():
             if isinstance(layer, ParamWrapper):
                 weight = f"{name}.{layer.parameter_name}"
                 yield weight.replace(self.wrapper, ""), experts.expert_delta(layer, role)
-            elif isinstance(layer, LoraLayer):
-                yield f"{name}.weight", layer.get_delta_weight(role).float()
+            else:
+                yield f"{name}.weight", self.delta(layer, role)
+
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """The product s B A."""
+        product: Tensor = layer.get_delta_weight(role)
+        return product.float()
 
 
-def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]]) -> None:
+def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]], section: str) -> None:
     """Refuse a rank above that of every matrix it is to change: it would cost memory and give nothing."""
     highest = max(min(shape) for shape in wanted.values())
     if rank > highest:
         raise UserError(
             f"no matrix that gets an adapter has a rank of {rank}: the largest has {highest}",
-            where="lora.rank",
+            where=f"{section}.rank",
             remedy=f"Give at most {highest}; 1 to 64 is common.",
         )

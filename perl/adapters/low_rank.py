@@ -125,7 +125,8 @@ class _OneAdapter:
             return self.base_layer(x)  # type: ignore[no-any-return]
         (name,) = self._active_adapter
         kept, learning = self.kept, torch.is_grad_enabled()
-        if kept is not None and kept.name == name and kept.a_IR.dtype == x.dtype and not learning:
+        ready = kept is not None and kept.name == name and kept.a_IR.dtype == x.dtype
+        if ready and not learning and not self.lora_dropout.training:
             y: Tensor = self.base_layer(x)
             _add(y, x, kept.a_IR, kept.b_RO, kept.scale)
             return y

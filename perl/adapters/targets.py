@@ -23,21 +23,27 @@ def choose(
     Raises:
         UserError: no such module or layer in the model.
     """
+    chosen = chosen_layers(lm, layers, section)
+    shapes = {name: shape for name, shape in adaptable(lm).items() if layer_index(name) in chosen}
+    wanted = {name: shape for name, shape in shapes.items() if _wanted(name, targets)}
+    _refuse_unmatched(targets, list(shapes), list(wanted), section)
+    return wanted
+
+
+def chosen_layers(lm: PreTrainedModel, layers: str | list[int], section: str) -> list[int]:
+    """The indices of the blocks that get an adapter; arguments and errors as of `choose`."""
     count = lm.config.get_text_config().num_hidden_layers
-    chosen = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
-        layers if isinstance(layers, str) else "", layers
+    chosen: list[int] = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
+        layers if isinstance(layers, str) else "", list(map(int, layers)) if isinstance(layers, list) else []
     )
-    out_of_range = [index for index in chosen if not 0 <= int(index) < count]
+    out_of_range = [index for index in chosen if not 0 <= index < count]
     if out_of_range:
         raise UserError(
             f"no layer {out_of_range[0]}",
             where=f"{section}.layers",
             remedy=f"The base has layers 0 to {count - 1}.",
         )
-    shapes = {name: shape for name, shape in adaptable(lm).items() if layer_index(name) in chosen}
-    wanted = {name: shape for name, shape in shapes.items() if _wanted(name, targets)}
-    _refuse_unmatched(targets, list(shapes), list(wanted), section)
-    return wanted
+    return chosen
 
 
 def _wanted(name: str, targets: str | list[str]) -> bool:

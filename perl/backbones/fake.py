@@ -46,12 +46,17 @@ def fill_with_fakes(module: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None and not isinstance(parameter.data, FakeTensor):
+            if parameter is not None and not _is_in_place(parameter.data):
                 fake = made.setdefault(id(parameter), nn.Parameter(_like(parameter), parameter.requires_grad))
                 part._parameters[name] = fake
         for name, buffer in part._buffers.items():
-            if buffer is not None and not isinstance(buffer, FakeTensor):
+            if buffer is not None and not _is_in_place(buffer):
                 part._buffers[name] = _like(buffer)
+
+
+def _is_in_place(tensor: Tensor) -> bool:
+    """Whether it is fake already; what is computed of a fake and a meta tensor is a fake one there."""
+    return isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -153,11 +153,13 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str,
     settings.append([*smaller, *["rl.micro_batch_size=1"] * rl])
     if full:
         settings.append(["tuning=lora"])
-    elif recipe.lora is not None and recipe.lora.layers == "all":
-        settings.append(["lora.layers=top-half"])
+    elif getattr(recipe.adapter_settings, "layers", None) == "all":
+        section = "adapter" if recipe.lora is None else "lora"
+        settings.append([f"{section}.layers=top-half"])
     if rl and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])
-    if recipe.base.quantization == "none" and recipe.base.build is None:
+    refused = recipe.adapter is not None and recipe.adapter.four_bit_refusal
+    if recipe.base.quantization == "none" and recipe.base.build is None and not refused:
         settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
     settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
     # Of a recipe for full tuning the critic is the other tuning's default.

@@ -33,9 +33,9 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
-    # No smaller depth stands for layers named one by one, nor for adapters of other kinds.
-    full_depth = recipe.lora is None or isinstance(recipe.lora.layers, list)
-    if full_depth or subject.depth <= max(DEPTHS):
+    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
+    if whole or subject.depth <= max(DEPTHS):
         predicted = _predict_at(recipe, subject, subject.depth)
     else:
         low, high = (_predict_at(recipe, subject, depth) for depth in DEPTHS)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
@@ -19,9 +19,14 @@ REFUSED = {
     "corda": REWRITES,
     "loftq": REWRITES,
     "lora_ga": REWRITES,
+    "kasa": REWRITES,
+    "osf": REWRITES,
     "eva": "it starts from activations of the base on training data, which are not collected",
 }
-"""Ways to start LoRA that peft has, and why they are not here."""
+"""Kinds that peft has, and ways to start LoRA, that are not here, and why."""
+
+Targets = Literal["attention", "all-linear"] | list[str]
+Layers = Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]]
 
 
 class LoraSettings(Section):
@@ -34,18 +39,91 @@ class LoraSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
     RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
-    targets: Literal["attention", "all-linear"] | list[str] = "all-linear"
+    targets: Targets = "all-linear"
     """Modules that get an adapter: attention projections (the paper), all linear layers and experts, or names. The
     share of the blocks' weights that is covered is said at the start and in the report."""
-    layers: Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]] = "all"
+    layers: Layers = "all"
     """Blocks that get adapters. What lies below all of them is computed once for all roles."""
 
 
 class AdapterSettings(Section):
     """Settings of adapters that are not LoRA; a kind with settings of its own has a subclass."""
 
+    four_bit_refusal: ClassVar[str | None] = None
+    """Why there is no such adapter on a 4-bit base; None: there is."""
     kind: str
     """A name in `perl.adapters.ADAPTERS`."""
+
+
+class RsLoraSettings(AdapterSettings, LoraSettings):
+    """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA whose scale is alpha / sqrt(rank)."""
+
+
+class DoraSettings(AdapterSettings, LoraSettings):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the directions of a weight's rows, and their lengths."""
+
+    four_bit_refusal = "each pass takes the norms of whole weights"
+
+
+class Ia3Settings(AdapterSettings):
+    """(IA)³ (Liu et al. 2022, arXiv 2205.05638): a learned factor on each output, or on each input, of a layer."""
+
+    targets: Literal["published"] | Targets = "published"
+    """`published`: where peft's table for this architecture has them, which follows the paper: on two of the
+    attention's projections and on the inputs of the MLP's last layer. Else as for LoRA."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+class VeraSettings(AdapterSettings):
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): learned vectors around two random matrices that all share."""
+
+    rank: Positive = 256
+    """Rows of the random matrices' narrow side."""
+    projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the random matrices, which are drawn again wherever an adapter is loaded."""
+    targets: Targets = "all-linear"
+    """As for LoRA."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+class MissSettings(AdapterSettings):
+    """MiSS (Kang and Yin 2024, arXiv 2409.15371): each output adds a learned mix of sums over the inputs."""
+
+    rank: Positive = 64
+    """Sums over the inputs that each output mixes."""
+    targets: Targets = "all-linear"
+    """As for LoRA."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+class BottleneckSettings(AdapterSettings):
+    """Two linear maps through a narrow layer; the defaults are those of LLM-Adapters (arXiv 2304.01933)."""
+
+    bottleneck: Positive = 256
+    """Width of the narrow layer."""
+    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
+    """Between the two maps."""
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """What the adapter's output is multiplied by; He et al. 2022 take 4 for parallel adapters."""
+    targets: Literal["mlp", "attention", "both"] | list[str] = "mlp"
+    """Parts of a block that get an adapter: those of these kinds, or by their names in a block."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+BUILT_IN: dict[str, type[AdapterSettings]] = {
+    "rslora": RsLoraSettings,
+    "dora": DoraSettings,
+    "ia3": Ia3Settings,
+    "vera": VeraSettings,
+    "miss": MissSettings,
+    "series": BottleneckSettings,
+    "parallel": BottleneckSettings,
+}
+"""The settings of the kinds in `perl.adapters.ADAPTERS` beside LoRA, for those who do not import torch."""
 
 
 def _of_its_kind(section: Any) -> Any:
@@ -68,10 +146,10 @@ def _of_its_kind(section: Any) -> Any:
 def _settings_type(kind: str) -> type[Section]:
     if (why := REFUSED.get(kind.lower().replace("-", "_"))) is not None:
         raise ValueError(f"kind {kind} is not supported, because {why}: use kind {LORA}")
-    known = _registered()
+    known = BUILT_IN | {name: row.settings_type for name, row in _registered().items()}
     if kind not in known:
         raise ValueError(f"no adapter kind {kind!r}: {nearest(kind, sorted({LORA, *known}))}")
-    return known[kind].settings_type
+    return known[kind]
 
 
 def _registered() -> "dict[str, type[AdapterKind]]":

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from perl.recipe.adapter import BUILT_IN
 from perl.recipe.recipe import Recipe
 from perl.recipe.rewards import REWARDS
 from perl.recipe.section import Section
@@ -30,8 +31,10 @@ class Key:
 
 
 def recipe_keys() -> Iterator[Key]:
-    """All keys in the order of a recipe; those of `rl.reward`'s kinds, plugins' among them, at the end."""
+    """All keys in the order of a recipe; those of the kinds of `adapter` and of `rl.reward` at the end."""
     yield from _keys_of(Recipe, "")
+    for kind, adapter in BUILT_IN.items():
+        yield from _keys_of(adapter, f"adapter[{kind}].")
     for kind, settings in REWARDS.items():
         yield from _keys_of(settings, f"rl.reward[{kind}].")
 

@@ -59,6 +59,12 @@ class Recipe(Section):
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
             )
+        why = self.adapter.four_bit_refusal if self.adapter is not None else None
+        if why and self.base.quantization != "none":
+            raise ValueError(
+                f"adapters of kind {self.adapter_kind} need whole weights, because {why}: set base.quantization: "
+                "none, or use kind lora"
+            )
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perl.recipe import StageName
+from perl.recipe.adapter import DoraSettings, LoraSettings
 from perl.report.templates import filled
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -58,7 +59,8 @@ def model_card(session: Session, exported: Exported) -> str:
     auto_class += "SequenceClassification" if exported.scores else "CausalLM"
     imported = ["AutoTokenizer", *[auto_class] * exported.whole, *["GenerationConfig"] * (not exported.scores)]
     tokens = base.tokenizer.convert_ids_to_tokens(list(base.chat.end_ids))
-    rank = recipe.lora.rank if recipe.lora is not None else None
+    settings = recipe.adapter_settings
+    rank = settings.rank if isinstance(settings, LoraSettings) and not isinstance(settings, DoraSettings) else None
     served_rank = next((one for one in VLLM_RANKS if rank is not None and one >= rank), None)
     return filled(
         "model_card.md.j2",
@@ -77,6 +79,7 @@ def model_card(session: Session, exported: Exported) -> str:
             "max_new_tokens": recipe.rl.max_new_tokens if recipe.rl else MAX_NEW_TOKENS,
             "stamp": session.stamp(exported.role) if exported.scores else None,
             "form": form,
+            "rank": rank,
             "served_rank": served_rank,
             "ends": " or ".join(f"`{token}`" for token in tokens),
             "metrics": _metrics(session, exported),

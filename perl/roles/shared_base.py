@@ -110,9 +110,8 @@ class SharedBase(Roles):
     @contextlib.contextmanager
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
         """As on `Roles`, with the adapter prepared for many passes."""
-        ready = role in self._adapted and not self.training
-        prepared = self.adapter.sampling(role) if ready else contextlib.nullcontext()
-        with super().sampling(role) as seen, prepared:
+        prepared = self.adapter.sampling(role) if role in self._adapted else contextlib.nullcontext()
+        with prepared, super().sampling(role) as seen:  # once weights are packed nobody can read them
             yield seen
 
     def _add_weights(self, role: Role, copy_of: Role) -> None:

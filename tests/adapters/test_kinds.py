@@ -23,28 +23,28 @@ from perl.roles.roles import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import adapters_for
-from tests.adapters.example_ia3 import Ia3, Ia3Settings
+from tests.adapters.example_bias import Bias, BiasSettings
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
 
-ADAPTERS.pop("ia3")  # importing the example has registered it, for all tests
+ADAPTERS.pop("bias")  # importing the example has registered it, for all tests
 
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example is a kind that a recipe can name."""
-    monkeypatch.setitem(ADAPTERS, "ia3", Ia3)
+    monkeypatch.setitem(ADAPTERS, "bias", Bias)
 
 
 @pytest.fixture
 def plugin(own_registries: None) -> str:
     """The example's file."""
-    return str(Path(__file__).parent / "example_ia3.py")
+    return str(Path(__file__).parent / "example_bias.py")
 
 
-def ia3(folder: Path | None = None, **settings: Any) -> SharedBase:
+def bias(folder: Path | None = None, **settings: Any) -> SharedBase:
     lm = random_llama() if folder is None else load_base(str(folder), torch.float32, torch.device("cpu"))[1]
-    return SharedBase(Ia3(lm, Ia3Settings(kind="ia3", **settings)))
+    return SharedBase(Bias(lm, BiasSettings(kind="bias", **settings)))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -57,39 +57,8 @@ def log_probs(roles: SharedBase, role: Role) -> Tensor:
     return found
 
 
-def test_a_kind_from_outside_trains_roles_one_after_the_other() -> None:
-    """As the stages do: SFT, then a reward model with its head, then a policy that starts from SFT."""
-    roles = ia3()
-    modules = [type(module) for module in roles.lm.modules()]
-    before, bare = roles.base_sha256(), log_probs(roles, Role.BASE)
-    read: dict[Role, Tensor] = {}
-    for role, start in ((Role.SFT, Role.BASE), (Role.REWARD, Role.BASE), (Role.POLICY, Role.SFT)):
-        roles.add(role, copy_of=start, head=role is Role.REWARD)
-        assert torch.equal(log_probs(roles, role), read.get(start, bare)), "it begins as what it starts from"
-        learned = roles.train_only(role)
-        optimizer = torch.optim.AdamW(learned, lr=0.05)
-        with roles.checkpointed(role is Role.POLICY):
-            outputs = roles(role, *batch(), completion_length=4, temperature=1.0)
-            loss = -outputs.log_probs_BT.mean()  # type: ignore[union-attr]
-            if role is Role.REWARD:
-                loss = loss + roles(role, *batch(), head=role).scores_B.sum()  # type: ignore[union-attr]
-            log_probs(roles, Role.BASE)  # another role computes between forward and backward
-            loss.backward()
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned)
-        optimizer.step()
-        read[role] = log_probs(roles, role).detach()
-        assert (read[role] - bare).abs().max() > 1e-3
-    for role, expected in read.items():
-        assert torch.equal(log_probs(roles, role), expected), "roles do not touch one another"
-    assert torch.equal(log_probs(roles, Role.BASE), bare)
-    assert roles.base_sha256() == before
-    assert roles.base_changed() == []
-    roles.adapter.remove()
-    assert [type(module) for module in roles.lm.modules()] == modules
-
-
 def test_its_role_comes_back_after_an_exception() -> None:
-    roles = ia3()
+    roles = bias()
     roles.add(Role.POLICY)
 
     def fail() -> None:
@@ -108,33 +77,25 @@ def randomized(roles: SharedBase, role: Role, **add: Any) -> SharedBase:
     return roles
 
 
-def test_its_merged_weights_compute_the_same() -> None:
-    fresh = random_llama()
-    roles = randomized(ia3(), Role.POLICY)
-    merged = merge(fresh, roles, Role.POLICY)
-    with roles.role(Role.POLICY):
-        torch.testing.assert_close(merged(batch()[0]).logits, roles.lm(batch()[0]).logits, rtol=1e-5, atol=1e-5)
-
-
 def test_it_is_saved_and_loaded(tiny_llama: Path, tmp_path: Path) -> None:
     base, _ = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
-    roles = randomized(ia3(tiny_llama), Role.REWARD, head=True)
+    roles = randomized(bias(tiny_llama), Role.REWARD, head=True)
     save_role(roles, Role.REWARD, tmp_path / "reward", stamp_for(Role.REWARD, base))
-    again = ia3(tiny_llama)
+    again = bias(tiny_llama)
     load_role(again, Role.REWARD, tmp_path / "reward", base)
     expected = roles(Role.REWARD, *batch(), head=Role.REWARD).scores_B
     assert torch.equal(again(Role.REWARD, *batch(), head=Role.REWARD).scores_B, expected)
-    for other in (ia3(tiny_llama, targets=["v_proj"]), SharedBase(lora(random_llama()))):
+    for other in (bias(tiny_llama, targets=["v_proj"]), SharedBase(lora(random_llama()))):
         with pytest.raises(UserError, match=r"has another .* than the recipe's (adapter|lora) section"):
             load_role(other, Role.REWARD, tmp_path / "reward", base)
-    with pytest.raises(UserError, match="peft does not read adapters of kind ia3"):
+    with pytest.raises(UserError, match="peft does not read adapters of kind bias"):
         save_adapter(roles, Role.REWARD, Role.REWARD, "base", tmp_path)
 
 
 def test_its_targets_are_checked_and_its_reach_is_told() -> None:
     with pytest.raises(UserError, match=r"adapter\.targets: no module matches 'value'"):
-        ia3(targets=["value"])
-    roles = ia3(targets=["v_proj"])
+        bias(targets=["value"])
+    roles = bias(targets=["v_proj"])
     assert roles.coverage.without == sorted(
         [*(f"mlp.{name}_proj" for name in ("down", "gate", "up")), *(f"self_attn.{name}_proj" for name in "koq")]
     )
@@ -143,10 +104,10 @@ def test_its_targets_are_checked_and_its_reach_is_told() -> None:
 @pytest.mark.usefixtures("registered")
 def test_a_recipe_chooses_the_kind() -> None:
     content = {"name": "x", "base": {"model": "org/model"}, "reward": {}}
-    recipe = Recipe.model_validate({**content, "adapter": {"kind": "ia3", "targets": ["v_proj"]}})
+    recipe = Recipe.model_validate({**content, "adapter": {"kind": "bias", "targets": ["v_proj"]}})
     adapter = adapters_for(recipe, random_llama())
-    assert isinstance(adapter, Ia3)
-    assert adapter.settings == Ia3Settings(kind="ia3", targets=["v_proj"])
+    assert isinstance(adapter, Bias)
+    assert adapter.settings == BiasSettings(kind="bias", targets=["v_proj"])
     assert isinstance(adapters_for(Recipe.model_validate(content), random_llama()), Lora)
 
 
@@ -154,9 +115,9 @@ def test_a_recipe_chooses_the_kind() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kind": "ia4"}, "no adapter kind 'ia4': did you mean ia3"),
-        ({"kind": "ia3", "rank": 4}, "rank is no setting: kind ia3 has kind, targets"),
-        ({"kind": "ia3", "targets": 4}, "targets.*valid string.*: kind ia3 has kind, targets"),
+        ({"kind": "bais"}, "no adapter kind 'bais': did you mean bias"),
+        ({"kind": "bias", "rank": 4}, "rank is no setting: kind bias has kind, targets"),
+        ({"kind": "bias", "targets": 4}, "targets.*valid string.*: kind bias has kind, targets"),
     ],
 )
 def test_what_a_recipe_says_of_it_is_checked(settings: dict[str, Any], says: str) -> None:
@@ -167,13 +128,13 @@ def test_what_a_recipe_says_of_it_is_checked(settings: dict[str, Any], says: str
 def test_all_stages_run_with_it(
     plugin: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """From the bare base to the report, evaluated, and exported as a whole model."""
+    """From the bare base to the report and evaluated; a kind that does not say how is not exported."""
     code_lines = Path(plugin).read_text().rpartition('"""')[2].split("\n")
     assert sum(bool(line.strip()) for line in code_lines) <= 40
     file = write_recipe(
         plugins=[plugin],
         lora=None,
-        adapter={"kind": "ia3"},
+        adapter={"kind": "bias"},
         data={"source": "jsonl", "path": str(mixed_data), "held_out": 0.3},
         sft={"batch_size": 4, "max_length": 64},
         rl={"steps": 2, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2, "algorithm": "ppo"},
@@ -186,15 +147,15 @@ def test_all_stages_run_with_it(
     assert report["base"]["coverage"] == 1
     assert load_recipe(out / "recipe.yaml") == load_recipe(file)
     names = set(load_file(out / "policy" / "adapter" / "adapter_model.safetensors"))
-    assert "base_model.model.model.layers.0.self_attn.q_proj.ia3_factors" in names
+    assert "base_model.model.model.layers.0.self_attn.q_proj.learned_bias" in names
     code, text = run_cli("evaluate", out, "policy")
     assert code == 0, text
     code, text = run_cli("export", out, "policy", tmp_path / "adapter")
     assert code == 2
-    assert "peft does not read adapters of kind ia3" in " ".join(text.split())
+    assert "peft does not read adapters of kind bias" in " ".join(text.split())
     code, text = run_cli("export", out, "policy", tmp_path / "whole", "--merge")
-    assert code == 0, text
-    assert "adapters of kind ia3, merged into the base" in (tmp_path / "whole" / "README.md").read_text()
+    assert code == 2
+    assert "adapters of kind bias cannot be merged" in " ".join(text.split())
     code, text = run_cli("run", file, "adapter.targets=attention", "--out", out)
     assert code == 2
     assert "adapter" in text

@@ -22,7 +22,7 @@ from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.exported import Run
-from tests.tiny import lora
+from tests.tiny import KINDS, adapter_of_kind
 
 CPU = torch.device("cpu")
 TINYSTORIES = Path(__file__).parents[3] / "shared" / "models" / "tinystories-656k"
@@ -55,9 +55,9 @@ def written_out(folder: Path, four_bit: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def with_roles(lm: PreTrainedModel, layers: str = "all") -> SharedBase:
+def with_roles(lm: PreTrainedModel, layers: str = "all", kind: str = "lora") -> SharedBase:
     """Roles whose adapters and heads are the same whatever the base."""
-    roles = SharedBase(lora(lm, 2, 4, layers=layers))
+    roles = SharedBase(adapter_of_kind(lm, kind, layers=layers))
     generator = torch.Generator().manual_seed(3)
     for role in (Role.POLICY, Role.REWARD, Role.CRITIC):
         roles.add(role, head=role is not Role.POLICY)
@@ -66,17 +66,23 @@ def with_roles(lm: PreTrainedModel, layers: str = "all") -> SharedBase:
     return roles
 
 
-@pytest.mark.parametrize("layers", ["all", "top-half"])
-@pytest.mark.parametrize("model", ["tiny", "tinystories"])
+CASES = [("lora", "tinystories", "all"), ("lora", "tinystories", "top-half"), ("lora", "tiny", "top-half")]
+CASES += [(kind, "tiny", "all") for kind in KINDS if kind != "dora"]
+
+
+@pytest.mark.parametrize(("kind", "model", "layers"), CASES)
 def test_every_role_computes_and_learns_as_on_the_weights_written_out(
-    tiny_llama: Path, model: str, layers: str
+    tiny_llama: Path, kind: str, model: str, layers: str
 ) -> None:
     """Forward and backward, after bitsandbytes had the chance to pack the weights for inference."""
     if model == "tinystories" and not TINYSTORIES.exists():
         pytest.skip("the real small model is not there")
     folder = tiny_llama if model == "tiny" else TINYSTORIES
     _, lm = four_bit_base(folder)
-    sides = {"plain": with_roles(written_out(folder, lm), layers), "4bit": with_roles(lm, layers)}
+    sides = {
+        "plain": with_roles(written_out(folder, lm), layers, kind),
+        "4bit": with_roles(lm, layers, kind),
+    }
     ids_BL = torch.randint(5, 250, (3, 12), generator=torch.Generator().manual_seed(0))
     mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
     mask_BL[0, :4] = False

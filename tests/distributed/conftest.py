@@ -11,6 +11,7 @@ from perl.recipe import load_recipe
 from perl.stages import pipeline
 from perl.system.progress import silence
 from tests.conftest import DRINKS, write_rows
+from tests.tiny import KINDS
 
 RL: dict[str, Any] = {
     "steps": 2,
@@ -20,6 +21,8 @@ RL: dict[str, Any] = {
     "micro_batch_size": 2,
     "learning_rate": 1e-3,
 }
+SHARDED_KINDS = ("ia3", "vera", "miss", "series", "parallel")
+"""The kinds of adapters beside LoRA that go with engines that spread the base over the processes."""
 FUNCTION = """
 def length(completions, **columns):
     return [float(len(str(text))) for text in completions]
@@ -66,6 +69,10 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             "rl": function | {"algorithm": "reinforce"},
         },
         "rloo": {"rl": RL | {"algorithm": "rloo", "samples_per_prompt": 2, "reward": parts}},
+        **{
+            kind: {"lora": None, "adapter": {"kind": kind, **KINDS[kind]}, "rl": function | {"algorithm": "ppo"}}
+            for kind in SHARDED_KINDS
+        },
         "full": {"tuning": "full", "rl": function | {"algorithm": "ppo"}},
     }
     files = {}

@@ -17,9 +17,9 @@ STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
 FEW = {
     "ddp": (*LORA, "full"),
-    "fsdp2": ("all", "adapter"),
+    "fsdp2": ("all", "adapter", "miss", "series"),
     "zero2": ("all", "optimizer"),
-    "zero3": ("all", "adapter", "lengths"),
+    "zero3": ("all", "adapter", "lengths", "ia3", "vera", "parallel"),
     "zero3-offload": ("adapter",),
 }
 """What two processes do: recipes and checks, by engine. DeepSpeed comes last: it changes what torch warns of."""

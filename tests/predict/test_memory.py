@@ -10,7 +10,7 @@ from perl.predict import TRY, Trial, predict, read_subject, trial_session
 from perl.predict.memory import DEPTHS
 from perl.recipe import Recipe
 from tests.conftest import write_rows
-from tests.tiny import LLAMA
+from tests.tiny import KINDS, LLAMA
 
 SHORT, LONG = 48, 144
 WIDER = {"model_type": "llama", **LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
@@ -125,6 +125,20 @@ def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, An
             assert found[stage][phase][0] == pytest.approx(peak, rel=0.05), (stage, phase)
             for kind in ("base_weights", "adapters", "optimizer", "kv_cache"):
                 assert found[stage][phase][1].get(kind, 0) == kinds.get(kind, 0), (stage, phase, kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_every_kind_of_adapters_is_predicted(kind: str, dialogues: Path) -> None:
+    """As measured where all layers are tried, and deeper bases on the line through two depths."""
+    adapter = {"lora": None, "adapter": {"kind": kind, "layers": "top-half", **KINDS[kind]}}
+    tried = recipe(dialogues, 2, SHORT, "sft rl", algorithm="ppo", critic="adapter", **adapter)
+    assert_close(predicted(tried), measured(tried), 0.001)
+    deeper = recipe(dialogues, max(DEPTHS) + 2, SHORT, "rl", **adapter)
+    found, expected = predicted(deeper)["rl"], measured(deeper)["rl"]
+    for phase, (peak, kinds) in expected.items():
+        assert found[phase][0] == pytest.approx(peak, rel=0.05), phase
+        for held in ("base_weights", "adapters", "optimizer"):
+            assert found[phase][1].get(held, 0) == kinds.get(held, 0), (phase, held)
 
 
 def test_what_a_prediction_is_made_of(dialogues: Path) -> None:

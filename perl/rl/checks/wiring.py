@@ -29,7 +29,7 @@ LEAK = 0.02
 TOKENS = 4
 """Rows of noise that each layer is tried on."""
 DEVIATION = 0.05
-"""Of an adapter's output from s B A x, as a share of it, beside what rounding explains."""
+"""Of an adapter's output from its definition, as a share of it, beside what rounding explains."""
 
 
 def base_unchanged(roles: Roles) -> Finding:
@@ -123,7 +123,7 @@ class _Tried(NamedTuple):
 
 
 def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
-    """Each layer adds alpha / rank · B A x with the policy's factors of now, in training and in sampling."""
+    """Each layer adds what the policy's adapter of now is defined to, in training and in sampling."""
     if not isinstance(roles, SharedBase) or roles.engine.shards_base or roles.engine.hooks_layers:
         return
     for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", roles.sampling(Role.POLICY))):
@@ -133,7 +133,7 @@ def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
             again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
         late = bool(again) and name == "sampler" and not _wrong(again)
         cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])})"
-        words = f"layers in which the {name} does not add alpha / rank · B A x of the policy"
+        words = f"layers in which the {name} does not add what the policy's adapter is defined to"
         yield bugs(f"adapter in the {name}", words, len(wrong), cause)
 
 

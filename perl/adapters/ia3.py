@@ -1,0 +1,88 @@
+"""(IA)³: a learned factor on each output of a layer, or on each of its inputs (arXiv 2205.05638).
+
+Letters: N tokens, I inputs and O outputs of a layer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import IA3Config
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
+from torch import Tensor
+
+from perl.adapters.peft_kind import PeftKind
+from perl.adapters.targets import choose
+from perl.errors import UserError
+from perl.private.peft import IA3Layer
+from perl.recipe.adapter import Ia3Settings
+
+
+class Ia3(PeftKind):
+    """(IA)³ by peft. Inputs have factors in the MLP's last layer, if peft's table has the architecture."""
+
+    settings_type = Ia3Settings
+    mark = "ia3_"
+    layer_type = IA3Layer
+    meaning = ()
+    settings: Ia3Settings
+
+    def peft_config(self) -> IA3Config:
+        """See `PeftKind`."""
+        model_type = self.lm.config.get_text_config().model_type
+        feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, [])
+        targets: str | list[str]
+        if self.settings.targets == "published":
+            names = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model_type)
+            if names is None:
+                raise UserError(
+                    f"peft does not say where (IA)³ has its factors in models of type {model_type}",
+                    where="adapter.targets",
+                    remedy="Set it to attention, all-linear or names of modules.",
+                )
+            everything = choose(self.lm, "all-linear", self.settings.layers, self.section)
+            targets = [name for name in everything if name.endswith(tuple(f".{one}" for one in names))]
+        else:
+            targets = self.settings.targets
+        chosen = list(self.linear_targets(targets, self.settings.layers))
+        return IA3Config(
+            target_modules=chosen,
+            feedforward_modules=[one for one in chosen if one.endswith(tuple(f".{end}" for end in feedforward))],
+            fan_in_fan_out=self._transposed,
+        )
+
+    def starting_value(self, name: str) -> float:
+        """A factor begins at one."""
+        return 1.0
+
+    @torch.no_grad()
+    def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
+        """By the definition; while sampling the base's weight cannot be read, but it computes."""
+        base = layer.get_base_layer()
+        change: Tensor = layer.ia3_l[role].float().flatten() - 1
+        if not layer.is_feedforward:
+            return change * self._plain(base, x_NI)
+        y_NO = self._plain(base, change * x_NI)
+        return y_NO if base.bias is None else y_NO - base.bias.float()
+
+    def _plain(self, base: Any, x_NI: Tensor) -> Tensor:
+        y_NO: Tensor = base(x_NI.to(self.lm.dtype))
+        return y_NO.float()
+
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """The weight, times what its factors have above one."""
+        factors: Tensor = layer.ia3_l[role].float()  # (1, I) or (O, 1)
+        weight: Tensor = layer.get_base_layer().weight
+        return (factors.T if self._transposed else factors).sub(1) * weight.float()
+
+    @torch.no_grad()
+    def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
+        """Of weights, and of biases where outputs have factors."""
+        yield from super().deltas(role)
+        for name, layer in self.named_layers():
+            bias = layer.get_base_layer().bias
+            if bias is not None and not layer.is_feedforward:
+                yield f"{name}.bias", (layer.ia3_l[role].float().flatten() - 1) * bias.float()

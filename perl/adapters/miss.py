@@ -1,0 +1,52 @@
+"""MiSS: each output adds a learned mix of r sums over the inputs, of every r-th input one (arXiv 2409.15371).
+
+Letters: I inputs and O outputs of a layer, R rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import MissConfig
+from torch import Tensor
+
+from perl.adapters.peft_kind import PeftKind, unmoved
+from perl.errors import UserError
+from perl.private.peft import MissLayer
+from perl.recipe.adapter import MissSettings
+
+
+class Miss(PeftKind):
+    """MiSS by peft, in its first form."""
+
+    settings_type = MissSettings
+    mark = "miss_"
+    layer_type = MissLayer
+    meaning = ("r", "init_weights")
+    settings: MissSettings
+
+    def peft_config(self) -> MissConfig:
+        """See `PeftKind`."""
+        wanted = self.linear_targets(self.settings.targets, self.settings.layers)
+        narrowest = min(inputs for inputs, _ in wanted.values())
+        if self.settings.rank > narrowest:
+            raise UserError(
+                f"a layer that gets an adapter has {narrowest} inputs, which are no {self.settings.rank} sums",
+                where="adapter.rank",
+                remedy=f"Give at most {narrowest}; 64 is peft's default.",
+            )
+        return MissConfig(r=self.settings.rank, target_modules=list(wanted))
+
+    def starting_value(self, name: str) -> float:
+        """All begins at zero."""
+        return 0.0
+
+    def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
+        """Sums whose mix is as it began in every layer."""
+        still = [unmoved(block_RO, start.get(name), 0) for name, block_RO in now.items()]
+        return int(torch.stack(still).all(0).sum()) if still else 0
+
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """The mix of an output, again and again along its inputs."""
+        block_RO: Tensor = layer.miss_block[role].float()
+        return block_RO.T[:, torch.arange(layer.in_features, device=block_RO.device) % block_RO.shape[0]]

@@ -1,0 +1,162 @@
+"""What the kinds of adapters that peft has share: how its layers are put in, switched, taken out and written.
+
+Letters: N tokens, I inputs and O outputs of a layer.
+"""
+
+import dataclasses
+import json
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.functional import inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from perl.adapters.experts import targets_as_named
+from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
+from perl.adapters.targets import choose, linear_layers
+from perl.errors import UserError
+from perl.private.peft import BaseTunerLayer
+
+
+class PeftKind(AdapterKind):
+    """A kind of adapters that peft has."""
+
+    wrapper = "base_layer."
+    layer_type: ClassVar[type[BaseTunerLayer]]
+    """Of the layers that peft puts in the place of the base's."""
+    meaning: ClassVar[tuple[str, ...]]
+    """Of peft's configuration, what says how the weights compute."""
+
+    def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
+        super().__init__(lm, settings)
+        self._transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2's weights
+        self.config = self.peft_config()
+        self.adapted = frozenset(f"{name}.weight" for name in getattr(self.config, "target_modules", None) or ())
+        self._layers: list[Any] = []
+
+    @abstractmethod
+    def peft_config(self) -> PeftConfig:
+        """The settings in peft's terms, with target modules named one by one.
+
+        Raises:
+            UserError: the settings do not fit the model.
+        """
+
+    def linear_targets(self, targets: str | list[str], layers: str | list[int]) -> dict[str, tuple[int, int]]:
+        """The linear layers that these settings choose, with their inputs and outputs.
+
+        Raises:
+            UserError: no such module or layer in the model, or one is of experts.
+        """
+        wanted = choose(self.lm, targets, layers, self.section)
+        if of_experts := sorted(wanted.keys() - set(linear_layers(self.lm))):
+            raise UserError(
+                f"{self} are for linear layers, and {of_experts[0]} is of experts",
+                where=f"{self.section}.targets",
+                remedy="Name targets without the experts, such as attention, or use kind lora.",
+            )
+        return wanted
+
+    def inject(self, role: str) -> None:
+        """By peft, which wraps each layer once and gives it parameters for each role."""
+        try:
+            with warnings.catch_warnings(), targets_as_named():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
+                self._put_in(role)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self} do not fit this model: {error}",
+                where=f"{self.section}.targets",
+                remedy="Name modules of this model that do, or use another kind.",
+            ) from None
+        self._layers = [module for module in self.lm.modules() if isinstance(module, self.layer_type)]
+
+    def _put_in(self, role: str) -> None:
+        inject_adapter_in_model(self.config, self.lm, adapter_name=role)
+
+    def activate(self, role: str | None) -> None:
+        """As peft's `set_adapter`, which would write `requires_grad` too: this is what its forward reads."""
+        for layer in self._layers:
+            layer._active_adapter = [] if role is None else [role]
+
+    def remove(self) -> None:
+        """Put every wrapped layer back in its place."""
+        for name, layer in list(self.lm.named_modules()):
+            above, _, own = name.rpartition(".")
+            if isinstance(layer, self.layer_type) and own != "base_layer":  # experts have layers inside layers
+                setattr(self.lm.get_submodule(above), own, layer.get_base_layer())
+        vars(self.lm).pop("peft_config", None)
+        self._layers = []
+        super().remove()
+
+    def layers(self, role: str) -> Iterator[AdaptedLayer]:
+        """The linear layers."""
+        for name, layer in self.named_layers():
+            base = layer.get_base_layer()
+            if isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D":
+                added = partial(self.added, layer, role)
+                yield AdaptedLayer(name, layer, base, layer.in_features, added, frozenset(layer.active_adapters))
+
+    @torch.no_grad()
+    def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
+        """What a layer's adapter adds by its definition: (N, O), fp32."""
+        delta = self.delta(layer, role)
+        return x_NI @ (delta if self._transposed else delta.T)
+
+    @abstractmethod
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """What a role adds to a layer's weight: fp32, of the weight's shape."""
+
+    @torch.no_grad()
+    def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
+        """What a role adds to every weight."""
+        for name, layer in self.named_layers():
+            yield f"{name}.weight", self.delta(layer, role)
+
+    def named_layers(self) -> Iterator[tuple[str, Any]]:
+        """The layers of peft, by the names of those of the base whose place they take."""
+        for name, layer in self.lm.named_modules():
+            if isinstance(layer, self.layer_type):
+                yield name, layer
+
+    def write_config(self, folder: Path, base: str, heads: list[str] | None) -> None:
+        """As peft does."""
+        self.config_on_disk(base, heads).save_pretrained(str(folder))
+
+    def config_on_disk(self, base: str, heads: list[str] | None) -> Any:
+        """The configuration by peft of an adapter of this base; arguments as of `write_config`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save vera_A")  # its seed is in the file
+            config: Any = dataclasses.replace(self.config, base_model_name_or_path=base, inference_mode=True)
+        config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+        config.modules_to_save = heads
+        return config
+
+    def config_fits(self, folder: Path) -> bool:
+        """Whether the kind, and all that says how its weights compute, are as here."""
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        here = self.config.to_dict()
+        return all(saved[key] == here[key] for key in ("peft_type", *self.meaning))
+
+    def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
+        """As in a run folder, which peft loads."""
+        self.write_config(folder, base, heads)
+        return {**self.parameters(role)}
+
+
+def unmoved(now: Tensor, start: Tensor | None, rank_axis: int) -> Tensor:
+    """Which ranks of a factor are as they began; (R,), bool.
+
+    Args:
+        start: None where it began at zero.
+        rank_axis: the factor's axis that counts ranks; it has two.
+    """
+    same = now == (torch.zeros_like(now) if start is None else start)
+    return same.all(1 - rank_axis)

@@ -1,0 +1,73 @@
+"""VeRA: learned vectors around two random matrices that all layers and roles share (arXiv 2310.11454).
+
+y = W x + b * B (d * A x): A and B are drawn from the recipe's seed and never trained, d and b are learned. Layers
+take as much of the matrices as they are wide.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from peft import VeraConfig
+from torch import Tensor
+
+from perl.adapters.peft_kind import PeftKind
+from perl.private.peft import VeraLayer, VeraModel
+from perl.recipe.adapter import VeraSettings
+
+
+class Vera(PeftKind):
+    """VeRA by peft."""
+
+    settings_type = VeraSettings
+    mark = "vera_"
+    layer_type = VeraLayer
+    meaning = ("r", "projection_prng_key")
+    settings: VeraSettings
+    _tuner: "_Tuner | None" = None
+    """Has the random matrices."""
+
+    def peft_config(self) -> VeraConfig:
+        """See `PeftKind`. The matrices are not saved: wherever an adapter is loaded they are drawn again."""
+        settings = self.settings
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save vera_A")  # its seed is in the file
+            return VeraConfig(
+                r=settings.rank,
+                projection_prng_key=settings.projection_seed,
+                save_projection=False,
+                target_modules=list(self.linear_targets(settings.targets, settings.layers)),
+                fan_in_fan_out=self._transposed,
+            )
+
+    def _put_in(self, role: str) -> None:
+        """The first role's injection draws the matrices; all others are given the same."""
+        if self._tuner is None:
+            self._tuner, self._first = _Tuner(self.lm, self.config, role), role
+        else:
+            self._tuner.peft_config[role] = self.config
+            self._tuner.inject_adapter(self.lm, role)
+        for matrices in (self._tuner.vera_A, self._tuner.vera_B):  # peft has cast them to the base's dtype
+            matrices[role] = matrices[self._first].float()
+
+    def remove(self) -> None:
+        """Take the layers out, and forget the matrices."""
+        super().remove()
+        self._tuner = None
+
+    def starting_value(self, name: str) -> float | None:
+        """The outer vectors begin at zero, the inner ones at peft's constant."""
+        return 0.0 if "lambda_b" in name else float(self.config.d_initial)
+
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """The product b B d A."""
+        product: Tensor = layer.get_delta_weight(role)
+        return product.float()
+
+
+class _Tuner(VeraModel):
+    """Draws the matrices on the CPU, where their generator is, whatever torch's default is."""
+
+    def _init_vera_A_vera_B(self, config: VeraConfig, adapter_name: str) -> None:
+        with torch.device("cpu"):
+            super()._init_vera_A_vera_B(config, adapter_name)

@@ -57,6 +57,11 @@ class Recipe(Section):
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
             )
+        if self.tuning == "full" and self.rl and self.rl.row.trust_region is not None:
+            raise ValueError(
+                "rl.trust_region keeps the policy's weights from before each step, under full tuning a "
+                "whole model more: set tuning: lora, or another rl.algorithm"
+            )
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

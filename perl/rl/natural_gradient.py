@@ -1,6 +1,6 @@
 """The natural gradient (Amari 1998), as TRPO computes it: conjugate gradients on products with the Fisher matrix.
 
-Schulman et al. 2015, arXiv 1502.05477, appendix C. All vectors are fp32 and flat: a number for each trained weight.
+Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: a number for each trained weight.
 """
 
 from collections.abc import Callable, Sequence

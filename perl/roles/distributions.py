@@ -1,6 +1,6 @@
 """How far one policy's distributions lie from another's, exactly: over the whole vocabulary.
 
-As in `perl.roles.log_probs`, the logits of some tokens are held at a time, and computed again in the backward pass.
+As in `perl.roles.log_probs`, the logits of some tokens are held at a time, and computed again for the gradient.
 Axis letters: `perl.roles`.
 """
 

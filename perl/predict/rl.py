@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perl.predict.trial import TrialSession, Tried
+from perl.rl import trust_region
 from perl.rl.evaluate import describe
 from perl.rl.loop import Loop, collect, estimate, normalize, update
 from perl.rl.rollout import EncodedPrompts
@@ -41,7 +42,10 @@ def try_rl(session: TrialSession) -> Tried:
     sampler = loop.collector.sampler
     if session.trial.abridged:
         sampler = AbridgedSampler(session.roles, prompts.ids)
-        first = max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size)
+        kept = MICRO_BATCHES * loop.learner.micro_batch_size
+        if loop.algorithm.trust_region is not None:
+            kept = max(kept, trust_region.COMPLETIONS)  # the probe is whole
+        first = max(0, len(prompts) - kept)
         first -= first % loop.samples_per_prompt  # whole groups: they are compared
         prompts = prompts.take(range(first, len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)

@@ -65,6 +65,11 @@ class Recipe(Section):
                 f"adapters of kind {self.adapter_kind} need whole weights, because {why}: set base.quantization: "
                 "none, or use kind lora"
             )
+        if self.tuning == "full" and self.rl and self.rl.row.trust_region is not None:
+            raise ValueError(
+                "rl.trust_region keeps the policy's weights from before each step, under full tuning a "
+                "whole model more: set tuning: lora, or another rl.algorithm"
+            )
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
-from perl.rl.algorithms import ALGORITHMS, Advantage, Algorithm, Average, Kl, Ratio, Surrogate
+from perl.rl.algorithms import ALGORITHMS, Advantage, Algorithm, Average, Direction, Kl, Ratio, Surrogate
 from perl.rl.samplers import SAMPLERS
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
@@ -34,7 +34,7 @@ class Rl(Section):
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
     where the algorithm has none; else shared under LoRA, adapter under full tuning."""
     advantage: Advantage | None = None
-    """This and the keys below down to `entropy_coef` override a cell or a constant of the algorithm's row: see
+    """This and the keys below down to `trust_region` override a cell or a constant of the algorithm's row: see
     `Algorithm` in perl/rl/algorithms.py. Unset: the row's own."""
     surrogate: Surrogate | None = None
     """-A log π; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
@@ -69,6 +69,10 @@ class Rl(Section):
     """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
     entropy_coef: NonNegative | None = None
     """Weight of the entropy's mean over tokens, which the loss raises."""
+    direction: Direction | None = None
+    """Of the policy's step: the gradient, or the natural gradient over the adapter's weights (TRPO)."""
+    trust_region: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened until it does not."""
     reward: Rewards = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     sampler: SamplerFrom = SamplerFrom()
@@ -175,5 +179,11 @@ def _conflicts(row: Algorithm) -> Iterator[str]:
         yield f"{advantage} would divide the KL in the reward too: set kl to loss-k2, loss-k3 or none"
     if row.advantage == "group-relative" and row.normalize_rewards:
         yield f"{advantage} divides by the mean of raw rewards: set normalize_rewards to false"
+    if row.direction == "natural" and row.trust_region is None:
+        yield "direction natural is as long as trust_region allows: set trust_region, such as to 0.01"
+    if row.direction == "natural" and row.epochs > 1:
+        yield "direction natural takes one step from a rollout: set epochs to 1, or direction to adam"
+    if row.direction == "natural" and row.value_coef > 0:
+        yield "direction natural is of the policy's loss alone: set value_coef to 0"
     if row.drop_equal_groups and not row.compares_groups:
         yield f"{advantage} has no groups that could be dropped: set drop_equal_groups to false"

@@ -81,6 +81,35 @@ def step_plot(
     return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))
 
 
+def trust_region_plot(group: Group) -> Plot | None:
+    """The KL of each step against δ; None of runs without a trust region."""
+    runs = [run.metrics["policy"] for run in group.runs if "step_kl" in run.metrics["policy"]]
+    if not runs:
+        return None
+    kl, limit, backtracks = (
+        np.concatenate([metrics[name] for metrics in runs]) for name in ("step_kl", "step_kl_limit", "backtracks")
+    )
+    steps = np.concatenate([np.arange(1, len(metrics["step_kl"]) + 1) for metrics in runs])
+    taken, shortened = np.isfinite(kl), int((backtracks > 0).sum())
+    with drawing() as drawn:
+        axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats a token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for chosen, colour, marker, words in (
+            (backtracks == 0, SERIES[0], "o", "whole"),
+            (backtracks > 0, SERIES[1], "^", "shortened"),
+        ):
+            axes.plot(steps[chosen], kl[chosen], marker, color=colour, markersize=4, label=words)
+        axes.plot(steps[taken], limit[taken], color=FG, linewidth=1.0, linestyle=(0, (4, 3)), label="δ")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
+        spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats a token, δ {decimal(np.nanmax(limit))}"
+        svg = to_svg(drawn, "steps-policy-step_kl", spoken)
+    tried = f"{int(np.nansum(backtracks))} backtracks in all"
+    return Plot(
+        svg, f"Over the whole vocabulary. {shortened} of {int(taken.sum())} steps were shortened, {tried}."
+    )
+
+
 def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = None) -> Plot | None:
     """Reward, and the gold judge's share under it, against √KL; None unless each group has a curve."""
     curves = [[one for run in group.runs if (one := curve(run.metrics["policy"]))] for group in groups]

@@ -164,6 +164,7 @@ def _policy(group: Group) -> dict[str, Any]:
         charts.root_kl_plot([group], "root-kl"),
         charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled completions", means),
         charts.step_plot(group, "policy", "kl", "KL", "nats a completion"),
+        charts.trust_region_plot(group),
     ]
     table = _folded(["Metric", "Before RL", "After RL", "Change, 95 %"], rows, shown=len(rows))
     return {**table, "plots": [plot for plot in plots if plot is not None]}

@@ -32,10 +32,11 @@ ROUNDING = 1e-6
 """Relative difference below which two fp32 scores are equal."""
 
 Advantage = Literal["return", "gae", "group", "group-std", "leave-one-out", "group-relative"]
-Surrogate = Literal["plain", "clip", "clip-weight", "mirror"]
+Surrogate = Literal["plain", "ratio", "clip", "clip-weight", "mirror"]
 Ratio = Literal["token", "answer"]
 Average = Literal["tokens", "answers", "constant"]
 Kl = Literal["reward-k1", "loss-k2", "loss-k3", "none"]
+Direction = Literal["adam", "natural"]
 SWITCHES = ("advantage", "surrogate", "ratio", "average", "kl")
 
 
@@ -54,6 +55,18 @@ class Targets(NamedTuple):
         """Bool (B, T), the tokens of these completions that are learned from."""
         return rollout.completion_mask_BT if self.learned_BT is None else self.learned_BT
 
+    def take(self, rows: list[int] | slice, length: int) -> Targets:
+        """Those of these rows, as many columns."""
+
+        def of(value_BT: Tensor | None) -> Tensor | None:
+            return None if value_BT is None else value_BT[rows, :length]
+
+        return self._replace(
+            advantages_BT=self.advantages_BT[rows, :length],
+            returns_BT=of(self.returns_BT),
+            learned_BT=of(self.learned_BT),
+        )
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -63,7 +76,7 @@ class Algorithm:
     """Return to go, less the value where there is a critic; GAE; or the completion's return r against those of its
     group: r - r̄, that over the group's spread, r against the others' mean, or r - r̄ over r̄."""
     surrogate: Surrogate
-    """-A log π; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
+    """-A log π; -ρ A; PPO's clipped -ρ A; CISPO's clipped weight; Kimi's mirror descent."""
     ratio: Ratio = "token"
     """Whose probabilities are compared with those before the update: each token's, or the whole completion's."""
     average: Average = "tokens"
@@ -100,6 +113,11 @@ class Algorithm:
     """Share of the critic's gradient that reaches a trunk shared with the policy; its head gets all of it."""
     entropy_coef: float = 0.0
     """Weight of the entropy's mean over tokens, which the loss raises."""
+    direction: Direction = "adam"
+    """How the policy's step is taken: by the optimizer; or by the natural gradient, as far as `trust_region` says,
+    which knows neither a learning rate nor clipping. The critic's is the optimizer's."""
+    trust_region: float | None = None
+    """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened; None: any is taken."""
 
     @property
     def compares_groups(self) -> bool:
@@ -141,6 +159,8 @@ class Algorithm:
             "normalize_rewards": not self.normalize_rewards,
             "drop_equal_groups": self.drop_equal_groups,
             "entropy_coef": self.entropy_coef > 0,
+            "direction": self.direction != "adam",
+            "trust_region": self.trust_region is not None,
         }
         return {key: getattr(self, key) for key in (*SWITCHES, *(key for key, is_used in used.items() if is_used))}
 
@@ -284,6 +304,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     # MiniMax 2025, arXiv 2506.13585, whose weights have no lower bound; the upper one, 5, as in TRL
     "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0),
+    # Schulman et al. 2015, arXiv 1502.05477
+    "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.01),
     # arXiv 2602.02710
     "maxrl": _of_groups("group-relative", "clip", average="answers", kl="loss-k3", normalize_rewards=False),
     # Kimi Team 2025 (k1.5), arXiv 2501.12599, section 2.3.2

@@ -101,6 +101,11 @@ def plain(tokens: Tokens, constants: Constants) -> Terms:
     return Terms(-(advantages_BT * known_BT), None)
 
 
+def ratio(tokens: Tokens, constants: Constants) -> Terms:
+    """-ρ A, importance-weighted and not clipped (Schulman et al. 2015, eq. 14)."""
+    return Terms(-_ratio(tokens, constants.answer) * masked(tokens.advantages_BT, tokens.mask_BT), None)
+
+
 def clip(tokens: Tokens, constants: Constants) -> Terms:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated; the bounds may differ (DAPO, eq. 10).
 
@@ -162,6 +167,7 @@ def over_a_constant(terms_BT: Tensor, mask_BT: Tensor, sizes: Sizes) -> Tensor:
 Surrogate = Callable[[Tokens, Constants], Terms]
 SURROGATES: Mapping[str, Surrogate] = {
     "plain": plain,
+    "ratio": ratio,
     "clip": clip,
     "clip-weight": clip_weight,
     "mirror": mirror,

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from perl.rl.algorithms import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
+from perl.rl.natural_gradient import take_gradient
 from perl.rl.rollout import Rollout
+from perl.rl.trust_region import TrustRegion
 from perl.roles.roles import Role, Roles
 
 MAX_GRAD_NORM = 1.0
@@ -72,8 +73,9 @@ class Learner:
         learned_BT = targets.mask(rollout)
         completions = float(learned_BT.any(1).sum())
         sizes = Sizes(float(learned_BT.sum()), completions, self.max_new_tokens)
-        targets = _take(targets, slice(rows[0], rows[-1] + 1), rollout.completion_length)
+        targets = targets.take(slice(rows[0], rows[-1] + 1), rollout.completion_length)
         tokens = float(rollout.completion_mask_BT.sum())
+        region = self._trust_region(local, targets)
         sums: dict[str, float] = {}
         mismatch = 0.0
         for epoch in range(self.epochs):
@@ -83,16 +85,33 @@ class Learner:
             for batch_rows in micro_batches(local, self.micro_batch_size):
                 batch = trim(local, batch_rows)
                 with self.roles.checkpointed(self.checkpoint_activations):
-                    taken = _take(targets, batch_rows, batch.completion_length)
+                    taken = targets.take(batch_rows, batch.completion_length)
                     self._accumulate(batch, taken, sizes, tokens, sums)
             processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
             sums = {name: processes.all_reduce_sum(value) for name, value in sums.items()}
             # Only before the first update is the policy the one that sampled: there they must agree.
             mismatch = sums["sampler_mismatch"] if epoch == 0 else mismatch
-            if not self._optimize(step, sums):
+            if not self._optimize(step, sums, region):
                 sums["refused"] = 1.0
                 break
-        return sums | {"sampler_mismatch": mismatch, "learning_rate": self.learning_rate(step)}
+        held = {} if region is None else region.search()
+        return sums | held | {"sampler_mismatch": mismatch, "learning_rate": self.learning_rate(step)}
+
+    def _trust_region(self, local: Rollout, targets: Targets) -> TrustRegion | None:
+        """What holds this step, where the algorithm has a limit; `targets` are of `local`."""
+        if self.algorithm.trust_region is None:
+            return None
+        return TrustRegion(
+            roles=self.roles,
+            algorithm=self.algorithm,
+            local=local,
+            targets=targets,
+            limit=self.algorithm.trust_region,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            micro_batch_size=self.micro_batch_size,
+            checkpoint_activations=self.checkpoint_activations,
+        )
 
     def _accumulate(
         self, batch: Rollout, targets: Targets, sizes: Sizes, tokens: float, sums: dict[str, float]
@@ -126,8 +145,8 @@ class Learner:
         gap_BT = (outputs.log_probs_BT.detach() - batch.sampler_log_probs_BT).abs()
         sums["sampler_mismatch"] += float(gap_BT.masked_fill(~batch.completion_mask_BT, 0.0).sum()) / tokens
 
-    def _optimize(self, step: int, sums: dict[str, float]) -> bool:
-        """Clip the gradients and take the optimizer's step; whether loss and gradients were finite."""
+    def _optimize(self, step: int, sums: dict[str, float], region: TrustRegion | None) -> bool:
+        """Clip the gradients and take the step; whether loss and gradients were finite."""
         groups = [self.roles.parameters_of(role) for role in self.trained]
         norms = [float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)) for group in groups]
         sums["grad_norm"] = max(norms)
@@ -135,19 +154,9 @@ class Learner:
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
                 group["lr"] = rate * self.rate_shares[step]
+            if region is not None and self.algorithm.direction == "natural":
+                # Without gradients the policy is left alone by the optimizer.
+                region.natural_step(take_gradient(region.parameters), self.rate_shares[step])
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
-
-
-def _take(targets: Targets, rows: list[int] | slice, length: int) -> Targets:
-    """The targets of these rows, as many columns."""
-
-    def of(value_BT: Tensor | None) -> Tensor | None:
-        return None if value_BT is None else value_BT[rows, :length]
-
-    return targets._replace(
-        advantages_BT=targets.advantages_BT[rows, :length],
-        returns_BT=of(targets.returns_BT),
-        learned_BT=of(targets.learned_BT),
-    )

@@ -36,7 +36,7 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def _logits(
+def logits(
     hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, transform: LogitsTransform
 ) -> Tensor:
     """The logits z (n, V), fp32, of a chunk of n tokens."""
@@ -61,7 +61,7 @@ class _InChunks(torch.autograd.Function):
         entropies_N = torch.empty_like(log_probs_N)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, temperature, transform)
+            logits_nV = logits(hidden_ND[part], weight_VD, bias_V, temperature, transform)
             all_log_probs_nV = logits_nV.log_softmax(-1)
             log_probs_N[part] = all_log_probs_nV.gather(1, targets_N[part, None])[:, 0]
             # softmax, not the exponential of what is there: on a CPU that takes ten times as long
@@ -83,7 +83,7 @@ class _InChunks(torch.autograd.Function):
         down_N, down_H_N = (None if one is None else one * factor for one in (grad_N, grad_H_N))
         for start in range(0, len(hidden_ND), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits_nV = _logits(hidden_ND[part], weight_VD, bias_V, ctx.temperature, ctx.transform)
+            logits_nV = logits(hidden_ND[part], weight_VD, bias_V, ctx.temperature, ctx.transform)
             grad_nV = logits_nV.softmax(-1)
             if down_H_N is not None:
                 weights_nV = logits_nV.log_softmax(-1).add_(entropies_N[part, None])

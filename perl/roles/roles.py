@@ -30,6 +30,7 @@ from perl.backbones.logits import logits_transform
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.roles.checkpointing import checkpointed
+from perl.roles.distributions import kl_of_states
 from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.packed import packed
 from perl.roles.split_layers import lower, only, watched
@@ -56,6 +57,8 @@ class Outputs(NamedTuple):
     """The head's value of the state before each completion token, fp32."""
     scores_B: Tensor | None = None
     """The head's score of the whole row, fp32."""
+    states_BTD: Tensor | None = None
+    """Hidden states that the completions' tokens are predicted from, in the base's dtype."""
 
 
 class Roles(nn.Module, ABC):
@@ -255,6 +258,7 @@ class Roles(nn.Module, ABC):
         head: Role | None = None,
         trunk_gradient: float = 1.0,
         lower_hidden_BLD: Tensor | None = None,
+        states: bool = False,
     ) -> Outputs:
         """Log-probs of completions, values of their states, or scores of whole rows, as one role.
 
@@ -268,6 +272,7 @@ class Roles(nn.Module, ABC):
             head: the role whose head reads the trunk; None for no head.
             trunk_gradient: share of the gradient of values that goes on into the trunk, in [0, 1].
             lower_hidden_BLD: from `lower_hidden` for this batch; None: compute all blocks.
+            states: whether the states are wanted themselves.
         """
         with self.role(role), self._above(lower_hidden_BLD) as model:
             if completion_length == 0:
@@ -287,4 +292,10 @@ class Roles(nn.Module, ABC):
                 temperature,
                 logits_transform(model.config),
             )
-        return Outputs(log_probs_BT, entropy_BT, values_BT)
+        return Outputs(log_probs_BT, entropy_BT, values_BT, states_BTD=states_BTD if states else None)
+
+    def kl_of_states(self, old_ND: Tensor, states_ND: Tensor, temperature: float) -> Tensor:
+        """See `perl.roles.distributions`; with this model's output embedding."""
+        model = self.model()
+        embedding, transform = model.get_output_embeddings(), logits_transform(model.config)
+        return kl_of_states(old_ND, states_ND, embedding.weight, embedding.bias, temperature, transform)

@@ -106,7 +106,7 @@ class Liveness:
         before, frozen_before = fingerprint(trained), fingerprint(frozen)
         with _gradients(trained) as gradients, _dropout(roles) as dropout:
             metrics = update()
-        if not metrics.get("refused"):
+        if not metrics.get("refused") and metrics.get("step_share") != 0.0:
             self._updates += 1
             cause = f"dropout is on in the update: {named(sorted(dropout))}"
             touched = changed(frozen_before, frozen)

@@ -1,0 +1,181 @@
+"""A trust region: no step moves the policy further than a KL of δ, measured exactly over the vocabulary.
+
+After a step, whatever took it, the policy is compared with what it was on a probe, completions of the rollout.
+While its mean KL(π_old‖π) is above δ, its weights go back towards the old ones on the straight line between both:
+a backtracking line search, which adapters of a few megabytes afford.
+
+TRPO (Schulman et al. 2015, arXiv 1502.05477, appendix C) also takes the step by the natural gradient, and its line
+search must find the loss lower, too.
+
+Axis letters: `perl.roles`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from perl.rl.algorithms import Algorithm, Targets
+from perl.rl.batches import micro_batches, trim
+from perl.rl.losses import Sizes
+from perl.rl.natural_gradient import add, conjugate_gradients, fisher_product, set_to, take_gradient
+from perl.rl.rollout import Rollout
+from perl.roles.roles import Outputs, Role, Roles
+
+COMPLETIONS = 8
+"""Of the probe, in each process."""
+ITERATIONS = 5
+"""Of conjugate gradients."""
+DAMPING = 0.1
+BACKTRACKS = 10
+"""Shorter steps that are tried before the step is undone."""
+SHORTEST, LONGEST = 0.1, 0.8
+"""What a backtrack leaves of the last length, at least and at most."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probe says of the policy as it is."""
+
+    kl: float
+    """Mean KL(π_old‖π), nats a token."""
+    loss: float
+    """The algorithm's."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch of the probe."""
+
+    batch: Rollout
+    targets: Targets
+    old_ND: Tensor
+    """The old policy's states of its tokens."""
+
+
+@dataclass
+class TrustRegion:
+    """The region of one step, made before its first update.
+
+    Args:
+        local: what this process learns from.
+        targets: of `local`.
+        limit: δ, nats a token.
+    """
+
+    roles: Roles
+    algorithm: Algorithm
+    local: Rollout
+    targets: Targets
+    limit: float
+    temperature: float
+    max_new_tokens: int
+    micro_batch_size: int
+    checkpoint_activations: bool
+    _parts: list[_Part] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._old = [parameter.detach().clone() for parameter in self.parameters]
+        count = len(self.local.texts)
+        batch_rows = list(range(0, count, max(1, count // COMPLETIONS)))[:COMPLETIONS]
+        batch, targets = self.local.take(batch_rows), self.targets.take(batch_rows, self.local.completion_length)
+        for rows in micro_batches(batch, self.micro_batch_size):
+            part = trim(batch, rows)
+            with torch.no_grad():
+                old_ND = _states_ND(self._read(part), part)
+            self._parts.append(_Part(part, targets.take(rows, part.completion_length), old_ND))
+        everyone, learned_BT = self.roles.engine.processes.all_reduce_sum, targets.mask(batch)
+        self._tokens = everyone(float(batch.completion_mask_BT.sum()))
+        learned, completions = everyone(float(learned_BT.sum())), everyone(float(learned_BT.any(1).sum()))
+        self._sizes = Sizes(max(learned, 1.0), max(completions, 1.0), self.max_new_tokens)
+        self._highest_loss = self.probe().loss if self.algorithm.direction == "natural" else math.inf
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The policy's."""
+        return self.roles.parameters_of(Role.POLICY)
+
+    @torch.no_grad()
+    def probe(self) -> Probed:
+        """The policy as it is now against the old one; the processes call it together."""
+        kl = loss = 0.0
+        for part in self._parts:
+            outputs = self._read(part.batch, self.temperature)
+            kl += float(self._kl_N(outputs, part).sum())
+            loss += float(self.algorithm.policy_loss(outputs, part.batch, part.targets, self._sizes)[0])
+        everyone = self.roles.engine.processes.all_reduce_sum
+        return Probed(everyone(kl) / self._tokens, everyone(loss))
+
+    def kl_gradient(self) -> Tensor:
+        """The gradient of the mean KL at the policy as it is now, flat."""
+        for part in self._parts:
+            with self.roles.checkpointed(self.checkpoint_activations):
+                kl = self._kl_N(self._read(part.batch), part).sum() / self._tokens
+                kl.backward()  # type: ignore[no-untyped-call]
+        self.roles.engine.processes.all_reduce_gradients(self.parameters)
+        return take_gradient(self.parameters)
+
+    def natural_step(self, gradient: Tensor, share: float) -> None:
+        """Move the policy by -√(2δ / xᵀF x) x, where F x is the gradient: as far as a parabola says δ is.
+
+        Args:
+            gradient: of the loss, flat.
+            share: of that length, what is gone.
+        """
+        precision = torch.finfo(self.roles.models()[0].dtype).eps
+        x, curvature = conjugate_gradients(
+            lambda v: fisher_product(self.parameters, self.kl_gradient, v, precision),
+            gradient,
+            ITERATIONS,
+            DAMPING,
+        )
+        if curvature > 0.0:
+            add(self.parameters, x, -share * math.sqrt(2.0 * self.limit / curvature))
+
+    def search(self) -> dict[str, float]:
+        """Shorten the step that was taken until it is within the region, or undo it; returns metrics."""
+        new = [parameter.detach().clone() for parameter in self.parameters]
+        share, backtracks, found = 1.0, 0, self.probe()
+        while share and not (found.kl <= self.limit and found.loss <= self._highest_loss):
+            backtracks += 1
+            share = share * _shorter(found.kl, self.limit) if backtracks <= BACKTRACKS else 0.0
+            self._go_back_to(share, new)
+            found = self.probe()
+        return {
+            "step_kl": found.kl,
+            "step_kl_limit": self.limit,
+            "step_share": share,
+            "backtracks": float(backtracks),
+        }
+
+    def _go_back_to(self, share: float, new: Sequence[Tensor]) -> None:
+        set_to(self.parameters, [torch.lerp(old, end, share) for old, end in zip(self._old, new, strict=True)])
+
+    def _read(self, batch: Rollout, temperature: float | None = None) -> Outputs:
+        outputs: Outputs = self.roles(
+            Role.POLICY,
+            batch.ids_BL,
+            batch.mask_BL,
+            completion_length=batch.completion_length,
+            temperature=temperature,
+            lower_hidden_BLD=batch.lower_hidden_BLD,
+            states=True,
+        )
+        return outputs
+
+    def _kl_N(self, outputs: Outputs, part: _Part) -> Tensor:
+        return self.roles.kl_of_states(part.old_ND, _states_ND(outputs, part.batch), self.temperature)
+
+
+def _states_ND(outputs: Outputs, batch: Rollout) -> Tensor:
+    assert outputs.states_BTD is not None
+    return outputs.states_BTD[batch.completion_mask_BT]
+
+
+def _shorter(kl: float, limit: float) -> float:
+    """What to leave of a step of this KL: a little less than where a parabola through it meets δ."""
+    if not math.isfinite(kl):
+        return SHORTEST
+    return min(LONGEST, max(SHORTEST, 0.95 * math.sqrt(limit / max(kl, 1e-12))))

@@ -9,10 +9,12 @@
 A kind is its settings; they make the source. This file does without torch: a recipe is read in no time.
 """
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
+from pydantic import Field, JsonValue, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
 
+from perl.data.answers import AnswerKind
 from perl.recipe.section import Positive, Section, nearest
 
 if TYPE_CHECKING:
@@ -86,7 +88,61 @@ class LengthPart(RewardPart):
         return Length(self.target)
 
 
-REWARDS: dict[str, type[RewardPart]] = {"model": ModelPart, "function": FunctionPart, "length": LengthPart}
+class MathPart(RewardPart):
+    """1 where the answer is the reference's, else 0: see `perl.data.answers`."""
+
+    answer: AnswerKind = "number"
+    """number: the last of the completion; letter: its first of A to E; latex: by the package math-verify."""
+    column: str = "answer"
+    """The field of the rows that has the reference."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import Math
+
+        return Math(self.answer, self.column, context.prompts)
+
+
+class RegexPart(RewardPart):
+    """1 where the pattern is found in the completion, else 0."""
+
+    pattern: str
+    """Of Python's module `re`. `(?s)\\A…\\Z` is the whole completion."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import Regex
+
+        return Regex(self.pattern)
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+
+class JsonSchemaPart(RewardPart):
+    """1 where the whole completion is JSON that the schema allows, else 0."""
+
+    json_schema: dict[str, JsonValue]
+    """By the package jsonschema; without `$schema` that is draft 2020-12."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import JsonSchema
+
+        return JsonSchema(self.json_schema)
+
+
+REWARDS: dict[str, type[RewardPart]] = {
+    "model": ModelPart,
+    "function": FunctionPart,
+    "length": LengthPart,
+    "math": MathPart,
+    "regex": RegexPart,
+    "json_schema": JsonSchemaPart,
+}
 """The kinds by name; a plugin can add its own."""
 
 

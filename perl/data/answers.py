@@ -66,7 +66,9 @@ def check_references(kind: AnswerKind, column: str, prompts: Sequence[Prompt], w
     for prompt in prompts:
         problem = reference_problem(kind, prompt.columns.get(column))
         if problem:
-            value = f"its column {column!r} {problem}" if column in prompt.columns else f"it has no column {column!r}"
+            value = (
+                f"its column {column!r} {problem}" if column in prompt.columns else f"it has no column {column!r}"
+            )
             raise UserError(
                 f"a prompt has no reference answer of kind {kind}: {value}",
                 where=f"{where}, prompt of dialogue {prompt.dialogue[:60]!r}",
@@ -99,7 +101,9 @@ def _same_latex(text: str, reference: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         remedy = "Run `pip install 'perl-rlhf[rules]'`."
-        raise UserError("answers in LaTeX need the package math-verify", where="rl.reward", remedy=remedy) from None
+        raise UserError(
+            "answers in LaTeX need the package math-verify", where="rl.reward", remedy=remedy
+        ) from None
     dollars = reference if "$" in reference or "\\boxed" in reference else f"${reference}$"
     gold, answer = parse(dollars, parsing_timeout=None), parse(text, parsing_timeout=None)
     return bool(verify(gold, answer, timeout_seconds=None))

@@ -47,8 +47,8 @@ class Repository:
         """What to do where a download fails."""
         folder = self.name.rpartition("/")[2]
         return (
-            "Try again, or where there is no network clone the repository elsewhere and set data.path to the copy: "
-            f"git clone https://github.com/{self.name} && git -C {folder} checkout {self.commit}"
+            "Try again, or where there is no network clone the repository elsewhere and set data.path to the "
+            f"copy: git clone https://github.com/{self.name} && git -C {folder} checkout {self.commit}"
         )
 
 

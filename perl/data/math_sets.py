@@ -128,8 +128,8 @@ def read_math(chosen: MathSet, path: Path) -> Records:
             wrong.append(where)
     if wrong:
         records.notes.append(
-            f"{len(wrong):,} of {len(rows):,} rows have a solution that does not come to their own answer, and are "
-            f"no demonstrations: {', '.join(wrong)}"
+            f"{len(wrong):,} of {len(rows):,} rows have a solution that does not come to their own answer, and "
+            f"are no demonstrations: {', '.join(wrong)}"
         )
     return records
 

@@ -170,7 +170,9 @@ def _jsonl(path: Path | None, seed: int) -> Records:
 
 def _taskmaster(domain: Domain, description: str) -> Source:
     def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
-        return read_taskmaster(path or _fetched(f"taskmaster-{domain}", RELEASES[domain], TASKMASTER), domain, every_row)
+        return read_taskmaster(
+            path or _fetched(f"taskmaster-{domain}", RELEASES[domain], TASKMASTER), domain, every_row
+        )
 
     return Source(
         read,

@@ -69,11 +69,16 @@ class FunctionPart(RewardPart):
 
     function: str
     """FILE.py:NAME, called as TRL calls reward functions."""
+    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that a call may take; a longer one ends the run. Code in C can only be interrupted in a process of
+    its own."""
+    own_process: bool = False
+    """Whether to call it in a process of its own, whose crash or memory is not the run's."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.function import RewardFunction
 
-        return RewardFunction(self.function, context.prompts)
+        return RewardFunction(self.function, context.prompts, self.time_limit, self.own_process)
 
 
 class LengthPart(RewardPart):

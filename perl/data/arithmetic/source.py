@@ -24,7 +24,8 @@ def simulate(seed: int, demonstrations: int, prompts: int, skill: float = 0.6) -
     return Records(
         demonstrations=[_demonstration(one, skill, rng) for one in islice(own, demonstrations)],
         prompts=[
-            Prompt((Turn("user", one.text),), one.text, {"answer": str(one.answer)}) for one in islice(own, prompts)
+            Prompt((Turn("user", one.text),), one.text, {"answer": str(one.answer)})
+            for one in islice(own, prompts)
         ],
         judge=check,
     )

@@ -54,6 +54,7 @@ for name, command in COMMANDS.items():
 app.add_typer(data_app, name="data")
 data_app.command("fetch")(data.data_fetch)
 data_app.command("check")(data.data_check)
+data_app.command("leaks")(data.data_leaks)
 
 
 def _print_version(asked: bool) -> None:

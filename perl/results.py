@@ -79,6 +79,15 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassAtK(Change):
+    """pass@k by the rules of the reward (`perl.measure.pass_at_k`), and 95 % intervals of both ends."""
+
+    k: int
+    before_interval: Interval | None
+    after_interval: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlEval:
     """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
 
@@ -95,6 +104,7 @@ class RlEval:
     reward_interval: Interval | None = None
     reward_parts_before: dict[str, float] | None = None
     reward_parts_after: dict[str, float] | None = None
+    pass_at: list[PassAtK] | None = None
     gold_before: float | None = None
     gold_after: float | None = None
     gold_interval: Interval | None = None

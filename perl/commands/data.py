@@ -1,4 +1,4 @@
-"""`data fetch` and `data check`: published data on this machine; what a source holds, and every bad row of it."""
+"""`data fetch`, `check` and `leaks`: published data on this machine; what a source holds, and what it shares."""
 
 import math
 import statistics
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
 from perl.data.sources import fetch_source, find_source, load_rows, parse_source
@@ -17,6 +18,7 @@ from perl.recipe import load_recipe
 from perl.system.progress import console as messages
 
 SHOWN_PROBLEMS = 50
+SHOWN_LEAKS = 3
 
 
 def data_fetch(
@@ -31,6 +33,21 @@ def data_check(
 ) -> None:
     """Describe a source or file, and name every bad row."""
     raise typer.Exit(check(source))
+
+
+def data_leaks(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="What is trained on: SOURCE[:PATH] or a file.")],
+    tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="What is tested on, likewise.")],
+) -> None:
+    """Count the questions of test sets that a training set holds too."""
+    # Questions are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    trained_on = load_rows(*parse_source(train), 0)
+    for test in tests:
+        leak = find_leak(trained_on, load_rows(*parse_source(test), 0))
+        console.print(f"{test}: {len(leak.found):,} of {leak.questions:,} distinct questions are in {train}")
+        for text in leak.found[:SHOWN_LEAKS]:
+            console.print(f"  {' '.join(text.split())}")
 
 
 def check(source: str) -> int:

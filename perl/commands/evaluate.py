@@ -86,7 +86,7 @@ def _policy(session: "Session", run: Path) -> dict[str, Any]:
     collector, judge = setup_collector(session), session.held_out.judge
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)
-    metrics = policy_change(before, after, prompts)
+    metrics = policy_change(before, after, prompts, collector.eval_samples)
     _print(f"policy of {run}", metrics)
     return metrics
 
@@ -99,6 +99,8 @@ def _print(title: str, metrics: dict[str, Any]) -> None:
             table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
     for name, value in metrics["reward_parts_before"].items():
         table.add_row(f"reward/{name}", f"{value:.4g}", f"{metrics['reward_parts_after'][name]:.4g}", "")
+    for one in metrics.get("pass_at", []):
+        table.add_row(f"pass@{one['k']}", f"{one['before']:.4g}", f"{one['after']:.4g}", _ends(one["interval"]))
     table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
     console.print(table)
     each = counted(metrics["samples_per_prompt"], "completion")

@@ -13,14 +13,6 @@ from rich.progress import Progress
 
 from perl.errors import MachineError, UserError, machine_fault
 
-COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
-BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"
-PINS = Path(__file__).with_name("taskmaster.sha256")
-"""A line a file as published at `COMMIT`: SHA-256, bytes, path."""
-_BY_HAND = (
-    "Try again, or where there is no network clone the repository elsewhere and set data.path to the copy: "
-    f"git clone https://github.com/google-research-datasets/Taskmaster && git -C Taskmaster checkout {COMMIT}"
-)
 _TIMEOUT_SECONDS = 60
 
 
@@ -33,13 +25,51 @@ class Pin:
     path: str
 
 
-def cache_folder() -> Path:
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A public repository on GitHub, `OWNER/NAME`, at a commit.
+
+    Attributes:
+        listing: has a line a file as published then: SHA-256, bytes, path.
+    """
+
+    name: str
+    commit: str
+    listing: Path
+
+    @property
+    def url(self) -> str:
+        """Before the paths of its files."""
+        return f"https://raw.githubusercontent.com/{self.name}/{self.commit}"
+
+    @property
+    def by_hand(self) -> str:
+        """What to do where a download fails."""
+        folder = self.name.rpartition("/")[2]
+        return (
+            "Try again, or where there is no network clone the repository elsewhere and set data.path to the "
+            f"copy: git clone https://github.com/{self.name} && git -C {folder} checkout {self.commit}"
+        )
+
+
+_HERE = Path(__file__).parent
+TASKMASTER = Repository(
+    "google-research-datasets/Taskmaster",
+    "d92cb6af3005f1dc09c39e75e7daf4a04905e00b",
+    _HERE / "taskmaster.sha256",
+)
+GSM8K = Repository("openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82a006892c", _HERE / "math.sha256")
+LLM_ADAPTERS = Repository("AGI-Edgerunners/LLM-Adapters", "8166572", _HERE / "math.sha256")
+
+
+def cache_folder(repository: Repository = TASKMASTER) -> Path:
     """Where fetched data goes by default, in `$XDG_CACHE_HOME` or `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "perl-rlhf" / "taskmaster"
+    folder = repository.name.rpartition("/")[2].lower()
+    return (Path(cache) if cache else Path.home() / ".cache") / "perl-rlhf" / folder
 
 
-def pins(release: str, listing: Path = PINS) -> list[Pin]:
+def pins(release: str, listing: Path = TASKMASTER.listing) -> list[Pin]:
     """The pinned files of a release, which is a folder of the repository."""
     lines = (line.split(maxsplit=2) for line in listing.read_text(encoding="utf-8").splitlines())
     pinned = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
@@ -49,28 +79,33 @@ def pins(release: str, listing: Path = PINS) -> list[Pin]:
     return pinned
 
 
-def fetch(release: str, folder: Path | None = None, base_url: str = BASE_URL, listing: Path = PINS) -> Path:
+def fetch(
+    release: str,
+    folder: Path | None = None,
+    base_url: str | None = None,
+    listing: Path | None = None,
+    repository: Repository = TASKMASTER,
+) -> Path:
     """Download a release's files, except those that are there already.
 
     Args:
         release: a folder of the repository.
         folder: where to put them, in the repository's layout; by default `cache_folder()`.
-        base_url: the repository's address, without a slash at its end.
-        listing: the file of pins.
+        base_url: the repository's address, without a slash at its end; by default its own, as is the `listing`.
 
     Returns:
-        The folder, which `read_taskmaster` reads.
+        The folder.
 
     Raises:
         UserError: a file is not the one pinned.
         MachineError: the network or the disk fails; whole files that were fetched are kept.
     """
-    root, needed = folder or cache_folder(), pins(release, listing)
+    root, needed = folder or cache_folder(repository), pins(release, listing or repository.listing)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(release, total=sum(pin.size for pin in needed))
         for pin in needed:
             if not _is_right(root / pin.path, pin):
-                _download(f"{base_url}/{pin.path}", root / pin.path, pin)
+                _download(f"{base_url or repository.url}/{pin.path}", root / pin.path, pin, repository.by_hand)
             progress.advance(task, pin.size)
     return root
 
@@ -86,7 +121,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _download(url: str, target: Path, pin: Pin) -> None:
+def _download(url: str, target: Path, pin: Pin, by_hand: str) -> None:
     """Write beside the target and rename, so that the target is either whole or not there."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -97,12 +132,12 @@ def _download(url: str, target: Path, pin: Pin) -> None:
         if (size, sha256) != (pin.size, pin.sha256):
             actual = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
             what = f"is not the file pinned: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
-            raise UserError(what, where=url, remedy=_BY_HAND)
+            raise UserError(what, where=url, remedy=by_hand)
         part.write_bytes(content)
         part.replace(target)
     except (OSError, http.client.HTTPException) as error:
         what = f"cannot be fetched into {target.parent}: {error or type(error).__name__}"
-        raise machine_fault(error) or MachineError(what, where=url, remedy=_BY_HAND) from error
+        raise machine_fault(error) or MachineError(what, where=url, remedy=by_hand) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from perl.data.fetch import cache_folder, fetch, pins
+from perl.data.arithmetic.source import corpus as arithmetic_corpus
+from perl.data.arithmetic.source import simulate as simulate_arithmetic
+from perl.data.fetch import TASKMASTER, Repository, cache_folder, fetch, pins
 from perl.data.jsonl import FORMATS, read_jsonl
+from perl.data.math_sets import MATH_SETS, read_math
 from perl.data.published import PUBLIC_SETS, REMEDY, read_public
 from perl.data.records import Records
 from perl.data.rows import no_usable_row
@@ -138,10 +141,21 @@ def parse_source(text: str) -> tuple[str, str | None]:
 # The sources of this package.
 
 
-def _coffee_simulator(path: Path | None, seed: int) -> Records:
+def _no_files(source: str, path: Path | None) -> None:
     if path is not None:
         remedy = "Leave data.path out, or set data.source to jsonl to read a file."
-        raise UserError(f"coffee-simulator reads no files, but is given {path}", where="data.path", remedy=remedy)
+        raise UserError(f"{source} reads no files, but is given {path}", where="data.path", remedy=remedy)
+
+
+def _arithmetic_simulator(path: Path | None, seed: int) -> Records:
+    _no_files("arithmetic-simulator", path)
+    records = simulate_arithmetic(seed, demonstrations=2_000, prompts=2_000)
+    records.corpus = arithmetic_corpus(seed=0, count=40_000)
+    return records
+
+
+def _coffee_simulator(path: Path | None, seed: int) -> Records:
+    _no_files("coffee-simulator", path)
     records = simulate(seed=seed, dialogues=1250, ratings=8000, prompts=1500, noise=0.1)
     # One corpus whatever the seed: the base is what all runs have in common.
     records.corpus = corpus(seed=0, dialogues=8_000)
@@ -156,7 +170,9 @@ def _jsonl(path: Path | None, seed: int) -> Records:
 
 def _taskmaster(domain: Domain, description: str) -> Source:
     def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
-        return read_taskmaster(path or _fetched(domain), domain, every_row)
+        return read_taskmaster(
+            path or _fetched(f"taskmaster-{domain}", RELEASES[domain], TASKMASTER), domain, every_row
+        )
 
     return Source(
         read,
@@ -168,13 +184,28 @@ def _taskmaster(domain: Domain, description: str) -> Source:
     )
 
 
-def _fetched(domain: Domain) -> Path:
+def _fetched(source: str, release: str, repository: Repository) -> Path:
     """The folder that `data fetch` fills."""
-    folder, source = cache_folder(), f"taskmaster-{domain}"
-    if missing := [pin.path for pin in pins(RELEASES[domain]) if not (folder / pin.path).is_file()]:
+    folder = cache_folder(repository)
+    if missing := [pin.path for pin in pins(release, repository.listing) if not (folder / pin.path).is_file()]:
         remedy = f"Run `perl-rlhf data fetch {source}`, or set data.path to a checkout of the repository."
         raise UserError(f"{source} is not fetched: there is no {missing[0]}", where=str(folder), remedy=remedy)
     return folder
+
+
+def _math(name: str) -> Source:
+    def read(path: Path | None, seed: int) -> Records:
+        return read_math(chosen, path or _fetched(name, chosen.folder, chosen.repository))
+
+    chosen = MATH_SETS[name]
+    return Source(
+        read,
+        chosen.description,
+        chosen.licence,
+        f"https://github.com/{chosen.repository.name}",
+        fetch=partial(fetch, chosen.folder, repository=chosen.repository),
+        remedy="Set data.path to the folder with the files as published: data/README.md.",
+    )
 
 
 def _public(name: str) -> Source:
@@ -190,8 +221,12 @@ SOURCES: dict[str, Source] = {
     "coffee-simulator": Source(
         _coffee_simulator, "simulated orders in a coffee shop, with a gold judge", licence="this project's"
     ),
+    "arithmetic-simulator": Source(
+        _arithmetic_simulator, "simulated word problems, with an exact checker", licence="this project's"
+    ),
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
     "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}."),
+    **{name: _math(name) for name in MATH_SETS},
     **{name: _public(name) for name in PUBLIC_SETS},
 }

@@ -9,10 +9,12 @@
 A kind is its settings; they make the source. This file does without torch: a recipe is read in no time.
 """
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
+from pydantic import Field, JsonValue, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
 
+from perl.data.answers import AnswerKind
 from perl.recipe.section import Positive, Section, nearest
 
 if TYPE_CHECKING:
@@ -67,11 +69,16 @@ class FunctionPart(RewardPart):
 
     function: str
     """FILE.py:NAME, called as TRL calls reward functions."""
+    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that a call may take; a longer one ends the run. Code in C can only be interrupted in a process of
+    its own."""
+    own_process: bool = False
+    """Whether to call it in a process of its own, whose crash or memory is not the run's."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.function import RewardFunction
 
-        return RewardFunction(self.function, context.prompts)
+        return RewardFunction(self.function, context.prompts, self.time_limit, self.own_process)
 
 
 class LengthPart(RewardPart):
@@ -86,7 +93,61 @@ class LengthPart(RewardPart):
         return Length(self.target)
 
 
-REWARDS: dict[str, type[RewardPart]] = {"model": ModelPart, "function": FunctionPart, "length": LengthPart}
+class MathPart(RewardPart):
+    """1 where the answer is the reference's, else 0: see `perl.data.answers`."""
+
+    answer: AnswerKind = "number"
+    """number: the last of the completion; letter: its first of A to E; latex: by the package math-verify."""
+    column: str = "answer"
+    """The field of the rows that has the reference."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import Math
+
+        return Math(self.answer, self.column, context.prompts)
+
+
+class RegexPart(RewardPart):
+    """1 where the pattern is found in the completion, else 0."""
+
+    pattern: str
+    """Of Python's module `re`. `(?s)\\A…\\Z` is the whole completion."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import Regex
+
+        return Regex(self.pattern)
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+
+class JsonSchemaPart(RewardPart):
+    """1 where the whole completion is JSON that the schema allows, else 0."""
+
+    json_schema: dict[str, JsonValue]
+    """By the package jsonschema; without `$schema` that is draft 2020-12."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.rules import JsonSchema
+
+        return JsonSchema(self.json_schema)
+
+
+REWARDS: dict[str, type[RewardPart]] = {
+    "model": ModelPart,
+    "function": FunctionPart,
+    "length": LengthPart,
+    "math": MathPart,
+    "regex": RegexPart,
+    "json_schema": JsonSchemaPart,
+}
 """The kinds by name; a plugin can add its own."""
 
 

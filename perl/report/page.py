@@ -154,7 +154,7 @@ def _policy(group: Group) -> dict[str, Any]:
         ends = [spread(scale * getattr(one, end) for one in changes) for end in ("before", "after")]
         if changes:
             rows.append(_policy_row(label, ends, changes[0].interval if alone else None, places, scale))
-    rows[1:1] = _part_rows(group)
+    rows[1:1] = [*_part_rows(group), *_pass_rows(group)]
     ends = [None, spread(one.kl for one in group.rl)]
     interval = group.rl[0].kl_interval if alone else None
     rows.append(_policy_row("KL to the reference, nats a completion", ends, interval))
@@ -193,6 +193,21 @@ def _part_rows(group: Group) -> list[Row]:
     for name in names:
         ends = [spread(parts.get(name) for parts in side) for side in zip(*pairs, strict=True)]
         rows.append(_policy_row(f"… {name}", ends))
+    return rows
+
+
+def _pass_rows(group: Group) -> list[Row]:
+    """pass@k for each k that all runs measured; of a single run with the intervals of both ends."""
+    measured = [{row.k: row for row in one.pass_at or []} for one in group.rl]
+    rows = []
+    for k in sorted(set[int].intersection(*map(set, measured))):
+        of_k, alone = [row[k] for row in measured], len(measured) == 1
+        ends = [spread(getattr(row, end) for row in of_k) for end in ("before", "after")]
+        label, *cells, change = _policy_row(f"pass@{k}", ends, of_k[0].interval if alone else None)
+        if alone:
+            intervals = (of_k[0].before_interval, of_k[0].after_interval)
+            cells = [f"{cell} ({interval_text(one)})" for cell, one in zip(cells, intervals, strict=True)]
+        rows.append((label, *cells, change))
     return rows
 
 

@@ -43,6 +43,8 @@ class Collector:
     micro_batch_size: int
     seed: int
     """All draws follow from it and from what they are for."""
+    eval_samples: int | None = None
+    """Completions of each prompt that a policy is judged by; None: see `perl.rl.evaluate`."""
 
     @property
     def processes(self) -> Processes:

@@ -2,10 +2,11 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
+from perl.measure.pass_at_k import measured_ks, pass_at_k
 from perl.results import Completion, Sample
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
@@ -15,12 +16,16 @@ from perl.roles.roles import Role
 from perl.system.progress import console
 from perl.system.typed_json import made
 
+T = TypeVar("T")
+
 EVAL_BATCH = 64
 """Completions sampled at once."""
 COMPLETIONS = 256
 """At least so many in all: the mean of 24 rewards of 0 or 1 has a standard error of 0.1."""
 PART = "reward/"
 """Before the name of a part of the reward."""
+PASS = "pass@"
+"""Before k."""
 MOST_A_PROMPT = 32
 """More tell nothing new: what differs from prompt to prompt remains."""
 
@@ -35,7 +40,8 @@ def evaluate_policy(
 ) -> dict[str, list[float]]:
     """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats a completion, k1), length, `ended`.
 
-    All policies draw with the same random numbers.
+    Where the reward has rules, `pass@K` too, a completion being right that fulfils all of them. All policies draw
+    with the same random numbers.
 
     Args:
         say_spread: print how the rewards are spread over the completions.
@@ -43,7 +49,7 @@ def evaluate_policy(
     Returns:
         of each prompt the mean over its completions, by name.
     """
-    generator, each = collector.generator("evaluate"), samples_per_prompt(len(prompts))
+    generator, each = collector.generator("evaluate"), collector.eval_samples or samples_per_prompt(len(prompts))
     asked = prompts.repeat(each)
     found: dict[str, list[float]] = {}
     for start in range(0, len(asked), EVAL_BATCH):
@@ -53,10 +59,19 @@ def evaluate_policy(
             found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))
-    return {
-        name: [statistics.fmean(values[start : start + each]) for start in range(0, len(values), each)]
-        for name, values in found.items()
+    means = {
+        name: [statistics.fmean(values) for values in _by_prompt(of_each, each)] for name, of_each in found.items()
     }
+    rules = [found[f"{PART}{name}"] for name in collector.reward.rules]
+    if rules:
+        right = _by_prompt([all(values) for values in zip(*rules, strict=True)], each)
+        means |= {f"{PASS}{k}": [pass_at_k(values, k) for values in right] for k in measured_ks(each)}
+    return means
+
+
+def _by_prompt(of_each: Sequence[T], each: int) -> list[Sequence[T]]:
+    """The values of so many completions of each prompt."""
+    return [of_each[start : start + each] for start in range(0, len(of_each), each)]
 
 
 def _spread(rewards: list[float]) -> str:
@@ -68,18 +83,19 @@ def _spread(rewards: list[float]) -> str:
     return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
 
 
-def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> dict[str, Any]:
+def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each: int | None) -> dict[str, Any]:
     """Two policies on the same prompts, as JSON.
 
     Args:
         before: what `evaluate_policy` found of the reference.
         after: what it found of the policy.
+        each: completions of a prompt; None: `samples_per_prompt`.
 
     Returns:
         `n` prompts and the `samples_per_prompt`; `reward_parts_before` and `reward_parts_after`, the means of the
-        reward's parts by name; of reward, gold (where there is a judge), answer_tokens and
-        ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by
-        prompt); the policy's `kl` with `kl_interval`.
+        reward's parts by name; where the reward has rules, `pass_at` (`PassAtK`); of reward, gold (where there is
+        a judge), answer_tokens and ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of
+        the change (95 %, paired by prompt); the policy's `kl` with `kl_interval`.
     """
     parts = {
         f"reward_parts_{when}": {
@@ -89,12 +105,30 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts) -> d
         }
         for when, metrics in (("before", before), ("after", after))
     }
-    before = {name: values for name, values in before.items() if not name.startswith(PART)}
+    dialogues = [prompt.dialogue for prompt in prompts.prompts]
+    passes = _passes(before, after, dialogues)
+    before = {name: values for name, values in before.items() if not name.startswith((PART, PASS))}
     before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
-    found = changes(before, after, [prompt.dialogue for prompt in prompts.prompts])
+    found = changes(before, after, dialogues)
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
-    return {"n": len(prompts), "samples_per_prompt": samples_per_prompt(len(prompts)), **parts, **found}
+    each = each or samples_per_prompt(len(prompts))
+    return {"n": len(prompts), "samples_per_prompt": each, **parts, **passes, **found}
+
+
+def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """`pass_at` as JSON of `PassAtK`; nothing without rules."""
+    names = [name for name in before if name.startswith(PASS)]
+    changed = changes({name: before[name] for name in names}, after, dialogues)
+    none = {name: [0.0] * len(dialogues) for name in names}  # the change from 0 is the value itself
+    ends = {when: changes(none, of, dialogues) for when, of in (("before", before), ("after", after))}
+    rows = [
+        {"k": int(name.removeprefix(PASS)), "interval": changed[f"{name}_interval"]}
+        | {when: changed[f"{name}_{when}"] for when in ends}
+        | {f"{when}_interval": found[f"{name}_interval"] for when, found in ends.items()}
+        for name in names
+    ]
+    return {"pass_at": rows} if rows else {}
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:

@@ -56,7 +56,7 @@ def train_rl(session: Session) -> RlStage:
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
-        eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out)),
+        eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
     )
 
 
@@ -91,6 +91,8 @@ def summary(stage: RlStage) -> None:
         f"{measured_words(change.reward_before, change.reward_after, change.reward_interval)}, at a KL of "
         f"{fixed(change.kl, 1)} nats a completion."
     )
+    for one in change.pass_at or []:
+        text += f" pass@{one.k} {measured_words(one.before, one.after, one.interval)}."
     if change.gold_before is not None and change.gold_after is not None:
         text += (
             " The share that the gold judge, which training never sees, finds right "

@@ -67,6 +67,7 @@ def setup_collector(session: Session) -> Collector:
         chat=chat,
         micro_batch_size=settings.micro_batch_size,
         seed=session.recipe.seed,
+        eval_samples=settings.eval_samples,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perl.data.fetch import COMMIT, cache_folder, fetch, pins
+from perl.data.fetch import GSM8K, TASKMASTER, cache_folder, fetch, pins
 from perl.data.sources import SOURCES, fetch_source
 from perl.errors import UserError
 
@@ -124,7 +124,7 @@ def test_errors_of_server_network_and_disk_tell_how_to_go_on(
         assert cause in error.value.what
         assert "git clone" in error.value.remedy
         assert "data.path" in error.value.remedy
-        assert COMMIT in error.value.remedy
+        assert TASKMASTER.commit in error.value.remedy
 
 
 def test_a_source_that_is_not_fetched_is_refused() -> None:
@@ -153,6 +153,7 @@ def test_what_can_be_fetched_is_fetched_as_its_reader_expects(
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "perl-rlhf" / "taskmaster"
+    assert cache_folder(GSM8K) == tmp_path / "perl-rlhf" / "grade-school-math"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "perl-rlhf" / "taskmaster"

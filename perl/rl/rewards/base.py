@@ -40,6 +40,8 @@ class RewardSource(ABC):
 
     name: str
     """`reward/NAME` in metrics.jsonl and in the report."""
+    is_rule: ClassVar[bool] = False
+    """Whether 1 is right and 0 wrong: then pass@k is measured."""
     title: ClassVar[str] = "the reward"
     """What messages call it."""
 

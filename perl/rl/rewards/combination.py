@@ -42,6 +42,11 @@ class CombinedReward:
         """The reward stage's model, where it is a part."""
         return next((source for source, _ in self._parts.values() if isinstance(source, RewardModel)), None)
 
+    @property
+    def rules(self) -> list[str]:
+        """The names of the parts that say right or wrong."""
+        return [name for name, (source, _) in self._parts.items() if source.is_rule]
+
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Scores:
         """Rewards of completions.
 

@@ -9,6 +9,7 @@ from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
 from perl.rl.rewards.base import RewardSource
+from perl.rl.rewards.limits import FunctionProcess, limited
 from perl.rl.samplers.base import Samples
 from perl.system.python_file import import_file
 
@@ -22,6 +23,8 @@ class RewardFunction(RewardSource):
     Args:
         location: `FILE.py:NAME`.
         prompts: all that it will be called with; it receives every column that one of them has.
+        time_limit: seconds a call.
+        own_process: whether it is called in a process of its own, which is started anew after a failure.
 
     Raises:
         UserError: no such file or name, or a function that cannot be called so; when called, as `RewardSource`.
@@ -29,9 +32,17 @@ class RewardFunction(RewardSource):
 
     title = "the reward function"
 
-    def __init__(self, location: str, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self,
+        location: str,
+        prompts: Sequence[Prompt],
+        time_limit: float | None = None,
+        own_process: bool = False,
+    ) -> None:
         self._location = location
-        self._function = _import(location)
+        self._function = import_function(location)
+        self._time_limit = time_limit
+        self._process = FunctionProcess(location) if own_process else None
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
         self.name = location.rpartition(":")[2]
         self._check_signature()
@@ -43,15 +54,21 @@ class RewardFunction(RewardSource):
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Sequence[float]:
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in self._columns}
         chat = [prompt.context[-1].speaker != "text" for prompt in prompts]
-        returned: Sequence[float] = self._function(
-            prompts=[messages(prompt.context) for prompt in prompts],
-            completions=[
+        arguments = {
+            "prompts": [messages(prompt.context) for prompt in prompts],
+            "completions": [
                 [{"role": "assistant", "content": text}] if is_chat else text
                 for text, is_chat in zip(texts, chat, strict=True)
             ],
-            completion_ids=samples.completions(),
+            "completion_ids": samples.completions(),
             **columns,
-        )
+        }
+        returned: Sequence[float]
+        if self._process is not None:
+            returned = self._process.call(arguments, self._time_limit)
+        else:
+            with limited(self._time_limit):
+                returned = self._function(**arguments)
         return returned
 
     def _check_signature(self) -> None:
@@ -84,7 +101,12 @@ def messages(context: Context) -> str | list[dict[str, str]]:
     return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]
 
 
-def _import(location: str) -> Callable[..., Any]:
+def import_function(location: str) -> Callable[..., Any]:
+    """The function at `FILE.py:NAME`.
+
+    Raises:
+        UserError: no such file or name.
+    """
     file, _, name = location.rpartition(":")
     remedy = "Give FILE.py:NAME, the file beside the recipe."
     if not (file.endswith(".py") and Path(file).is_file()):

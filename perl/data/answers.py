@@ -1,0 +1,116 @@
+"""The answer that a text gives, and whether it is the reference's: the published rule of LLM-Adapters, and LaTeX.
+
+Numbers and letters by `evaluate.py` of LLM-Adapters (Hu et al. 2023): the last number after removing commas, right
+within 0.001; of choices the first of the letters A to E.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from perl.data.records import JSON, Judge, Prompt
+from perl.errors import UserError
+
+AnswerKind = Literal["number", "letter", "latex"]
+
+TOLERANCE = 0.001
+_NUMBER = re.compile(r"-?\d+\.?\d*")
+_LETTER = re.compile("[A-E]")
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, commas removed; None without one."""
+    numbers = _NUMBER.findall(text.replace(",", ""))
+    return float(numbers[-1]) if numbers else None
+
+
+def first_letter(text: str) -> str | None:
+    """The first of the letters A to E, wherever it stands; None without one."""
+    found = _LETTER.search(text)
+    return found[0] if found else None
+
+
+def is_right(kind: AnswerKind, text: str, reference: JSON) -> bool:
+    """Whether the answer that a text gives is the reference's.
+
+    Raises:
+        UserError: `reference_problem` has something to say, or the package for LaTeX is missing.
+    """
+    if problem := reference_problem(kind, reference):
+        raise UserError(problem, where=f"reference answer {reference!r}", remedy="Mend the row.")
+    return _RULES[kind](text, str(reference))
+
+
+def reference_problem(kind: AnswerKind, reference: JSON) -> str | None:
+    """Why a value cannot be the reference answer of this kind; None where it can."""
+    if isinstance(reference, bool) or not isinstance(reference, str | int | float):
+        return "is neither text nor a number"
+    text = str(reference).replace(",", "").strip()
+    if kind == "letter":
+        return None if _LETTER.fullmatch(text) else "is none of the letters A to E"
+    if kind == "number":
+        try:
+            return None if math.isfinite(float(text)) else "is not finite"
+        except ValueError:
+            return "is no number"
+    return None if text else "is empty"
+
+
+def check_references(kind: AnswerKind, column: str, prompts: Sequence[Prompt], where: str) -> None:
+    """Refuse prompts whose reference answer is missing or of another kind.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for prompt in prompts:
+        problem = reference_problem(kind, prompt.columns.get(column))
+        if problem:
+            value = (
+                f"its column {column!r} {problem}" if column in prompt.columns else f"it has no column {column!r}"
+            )
+            raise UserError(
+                f"a prompt has no reference answer of kind {kind}: {value}",
+                where=f"{where}, prompt of dialogue {prompt.dialogue[:60]!r}",
+                remedy="Give every row a field with its answer, and name the field in `column`.",
+            )
+
+
+def judge_answers(kind: AnswerKind) -> Judge:
+    """A judge that compares with the column `answer`."""
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        both = zip(prompts, texts, strict=True)
+        return [float(is_right(kind, text, prompt.columns.get("answer"))) for prompt, text in both]
+
+    return judge
+
+
+def _same_number(text: str, reference: str) -> bool:
+    number = last_number(text)
+    return number is not None and abs(number - float(reference.replace(",", ""))) <= TOLERANCE
+
+
+def _same_letter(text: str, reference: str) -> bool:
+    return first_letter(text) == reference.strip()
+
+
+def _same_latex(text: str, reference: str) -> bool:
+    """By the package math-verify; without its time limit, which needs signals of the main thread."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        remedy = "Run `pip install 'perl-rlhf[rules]'`."
+        raise UserError(
+            "answers in LaTeX need the package math-verify", where="rl.reward", remedy=remedy
+        ) from None
+    dollars = reference if "$" in reference or "\\boxed" in reference else f"${reference}$"
+    gold, answer = parse(dollars, parsing_timeout=None), parse(text, parsing_timeout=None)
+    return bool(verify(gold, answer, timeout_seconds=None))
+
+
+_RULES: dict[AnswerKind, Callable[[str, str], bool]] = {
+    "number": _same_number,
+    "letter": _same_letter,
+    "latex": _same_latex,
+}

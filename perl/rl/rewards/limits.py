@@ -1,0 +1,118 @@
+"""A time limit for functions of the user's own, and a process of their own."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+STARTING_SECONDS = 120.0
+"""Until the process has imported the function's file."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Raise `TimeoutError` in the block after so many seconds; None: never.
+
+    By SIGALRM, which only the main thread can have: elsewhere nothing is limited.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise _too_long(seconds)
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class FunctionProcess:
+    """Calls a function in a new process, which stays for the next call unless the function failed.
+
+    Args:
+        location: `FILE.py:NAME`.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def call(self, arguments: Mapping[str, Any], seconds: float | None) -> Any:
+        """What it returned.
+
+        Raises:
+            TimeoutError: it took longer than so many seconds.
+            RuntimeError: it failed, or its process ended.
+        """
+        connection = self._started()
+        try:
+            connection.send(arguments)
+            if not connection.poll(seconds):
+                raise _too_long(seconds or 0.0)
+            done, returned = connection.recv()
+        except (EOFError, OSError) as error:
+            if isinstance(error, TimeoutError):
+                self._end()
+                raise
+            code = self._end()
+            raise RuntimeError(f"its process ended with exit code {code}") from None
+        if not done:
+            raise RuntimeError(returned)
+        return returned
+
+    def _started(self) -> Connection:
+        if self._connection is not None:
+            return self._connection
+        context = get_context("spawn")  # a fork would share torch's threads and locks
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._location), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not ours.poll(STARTING_SECONDS):
+            self._end()
+            raise RuntimeError("its process did not start")
+        ours.recv()  # that it has been imported does not count towards the limit
+        self._connection = ours
+        return ours
+
+    def _end(self) -> int | None:
+        """End the process; return its exit code."""
+        process, self._process, self._connection = self._process, None, None
+        if process is None:
+            return None
+        process.join(1.0)  # one that ended by itself has a code of its own
+        process.kill()
+        process.join()
+        return process.exitcode
+
+
+def _too_long(seconds: float) -> TimeoutError:
+    return TimeoutError(f"it took longer than time_limit, {seconds:g} seconds")
+
+
+def _serve(connection: Connection, location: str) -> None:
+    """In the new process: answer calls until the other end is gone."""
+    from perl.rl.rewards.function import import_function
+
+    function = import_function(location)
+    connection.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            arguments = connection.recv()
+            try:
+                returned = function(**arguments)
+                answer = True, returned if isinstance(returned, str | bytes | Mapping) else list(returned)
+            except (Exception, SystemExit) as error:
+                answer = False, f"{type(error).__name__}: {error}"
+            connection.send(answer)

@@ -1,0 +1,54 @@
+"""Functions with a time limit, and in a process of their own."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from perl.data.records import Prompt, Turn
+from perl.errors import UserError
+from perl.rl.rewards.function import RewardFunction
+
+FUNCTIONS = """
+import os, time
+def judge(prompts, completions, **columns):
+    if completions[0] == "sleep":
+        time.sleep(60)
+    if completions[0] == "die":
+        os._exit(3)
+    if completions[0] == "fail":
+        raise KeyError("colour")
+    return (float(os.getpid()) for _ in completions)
+"""
+PROMPT = Prompt((Turn("text", "one"),), "one")
+SAMPLES = cast(Any, SimpleNamespace(completions=lambda: [[1]]))
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    return f"{tmp_path}/own.py:judge"
+
+
+def test_a_slow_function_ends_the_run_and_a_quick_one_is_left_in_peace(location: str) -> None:
+    reward = RewardFunction(location, [PROMPT], time_limit=0.1)
+    with pytest.raises(UserError, match=r"TimeoutError: it took longer than time_limit, 0\.1 seconds"):
+        reward([PROMPT], SAMPLES, ["sleep"])
+    assert reward([PROMPT], SAMPLES, ["go"]) == [os.getpid()]
+
+
+def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
+    reward = RewardFunction(location, [PROMPT], time_limit=1.0, own_process=True)
+    first = reward([PROMPT], SAMPLES, ["go"])
+    assert first != [os.getpid()]
+    with pytest.raises(UserError, match="KeyError: 'colour'"):
+        reward([PROMPT], SAMPLES, ["fail"])
+    assert reward([PROMPT], SAMPLES, ["go"]) == first
+    with pytest.raises(UserError, match="its process ended with exit code 3"):
+        reward([PROMPT], SAMPLES, ["die"])
+    second = reward([PROMPT], SAMPLES, ["go"])
+    assert second != first
+    with pytest.raises(UserError, match="longer than time_limit"):
+        reward([PROMPT], SAMPLES, ["sleep"])

@@ -61,6 +61,8 @@ class Rl(Section):
     entropy_coef: NonNegative | None = None
     reward: Rewards = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
+    anyway: bool = False
+    """Train against the reward stage's model though its card says that it is not fit for that."""
     sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
     prompts_per_step: Positive = 16

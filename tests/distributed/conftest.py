@@ -13,6 +13,7 @@ from perl.system.progress import silence
 from tests.conftest import DRINKS, write_rows
 
 RL: dict[str, Any] = {
+    "anyway": True,
     "steps": 2,
     "prompts_per_step": 4,
     "max_new_tokens": 12,

@@ -27,12 +27,18 @@ POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 MICRO_BATCH_SIZE = 32
 
 
-def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageName] | None = None) -> Stages:
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    stages: Sequence[StageName] | None = None,
+    source: str | Path | None = None,
+) -> Stages:
     """Run the unfinished stages of a recipe, as `perl-rlhf run` does; in one process or several.
 
     Args:
         out: the run folder; runs/NAME by default.
         stages: some of the recipe's stages; all of them by default.
+        source: the folder of another run, whose stages are taken where they fit.
 
     Returns:
         The results of all stages that are finished: what report.json has under `stages`.
@@ -41,7 +47,8 @@ def run(recipe: Recipe, out: str | Path | None = None, stages: Sequence[StageNam
         UserError: the input of any stage cannot be used; nothing has been written then.
     """
     with process_group() as engine:
-        return pipeline.run(recipe, Path(out or Path("runs") / recipe.name), stages, engine=engine)
+        folder = Path(out or Path("runs") / recipe.name)
+        return pipeline.run(recipe, folder, stages, engine=engine, source=None if source is None else Path(source))
 
 
 def load_run(path: str | Path) -> "LoadedRun":

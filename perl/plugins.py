@@ -59,6 +59,11 @@ def plugin_sha256(file: str) -> str:
     return _loaded[file].sha256
 
 
+def adds_to(file: str) -> set[str]:
+    """The registries that a plugin has added to."""
+    return {registry for registry, _ in _loaded[file].rows}
+
+
 def _add_rows(file: str) -> list[tuple[str, str]]:
     """Import a file and say what it has added, in place of what an earlier version of it had."""
     registries: dict[str, dict[str, Any]] = {

@@ -23,12 +23,14 @@ class Stage(Cost):
     Attributes:
         rows: trained on and held out.
         rows_cut: of these, rows that were cut to the longest length.
+        data_sha256: of the rows of its kinds, and of how they were split.
         predicted_memory: by `perl-rlhf estimate`, where `compare` ran it.
     """
 
     trainable_parameters: int
     rows: int | None = None
     rows_cut: int | None = None
+    data_sha256: str | None = None
     predicted_memory: dict[Phase, PhaseMemory] | None = None
 
 

@@ -30,6 +30,7 @@ def recipe_on(model: Path, data: Path, **changes: Any) -> Recipe:
         "sft": {"batch_size": 4, "learning_rate": 0.01, "max_length": 64},
         "reward": {"epochs": 8, "batch_size": 4, "learning_rate": 0.01, "max_length": 64},
         "rl": {
+            "anyway": True,
             "critic": "shared",
             "steps": 2,
             "prompts_per_step": 2,

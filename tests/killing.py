@@ -40,6 +40,7 @@ RECIPE = {
     "reward": {"epochs": 4, "batch_size": 4},
     "rl": {
         "algorithm": "ppo",
+        "anyway": True,
         "critic": "adapter",
         "epochs": 2,
         "steps": 20,

@@ -24,6 +24,7 @@ from perl.data.sources import load_records
 from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
+from perl.stages.reuse import settings_sha256
 from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
 TIMES = int(os.environ.get("PERL_FUZZ", "1"))
@@ -265,7 +266,7 @@ def load(folder: Path, content: bytes, overrides: list[str]) -> bool:
     except UserError as error:
         return refused(error)
     assert isinstance(recipe, Recipe)
-    assert len(recipe.sha256) == 64
+    assert all(len(settings_sha256(recipe, stage)) == 64 for stage in recipe.stages)
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(file) == recipe
     return True

@@ -14,6 +14,7 @@ from perl import plugins
 from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.rewards import REWARDS
+from perl.stages.reuse import settings_sha256
 from tests.conftest import RunCli
 
 PROJECT = Path(__file__).parent.parent
@@ -86,14 +87,14 @@ def test_a_plugin_is_imported_once(tmp_path: Path) -> None:
 def test_the_hash_is_of_the_plugins_bytes_wherever_they_lie(tmp_path: Path) -> None:
     def hashed(setting: str, text: str) -> str:
         (tmp_path / "own.py").write_text(text)
-        return load_recipe(write(tmp_path, "own.py", kind="length")).sha256
+        return settings_sha256(load_recipe(write(tmp_path, "own.py", kind="length")), "rl")
 
     first = hashed("low", "LOW = 1")
     assert hashed("low", "LOW = 2") != first
     assert hashed("low", "LOW = 1") == first
     moved = write(tmp_path / "elsewhere", "own.py", kind="length")
     (moved.parent / "own.py").write_text("LOW = 1")
-    assert load_recipe(moved).sha256 == first
+    assert settings_sha256(load_recipe(moved), "rl") == first
 
 
 def test_a_changed_plugin_is_imported_again_in_place_of_what_it_was(tmp_path: Path) -> None:

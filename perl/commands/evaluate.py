@@ -33,7 +33,7 @@ def evaluate(
     if role not in ROLES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
     session = _open(run, role, data)
-    metrics = _reward(session, run, data) if role == "reward" else _policy(session, run)
+    metrics = _reward(session, run, data) if role == "reward" else _policy(session, run, data)
     if json_file is not None:
         write_metrics(json_file, as_json(metrics))
 
@@ -57,10 +57,13 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
 def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard":
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
+    from perl.stages.reuse import refuse_changed
     from perl.stages.reward_card import evaluate_rows, print_card
     from perl.stages.reward_rows import answers_of, max_length, session_rows
 
     session.load(Role.REWARD)
+    if data is None:
+        refuse_changed(session.folder, {"reward": session.identities["reward"]})
     assert session.recipe.reward is not None
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
     rows = session_rows(session, session.held_out, "any", data)
@@ -71,16 +74,19 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     return card
 
 
-def _policy(session: "Session", run: Path) -> dict[str, Any]:
+def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     from perl.rl.evaluate import evaluate_policy, policy_change
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
+    from perl.stages.reuse import refuse_changed
     from perl.stages.rl_setup import eval_prompts, setup_collector
 
     assert session.recipe.rl is not None
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     session.load(Role.POLICY)
+    if data is None:
+        refuse_changed(session.folder, {"rl": session.identities["rl"]})
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
     collector, judge = setup_collector(session), session.held_out.judge

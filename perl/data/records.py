@@ -120,6 +120,7 @@ class Records:
     Attributes:
         corpus: dialogues to train a tiny base on, which are in no other record.
         published_test: the dialogues of the published test part, which is held out instead of a share.
+        fingerprints: of all rows by kind, before they were split (`perl.data.fingerprint`).
         notes: what a user should know of the source or the split.
     """
 
@@ -131,6 +132,7 @@ class Records:
     judge: Judge | None = None
     corpus: list[Demonstration] = field(default_factory=list)
     published_test: frozenset[str] = frozenset()
+    fingerprints: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def by_kind(self) -> dict[str, Sequence[Record]]:

@@ -38,7 +38,7 @@ def explain(error: ValidationError, content: dict[str, Any], path: Path) -> User
     key = ".".join(place.keys)
     where = f"{path}: {key}" if key else str(path)
     if first["type"] == "extra_forbidden":
-        valid = list(place.section.model_fields)
+        valid = [field.alias or name for name, field in place.section.model_fields.items()]
         near = difflib.get_close_matches(place.keys[-1], valid, n=1, cutoff=0.5)
         meant = ".".join([*place.keys[:-1], *near])
         return UserError(

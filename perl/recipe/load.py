@@ -31,6 +31,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply_override(content, override)
     _replace_origin(content, overrides or [])
     _resolve_paths(content, path.parent)
+    _settings_of_sources(content)
     files = content.get("plugins")
     if isinstance(files, list) and all(isinstance(file, str) for file in files):  # else it will be refused
         load_plugins(files, where=f"{path}: plugins")
@@ -77,11 +78,24 @@ def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
                 base.pop(key, None)
 
 
+def _settings_of_sources(content: dict[str, Any]) -> None:
+    """A section that names a run by `from` has that run's settings where it says nothing itself."""
+    for stage in STAGES:
+        section = content.get(stage)
+        if not isinstance(section, dict):
+            continue
+        source = section.get("from")
+        if isinstance(source, str) and (file := Path(source) / "recipe.yaml").is_file():
+            theirs = plain_yaml.read_mapping(file).get(stage)
+            content[stage] = {**(theirs if isinstance(theirs, dict) else {}), **section}
+
+
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
     rl = content.get("rl")
     reward = rl.get("reward") if isinstance(rl, dict) else None
     places = [(content.get("base"), "model"), (content.get("data"), "path")]
+    places += [(content.get(stage), "from") for stage in STAGES]
     places += [(part, "function") for part in (reward if isinstance(reward, list) else [reward])]
     for section, key in places:
         if isinstance(section, dict) and isinstance(section.get(key), str):

@@ -1,13 +1,11 @@
 """The whole recipe."""
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from perl.plugins import load_plugins, plugin_sha256
+from perl.plugins import load_plugins
 from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
@@ -17,6 +15,8 @@ from perl.recipe.supervised import Reward, Sft
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
+CHANGE_NOTHING = ("sft.from", "reward.from", "rl.anyway")
+"""Keys that say what may be done, and change no result."""
 
 
 class Recipe(Section):
@@ -101,17 +101,6 @@ class Recipe(Section):
     def stages(self) -> tuple[StageName, ...]:
         """The stages to run, in order."""
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
-
-    @property
-    def sha256(self) -> str:
-        """Of all that it says beyond the defaults: a key that a later version adds does not change it.
-
-        What a plugin says is its bytes, wherever it lies.
-        """
-        said = self.model_dump(mode="json", exclude_defaults=True)
-        if self.plugins:
-            said["plugins"] = [plugin_sha256(file) for file in self.plugins]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe as resolved, defaults included: reading it again gives an equal recipe."""

@@ -75,6 +75,8 @@ class Rl(Section):
     """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened until it does not."""
     reward: Rewards = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
+    anyway: bool = False
+    """Train against the reward stage's model though its card says that it is not fit for that."""
     sampler: SamplerFrom = SamplerFrom()
     steps: Positive = 100
     """Rollouts, each learned from `epochs` times."""

@@ -31,7 +31,7 @@ def registered(registry: Mapping[str, Any]) -> AfterValidator:
 class Section(BaseModel):
     """A part of a recipe: typed, frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
 
     @classmethod
     def variant(cls, given: Any) -> "type[Section]":

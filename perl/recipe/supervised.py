@@ -10,6 +10,8 @@ from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
 class Supervised(Section):
     """What SFT and reward training have in common."""
 
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """A run folder whose finished stage is taken as it is; keys of the section that are unset are as there."""
     epochs: Positive = 1
     """Passes over the training rows."""
     batch_size: Positive = 16

@@ -42,6 +42,9 @@ class Stamp:
     recipe: str | None = None
     """The name of the recipe that trained it; None where none did."""
     recipe_sha256: str | None = None
+    """Of the keys that its stage depends on."""
+    data_sha256: str | None = None
+    """Of the rows that it was trained and judged on."""
     parent: Role | None = None
     """The role that this one started from, if that was trained."""
     parent_sha256: str | None = None

@@ -2,6 +2,7 @@
 
 recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
+    identity.json                        what the stage depends on, see perl.stages.reuse; not in critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
@@ -21,7 +22,7 @@ from typing import Any, TextIO
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
-from perl.recipe import Recipe, StageName, load_recipe
+from perl.recipe import CHANGE_NOTHING, Recipe, StageName, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
 from perl.roles.roles import Role
 from perl.system.files import write_json, write_whole
@@ -92,11 +93,11 @@ class RunFolder:
             return
         new, old = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
         for key in sorted({*new, *old}):
-            if new.get(key) != old.get(key):
+            if new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
-                    remedy="Use another --out, or remove that folder.",
+                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still fit.",
                 )
 
     def recipe(self) -> Recipe:

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from perl.backbones.base import Base
 from perl.backbones.build import build_base
 from perl.backbones.loading import load_base, random_base
+from perl.data.fingerprint import fingerprints, sha256_of
 from perl.data.records import Demonstration, Records, Speaker
 from perl.data.sources import load_records
 from perl.data.splits import split
@@ -45,7 +46,7 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = read_data(recipe)
     base, lm = engine.processes.local_main_first(lambda: open_base(recipe, train, engine.load_device(device)))
-    own = (base.sha256, len(train.prompts), len(train.ratings), len(held_out.prompts))
+    own = (base.sha256, sha256_of((train, held_out), train.by_kind()))
     main, *others = engine.processes.all_gather(own)
     if differ := [rank for rank, one in enumerate(others, 1) if one != main]:
         raise UserError(
@@ -82,6 +83,7 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     for note in held_out.notes:
         console.print(f"[yellow]Split[/]: {escape(note)}")
     _check_records(recipe, train, held_out)
+    train.fingerprints = fingerprints(records)
     return train, held_out
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from perl.recipe import Recipe, StageName
 from perl.results import Hardware, Report, ReportBase, StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
-from perl.stages import reward, rl, sft
+from perl.stages import reuse, reward, rl, sft
 from perl.stages.material import Material
 from perl.stages.session import Session, open_session
 from perl.system.files import write_json
@@ -47,6 +48,7 @@ def run(
     stages: Sequence[StageName] | None = None,
     material: Material | None = None,
     engine: Engine | None = None,
+    source: Path | None = None,
 ) -> Stages:
     """Run the stages that are not finished, and write the report; return the results of all finished ones.
 
@@ -55,26 +57,36 @@ def run(
         stages: which of the recipe's stages to run; all of them by default.
         material: data and base, where they were read before.
         engine: of the processes that run it together; each calls this.
+        source: the folder of another run, whose stages are taken where they fit (`perl.stages.reuse`).
 
     Raises:
-        UserError: the input of any stage cannot be used; nothing has been written then.
+        UserError: the input of any stage cannot be used, and nothing has been written; or the reward model is not
+            fit for RL, and all before it is finished.
     """
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
     session = open_session(recipe, out, material=material, engine=engine)
     chosen = tuple(stages or recipe.stages)
-    unfinished = [stage for stage in chosen if session.folder.result(stage) is None]
-    for stage in unfinished:
-        _check_earlier(session, stage, chosen)
-        CHECK[stage](session)
+    reuse.refuse_changed(session.folder, session.identities)
+    found = reuse.find_stages(recipe, session.folder, session.identities, source)
+    for stage in chosen:
+        taken = stage in found and found[stage].use == "take"
+        if not taken and session.folder.result(stage) is None:
+            _check_earlier(session, stage, chosen)
+            CHECK[stage](session)
+    unfit: UserError | None = None
     with session.folder.claim(recipe):
         for stage in chosen:
+            if stage == "rl" and session.folder.result("rl") is None and (unfit := _unfit_reward(session)):
+                break  # what is finished is reported first: the card says why
+            if stage in found:
+                reuse.take(session.folder, stage, found[stage], session.processes.main)
+                session.processes.barrier()
             result = session.folder.result(stage)
             if result is None:
-                seed_everything(recipe.seed)  # so that a stage draws the same whatever ran before it
-                session.folder.finish(stage, result := TRAIN[stage](session))
-            else:
+                result = _train(session, stage)
+            elif stage not in found:
                 console.print(f"{stage} is finished already; its result:")
             SUMMARIZE[stage](result)
         sha256_after = session.roles.base_sha256()  # all processes gather the base together
@@ -85,7 +97,35 @@ def run(
 
         page = write_page([out], out / "report.html")
         console.print(f"Written: {page}, report.json beside it, and what each role has learned, in {out}/")
+    if unfit is not None:
+        raise unfit
     return session.folder.results()
+
+
+def _unfit_reward(session: Session) -> UserError | None:
+    """Why RL is not to be trained against the reward stage's model, if its card says so."""
+    settings, reward = session.recipe.rl, session.folder.results().reward
+    if reward is None or settings is None or settings.anyway or reward.eval.verdict.fit:
+        return None
+    if not any(part.needs_model for part in settings.reward_parts):
+        return None
+    return UserError(
+        f"the reward model is not fit for RL: {reward.eval.verdict.reasons[0]}",
+        where=str(session.folder.role(STAGE_ROLE["reward"])),
+        remedy="Train a better one: more ratings, a stronger base. Or train against it all the same, by "
+        "rl.anyway=true: the verdict then stands beside the report's headline.",
+    )
+
+
+def _train(session: Session, stage: StageName) -> StageResult:
+    """Train a stage, or go on with it, and write its result."""
+    identity = session.identities[stage]
+    if session.processes.main:
+        reuse.record(session.folder, stage, identity)
+    seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
+    result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
+    session.folder.finish(stage, result)
+    return result
 
 
 def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageName]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.stages.material import Material, read_material
+from perl.stages.reuse import ROLES, Identity, identify, settings_sha256
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
 
@@ -100,27 +102,42 @@ class Session:
             inherited = self.saved(parent) if parent is not None else None
             if inherited is not None and inherited.exists():
                 more |= {"parent": parent, "parent_sha256": weights_sha256(self.roles, inherited)}
-            save_role(self.roles, role, self.saved(role), stamp_for(role, self.base, **self._recipe(), **more))
+            more["data_sha256"] = self.identities[_stage_of(role)].data_sha256
+            save_role(self.roles, role, self.saved(role), stamp_for(role, self.base, **self._recipe(role), **more))
         self.processes.barrier()
 
-    def _recipe(self) -> dict[str, str]:
-        return {"recipe": self.recipe.name, "recipe_sha256": self.recipe.sha256}
+    def _recipe(self, role: Role) -> dict[str, str]:
+        settings = settings_sha256(self.recipe, _stage_of(role))
+        return {"recipe": self.recipe.name, "recipe_sha256": settings}
+
+    @cached_property
+    def identities(self) -> dict[StageName, Identity]:
+        """What each stage of the recipe depends on."""
+        return identify(self.recipe, self.train, self.held_out, self.base)
 
     def load(self, role: Role) -> None:
         """Load a role's weights from the run folder, unless they are in memory."""
         if role not in self.roles.roles:
-            load_role(self.roles, role, self.saved(role), self.base, **self._recipe())
+            load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
 
     def stamp(self, role: Role) -> Stamp:
         return read_stamp(self.saved(role))
 
     def checkpoints(self, stage: StageName) -> Checkpoints:
-        belongs = {"base": self.base.sha256, "recipe": self.recipe.sha256}
+        belongs = {
+            "base": self.base.sha256,
+            "recipe": settings_sha256(self.recipe, stage, any_length=True),
+            "data": self.identities[stage].data_sha256,
+        }
         if stage == "rl":
             earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
             belongs |= {f"{role} role": weights_sha256(self.roles, self.saved(role)) for role in earlier}
         folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
         return Checkpoints(folder, self.recipe.checkpoint_every, belongs, self.processes)
+
+
+def _stage_of(role: Role) -> StageName:
+    return next(stage for stage, roles in ROLES.items() if role in roles)
 
 
 def open_session(

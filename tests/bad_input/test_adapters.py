@@ -13,14 +13,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from perl.recipe import load_recipe
+from perl.recipe import STAGES, StageName, load_recipe
 from perl.stages.pipeline import run
+from perl.stages.reuse import settings_sha256
 from tests.bad_input.cases import contents
 from tests.bad_input.conftest import RefusedIn
 from tests.conftest import RunCli
 
 RL = {
     "algorithm": "ppo",
+    "anyway": True,
     "critic": "adapter",
     "steps": 2,
     "prompts_per_step": 2,
@@ -61,6 +63,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 def test_every_adapter_says_what_it_belongs_to(finished: Path, tiny_llama: Path) -> None:
     recipe = load_recipe(finished / "recipe.yaml")
+    stages: dict[str, StageName] = {"sft": "sft", "reward": "reward", "policy": "rl", "critic": "rl"}
     report = json.loads((finished / "report.json").read_text())
     parents = {"sft": None, "reward": None, "policy": "sft", "critic": "reward"}
     stamps = {role: json.loads((finished / role / "adapter" / "perl.json").read_text()) for role in parents}
@@ -68,7 +71,10 @@ def test_every_adapter_says_what_it_belongs_to(finished: Path, tiny_llama: Path)
         assert stamp["role"] == role
         assert stamp["base"] == str(tiny_llama)
         assert stamp["base_sha256"] == report["base"]["sha256_before"]
-        assert (stamp["recipe"], stamp["recipe_sha256"]) == ("tiny", recipe.sha256)
+        assert (stamp["recipe"], stamp["recipe_sha256"]) == (
+            "tiny",
+            settings_sha256(recipe, stages[role]),
+        )
         parent = parents[role]
         hashed = hashlib.sha256(weights(finished, parent).read_bytes()).hexdigest() if parent else None
         assert (stamp["parent"], stamp["parent_sha256"]) == (parent, hashed)
@@ -76,13 +82,23 @@ def test_every_adapter_says_what_it_belongs_to(finished: Path, tiny_llama: Path)
         assert len({stamp[key] for stamp in stamps.values()}) == 1
 
 
-def test_the_hash_of_a_recipe_is_of_what_it_says(finished: Path, tmp_path: Path) -> None:
+def test_the_hash_of_a_stage_is_of_what_the_recipe_says_of_it(finished: Path, tmp_path: Path) -> None:
     file, shorter = finished / "recipe.yaml", tmp_path / "recipe.yaml"
     shorter.write_text("# a comment\n" + file.read_text().replace("  dropout: 0.0\n", ""))
     assert len(shorter.read_text().splitlines()) == len(file.read_text().splitlines())
-    assert load_recipe(shorter).sha256 == load_recipe(file).sha256, "as of a key that a later version adds"
-    for override in ("seed=1", "rl.kl_coef=0.06", "name=other"):
-        assert load_recipe(file, [override]).sha256 != load_recipe(file).sha256
+    before = {stage: settings_sha256(load_recipe(file), stage) for stage in STAGES}
+    assert settings_sha256(load_recipe(shorter), "rl") == before["rl"], "as of a key that a later version adds"
+    for override, concerned in (
+        ("seed=1", STAGES),
+        ("rl.kl_coef=0.06", ("rl",)),
+        ("sft.batch_size=2", ("sft",)),
+        ("lora.rank=4", STAGES),
+        ("name=other", ()),
+        ("checkpoint_every=7", ()),
+        ("rl.anyway=false", ()),
+    ):
+        after = {stage: settings_sha256(load_recipe(file, [override]), stage) for stage in STAGES}
+        assert {stage for stage in STAGES if after[stage] != before[stage]} == set(concerned), override
 
 
 def weights(out: Path, role: str) -> Path:
@@ -222,7 +238,7 @@ def test_a_run_on_another_base_is_refused(
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe["base"]["model"] = str(other)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    written = refused_in(("another base", "another recipe", str(tiny_llama)), "evaluate", out, "policy")
+    written = refused_in(("another base", str(tiny_llama)), "evaluate", out, "policy")
     assert "another tokenizer" not in written
 
 

@@ -14,6 +14,7 @@ from tests.conftest import DRINKS, write_rows
 from tests.tiny import KINDS
 
 RL: dict[str, Any] = {
+    "anyway": True,
     "steps": 2,
     "prompts_per_step": 4,
     "max_new_tokens": 12,

@@ -1,6 +1,7 @@
 """What all tests share: tiny models, small files of every kind of record, and the command line in-process."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
 os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run side by side
 
+import hypothesis  # noqa: F401  it looks for modules' references when it is imported, before they are frozen
 import pytest
 import torch
 import yaml
@@ -59,6 +61,25 @@ def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> P
     )
     tokenizer.train_from_iterator(WORDS * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **tokens)
+
+
+def pytest_collection_finish() -> None:
+    """Before any test: all that is imported is out of the garbage collector's sight, and ready to be forked.
+
+    A measured stage collects at several points, and each time would walk the objects of all modules.
+    """
+    gc.collect()
+    gc.freeze()
+    if "tests.forks" in sys.modules:
+        sys.modules["tests.forks"].begin()
+
+
+@pytest.fixture(autouse=True)
+def _blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""
+    monkeypatch.setattr(
+        "perl.report.svg.Figure.savefig", lambda _, file, **__: file.write('<svg viewBox=""></svg>')
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

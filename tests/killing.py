@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
@@ -30,7 +31,7 @@ from perl.runs.folder import STAGE_ROLE
 from perl.stages import pipeline  # noqa: F401  imported once, for all forks
 
 GOODS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "killed",
     "checkpoint_every": 3,
     "base": {"build": {"hidden_size": 32, "layers": 4, "heads": 2, "vocabulary": 320, "steps": 20}},
@@ -52,7 +53,17 @@ RECIPE = {
 }
 
 
-def prepare(folder: Path) -> Path:
+def shorter() -> dict[str, Any]:
+    """The recipe with a third of the steps, and a checkpoint after every second one."""
+    stages = {
+        "sft": RECIPE["sft"] | {"epochs": 2},
+        "reward": RECIPE["reward"] | {"epochs": 1},
+        "rl": RECIPE["rl"] | {"steps": 6, "max_new_tokens": 8},
+    }
+    return RECIPE | stages | {"checkpoint_every": 2}
+
+
+def prepare(folder: Path, content: dict[str, Any]) -> Path:
     """A recipe of all stages on few rows, and the caches beside it."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     rows = []
@@ -64,7 +75,7 @@ def prepare(folder: Path) -> Path:
             rows.append({"prompt": prompt, "completion": "No.", "label": False})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
     return recipe
 
 
@@ -167,10 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="kills of each stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a third of the steps")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        recipe, peaceful = prepare(Path(scratch)), Path(scratch) / "peaceful"
+        recipe = prepare(Path(scratch), shorter() if arguments.short else RECIPE)
+        peaceful = Path(scratch) / "peaceful"
         seconds = {stage: finish(recipe, stage, peaceful) for stage in STAGES}
         for stage in STAGES:
             told = kill_stage(recipe, stage, peaceful, seconds[stage], arguments.count, rng)

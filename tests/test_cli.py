@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from perl import __version__, cli
+from tests import forks
 from tests.conftest import RunCli, WriteRecipe, write_rows
 from tests.exported import make, recipe_on
 
@@ -192,14 +193,14 @@ def test_evaluate_writes_its_metrics(
 
 ONE_BY_ONE = {
     "reward": {"function": "rewards.py:length"},
-    "steps": 60,
+    "steps": 30,
     "prompts_per_step": 2,
     "max_new_tokens": 2,
     "eval_prompts": 1,
 }
 
 
-def wait_for(metrics: Path, process: "subprocess.Popen[str]", meanwhile: Callable[[], object]) -> None:
+def wait_for(metrics: Path, process: forks.Fork, meanwhile: Callable[[], object]) -> None:
     """Return when the first step is in the metrics."""
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
@@ -209,35 +210,23 @@ def wait_for(metrics: Path, process: "subprocess.Popen[str]", meanwhile: Callabl
         time.sleep(0.005)
 
 
-def heed_hangups() -> None:
-    """In a process that begins: tests under nohup would hand on that hangups are ignored, which runs respect."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_run_says_so_and_goes_on(
     number: signal.Signals, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     recipe, out = write_recipe(reward=None, rl=ONE_BY_ONE), tmp_path / "out"
     metrics = out / "policy" / "metrics.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "perl", "run", str(recipe), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=heed_hangups,
-    )
+    process = forks.start(cli.main, "run", recipe, "--out", out, log=tmp_path / "log")
     wait_for(metrics, process, lambda: None)
     process.send_signal(signal.SIGSTOP)  # or it might be done before the next line is
     status, refusal = run_cli("run", recipe, "--out", out)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    written, _ = process.communicate(timeout=60)
+    ended, written = process.wait(60), process.said()
 
     assert status == 2, "a second process on the folder"
     assert "another run is using this folder" in refusal
-    assert process.returncode == 130, written
+    assert ended == 130, written
     assert "interrupted" in written
     assert "run the same command again" in written
     assert "Traceback" not in written
@@ -249,13 +238,6 @@ def test_an_interrupted_run_says_so_and_goes_on(
     assert len(metrics.read_text().splitlines()) == ONE_BY_ONE["steps"]
 
 
-IN_A_TERMINAL = """
-import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "perl", *sys.argv[1:]])
-"""
-
-
 def test_a_run_whose_terminal_is_closed_saves_and_goes_on(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
@@ -263,27 +245,19 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on(
     metrics = out / "policy" / "metrics.jsonl"
     ours, its = pty.openpty()
     os.set_blocking(ours, False)
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, "run", str(recipe), "--out", str(out)],
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=heed_hangups,
-    )
-    os.close(its)
+    terminal = Path(os.ttyname(its))
+    process = forks.start(cli.main, "run", recipe, "--out", out, log=terminal, terminal=True)
 
     def read() -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(ours, 2**16)
 
     wait_for(metrics, process, read)
+    os.close(its)
     os.close(
         ours
     )  # as an ssh connection that drops: SIGHUP, and every word to the terminal is an error from now on
-    assert process.wait(timeout=60) == 130
+    assert process.wait(60) == 130
     done = len(metrics.read_text().splitlines())
     assert done < ONE_BY_ONE["steps"]
     newest = max((out / "policy" / "checkpoints").iterdir())

@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests import forks, killing
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 
 SCHEDULE = {"lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1}
@@ -25,17 +24,11 @@ def learned(out: Path) -> dict[str, bytes]:
     return found
 
 
-def test_killed_at_random_moments() -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The harness itself, once a stage; `python -m tests.killing --count 20` is the long form."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killing", "--count", "1", "--seed", "3"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended in the same bytes") == 3, done.stdout
+    done = forks.start(killing.main, "--count", "1", "--seed", "3", "--short", log=tmp_path / "log")
+    assert done.wait(600) == 0, done.said()
+    assert done.said().count("ended in the same bytes") == 3, done.said()
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])

@@ -31,6 +31,11 @@ CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parent.parent / "perl"
 
 
+@pytest.fixture(autouse=True)
+def _blank_plots() -> None:
+    """The page is looked at with its plots."""
+
+
 class Mine:
     """What unpickling would run: it creates a file."""
 

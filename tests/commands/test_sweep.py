@@ -14,6 +14,11 @@ from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
 
 
+@pytest.fixture(autouse=True)
+def _blank_plots() -> None:
+    """A sweep's plots are drawn here alone."""
+
+
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe) -> Path:
     """SFT and RL are left out by the sweep."""

@@ -6,6 +6,7 @@ Where the fault can be in a recipe with RL alone, it is: all roles equal the bas
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -304,10 +305,16 @@ CLEAN: dict[str, dict[str, Any]] = {
     "another temperature": FUNCTION | {"rl": RL | {"temperature": 0.7}},
 }
 
+BASES = list(itertools.product(["llama", "gpt2"], DTYPES))
+CLEAN_CASES = [
+    pytest.param(name, *base, marks=[pytest.mark.slow] * ((place in (0, 3)) != (number % 2 == 0)))
+    for number, name in enumerate(CLEAN)
+    for place, base in enumerate(BASES)
+]
+"""Both families and both dtypes for each configuration; all combinations where time is no matter."""
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("configuration", CLEAN)
+
+@pytest.mark.parametrize(("configuration", "family", "dtype"), CLEAN_CASES)
 def test_nothing_injected_stops_nothing(
     configuration: str,
     family: str,

@@ -1,0 +1,141 @@
+"""Processes for runs, forked from one that has imported all libraries: the import takes longer than a run.
+
+The parent of the forks is itself a fork of the test process, made before any test: torch refuses to compute
+gradients in a fork of a process that has computed some.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+from perl.stages import pipeline  # noqa: F401  imported once, for all forks
+
+_server: Connection | None = None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Call a main function with arguments; `terminal` is a terminal's path, standard input, output and error."""
+
+    main: Callable[[], object]
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    log: Path
+    terminal: bool
+
+
+@dataclass
+class Fork:
+    """A process that has been started, in a session of its own."""
+
+    pid: int
+    log: Path
+    status: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, or minus the signal that ended it; None while it runs."""
+        if self.status is None:
+            self.status = _ask(self.pid)
+        return self.status
+
+    def wait(self, seconds: float) -> int:
+        """The exit status, within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (status := self.poll()) is None:
+            assert time.monotonic() < deadline, f"still running: {self.said()}"
+            time.sleep(0.005)
+        return status
+
+    def said(self) -> str:
+        """What it has written to standard output and error."""
+        return self.log.read_text(encoding="utf-8")
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
+def begin() -> None:
+    """Fork the parent of all forks."""
+    global _server
+    _server, its = Pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the fork uses nothing of theirs
+        child = os.fork()
+    if child:
+        its.close()
+        return
+    _server.close()
+    running: set[int] = set()
+    with contextlib.suppress(EOFError):
+        while True:
+            question = its.recv()
+            answer = _answer(question)
+            its.send(answer)
+            if isinstance(question, _Start):
+                running.add(answer or 0)
+            elif answer is not None:
+                running.remove(question)
+    for pid in running:  # of a test that failed
+        os.kill(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def start(main: Callable[[], object], *arguments: object, log: Path, terminal: bool = False) -> Fork:
+    """Call a main function as a program: `sys.argv` has these arguments, and hangups are heeded.
+
+    Args:
+        log: where its output goes; with `terminal`, a terminal that controls it.
+    """
+    words = tuple(map(str, arguments))
+    pid = _ask(_Start(main, words, dict(os.environ), log, terminal))
+    assert pid is not None
+    return Fork(pid, log)
+
+
+def _ask(question: "_Start | int") -> int | None:
+    assert _server is not None
+    _server.send(question)
+    answer: int | None = _server.recv()
+    return answer
+
+
+def _answer(question: "_Start | int") -> int | None:
+    if isinstance(question, int):
+        pid, status = os.waitpid(question, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        _become(question)
+        question.main()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def _become(program: _Start) -> None:
+    """As a new process is: its session, environment, output and signals."""
+    os.setsid()  # a terminal that is opened now controls it
+    flags = os.O_RDWR if program.terminal else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    opened = os.open(program.log, flags, 0o600)
+    for number in (0, 1, 2) if program.terminal else (1, 2):
+        os.dup2(opened, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    for each in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    sys.argv = ["perl-rlhf", *program.arguments]

@@ -1,11 +1,13 @@
-"""Importing a Python file of the user's own."""
+"""Importing a Python file of the user's own, and a function from it."""
 
 import hashlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from perl.errors import UserError
 
@@ -30,6 +32,22 @@ def import_file(file: Path) -> ModuleType:
         what = f"cannot be imported: {type(error).__name__}: {error}"
         raise UserError(what, where=_place(file, error), remedy="Mend the file.") from error
     return module
+
+
+def import_function(location: str) -> Callable[..., Any]:
+    """The function at `FILE.py:NAME`.
+
+    Raises:
+        UserError: no such file or name.
+    """
+    file, _, name = location.rpartition(":")
+    remedy = "Give FILE.py:NAME, the file beside the recipe."
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError("no such Python file", where=f"rl.reward.function {location}", remedy=remedy)
+    function: Callable[..., Any] | None = getattr(import_file(Path(file)), name, None)
+    if not callable(function):
+        raise UserError(f"has no function {name!r}", where=file, remedy=remedy)
+    return function
 
 
 def _place(file: Path, error: BaseException) -> str:

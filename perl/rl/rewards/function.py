@@ -1,9 +1,7 @@
 """A function of the user's own as reward."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
@@ -11,7 +9,7 @@ from perl.errors import UserError
 from perl.rl.rewards.base import RewardSource
 from perl.rl.rewards.limits import FunctionProcess, limited
 from perl.rl.samplers.base import Samples
-from perl.system.python_file import import_file
+from perl.system.python_file import import_function
 
 
 class RewardFunction(RewardSource):
@@ -99,19 +97,3 @@ def messages(context: Context) -> str | list[dict[str, str]]:
     if context[-1].speaker == "text":
         return "".join(turn.text for turn in context)
     return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]
-
-
-def import_function(location: str) -> Callable[..., Any]:
-    """The function at `FILE.py:NAME`.
-
-    Raises:
-        UserError: no such file or name.
-    """
-    file, _, name = location.rpartition(":")
-    remedy = "Give FILE.py:NAME, the file beside the recipe."
-    if not (file.endswith(".py") and Path(file).is_file()):
-        raise UserError("no such Python file", where=f"rl.reward.function {location}", remedy=remedy)
-    function: Callable[..., Any] | None = getattr(import_file(Path(file)), name, None)
-    if not callable(function):
-        raise UserError(f"has no function {name!r}", where=file, remedy=remedy)
-    return function

@@ -10,6 +10,8 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+from perl.system.python_file import import_function
+
 STARTING_SECONDS = 120.0
 """Until the process has imported the function's file."""
 
@@ -103,8 +105,6 @@ def _too_long(seconds: float) -> TimeoutError:
 
 def _serve(connection: Connection, location: str) -> None:
     """In the new process: answer calls until the other end is gone."""
-    from perl.rl.rewards.function import import_function
-
     function = import_function(location)
     connection.send("ready")
     with contextlib.suppress(EOFError):

@@ -41,9 +41,7 @@ def try_rl(session: TrialSession) -> Tried:
     sampler = loop.collector.sampler
     if session.trial.abridged:
         sampler = AbridgedSampler(session.roles, prompts.ids)
-        first = max(0, len(prompts) - MICRO_BATCHES * loop.learner.micro_batch_size)
-        first -= first % loop.samples_per_prompt  # whole groups: they are compared
-        prompts = prompts.take(range(first, len(prompts)))
+        prompts = prompts.take(range(_first_tried(loop), len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     with session.folder.metrics("rl") as log:
         for step in range(session.trial.steps):
@@ -53,6 +51,15 @@ def try_rl(session: TrialSession) -> Tried:
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
     return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
+
+
+def _first_tried(loop: Loop) -> int:
+    """The first completion of those that are tried: whole groups, since they are compared."""
+    size, each = loop.learner.micro_batch_size, loop.samples_per_prompt
+    if size % each and each % size:
+        return 0  # micro-batches cut groups in various places, and have various numbers of prompts
+    first = max(0, loop.prompts_per_step * each - MICRO_BATCHES * size)
+    return first - first % each
 
 
 def longest_prompts(loop: Loop) -> EncodedPrompts:

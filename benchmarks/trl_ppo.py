@@ -5,42 +5,18 @@ run adapts the policy and trains the value model whole, as its own example does;
 own.
 """
 
-import contextlib
 import sys
 import tempfile
-import time
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from benchmarks.trl_work import DEVICE, Clock, adapters, made, measure
 from perl.bench import work
-from perl.bench.measurement import Measurement, PeakOverStart
-
-
-class _Clock(TrainerCallback):
-    """Notes when every step ends."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start counting."""
-        self.times.append(time.perf_counter())
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """A step has ended."""
-        self.times.append(time.perf_counter())
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -48,24 +24,17 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-def _trainer(model: str, tuning: str, epochs: int, steps: int, clock: _Clock) -> Any:
+def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> Any:
+    """TRL's trainer, ready to take so many steps."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    shape = {"tie_word_embeddings": False, **work.MODELS[model]}
-    config = LlamaConfig(num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def make(kind: Any) -> Any:
-        return kind(config).to(device=device, dtype=torch.bfloat16)
-
-    ids = torch.randint(5, config.vocab_size, (work.PROMPTS * 8, work.PROMPT_TOKENS)).tolist()
+    vocabulary = work.MODELS[model]["vocab_size"]
+    ids = torch.randint(5, vocabulary, (work.PROMPTS * 8, work.PROMPT_TOKENS)).tolist()
     prompts = Dataset.from_dict({"input_ids": ids})
-    lora = tuning == "lora"
-    adapters = LoraConfig(r=work.RANK, lora_alpha=work.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     return PPOTrainer(
         args=PPOConfig(
             output_dir=tempfile.mkdtemp(),
-            use_cpu=device == "cpu",
+            use_cpu=DEVICE == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             per_device_train_batch_size=work.MICRO_BATCH,
@@ -86,29 +55,16 @@ def _trainer(model: str, tuning: str, epochs: int, steps: int, clock: _Clock) ->
             disable_tqdm=True,
         ),
         processing_class=_tokenizer(),
-        model=make(LlamaForCausalLM),
-        ref_model=None if lora else make(LlamaForCausalLM),
-        reward_model=make(LlamaForSequenceClassification),
-        value_model=make(LlamaForSequenceClassification),
+        model=made(LlamaForCausalLM, model),
+        ref_model=None if tuning == "lora" else made(LlamaForCausalLM, model),
+        reward_model=made(LlamaForSequenceClassification, model),
+        value_model=made(LlamaForSequenceClassification, model),
         train_dataset=prompts,
         eval_dataset=prompts.select(range(work.PROMPTS)),
         callbacks=[clock],
-        **({"peft_config": adapters} if lora else {}),
+        **adapters(tuning),
     )
 
 
-def main() -> None:
-    """Print the seconds of each step and the peak memory as JSON."""
-    warnings.filterwarnings("ignore")
-    model, tuning, epochs, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    torch.manual_seed(0)
-    clock = _Clock()
-    with PeakOverStart() as peak, contextlib.redirect_stdout(sys.stderr):
-        trainer = _trainer(model, tuning, epochs, steps, clock)
-        trainer.train()
-    seconds = [{"all": end - start} for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    Measurement(seconds, peak.bytes).print()
-
-
 if __name__ == "__main__":
-    main()
+    measure(partial(trainer, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,8 +1,11 @@
-"""The piece of work: PPO on a random Llama, prompts of 128 tokens and answers of 64, none of which ends early."""
+"""The piece of work: RL on a random Llama, prompts of 128 tokens and answers of 64, none of which ends early."""
 
 from typing import Any
 
 PROMPTS = 16
+"""Of a step, or as many completions of fewer prompts where the algorithm compares them."""
+GROUP = 4
+"""Completions of a prompt there."""
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 64
 MICRO_BATCH = 4
@@ -42,8 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(model: str, tuning: str, layers: str, epochs: int, checkpointing: bool) -> dict[str, Any]:
+def recipe(
+    model: str, tuning: str, layers: str, epochs: int, checkpointing: bool, algorithm: str = "ppo"
+) -> dict[str, Any]:
     """The work as a recipe's content; the reward model is an adapter with random weights and a zero head."""
+    each = 1 if algorithm == "ppo" else GROUP
     return {
         "name": f"bench-{model}",
         "tuning": tuning,
@@ -57,9 +63,10 @@ def recipe(model: str, tuning: str, layers: str, epochs: int, checkpointing: boo
         "data": {"source": "coffee-simulator"},
         "reward": {},
         "rl": {
-            "algorithm": "ppo",
+            "algorithm": algorithm,
             "epochs": epochs,
-            "prompts_per_step": PROMPTS,
+            "prompts_per_step": PROMPTS // each,
+            "samples_per_prompt": each,
             "micro_batch_size": MICRO_BATCH,
             "max_prompt_length": PROMPT_TOKENS,
             "max_new_tokens": ANSWER_TOKENS,

@@ -28,7 +28,7 @@ WARM_UP = 1
 """Steps at the start of every measurement that do not count: they touch memory and fill caches first."""
 TUNINGS = {"lora": "LoRA", "full": "full"}
 READS = {
-    "step": ("model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
+    "step": ("algorithm", "model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
     "rollout": ("model", "repeats"),
     "reward": ("model", "repeats"),
     "limit": ("model", "layers"),
@@ -42,8 +42,11 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 def bench(
     context: typer.Context,
     part: Annotated[
-        str, typer.Argument(metavar="[PART]", help="step (PPO, the default), rollout, reward, limit or growth.")
+        str, typer.Argument(metavar="[PART]", help="step (the default), rollout, reward, limit or growth.")
     ] = "step",
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", help="ppo, rloo or grpo; the last two beside the installed TRL.")
+    ] = "ppo",
     peer_trl: Annotated[
         Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
     ] = None,
@@ -58,13 +61,21 @@ def bench(
     figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Draw growth there.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a PPO step and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
+    """Time a step of RL and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
+    one_of("--algorithm", algorithm, ["ppo", "rloo", "grpo"])
     one_of("--layers", layers, ["all", "top-half"])
     one_of("--model", model, list(work.MODELS))
     one_of("PART", part, list(READS))
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
-    options = {"model": model, "layers": layers, "epochs": epochs, "repeats": repeats, "steps": steps}
+    options = {
+        "algorithm": algorithm,
+        "model": model,
+        "layers": layers,
+        "epochs": epochs,
+        "repeats": repeats,
+        "steps": steps,
+    }
     options |= {"checkpointing": checkpointing, "peer_trl": peer_trl, "figure": figure}
     measure: Callable[..., dict[str, Any]] = bench_step if part == "step" else measure_of(part)
     metrics = measure(**{name: options[name] for name in READS[part]})
@@ -121,17 +132,29 @@ def refuse_unread(part: str, given: Iterable[str]) -> None:
 
 
 def bench_step(
-    model: str, layers: str, epochs: int, repeats: int, steps: int, checkpointing: bool, peer_trl: Path | None
+    algorithm: str,
+    model: str,
+    layers: str,
+    epochs: int,
+    repeats: int,
+    steps: int,
+    checkpointing: bool,
+    peer_trl: Path | None,
 ) -> dict[str, Any]:
-    """Measure a PPO step under both tunings, and TRL's where its folder is given; print medians and ratios.
+    """Measure a step under both tunings, and TRL's; print medians and ratios.
 
     Args:
         repeats: measurements of each side, taken in turn.
         steps: counted steps of a measurement.
+        peer_trl: where the TRL is that has PPO; the other algorithms' is installed.
 
     Raises:
         UserError: the peer's folder or script is missing, or a measurement fails.
     """
+    if peer_trl is not None and algorithm != "ppo":
+        raise UserError(
+            f"for {algorithm} the installed TRL is the peer", where="--peer-trl", remedy="Leave it out."
+        )
     if peer_trl is not None and not (peer_trl / "trl" / "experimental" / "ppo").is_dir():
         raise UserError(
             "no TRL with a PPO trainer there",
@@ -140,11 +163,12 @@ def bench_step(
         )
     runners: dict[str, Callable[[], Measurement]] = {}
     for tuning, label in TUNINGS.items():
-        content = work.recipe(model, tuning, layers, epochs, checkpointing)
+        content = work.recipe(model, tuning, layers, epochs, checkpointing, algorithm)
         ours = ["-m", "perl.bench.ours", Recipe.model_validate(content).model_dump_json(), steps + WARM_UP]
         runners[f"ours, {label}"] = partial(_measure, "ours", ours)
-        if peer_trl is not None:
-            peer = [script("trl_ppo"), model, tuning, epochs, steps + WARM_UP]
+        if algorithm != "ppo" or peer_trl is not None:
+            peer: list[object] = [script("trl_ppo")] if algorithm == "ppo" else [script("trl_groups"), algorithm]
+            peer += [model, tuning, epochs, steps + WARM_UP]
             runners[f"trl, {label}"] = partial(_measure, "trl", peer, peer_trl)
     runs: dict[str, list[Measurement]] = {name: [] for name in runners}
     for repeat in range(repeats):
@@ -157,7 +181,7 @@ def bench_step(
     lora_to_full = sides["ours, LoRA"].ratio(sides["ours, full"])
     ratios = {"ours / trl, LoRA": lora.get("ratio"), "ours / trl, full": full.get("ratio")}
     title = f"{model} Llama, {epochs} epoch(s), our adapters on {layers} blocks"
-    _print(sides, ratios | {"ours, LoRA / full": lora_to_full}, title)
+    _print(algorithm, sides, ratios | {"ours, LoRA / full": lora_to_full}, title)
     return lora | {"tuning_full": full, "lora_to_full": lora_to_full}
 
 
@@ -215,8 +239,8 @@ def _medians(runs: list[Measurement]) -> _Side:
     )
 
 
-def _print(sides: dict[str, _Side], ratios: dict[str, dict[str, float] | None], what: str) -> None:
-    table = Table("", "s a step", "peak over start", "phases", title=f"PPO on a random {what}")
+def _print(algorithm: str, sides: dict[str, _Side], ratios: dict[str, dict[str, float] | None], what: str) -> None:
+    table = Table("", "s a step", "peak over start", "phases", title=f"{algorithm} on a random {what}")
     for name, side in sides.items():
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in side.phases.items())
         table.add_row(name, f"{side.seconds_per_step:.2f}", bytes_text(side.peak_over_start_bytes), phases)

@@ -42,12 +42,7 @@ def try_rl(session: TrialSession) -> Tried:
     sampler = loop.collector.sampler
     if session.trial.abridged:
         sampler = AbridgedSampler(session.roles, prompts.ids)
-        kept = MICRO_BATCHES * loop.learner.micro_batch_size
-        if loop.algorithm.trust_region is not None:
-            kept = max(kept, trust_region.COMPLETIONS)  # the probe is whole
-        first = max(0, len(prompts) - kept)
-        first -= first % loop.samples_per_prompt  # whole groups: they are compared
-        prompts = prompts.take(range(first, len(prompts)))
+        prompts = prompts.take(range(_first_tried(loop), len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     with session.folder.metrics("rl") as log:
         for step in range(session.trial.steps):
@@ -57,6 +52,18 @@ def try_rl(session: TrialSession) -> Tried:
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
     return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
+
+
+def _first_tried(loop: Loop) -> int:
+    """The first completion of those that are tried: whole groups, since they are compared."""
+    size, each = loop.learner.micro_batch_size, loop.samples_per_prompt
+    if size % each and each % size:
+        return 0  # micro-batches cut groups in various places, and have various numbers of prompts
+    kept = MICRO_BATCHES * size
+    if loop.algorithm.trust_region is not None:
+        kept = max(kept, trust_region.COMPLETIONS)  # the probe is whole
+    first = max(0, loop.prompts_per_step * each - kept)
+    return first - first % each
 
 
 def longest_prompts(loop: Loop) -> EncodedPrompts:

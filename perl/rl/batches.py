@@ -10,9 +10,13 @@ S = TypeVar("S", bound=Samples)
 
 
 def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
-    """Row numbers, rows of like length together."""
+    """Row numbers: those of one prompt side by side, prompts and rows of like length together."""
     lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.completion_lengths, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = samples.groups or range(len(lengths))
+    longest: dict[int, int] = {}
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(length, longest.get(group, 0))
+    order = sorted(range(len(lengths)), key=lambda row: (longest[groups[row]], groups[row], lengths[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

@@ -8,7 +8,7 @@ Axis letters: B completions, T completion positions.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class Collector:
     ) -> Samples:
         """One completion for each prompt; `head`: whose head reads values from the states it is drawn from."""
         self.roles.eval()
-        return self.sampler.draw(role, prompts.ids, self.sampling, generator, share, self._read(head))
+        samples = self.sampler.draw(role, prompts.ids, self.sampling, generator, share, self._read(head))
+        return replace(samples, groups=prompts.groups)
 
     def _read(self, head: Role | None) -> Read | None:
         if head is None:
@@ -116,7 +117,6 @@ class Collector:
         return Rollout(
             **known,
             prompts=local.prompts,
-            groups=local.groups,
             texts=texts,
             rewards_B=scores.total_B,
             reward_parts=scores.parts,
@@ -169,6 +169,7 @@ def read_completions(
             temperature=temperature,
             head=head,
             lower_hidden_BLD=batch.lower_hidden_BLD,
+            prompts=batch.shared_prompts,
         )
         if log_probs_BT is not None:
             log_probs_BT[rows, :length] = outputs.log_probs_BT

@@ -54,7 +54,7 @@ class Rollout(Samples):
 
     prompts: list[Prompt]
     groups: list[int]
-    """Which completions are of one prompt: these have equal numbers and stand side by side."""
+    """As in `Samples`; completions of one prompt stand side by side."""
     texts: list[str]
     rewards_B: Tensor
     """As the reward gave them, fp64: normalised later, when those of all processes are together."""

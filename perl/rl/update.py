@@ -123,6 +123,7 @@ class Learner:
             mask_BL=batch.mask_BL,
             completion_length=batch.completion_length,
             lower_hidden_BLD=batch.lower_hidden_BLD,
+            prompts=batch.shared_prompts,
         )
         outputs = read(
             Role.POLICY,

@@ -1,6 +1,6 @@
 """Activation checkpointing: only each block's input is kept for the backward pass, the rest is computed again.
 
-A block is computed again as the role that first computed it, whichever is active by then.
+A block is computed again as the role that first computed it, and with the attention, whichever is active by then.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from perl.backbones.shared_prompts import attention_as_now
 from perl.measure.probe import recomputing
 
 EnterRole = Callable[[], contextlib.AbstractContextManager[None]]
@@ -29,7 +30,7 @@ def checkpointed(
     """
     settings = {
         "use_reentrant": False,
-        "context_fn": lambda: (contextlib.nullcontext(), _recomputation(active_role())),
+        "context_fn": lambda: (contextlib.nullcontext(), _recomputation(active_role(), attention_as_now())),
         "determinism_check": "default" if check_shapes else "none",
     }
     before = [vars(block).get("forward") for block in blocks]  # a library may have set one
@@ -52,6 +53,8 @@ def _forward(forward: Callable[..., Any], settings: dict[str, Any], *inputs: Any
 
 
 @contextlib.contextmanager
-def _recomputation(enter_role: EnterRole) -> Iterator[None]:
-    with enter_role(), recomputing():
+def _recomputation(
+    enter_role: EnterRole, enter_attention: Callable[[], contextlib.AbstractContextManager[object]]
+) -> Iterator[None]:
+    with enter_role(), enter_attention(), recomputing():
         yield

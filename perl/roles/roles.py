@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from perl.backbones import backbone_of
 from perl.backbones.backbone import Backbone
 from perl.backbones.logits import logits_transform
+from perl.backbones.shared_prompts import SharedPrompts, sharing
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.roles.checkpointing import checkpointed
@@ -75,6 +76,8 @@ class Roles(nn.Module, ABC):
         self.engine = engine or Engine(ALONE)
         self.heads = nn.ModuleDict()
         self._active = Role.BASE
+        self.shares_prompts = False
+        """Whether a prompt is computed once for all its completions in a batch."""
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -259,6 +262,7 @@ class Roles(nn.Module, ABC):
         trunk_gradient: float = 1.0,
         lower_hidden_BLD: Tensor | None = None,
         states: bool = False,
+        prompts: SharedPrompts | None = None,
     ) -> Outputs:
         """Log-probs of completions, values of their states, or scores of whole rows, as one role.
 
@@ -273,8 +277,10 @@ class Roles(nn.Module, ABC):
             trunk_gradient: share of the gradient of values that goes on into the trunk, in [0, 1].
             lower_hidden_BLD: from `lower_hidden` for this batch; None: compute all blocks.
             states: whether the states are wanted themselves.
+            prompts: which rows have the same prompt; None: no two.
         """
-        with self.role(role), self._above(lower_hidden_BLD) as model:
+        shared = prompts if self.shares_prompts else None
+        with self.role(role), self._above(lower_hidden_BLD) as model, sharing(model, shared, mask_BL):
             if completion_length == 0:
                 assert head is not None, "nothing is asked for"
                 scorer = self.heads[head]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from perl.backbones.padding import left_pad
+from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
 from perl.recipe import Rl
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
@@ -27,6 +28,7 @@ from perl.rl.update import Learner
 from perl.roles.roles import Role
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.session import Session
+from perl.system.progress import console
 
 
 def settings_of(session: Session) -> Rl:
@@ -97,6 +99,8 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     for role in trained:
         collector.sampler.sync(role)
     prompts = tokenized_prompts(session, session.train.prompts)
+    if settings.samples_per_prompt > 1:
+        share_prompts(session, prompts)
     learner = _learner(session, trained, prompts)
     penalty = missing_end_penalty(settings, session.train.prompts[0])
     few = prompts.take(range(min(COMPLETIONS, len(prompts), settings.prompts_per_step)))
@@ -125,6 +129,15 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         checkpoints=session.checkpoints("rl"),
         reward_scale=RewardScale(),
     )
+
+
+def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
+    """Let each prompt be computed once for all its completions, or say why it is computed for each."""
+    roles, length = session.roles, settings_of(session).max_new_tokens
+    reason = unsupported_reason(roles.backbone, roles.model(), max(prompts.ids, key=len), length)
+    roles.shares_prompts = reason is None
+    if reason is not None:
+        console.print(f"[yellow]Prompts are computed again for each of their completions[/]: {reason}.")
 
 
 def _add_roles(session: Session) -> tuple[Role, ...]:

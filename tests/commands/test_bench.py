@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perl.bench import work
-from perl.bench.measurement import PeakOverStart
+from perl.bench.measurement import Measurement, PeakOverStart
 from perl.commands import bench as command
 from perl.errors import UserError
 from tests.conftest import RunCli
@@ -29,16 +29,43 @@ def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: 
     assert "LoRA / full" in text
 
 
+def test_trl_is_measured_beside_ours(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what the processes of both sides print: TRL's side has the steps of ours."""
+    commands = []
+
+    def measured(side: str, command: list[object], library: Path | None = None) -> Measurement:
+        commands.append([str(part) for part in command])
+        seconds = 4.0 if side == "trl" else 1.0
+        return Measurement([{"all": 9.0}, {"all": seconds}, {"all": seconds}], int(seconds * 1e9))
+
+    monkeypatch.setattr(command, "_measure", measured)
+    file = tmp_path / "bench.json"
+    code, text = run_cli("bench", "--algorithm", "grpo", "--repeats", "1", "--json", str(file))
+    assert code == 0, text
+    found = json.loads(file.read_text())
+    assert set(found) == {"ours", "trl", "ratio", "tuning_full", "lora_to_full"}
+    assert found["ratio"] == found["tuning_full"]["ratio"] == {"time": 0.25, "memory": 0.25}
+    assert [Path(one[0]).name for one in commands[1::2]] == ["trl_groups.py"] * 2
+    assert [one[1:] for one in commands[1::2]] == [
+        ["grpo", "100m", tuning, "1", "3"] for tuning in ("lora", "full")
+    ]
+    assert '"algorithm":"grpo"' in commands[0][2]
+
+
 def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None:
     """Prompts of 128 tokens, answers of 64, 16 of them: both sides do the same."""
     content = work.recipe("100m", "lora", "all", 4, checkpointing=False)
     assert (content["rl"]["max_prompt_length"], content["rl"]["max_new_tokens"]) == (128, 64)
     assert content["rl"]["epochs"] == 4
+    groups = work.recipe("100m", "lora", "all", 1, checkpointing=False, algorithm="grpo")["rl"]
+    assert (groups["prompts_per_step"], groups["samples_per_prompt"]) == (4, 4)
     for wrong, expected in (
         (["--layers", "some"], "--layers: 'some' is none of all, top-half"),
         (["--model", "2b"], "--model: '2b' is none of 100m, 1b, 8b"),
         (["limit", "--epochs", "1"], "--epochs: bench limit does not read it"),
         (["--figure", "x.svg"], "it is for bench growth"),
+        (["--algorithm", "dpo"], "--algorithm: 'dpo' is none of ppo, rloo, grpo"),
+        (["--algorithm", "rloo", "--peer-trl", str(tmp_path)], "for rloo the installed TRL is the peer"),
         (["--peer-trl", str(tmp_path)], "pip install --no-deps --target DIR trl==1.12.0"),
     ):
         code, text = run_cli("bench", *wrong)

@@ -43,7 +43,7 @@ def test_every_cell_and_constant_can_be_overridden(key: str, load: Load) -> None
         **{"advantage": "group", "surrogate": "clip-weight", "ratio": "answer", "average": "constant"},
         **{"kl": "loss-k2", "whiten": True, "normalize_rewards": False, "drop_equal_groups": True},
         **{"gae_lambda": 0.5, "clip": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "tau": 2.0, "value_clip": 0.0},
-        **{"value_coef": 0.5, "entropy_coef": 0.01},
+        **{"value_coef": 0.5, "entropy_coef": 0.01, "direction": "natural", "trust_region": 0.01},
     }
     value = values[key]
     recipe = load("grpo", f"{key}={json.dumps(value)}")

@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from perl.backbones.shared_prompts import SharedPrompts
 from perl.recipe import load_recipe
+from perl.roles.roles import Outputs, Role, Roles
 from perl.roles.shared_base import SharedBase
+from perl.stages import rl_setup
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
@@ -128,6 +131,37 @@ def test_each_algorithm_learns_to_say_a_word(
     assert first["reward"] < 0.5
     assert sum(last) / 5 > max(0.8, first["reward"] + 0.35)
     assert metrics["kl"] > 0.1
+
+
+def test_prompts_computed_once_for_their_completions_change_no_step(
+    toy: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, shared, curves = Roles.forward, set[tuple[Role, bool]](), []
+
+    def watched(
+        roles: Roles, role: Role, *args: Any, prompts: SharedPrompts | None = None, **named: Any
+    ) -> Outputs:
+        if prompts is not None and roles.shares_prompts:
+            shared.add((role, torch.is_grad_enabled()))
+        return forward(roles, role, *args, prompts=prompts, **named)
+
+    monkeypatch.setattr(Roles, "forward", watched)
+    for reason in (None, "it is tried without"):
+        monkeypatch.setattr(rl_setup, "unsupported_reason", lambda *_, reason=reason: reason)
+        shared.clear()
+        settings = ALGORITHMS["rloo"] | {"steps": 2, "micro_batch_size": 6}
+        file, out = recipe(toy, tmp_path / "r.yaml", **settings), tmp_path / str(reason)
+        code, text = run_cli("run", str(file), "--out", str(out))
+        assert code == 0, text
+        assert ("again for each of their completions: it is tried without" in " ".join(text.split())) == bool(
+            reason
+        )
+        assert ({(Role.BASE, False), (Role.POLICY, True)} <= shared) == (reason is None)
+        lines = (out / "policy" / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line) for line in lines])
+    for one, other in zip(*curves, strict=True):
+        for key in ("policy_loss", "grad_norm", "kl", "entropy"):
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5)
 
 
 def test_the_first_pass_of_ppo_has_ratio_one(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

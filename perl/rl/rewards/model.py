@@ -55,7 +55,12 @@ class RewardModel(RewardSource):
         for rows in micro_batches(samples, self._micro_batch_size):
             batch = trim(samples, rows)
             outputs = self._roles(
-                Role.REWARD, batch.ids_BL, batch.mask_BL, head=Role.REWARD, lower_hidden_BLD=batch.lower_hidden_BLD
+                Role.REWARD,
+                batch.ids_BL,
+                batch.mask_BL,
+                head=Role.REWARD,
+                lower_hidden_BLD=batch.lower_hidden_BLD,
+                prompts=batch.shared_prompts,
             )
             for row, score in zip(rows, outputs.scores_B.tolist(), strict=True):
                 scores[row] = score

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from perl.backbones.shared_prompts import SharedPrompts
 from perl.roles.roles import Role, Roles
 
 Read = Callable[[Tensor], Tensor]
@@ -62,6 +63,8 @@ class Samples:
     """What the sampler was asked to read of the state before each token, fp32; None: it did not."""
     lower_hidden_BLD: Tensor | None = None
     """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
+    groups: list[int] | None = None
+    """Which completions are of one prompt: these have equal numbers; None: not known."""
 
     @property
     def completion_length(self) -> int:
@@ -72,6 +75,11 @@ class Samples:
     def completion_mask_BT(self) -> Tensor:
         """True for the completions' tokens."""
         return self.mask_BL[:, -self.completion_length :]
+
+    @property
+    def shared_prompts(self) -> SharedPrompts | None:
+        """The prompts, where several completions have the same."""
+        return None if self.groups is None else SharedPrompts.of(self.groups, self.completion_length)
 
     def prompt_ids(self) -> list[list[int]]:
         """Each prompt's tokens."""

@@ -1,0 +1,64 @@
+"""The work of `perl.bench.work` as TRL's trainers take it, and how their steps are measured."""
+
+import contextlib
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, TrainerCallback
+
+from perl.bench import work
+from perl.bench.measurement import Measurement, PeakOverStart
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Clock(TrainerCallback):
+    """Notes when every step ends."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start counting."""
+        self.times.append(time.perf_counter())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """A step has ended."""
+        self.times.append(time.perf_counter())
+
+
+def made(kind: Any, model: str) -> Any:
+    """A model of this class and of one of `work.MODELS`, with random weights."""
+    shape = {"tie_word_embeddings": False, **work.MODELS[model]}
+    config = LlamaConfig(num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape)
+    return kind(config).to(device=DEVICE, dtype=torch.bfloat16)
+
+
+def adapters(tuning: str) -> dict[str, LoraConfig]:
+    """The trainer's argument that makes it adapt the policy, under LoRA."""
+    if tuning != "lora":
+        return {}
+    shape = {"r": work.RANK, "lora_alpha": work.ALPHA, "target_modules": "all-linear"}
+    return {"peft_config": LoraConfig(**shape, task_type="CAUSAL_LM")}
+
+
+def measure(trainer: Callable[[Clock], Any], ticks: int = 1) -> None:
+    """Make a trainer and let it train; print the seconds of each step and the peak memory as JSON.
+
+    Args:
+        ticks: what the trainer calls a step, in one of ours.
+    """
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    clock = Clock()
+    with PeakOverStart() as peak, contextlib.redirect_stdout(sys.stderr):
+        trainer(clock).train()
+    times = clock.times[::ticks]
+    seconds = [{"all": end - start} for start, end in itertools.pairwise(times)]
+    Measurement(seconds, peak.bytes).print()

@@ -1,0 +1,224 @@
+"""Several completions of one prompt in one pass that computes the prompt once: shared-prefix attention.
+
+A batch of B rows with G different prompts becomes one row of N = G · P + B · T positions: the prompts, then the
+completions. What works on each position alone, which is all but attention, does not know the difference. Attention
+is computed in two parts: prompts attend to themselves, each completion to its prompt and to itself, all at the
+positions that they have in their rows. So outputs and gradients are those of the plain pass to rounding.
+
+It is for trunks of which every block attends by transformers' function `sdpa`; `unsupported_reason` tries.
+
+Axis letters, beside those of `perl.roles`: G different prompts, H heads, S head size.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from perl.backbones.backbone import Backbone
+from perl.backbones.padding import left_pad
+from perl.errors import UserError
+
+KERNEL = "sdpa"
+"""transformers' name for the attention function that is called for each part."""
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Which rows of a batch have the same prompt."""
+
+    first_G: list[int]
+    """A row with each of the different prompts."""
+    prompt_B: list[int]
+    """Each row's prompt, by its place among these."""
+    completion_length: int
+    """T, the columns at the right end; those before are the prompt's, and equal in rows with the same prompt."""
+
+    @classmethod
+    def of(cls, groups: Sequence[int], completion_length: int) -> "SharedPrompts | None":
+        """Rows of equal numbers have the same prompt; None where no two do."""
+        places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+        if len(places) == len(groups):
+            return None
+        first = [groups.index(group) for group in places]
+        return cls(first, [places[group] for group in groups], completion_length)
+
+
+class Layout:
+    """Where the positions of a batch are in the one row, and what they attend to.
+
+    Args:
+        mask_BL: True for real tokens, bool; prompts padded on the left, completions on the right.
+        dtype: of the queries.
+    """
+
+    def __init__(self, prompts: SharedPrompts, mask_BL: Tensor, dtype: torch.dtype) -> None:
+        device, (rows, columns) = mask_BL.device, mask_BL.shape
+        length = columns - prompts.completion_length
+        self._shapes = (len(prompts.first_G), length), (rows, prompts.completion_length)
+        self.prompt_B = torch.tensor(prompts.prompt_B, device=device)
+        first_G = torch.tensor(prompts.first_G, device=device)
+        batch_BL = torch.arange(rows * columns, device=device).view(rows, columns)
+        self._in_batch_N = torch.cat([batch_BL[first_G, :length].flatten(), batch_BL[:, length:].flatten()])
+        places_N = torch.arange(len(self._in_batch_N), device=device)
+        places_GP, places_BT = self._parts(places_N, 0)
+        self._in_row_BL = torch.cat([places_GP[self.prompt_B], places_BT], 1)
+        self.mask_1N = self.pack(mask_BL)
+        self.prompt_mask_G1PP = _added(mask_BL[first_G, :length], length, dtype)
+        self.completion_mask_B1TL = _added(mask_BL, prompts.completion_length, dtype)
+
+    def _parts(self, of_N: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """The axis of all positions as (G, P) and as (B, T)."""
+        (prompts, length), own = self._shapes
+        shared, rest = of_N.tensor_split([prompts * length], axis)
+        return torch.unflatten(shared, axis, (prompts, length)), torch.unflatten(rest, axis, own)
+
+    def pack(self, of_BL: Tensor) -> Tensor:
+        """(B, L, …) as (1, N, …)."""
+        return of_BL.flatten(0, 1)[self._in_batch_N][None]
+
+    def unpack(self, of_1N: Tensor) -> Tensor:
+        """(1, N, …) as (B, L, …)."""
+        return of_1N[0][self._in_row_BL]
+
+    def heads(self, of_1HNS: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, H, N, S) as that of the prompts (G, H, P, S) and that of the completions (B, H, T, S)."""
+        shared_HGPS, own_HBTS = self._parts(of_1HNS[0], 1)
+        return shared_HGPS.transpose(0, 1), own_HBTS.transpose(0, 1)
+
+
+def _added(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores (B, 1, queries, L) of the last positions: 0, or the least number where masked.
+
+    Each attends to itself, padding too: a softmax over nothing is not a number.
+    """
+    length = mask_BL.shape[1]
+    offset = length - queries
+    earlier_QL = torch.ones(queries, length, dtype=torch.bool, device=mask_BL.device).tril(offset - 1)
+    attends_BQL = mask_BL[:, None] & earlier_QL
+    attends_BQL.diagonal(offset, 1, 2).fill_(True)
+    zeros_BQL = torch.zeros(attends_BQL.shape, dtype=dtype, device=mask_BL.device)
+    return zeros_BQL.masked_fill_(~attends_BQL, torch.finfo(dtype).min)[:, None]
+
+
+class _ByParts:
+    """In the place of transformers' function, for all positions of a layout."""
+
+    def __init__(self, kernel: Callable[..., Any], layout: Layout) -> None:
+        self._kernel, self.layout = kernel, layout
+        self.attended: set[nn.Module] = set()
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+    ) -> tuple[Tensor, None]:
+        """As transformers defines it: query, key and value (1, H, N, S) to (1, N, H, S); the mask is the layout's.
+
+        Raises:
+            ValueError: the layer's window is shorter than the rows.
+        """
+        layout = self.layout
+        if (window := rest.get("sliding_window")) and window < layout.completion_mask_B1TL.shape[3]:
+            raise ValueError(f"its layers attend to the last {window} tokens only")
+        self.attended.add(module)
+        shared, own = zip(*(layout.heads(one) for one in (query, key, value)), strict=True)
+        keys, values = (
+            torch.cat([shared[which][layout.prompt_B], own[which]], 2) for which in (1, 2)
+        )  # (B, H, L, S)
+        of_prompts_GPHS, _ = self._kernel(module, *shared, layout.prompt_mask_G1PP, **rest)
+        of_completions_BTHS, _ = self._kernel(module, own[0], keys, values, layout.completion_mask_B1TL, **rest)
+        both = of_prompts_GPHS.flatten(0, 1), of_completions_BTHS.flatten(0, 1)
+        return torch.cat(both)[None], None
+
+
+@contextlib.contextmanager
+def attending(layout: Layout | None) -> Iterator[set[nn.Module]]:
+    """Inside, attention is the layout's, if there is one; yields the modules that have attended so."""
+    if layout is None:
+        yield set()
+        return
+    kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    by_parts = _ByParts(kernel, layout)
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = by_parts
+    try:
+        yield by_parts.attended
+    finally:
+        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
+
+
+def attention_as_now() -> Callable[[], AbstractContextManager[object]]:
+    """What enters the attention that is active now, for what is computed again later."""
+    function = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    return partial(attending, function.layout if isinstance(function, _ByParts) else None)
+
+
+@contextlib.contextmanager
+def sharing(lm: PreTrainedModel, prompts: SharedPrompts | None, mask_BL: Tensor) -> Iterator[set[nn.Module]]:
+    """Inside, the trunk computes each of these prompts once; what it is given and what it returns stay (B, L, …).
+
+    Yields the modules that have attended so; with None nothing changes.
+    """
+    if prompts is None:
+        yield set()
+        return
+    layout, trunk = Layout(prompts, mask_BL, lm.dtype), lm.base_model
+
+    def pack(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        packed = {
+            name: layout.pack(named[name])
+            for name in ("input_ids", "inputs_embeds", "position_ids")
+            if named.get(name) is not None
+        }
+        # Of four axes a mask passes through the model as it is, on to attention, which goes by the layout.
+        return inputs, named | packed | {"attention_mask": layout.mask_1N[None, None]}
+
+    def unpack(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        output.last_hidden_state = layout.unpack(output.last_hidden_state)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(trunk.register_forward_pre_hook(pack, with_kwargs=True, prepend=True).remove)
+        stack.callback(trunk.register_forward_hook(unpack).remove)
+        yield stack.enter_context(attending(layout))
+
+
+@torch.no_grad()
+def unsupported_reason(
+    backbone: Backbone, lm: PreTrainedModel, prompt: Sequence[int], completion_length: int
+) -> str | None:
+    """Why this model cannot share prompts; None if it can, as tried on a batch of padded prompts and completions.
+
+    Args:
+        prompt: the longest there is.
+        completion_length: the longest there can be.
+    """
+    name = type(lm).__name__
+    both = [list(prompt), list(prompt[: len(prompt) // 2 + 1])]
+    ids_GP, mask_GP = left_pad(both, 0, lm.device)
+    lengths_B1 = torch.tensor([[completion_length], [completion_length // 2 + 1]] * 2, device=lm.device)
+    mask_BT = torch.arange(completion_length, device=lm.device) < lengths_B1
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.arange(mask_BT.numel(), device=lm.device).view(mask_BT.shape) % vocabulary
+    ids_BL, mask_BL = (
+        torch.cat([prompts.repeat_interleave(2, 0), own], 1)
+        for prompts, own in ((ids_GP, ids_BT), (mask_GP, mask_BT))
+    )
+    plain_BLD = backbone.hidden(lm, ids_BL, mask_BL)
+    try:
+        with sharing(lm, SharedPrompts.of([0, 0, 1, 1], completion_length), mask_BL) as attended:
+            shared_BLD = backbone.hidden(lm, ids_BL, mask_BL)
+    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        return f"{name} does not compute several completions in one row: {str(error).splitlines()[0][:200]}"
+    if len(attended) != len(backbone.blocks(lm)):
+        return f"{name} does not attend by transformers' {KERNEL} in every block"
+    at_N = mask_BL.nonzero(as_tuple=True)
+    plain_ND, shared_ND = plain_BLD[at_N].float(), shared_BLD[at_N].float()
+    rounding = 8 * torch.finfo(plain_BLD.dtype).eps
+    if not float((shared_ND - plain_ND).norm()) <= rounding * float(plain_ND.norm()):
+        return f"{name} computes several completions in one row otherwise than alone"
+    return None

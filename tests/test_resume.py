@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -31,12 +32,22 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert done.said().count("ended in the same bytes") == 3, done.said()
 
 
-@pytest.mark.parametrize("critic", ["shared", "adapter"])
+REMEMBERS: dict[str, dict[str, Any]] = {
+    "ppo": {"algorithm": "ppo", "critic": "adapter"},
+    "trpo": {"algorithm": "trpo", "kl_target": 0.1},
+    "kimi": {
+        **{"algorithm": "kimi", "samples_per_prompt": 2, "prompt_sampling": "prioritised", "success_reward": 12.0},
+        **{"length_reward": 0.5, "length_reward_delay": 0.3, "minibatches": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERS)
 def test_sigterm_lets_the_step_end_saves_it_and_leaves_with_130(
-    critic: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "leaves.py").write_text(LEAVES)
-    rl = RL | {"algorithm": "ppo", "critic": critic, "reward": {"function": "leaves.py:leaves"}}
+    rl = RL | REMEMBERS[name] | {"reward": {"function": "leaves.py:leaves"}}
     recipe = str(write_recipe(rl=rl, reward=None, checkpoint_every=100))
     code, text = run_cli("run", recipe, "--out", str(tmp_path / "peaceful"))
     assert code == 0, text

@@ -8,7 +8,17 @@ from pydantic import Field, field_validator, model_validator
 
 from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
-from perl.rl.algorithms import ALGORITHMS, Advantage, Algorithm, Average, Direction, Kl, Ratio, Surrogate
+from perl.rl.algorithms import (
+    ALGORITHMS,
+    Advantage,
+    Algorithm,
+    Average,
+    Direction,
+    Kl,
+    PromptSampling,
+    Ratio,
+    Surrogate,
+)
 from perl.rl.samplers import SAMPLERS
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
@@ -51,6 +61,10 @@ class Rl(Section):
     reported stays raw. false: train on the rewards as they are. Unset: true for all rows but maxrl."""
     drop_equal_groups: bool | None = None
     """Whether groups whose rewards are all equal are left out of the averages."""
+    redraws: Annotated[int, Field(ge=0)] | None = None
+    """How often at most other prompts are drawn in the place of groups that were dropped."""
+    reset_optimizer: bool | None = None
+    """Whether the optimizer starts anew with each rollout."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
     """λ of GAE: 1 takes the whole return, less leans on the critic."""
     clip: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -78,12 +92,22 @@ class Rl(Section):
     anyway: bool = False
     """Train against the reward stage's model though its card says that it is not fit for that."""
     sampler: SamplerFrom = SamplerFrom()
+    sampler_correction: Literal["truncate", "none"] = "truncate"
+    """Weigh each token's advantage by the policy's probability over the sampler's, at most 2: of no effect where
+    the sampler computes as the policy does."""
+    prompt_sampling: PromptSampling = "uniform"
+    """Which prompts a step takes: all in turn; in proportion to 1 - their success rate so far; or the easy ones
+    first, by the prompts' column `difficulty` or by their success rate at the start, later prioritised."""
+    success_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.5
+    """A completion with at least this reward is right, for success rates and `length_reward`."""
     steps: Positive = 100
     """Rollouts, each learned from `epochs` times."""
     prompts_per_step: Positive = 16
     """Of a rollout, over all processes."""
     samples_per_prompt: Positive = 1
     """Completions of each prompt. Unset: 4 where the algorithm compares them, else 1."""
+    minibatches: Positive = 1
+    """Parts of a rollout, each with an update of its own in each epoch."""
     epochs: Positive = 1
     """Updates from each rollout. Unset: 2; reinforce is on-policy and takes 1."""
     micro_batch_size: Positive = 4
@@ -105,6 +129,19 @@ class Rl(Section):
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. Where `kl` puts
     the KL into the loss, β weighs it there and r keeps its weight; where `kl` is none, β has no use."""
+    kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Nats a completion: β rises by up to 2 % a step while the KL is above it, and falls below it (Ziegler
+    et al. 2019); `kl_coef` is where β starts. Unset: β is constant."""
+    length_reward: NonNegative = 0.0
+    """Weight of Kimi's length reward, in standard deviations of the reward: among the right completions of a
+    prompt the short ones gain and the long ones lose half of it."""
+    length_reward_delay: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of the steps before there is a length reward."""
+    overlong_penalty: NonNegative = 0.0
+    """Taken off the reward of a completion of max_new_tokens, in standard deviations of the reward; less, by
+    DAPO's ramp, off one that ends in the last overlong_buffer tokens before that."""
+    overlong_buffer: Positive | None = None
+    """Unset: a fifth of max_new_tokens, as in DAPO."""
     missing_end_penalty: NonNegative | None = None
     """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.
     Unset: half of one for turns of a chat, none for plain text."""
@@ -158,11 +195,31 @@ class Rl(Section):
             )
         if self.critic == "none" and row.needs_critic:
             raise ValueError(f"advantage {row.advantage} needs a critic: set critic to shared or adapter")
-        for conflict in _conflicts(row):
+        for conflict in (*_conflicts(row), *self._conflicts_beside(row)):
             raise ValueError(conflict)
         if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
             raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
         return self
+
+    def _conflicts_beside(self, row: Algorithm) -> Iterator[str]:
+        """As `_conflicts`, of a row and the keys beside it."""
+        completions = self.prompts_per_step * self.samples_per_prompt
+        if self.minibatches > 1 and row.on_policy:
+            yield "surrogate plain is on-policy: set minibatches to 1, or surrogate to clip"
+        if self.minibatches > 1 and row.direction == "natural":
+            yield "direction natural takes one step from a rollout: set minibatches to 1"
+        if self.minibatches > completions:
+            yield f"{completions} completions a step cannot make {self.minibatches} minibatches: lower minibatches"
+        if self.kl_target is not None and row.kl == "none":
+            yield "kl none has no coefficient that kl_target could move: set kl, or leave kl_target out"
+        if self.kl_target is not None and self.kl_coef == 0:
+            yield "a kl_coef of 0 stays 0 whatever kl_target is: raise kl_coef"
+        if self.length_reward and self.samples_per_prompt < 2:
+            yield "length_reward compares completions of one prompt: set samples_per_prompt to at least 2"
+        if self.overlong_buffer is not None and not self.overlong_penalty:
+            yield "overlong_buffer has no use without overlong_penalty: set overlong_penalty, such as to 1"
+        if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
+            yield f"overlong_buffer is longer than the {self.max_new_tokens} tokens of a completion: lower it"
 
 
 def _conflicts(row: Algorithm) -> Iterator[str]:
@@ -189,5 +246,7 @@ def _conflicts(row: Algorithm) -> Iterator[str]:
         yield "direction natural takes one step from a rollout: set epochs to 1, or direction to adam"
     if row.direction == "natural" and row.value_coef > 0:
         yield "direction natural is of the policy's loss alone: set value_coef to 0"
+    if row.redraws and not row.drop_equal_groups:
+        yield "redraws replaces the groups that drop_equal_groups leaves out: set that to true, or redraws to 0"
     if row.drop_equal_groups and not row.compares_groups:
         yield f"{advantage} has no groups that could be dropped: set drop_equal_groups to false"

@@ -37,6 +37,7 @@ Ratio = Literal["token", "answer"]
 Average = Literal["tokens", "answers", "constant"]
 Kl = Literal["reward-k1", "loss-k2", "loss-k3", "none"]
 Direction = Literal["adam", "natural"]
+PromptSampling = Literal["uniform", "prioritised", "curriculum"]
 SWITCHES = ("advantage", "surrogate", "ratio", "average", "kl")
 
 
@@ -92,7 +93,12 @@ class Algorithm:
     normalize_rewards: bool = True
     """Whether rewards are in standard deviations of the run so far, or as they come."""
     drop_equal_groups: bool = False
-    """Whether groups whose rewards are all equal are left out of the averages; they are not drawn again."""
+    """Whether groups whose rewards are all equal are left out of the averages."""
+    redraws: int = 0
+    """How often, at most, a step draws other prompts in the place of those whose groups are left out."""
+    reset_optimizer: bool = False
+    """Whether the optimizer forgets its moments before each rollout: the policy that drew it is the reference of a
+    problem of its own (Kimi k1.5, section 2.3.2)."""
     samples_per_prompt: int = 1
     """Completions of a prompt where the recipe does not say; measured in docs/experiments.md, as `epochs` is, for
     the first three rows."""
@@ -158,6 +164,8 @@ class Algorithm:
             "whiten": self.whiten,
             "normalize_rewards": not self.normalize_rewards,
             "drop_equal_groups": self.drop_equal_groups,
+            "redraws": self.redraws > 0,
+            "reset_optimizer": self.reset_optimizer,
             "entropy_coef": self.entropy_coef > 0,
             "direction": self.direction != "adam",
             "trust_region": self.trust_region is not None,
@@ -297,7 +305,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # Liu et al. 2025, arXiv 2503.20783
     "dr-grpo": _of_groups("group", "clip", average="constant", kl="none"),
     # Yu et al. 2025, arXiv 2503.14476
-    "dapo": _of_groups("group-std", "clip", kl="none", clip_high=0.28, drop_equal_groups=True),
+    "dapo": _of_groups("group-std", "clip", kl="none", clip_high=0.28, drop_equal_groups=True, redraws=3),
     # Zheng et al. 2025, arXiv 2507.18071
     "gspo": _of_groups(
         "group-std", "clip", ratio="answer", average="answers", kl="loss-k3", clip=3e-4, clip_high=4e-4
@@ -309,6 +317,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     # arXiv 2602.02710
     "maxrl": _of_groups("group-relative", "clip", average="answers", kl="loss-k3", normalize_rewards=False),
     # Kimi Team 2025 (k1.5), arXiv 2501.12599, section 2.3.2
-    "kimi": _of_groups("group", "mirror", average="answers", kl="none"),
+    "kimi": _of_groups("group", "mirror", average="answers", kl="none", reset_optimizer=True),
 }
 """The rows, by the name that a recipe gives."""

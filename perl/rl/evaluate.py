@@ -74,6 +74,23 @@ def _by_prompt(of_each: Sequence[T], each: int) -> list[Sequence[T]]:
     return [of_each[start : start + each] for start in range(0, len(of_each), each)]
 
 
+def success_rates(
+    collector: Collector, role: Role, prompts: EncodedPrompts, each: int, success: float
+) -> list[float]:
+    """Of each prompt, the share of its completions whose reward is at least `success`.
+
+    Args:
+        each: completions of a prompt.
+    """
+    generator, asked = collector.generator("difficulty"), prompts.repeat(each)
+    right: list[bool] = []
+    for start in range(0, len(asked), EVAL_BATCH):
+        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
+        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
+        right += (rollout.rewards_B >= success).tolist()
+    return [sum(right[start : start + each]) / each for start in range(0, len(right), each)]
+
+
 def _spread(rewards: list[float]) -> str:
     """What a reward's scale is, before anything is trained on it."""
     std, said = statistics.pstdev(rewards), f"Preflight: the rewards of {len(rewards)} completions before RL"

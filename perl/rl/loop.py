@@ -1,12 +1,13 @@
 """The loop of RL: sample, score, estimate, update.
 
 All randomness of a step follows from the seed and the step's number, so the whole state of the loop is the step,
-the adapters and heads, the optimizer, the scale of the rewards, and what the guards remember.
+the adapters and heads, the optimizer, the scale of the rewards, β, and what guards and the choice of prompts
+remember.
 
 Axis letters: B completions, T completion positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,15 +16,18 @@ from torch import Tensor
 from perl.data.records import Judge
 from perl.measure.meter import Meter
 from perl.results import Check
-from perl.rl.algorithms import Algorithm, Targets
+from perl.rl.algorithms import ROUNDING, Algorithm, Targets
 from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.guarding import Guarding
 from perl.rl.checks.guards import last_good
 from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import Preflight
 from perl.rl.collector import Collector
+from perl.rl.dynamic_sampling import assembled, differing
 from perl.rl.evaluate import describe
-from perl.rl.prompts import prompts_of
+from perl.rl.lengths import length_reward, overlong_penalty
+from perl.rl.maths import adapted_kl_coef, importance_weights
+from perl.rl.prompt_choice import PromptChoice
 from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.update import Learner
@@ -33,6 +37,9 @@ from perl.runs.checkpoint import Checkpoints
 from perl.system.interrupt import between_steps
 from perl.system.progress import console, track
 from perl.system.typed_json import as_json, made
+
+LARGEST_WEIGHT = 2.0
+"""Of a token, where the policy finds it likelier than the sampler that drew it did."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,21 @@ class InitialEval:
 class Objective:
     """What the policy is to raise."""
 
-    kl_coef: float
-    """β of `(1-β) r - β KL`."""
     normalize_rewards: bool
     missing_end_penalty: float
-    """In standard deviations of the reward."""
+    """In standard deviations of the reward, as the next two."""
+    overlong_penalty: float = 0.0
+    length_reward: float = 0.0
+    length_reward_from: int = 0
+    """The step, counted from 0, from which there is a length reward."""
+    overlong_buffer: int = 1
+    """Tokens before the longest completion's end in which the penalty rises."""
+    success_reward: float = 0.5
+    """Raw rewards from which a completion is right."""
+    kl_target: float | None = None
+    """Nats a completion that β is moved to keep; None: β is constant."""
+    correct_sampler: bool = True
+    """Whether advantages are weighed by the policy's probability over the sampler's."""
 
 
 @dataclass
@@ -74,15 +91,17 @@ class Loop:
     meter: Meter
     checkpoints: Checkpoints
     reward_scale: RewardScale
+    prompt_choice: PromptChoice
+    kl_coef: float
+    """β of `(1-β) r - β KL`, as it is now."""
 
     @property
     def algorithm(self) -> Algorithm:
         """The row of the table."""
         return self.learner.algorithm
 
-    def prompts_of(self, step: int) -> EncodedPrompts:
-        """A step's prompts, each as often as it is completed."""
-        chosen = prompts_of(step, self.prompts_per_step, len(self.prompts), self.collector.seed)
+    def completed(self, chosen: Sequence[int]) -> EncodedPrompts:
+        """These prompts, each as often as it is completed."""
         return self.prompts.take(chosen).repeat(self.samples_per_prompt)
 
 
@@ -117,14 +136,19 @@ def train(
 def take_step(loop: Loop, step: int) -> dict[str, float]:
     """One step, and its metrics."""
     with loop.meter.step(loop.learner.optimizer):
-        local, rollout = collect(loop, step, loop.prompts_of(step))
-        normalized_B = normalize(loop, step, rollout.rewards_B)
+        local, rollout, drawn = collect_step(loop, step)
+        normalized_B = with_length_reward(loop, step, rollout, normalize(loop, step, rollout.rewards_B))
         learned = {"no_signal": 1.0}
         if loop.algorithm.has_signal(rollout, normalized_B):
             targets = estimate(loop, rollout, normalized_B)
             learned = loop.liveness.watch(step, rollout, partial(update, loop, step, local, rollout, targets))
             learned |= critic_quality(rollout, targets)
-    metrics = describe(rollout, loop.judge) | learned | loop.guarding.check(step + 1)
+    metrics = describe(drawn[0], loop.judge) | learned | loop.guarding.check(step + 1)
+    if loop.algorithm.redraws:
+        metrics["redraws"] = len(drawn) - 1.0
+    if (target := loop.objective.kl_target) is not None:
+        metrics["kl_coef"] = loop.kl_coef
+        loop.kl_coef = adapted_kl_coef(loop.kl_coef, metrics["kl"], target)
     # In the reward's own unit: in standard deviations it would fall as their spread grows.
     penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
     metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
@@ -132,13 +156,35 @@ def take_step(loop: Loop, step: int) -> dict[str, float]:
     return loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
 
 
-def collect(loop: Loop, step: int, prompts: EncodedPrompts) -> tuple[Rollout, Rollout]:
-    """Sample and score: the rollout of this process's share of the prompts, and that of all processes."""
+def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]]:
+    """What a step learns from, as `collect` gives it, and all rollouts that were drawn for it, the first first."""
+    drawn: list[Rollout] = []
+    while True:
+        chosen = loop.prompt_choice.of_step(step, len(drawn))
+        local, rollout = collect(loop, step, loop.completed(chosen), len(drawn))
+        drawn.append(rollout)
+        right_B = rollout.rewards_B >= loop.objective.success_reward
+        loop.prompt_choice.learn([chosen[group] for group in rollout.groups], right_B.tolist())
+        differ = sum(int(differing(one, ROUNDING).sum()) for one in drawn)
+        if len(drawn) > loop.algorithm.redraws or differ >= len(rollout.groups):
+            break
+    if len(drawn) > 1:
+        rollout = assembled(drawn, len(rollout.groups), ROUNDING)
+        local = rollout.take(loop.collector.processes.shard(len(rollout.groups)))
+    return local, rollout, drawn
+
+
+def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tuple[Rollout, Rollout]:
+    """Sample and score: the rollout of this process's share of the prompts, and that of all processes.
+
+    Args:
+        draw: how many rollouts were drawn for this step before.
+    """
     collector = loop.collector
     local = collector.collect(
         Role.POLICY,
         prompts,
-        collector.generator("sample", step),
+        collector.generator(f"redraw {draw}" if draw else "sample", step),
         critic=loop.learner.critic,
         phase=loop.meter.phase,
     )
@@ -162,12 +208,36 @@ def normalize(loop: Loop, step: int, rewards_B: Tensor) -> Tensor:
     return scale.normalized(within_B)
 
 
+def unit(loop: Loop) -> float:
+    """A standard deviation of the reward, as `normalize` gives rewards; 0 while they are all equal."""
+    std = loop.reward_scale.std
+    return float(std > 0.0) if loop.objective.normalize_rewards else std
+
+
+def with_length_reward(loop: Loop, step: int, rollout: Rollout, normalized_B: Tensor) -> Tensor:
+    """The normalised rewards with Kimi's length reward, from the step on that has one."""
+    objective = loop.objective
+    if not objective.length_reward or step < objective.length_reward_from:
+        return normalized_B
+    right_B = rollout.rewards_B >= objective.success_reward
+    gain_B = length_reward(rollout.completion_mask_BT.sum(1), right_B, rollout.group_size)
+    return normalized_B + objective.length_reward * unit(loop) * gain_B
+
+
 def estimate(loop: Loop, rollout: Rollout, normalized_B: Tensor) -> Targets:
-    """Advantages and returns, of the normalised rewards less the penalty for a missing end."""
-    objective, std = loop.objective, loop.reward_scale.std
-    spread = float(std > 0.0) if objective.normalize_rewards else std
-    rewards_B = normalized_B - objective.missing_end_penalty * spread * ~rollout.ended_B
-    return loop.algorithm.estimate(rollout, rewards_B, objective.kl_coef)
+    """Advantages and returns, of the normalised rewards less the penalties for a missing end and for length."""
+    objective, mask_BT = loop.objective, rollout.completion_mask_BT
+    rewards_B = normalized_B - objective.missing_end_penalty * unit(loop) * ~rollout.ended_B
+    if objective.overlong_penalty:
+        over_B = overlong_penalty(mask_BT.sum(1), rollout.completion_length, objective.overlong_buffer)
+        rewards_B = rewards_B + objective.overlong_penalty * unit(loop) * over_B
+    targets = loop.algorithm.estimate(rollout, rewards_B, loop.kl_coef)
+    if not objective.correct_sampler:
+        return targets
+    weights_BT = importance_weights(
+        rollout.policy_log_probs_BT, rollout.sampler_log_probs_BT, mask_BT, LARGEST_WEIGHT
+    )
+    return targets._replace(advantages_BT=targets.advantages_BT * weights_BT)
 
 
 def update(loop: Loop, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
@@ -197,6 +267,8 @@ def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
         meter=loop.meter.times(),
         guard=loop.guarding.guard.state_dict(),
         reward_scale=loop.reward_scale.state_dict(),
+        prompt_choice=loop.prompt_choice.state_dict(),
+        kl_coef=loop.kl_coef,
     )
     loop.checkpoints.write(state, loop.guarding.worth_keeping(step, loop.checkpoints.steps()))
 
@@ -213,6 +285,8 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     loop.meter.resume_from(values["meter"])
     loop.guarding.guard.load_state_dict(values["guard"])
     loop.reward_scale = RewardScale(**values["reward_scale"])
+    loop.prompt_choice.load_state_dict(values["prompt_choice"])
+    loop.kl_coef = values["kl_coef"]
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
     return made(InitialEval, values["initial_eval"]), state.step

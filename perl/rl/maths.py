@@ -184,6 +184,39 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
     return advantages_BT, advantages_BT + known_values_BT
 
 
+def importance_weights(
+    policy_log_probs_BT: Tensor, sampler_log_probs_BT: Tensor, mask_BT: Tensor, limit: float
+) -> Tensor:
+    """Truncated importance sampling, min(π_old / μ, C): of tokens that a sampler μ drew in the policy's place.
+
+    (Ionides 2008; for rollouts of another engine Yao et al. 2025, fengyao.notion.site/off-policy-rl.) 1 where both
+    say the same.
+
+    Args:
+        policy_log_probs_BT: fp32, log π_old of the tokens.
+        sampler_log_probs_BT: fp32, log μ.
+        mask_BT: bool.
+        limit: C.
+
+    Returns:
+        fp32 (B, T); 1 outside the mask.
+    """
+    return masked(policy_log_probs_BT - sampler_log_probs_BT, mask_BT).exp().clamp(max=limit)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:
+    """The next β of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): β (1 + K clip(KL/target - 1, -0.2, 0.2)).
+
+    K is 0.1, as there. β stays below 1, where the reward would have no weight.
+
+    Args:
+        kl: of the rollout, nats a completion.
+        target: the same.
+    """
+    error = min(0.2, max(-0.2, kl / target - 1.0))
+    return min(0.99, kl_coef * (1.0 + 0.1 * error))
+
+
 def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
     """RLOO's advantage: r_i - mean of the r of the other completions of its prompt.
 

@@ -79,21 +79,28 @@ class Rollout(Samples):
         """
         if processes.count == 1:
             return self
-        columns = self.ids_BL.shape[1]
-        wider = (processes.all_reduce_max(columns) - columns, 0)  # prompts are padded on the left
-        local: dict[str, Any] = vars(self) | {
-            "ids_BL": F.pad(self.ids_BL, wider),
-            "mask_BL": F.pad(self.mask_BL, wider),
-            "lower_hidden_BLD": None,
-            "prompts": [],
-            "groups": [],
-        }
+        columns = processes.all_reduce_max(self.ids_BL.shape[1])
+        wider = vars(replace(self, lower_hidden_BLD=None).widened(columns))
+        local: dict[str, Any] = wider | {"prompts": [], "groups": []}
         parts = processes.all_gather({name: _on_host(value) for name, value in local.items()})
-        total, device = len(prompts), self.ids_BL.device
-        joined = {
-            field.name: _joined([part[field.name] for part in parts], total, device) for field in fields(self)
-        }
+        joined = Rollout.joined(parts, len(prompts), self.ids_BL.device)
         return Rollout(**joined | {"prompts": prompts.prompts, "groups": prompts.groups})
+
+    def widened(self, columns: int) -> "Rollout":
+        """With so many columns: prompts are padded on the left."""
+        more = columns - self.ids_BL.shape[1]
+        lower = self.lower_hidden_BLD
+        return replace(
+            self,
+            ids_BL=F.pad(self.ids_BL, (more, 0)),
+            mask_BL=F.pad(self.mask_BL, (more, 0)),
+            lower_hidden_BLD=None if lower is None else F.pad(lower, (0, 0, more, 0)),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[dict[str, Any]], total: int, device: torch.device) -> dict[str, Any]:
+        """The fields of several rollouts of equal width as one's, of the first `total` rows."""
+        return {field.name: _joined([part[field.name] for part in parts], total, device) for field in fields(cls)}
 
 
 def _on_host(value: Any) -> Any:

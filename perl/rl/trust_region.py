@@ -12,7 +12,7 @@ Axis letters: `perl.roles`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from perl.rl.rollout import Rollout
 from perl.roles.roles import Outputs, Role, Roles
 
 COMPLETIONS = 8
-"""Of the probe, in each process."""
+"""Of the probe, in each process. Products with the Fisher matrix are of every other one, as a fraction of the
+rollout is enough for the curvature (ibid., appendix C.1)."""
 ITERATIONS = 5
 """Of conjugate gradients."""
 DAMPING = 0.1
@@ -53,6 +54,8 @@ class _Part:
     targets: Targets
     old_ND: Tensor
     """The old policy's states of its tokens."""
+    old_loss: float
+    """The loss of the old policy."""
 
 
 @dataclass
@@ -74,23 +77,38 @@ class TrustRegion:
     max_new_tokens: int
     micro_batch_size: int
     checkpoint_activations: bool
-    _parts: list[_Part] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._old = [parameter.detach().clone() for parameter in self.parameters]
         count = len(self.local.texts)
-        batch_rows = list(range(0, count, max(1, count // COMPLETIONS)))[:COMPLETIONS]
-        batch, targets = self.local.take(batch_rows), self.targets.take(batch_rows, self.local.completion_length)
-        for rows in micro_batches(batch, self.micro_batch_size):
-            part = trim(batch, rows)
-            with torch.no_grad():
-                old_ND = _states_ND(self._read(part), part)
-            self._parts.append(_Part(part, targets.take(rows, part.completion_length), old_ND))
-        everyone, learned_BT = self.roles.engine.processes.all_reduce_sum, targets.mask(batch)
-        self._tokens = everyone(float(batch.completion_mask_BT.sum()))
+        probed = list(range(0, count, max(1, count // COMPLETIONS)))[:COMPLETIONS]
+        everyone = self.roles.engine.processes.all_reduce_sum
+        mask_BT, learned_BT = (mask_BT[probed] for mask_BT in self._masks())
+        self._tokens = everyone(float(mask_BT.sum()))
         learned, completions = everyone(float(learned_BT.sum())), everyone(float(learned_BT.any(1).sum()))
         self._sizes = Sizes(max(learned, 1.0), max(completions, 1.0), self.max_new_tokens)
-        self._highest_loss = self.probe().loss if self.algorithm.direction == "natural" else math.inf
+        self._fisher = self._micro_batches(probed[::2])
+        self._parts = self._fisher + self._micro_batches(probed[1::2])
+        self._fisher_tokens = everyone(float(sum(len(part.old_ND) for part in self._fisher)))
+        natural = self.algorithm.direction == "natural"
+        self._highest_loss = everyone(sum(part.old_loss for part in self._parts)) if natural else math.inf
+
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        """The tokens of all completions, and those that are learned from."""
+        return self.local.completion_mask_BT, self.targets.mask(self.local)
+
+    @torch.no_grad()
+    def _micro_batches(self, probed: list[int]) -> list[_Part]:
+        """These rows, and what the policy says of them now."""
+        batch = self.local.take(probed)
+        targets, parts = self.targets.take(probed, batch.completion_length), []
+        for rows in micro_batches(batch, self.micro_batch_size):
+            part = trim(batch, rows)
+            taught = targets.take(rows, part.completion_length)
+            outputs = self._read(part, self.temperature)
+            loss = self.algorithm.policy_loss(outputs, part, taught, self._sizes)[0]
+            parts.append(_Part(part, taught, _states_ND(outputs, part), float(loss)))
+        return parts
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -109,10 +127,10 @@ class TrustRegion:
         return Probed(everyone(kl) / self._tokens, everyone(loss))
 
     def kl_gradient(self) -> Tensor:
-        """The gradient of the mean KL at the policy as it is now, flat."""
-        for part in self._parts:
+        """The gradient of the mean KL of half the probe at the policy as it is now, flat."""
+        for part in self._fisher:
             with self.roles.checkpointed(self.checkpoint_activations):
-                kl = self._kl_N(self._read(part.batch), part).sum() / self._tokens
+                kl = self._kl_N(self._read(part.batch), part).sum() / self._fisher_tokens
                 kl.backward()  # type: ignore[no-untyped-call]
         self.roles.engine.processes.all_reduce_gradients(self.parameters)
         return take_gradient(self.parameters)

@@ -1,14 +1,17 @@
 """How the policy and its critic learn from a rollout: minibatches, micro-batches, clipping, the schedule.
 
-A minibatch is the whole rollout, so that there is one update for each pass over it; the gradients of its
-micro-batches add up to its own, whatever their size.
+A minibatch is the whole rollout unless the recipe wants several; the gradients of its micro-batches add up to its
+own, whatever their size.
 
 Axis letters: B completions, T completion positions.
 """
 
 import math
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +22,20 @@ from perl.rl.natural_gradient import take_gradient
 from perl.rl.rollout import Rollout
 from perl.rl.trust_region import TrustRegion
 from perl.roles.roles import Role, Roles
+from perl.system.seeds import derived_seed
 
 MAX_GRAD_NORM = 1.0
 """Of each role's gradient."""
+
+
+class _Minibatch(NamedTuple):
+    """What an update learns from."""
+
+    batch: Rollout
+    targets: Targets
+    sizes: Sizes
+    tokens: float
+    """Of all its completions, in all processes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,9 @@ class Learner:
     """Of the full rates, what each step has."""
     epochs: int
     """Passes over a rollout."""
+    minibatches: int
+    """Updates in a pass."""
+    seed: int
     micro_batch_size: int
     temperature: float
     max_new_tokens: int
@@ -59,7 +76,7 @@ class Learner:
         return self.rates[0] * self.rate_shares[step]
 
     def update(self, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
-        """One update a pass over the rollout; returns the last one's metrics.
+        """One update a minibatch of each pass over the rollout; returns the last one's metrics.
 
         An update whose loss or gradient is not finite is refused: nothing has changed then, and `refused` is 1.
 
@@ -68,34 +85,52 @@ class Learner:
             rollout: of all processes.
             targets: of `rollout`.
         """
-        processes = self.roles.engine.processes
-        rows = processes.shard(len(rollout.rewards_B))
-        learned_BT = targets.mask(rollout)
-        completions = float(learned_BT.any(1).sum())
-        sizes = Sizes(float(learned_BT.sum()), completions, self.max_new_tokens)
-        targets = targets.take(slice(rows[0], rows[-1] + 1), rollout.completion_length)
-        tokens = float(rollout.completion_mask_BT.sum())
-        region = self._trust_region(local, targets)
+        if self.algorithm.reset_optimizer:
+            reset(self.optimizer)
+        rows = self.roles.engine.processes.shard(len(rollout.rewards_B))
+        taken = targets.take(slice(rows[0], rows[-1] + 1), rollout.completion_length)
+        whole = _Minibatch(local, taken, _sizes(rollout, targets, self.max_new_tokens), _tokens(rollout))
+        region = self._trust_region(local, taken)
         sums: dict[str, float] = {}
-        mismatch = 0.0
-        for epoch in range(self.epochs):
-            sums = dict.fromkeys(
-                ("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0
-            )
-            for batch_rows in micro_batches(local, self.micro_batch_size):
-                batch = trim(local, batch_rows)
-                with self.roles.checkpointed(self.checkpoint_activations):
-                    taken = targets.take(batch_rows, batch.completion_length)
-                    self._accumulate(batch, taken, sizes, tokens, sums)
-            processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
-            sums = {name: processes.all_reduce_sum(value) for name, value in sums.items()}
+        mismatch: float | None = None
+        for minibatch in self._minibatches(step, whole):
+            sums = self._gradients(minibatch)
             # Only before the first update is the policy the one that sampled: there they must agree.
-            mismatch = sums["sampler_mismatch"] if epoch == 0 else mismatch
+            mismatch = sums["sampler_mismatch"] if mismatch is None else mismatch
             if not self._optimize(step, sums, region):
                 sums["refused"] = 1.0
                 break
+        assert mismatch is not None
         held = {} if region is None else region.search()
         return sums | held | {"sampler_mismatch": mismatch, "learning_rate": self.learning_rate(step)}
+
+    def _minibatches(self, step: int, whole: _Minibatch) -> Iterator[_Minibatch]:
+        """What each update of a step learns from, of this process's completions; sizes are all processes'."""
+        count, everyone = len(whole.batch.texts), self.roles.engine.processes.all_reduce_sum
+        for epoch in range(self.epochs):
+            if self.minibatches == 1:
+                yield whole
+                continue
+            generator = random.Random(derived_seed(self.seed, f"minibatches {epoch}", step))
+            order = generator.sample(range(count), count)
+            for part in range(min(self.minibatches, count)):
+                rows = order[part :: self.minibatches]
+                batch, targets = whole.batch.take(rows), whole.targets.take(rows, whole.batch.completion_length)
+                own = _sizes(batch, targets, self.max_new_tokens)
+                sizes = Sizes(everyone(own.tokens), everyone(own.completions), own.longest)
+                yield _Minibatch(batch, targets, sizes, everyone(_tokens(batch)))
+
+    def _gradients(self, minibatch: _Minibatch) -> dict[str, float]:
+        """Accumulate the gradients of a minibatch, of all processes; its metrics."""
+        processes = self.roles.engine.processes
+        sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0)
+        for rows in micro_batches(minibatch.batch, self.micro_batch_size):
+            batch = trim(minibatch.batch, rows)
+            with self.roles.checkpointed(self.checkpoint_activations):
+                taken = minibatch.targets.take(rows, batch.completion_length)
+                self._accumulate(batch, taken, minibatch.sizes, minibatch.tokens, sums)
+        processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
+        return {name: processes.all_reduce_sum(value) for name, value in sums.items()}
 
     def _trust_region(self, local: Rollout, targets: Targets) -> TrustRegion | None:
         """What holds this step, where the algorithm has a limit; `targets` are of `local`."""
@@ -161,3 +196,19 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+
+def _tokens(batch: Rollout) -> float:
+    return float(batch.completion_mask_BT.sum())
+
+
+def _sizes(batch: Rollout, targets: Targets, longest: int) -> Sizes:
+    """What the losses of these completions are divided by; at least 1, as some may be learned from by nobody."""
+    learned_BT = targets.mask(batch)
+    return Sizes(max(1.0, float(learned_BT.sum())), max(1.0, float(learned_BT.any(1).sum())), longest)
+
+
+def reset(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer forget its moments, so that its next step is as its first; a sharded one has one inside."""
+    for one in (optimizer, getattr(optimizer, "optim", optimizer)):
+        one.state.clear()

@@ -5,7 +5,7 @@ It starts as a copy of the reference, the SFT adapter or the bare base, and stay
 
 from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
-from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change
+from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
 from perl.rl.loop import InitialEval, Loop, checkpoint, resume, rollback, train
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
@@ -15,6 +15,8 @@ from perl.stages.session import Session
 from perl.system.progress import console, counted
 from perl.system.typed_json import made
 
+FEWEST_TRIES = 4
+"""Completions of each prompt by which its difficulty is measured."""
 SAMPLES = 12
 """Held-out prompts whose completions are kept for people to read."""
 
@@ -36,6 +38,7 @@ def train_rl(session: Session) -> RlStage:
     console.print(_plan(session, loop))
     initial, done = resume(loop)
     if initial is None:
+        measure_difficulty(session, loop)
         reference = session.roles.reference
         initial = InitialEval(
             preflight=loop.preflight.check(),
@@ -58,6 +61,15 @@ def train_rl(session: Session) -> RlStage:
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
     )
+
+
+def measure_difficulty(session: Session, loop: Loop) -> None:
+    """For a curriculum that knows no difficulties: the reference's success rates on the training prompts."""
+    choice = loop.prompt_choice
+    if choice.must_measure:
+        each, success = max(FEWEST_TRIES, loop.samples_per_prompt), loop.objective.success_reward
+        rates = success_rates(loop.collector, session.roles.reference, loop.prompts, each, success)
+        choice.easiest_first = sorted(range(len(rates)), key=lambda prompt: -rates[prompt])
 
 
 def _plan(session: Session, loop: Loop) -> str:

@@ -8,6 +8,7 @@ from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
 from perl.recipe import Rl
+from perl.rl.algorithms import Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
 from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
@@ -15,6 +16,7 @@ from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
 from perl.rl.loop import Loop, Objective
+from perl.rl.prompt_choice import PromptChoice, easiest_first
 from perl.rl.prompts import encode_prompts
 from perl.rl.rewards.base import RewardContext
 from perl.rl.rewards.combination import CombinedReward
@@ -116,7 +118,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     return Loop(
         collector=collector,
         learner=learner,
-        objective=Objective(settings.kl_coef, learner.algorithm.normalize_rewards, penalty),
+        objective=_objective(settings, learner.algorithm, penalty),
         prompts=prompts,
         steps=settings.steps,
         prompts_per_step=settings.prompts_per_step,
@@ -128,6 +130,8 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         meter=session.meter(),
         checkpoints=session.checkpoints("rl"),
         reward_scale=RewardScale(),
+        prompt_choice=_prompt_choice(session, prompts),
+        kl_coef=settings.kl_coef,
     )
 
 
@@ -138,6 +142,27 @@ def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
     roles.shares_prompts = reason is None
     if reason is not None:
         console.print(f"[yellow]Prompts are computed again for each of their completions[/]: {reason}.")
+
+
+def _objective(settings: Rl, row: Algorithm, penalty: float) -> Objective:
+    return Objective(
+        normalize_rewards=row.normalize_rewards,
+        missing_end_penalty=penalty,
+        overlong_penalty=settings.overlong_penalty,
+        length_reward=settings.length_reward,
+        length_reward_from=round(settings.length_reward_delay * settings.steps),
+        overlong_buffer=settings.overlong_buffer or max(1, settings.max_new_tokens // 5),
+        success_reward=settings.success_reward,
+        kl_target=settings.kl_target,
+        correct_sampler=settings.sampler_correction == "truncate",
+    )
+
+
+def _prompt_choice(session: Session, prompts: EncodedPrompts) -> PromptChoice:
+    settings, kind = settings_of(session), settings_of(session).prompt_sampling
+    source = f"data.source {session.recipe.data.source}"
+    order = easiest_first(prompts.prompts, source) if kind == "curriculum" else None
+    return PromptChoice(kind, len(prompts), settings.prompts_per_step, settings.steps, session.recipe.seed, order)
 
 
 def _add_roles(session: Session) -> tuple[Role, ...]:
@@ -177,6 +202,8 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
         epochs=settings.epochs,
+        minibatches=settings.minibatches,
+        seed=session.recipe.seed,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
@@ -194,7 +221,9 @@ def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
         hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
     width = hidden_BLD.shape[2]
     return [
-        auto_learning_rate(width, session.recipe.tuning, settings.epochs) if weights == "auto" else weights,
+        auto_learning_rate(width, session.recipe.tuning, settings.epochs * settings.minibatches)
+        if weights == "auto"
+        else weights,
         auto_head_learning_rate(width, float(hidden_BLD.abs().mean())) if heads == "auto" else heads,
     ]
 

@@ -168,3 +168,23 @@ def test_the_gradient_of_k2_is_the_kls_and_that_of_k3_is_the_reverse_kls() -> No
     torch.testing.assert_close(k2, gradient((log_policy_V.exp() * (log_policy_V - reference_V.log())).sum()))
     log_policy_V = logits_V.log_softmax(0)
     torch.testing.assert_close(k3, gradient(-(reference_V * log_policy_V).sum()))
+
+
+def test_importance_weights_are_truncated_and_one_where_nothing_differs() -> None:
+    mask_BT = torch.tensor([[True, True, True, False]])
+    policy_BT = torch.tensor([[0.5, -0.5, 1.5, torch.nan]])
+    weights_BT = arithmetic.importance_weights(policy_BT, torch.zeros(1, 4), mask_BT, 2.0)
+    torch.testing.assert_close(weights_BT, torch.tensor([[1.6487213, 0.6065307, 2.0, 1.0]]), rtol=1e-6, atol=1e-6)
+    assert torch.equal(arithmetic.importance_weights(policy_BT, policy_BT, mask_BT, 2.0), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.0, 0.1), (6.6, 0.101), (60.0, 0.102), (5.4, 0.099), (0.0, 0.098), (-1.0, 0.098)]
+)
+def test_the_kl_coefficient_follows_its_target(kl: float, expected: float) -> None:
+    """β (1 + 0.1 clip(KL/6 - 1, -0.2, 0.2)) of Ziegler et al."""
+    assert arithmetic.adapted_kl_coef(0.1, kl, 6.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_kl_coefficient_leaves_the_reward_a_weight() -> None:
+    assert arithmetic.adapted_kl_coef(0.98, 60.0, 6.0) == 0.99

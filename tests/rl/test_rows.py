@@ -43,10 +43,12 @@ def test_every_cell_and_constant_can_be_overridden(key: str, load: Load) -> None
         **{"advantage": "group", "surrogate": "clip-weight", "ratio": "answer", "average": "constant"},
         **{"kl": "loss-k2", "whiten": True, "normalize_rewards": False, "drop_equal_groups": True},
         **{"gae_lambda": 0.5, "clip": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "tau": 2.0, "value_clip": 0.0},
-        **{"value_coef": 0.5, "entropy_coef": 0.01, "direction": "natural", "trust_region": 0.01},
+        **{"value_coef": 0.5, "entropy_coef": 0.01, "direction": "natural", "trust_region": 0.02},
+        **{"redraws": 2, "reset_optimizer": True},
     }
     value = values[key]
-    recipe = load("grpo", f"{key}={json.dumps(value)}")
+    needs = {"direction": ["epochs=1", "trust_region=0.02"], "redraws": ["drop_equal_groups=true"]}.get(key, [])
+    recipe = load("grpo", f"{key}={json.dumps(value)}", *needs)
     assert getattr(rl_of(recipe).row, key) == value != getattr(ALGORITHMS["grpo"], key)
     assert yaml.safe_load(recipe.to_yaml())["rl"][key] == value
     assert settings_sha256(recipe, "rl") != settings_sha256(load("grpo"), "rl")
@@ -89,7 +91,19 @@ def test_the_critic_is_the_rows_or_the_recipes(load: Load) -> None:
         ("grpo", ["kl=reward-k1"], "group-std would divide the KL", "Set kl to loss-k2"),
         ("maxrl", ["normalize_rewards=true"], "divides by the mean of raw", "Set normalize_rewards to false"),
         ("ppo", ["drop_equal_groups=true"], "gae has no groups", "Set drop_equal_groups to false"),
-        ("grpo", ["surrogate=clipp"], "should be 'plain', 'clip'", "Did you mean clip?"),
+        ("trpo", ["epochs=2"], "natural takes one step", "Set epochs to 1"),
+        ("trpo", ["minibatches=2"], "natural takes one step", "Set minibatches to 1"),
+        ("trpo", ["value_coef=0.5"], "of the policy's loss alone", "Set value_coef to 0"),
+        ("reinforce", ["direction=natural"], "as long as trust_region allows", "Set trust_region"),
+        ("grpo", ["redraws=1"], "that drop_equal_groups leaves out", "redraws to 0"),
+        ("reinforce", ["minibatches=2"], "plain is on-policy", "Set minibatches to 1"),
+        ("grpo", ["minibatches=17"], "16 completions a step", "Lower minibatches"),
+        ("dapo", ["kl_target=3"], "kl none has no coefficient", "Set kl"),
+        ("ppo", ["kl_target=3", "kl_coef=0"], "stays 0", "Raise kl_coef"),
+        ("ppo", ["length_reward=1"], "length_reward compares", "at least 2"),
+        ("ppo", ["overlong_buffer=2"], "no use without overlong_penalty", "Set overlong_penalty"),
+        ("ppo", ["overlong_penalty=1", "overlong_buffer=7"], "longer than the 6 tokens", "Lower it"),
+        ("grpo", ["surrogate=clipp"], "should be 'plain', 'ratio', 'clip'", "Did you mean clip?"),
         ("grpo", ["clip=2"], "less than or equal to 1", ""),
     ],
 )

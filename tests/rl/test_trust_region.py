@@ -76,7 +76,7 @@ def test_the_probes_kl_is_exact_and_what_was_before_is_no_distance_away(roles: S
 def test_the_fisher_matrix_is_that_of_the_adapter(roles: SharedBase) -> None:
     """Against Jᵀ (diag(p) - p pᵀ) J with the Jacobian of every logit written out."""
     held = region(roles)
-    logits_NV, parameters = distributions(roles).logits, held.parameters
+    logits_NV, parameters = distributions(roles).logits[[0, 1, 3, 4]], held.parameters  # every other completion
     rows = [
         torch.cat([one.flatten() for one in torch.autograd.grad(logit, parameters, retain_graph=True)])
         for logit in logits_NV.flatten()
@@ -99,7 +99,7 @@ def test_a_natural_step_is_as_long_as_the_region_and_lowers_the_loss(
     before = held.probe().loss
     held.natural_step(loss_gradient(held), 1.0)
     found = held.probe()
-    assert found.kl == pytest.approx(1e-3, rel=0.2)
+    assert found.kl == pytest.approx(1e-3, rel=0.5)  # the curvature is of every other completion
     assert found.loss < before
 
 

@@ -1,0 +1,40 @@
+"""Groups whose rewards are all equal are replaced by groups of other prompts (DAPO's dynamic sampling).
+
+Yu et al. 2025, arXiv 2503.14476, section 3.2. Bounded: where too few groups differ, equal ones fill the rollout,
+whose tokens are learned from by nobody.
+
+Axis letter: B completions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from perl.rl.maths import equal_groups
+from perl.rl.rollout import Rollout
+
+
+def differing(rollout: Rollout, tolerance: float) -> Tensor:
+    """Which completions are of groups whose rewards differ, bool (B)."""
+    return ~equal_groups(rollout.rewards_B, rollout.group_size, tolerance)
+
+
+def assembled(drawn: Sequence[Rollout], completions: int, tolerance: float) -> Rollout:
+    """The first `completions` completions of several rollouts, groups that differ before those that do not."""
+    rollout = joined(drawn)
+    differ = [keeps for one in drawn for keeps in differing(one, tolerance).tolist()]
+    order = sorted(range(len(differ)), key=lambda row: not differ[row])[:completions]  # stable: groups stay whole
+    return rollout.take(order)
+
+
+def joined(drawn: Sequence[Rollout]) -> Rollout:
+    """Several rollouts as one; their groups get numbers of their own."""
+    columns = max(one.ids_BL.shape[1] for one in drawn)
+    parts = [one.widened(columns) for one in drawn]
+    groups: list[int] = []
+    for one in drawn:
+        first = max(groups, default=-1) + 1
+        groups += [first + group for group in one.groups]
+    values: dict[str, Any] = Rollout.joined([vars(part) for part in parts], len(groups), parts[0].ids_BL.device)
+    return Rollout(**values | {"groups": groups})

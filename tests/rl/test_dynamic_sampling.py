@@ -1,0 +1,28 @@
+"""Rollouts whose groups are all equal are replaced from others."""
+
+from dataclasses import replace
+
+import torch
+
+from perl.rl.dynamic_sampling import assembled, joined
+from tests.rl.rollouts import rollout
+
+
+def test_groups_that_differ_come_first_and_equal_ones_fill_up() -> None:
+    first = rollout(rewards_B=torch.tensor([1.0, 1.0, 2.0, 3.0]), texts=["a", "b", "c", "d"])
+    second = rollout(rewards_B=torch.tensor([5.0, 6.0, 0.0, 0.0]), texts=["e", "f", "g", "h"])
+    found = assembled([first, second], 4, 1e-6)
+    assert found.texts == ["c", "d", "e", "f"]
+    assert found.groups == [1, 1, 2, 2]
+    assert found.group_size == 2
+    assert assembled([first, first], 4, 1e-6).texts == ["c", "d", "c", "d"]
+    equal = replace(second, rewards_B=torch.zeros(4))
+    assert assembled([first, equal], 4, 1e-6).texts == ["c", "d", "a", "b"]
+
+
+def test_prompts_of_other_lengths_are_padded_on_the_left() -> None:
+    short, long = rollout(), rollout().widened(5)
+    both = joined([short, long])
+    assert both.ids_BL.shape == both.mask_BL.shape == (8, 5)
+    assert torch.equal(both.mask_BL[:4], both.mask_BL[4:])
+    assert torch.equal(both.completion_mask_BT[:4], short.completion_mask_BT)

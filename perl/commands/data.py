@@ -44,10 +44,10 @@ def check(source: str) -> int:
     """
     if source.endswith((".yaml", ".yml")):
         recipe = load_recipe(source)
-        name, path, seed = recipe.data.source, recipe.data.path, recipe.seed
+        name, path, seed, columns = recipe.data.source, recipe.data.path, recipe.seed, recipe.data.columns
     else:
-        (name, path), seed = parse_source(source), 0
-    row, records = find_source(name), load_rows(name, path, seed)
+        (name, path), seed, columns = parse_source(source), 0, {}
+    row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, an
 from perl.data.sources import fetch_source, find_source, load_rows, parse_source
 from perl.recipe import load_recipe
 from perl.system.progress import console as messages
+from perl.system.progress import counted
 
 SHOWN_PROBLEMS = 50
 
@@ -63,7 +64,7 @@ def check(source: str) -> int:
     if not records.problems:
         console.print("every row is usable")
         return 0
-    console.print(f"{len(records.problems):,} rows left out")
+    console.print(f"{counted(len(records.problems), 'row')} left out")
     messages.print("Mend or remove the rows named: a run would go on without them.")
     return 2
 

@@ -16,6 +16,7 @@ from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, an
 from perl.data.sources import fetch_source, find_source, load_rows, parse_source
 from perl.recipe import load_recipe
 from perl.system.progress import console as messages
+from perl.system.progress import counted
 
 SHOWN_PROBLEMS = 50
 SHOWN_LEAKS = 3
@@ -61,10 +62,10 @@ def check(source: str) -> int:
     """
     if source.endswith((".yaml", ".yml")):
         recipe = load_recipe(source)
-        name, path, seed = recipe.data.source, recipe.data.path, recipe.seed
+        name, path, seed, columns = recipe.data.source, recipe.data.path, recipe.seed, recipe.data.columns
     else:
-        (name, path), seed = parse_source(source), 0
-    row, records = find_source(name), load_rows(name, path, seed)
+        (name, path), seed, columns = parse_source(source), 0, {}
+    row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -80,7 +81,7 @@ def check(source: str) -> int:
     if not records.problems:
         console.print("every row is usable")
         return 0
-    console.print(f"{len(records.problems):,} rows left out")
+    console.print(f"{counted(len(records.problems), 'row')} left out")
     messages.print("Mend or remove the rows named: a run would go on without them.")
     return 2
 

@@ -50,6 +50,8 @@ def parse_bytes(text: str) -> int:
         size = float(match[1]) * unit if match else 0.0
     except ValueError:
         size = 0.0
+    if 1 <= size < 1_000_000:  # no device has so little: the unit was forgotten
+        raise UserError(f"{text!r} is {size:,.0f} bytes", where="--device-memory", remedy=f"Write {size:.0f}GB.")
     if not 1 <= size < 2**60:
         raise UserError(f"{text!r} is no size", where="--device-memory", remedy="For example 24GB or 80GiB.")
     return int(size)

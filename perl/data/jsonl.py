@@ -1,4 +1,4 @@
-"""The user's own files: JSON Lines in TRL's standard formats, as plain text or as chat messages.
+"""The user's own files: rows in TRL's standard formats, as plain text or as chat messages.
 
     {"prompt": …, "completion": …}                    a demonstration
     {"messages": […]}                                 a demonstration: a whole conversation
@@ -16,7 +16,8 @@ a `Problem` and is left out; only a file that cannot be used at all is an error.
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -42,7 +43,6 @@ from perl.data.rows import (
     kind,
     line_value,
     number_to,
-    numbered_lines,
     object_with,
     parsed,
     shown,
@@ -50,6 +50,7 @@ from perl.data.rows import (
     soft_label,
     usable_text,
 )
+from perl.data.tables import Value, mapping_for, numbered_values
 from perl.system.progress import counted
 
 FORMATS = (
@@ -74,17 +75,31 @@ _CERTAINTY_FIELDS = ("margin", "probability")
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
 
 
-def read_jsonl(path: Path) -> Records:
-    """Read a JSON Lines file; `problems` names the rows left out as `FILE:LINE`.
+def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
+    """Read a file of rows (`perl.data.tables` has its forms); `problems` names the rows left out as `FILE:LINE`.
 
     Rows of one context and the same columns share a prompt; `notes` counts rows of a prompt alone that are copies.
 
+    Args:
+        columns: names in the file, by the names of the formats above.
+
     Raises:
-        UserError: it is no whole gzip file.
+        UserError: it is of a form that is not read, or broken.
         OSError: it cannot be read.
     """
-    lines = (parse_line(line, f"{path}:{number}") for number, line in numbered_lines(path))
-    rows, problems = sifted(lines)
+    names: Counter[str] = Counter()
+
+    def parse(value: Value) -> list[Record]:
+        row = value()
+        names.update(list(row) if isinstance(row, dict) else [])
+        return parse_row(row)
+
+    values = numbered_values(path, columns or {})
+    rows, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
+    usual = [name for name, count in names.items() if 2 * count > len(rows) + len(problems)]
+    hint = _hint(mapping_for(usual, _FORMATS))
+    if hint and not rows:
+        problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0
     prompts: dict[tuple[Context, str], Prompt] = {}
     for row in rows:
@@ -101,9 +116,19 @@ def read_jsonl(path: Path) -> Records:
                     copies += key in prompts and len(row) == 1
                     prompts.setdefault(key, record)
     records.prompts = list(prompts.values())
+    if hint:
+        records.notes.append(hint)
     if copies:
         records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
     return records
+
+
+def _hint(mapping: Mapping[str, str]) -> str:
+    """What to add to the recipe so that columns of other names are read; empty if there are none."""
+    if not mapping:
+        return ""
+    said = ", ".join(f"{field}: {name}" for field, name in mapping.items())
+    return f"These columns are not read: {', '.join(mapping.values())}. To read them, add data.columns: {{{said}}}"
 
 
 def parse_line(line: bytes, where: str) -> list[Record] | Problem:

@@ -6,7 +6,7 @@ A plugin adds its own: `SOURCES["mine"] = Source(read_mine, "what it holds")`.
 import contextlib
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class Source:
         every_row: reads also the rows that training leaves out, for `data check`; by default as `read`.
         fetch: downloads it and returns the folder, where it has to be downloaded before it is read.
         remedy: what to do if there is no usable row.
+        mapped: reads columns of other names, by the names of TRL's formats; absent where they are fixed.
     """
 
     read: Reader
@@ -48,6 +49,7 @@ class Source:
     every_row: Reader | None = None
     fetch: Callable[[], Path] | None = None
     remedy: str = "Check data.path."
+    mapped: Callable[[Path | None, Mapping[str, str]], Records] | None = None
 
 
 def find_source(name: str) -> Source:
@@ -61,24 +63,35 @@ def find_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def load_records(name: str, path: str | None, seed: int) -> Records:
+def load_records(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:
     """What a source holds, as training should see it.
 
     Args:
         name: in `SOURCES`.
         path: a folder or file that the source reads instead of its own data.
         seed: for sources that draw their data.
+        columns: names in the file, by the names of TRL's formats.
 
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
     """
-    return _load(name, find_source(name).read, path, seed)
+    return _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed)
 
 
-def load_rows(name: str, path: str | None, seed: int) -> Records:
+def load_rows(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:
     """As `load_records`, with the rows that repeat or contradict others where training leaves them out."""
     source = find_source(name)
-    return _load(name, source.every_row or source.read, path, seed)
+    return _load(name, _reader(source, columns, source.every_row or source.read), path, seed)
+
+
+def _reader(source: Source, columns: Mapping[str, str] | None, otherwise: Reader) -> Reader:
+    """What reads a source, with columns of other names if there are any."""
+    if not columns:
+        return otherwise
+    if source.mapped is None:
+        raise UserError("the columns of this source are fixed", where="data.columns", remedy="Leave it out.")
+    mapped = source.mapped
+    return lambda path, seed: mapped(path, columns)
 
 
 def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
@@ -130,7 +143,8 @@ def parse_source(text: str) -> tuple[str, str | None]:
     """
     name, colon, path = text.partition(":")
     # A file in own formats needs no name before it.
-    if name not in SOURCES and (text.endswith((".jsonl", ".json")) or os.path.isfile(os.path.expanduser(text))):
+    own = text.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet"))
+    if name not in SOURCES and (own or os.path.isfile(os.path.expanduser(text))):
         return "jsonl", text
     find_source(name)
     if colon and not path:
@@ -162,10 +176,14 @@ def _coffee_simulator(path: Path | None, seed: int) -> Records:
     return records
 
 
-def _jsonl(path: Path | None, seed: int) -> Records:
+def _file(path: Path | None, columns: Mapping[str, str]) -> Records:
     if path is None:
         raise UserError("jsonl needs a file", where="data.path", remedy="Set data.path to a .jsonl file.")
-    return read_jsonl(path)
+    return read_jsonl(path, columns)
+
+
+def _jsonl(path: Path | None, seed: int) -> Records:
+    return _file(path, {})
 
 
 def _taskmaster(domain: Domain, description: str) -> Source:
@@ -226,7 +244,7 @@ SOURCES: dict[str, Source] = {
     ),
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
-    "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}."),
+    "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}.", mapped=_file),
     **{name: _math(name) for name in MATH_SETS},
     **{name: _public(name) for name in PUBLIC_SETS},
 }

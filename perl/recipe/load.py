@@ -94,7 +94,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
     rl = content.get("rl")
     reward = rl.get("reward") if isinstance(rl, dict) else None
-    places = [(content.get("base"), "model"), (content.get("data"), "path")]
+    places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
     places += [(content.get(stage), "from") for stage in STAGES]
     places += [(part, "function") for part in (reward if isinstance(reward, list) else [reward])]
     for section, key in places:

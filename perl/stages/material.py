@@ -21,7 +21,7 @@ from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.recipe import Recipe, StageName
-from perl.system.progress import console
+from perl.system.progress import console, counted
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,24 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     Raises:
         UserError: they cannot be read, or a stage finds nothing in them.
     """
-    records = load_records(recipe.data.source, recipe.data.path, recipe.seed)
-    if records.problems:
-        first = records.problems[0]
+    data = recipe.data
+    records = load_records(data.source, data.path, recipe.seed, data.columns)
+    own = None if data.eval_path is None else load_records(data.source, data.eval_path, recipe.seed, data.columns)
+    if problems := [*records.problems, *(own.problems if own is not None else ())]:
+        first = problems[0]
         quoted = escape(f"{first.where}: {first.what}")
         console.print(
-            f"[yellow]{len(records.problems)} rows left out[/], the first {quoted} "
+            f"[yellow]{counted(len(problems), 'row')} left out[/], the first {quoted} "
             "(`perl-rlhf data check` names them all)"
         )
     _print_notes(records.notes)
-    train, held_out = split(records, recipe.data.held_out, recipe.seed)
+    train, held_out = (records, own) if own is not None else split(records, data.held_out, recipe.seed)
     for note in held_out.notes:
         console.print(f"[yellow]Split[/]: {escape(note)}")
     _check_records(recipe, train, held_out)
     train.fingerprints = fingerprints(records)
+    if own is not None:
+        train.fingerprints = {kind: [*rows, *fingerprints(own)[kind]] for kind, rows in train.fingerprints.items()}
     return train, held_out
 
 

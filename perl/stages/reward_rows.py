@@ -105,6 +105,12 @@ def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], lis
         comparisons = comparisons or pair_ratings(records.ratings)
     elif loss == "thumbs" and ratings:
         comparisons = []
+    if not ratings and not comparisons:
+        raise UserError(
+            f"{source} has neither ratings nor pairs",
+            where="its rows",
+            remedy="Use rows with prompt, completion and label, or with prompt, chosen and rejected.",
+        )
     if not comparisons and (loss in ("pairs", "both") or not ratings):
         raise UserError(
             f"{source} has no pairs, nor ratings of one context with both labels",

@@ -176,7 +176,7 @@ def test_a_bad_row_is_refused_where_it_is_alone_and_named_where_it_is_not(
     assert status == 2
     assert "own.jsonl:2: " in written
     assert says in written
-    assert "1 rows left out" in written
+    assert "1 row left out" in written
     assert "Mend or remove the rows named" in written
     assert contents(tmp_path) == before
 
@@ -203,7 +203,7 @@ def test_a_run_says_which_rows_it_leaves_out(run_cli: RunCli, write_recipe: Writ
     recipe = write_recipe(data={"source": "jsonl", "path": "own.jsonl", "held_out": 0.3}, rl=None)
     status, written = run_cli("run", recipe, "--out", tmp_path / "out")
     assert status == 0, written
-    assert "1 rows left out" in written
+    assert "1 row left out" in written
     assert "own.jsonl:21: " in written
     assert "unknown role '[/red]'" in written
 

@@ -22,7 +22,7 @@ REWARD = {"batch_size": 4, "max_length": 64}
         ("80GiB", 80 * 2**30),
         ("1.5e9", 1_500_000_000),
         (" 16 gb", 16 * 10**9),
-        ("512Ki", 512 * 1024),
+        ("512Mi", 512 * 2**20),
         ("2T", 2 * 10**12),
     ],
 )
@@ -34,6 +34,11 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no size"):
         parse_bytes(text)
+
+
+def test_a_size_without_its_unit_is_asked_for_at_once() -> None:
+    with pytest.raises(UserError, match=r"'24' is 24 bytes\n  Write 24GB."):
+        parse_bytes("24")
 
 
 def estimated(run_cli: RunCli, recipe: Path, *arguments: str) -> tuple[dict[str, Any], str]:

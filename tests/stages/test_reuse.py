@@ -202,3 +202,51 @@ def test_rl_against_a_model_that_is_not_fit_is_asked_for(
     assert "reward is finished already" in text
     page = (out / "report.html").read_text()
     assert "Trained against a reward model that is not fit for RL." in page.partition("</section>")[0]
+
+
+def test_from_a_csv_of_thumbs_to_a_verdict_and_from_there_to_a_policy(
+    run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer's commands and edits: two and one to the verdict, one of each to the policy."""
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        f"order {n},with {word} {n},{thumb}"
+        for n in range(12)
+        for word, thumb in (("care", "up"), ("noise", "down"))
+    ]
+    (tmp_path / "thumbs.csv").write_text("\n".join(["question,response,rating", *lines]))
+    code, text = run_cli("data", "check", "thumbs.csv")
+    assert code == 2, "no column has a name that is read"
+    assert "data.columns: {prompt: question, completion: response, label: rating}" in " ".join(text.split())
+    (tmp_path / "my.yaml").write_text(
+        f"name: my\nbase: {{model: {tiny_llama}, dtype: float32}}\n"
+        "data: {path: thumbs.csv, held_out: 0.3, "
+        "columns: {prompt: question, completion: response, label: rating}}\n"
+        "reward: {max_length: 64}\n"
+    )
+    code, text = run_cli("run", "my.yaml")
+    assert code == 0, text
+    assert "Not fit for RL" in text
+    with open("my.yaml", "a") as file:
+        file.write("rl: {anyway: true, steps: 1, prompts_per_step: 2, max_new_tokens: 4, eval_prompts: 2}\n")
+    code, text = run_cli("run", "my.yaml", "--from", "runs/my")
+    assert code == 0, text
+    assert "reward is taken from runs/my." in text
+    assert (tmp_path / "runs" / "my-2" / "policy" / "adapter").is_dir()
+
+
+def test_a_file_of_ones_own_is_held_out_as_it_is(
+    run_cli: RunCli, write_recipe: WriteRecipe, data: Path, tmp_path: Path
+) -> None:
+    own = [
+        {"prompt": f"another {n}", "completion": word, "label": word == "care"}
+        for n in range(3)
+        for word in ("care", "x")
+    ]
+    write_rows(tmp_path / "eval.jsonl", [*own, rows()[0]])
+    where = {"path": str(data), "eval_path": "eval.jsonl"}
+    recipe, out = write_recipe(data=where, rl=None), tmp_path / "out"
+    code, text = run_cli("run", recipe, "--out", out)
+    assert code == 0, text
+    card = json.loads((out / "reward" / "result.json").read_text())["eval"]
+    assert (card["n"], card["seen_in_training"]) == (7, 1)

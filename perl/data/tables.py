@@ -1,0 +1,141 @@
+"""The rows of a user's file, whatever its form: JSON Lines, a JSON array, CSV, TSV or Parquet.
+
+In CSV and TSV all is text: a cell of `label`, `margin` or `probability` is read as a number or as one of the words
+for up and down, and an empty cell is none.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from perl.data.rows import Row, RowError, line_value, numbered_lines, object_with, strict_json
+from perl.errors import UserError
+
+Value = Callable[[], object]
+"""The row; raises `RowError`."""
+UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "👍")
+DOWN = ("false", "no", "down", "thumbs down", "thumbs_down", "bad", "negative", "👎")
+NUMBERS = ("label", "margin", "probability")
+READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
+REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
+SYNONYMS = {
+    "prompt": ("question", "query", "instruction", "input", "request", "user"),
+    "completion": ("response", "answer", "output", "reply", "generation"),
+    "label": ("rating", "thumb", "thumbs", "thumbs_up", "feedback", "vote", "liked", "score", "is_good"),
+    "chosen": ("preferred", "better", "winner"),
+    "rejected": ("dispreferred", "worse", "loser"),
+}
+"""Other names that the fields have in people's files."""
+
+
+def numbered_values(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Value]]:
+    """Each row of a file, by its line or its number from 1.
+
+    Args:
+        columns: names in the file, by the names of TRL's formats.
+
+    Raises:
+        UserError: the file is of a form that is not read, or broken.
+        OSError: it cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix in REFUSED:
+        raise UserError(f"{suffix} files are not read", where=str(path), remedy=f"Convert it: {READ}.")
+    read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet, ".json": _json}.get(suffix, _lines)
+    for number, value in read(path):
+        yield number, lambda value=value: _renamed(value(), columns)  # type: ignore[misc]
+
+
+def mapping_for(names: Collection[str], formats: Collection[Collection[str]]) -> dict[str, str]:
+    """What `data.columns` could say of a file with these columns: the richest format that it then has, if any."""
+    lower = {name.casefold(): name for name in names}
+    found = {}
+    for field, others in SYNONYMS.items():
+        if field not in names and (other := next((lower[one] for one in others if one in lower), None)):
+            found[field] = other
+    for fields in sorted(formats, key=len, reverse=True):
+        if set(fields) <= {*names, *found} and not set(fields) <= set(names):
+            return {field: name for field, name in found.items() if field in fields}
+    return {}
+
+
+def _renamed(value: object, columns: Mapping[str, str]) -> object:
+    if not columns:
+        return value
+    row, named = object_with(value), set(columns.values())
+    kept = {name: one for name, one in row.items() if name not in named and name not in columns}
+    return kept | {field: _number(field, row[name]) for field, name in columns.items() if name in row}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Value]]:
+    for number, line in numbered_lines(path):
+        yield number, lambda line=line: line_value(line)  # type: ignore[misc]
+
+
+def _json(path: Path) -> Iterator[tuple[int, Value]]:
+    """A JSON array, or JSON Lines under another name."""
+    with path.open("rb") as file:
+        first = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first != b"[":
+        yield from _lines(path)
+        return
+    try:
+        rows = strict_json(path.read_text(encoding="utf-8-sig"))
+    except (RowError, UnicodeDecodeError) as error:
+        raise UserError(f"is no JSON array: {error}", where=str(path), remedy="Mend it.") from None
+    assert isinstance(rows, list)
+    for number, row in enumerate(rows, 1):
+        yield number, lambda row=row: row  # type: ignore[misc]
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
+    arrow: Any = import_module("pyarrow")  # it has no types
+    parquet: Any = import_module("pyarrow.parquet")
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except arrow.ArrowInvalid as error:
+        raise UserError(f"is no Parquet file: {error}", where=str(path), remedy="Write it anew.") from None
+    for number, row in enumerate(rows, 1):
+        yield number, lambda row=row: {key: one for key, one in row.items() if one is not None}  # type: ignore[misc]
+
+
+def _cells(path: Path) -> Iterator[tuple[int, Value]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for row in rows:
+                yield rows.line_num, lambda row=row: _row(row)  # type: ignore[misc]
+        except csv.Error as error:
+            where = f"{path}:{rows.line_num}"
+            raise UserError(f"is no CSV: {error}", where=where, remedy="Mend this row.") from None
+
+
+def _row(cells: Mapping[str | None, object]) -> Row:
+    """A row of text; the reader puts cells beyond the header under None."""
+    if None in cells:
+        raise RowError("has more cells than the header: a text with commas has to be in quotes")
+    return {str(name): _number(str(name), text) for name, text in cells.items() if text not in (None, "")}
+
+
+def _number(name: str, cell: object) -> object:
+    """What a cell of text says, where a number or a label is expected; messages are JSON in a cell."""
+    if not isinstance(cell, str):
+        return cell
+    word = cell.strip().casefold()
+    if name in NUMBERS:
+        if word in (*UP, *DOWN):
+            return word in UP
+        try:
+            return float(word)
+        except ValueError:
+            return cell
+    if word.startswith("[{"):
+        try:
+            value: object = json.loads(cell)
+        except ValueError:
+            return cell
+        return value
+    return cell

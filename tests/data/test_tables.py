@@ -1,0 +1,83 @@
+"""Files of rows in other forms and under other names."""
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+
+from perl.data.jsonl import read_jsonl
+from perl.errors import UserError
+from tests.conftest import RunCli
+
+ROWS = [
+    {"question": "a, b?", "response": 'say "x"\nand y', "rating": True},
+    {"question": "c", "response": "d", "rating": False},
+]
+COLUMNS = {"prompt": "question", "completion": "response", "label": "rating"}
+
+
+def test_every_form_gives_the_same_records(tmp_path: Path) -> None:
+    """As pandas writes the forms that people have."""
+    table = pandas.DataFrame(ROWS)
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    table.to_csv(tmp_path / "rows.tsv", index=False, sep="\t")
+    table.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    table.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    expected = read_jsonl(tmp_path / "rows.jsonl", COLUMNS)
+    assert [rating.label for rating in expected.ratings] == [True, False]
+    assert expected.ratings[0].answer.text == 'say "x"\nand y'
+    for form in ("csv", "tsv", "parquet", "json"):
+        found = read_jsonl(tmp_path / f"rows.{form}", COLUMNS)
+        assert (found.ratings, found.prompts, found.problems) == (expected.ratings, expected.prompts, []), form
+
+
+def test_labels_in_cells(tmp_path: Path) -> None:
+    words = {"up": True, "👎": False, "1": True, "0": False, "TRUE": True, "no": False, "0.7": True}
+    lines = [f"p{n},c,{word}" for n, word in enumerate(words)]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,completion,label", *lines, "p,c,maybe", "p,c,1,x"]))
+    found = read_jsonl(tmp_path / "a.csv")
+    assert [rating.label for rating in found.ratings] == list(words.values())
+    assert found.ratings[-1].probability == 0.7
+    assert [problem.where.rpartition(":")[2] for problem in found.problems] == ["9", "10"]
+    assert "label is 'maybe'" in found.problems[0].what
+    assert "more cells than the header" in found.problems[1].what
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"prompt": "a", "response": "b", "rating": 1}, "{completion: response, label: rating}"),
+        ({"question": "a", "answer": "b", "thumbs": 1}, "{prompt: question, completion: answer, label: thumbs}"),
+        ({"prompt": "a", "completion": "b", "score": 1}, "{label: score}"),
+    ],
+)
+def test_ratings_under_other_names_are_recognised(
+    row: dict[str, object], mapping: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({**row, next(iter(row)): f"a{n}"}) + "\n" for n in range(3)))
+    _, written = run_cli("data", "check", file)
+    assert f"add data.columns: {mapping}" in " ".join(written.split())
+
+
+def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b", "label": True, "rating": 3}) + "\n")
+    assert read_jsonl(file).notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("own.xlsx", b"PK", ".xlsx files are not read"),
+        ("own.parquet", b"nothing", "is no Parquet file"),
+        ("own.json", b"[1, 2", "is no JSON array"),
+        ("own.csv", b'prompt,completion\n"a,b\n', "is no CSV"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_jsonl(tmp_path / name)

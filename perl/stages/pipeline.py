@@ -53,7 +53,7 @@ def run(
     Args:
         out: the run folder.
         stages: which of the recipe's stages to run; all of them by default.
-        material: data and base, where they were read before.
+        material: data and base, where they were read before; the base is left without adapters.
         engine: of the processes that run it together; each calls this.
 
     Raises:
@@ -63,7 +63,15 @@ def run(
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
     session = open_session(recipe, out, material=material, engine=engine)
-    chosen = tuple(stages or recipe.stages)
+    try:
+        return _run(session, tuple(stages or recipe.stages))
+    finally:
+        if material is not None and isinstance(session.roles, SharedBase):
+            session.roles.adapter.remove()
+
+
+def _run(session: Session, chosen: Sequence[StageName]) -> Stages:
+    recipe, out = session.recipe, session.folder.path
     unfinished = [stage for stage in chosen if session.folder.result(stage) is None]
     for stage in unfinished:
         _check_earlier(session, stage, chosen)

@@ -6,8 +6,9 @@ the adapter's output scaled by α/r, one learning rate then suits all ranks (Sch
 Regret").
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -38,6 +39,9 @@ def sweep(
     ] = "attention,all-linear",
     seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
     full: Annotated[bool, typer.Option("--full/--no-full", help="Full tuning beside them.")] = True,
+    search_rates: Annotated[
+        bool, typer.Option("--search-rates", help="Search each setting's learning rate, on a seed of its own.")
+    ] = False,
 ) -> None:
     """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
     loaded = load_recipe(recipe, overrides)
@@ -46,7 +50,11 @@ def sweep(
     _check(loaded, rank_list, target_list, seed_list, full)
     folder = out or Path("runs") / f"{loaded.name}-sweep"
     with writing(folder):
-        _sweep(loaded, folder, rank_list, target_list, seed_list, full)
+        settings = [Setting(place, rank) for place in target_list for rank in sorted(rank_list)]
+        settings += [Setting()] * full
+        if search_rates:
+            settings = [_searched(setting, loaded, max(seed_list) + 1, folder) for setting in settings]
+        _sweep(loaded, folder, settings, seed_list)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,14 @@ class Setting:
 
     targets: str | None = None
     rank: int | None = None
+    rate: float | None = None
+    """The learning rate; None: the recipe's, and a tenth of it under full tuning."""
 
     @property
     def name(self) -> str:
-        """As in attention-r4, or full."""
-        return "full" if self.targets is None else f"{self.targets}-r{self.rank}"
+        """As in attention-r4, full, or full-lr0.0001."""
+        name = "full" if self.targets is None else f"{self.targets}-r{self.rank}"
+        return name if self.rate is None else f"{name}-lr{self.rate:g}"
 
     def folder(self, out: Path, seed: int) -> Path:
         """Of its run with this seed."""
@@ -68,16 +79,44 @@ class Setting:
     def recipe(self, recipe: Recipe, seed: int) -> Recipe:
         """The reward stage alone, with this setting."""
         alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
-        if self.targets is None:
-            return variant(alone, "full", seed)
-        assert recipe.lora is not None
-        lora = recipe.lora.model_dump() | {"targets": self.targets, "rank": self.rank}
-        return Recipe.model_validate(alone.model_dump() | {"lora": lora, "seed": seed})
+        content = variant(alone, "full" if self.targets is None else "lora", seed).model_dump()
+        if self.targets is not None:
+            content["lora"] |= {"targets": self.targets, "rank": self.rank}
+        if self.rate is not None:
+            content["reward"]["learning_rate"] = self.rate
+        return Recipe.model_validate(content)
 
 
-def _sweep(
-    recipe: Recipe, out: Path, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool
-) -> None:
+def _searched(setting: Setting, recipe: Recipe, seed: int, out: Path) -> Setting:
+    """The setting with its best learning rate on this seed, which is not one of those that are reported."""
+    from perl.measure.rate_search import search_rate
+    from perl.report.runs import read_run
+    from perl.runs.folder import RunFolder
+    from perl.stages.training import NotFiniteError
+
+    def score(rate: float) -> float:
+        tried = replace(setting, rate=rate)
+        folder = tried.folder(out, seed)
+        RunFolder(folder).check(tried.recipe(recipe, seed))
+        if not (folder / "report.json").exists():
+            try:
+                _run([tried], recipe, seed, out)
+            except NotFiniteError:
+                return -math.inf
+        stage = read_run(folder).report.stages.reward
+        assert stage is not None
+        value = stage.eval.pairwise_accuracy if stage.eval.compared else stage.eval.auroc
+        return -math.inf if value is None else value
+
+    default = setting.recipe(recipe, seed).reward
+    assert default is not None
+    found = search_rate(score, default.learning_rate)
+    beyond = "; it is at the edge of what was tried, and may lie beyond" if found.edge else ""
+    console.print(f"[bold]{setting.name}[/]: learning rate {found.best:g}, searched on seed {seed}{beyond}")
+    return replace(setting, rate=found.best)
+
+
+def _sweep(recipe: Recipe, out: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     """Train every reward model that is not finished, print the table, write the page and sweep.json.
 
     Data and base are read once a seed, and once more for full tuning, which changes the base.
@@ -86,7 +125,6 @@ def _sweep(
     from perl.report.runs import read_runs
     from perl.runs.folder import RunFolder
 
-    settings = [Setting(place, rank) for place in targets for rank in sorted(ranks)] + [Setting()] * full
     for seed in seeds:
         for setting in settings:
             RunFolder(setting.folder(out, seed)).check(setting.recipe(recipe, seed))
@@ -116,12 +154,11 @@ def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> N
     recipes = [setting.recipe(recipe, seed) for setting in settings]
     material = read_material(recipes[0])
     full = settings[0].targets is None
-    adapters = [] if full else [adapters_for(one, material.lm) for one in recipes]  # that each fits is known first
-    for index, (setting, one) in enumerate(zip(settings, recipes, strict=True)):
+    for one in () if full else recipes:  # that each fits is known first
+        adapters_for(one, material.lm)
+    for setting, one in zip(settings, recipes, strict=True):
         console.print(f"[bold]{setting.name}, seed {seed}[/] in {setting.folder(out, seed)}")
         run(one, setting.folder(out, seed), material=material)
-        if not full:
-            adapters[index].remove()
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from perl.measure.reward_model_card import RewardModelCard
 from perl.report.charts import rank_plot
-from perl.report.numbers import GAP, Spread, bytes_text, count_text, seconds_text, spread, spread_text
+from perl.report.numbers import GAP, NONE, Spread, bytes_text, count_text, seconds_text, spread, spread_text
 from perl.report.runs import Run
 from perl.report.svg import Plot
 from perl.report.templates import filled
@@ -37,6 +37,12 @@ class Cell:
     def stages(self) -> list[RewardStage]:
         """The reward stages."""
         return [run.report.stages.reward for run in self.runs if run.report.stages.reward is not None]
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate; None where the folder has no recipe."""
+        rate = self.runs[0].section("reward").get("learning_rate")
+        return rate if isinstance(rate, float) else None
 
     @property
     def name(self) -> str:
@@ -93,6 +99,8 @@ class Sweep:
             "adapters on": lambda cell: cell.targets or "full tuning",
             "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
         }
+        if any(cell.rate is not None for cell in self.cells):
+            columns["rate"] = lambda cell: NONE if cell.rate is None else f"{cell.rate:g}"
         for key in self.keys:
             columns[QUALITIES[key][0]] = lambda cell, key=key: spread_text(cell.quality(key), 3)  # type: ignore[misc]
             if key == self.keys[0] and self.full:
@@ -147,6 +155,7 @@ class Sweep:
         return {
             "targets": cell.targets or "full",
             "rank": cell.rank,
+            "learning_rate": cell.rate,
             "trainable_parameters": cell.parameters,
             "trained_memory_bytes": cell.trained_bytes,
             "peak_memory_bytes": cell.mean(lambda stage: stage.peak_memory_bytes),

@@ -55,7 +55,7 @@ def run(
     Args:
         out: the run folder.
         stages: which of the recipe's stages to run; all of them by default.
-        material: data and base, where they were read before.
+        material: data and base, where they were read before; the base is left without adapters.
         engine: of the processes that run it together; each calls this.
         source: the folder of another run, whose stages are taken where they fit (`perl.stages.reuse`).
 
@@ -67,7 +67,15 @@ def run(
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
     session = open_session(recipe, out, material=material, engine=engine)
-    chosen = tuple(stages or recipe.stages)
+    try:
+        return _run(session, tuple(stages or recipe.stages), source)
+    finally:
+        if material is not None and isinstance(session.roles, SharedBase):
+            session.roles.adapter.remove()
+
+
+def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> Stages:
+    recipe, out = session.recipe, session.folder.path
     reuse.refuse_changed(session.folder, session.identities)
     found = reuse.find_stages(recipe, session.folder, session.identities, source)
     for stage in chosen:

@@ -79,6 +79,28 @@ def _check_table(out: Path) -> None:
     assert found["bottom_line"] in page
 
 
+def test_rates_are_searched_on_a_seed_that_is_not_reported(
+    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grid is cut to its first three rates: nothing here is of how far it goes."""
+    monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
+    out = tmp_path / "out"
+    narrow = ("--ranks", "1", "--targets", "attention", "--seeds", "0", "--search-rates", "--out", out)
+    code, text = run_cli("sweep", recipe, *narrow)
+    assert code == 0, text
+    tried = {path.name for path in out.glob("*-1")}
+    assert tried == {
+        *(f"attention-r1-lr{rate}-1" for rate in ("0.00032", "0.001", "0.0032")),
+        *(f"full-lr{rate}-1" for rate in ("3.2e-05", "0.0001", "0.00032")),
+    }
+    lora, full = json.loads((out / "sweep.json").read_text())["rows"]
+    for row, name in ((lora, "attention-r1"), (full, "full")):
+        assert (out / f"{name}-lr{row['learning_rate']:g}-0" / "report.json").exists()
+    made = (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns
+    assert run_cli("sweep", recipe, *narrow)[0] == 0
+    assert (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns == made
+
+
 def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     narrow = ("--targets", "all-linear", "--seeds", "0", "--no-full", "--out", out)

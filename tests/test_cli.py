@@ -35,8 +35,10 @@ COMMANDS = [
         "chat",
         "export",
         "sweep",
+        "generate",
+        "score",
     ),
-    *("data", "data fetch", "data check"),
+    *("data", "data fetch", "data import", "data check"),
 ]
 
 

@@ -10,7 +10,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from perl import __version__
-from perl.commands import algorithms, bench, chat, compare, data, estimate, evaluate, export, keys
+from perl.commands import (
+    algorithms,
+    bench,
+    chat,
+    compare,
+    data,
+    estimate,
+    evaluate,
+    export,
+    generate,
+    import_data,
+    keys,
+    score,
+)
 from perl.commands import report as report_command
 from perl.commands import run as stages
 from perl.commands import sweep as sweep_command
@@ -40,6 +53,8 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "export": export.export,
     "chat": chat.chat,
     "keys": keys.keys,
+    "generate": generate.generate,
+    "score": score.score,
 }
 
 app = typer.Typer(
@@ -48,11 +63,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Fetch and check data.", no_args_is_help=True)
+data_app = typer.Typer(help="Fetch, import and check data.", no_args_is_help=True)
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(data_app, name="data")
 data_app.command("fetch")(data.data_fetch)
+data_app.command("import")(import_data.data_import)
 data_app.command("check")(data.data_check)
 data_app.command("leaks")(data.data_leaks)
 

@@ -1,12 +1,13 @@
 """PERL from Python: run a recipe, and use what a run has trained."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from perl.data.jsonl import parse_row
-from perl.data.records import Context, Rating, Record
+from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
 from perl.parallel.process_group import process_group
@@ -25,6 +26,24 @@ Messages = Sequence[Mapping[str, str]]
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 """The roles that write."""
 MICRO_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the reward model says of a completion.
+
+    Attributes:
+        score: log-odds under thumbs, else Bradley-Terry.
+        probability: calibrated, of a thumb up (of being the better one, of a model of pairs).
+    """
+
+    score: float
+    probability: float
+
+    @property
+    def confidence(self) -> float:
+        """The probability of the likelier of both labels, from 0.5 to 1."""
+        return max(self.probability, 1 - self.probability)
 
 
 def run(
@@ -155,25 +174,27 @@ class LoadedRun:
         Raises:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
         """
+        answered = []
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
+            assert isinstance(record, Rating)
+            answered.append((record.context, record.answer))
+        return [one.probability if probability else one.score for one in self.score_answers(answered)]
+
+    def score_answers(self, answered: Sequence[tuple[Context, Turn]]) -> list[Score]:
+        """As `score`, of contexts and answers as PERL's records have them."""
         if self.results.reward is None or self.recipe.reward is None:
             where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat, roles = self.session.base.chat, self.session.roles
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        rows = []
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
-            assert isinstance(record, Rating)
-            rows.append(chat.row(record.context, record.answer, length).ids)
+        rows = [chat.row(context, answer, length).ids for context, answer in answered]
         self.session.load(Role.REWARD)
         roles.eval()
         scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
-        if not probability:
-            return scores
         fitted = self.results.reward.eval.calibration
         log_odds = fitted.slope * torch.tensor(scores, dtype=torch.float64) + fitted.intercept
-        chances: list[float] = log_odds.sigmoid().tolist()
-        return chances
+        return [Score(*pair) for pair in zip(scores, log_odds.sigmoid().tolist(), strict=True)]
 
 
 def _record(where: str, prompt: str | Messages, **fields: object) -> Record:

@@ -36,8 +36,10 @@ COMMANDS = [
         "chat",
         "export",
         "sweep",
+        "generate",
+        "score",
     ),
-    *("data", "data fetch", "data check"),
+    *("data", "data fetch", "data import", "data check"),
 ]
 
 

@@ -1,0 +1,36 @@
+"""`generate`: a role's completions of the prompts in a file."""
+
+from typing import Annotated
+
+import typer
+
+from perl.commands.json_lines import Lines, Out, read_records, write_lines
+from perl.commands.options import Run
+
+
+def generate(
+    run: Run,
+    file: Lines,
+    role: Annotated[
+        str | None,
+        typer.Option("--role", metavar="ROLE", help="base, sft or policy; the last trained by default."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, or 1.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the draws.")] = 0,
+    out: Out = None,
+) -> None:
+    """Complete the prompts of a file as a role: JSON Lines that `score` and `data check` take."""
+    from perl.library import load_run
+    from perl.rl.rewards.function import messages
+
+    contexts = [record.context for _, _, record in read_records(file)]
+    loaded = load_run(run)
+    role = role or next(reversed(loaded.policies), "policy")
+    texts = loaded.complete(contexts, role, max_new_tokens, temperature, seed)
+    pairs = zip(contexts, texts, strict=True)
+    write_lines(out, ({"prompt": messages(context), "completion": text, "role": role} for context, text in pairs))

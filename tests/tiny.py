@@ -43,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "miss": {"rank": 6},
     "series": {"bottleneck": 8},
     "parallel": {"bottleneck": 8},
+    "tinylora": {"size": 5},
+    "prefix": {"length": 3},
 }
 """Settings of every kind of adapters for models of this size."""
 

@@ -6,8 +6,10 @@ from perl.adapters.kind import AdapterKind
 from perl.adapters.lora import Lora
 from perl.adapters.miss import Miss
 from perl.adapters.parallel import Parallel
+from perl.adapters.prefix import Prefix
 from perl.adapters.rslora import RsLora
 from perl.adapters.series import Series
+from perl.adapters.tinylora import TinyLora
 from perl.adapters.vera import Vera
 
 ADAPTERS: dict[str, type[AdapterKind]] = {
@@ -19,6 +21,8 @@ ADAPTERS: dict[str, type[AdapterKind]] = {
     "miss": Miss,
     "series": Series,
     "parallel": Parallel,
+    "tinylora": TinyLora,
+    "prefix": Prefix,
 }
 """Every kind by its name in a recipe. A plugin adds to it: `ADAPTERS["mine"] = Mine`."""
 

@@ -6,7 +6,6 @@ Letters: N tokens, I the width of what an adapter is given, O of what the part g
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -110,18 +109,6 @@ class Bottleneck(AdapterKind):
         maps = getattr(part, self.mark)[role]
         narrow = self._activation(F.linear(x, maps.down.to(x.dtype)))
         return self.settings.scale * F.linear(narrow, maps.up.to(x.dtype))
-
-    def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
-        """Neither peft nor a sum of weights has a place for them.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"peft does not read {self}, and they cannot be merged",
-            where="export",
-            remedy="Use the run folder: perl-rlhf chat, perl-rlhf evaluate, perl.load_run.",
-        )
 
     def starting_value(self, name: str) -> float | None:
         """The map up begins at zero, the one down is drawn."""

@@ -144,6 +144,10 @@ class AdapterKind(ABC):
         """What all elements of a parameter are in a new adapter; None: they are drawn."""
         return None
 
+    def learning_rate_ratio(self, name: str) -> float:
+        """What the learning rate is multiplied by for a parameter."""
+        return 1.0
+
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
         """The layers whose adapters of this role can be tried one by one."""
         return iter(())
@@ -174,7 +178,15 @@ class AdapterKind(ABC):
         Raises:
             UserError: peft would not read them as what they are.
         """
-        raise UserError(f"peft does not read {self}", where="export", remedy="Export the whole model: --merge.")
+        if type(self).deltas is not AdapterKind.deltas:
+            raise UserError(
+                f"peft does not read {self}", where="export", remedy="Export the whole model: --merge."
+            )
+        raise UserError(
+            f"peft does not read {self}, and they cannot be merged",
+            where="export",
+            remedy="Use the run folder: perl-rlhf chat, perl-rlhf evaluate, perl.load_run.",
+        )
 
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """What a role adds to the base's weights: their names before injection, and fp32 tensors of their shapes.

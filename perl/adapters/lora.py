@@ -127,6 +127,10 @@ class Lora(PeftKind):
         """B begins at zero, A is drawn."""
         return 0.0 if "lora_B" in name else None
 
+    def learning_rate_ratio(self, name: str) -> float:
+        """B's own, as in LoRA+."""
+        return self.settings.b_learning_rate_ratio if "lora_B" in name else 1.0
+
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
         """Plain products with a plain LoRA."""
         for adapted in super().layers(role):

@@ -4,6 +4,8 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer, layer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.miss import MissLayer
+from peft.tuners.tinylora.layer import TinyLoraLayer
+from peft.tuners.tinylora.model import TinyLoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.vera import VeraLayer, VeraModel
 from peft.utils import transformers_weight_conversion
@@ -22,6 +24,7 @@ need(
 need(DoraLinearLayer, "get_weight_norm", "get_lora_weight")
 need(BaseTuner, "inject_adapter")
 need(VeraModel, "_init_vera_A_vera_B")
+need(TinyLoraLayer, "_init_svd")
 need(transformers_weight_conversion, "convert_peft_config_for_transformers")
 
 ParamWrapper = layer.ParamWrapper
@@ -33,6 +36,8 @@ __all__ = [
     "LoraLayer",
     "MissLayer",
     "ParamWrapper",
+    "TinyLoraLayer",
+    "TinyLoraModel",
     "VeraLayer",
     "VeraModel",
     "transformers_weight_conversion",

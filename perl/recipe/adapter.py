@@ -44,6 +44,9 @@ class LoraSettings(Section):
     share of the blocks' weights that is covered is said at the start and in the report."""
     layers: Layers = "all"
     """Blocks that get adapters. What lies below all of them is computed once for all roles."""
+    b_learning_rate_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): what the learning rate is multiplied by for B, which starts at
+    zero. The paper takes 16; the update of a LoRA layer then depends less on the model's width."""
 
 
 class AdapterSettings(Section):
@@ -114,6 +117,33 @@ class BottleneckSettings(AdapterSettings):
     """Blocks that get adapters."""
 
 
+class TinyLoraSettings(AdapterSettings):
+    """TinyLoRA (arXiv 2602.04118): some weights a layer, which mix random matrices between singular vectors."""
+
+    four_bit_refusal = "it starts from the singular vectors of whole weights"
+    rank: Positive = 2
+    """Of the decomposition of each weight, which is fixed."""
+    size: Positive = 64
+    """Trained weights of each group of layers."""
+    weight_tying: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """0: each layer is a group; 1: all layers are one group."""
+    projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the random matrices."""
+    targets: Targets = "all-linear"
+    """As for LoRA."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+class PrefixSettings(AdapterSettings):
+    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) with the gates of LLaMA-Adapter (arXiv 2303.16199)."""
+
+    length: Positive = 10
+    """Learned keys and values of each head; LLM-Adapters' is 10."""
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
 BUILT_IN: dict[str, type[AdapterSettings]] = {
     "rslora": RsLoraSettings,
     "dora": DoraSettings,
@@ -122,6 +152,8 @@ BUILT_IN: dict[str, type[AdapterSettings]] = {
     "miss": MissSettings,
     "series": BottleneckSettings,
     "parallel": BottleneckSettings,
+    "tinylora": TinyLoraSettings,
+    "prefix": PrefixSettings,
 }
 """The settings of the kinds in `perl.adapters.ADAPTERS` beside LoRA, for those who do not import torch."""
 

@@ -48,7 +48,7 @@ class Learner:
     """The policy, and the critic where there is one."""
     optimizer: torch.optim.Optimizer
     rates: list[float]
-    """The full learning rates of weights and of heads, as the optimizer's groups."""
+    """The full learning rates of weights, at least one, and of heads at the end, as the optimizer's groups."""
     rate_shares: list[float]
     """Of the full rates, what each step has."""
     epochs: int

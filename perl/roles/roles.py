@@ -101,6 +101,10 @@ class Roles(nn.Module, ABC):
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
         """What a role has of its own besides its head, by names that do not contain the role's."""
 
+    def by_learning_rate(self, *roles: Role) -> dict[float, list[nn.Parameter]]:
+        """All weights of roles, by what the learning rate is multiplied by for them."""
+        return {1.0: [weight for role in roles for weight in self.weights(role).values()]}
+
     @abstractmethod
     def keep(self, *roles: Role) -> None:
         """Free all other roles that have whole models of their own; a base freed before comes back."""

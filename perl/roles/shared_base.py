@@ -76,6 +76,12 @@ class SharedBase(Roles):
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
         return self.adapter.parameters(role)
 
+    def by_learning_rate(self, *roles: Role) -> dict[float, list[nn.Parameter]]:
+        found: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, weight in (pair for role in roles for pair in self.weights(role).items()):
+            found.setdefault(self.adapter.learning_rate_ratio(name), []).append(weight)
+        return found
+
     def keep(self, *roles: Role) -> None:
         """Nothing to free: adapters are small and the base is everybody's."""
 

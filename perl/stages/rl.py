@@ -74,7 +74,7 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
 
 def _plan(session: Session, loop: Loop) -> str:
     """What a step is: the algorithm's row as resolved, and the values that stand for `auto`."""
-    settings, (rate, head_rate) = settings_of(session), loop.learner.rates
+    settings, (rate, *_, head_rate) = settings_of(session), loop.learner.rates
     head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (

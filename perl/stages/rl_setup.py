@@ -1,5 +1,6 @@
 """What RL begins with: the recipe's settings as the parts of the loop."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -185,13 +186,15 @@ def _add_roles(session: Session) -> tuple[Role, ...]:
 
 def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompts) -> Learner:
     settings, roles = settings_of(session), session.roles
-    weights = [parameter for role in trained for parameter in roles.weights(role).values()]
+    weights = roles.by_learning_rate(*trained)
     heads = [parameter for role in trained if role in roles.heads for parameter in roles.heads[role].parameters()]
-    rates = learning_rates(session, prompts)
-    session.begin_together(weights + heads)
+    rate, head_rate = learning_rates(session, prompts)
+    rates = [*(rate * ratio for ratio in weights), head_rate]
+    of_rates = [*weights.values(), heads]
+    session.begin_together(itertools.chain(*of_rates))
     groups = [
         {"params": parameters, "lr": rate}
-        for parameters, rate in zip((weights, heads), rates, strict=True)
+        for parameters, rate in zip(of_rates, rates, strict=True)
         if parameters  # DeepSpeed fails on an empty group
     ]
     return Learner(

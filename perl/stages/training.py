@@ -155,7 +155,11 @@ class ResumableTrainer(HookedTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, in the engine's form; every process begins with the same weights."""
         self.run.session.begin_together(self.run.parameters)
-        self.optimizer = self.run.session.engine.optimizer(super().create_optimizer(*args, **kwargs))
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for ratio, weights in self.run.session.roles.by_learning_rate(self.run.learner).items():
+            if ratio != 1.0:
+                set_apart(optimizer, weights, ratio)
+        self.optimizer = self.run.session.engine.optimizer(optimizer)
         return self.optimizer
 
     def resume(self) -> None:
@@ -198,3 +202,14 @@ class ResumableTrainer(HookedTrainer):
     def load_generators(self) -> None:
         if (state := self.run.resumed) is not None:
             snapshot.set_generators(state, self.run.processes)
+
+
+def set_apart(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], ratio: float) -> None:
+    """Move weights to groups of their own, in which the learning rate is multiplied by a ratio."""
+    chosen = {id(weight) for weight in weights}
+    for group in list(optimizer.param_groups):
+        apart = [weight for weight in group["params"] if id(weight) in chosen]
+        if apart:
+            group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
+            optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * ratio})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -31,6 +31,7 @@ from perl.roles.roles import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import open_run
+from perl.stages.training import set_apart
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import KINDS, adapter_of_kind, random_llama
 
@@ -46,6 +47,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "miss": {"rank": 4},
     "series": {"activation": "relu"},
     "parallel": {"scale": 2.0},
+    "tinylora": {"projection_seed": 1},
+    "prefix": {"length": 4},
 }
 """Settings under which the same weights would compute something else."""
 
@@ -138,6 +141,8 @@ TRAINED = {
     "miss": sum(6 * o for _, o in LINEAR),
     "series": 2 * 8 * 32,
     "parallel": 2 * 8 * 32,
+    "tinylora": 7 * 5,
+    "prefix": 2 * 3 * 32 + 4,
 }
 
 
@@ -151,9 +156,13 @@ def test_what_is_trained_is_counted_and_has_the_start_that_is_told(kind: str) ->
     assert known
     for name, value in known.items():
         assert (weights[name] == value).all(), name
-    assert roles.adapter.ranks_unchanged(weights, {}) == {"ia3": 0, "vera": 0, "miss": 6}.get(
-        kind, 8 if kind in ("series", "parallel") else 4
-    )
+    assert roles.adapter.ranks_unchanged(weights, {}) == {
+        "ia3": 0,
+        "vera": 0,
+        "miss": 6,
+        "tinylora": 0,
+        "prefix": 0,
+    }.get(kind, 8 if kind in ("series", "parallel") else 4)
     for parameter in weights.values():
         parameter.data += 0.1
     assert roles.adapter.ranks_unchanged(weights, {}) == 0
@@ -164,7 +173,9 @@ def test_what_is_trained_is_counted_and_has_the_start_that_is_told(kind: str) ->
 def test_each_layer_adds_what_it_is_defined_to(kind: str, dtype: torch.dtype) -> None:
     roles = learned(roles_of(kind, dtype), Role.SFT, Role.POLICY).eval()
     assert isinstance(roles, SharedBase)
-    assert len(list(roles.adapter.layers("policy"))) == {"ia3": 6, "series": 2, "parallel": 2}.get(kind, 14)
+    assert len(list(roles.adapter.layers("policy"))) == {"ia3": 6, "series": 2, "parallel": 2, "prefix": 2}.get(
+        kind, 14
+    )
     assert [finding.figure for finding in adapters_as_configured(roles)] == [0, 0]
 
 
@@ -257,7 +268,7 @@ def test_it_is_saved_and_loaded_and_does_not_load_as_another(kind: str, tiny_lla
             load_role(other, Role.REWARD, folder, base)
 
 
-MERGED = [kind for kind in KINDS if kind not in ("series", "parallel")]
+MERGED = [kind for kind in KINDS if kind not in ("series", "parallel", "prefix")]
 
 
 @pytest.mark.parametrize("kind", MERGED)
@@ -278,7 +289,7 @@ def test_peft_and_the_merged_weights_compute_what_the_role_does(kind: str, tmp_p
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["series", "parallel"])
+@pytest.mark.parametrize("kind", ["series", "parallel", "prefix"])
 def test_what_peft_does_not_know_is_not_exported(kind: str, tmp_path: Path) -> None:
     roles = learned(roles_of(kind), Role.POLICY)
     with pytest.raises(UserError, match=r"peft does not read .* and they cannot be merged"):
@@ -294,7 +305,7 @@ def gpt2() -> GPT2LMHeadModel:
     ).eval()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "miss"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("miss", "prefix")])
 def test_weights_that_stand_the_other_way_round(kind: str) -> None:
     roles = SharedBase(adapter_of_kind(gpt2(), kind))
     bare = log_probs(roles, Role.BASE)
@@ -415,3 +426,30 @@ def test_dropout_of_dora_is_on_only_in_training() -> None:
     assert torch.equal(log_probs(roles, Role.SFT), log_probs(roles, Role.SFT))
     roles.train(True)
     assert not torch.equal(log_probs(roles, Role.SFT), log_probs(roles, Role.SFT))
+
+
+def test_b_learns_at_a_rate_of_its_own() -> None:
+    """LoRA+: after one step of SGD, B has moved by the ratio as far as at the plain rate, and A as far."""
+    moved = []
+    for ratio in (1.0, 4.0):
+        roles = learned(roles_of("lora", b_learning_rate_ratio=ratio), Role.SFT)
+        parameters = roles.train_only(Role.SFT)
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
+        for factor, weights in roles.by_learning_rate(Role.SFT).items():
+            if factor != 1.0:
+                set_apart(optimizer, weights, factor)
+        before = {name: weight.detach().clone() for name, weight in roles.weights(Role.SFT).items()}
+        log_probs(roles, Role.SFT).sum().backward()
+        optimizer.step()
+        moved.append({name: weight.detach() - before[name] for name, weight in roles.weights(Role.SFT).items()})
+    for name, plain in moved[0].items():
+        torch.testing.assert_close(moved[1][name], plain * (4 if "lora_B" in name else 1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_prefix_fits_the_context_and_the_model() -> None:
+    with pytest.raises(
+        UserError, match=r"a prefix of 257 positions is longer than the base's context, which has 256"
+    ):
+        adapter_of_kind(random_llama(), "prefix", length=257)
+    with pytest.raises(UserError, match="no prefix can be put into GPT2LMHeadModel"):
+        adapter_of_kind(gpt2(), "prefix")

@@ -1,0 +1,107 @@
+"""TinyLoRA: a handful of weights for each layer, which mix fixed random matrices (arXiv 2602.04118).
+
+y = W x + B (Σ v_i P_i) A x: B A is the best approximation of W of low rank, P is drawn from a seed, and v
+alone is learned. The decomposition is taken once a layer, and all roles share it. A singular vector's sign is
+arbitrary, so it is set here: the largest element of each row of A is positive, wherever it is computed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import TinyLoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from perl.adapters.low_rank import compute_as
+from perl.adapters.peft_kind import PeftKind
+from perl.errors import UserError
+from perl.parallel.engine import Engine
+from perl.private.peft import TinyLoraLayer, TinyLoraModel
+from perl.recipe.adapter import TinyLoraSettings
+
+
+class TinyLora(PeftKind):
+    """TinyLoRA by peft."""
+
+    settings_type = TinyLoraSettings
+    mark = "tinylora_v"
+    layer_type = TinyLoraLayer
+    meaning = ("r", "u", "weight_tying", "projection_seed")
+    settings: TinyLoraSettings
+
+    def __init__(self, lm: PreTrainedModel, settings: TinyLoraSettings) -> None:
+        super().__init__(lm, settings)
+        self._tuner: TinyLoraModel | None = None
+        self._first = ""
+
+    def peft_config(self) -> TinyLoraConfig:
+        settings = self.settings
+        return TinyLoraConfig(
+            r=settings.rank,
+            u=settings.size,
+            weight_tying=settings.weight_tying,
+            projection_seed=settings.projection_seed,
+            target_modules=list(self.linear_targets(settings.targets, settings.layers)),
+            fan_in_fan_out=self._transposed,
+        )
+
+    def use(self, engine: Engine) -> None:
+        """Refuse weights that are spread over processes: each is decomposed as a whole."""
+        if engine.shards_base:
+            raise UserError(
+                f"{engine.name} spreads the base's weights over the processes, and TinyLoRA decomposes whole ones",
+                where="adapter.kind: tinylora",
+                remedy="Launch with recipes/engines/ddp.yaml or zero2.yaml, or use kind lora.",
+            )
+
+    def _put_in(self, role: str) -> None:
+        """The first role's injection decomposes the weights; all others are given the same."""
+        if self._tuner is None:
+            self._tuner, self._first = TinyLoraModel(self.lm, self.config, role), role
+        else:
+            self._tuner.peft_config[role] = self.config
+            self._tuner.inject_adapter(self.lm, role)
+        for _, layer in self.named_layers():
+            if role == self._first:
+                _set_signs(layer, role)
+                compute_as(layer, _Shares)
+            for fixed in (layer.tinylora_A, layer.tinylora_B, layer.tinylora_P):
+                fixed[role] = fixed[self._first].float()
+
+    def remove(self) -> None:
+        super().remove()
+        self._tuner = None
+
+    def starting_value(self, name: str) -> float | None:
+        """All of v begins at zero."""
+        return 0.0
+
+    def delta(self, layer: Any, role: str) -> Tensor:
+        """The product B (Σ v_i P_i) A."""
+        product: Tensor = layer.get_delta_weight(role)
+        return product.float()
+
+    def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
+        """With what is fixed, so that peft computes with these signs, and draws nothing."""
+        tensors = super().export(role, folder, base, heads)
+        for name, layer in self.named_layers():
+            for own in ("tinylora_A", "tinylora_B", "tinylora_P"):
+                tensors[f"{name}.{own}"] = getattr(layer, own)[role].clone()
+        return tensors
+
+
+class _Shares:
+    """Of a layer with an adapter: another one begins from the same decomposition."""
+
+    def _init_svd(self: Any, adapter_name: str, r: int, fan_in_fan_out: bool) -> None:
+        first = next(iter(self.r))
+        self.r[adapter_name] = self.r[first]
+        for fixed in (self.tinylora_A, self.tinylora_B):
+            fixed[adapter_name] = fixed[first]
+
+
+def _set_signs(layer: Any, name: str) -> None:
+    """Make the largest element of each row of A positive; B A stays the same."""
+    a_RI, b_OR = layer.tinylora_A[name], layer.tinylora_B[name]
+    signs_R1 = a_RI.gather(1, a_RI.abs().argmax(1, keepdim=True)).sign()
+    layer.tinylora_A[name], layer.tinylora_B[name] = a_RI * signs_R1, b_OR * signs_R1.T

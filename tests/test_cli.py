@@ -38,8 +38,9 @@ COMMANDS = [
         "sweep",
         "generate",
         "score",
+        "keys",
     ),
-    *("data", "data fetch", "data import", "data check"),
+    *("data", "data fetch", "data import", "data check", "data leaks"),
 ]
 
 

@@ -92,6 +92,7 @@ def write_recipe(plan: Plan, folder: Path) -> Path:
     recipe: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "base": {"model": plan.base}}
     if plan.reward == "model":
         recipe |= {"data": {"source": "jsonl", "path": plan.ratings}, "reward": {}}
+        rl["anyway"] = True  # what it comes to is judged from outside
     else:
         kind = kind_of(plan.model)
         rows = ({"prompt": written(prompt, kind)} for prompt in prompts.training(kind))

@@ -147,6 +147,15 @@ def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
     write_json(path / FILE, as_json(identity))
 
 
+def _has_learned(folder: RunFolder, stage: StageName) -> bool:
+    """Whether a stage has come to anything: it is finished, or has a checkpoint."""
+    return folder.result(stage) is not None or _checkpointed(folder, stage)
+
+
+def _checkpointed(folder: RunFolder, stage: StageName) -> bool:
+    return any((folder.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
+
+
 def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) -> None:
     """Refuse to go on with stages that were trained, or begun, on what is not there any more.
 
@@ -154,7 +163,7 @@ def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) 
         UserError: saying what has changed, by count of rows.
     """
     for stage, here in identities.items():
-        there = recorded(folder, stage)
+        there = recorded(folder, stage) if _has_learned(folder, stage) else None
         if there is not None and (found := there.differences(here)):
             raise UserError(
                 f"since {stage} was trained here, {'; '.join(found)}",
@@ -202,7 +211,7 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
         why = f"{changed[0]}, and its learning rate follows from the number of steps ({name}"
         why += f", warmup_ratio {warmup:g})" if name in FOR_ANY_LENGTH else ")"
         return Found(source, "train", f"{why}: under {stage}.lr_scheduler_type: constant it would be continued")
-    if not any((source.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*")):
+    if not _checkpointed(source, stage):
         return Found(source, "train", f"{changed[0]}, and {source.path} has no checkpoint of it")
     return Found(source, "continue", changed[0])
 
@@ -231,7 +240,7 @@ def find_stages(
     for stage, here in identities.items():
         named = getattr(getattr(recipe, stage), "from_", None)
         path = source if named is None else Path(named)
-        if path is None or recorded(folder, stage) is not None:
+        if path is None or _has_learned(folder, stage):
             continue
         if path.resolve() == folder.path.resolve():
             what = "a run takes no stages from itself"
@@ -274,12 +283,12 @@ def _copy(there: Path, copy: Path, names: Sequence[str] | None) -> None:
             continue
         if path.is_dir():
             shutil.copytree(path, copy / path.name, copy_function=_link)
-        else:
-            _link(str(path), str(copy / path.name))
+        else:  # metrics.jsonl is written on
+            shutil.copy2(path, copy / path.name)
 
 
 def _link(source: str, target: str) -> str:
-    """A hard link where the disk has them: files of a run are replaced, never written in place."""
+    """A hard link where the disk has them: weights and checkpoints are replaced, never written in place."""
     try:
         os.link(source, target)
     except OSError:

@@ -105,7 +105,7 @@ def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], lis
         comparisons = comparisons or pair_ratings(records.ratings)
     elif loss == "thumbs" and ratings:
         comparisons = []
-    if not ratings and not comparisons:
+    if not records.ratings and not records.comparisons:
         raise UserError(
             f"{source} has neither ratings nor pairs",
             where="its rows",

@@ -213,7 +213,23 @@ def test_a_reward_function_that_fails_is_named(
     assert "own.py" in written
     assert "Traceback" not in written
     assert not list(out.glob("**/adapter"))
-    assert not (out / "policy").exists()
+    assert {file.name for file in (out / "policy").glob("*")} <= {"identity.json"}
+
+
+def test_a_corrected_reward_function_goes_on_in_the_same_folder(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    own = "def own(completions, **columns):\n    return [{} for text in completions]\n"
+    (tmp_path / "own.py").write_text(own.format("None"))
+    recipe, out = (
+        write_recipe(reward=None, rl={"steps": 1, "prompts_per_step": 2, "max_new_tokens": 2}),
+        tmp_path / "out",
+    )
+    command = ("run", recipe, "rl.reward.function=own.py:own", "--out", out)
+    assert run_cli(*command)[0] == 2
+    (tmp_path / "own.py").write_text(own.format("float(len(text))"))
+    status, written = run_cli(*command)
+    assert status == 0, written
 
 
 @pytest.mark.parametrize(

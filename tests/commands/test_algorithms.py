@@ -15,7 +15,7 @@ def test_a_line_a_row_its_name_first(run_cli: RunCli) -> None:
     assert head.split() == [*COLUMNS]
     assert [line.split()[0] for line in lines] == list(ALGORITHMS)
     dapo = next(line for line in lines if line.startswith("dapo"))
-    assert dapo.endswith("clip 0.2, clip_high 0.28, drop_equal_groups true")
+    assert dapo.endswith("clip 0.2, clip_high 0.28, drop_equal_groups true, redraws 3")
 
 
 def test_it_does_not_wait_for_torch() -> None:

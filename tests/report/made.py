@@ -213,6 +213,7 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         stage["predicted_memory"] = {phase: _memory(phase, scale * 0.96, tuning) for phase in PHASES[name]}
         stage["flops"] = round(3.1e15 * stage["seconds"] / 60)
         stage["useful_flops_share"] = 0.81
+        stage["data_sha256"] = "5e" * 32
     report["stages"]["rl"]["eval"] |= {
         "gold_before": 0.53,
         "gold_after": 0.72 + noise.gauss(0.03 if tuning == "full" else 0.0, 0.01),
@@ -225,6 +226,9 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
     }
     report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.3, "length": -0.12}
     report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 0.8, "length": -0.06}
+    report["stages"]["rl"]["eval"]["pass_at"] = [
+        {"k": 1, "before_interval": [0.2, 0.45], "after_interval": [0.2, 0.45]}
+    ]
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000
     report["stages"]["rl"]["preflight"] = [

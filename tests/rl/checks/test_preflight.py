@@ -35,7 +35,14 @@ from perl.stages.session import Session, open_session
 from tests.conftest import RunCli, WriteRecipe
 
 FUNCTION = {"reward": {"function": "rewards.py:length"}}
-RL = {"steps": 2, "prompts_per_step": 8, "max_new_tokens": 12, "eval_prompts": 2, "temperature": 0.8}
+RL = {
+    "steps": 2,
+    "prompts_per_step": 8,
+    "max_new_tokens": 12,
+    "eval_prompts": 2,
+    "temperature": 0.8,
+    "anyway": True,
+}
 CHECKED_ALWAYS = [
     "read at the end",
     "sampled as read",

@@ -227,7 +227,8 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
     report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.3, "length": -0.12}
     report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 0.8, "length": -0.06}
     report["stages"]["rl"]["eval"]["pass_at"] = [
-        {"k": 1, "before_interval": [0.2, 0.45], "after_interval": [0.2, 0.45]}
+        {"k": 1, "before": 0.24, "after": 0.38, "interval": [0.08, 0.2]}
+        | {"before_interval": [0.2, 0.29], "after_interval": [0.32, 0.43]}
     ]
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from perl.backbones.base import weights_sha256
 from perl.backbones.four_bit import four_bit_config, hide_quantization, keep_layout
 from perl.backbones.loading import load_base
+from perl.recipe.adapter import BUILT_IN
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
@@ -67,7 +68,8 @@ def with_roles(lm: PreTrainedModel, layers: str = "all", kind: str = "lora") -> 
 
 
 CASES = [("lora", "tinystories", "all"), ("lora", "tinystories", "top-half"), ("lora", "tiny", "top-half")]
-CASES += [(kind, "tiny", "all") for kind in KINDS if kind != "dora"]
+REFUSED = {name for name, settings in BUILT_IN.items() if settings.four_bit_refusal}
+CASES += [(kind, "tiny", "all") for kind in KINDS if kind not in REFUSED]
 
 
 @pytest.mark.parametrize(("kind", "model", "layers"), CASES)

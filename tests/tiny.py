@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.lora import Lora
 from perl.recipe.adapter import LoraSettings
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 300,
@@ -32,6 +34,18 @@ def random_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaFor
 def lora(lm: PreTrainedModel, rank: int = 4, alpha: float = 8, **settings: Any) -> Lora:
     """LoRA on all linear layers, unless other settings are given."""
     return Lora(lm, LoraSettings(rank=rank, alpha=alpha, **settings))
+
+
+def policy_and_critic(lm: PreTrainedModel, layers: str | list[int] = "all") -> SharedBase:
+    """A policy and a critic with a head, both being trained, whose adapters are not where they began."""
+    roles = SharedBase(lora(lm, 4, 8, layers=layers))
+    roles.add(Role.POLICY)
+    roles.add(Role.CRITIC, head=True)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    roles.train_only(Role.POLICY, Role.CRITIC)
+    return roles
 
 
 KINDS: dict[str, dict[str, Any]] = {

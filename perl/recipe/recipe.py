@@ -97,6 +97,17 @@ class Recipe(Section):
             return "none"
         return "shared" if self.tuning == "lora" else "adapter"
 
+    def section(self, stage: StageName) -> Sft | Reward | Rl:
+        """The section of a stage that the recipe has."""
+        sections: dict[StageName, Sft | Reward | Rl | None] = {
+            "sft": self.sft,
+            "reward": self.reward,
+            "rl": self.rl,
+        }
+        section = sections[stage]
+        assert section is not None
+        return section
+
     @property
     def stages(self) -> tuple[StageName, ...]:
         """The stages to run, in order."""

@@ -24,7 +24,7 @@ from perl.data.fingerprint import difference, sha256_of
 from perl.data.records import Records
 from perl.errors import UserError
 from perl.plugins import adds_to, plugin_sha256
-from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.recipe import CHANGE_NOTHING, Recipe, Rl, StageName
 from perl.roles.roles import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.files import whole_folder, write_json
@@ -201,8 +201,7 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
     keys = _differ(there.settings, here.settings)
     if len(changed) > 1 or not keys <= set(LENGTH):
         return Found(source, "train", "; ".join(changed))
-    section = recipe.rl if stage == "rl" else recipe.sft if stage == "sft" else recipe.reward
-    assert section is not None
+    section = recipe.section(stage)
     name, warmup = section.lr_scheduler_type, section.warmup_ratio
     before, now = (length(one, stage) for one in (source.recipe(), recipe))
     if now < before:
@@ -218,12 +217,8 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
 
 def length(recipe: Recipe, stage: StageName) -> int:
     """Epochs of a supervised stage, steps of RL."""
-    if stage == "rl":
-        assert recipe.rl is not None
-        return recipe.rl.steps
-    section = recipe.sft if stage == "sft" else recipe.reward
-    assert section is not None
-    return section.epochs
+    section = recipe.section(stage)
+    return section.steps if isinstance(section, Rl) else section.epochs
 
 
 def find_stages(

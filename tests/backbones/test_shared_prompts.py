@@ -20,7 +20,7 @@ from perl.backbones import backbone_of
 from perl.backbones.shared_prompts import KERNEL, Layout, SharedPrompts, unsupported_reason
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import lora, random_llama
+from tests.tiny import policy_and_critic, random_llama
 
 GROUPS = [4, 4, 4, 1, 1, 7]
 """Three completions of a prompt, two of another and one of a third."""
@@ -38,13 +38,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def roles_on(lm: PreTrainedModel, layers: str = "all") -> SharedBase:
-    roles = SharedBase(lora(lm, 4, 8, layers=layers))
-    roles.add(Role.POLICY)
-    roles.add(Role.CRITIC, head=True)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    roles.train_only(Role.POLICY, Role.CRITIC)
+    roles = policy_and_critic(lm, layers)
     roles.shares_prompts = True
     return roles
 

@@ -12,21 +12,14 @@ from perl.roles import lower_layer_cache
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
-from tests.tiny import lora, random_llama
+from tests.tiny import lora, policy_and_critic, random_llama
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 llama = partial(random_llama, **SHAPE)
 
 
 def roles_on(lm: LlamaForCausalLM, layers: str | list[int] = "top-half") -> SharedBase:
-    roles = SharedBase(lora(lm, 4, 8, layers=layers))
-    roles.add(Role.POLICY)
-    roles.add(Role.CRITIC, head=True)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    roles.train_only(Role.POLICY, Role.CRITIC)
-    return roles
+    return policy_and_critic(lm, layers)
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -90,6 +90,15 @@ class PassAtK(Change):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardHistogram:
+    """How many held-out prompts have a mean reward between two edges, before RL and after it."""
+
+    edges: list[float]
+    before: list[int]
+    after: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlEval:
     """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
 
@@ -104,6 +113,7 @@ class RlEval:
     reward_before: float
     reward_after: float
     reward_interval: Interval | None = None
+    reward_histogram: RewardHistogram | None = None
     reward_parts_before: dict[str, float] | None = None
     reward_parts_after: dict[str, float] | None = None
     pass_at: list[PassAtK] | None = None

@@ -1,4 +1,4 @@
-"""The plots: training by step and by √KL, the reward model, costs, and a sweep's qualities by rank."""
+"""The plots of any stage by step, of the reward model, of costs, and of a sweep's qualities by rank."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from perl.measure.metrics import ReliabilityBin
 from perl.measure.probe import PHASES
 from perl.measure.reward_model_card import RewardModelCard
 from perl.report.numbers import Spread, bytes_text, decimal, percent, seconds_text, spread_text
-from perl.report.outcome import Curve, curve, smooth, window
+from perl.report.outcome import smooth, window
 from perl.report.runs import Group, Series
 from perl.report.svg import BG, FG, MUTED, SERIES, Plot, drawing, titled, to_svg
 from perl.report.words import STAGE
@@ -27,36 +27,34 @@ KINDS = {
 LABEL_ROOM = 0.0235
 """A segment is labelled if it has this share of the widest bar for each letter."""
 MARKERS = ("o", "s", "^", "D")
-POINTS = 120
-"""Steps of a run that are drawn against √KL, at most."""
-ROOT_KL = "How far the policy has moved from where it began, and what it gained by that (as in Gao et al. 2022)."
-WITH_GOLD = (
-    "While both rise the reward leads the right way; where the reward rises and gold falls, the policy exploits "
-    "mistakes of its reward."
-)
-WITHOUT_GOLD = "There is no gold judge in this data, so only the reward is drawn."
-ROOT_KL_MARKS = (
-    "Points: steps of training, smoothed, later ones stronger. Diamonds: held-out prompts, before RL (left) and "
-    "after it."
-)
+NORMAL_95 = 1.96
+"""Standard errors on either side of a mean."""
 Bar = tuple[str, Mapping[str, float], str]
 """A row's label, its segments by name, and what they come to."""
 
 
 def step_plot(
-    group: Group, role: str, metric: str, title: str, unit: str, ends: Sequence[Spread | None] = ()
+    group: Group,
+    role: str,
+    metric: str,
+    title: str,
+    unit: str,
+    ends: Sequence[Spread | None] = (),
+    scale: float = 1.0,
 ) -> Plot | None:
     """A metric over training steps; None if no run has it.
 
     Args:
         ends: the held-out means before and after training, drawn as lines across.
+        scale: what the metric and the ends are multiplied by.
     """
-    known = [values for run in group.runs if (values := run.metrics[role].get(metric)) is not None]
+    known = [scale * values for run in group.runs if (values := run.metrics[role].get(metric)) is not None]
     series = [values for values in known if np.isfinite(values).any()]
     if not series:
         return None
     length = min(len(values) for values in series)
     steps, smoothed = np.arange(1, length + 1), np.array([smooth(values)[:length] for values in series])
+    mean = smoothed.mean(axis=0)
     with drawing() as drawn:
         axes = titled(drawn.subplots(), title, "step", unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -65,94 +63,28 @@ def step_plot(
             axes.set_ylim(0, 1.1 * np.nanmax([np.nanmax(values) for values in series]))
         if len(series) == 1:
             axes.plot(steps, series[0], "o", color=MUTED, markersize=2.6, alpha=0.55, markeredgewidth=0)
-            caption = f"Dots: single steps. Line: their mean over {window(length)} steps."
+            half = NORMAL_95 * _spread_of_steps(series[0]) / np.sqrt(window(length))
+            caption = f"Dots: single steps. Line: their mean over {window(length)} steps, with its 95 % interval."
         else:
             axes.plot(steps, smoothed.T, color=MUTED, linewidth=0.9, alpha=0.65)
-            caption = f"Thin lines: each of {len(series)} seeds, smoothed. Thick line: their mean."
-        mean = smoothed.mean(axis=0)
+            half = smoothed.std(axis=0, ddof=1)
+            caption = f"Thin lines: each of {len(series)} seeds, smoothed. Thick line: mean ± standard deviation."
+        axes.fill_between(steps, mean - half, mean + half, color=SERIES[0], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, color=SERIES[0], linewidth=2.4)
         for end, words in zip(ends, ("before", "after"), strict=False):
             if end is not None:
-                axes.axhline(end.mean, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
+                axes.axhline(scale * end.mean, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
                 across = axes.get_yaxis_transform()
-                axes.text(1, end.mean, words, transform=across, ha="right", va="bottom", fontsize=8.5)
+                axes.text(1, scale * end.mean, words, transform=across, ha="right", va="bottom", fontsize=8.5)
         spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
         svg = to_svg(drawn, f"steps-{role}-{metric}", spoken)
     return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))
 
 
-def trust_region_plot(group: Group) -> Plot | None:
-    """The KL of each step against δ; None of runs without a trust region."""
-    runs = [run.metrics["policy"] for run in group.runs if "step_kl" in run.metrics["policy"]]
-    if not runs:
-        return None
-    kl, limit, backtracks = (
-        np.concatenate([metrics[name] for metrics in runs]) for name in ("step_kl", "step_kl_limit", "backtracks")
-    )
-    steps = np.concatenate([np.arange(1, len(metrics["step_kl"]) + 1) for metrics in runs])
-    taken, shortened = np.isfinite(kl), int((backtracks > 0).sum())
-    with drawing() as drawn:
-        axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats a token")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for chosen, colour, marker, words in (
-            (backtracks == 0, SERIES[0], "o", "whole"),
-            (backtracks > 0, SERIES[1], "^", "shortened"),
-        ):
-            axes.plot(steps[chosen], kl[chosen], marker, color=colour, markersize=4, label=words)
-        axes.plot(steps[taken], limit[taken], color=FG, linewidth=1.0, linestyle=(0, (4, 3)), label="δ")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="lower right")
-        spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats a token, δ {decimal(np.nanmax(limit))}"
-        svg = to_svg(drawn, "steps-policy-step_kl", spoken)
-    tried = f"{int(np.nansum(backtracks))} backtracks in all"
-    return Plot(
-        svg, f"Over the whole vocabulary. {shortened} of {int(taken.sum())} steps were shortened, {tried}."
-    )
-
-
-def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = None) -> Plot | None:
-    """Reward, and the gold judge's share under it, against √KL; None unless each group has a curve."""
-    curves = [[one for run in group.runs if (one := curve(run.metrics["policy"]))] for group in groups]
-    if not all(curves):
-        return None
-    has_gold = any(np.isfinite(one.gold).any() for members in curves for one in members)
-    with drawing(height=5.0 if has_gold else 2.75) as drawn:
-        panels = drawn.subplots(2 if has_gold else 1, 1, sharex=True, squeeze=False)[:, 0]
-        for group, members, colour, marker in zip(groups, curves, SERIES, MARKERS, strict=False):
-            _scatter(panels[0], [(one, one.reward) for one in members], colour, marker)
-            for rl in group.rl:
-                label = group.label if rl is group.rl[0] else None
-                _held_out(panels[0], rl.kl, rl.reward_before, rl.reward_after, colour, label)
-                if has_gold and rl.gold_before is not None and rl.gold_after is not None:
-                    _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
-            if has_gold:
-                _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker)
-        titled(panels[0], "Reward (what RL raised)", "", "reward")
-        if has_gold:
-            titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
-        if matched_kl is not None:
-            for axes in panels:
-                axes.axvline(
-                    max(matched_kl, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
-                )
-        panels[-1].set_xlabel("√KL from the reference (KL in nats a completion)")
-        if len(groups) > 1:
-            panels[0].legend(loc="lower right")
-        svg = to_svg(drawn, name, f"Reward{' and gold judge' if has_gold else ''} against √KL")
-    return Plot(svg, f"{ROOT_KL} {WITH_GOLD if has_gold else WITHOUT_GOLD} {ROOT_KL_MARKS}")
-
-
-def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, marker: str) -> None:
-    for one, values in curves:
-        chosen = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
-        chosen = chosen[np.isfinite(values[chosen])]
-        x, shade = np.sqrt(np.maximum(one.kl[chosen], 0.0)), 0.15 + 0.75 * chosen / max(len(values) - 1, 1)
-        axes.scatter(x, values[chosen], s=14, alpha=shade, color=colour, marker=marker, linewidths=0)
-
-
-def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str, label: str | None = None) -> None:
-    x, y = [0.0, max(kl, 0.0) ** 0.5], [before, after]
-    axes.plot(x, y, "D", color=colour, markersize=6.5, markeredgecolor=FG, zorder=5, label=label)
+def _spread_of_steps(values: Series) -> Series:
+    """The standard deviation of the steps around their moving mean."""
+    centred: Series = np.sqrt(np.maximum(smooth((values - smooth(values)) ** 2), 0.0))
+    return centred
 
 
 def reliability_plot(card: RewardModelCard) -> Plot:

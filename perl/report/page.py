@@ -8,7 +8,7 @@ from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_model_card import RewardModelCard
 from perl.measure.slices import Slice
-from perl.report import charts, words
+from perl.report import charts, policy_charts, words
 from perl.report.numbers import (
     NONE,
     Spread,
@@ -23,16 +23,15 @@ from perl.report.numbers import (
 )
 from perl.report.outcome import match_all, mean_change
 from perl.report.runs import Group, groups, read_runs
+from perl.report.samples import examples
 from perl.report.templates import filled
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
-from perl.results import PairedMetric, RlStage, Sample, Turn
+from perl.results import PairedMetric, RlStage
 from perl.system.files import user_named, write_whole
 
-SHOWN_SAMPLES = 8
-"""Further samples are folded away, and so are earlier turns and further metrics."""
-SHOWN_TURNS = 3
+SHOWN_SAMPLES = 5
+"""Further samples are folded away, and so are those that did not change, and further metrics."""
 SHOWN_METRICS = 4
-ROLES = {"base": "Base", "sft": "After SFT", "policy": "After RL"}
 Row = tuple[str, ...]
 POLICY: list[tuple[str, PairedMetric, int, int]] = [
     ("Reward", "reward", 2, 1),
@@ -110,8 +109,9 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
-        "samples": [_sample(sample) for sample in main.first.samples],
+        "samples": examples(main.first.samples) if main.first.samples else None,
         "shown_samples": SHOWN_SAMPLES,
+        "next": words.next_steps(main),
     }
 
 
@@ -160,11 +160,15 @@ def _policy(group: Group) -> dict[str, Any]:
     rows.append(_policy_row("KL to the reference, nats a completion", ends, interval))
     reward = mean_change(group.rl, "reward")
     means = (reward.before, reward.after) if reward is not None else ()
+    gold = mean_change(group.rl, "gold")
+    golds = (gold.before, gold.after) if gold is not None else ()
     plots = [
-        charts.root_kl_plot([group], "root-kl"),
         charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled completions", means),
+        charts.step_plot(group, "policy", "gold", "Gold judge", "completions found right, %", golds, scale=100.0),
+        policy_charts.root_kl_plot([group], "root-kl"),
         charts.step_plot(group, "policy", "kl", "KL", "nats a completion"),
-        charts.trust_region_plot(group),
+        policy_charts.reward_histogram_plot(group),
+        policy_charts.trust_region_plot(group),
     ]
     table = _folded(["Metric", "Before RL", "After RL", "Change, 95 %"], rows, shown=len(rows))
     return {**table, "plots": [plot for plot in plots if plot is not None]}
@@ -228,7 +232,7 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
     return {
         **_folded(["Metric", "Value", "95 % interval"], rows),
         "fitness": words.fitness(cards),
-        "words": [*words.reward_model_words(cards), reward_line(by_tuning)],
+        "words": words.reward_model_words(cards) + ([reward_line(by_tuning)] if by_tuning[1:] else []),
         "first": first,
         "slices": [_slice_row(one) for one in first.slices],
         "mistakes": [
@@ -261,16 +265,7 @@ def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "balance": balance(costs, qualities),
         "costs": [(f"{row.stage}: {row.metric}", *row.cells) for row in costs],
         "qualities": [(row.metric, *row.cells) for row in qualities],
-        "plot": charts.root_kl_plot(by_tuning, "tunings", matched.kl if matched else None),
+        "plot": policy_charts.root_kl_plot(by_tuning, "tunings", matched.kl if matched else None),
         "matched": matched,
         "seeds": [len(group.runs) for group in by_tuning],
     }
-
-
-def _sample(sample: Sample) -> dict[str, Any]:
-    """The turns of a prompt, earlier ones apart, and the completions in the order of training."""
-    turns = [Turn(role="prompt", content=sample.prompt)] if isinstance(sample.prompt, str) else sample.prompt
-    cut = max(0, len(turns) - SHOWN_TURNS)
-    order = [*(role for role in ROLES if role in sample.answers), *sorted(set(sample.answers) - set(ROLES))]
-    completions = [(ROLES.get(role, role), sample.answers[role]) for role in order]
-    return {"earlier": turns[:cut], "turns": turns[cut:], "completions": completions}

@@ -59,10 +59,11 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing and the words under it."""
+    """A drawing and the words under it; a tall one stands beside two others."""
 
     svg: Markup
     caption: str
+    tall: bool = False
 
 
 @contextmanager

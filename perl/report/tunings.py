@@ -197,13 +197,12 @@ def bottom_line(rows: Sequence[QualityRow]) -> str:
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
     """The reward model under LoRA beside that under full tuning."""
-    if len(by_tuning) > 1:
-        rows = quality_rows(by_tuning[0], by_tuning[1], None)
-        sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
-        for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
-            if lines:
-                return f"LoRA {how} full tuning. {lines[0]}"
-    return "LoRA against full tuning: not compared (perl-rlhf compare does)."
+    rows = quality_rows(by_tuning[0], by_tuning[1], None)
+    sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
+    for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
+        if lines:
+            return f"LoRA {how} full tuning. {lines[0]}"
+    return "LoRA against full tuning: not known, as one of them has no AUROC."
 
 
 @dataclass(frozen=True)

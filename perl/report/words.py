@@ -195,6 +195,39 @@ def _base_unchanged(run: Run) -> str:
     return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
 
 
+def next_steps(group: Group) -> list[tuple[str, str]]:
+    """What may be done with these runs: the purpose and the command."""
+    run, recipe = group.first, group.first.section
+    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
+    again = f"perl-rlhf run {folder}/recipe.yaml"
+    steps = []
+    if group.rl:
+        steps += [
+            ("Talk to the policy, beside base and SFT", f"perl-rlhf chat {folder}"),
+            ("Take it with you, for peft and vLLM", f"perl-rlhf export {folder} policy exported/policy"),
+        ]
+    elif group.reward:
+        steps += [
+            ("Score completions of your own", f"perl-rlhf score {folder} FILE --out scores.jsonl"),
+            ("Take the reward model with you", f"perl-rlhf export {folder} reward exported/reward"),
+        ]
+    elif group.sft:
+        steps += [("Take the model with you, for peft and vLLM", f"perl-rlhf export {folder} sft exported/sft")]
+    if not run.recipe:
+        return steps
+    if group.rl:
+        rl_steps = recipe("rl").get("steps")
+        longer = f"rl.steps={2 * rl_steps}" if isinstance(rl_steps, int) else "rl.kl_coef=0.1"
+        words = "Train RL alone again, with another setting"
+        steps += [(words, f"{again} {longer} --from {folder} --out {folder}-2")]
+    if len(group.runs) == 1:
+        seed = run.report.seed + 1
+        steps += [("See whether another seed agrees", f"{again} seed={seed} --out {folder}-seed-{seed}")]
+    if run.stages:
+        steps += [("See what full tuning would come to", f"perl-rlhf compare {folder}/recipe.yaml")]
+    return steps
+
+
 def incidents(runs: Sequence[Run]) -> list[Finding]:
     """All that went wrong in these runs; what ended one of them is bad, and comes first."""
     findings = [one for run in runs for one in _of_run(run, f" (seed {run.report.seed})" if runs[1:] else "")]

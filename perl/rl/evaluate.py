@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
 from perl.measure.pass_at_k import measured_ks, pass_at_k
@@ -26,6 +28,8 @@ PART = "reward/"
 """Before the name of a part of the reward."""
 PASS = "pass@"
 """Before k."""
+BINS = 20
+"""Of the histogram of rewards."""
 MOST_A_PROMPT = 32
 """More tell nothing new: what differs from prompt to prompt remains."""
 
@@ -109,10 +113,11 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
         each: completions of a prompt; None: `samples_per_prompt`.
 
     Returns:
-        `n` prompts and the `samples_per_prompt`; `reward_parts_before` and `reward_parts_after`, the means of the
-        reward's parts by name; where the reward has rules, `pass_at` (`PassAtK`); of reward, gold (where there is
-        a judge), answer_tokens and ended the means `NAME_before` and `NAME_after`, and `NAME_interval`, that of
-        the change (95 %, paired by prompt); the policy's `kl` with `kl_interval`.
+        `n` prompts, the `samples_per_prompt`, and the `reward_histogram` of the prompts' means;
+        `reward_parts_before` and `reward_parts_after`, the means of the reward's parts by name; where the reward
+        has rules, `pass_at` (`PassAtK`); of reward, gold (where there is a judge), answer_tokens and ended the
+        means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by prompt); the
+        policy's `kl` with `kl_interval`.
     """
     parts = {
         f"reward_parts_{when}": {
@@ -124,13 +129,23 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     }
     dialogues = [prompt.dialogue for prompt in prompts.prompts]
     passes = _passes(before, after, dialogues)
+    edges = np.histogram_bin_edges([*before["reward"], *after["reward"]], BINS)
+    counts = {when: np.histogram(of["reward"], edges)[0] for when, of in (("before", before), ("after", after))}
+    histogram = {"edges": edges.tolist()} | {when: count.tolist() for when, count in counts.items()}
     before = {name: values for name, values in before.items() if not name.startswith((PART, PASS))}
     before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
     found = changes(before, after, dialogues)
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
     each = each or samples_per_prompt(len(prompts))
-    return {"n": len(prompts), "samples_per_prompt": each, **parts, **passes, **found}
+    return {
+        "n": len(prompts),
+        "samples_per_prompt": each,
+        "reward_histogram": histogram,
+        **parts,
+        **passes,
+        **found,
+    }
 
 
 def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -226,6 +226,12 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
     }
     report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.3, "length": -0.12}
     report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 0.8, "length": -0.06}
+    edges = [-1.0 + 0.1 * step for step in range(21)]
+    report["stages"]["rl"]["eval"]["reward_histogram"] = {
+        "edges": edges,
+        "before": [max(0, 12 - abs(step - 9)) for step in range(20)],
+        "after": [max(0, 13 - abs(step - 14)) for step in range(20)],
+    }
     report["stages"]["rl"]["eval"]["pass_at"] = [
         {"k": 1, "before": 0.24, "after": 0.38, "interval": [0.08, 0.2]}
         | {"before_interval": [0.2, 0.29], "after_interval": [0.32, 0.43]}

@@ -17,6 +17,12 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
+OUTCOMES = """return ['all', 'better', 'worse'].map(outcome => {
+    const choice = document.getElementById('show-' + outcome);
+    if (!choice) return -1;
+    choice.click();
+    return [...document.querySelectorAll('#samples > .sample')].filter(one => one.offsetHeight > 0).length;
+})"""
 PLOTS = """return [...document.querySelectorAll('svg.plot')].map(svg => {
     const box = svg.getBoundingClientRect();
     return [box.width, box.height, svg.querySelectorAll('path').length, svg.querySelectorAll('text').length];
@@ -74,7 +80,7 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     needed, there = browser.execute_script(script)
     assert needed <= there <= width
     plots = browser.execute_script(PLOTS)
-    assert len(plots) >= {"rich": 12, "plain": 4, "sweep": 2}[page]
+    assert len(plots) >= {"rich": 14, "plain": 4, "sweep": 2}[page]
     for wide, high, paths, texts in plots:
         assert wide > 200
         assert high > 60
@@ -84,3 +90,4 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     assert (browser.execute_script(LINE) == dark) == (scheme == "dark")
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(17, 20, 24)") == (scheme == "dark")
+    assert browser.execute_script(OUTCOMES) == ([5, 5, 0] if page == "rich" else [-1, -1, -1])

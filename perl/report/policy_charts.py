@@ -1,0 +1,117 @@
+"""The plots of a policy: reward and gold by √KL, the spread of rewards, and the trust region's steps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from perl.report.charts import MARKERS
+from perl.report.numbers import decimal
+from perl.report.outcome import Curve, curve
+from perl.report.runs import Group, Series
+from perl.report.svg import FG, MUTED, SERIES, Plot, drawing, titled, to_svg
+
+POINTS = 120
+"""Steps of a run that are drawn against √KL, at most."""
+ROOT_KL = "How far the policy has moved from where it began, and what it gained by that (as in Gao et al. 2022)."
+WITH_GOLD = (
+    "While both rise the reward leads the right way; where the reward rises and gold falls, the policy exploits "
+    "mistakes of its reward."
+)
+WITHOUT_GOLD = "There is no gold judge in this data, so only the reward is drawn."
+ROOT_KL_MARKS = (
+    "Points: steps of training, smoothed, later ones stronger. Diamonds: held-out prompts, before RL (left) and "
+    "after it."
+)
+
+
+def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = None) -> Plot | None:
+    """Reward, and the gold judge's share under it, against √KL; None unless each group has a curve."""
+    curves = [[one for run in group.runs if (one := curve(run.metrics["policy"]))] for group in groups]
+    if not all(curves):
+        return None
+    has_gold = any(np.isfinite(one.gold).any() for members in curves for one in members)
+    with drawing(height=5.0 if has_gold else 2.75) as drawn:
+        panels = drawn.subplots(2 if has_gold else 1, 1, sharex=True, squeeze=False)[:, 0]
+        for group, members, colour, marker in zip(groups, curves, SERIES, MARKERS, strict=False):
+            _scatter(panels[0], [(one, one.reward) for one in members], colour, marker)
+            for rl in group.rl:
+                label = group.label if rl is group.rl[0] else None
+                _held_out(panels[0], rl.kl, rl.reward_before, rl.reward_after, colour, label)
+                if has_gold and rl.gold_before is not None and rl.gold_after is not None:
+                    _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
+            if has_gold:
+                _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker)
+        titled(panels[0], "Reward (what RL raised)", "", "reward")
+        if has_gold:
+            titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
+        if matched_kl is not None:
+            for axes in panels:
+                axes.axvline(
+                    max(matched_kl, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
+                )
+        panels[-1].set_xlabel("√KL from the reference (KL in nats a completion)")
+        if len(groups) > 1:
+            panels[0].legend(loc="lower right")
+        svg = to_svg(drawn, name, f"Reward{' and gold judge' if has_gold else ''} against √KL")
+    return Plot(svg, f"{ROOT_KL} {WITH_GOLD if has_gold else WITHOUT_GOLD} {ROOT_KL_MARKS}", tall=has_gold)
+
+
+def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, marker: str) -> None:
+    for one, values in curves:
+        chosen = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
+        chosen = chosen[np.isfinite(values[chosen])]
+        x, shade = np.sqrt(np.maximum(one.kl[chosen], 0.0)), 0.15 + 0.75 * chosen / max(len(values) - 1, 1)
+        axes.scatter(x, values[chosen], s=14, alpha=shade, color=colour, marker=marker, linewidths=0)
+
+
+def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str, label: str | None = None) -> None:
+    x, y = [0.0, max(kl, 0.0) ** 0.5], [before, after]
+    axes.plot(x, y, "D", color=colour, markersize=6.5, markeredgecolor=FG, zorder=5, label=label)
+
+
+def reward_histogram_plot(group: Group) -> Plot | None:
+    """How the held-out prompts' mean rewards are spread, before and after RL, of all runs; None if none has it."""
+    known = [one.reward_histogram for one in group.rl if one.reward_histogram is not None]
+    if not known or any(one.edges != known[0].edges for one in known):
+        return None
+    with drawing() as drawn:
+        axes = titled(drawn.subplots(), "Rewards of held-out prompts", "mean reward of a prompt", "prompts")
+        for end, colour in (("before", MUTED), ("after", SERIES[0])):
+            counts = np.sum([getattr(one, end) for one in known], axis=0)
+            axes.stairs(counts, known[0].edges, color=colour, linewidth=1.8, label=f"{end} RL")
+            axes.stairs(counts, known[0].edges, color=colour, alpha=0.18, fill=True)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left")
+        svg = to_svg(drawn, "rewards", "Histogram of the held-out prompts' mean rewards, before and after RL")
+    return Plot(svg, "Where the change came from: all prompts a little, or some prompts much.")
+
+
+def trust_region_plot(group: Group) -> Plot | None:
+    """The KL of each step against δ; None of runs without a trust region."""
+    runs = [run.metrics["policy"] for run in group.runs if "step_kl" in run.metrics["policy"]]
+    if not runs:
+        return None
+    kl, limit, backtracks = (
+        np.concatenate([metrics[name] for metrics in runs]) for name in ("step_kl", "step_kl_limit", "backtracks")
+    )
+    steps = np.concatenate([np.arange(1, len(metrics["step_kl"]) + 1) for metrics in runs])
+    taken, shortened = np.isfinite(kl), int((backtracks > 0).sum())
+    with drawing() as drawn:
+        axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats a token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for chosen, colour, marker, words in (
+            (backtracks == 0, SERIES[0], "o", "whole"),
+            (backtracks > 0, SERIES[1], "^", "shortened"),
+        ):
+            axes.plot(steps[chosen], kl[chosen], marker, color=colour, markersize=4, label=words)
+        axes.plot(steps[taken], limit[taken], color=FG, linewidth=1.0, linestyle=(0, (4, 3)), label="δ")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
+        spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats a token, δ {decimal(np.nanmax(limit))}"
+        svg = to_svg(drawn, "steps-policy-step_kl", spoken)
+    tried = f"{int(np.nansum(backtracks))} backtracks in all"
+    return Plot(
+        svg, f"Over the whole vocabulary. {shortened} of {int(taken.sum())} steps were shortened, {tried}."
+    )

@@ -111,7 +111,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "predictions": predictions(by_tuning),
         "samples": examples(main.first.samples) if main.first.samples else None,
         "shown_samples": SHOWN_SAMPLES,
-        "next": words.next_steps(main),
+        "next": words.next_steps(main, compared=len(by_tuning) > 1),
     }
 
 

@@ -195,8 +195,8 @@ def _base_unchanged(run: Run) -> str:
     return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
 
 
-def next_steps(group: Group) -> list[tuple[str, str]]:
-    """What may be done with these runs: the purpose and the command."""
+def next_steps(group: Group, compared: bool) -> list[tuple[str, str]]:
+    """What may be done with these runs, of one tuning or compared: the purpose and the command."""
     run, recipe = group.first, group.first.section
     folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
     again = f"perl-rlhf run {folder}/recipe.yaml"
@@ -223,7 +223,7 @@ def next_steps(group: Group) -> list[tuple[str, str]]:
     if len(group.runs) == 1:
         seed = run.report.seed + 1
         steps += [("See whether another seed agrees", f"{again} seed={seed} --out {folder}-seed-{seed}")]
-    if run.stages:
+    if run.stages and not compared:
         steps += [("See what full tuning would come to", f"perl-rlhf compare {folder}/recipe.yaml")]
     return steps
 

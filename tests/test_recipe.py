@@ -301,6 +301,13 @@ def test_any_near_recipe_is_a_recipe_or_refused(folder: Path, text: str, overrid
     load_or_refuse(folder, text, overrides)
 
 
+def test_bytes_in_a_recipe(folder: Path) -> None:
+    """They are no text, and no path."""
+    (folder / "binary.yaml").write_text("name: x\nplugins: [!!binary '']\n")
+    with pytest.raises(UserError, match="write it as text"):
+        load_recipe(folder / "binary.yaml")
+
+
 @settings(max_examples=EXAMPLES // 5, deadline=None)
 @given(st.binary())
 def test_any_bytes_are_refused(folder: Path, content: bytes) -> None:

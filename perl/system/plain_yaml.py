@@ -9,7 +9,10 @@ from perl.errors import UserError, machine_fault
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases, which can contain themselves or stand for gigabytes, and duplicate keys."""
+    """Refuses aliases, which can contain themselves or stand for gigabytes, duplicate keys, and bytes.
+
+    Bytes would count as text where text is wanted, without having been resolved as a path.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -26,6 +29,9 @@ class _PlainLoader(yaml.SafeLoader):
             what = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
+    def construct_yaml_binary(self, node: yaml.Node) -> bytes:
+        raise yaml.constructor.ConstructorError(None, None, "!!binary: write it as text", node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
@@ -33,6 +39,9 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:binary", _PlainLoader.construct_yaml_binary)
 
 
 def parse(text: str) -> Any:

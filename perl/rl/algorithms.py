@@ -313,7 +313,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # MiniMax 2025, arXiv 2506.13585, whose weights have no lower bound; the upper one, 5, as in TRL
     "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0),
     # Schulman et al. 2015, arXiv 1502.05477
-    "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.01),
+    "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.002),
     # arXiv 2602.02710
     "maxrl": _of_groups("group-relative", "clip", average="answers", kl="loss-k3", normalize_rewards=False),
     # Kimi Team 2025 (k1.5), arXiv 2501.12599, section 2.3.2

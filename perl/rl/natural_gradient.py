@@ -4,9 +4,13 @@ Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: a
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+FIRST_LENGTH = 1e-3
+"""Of the first difference, as a share of ‖θ‖."""
 
 
 def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -32,34 +36,58 @@ def set_to(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None
         parameter.copy_(value)
 
 
-def fisher_product(
-    parameters: Sequence[nn.Parameter], kl_gradient: Callable[[], Tensor], vector: Tensor, precision: float
-) -> Tensor:
-    """F v = Jᵀ (diag(p) - p pᵀ) J v, as the gradient of KL(π_old‖π) at θ + εv over ε.
+SAME_SCALE = 4.0
+"""A difference is taken over again where its KL is off by a larger factor."""
+FARTHEST = 30.0
+"""Of one change of its length."""
+TRIES = 4
+
+
+@dataclass
+class Fisher:
+    """The Fisher matrix at θ: F v = Jᵀ (diag(p) - p pᵀ) J v, as the gradient of KL(π_θ‖π_θ+εv) over ε.
 
     At θ the KL and its gradient are 0 and its second derivative is F. As a difference it needs first derivatives
-    only, which fused kernels, quantized layers and adapters of every kind have. ‖εv‖ is √precision ‖θ‖, where what
-    is left out and what is rounded off are about as large.
+    only, which fused kernels, quantized layers and adapters of every kind have. ε is such that the KL is about
+    `kl`, the scale of the step that the curvature is for: what bf16 rounds off is small beside that.
 
     Args:
         parameters: θ, left as they are.
-        kl_gradient: of the KL from the policy at θ, at the parameters as they are when it is called.
-        precision: the relative rounding of what computes, such as that of bf16.
+        kl_gradient: of the policy at the parameters as they are when it is called, the KL from that at θ, and its
+            gradient.
+        kl: in the unit of `kl_gradient`.
+
+    Attributes:
+        length: ‖εv‖ of the last difference.
     """
-    before = [parameter.detach().clone() for parameter in parameters]
-    size = torch.stack([parameter.norm() for parameter in before]).norm()
-    step = precision**0.5 * size / vector.norm()
-    add(parameters, vector, step)
-    gradient = kl_gradient()
-    set_to(parameters, before)
-    product: Tensor = gradient / step
-    return product
+
+    parameters: Sequence[nn.Parameter]
+    kl_gradient: Callable[[], tuple[float, Tensor]]
+    kl: float
+
+    def __post_init__(self) -> None:
+        self._theta = [parameter.detach().clone() for parameter in self.parameters]
+        self.length = FIRST_LENGTH * torch.stack([parameter.norm() for parameter in self._theta]).norm()
+
+    def product(self, vector: Tensor) -> Tensor:
+        """F v; flat, as `vector`."""
+        for tries in range(1, TRIES + 1):
+            epsilon = self.length / vector.norm()
+            add(self.parameters, vector, epsilon)
+            kl, gradient = self.kl_gradient()
+            set_to(self.parameters, self._theta)
+            scale = (self.kl / kl) ** 0.5 if kl > 0.0 else FARTHEST
+            if 1 / SAME_SCALE <= scale**2 <= SAME_SCALE or tries == TRIES:
+                break
+            self.length = self.length * min(FARTHEST, max(1 / FARTHEST, scale))
+        product: Tensor = gradient / epsilon
+        return product
 
 
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], gradient: Tensor, iterations: int, damping: float
-) -> tuple[Tensor, float]:
-    """Solve (F + λI) x = g for x, approximately; return x and its curvature xᵀF x.
+) -> Tensor:
+    """Solve (F + λI) x = g for x, approximately.
 
     Args:
         product: v to F v.
@@ -81,5 +109,4 @@ def conjugate_gradients(
         x, residual = x + length * direction, residual - length * curved
         last, square = square, residual.dot(residual)
         direction = residual + square / last * direction
-    damped = x.dot(gradient - residual)  # xᵀ(F + λI) x
-    return x, float(damped - (0.0 if added is None else added * x.dot(x)))
+    return x

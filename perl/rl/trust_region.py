@@ -20,18 +20,22 @@ from torch import Tensor, nn
 from perl.rl.algorithms import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
-from perl.rl.natural_gradient import add, conjugate_gradients, fisher_product, set_to, take_gradient
+from perl.rl.natural_gradient import Fisher, add, conjugate_gradients, set_to, take_gradient
 from perl.rl.rollout import Rollout
 from perl.roles.roles import Outputs, Role, Roles
 
 COMPLETIONS = 8
 """Of the probe, in each process. Products with the Fisher matrix are of every other one, as a fraction of the
 rollout is enough for the curvature (ibid., appendix C.1)."""
-ITERATIONS = 5
-"""Of conjugate gradients."""
-DAMPING = 0.1
+ITERATIONS = 3
+"""Of conjugate gradients; damped so much, more of them change little."""
+DAMPING = 1.0
+"""As large as the curvature along the gradient: with a tenth of it, the step followed the noise of 16 completions
+along directions of little curvature, and gained half as much at the same KL (docs/experiments.md)."""
 BACKTRACKS = 10
 """Shorter steps that are tried before the step is undone."""
+SHORT, LENGTHS = 0.7, 4
+"""A natural step whose KL is below this share of δ is made longer; so often at most."""
 SHORTEST, LONGEST = 0.1, 0.8
 """What a backtrack leaves of the last length, at least and at most."""
 
@@ -126,31 +130,39 @@ class TrustRegion:
         everyone = self.roles.engine.processes.all_reduce_sum
         return Probed(everyone(kl) / self._tokens, everyone(loss))
 
-    def kl_gradient(self) -> Tensor:
-        """The gradient of the mean KL of half the probe at the policy as it is now, flat."""
+    def kl_gradient(self) -> tuple[float, Tensor]:
+        """The mean KL of half the probe at the policy as it is now, nats a token, and its gradient, flat."""
+        total, processes = 0.0, self.roles.engine.processes
         for part in self._fisher:
             with self.roles.checkpointed(self.checkpoint_activations):
                 kl = self._kl_N(self._read(part.batch), part).sum() / self._fisher_tokens
                 kl.backward()  # type: ignore[no-untyped-call]
-        self.roles.engine.processes.all_reduce_gradients(self.parameters)
-        return take_gradient(self.parameters)
+            total += float(kl.detach())
+        processes.all_reduce_gradients(self.parameters)
+        return processes.all_reduce_sum(total), take_gradient(self.parameters)
 
     def natural_step(self, gradient: Tensor, share: float) -> None:
-        """Move the policy by -√(2δ / xᵀF x) x, where F x is the gradient: as far as a parabola says δ is.
+        """Move the policy along -x, where F x is the gradient, until the KL is a little less than δ.
+
+        The length is measured, not taken from the curvature: in bf16 that is too rough.
 
         Args:
             gradient: of the loss, flat.
             share: of that length, what is gone.
         """
-        precision = torch.finfo(self.roles.models()[0].dtype).eps
-        x, curvature = conjugate_gradients(
-            lambda v: fisher_product(self.parameters, self.kl_gradient, v, precision),
-            gradient,
-            ITERATIONS,
-            DAMPING,
-        )
-        if curvature > 0.0:
-            add(self.parameters, x, -share * math.sqrt(2.0 * self.limit / curvature))
+        fisher = Fisher(self.parameters, self.kl_gradient, self.limit)
+        x = conjugate_gradients(fisher.product, gradient, ITERATIONS, DAMPING)
+        if not x.any():
+            return
+        length = float(fisher.length / x.norm())
+        for _ in range(LENGTHS):
+            add(self.parameters, x, -length)
+            kl = self.probe().kl
+            set_to(self.parameters, self._old)
+            if SHORT * self.limit <= kl <= self.limit:
+                break
+            length *= min(1 / SHORTEST, _fitting(kl, self.limit))
+        add(self.parameters, x, -share * length)
 
     def search(self) -> dict[str, float]:
         """Shorten the step that was taken until it is within the region, or undo it; returns metrics."""
@@ -158,7 +170,7 @@ class TrustRegion:
         share, backtracks, found = 1.0, 0, self.probe()
         while share and not (found.kl <= self.limit and found.loss <= self._highest_loss):
             backtracks += 1
-            share = share * _shorter(found.kl, self.limit) if backtracks <= BACKTRACKS else 0.0
+            share = share * min(LONGEST, _fitting(found.kl, self.limit)) if backtracks <= BACKTRACKS else 0.0
             self._go_back_to(share, new)
             found = self.probe()
         return {
@@ -192,8 +204,6 @@ def _states_ND(outputs: Outputs, batch: Rollout) -> Tensor:
     return outputs.states_BTD[batch.completion_mask_BT]
 
 
-def _shorter(kl: float, limit: float) -> float:
-    """What to leave of a step of this KL: a little less than where a parabola through it meets δ."""
-    if not math.isfinite(kl):
-        return SHORTEST
-    return min(LONGEST, max(SHORTEST, 0.95 * math.sqrt(limit / max(kl, 1e-12))))
+def _fitting(kl: float, limit: float) -> float:
+    """The factor for a step of this KL: a little less than where a parabola through it meets δ."""
+    return max(SHORTEST, 0.95 * math.sqrt(limit / max(kl, 1e-12))) if math.isfinite(kl) else SHORTEST

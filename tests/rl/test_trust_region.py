@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.algorithms import ALGORITHMS, Targets
-from perl.rl.natural_gradient import fisher_product
+from perl.rl.natural_gradient import Fisher
 from perl.rl.trust_region import TrustRegion
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -87,8 +87,8 @@ def test_the_fisher_matrix_is_that_of_the_adapter(roles: SharedBase) -> None:
     along_NV = jacobian_NVW @ vector
     weighed_NV = p_NV * (along_NV - (p_NV * along_NV).sum(1, keepdim=True))
     expected = torch.einsum("nv,nvw->w", weighed_NV, jacobian_NVW) / len(p_NV)
-    product = fisher_product(parameters, held.kl_gradient, vector, torch.finfo(torch.float32).eps)
-    assert float((product - expected).norm() / expected.norm()) < 3e-3
+    product = Fisher(parameters, held.kl_gradient, kl=1e-6).product(vector)
+    assert float((product - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
@@ -99,7 +99,7 @@ def test_a_natural_step_is_as_long_as_the_region_and_lowers_the_loss(
     before = held.probe().loss
     held.natural_step(loss_gradient(held), 1.0)
     found = held.probe()
-    assert found.kl == pytest.approx(1e-3, rel=0.5)  # the curvature is of every other completion
+    assert 0.7e-3 <= found.kl <= 1e-3
     assert found.loss < before
 
 

@@ -15,6 +15,7 @@ from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, RlEval, Sample, SftEval, StageResult
+from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import parse
 
 T = TypeVar("T")
@@ -179,18 +180,12 @@ def _check_same(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
         raise UserError(
             f"they are runs of different recipes, which differ in {joined(keys)}",
             where=f"{one.path} and {other.path}",
-            remedy="Put on one page runs that differ in their seed, or in tuning alone; write the others apart.",
+            remedy=f"`perl-rlhf compare-runs {one.path} {other.path}` compares two models; one page is "
+            "of runs that differ in their seed, or in tuning alone.",
         )
 
 
 def _settings(run: Run) -> dict[str, object]:
     """The recipe's keys; of a run without a recipe, what its report says."""
     report = run.report
-    return _flat(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return flat_keys(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
@@ -26,6 +26,7 @@ from perl.recipe import CHANGE_NOTHING, Recipe, StageName, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
 from perl.roles.roles import Role
 from perl.system.files import write_json, write_whole
+from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import as_json, made, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
@@ -91,7 +92,7 @@ class RunFolder:
         """
         if not (self.path / "recipe.yaml").exists():
             return
-        new, old = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
             if new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
                 raise UserError(
@@ -185,13 +186,3 @@ class MetricsLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -22,6 +22,7 @@ from perl.commands import (
     export,
     generate,
     import_data,
+    init,
     keys,
     score,
 )
@@ -44,6 +45,7 @@ LAUNCHABLE: dict[str, Command] = {
 }
 """The commands that several processes run together."""
 COMMANDS: dict[str, Command] = LAUNCHABLE | {
+    "init": init.init,
     "algorithms": algorithms.algorithms,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,

@@ -39,6 +39,8 @@ COMMANDS = [
         "generate",
         "score",
         "keys",
+        "compare-runs",
+        "init",
     ),
     *("data", "data fetch", "data import", "data check", "data leaks"),
 ]

@@ -53,8 +53,6 @@ def load_base(
         MachineError: no memory for it, or no permission to read it.
     """
     where = f"base.model {model}"
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError("no such folder", where=where, remedy=REMEDY)
 
     def load() -> PreTrainedModel:
         backbone = backbone_of(load_config(model, trust_remote_code, generates))
@@ -146,6 +144,8 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
         generates: whether it is to generate completions.
     """
     where = f"base.model {model}"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError("no such folder", where=where, remedy=REMEDY)
     if trust_remote_code:
         warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
         console.print(warning, style="yellow", markup=False)

@@ -92,6 +92,13 @@ def estimate(
         write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
 
 
+def print_prediction(recipe: Recipe) -> None:
+    """The peak memory of a recipe as it is, in a table."""
+    from perl.predict import predict, read_subject
+
+    console.print(_table(recipe.name, predict(recipe, read_subject(recipe)), 1, None))
+
+
 def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
     """In parallel processes: each prediction is up to a minute of Python, not of arithmetic."""
     workers = min(len(recipes), os.cpu_count() or 1)

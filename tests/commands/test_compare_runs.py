@@ -22,7 +22,7 @@ def rated(dishes: list[str]) -> list[dict[str, Any]]:
         {
             "prompt": [{"role": "user", "content": f"Some {dish}."}],
             "completion": text,
-            "label": label ^ (n % 3 == 0),
+            "label": good ^ (n % 3 == 0),
         }
         for n, dish in enumerate(dishes)
         for text, good in ((f"One {dish}. Large?", True), ("No.", False))

@@ -15,7 +15,7 @@ from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.rewards.function import messages
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.roles import Role
-from perl.system.progress import console
+from perl.system.progress import console, counted, doing
 from perl.system.typed_json import made
 
 T = TypeVar("T")
@@ -53,8 +53,10 @@ def evaluate_policy(
     """
     generator, each = collector.generator("evaluate"), collector.eval_samples or samples_per_prompt(len(prompts))
     found: dict[str, list[float]] = {}
-    for rollout in rollouts(collector, role, prompts.repeat(each), generator):
-        for name, values in of_each(rollout, judge).items():
+    with doing(f"judging {role} on {counted(len(prompts), 'prompt')}"):
+        drawn = [of_each(one, judge) for one in rollouts(collector, role, prompts.repeat(each), generator)]
+    for metrics in drawn:
+        for name, values in metrics.items():
             found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))

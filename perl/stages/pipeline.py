@@ -21,7 +21,7 @@ from perl.stages import reuse, reward, rl, sft
 from perl.stages.material import Material
 from perl.stages.session import Session, open_session
 from perl.system.files import write_json
-from perl.system.progress import console
+from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
 from perl.system.typed_json import as_json
 
@@ -66,7 +66,8 @@ def run(
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
-    session = open_session(recipe, out, material=material, engine=engine)
+    with doing("reading the data and the base"):
+        session = open_session(recipe, out, material=material, engine=engine)
     try:
         return _run(session, tuple(stages or recipe.stages), source)
     finally:
@@ -131,7 +132,8 @@ def _train(session: Session, stage: StageName) -> StageResult:
     if session.processes.main:
         reuse.record(session.folder, stage, identity)
     seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
-    result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
+    with doing(stage):
+        result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
     session.folder.finish(stage, result)
     return result
 

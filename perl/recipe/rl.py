@@ -149,6 +149,8 @@ class Rl(Section):
     """Held-out prompts on which the policy is judged before and after."""
     eval_samples: Positive | None = None
     """Completions of each of them; pass@k is measured up to this k. Unset: so many that there are 256 in all."""
+    sample_every: Positive = 50
+    """Steps after which the policy completes a few held-out prompts, for people to read."""
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0

@@ -110,9 +110,32 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
+        "unfinished": _unfinished(main),
+        "by_step": _by_step(main.first.samples_by_step),
         "samples": [_sample(sample) for sample in main.first.samples],
         "shown_samples": SHOWN_SAMPLES,
     }
+
+
+def _unfinished(group: Group) -> dict[str, Any] | None:
+    """How far the stage is that is being trained, with its plots; None of finished runs."""
+    stage = group.first.report.unfinished
+    if stage is None:
+        return None
+    role = "policy" if stage == "rl" else stage
+    names = (("reward", "Reward"), ("kl", "KL")) if stage == "rl" else (("loss", "Loss"),)
+    plots = [charts.step_plot(group, role, name, f"{title} so far", name) for name, title in names]
+    steps = len(group.first.metrics[role].get("step", ()))
+    return {"stage": words.STAGE[stage], "steps": steps, "plots": [plot for plot in plots if plot is not None]}
+
+
+def _by_step(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The prompts that were completed during training, each with its completions by step."""
+    shown: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        one = shown.setdefault(repr(sample.prompt), _sample(sample) | {"completions": []})
+        one["completions"] += [(f"Step {sample.step}", completion) for completion in sample.answers.values()]
+    return list(shown.values())
 
 
 def _checks(rl: RlStage) -> list[Row]:

@@ -29,7 +29,7 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A run, finished or not.
 
     Attributes:
         recipe_yaml: the recipe as resolved; empty if the folder has none.
@@ -41,6 +41,7 @@ class Run:
     recipe_yaml: str
     metrics: Mapping[str, Mapping[str, Series]]
     samples: list[Sample]
+    samples_by_step: list[Sample]
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -75,22 +76,25 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one finished run.
+    """Read one run, as far as it has come.
 
     Raises:
-        UserError: it is not finished, or a file in it is broken.
+        UserError: it was never begun, or a file in it is broken.
     """
-    file = folder / "report.json"
-    text = _text(file)
+    file = next((one for one in (folder / "progress.json", folder / "report.json") if one.exists()), folder)
+    text = _text(file) if file != folder else None
     if text is None:
-        remedy = "Finish it with `perl-rlhf run RECIPE --out` and this folder."
-        raise UserError("not a finished run: it has no report.json", where=str(folder), remedy=remedy)
+        remedy = "Begin it with `perl-rlhf run RECIPE --out` and this folder."
+        raise UserError(
+            "not a run: it has neither report.json nor progress.json", where=str(folder), remedy=remedy
+        )
     return Run(
         path=folder,
         report=parse(Report, text, str(file), DAMAGED),
         recipe_yaml=_text(folder / "recipe.yaml") or "",
         metrics={role: _metrics(folder / role / "metrics.jsonl") for role in ("sft", "reward", "policy")},
         samples=_lines(Sample, folder / "policy" / "samples.jsonl"),
+        samples_by_step=_lines(Sample, folder / "policy" / "samples-by-step.jsonl"),
     )
 
 

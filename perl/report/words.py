@@ -188,6 +188,8 @@ def _reward_meaning(run: Run) -> str:
 
 def _base_unchanged(run: Run) -> str:
     before, after = run.report.base.sha256_before, run.report.base.sha256_after
+    if run.report.unfinished:  # it is hashed when all stages are done
+        return ""
     if after is None:
         return "Under full tuning every role has weights of its own; there is no shared base to keep."
     if before == after:

@@ -78,6 +78,35 @@ def test_a_typo_does_not_wait_for_torch(tmp_path: Path) -> None:
         assert "error: " in done.stderr
 
 
+def test_the_first_words_do_not_wait_for_torch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    code = """import json, sys, perl.cli
+from perl.system.progress import console
+def first(*words, **options):
+    print(words[0] if 'torch' not in sys.modules else 'torch was imported first')
+    sys.exit()
+console.print = first
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:] = arguments
+    try: perl.cli.main()
+    except SystemExit: pass"""
+    recipe, gone = str(write_recipe()), str(tmp_path / "gone")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    commands = [["run", recipe], ["estimate", recipe], ["compare", recipe], ["compare-runs", gone, gone]]
+    commands += [["evaluate", gone, "policy"], ["export", gone, "policy", gone], ["chat", gone], ["report", gone]]
+    commands += [[name, gone, str(tmp_path / "rows.jsonl")] for name in ("generate", "score")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(commands), done.stderr
+    assert said[0] == "tiny: reward, rl. Loading the libraries …"
+    assert set(said[1:]) == {"Loading the libraries …"}
+
+
 def test_chat_shows_every_policys_answer(
     run_cli: RunCli, tiny_llama: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_json, write_metrics, write_whole
 from perl.system.progress import console
@@ -38,6 +38,7 @@ def compare(
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
+    say_loading()
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
         if steps is not None:

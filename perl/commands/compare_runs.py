@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from perl.commands.options import JsonFile
+from perl.commands.options import JsonFile, say_loading
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
@@ -22,6 +22,7 @@ def compare_runs(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the reward models and the policies of two runs, on the rows that both hold out."""
+    say_loading()
     from perl.stages.two_runs import compare
 
     found = compare((first, second))

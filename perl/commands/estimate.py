@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from perl.commands.compare import TUNINGS, variant
-from perl.commands.options import JsonFile, Overrides, RecipeFile
+from perl.commands.options import JsonFile, Overrides, RecipeFile, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
@@ -71,6 +71,7 @@ def estimate(
     """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
+    say_loading()
     from perl.predict import read_subject
 
     subject = read_subject(loaded)

@@ -14,7 +14,13 @@ from perl.runs.trackers import sending
 from perl.stages import report_file
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 
-RL = {"reward": {"function": "leaves.py:leaves"}, "steps": 4, "prompts_per_step": 2, "max_new_tokens": 2, "eval_samples": 1}
+RL = {
+    "reward": {"function": "leaves.py:leaves"},
+    "steps": 4,
+    "prompts_per_step": 2,
+    "max_new_tokens": 2,
+    "eval_samples": 1,
+}
 
 
 def test_an_interrupted_run_can_be_read(

@@ -218,6 +218,10 @@ def test_evaluate_writes_its_metrics(
     data = f"jsonl:{small_data / 'pairs.jsonl'}"
     assert run_cli("evaluate", out, "reward", "--data", data, "--json", metrics)[0] == 0
     assert json.loads(metrics.read_text())["n"] == 20
+    status, written = run_cli("evaluate", out, "reward", "--data", small_data / "prompts.jsonl")
+    assert status == 2, "nothing there is rated"
+    assert "prompts.jsonl has neither ratings nor pairs" in written
+    assert "rows with prompt, completion and label" in written
     assert run_cli("evaluate", out, "policy", "--json", metrics)[0] == 0
     assert json.loads(metrics.read_text())["n"] == 2
     status, written = run_cli("evaluate", out, "policy", "--json", tmp_path / "gone" / "figures.json")

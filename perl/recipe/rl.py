@@ -20,6 +20,7 @@ from perl.rl.algorithms import (
     Surrogate,
 )
 from perl.rl.samplers import SAMPLERS
+from perl.system.progress import counted
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's, and stands in the recipe as resolved."""
@@ -211,7 +212,8 @@ class Rl(Section):
         if self.minibatches > 1 and row.direction == "natural":
             yield "direction natural takes one step from a rollout: set minibatches to 1"
         if self.minibatches > completions:
-            yield f"{completions} completions a step cannot make {self.minibatches} minibatches: lower minibatches"
+            made = counted(completions, "completion")
+            yield f"{made} a step cannot make {self.minibatches} minibatches: lower minibatches"
         if self.kl_target is not None and row.kl == "none":
             yield "kl none has no coefficient that kl_target could move: set kl, or leave kl_target out"
         if self.kl_target is not None and self.kl_coef == 0:

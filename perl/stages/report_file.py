@@ -48,18 +48,21 @@ class LivePage:
     """Called after each checkpoint of a stage, it writes the page of the run so far where that is due."""
 
     def __init__(self, session: Session, stage: StageName) -> None:
-        self._folder, self._next = session.folder.path, time.monotonic() + PAGE_EVERY
-        write_json(self._folder / PROGRESS, as_json(_report(session, None, stage)))
+        self._session, self._stage = session, stage
+        self._begun, self._next = False, time.monotonic() + PAGE_EVERY
 
     def __call__(self) -> None:
         """What stands in the way of a page ends no training."""
-        began = time.monotonic()
+        began, folder = time.monotonic(), self._session.folder.path
+        if not self._begun:  # what a stage cannot go on with leaves its folder as it was
+            write_json(folder / PROGRESS, as_json(_report(self._session, None, self._stage)))
+            self._begun = True
         if began < self._next:
             return
         from perl.report.page import write_page  # matplotlib takes a second to import
 
         try:
-            write_page([self._folder], self._folder / "report.html")
+            write_page([folder], folder / "report.html")
         except (UserError, OSError) as error:
             console.print(f"The page of the run so far is not written: {error}", style="yellow", markup=False)
         now = time.monotonic()

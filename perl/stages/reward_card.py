@@ -65,7 +65,7 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         auroc += f", {_told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
     if card.pairwise_accuracy is not None:
         pairwise = _told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
-        auroc += f"; pairwise accuracy {pairwise}, {card.pairs:,} pairs"
+        auroc += f"; pairwise accuracy {pairwise}, {counted(card.pairs, 'pair')}"
     yield f"{auroc}."
     balanced = _told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (

@@ -131,5 +131,5 @@ def summary(stage: RlStage) -> None:
         if incident.action == "stopped":
             console.print(
                 f"[yellow]RL was stopped at step {incident.step}[/]: {incident.what}. What remains is the "
-                f"policy after {incident.remains} updates, from before that. {incident.remedy}"
+                f"policy after {counted(incident.remains or 0, 'update')}, from before that. {incident.remedy}"
             )

@@ -80,7 +80,10 @@ def doing(what: str) -> Iterator[None]:
 def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar over `total` steps, of which `done` are done; call what it yields once a step."""
     counts = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    bar = Progress("{task.description:<12}", *counts, "{task.fields[metrics]}", console=console)
+    drawn = console.is_terminal  # else there is nothing to refresh, which would take a thread
+    bar = Progress(
+        "{task.description:<12}", *counts, "{task.fields[metrics]}", console=console, auto_refresh=drawn
+    )
     with doing(f"{what} {done} of {total}"), bar as progress:
         task = progress.add_task(what, total=total, completed=done, metrics="")
         count = done

@@ -15,12 +15,14 @@ from perl.commands import (
     bench,
     chat,
     compare,
+    compare_runs,
     data,
     estimate,
     evaluate,
     export,
     generate,
     import_data,
+    init,
     keys,
     score,
 )
@@ -43,9 +45,11 @@ LAUNCHABLE: dict[str, Command] = {
 }
 """The commands that several processes run together."""
 COMMANDS: dict[str, Command] = LAUNCHABLE | {
+    "init": init.init,
     "algorithms": algorithms.algorithms,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
+    "compare-runs": compare_runs.compare_runs,
     "sweep": sweep_command.sweep,
     "estimate": estimate.estimate,
     "report": report_command.report,
@@ -56,6 +60,8 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "generate": generate.generate,
     "score": score.score,
 }
+GO_ON = {*LAUNCHABLE, "compare", "sweep"}
+"""The commands that begin where they were left; `compare --steps` measures anew."""
 
 app = typer.Typer(
     name="perl-rlhf",
@@ -114,7 +120,7 @@ def main() -> None:
         # typer itself turns KeyboardInterrupt into an exit without a word
         if isinstance(leaving, SystemExit) and leaving.code != INTERRUPTED:
             raise
-        console.print("interrupted: finished stages are saved; run the same command again to go on")
+        console.print(f"interrupted: {_kept(sys.argv[1:])}")
         sys.exit(INTERRUPTED)
     except Exception as error:
         fault = machine_fault(error)
@@ -126,6 +132,13 @@ def main() -> None:
 def _leave(error: UserError) -> NoReturn:
     console.print(f"error: {error}", style="red", markup=False)
     sys.exit(error.status)
+
+
+def _kept(arguments: list[str]) -> str:
+    """What an interrupted command leaves."""
+    if GO_ON.intersection(arguments[:1]) and not any(one.startswith("--steps") for one in arguments):
+        return "finished stages are saved; run the same command again to go on"
+    return "nothing was kept; the same command begins anew"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

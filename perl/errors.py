@@ -39,6 +39,11 @@ _MEMORY = (
     "`perl-rlhf estimate` says what the recipe needs and what to lower: micro_batch_size, batch_size or "
     f"max_length; or set checkpoint_activations: true, {_GO_ON}"
 )
+LOADING = (
+    "The weights alone do not fit: set base.dtype: bfloat16 or base.quantization: 4bit, or take a smaller base. "
+    "`perl-rlhf estimate` says what the recipe would need."
+)
+"""What to do where there is no memory for a model that is being loaded."""
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -55,8 +60,12 @@ _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FA
 """In the messages of torch's RuntimeErrors, of GPUs and of CPUs."""
 
 
-def machine_fault(error: BaseException) -> MachineError | None:
-    """The fault of the machine that an exception of any library reports, if any; a missing file is none."""
+def machine_fault(error: BaseException, memory: str = _MEMORY) -> MachineError | None:
+    """The fault of the machine that an exception of any library reports, if any; a missing file is none.
+
+    Args:
+        memory: what to do where there is too little of it.
+    """
     message = str(error).strip().partition("\n")[0][:300]
     number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     if rust := re.search(r"\(os error (\d+)\)", message):  # of safetensors and tokenizers
@@ -68,7 +77,8 @@ def machine_fault(error: BaseException) -> MachineError | None:
         return None
     cause = os.strerror(number)
     what = cause if file or not message else f"{cause} ({message})"
-    return MachineError(what, where=str(file or _place(error)), remedy=_REMEDIES[number])
+    remedy = memory if number == errno.ENOMEM else _REMEDIES[number]
+    return MachineError(what, where=str(file or _place(error)), remedy=remedy)
 
 
 def _place(error: BaseException) -> str:

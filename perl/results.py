@@ -221,7 +221,7 @@ class ReportBase:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """report.json."""
+    """report.json, or progress.json of a run that is not finished, where `unfinished` is the stage in training."""
 
     name: str
     seed: int
@@ -230,6 +230,7 @@ class Report:
     hardware: Hardware
     base: ReportBase
     stages: Stages
+    unfinished: StageName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A line of samples.jsonl: a prompt and the completions of it, by role."""
+    """A line of samples.jsonl: a prompt and the completions of it, by role; `step`: those during training."""
 
     prompt: str | list[Turn]
     answers: dict[str, Completion]
+    step: int | None = None

@@ -39,6 +39,8 @@ COMMANDS = [
         "generate",
         "score",
         "keys",
+        "compare-runs",
+        "init",
     ),
     *("data", "data fetch", "data import", "data check", "data leaks"),
 ]
@@ -74,6 +76,35 @@ def test_a_typo_does_not_wait_for_torch(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stdout == "False\n"
         assert "error: " in done.stderr
+
+
+def test_the_first_words_do_not_wait_for_torch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    code = """import json, sys, perl.cli
+from perl.system.progress import console
+def first(*words, **options):
+    print(words[0] if 'torch' not in sys.modules else 'torch was imported first')
+    sys.exit()
+console.print = first
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:] = arguments
+    try: perl.cli.main()
+    except SystemExit: pass"""
+    recipe, gone = str(write_recipe()), str(tmp_path / "gone")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    commands = [["run", recipe], ["estimate", recipe], ["compare", recipe], ["compare-runs", gone, gone]]
+    commands += [["evaluate", gone, "policy"], ["export", gone, "policy", gone], ["chat", gone], ["report", gone]]
+    commands += [[name, gone, str(tmp_path / "rows.jsonl")] for name in ("generate", "score")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(commands), done.stderr
+    assert said[0] == "tiny: reward, rl. Loading the libraries …"
+    assert set(said[1:]) == {"Loading the libraries …"}
 
 
 def test_chat_shows_every_policys_answer(
@@ -187,6 +218,10 @@ def test_evaluate_writes_its_metrics(
     data = f"jsonl:{small_data / 'pairs.jsonl'}"
     assert run_cli("evaluate", out, "reward", "--data", data, "--json", metrics)[0] == 0
     assert json.loads(metrics.read_text())["n"] == 20
+    status, written = run_cli("evaluate", out, "reward", "--data", small_data / "prompts.jsonl")
+    assert status == 2, "nothing there is rated"
+    assert "prompts.jsonl has neither ratings nor pairs" in written
+    assert "rows with prompt, completion and label" in written
     assert run_cli("evaluate", out, "policy", "--json", metrics)[0] == 0
     assert json.loads(metrics.read_text())["n"] == 2
     status, written = run_cli("evaluate", out, "policy", "--json", tmp_path / "gone" / "figures.json")

@@ -91,6 +91,7 @@ def test_an_override_takes_a_value_back_to_its_default(tmp_path: Path) -> None:
         ("lora.target", "lora.targets"),
         ("base.build.hiddensize", "base.build.hidden_size"),
         ("data.heldout", "data.held_out"),
+        ("data.evalpath", "data.eval_path"),
         ("sede", "seed"),
     ],
 )

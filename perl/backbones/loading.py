@@ -23,7 +23,7 @@ from perl.backbones.base import Base, weights_sha256
 from perl.backbones.decoder import REMEDY
 from perl.backbones.four_bit import four_bit_config, keep_layout, weights_of
 from perl.backbones.hub import only_in_cache, why_not_asked
-from perl.errors import UserError, machine_fault
+from perl.errors import LOADING, UserError, machine_fault
 from perl.system.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -53,8 +53,6 @@ def load_base(
         MachineError: no memory for it, or no permission to read it.
     """
     where = f"base.model {model}"
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError("no such folder", where=where, remedy=REMEDY)
 
     def load() -> PreTrainedModel:
         backbone = backbone_of(load_config(model, trust_remote_code, generates))
@@ -146,6 +144,8 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
         generates: whether it is to generate completions.
     """
     where = f"base.model {model}"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError("no such folder", where=where, remedy=REMEDY)
     if trust_remote_code:
         warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
         console.print(warning, style="yellow", markup=False)
@@ -206,7 +206,10 @@ def _load_weights(
         remedy = "Put the config.json beside them that they were saved with."
         raise UserError(f"the weights are not those of its config.json: {shapes}", where=where, remedy=remedy)
     keep_layout(lm)
-    return lm if four_bit else lm.to(device)
+    try:
+        return lm if four_bit else lm.to(device)
+    except RuntimeError as error:
+        raise _refusal(error, "cannot be moved to the device", where) from None
 
 
 @contextlib.contextmanager
@@ -241,7 +244,7 @@ def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
 
 def _refusal(error: Exception, what: str, where: str, remedy: str = REMEDY) -> UserError:
     """The error for a library's exception: a fault of the machine, code that is not trusted, or else `what`."""
-    if fault := machine_fault(error):
+    if fault := machine_fault(error, LOADING):
         return fault
     if "trust_remote_code" in str(error):
         remedy = "Read that code; if you trust it set base.trust_remote_code: true, else use another base."

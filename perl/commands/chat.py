@@ -4,7 +4,7 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.prompt import Prompt
 
-from perl.commands.options import Run
+from perl.commands.options import Run, say_loading
 from perl.system.progress import console
 
 TITLES = {"base": "base", "sft": "SFT", "policy": "RL policy"}
@@ -13,6 +13,7 @@ MAX_NEW_TOKENS = 128
 
 def chat(run: Run) -> None:
     """Talk to base, SFT and RL policy side by side."""
+    say_loading()
     from perl.data.records import Turn
     from perl.library import load_run
 

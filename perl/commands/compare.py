@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_json, write_metrics, write_whole
-from perl.system.progress import console
+from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FULL_LEARNING_RATE = 0.1
 """Of LoRA's, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without Regret")."""
 TUNINGS = ("lora", "full")
+STEADY = 20
+"""Steps from which the speed is told without a caveat."""
 COLUMNS = ("stage", "figure", "LoRA", "full tuning", "LoRA / full")
 
 
@@ -38,6 +40,7 @@ def compare(
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
+    say_loading()
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
         if steps is not None:
@@ -80,7 +83,7 @@ def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
             folders.append(folder)
     lora, full = groups(read_runs(folders))
     costs, qualities = cost_rows(lora, full), quality_rows(lora, full, match_all([lora, full]))
-    table = Table(*COLUMNS, title=f"{recipe.name}, {seeds} seed(s)")
+    table = Table(*COLUMNS, title=f"{recipe.name}, {counted(seeds, 'seed')}")
     for row in costs:
         table.add_row(row.stage, row.metric, *row.cells)
     for quality in qualities:
@@ -111,6 +114,11 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
             table.add_row(stage, figure.replace("_", " "), text(lora), text(full), f"{lora / full:.2f}")
             rows.append({"stage": stage, "figure": figure, "lora": lora, "full": full, "ratio": lora / full})
     console.print(table)
+    if steps < STEADY:
+        console.print(
+            f"[yellow]{counted(steps, 'step')} are too few for a speed[/]: the first ones prepare memory and "
+            f"threads. Measure it with --steps {STEADY} or more; the memory is as it is."
+        )
     with user_named(out):
         out.mkdir(parents=True, exist_ok=True)
     write_metrics(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})

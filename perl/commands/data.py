@@ -138,7 +138,8 @@ def _table(title: str, cells: Mapping[str, Mapping[str, str]]) -> Table:
 
 
 def _facts(records: Records) -> Iterator[str]:
-    yield f"{len({row.dialogue for rows in records.by_kind().values() for row in rows}):,} dialogues in all"
+    dialogues = {row.dialogue for rows in records.by_kind().values() for row in rows}
+    yield f"{counted(len(dialogues), 'dialogue')} in all"
     if records.ratings:
         yield balance(records.ratings)
     # How many rows say how sure they are: a misspelt key would be counted in none.
@@ -152,7 +153,7 @@ def _facts(records: Records) -> Iterator[str]:
     if records.judge:
         yield "a gold judge scores any answer to its prompts"
     if records.published_test:
-        yield f"{len(records.published_test):,} dialogues are the published test part, which is held out"
+        yield f"{counted(len(records.published_test), 'dialogue')} are the published test part, which is held out"
     yield from records.notes
 
 
@@ -166,6 +167,6 @@ def balance(ratings: Sequence[Rating]) -> str:
     mixed = sum(len(values) == 2 for values in labels.values())
     return (
         f"{up:,} thumbs up, {len(ratings) - up:,} down: a constant answer is right for "
-        f"{max(up, len(ratings) - up) / len(ratings):.1%}; {contradictions:,} answers with both labels; "
-        f"{mixed:,} contexts with both labels, which make {len(pair_ratings(ratings)):,} pairs"
+        f"{max(up, len(ratings) - up) / len(ratings):.1%}; {counted(contradictions, 'answer')} with both labels; "
+        f"{counted(mixed, 'context')} with both labels, which make {counted(len(pair_ratings(ratings)), 'pair')}"
     )

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from perl.commands.compare import TUNINGS, variant
-from perl.commands.options import JsonFile, Overrides, RecipeFile
+from perl.commands.options import JsonFile, Overrides, RecipeFile, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
@@ -71,6 +71,7 @@ def estimate(
     """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
+    say_loading()
     from perl.predict import read_subject
 
     subject = read_subject(loaded)
@@ -90,6 +91,13 @@ def estimate(
             metrics["changes"] = {label: {"peak": peak, "fits": peak <= limit} for label, peak in peaks.items()}
     if json_file is not None:
         write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
+
+
+def print_prediction(recipe: Recipe) -> None:
+    """The peak memory of a recipe as it is, in a table."""
+    from perl.predict import predict, read_subject
+
+    console.print(_table(recipe.name, predict(recipe, read_subject(recipe)), 1, None))
 
 
 def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:

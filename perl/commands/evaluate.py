@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from perl.commands.options import JsonFile, Run
+from perl.commands.options import JsonFile, Run, say_loading
 from perl.errors import UserError
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
@@ -32,6 +32,7 @@ def evaluate(
     """Judge a trained reward model on rated data, or a policy on prompts."""
     if role not in ROLES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
+    say_loading()
     session = _open(run, role, data)
     metrics = _reward(session, run, data) if role == "reward" else _policy(session, run, data)
     if json_file is not None:

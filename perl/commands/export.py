@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perl.commands.options import Run
+from perl.commands.options import Run, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName
 from perl.system.files import user_named
@@ -34,6 +34,7 @@ def export(
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             what = "is not empty" if folder.is_dir() else "is a file"
             raise UserError(what, where=str(folder), remedy="Name a new folder, or remove this one.")
+    say_loading()
     from perl.backbones.hub import why_not_asked
     from perl.roles.roles import Role
     from perl.stages.export import export_role

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from perl.commands.json_lines import Lines, Out, read_records, write_lines
-from perl.commands.options import Run
+from perl.commands.options import Run, say_loading
 
 
 def generate(
@@ -25,6 +25,7 @@ def generate(
     out: Out = None,
 ) -> None:
     """Complete the prompts of a file as a role: JSON Lines that `score` and `data check` take."""
+    say_loading()
     from perl.library import load_run
     from perl.rl.rewards.function import messages
 

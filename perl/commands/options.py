@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from perl.errors import UserError
+from perl.system.progress import console
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -26,6 +27,11 @@ def one_of(option: str, value: str, choices: list[str]) -> None:
     """
     if value not in choices:
         raise UserError(f"{value!r} is none of {', '.join(choices)}", where=option, remedy="Choose one of them.")
+
+
+def say_loading(what: str = "") -> None:
+    """The first words on the screen: importing torch and what is built on it takes seconds."""
+    console.print(f"{what}Loading the libraries …", markup=False)
 
 
 @contextlib.contextmanager

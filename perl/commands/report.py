@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from perl.commands.options import say_loading
 from perl.system.progress import console
 
 
@@ -18,6 +19,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
+    say_loading()
     from perl.report.page import write_page
 
     console.print(f"Written: {write_page(runs, out or runs[0] / 'report.html')}", markup=False)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
 from perl.errors import UserError
+from perl.parallel.launcher import ranks
 from perl.recipe import Recipe, StageName, load_recipe
 
 From = Annotated[
@@ -42,6 +43,8 @@ def _run(
     file: Path, overrides: list[str] | None, out: Path | None, source: Path | None, stage: StageName | None = None
 ) -> None:
     recipe = load_recipe(file, overrides)
+    if not ranks()[0]:
+        say_loading(f"{recipe.name}: {', '.join([stage] if stage else recipe.stages)}. ")
     from perl.library import run
 
     folder = out or _new_folder(recipe, source)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from perl.commands.json_lines import Lines, Out, read_records, write_lines
-from perl.commands.options import Run
+from perl.commands.options import Run, say_loading
 from perl.data.records import Context, Demonstration, Rating, Record, Turn
 from perl.errors import UserError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def score(run: Run, file: Lines, out: Out = None) -> None:
     """Score a file of completions with the reward model: each line again, with score, probability, confidence."""
+    say_loading()
     from perl.library import load_run
 
     records = read_records(file)

@@ -18,6 +18,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -96,8 +97,7 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
 
     values = numbered_values(path, columns or {})
     rows, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
-    usual = [name for name, count in names.items() if 2 * count > len(rows) + len(problems)]
-    hint = _hint(mapping_for(usual, _FORMATS))
+    hint = _hint(_mapping(names, len(rows) + len(problems)))
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0
@@ -121,6 +121,26 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
     if copies:
         records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
     return records
+
+
+def columns_in(path: Path) -> dict[str, str]:
+    """What `data.columns` could say of a file whose columns have other names than the formats'; mostly nothing.
+
+    Raises:
+        UserError: it is of a form that is not read, or broken.
+    """
+    names, count = Counter[str](), 0
+    with suppress(OSError):  # whoever reads its rows says so
+        for _, value in numbered_values(path, {}):
+            row = parsed("", value)
+            names.update(list(row) if isinstance(row, dict) else [])
+            count += 1
+    return _mapping(names, count)
+
+
+def _mapping(names: Counter[str], rows: int) -> dict[str, str]:
+    """By the columns that most of so many rows have."""
+    return mapping_for([name for name, count in names.items() if 2 * count > rows], _FORMATS)
 
 
 def _hint(mapping: Mapping[str, str]) -> str:

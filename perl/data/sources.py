@@ -63,7 +63,9 @@ def find_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def load_records(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:
+def load_records(
+    name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None, key: str = "data.path"
+) -> Records:
     """What a source holds, as training should see it.
 
     Args:
@@ -71,11 +73,12 @@ def load_records(name: str, path: str | None, seed: int, columns: Mapping[str, s
         path: a folder or file that the source reads instead of its own data.
         seed: for sources that draw their data.
         columns: names in the file, by the names of TRL's formats.
+        key: of the recipe, which gives the path; for messages.
 
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
     """
-    return _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed)
+    return _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed, key)
 
 
 def load_rows(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:
@@ -94,7 +97,7 @@ def _reader(source: Source, columns: Mapping[str, str] | None, otherwise: Reader
     return lambda path, seed: mapped(path, columns)
 
 
-def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
+def _load(name: str, read: Reader, path: str | None, seed: int, key: str = "data.path") -> Records:
     location = (
         None if path is None else Path(os.path.expanduser(path))
     )  # Path's own raises for an unknown user's home
@@ -103,19 +106,19 @@ def _load(name: str, read: Reader, path: str | None, seed: int) -> Records:
             with contextlib.suppress(OSError):
                 location.lstat()
     except ValueError as error:  # a NUL character, or half of a surrogate pair, which no file's name has
-        raise UserError(f"cannot be read: {error}", where=str(location), remedy="Check data.path.") from None
+        raise UserError(f"cannot be read: {error}", where=str(location), remedy=f"Check {key}.") from None
     try:
         records = read(location, seed)
     except FileNotFoundError as error:
         where = str(error.filename or path)
-        raise UserError("there is no such file", where=where, remedy="Check data.path.") from None
+        raise UserError("there is no such file", where=where, remedy=f"Check {key}.") from None
     except IsADirectoryError as error:
-        remedy = "Set data.path to a file, or data.source to the source whose folder this is."
+        remedy = f"Set {key} to a file, or data.source to the source whose folder this is."
         raise UserError("is a folder; a file expected", where=str(error.filename), remedy=remedy) from None
     except (OSError, UnicodeDecodeError) as error:
         file, cause = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
         where, what = str(file or path), f"cannot be read: {cause or error}"
-        raise machine_fault(error) or UserError(what, where=where, remedy="Check data.path.") from None
+        raise machine_fault(error) or UserError(what, where=where, remedy=f"Check {key}.") from None
     if not any(records.by_kind().values()):
         raise no_usable_row(records.problems, path or name, SOURCES[name].remedy)
     return records

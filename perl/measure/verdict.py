@@ -8,6 +8,7 @@ from perl.measure.bootstrap import Interval
 from perl.measure.calibration import Calibration
 from perl.measure.length import LengthBias
 from perl.measure.tfidf_baseline import TfidfBaseline
+from perl.system.progress import counted
 
 if TYPE_CHECKING:
     from perl.measure.reward_model_card import RewardMetrics
@@ -56,20 +57,21 @@ def _enough(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     fewer, kind = min((metrics.up, "up"), (metrics.n - metrics.up, "down"))
     what = f"of {metrics.n:,} answers {fewer:,} are rated {kind}"
     if metrics.compared:
-        what = f"there are {metrics.pairs} pairs"
+        what = f"of pairs there {'is' if metrics.pairs == 1 else 'are'} {metrics.pairs:,}"
     yield fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}, and {MIN_OF_A_CLASS} are needed."
-    what = f"the answers are of {metrics.dialogues} dialogues"
+    what = f"the answers are of {counted(metrics.dialogues, 'dialogue')}"
     yield metrics.dialogues >= MIN_DIALOGUES, f"Too few to tell: {what}, and {MIN_DIALOGUES} are needed."
 
 
 def _unseen(metrics: "RewardMetrics") -> _Criterion:
     seen, n = metrics.seen_in_training, metrics.n
     if seen > MAX_SEEN * n:
+        of_dialogues = f"{'is' if seen == 1 else 'are'} of dialogues it was trained on"
         return False, (
-            f"{seen:,} of these {n:,} answers are of dialogues it was trained on, or nearly the same as answers "
+            f"{seen:,} of these {counted(n, 'answer')} {of_dialogues}, or nearly the same as answers "
             "it was trained on, which flatters it; without --data the run's own held-out part is judged."
         )
-    reason = f"Judged on {n:,} answers of {metrics.dialogues:,} dialogues it was not trained on"
+    reason = f"Judged on {counted(n, 'answer')} of {counted(metrics.dialogues, 'dialogue')} it was not trained on"
     return True, f"{reason}, but for {seen:,} that it has seen, or nearly." if seen else f"{reason}."
 
 

@@ -92,4 +92,4 @@ def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[Trial
     seed_everything(recipe.seed)
     with tempfile.TemporaryDirectory() as scratch, silence(), unknown_values():
         folder, device, trial = RunFolder(Path(scratch)), torch.device("cpu"), Trial(STEPS, abridged=True)
-        yield TrialSession(recipe, folder, subject.train, subject.held_out, base, roles, device, trial)
+        yield TrialSession(recipe, folder, subject.train, subject.held_out, base, roles, device, trial=trial)

@@ -15,8 +15,8 @@ from perl.recipe.supervised import Reward, Sft
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
-CHANGE_NOTHING = ("sft.from", "reward.from", "rl.anyway")
-"""Keys that say what may be done, and change no result."""
+CHANGE_NOTHING = ("sft.from", "reward.from", "rl.anyway", "rl.sample_every", "report_to")
+"""Keys that say what may be done or is shown, and change no result."""
 
 
 class Recipe(Section):
@@ -32,6 +32,8 @@ class Recipe(Section):
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     checkpoint_every: Positive = 20
     """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+    """Where each step's metrics are sent besides metrics.jsonl; the package of that name has to be installed."""
     plugins: list[str] = Field(default=[])
     """Python files that add rows to the registries of `perl.plugins`: kinds of reward of one's own, and so on."""
     base: Base

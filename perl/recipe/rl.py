@@ -20,6 +20,7 @@ from perl.rl.algorithms import (
     Surrogate,
 )
 from perl.rl.samplers import SAMPLERS
+from perl.system.progress import counted
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's, and stands in the recipe as resolved."""
@@ -149,6 +150,8 @@ class Rl(Section):
     """Held-out prompts on which the policy is judged before and after."""
     eval_samples: Positive | None = None
     """Completions of each of them; pass@k is measured up to this k. Unset: so many that there are 256 in all."""
+    sample_every: Positive = 50
+    """Steps after which the policy completes a few held-out prompts, for people to read."""
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
@@ -209,7 +212,8 @@ class Rl(Section):
         if self.minibatches > 1 and row.direction == "natural":
             yield "direction natural takes one step from a rollout: set minibatches to 1"
         if self.minibatches > completions:
-            yield f"{completions} completions a step cannot make {self.minibatches} minibatches: lower minibatches"
+            made = counted(completions, "completion")
+            yield f"{made} a step cannot make {self.minibatches} minibatches: lower minibatches"
         if self.kl_target is not None and row.kl == "none":
             yield "kl none has no coefficient that kl_target could move: set kl, or leave kl_target out"
         if self.kl_target is not None and self.kl_coef == 0:

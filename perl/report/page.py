@@ -23,7 +23,7 @@ from perl.report.numbers import (
 )
 from perl.report.outcome import match_all, mean_change
 from perl.report.runs import Group, groups, read_runs
-from perl.report.samples import examples
+from perl.report.samples import during_training, examples
 from perl.report.templates import filled
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
 from perl.results import PairedMetric, RlStage
@@ -109,10 +109,24 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
+        "unfinished": _unfinished(main),
         "samples": examples(main.first.samples) if main.first.samples else None,
+        "by_step": during_training(main.first.samples_by_step),
         "shown_samples": SHOWN_SAMPLES,
         "next": words.next_steps(main, compared=len(by_tuning) > 1),
     }
+
+
+def _unfinished(group: Group) -> dict[str, Any] | None:
+    """How far the stage is that is being trained, with its plots; None of finished runs."""
+    stage = group.first.report.unfinished
+    if stage is None:
+        return None
+    role = "policy" if stage == "rl" else stage
+    names = (("reward", "Reward"), ("kl", "KL")) if stage == "rl" else (("loss", "Loss"),)
+    plots = [charts.step_plot(group, role, name, f"{title} so far", name) for name, title in names]
+    steps = len(group.first.metrics[role].get("step", ()))
+    return {"stage": words.STAGE[stage], "steps": steps, "plots": [plot for plot in plots if plot is not None]}
 
 
 def _checks(rl: RlStage) -> list[Row]:

@@ -15,6 +15,7 @@ from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, RlEval, Sample, SftEval, StageResult
+from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import parse
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A run, finished or not.
 
     Attributes:
         recipe_yaml: the recipe as resolved; empty if the folder has none.
@@ -40,6 +41,7 @@ class Run:
     recipe_yaml: str
     metrics: Mapping[str, Mapping[str, Series]]
     samples: list[Sample]
+    samples_by_step: list[Sample]
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -74,22 +76,25 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one finished run.
+    """Read one run, as far as it has come.
 
     Raises:
-        UserError: it is not finished, or a file in it is broken.
+        UserError: it was never begun, or a file in it is broken.
     """
-    file = folder / "report.json"
-    text = _text(file)
+    file = next((one for one in (folder / "progress.json", folder / "report.json") if one.exists()), folder)
+    text = _text(file) if file != folder else None
     if text is None:
-        remedy = "Finish it with `perl-rlhf run RECIPE --out` and this folder."
-        raise UserError("not a finished run: it has no report.json", where=str(folder), remedy=remedy)
+        remedy = "Begin it with `perl-rlhf run RECIPE --out` and this folder."
+        raise UserError(
+            "not a run: it has neither report.json nor progress.json", where=str(folder), remedy=remedy
+        )
     return Run(
         path=folder,
         report=parse(Report, text, str(file), DAMAGED),
         recipe_yaml=_text(folder / "recipe.yaml") or "",
         metrics={role: _metrics(folder / role / "metrics.jsonl") for role in ("sft", "reward", "policy")},
         samples=_lines(Sample, folder / "policy" / "samples.jsonl"),
+        samples_by_step=_lines(Sample, folder / "policy" / "samples-by-step.jsonl"),
     )
 
 
@@ -179,18 +184,12 @@ def _check_same(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
         raise UserError(
             f"they are runs of different recipes, which differ in {joined(keys)}",
             where=f"{one.path} and {other.path}",
-            remedy="Put on one page runs that differ in their seed, or in tuning alone; write the others apart.",
+            remedy=f"`perl-rlhf compare-runs {one.path} {other.path}` compares two models; one page is "
+            "of runs that differ in their seed, or in tuning alone.",
         )
 
 
 def _settings(run: Run) -> dict[str, object]:
     """The recipe's keys; of a run without a recipe, what its report says."""
     report = run.report
-    return _flat(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return flat_keys(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}

@@ -79,9 +79,25 @@ def examples(samples: Sequence[Sample]) -> Examples:
     return Examples(changed, same, f"After RL beside before it, {judged}: {said}.")
 
 
-def _example(sample: Sample) -> Example:
+def during_training(samples: Sequence[Sample]) -> list[Example]:
+    """The prompts that were completed at intervals in RL, each with its completions by step."""
+    shown: dict[str, Example] = {}
+    for sample in samples:
+        one = shown.setdefault(repr(sample.prompt), Example(*_turns(sample), completions=[], outcome=None))
+        for completion in sample.answers.values():
+            pieces = [Piece(completion.text, marked=False)]
+            one.completions.append(Shown(f"Step {sample.step}", pieces, completion))
+    return list(shown.values())
+
+
+def _turns(sample: Sample) -> tuple[list[Turn], list[Turn]]:
+    """The earlier turns, and the last ones."""
     turns = [Turn(role="prompt", content=sample.prompt)] if isinstance(sample.prompt, str) else sample.prompt
     cut = max(0, len(turns) - SHOWN_TURNS)
+    return turns[:cut], turns[cut:]
+
+
+def _example(sample: Sample) -> Example:
     order = [*(role for role in ROLES if role in sample.answers), *sorted(set(sample.answers) - set(ROLES))]
     pieces = {role: [Piece(sample.answers[role].text, marked=False)] for role in order}
     before = next((role for role in ("sft", "base") if role in sample.answers), None)
@@ -91,7 +107,7 @@ def _example(sample: Sample) -> Example:
         outcome = _outcome(old, new)
         pieces[before], pieces["policy"] = _compared(old.text, new.text)
     shown = [Shown(ROLES.get(role, role), pieces[role], sample.answers[role]) for role in order]
-    return Example(turns[:cut], turns[cut:], shown, outcome)
+    return Example(*_turns(sample), shown, outcome)
 
 
 def _gold(sample: Sample) -> bool:

@@ -12,6 +12,7 @@ from perl.report.numbers import bytes_text, count_text, decimal, joined, percent
 from perl.report.outcome import MeanChange, mean_change
 from perl.report.runs import Group, Run
 from perl.results import Incident
+from perl.system.progress import counted
 
 STAGE: dict[StageName, str] = {"sft": "SFT", "reward": "Reward", "rl": "RL"}
 STAGE_WORDS = {"sft": "supervised fine-tuning (SFT)", "reward": "reward modelling", "rl": "RL"}
@@ -188,6 +189,8 @@ def _reward_meaning(run: Run) -> str:
 
 def _base_unchanged(run: Run) -> str:
     before, after = run.report.base.sha256_before, run.report.base.sha256_after
+    if run.report.unfinished:  # it is hashed when all stages are done
+        return ""
     if after is None:
         return "Under full tuning every role has weights of its own; there is no shared base to keep."
     if before == after:
@@ -241,8 +244,9 @@ def _of_run(run: Run, which: str) -> Iterator[Finding]:
             steps = (np.flatnonzero(refused == 1) + 1).tolist()
             named = joined([str(step) for step in steps[:SHOWN_STEPS]])
             more = f" and {len(steps) - SHOWN_STEPS} more" if steps[SHOWN_STEPS:] else ""
+            count = f"{len(steps)} of {counted(len(refused), 'update')}"
             yield Finding(
-                f"{label}: {len(steps)} of {len(refused)} updates were refused{which}.",
+                f"{label}: {count} {'was' if len(steps) == 1 else 'were'} refused{which}.",
                 [f"At steps {named}{more} the loss or its gradient was not finite; these updates were not made."],
                 "open",
             )
@@ -258,7 +262,7 @@ def _of_guard(incident: Incident, which: str) -> Finding:
     remains = "No checkpoint is older than that: what remains is the policy that RL began with."
     if incident.remains:
         remains = (
-            f"What remains, and is judged on this page, is the policy after {incident.remains} updates, from the "
-            "last checkpoint before that."
+            "What remains, and is judged on this page, is the policy after "
+            f"{counted(incident.remains, 'update')}, from the last checkpoint before that."
         )
     return Finding(f"RL was stopped at step {incident.step}{which}.", [*lines, remains], "bad")

@@ -1,10 +1,11 @@
 """Judging a policy: its completions of held-out prompts, and what changed from one policy to another."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
@@ -15,7 +16,7 @@ from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.rewards.function import messages
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.roles import Role
-from perl.system.progress import console
+from perl.system.progress import console, counted, doing
 from perl.system.typed_json import made
 
 T = TypeVar("T")
@@ -54,28 +55,36 @@ def evaluate_policy(
         of each prompt the mean over its completions, by name.
     """
     generator, each = collector.generator("evaluate"), collector.eval_samples or samples_per_prompt(len(prompts))
-    asked = prompts.repeat(each)
     found: dict[str, list[float]] = {}
-    for start in range(0, len(asked), EVAL_BATCH):
-        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
-        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
-        for name, values in _of_each(rollout, judge).items():
+    with doing(f"judging {role} on {counted(len(prompts), 'prompt')}"):
+        drawn = [of_each(one, judge) for one in rollouts(collector, role, prompts.repeat(each), generator)]
+    for metrics in drawn:
+        for name, values in metrics.items():
             found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))
     means = {
-        name: [statistics.fmean(values) for values in _by_prompt(of_each, each)] for name, of_each in found.items()
+        name: [statistics.fmean(group) for group in by_prompt(values, each)] for name, values in found.items()
     }
     rules = [found[f"{PART}{name}"] for name in collector.reward.rules]
     if rules:
-        right = _by_prompt([all(values) for values in zip(*rules, strict=True)], each)
+        right = by_prompt([all(values) for values in zip(*rules, strict=True)], each)
         means |= {f"{PASS}{k}": [pass_at_k(values, k) for values in right] for k in measured_ks(each)}
     return means
 
 
-def _by_prompt(of_each: Sequence[T], each: int) -> list[Sequence[T]]:
-    """The values of so many completions of each prompt."""
-    return [of_each[start : start + each] for start in range(0, len(of_each), each)]
+def rollouts(
+    collector: Collector, role: Role, prompts: EncodedPrompts, generator: torch.Generator
+) -> Iterator[Rollout]:
+    """Completions of many prompts, those of all processes, a batch after another."""
+    for start in range(0, len(prompts), EVAL_BATCH):
+        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
+        yield collector.collect(role, part, generator).gather(collector.processes, part)
+
+
+def by_prompt(values: Sequence[T], each: int) -> list[Sequence[T]]:
+    """The values of so many completions of each prompt, which stand side by side."""
+    return [values[start : start + each] for start in range(0, len(values), each)]
 
 
 def success_rates(
@@ -88,9 +97,7 @@ def success_rates(
     """
     generator, asked = collector.generator("difficulty"), prompts.repeat(each)
     right: list[bool] = []
-    for start in range(0, len(asked), EVAL_BATCH):
-        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
-        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
+    for rollout in rollouts(collector, role, asked, generator):
         right += (rollout.rewards_B >= success).tolist()
     return [sum(right[start : start + each]) / each for start in range(0, len(right), each)]
 
@@ -170,11 +177,11 @@ def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
     parts of the reward.
     """
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
-    means = {name: statistics.fmean(values) for name, values in _of_each(rollout, judge).items()}
+    means = {name: statistics.fmean(values) for name, values in of_each(rollout, judge).items()}
     return means | {"kl_token": float(masked_mean(kl_BT, rollout.completion_mask_BT))}
 
 
-def _of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
+def of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
     """The metrics of each completion."""
     mask_BT = rollout.completion_mask_BT
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)

@@ -13,6 +13,7 @@ from perl.data.records import Prompt
 from perl.errors import UserError
 from perl.rl.algorithms import PromptSampling
 from perl.rl.prompts import prompts_of
+from perl.system.progress import counted
 from perl.system.seeds import derived_seed
 
 CURRICULUM = 0.5
@@ -122,7 +123,7 @@ def easiest_first(prompts: Sequence[Prompt], where: str) -> list[int] | None:
     numbers = [one for one in found if isinstance(one, int | float)]
     if len(numbers) < len(found):
         raise UserError(
-            f"{len(found) - len(numbers)} of {len(found)} prompts have no number as difficulty",
+            f"of {counted(len(found), 'prompt')} {len(found) - len(numbers):,} have no number as difficulty",
             where=where,
             remedy="Give all prompts a difficulty, or none: then the success rate at the start is measured.",
         )

@@ -10,7 +10,7 @@ Nothing in them can run code when it is read: no pickle.
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,19 @@ class Checkpoints:
         every: steps from one to the next.
         belongs: hashes of what the state depends on, by name: the base, the recipe, roles.
         processes: the main one writes; all can read the folder.
+        written: called by the main process when one has been written.
     """
 
     def __init__(
-        self, folder: Path, every: int, belongs: Mapping[str, str] | None = None, processes: Processes = ALONE
+        self,
+        folder: Path,
+        every: int,
+        belongs: Mapping[str, str] | None = None,
+        processes: Processes = ALONE,
+        written: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self._every, self._belongs = folder, every, dict(belongs or {})
-        self._processes = processes
+        self._processes, self._written = processes, written
         for unfinished in folder.glob(".step-*.unfinished") if processes.main else ():
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -78,6 +84,7 @@ class Checkpoints:
                 write_json(unfinished / VALUES, content | {"sha256": _sha256(unfinished / TENSORS)})
             for step in set(self.steps()[:-KEPT]) - set(keep):
                 shutil.rmtree(self._of(step), ignore_errors=True)
+            self._written()
         self._processes.barrier()
 
     def newest(self) -> State | None:

@@ -7,8 +7,10 @@ sft/ reward/ policy/ critic/
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
+    samples-by-step.jsonl                policy/ only: the policy's during training, every rl.sample_every steps
     result.json                          the stage's result; there when the stage is finished
-report.json  report.html
+report.json  report.html  tensorboard/
+progress.json                            in the place of report.json until the run is finished
 """
 
 import contextlib
@@ -17,15 +19,18 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import CHANGE_NOTHING, Recipe, StageName, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
 from perl.roles.roles import Role
+from perl.runs.trackers import Send
 from perl.system.files import write_json, write_whole
+from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import as_json, made, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
@@ -91,7 +96,7 @@ class RunFolder:
         """
         if not (self.path / "recipe.yaml").exists():
             return
-        new, old = _flat(recipe.model_dump()), _flat(self.recipe().model_dump())
+        new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
             if new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
                 raise UserError(
@@ -115,16 +120,29 @@ class RunFolder:
     def role(self, role: Role) -> Path:
         return self.path / role
 
-    def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
-        """The metrics of a stage by step; lines after the steps that are done are removed."""
+    def metrics(self, stage: StageName, done: int = 0, send: Send | None = None) -> "MetricsLog":
+        """The metrics of a stage by step; lines after the steps that are done are removed.
+
+        Args:
+            send: is given them too.
+        """
         file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
-        return MetricsLog(file, done)
+        return MetricsLog(file, done, send)
 
     def write_samples(self, samples: Sequence[Sample]) -> None:
         """Write completions for people to read, a line a prompt."""
         if self._processes.main:
             lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
             write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
+
+    def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Add completions of the policy after so many steps; those of later steps are of a run that was left."""
+        if self._processes.main:
+            file = self.role(Role.POLICY) / "samples-by-step.jsonl"
+            found = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            kept = [line for line in found if json.loads(line)["step"] < step]
+            added = [json.dumps(as_json(replace(one, step=step)), ensure_ascii=False) for one in samples]
+            write_whole(file, "".join(f"{line}\n" for line in [*kept, *added]))
 
     def results(self) -> Stages:
         """The results of the finished stages; raises as `result`."""
@@ -161,9 +179,11 @@ class MetricsLog:
     Args:
         file: None: nothing is written.
         done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint is removed.
+        send: is given the finite metrics of each step too.
     """
 
-    def __init__(self, file: Path | None, done: int = 0) -> None:
+    def __init__(self, file: Path | None, done: int = 0, send: Send | None = None) -> None:
+        self._send = send
         self._file: TextIO | None = None
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +197,8 @@ class MetricsLog:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
+        if self._send is not None:
+            self._send(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -185,13 +207,3 @@ class MetricsLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,6 +1,6 @@
 """Rows that are too long are cut, and that is said."""
 
-from perl.system.progress import console
+from perl.system.progress import console, counted
 
 
 def say_cut(cut: int, rows: int, length: int, key: str) -> None:
@@ -10,7 +10,8 @@ def say_cut(cut: int, rows: int, length: int, key: str) -> None:
         key: of the recipe, which gives the length.
     """
     if cut:
+        verb = "is" if cut == 1 else "are"
         console.print(
-            f"[yellow]{cut} of {rows} rows are longer than {length} tokens ({key})[/]: their oldest turns are "
-            "left out, whole ones where that is enough; the system's turn and the first token stay."
+            f"[yellow]{cut:,} of {counted(rows, 'row')} {verb} longer than {length} tokens ({key})[/]: the oldest "
+            "turns are left out, whole ones where that is enough; the system's turn and the first token stay."
         )

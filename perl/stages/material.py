@@ -72,7 +72,9 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     """
     data = recipe.data
     records = load_records(data.source, data.path, recipe.seed, data.columns)
-    own = None if data.eval_path is None else load_records(data.source, data.eval_path, recipe.seed, data.columns)
+    own = None
+    if data.eval_path is not None:
+        own = load_records(data.source, data.eval_path, recipe.seed, data.columns, "data.eval_path")
     if problems := [*records.problems, *(own.problems if own is not None else ())]:
         first = problems[0]
         quoted = escape(f"{first.where}: {first.what}")
@@ -166,7 +168,7 @@ def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
             )
         if not trained or not judged:
             raise UserError(
-                f"all {trained + judged} {name} are of dialogues that belong together: there is nothing to "
+                f"its {name} ({trained + judged}) are all of dialogues that belong together: there is nothing to "
                 f"{'judge' if trained else 'train'} {stage} on",
                 where="data.held_out",
                 remedy="Use more data, or give each row's conversation its own `dialogue`.",

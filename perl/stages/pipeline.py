@@ -1,31 +1,23 @@
 """The stages in order, each from where the last one stopped, and the report at the end."""
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from perl import __version__
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.recipe import Recipe, StageName
-from perl.results import Hardware, Report, ReportBase, StageResult, Stages
+from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
 from perl.stages import reuse, reward, rl, sft
 from perl.stages.material import Material
+from perl.stages.report_file import LivePage, write_report
 from perl.stages.session import Session, open_session
-from perl.system.files import write_json
-from perl.system.progress import console
+from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
-from perl.system.typed_json import as_json
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
     "sft": sft.train_sft,
     "reward": reward.train_reward,
@@ -66,7 +58,8 @@ def run(
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
-    session = open_session(recipe, out, material=material, engine=engine)
+    with doing("reading the data and the base"):
+        session = open_session(recipe, out, material=material, engine=engine)
     try:
         return _run(session, tuple(stages or recipe.stages), source)
     finally:
@@ -99,7 +92,7 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> 
             SUMMARIZE[stage](result)
         sha256_after = session.roles.base_sha256()  # all processes gather the base together
         if session.processes.main:
-            _write_report(session, sha256_after)
+            write_report(session, sha256_after)
     if session.processes.main:
         from perl.report.page import write_page  # matplotlib takes a second to import: not before there is a page
 
@@ -130,8 +123,10 @@ def _train(session: Session, stage: StageName) -> StageResult:
     identity = session.identities[stage]
     if session.processes.main:
         reuse.record(session.folder, stage, identity)
+        session.after_checkpoint = LivePage(session, stage)
     seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
-    result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
+    with doing(stage):
+        result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
     session.folder.finish(stage, result)
     return result
 
@@ -146,58 +141,3 @@ def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageNam
                 where=str(session.folder.role(STAGE_ROLE[earlier])),
                 remedy=f"Run `perl-rlhf {earlier}` with this recipe first, or `perl-rlhf run`.",
             )
-
-
-def _write_report(session: Session, after: str | None) -> None:
-    """Write report.json of all finished stages.
-
-    Args:
-        after: SHA-256 of the base's weights as they are now; None where there is no shared base.
-
-    Raises:
-        RuntimeError: the base's bytes after the run are not those before it.
-    """
-    recipe, base = session.recipe, session.base
-    adapters = session.roles.coverage if isinstance(session.roles, SharedBase) else None
-    report = Report(
-        name=recipe.name,
-        seed=recipe.seed,
-        tuning=recipe.tuning,
-        versions={"perl": __version__, "python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
-        hardware=_hardware(session.device, session.processes.count, session.engine.name),
-        base=ReportBase(
-            model=base.name,
-            parameters=base.parameters,
-            dtype=recipe.base.dtype,
-            sha256_before=base.sha256,
-            sha256_after=after,
-            coverage=adapters.share if adapters else None,
-            without_adapter=adapters.without if adapters else None,
-        ),
-        stages=session.folder.results(),
-    )
-    path = session.folder.path / "report.json"
-    write_json(path, as_json(report))
-    if after not in (None, base.sha256):
-        raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
-    if after is not None:
-        console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
-
-
-def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:
-    return Hardware(
-        device=device.type,
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        cores=os.cpu_count(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        processes=processes,
-        engine=engine,
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

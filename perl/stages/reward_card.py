@@ -11,7 +11,7 @@ from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
 from perl.rl.rewards.model import score_rows
 from perl.roles.roles import Roles
-from perl.system.progress import console
+from perl.system.progress import console, counted, doing
 
 
 def evaluate_rows(
@@ -24,7 +24,8 @@ def evaluate_rows(
         answers: what is judged.
         trained_on: what the model learned from; so does the TF-IDF baseline.
     """
-    scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
+    with doing(f"judging the reward model on {counted(len(ids), 'answer')}"):
+        scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
     if any(not math.isfinite(score) for score in scores):
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))
@@ -64,7 +65,7 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         auroc += f", {_told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
     if card.pairwise_accuracy is not None:
         pairwise = _told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
-        auroc += f"; pairwise accuracy {pairwise}, {card.pairs:,} pairs"
+        auroc += f"; pairwise accuracy {pairwise}, {counted(card.pairs, 'pair')}"
     yield f"{auroc}."
     balanced = _told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (

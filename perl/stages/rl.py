@@ -3,18 +3,23 @@
 It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
+from functools import partial
+
 from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
 from perl.rl.loop import InitialEval, Loop, checkpoint, resume, rollback, train
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
+from perl.runs.folder import MetricsLog
 from perl.stages.cut_rows import say_cut
 from perl.stages.rl_setup import eval_prompts, reward_context, settings_of, setup, tokenized_prompts
 from perl.stages.session import Session
 from perl.system.progress import console, counted
 from perl.system.typed_json import made
 
+SAMPLES_OF_A_STEP = 4
+"""Held-out prompts that are completed every `rl.sample_every` steps."""
 FEWEST_TRIES = 4
 """Completions of each prompt by which its difficulty is measured."""
 SAMPLES = 12
@@ -45,8 +50,8 @@ def train_rl(session: Session) -> RlStage:
             before=evaluate_policy(loop.collector, reference, held_out, judge, say_spread=True),
         )
         checkpoint(loop, 0, initial)
-    with session.folder.metrics("rl", done) as log:
-        stopped_by = train(loop, initial, done, log.write)
+    with session.metrics("rl", done) as log:
+        stopped_by = train(loop, initial, done, partial(_log, session, loop, held_out, log))
     stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learner.trained), rows, cut)
     remains = rollback(loop, stopped_by) if stopped_by else settings.steps
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
@@ -61,6 +66,17 @@ def train_rl(session: Session) -> RlStage:
         incidents=loop.guarding.incidents(stopped_by, remains),
         eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
     )
+
+
+def _log(
+    session: Session, loop: Loop, held_out: EncodedPrompts, log: MetricsLog, step: int, metrics: dict[str, float]
+) -> None:
+    """Write a step's metrics, and now and then what the policy says by then."""
+    log.write(step, metrics)
+    if step % settings_of(session).sample_every == 0:
+        shown = held_out.take(range(min(SAMPLES_OF_A_STEP, len(held_out))))
+        judge = session.held_out.judge
+        session.folder.add_samples(step, draw_samples(loop.collector, [Role.POLICY], shown, judge))
 
 
 def measure_difficulty(session: Session, loop: Loop) -> None:
@@ -115,5 +131,5 @@ def summary(stage: RlStage) -> None:
         if incident.action == "stopped":
             console.print(
                 f"[yellow]RL was stopped at step {incident.step}[/]: {incident.what}. What remains is the "
-                f"policy after {incident.remains} updates, from before that. {incident.remedy}"
+                f"policy after {counted(incident.remains or 0, 'update')}, from before that. {incident.remedy}"
             )

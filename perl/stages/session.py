@@ -1,6 +1,7 @@
 """What the stages of one run share: recipe, records, base with its roles, and run folder."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +29,11 @@ from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for,
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
-from perl.runs.folder import STAGE_ROLE, RunFolder
+from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
+from perl.runs.trackers import require, sending
 from perl.stages.material import Material, read_material
 from perl.stages.reuse import ROLES, Identity, identify, settings_sha256
+from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
 
@@ -46,6 +49,8 @@ class Session:
     base: Base
     roles: Roles
     device: torch.device
+    after_checkpoint: Callable[[], None] = lambda: None
+    """Called when one has been written."""
 
     @property
     def engine(self) -> Engine:
@@ -123,6 +128,21 @@ class Session:
     def stamp(self, role: Role) -> Stamp:
         return read_stamp(self.saved(role))
 
+    @contextlib.contextmanager
+    def metrics(self, stage: StageName, done: int) -> Iterator[MetricsLog]:
+        """The log of a stage's metrics, which also go where the recipe's `report_to` says."""
+        names = self.report_to if self.processes.main else []
+        settings = flat_keys(self.recipe.model_dump(mode="json"))
+        with (
+            sending(names, self.recipe.name, stage, self.folder.path, settings, done) as send,
+            self.folder.metrics(stage, done, send) as log,
+        ):
+            yield log
+
+    @property
+    def report_to(self) -> Sequence[str]:
+        return self.recipe.report_to
+
     def checkpoints(self, stage: StageName) -> Checkpoints:
         belongs = {
             "base": self.base.sha256,
@@ -133,7 +153,9 @@ class Session:
             earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
             belongs |= {f"{role} role": weights_sha256(self.roles, self.saved(role)) for role in earlier}
         folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
-        return Checkpoints(folder, self.recipe.checkpoint_every, belongs, self.processes)
+        return Checkpoints(
+            folder, self.recipe.checkpoint_every, belongs, self.processes, lambda: self.after_checkpoint()
+        )
 
 
 def _stage_of(role: Role) -> StageName:
@@ -156,6 +178,7 @@ def open_session(
     seed_everything(recipe.seed)
     engine = engine or Engine(ALONE)
     check_engine(engine, recipe)
+    require(recipe.report_to)
     folder = RunFolder(out, engine.processes)
     folder.check(recipe)
     material = material or read_material(recipe, engine)

@@ -21,7 +21,7 @@ from perl.stages.cut_rows import say_cut
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import optimizer_steps, training_run
-from perl.system.progress import console
+from perl.system.progress import console, counted
 
 
 def check(session: Session) -> None:
@@ -130,8 +130,9 @@ def _say_rows(session: Session, rows: int, cut: int) -> None:
     demonstrations = len(session.train.demonstrations) + len(session.held_out.demonstrations)
     if rows > demonstrations:
         console.print(
-            f"{demonstrations} demonstrations are {rows} rows: the chat template writes earlier answers otherwise "
-            "than the last one, so each answer is learned in a row of its own, as it is asked for."
+            f"{counted(demonstrations, 'demonstration')} make {rows} rows: the chat template writes earlier "
+            "answers otherwise than the last one, so each answer is learned in a row of its own, as it is asked "
+            "for."
         )
     say_cut(cut, rows, _max_length(session), "sft.max_length")
 

@@ -89,7 +89,7 @@ def training_run(session: Session, stage: StageName, steps: int) -> Iterator[Tra
         done = resumed.step
         meter.resume_from(resumed.values["meter"])
     with (
-        session.folder.metrics(stage, done) as log,
+        session.metrics(stage, done) as log,
         tempfile.TemporaryDirectory() as scratch,
         track(stage, steps, done) as bar,
         session.roles.checkpointed(session.recipe.checkpoint_activations),

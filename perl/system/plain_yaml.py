@@ -1,5 +1,6 @@
 """YAML for recipes, without duplicate keys, of which the later would silently win, and without aliases."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
             return content
         what, remedy, fault = "a recipe is a mapping of keys to values", "See recipes/quickstart.yaml.", None
     raise fault or UserError(what, where=str(path), remedy=remedy)
+
+
+def flat_keys(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """The values of nested mappings by their whole keys, as in `rl.kl_coef`."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

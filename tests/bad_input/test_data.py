@@ -52,7 +52,11 @@ CASES = [
     ),
     Case(
         "one demonstration for SFT",
-        ("all 1 demonstrations are of dialogues that belong together", "nothing to judge sft on", "Use more data"),
+        (
+            "its demonstrations (1) are all of dialogues that belong together",
+            "nothing to judge sft on",
+            "Use more data",
+        ),
         rows=[
             {"prompt": user("Hi"), "completion": "Yes."},
             *({"prompt": user(f"{n}"), "completion": "Yes.", "label": n > 3} for n in range(9)),

@@ -16,6 +16,7 @@ from typing import IO
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from perl.data.fetch import fetch
 from perl.errors import MachineError, machine_fault
@@ -48,7 +49,7 @@ FOLDERS = [
     Case("out is a file", ("cannot be written", "out", "another --out"), out=lambda out: out.write_text("x")),
     Case(
         "a model too large",
-        ("Cannot allocate memory", "new_model (perl/backbones/backbone.py)", "perl-rlhf estimate"),
+        ("Cannot allocate memory", "new_model (perl/backbones/backbone.py)", "smaller base"),
         changes={"base": {"config": {**TINY, "vocab_size": 2**45}, "random_init": True}},
         status=1,
     ),
@@ -277,6 +278,23 @@ def test_out_of_memory_in_a_stage_is_told(write_recipe: WriteRecipe, small_data:
     assert "perl-rlhf estimate" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "reward" / "adapter").exists()
+
+
+@pytest.mark.parametrize("place", ["from_pretrained", "to"])
+def test_out_of_memory_in_loading_is_not_about_batches(
+    place: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the weights are read or moved to the device."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(PreTrainedModel, place, full)
+    status, written = run_cli("run", write_recipe(), "--out", tmp_path / "out")
+    assert status == 1
+    assert "Tried to allocate 20.00 MiB" in written
+    assert "base.quantization: 4bit" in written
+    assert "batch_size" not in written
 
 
 @pytest.mark.parametrize(

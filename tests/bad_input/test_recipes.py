@@ -238,7 +238,7 @@ def test_a_corrected_reward_function_goes_on_in_the_same_folder(
         (("evaluate", "gone", "reward"), ("not a run folder", "gone", "--out")),
         (("evaluate", "gone", "critic"), ("no role 'critic'", "ROLE", "reward or policy")),
         (("chat", "gone"), ("not a run folder", "gone", "--out")),
-        (("report", "gone"), ("not a finished run", "gone", "perl-rlhf run")),
+        (("report", "gone"), ("not a run", "gone", "perl-rlhf run")),
         (("data", "check", "cofee-simulator"), ("no source", "data.source", "coffee-simulator?")),
         (("data", "check", "gone.jsonl"), ("no such file", "gone.jsonl", "Check data.path")),
         (("data", "check", "jsonl:"), ("names no path", "'jsonl:'", "jsonl:PATH")),

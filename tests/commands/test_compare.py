@@ -68,6 +68,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
     assert code == 0, text
+    assert "3 steps are too few for a speed" in text
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     rows = rows_of(out)
     assert set(rows) == {
@@ -78,6 +79,22 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["lora"] / row["full"])
     assert rows["rl", "peak_memory_bytes"]["ratio"] < 1
+
+
+def test_an_interrupted_measurement_does_not_promise_to_go_on(
+    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for part in ("_compare_costs", "_compare_runs"):
+        monkeypatch.setattr(f"perl.commands.compare.{part}", interrupted)
+    status, written = run_cli("compare", recipe, "--steps", "5", "--out", tmp_path / "out")
+    assert status == 130
+    assert "interrupted: nothing was kept; the same command begins anew" in written
+    status, written = run_cli("compare", recipe, "--out", tmp_path / "out")
+    assert status == 130
+    assert "interrupted: finished stages are saved" in written
 
 
 def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_pairs_alone() -> None:
     few = replace(answers, labels=[True] * 20 + [False] * 20, pairs=[(n, 20 + n) for n in range(20)])
     few = RatedRows(**{name: getattr(few, name)[:40] if name != "gold" else None for name in vars(few)})
     card = reward_model_card([0.0] * 40, few, TfidfScores(np.zeros(40), 1, 1))
-    assert "there are 20 pairs" in card.verdict.reasons[0]
+    assert "of pairs there are 20" in card.verdict.reasons[0]
 
 
 def test_pairs_beside_ratings(data: Made, baseline: TfidfScores) -> None:

@@ -62,7 +62,7 @@ def test_no_runs() -> None:
 
 def test_unfinished(tmp_path: Path) -> None:
     """A folder without report.json."""
-    with pytest.raises(UserError, match="not a finished run"):
+    with pytest.raises(UserError, match="not a run"):
         read_run(tmp_path)
 
 

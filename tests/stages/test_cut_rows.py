@@ -111,5 +111,5 @@ def test_a_template_that_rewrites_history_gives_each_answer_a_row_and_says_so(
     )
     code, text = run_cli("run", recipe, "--out", tmp_path / "out")
     assert code == 0, text
-    assert "10 demonstrations are 20 rows" in text
+    assert "10 demonstrations make 20 rows" in text
     assert json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["sft"]["rows"] == 20

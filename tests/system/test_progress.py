@@ -1,6 +1,7 @@
 """Progress where nobody draws a bar: a log of a long run says regularly where it is."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -19,6 +20,19 @@ def test_a_line_every_half_minute_without_a_terminal(monkeypatch: pytest.MonkeyP
     lines = [line for line in written.getvalue().splitlines() if " of 100" in line]
     assert lines[:2] == ["rl 13 of 100  reward 0.25", "rl 16 of 100  reward 0.25"]
     assert len(lines) == 8
+
+
+def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows no progress of its own says what it is at; what is inside another goes first."""
+    written = io.StringIO()
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "console", Console(file=written, soft_wrap=True))
+    monkeypatch.setattr(progress, "LOOK_EVERY", 0.001)
+    with progress.doing("rl"), progress.doing("judging the policy"):
+        while "policy" not in written.getvalue():
+            time.sleep(0.001)
+    assert "judging the policy … 0 min 00 s" in written.getvalue().splitlines()
+    assert not progress._log.doing
 
 
 def test_counted() -> None:

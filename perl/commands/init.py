@@ -1,0 +1,87 @@
+"""`init`: a recipe for one's own data, with the stages that the rows allow, and what it will need."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perl.commands.estimate import print_prediction
+from perl.data.jsonl import columns_in
+from perl.data.records import Records
+from perl.data.sources import load_records, parse_source
+from perl.errors import UserError
+from perl.recipe import Recipe
+from perl.recipe.draft import commented, draft
+from perl.system.files import user_named, write_whole
+from perl.system.progress import console, counted
+
+BASE = "Qwen/Qwen2.5-0.5B-Instruct"
+"""What is suggested: small enough for a CPU."""
+KINDS = {
+    "demonstrations": "demonstration",
+    "ratings": "rated answer",
+    "comparisons": "pair",
+    "prompts": "prompt",
+}
+GIVES = {
+    "sft": "a model that answers as the demonstrations do",
+    "reward": "a reward model, and whether it is fit for RL",
+    "rl": "the policy",
+}
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to write.")] = Path("recipe.yaml"),
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Your rows: JSON Lines, JSON, CSV, TSV, Parquet.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="A hub id or a folder.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Ask nothing; the base is {BASE} if none is given.")] = False,
+) -> None:
+    """Write a recipe for your own data, with the stages that the rows allow; show what it will need."""
+    if file.exists():
+        raise UserError("is there already", where=str(file), remedy="Name another file, or remove it.")
+    data = data or _asked("--data", "Your file of rows", None, yes)
+    name, path = parse_source(data)
+    if name != "jsonl" or path is None:
+        remedy = "Name a file; for a source of this package copy a recipe of recipes/."
+        raise UserError(f"{data} is no file", where="--data", remedy=remedy)
+    columns = columns_in(Path(path))
+    records = load_records(name, path, 0, columns)
+    _describe(records)
+    base = base or _asked("--base", "The base, a hub id or a folder", BASE, yes)
+    content = draft(file.stem, base, path, columns, records)
+    recipe = Recipe.model_validate(content)
+    console.print(f"Predicting what {base} will need …", markup=False)
+    print_prediction(recipe)
+    with user_named(file):
+        write_whole(file, commented(content))
+    console.print(f"Written: {file}. Next:", markup=False)
+    for stage in recipe.stages:
+        console.print(f"  perl-rlhf {stage} {file}  # {GIVES[stage]}", markup=False)
+
+
+def _asked(option: str, question: str, default: str | None, yes: bool) -> str:
+    """What a person answers; the default under --yes.
+
+    Raises:
+        UserError: there is nobody to ask.
+    """
+    if yes and default is not None:
+        return default
+    if yes or not sys.stdin.isatty():
+        raise UserError(f"{option} is not given", where=option, remedy="Give it, or call this in a terminal.")
+    answer: str = typer.prompt(question, default=default, err=True)
+    return answer
+
+
+def _describe(records: Records) -> None:
+    found = {kind: len(rows) for kind, rows in records.by_kind().items() if rows}
+    if set(found) != {"prompts"}:
+        found.pop("prompts", None)  # the contexts of the others
+    console.print(f"{' and '.join(counted(number, KINDS[kind]) for kind, number in found.items())}.")
+    if records.problems:
+        first = records.problems[0]
+        left_out = counted(len(records.problems), "row")
+        console.print(f"{left_out} left out, the first {first.where}: {first.what}", style="yellow", markup=False)

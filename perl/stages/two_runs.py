@@ -1,0 +1,222 @@
+"""Two finished runs on the rows that both hold out: their reward models, and their policies."""
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from perl.data.records import Comparison as Compared
+from perl.data.records import Demonstration, Prompt, Rating, Record, Records
+from perl.errors import UserError
+from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
+from perl.measure.verdict import MIN_DIALOGUES
+from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.rl.collector import Collector
+from perl.rl.evaluate import by_prompt, of_each, rollouts, samples_per_prompt
+from perl.rl.rewards.model import score_rows
+from perl.rl.written import Written, rewards_of
+from perl.roles.roles import Role
+from perl.runs.folder import RunFolder
+from perl.stages.material import read_data
+from perl.stages.reuse import refuse_changed
+from perl.stages.reward_rows import Rows, session_rows
+from perl.stages.rl_setup import setup_collector, tokenized_prompts
+from perl.stages.session import Session, open_session
+from perl.system.plain_yaml import flat_keys
+from perl.system.progress import console, counted, silence
+
+Both = tuple[Path, Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoRuns:
+    """What of two runs could be compared, and the keys in which their recipes differ: (first, second) by key.
+
+    Attributes:
+        same_reward: whether both policies were trained on the same reward, which then judges both.
+    """
+
+    runs: tuple[str, str]
+    recipes: dict[str, tuple[object, object]]
+    reward: Comparison | None = None
+    policy: Comparison | None = None
+    same_reward: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A policy's completions, side by side for each prompt, and metrics by prompt."""
+
+    written: list[Written]
+    metrics: dict[str, list[float]]
+    reward: dict[str, str]
+    """What the reward depends on."""
+
+
+def compare(runs: Both) -> TwoRuns:
+    """Compare the reward models and the policies that both runs have.
+
+    One run is in memory at a time.
+
+    Raises:
+        UserError: one is no run, no stage is finished in both, or too few rows are held out by both.
+    """
+    folders = [RunFolder(run) for run in runs]
+    recipes = [folder.recipe() for folder in folders]
+    finished: list[StageName] = [
+        stage
+        for stage in ("reward", "rl")
+        if all(
+            stage in recipe.stages and folder.result(stage)
+            for recipe, folder in zip(recipes, folders, strict=True)
+        )
+    ]
+    if not finished:
+        raise UserError(
+            "they have no finished reward model and no finished policy in common",
+            where=f"{runs[0]} and {runs[1]}",
+            remedy="Finish the stage reward or rl of both with `perl-rlhf run RECIPE --out` and their folders.",
+        )
+    with silence():
+        held_out = [read_data(recipe)[1] for recipe in recipes]
+    found = TwoRuns(runs=(str(runs[0]), str(runs[1])), recipes=_differences(recipes))
+    if "reward" in finished:
+        _refuse_few(held_out, "ratings", "comparisons")
+        common = _common(held_out)
+        (first, rows), (second, _) = (_scores(run, common) for run in runs)
+        found = replace(found, reward=compare_scores(first, second, rows))
+    if "rl" in finished:
+        _refuse_few(held_out, "prompts")
+        most = max(recipe.rl.eval_prompts for recipe in recipes if recipe.rl is not None)
+        common = _common(held_out)
+        common.prompts = common.prompts[:most]
+        found = _compare_policies(found, runs, common)
+    return found
+
+
+def _differences(recipes: Sequence[Recipe]) -> dict[str, tuple[object, object]]:
+    first, second = (flat_keys(recipe.model_dump(mode="json")) for recipe in recipes)
+    keys = [key for key in dict.fromkeys((*first, *second)) if key not in ("name", *CHANGE_NOTHING)]
+    both = {key: (first.get(key), second.get(key)) for key in keys}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def _content(record: Record) -> object:
+    """What makes two rows the same, whatever the file or the dialogue they stand in."""
+    match record:
+        case Rating():
+            return record.context, record.answer, record.label
+        case Compared():
+            return record.context, record.better, record.worse
+        case Demonstration():
+            return record.context, record.answer
+        case Prompt():
+            return record.context, json.dumps(record.columns, sort_keys=True)
+
+
+def _common(held_out: Sequence[Records]) -> Records:
+    """The rows that both hold out, as the first has them."""
+    first, second = held_out
+    there = {_content(row) for rows in second.by_kind().values() for row in rows}
+    return first.where(lambda row: _content(row) in there)
+
+
+def _refuse_few(held_out: Sequence[Records], *kinds: str) -> None:
+    """Refuse rows of too few dialogues for an interval."""
+    of_both, one, other = (
+        [row for kind in kinds for row in records.by_kind()[kind]] for records in (_common(held_out), *held_out)
+    )
+    dialogues = len({row.dialogue for row in of_both})
+    if dialogues < MIN_DIALOGUES:
+        raise UserError(
+            f"too few rows are held out by both: {len(of_both):,}, of {counted(dialogues, 'dialogue')} "
+            f"({MIN_DIALOGUES} are needed); the first run holds out {counted(len(one), 'row')}, the second "
+            f"{counted(len(other), 'row')}",
+            where=f"held-out {' and '.join(kinds)}",
+            remedy="Train both on the same data, data.held_out and seed, or with the same data.eval_path.",
+        )
+
+
+@contextmanager
+def _opened(run: Path, stage: StageName, held_out: Records) -> Iterator[Session]:
+    """The run's session, to judge on these rows."""
+    gc.collect()  # the base of the run before
+    console.print(f"judging {stage} of {run}", markup=False)
+    with silence():
+        session = open_session(RunFolder(run).recipe(), run)
+        refuse_changed(session.folder, {stage: session.identities[stage]})
+        session.held_out = held_out
+        yield session
+
+
+def _scores(run: Path, held_out: Records) -> tuple[list[float], Rows]:
+    with _opened(run, "reward", held_out) as session:
+        session.load(Role.REWARD)
+        session.roles.eval()
+        rows = session_rows(session, held_out, "any")
+        return score_rows(session.roles, rows.ids, session.base.chat.pad_id, micro_batch_size=32), rows
+
+
+def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
+    """Their completions of the same prompts, all judged by the reward of each run."""
+    each = samples_per_prompt(len(held_out.prompts))
+    drawn = [_draw(run, held_out, each) for run in runs]
+    same = drawn[0].reward == drawn[1].reward
+    metrics = [dict(one.metrics) for one in drawn]
+    for number, run in enumerate(runs):
+        if same and number:
+            break
+        judged = _judge(run, held_out, [one.written for one in drawn])
+        name = "reward" if same else f"reward of {'AB'[number]}"
+        for of_policy, rewards in zip(metrics, judged, strict=True):
+            of_policy[name] = [sum(group) / each for group in by_prompt(rewards, each)]
+    order = sorted(metrics[0], key=lambda name: not name.startswith("reward"))
+    dialogues = [prompt.dialogue for prompt in held_out.prompts]
+    policy = compare_metrics({name: metrics[0][name] for name in order}, metrics[1], dialogues)
+    return replace(found, policy=policy, same_reward=same)
+
+
+def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
+    with _opened(run, "rl", held_out) as session:
+        collector = _collector(session)
+        prompts = tokenized_prompts(session, held_out.prompts)
+        generator, found = collector.generator("evaluate"), dict[str, list[float]]()
+        written: list[Written] = []
+        for rollout in rollouts(collector, Role.POLICY, prompts.repeat(each), generator):
+            ended = rollout.ended_B.tolist()
+            written += map(Written, rollout.prompts, rollout.texts, ended)
+            for name, values in of_each(rollout, held_out.judge).items():
+                found.setdefault(name, []).extend(values)
+        metrics = {
+            name: [sum(group) / each for group in by_prompt(values, each)]
+            for name, values in found.items()
+            if not name.startswith("reward")  # by the tokens that were drawn; `_judge` reads the texts of both
+        }
+        return _Drawn(written, metrics, _reward_identity(session))
+
+
+def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[Written]]) -> list[list[float]]:
+    """The run's reward of the completions of each policy."""
+    with _opened(run, "rl", held_out) as session:
+        collector = _collector(session)
+        return [rewards_of(collector, written) for written in of_both]
+
+
+def _collector(session: Session) -> Collector:
+    if session.recipe.sft is not None:
+        session.load(Role.SFT)
+    session.load(Role.POLICY)
+    return setup_collector(session)
+
+
+def _reward_identity(session: Session) -> dict[str, str]:
+    """What the reward depends on: its settings, and the reward stage where its model is a part."""
+    rl = session.recipe.rl
+    assert rl is not None
+    identities = session.identities
+    found = {key: value for key, value in identities["rl"].settings.items() if key.startswith("rl.reward")}
+    if any(part.needs_model for part in rl.reward_parts):
+        found["reward"] = identities["reward"].sha256
+    return found

@@ -1,0 +1,131 @@
+"""`compare-runs A B`: both models of two runs on the rows that both hold out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from perl.data.records import Turn
+from perl.measure.rated_rows import RatedRows
+from perl.measure.two_runs import compare_metrics, compare_scores
+from tests.conftest import RunCli, WriteRecipe, write_rows
+
+DISHES = ["soup", "rice", "bread", "cake", "pie", "stew", "toast", "salad", "curry", "pasta", "beans", "eggs"]
+
+
+def rated(dishes: list[str]) -> list[dict[str, Any]]:
+    """A good and a bad answer for each dish; of every third the labels are changed round."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Some {dish}."}],
+            "completion": text,
+            "label": good ^ (n % 3 == 0),
+        }
+        for n, dish in enumerate(dishes)
+        for text, good in ((f"One {dish}. Large?", True), ("No.", False))
+    ]
+
+
+def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
+    """Each end is what the run's own report has; what differs in the recipes is said; `report` refuses them."""
+    dishes = [f"{size} {dish}" for size in ("big", "old") for dish in DISHES]
+    file = write_rows(tmp_path / "rated.jsonl", rated(dishes))
+    recipe = write_recipe(
+        data={"source": "jsonl", "path": str(file), "held_out": 0.5},
+        reward={"loss": "thumbs", "epochs": 1, "batch_size": 8, "max_length": 64},
+        rl={"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 16, "learning_rate": 0.05},
+    )
+    folders = [tmp_path / "A", tmp_path / "B"]
+    for folder, override in zip(folders, ([], ["reward.epochs=3", "reward.learning_rate=0.02"]), strict=True):
+        status, written = run_cli("run", recipe, *override, "--out", folder)
+        assert status == 0, written
+    status, written = run_cli("compare-runs", *folders, "--json", tmp_path / "found.json")
+    assert status == 0, written
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["recipes"] == {"reward.epochs": [1, 3], "reward.learning_rate": [0.001, 0.02]}
+    assert found["same_reward"] is False
+    reports = [json.loads((folder / "report.json").read_text())["stages"] for folder in folders]
+    reward = {one["metric"]: one for one in found["reward"]["differences"]}
+    policy = {one["metric"]: one for one in found["policy"]["differences"]}
+    for report, end, name in zip(reports, ("first", "second"), "AB", strict=True):
+        assert reward["AUROC"][end] == pytest.approx(report["reward"]["eval"]["auroc"])
+        assert policy[f"reward of {name}"][end] == pytest.approx(report["rl"]["eval"]["reward_after"], rel=0.02)
+        assert policy["kl"][end] == pytest.approx(report["rl"]["eval"]["kl"], abs=1e-3)
+    assert "B less A" in written
+    assert "each reward judges the completions of both" in written
+    status, written = run_cli("report", *folders)
+    assert status == 2
+    assert "which differ in reward.epochs and reward.learning_rate" in written
+    assert f"perl-rlhf compare-runs {folders[0]} {folders[1]}" in " ".join(written.split())
+
+
+def test_runs_that_hold_out_other_rows(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rated.jsonl", rated(DISHES))
+    data = {"source": "jsonl", "path": str(file), "held_out": 0.2}
+    for seed in (0, 1):
+        assert (
+            run_cli("run", write_recipe(data=data, rl=None), f"seed={seed}", "--out", tmp_path / str(seed))[0] == 0
+        )
+    status, written = run_cli("compare-runs", tmp_path / "0", tmp_path / "1")
+    assert status == 2
+    assert "too few rows are held out by both" in written
+    assert "10 are needed" in written
+    assert "the same data.eval_path" in written
+
+
+def test_runs_with_nothing_in_common(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "recipe.yaml").write_text(write_recipe(rl=None).read_text())
+    status, written = run_cli("compare-runs", tmp_path / "A", tmp_path / "A")
+    assert status == 2
+    assert "no finished reward model and no finished policy in common" in written
+
+
+def rows(labels: list[bool]) -> RatedRows:
+    """Rated answers, four a dialogue."""
+    context = (Turn("user", "?"),)
+    answers = [Turn("agent", str(number)) for number in range(len(labels))]
+    dialogues = [str(number // 4) for number in range(len(labels))]
+    return RatedRows([context] * len(labels), answers, dialogues, ["made"] * len(labels), labels, None, [])
+
+
+def test_a_difference_is_found_where_there_is_one_and_only_there() -> None:
+    """Scores that know the labels beside such that hardly do, and beside a copy with other noise."""
+    draw = np.random.default_rng(0)
+    labels = [bool(one) for one in draw.integers(0, 2, 400)]
+    truth = np.array(labels, dtype=float)
+    good, alike, poor = (truth * size + draw.normal(size=400) for size in (2.0, 2.0, 0.3))
+    found = compare_scores(poor.tolist(), good.tolist(), rows(labels)).differences[0]
+    assert (found.metric, found.higher) == ("AUROC", 2)
+    assert found.first == pytest.approx(roc_auc_score(labels, poor))
+    assert found.second == pytest.approx(roc_auc_score(labels, good))
+    assert compare_scores(alike.tolist(), good.tolist(), rows(labels)).differences[0].higher == 0
+    itself = compare_scores(good.tolist(), good.tolist(), rows(labels))
+    assert itself.agreement == 1.0
+    assert itself.differences[0].interval == (0.0, 0.0)
+
+
+def test_pairs_alone_have_no_accuracy_of_single_answers() -> None:
+    context = (Turn("user", "?"),)
+    compared = RatedRows(
+        [context] * 4, [Turn("agent", t) for t in "abcd"], list("1212"), ["made"] * 4, [True, True, False, False],
+        None, [(0, 2), (1, 3)],
+    )  # fmt: skip
+    found = compare_scores([2.0, 1.0, 1.0, 2.0], [4.0, 3.0, 1.0, 2.0], compared)
+    assert [(one.metric, one.first, one.second) for one in found.differences] == [
+        ("AUROC", 0.5, 1.0),
+        ("pairwise accuracy", 0.5, 1.0),
+    ]
+    assert found.agreement == 0.5
+
+
+def test_policies_are_compared_by_prompt() -> None:
+    """What every prompt gains alike has no spread, however the prompts differ."""
+    first = {"reward": [0.0, 1.0, 5.0, 2.0], "gold": [0.0] * 4}
+    second = {"reward": [0.5, 1.5, 5.5, 2.5]}
+    (found,) = compare_metrics(first, second, list("abcd")).differences
+    assert (found.metric, found.first, found.second, found.higher) == ("reward", 2.0, 2.5, 2)
+    assert found.interval == pytest.approx((0.5, 0.5))

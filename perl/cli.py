@@ -22,7 +22,9 @@ from perl.commands import (
     generate,
     import_data,
     keys,
+    rate,
     score,
+    serve,
 )
 from perl.commands import report as report_command
 from perl.commands import run as stages
@@ -55,6 +57,8 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "keys": keys.keys,
     "generate": generate.generate,
     "score": score.score,
+    "rate": rate.rate,
+    "serve": serve.serve,
 }
 
 app = typer.Typer(

@@ -209,15 +209,15 @@ function showState(state) {
   const mine = summary.raters[rater()] || 0;
   const all = Object.values(summary.raters).reduce((sum, count) => sum + count, 0);
   const people = Object.keys(summary.raters).length;
-  const share = (part, whole) => (whole ? `${Math.round((100 * part) / whole)} %` : "–");
+  const share = (part, whole) => (whole ? `${Math.round((100 * part) / whole)}\u00a0%` : "–");
   const total = (what) => summary.roles.reduce((sum, one) => sum + one[what], 0);
   const tiles = [["By you", mine, "answered"]];
   if (people > 1) tiles.push(["By all", all, `${people} raters`]);
   tiles.push(["Good", share(total("up"), total("rated")), `of ${total("rated")} with a thumb`]);
-  for (const [name, agreement] of [["Agreement on thumbs", summary.thumbs], ["Agreement on pairs", summary.pairs]]) {
+  for (const [name, agreement] of [["Agreement, thumbs", summary.thumbs], ["Agreement, pairs", summary.pairs]]) {
     if (!agreement.questions) continue;
     const alpha = agreement.alpha === undefined || agreement.alpha === null ? "–" : agreement.alpha.toFixed(2);
-    tiles.push([name, `α ${alpha}`, `Krippendorff, ${agreement.questions} by several`]);
+    tiles.push([name, `α ${alpha}`, `Krippendorff, ${agreement.questions} rated by several`]);
   }
   $("tiles").replaceChildren(...tiles.map(([term, value, note]) => {
     const tile = make("div", "", "tile");

@@ -1,6 +1,7 @@
 """`rate`: a page on which people rate a run's completions."""
 
 import secrets
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -42,13 +43,12 @@ def rate(
 
     RunFolder(run).recipe()  # no file is made in a folder that is no run's
     names = [name.strip() for name in (raters or "").split(",") if name.strip()]
-    listening, log = open_port(host, port), RatingLog(out or run / "ratings.jsonl")
-    with silence():  # the address is the first line
-        questions = Questions(load_run(run), choose)
-    token, address = secrets.token_urlsafe(24), address_of(listening)
-    app = RatingApp(questions, log, names, str(run)).routes()
-    print(f"{address}/?token={token}", flush=True)
-    console.print(f"Open that address to rate; ratings go to {log.file}. Ctrl-C ends.", markup=False)
-    if not is_loopback(listening):
-        console.print("Others can reach this port, over plain HTTP: give the address to those who may rate.")
-    serve(Guard(app, [host], token, f"perl-rate-{listening.getsockname()[1]}"), listening)
+    with open_port(host, port) as listening, closing(RatingLog(out or run / "ratings.jsonl")) as log:
+        with silence():  # the address is the first line
+            questions = Questions(load_run(run), choose)
+        app, token = RatingApp(questions, log, names, str(run)).routes(), secrets.token_urlsafe(24)
+        print(f"{address_of(listening)}/?token={token}", flush=True)
+        console.print(f"Open that address to rate; ratings go to {log.file}. Ctrl-C ends.", markup=False)
+        if not is_loopback(listening):
+            console.print("Others can reach this port, over plain HTTP: give the address to those who may rate.")
+        serve(Guard(app, [host], token, f"perl-rate-{listening.getsockname()[1]}"), listening)

@@ -13,8 +13,10 @@ def serve(run: Run, port: Port = 8000, host: Host = "127.0.0.1") -> None:
     from perl.server.guard import Guard
     from perl.server.openai import openai_app
 
-    listening = listen.open_port(host, port)
-    loaded = load_run(run)
-    print(f"{listen.address_of(listening)}/v1", flush=True)
-    console.print("For trying out, a request at a time; for production use vLLM: docs/serving.md. Ctrl-C ends.")
-    listen.serve(Guard(openai_app(loaded), [host]), listening)
+    with listen.open_port(host, port) as listening:
+        loaded = load_run(run)
+        print(f"{listen.address_of(listening)}/v1", flush=True)
+        console.print(
+            "To try things out, one request at a time; for production, vLLM: docs/serving.md. Ctrl-C ends."
+        )
+        listen.serve(Guard(openai_app(loaded), [host]), listening)

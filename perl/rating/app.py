@@ -93,7 +93,6 @@ class RatingApp:
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
             self._worker.close()
-            self._log.close()
 
         post = {"/api/next": self.next, "/api/rate": self.rate, "/api/undo": self.undo}
         return Starlette(

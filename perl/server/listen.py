@@ -3,8 +3,12 @@
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from perl.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 BACKLOG = 2048
 """Connections that wait to be accepted."""
@@ -51,8 +55,8 @@ def is_loopback(listening: socket.socket) -> bool:
     return host == "::1" or host.startswith("127.")
 
 
-def serve(app: Callable[..., object], listening: socket.socket) -> None:
-    """Answer requests until interrupted; raises what interrupts."""
+def server_of(app: Callable[..., object]) -> "uvicorn.Server":
+    """The server of an ASGI application."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -63,4 +67,9 @@ def serve(app: Callable[..., object], listening: socket.socket) -> None:
         ws="none",
         timeout_graceful_shutdown=STOP_AFTER,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
+
+
+def serve(app: Callable[..., object], listening: socket.socket) -> None:
+    """Answer requests until interrupted; raises what interrupts."""
+    server_of(app).run(sockets=[listening])

@@ -28,7 +28,7 @@ class Worker:
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of `work`. Raises `BusyError`, or what `work` raises."""
-        return await asyncio.wrap_future(self._submit(work))
+        return await asyncio.wrap_future(self.submit(work))
 
     def stream(self, work: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
         """What `work` yields, while it works; it stops after its next piece when nobody listens any more.
@@ -48,7 +48,7 @@ class Worker:
                 if left.is_set():
                     return
 
-        future = self._submit(all_pieces)
+        future = self.submit(all_pieces)
         future.add_done_callback(lambda _: put(None))
 
         async def listen() -> AsyncIterator[T]:
@@ -62,7 +62,8 @@ class Worker:
 
         return listen()
 
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Queue `work`. Raises `BusyError`."""
         if not self._places.acquire(blocking=False):
             raise BusyError
         future = self._thread.submit(work)

@@ -45,9 +45,10 @@ class Made:
         return Question(context, None, (drawn("Hello!"),), "typed")
 
 
-def page(file: Path, questions: Any, raters: tuple[str, ...] = ()) -> TestClient:
+def page(file: Path | RatingLog, questions: Any, raters: tuple[str, ...] = ()) -> TestClient:
     """What a page in a browser sends: with the cookie, and an Origin."""
-    app = RatingApp(questions, RatingLog(file), raters, "runs/tiny").routes()
+    log = RatingLog(file) if isinstance(file, Path) else file
+    app = RatingApp(questions, log, raters, "runs/tiny").routes()
     client = TestClient(Guard(app, [], TOKEN), f"http://{HOST}", headers={"Origin": f"http://{HOST}"})
     client.cookies.set("token", TOKEN)
     return client

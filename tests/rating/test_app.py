@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from perl.data.jsonl import read_jsonl
+from perl.rating.log import RatingLog
 from tests.rating.asking import HOST, TOKEN, Made, one, page, two
 
 
@@ -108,8 +109,10 @@ def test_two_raters_are_asked_the_same_and_their_agreement_is_known(file: Path) 
 
 
 def test_it_goes_on_where_it_was_left(file: Path) -> None:
-    with page(file, Made(one("a"), one("b"))) as client:
-        rate(client, ask(client), label=True)
+    log = RatingLog(file)
+    client = page(log, Made(one("a"), one("b")))
+    rate(client, ask(client), label=True)
+    log.close()
     client = page(file, Made(one("c")))
     assert client.get("/api/state").json()["summary"]["raters"] == {"ann": 1}
     assert ask(client, "bo")["completions"] == ["a"], "what ann has rated"

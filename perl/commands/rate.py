@@ -49,6 +49,8 @@ def rate(
         app, token = RatingApp(questions, log, names, str(run)).routes(), secrets.token_urlsafe(24)
         print(f"{address_of(listening)}/?token={token}", flush=True)
         console.print(f"Open that address to rate; ratings go to {log.file}. Ctrl-C ends.", markup=False)
-        if not is_loopback(listening):
+        exposed = not is_loopback(listening)
+        if exposed:
             console.print("Others can reach this port, over plain HTTP: give the address to those who may rate.")
-        serve(Guard(app, [host], token, f"perl-rate-{listening.getsockname()[1]}"), listening)
+        cookie = f"perl-rate-{listening.getsockname()[1]}"
+        serve(Guard(app, any_host=exposed, token=token, cookie=cookie), listening)

@@ -19,4 +19,4 @@ def serve(run: Run, port: Port = 8000, host: Host = "127.0.0.1") -> None:
         console.print(
             "To try things out, one request at a time; for production, vLLM: docs/serving.md. Ctrl-C ends."
         )
-        listen.serve(Guard(openai_app(loaded), [host]), listening)
+        listen.serve(Guard(openai_app(loaded), any_host=not listen.is_loopback(listening)), listening)

@@ -124,7 +124,8 @@ class RatingApp:
             return self._answer(typed)
         question = self._waiting(rater, wanted, ask.besides)
         if question is None:
-            drawn = await self._worker.run(lambda: self._questions.draw(wanted, set(self._known)))
+            known = set(self._known)
+            drawn = await self._worker.run(lambda: self._questions.draw(wanted, known))
             self._known |= {one.id: one for one in drawn}
             question = self._waiting(rater, wanted, ask.besides) or drawn[0]
         return self._answer(question)

@@ -156,11 +156,15 @@ class RatingLog:
 
     def _end_whole(self) -> None:
         """Remove a last line that was cut short: nobody was told that it is saved."""
-        text = self.file.read_bytes()
-        kept = text.rpartition(b"\n")[0]
-        if text and not text.endswith(b"\n"):
+        before, _, last = self.file.read_bytes().rpartition(b"\n")
+        if not last:
+            return
+        try:
+            line_value(last)
+            os.write(self._descriptor, b"\n")
+        except RowError:
             console.print(f"{self.file}: the last line was cut short, and is removed", markup=False)
-            os.ftruncate(self._descriptor, len(kept) + bool(kept))
+            os.ftruncate(self._descriptor, len(before) + bool(before))
 
     def _read(self, line: bytes, where: str) -> None:
         """Take in a row; those that were not written here stay in the file and are nothing to us."""

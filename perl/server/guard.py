@@ -3,7 +3,6 @@
 import ipaddress
 import secrets
 import socket
-from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -27,21 +26,20 @@ HEADERS = {
 class Guard:
     """ASGI middleware that answers 403 with nothing to whoever may not ask.
 
-    - `Host` must be an address or a name of this machine: DNS rebinding needs a name of the attacker's.
+    - `Host` must be an address, localhost or this machine's name: DNS rebinding needs a name of the attacker's.
     - A request that another page sends (CSRF) has that page's `Origin`.
     - With a token, it must be in the address, in the cookie that the page then gets, or an Authorization: Bearer.
 
     Args:
-        names: hosts that are allowed beside addresses, localhost and this machine's name.
+        any_host: whatever name others have for this machine, of a port that is open to them.
         token: None: whoever reaches the port may ask.
         cookie: its name; cookies are shared by all ports of a host.
     """
 
     def __init__(
-        self, app: ASGIApp, names: Iterable[str], token: str | None = None, cookie: str = "token"
+        self, app: ASGIApp, *, any_host: bool = False, token: str | None = None, cookie: str = "token"
     ) -> None:
-        self._app, self._token, self._cookie = app, token, cookie
-        self._names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in names)}
+        self._app, self._any_host, self._token, self._cookie = app, any_host, token, cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what is allowed, and add the headers that keep the page to itself."""
@@ -66,7 +64,8 @@ class Guard:
     def _is_host(self, request: Request) -> bool:
         try:
             name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-            return name in self._names or bool(ipaddress.ip_address(name))
+            own = self._any_host or name in ("localhost", socket.gethostname().lower())
+            return own or bool(ipaddress.ip_address(name))
         except ValueError:
             return False
 

@@ -49,6 +49,6 @@ def page(file: Path | RatingLog, questions: Any, raters: tuple[str, ...] = ()) -
     """What a page in a browser sends: with the cookie, and an Origin."""
     log = RatingLog(file) if isinstance(file, Path) else file
     app = RatingApp(questions, log, raters, "runs/tiny").routes()
-    client = TestClient(Guard(app, [], TOKEN), f"http://{HOST}", headers={"Origin": f"http://{HOST}"})
+    client = TestClient(Guard(app, token=TOKEN), f"http://{HOST}", headers={"Origin": f"http://{HOST}"})
     client.cookies.set("token", TOKEN)
     return client

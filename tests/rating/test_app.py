@@ -55,6 +55,7 @@ def test_without_the_token_there_is_nothing(file: Path) -> None:
         ({"Origin": "http://127.0.0.1:9"}, 403),
         ({"Host": "evil.example:8010", "Origin": "http://evil.example:8010"}, 403),
         ({"Host": ""}, 403),
+        ({"Host": "[::1", "Origin": "http://[::1"}, 403),
         ({"Host": "localhost:9000", "Origin": "http://localhost:9000"}, 200),
         ({"Content-Type": "text/plain"}, 415),
     ],

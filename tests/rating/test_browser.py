@@ -74,7 +74,7 @@ def keys() -> Any:
 
 
 def app(file: Path, *questions: Any) -> Guard:
-    return Guard(RatingApp(Made(*questions), RatingLog(file), [], "runs/tiny").routes(), [], TOKEN)
+    return Guard(RatingApp(Made(*questions), RatingLog(file), [], "runs/tiny").routes(), token=TOKEN)
 
 
 def test_one_rates_by_keyboard_is_closed_and_goes_on(browser: Any, keys: Any, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_killed_server_loses_nothing_that_it_called_saved(file: Path) -> None:
 
 
 def test_one_process_writes_it_and_rows_of_others_stay(file: Path) -> None:
-    file.write_text('{"prompt": "a", "completion": "b", "label": 1, "rated": "by hand"}\n')
+    file.write_text('{"prompt": "a", "completion": "b", "label": 1, "rated": "by hand"}')
     log = RatingLog(file)
     assert log.entries == {}
     log.add(one(), "ann", UP)

@@ -29,7 +29,7 @@ def run(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def client(run: LoadedRun) -> Iterator[TestClient]:
-    with TestClient(Guard(openai_app(run), []), "http://127.0.0.1:8000") as client:
+    with TestClient(Guard(openai_app(run)), "http://127.0.0.1:8000") as client:
         yield client
 
 

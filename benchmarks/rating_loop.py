@@ -5,8 +5,8 @@
 The coffee shop's gold judge is the rater, without noise. A run has SFT, a reward model and a policy of 100
 ratings; then, in each of two rounds, 200 completions of the last run's roles on training prompts are rated as
 `perl-rlhf rate` asks for them and writes them, and the stages are run again on all ratings so far. Both arms start
-from the same run and differ in `--choose` alone. All is judged on prompts and turns that no run has: gold is the share
-of the policy's completions that the judge finds right, AUROC that of the reward model against the judge.
+from the same run and differ in `--choose` alone. All is judged on prompts and turns that no run has: gold is the
+share of the policy's completions that the judge finds right, AUROC that of the reward model against the judge.
 
 Called again, it goes on where it stopped. In --out: a run folder each, ratings.jsonl, and loop.json.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from sklearn.metrics import roc_auc_score
 
 import perl
-from benchmarks import rated_shop
 from perl.data.simulator.source import simulate
 from perl.rating.log import Opinion, RatingLog
 from perl.rating.questions import CHOICES, Questions
@@ -35,7 +34,7 @@ KEYS = [
     "reward.batch_size=16",
     "rl.anyway=true",
     "rl.eval_prompts=16",
-    f"plugins=[{rated_shop.__file__}]",
+    f"plugins=[{ROOT / 'benchmarks' / 'rated_shop.py'}]",
 ]
 
 

@@ -171,9 +171,8 @@ class LoadedRun:
         sampling = self._sampling(contexts, role, max_new_tokens, temperature)
         if not contexts:
             return []
-        return self._draw(
-            [self._prompt(one, sampling) for one in contexts], role, sampling, self._generator(seed)
-        )[0]
+        prompts = [self._prompt(one, sampling) for one in contexts]
+        return self._draw(prompts, role, sampling, self._generator(seed))[0]
 
     def pieces(
         self,
@@ -185,12 +184,8 @@ class LoadedRun:
     ) -> Iterator[Completion]:
         """One completion while it is drawn: what there is of it after every `PIECE` tokens, at last the whole."""
         sampling = self._sampling([context], role, max_new_tokens, temperature)
-        return self._pieces(context, role, sampling, self._generator(seed))
-
-    def _pieces(
-        self, context: Context, role: str, sampling: Sampling, generator: torch.Generator
-    ) -> Iterator[Completion]:
-        prompt, drawn, ended = self._prompt(context, sampling), list[int](), False
+        prompt, generator = self._prompt(context, sampling), self._generator(seed)
+        drawn, ended = list[int](), False
         while not ended and len(drawn) < sampling.max_new_tokens:
             piece = replace(sampling, max_new_tokens=min(PIECE, sampling.max_new_tokens - len(drawn)))
             ((last,), (ids,)) = self._draw([prompt + drawn], role, piece, generator)

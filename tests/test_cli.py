@@ -38,6 +38,8 @@ COMMANDS = [
         "sweep",
         "generate",
         "score",
+        "rate",
+        "serve",
         "keys",
     ),
     *("data", "data fetch", "data import", "data check", "data leaks"),

@@ -40,7 +40,7 @@ async function ask(path, body, tries = 10) {
     throw new Error("the server does not answer; start it again and open its new address");
   }
   if (response.status === 503 && tries > 1) {
-    say("Waiting: others are being served…");
+    if (page.busy) say("Waiting: others are being served…");
     await new Promise((wake) => setTimeout(wake, 1000 * Number(response.headers.get("Retry-After"))));
     return ask(path, body, tries - 1);
   }

@@ -21,7 +21,7 @@ from perl.data.records import Context
 from perl.errors import UserError
 from perl.library import Completion, LoadedRun
 from perl.server.bodies import body_of
-from perl.server.openai_requests import MAX_ROWS, ChatRequest, CompletionRequest, ScoreRequest
+from perl.server.openai_requests import MAX_ROWS, ChatRequest, CompletionRequest, Generation, ScoreRequest
 from perl.server.worker import BusyError, Worker
 
 RETRY_AFTER = 5
@@ -120,11 +120,10 @@ class _Api:
         role, settings = self._known(asked.model, self._roles), asked.generation()
         contexts = [context for context in asked.contexts() for _ in range(settings.n)]
         if not 0 < len(contexts) <= (1 if asked.stream else MAX_ROWS):
-            raise HTTPException(
-                400, f"{len(contexts)} completions are asked for; 1 of a stream, else to {MAX_ROWS}"
-            )
+            most = "a stream has 1" if asked.stream else f"1 to {MAX_ROWS} can be"
+            raise HTTPException(400, f"{len(contexts)} completions are asked for; {most}")
         if asked.stream:
-            return self._stream(asked, contexts[0], role, form)
+            return await self._stream(asked, contexts[0], role, settings, form)
         drawn = await self.worker.run(
             lambda: self._run.draw(contexts, role, settings.max_tokens, settings.temperature, settings.seed)
         )
@@ -136,27 +135,35 @@ class _Api:
         usage = _usage(prompts, sum(one.tokens for one in drawn))
         return JSONResponse({**self._head(form.prefix, form.object, role), "choices": choices, "usage": usage})
 
-    def _stream(self, asked: ChatRequest | CompletionRequest, context: Context, role: str, form: Form) -> Response:
+    async def _stream(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        context: Context,
+        role: str,
+        settings: Generation,
+        form: Form,
+    ) -> Response:
         """Server-sent events, one for each few tokens."""
-        settings, head = asked.generation(), self._head(form.prefix, form.stream_object, role)
-        drawing = self._run.pieces(context, role, settings.max_tokens, settings.temperature, settings.seed)
 
         def pieces() -> Iterator[Completion]:
-            for one in drawing:
+            arguments = settings.max_tokens, settings.temperature, settings.seed
+            for one in self._run.pieces(context, role, *arguments):
                 yield one
                 if settings.stops(one.text):
                     return
 
-        # Here, where a full queue can still be refused.
-        drawn = self.worker.stream(pieces)
+        head, drawn = self._head(form.prefix, form.stream_object, role), self.worker.stream(pieces)
+        first = await anext(drawn)  # what cannot be drawn is refused here, before a stream has begun
 
         async def events() -> AsyncIterator[str]:
-            said = ""
-            async for last in drawn:
-                text = settings.settled(last)
+            said, last = "", first
+            piece: Completion | None = first
+            while piece is not None:
+                last, text = piece, settings.settled(piece)
                 if text.startswith(said) and text != said:
                     yield _event(head, [{"index": 0, **form.piece(text[len(said) :]), "finish_reason": None}])
                     said = text
+                piece = await anext(drawn, None)
             text, reason = settings.cut(last)
             yield _event(head, [{"index": 0, **form.piece(text[len(said) :]), "finish_reason": reason}])
             if asked.include_usage:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ class Worker:
         """The result of `work`. Raises `BusyError`, or what `work` raises."""
         return await asyncio.wrap_future(self.submit(work))
 
-    def stream(self, work: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+    def stream(self, work: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
         """What `work` yields, while it works; it stops after its next piece when nobody listens any more.
 
         Raises:
@@ -51,7 +51,7 @@ class Worker:
         future = self.submit(all_pieces)
         future.add_done_callback(lambda _: put(None))
 
-        async def listen() -> AsyncIterator[T]:
+        async def listen() -> AsyncGenerator[T, None]:
             try:
                 while (piece := await pieces.get()) is not None:
                     yield piece

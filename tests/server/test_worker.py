@@ -53,7 +53,7 @@ def test_a_stream_gives_pieces_ends_with_its_error_and_stops_when_nobody_listens
         worker = Worker()
         stream = worker.stream(pieces)
         assert [await anext(stream), await anext(stream)] == [0, 1]
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         failing = worker.stream(broken)
         assert await anext(failing) == 1
         with pytest.raises(ValueError, match="broken"):

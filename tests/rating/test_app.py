@@ -7,7 +7,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from perl.data.jsonl import read_jsonl
+from perl.rating.app import RatingApp
 from perl.rating.log import RatingLog
+from perl.server.guard import Guard
 from tests.rating.asking import HOST, TOKEN, Made, one, page, two
 
 
@@ -65,6 +67,16 @@ def test_another_page_cannot_post(headers: dict[str, str], status: int, file: Pa
     body = b'{"rater": "ann"}'
     headers = {"Content-Type": "application/json", "Cookie": f"token={TOKEN}", **headers}
     assert client.post("/api/next", content=body, headers=headers).status_code == status
+
+
+def test_on_a_port_open_to_others_any_name_of_the_machine_does_but_the_token_stays(file: Path) -> None:
+    app = RatingApp(Made(one()), RatingLog(file), [], "runs/tiny").routes()
+    client = TestClient(Guard(app, any_host=True, token=TOKEN), "http://gpu.lab.example:8010")
+    assert client.get("/").status_code == 403
+    assert client.get(f"/?token={TOKEN}").status_code == 200
+    body = {"json": {"rater": "ann"}}
+    assert client.post("/api/next", **body, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert client.post("/api/next", **body, headers={"Origin": "http://gpu.lab.example:8010"}).status_code == 200
 
 
 def test_a_post_without_an_origin_needs_the_token_in_a_header(file: Path) -> None:

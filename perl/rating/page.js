@@ -104,6 +104,10 @@ function showPrompt(turns) {
     return turn;
   }));
   $("prompt").classList.remove("scrolled");
+  showNewest();
+}
+
+function showNewest() {
   $("prompt").scrollTop = $("prompt").scrollHeight;
 }
 
@@ -234,6 +238,7 @@ function showState(state) {
   }));
 }
 
+addEventListener("resize", showNewest);
 $("prompt").addEventListener("scroll", () => $("prompt").classList.toggle("scrolled", $("prompt").scrollTop > 0));
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-act]");

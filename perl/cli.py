@@ -24,7 +24,9 @@ from perl.commands import (
     import_data,
     init,
     keys,
+    rate,
     score,
+    serve,
 )
 from perl.commands import report as report_command
 from perl.commands import run as stages
@@ -59,6 +61,8 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "keys": keys.keys,
     "generate": generate.generate,
     "score": score.score,
+    "rate": rate.rate,
+    "serve": serve.serve,
 }
 GO_ON = {*LAUNCHABLE, "compare", "sweep"}
 """The commands that begin where they were left; `compare --steps` measures anew."""

@@ -1,7 +1,7 @@
 """PERL from Python: run a recipe, and use what a run has trained."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,25 @@ Messages = Sequence[Mapping[str, str]]
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 """The roles that write."""
 MICRO_BATCH_SIZE = 32
+PIECE = 16
+"""Tokens that `LoadedRun.pieces` draws at once."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion that was drawn.
+
+    Attributes:
+        text: without its end token.
+        ended: whether the role ended it; else it was cut at `max_new_tokens`.
+        tokens: drawn, the end token included.
+        prompt_tokens: it was drawn after, what did not fit into the base's context left out.
+    """
+
+    text: str
+    ended: bool
+    tokens: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,16 @@ class LoadedRun:
         contexts = [_record(f"prompts[{index}]", prompt).context for index, prompt in enumerate(prompts)]
         return self.complete(contexts, role, max_new_tokens, temperature, seed)
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of a completion at most, where nothing else is asked for: the recipe's, or 128."""
+        return self.recipe.rl.max_new_tokens if self.recipe.rl is not None else 128
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling, where nothing else is asked for: the recipe's, or 1."""
+        return self.recipe.rl.temperature if self.recipe.rl is not None else 1.0
+
     def complete(
         self,
         contexts: Sequence[Context],
@@ -128,23 +157,70 @@ class LoadedRun:
         seed: int = 0,
     ) -> list[str]:
         """As `generate`, of contexts as PERL's records have them."""
-        session, chat, rl = self.session, self.session.base.chat, self.recipe.rl
-        if max_new_tokens is None:
-            max_new_tokens = rl.max_new_tokens if rl is not None else 128
-        if temperature is None:
-            temperature = rl.temperature if rl is not None else 1.0
-        kinds = {context[-1].speaker == "text" for context in contexts}
-        self._check(role, len(kinds), max_new_tokens, temperature)
+        return [one.text for one in self.draw(contexts, role, max_new_tokens, temperature, seed)]
+
+    def draw(
+        self,
+        contexts: Sequence[Context],
+        role: str,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """As `complete`, with the counts of tokens."""
+        sampling = self._sampling(contexts, role, max_new_tokens, temperature)
         if not contexts:
             return []
-        session.load(Role(role))
-        session.roles.eval()
-        room = session.base.context_length - max_new_tokens
-        prompts = [chat.context(context, room) for context in contexts]
-        sampling = Sampling(max_new_tokens, temperature, chat.ends(contexts[0]), chat.pad_id, MICRO_BATCH_SIZE)
-        generator = torch.Generator(session.device).manual_seed(derived_seed(seed, "generate", 0))
-        samples = LocalSampler(session.roles).draw(Role(role), prompts, sampling, generator)
-        return [chat.decode(ids) for ids in samples.completions()]
+        prompts = [self._prompt(one, sampling) for one in contexts]
+        return self._draw(prompts, role, sampling, self._generator(seed))[0]
+
+    def pieces(
+        self,
+        context: Context,
+        role: str,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[Completion]:
+        """One completion while it is drawn: what there is of it after every `PIECE` tokens, at last the whole."""
+        sampling = self._sampling([context], role, max_new_tokens, temperature)
+        prompt, generator = self._prompt(context, sampling), self._generator(seed)
+        drawn, ended = list[int](), False
+        while not ended and len(drawn) < sampling.max_new_tokens:
+            piece = replace(sampling, max_new_tokens=min(PIECE, sampling.max_new_tokens - len(drawn)))
+            ((last,), (ids,)) = self._draw([prompt + drawn], role, piece, generator)
+            drawn, ended = drawn + ids, last.ended
+            yield Completion(self.session.base.chat.decode(drawn), ended, len(drawn), len(prompt))
+
+    def _sampling(
+        self, contexts: Sequence[Context], role: str, max_new_tokens: int | None, temperature: float | None
+    ) -> Sampling:
+        """How to draw completions of these contexts. Raises `UserError` where they cannot be drawn."""
+        max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        temperature = self.temperature if temperature is None else temperature
+        kinds = {context[-1].speaker == "text" for context in contexts}
+        self._check(role, len(kinds), max_new_tokens, temperature)
+        chat = self.session.base.chat
+        ends = chat.ends(contexts[0]) if contexts else ()
+        return Sampling(max_new_tokens, temperature, ends, chat.pad_id, MICRO_BATCH_SIZE)
+
+    def _prompt(self, context: Context, sampling: Sampling) -> list[int]:
+        room = self.session.base.context_length - sampling.max_new_tokens
+        return self.session.base.chat.context(context, room)
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.session.device).manual_seed(derived_seed(seed, "generate", 0))
+
+    def _draw(
+        self, prompts: Sequence[list[int]], role: str, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[list[Completion], list[list[int]]]:
+        """A completion of each prompt, and its tokens."""
+        self.session.load(Role(role))
+        self.session.roles.eval()
+        samples = LocalSampler(self.session.roles).draw(Role(role), prompts, sampling, generator)
+        ids, chat = samples.completions(), self.session.base.chat
+        drawn = zip(ids, samples.ended_B.tolist(), prompts, strict=True)
+        return [Completion(chat.decode(one), end, len(one), len(prompt)) for one, end, prompt in drawn], ids
 
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
         """Refuse what cannot be generated."""

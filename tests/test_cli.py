@@ -38,6 +38,8 @@ COMMANDS = [
         "sweep",
         "generate",
         "score",
+        "rate",
+        "serve",
         "keys",
         "compare-runs",
         "init",

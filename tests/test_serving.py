@@ -150,6 +150,7 @@ def test_the_commands_and_the_code_of_the_docs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(runs["top-half"].folder)
+    monkeypatch.setattr("perl.server.listen.serve", lambda app, listening: None)
     text = (ROOT / "docs" / "serving.md").read_text()
     variables: dict[str, Any] = {}
     served = 0
@@ -160,7 +161,8 @@ def test_the_commands_and_the_code_of_the_docs(
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["perl-rlhf"]:
-                code, said = run_cli(*words[1:])
+                free = ["--port", "0"] if words[1] == "serve" else []
+                code, said = run_cli(*words[1:], *free)
                 assert code == 0, said
             elif "vllm" in words or "text-generation-launcher" in words:
                 served += 1

@@ -16,6 +16,10 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics there.")]
+Port = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free.")]
+Host = Annotated[
+    str, typer.Option("--host", metavar="ADDRESS", help="Another than the loopback's lets others in.")
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 

@@ -10,6 +10,8 @@
 A `label` between 0 and 1 is the probability that the answer is rated up. A comparison may have a `margin`, as
 TRL's do, or the `probability` that `chosen` is the better.
 
+Of rows that `perl-rlhf rate` has written only those in force are read (`perl.data.rated`).
+
 Every row also yields a prompt: its context, with the row's further fields as columns. A row that fits no format is
 a `Problem` and is left out; only a file that cannot be used at all is an error.
 """
@@ -24,6 +26,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
+from perl.data.rated import RATED, in_force, rated_of
 from perl.data.records import (
     JSON,
     Comparison,
@@ -90,13 +93,17 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
     """
     names: Counter[str] = Counter()
 
-    def parse(value: Value) -> list[Record]:
+    def parse(value: Value) -> tuple[str | None, list[Record]]:
         row = value()
+        rated = rated_of(row)
+        if rated is not None and rated.undone:
+            return rated.id, []
         names.update(list(row) if isinstance(row, dict) else [])
-        return parse_row(row)
+        return None if rated is None else rated.id, parse_row(row)
 
     values = numbered_values(path, columns or {})
-    rows, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
+    written, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
+    rows = in_force(written)
     hint = _hint(_mapping(names, len(rows) + len(problems)))
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
@@ -167,6 +174,7 @@ def parse_row(value: object) -> list[Record]:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
     record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
+    used |= {RATED} if rated_of(row) is not None else set()
     columns = {key: cast(JSON, value) for key, value in row.items() if key not in used}
     usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
     prompt = Prompt(record.context, record.dialogue, columns)

@@ -26,12 +26,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
-            _flush(path)
+            flush(path)
         if folder.exists():  # a folder that is not empty cannot be replaced in one go
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
         unfinished.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -41,7 +41,7 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never half."""
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(file)
 
 
@@ -79,7 +79,7 @@ def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
         raise OSError(errno.EIO, str(error), str(file)) from None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of entries, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

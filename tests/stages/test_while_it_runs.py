@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from perl.runs.trackers import sending
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from perl.runs.trackers import sending
 from perl.stages import report_file
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 

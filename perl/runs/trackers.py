@@ -1,0 +1,75 @@
+"""Metrics in TensorBoard, Weights & Biases and trackio too, by accelerate's trackers.
+
+All of them work without a network. TensorBoard's files are in the run folder. wandb writes there too, for `wandb
+sync`, where no key of it is found on this machine or WANDB_MODE=offline is set. trackio has its own folder.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from perl.errors import UserError
+
+Send = Callable[[int, Mapping[str, float]], None]
+"""Is given a step and its metrics."""
+
+
+def require(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not installed.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            remedy = f"pip install {name}, or leave it out of report_to."
+            raise UserError(f"{name} is not installed", where="report_to", remedy=remedy)
+
+
+@contextlib.contextmanager
+def sending(
+    names: Sequence[str], run: str, stage: str, folder: Path, settings: Mapping[str, object], done: int
+) -> Iterator[Send]:
+    """Inside, what is given is sent to these trackers, as `STAGE/METRIC`.
+
+    Args:
+        run: the name of the run: the project of wandb and trackio.
+        folder: of the run.
+        settings: the recipe's keys.
+        done: steps that an earlier process has sent.
+    """
+    trackers: list[GeneralTracker] = []
+    own: dict[str, dict[str, object]] = {
+        "tensorboard": {"logging_dir": str(folder / "tensorboard"), "purge_step": done + 1},
+        "wandb": {"name": stage, "dir": str(folder), "mode": _wandb_mode()},
+        "trackio": {"name": stage},
+    }
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            tracker = LOGGER_TYPE_TO_CLASS[name](stage if name == "tensorboard" else run, **own[name])
+            tracker.start()
+            stack.callback(tracker.finish)
+            tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
+            trackers.append(tracker)
+
+        def send(step: int, metrics: Mapping[str, float]) -> None:
+            for tracker in trackers:
+                tracker.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
+
+        yield send
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, bool | str | int | float | None) else str(value)
+
+
+def _wandb_mode() -> str:
+    """Offline where nobody is logged in: wandb would stop to ask."""
+    known = "WANDB_API_KEY" in os.environ
+    with contextlib.suppress(OSError):
+        known = known or "wandb" in Path("~/.netrc").expanduser().read_text(encoding="utf-8")
+    return os.environ.get("WANDB_MODE") or ("online" if known else "offline")

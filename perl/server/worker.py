@@ -1,0 +1,75 @@
+"""One computation at a time behind a bounded queue: the base in memory computes as one role at a time."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+PLACES = 64
+
+
+class BusyError(Exception):
+    """The queue is full: ask again later."""
+
+
+class Worker:
+    """Does what it is asked for in one thread, in order.
+
+    Args:
+        places: computations that may wait or be under way at once.
+    """
+
+    def __init__(self, places: int = PLACES) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._places = threading.BoundedSemaphore(places)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`. Raises `BusyError`, or what `work` raises."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def stream(self, work: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
+        """What `work` yields, while it works; it stops after its next piece when nobody listens any more.
+
+        Raises:
+            BusyError: at once, before anything is asked of the iterator.
+        """
+        loop, pieces, left = asyncio.get_running_loop(), asyncio.Queue[T | None](), threading.Event()
+
+        def put(piece: T | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server is stopping
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def all_pieces() -> None:
+            for piece in work():
+                put(piece)
+                if left.is_set():
+                    return
+
+        future = self.submit(all_pieces)
+        future.add_done_callback(lambda _: put(None))
+
+        async def listen() -> AsyncGenerator[T, None]:
+            try:
+                while (piece := await pieces.get()) is not None:
+                    yield piece
+                future.result()
+            finally:
+                left.set()
+                future.cancel()
+
+        return listen()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Queue `work`. Raises `BusyError`."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError
+        future = self._thread.submit(work)
+        future.add_done_callback(lambda _: self._places.release())
+        return future
+
+    def close(self) -> None:
+        """Drop what waits, and wait for what is under way."""
+        self._thread.shutdown(cancel_futures=True)

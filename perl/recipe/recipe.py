@@ -15,8 +15,19 @@ from perl.recipe.supervised import Reward, Sft
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
-CHANGE_NOTHING = ("sft.from", "reward.from", "rl.anyway")
-"""Keys that say what may be done, and change no result."""
+CHANGE_NOTHING = (
+    "sft.from",
+    "reward.from",
+    "rl.anyway",
+    *(
+        f"rl.sampler.{key}"
+        for key in ("url", "adapter_dir", "time_limit", "patience", "in_flight", "mismatch_limit")
+    ),
+)
+"""Keys that say what may be done, and where and how fast, and change no result."""
+
+SERVED = (LORA, "rslora")
+"""Kinds of adapters that vLLM serves."""
 
 
 class Recipe(Section):
@@ -64,6 +75,15 @@ class Recipe(Section):
             raise ValueError(
                 f"adapters of kind {self.adapter_kind} need whole weights, because {why}: set base.quantization: "
                 "none, or use kind lora"
+            )
+        if self.rl and self.rl.sampler.kind == "server" and self.adapter_kind not in SERVED:
+            raise ValueError(
+                f"servers do not take adapters of kind {self.adapter_kind}: use kind {' or '.join(SERVED)}, or "
+                "leave rl.sampler out"
+            )
+        if self.rl and self.rl.sampler.kind == "server" and self.tuning == "full":
+            raise ValueError(
+                "servers are given adapters, and there are none: set tuning: lora, or leave rl.sampler out"
             )
         if self.tuning == "full" and self.rl and self.rl.row.trust_region is not None:
             raise ValueError(

@@ -171,11 +171,16 @@ class MetricsLog:
             write_whole(file, "".join(lines[:done]))
             self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a line, flushed for readers who follow the run; values that are not finite become null."""
+    def write(self, step: int, metrics: dict[str, float], adapter: str | None = None) -> None:
+        """Add a line, flushed for readers who follow the run; values that are not finite become null.
+
+        Args:
+            adapter: the name of the weights that completions were drawn with, where a sampler has a copy.
+        """
         if self._file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            line: dict[str, Any] = {"step": step} | ({} if adapter is None else {"adapter": adapter})
+            line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def __enter__(self) -> "MetricsLog":

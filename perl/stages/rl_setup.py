@@ -59,7 +59,7 @@ def eval_prompts(session: Session) -> EncodedPrompts:
 def setup_collector(session: Session) -> Collector:
     """The recipe's sampler and reward, of the roles in memory."""
     settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
-    sampler = SAMPLERS[settings.sampler.kind](session.roles)
+    sampler = SAMPLERS[settings.sampler.kind](session.roles, settings.sampler.settings)
     for role in sorted(session.roles.roles):
         sampler.sync(role)
     return Collector(

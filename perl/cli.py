@@ -22,6 +22,7 @@ from perl.commands import (
     generate,
     import_data,
     keys,
+    sampler,
     score,
 )
 from perl.commands import report as report_command
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "keys": keys.keys,
     "generate": generate.generate,
     "score": score.score,
+    "sampler": sampler.sampler,
 }
 
 app = typer.Typer(

@@ -81,6 +81,10 @@ class Recipe(Section):
                 f"servers do not take adapters of kind {self.adapter_kind}: use kind {' or '.join(SERVED)}, or "
                 "leave rl.sampler out"
             )
+        if self.rl and self.rl.sampler.kind == "server" and self.base.random_init:
+            raise ValueError(
+                "no server has weights that are drawn at random here: leave random_init or rl.sampler out"
+            )
         if self.rl and self.rl.sampler.kind == "server" and self.tuning == "full":
             raise ValueError(
                 "servers are given adapters, and there are none: set tuning: lora, or leave rl.sampler out"

@@ -72,7 +72,7 @@ def _command(recipe: Recipe, base: str, url: str, cpu: bool) -> str:
         "--dtype": recipe.base.dtype,
         "--enable-lora": "",
         "--max-lora-rank": _rank(recipe),
-        "--max-loras": VERSIONS + (recipe.sft is not None),
+        "--max-loras": VERSIONS + recipe.rl.sampler.staleness + (recipe.sft is not None),
         "--logprobs-mode": "processed_logprobs",  # after the temperature
         "--generation-config": "vllm",  # not the base's own
     }

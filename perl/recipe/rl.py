@@ -44,6 +44,8 @@ class SamplerFrom(Section):
     """Seconds in which a server that does not answer may come back; what it was asked for is drawn again."""
     in_flight: Positive = 256
     """Requests to servers at once, of all processes."""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: a server draws the next step's completions while this one is learned from, with the policy as it was."""
     mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Mean difference between a server's log-probs and the policy's, in nats a token, above which the run ends.
     Unset: 0.001 in float32, 0.01 in float16, 0.04 in bfloat16."""
@@ -70,6 +72,8 @@ class SamplerFrom(Section):
         for url in self.settings.urls:
             if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
                 raise ValueError(f"{url!r} is no address of a server: write url as in http://127.0.0.1:8000")
+        if self.staleness and self.kind != "server":
+            raise ValueError("only a server draws while the policy learns: set url, or staleness to 0")
         if self.kind == "local" and self.adapter_dir is not None:
             raise ValueError("adapter_dir is for a server: set url, or leave adapter_dir out")
         return self

@@ -138,6 +138,7 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
     with loop.meter.step(loop.learner.optimizer):
         local, rollout, drawn = collect_step(loop, step)
         normalized_B = with_length_reward(loop, step, rollout, normalize(loop, step, rollout.rewards_B))
+        begin_next(loop, step + 1)
         learned = {"no_signal": 1.0}
         if loop.algorithm.has_signal(rollout, normalized_B):
             targets = estimate(loop, rollout, normalized_B)
@@ -173,6 +174,13 @@ def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]
         rollout = assembled(drawn, len(rollout.groups), ROUNDING)
         local = rollout.take(loop.collector.processes.shard(len(rollout.groups)))
     return local, rollout, drawn
+
+
+def begin_next(loop: Loop, step: int) -> None:
+    """Let a sampler that draws ahead begin with a step's first rollout, as the policy is now."""
+    if step < loop.steps:
+        prompts = loop.completed(loop.prompt_choice.of_step(step))
+        loop.collector.begin(Role.POLICY, prompts, loop.collector.generator("sample", step))
 
 
 def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tuple[Rollout, Rollout]:

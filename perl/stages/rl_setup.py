@@ -1,6 +1,7 @@
 """What RL begins with: the recipe's settings as the parts of the loop."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -110,7 +111,8 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     limits = Limits(
         kl=settings.kl_limit,
         penalized=penalty > 0,
-        mismatch=CLOSE_LOG_PROBS[collector.dtype],
+        # Of one that lags the difference is the policy's own movement, and it is compared with what it drew with.
+        mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
     )

@@ -24,6 +24,8 @@ class SamplerSettings:
     """Seconds in which a server that does not answer may come back."""
     in_flight: int = 256
     """Requests at once, to all servers."""
+    staleness: int = 0
+    """Updates that the weights may be old that a step's completions are drawn with: 0 or 1."""
     mismatch_limit: float | None = None
     """Nats a token between sampler and policy; None: by the base's dtype."""
 

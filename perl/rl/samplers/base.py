@@ -129,6 +129,11 @@ class Sampler(ABC):
     def __init__(self, roles: Roles, settings: SamplerSettings | None = None) -> None:
         self.roles, self.settings = roles, settings or SamplerSettings()
 
+    @property
+    def lags(self) -> bool:
+        """Whether it may draw a step's completions with the weights before the last update."""
+        return self.settings.staleness > 0
+
     @abstractmethod
     def draw(
         self,
@@ -148,6 +153,16 @@ class Sampler(ABC):
             read: asked of the hidden states that tokens are drawn from. A sampler that has none to show leaves
                 `read_BT` None, and what is missing is computed by a forward pass.
         """
+
+    def begin(  # noqa: B027  nothing has to be begun
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+    ) -> None:
+        """Begin what `draw` will be asked for next with equal arguments, where that goes on beside an update."""
 
     @abstractmethod
     def sync(self, role: Role) -> None:

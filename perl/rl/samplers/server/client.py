@@ -87,6 +87,8 @@ class Server:
 
     def __init__(self, url: str, time_limit: float, patience: float) -> None:
         self.url, self._time_limit, self._patience = url, time_limit, patience
+        self._away = False
+        """Whether it did not answer when it was asked last, which has been said."""
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx2.Client(
             base_url=url,
@@ -156,6 +158,7 @@ class Server:
         while True:
             try:
                 response = self._http.request(method, path, json=body, timeout=limit)
+                self._away = False
                 if response.status_code >= 500:
                     raise _UselessError(f"status {response.status_code}: {response.text[:200]}")
                 return read(response)
@@ -171,7 +174,8 @@ class Server:
             if time.monotonic() - since > self._patience if wait else failures >= TRIES:
                 times = f"for {self._patience:g} s" if wait else f"{TRIES} times"
                 raise ServerError(f"the server {why}, {times}", where=self.url, remedy=_remedy(why)) from None
-            if wait and failures == 1:
+            if wait and not self._away:
+                self._away = True
                 console.print(f"The server {self.url} {why}; it is waited for.", style="yellow", markup=False)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

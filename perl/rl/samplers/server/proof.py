@@ -118,7 +118,7 @@ class _Seen:
         """The earlier version that the policy's movement is measured from, if any."""
         self._now_BT = self._earlier_BT = self._read(role)
         if anchor is not None:
-            with _holding(roles, anchor.weights):
+            with holding(roles, role, anchor.weights):
                 self._earlier_BT = self._read(role)
 
     @property
@@ -167,9 +167,9 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _holding(roles: SharedBase, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the policy has other weights."""
-    parameters = roles.weights(Role.POLICY)
+def holding(roles: SharedBase, role: Role, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, a role has other weights, by their names."""
+    parameters = roles.weights(role)
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():

@@ -8,10 +8,12 @@ Axis letters: B completions, P prompt positions, T completion positions.
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from perl.backbones.padding import left_pad
 from perl.errors import UserError
@@ -19,7 +21,7 @@ from perl.rl.samplers import SamplerSettings
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.server.client import Completion, Server, ServerError, UnknownModelError
 from perl.rl.samplers.server.parallel import in_parallel
-from perl.rl.samplers.server.proof import Proof
+from perl.rl.samplers.server.proof import Proof, holding
 from perl.rl.samplers.server.versions import Versions
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
@@ -31,6 +33,17 @@ class _Request(NamedTuple):
     server: Server
     prompt: Sequence[int]
     seed: int
+
+
+class _Begun(NamedTuple):
+    """A draw that goes on beside other work."""
+
+    role: Role
+    name: str
+    weights: dict[str, Tensor]
+    """Of the role, when it was begun."""
+    requests: list[_Request]
+    results: "Future[list[Completion]]"
 
 
 class ServerSampler(Sampler):
@@ -48,16 +61,45 @@ class ServerSampler(Sampler):
             raise UserError(
                 "servers are given adapters, and there are none", where="rl.sampler", remedy="Set tuning: lora."
             )
+        self._roles = roles
         self._servers = [Server(url, settings.time_limit, settings.patience) for url in settings.urls]
         self._versions = Versions(roles, self._servers, Path(settings.adapter_dir))
         self._proof = Proof(roles, settings.mismatch_limit)
         self._names: dict[Role, str] = {}
         """What the servers call the roles whose weights they have."""
         self._loading = threading.Lock()
+        self._begun: _Begun | None = None
 
     def sync(self, role: Role) -> None:
         """Note that the weights have changed; the servers get them before the next draw as this role."""
         self._names.pop(role, None)
+
+    def begin(
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+    ) -> None:
+        """See `Sampler`; with the weights of now, if the recipe lets completions be one update old."""
+        if not self.settings.staleness:
+            return
+        requests = self._requests(prompts, generator, share)
+        name = self._together(lambda: self._name(role), main=True)
+        weights = {key: weight.detach().clone() for key, weight in self._roles.weights(role).items()}
+        results: Future[list[Completion]] = Future()
+
+        def work() -> None:
+            try:
+                results.set_result(
+                    in_parallel(lambda one: self._complete(name, one, sampling), requests, self._workers)
+                )
+            except BaseException as error:
+                results.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        self._begun, self._versions.in_use = _Begun(role, name, weights, requests, results), name
 
     def draw(
         self,
@@ -72,19 +114,31 @@ class ServerSampler(Sampler):
 
         Raises:
             ServerError: a server is slow, away, or says nothing useful; or it draws with something else than the
-                role's weights of now.
+                role's weights.
         """
-        rows, total = share or Share(list(range(len(prompts))), len(prompts))
-        seeds_B = torch.randint(2**31, (total,), generator=generator, device=generator.device)[rows].tolist()
+        requests, begun = self._requests(prompts, generator, share), self._begun
+        if begun is not None and (begun.role, begun.requests) == (role, requests):
+            self._begun = self._versions.in_use = None
+            samples = self._samples(prompts, self._together(begun.results.result), sampling, begun.name)
+            with holding(self._roles, role, begun.weights):
+                self._proof.require(role, samples, sampling, [one.server.url for one in requests])
+            return samples
         name = self._together(lambda: self._name(role), main=True)
-        servers = [self._servers[place % len(self._servers)] for place in range(len(prompts))]
-        requests = [_Request(*one) for one in zip(servers, prompts, seeds_B, strict=True)]
         drawn = self._together(
             lambda: in_parallel(lambda one: self._complete(name, one, sampling), requests, self._workers)
         )
         samples = self._samples(prompts, drawn, sampling, name)
-        self._proof.require(role, samples, sampling, [server.url for server in servers])
+        self._proof.require(role, samples, sampling, [one.server.url for one in requests])
         return samples
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], generator: torch.Generator, share: Share | None
+    ) -> list["_Request"]:
+        """What is asked of whom."""
+        rows, total = share or Share(list(range(len(prompts))), len(prompts))
+        seeds = torch.randint(2**31, (total,), generator=generator, device=generator.device)[rows].tolist()
+        servers = [self._servers[place % len(self._servers)] for place in range(len(prompts))]
+        return [_Request(*one) for one in zip(servers, prompts, seeds, strict=True)]
 
     @property
     def _workers(self) -> int:

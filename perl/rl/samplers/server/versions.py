@@ -59,6 +59,8 @@ class Versions:
         """Those of the policy that the servers know, the newest last."""
         self._unloaded: list[str] = []
         """Whose folders go next."""
+        self.in_use: str | None = None
+        """A version that is drawn with meanwhile."""
 
     def publish(self, role: Role) -> str:
         """Bring a role's weights of now to every server; their name there.
@@ -104,7 +106,8 @@ class Versions:
         for name in self._unloaded:
             if name not in self._policies:
                 shutil.rmtree(self._folder / name, ignore_errors=True)
-        old, self._policies = self._policies[:-KEPT], self._policies[-KEPT:]
+        old = [name for name in self._policies[:-KEPT] if name != self.in_use]
+        self._policies = [name for name in self._policies if name not in old]
         if everything_else:
             ours = (path.name for path in self._folder.iterdir() if NAME.fullmatch(path.name))
             current = {*self._policies, *(version_of(self._roles, role, self._folder) for role in self._served())}

@@ -1,6 +1,7 @@
 """Whole runs whose completions a server draws."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,30 @@ def test_a_fault_in_the_middle_ends_the_run_before_the_next_update_and_it_goes_o
     ]
 
 
+def test_a_server_draws_ahead_while_the_policy_learns(
+    fake: FakeVllm, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two rollouts are of the same weights, each later one of those that the one before began with."""
+    update, asked = perl.rl.loop.update, []
+
+    def slowly(*arguments: Any) -> dict[str, float]:
+        time.sleep(0.5)
+        asked.append(len(fake.asked))
+        return update(*arguments)
+
+    monkeypatch.setattr(perl.rl.loop, "update", slowly)
+    recipe, out = write(write_recipe, fake, tmp_path), tmp_path / "out"
+    status, said = run_cli("run", recipe, "rl.sampler.staleness=1", "--out", out)
+    assert status == 0, said
+    first, second, third = (step["adapter"] for step in lines(out))
+    assert first == second != third
+    mismatch = [step["sampler_mismatch"] for step in lines(out)]
+    assert mismatch[0] < 1e-5 < min(mismatch[1:])
+    # Both rollouts of the first weights were asked for before the first update was made.
+    assert first not in {one["model"] for one in fake.asked[asked[0] :]}
+    assert [one["model"] for one in fake.asked[: asked[0]]].count(first) >= 8
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -98,6 +123,7 @@ def test_a_fault_in_the_middle_ends_the_run_before_the_next_update_and_it_goes_o
         ({"sampler": {"url": "http://a:1"}}, "Set url, such as to http://127.0.0.1:8000, and adapter_dir"),
         ({"sampler": {"adapter_dir": "a"}}, "adapter_dir is for a server"),
         ({"sampler": {"kind": "server"}}, "a server needs a url"),
+        ({"sampler": {"staleness": 1}}, "only a server draws while the policy learns"),
     ],
 )
 def test_half_a_server_in_a_recipe_is_refused(

@@ -152,29 +152,32 @@ class Server:
         """Ask until there is an answer; `read` makes the result of it, or raises.
 
         A request that is late or whose answer is useless is sent `TRIES` times; a server that cannot be reached,
-        or says that it failed, is waited for.
+        or says that it has failed, is waited for.
         """
-        failures, pause, since = 0, PAUSE, time.monotonic()
+        useless, pause, away_since = 0, PAUSE, math.inf
         while True:
+            away = False
             try:
                 response = self._http.request(method, path, json=body, timeout=limit)
-                self._away = False
-                if response.status_code >= 500:
-                    raise _UselessError(f"status {response.status_code}: {response.text[:200]}")
-                return read(response)
+                away = response.status_code >= 500
+                if not away:
+                    self._away = False
+                    return read(response)
+                why = f"has failed: {_refused(response)}"
             except httpx2.ReadTimeout:
-                why, wait = f"is slow: {path} took longer than {limit:g} s", False
+                why = f"is slow: {path} took longer than {limit:g} s"
             except httpx2.TransportError as error:
-                why, wait = f"does not answer: {str(error) or type(error).__name__}", True
+                away, why = True, f"does not answer: {str(error) or type(error).__name__}"
             except ValidationError as error:
-                why, wait = f"sent half an answer from {path}: {error.errors(include_url=False)[0]['msg']}", False
+                why = f"sent half an answer from {path}: {error.errors(include_url=False)[0]['msg']}"
             except _UselessError as error:
-                why, wait = f"sent no answer from {path}: {error}", False
-            failures += 1
-            if time.monotonic() - since > self._patience if wait else failures >= TRIES:
-                times = f"for {self._patience:g} s" if wait else f"{TRIES} times"
+                why = f"sent no answer from {path}: {error}"
+            away_since = min(away_since, time.monotonic()) if away else math.inf
+            useless += not away
+            if useless >= TRIES or time.monotonic() - away_since >= self._patience:
+                times = f"for {self._patience:g} s" if away else f"{TRIES} times"
                 raise ServerError(f"the server {why}, {times}", where=self.url, remedy=_remedy(why)) from None
-            if wait and not self._away:
+            if away and not self._away:
                 self._away = True
                 console.print(f"The server {self.url} {why}; it is waited for.", style="yellow", markup=False)
             time.sleep(pause)

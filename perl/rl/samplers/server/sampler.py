@@ -8,7 +8,7 @@ Axis letters: B completions, P prompt positions, T completion positions.
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -20,9 +20,9 @@ from perl.errors import UserError
 from perl.rl.samplers import SamplerSettings
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.server.client import Completion, Server, ServerError, UnknownModelError
-from perl.rl.samplers.server.parallel import in_parallel
+from perl.rl.samplers.server.parallel import Calls
 from perl.rl.samplers.server.proof import Proof, holding
-from perl.rl.samplers.server.versions import Versions
+from perl.rl.samplers.server.versions import NAME, Versions
 from perl.roles.roles import Role, Roles
 from perl.roles.shared_base import SharedBase
 
@@ -35,15 +35,15 @@ class _Request(NamedTuple):
     seed: int
 
 
-class _Begun(NamedTuple):
-    """A draw that goes on beside other work."""
+class _Drawing(NamedTuple):
+    """A draw that goes on."""
 
     role: Role
     name: str
-    weights: dict[str, Tensor]
-    """Of the role, when it was begun."""
+    weights: dict[str, Tensor] | None
+    """Of the role when it began; None: it has not changed since."""
     requests: list[_Request]
-    results: "Future[list[Completion]]"
+    calls: Calls[_Request, Completion]
 
 
 class ServerSampler(Sampler):
@@ -68,7 +68,7 @@ class ServerSampler(Sampler):
         self._names: dict[Role, str] = {}
         """What the servers call the roles whose weights they have."""
         self._loading = threading.Lock()
-        self._begun: _Begun | None = None
+        self._begun: _Drawing | None = None
 
     def sync(self, role: Role) -> None:
         """Note that the weights have changed; the servers get them before the next draw as this role."""
@@ -83,23 +83,10 @@ class ServerSampler(Sampler):
         share: Share | None = None,
     ) -> None:
         """See `Sampler`; with the weights of now, if the recipe lets completions be one update old."""
-        if not self.settings.staleness:
-            return
-        requests = self._requests(prompts, generator, share)
-        name = self._together(lambda: self._name(role), main=True)
-        weights = {key: weight.detach().clone() for key, weight in self._roles.weights(role).items()}
-        results: Future[list[Completion]] = Future()
-
-        def work() -> None:
-            try:
-                results.set_result(
-                    in_parallel(lambda one: self._complete(name, one, sampling), requests, self._workers)
-                )
-            except BaseException as error:
-                results.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        self._begun, self._versions.in_use = _Begun(role, name, weights, requests, results), name
+        if self.settings.staleness:
+            kept = {key: weight.detach().clone() for key, weight in self._roles.weights(role).items()}
+            self._begun = self._drawing(role, self._requests(prompts, generator, share), sampling, kept)
+            self._versions.in_use = self._begun.name
 
     def draw(
         self,
@@ -116,33 +103,34 @@ class ServerSampler(Sampler):
             ServerError: a server is slow, away, or says nothing useful; or it draws with something else than the
                 role's weights.
         """
-        requests, begun = self._requests(prompts, generator, share), self._begun
-        if begun is not None and (begun.role, begun.requests) == (role, requests):
+        requests, drawing = self._requests(prompts, generator, share), self._begun
+        if drawing is None or (drawing.role, drawing.requests) != (role, requests):
+            drawing = self._drawing(role, requests, sampling, None)
+        else:
             self._begun = self._versions.in_use = None
-            samples = self._samples(prompts, self._together(begun.results.result), sampling, begun.name)
-            with holding(self._roles, role, begun.weights):
-                self._proof.require(role, samples, sampling, [one.server.url for one in requests])
-            return samples
-        name = self._together(lambda: self._name(role), main=True)
-        drawn = self._together(
-            lambda: in_parallel(lambda one: self._complete(name, one, sampling), requests, self._workers)
-        )
-        samples = self._samples(prompts, drawn, sampling, name)
-        self._proof.require(role, samples, sampling, [one.server.url for one in requests])
+        drawn = self._together(drawing.calls.results)
+        samples = self._samples(prompts, drawn, sampling, drawing.name)
+        urls = [request.server.url for request in requests]
+        with nullcontext() if drawing.weights is None else holding(self._roles, role, drawing.weights):
+            self._proof.require(role, samples, sampling, urls)
         return samples
+
+    def _drawing(
+        self, role: Role, requests: list[_Request], sampling: Sampling, weights: dict[str, Tensor] | None
+    ) -> _Drawing:
+        name = self._together(lambda: self._name(role), main=True)
+        workers = max(1, self.settings.in_flight // self.roles.engine.processes.count)
+        calls = Calls(lambda request: self._complete(name, request, sampling), requests, workers)
+        return _Drawing(role, name, weights, requests, calls)
 
     def _requests(
         self, prompts: Sequence[Sequence[int]], generator: torch.Generator, share: Share | None
-    ) -> list["_Request"]:
+    ) -> list[_Request]:
         """What is asked of whom."""
         rows, total = share or Share(list(range(len(prompts))), len(prompts))
         seeds = torch.randint(2**31, (total,), generator=generator, device=generator.device)[rows].tolist()
         servers = [self._servers[place % len(self._servers)] for place in range(len(prompts))]
         return [_Request(*one) for one in zip(servers, prompts, seeds, strict=True)]
-
-    @property
-    def _workers(self) -> int:
-        return max(1, self.settings.in_flight // self.roles.engine.processes.count)
 
     def _together(self, work: Callable[[], T], main: bool = False) -> T:
         """The result of work that one process alone may fail at: then all do.
@@ -187,7 +175,7 @@ class ServerSampler(Sampler):
             try:
                 return request.server.complete(name, request.prompt, sampling, request.seed)
             except UnknownModelError:
-                if not again and "-" in name:
+                if not again and NAME.fullmatch(name):
                     with self._loading:
                         self._versions.load(request.server, name)
         raise ServerError(

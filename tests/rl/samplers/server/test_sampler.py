@@ -14,7 +14,7 @@ from perl.rl.samplers import SamplerSettings
 from perl.rl.samplers.base import Samples, Sampling, Share
 from perl.rl.samplers.local import LocalSampler
 from perl.rl.samplers.server.client import ServerError
-from perl.rl.samplers.server.parallel import in_parallel
+from perl.rl.samplers.server.parallel import Calls
 from perl.rl.samplers.server.sampler import ServerSampler
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
@@ -157,7 +157,7 @@ FAULTS = {
     "no log-probs": ("sent half an answer from /v1/completions", "Look at its log"),
     "cut answers": ("a completion cut after 1 of 8 tokens", "Look at its log"),
     "refuses": ("refuses a prompt of", "--max-model-len"),
-    "fails": ("status 500", "Look at its log"),
+    "fails": ("has failed: status 500", "Look at its log"),
 }
 
 
@@ -227,8 +227,8 @@ def test_a_server_that_stays_away_is_given_up(model: Path, tmp_path: Path) -> No
 
 
 def test_calls_side_by_side_keep_their_order_and_stop_at_the_first_that_fails() -> None:
-    assert in_parallel(lambda one: 2 * one, range(100), 8) == [*range(0, 200, 2)]
-    assert in_parallel(str, [], 8) == []
+    assert Calls(lambda one: 2 * one, range(100), 8).results() == [*range(0, 200, 2)]
+    assert Calls(str, [], 8).results() == []
     begun = []
 
     def fails(one: int) -> None:
@@ -236,5 +236,5 @@ def test_calls_side_by_side_keep_their_order_and_stop_at_the_first_that_fails() 
         raise ServerError(f"number {one}")
 
     with pytest.raises(ServerError, match="number 0"):
-        in_parallel(fails, range(100), 1)
+        Calls(fails, range(100), 1).results()
     assert len(begun) == 1

@@ -39,6 +39,7 @@ COMMANDS = [
         "generate",
         "score",
         "keys",
+        "sampler",
     ),
     *("data", "data fetch", "data import", "data check", "data leaks"),
 ]

@@ -147,11 +147,11 @@ class _Seen:
         fits: dict[str, Tensor] = {}
         if self._sampling.temperature != 1:
             fits[RAW] = self._read(self._role, 1.0)
-        if self.since:
-            fits[STALE.format(self.since)] = self._earlier_BT
         for other in sorted(self._roles.roles & {Role.BASE, Role.SFT, Role.POLICY} - {self._role}):
             what = "the base without the adapter" if other is Role.BASE else f"{other} in its place"
             fits[OTHER.format(what)] = self._read(other)
+        if self.since:  # after the base: where RL begins on it, its first version computes the same
+            fits[STALE.format(self.since)] = self._earlier_BT
         nearest = min(fits, key=lambda words: self._from(fits[words]), default=None)
         if nearest is not None and self._from(fits[nearest]) < self.off / 2:
             return nearest

@@ -128,6 +128,29 @@ def test_versions_are_new_folders_and_go_two_updates_later(model: Path, fake: Fa
     assert [*fake.loaded] == [*sft, newest]
 
 
+def test_a_draw_that_was_begun_keeps_its_version_on_the_server(
+    model: Path, fake: FakeVllm, tmp_path: Path
+) -> None:
+    """However many come after it meanwhile; and it is compared with the weights that it was begun with."""
+    roles = roles_on(model)
+    sampler = sampler_of(roles, tmp_path, fake, staleness=1)
+    expected = draw(sampler)
+    sampler.begin(Role.POLICY, PROMPTS, SAMPLING, torch.Generator().manual_seed(0))
+    for seed in range(1, 5):
+        move(roles, 0.05)
+        sampler.sync(Role.POLICY)
+        draw(sampler, seed=seed)
+    assert expected.versions is not None
+    assert expected.versions[0] in fake.loaded
+    begun = draw(sampler)
+    assert torch.equal(begun.ids_BL, expected.ids_BL)
+    assert begun.versions == expected.versions
+    move(roles, 0.05)
+    sampler.sync(Role.POLICY)
+    draw(sampler)
+    assert expected.versions[0] not in fake.loaded
+
+
 def test_replicas_draw_in_turn_and_each_has_the_adapter(model: Path, fake: FakeVllm, tmp_path: Path) -> None:
     roles, other = roles_on(model), FakeVllm(model)
     with other.serving():

@@ -25,6 +25,7 @@ from perl.commands import (
     init,
     keys,
     rate,
+    sampler,
     score,
     serve,
 )
@@ -63,6 +64,7 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "score": score.score,
     "rate": rate.rate,
     "serve": serve.serve,
+    "sampler": sampler.sampler,
 }
 GO_ON = {*LAUNCHABLE, "compare", "sweep"}
 """The commands that begin where they were left; `compare --steps` measures anew."""

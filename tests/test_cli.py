@@ -43,6 +43,7 @@ COMMANDS = [
         "keys",
         "compare-runs",
         "init",
+        "sampler",
     ),
     *("data", "data fetch", "data import", "data check", "data leaks"),
 ]

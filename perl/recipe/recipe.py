@@ -15,8 +15,21 @@ from perl.recipe.supervised import Reward, Sft
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
-CHANGE_NOTHING = ("sft.from", "reward.from", "rl.anyway", "rl.sample_every", "report_to")
-"""Keys that say what may be done or is shown, and change no result."""
+CHANGE_NOTHING = (
+    "sft.from",
+    "reward.from",
+    "rl.anyway",
+    "rl.sample_every",
+    "report_to",
+    *(
+        f"rl.sampler.{key}"
+        for key in ("url", "adapter_dir", "time_limit", "patience", "in_flight", "mismatch_limit")
+    ),
+)
+"""Keys that say what may be done or is shown, and where and how fast, and change no result."""
+
+SERVED = (LORA, "rslora")
+"""Kinds of adapters that vLLM serves."""
 
 
 class Recipe(Section):
@@ -66,6 +79,19 @@ class Recipe(Section):
             raise ValueError(
                 f"adapters of kind {self.adapter_kind} need whole weights, because {why}: set base.quantization: "
                 "none, or use kind lora"
+            )
+        if self.rl and self.rl.sampler.kind == "server" and self.adapter_kind not in SERVED:
+            raise ValueError(
+                f"servers do not take adapters of kind {self.adapter_kind}: use kind {' or '.join(SERVED)}, or "
+                "leave rl.sampler out"
+            )
+        if self.rl and self.rl.sampler.kind == "server" and self.base.random_init:
+            raise ValueError(
+                "no server has weights that are drawn at random here: leave random_init or rl.sampler out"
+            )
+        if self.rl and self.rl.sampler.kind == "server" and self.tuning == "full":
+            raise ValueError(
+                "servers are given adapters, and there are none: set tuning: lora, or leave rl.sampler out"
             )
         if self.tuning == "full" and self.rl and self.rl.row.trust_region is not None:
             raise ValueError(

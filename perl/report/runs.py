@@ -99,8 +99,8 @@ def read_run(folder: Path) -> Run:
 
 
 def _metrics(file: Path) -> dict[str, Series]:
-    lines = _lines(dict[str, float | None], file)
-    names = {name for line in lines for name, value in line.items() if value is not None}
+    lines = _lines(dict[str, float | str | None], file)
+    names = {name for line in lines for name, value in line.items() if isinstance(value, int | float)}
     return {name: np.array([line.get(name) for line in lines], dtype=np.float64) for name in sorted(names)}
 
 

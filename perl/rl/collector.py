@@ -80,6 +80,12 @@ class Collector:
         linear = self.roles.head(head)
         return lambda hidden_BD: linear(hidden_BD.float())
 
+    def begin(self, role: Role, prompts: EncodedPrompts, generator: torch.Generator) -> None:
+        """Let the sampler begin with what `collect` will be asked for next, if it draws ahead."""
+        rows = self.processes.shard(len(prompts))
+        ids = prompts.take(rows).ids
+        self.sampler.begin(role, ids, self.sampling, generator, Share(rows, len(prompts)))
+
     def collect(
         self,
         role: Role,

@@ -106,13 +106,13 @@ class Loop:
 
 
 def train(
-    loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float]], None]
+    loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float], str | None], None]
 ) -> list[Alarm]:
     """Take the steps that are not done; return the alarms that ended it early, if any.
 
     Args:
         done: steps that an earlier process took.
-        log: told each step, counted from 1, and its metrics.
+        log: told each step, counted from 1, its metrics, and which weights drew, where a sampler has a copy.
 
     Raises:
         KeyboardInterrupt: someone asked to stop; the last step is saved.
@@ -120,8 +120,8 @@ def train(
     """
     with track("rl", loop.steps, done) as bar, between_steps(loop.collector.processes) as stop:
         for step in range(done, loop.steps):
-            metrics = take_step(loop, step)
-            log(step + 1, metrics)
+            metrics, adapter = take_step(loop, step)
+            log(step + 1, metrics, adapter)
             bar(reward=metrics["reward"], kl=metrics["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, metrics):
                 return stopped_by
@@ -133,11 +133,12 @@ def train(
     return []
 
 
-def take_step(loop: Loop, step: int) -> dict[str, float]:
-    """One step, and its metrics."""
+def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
+    """One step: its metrics, and the weights that drew, where a sampler has a copy."""
     with loop.meter.step(loop.learner.optimizer):
         local, rollout, drawn = collect_step(loop, step)
         normalized_B = with_length_reward(loop, step, rollout, normalize(loop, step, rollout.rewards_B))
+        begin_next(loop, step + 1)
         learned = {"no_signal": 1.0}
         if loop.algorithm.has_signal(rollout, normalized_B):
             targets = estimate(loop, rollout, normalized_B)
@@ -153,7 +154,8 @@ def take_step(loop: Loop, step: int) -> dict[str, float]:
     penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
     metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
     metrics["reward_std"] = loop.reward_scale.std
-    return loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
+    metrics = loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
+    return metrics, None if rollout.versions is None else rollout.versions[0]
 
 
 def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]]:
@@ -172,6 +174,13 @@ def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]
         rollout = assembled(drawn, len(rollout.groups), ROUNDING)
         local = rollout.take(loop.collector.processes.shard(len(rollout.groups)))
     return local, rollout, drawn
+
+
+def begin_next(loop: Loop, step: int) -> None:
+    """Let a sampler that draws ahead begin with a step's first rollout, as the policy is now."""
+    if step < loop.steps:
+        prompts = loop.completed(loop.prompt_choice.of_step(step))
+        loop.collector.begin(Role.POLICY, prompts, loop.collector.generator("sample", step))
 
 
 def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tuple[Rollout, Rollout]:

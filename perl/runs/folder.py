@@ -102,7 +102,8 @@ class RunFolder:
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
-                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still fit.",
+                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still "
+                    "fit.",
                 )
 
     def recipe(self) -> Recipe:
@@ -191,11 +192,16 @@ class MetricsLog:
             write_whole(file, "".join(lines[:done]))
             self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a line, flushed for readers who follow the run; values that are not finite become null."""
+    def write(self, step: int, metrics: dict[str, float], adapter: str | None = None) -> None:
+        """Add a line, flushed for readers who follow the run; values that are not finite become null.
+
+        Args:
+            adapter: the name of the weights that completions were drawn with, where a sampler has a copy.
+        """
         if self._file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            line: dict[str, Any] = {"step": step} | ({} if adapter is None else {"adapter": adapter})
+            line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         if self._send is not None:
             self._send(step, {name: value for name, value in metrics.items() if math.isfinite(value)})

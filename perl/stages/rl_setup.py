@@ -1,6 +1,7 @@
 """What RL begins with: the recipe's settings as the parts of the loop."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,7 +60,7 @@ def eval_prompts(session: Session) -> EncodedPrompts:
 def setup_collector(session: Session) -> Collector:
     """The recipe's sampler and reward, of the roles in memory."""
     settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
-    sampler = SAMPLERS[settings.sampler.kind](session.roles)
+    sampler = SAMPLERS[settings.sampler.kind](session.roles, settings.sampler.settings)
     for role in sorted(session.roles.roles):
         sampler.sync(role)
     return Collector(
@@ -110,7 +111,8 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     limits = Limits(
         kl=settings.kl_limit,
         penalized=penalty > 0,
-        mismatch=CLOSE_LOG_PROBS[collector.dtype],
+        # Of one that lags the difference is the policy's own movement, and it is compared with what it drew with.
+        mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
     )

@@ -99,7 +99,7 @@ class Liveness:
         self._rows = rollout.take(range(min(ROWS, len(rollout.texts))))
         if self._updates >= CHECKED_UPDATES or learner.rate_shares[step] == 0:
             return update()
-        if self._updates:
+        if self._updates and not self._preflight.collector.sampler.lags:
             self._require(self._sampled_by_the_policy(self._rows), "before the second update")
         trained = snapshot.trained_state(roles, learner.trained)
         frozen = snapshot.trained_state(roles, [role for role in roles.roles if role not in learner.trained])

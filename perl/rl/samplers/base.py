@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perl.backbones.shared_prompts import SharedPrompts
+from perl.rl.samplers import SamplerSettings
 from perl.roles.roles import Role, Roles
 
 Read = Callable[[Tensor], Tensor]
@@ -65,6 +66,8 @@ class Samples:
     """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
     groups: list[int] | None = None
     """Which completions are of one prompt: these have equal numbers; None: not known."""
+    versions: list[str] | None = None
+    """The name of the weights that each was drawn with; None: those in memory."""
 
     @property
     def completion_length(self) -> int:
@@ -118,13 +121,18 @@ def _rows_of(value: Any, rows: list[int], columns: slice | None) -> Any:
 
 
 class Sampler(ABC):
-    """Draws completions as a role. One is made for a run: `SAMPLERS[kind](roles)`."""
+    """Draws completions as a role. One is made for a run: `SAMPLERS[kind](roles, settings)`."""
 
     exact: ClassVar[bool] = False
     """Whether its log-probs are those of a forward pass, so that none is needed to know the policy's."""
 
-    def __init__(self, roles: Roles) -> None:
-        self.roles = roles
+    def __init__(self, roles: Roles, settings: SamplerSettings | None = None) -> None:
+        self.roles, self.settings = roles, settings or SamplerSettings()
+
+    @property
+    def lags(self) -> bool:
+        """Whether it may draw a step's completions with the weights before the last update."""
+        return self.settings.staleness > 0
 
     @abstractmethod
     def draw(
@@ -145,6 +153,16 @@ class Sampler(ABC):
             read: asked of the hidden states that tokens are drawn from. A sampler that has none to show leaves
                 `read_BT` None, and what is missing is computed by a forward pass.
         """
+
+    def begin(  # noqa: B027  nothing has to be begun
+        self,
+        role: Role,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: Share | None = None,
+    ) -> None:
+        """Begin what `draw` will be asked for next with equal arguments, where that goes on beside an update."""
 
     @abstractmethod
     def sync(self, role: Role) -> None:

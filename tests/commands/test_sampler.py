@@ -1,0 +1,70 @@
+"""`perl-rlhf sampler` prints a command that a shell takes apart as it is meant."""
+
+import itertools
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.recipe import load_recipe
+from tests.conftest import RunCli, WriteRecipe
+
+SERVER = ["rl.sampler.url=http://gpu-1:8001", "rl.sampler.adapter_dir=/shared/run"]
+
+
+def printed(run_cli: RunCli, *arguments: object) -> list[str]:
+    status, said = run_cli("sampler", *arguments)
+    assert status == 0, said
+    return shlex.split(said.replace("\\\n", " "))
+
+
+def test_the_command_has_what_the_recipe_asks_for(write_recipe: WriteRecipe, run_cli: RunCli) -> None:
+    recipe = write_recipe(sft={"epochs": 1, "batch_size": 4}, lora={"rank": 12, "alpha": 4})
+    words = printed(run_cli, recipe, *SERVER, "rl.max_prompt_length=100", "rl.sampler.staleness=1")
+    base = load_recipe(recipe).base.model
+    assert words[words.index("vllm") :][:3] == ["vllm", "serve", base]
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in words
+    options = dict(itertools.pairwise(words))
+    assert options["--max-lora-rank"] == "16"
+    assert options["--max-loras"] == "4"  # three of the policy, one of the reference
+    assert options["--max-model-len"] == "104"
+    assert options["--logprobs-mode"] == "processed_logprobs"
+    assert options["--dtype"] == "float32"
+    assert (options["--host"], options["--port"]) == ("gpu-1", "8001")
+
+
+def test_on_a_cpu_it_avoids_what_ends_the_server_there(write_recipe: WriteRecipe, run_cli: RunCli) -> None:
+    words = printed(run_cli, write_recipe(), "--cpu", *SERVER)
+    assert {"TORCHDYNAMO_DISABLE=1", "--no-enable-chunked-prefill"} <= {*words}
+    assert int(words[words.index("--max-num-batched-tokens") + 1]) >= 256
+    assert words[words.index("-m") + 1] == "vllm.entrypoints.openai.api_server"
+
+
+def test_each_replica_has_its_own_and_a_recipe_without_a_server_is_told_what_to_add(
+    write_recipe: WriteRecipe, run_cli: RunCli
+) -> None:
+    urls = "rl.sampler.url=[http://a:1,http://b:2]"
+    words = printed(run_cli, write_recipe(), urls, SERVER[1])
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--host"] == ["a", "b"]
+    status, said = run_cli("sampler", write_recipe())
+    assert status == 0
+    assert "--port 8000" in said
+    assert "url: http://127.0.0.1:8000, adapter_dir: DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rl": None}, "Add a section rl"),
+        ({"lora": None, "adapter": {"kind": "dora"}}, "kind lora or rslora"),
+        ({"tuning": "full"}, "tuning lora"),
+        ({"lora": {"rank": 600, "alpha": 4}}, "ranks up to 512"),
+    ],
+)
+def test_what_no_server_can_do_is_refused(
+    changes: dict[str, Any], words: str, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
+) -> None:
+    status, said = run_cli("sampler", write_recipe(**changes))
+    assert status == 2
+    assert words in said

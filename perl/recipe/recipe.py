@@ -9,6 +9,7 @@ from perl.plugins import load_plugins
 from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
+from perl.recipe.rewards import ModelPart
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import Reward, Sft
@@ -55,6 +56,11 @@ class Recipe(Section):
             raise ValueError("no stage to run: add a section sft, reward or rl")
         if self.rl and not self.reward and any(part.needs_model for part in self.rl.reward_parts):
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        for part in self.rl.reward_parts if self.rl and self.reward else ():
+            if isinstance(part, ModelPart) and (
+                refused := part.refusal(self.reward.members if self.reward else 0)
+            ):
+                raise ValueError(refused)
         if self.tuning == "full" and self.base.quantization != "none":
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"

@@ -6,6 +6,7 @@ sft/ reward/ policy/ critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
+    member-2/ ...                        reward/ only: further members of an ensemble, each with the three above
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
     result.json                          the stage's result; there when the stage is finished
 report.json  report.html
@@ -113,11 +114,11 @@ class RunFolder:
         return load_recipe(file)
 
     def role(self, role: Role) -> Path:
-        return self.path / role
+        return self.path / role.folder
 
-    def metrics(self, stage: StageName, done: int = 0) -> "MetricsLog":
-        """The metrics of a stage by step; lines after the steps that are done are removed."""
-        file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
+    def metrics(self, role: Role, done: int = 0) -> "MetricsLog":
+        """The metrics of a role's training by step; lines after the steps that are done are removed."""
+        file = self.role(role) / "metrics.jsonl" if self._processes.main else None
         return MetricsLog(file, done)
 
     def write_samples(self, samples: Sequence[Sample]) -> None:

@@ -1,35 +1,35 @@
 """The reward model card: computed from the scores of held-out answers, and printed."""
 
-import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from rich.markup import escape
 
 from perl.data.duplicates import Rows
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
-from perl.rl.rewards.model import score_rows
-from perl.roles.roles import Roles
+from perl.stages.reward_scores import run_member_scores, scores_are_log_odds
+from perl.stages.session import Session
 from perl.system.progress import console
 
 
 def evaluate_rows(
-    roles: Roles, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows, pad_id: int
+    session: Session, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows
 ) -> RewardModelCard:
-    """The reward model card of the reward role.
+    """The card of the run's reward model.
 
     Args:
         ids: tokens of each answer and its context.
         answers: what is judged.
         trained_on: what the model learned from; so does the TF-IDF baseline.
     """
-    scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
-    if any(not math.isfinite(score) for score in scores):
+    scores_MN = run_member_scores(session, ids)
+    if not np.isfinite(scores_MN).all():
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))
     baseline = tfidf_scores(trained_on.labelled(), answers.labelled())
-    return reward_model_card(scores, answers, baseline, seen)
+    return reward_model_card(scores_MN, answers, baseline, seen, scores_are_log_odds(session))
 
 
 def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
@@ -75,6 +75,17 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
         f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
     )
+    if (ensemble := card.ensemble) is not None:
+        members = ", ".join(_told(auroc) for auroc in ensemble.auroc)
+        yield (
+            f"An ensemble: its {len(ensemble.auroc)} members alone have AUROC {members}; it is ahead of their "
+            f"mean by {_told(ensemble.ahead, ensemble.ahead_interval)}."
+        )
+        wrong = ", ".join(f"{one.error:.2f}" for one in ensemble.by_disagreement)
+        yield (
+            f"Share judged wrongly, where the members disagree least to where they disagree most: {wrong} "
+            f"(AUROC {_told(ensemble.auroc_of_disagreement, ensemble.auroc_of_disagreement_interval)})."
+        )
     yield (
         f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
         f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."

@@ -45,7 +45,7 @@ def train_rl(session: Session) -> RlStage:
             before=evaluate_policy(loop.collector, reference, held_out, judge, say_spread=True),
         )
         checkpoint(loop, 0, initial)
-    with session.folder.metrics("rl", done) as log:
+    with session.folder.metrics(Role.POLICY, done) as log:
         stopped_by = train(loop, initial, done, log.write)
     stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learner.trained), rows, cut)
     remains = rollback(loop, stopped_by) if stopped_by else settings.steps

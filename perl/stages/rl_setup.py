@@ -9,6 +9,7 @@ from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
 from perl.recipe import Rl
+from perl.recipe.rewards import ModelPart
 from perl.rl.algorithms import Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
@@ -79,10 +80,14 @@ def setup_collector(session: Session) -> Collector:
 def reward_context(session: Session) -> RewardContext:
     """What the parts of the reward may be made from."""
 
-    def model() -> RewardModel:
-        session.load(Role.REWARD)
-        settings = settings_of(session)
-        return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, end_ids(session))
+    def model(part: ModelPart) -> RewardModel:
+        members = session.reward_members
+        chosen = [members[number - 1] for number in part.members] if part.members else members
+        for role in chosen:
+            session.load(role)
+        stamps = {role: session.stamp(role) for role in chosen}
+        size, ends = settings_of(session).micro_batch_size, end_ids(session)
+        return RewardModel(session.roles, stamps, size, ends, part.combine, part.std_weight)
 
     return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
 
@@ -129,7 +134,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         liveness=Liveness(learner, preflight, settings.guard),
         guarding=Guarding(collector, validation, settings.guard, limits, judged=session.train.judge is not None),
         meter=session.meter(),
-        checkpoints=session.checkpoints("rl"),
+        checkpoints=session.checkpoints(Role.POLICY),
         reward_scale=RewardScale(),
         prompt_choice=_prompt_choice(session, prompts),
         kl_coef=settings.kl_coef,
@@ -178,7 +183,7 @@ def _add_roles(session: Session) -> tuple[Role, ...]:
         with torch.no_grad():
             roles.head(Role.CRITIC).weight.zero_()
         trained = (Role.POLICY, Role.CRITIC)
-    roles.keep(roles.reference, Role.REWARD, *trained)
+    roles.keep(roles.reference, *session.reward_members, *trained)
     roles.train_only(*trained)
     roles.eval()  # added adapters begin with dropout on, and there is none in RL
     return trained

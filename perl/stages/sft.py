@@ -56,7 +56,10 @@ def sft_trainer(
     settings = session.recipe.sft
     assert settings is not None
     steps = optimizer_steps(len(train), settings) if steps is None else steps
-    with training_run(session, "sft", steps) as run, _trainable_model(session.roles) as model:
+    with (
+        training_run(session, Role.SFT, session.recipe.seed, steps) as run,
+        _trainable_model(session.roles) as model,
+    ):
         yield RoleTrainer(
             run,
             model=model,

@@ -179,7 +179,7 @@ class ResumableTrainer(HookedTrainer):
 
     def train_sampler(self, lengths: Sequence[int]) -> SeededSampler:
         """The same order in all processes and after a restart."""
-        seed, batch_size = self.run.session.recipe.seed, self.args.train_batch_size
+        seed, batch_size = self.run.seed, self.args.train_batch_size
         return SeededSampler(lengths, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def save_state(self) -> None:

@@ -17,10 +17,40 @@ from perl.rl.checks.alarms import Alarm
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Which weights a stage kept, the best by its validations.
+
+    Attributes:
+        step: after which they were those of the training.
+        taken, steps: how many it took, and was to take.
+        by: what was measured, on how many `rows`.
+        values: by step.
+    """
+
+    step: int
+    taken: int
+    steps: int
+    by: str
+    rows: int
+    values: list[tuple[int, float]]
+
+    @property
+    def words(self) -> str:
+        """Which, and why."""
+        value = dict(self.values).get(self.step, float("nan"))
+        text = (
+            f"Kept are the weights of step {self.step} of {self.steps}, the best of {len(self.values)} validations"
+        )
+        text += f" by {self.by} ({value:.4g}) on {self.rows:,} rows"
+        return f"{text}; it stopped early, at step {self.taken}." if self.taken < self.steps else f"{text}."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
     """What a stage trained, and what that cost.
 
     Attributes:
+        kept: of each training, which weights were kept and why, where validations chose.
         rows: trained on and held out.
         rows_cut: of these, rows that were cut to the longest length.
         data_sha256: of the rows of its kinds, and of how they were split.
@@ -32,6 +62,7 @@ class Stage(Cost):
     rows_cut: int | None = None
     data_sha256: str | None = None
     predicted_memory: dict[Phase, PhaseMemory] | None = None
+    kept: list[Kept] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

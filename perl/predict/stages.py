@@ -28,7 +28,7 @@ def try_reward(session: TrialSession) -> Tried:
         trained = session.add_trained(role, head=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        reward_trainer(session, role, rows, session.trial.steps) as trainer,
+        reward_trainer(session, role, rows, steps=session.trial.steps) as trainer,
     ):
         again = settings.epochs > 1 or len(members) > 1
         if again and not session.trial.abridged:  # a cache of fake tensors could not be read

@@ -89,11 +89,15 @@ class ModelPart(RewardPart):
             raise ValueError(f"combine {self.combine} has no std_weight: leave it out, or set mean_minus_std")
         return self
 
+    def numbers(self, trained: int) -> list[int]:
+        """The members, of so many."""
+        return self.members or [*range(1, trained + 1)]
+
     def refusal(self, trained: int) -> str | None:
         """Why this cannot be made of so many members; None if it can."""
         if self.members is not None and max(self.members) > trained:
             return f"there is no member {max(self.members)}: reward.members is {trained}"
-        if self.combine != "mean" and len(self.members or range(trained)) < 2:
+        if self.combine != "mean" and len(self.numbers(trained)) < 2:
             return f"combine {self.combine} needs several members: set reward.members to at least 2"
         return None
 
@@ -227,5 +231,23 @@ def _rewards(given: Any) -> Section | list[RewardPart]:
     return RewardFrom.variant(given).model_validate(given)
 
 
+def reward_parts(reward: Any) -> list[RewardPart]:
+    """A value of the key in its long form."""
+    if isinstance(reward, list):
+        return reward
+    return [reward.part if isinstance(reward, RewardFrom) else reward]
+
+
+def _eval_reward(given: Any) -> str | Section | list[RewardPart]:
+    if not isinstance(given, str):
+        return _rewards(given)
+    if given != "gold":
+        raise ValueError(f"{given!r} chooses nothing: write gold, or a reward as in rl.reward")
+    return given
+
+
 Rewards = Annotated[SerializeAsAny[RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_rewards)]
-"""Validated by hand: the kinds of a union's members are fixed, and those of `REWARDS` are not."""
+"""Validated by hand, as the next one: the kinds of a union's members are fixed, and those of `REWARDS` are not."""
+EvalReward = Annotated[
+    SerializeAsAny[Literal["gold"] | RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_eval_reward)
+]

@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
+from perl.recipe.section import LrSchedulerType, Positive, Rate
+from perl.recipe.validation import Validation
 
 
-class Supervised(Section):
+class Supervised(Validation):
     """What SFT and reward training have in common."""
 
     from_: Annotated[str | None, Field(alias="from")] = None

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments
@@ -24,7 +25,7 @@ from perl.results import Recorded, RewardStage, Stage
 from perl.rl.rewards.model import score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.roles import Role
-from perl.stages.cut_rows import say_cut
+from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss
 from perl.stages.reward_rows import (
@@ -38,34 +39,40 @@ from perl.stages.reward_rows import (
 from perl.stages.reward_scores import run_scores, scores_are_log_odds
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer
-from perl.stages.training_run import optimizer_steps, training_run
+from perl.stages.training_run import loss_validation, optimizer_steps, training_run
+from perl.stages.validation_rows import validation_split
 from perl.system.seeds import derived_seed, seed_everything
 
 RECORDED = 8
 """Held-out rows whose scores are recorded, for RL to check that they are scored alike."""
+VALIDATED = 32
+"""Validation examples in one pass."""
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and standard deviation that RL normalises by."""
 
 
 def check(session: Session) -> None:
     training_rows(session)
+    _sides(session)
     held_out_rows(session)
 
 
 def train_reward(session: Session) -> RewardStage:
     settings, members = session.recipe.reward, session.reward_members
     assert settings is not None
-    train, held_out = training_rows(session), held_out_rows(session)
-    rows, cut = len(train.ids) + len(held_out.ids), train.cut + held_out.cut
+    everything, held_out = training_rows(session), held_out_rows(session)
+    train, validation = _sides(session)
+    rows, cut = len(everything.ids) + len(held_out.ids), everything.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
     with tempfile.TemporaryDirectory() as scratch:
         again = settings.epochs > 1 or len(members) > 1
         lower_layers = lower_layer_cache(session, train, Path(scratch)) if again else None
-        stages = [_train_member(session, role, train, lower_layers) for role in members]
+        stages = [_train_member(session, role, train, validation, lower_layers) for role in members]
     stage, *others = stages
     if others:
         parameters = sum(one.trainable_parameters for one in stages)
-        stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters)
+        kept = [one for trained in stages for one in trained.kept or ()] or None
+        stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
     chosen = range(0, len(held_out.ids), -(-len(held_out.ids) // RECORDED))
     recorded = recorded_scores(session, held_out, chosen)
     session.roles.eval()
@@ -73,18 +80,26 @@ def train_reward(session: Session) -> RewardStage:
         **vars(replace(stage, rows=rows, rows_cut=cut)),
         kept_below_bytes=lower_layers.bytes if lower_layers is not None else None,
         recorded=recorded,
-        eval=evaluate_rows(session, held_out.ids, held_out, train),
+        eval=evaluate_rows(session, held_out.ids, held_out, everything),
     )
 
 
-def _train_member(session: Session, role: Role, train: Rows, lower_layers: LowerLayerCache | None) -> Stage:
+def _sides(session: Session) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and those to validate on where the recipe has validation."""
+    train, validation = validation_split(session, "reward")
+    return training_rows(session, train), None if validation is None else training_rows(session, validation)
+
+
+def _train_member(
+    session: Session, role: Role, train: Rows, validation: Rows | None, lower_layers: LowerLayerCache | None
+) -> Stage:
     """Train one member, or go on with it, and save it; what it cost."""
     seed_everything(_seed(session, role))
     trained = session.add_trained(role, head=True)
-    with reward_trainer(session, role, train) as trainer:
+    with reward_trainer(session, role, train, validation) as trainer:
         trainer.lower_layers = lower_layers
         trainer.resume()
-    stage = session.stage(trainer.run.meter, trained)
+    stage = session.stage(trainer.run.meter, trained, kept=trainer.kept)
     session.roles.eval()
     session.save(role, **_scale(session, role, train))
     return stage
@@ -104,7 +119,7 @@ def _seed(session: Session, role: Role) -> int:
 
 @contextmanager
 def reward_trainer(
-    session: Session, role: Role, train: Rows, steps: int | None = None
+    session: Session, role: Role, train: Rows, validation: Rows | None = None, steps: int | None = None
 ) -> Iterator["RewardTrainer"]:
     """A trainer of a member of the reward model, after `Session.add_trained`.
 
@@ -117,20 +132,37 @@ def reward_trainer(
     if settings.bootstrap:
         examples = bootstrapped(examples, train.dialogues, seed)
     steps = optimizer_steps(len(examples), settings) if steps is None else steps
-    with training_run(session, role, seed, steps) as run:
-        yield RewardTrainer(
+    held_back = [] if validation is None else training_examples(validation, settings.loss)
+    chosen = loss_validation(settings, len(held_back)) if held_back else None
+    with training_run(session, role, seed, steps, chosen) as run:
+        trainer = RewardTrainer(
             run,
             model=session.roles,
             args=TrainingArguments(**run.arguments(settings)),
             train_dataset=Dataset.from_list(examples),
             data_collator=Collator(session.base.chat.pad_id),
         )
+        trainer.validation_examples = held_back
+        yield trainer
 
 
 class RewardTrainer(ResumableTrainer):
     """transformers' Trainer on a member of the reward model."""
 
     lower_layers: LowerLayerCache | None = None
+    validation_examples: Sequence[dict[str, Any]] = ()
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The mean over the validation examples, without dropout."""
+        role, roles, total = self.run.learner, self.run.session.roles, 0.0
+        roles.eval()
+        for start in range(0, len(self.validation_examples), VALIDATED):
+            examples = self.validation_examples[start : start + VALIDATED]
+            batch = {name: tensor.to(roles.device) for name, tensor in self.data_collator(examples).items()}
+            outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role)
+            total += float(batch_loss(outputs.scores_B, batch)) * len(examples)
+        return total / len(self.validation_examples)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -174,3 +206,4 @@ def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list
 
 def summary(stage: RewardStage) -> None:
     print_card("Reward model", stage.eval)
+    say_kept(stage)

@@ -27,14 +27,14 @@ class Rows(RatedRows):
     """How many rows were too long."""
 
 
-def training_rows(session: Session) -> Rows:
-    """What the reward model learns from.
+def training_rows(session: Session, records: Records | None = None) -> Rows:
+    """What the reward model learns from: these records, or all that are there to train on.
 
     Raises:
         UserError: no rows of the kind the loss needs, or ratings of one class only.
     """
     assert session.recipe.reward is not None
-    rows = session_rows(session, session.train, session.recipe.reward.loss)
+    rows = session_rows(session, records or session.train, session.recipe.reward.loss)
     if len(set(rows.labels)) < 2:
         raise UserError(
             f"all {len(rows.labels)} ratings are thumbs {'up' if rows.labels[0] else 'down'}: there is nothing to "

@@ -3,15 +3,17 @@
 It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
+from perl.errors import UserError
 from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
-from perl.rl.loop import InitialEval, Loop, checkpoint, resume, rollback, train
+from perl.rl.loop import InitialEval, Loop, checkpoint, choose, resume, train
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
-from perl.stages.cut_rows import say_cut
+from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.rl_setup import eval_prompts, reward_context, settings_of, setup, tokenized_prompts
 from perl.stages.session import Session
+from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 from perl.system.typed_json import made
 
@@ -22,10 +24,18 @@ SAMPLES = 12
 
 
 def check(session: Session) -> None:
+    settings = settings_of(session)
     prompts = [*session.train.prompts, *session.held_out.prompts]
     tokenized_prompts(session, prompts)
+    validation_split(session, "rl")
+    if settings.eval_reward == "gold" and session.train.judge is None:
+        raise UserError(
+            f"{session.recipe.data.source} has no gold judge",
+            where="rl.eval_reward: gold",
+            remedy="Choose by a rule, a function or a member of the reward model, or leave eval_reward out.",
+        )
     context = reward_context(session)
-    for part in settings_of(session).reward_parts:
+    for part in (*settings.reward_parts, *settings.eval_reward_parts):
         if not part.needs_model:  # the model is trained first
             part.source(context)
 
@@ -47,8 +57,10 @@ def train_rl(session: Session) -> RlStage:
         checkpoint(loop, 0, initial)
     with session.folder.metrics(Role.POLICY, done) as log:
         stopped_by = train(loop, initial, done, log.write)
-    stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learner.trained), rows, cut)
-    remains = rollback(loop, stopped_by) if stopped_by else settings.steps
+    trained = session.roles.parameters_of(*loop.learner.trained)
+    remains = choose(loop, stopped_by)
+    kept = None if loop.validation is None else loop.validation.found.kept(remains, settings.steps)
+    stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     _save(session, loop, held_out)
     evaluation = {"algorithm": settings.algorithm, "critic": session.recipe.critic, "steps": remains}
@@ -111,6 +123,7 @@ def summary(stage: RlStage) -> None:
             f"{measured_words(change.gold_before, change.gold_after, change.gold_interval, percent=True)}."
         )
     console.print(text)
+    say_kept(stage)
     for incident in stage.incidents:
         if incident.action == "stopped":
             console.print(

@@ -22,7 +22,7 @@ from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName
-from perl.results import Stage
+from perl.results import Kept, Stage
 from perl.roles.roles import REWARD_MEMBERS, Role, Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.roles.separate_models import SeparateModels
@@ -75,13 +75,23 @@ class Session:
         return resident
 
     def stage(
-        self, meter: Meter, trained: Sequence[nn.Parameter], rows: int | None = None, rows_cut: int | None = None
+        self,
+        meter: Meter,
+        trained: Sequence[nn.Parameter],
+        rows: int | None = None,
+        rows_cut: int | None = None,
+        kept: Kept | None = None,
     ) -> Stage:
         """What a stage trained and cost, of all processes."""
         cost = meter.cost()
         cost = cost.of_all(self.processes.all_gather(cost))
-        parameters = sum(one.numel() for one in trained)
-        return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
+        return Stage(
+            **vars(cost),
+            trainable_parameters=sum(one.numel() for one in trained),
+            rows=rows,
+            rows_cut=rows_cut,
+            kept=None if kept is None else [kept],
+        )
 
     def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
         """Add the role that a supervised stage trains; return its parameters."""

@@ -15,6 +15,7 @@ from perl.recipe import Supervised
 from perl.roles.roles import Role
 from perl.runs.checkpoint import Checkpoints, State
 from perl.runs.folder import MetricsLog
+from perl.runs.validation import Validation
 from perl.stages.session import Session
 from perl.system.interrupt import StopRequest, between_steps
 from perl.system.progress import Advance, track
@@ -33,6 +34,8 @@ class TrainingRun:
     checkpoints: Checkpoints
     resumed: State | None
     """Where an earlier process stopped; None: at the start."""
+    validation: Validation | None
+    """Which weights are kept; None: the last."""
     meter: Meter
     log: MetricsLog
     bar: Advance
@@ -80,17 +83,22 @@ def optimizer_steps(rows: int, settings: Supervised) -> int:
 
 
 @contextlib.contextmanager
-def training_run(session: Session, learner: Role, seed: int, steps: int) -> Iterator[TrainingRun]:
+def training_run(
+    session: Session, learner: Role, seed: int, steps: int, validation: Validation | None = None
+) -> Iterator[TrainingRun]:
     """Open what the training of a role writes, once the stage has all its roles.
 
     Args:
         seed: of the order of rows, and of dropout.
         steps: optimizer steps in all.
+        validation: which weights are kept; None: the last.
     """
     meter, checkpoints, done = session.meter(), session.checkpoints(learner), 0
     if (resumed := checkpoints.newest()) is not None:
         done = resumed.step
         meter.resume_from(resumed.values["meter"])
+        if validation is not None:
+            validation.load_state_dict(resumed.values["validation"])
     with (
         session.folder.metrics(learner, done) as log,
         tempfile.TemporaryDirectory() as scratch,
@@ -99,4 +107,13 @@ def training_run(session: Session, learner: Role, seed: int, steps: int) -> Iter
         between_steps(session.processes) as stop,
     ):
         folder = Path(scratch)
-        yield TrainingRun(session, learner, seed, steps, checkpoints, resumed, meter, log, bar, stop, folder)
+        yield TrainingRun(
+            session, learner, seed, steps, checkpoints, resumed, validation, meter, log, bar, stop, folder
+        )
+
+
+def loss_validation(settings: Supervised, rows: int) -> Validation | None:
+    """Validation by the loss on so many rows, where the recipe has it."""
+    if settings.eval_steps is None:
+        return None
+    return Validation(settings.eval_steps, settings.early_stopping_patience, "loss", rows, sign=-1)

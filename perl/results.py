@@ -121,6 +121,31 @@ class PassAtK(Change):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestOfN:
+    """The best of n completions by the policy before RL, by reward, beside RL's policy on the same prompts.
+
+    Attributes:
+        kl: nats a completion.
+        reward_interval, gold_interval: of RL's policy less best-of-n, 95 %, paired by prompt.
+    """
+
+    n: int
+    kl: float
+    prompts: int
+    reward: float
+    rl_reward: float
+    reward_interval: Interval | None = None
+    gold: float | None = None
+    rl_gold: float | None = None
+    gold_interval: Interval | None = None
+
+
+def _beside(best: float, policy: float, interval: Interval | None) -> str:
+    ends = "" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
+    return f"{best:.3g} there and {policy:.3g} here{ends}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlEval:
     """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
 
@@ -149,6 +174,21 @@ class RlEval:
     ended_interval: Interval | None = None
     kl: float
     kl_interval: Interval | None = None
+    best_of_n: list[BestOfN] | None = None
+
+    @property
+    def best_of_n_words(self) -> str:
+        """The one whose KL is nearest to the policy's, beside it."""
+        if not self.best_of_n:
+            return ""
+        one = min(self.best_of_n, key=lambda best: abs(best.kl - self.kl))
+        ends = [f"reward {_beside(one.reward, one.rl_reward, one.reward_interval)}"]
+        if one.gold is not None and one.rl_gold is not None:
+            ends.append(f"gold {_beside(one.gold, one.rl_gold, one.gold_interval)}")
+        return (
+            f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
+            f"{one.prompts} prompts: {'; '.join(ends)}."
+        )
 
     def change(self, metric: PairedMetric) -> Change | None:
         """A metric's change; None for gold without a judge."""

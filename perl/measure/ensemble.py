@@ -44,6 +44,25 @@ class Ensemble:
     auroc_of_disagreement: float | None
     auroc_of_disagreement_interval: Interval | None
 
+    @property
+    def words(self) -> list[str]:
+        """What the ensemble and its disagreement are worth."""
+        members = ", ".join("unknown" if one is None else f"{one:.3f}" for one in self.auroc)
+        wrong = ", ".join(f"{100 * one.error:.0f} %" for one in self.by_disagreement)
+        return [
+            f"An ensemble: its {len(self.auroc)} members alone have AUROC {members}; it is ahead of their mean by "
+            f"{_told(self.ahead, self.ahead_interval, 3)}.",
+            f"Judged wrongly, from where the members disagree least to where they disagree most: {wrong} (AUROC "
+            f"of the disagreement {_told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
+        ]
+
+
+def _told(value: float | None, interval: Interval | None, places: int) -> str:
+    if value is None:
+        return "unknown"
+    ends = "" if interval is None else f" ({interval[0]:.{places}f} to {interval[1]:.{places}f})"
+    return f"{value:.{places}f}{ends}"
+
 
 def ensemble_scores(scores_MN: Floats, log_odds: bool) -> Floats:
     """The scores of an ensemble: of log-odds those of the members' mean probability, else their mean."""

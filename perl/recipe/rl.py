@@ -156,6 +156,9 @@ class Rl(Validation):
     """Held-out prompts on which the policy is judged before and after."""
     eval_samples: Positive | None = None
     """Completions of each of them; pass@k is measured up to this k. Unset: so many that there are 256 in all."""
+    best_of_n: Annotated[int, Field(ge=0, le=64)] = 8
+    """The best of 2, 4, ... up to so many completions by the policy before RL is measured beside RL's policy; 0:
+    nothing is. It costs at most 1,024 completions."""
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0

@@ -110,6 +110,11 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "cost_plots": charts.cost_plots(by_tuning),
         "tunings": _tunings(by_tuning) if len(by_tuning) > 1 else None,
         "predictions": predictions(by_tuning),
+        "kept": [
+            f"{words.STAGE[name]}: {kept.words}"
+            for name, stage in main.first.stages.items()
+            for kept in stage.kept or ()
+        ],
         "samples": [_sample(sample) for sample in main.first.samples],
         "shown_samples": SHOWN_SAMPLES,
     }

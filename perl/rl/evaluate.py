@@ -1,8 +1,10 @@
 """Judging a policy: its completions of held-out prompts, and what changed from one policy to another."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
+
+import torch
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
@@ -52,9 +54,7 @@ def evaluate_policy(
     generator, each = collector.generator("evaluate"), collector.eval_samples or samples_per_prompt(len(prompts))
     asked = prompts.repeat(each)
     found: dict[str, list[float]] = {}
-    for start in range(0, len(asked), EVAL_BATCH):
-        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
-        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
+    for rollout in completed(collector, role, asked, generator):
         for name, values in _of_each(rollout, judge).items():
             found.setdefault(name, []).extend(values)
     if say_spread:
@@ -67,6 +67,15 @@ def evaluate_policy(
         right = _by_prompt([all(values) for values in zip(*rules, strict=True)], each)
         means |= {f"{PASS}{k}": [pass_at_k(values, k) for values in right] for k in measured_ks(each)}
     return means
+
+
+def completed(
+    collector: Collector, role: Role, prompts: EncodedPrompts, generator: torch.Generator
+) -> Iterator[Rollout]:
+    """Rollouts of all processes, a few prompts at a time."""
+    for start in range(0, len(prompts), EVAL_BATCH):
+        part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
+        yield collector.collect(role, part, generator).gather(collector.processes, part)
 
 
 def _by_prompt(of_each: Sequence[T], each: int) -> list[Sequence[T]]:
@@ -84,9 +93,7 @@ def success_rates(
     """
     generator, asked = collector.generator("difficulty"), prompts.repeat(each)
     right: list[bool] = []
-    for start in range(0, len(asked), EVAL_BATCH):
-        part = asked.take(range(start, min(start + EVAL_BATCH, len(asked))))
-        rollout = collector.collect(role, part, generator).gather(collector.processes, part)
+    for rollout in completed(collector, role, asked, generator):
         right += (rollout.rewards_B >= success).tolist()
     return [sum(right[start : start + each]) / each for start in range(0, len(right), each)]
 

@@ -75,17 +75,8 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
         f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
     )
-    if (ensemble := card.ensemble) is not None:
-        members = ", ".join(_told(auroc) for auroc in ensemble.auroc)
-        yield (
-            f"An ensemble: its {len(ensemble.auroc)} members alone have AUROC {members}; it is ahead of their "
-            f"mean by {_told(ensemble.ahead, ensemble.ahead_interval)}."
-        )
-        wrong = ", ".join(f"{one.error:.2f}" for one in ensemble.by_disagreement)
-        yield (
-            f"Share judged wrongly, where the members disagree least to where they disagree most: {wrong} "
-            f"(AUROC {_told(ensemble.auroc_of_disagreement, ensemble.auroc_of_disagreement_interval)})."
-        )
+    if card.ensemble is not None:
+        yield from card.ensemble.words
     yield (
         f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
         f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."

@@ -3,9 +3,12 @@
 It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
+from dataclasses import replace
+
 from perl.errors import UserError
 from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
+from perl.rl.best_of_n import best_of_n
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
 from perl.rl.loop import InitialEval, Loop, checkpoint, choose, resume, train
 from perl.rl.rollout import EncodedPrompts
@@ -62,6 +65,10 @@ def train_rl(session: Session) -> RlStage:
     kept = None if loop.validation is None else loop.validation.found.kept(remains, settings.steps)
     stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
+    best = None
+    if settings.best_of_n > 1:
+        reference = session.roles.reference
+        best = best_of_n(loop.collector, reference, held_out, judge, settings.best_of_n, after)
     _save(session, loop, held_out)
     evaluation = {"algorithm": settings.algorithm, "critic": session.recipe.critic, "steps": remains}
     return RlStage(
@@ -71,7 +78,10 @@ def train_rl(session: Session) -> RlStage:
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
-        eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
+        eval=replace(
+            made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
+            best_of_n=best,
+        ),
     )
 
 
@@ -123,6 +133,8 @@ def summary(stage: RlStage) -> None:
             f"{measured_words(change.gold_before, change.gold_after, change.gold_interval, percent=True)}."
         )
     console.print(text)
+    if change.best_of_n:
+        console.print(f"  {change.best_of_n_words}", markup=False)
     say_kept(stage)
     for incident in stage.incidents:
         if incident.action == "stopped":

@@ -110,6 +110,9 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     settings = settings_of(session)
     if session.recipe.sft is not None:
         session.load(Role.SFT)
+    if any(part.needs_model for part in (*settings.reward_parts, *settings.eval_reward_parts)):
+        for role in session.reward_members:  # before anything is trained: an added role takes all gradients off
+            session.load(role)
     collector = setup_collector(session)
     trained = _add_roles(session)
     for role in trained:

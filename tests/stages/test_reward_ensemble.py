@@ -115,8 +115,13 @@ def test_an_ensemble_is_trained_resumed_scored_exported_and_taken(
     assert all(torch.equal(exported[name], second[name]) for name in second)
     assert run_cli("export", out, "reward_3", tmp_path / "third")[0] == 2
 
-    # Another run takes it as it is; a copy that goes on has the checkpoints of all members.
-    text = run("run", recipe, "--out", tmp_path / "taken", "--from", out, "rl.learning_rate=0.002")
+    # Another run takes it as it is, and trains on one of its members while another chooses.
+    judged = (
+        "rl.reward={kind: model, members: [1]}",
+        "rl.eval_reward={kind: model, members: [2]}",
+        "rl.eval_steps=1",
+    )
+    text = run("run", recipe, "--out", tmp_path / "taken", "--from", out, *judged)
     assert "reward is taken" in text
     taken = weights_of(tmp_path / "taken" / "reward")
     assert taken == weights_of(out / "reward")

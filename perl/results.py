@@ -141,7 +141,9 @@ class BestOfN:
 
 
 def _beside(best: float, policy: float, interval: Interval | None) -> str:
-    ends = "" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
+    ends = (
+        "" if interval is None else f" (95 % interval of the difference: {interval[0]:+.3g} to {interval[1]:+.3g})"
+    )
     return f"{best:.3g} there and {policy:.3g} here{ends}"
 
 

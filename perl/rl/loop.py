@@ -313,7 +313,8 @@ def choose(loop: Loop, alarms: list[Alarm]) -> int:
 
     That is the best by validation, if there is any, of those from before the trouble began.
     """
-    saved, good = loop.checkpoints.steps(), loop.steps
+    saved = loop.checkpoints.steps()
+    good = saved[-1]
     if alarms:
         good = last_good(min(alarm.good_until for alarm in alarms), saved)
     best = None if loop.validation is None else loop.validation.found.best(until=good)

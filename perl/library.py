@@ -10,14 +10,16 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
+from perl.measure.ensemble import disagreement, ensemble_scores
+from perl.measure.metrics import probabilities
 from perl.parallel.process_group import process_group
 from perl.recipe import Recipe, StageName
 from perl.results import Stages
-from perl.rl.rewards.model import score_rows
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.roles import Role
 from perl.stages import pipeline
+from perl.stages.reward_scores import run_member_scores, scores_are_log_odds
 from perl.stages.session import Session, open_run
 from perl.system.seeds import derived_seed
 
@@ -54,10 +56,13 @@ class Score:
     Attributes:
         score: log-odds under thumbs, else Bradley-Terry.
         probability: calibrated, of a thumb up (of being the better one, of a model of pairs).
+        disagreement: of an ensemble, the standard deviation of its members' probabilities of a thumb up (of their
+            scores, of a model of pairs): where it is large, the score is likelier to be wrong.
     """
 
     score: float
     probability: float
+    disagreement: float | None = None
 
     @property
     def confidence(self) -> float:
@@ -262,15 +267,15 @@ class LoadedRun:
         if self.results.reward is None or self.recipe.reward is None:
             where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
-        chat, roles = self.session.base.chat, self.session.roles
+        chat = self.session.base.chat
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
         rows = [chat.row(context, answer, length).ids for context, answer in answered]
-        self.session.load(Role.REWARD)
-        roles.eval()
-        scores = score_rows(roles, rows, chat.pad_id, MICRO_BATCH_SIZE)
-        fitted = self.results.reward.eval.calibration
-        log_odds = fitted.slope * torch.tensor(scores, dtype=torch.float64) + fitted.intercept
-        return [Score(*pair) for pair in zip(scores, log_odds.sigmoid().tolist(), strict=True)]
+        scores_MN = run_member_scores(self.session, rows, MICRO_BATCH_SIZE)
+        fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)
+        scores_N = ensemble_scores(scores_MN, log_odds)
+        probabilities_N = probabilities(fitted.slope * scores_N + fitted.intercept)
+        differ = disagreement(scores_MN, log_odds).tolist() if len(scores_MN) > 1 else [None] * len(rows)
+        return [Score(*one) for one in zip(scores_N.tolist(), probabilities_N.tolist(), differ, strict=True)]
 
 
 def _record(where: str, prompt: str | Messages, **fields: object) -> Record:

@@ -17,10 +17,40 @@ from perl.rl.checks.alarms import Alarm
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Which weights a stage kept, the best by its validations.
+
+    Attributes:
+        step: after which they were those of the training.
+        taken, steps: how many it took, and was to take.
+        by: what was measured, on how many `rows`.
+        values: by step.
+    """
+
+    step: int
+    taken: int
+    steps: int
+    by: str
+    rows: int
+    values: list[tuple[int, float]]
+
+    @property
+    def words(self) -> str:
+        """Which, and why."""
+        value = dict(self.values).get(self.step, float("nan"))
+        text = (
+            f"Kept are the weights of step {self.step} of {self.steps}, the best of {len(self.values)} validations"
+        )
+        text += f" by {self.by} ({value:.4g}) on {self.rows:,} rows"
+        return f"{text}; it stopped early, at step {self.taken}." if self.taken < self.steps else f"{text}."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
     """What a stage trained, and what that cost.
 
     Attributes:
+        kept: of each training, which weights were kept and why, where validations chose.
         rows: trained on and held out.
         rows_cut: of these, rows that were cut to the longest length.
         data_sha256: of the rows of its kinds, and of how they were split.
@@ -32,6 +62,7 @@ class Stage(Cost):
     rows_cut: int | None = None
     data_sha256: str | None = None
     predicted_memory: dict[Phase, PhaseMemory] | None = None
+    kept: list[Kept] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +130,33 @@ class RewardHistogram:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestOfN:
+    """The best of n completions by the policy before RL, by reward, beside RL's policy on the same prompts.
+
+    Attributes:
+        kl: nats a completion.
+        reward_interval, gold_interval: of RL's policy less best-of-n, 95 %, paired by prompt.
+    """
+
+    n: int
+    kl: float
+    prompts: int
+    reward: float
+    rl_reward: float
+    reward_interval: Interval | None = None
+    gold: float | None = None
+    rl_gold: float | None = None
+    gold_interval: Interval | None = None
+
+
+def _beside(best: float, policy: float, interval: Interval | None) -> str:
+    ends = (
+        "" if interval is None else f" (95 % interval of the difference: {interval[0]:+.3g} to {interval[1]:+.3g})"
+    )
+    return f"{best:.3g} there and {policy:.3g} here{ends}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlEval:
     """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
 
@@ -128,6 +186,21 @@ class RlEval:
     ended_interval: Interval | None = None
     kl: float
     kl_interval: Interval | None = None
+    best_of_n: list[BestOfN] | None = None
+
+    @property
+    def best_of_n_words(self) -> str:
+        """The one whose KL is nearest to the policy's, beside it."""
+        if not self.best_of_n:
+            return ""
+        one = min(self.best_of_n, key=lambda best: abs(best.kl - self.kl))
+        ends = [f"reward {_beside(one.reward, one.rl_reward, one.reward_interval)}"]
+        if one.gold is not None and one.rl_gold is not None:
+            ends.append(f"gold {_beside(one.gold, one.rl_gold, one.gold_interval)}")
+        return (
+            f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
+            f"{one.prompts} prompts: {'; '.join(ends)}."
+        )
 
     def change(self, metric: PairedMetric) -> Change | None:
         """A metric's change; None for gold without a judge."""

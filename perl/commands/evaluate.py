@@ -56,13 +56,13 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
 
 
 def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard":
-    from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.reuse import refuse_changed
     from perl.stages.reward_card import evaluate_rows, print_card
     from perl.stages.reward_rows import answers_of, max_length, session_rows
 
-    session.load(Role.REWARD)
+    for role in session.reward_members:
+        session.load(role)
     if data is None:
         refuse_changed(session.folder, {"reward": session.identities["reward"]})
     assert session.recipe.reward is not None
@@ -70,7 +70,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     rows = session_rows(session, session.held_out, "any", data)
     say_cut(rows.cut, len(rows.ids), max_length(session), "reward.max_length")
     trained_on = answers_of(session.train, session.recipe.reward.loss, session.recipe.data.source)
-    card = evaluate_rows(session.roles, rows.ids, rows, trained_on, session.base.chat.pad_id)
+    card = evaluate_rows(session, rows.ids, rows, trained_on)
     print_card(f"reward of {run}", card)
     return card
 

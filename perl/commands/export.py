@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from perl.report.model_card import Exported
     from perl.stages.session import Session
 
-STAGES: dict[str, StageName] = {"sft": "sft", "reward": "reward", "policy": "rl", "critic": "rl"}
+MEMBERS = [f"reward_{number}" for number in range(2, 9)]
+"""Further members of a reward ensemble."""
+ROLES: dict[str, StageName] = {"sft": "sft", "reward": "reward", "policy": "rl", "critic": "rl"}
+STAGES: dict[str, StageName] = {**ROLES, **dict.fromkeys(MEMBERS, "reward")}
 """The stage in which each role is trained."""
 
 
 def export(
     run: Run,
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic.")],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic; reward_2 ...")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
     hub: Annotated[str, typer.Option("--push-to-hub", metavar="REPO", help="Upload it too, private if new.")] = "",
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
     if role not in STAGES:
-        remedy = f"It is {', '.join(list(STAGES)[:-1])} or {list(STAGES)[-1]}."
+        remedy = f"It is {', '.join(list(ROLES)[:-1])} or {list(ROLES)[-1]}."
         raise UserError(f"no role {role!r} to export", where="ROLE", remedy=remedy)
     with user_named(folder):
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
@@ -61,8 +64,10 @@ def _recipe_with(run: Path, role: str) -> Recipe:
     stage, recipe = STAGES[role], RunFolder(run).recipe()
     what = remedy = ""
     if stage not in recipe.stages:
-        has = ", ".join(role for role, stage in STAGES.items() if stage in recipe.stages)
+        has = ", ".join(role for role, stage in ROLES.items() if stage in recipe.stages)
         what, remedy = f"the run has no {role}", f"Its recipe has no section {stage}. Roles it can have: {has}."
+    elif recipe.reward is not None and role in MEMBERS[recipe.reward.members - 1 :]:
+        what, remedy = f"the run has no {role}", f"Its reward.members is {recipe.reward.members}."
     elif role == "critic" and recipe.critic == "none":
         assert recipe.rl is not None
         what = f"the run has no critic: {recipe.rl.algorithm} needs none"
@@ -100,6 +105,9 @@ def _say(session: "Session", exported: "Exported", folder: Path) -> None:
     if (difference := exported.difference) is not None:
         by = f"Its scores by transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}."
         console.print(by, markup=False)
+    if exported.role in (members := session.reward_members)[: len(members) * (len(members) > 1)]:
+        others = ", ".join(role for role in members if role is not exported.role)
+        console.print(f"It is one of {len(members)} members of an ensemble; the others: {others}.", markup=False)
     if not exported.whole and Path(session.base.name).exists():
         warning = (
             f"It needs its base, {session.base.name}: a folder of this machine, which others do not have. "

@@ -36,4 +36,5 @@ def _answered(where: str, record: Record) -> tuple[Context, Turn]:
 
 
 def _fields(one: "Score") -> dict[str, float]:
-    return {"score": one.score, "probability": one.probability, "confidence": one.confidence}
+    fields = {"score": one.score, "probability": one.probability, "confidence": one.confidence}
+    return fields if one.disagreement is None else {**fields, "disagreement": one.disagreement}

@@ -9,6 +9,7 @@ import numpy as np
 from perl.data.records import Context
 from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic
 from perl.measure.calibration import Calibration, calibrate, predictions
+from perl.measure.ensemble import Ensemble, disagreement, ensemble_metrics, ensemble_scores
 from perl.measure.length import LengthBias, length_bias
 from perl.measure.metrics import (
     Labels,
@@ -60,6 +61,7 @@ class RewardMetrics:
     thumbs. Where there are ratings and pairs, the pairs serve the pairwise accuracy alone.
 
     Attributes:
+        ensemble: the members and their disagreement, where there are several.
         seen_in_training: answers of dialogues that the model was trained on, or nearly the same as a training row.
         intervals: 95 %, by the name of the metric.
     """
@@ -86,6 +88,7 @@ class RewardMetrics:
     length: LengthBias
     tfidf_baseline: TfidfBaseline
     mistakes: Mistakes
+    ensemble: Ensemble | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,32 +99,44 @@ class RewardModelCard(RewardMetrics):
 
 
 def reward_model_card(
-    scores: Sequence[float], all_rows: RatedRows, baseline: TfidfScores, seen: int = 0
+    scores: Sequence[float] | Floats,
+    all_rows: RatedRows,
+    baseline: TfidfScores,
+    seen: int = 0,
+    log_odds: bool = True,
 ) -> RewardModelCard:
     """The card of a reward model.
 
     Args:
-        scores: log-odds, one an answer.
+        scores: one an answer; of an ensemble (M, N), a row a member.
+        log_odds: whether they are of a thumb up: decides what the score of an ensemble is.
         baseline: TF-IDF's scores of the answers with labels.
         seen: how many of those the model was trained on.
 
     Raises:
         ValueError: scores that are not finite, or of another number than the answers.
     """
-    rows = all_rows.labelled()
+    rows, scores_MN = all_rows.labelled(), np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    scores = ensemble_scores(scores_MN, log_odds)
     score_N, truth_N = checked(scores[: len(rows.labels)], rows.truth)
     bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
     pairs = all_rows.ranked_pairs()
     estimates = _estimates(score_N, truth_N, rows, bootstrap)
     if pairs:
-        pairwise = pairwise_accuracy(np.asarray(scores), pairs)
+        pairwise = pairwise_accuracy(scores, pairs)
         estimates["pairwise_accuracy"] = ClusterBootstrap(all_rows.dialogues, seed=0).estimate(pairwise)
     values = {name: estimate.value for name, estimate in estimates.items()}
     calibration, log_odds_N = calibrate(predictions(score_N, rows))
     ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
+    members_MN = scores_MN[:, : len(score_N)]
     if rows.compared:  # only differences of two answers to one context mean something
-        log_odds_N = None
+        log_odds_N, log_odds = None, False
         ranking_N, length_N = (_less_pair_mean(one, rows.pairs) for one in (score_N, length_N))
+        members_MN = np.stack([_less_pair_mean(one, rows.pairs) for one in members_MN])
+    ensemble = None
+    if len(members_MN) > 1:
+        differ_N = disagreement(members_MN, log_odds)
+        ensemble = ensemble_metrics(ranking_N, members_MN, differ_N, truth_N, bootstrap)
     up = int(truth_N.sum())
     metrics = RewardMetrics(
         n=len(score_N),
@@ -146,6 +161,7 @@ def reward_model_card(
         length=length_bias(ranking_N, length_N, truth_N, bootstrap),
         tfidf_baseline=tfidf_baseline(score_N, rows, baseline, truth_N, bootstrap),
         mistakes=_mistakes(score_N, truth_N, rows),
+        ensemble=ensemble,
     )
     return RewardModelCard(**vars(metrics), verdict=verdict(metrics))
 

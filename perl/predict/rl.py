@@ -44,7 +44,7 @@ def try_rl(session: TrialSession) -> Tried:
         sampler = AbridgedSampler(session.roles, prompts.ids)
         prompts = prompts.take(range(_first_tried(loop), len(prompts)))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
-    with session.folder.metrics("rl") as log:
+    with session.folder.metrics(Role.POLICY) as log:
         for step in range(session.trial.steps):
             with loop.meter.step(loop.learner.optimizer):
                 local, rollout = collect(loop, step, prompts)

@@ -1,12 +1,14 @@
 """Each stage tried by its own trainer: a few steps on the longest rows."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from perl.predict.rl import try_rl
 from perl.predict.trial import TrialSession, Tried
 from perl.recipe import StageName
 from perl.roles.roles import Role
-from perl.stages.reward import reward_trainer
+from perl.stages.reward import lower_layer_cache, reward_trainer
 from perl.stages.reward_rows import training_rows
 from perl.stages.sft import sft_trainer, tokenized
 
@@ -20,12 +22,17 @@ def try_sft(session: TrialSession) -> Tried:
 
 def try_reward(session: TrialSession) -> Tried:
     """Take the trial's steps on the longest answers."""
-    settings, rows = session.recipe.reward, training_rows(session)
+    settings, rows, members = session.recipe.reward, training_rows(session), session.reward_members
     assert settings is not None
-    trained = session.add_trained(Role.REWARD, head=True)
-    with reward_trainer(session, rows, steps=session.trial.steps) as trainer:
-        if settings.epochs > 1 and not session.trial.abridged:  # a cache of fake tensors could not be read
-            trainer.cache_lower_layers(rows)
+    for role in members:  # the last is trained beside all before it
+        trained = session.add_trained(role, head=True)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        reward_trainer(session, role, rows, steps=session.trial.steps) as trainer,
+    ):
+        again = settings.epochs > 1 or len(members) > 1
+        if again and not session.trial.abridged:  # a cache of fake tensors could not be read
+            trainer.lower_layers = lower_layer_cache(session, rows, Path(scratch))
         return session.take_steps(trainer, trained)
 
 

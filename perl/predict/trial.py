@@ -67,7 +67,7 @@ class TrialSession(Session):
     def load(self, role: Role) -> None:
         """Add a role with new weights in the place of trained ones."""
         if role not in self.roles.roles:
-            self.roles.add(role, head=role is Role.REWARD)
+            self.roles.add(role, head=role.has_head)
 
     def stamp(self, role: Role) -> Stamp:
         return stamp_for(role, self.base)

@@ -93,10 +93,10 @@ def _settings_of_sources(content: dict[str, Any]) -> None:
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
     rl = content.get("rl")
-    reward = rl.get("reward") if isinstance(rl, dict) else None
+    rewards = [rl.get(key) for key in ("reward", "eval_reward")] if isinstance(rl, dict) else []
     places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
     places += [(content.get(stage), "from") for stage in STAGES]
-    places += [(part, "function") for part in (reward if isinstance(reward, list) else [reward])]
+    places += [(part, "function") for one in rewards for part in (one if isinstance(one, list) else [one])]
     for section, key in places:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _resolved(section[key], folder)

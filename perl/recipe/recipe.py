@@ -9,6 +9,7 @@ from perl.plugins import load_plugins
 from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
+from perl.recipe.rewards import ModelPart
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import Reward, Sft
@@ -68,8 +69,8 @@ class Recipe(Section):
     def _runs_something(self) -> "Recipe":
         if not self.stages:
             raise ValueError("no stage to run: add a section sft, reward or rl")
-        if self.rl and not self.reward and any(part.needs_model for part in self.rl.reward_parts):
-            raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        if self.rl:
+            self._check_reward_models(self.rl)
         if self.tuning == "full" and self.base.quantization != "none":
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
@@ -99,6 +100,24 @@ class Recipe(Section):
                 "whole model more: set tuning: lora, or another rl.algorithm"
             )
         return self
+
+    def _check_reward_models(self, rl: Rl) -> None:
+        """The reward stage's model is there where it is asked for, and has the members that are."""
+        parts, count = [*rl.reward_parts, *rl.eval_reward_parts], self.reward.members if self.reward else 0
+        if not self.reward and any(part.needs_model for part in parts):
+            raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
+        for part in parts if self.reward else ():
+            if isinstance(part, ModelPart) and (refused := part.refusal(count)):
+                raise ValueError(refused)
+        trained, judging = (
+            {number for part in of if isinstance(part, ModelPart) for number in part.numbers(count)}
+            for of in (rl.reward_parts, rl.eval_reward_parts)
+        )
+        if both := trained & judging:
+            raise ValueError(
+                f"rl.eval_reward would choose by what rl.reward trains on (member {min(both)}): give both their "
+                "members, such as [1, 2, 3] and [4]"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.model_dump(),)

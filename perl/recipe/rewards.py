@@ -10,15 +10,25 @@ A kind is its settings; they make the source. This file does without torch: a re
 """
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, PlainValidator, SerializeAsAny, TypeAdapter, field_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    PlainValidator,
+    SerializeAsAny,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from perl.data.answers import AnswerKind
-from perl.recipe.section import Positive, Section, nearest
+from perl.recipe.section import NonNegative, Positive, Section, nearest
 
 if TYPE_CHECKING:
     from perl.rl.rewards.base import RewardContext, RewardSource
+
+Combine = Literal["mean", "mean_minus_std", "min"]
 
 
 class RewardPart(Section):
@@ -58,10 +68,38 @@ class RewardPart(Section):
 class ModelPart(RewardPart):
     """The reward stage's model, as `perl.rl.rewards.model` centres and scales it."""
 
+    members: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Which of `reward.members`, counted from 1; unset: all of them."""
+    combine: Combine = "mean"
+    """One reward of several members': their mean, their mean less `std_weight` times their standard deviation, or
+    the least."""
+    std_weight: NonNegative = 1.0
+    """λ of mean_minus_std."""
+
     needs_model = True
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        return context.model()
+        return context.model(self)
+
+    @model_validator(mode="after")
+    def _combines_several(self) -> "ModelPart":
+        if self.members is not None and len(set(self.members)) < len(self.members):
+            raise ValueError("members names one twice: give each once")
+        if self.combine != "mean_minus_std" and "std_weight" in self.model_fields_set and self.std_weight != 1.0:
+            raise ValueError(f"combine {self.combine} has no std_weight: leave it out, or set mean_minus_std")
+        return self
+
+    def numbers(self, trained: int) -> list[int]:
+        """The members, of so many."""
+        return self.members or [*range(1, trained + 1)]
+
+    def refusal(self, trained: int) -> str | None:
+        """Why this cannot be made of so many members; None if it can."""
+        if self.members is not None and max(self.members) > trained:
+            return f"there is no member {max(self.members)}: reward.members is {trained}"
+        if self.combine != "mean" and len(self.numbers(trained)) < 2:
+            return f"combine {self.combine} needs several members: set reward.members to at least 2"
+        return None
 
 
 class FunctionPart(RewardPart):
@@ -193,5 +231,23 @@ def _rewards(given: Any) -> Section | list[RewardPart]:
     return RewardFrom.variant(given).model_validate(given)
 
 
+def reward_parts(reward: Any) -> list[RewardPart]:
+    """A value of the key in its long form."""
+    if isinstance(reward, list):
+        return reward
+    return [reward.part if isinstance(reward, RewardFrom) else reward]
+
+
+def _eval_reward(given: Any) -> str | Section | list[RewardPart]:
+    if not isinstance(given, str):
+        return _rewards(given)
+    if given != "gold":
+        raise ValueError(f"{given!r} chooses nothing: write gold, or a reward as in rl.reward")
+    return given
+
+
 Rewards = Annotated[SerializeAsAny[RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_rewards)]
-"""Validated by hand: the kinds of a union's members are fixed, and those of `REWARDS` are not."""
+"""Validated by hand, as the next one: the kinds of a union's members are fixed, and those of `REWARDS` are not."""
+EvalReward = Annotated[
+    SerializeAsAny[Literal["gold"] | RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_eval_reward)
+]

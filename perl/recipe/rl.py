@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from perl.recipe.rewards import RewardFrom, RewardPart, Rewards
+from perl.recipe.rewards import EvalReward, RewardFrom, RewardPart, Rewards, reward_parts
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
+from perl.recipe.validation import Validation
 from perl.rl.algorithms import (
     ALGORITHMS,
     Advantage,
@@ -80,7 +81,7 @@ class SamplerFrom(Section):
         return self
 
 
-class Rl(Section):
+class Rl(Validation):
     """Reinforcement learning against the reward."""
 
     algorithm: Annotated[str, registered(ALGORITHMS)] = "ppo"
@@ -172,6 +173,8 @@ class Rl(Section):
     """How the learning rate goes over the stage, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the learning rate rises to its full value."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """As in AdamW: this share of the learning rate is taken off every weight at each step."""
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. Where `kl` puts
     the KL into the loss, β weighs it there and r keeps its weight; where `kl` is none, β has no use."""
@@ -191,12 +194,19 @@ class Rl(Section):
     missing_end_penalty: NonNegative | None = None
     """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.
     Unset: half of one for turns of a chat, none for plain text."""
+    eval_reward: EvalReward | None = None
+    """What chooses between the policies of `eval_steps`: the data's gold judge, or a reward as in `reward` that is
+    not trained on, such as a rule or a member of the reward model that `reward` leaves out. Unset: the reward that
+    is trained on, less β KL."""
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is judged before and after."""
     eval_samples: Positive | None = None
     """Completions of each of them; pass@k is measured up to this k. Unset: so many that there are 256 in all."""
     sample_every: Positive = 50
     """Steps after which the policy completes a few held-out prompts, for people to read."""
+    best_of_n: Annotated[int, Field(ge=0, le=64)] = 8
+    """The best of 2, 4, ... up to so many completions by the policy before RL is measured beside RL's policy; 0:
+    nothing is. It costs at most 1,024 completions."""
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
@@ -205,9 +215,13 @@ class Rl(Section):
     @property
     def reward_parts(self) -> list[RewardPart]:
         """The reward in its long form."""
-        if isinstance(self.reward, list):
-            return self.reward
-        return [self.reward.part if isinstance(self.reward, RewardFrom) else self.reward]
+        return reward_parts(self.reward)
+
+    @property
+    def eval_reward_parts(self) -> list[RewardPart]:
+        """What chooses between policies, as far as it is a reward of its own."""
+        given = self.eval_reward
+        return [] if given is None or given == "gold" else reward_parts(given)
 
     @property
     def row(self) -> Algorithm:
@@ -265,6 +279,8 @@ class Rl(Section):
             yield "a kl_coef of 0 stays 0 whatever kl_target is: raise kl_coef"
         if self.length_reward and self.samples_per_prompt < 2:
             yield "length_reward compares completions of one prompt: set samples_per_prompt to at least 2"
+        if self.eval_reward is not None and self.eval_steps is None:
+            yield "eval_reward is asked at every eval_steps, and there are none: set eval_steps"
         if self.overlong_buffer is not None and not self.overlong_penalty:
             yield "overlong_buffer has no use without overlong_penalty: set overlong_penalty, such as to 1"
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:

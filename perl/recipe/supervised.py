@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
+from perl.recipe.section import LrSchedulerType, Positive, Rate
+from perl.recipe.validation import Validation
 
 
-class Supervised(Section):
+class Supervised(Validation):
     """What SFT and reward training have in common."""
 
     from_: Annotated[str | None, Field(alias="from")] = None
@@ -39,3 +40,14 @@ class Reward(Supervised):
     """Learn from ratings, from comparisons, or from both in one training. Comparisons may be made from ratings."""
     epochs: Positive = 2
     """Passes over the training rows."""
+    members: Annotated[int, Field(ge=1, le=8)] = 1
+    """How many reward models are trained, each an adapter with a beginning and an order of rows of its own; how RL
+    combines them, `rl.reward` says."""
+    bootstrap: bool = False
+    """Whether each of several members learns from its own draw of the dialogues, with replacement."""
+
+    @model_validator(mode="after")
+    def _bootstraps_several(self) -> "Reward":
+        if self.bootstrap and self.members == 1:
+            raise ValueError("bootstrap makes members differ, and there is one: raise members, or leave it out")
+        return self

@@ -6,13 +6,13 @@ from pathlib import Path
 from perl.recipe import StageName
 from perl.recipe.adapter import DoraSettings, LoraSettings
 from perl.report.templates import filled
-from perl.roles.roles import Role
+from perl.roles.roles import REWARD_MEMBERS, Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
 
 TITLES = {
     Role.SFT: "language model after supervised fine-tuning",
-    Role.REWARD: "reward model",
+    **dict.fromkeys(REWARD_MEMBERS, "reward model"),
     Role.POLICY: "language model after RL",
     Role.CRITIC: "critic of RL",
 }
@@ -81,6 +81,7 @@ def model_card(session: Session, exported: Exported) -> str:
             "form": form,
             "rank": rank,
             "served_rank": served_rank,
+            "members": session.reward_members,
             "ends": " or ".join(f"`{token}`" for token in tokens),
             "metrics": _metrics(session, exported),
         },

@@ -1,6 +1,6 @@
 """The plots of a policy: reward and gold by √KL, the spread of rewards, and the trust region's steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,9 +11,11 @@ from perl.report.numbers import decimal
 from perl.report.outcome import Curve, curve
 from perl.report.runs import Group, Series
 from perl.report.svg import FG, MUTED, SERIES, Plot, drawing, titled, to_svg
+from perl.results import RlEval
 
 POINTS = 120
 """Steps of a run that are drawn against √KL, at most."""
+BEST_OF_N = " Crosses: the best of so many completions by the policy before RL, which takes no training."
 ROOT_KL = "How far the policy has moved from where it began, and what it gained by that (as in Gao et al. 2022)."
 WITH_GOLD = (
     "While both rise the reward leads the right way; where the reward rises and gold falls, the policy exploits "
@@ -41,6 +43,7 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
                 _held_out(panels[0], rl.kl, rl.reward_before, rl.reward_after, colour, label)
                 if has_gold and rl.gold_before is not None and rl.gold_after is not None:
                     _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
+                _best_of_n(panels, rl)
             if has_gold:
                 _scatter(panels[1], [(one, 100 * one.gold) for one in members], colour, marker)
         titled(panels[0], "Reward (what RL raised)", "", "reward")
@@ -55,7 +58,9 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
         if len(groups) > 1:
             panels[0].legend(loc="lower right")
         svg = to_svg(drawn, name, f"Reward{' and gold judge' if has_gold else ''} against √KL")
-    return Plot(svg, f"{ROOT_KL} {WITH_GOLD if has_gold else WITHOUT_GOLD} {ROOT_KL_MARKS}", tall=has_gold)
+    crosses = any(rl.best_of_n for group in groups for rl in group.rl)
+    marks = f"{ROOT_KL_MARKS}{BEST_OF_N if crosses else ''}"
+    return Plot(svg, f"{ROOT_KL} {WITH_GOLD if has_gold else WITHOUT_GOLD} {marks}", tall=has_gold)
 
 
 def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, marker: str) -> None:
@@ -64,6 +69,16 @@ def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, ma
         chosen = chosen[np.isfinite(values[chosen])]
         x, shade = np.sqrt(np.maximum(one.kl[chosen], 0.0)), 0.15 + 0.75 * chosen / max(len(values) - 1, 1)
         axes.scatter(x, values[chosen], s=14, alpha=shade, color=colour, marker=marker, linewidths=0)
+
+
+def _best_of_n(panels: Iterable[Axes], rl: RlEval) -> None:
+    """Best-of-n by the policy before RL, a number a point."""
+    for one in rl.best_of_n or ():
+        x, values = one.kl**0.5, [one.reward, None if one.gold is None else 100 * one.gold]
+        for axes, y in zip(panels, values, strict=False):
+            if y is not None:
+                axes.plot([x], [y], "x", color=FG, markersize=6, zorder=6)
+                axes.annotate(str(one.n), (x, y), (4, 4), textcoords="offset points", color=MUTED, fontsize=8)
 
 
 def _held_out(axes: Axes, kl: float, before: float, after: float, colour: str, label: str | None = None) -> None:

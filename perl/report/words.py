@@ -129,6 +129,8 @@ def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
         f"Given an answer that {judge} good and one bad, the reward model scores the good one higher "
         f"{100 * auroc.mean:.0f} times in 100; a coin would do so 50 times."
     ]
+    if cards[0].ensemble is not None:
+        lines += cards[0].ensemble.words
     if np.mean([card.accuracy for card in cards]) <= np.mean([card.majority_accuracy for card in cards]):
         lines.append(
             "As a classifier it is worth nothing here: always giving the more frequent label is right as often. "

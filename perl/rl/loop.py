@@ -31,6 +31,7 @@ from perl.rl.prompt_choice import PromptChoice
 from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.update import Learner
+from perl.rl.validation import PolicyValidation
 from perl.roles.roles import Role
 from perl.runs import snapshot
 from perl.runs.checkpoint import Checkpoints
@@ -94,6 +95,8 @@ class Loop:
     prompt_choice: PromptChoice
     kl_coef: float
     """β of `(1-β) r - β KL`, as it is now."""
+    validation: PolicyValidation | None = None
+    """Which policy is kept; None: the last."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -118,15 +121,19 @@ def train(
         KeyboardInterrupt: someone asked to stop; the last step is saved.
         PreflightError: the first updates did not do what they should.
     """
+    validation = None if loop.validation is None else loop.validation.found
     with track("rl", loop.steps, done) as bar, between_steps(loop.collector.processes) as stop:
         for step in range(done, loop.steps):
+            if validation is not None and validation.exhausted:
+                break
             metrics, adapter = take_step(loop, step)
             log(step + 1, metrics, adapter)
             bar(reward=metrics["reward"], kl=metrics["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, metrics):
                 return stopped_by
-            last = stop.poll() or step + 1 == loop.steps
-            if last or loop.checkpoints.due(step + 1):
+            best = validation is not None and validation.best() == step + 1
+            last = stop.poll() or step + 1 == loop.steps or (validation is not None and validation.exhausted)
+            if last or best or loop.checkpoints.due(step + 1):
                 checkpoint(loop, step + 1, initial)
             if stop.requested:
                 raise KeyboardInterrupt
@@ -154,6 +161,9 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
     penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
     metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
     metrics["reward_std"] = loop.reward_scale.std
+    if loop.validation is not None:
+        scale = loop.reward_scale.std if loop.objective.normalize_rewards else 1.0
+        metrics |= loop.validation.check(step + 1, loop.steps, scale)
     metrics = loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
     return metrics, None if rollout.versions is None else rollout.versions[0]
 
@@ -279,7 +289,11 @@ def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
         prompt_choice=loop.prompt_choice.state_dict(),
         kl_coef=loop.kl_coef,
     )
-    loop.checkpoints.write(state, loop.guarding.worth_keeping(step, loop.checkpoints.steps()))
+    keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
+    if loop.validation is not None:
+        state.values["validation"] = loop.validation.found.state_dict()
+        keep |= {loop.validation.found.best() or step}
+    loop.checkpoints.write(state, keep)
 
 
 def resume(loop: Loop) -> tuple[InitialEval | None, int]:
@@ -296,16 +310,27 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     loop.reward_scale = RewardScale(**values["reward_scale"])
     loop.prompt_choice.load_state_dict(values["prompt_choice"])
     loop.kl_coef = values["kl_coef"]
+    if loop.validation is not None:
+        loop.validation.found.load_state_dict(values["validation"])
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
     return made(InitialEval, values["initial_eval"]), state.step
 
 
-def rollback(loop: Loop, alarms: list[Alarm]) -> int:
-    """Put back what was learned at the last checkpoint before the trouble began; return its step."""
-    step = last_good(min(alarm.good_until for alarm in alarms), loop.checkpoints.steps())
-    tensors = loop.checkpoints.read(step).tensors
-    learner = loop.learner
-    snapshot.load_trained_state(learner.roles, learner.trained, tensors, str(loop.checkpoints.folder))
-    loop.collector.sampler.sync(Role.POLICY)
+def choose(loop: Loop, alarms: list[Alarm]) -> int:
+    """Put back the policy that remains, where it is not the last, and return the steps that it has seen.
+
+    That is the best by validation, if there is any, of those from before the trouble began.
+    """
+    saved = loop.checkpoints.steps()
+    good = saved[-1]
+    if alarms:
+        good = last_good(min(alarm.good_until for alarm in alarms), saved)
+    best = None if loop.validation is None else loop.validation.found.best(until=good)
+    step = best if best in saved else good
+    if alarms or best is not None:
+        tensors = loop.checkpoints.read(step).tensors
+        learner = loop.learner
+        snapshot.load_trained_state(learner.roles, learner.trained, tensors, str(loop.checkpoints.folder))
+        loop.collector.sampler.sync(Role.POLICY)
     return step

@@ -109,7 +109,7 @@ def load_role(
     weights = _read_weights(folder, roles.weights_file)
     if role not in roles.roles:
         own = any(not name.endswith(HEAD) for name in weights)
-        roles.add(role, weights=own, head=role in (Role.REWARD, Role.CRITIC))
+        roles.add(role, weights=own, head=role.has_head)
     targets = _on_disk(roles, role)
     with roles.role(role):
         differs = _shape_difference(weights, targets)
@@ -183,7 +183,8 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
 
 def _anew(folder: Path) -> str:
     """The remedy for damaged files."""
-    return f"Remove {folder.parent / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
+    stage = folder.parent.parent if folder.parent.name.startswith("member-") else folder.parent
+    return f"Remove {stage / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
 
 
 def _config_fits(roles: Roles, folder: Path) -> bool:

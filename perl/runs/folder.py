@@ -6,6 +6,7 @@ sft/ reward/ policy/ critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step
+    member-2/ ...                        reward/ only: further members of an ensemble, each with the three above
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
     samples-by-step.jsonl                policy/ only: the policy's during training, every rl.sample_every steps
     result.json                          the stage's result; there when the stage is finished
@@ -119,15 +120,15 @@ class RunFolder:
         return load_recipe(file)
 
     def role(self, role: Role) -> Path:
-        return self.path / role
+        return self.path / role.folder
 
-    def metrics(self, stage: StageName, done: int = 0, send: Send | None = None) -> "MetricsLog":
-        """The metrics of a stage by step; lines after the steps that are done are removed.
+    def metrics(self, role: Role, done: int = 0, send: Send | None = None) -> "MetricsLog":
+        """The metrics of a role's training by step; lines after the steps that are done are removed.
 
         Args:
             send: is given them too.
         """
-        file = self.role(STAGE_ROLE[stage]) / "metrics.jsonl" if self._processes.main else None
+        file = self.role(role) / "metrics.jsonl" if self._processes.main else None
         return MetricsLog(file, done, send)
 
     def write_samples(self, samples: Sequence[Sample]) -> None:
@@ -199,7 +200,9 @@ class MetricsLog:
             adapter: the name of the weights that completions were drawn with, where a sampler has a copy.
         """
         if self._file is not None:
-            line: dict[str, Any] = {"step": step} | ({} if adapter is None else {"adapter": adapter})
+            line: dict[str, float | str | None] = {"step": step} | (
+                {} if adapter is None else {"adapter": adapter}
+            )
             line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

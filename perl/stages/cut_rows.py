@@ -1,5 +1,6 @@
-"""Rows that are too long are cut, and that is said."""
+"""What every stage says of its rows and of the weights that it keeps."""
 
+from perl.results import Stage
 from perl.system.progress import console, counted
 
 
@@ -15,3 +16,10 @@ def say_cut(cut: int, rows: int, length: int, key: str) -> None:
             f"[yellow]{cut:,} of {counted(rows, 'row')} {verb} longer than {length} tokens ({key})[/]: the oldest "
             "turns are left out, whole ones where that is enough; the system's turn and the first token stay."
         )
+
+
+def say_kept(stage: Stage) -> None:
+    """Say which weights a stage kept, where validations chose."""
+    for number, kept in enumerate(stage.kept or (), 1):
+        which = f"member {number}: " if len(stage.kept or ()) > 1 else ""
+        console.print(f"  {which}{kept.words}", markup=False)

@@ -274,9 +274,12 @@ _UNFINISHED = ("checkpoints", "metrics.jsonl")
 def _copy(there: Path, copy: Path, names: Sequence[str] | None) -> None:
     """Copy a stage's folder, or these parts of it."""
     for path in there.iterdir():
-        if names is not None and path.name not in names:
+        if names is not None and path.name.startswith("member-"):
+            (copy / path.name).mkdir()
+            _copy(path, copy / path.name, names)
+        elif names is not None and path.name not in names:
             continue
-        if path.is_dir():
+        elif path.is_dir():
             shutil.copytree(path, copy / path.name, copy_function=_link)
         else:  # metrics.jsonl is written on
             shutil.copy2(path, copy / path.name)

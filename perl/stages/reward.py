@@ -1,96 +1,168 @@
 """The reward stage: the `reward` adapter and its head learn from thumbs, pairs or both, on transformers' Trainer.
 
+Several members of an ensemble are trained one after another.
+
 TRL's RewardTrainer needs a sequence classifier of its own and has no loss for thumbs, so this trainer scores rows
 with the reward role. The loss on pairs is TRL's, margins included (a test compares them); soft labels are added.
 """
 
 import statistics
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments
 
-from perl.results import Recorded, RewardStage
-from perl.rl.rewards.model import probabilities, score_rows
+from perl.measure.cost import costs_in_turn
+from perl.results import Recorded, RewardStage, Stage
+from perl.rl.rewards.model import score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
-from perl.roles.roles import Role, Roles
-from perl.stages.cut_rows import say_cut
+from perl.roles.roles import Role
+from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss
-from perl.stages.reward_rows import Rows, held_out_rows, max_length, training_examples, training_rows
+from perl.stages.reward_rows import (
+    Rows,
+    bootstrapped,
+    held_out_rows,
+    max_length,
+    training_examples,
+    training_rows,
+)
+from perl.stages.reward_scores import run_scores, scores_are_log_odds
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer
-from perl.stages.training_run import optimizer_steps, training_run
+from perl.stages.training_run import loss_validation, optimizer_steps, training_run
+from perl.stages.validation_rows import validation_split
+from perl.system.seeds import derived_seed, seed_everything
 
 RECORDED = 8
 """Held-out rows whose scores are recorded, for RL to check that they are scored alike."""
+VALIDATED = 32
+"""Validation examples in one pass."""
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and standard deviation that RL normalises by."""
 
 
 def check(session: Session) -> None:
     training_rows(session)
+    _sides(session)
     held_out_rows(session)
 
 
 def train_reward(session: Session) -> RewardStage:
-    settings, roles, pad_id = session.recipe.reward, session.roles, session.base.chat.pad_id
+    settings, members = session.recipe.reward, session.reward_members
     assert settings is not None
-    train, held_out = training_rows(session), held_out_rows(session)
-    rows, cut = len(train.ids) + len(held_out.ids), train.cut + held_out.cut
+    everything, held_out = training_rows(session), held_out_rows(session)
+    train, validation = _sides(session)
+    rows, cut = len(everything.ids) + len(held_out.ids), everything.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
-    trained = session.add_trained(Role.REWARD, head=True)
-    with reward_trainer(session, train) as trainer:
-        if settings.epochs > 1:
-            trainer.cache_lower_layers(train)
-        trainer.resume()
-    stage = session.stage(trainer.run.meter, trained, rows, cut)
-    roles.eval()
-    session.save(Role.REWARD, **_scale(roles, train, pad_id, settings.loss != "pairs"))
+    with tempfile.TemporaryDirectory() as scratch:
+        again = settings.epochs > 1 or len(members) > 1
+        lower_layers = lower_layer_cache(session, train, Path(scratch)) if again else None
+        stages = [_train_member(session, role, train, validation, lower_layers) for role in members]
+    stage, *others = stages
+    if others:
+        parameters = sum(one.trainable_parameters for one in stages)
+        kept = [one for trained in stages for one in trained.kept or ()] or None
+        stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
     chosen = range(0, len(held_out.ids), -(-len(held_out.ids) // RECORDED))
+    recorded = recorded_scores(session, held_out, chosen)
+    session.roles.eval()
     return RewardStage(
-        **vars(stage),
-        kept_below_bytes=trainer.lower_layers.bytes if trainer.lower_layers is not None else None,
-        recorded=recorded_scores(roles, held_out, pad_id, chosen),
-        eval=evaluate_rows(roles, held_out.ids, held_out, train, pad_id),
+        **vars(replace(stage, rows=rows, rows_cut=cut)),
+        kept_below_bytes=lower_layers.bytes if lower_layers is not None else None,
+        recorded=recorded,
+        eval=evaluate_rows(session, held_out.ids, held_out, everything),
     )
 
 
+def _sides(session: Session) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and those to validate on where the recipe has validation."""
+    train, validation = validation_split(session, "reward")
+    return training_rows(session, train), None if validation is None else training_rows(session, validation)
+
+
+def _train_member(
+    session: Session, role: Role, train: Rows, validation: Rows | None, lower_layers: LowerLayerCache | None
+) -> Stage:
+    """Train one member, or go on with it, and save it; what it cost."""
+    seed_everything(_seed(session, role))
+    trained = session.add_trained(role, head=True)
+    with reward_trainer(session, role, train, validation) as trainer:
+        trainer.lower_layers = lower_layers
+        trainer.resume()
+    stage = session.stage(trainer.run.meter, trained, kept=trainer.kept)
+    session.roles.eval()
+    session.save(role, **_scale(session, role, train))
+    return stage
+
+
+def lower_layer_cache(session: Session, train: Rows, scratch: Path) -> LowerLayerCache | None:
+    """The blocks below the adapters, computed once for all epochs and members; None where there are none."""
+    roles = session.roles
+    return LowerLayerCache(roles, train.ids, session.base.chat.pad_id, scratch) if roles.shared_blocks else None
+
+
+def _seed(session: Session, role: Role) -> int:
+    """Of a member's adapter, dropout and order of rows; the first one's is the run's."""
+    number, seed = session.reward_members.index(role), session.recipe.seed
+    return derived_seed(seed, "member", number) % 2**32 if number else seed
+
+
 @contextmanager
-def reward_trainer(session: Session, train: Rows, steps: int | None = None) -> Iterator["RewardTrainer"]:
-    """A trainer of the `reward` role, after `Session.add_trained`.
+def reward_trainer(
+    session: Session, role: Role, train: Rows, validation: Rows | None = None, steps: int | None = None
+) -> Iterator["RewardTrainer"]:
+    """A trainer of a member of the reward model, after `Session.add_trained`.
 
     Args:
         steps: optimizer steps in all; by default those of the recipe's epochs.
     """
-    settings = session.recipe.reward
+    settings, seed = session.recipe.reward, _seed(session, role)
     assert settings is not None
     examples = training_examples(train, settings.loss)
+    if settings.bootstrap:
+        examples = bootstrapped(examples, train.dialogues, seed)
     steps = optimizer_steps(len(examples), settings) if steps is None else steps
-    with training_run(session, "reward", steps) as run:
-        yield RewardTrainer(
+    held_back = [] if validation is None else training_examples(validation, settings.loss)
+    chosen = loss_validation(settings, len(held_back)) if held_back else None
+    with training_run(session, role, seed, steps, chosen) as run:
+        trainer = RewardTrainer(
             run,
             model=session.roles,
             args=TrainingArguments(**run.arguments(settings)),
             train_dataset=Dataset.from_list(examples),
             data_collator=Collator(session.base.chat.pad_id),
         )
+        trainer.validation_examples = held_back
+        yield trainer
 
 
 class RewardTrainer(ResumableTrainer):
-    """transformers' Trainer on the reward role."""
+    """transformers' Trainer on a member of the reward model."""
 
     lower_layers: LowerLayerCache | None = None
+    validation_examples: Sequence[dict[str, Any]] = ()
 
-    def cache_lower_layers(self, train: Rows) -> None:
-        """Compute the blocks below the adapters once for all epochs, where there are any."""
-        roles, pad_id = self.run.session.roles, self.run.session.base.chat.pad_id
-        if roles.shared_blocks:
-            self.lower_layers = LowerLayerCache(roles, train.ids, pad_id, self.run.scratch)
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The mean over the validation examples, without dropout."""
+        role, roles, total = self.run.learner, self.run.session.roles, 0.0
+        roles.eval()
+        for start in range(0, len(self.validation_examples), VALIDATED):
+            examples = self.validation_examples[start : start + VALIDATED]
+            batch = {name: tensor.to(roles.device) for name, tensor in self.data_collator(examples).items()}
+            outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role)
+            total += float(batch_loss(outputs.scores_B, batch)) * len(examples)
+        return total / len(self.validation_examples)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -100,16 +172,17 @@ class RewardTrainer(ResumableTrainer):
         self.run.meter.count(int(mask_BL.sum()))
         if self.lower_layers is not None:
             lower_BLD = self.lower_layers.read(inputs["numbers_B"].tolist(), mask_BL)
-        outputs = model(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, lower_hidden_BLD=lower_BLD)
+        role = self.run.learner
+        outputs = model(role, ids_BL, mask_BL, head=role, lower_hidden_BLD=lower_BLD)
         loss = batch_loss(outputs.scores_B, inputs)
         return loss if self.run.processes.count == 1 else loss * inputs[SHARE]
 
 
-def _scale(roles: Roles, rows: Rows, pad_id: int, probability: bool) -> dict[str, Any]:
-    """Mean and standard deviation of the rewards of evenly spaced training rows, for the stamp."""
-    step = max(1, len(rows.ids) // SCALE_ROWS)
-    scores = score_rows(roles, rows.ids[::step], pad_id, micro_batch_size=32)
-    rewards = probabilities(scores) if probability else scores
+def _scale(session: Session, role: Role, rows: Rows) -> dict[str, Any]:
+    """Mean and standard deviation of a member's rewards of evenly spaced training rows, for the stamp."""
+    chosen, probability = rows.ids[:: max(1, len(rows.ids) // SCALE_ROWS)], scores_are_log_odds(session)
+    scores_N = score_rows(session.roles, [role], chosen, session.base.chat.pad_id)[0]
+    rewards = (scores_N.sigmoid() if probability else scores_N).tolist()
     return {
         "reward_is_probability": probability,
         "reward_mean": statistics.fmean(rewards),
@@ -122,14 +195,15 @@ def checksum(ids: list[int]) -> int:
     return zlib.crc32(str(ids).encode())
 
 
-def recorded_scores(roles: Roles, rows: Rows, pad_id: int, chosen: Sequence[int]) -> list[Recorded]:
-    """The reward role's scores of these rows, computed as one batch so that they repeat to the bit."""
-    scores = score_rows(roles, [rows.ids[index] for index in chosen], pad_id, RECORDED)
+def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list[Recorded]:
+    """The reward model's scores of these rows, computed as one batch so that they repeat to the bit."""
+    scores = run_scores(session, [rows.ids[index] for index in chosen], RECORDED)
     return [
-        Recorded(row=index, score=score, tokens=checksum(rows.ids[index]))
+        Recorded(row=index, score=float(score), tokens=checksum(rows.ids[index]))
         for index, score in zip(chosen, scores, strict=True)
     ]
 
 
 def summary(stage: RewardStage) -> None:
     print_card("Reward model", stage.eval)
+    say_kept(stage)

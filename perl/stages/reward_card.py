@@ -1,23 +1,23 @@
 """The reward model card: computed from the scores of held-out answers, and printed."""
 
-import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from rich.markup import escape
 
 from perl.data.duplicates import Rows
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
-from perl.rl.rewards.model import score_rows
-from perl.roles.roles import Roles
+from perl.stages.reward_scores import run_member_scores, scores_are_log_odds
+from perl.stages.session import Session
 from perl.system.progress import console, counted, doing
 
 
 def evaluate_rows(
-    roles: Roles, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows, pad_id: int
+    session: Session, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows
 ) -> RewardModelCard:
-    """The reward model card of the reward role.
+    """The card of the run's reward model.
 
     Args:
         ids: tokens of each answer and its context.
@@ -25,12 +25,12 @@ def evaluate_rows(
         trained_on: what the model learned from; so does the TF-IDF baseline.
     """
     with doing(f"judging the reward model on {counted(len(ids), 'answer')}"):
-        scores = score_rows(roles, ids, pad_id, micro_batch_size=32)
-    if any(not math.isfinite(score) for score in scores):
+        scores_MN = run_member_scores(session, ids)
+    if not np.isfinite(scores_MN).all():
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))
     baseline = tfidf_scores(trained_on.labelled(), answers.labelled())
-    return reward_model_card(scores, answers, baseline, seen)
+    return reward_model_card(scores_MN, answers, baseline, seen, scores_are_log_odds(session))
 
 
 def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
@@ -76,6 +76,8 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
         f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
     )
+    if card.ensemble is not None:
+        yield from card.ensemble.words
     yield (
         f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
         f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."

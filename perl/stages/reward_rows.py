@@ -1,5 +1,7 @@
 """The rows that the reward model is trained and judged on: rated and compared answers as tokens."""
 
+import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +27,14 @@ class Rows(RatedRows):
     """How many rows were too long."""
 
 
-def training_rows(session: Session) -> Rows:
-    """What the reward model learns from.
+def training_rows(session: Session, records: Records | None = None) -> Rows:
+    """What the reward model learns from: these records, or all that are there to train on.
 
     Raises:
         UserError: no rows of the kind the loss needs, or ratings of one class only.
     """
     assert session.recipe.reward is not None
-    rows = session_rows(session, session.train, session.recipe.reward.loss)
+    rows = session_rows(session, records or session.train, session.recipe.reward.loss)
     if len(set(rows.labels)) < 2:
         raise UserError(
             f"all {len(rows.labels)} ratings are thumbs {'up' if rows.labels[0] else 'down'}: there is nothing to "
@@ -162,6 +164,19 @@ def training_examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
         pairs = zip(rows.pairs, rows.margins, strict=True)
         examples += [_example(rows, [better, worse], margin=margin) for (better, worse), margin in pairs]
     return examples
+
+
+def bootstrapped(examples: Sequence[dict[str, Any]], dialogues: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """The examples of as many dialogues as there are, drawn with replacement.
+
+    Args:
+        dialogues: of the rows.
+    """
+    of_dialogue: dict[str, list[dict[str, Any]]] = {}
+    for example in examples:
+        of_dialogue.setdefault(dialogues[example["numbers"][0]], []).append(example)
+    drawn = random.Random(seed).choices(list(of_dialogue.values()), k=len(of_dialogue))
+    return list(itertools.chain.from_iterable(drawn))
 
 
 def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> dict[str, Any]:

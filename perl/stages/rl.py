@@ -3,18 +3,22 @@
 It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
+from dataclasses import replace
 from functools import partial
 
+from perl.errors import UserError
 from perl.measure.change import fixed, measured_words
 from perl.results import RlEval, RlStage
+from perl.rl.best_of_n import best_of_n
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
-from perl.rl.loop import InitialEval, Loop, checkpoint, resume, rollback, train
+from perl.rl.loop import InitialEval, Loop, checkpoint, choose, resume, train
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
 from perl.runs.folder import MetricsLog
-from perl.stages.cut_rows import say_cut
+from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.rl_setup import eval_prompts, reward_context, settings_of, setup, tokenized_prompts
 from perl.stages.session import Session
+from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 from perl.system.typed_json import made
 
@@ -27,10 +31,18 @@ SAMPLES = 12
 
 
 def check(session: Session) -> None:
+    settings = settings_of(session)
     prompts = [*session.train.prompts, *session.held_out.prompts]
     tokenized_prompts(session, prompts)
+    validation_split(session, "rl")
+    if settings.eval_reward == "gold" and session.train.judge is None:
+        raise UserError(
+            f"{session.recipe.data.source} has no gold judge",
+            where="rl.eval_reward: gold",
+            remedy="Choose by a rule, a function or a member of the reward model, or leave eval_reward out.",
+        )
     context = reward_context(session)
-    for part in settings_of(session).reward_parts:
+    for part in (*settings.reward_parts, *settings.eval_reward_parts):
         if not part.needs_model:  # the model is trained first
             part.source(context)
 
@@ -50,11 +62,17 @@ def train_rl(session: Session) -> RlStage:
             before=evaluate_policy(loop.collector, reference, held_out, judge, say_spread=True),
         )
         checkpoint(loop, 0, initial)
-    with session.metrics("rl", done) as log:
+    with session.metrics(Role.POLICY, done) as log:
         stopped_by = train(loop, initial, done, partial(_log, session, loop, held_out, log))
-    stage = session.stage(loop.meter, session.roles.parameters_of(*loop.learner.trained), rows, cut)
-    remains = rollback(loop, stopped_by) if stopped_by else settings.steps
+    trained = session.roles.parameters_of(*loop.learner.trained)
+    remains = choose(loop, stopped_by)
+    kept = None if loop.validation is None else loop.validation.found.kept(remains, settings.steps)
+    stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
+    best = None
+    if settings.best_of_n > 1:
+        reference = session.roles.reference
+        best = best_of_n(loop.collector, reference, held_out, judge, settings.best_of_n, after)
     _save(session, loop, held_out)
     evaluation = {"algorithm": settings.algorithm, "critic": session.recipe.critic, "steps": remains}
     return RlStage(
@@ -64,15 +82,24 @@ def train_rl(session: Session) -> RlStage:
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
-        eval=made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
+        eval=replace(
+            made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
+            best_of_n=best,
+        ),
     )
 
 
 def _log(
-    session: Session, loop: Loop, held_out: EncodedPrompts, log: MetricsLog, step: int, metrics: dict[str, float]
+    session: Session,
+    loop: Loop,
+    held_out: EncodedPrompts,
+    log: MetricsLog,
+    step: int,
+    metrics: dict[str, float],
+    adapter: str | None,
 ) -> None:
     """Write a step's metrics, and now and then what the policy says by then."""
-    log.write(step, metrics)
+    log.write(step, metrics, adapter)
     if step % settings_of(session).sample_every == 0:
         shown = held_out.take(range(min(SAMPLES_OF_A_STEP, len(held_out))))
         judge = session.held_out.judge
@@ -127,6 +154,9 @@ def summary(stage: RlStage) -> None:
             f"{measured_words(change.gold_before, change.gold_after, change.gold_interval, percent=True)}."
         )
     console.print(text)
+    if change.best_of_n:
+        console.print(f"  {change.best_of_n_words}", markup=False)
+    say_kept(stage)
     for incident in stage.incidents:
         if incident.action == "stopped":
             console.print(

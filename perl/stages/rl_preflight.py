@@ -13,10 +13,11 @@ from perl.rl.collector import read_completions
 from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rewards.model import score_rows
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role
+from perl.roles.roles import REWARD_MEMBERS, Role
 from perl.roles.saved import load_role
 from perl.stages.reward import checksum, recorded_scores
 from perl.stages.reward_rows import held_out_rows
+from perl.stages.reward_scores import run_scores
 from perl.stages.session import Session
 
 
@@ -24,10 +25,10 @@ def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
     """The checks, given the run and its reward."""
 
     def check(samples: Samples, again: bool) -> Iterator[Finding]:
-        for role in () if again else (Role.SFT, Role.REWARD):
+        for role in () if again else (Role.SFT, *REWARD_MEMBERS):
             if role in session.roles.roles:
                 yield reloaded(session, role, samples)
-        if reward.model is not None:
+        if reward.models:
             trained = session.folder.results().reward
             if trained is not None and trained.recorded:
                 yield from recorded_evaluation(session, trained.recorded)
@@ -52,7 +53,7 @@ def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
 
 def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Iterator[Finding]:
     """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage recorded."""
-    rows, pad_id, limit = held_out_rows(session), session.base.chat.pad_id, _limit(session)
+    rows, limit = held_out_rows(session), _limit(session)
     chosen, expected = [row.row for row in recorded], torch.tensor([row.score for row in recorded])
     now = {row: checksum(rows.ids[row]) for row in chosen if row < len(rows.ids)}
     differ = sum(now.get(row.row) != row.tokens for row in recorded)
@@ -63,8 +64,8 @@ def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Itera
         scores = torch.full_like(expected, math.nan)
         cause = "the held-out rows are others than they were: the data have changed. Put them back."
     else:
-        scores = torch.tensor([row.score for row in recorded_scores(session.roles, rows, pad_id, chosen)])
-        alone = [score_rows(session.roles, [rows.ids[index]], pad_id, 1)[0] for index in chosen]
+        scores = torch.tensor([row.score for row in recorded_scores(session, rows, chosen)])
+        alone = [float(run_scores(session, [rows.ids[index]])[0]) for index in chosen]
         if float(scores.std(unbiased=False)) < 1e-6:
             cause = "all scores are alike: the head was lost on saving. Train the reward stage again."
         elif _largest(torch.tensor(alone) - expected) <= limit:
@@ -84,7 +85,7 @@ def _outputs(session: Session, role: Role, samples: Samples) -> Tensor:
     if role in roles.heads:
         both = zip(samples.prompt_ids(), samples.completions(), strict=True)
         rows = [[*prompt, *tokens] for prompt, tokens in both]
-        return torch.tensor(score_rows(roles, rows, session.base.chat.pad_id, 1))
+        return score_rows(roles, [role], rows, session.base.chat.pad_id, 1)[0]
     log_probs_BT, _ = read_completions(roles, role, samples, len(samples.ids_BL), temperature=1.0, head=None)
     assert log_probs_BT is not None
     return log_probs_BT

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,7 @@ from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
 from perl.recipe import Rl
+from perl.recipe.rewards import ModelPart, RewardPart
 from perl.rl.algorithms import Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
@@ -29,9 +31,12 @@ from perl.rl.samplers import SAMPLERS
 from perl.rl.samplers.base import Sampling
 from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
 from perl.rl.update import Learner
+from perl.rl.validation import PolicyValidation
 from perl.roles.roles import Role
+from perl.runs.validation import Validation
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.session import Session
+from perl.stages.validation_rows import validation_split
 from perl.system.progress import console
 
 
@@ -66,7 +71,7 @@ def setup_collector(session: Session) -> Collector:
     return Collector(
         roles=session.roles,
         sampler=sampler,
-        reward=CombinedReward([(part.source(context), part.weight) for part in settings.reward_parts]),
+        reward=combined_reward(settings.reward_parts, context),
         sampling=Sampling(
             settings.max_new_tokens, settings.temperature, end_ids(session), chat.pad_id, settings.micro_batch_size
         ),
@@ -77,13 +82,21 @@ def setup_collector(session: Session) -> Collector:
     )
 
 
+def combined_reward(parts: Sequence[RewardPart], context: RewardContext) -> CombinedReward:
+    return CombinedReward([(part.source(context), part.weight) for part in parts])
+
+
 def reward_context(session: Session) -> RewardContext:
     """What the parts of the reward may be made from."""
 
-    def model() -> RewardModel:
-        session.load(Role.REWARD)
-        settings = settings_of(session)
-        return RewardModel(session.roles, session.stamp(Role.REWARD), settings.micro_batch_size, end_ids(session))
+    def model(part: ModelPart) -> RewardModel:
+        members = session.reward_members
+        chosen = [members[number - 1] for number in part.members] if part.members else members
+        for role in chosen:
+            session.load(role)
+        stamps = {role: session.stamp(role) for role in chosen}
+        size, ends = settings_of(session).micro_batch_size, end_ids(session)
+        return RewardModel(session.roles, stamps, size, ends, part.combine, part.std_weight)
 
     return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
 
@@ -98,11 +111,15 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     settings = settings_of(session)
     if session.recipe.sft is not None:
         session.load(Role.SFT)
+    if any(part.needs_model for part in (*settings.reward_parts, *settings.eval_reward_parts)):
+        for role in session.reward_members:  # before anything is trained: an added role takes all gradients off
+            session.load(role)
     collector = setup_collector(session)
     trained = _add_roles(session)
     for role in trained:
         collector.sampler.sync(role)
-    prompts = tokenized_prompts(session, session.train.prompts)
+    train, validation = validation_split(session, "rl")
+    prompts = tokenized_prompts(session, train.prompts)
     if settings.samples_per_prompt > 1:
         share_prompts(session, prompts)
     learner = _learner(session, trained, prompts)
@@ -116,7 +133,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
     )
-    validation = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))
+    guarded = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))
     preflight = Preflight(collector, few, str(session.folder.path), earlier_stages(session, collector.reward))
     return Loop(
         collector=collector,
@@ -129,13 +146,32 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         judge=session.train.judge,
         preflight=preflight,
         liveness=Liveness(learner, preflight, settings.guard),
-        guarding=Guarding(collector, validation, settings.guard, limits, judged=session.train.judge is not None),
+        guarding=Guarding(collector, guarded, settings.guard, limits, judged=session.train.judge is not None),
         meter=session.meter(),
-        checkpoints=session.checkpoints("rl"),
+        checkpoints=session.checkpoints(Role.POLICY),
         reward_scale=RewardScale(),
         prompt_choice=_prompt_choice(session, prompts),
         kl_coef=settings.kl_coef,
+        validation=None if validation is None else _validation(session, collector, validation.prompts),
     )
+
+
+def _validation(session: Session, collector: Collector, prompts: Sequence[Prompt]) -> PolicyValidation:
+    """What chooses between policies, by the recipe."""
+    settings, parts = settings_of(session), settings_of(session).eval_reward_parts
+    assert settings.eval_steps is not None
+    by, kl_weight, kl, beta = "the reward less the KL penalty", 0.0, settings.row.kl, settings.kl_coef
+    if settings.eval_reward is None and kl != "none":  # r keeps its weight where the KL is in the loss
+        kl_weight = beta / (1 - beta) if kl == "reward-k1" else beta
+    if settings.eval_reward == "gold":
+        by = "the gold judge"
+    elif parts:
+        by = "rl.eval_reward"
+        collector = replace(collector, reward=combined_reward(parts, reward_context(session)))
+    encoded = tokenized_prompts(session, prompts[: settings.eval_prompts])
+    found = Validation(settings.eval_steps, settings.early_stopping_patience, by, len(encoded), sign=1)
+    judge = session.train.judge if settings.eval_reward == "gold" else None
+    return PolicyValidation(collector, encoded, judge, kl_weight, found)
 
 
 def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
@@ -180,7 +216,7 @@ def _add_roles(session: Session) -> tuple[Role, ...]:
         with torch.no_grad():
             roles.head(Role.CRITIC).weight.zero_()
         trained = (Role.POLICY, Role.CRITIC)
-    roles.keep(roles.reference, Role.REWARD, *trained)
+    roles.keep(roles.reference, *session.reward_members, *trained)
     roles.train_only(*trained)
     roles.eval()  # added adapters begin with dropout on, and there is none in RL
     return trained
@@ -203,7 +239,7 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         roles=roles,
         algorithm=settings.row,
         trained=trained,
-        optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=0.0)),
+        optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=settings.weight_decay)),
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
         epochs=settings.epochs,

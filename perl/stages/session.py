@@ -23,13 +23,13 @@ from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName
-from perl.results import Stage
-from perl.roles.roles import Role, Roles
+from perl.results import Kept, Stage
+from perl.roles.roles import REWARD_MEMBERS, Role, Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
-from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
+from perl.runs.folder import MetricsLog, RunFolder
 from perl.runs.trackers import require, sending
 from perl.stages.material import Material, read_material
 from perl.stages.reuse import ROLES, Identity, identify, settings_sha256
@@ -60,6 +60,11 @@ class Session:
     def processes(self) -> Processes:
         return self.roles.engine.processes
 
+    @property
+    def reward_members(self) -> tuple[Role, ...]:
+        """The roles that are the reward stage's model; several are an ensemble."""
+        return REWARD_MEMBERS[: self.recipe.reward.members] if self.recipe.reward is not None else ()
+
     def meter(self) -> Meter:
         """A meter of a stage that has all its roles."""
         return Meter(self.device, self.resident(), [model.base_model for model in self.roles.models()])
@@ -74,12 +79,24 @@ class Session:
             resident["adapters" if id(tensor) in adapters else "base_weights"].append(tensor)
         return resident
 
-    def stage(self, meter: Meter, trained: Sequence[nn.Parameter], rows: int, rows_cut: int) -> Stage:
+    def stage(
+        self,
+        meter: Meter,
+        trained: Sequence[nn.Parameter],
+        rows: int | None = None,
+        rows_cut: int | None = None,
+        kept: Kept | None = None,
+    ) -> Stage:
         """What a stage trained and cost, of all processes."""
         cost = meter.cost()
         cost = cost.of_all(self.processes.all_gather(cost))
-        parameters = sum(one.numel() for one in trained)
-        return Stage(**vars(cost), trainable_parameters=parameters, rows=rows, rows_cut=rows_cut)
+        return Stage(
+            **vars(cost),
+            trainable_parameters=sum(one.numel() for one in trained),
+            rows=rows,
+            rows_cut=rows_cut,
+            kept=None if kept is None else [kept],
+        )
 
     def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
         """Add the role that a supervised stage trains; return its parameters."""
@@ -121,21 +138,22 @@ class Session:
         return identify(self.recipe, self.train, self.held_out, self.base)
 
     def load(self, role: Role) -> None:
-        """Load a role's weights from the run folder, unless they are in memory."""
+        """Load a role's weights from the run folder, unless they are in memory, to compute with them."""
         if role not in self.roles.roles:
             load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
+            self.roles.eval()  # added adapters begin with dropout on
 
     def stamp(self, role: Role) -> Stamp:
         return read_stamp(self.saved(role))
 
     @contextlib.contextmanager
-    def metrics(self, stage: StageName, done: int) -> Iterator[MetricsLog]:
-        """The log of a stage's metrics, which also go where the recipe's `report_to` says."""
+    def metrics(self, role: Role, done: int) -> Iterator[MetricsLog]:
+        """The log of the metrics of a role's training, which also go where the recipe's `report_to` says."""
         names = self.report_to if self.processes.main else []
         settings = flat_keys(self.recipe.model_dump(mode="json"))
         with (
-            sending(names, self.recipe.name, stage, self.folder.path, settings, done) as send,
-            self.folder.metrics(stage, done, send) as log,
+            sending(names, self.recipe.name, role, self.folder.path, settings, done) as send,
+            self.folder.metrics(role, done, send) as log,
         ):
             yield log
 
@@ -143,23 +161,25 @@ class Session:
     def report_to(self) -> Sequence[str]:
         return self.recipe.report_to
 
-    def checkpoints(self, stage: StageName) -> Checkpoints:
+    def checkpoints(self, role: Role) -> Checkpoints:
+        """Of the training of a role."""
+        stage = _stage_of(role)
         belongs = {
             "base": self.base.sha256,
             "recipe": settings_sha256(self.recipe, stage, any_length=True),
             "data": self.identities[stage].data_sha256,
         }
         if stage == "rl":
-            earlier = (role for role in (Role.SFT, Role.REWARD) if self.saved(role).exists())
-            belongs |= {f"{role} role": weights_sha256(self.roles, self.saved(role)) for role in earlier}
-        folder = self.folder.role(STAGE_ROLE[stage]) / "checkpoints"
+            earlier = (one for one in (Role.SFT, *REWARD_MEMBERS) if self.saved(one).exists())
+            belongs |= {f"{one} role": weights_sha256(self.roles, self.saved(one)) for one in earlier}
+        folder = self.folder.role(role) / "checkpoints"
         return Checkpoints(
             folder, self.recipe.checkpoint_every, belongs, self.processes, lambda: self.after_checkpoint()
         )
 
 
 def _stage_of(role: Role) -> StageName:
-    return next(stage for stage, roles in ROLES.items() if role in roles)
+    return "reward" if role in REWARD_MEMBERS else next(stage for stage, roles in ROLES.items() if role in roles)
 
 
 def open_session(

@@ -17,47 +17,60 @@ from perl.measure.change import loss_words
 from perl.private.trl import forward_restored
 from perl.results import SftEval, SftStage
 from perl.roles.roles import Role, Roles
-from perl.stages.cut_rows import say_cut
+from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer
-from perl.stages.training_run import optimizer_steps, training_run
+from perl.stages.training_run import loss_validation, optimizer_steps, training_run
+from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
 
 def check(session: Session) -> None:
-    tokenized(session, session.train.demonstrations)
-    tokenized(session, session.held_out.demonstrations)
+    for records in (*validation_split(session, "sft"), session.held_out):
+        if records is not None:
+            tokenized(session, records.demonstrations)
 
 
 def train_sft(session: Session) -> SftStage:
-    train, held_out = (tokenized(session, one.demonstrations) for one in (session.train, session.held_out))
-    rows, cut = len(train) + len(held_out), sum(train["cut"]) + sum(held_out["cut"])
+    own, held_back = validation_split(session, "sft")
+    train, held_out = (tokenized(session, one.demonstrations) for one in (own, session.held_out))
+    validation = None if held_back is None else tokenized(session, held_back.demonstrations)
+    every = [train, held_out] if validation is None else [train, validation, held_out]
+    rows, cut = sum(map(len, every)), sum(sum(one["cut"]) for one in every)
     _say_rows(session, rows, cut)
     trained = session.add_trained(Role.SFT)
-    with sft_trainer(session, train, held_out) as trainer:
+    with sft_trainer(session, train, held_out, validation) as trainer:
         loss_before = trainer.eval_loss()
         trainer.resume()
         loss_after = trainer.eval_loss()
-    stage = session.stage(trainer.run.meter, trained, rows, cut)
+    stage = session.stage(trainer.run.meter, trained, rows, cut, trainer.kept)
     session.save(Role.SFT)
     return SftStage(**vars(stage), eval=SftEval(n=len(held_out), loss_before=loss_before, loss_after=loss_after))
 
 
 @contextmanager
 def sft_trainer(
-    session: Session, train: Dataset, held_out: Dataset | None = None, steps: int | None = None
+    session: Session,
+    train: Dataset,
+    held_out: Dataset | None = None,
+    validation: Dataset | None = None,
+    steps: int | None = None,
 ) -> Iterator["RoleTrainer"]:
     """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
-        train, held_out: as from `tokenized`.
+        train, held_out, validation: as from `tokenized`.
         steps: optimizer steps in all; by default those of the recipe's epochs.
     """
-    settings = session.recipe.sft
+    settings, seed = session.recipe.sft, session.recipe.seed
     assert settings is not None
     steps = optimizer_steps(len(train), settings) if steps is None else steps
-    with training_run(session, "sft", steps) as run, _trainable_model(session.roles) as model:
-        yield RoleTrainer(
+    chosen = None if validation is None else loss_validation(settings, len(validation))
+    with (
+        training_run(session, Role.SFT, seed, steps, chosen) as run,
+        _trainable_model(session.roles) as model,
+    ):
+        trainer = RoleTrainer(
             run,
             model=model,
             args=SFTConfig(
@@ -72,10 +85,20 @@ def sft_trainer(
             eval_dataset=None if held_out is None else held_out.remove_columns("cut"),
             processing_class=session.base.tokenizer,
         )
+        trainer.validation_rows = None if validation is None else validation.remove_columns("cut")
+        yield trainer
 
 
 class RoleTrainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer, its loss over the tokens of all processes."""
+
+    validation_rows: Dataset | None = None
+
+    def validation_loss(self) -> float:
+        """Mean loss on the tokens of validation completions, without the log lines of `evaluate`."""
+        rows = self.get_eval_dataloader(self.validation_rows)
+        found = self.evaluation_loop(rows, "validation", prediction_loss_only=True, metric_key_prefix="validation")
+        return float(found.metrics["validation_loss"])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, 0 for a row that does not count."""
@@ -164,3 +187,4 @@ def summary(stage: SftStage) -> None:
         f"{loss_words(stage.eval.loss_before, stage.eval.loss_after)}; "
         f"{stage.trainable_parameters:,} trainable parameters."
     )
+    say_kept(stage)

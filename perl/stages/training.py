@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from perl.errors import UserError
 from perl.parallel.processes import Processes
 from perl.private.trainer import HookedTrainer, LengthGroupedSampler
+from perl.results import Kept
 from perl.rl.checks.alarms import WORDS
 from perl.rl.checks.guard_state import Limits
 from perl.runs import snapshot
@@ -38,8 +39,9 @@ class NotFiniteError(UserError):
 class StepCallback(TrainerCallback):
     """Between the Trainer's steps: measures, logs, refuses updates that are not finite, and stops on request."""
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
+    def __init__(self, run: TrainingRun, validate: Callable[[], float]) -> None:
+        self._run, self._validate = run, validate
+        self._measured: dict[str, float] = {}
         self._refused = 0
         self._step: AbstractContextManager[object] = contextlib.nullcontext()
 
@@ -72,9 +74,15 @@ class StepCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop measuring; save and stop if that was requested."""
+        """Stop measuring; validate where that is due; save and stop if requested, or if nothing gets better."""
         self._step.__exit__(None, None, None)
-        if self._run.stop.poll():
+        validation, step = self._run.validation, state.global_step
+        self._measured = {}
+        if validation is not None and validation.due(step, self._run.steps):
+            validation.values[step] = self._run.processes.broadcast(self._validate())
+            self._measured["validation_loss"] = validation.values[step]
+            control.should_save = control.should_save or validation.best() == step
+        if self._run.stop.poll() or (validation is not None and validation.exhausted):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -83,7 +91,7 @@ class StepCallback(TrainerCallback):
             return
         refused = {"refused": 1.0} if self._refused else {}
         metrics = {name: self._reduced(name, float(value)) for name, value in logs.items()}
-        self._run.log.write(state.global_step, metrics | refused)
+        self._run.log.write(state.global_step, metrics | refused | self._measured)
         self._run.bar(loss=float(logs["loss"]))
 
     def _reduced(self, name: str, value: float) -> float:
@@ -131,8 +139,17 @@ class ResumableTrainer(HookedTrainer):
 
     def __init__(self, run: TrainingRun, **arguments: Any) -> None:
         self.run = run
-        super().__init__(**arguments, callbacks=[StepCallback(run)])
+        super().__init__(**arguments, callbacks=[StepCallback(run, self._validated)])
         self.remove_callback(PrinterCallback)
+
+    def validation_loss(self) -> float:
+        """The mean loss on the validation rows."""
+        raise NotImplementedError
+
+    def _validated(self) -> float:
+        loss = self.validation_loss()
+        self.model.train()
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, for the batch of all processes."""
@@ -163,23 +180,39 @@ class ResumableTrainer(HookedTrainer):
         return self.optimizer
 
     def resume(self) -> None:
-        """Train from the newest checkpoint, or from the start.
+        """Train from the newest checkpoint, or from the start, and put back the weights that validation prefers.
 
         Raises:
             KeyboardInterrupt: a stop was requested; all is saved.
         """
+        run = self.run
+        if run.validation is None or not run.validation.exhausted:
+            self._train()
+        if run.stop.requested:
+            raise KeyboardInterrupt
+        if run.validation is not None and (best := run.validation.best()) is not None:
+            tensors = run.checkpoints.read(best).tensors
+            snapshot.load_trained_state(run.session.roles, [run.learner], tensors, str(run.checkpoints.folder))
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which weights these are, where validation chose them."""
+        validation = self.run.validation
+        if validation is None:
+            return None
+        return validation.kept(validation.best() or max(validation.values), self.run.steps)
+
+    def _train(self) -> None:
         folder = self.run.scratch / "resumed"
         if self.run.resumed is not None:  # the Trainer reads its own state from a folder; `load_state` all else
             folder.mkdir()
             state = json.dumps(self.run.resumed.values["trainer"])
             (folder / "trainer_state.json").write_text(state, encoding="utf-8")
         self.train(resume_from_checkpoint=str(folder) if self.run.resumed is not None else None)
-        if self.run.stop.requested:
-            raise KeyboardInterrupt
 
     def train_sampler(self, lengths: Sequence[int]) -> SeededSampler:
         """The same order in all processes and after a restart."""
-        seed, batch_size = self.run.session.recipe.seed, self.args.train_batch_size
+        seed, batch_size = self.run.seed, self.args.train_batch_size
         return SeededSampler(lengths, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def save_state(self) -> None:
@@ -191,7 +224,11 @@ class ResumableTrainer(HookedTrainer):
         state.values["trainer"] = json.loads(file.read_text(encoding="utf-8"))
         state.values["schedule"] = self.lr_scheduler.state_dict()
         state.values["meter"] = run.meter.times()
-        run.checkpoints.write(state)
+        best = None
+        if run.validation is not None:
+            state.values["validation"] = run.validation.state_dict()
+            best = run.validation.best()
+        run.checkpoints.write(state, keep=() if best is None else (best,))
 
     def load_state(self) -> None:
         if (state := self.run.resumed) is not None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from perl.measure.meter import Meter
 from perl.parallel.processes import Processes
-from perl.recipe import StageName, Supervised
+from perl.recipe import Supervised
 from perl.roles.roles import Role
 from perl.runs.checkpoint import Checkpoints, State
-from perl.runs.folder import STAGE_ROLE, MetricsLog
+from perl.runs.folder import MetricsLog
+from perl.runs.validation import Validation
 from perl.stages.session import Session
 from perl.system.interrupt import StopRequest, between_steps
 from perl.system.progress import Advance, track
@@ -26,11 +27,15 @@ class TrainingRun:
 
     session: Session
     learner: Role
+    seed: int
+    """Of the order of rows, and of dropout."""
     steps: int
     """Optimizer steps in all."""
     checkpoints: Checkpoints
     resumed: State | None
     """Where an earlier process stopped; None: at the start."""
+    validation: Validation | None
+    """Which weights are kept; None: the last."""
     meter: Meter
     log: MetricsLog
     bar: Advance
@@ -47,7 +52,7 @@ class TrainingRun:
 
     def arguments(self, settings: Supervised) -> dict[str, Any]:
         """The arguments of transformers' Trainer that SFT and reward training share."""
-        recipe, device = self.session.recipe, self.session.device.type
+        checkpoint_every, device = self.session.recipe.checkpoint_every, self.session.device.type
         return {
             "output_dir": str(self.scratch),
             "max_steps": self.steps,
@@ -57,12 +62,12 @@ class TrainingRun:
             "warmup_steps": int(settings.warmup_ratio * self.steps),  # the Trainer's own share is rounded up
             "weight_decay": settings.weight_decay,
             "max_grad_norm": 1.0,
-            "seed": recipe.seed,
-            "data_seed": recipe.seed,
+            "seed": self.seed % 2**32,
+            "data_seed": self.seed % 2**32,
             "use_cpu": device == "cpu",
             "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
             "save_strategy": "steps",
-            "save_steps": recipe.checkpoint_every,
+            "save_steps": checkpoint_every,
             "eval_strategy": "no",
             "logging_steps": 1,
             "report_to": [],
@@ -78,22 +83,37 @@ def optimizer_steps(rows: int, settings: Supervised) -> int:
 
 
 @contextlib.contextmanager
-def training_run(session: Session, stage: StageName, steps: int) -> Iterator[TrainingRun]:
-    """Open what the training of a stage writes, once the stage has all its roles.
+def training_run(
+    session: Session, learner: Role, seed: int, steps: int, validation: Validation | None = None
+) -> Iterator[TrainingRun]:
+    """Open what the training of a role writes, once the stage has all its roles.
 
     Args:
+        seed: of the order of rows, and of dropout.
         steps: optimizer steps in all.
+        validation: which weights are kept; None: the last.
     """
-    meter, checkpoints, done = session.meter(), session.checkpoints(stage), 0
+    meter, checkpoints, done = session.meter(), session.checkpoints(learner), 0
     if (resumed := checkpoints.newest()) is not None:
         done = resumed.step
         meter.resume_from(resumed.values["meter"])
+        if validation is not None:
+            validation.load_state_dict(resumed.values["validation"])
     with (
-        session.metrics(stage, done) as log,
+        session.metrics(learner, done) as log,
         tempfile.TemporaryDirectory() as scratch,
-        track(stage, steps, done) as bar,
+        track(learner, steps, done) as bar,
         session.roles.checkpointed(session.recipe.checkpoint_activations),
         between_steps(session.processes) as stop,
     ):
-        learner, folder = STAGE_ROLE[stage], Path(scratch)
-        yield TrainingRun(session, learner, steps, checkpoints, resumed, meter, log, bar, stop, folder)
+        folder = Path(scratch)
+        yield TrainingRun(
+            session, learner, seed, steps, checkpoints, resumed, validation, meter, log, bar, stop, folder
+        )
+
+
+def loss_validation(settings: Supervised, rows: int) -> Validation | None:
+    """Validation by the loss on so many rows, where the recipe has it."""
+    if settings.eval_steps is None:
+        return None
+    return Validation(settings.eval_steps, settings.early_stopping_patience, "loss", rows, sign=-1)

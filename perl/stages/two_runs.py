@@ -15,13 +15,13 @@ from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import CHANGE_NOTHING, Recipe, StageName
 from perl.rl.collector import Collector
 from perl.rl.evaluate import by_prompt, of_each, rollouts, samples_per_prompt
-from perl.rl.rewards.model import score_rows
 from perl.rl.written import Written, rewards_of
 from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
 from perl.stages.material import read_data
 from perl.stages.reuse import refuse_changed
 from perl.stages.reward_rows import Rows, session_rows
+from perl.stages.reward_scores import run_scores
 from perl.stages.rl_setup import setup_collector, tokenized_prompts
 from perl.stages.session import Session, open_session
 from perl.system.plain_yaml import flat_keys
@@ -153,10 +153,9 @@ def _opened(run: Path, stage: StageName, held_out: Records) -> Iterator[Session]
 
 def _scores(run: Path, held_out: Records) -> tuple[list[float], Rows]:
     with _opened(run, "reward", held_out) as session:
-        session.load(Role.REWARD)
         session.roles.eval()
         rows = session_rows(session, held_out, "any")
-        return score_rows(session.roles, rows.ids, session.base.chat.pad_id, micro_batch_size=32), rows
+        return run_scores(session, rows.ids).tolist(), rows
 
 
 def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:

@@ -224,6 +224,32 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         "kl_interval": [0.5, 0.75],
         "samples_per_prompt": 2,
     }
+    report["stages"]["rl"]["eval"]["best_of_n"] = [
+        {"n": n, "kl": kl, "prompts": 128, "reward": reward, "rl_reward": 0.8, "reward_interval": [-0.1, 0.2]}
+        | {"gold": gold, "rl_gold": 0.72, "gold_interval": [-0.05, 0.09]}
+        for n, kl, reward, gold in ((2, 0.19, 0.52, 0.6), (4, 0.64, 0.68, 0.66), (8, 1.2, 0.77, 0.7))
+    ]
+    report["stages"]["reward"]["kept"] = [
+        {
+            "step": 40,
+            "taken": 80,
+            "steps": 100,
+            "by": "loss",
+            "rows": 160,
+            "values": [[20, 0.5], [40, 0.4], [80, 0.45]],
+        }
+    ]
+    report["stages"]["reward"]["eval"]["ensemble"] = {
+        "auroc": [0.81, 0.8],
+        "ahead": 0.012,
+        "ahead_interval": [0.004, 0.02],
+        "by_disagreement": [
+            {"disagreement": 0.02, "error": 0.1, "n": 400},
+            {"disagreement": 0.2, "error": 0.3, "n": 400},
+        ],
+        "auroc_of_disagreement": 0.7,
+        "auroc_of_disagreement_interval": [0.66, 0.74],
+    }
     report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.3, "length": -0.12}
     report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 0.8, "length": -0.06}
     edges = [-1.0 + 0.1 * step for step in range(21)]

@@ -123,9 +123,8 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
             f"that the reward was trained on end with {trained}."
         )
     else:
-        elsewhere = (
-            0 if reward.model is None else _read_elsewhere(collector, reward.model, prompts, samples, ends[0])
-        )
+        found = (_read_elsewhere(collector, model, prompts, samples, ends[0]) for model in reward.models)
+        elsewhere = max(found, default=0)
         cause = "padding on the wrong side: the score is read at a padding token, or at a token before the end."
     words = f"of {len(completions)} completions, those whose reward is not read at their last token"
     return Finding("read at the end", words, elsewhere, 0.0, cause)
@@ -138,12 +137,15 @@ def _read_elsewhere(
     """Completions whose score is not the head's on their last token's hidden state, each read alone."""
     roles, elsewhere = collector.roles, 0
     completions = with_written_end(samples, ends).completions()
-    for prompt, tokens, score in zip(prompts.ids, completions, model.scores(samples), strict=True):
+    for prompt, tokens, scores_M in zip(prompts.ids, completions, model.scores(samples).T.tolist(), strict=True):
         ids_BL = torch.tensor([[*prompt, *tokens]], device=roles.device)
-        with roles.role(Role.REWARD):
-            hidden_BLD = roles.trunk(ids_BL, torch.ones_like(ids_BL).bool())
-        at_the_end = float(roles.head(Role.REWARD)(hidden_BLD[0, -1].float()))
-        elsewhere += not abs(score - at_the_end) <= CLOSE[collector.dtype]
+        for member, score in zip(model.members, scores_M, strict=True):
+            with roles.role(member):
+                hidden_BLD = roles.trunk(ids_BL, torch.ones_like(ids_BL).bool())
+            at_the_end = float(roles.head(member)(hidden_BLD[0, -1].float()))
+            if not abs(score - at_the_end) <= CLOSE[collector.dtype]:
+                elsewhere += 1
+                break
     return elsewhere
 
 

@@ -91,8 +91,8 @@ def _outputs(collector: Collector, samples: Samples) -> dict[Role, Tensor]:
     """What each role computes of the same completions: log-probs, rewards before scaling, values."""
     roles = collector.roles
     outputs = {role: collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference)}
-    if collector.reward.model is not None:
-        outputs[Role.REWARD] = torch.tensor(collector.reward.model.scores(samples))
+    for model in collector.reward.models:
+        outputs |= dict(zip(model.members, model.scores(samples), strict=True))
     if Role.CRITIC in roles.heads:
         reader = Role.CRITIC if roles.weights(Role.CRITIC) else Role.POLICY
         _, values_BT = collector.read(reader, samples, None, Role.CRITIC)

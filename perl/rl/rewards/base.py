@@ -13,6 +13,7 @@ from perl.errors import UserError
 from perl.system.progress import counted
 
 if TYPE_CHECKING:  # a plugin with a reward of its own is read without torch
+    from perl.recipe.rewards import ModelPart
     from perl.rl.rewards.model import RewardModel
     from perl.rl.samplers.base import Samples
 
@@ -26,8 +27,8 @@ class RewardContext:
 
     prompts: Sequence[Prompt]
     """All that it will be called with."""
-    model: "Callable[[], RewardModel]"
-    """The reward stage's model, loaded when it is asked for."""
+    model: "Callable[[ModelPart], RewardModel]"
+    """The reward stage's model by its settings, loaded when it is asked for."""
 
 
 class RewardSource(ABC):

@@ -38,9 +38,9 @@ class CombinedReward:
             self._parts[name] = source, weight
 
     @property
-    def model(self) -> RewardModel | None:
-        """The reward stage's model, where it is a part."""
-        return next((source for source, _ in self._parts.values() if isinstance(source, RewardModel)), None)
+    def models(self) -> list[RewardModel]:
+        """The parts that are the reward stage's model."""
+        return [source for source, _ in self._parts.values() if isinstance(source, RewardModel)]
 
     @property
     def rules(self) -> list[str]:

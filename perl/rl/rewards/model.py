@@ -1,15 +1,18 @@
-"""The reward stage's model as reward.
+"""The reward stage's model as reward: one, or an ensemble.
 
-Axis letters: B completions, L = P + T positions of prompt and completion.
+Axis letters: M members, B completions, N rows, L = P + T positions of prompt and completion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from perl.backbones.padding import left_pad
+from perl.backbones.shared_prompts import SharedPrompts
 from perl.data.records import Prompt
+from perl.recipe.rewards import Combine
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards.base import RewardSource
 from perl.rl.samplers.base import Samples
@@ -18,53 +21,112 @@ from perl.roles.saved import Stamp
 
 
 class RewardModel(RewardSource):
-    """The reward adapter's reward, centred and scaled to unit spread on its training rows.
+    """The reward of the reward stage's model, centred and scaled to unit spread on its training rows.
 
     Of a model of thumbs the reward is the probability of a thumb up, not its log-odds: unbounded log-odds pay the
-    policy for making sure answers surer still (docs/experiments.md).
+    policy for making sure answers surer still (docs/experiments.md). The members of an ensemble are
+    centred and scaled one by one, and then combined.
 
     Args:
-        stamp: of the reward adapter; it holds mean and spread.
+        stamps: of the members, which hold mean and spread.
         micro_batch_size: rows scored at once.
-        ends: what ends answers; the first is the one that its training rows end with.
+        ends: what ends answers; the first is the one that the training rows end with.
+        combine, std_weight: see `combined`.
     """
 
     name = "model"
 
-    def __init__(self, roles: Roles, stamp: Stamp, micro_batch_size: int, ends: tuple[int, ...]) -> None:
-        self._roles, self._stamp, self._micro_batch_size, self._ends = roles, stamp, micro_batch_size, ends
+    def __init__(
+        self,
+        roles: Roles,
+        stamps: Mapping[Role, Stamp],
+        micro_batch_size: int,
+        ends: tuple[int, ...],
+        combine: Combine = "mean",
+        std_weight: float = 1.0,
+    ) -> None:
+        self._roles, self._stamps, self._micro_batch_size, self._ends = roles, stamps, micro_batch_size, ends
+        self._combine: Combine = combine
+        self._std_weight = std_weight
+
+    @property
+    def members(self) -> list[Role]:
+        """The roles that score, in the order of `scores`."""
+        return list(self._stamps)
 
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """As `rewards`: no code of the user's, whose failures have to be told from ours."""
         return self.rewards(prompts, samples, texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        scores = self.scores(samples)
-        rewards = probabilities(scores) if self._stamp.reward_is_probability else scores
-        return [(reward - self._stamp.reward_mean) / self._stamp.reward_std for reward in rewards]
+        pairs = zip(self._stamps.values(), self.scores(samples), strict=True)
+        rewards_MB = torch.stack([standardized(stamp, scores_B) for stamp, scores_B in pairs])
+        rewards: list[float] = combined(rewards_MB, self._combine, self._std_weight).tolist()
+        return rewards
 
     @torch.no_grad()
-    def scores(self, samples: Samples) -> list[float]:
-        """Scores of prompt and answer together, read at the answer's last token.
+    def scores(self, samples: Samples) -> Tensor:
+        """Each member's scores (M, B) of prompt and answer together, read at the answer's last token, fp64.
 
         An answer that ended with another end token than the training rows is read as if it ended with theirs: of
         others the reward model knows nothing.
         """
-        scores = [0.0] * len(samples.ids_BL)
+        scores_MB = torch.zeros(len(self._stamps), len(samples.ids_BL), dtype=torch.float64)
         samples = with_written_end(samples, self._ends)
         for rows in micro_batches(samples, self._micro_batch_size):
             batch = trim(samples, rows)
-            outputs = self._roles(
-                Role.REWARD,
-                batch.ids_BL,
-                batch.mask_BL,
-                head=Role.REWARD,
-                lower_hidden_BLD=batch.lower_hidden_BLD,
-                prompts=batch.shared_prompts,
+            scores_MB[:, rows] = (
+                member_scores(
+                    self._roles,
+                    self.members,
+                    batch.ids_BL,
+                    batch.mask_BL,
+                    batch.lower_hidden_BLD,
+                    batch.shared_prompts,
+                )
+                .double()
+                .cpu()
             )
-            for row, score in zip(rows, outputs.scores_B.tolist(), strict=True):
-                scores[row] = score
-        return scores
+        return scores_MB
+
+
+def standardized(stamp: Stamp, scores_B: Tensor) -> Tensor:
+    """A member's rewards, in standard deviations from the mean of its training rows."""
+    rewards_B = scores_B.sigmoid() if stamp.reward_is_probability else scores_B
+    return (rewards_B - stamp.reward_mean) / stamp.reward_std
+
+
+def combined(rewards_MB: Tensor, combine: Combine, std_weight: float) -> Tensor:
+    """One reward of several members' (Coste et al. 2023, arXiv 2310.02743: mean, UWO and WCO).
+
+    Args:
+        std_weight: λ of mean - λ std, over the members.
+    """
+    match combine:
+        case "mean":
+            return rewards_MB.mean(0)
+        case "mean_minus_std":
+            return rewards_MB.mean(0) - std_weight * rewards_MB.std(0, correction=0)
+        case "min":
+            return rewards_MB.amin(0)
+
+
+def member_scores(
+    roles: Roles,
+    members: Sequence[Role],
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    lower_hidden_BLD: Tensor | None = None,
+    prompts: SharedPrompts | None = None,
+) -> Tensor:
+    """The scores (M, B) of rows by each member; the blocks that they share are computed once."""
+    if lower_hidden_BLD is None and len(members) > 1 and roles.shared_blocks:
+        lower_hidden_BLD = roles.lower_hidden(ids_BL, mask_BL)
+    rows = [
+        roles(one, ids_BL, mask_BL, head=one, lower_hidden_BLD=lower_hidden_BLD, prompts=prompts).scores_B
+        for one in members
+    ]
+    return torch.stack(rows)
 
 
 def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
@@ -83,21 +145,15 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
     return replace(samples, ids_BL=ids_BL, lower_hidden_BLD=None)
 
 
-def probabilities(scores: Sequence[float]) -> list[float]:
-    """Log-odds as probabilities."""
-    chances: list[float] = torch.tensor(scores, dtype=torch.float64).sigmoid().tolist()
-    return chances
-
-
 @torch.no_grad()
-def score_rows(roles: Roles, rows: Sequence[list[int]], pad_id: int, micro_batch_size: int) -> list[float]:
-    """The reward adapter's score of each row of tokens, as trained; rows of like length are read together."""
+def score_rows(
+    roles: Roles, members: Sequence[Role], rows: Sequence[list[int]], pad_id: int, micro_batch_size: int = 32
+) -> Tensor:
+    """Each member's scores (M, N) of rows of tokens, as trained, fp64; rows of like length are read together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    scores = [0.0] * len(rows)
+    scores_MN = torch.zeros(len(members), len(rows), dtype=torch.float64)
     for start in range(0, len(order), micro_batch_size):
         chosen = order[start : start + micro_batch_size]
         ids_BL, mask_BL = left_pad([rows[index] for index in chosen], pad_id, roles.device)
-        outputs = roles(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD)
-        for index, score in zip(chosen, outputs.scores_B.tolist(), strict=True):
-            scores[index] = score
-    return scores
+        scores_MN[:, chosen] = member_scores(roles, members, ids_BL, mask_BL).double().cpu()
+    return scores_MN

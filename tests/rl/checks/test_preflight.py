@@ -283,12 +283,13 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     ids = [[4, 5, 6, chat.end_id], [4, 5, 6, other], [4, 5, 6, 7]]
     mask_BL, ended_B = torch.ones(3, 4).bool(), torch.ones(3).bool()
     samples = Samples(torch.tensor(ids), mask_BL, [1] * 3, [3] * 3, ended_B, torch.zeros(3, 3))
-    assert parts.collector.reward.model is not None
-    usual, with_other, without = parts.collector.reward.model.scores(samples)
+    (model,) = parts.collector.reward.models
+    usual, with_other, without = model.scores(samples)[0].tolist()
     assert usual == with_other != without
     assert samples.ids_BL.tolist() == ids, "the policy learns what it drew"
-    read = RewardModel(parts.session.roles, parts.session.stamp(Role.REWARD), 4, (chat.end_id,)).scores(samples)
-    assert read[1] != usual
+    stamps = {Role.REWARD: parts.session.stamp(Role.REWARD)}
+    read = RewardModel(parts.session.roles, stamps, 4, (chat.end_id,)).scores(samples)[0]
+    assert float(read[1]) != usual
     chat.end_ids = (chat.end_id, *range(20, 250))  # so many that all answers end with others
     parts.collector = setup_collector(parts.session)
     assert all(finding.figure <= 1e-5 for finding in parts.check())

@@ -1,0 +1,113 @@
+"""Several reward models as one: their score, how far they disagree, and what either is worth.
+
+An ensemble's mean is nearer to the truth than its members, and where they disagree it is likelier to be wrong
+(Coste et al. 2023, arXiv 2310.02743; Eisenstein et al. 2023, arXiv 2312.09244).
+
+Axis letters: M members, S resamples, N answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval
+from perl.measure.metrics import Labels, auroc, equal_mass, probabilities
+
+DISAGREEMENT_BINS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisagreementBin:
+    """Answers on which members disagree alike: the mean disagreement, the share judged wrongly, and how many."""
+
+    disagreement: float
+    error: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """An ensemble beside its members, on the answers of its card.
+
+    Attributes:
+        auroc: of each member.
+        ahead: the ensemble's AUROC less the mean of its members'.
+        by_disagreement: bins of equal numbers; wrong is on the other side of 0 than the truth.
+        auroc_of_disagreement: how often a wrong answer is disagreed on more than a right one.
+    """
+
+    auroc: list[float | None]
+    ahead: float | None
+    ahead_interval: Interval | None
+    by_disagreement: list[DisagreementBin]
+    auroc_of_disagreement: float | None
+    auroc_of_disagreement_interval: Interval | None
+
+    @property
+    def words(self) -> list[str]:
+        """What the ensemble and its disagreement are worth."""
+        members = ", ".join("unknown" if one is None else f"{one:.3f}" for one in self.auroc)
+        wrong = ", ".join(f"{100 * one.error:.0f} %" for one in self.by_disagreement)
+        return [
+            f"An ensemble: its {len(self.auroc)} members alone have AUROC {members}; it is ahead of their mean by "
+            f"{_told(self.ahead, self.ahead_interval, 3)}.",
+            f"Judged wrongly, from where the members disagree least to where they disagree most: {wrong} (AUROC "
+            f"of the disagreement {_told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
+        ]
+
+
+def _told(value: float | None, interval: Interval | None, places: int) -> str:
+    if value is None:
+        return "unknown"
+    ends = "" if interval is None else f" ({interval[0]:.{places}f} to {interval[1]:.{places}f})"
+    return f"{value:.{places}f}{ends}"
+
+
+def ensemble_scores(scores_MN: Floats, log_odds: bool) -> Floats:
+    """The scores of an ensemble: of log-odds those of the members' mean probability, else their mean."""
+    if len(scores_MN) == 1 or not log_odds:
+        return np.asarray(scores_MN.mean(0))
+    up_N, down_N = (-np.logaddexp(0.0, sign * scores_MN) for sign in (-1.0, 1.0))  # log σ(s), log σ(-s)
+    return np.asarray(np.logaddexp.reduce(up_N, 0) - np.logaddexp.reduce(down_N, 0))
+
+
+def disagreement(scores_MN: Floats, log_odds: bool) -> Floats:
+    """The members' standard deviation: of their probabilities where scores are log-odds, else of their scores."""
+    return np.asarray((probabilities(scores_MN) if log_odds else scores_MN).std(0))
+
+
+def ensemble_metrics(
+    score_N: Floats,
+    scores_MN: Floats,
+    disagreement_N: Floats,
+    truth_N: Labels,
+    bootstrap: ClusterBootstrap,
+) -> Ensemble:
+    """See `Ensemble`.
+
+    Args:
+        score_N: of the ensemble.
+        scores_MN: of its members.
+    """
+    whole, members = auroc(score_N, truth_N), [auroc(scores_N, truth_N) for scores_N in scores_MN]
+
+    def ahead(weights_SN: Floats) -> Floats:
+        return np.asarray(whole(weights_SN) - np.mean([member(weights_SN) for member in members], axis=0))
+
+    wrong_N = ((score_N > 0) != truth_N).astype(np.int64)
+    difference, found = bootstrap.estimate(ahead), bootstrap.estimate(auroc(disagreement_N, wrong_N))
+    bins_N = equal_mass(disagreement_N, DISAGREEMENT_BINS)
+    return Ensemble(
+        auroc=[bootstrap.estimate(member).value for member in members],
+        ahead=difference.value,
+        ahead_interval=difference.interval,
+        by_disagreement=[_bin(disagreement_N, wrong_N, bins_N == one) for one in np.unique(bins_N)],
+        auroc_of_disagreement=found.value,
+        auroc_of_disagreement_interval=found.interval,
+    )
+
+
+def _bin(disagreement_N: Floats, wrong_N: Labels, rows: Sequence[bool] | np.ndarray) -> DisagreementBin:
+    of_rows = disagreement_N[rows]
+    return DisagreementBin(disagreement=float(of_rows.mean()), error=float(wrong_N[rows].mean()), n=len(of_rows))

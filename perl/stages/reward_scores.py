@@ -1,0 +1,31 @@
+"""Scores by a run's reward model, whatever the number of its members.
+
+Axis letters: M members, N rows.
+"""
+
+from collections.abc import Sequence
+
+from perl.measure.bootstrap import Floats
+from perl.measure.ensemble import ensemble_scores
+from perl.rl.rewards.model import score_rows
+from perl.stages.session import Session
+
+
+def run_member_scores(session: Session, rows: Sequence[list[int]], micro_batch_size: int = 32) -> Floats:
+    """Each member's scores (M, N) of rows of tokens; members that are not in memory are loaded."""
+    for role in session.reward_members:
+        session.load(role)
+    pad_id = session.base.chat.pad_id
+    scores: Floats = score_rows(session.roles, session.reward_members, rows, pad_id, micro_batch_size).numpy()
+    return scores
+
+
+def run_scores(session: Session, rows: Sequence[list[int]], micro_batch_size: int = 32) -> Floats:
+    """The scores (N) of all members as one model."""
+    return ensemble_scores(run_member_scores(session, rows, micro_batch_size), scores_are_log_odds(session))
+
+
+def scores_are_log_odds(session: Session) -> bool:
+    """Whether the reward model's scores are the log-odds of a thumb up."""
+    assert session.recipe.reward is not None
+    return session.recipe.reward.loss != "pairs"

@@ -1,0 +1,35 @@
+"""Validation rows: dialogues split off those that a stage trains on."""
+
+from typing import Any
+
+from perl.data.records import Records
+from perl.data.splits import split
+from perl.errors import UserError
+from perl.recipe import StageName
+from perl.stages.material import NEEDED
+from perl.stages.reuse import KINDS
+from perl.stages.session import Session
+from perl.system.seeds import derived_seed
+
+
+def validation_split(session: Session, stage: StageName) -> tuple[Records, Records | None]:
+    """The records that a stage trains on and those that it is validated on; None where it is not.
+
+    Raises:
+        UserError: there are too few dialogues for both.
+    """
+    settings, records = session.recipe.section(stage), session.train
+    if settings.eval_steps is None:
+        return records, None
+    needed, name, _ = NEEDED[stage]
+    own: dict[str, Any] = {kind: records.by_kind()[kind] for kind in KINDS[stage]}
+    if len({record.dialogue for rows in own.values() for record in rows}) > 1:
+        seed = derived_seed(session.recipe.seed, "validation", 0)
+        train, validation = split(Records(**own), settings.validation_share, seed)
+        if needed(train) and needed(validation) and not validation.notes:
+            return train, validation
+    raise UserError(
+        f"the {name} to train on are of too few dialogues to validate on a part of them",
+        where=f"{stage}.eval_steps",
+        remedy="Use more data, or take eval_steps out.",
+    )

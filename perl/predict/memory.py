@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from perl.adapters.targets import linear_layers
+from perl.backbones import backbone_of
 from perl.backbones.fake import fake_lm
 from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.stages import TRY
@@ -75,7 +76,7 @@ def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
         {id(end.weight): end.weight.nbytes for end in ends if end is not None}.values()
     )  # tied ones once
     blocks = sum(parameter.nbytes for parameter in lm.parameters()) - outside
-    depth = config.get_text_config().num_hidden_layers
+    depth = backbone_of(config).depth
     return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, outside)
 
 

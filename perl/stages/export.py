@@ -104,12 +104,15 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
+    """What begins and ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
     chat, rl = session.base.chat, session.recipe.rl
     sampling: dict[str, Any] = {}
     if role is Role.POLICY:
         assert rl is not None
         sampling = {"do_sample": True, "temperature": rl.temperature, "top_k": 0, "top_p": 1.0}
+    if session.roles.backbone.encodes_prompts:
+        sampling |= {"decoder_start_token_id": session.roles.backbone.config.decoder_start_token_id}
+        sampling |= {"forced_bos_token_id": chat.first_ids[0]} if chat.first_ids else {}
     return GenerationConfig(eos_token_id=sorted(chat.end_ids), pad_token_id=tokenizer.pad_token_id, **sampling)
 
 

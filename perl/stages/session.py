@@ -57,7 +57,7 @@ class Session:
 
     def meter(self) -> Meter:
         """A meter of a stage that has all its roles."""
-        return Meter(self.device, self.resident(), [model.base_model for model in self.roles.models()])
+        return Meter(self.device, self.resident(), self.roles.trunks())
 
     def resident(self) -> dict[Kind, list[Tensor]]:
         """The tensors that live through the whole stage, by what they are for."""

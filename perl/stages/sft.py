@@ -1,4 +1,7 @@
-"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only."""
+"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only.
+
+TRL's is for causal LMs; encoder-decoders have `perl.stages.sft_encoder_decoder`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ from perl.results import SftEval, SftStage
 from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut
 from perl.stages.session import Session
+from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import optimizer_steps, training_run
 from perl.system.progress import console
@@ -46,7 +50,7 @@ def train_sft(session: Session) -> SftStage:
 @contextmanager
 def sft_trainer(
     session: Session, train: Dataset, held_out: Dataset | None = None, steps: int | None = None
-) -> Iterator["RoleTrainer"]:
+) -> Iterator["RoleTrainer | EncoderDecoderTrainer"]:
     """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
@@ -56,6 +60,10 @@ def sft_trainer(
     settings = session.recipe.sft
     assert settings is not None
     steps = optimizer_steps(len(train), settings) if steps is None else steps
+    if session.roles.backbone.encodes_prompts:
+        with training_run(session, "sft", steps) as run:
+            yield EncoderDecoderTrainer(run, settings, train, held_out)
+        return
     with training_run(session, "sft", steps) as run, _trainable_model(session.roles) as model:
         yield RoleTrainer(
             run,

@@ -132,8 +132,8 @@ class EncoderDecoder(Decoder):
             use_cache=False,
         ).last_hidden_state
         hidden_BLD = encoded_BSD.new_zeros(*ids_BL.shape, encoded_BSD.shape[2])
-        hidden_BLD[read_BL] = encoded_BSD[source_mask_BS]
-        hidden_BLD[written_BL] = decoded_BND[target_mask_BN]
+        hidden_BLD[_places(read_BL)] = encoded_BSD[_places(source_mask_BS)]
+        hidden_BLD[_places(written_BL)] = decoded_BND[_places(target_mask_BN)]
         return hidden_BLD
 
     def extend(
@@ -148,7 +148,7 @@ class EncoderDecoder(Decoder):
             encoded_BSD = self._encode(lm, source_BS, source_mask_BS)
             # The cache has prompts where the batch has them: padded on the left.
             states_BSD = encoded_BSD.new_zeros(rows, columns, encoded_BSD.shape[2])
-            states_BSD[read_BS] = encoded_BSD[source_mask_BS]
+            states_BSD[_places(read_BS)] = encoded_BSD[_places(source_mask_BS)]
             ids_BN = self._begun(ids_BN[:, columns:])
         else:
             columns = mask_BL.shape[1] - filled - ids_BN.shape[1]
@@ -188,7 +188,7 @@ class EncoderDecoder(Decoder):
             f"transformers has no classifier of {type(lm).__name__} that reads contexts with the encoder and "
             "completions with the decoder",
             where=lm.name_or_path,
-            remedy="Export the adapter, without --merge: its README.md says how it scores.",
+            remedy="Under LoRA export the adapter, without --merge: its README.md says how it scores.",
         )
 
 
@@ -203,6 +203,11 @@ def _to_the_left(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     order_BN = (~mask_BL).long().argsort(dim=1, stable=True)[:, : int(mask_BL.sum(1).max())]
     mask_BN = mask_BL.gather(1, order_BN)
     return ids_BL.gather(1, order_BN).masked_fill(~mask_BN, 0), mask_BN
+
+
+def _places(mask_BL: Tensor) -> tuple[Tensor, ...]:
+    """Where a mask is true: as numbers, since fake tensors take no mask."""
+    return mask_BL.nonzero(as_tuple=True)
 
 
 class EncoderDecoderFormat(ChatFormat):

@@ -30,6 +30,7 @@ SHORT = [Turn("user", "Tea?")]
 def opened(folder: Path, **settings: Any) -> tuple[Base, SharedBase]:
     """A base with a policy and a reward model whose adapters are not where they began."""
     base, lm = load_base(str(folder), torch.float32, CPU)
+    torch.manual_seed(0)
     roles = SharedBase(lora(lm, 2, 4, **settings))
     roles.add(Role.POLICY)
     roles.add(Role.REWARD, head=True)

@@ -1,7 +1,6 @@
 """All three stages on a tiny T5 and a tiny BART, from their recipe to folders that peft and transformers load."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import perl
 from perl.backbones.encoder_decoder import START
-from perl.commands.compare import variant
 from perl.commands.export import export
 from perl.data.records import Turn
 from perl.errors import UserError
 from perl.predict import predict, read_subject
+from perl.predict.memory import _predict_at
 from perl.recipe import Recipe
 from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
@@ -24,12 +23,12 @@ from perl.stages.pipeline import run
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from tests.commands.test_export import assert_same, card_code
 from tests.conftest import RunCli
-from tests.encoder_decoders import MAKERS, tiny_t5
+from tests.encoder_decoders import MAKERS, tiny_bart, tiny_t5
 from tests.exported import Run, make, recipe_on
 
 RL = {
     "anyway": True,
-    "steps": 2,
+    "steps": 1,
     "prompts_per_step": 4,
     "samples_per_prompt": 2,
     "micro_batch_size": 4,
@@ -42,9 +41,10 @@ ANSWER = Turn("agent", "What size?")
 
 
 def tiny_recipe(base: Path, data: Path, **changes: Any) -> Recipe:
-    sft = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01, "max_length": 64}
+    sft = {"epochs": 3, "batch_size": 4, "learning_rate": 0.02, "max_length": 64}
+    reward = {"epochs": 4, "batch_size": 4, "learning_rate": 0.02, "max_length": 64}
     rl = {**RL, "algorithm": "ppo", "critic": "adapter", **changes.pop("rl", {})}
-    return recipe_on(base, data, **{"sft": sft, "rl": rl, **changes})
+    return recipe_on(base, data, **{"sft": sft, "reward": reward, "rl": rl, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def runs(mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name, maker in MAKERS.items():
         folder = tmp_path_factory.mktemp(name)
         critic = {"critic": "shared" if name == "bart" else "adapter"}
-        run(tiny_recipe(maker(folder / "base"), mixed_data, rl=critic, checkpoint_every=5), folder / "run")
+        run(tiny_recipe(maker(folder / "base"), mixed_data, rl=critic, checkpoint_every=3), folder / "run")
         found[name] = folder / "run"
     return found
 
@@ -143,7 +143,7 @@ def test_sft_goes_on_from_a_checkpoint_to_the_same_bytes(
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 6:
+        if calls > 4:
             raise KeyboardInterrupt
         return compute(self, *args, **kwargs)
 
@@ -165,25 +165,25 @@ def test_full_tuning_has_a_model_for_each_role(mixed_data: Path, tmp_path: Path)
     assert model(input_ids=torch.tensor([[5, 1]]), labels=torch.tensor([[6, 1]])).loss.isfinite()
 
 
-@pytest.mark.parametrize("maker", [tiny_t5, MAKERS["bart"]])
-def test_what_it_will_need_is_predicted(maker: Callable[..., Path], mixed_data: Path, tmp_path: Path) -> None:
-    depths = (
-        {"num_layers": 8, "num_decoder_layers": 8}
-        if maker is tiny_t5
-        else {"encoder_layers": 2, "decoder_layers": 2}
-    )
-    recipe = tiny_recipe(maker(tmp_path / "base", **depths), mixed_data)
+def test_what_it_will_need_is_predicted(mixed_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_bart(tmp_path / "base"), mixed_data)
+    predicted = predict(recipe, read_subject(recipe))
+    assert set(predicted) == {"sft", "reward", "rl"}
+    weights = sum(one.numel() for one in AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").parameters())
+    for memory in predicted.values():
+        assert memory["load"].kinds["base_weights"] == pytest.approx(4 * weights, rel=0.01)
+        assert memory["update"].kinds["activations"] > 0
+    assert predicted["rl"]["generate"].kinds["kv_cache"] > 0
+
+
+def test_of_a_deep_one_it_is_extrapolated(mixed_data: Path, tmp_path: Path) -> None:
+    base = tiny_t5(tmp_path / "base", num_layers=8, num_decoder_layers=8)
+    recipe = tiny_recipe(base, mixed_data).model_copy(update={"reward": None, "rl": None})
     subject = read_subject(recipe)
-    predicted = {tuning: predict(variant(recipe, tuning, 0), subject) for tuning in ("lora", "full")}
-    for stage in ("sft", "reward", "rl"):
-        lora, full = (max(phase.peak for phase in predicted[tuning][stage].values()) for tuning in predicted)
-        assert 0 < lora < full
-    weights = sum(one.numel() for one in maker_parameters(tmp_path / "base"))
-    assert predicted["lora"]["sft"]["load"].kinds["base_weights"] == pytest.approx(4 * weights, rel=0.01)
-
-
-def maker_parameters(folder: Path) -> list[torch.Tensor]:
-    return list(AutoModelForSeq2SeqLM.from_pretrained(folder).parameters())
+    assert subject.depth == 8
+    deep, whole = predict(recipe, subject)["sft"], _predict_at(recipe, subject, 8)["sft"]
+    for phase, memory in whole.items():
+        assert deep[phase].peak == pytest.approx(memory.peak, rel=0.02)
 
 
 def test_a_plain_text_run_exports_its_text_format(

@@ -34,6 +34,9 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
+    # Where layers are unfrozen one by one, the peak is that of the epochs in which all learn.
+    full = recipe.full.model_copy(update={"gradual_unfreezing": False})
+    recipe = recipe.model_copy(update={"full": full})
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):

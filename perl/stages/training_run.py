@@ -28,6 +28,8 @@ class TrainingRun:
     learner: Role
     steps: int
     """Optimizer steps in all."""
+    epochs: int
+    """Passes over the rows that they are."""
     checkpoints: Checkpoints
     resumed: State | None
     """Where an earlier process stopped; None: at the start."""
@@ -96,4 +98,8 @@ def training_run(session: Session, stage: StageName, steps: int) -> Iterator[Tra
         between_steps(session.processes) as stop,
     ):
         learner, folder = STAGE_ROLE[stage], Path(scratch)
-        yield TrainingRun(session, learner, steps, checkpoints, resumed, meter, log, bar, stop, folder)
+        section = session.recipe.section(stage)
+        assert isinstance(section, Supervised)
+        yield TrainingRun(
+            session, learner, steps, section.epochs, checkpoints, resumed, meter, log, bar, stop, folder
+        )

@@ -15,7 +15,6 @@ from perl.commands.export import export
 from perl.data.records import Turn
 from perl.errors import UserError
 from perl.predict import predict, read_subject
-from perl.predict.memory import _predict_at
 from perl.recipe import Recipe
 from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
@@ -23,8 +22,12 @@ from perl.stages.pipeline import run
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from tests.commands.test_export import assert_same, card_code
 from tests.conftest import RunCli
-from tests.encoder_decoders import MAKERS, tiny_bart, tiny_t5
+from tests.encoder_decoders import MAKERS, T5, tiny_t5
 from tests.exported import Run, make, recipe_on
+from tests.predict.test_memory import SHORT, assert_close, dialogues, measured, predicted
+from tests.predict.test_memory import recipe as recipe_of
+
+__all__ = ["dialogues"]  # a fixture
 
 RL = {
     "anyway": True,
@@ -165,25 +168,23 @@ def test_full_tuning_has_a_model_for_each_role(mixed_data: Path, tmp_path: Path)
     assert model(input_ids=torch.tensor([[5, 1]]), labels=torch.tensor([[6, 1]])).loss.isfinite()
 
 
-def test_what_it_will_need_is_predicted(mixed_data: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_bart(tmp_path / "base"), mixed_data)
-    predicted = predict(recipe, read_subject(recipe))
-    assert set(predicted) == {"sft", "reward", "rl"}
-    weights = sum(one.numel() for one in AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").parameters())
-    for memory in predicted.values():
-        assert memory["load"].kinds["base_weights"] == pytest.approx(4 * weights, rel=0.01)
-        assert memory["update"].kinds["activations"] > 0
-    assert predicted["rl"]["generate"].kinds["kv_cache"] > 0
+def test_what_it_will_need_is_what_it_takes(dialogues: Path) -> None:
+    tried = random_t5(dialogues, 2, critic="adapter")
+    assert_close(predicted(tried), measured(tried), 0.01)
 
 
-def test_of_a_deep_one_it_is_extrapolated(mixed_data: Path, tmp_path: Path) -> None:
-    base = tiny_t5(tmp_path / "base", num_layers=8, num_decoder_layers=8)
-    recipe = tiny_recipe(base, mixed_data).model_copy(update={"reward": None, "rl": None})
-    subject = read_subject(recipe)
-    assert subject.depth == 8
-    deep, whole = predict(recipe, subject)["sft"], _predict_at(recipe, subject, 8)["sft"]
-    for phase, memory in whole.items():
-        assert deep[phase].peak == pytest.approx(memory.peak, rel=0.02)
+def test_of_a_deep_one_it_is_extrapolated(dialogues: Path) -> None:
+    tried = random_t5(dialogues, 8, stages="sft")
+    deep, whole = predict(tried, read_subject(tried))["sft"], measured(tried)["sft"]
+    for phase, (peak, _) in whole.items():
+        assert deep[phase].peak == pytest.approx(peak, rel=0.05)
+
+
+def random_t5(rows: Path, layers: int, **changes: Any) -> Recipe:
+    """A recipe on a T5 of a configuration alone."""
+    config = {"model_type": "t5", **T5, "num_layers": layers, "num_decoder_layers": layers}
+    recipe = recipe_of(rows, layers, SHORT, dtype="float32", **changes)
+    return recipe.model_copy(update={"base": recipe.base.model_copy(update={"config": config})})
 
 
 def test_a_plain_text_run_exports_its_text_format(

@@ -56,7 +56,8 @@ def read_subject(recipe: Recipe) -> Subject:
     spec, config = recipe.base, None
     if (tiny := spec.build) is not None:
         tokenizer = train_tokenizer(corpus(train), tiny.vocabulary)
-        config = tiny_config(tokenizer, tiny.hidden_size, tiny.layers, tiny.heads, tiny.max_length)
+        shape = tiny.architecture, tiny.hidden_size, tiny.layers, tiny.heads, tiny.max_length
+        config = tiny_config(tokenizer, *shape)
     elif spec.config is not None:
         config = AutoConfig.for_model(**spec.config)
         tokenizer = numbered_tokens(config.get_text_config().vocab_size)

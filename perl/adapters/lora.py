@@ -21,6 +21,7 @@ from perl.adapters import experts, low_rank
 from perl.adapters.kind import AdaptedLayer, AdapterKind
 from perl.adapters.peft_kind import PeftKind, unmoved
 from perl.adapters.targets import choose, linear_layers
+from perl.backbones import backbone_of
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.private.peft import LoraLayer, ParamWrapper
@@ -192,7 +193,7 @@ class Lora(PeftKind):
 
         found = {}
         for name, tensor in tensors.items():
-            for layer in range(self.lm.config.get_text_config().num_hidden_layers):
+            for layer in range(backbone_of(self.lm.config).depth):
                 other = re.sub(r"\.\d+\.", f".{layer}.", name, count=1)
                 if other not in tensors and shape(other) == shape(name):
                     found[other] = torch.zeros_like(tensor)

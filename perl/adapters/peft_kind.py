@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from perl.adapters.experts import targets_as_named
 from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
 from perl.adapters.targets import choose, linear_layers
+from perl.backbones import backbone_of
 from perl.errors import UserError
 from perl.private.peft import BaseTunerLayer
 
@@ -135,7 +136,7 @@ class PeftKind(AdapterKind):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save vera_A")  # its seed is in the file
             config: Any = dataclasses.replace(self.config, base_model_name_or_path=base, inference_mode=True)
-        config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+        config.task_type = "SEQ_CLS" if heads else backbone_of(self.lm.config).task_type
         config.modules_to_save = heads
         return config
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from perl.adapters.experts import expert_parameters
+from perl.backbones import backbone_of
 from perl.errors import UserError
 
 
@@ -32,7 +33,7 @@ def choose(
 
 def chosen_layers(lm: PreTrainedModel, layers: str | list[int], section: str) -> list[int]:
     """The indices of the blocks that get an adapter; arguments and errors as of `choose`."""
-    count = lm.config.get_text_config().num_hidden_layers
+    count = backbone_of(lm.config).depth
     chosen: list[int] = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
         layers if isinstance(layers, str) else "", list(map(int, layers)) if isinstance(layers, list) else []
     )
@@ -50,7 +51,7 @@ def _wanted(name: str, targets: str | list[str]) -> bool:
     if targets == "all-linear":
         return True
     if targets == "attention":
-        return "attn" in name or "attention" in name
+        return "attn" in name or "attention" in name.lower()
     return name.rsplit(".", 1)[-1] in targets or name in targets
 
 

@@ -8,10 +8,15 @@ from typing import Any
 from perl.backbones.backbone import Backbone, Unsupported
 from perl.backbones.decoder import Decoder
 from perl.backbones.encoder import Encoder
+from perl.backbones.encoder_decoder import EncoderDecoder
 
-__all__ = ["BACKBONES", "Backbone", "Decoder", "Encoder", "Unsupported", "backbone_of"]
+__all__ = ["BACKBONES", "Backbone", "Decoder", "Encoder", "EncoderDecoder", "Unsupported", "backbone_of"]
 
-BACKBONES: dict[str, type[Backbone]] = {"decoder": Decoder, "encoder": Encoder}
+BACKBONES: dict[str, type[Backbone]] = {
+    "decoder": Decoder,
+    "encoder": Encoder,
+    "encoder-decoder": EncoderDecoder,
+}
 """By name; the first one matches every model."""
 
 

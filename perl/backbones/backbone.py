@@ -2,11 +2,9 @@
 
 A backbone belongs to a configuration. Its methods take the model, of which full tuning has several, and compute as
 the role that is active in it. Axis letters: `perl.roles`.
-
-An encoder-decoder would read the prompt with the encoder and the completion with the decoder in `states`, the
-decoder's last token in `score`, and compute the encoder's pass in `extend` when the cache is empty.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
@@ -37,11 +35,15 @@ class Backbone(ABC):
         kind: its name in messages, with the article.
         model_type: of its configurations, for a kind that has one type only.
         auto_class: of transformers, which makes such a model from its configuration, and loads its weights.
+        task_type: peft's, of adapters on its language models.
+        encodes_prompts: whether an encoder reads the prompts, and a decoder the completions alone.
     """
 
     kind: ClassVar[str]
     model_type: ClassVar[str | None] = None
     auto_class: ClassVar[Any]
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    encodes_prompts: ClassVar[bool] = False
     unsupported: ClassVar[tuple[Unsupported, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -99,7 +101,30 @@ class Backbone(ABC):
         """The longest sequence that it takes, in tokens."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2**31))
 
+    @property
+    def depth(self) -> int:
+        """How many blocks lie one on another."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def with_depth(self, depth: int) -> PreTrainedConfig:
+        """A copy of the configuration, of a model with so many blocks."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:depth]
+        return config
+
     # How it is read
+
+    def trunks(self, lm: PreTrainedModel) -> list[nn.Module]:
+        """The modules that all tokens go through, called with `input_ids` and `attention_mask`."""
+        return [lm.base_model]
+
+    @property
+    def cache_layers(self) -> int:
+        """The layers of a cache of keys and values."""
+        return self.depth
 
     def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
         """The module inside the trunk that holds the list of blocks, and the list's name in it.
@@ -107,7 +132,7 @@ class Backbone(ABC):
         Raises:
             UserError: no list has as many modules as the configuration has layers.
         """
-        count = self.config.get_text_config().num_hidden_layers
+        count = self.depth
         for name, part in lm.base_model.named_modules():
             if isinstance(part, nn.ModuleList) and len(part) == count:
                 above, _, own = name.rpartition(".")

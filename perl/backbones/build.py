@@ -1,4 +1,4 @@
-"""The tiny base: a small Llama trained from scratch on a source's dialogues in a minute or two, and cached.
+"""The tiny base: a small Llama or T5 trained from scratch on a source's dialogues in minutes, and cached.
 
 It stands in for a pretrained model where none can be downloaded. What comes out is an ordinary model folder.
 """
@@ -12,18 +12,31 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from perl.backbones.chat import ChatFormat
+from perl.backbones.encoder_decoder import START, EncoderDecoderFormat
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Demonstration
 from perl.errors import UserError, machine_fault
 from perl.system.progress import track
 
+Architecture = Literal["llama", "t5"]
+CHATS: dict[Architecture, type[ChatFormat]] = {"llama": ChatFormat, "t5": EncoderDecoderFormat}
+MODELS: dict[Architecture, type[PreTrainedModel]] = {"llama": LlamaForCausalLM, "t5": T5ForConditionalGeneration}
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -42,6 +55,7 @@ VERSION = 1
 def build_base(
     corpus: Sequence[Demonstration],
     *,
+    architecture: Architecture,
     hidden_size: int,
     layers: int,
     heads: int,
@@ -52,7 +66,9 @@ def build_base(
     learning_rate: float,
     seed: int,
 ) -> Path:
-    """Train a tokenizer and a small Llama on all turns of the corpus; return its folder, cached by content.
+    """Train a tokenizer and a small model on the corpus; return its folder, cached by content.
+
+    A Llama learns all turns, a T5 the agent's, each from what was said before.
 
     Args:
         vocabulary: tokens of the byte-level BPE.
@@ -62,6 +78,8 @@ def build_base(
         UserError: the cache cannot be written, before any training.
     """
     settings = {name: value for name, value in locals().items() if name != "corpus"}
+    if architecture == "llama":
+        del settings["architecture"]  # those built before there was another keep their places
     digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
     for record in corpus:
         digest.update(repr((record.context, record.answer)).encode())
@@ -71,12 +89,14 @@ def build_base(
         return folder
     with _unfinished(folder) as unfinished:
         tokenizer = train_tokenizer(corpus, vocabulary)
-        chat = ChatFormat(tokenizer)
-        rows = [row.ids[:max_length] for record in corpus for row in chat.rows(record.context, record.answer)]
-        config = tiny_config(tokenizer, hidden_size, layers, heads, max_length)
+        chat = CHATS[architecture](tokenizer)
+        length = None if architecture == "llama" else max_length  # of a Llama's rows the end is cut off
+        made = (row for record in corpus for row in chat.rows(record.context, record.answer, length))
+        rows = [row.ids[:max_length] for row in made]
+        config = tiny_config(tokenizer, architecture, hidden_size, layers, heads, max_length)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(config)
+            model = MODELS[architecture](config)
         pretrain(model, rows, steps, batch_tokens, learning_rate, seed)
         model.to(torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -84,9 +104,27 @@ def build_base(
 
 
 def tiny_config(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, max_length: int
-) -> LlamaConfig:
+    tokenizer: PreTrainedTokenizerFast,
+    architecture: Architecture,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    max_length: int,
+) -> PreTrainedConfig:
     """The shape of a tiny base."""
+    if architecture == "t5":
+        return T5Config(
+            vocab_size=len(tokenizer),
+            d_model=hidden_size,
+            d_kv=hidden_size // heads,
+            d_ff=hidden_size * 3,
+            num_layers=layers,
+            num_heads=heads,
+            dropout_rate=0.0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -138,7 +176,7 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """AdamW on next-token loss over all tokens, cosine schedule with warm-up, rows batched by length.
+    """AdamW on next-token loss, cosine schedule with warm-up, rows batched by length.
 
     Args:
         rows: token ids.
@@ -157,15 +195,25 @@ def pretrain(
         for _ in range(steps):
             if not batches:
                 batches = _batches(rows, batch_tokens, rng)
-            ids_BL, labels_BL = _pad(batches.pop())
-            loss = model(input_ids=ids_BL, labels=labels_BL).loss
-            loss.backward()
+            loss = _loss(model, batches.pop())
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             bar(loss=loss.item())
     model.eval()
+
+
+def _loss(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    """Over all tokens, or over what the decoder writes: mean, next-token."""
+    if not model.config.is_encoder_decoder:
+        ids_BL, labels_BL = _pad(rows)
+        return model(input_ids=ids_BL, labels=labels_BL).loss  # type: ignore[no-any-return]
+    ids_BS, read_BS = _pad([row[: row.index(START)] for row in rows])
+    _, labels_BT = _pad([row[row.index(START) + 1 :] for row in rows])
+    mask_BS = (read_BS != -100).long()
+    return model(input_ids=ids_BS, attention_mask=mask_BS, labels=labels_BT).loss  # type: ignore[no-any-return]
 
 
 def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:

@@ -24,6 +24,7 @@ class ChatFormat:
     """How a tokenizer writes dialogues, and which tokens end the agent's turn.
 
     Attributes:
+        first_ids: what a decoder beside an encoder is given before a completion.
         end_id: the template's token at the end of a completion, with which rows are written.
         eos_id: the tokenizer's, with which plain text ends.
         end_ids: all that end a completion: both, and those of the model's generation configuration.
@@ -34,6 +35,8 @@ class ChatFormat:
     Raises:
         UserError: the tokenizer has no end-of-sequence token, or its template cannot be used.
     """
+
+    first_ids: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, more_ends: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
@@ -59,7 +62,7 @@ class ChatFormat:
             length: at most so many; the oldest turns, or the oldest text, are left out.
         """
         if turns[-1].speaker == "text":
-            return self._cut_text(self._tokens.text_ids(_text(turns)), length)
+            return self._cut_text(self._tokens.text_ids(text_of(turns)), length)
         ids = self._prompt(turns)
         if length is None or len(ids) <= length:
             return ids
@@ -129,7 +132,7 @@ class ChatFormat:
         Raises:
             UserError: the template refuses or leaves out a speaker, or a server would send other tokens.
         """
-        turns = _probe_turns(set(speakers))
+        turns = self.probe_turns(set(speakers))
         self.template.check_written(turns[:-1])
         messages = self.template.messages(turns)
         ours, row = self.context(turns[:-1]), self.row(turns[:-1], turns[-1])
@@ -148,6 +151,15 @@ class ChatFormat:
             "completions are trained on and scored after the prompt, as a server asks for them"
         ]
 
+    @staticmethod
+    def probe_turns(speakers: set[Speaker]) -> list[Turn]:
+        """A dialogue of everyone who speaks in the data."""
+        turns = [Turn("system", "capybara")] if "system" in speakers else []
+        turns += ASKED
+        if "api" in speakers:
+            turns += [Turn("api", "axolotl"), Turn("agent", "wombat")]
+        return [*turns, Turn("user", "okapi"), Turn("agent", "numbat")]
+
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         return self._tokens.ids(self.template.prompt(turns))
 
@@ -165,7 +177,7 @@ class ChatFormat:
         return Tokens(row.ids, row.spoken, cut=True)
 
     def _text_row(self, context: Sequence[Turn], completion: Turn, length: int | None) -> Tokens:
-        prompt, completion_ids = self._tokens.text_row(_text(context), completion.text)
+        prompt, completion_ids = self._tokens.text_row(text_of(context), completion.text)
         completion_ids = [*completion_ids, self.eos_id]
         kept = self._cut_text(prompt, None if length is None else max(1, length - len(completion_ids)))
         row = Tokens.joined(kept, completion_ids)
@@ -185,15 +197,6 @@ class ChatFormat:
         return next(int(token) for token in (*special, *range(len(tokenizer))) if token not in ends)
 
 
-def _probe_turns(speakers: set[Speaker]) -> list[Turn]:
-    """A dialogue of everyone who speaks in the data."""
-    turns = [Turn("system", "capybara")] if "system" in speakers else []
-    turns += ASKED
-    if "api" in speakers:
-        turns += [Turn("api", "axolotl"), Turn("agent", "wombat")]
-    return [*turns, Turn("user", "okapi"), Turn("agent", "numbat")]
-
-
 def _without_middle(items: list[_T], head: int, length: int) -> list[_T]:
     """The first items and the last, together so many."""
     if len(items) <= length:
@@ -201,5 +204,6 @@ def _without_middle(items: list[_T], head: int, length: int) -> list[_T]:
     return [*items[:head], *items[len(items) - max(0, length - head) :]][:length]
 
 
-def _text(turns: Sequence[Turn]) -> str:
+def text_of(turns: Sequence[Turn]) -> str:
+    """Turns of plain text as one."""
     return "".join(turn.text for turn in turns)

@@ -1,7 +1,7 @@
 """Decoders, or causal language models: they generate, and score a row at its last token."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Decoder(Backbone):
 
     kind = "a causal LM"
     auto_class = AutoModelForCausalLM
+    tried: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2), (0, 1, 3))
+    """Two rows that differ in the last token, on which a loaded model is tried."""
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -49,20 +51,26 @@ class Decoder(Backbone):
         embedding = lm.get_output_embeddings()
         if embedding is None:
             raise UserError("the model has no language-model head", where=where, remedy="Use a causal LM.")
-        ids_BL = torch.tensor([[0, 1, 2], [0, 1, 3]], device=embedding.weight.device)
-        logits_BLV = lm.eval()(input_ids=ids_BL).logits.float()
+        ids_BL = torch.tensor(self.tried, device=embedding.weight.device)
+        logits_BNV = self.own_logits(lm.eval(), ids_BL).float()
         name = type(lm).__name__
-        if not _alike(logits_BLV[0, :2], logits_BLV[1, :2]):
+        if not _alike(logits_BNV[0, :-1], logits_BNV[1, :-1]):
             what = f"{name} is not causal: its output for a token depends on later ones"
             raise UserError(what, where=where, remedy="Use a causal LM.")
-        product_BLV = embedding(self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))).float()
-        if not _alike(logits_transform(lm.config).apply_(product_BLV, temperature=1.0), logits_BLV):
+        hidden_BLD = self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
+        product_BNV = embedding(hidden_BLD[:, -logits_BNV.shape[1] :]).float()
+        if not _alike(logits_transform(lm.config).apply_(product_BNV, temperature=1.0), logits_BNV):
             what = f"{name} changes its logits after the output embedding in a way that is not known"
             raise UserError(what, where=where, remedy="This architecture is not supported yet.")
 
+    def own_logits(self, lm: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+        """Transformers' own logits (B, N, V) of the last N positions of rows without padding."""
+        logits_BLV: Tensor = lm(input_ids=ids_BL).logits
+        return logits_BLV
+
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         """The tokenizer's chat template, and the generation configuration's tokens that end a completion."""
-        return ChatFormat(tokenizer, _configured_ends(lm, tokenizer))
+        return ChatFormat(tokenizer, configured_ends(lm, tokenizer))
 
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
@@ -157,7 +165,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 
-def _configured_ends(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def configured_ends(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion by the model's generation configuration.
 
     Without generation_config.json they are those of config.json, or else the default of the model's class (Llama:

@@ -80,6 +80,7 @@ def random_base(
     def load() -> PreTrainedModel:
         backbone = backbone_of(without_own_code(AutoConfig.for_model(**config)))
         backbone.require("generation", where)
+        backbone.prepare(where)
         return _random_weights(backbone, dtype, device, seed)
 
     try:

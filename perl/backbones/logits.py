@@ -1,9 +1,10 @@
 """What a model does to its logits after the output embedding.
 
     Granite: z / logits_scaling      Cohere, HyperCLOVA X: z · scale      Gemma 2: cap · tanh(z / cap)
+    T5 with tied embeddings: z / √D
 
-as in transformers' `modeling_granite.py`, `modeling_cohere.py`, `modeling_hyperclovax.py` and
-`modeling_gemma2.py`. A constant scale is another temperature; a cap has a derivative of its own.
+as in transformers' `modeling_granite.py`, `modeling_cohere.py`, `modeling_hyperclovax.py`, `modeling_gemma2.py`
+and `modeling_t5.py`. A constant scale is another temperature; a cap has a derivative of its own.
 """
 
 from dataclasses import dataclass
@@ -46,4 +47,6 @@ def logits_transform(config: Any) -> LogitsTransform:
     for kind, (name, power) in SCALES.items():
         if text.model_type.startswith(kind):
             scale = float(getattr(text, name, None) or 1.0) ** power
+    if getattr(text, "scale_decoder_outputs", False):
+        scale = float(text.hidden_size) ** -0.5
     return LogitsTransform(scale, cap)

@@ -20,6 +20,18 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids.to(device), mask.to(device)
 
 
+def joined(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left and completions padded on the right, side by side, as ids and mask (B, L)."""
+    ids_BP, mask_BP = left_pad(prompts, pad_id, device)
+    length = max(len(one) for one in completions)
+    ids_BT = torch.tensor([[*one, *[pad_id] * (length - len(one))] for one in completions], device=device)
+    lengths_B1 = torch.tensor([[len(one)] for one in completions], device=device)
+    mask_BT = torch.arange(length, device=device) < lengths_B1
+    return torch.cat([ids_BP, ids_BT], 1), torch.cat([mask_BP, mask_BT], 1)
+
+
 def positions(mask_BL: Tensor) -> Tensor:
     """Each token's number in its row (B, L), int64: counted over real tokens, so padding on any side is right."""
     return (mask_BL.long().cumsum(1) - 1).clamp(min=0)

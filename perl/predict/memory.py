@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from perl.adapters.targets import linear_layers
+from perl.backbones import backbone_of
 from perl.backbones.fake import fake_lm
 from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.stages import TRY
@@ -33,6 +34,9 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
     """
+    # Where layers are unfrozen one by one, the peak is that of the epochs in which all learn.
+    full = recipe.full.model_copy(update={"gradual_unfreezing": False})
+    recipe = recipe.model_copy(update={"full": full})
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
@@ -75,7 +79,7 @@ def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
         {id(end.weight): end.weight.nbytes for end in ends if end is not None}.values()
     )  # tied ones once
     blocks = sum(parameter.nbytes for parameter in lm.parameters()) - outside
-    depth = config.get_text_config().num_hidden_layers
+    depth = backbone_of(config).depth
     return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, outside)
 
 

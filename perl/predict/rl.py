@@ -22,7 +22,6 @@ from perl.rl.samplers.base import Read, Samples, Sampling, Share
 from perl.rl.samplers.local import Drawing, Groups, LocalSampler
 from perl.roles.roles import Role, Roles
 from perl.stages.rl_setup import eval_prompts, setup
-from perl.stages.session import Session
 
 MICRO_BATCHES = 2
 """Of a rollout on fake tensors: in the second, all that the first has made is in memory."""
@@ -74,11 +73,12 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
     return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
 
 
-def _with_head_rate(session: Session) -> Session:
+def _with_head_rate(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
     if settings.head_learning_rate == "auto":
         settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})
+    settings = settings.model_copy(update={"steps": max(settings.steps, session.trial.steps)})
     return replace(session, recipe=session.recipe.model_copy(update={"rl": settings}))
 
 

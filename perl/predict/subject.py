@@ -1,7 +1,6 @@
 """What predictions are made from: the longest rows of the data, a tokenizer, and a base of fake weights."""
 
 import contextlib
-import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return backbone_of(self.config).depth
 
 
 def read_subject(recipe: Recipe) -> Subject:
@@ -57,7 +56,8 @@ def read_subject(recipe: Recipe) -> Subject:
     spec, config = recipe.base, None
     if (tiny := spec.build) is not None:
         tokenizer = train_tokenizer(corpus(train), tiny.vocabulary)
-        config = tiny_config(tokenizer, tiny.hidden_size, tiny.layers, tiny.heads, tiny.max_length)
+        shape = tiny.architecture, tiny.hidden_size, tiny.layers, tiny.heads, tiny.max_length
+        config = tiny_config(tokenizer, *shape)
     elif spec.config is not None:
         config = AutoConfig.for_model(**spec.config)
         tokenizer = numbered_tokens(config.get_text_config().vocab_size)
@@ -71,11 +71,7 @@ def read_subject(recipe: Recipe) -> Subject:
 @contextlib.contextmanager
 def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[TrialSession]:
     """A session to try a stage in on fake weights, with a base of so many layers."""
-    config = copy.deepcopy(subject.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
+    config = backbone_of(subject.config).with_depth(depth)
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"
     roles: Roles = FakeSeparateModels(lm) if full else FakeSharedBase(adapters_for(recipe, lm))

@@ -56,7 +56,7 @@ class TrialSession(Session):
 
     def meter(self) -> Meter:
         """A meter of what the trial is for."""
-        trunks = [] if self.trial.abridged else [model.base_model for model in self.roles.models()]
+        trunks = [] if self.trial.abridged else self.roles.trunks()
         return Meter(self.device, self.resident(), trunks, MEASURED_STEPS if self.trial.measured else 0)
 
     @property

@@ -13,10 +13,12 @@ ORIGINS = {"model": ("trust_remote_code",), "build": (), "config": ("random_init
 class Build(Section):
     """A tiny base, trained by the recipe itself on the source's dialogues, and cached."""
 
+    architecture: Literal["llama", "t5"] = "llama"
+    """A decoder, or an encoder-decoder."""
     hidden_size: Positive = 128
     """Width."""
     layers: Positive = 3
-    """Blocks."""
+    """Blocks; of t5, in either part."""
     heads: Positive = 4
     """Attention heads of a block."""
     vocabulary: Positive = 512

@@ -12,7 +12,7 @@ from perl.recipe.data import Data
 from perl.recipe.rewards import ModelPart
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
-from perl.recipe.supervised import Reward, Sft
+from perl.recipe.supervised import FullTuning, Reward, Sft
 
 StageName = Literal["sft", "reward", "rl"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "rl")
@@ -55,6 +55,8 @@ class Recipe(Section):
     """The adapters; short for `adapter: {kind: lora, ...}`, and absent where they are of another kind."""
     adapter: Adapter | None = None
     """The adapters, of a kind other than LoRA."""
+    full: FullTuning = FullTuning()
+    """How whole models are trained; read under `tuning: full`."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None
@@ -133,6 +135,11 @@ class Recipe(Section):
         settings = self.lora or self.adapter
         assert settings is not None
         return settings
+
+    @property
+    def full_tuning(self) -> FullTuning:
+        """What is read of the section `full`: its defaults under another tuning."""
+        return self.full if self.tuning == "full" else FullTuning()
 
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from perl.recipe.section import LrSchedulerType, Positive, Rate
+from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
 from perl.recipe.validation import Validation
 
 
@@ -27,6 +27,18 @@ class Supervised(Validation):
     """As in AdamW: this share of the learning rate is taken off every weight at each step."""
     max_length: Positive = 512
     """Longest sequence, in tokens; older context is cut off first."""
+
+
+class FullTuning(Section):
+    """How SFT and reward training treat whole models: as ULMFiT (Howard and Ruder 2018, arXiv 1801.06146) does."""
+
+    layer_decay: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Each layer learns at the rate of the one above it divided by this; the paper takes 2.6."""
+    schedule: Literal["slanted_triangular"] | None = None
+    """In the place of the stage's own: up to its learning rate over a tenth of the steps, then down to a 32nd."""
+    gradual_unfreezing: bool = False
+    """In the first epoch only the topmost layer learns (the head and the last norm), in each further epoch one
+    more; with fewer epochs than layers the lowest never learn."""
 
 
 class Sft(Supervised):

@@ -32,6 +32,7 @@ class Exported:
         text: the run's rows are plain text, without a chat format.
         text_end: what plain text needs after it, as Python.
         pad_id: the token for padding.
+        start_ids: what the decoder of an encoder-decoder is given before an answer; else nothing.
         difference: the largest between scores by transformers and the run's own, on held-out rows.
     """
 
@@ -42,6 +43,7 @@ class Exported:
     text: bool
     text_end: str
     pad_id: int
+    start_ids: tuple[int, ...] = ()
     difference: float | None = None
 
 
@@ -56,7 +58,8 @@ def model_card(session: Session, exported: Exported) -> str:
     if isinstance(session.roles, SharedBase):
         form = f"{session.roles.adapter}" + (", merged into the base" if exported.whole else "")
     auto_class = f"Auto{'' if exported.whole else 'Peft'}ModelFor"
-    auto_class += "SequenceClassification" if exported.scores else "CausalLM"
+    of_lm = session.roles.backbone.auto_class.__name__.removeprefix("AutoModelFor")
+    auto_class += "SequenceClassification" if exported.scores and not exported.start_ids else of_lm
     imported = ["AutoTokenizer", *[auto_class] * exported.whole, *["GenerationConfig"] * (not exported.scores)]
     tokens = base.tokenizer.convert_ids_to_tokens(list(base.chat.end_ids))
     settings = recipe.adapter_settings

@@ -119,6 +119,10 @@ class Roles(nn.Module, ABC):
     def models(self) -> list[PreTrainedModel]:
         """All language models in memory."""
 
+    def trunks(self) -> list[nn.Module]:
+        """The modules that all tokens go through, of every model."""
+        return [trunk for model in self.models() for trunk in self.backbone.trunks(model)]
+
     @abstractmethod
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
         """What a role has of its own besides its head, by names that do not contain the role's."""

@@ -98,9 +98,9 @@ class SharedBase(Roles):
         return {name: parameter for name, parameter in named if name is not None}
 
     @property
-    def head_modules(self) -> list[str]:
-        """The modules of a head, by the names that they have in a classifier of transformers."""
-        return [name.rpartition(".")[2] for name in self.backbone.head_modules(self.lm)]
+    def head_modules(self) -> list[str] | None:
+        """The modules of a head, by the names that they have in a classifier of transformers; None without one."""
+        return [name.rpartition(".")[2] for name in self.backbone.head_modules(self.lm)] or None
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
         self.adapter.write_config(folder, base, self.head_modules if scores else None)

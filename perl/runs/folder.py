@@ -200,9 +200,9 @@ class MetricsLog:
             adapter: the name of the weights that completions were drawn with, where a sampler has a copy.
         """
         if self._file is not None:
-            line: dict[str, float | str | None] = {"step": step} | (
-                {} if adapter is None else {"adapter": adapter}
-            )
+            line: dict[str, float | str | None] = {"step": step}
+            if adapter is not None:
+                line["adapter"] = adapter
             line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

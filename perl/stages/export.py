@@ -53,7 +53,7 @@ def export_role(session: Session, role: Role, stage: StageName, folder: Path, wh
     end = "tokenizer.eos_token" if text_end(tokenizer) else ""
     prompts = session.train.prompts
     is_text = bool(prompts) and all(prompt.context[-1].speaker == "text" for prompt in prompts)
-    exported = Exported(role, stage, whole, scores, is_text, end, tokenizer.pad_token_id)
+    exported = Exported(role, stage, whole, scores, is_text, end, tokenizer.pad_token_id, _start_ids(session))
     with whole_folder(folder.resolve()) as unfinished:
         tokenizer.save_pretrained(unfinished)
         shutil.copyfile(session.saved(role) / STAMP, unfinished / STAMP)
@@ -104,13 +104,23 @@ def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTraine
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
+    """What begins and ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
     chat, rl = session.base.chat, session.recipe.rl
     sampling: dict[str, Any] = {}
     if role is Role.POLICY:
         assert rl is not None
         sampling = {"do_sample": True, "temperature": rl.temperature, "top_k": 0, "top_p": 1.0}
+    for name, token in zip(("decoder_start_token_id", "forced_bos_token_id"), _start_ids(session), strict=False):
+        sampling[name] = token
     return GenerationConfig(eos_token_id=sorted(chat.end_ids), pad_token_id=tokenizer.pad_token_id, **sampling)
+
+
+def _start_ids(session: Session) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder is given before an answer; else nothing."""
+    backbone = session.roles.backbone
+    if not backbone.encodes_prompts:
+        return ()
+    return backbone.config.decoder_start_token_id, *session.base.chat.first_ids
 
 
 @torch.no_grad()

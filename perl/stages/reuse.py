@@ -108,7 +108,9 @@ def identify(recipe: Recipe, train: Records, held_out: Records, base: Base) -> d
 def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
     """The keys of a recipe that a stage depends on, as far as they are not at their defaults."""
     said = recipe.model_dump(mode="json", exclude_defaults=True)
-    sections = ("seed", "tuning", "lora", "adapter", stage)
+    sections: tuple[str, ...] = ("seed", "tuning", "lora", "adapter", stage)
+    if stage != "rl" and recipe.tuning == "full":
+        sections = (*sections, "full")
     flat = dict(_flat({key: said[key] for key in sections if said.get(key) is not None}))
     flat |= {f"base.{key}": str(getattr(recipe.base, key)) for key in ("dtype", "quantization")}
     for key in CHANGE_NOTHING:
@@ -202,7 +204,8 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
     if len(changed) > 1 or not keys <= set(LENGTH):
         return Found(source, "train", "; ".join(changed))
     section = recipe.section(stage)
-    name, warmup = section.lr_scheduler_type, section.warmup_ratio
+    full = None if isinstance(section, Rl) else recipe.full_tuning.schedule
+    name, warmup = full or section.lr_scheduler_type, section.warmup_ratio
     before, now = (length(one, stage) for one in (source.recipe(), recipe))
     if now < before:
         return Found(source, "train", f"{changed[0]}, which is less")

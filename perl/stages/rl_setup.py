@@ -120,7 +120,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         collector.sampler.sync(role)
     train, validation = validation_split(session, "rl")
     prompts = tokenized_prompts(session, train.prompts)
-    if settings.samples_per_prompt > 1:
+    if settings.samples_per_prompt > 1 and not session.roles.backbone.encodes_prompts:
         share_prompts(session, prompts)
     learner = _learner(session, trained, prompts)
     penalty = missing_end_penalty(settings, session.train.prompts[0])

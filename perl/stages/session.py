@@ -67,7 +67,7 @@ class Session:
 
     def meter(self) -> Meter:
         """A meter of a stage that has all its roles."""
-        return Meter(self.device, self.resident(), [model.base_model for model in self.roles.models()])
+        return Meter(self.device, self.resident(), self.roles.trunks())
 
     def resident(self) -> dict[Kind, list[Tensor]]:
         """The tensors that live through the whole stage, by what they are for."""
@@ -124,12 +124,12 @@ class Session:
             inherited = self.saved(parent) if parent is not None else None
             if inherited is not None and inherited.exists():
                 more |= {"parent": parent, "parent_sha256": weights_sha256(self.roles, inherited)}
-            more["data_sha256"] = self.identities[_stage_of(role)].data_sha256
+            more["data_sha256"] = self.identities[stage_of(role)].data_sha256
             save_role(self.roles, role, self.saved(role), stamp_for(role, self.base, **self._recipe(role), **more))
         self.processes.barrier()
 
     def _recipe(self, role: Role) -> dict[str, str]:
-        settings = settings_sha256(self.recipe, _stage_of(role))
+        settings = settings_sha256(self.recipe, stage_of(role))
         return {"recipe": self.recipe.name, "recipe_sha256": settings}
 
     @cached_property
@@ -163,7 +163,7 @@ class Session:
 
     def checkpoints(self, role: Role) -> Checkpoints:
         """Of the training of a role."""
-        stage = _stage_of(role)
+        stage = stage_of(role)
         belongs = {
             "base": self.base.sha256,
             "recipe": settings_sha256(self.recipe, stage, any_length=True),
@@ -178,7 +178,7 @@ class Session:
         )
 
 
-def _stage_of(role: Role) -> StageName:
+def stage_of(role: Role) -> StageName:
     return "reward" if role in REWARD_MEMBERS else next(stage for stage, roles in ROLES.items() if role in roles)
 
 

@@ -1,4 +1,7 @@
-"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only."""
+"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only.
+
+TRL's is for causal LMs; encoder-decoders have `perl.stages.sft_encoder_decoder`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ from perl.results import SftEval, SftStage
 from perl.roles.roles import Role, Roles
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.session import Session
+from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import loss_validation, optimizer_steps, training_run
 from perl.stages.validation_rows import validation_split
@@ -55,7 +59,7 @@ def sft_trainer(
     held_out: Dataset | None = None,
     validation: Dataset | None = None,
     steps: int | None = None,
-) -> Iterator["RoleTrainer"]:
+) -> Iterator["RoleTrainer | EncoderDecoderTrainer"]:
     """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
@@ -66,6 +70,10 @@ def sft_trainer(
     assert settings is not None
     steps = optimizer_steps(len(train), settings) if steps is None else steps
     chosen = None if validation is None else loss_validation(settings, len(validation))
+    if session.roles.backbone.encodes_prompts:
+        with training_run(session, Role.SFT, seed, steps, chosen) as run:
+            yield EncoderDecoderTrainer(run, settings, train, held_out, validation)
+        return
     with (
         training_run(session, Role.SFT, seed, steps, chosen) as run,
         _trainable_model(session.roles) as model,

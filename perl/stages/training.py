@@ -9,10 +9,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from perl.errors import UserError
@@ -23,6 +24,7 @@ from perl.rl.checks.alarms import WORDS
 from perl.rl.checks.guard_state import Limits
 from perl.runs import snapshot
 from perl.stages.training_run import TrainingRun
+from perl.stages.ulmfit import GradualUnfreezing, layers_of, slanted_triangular
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
@@ -139,7 +141,9 @@ class ResumableTrainer(HookedTrainer):
 
     def __init__(self, run: TrainingRun, **arguments: Any) -> None:
         self.run = run
-        super().__init__(**arguments, callbacks=[StepCallback(run, self._validated)])
+        self._full = run.session.recipe.full_tuning
+        unfreezing = [GradualUnfreezing(self._layers, run)] if self._full.gradual_unfreezing else []
+        super().__init__(**arguments, callbacks=[*unfreezing, StepCallback(run, self._validated)])
         self.remove_callback(PrinterCallback)
 
     def validation_loss(self) -> float:
@@ -150,6 +154,10 @@ class ResumableTrainer(HookedTrainer):
         loss = self.validation_loss()
         self.model.train()
         return loss
+
+    @cached_property
+    def _layers(self) -> list[list[nn.Parameter]]:
+        return layers_of(self.run.session.roles, self.run.learner)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, for the batch of all processes."""
@@ -173,11 +181,22 @@ class ResumableTrainer(HookedTrainer):
         """The Trainer's, in the engine's form; every process begins with the same weights."""
         self.run.session.begin_together(self.run.parameters)
         optimizer = super().create_optimizer(*args, **kwargs)
-        for ratio, weights in self.run.session.roles.by_learning_rate(self.run.learner).items():
+        by_rate = self.run.session.roles.by_learning_rate(self.run.learner)
+        if self._full.layer_decay != 1.0:
+            by_rate = {self._full.layer_decay**-depth: layer for depth, layer in enumerate(self._layers)}
+        for ratio, weights in by_rate.items():
             if ratio != 1.0:
                 set_apart(optimizer, weights, ratio)
         self.optimizer = self.run.session.engine.optimizer(optimizer)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's, or that of `perl.stages.ulmfit`."""
+        if self._full.schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        of_step = partial(slanted_triangular, steps=num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, of_step)
+        return self.lr_scheduler
 
     def resume(self) -> None:
         """Train from the newest checkpoint, or from the start, and put back the weights that validation prefers.

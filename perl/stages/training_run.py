@@ -16,7 +16,7 @@ from perl.roles.roles import Role
 from perl.runs.checkpoint import Checkpoints, State
 from perl.runs.folder import MetricsLog
 from perl.runs.validation import Validation
-from perl.stages.session import Session
+from perl.stages.session import Session, stage_of
 from perl.system.interrupt import StopRequest, between_steps
 from perl.system.progress import Advance, track
 
@@ -31,6 +31,8 @@ class TrainingRun:
     """Of the order of rows, and of dropout."""
     steps: int
     """Optimizer steps in all."""
+    epochs: int
+    """Passes over the rows that they are."""
     checkpoints: Checkpoints
     resumed: State | None
     """Where an earlier process stopped; None: at the start."""
@@ -106,9 +108,11 @@ def training_run(
         session.roles.checkpointed(session.recipe.checkpoint_activations),
         between_steps(session.processes) as stop,
     ):
-        folder = Path(scratch)
+        folder, section = Path(scratch), session.recipe.section(stage_of(learner))
+        assert isinstance(section, Supervised)
+        epochs = section.epochs
         yield TrainingRun(
-            session, learner, seed, steps, checkpoints, resumed, validation, meter, log, bar, stop, folder
+            session, learner, seed, steps, epochs, checkpoints, resumed, validation, meter, log, bar, stop, folder
         )
 
 

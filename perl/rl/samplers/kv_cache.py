@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from perl.backbones import backbone_of
 from perl.measure.probe import mark
 
 STEP = 64
@@ -132,7 +133,7 @@ class KVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_length: int, completion_length: int) -> None:
-        count = model.config.get_text_config().num_hidden_layers
+        count = backbone_of(model.config).cache_layers
         capacity = prompt_length + completion_length
         # Elsewhere the kernels take views as they are, and are the faster for having no mask.
         step = STEP if model.device.type == "cpu" and model._can_compile_fullgraph else None
@@ -178,3 +179,57 @@ class KVCache(Cache):
         """Pretend that so many positions more were filled."""
         for layer in self.layers:
             layer.filled += positions
+
+
+class EncoderDecoderKVCache(EncoderDecoderCache):
+    """The caches of an encoder-decoder: of what its decoder writes, and of the encoder's pass over the prompts.
+
+    Args:
+        model, batch, prompt_length, completion_length: as of `KVCache`.
+        start_length: positions of the prompts that the decoder reads, the last ones.
+    """
+
+    self_attention_cache: KVCache
+    cross_attention_cache: KVCache
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        prompt_length: int,
+        completion_length: int,
+        start_length: int,
+    ) -> None:
+        read = prompt_length - start_length
+        super().__init__(KVCache(model, batch, start_length, completion_length), KVCache(model, batch, read, 0))
+        self._start_length = start_length
+
+    @contextlib.contextmanager
+    def prefilling(self, rows: slice, copies: Tensor | None = None) -> Iterator[None]:
+        """As of `KVCache`; inside, the encoder's keys and values are computed."""
+        self.is_updated: dict[int, bool] = {}
+        with (
+            self.self_attention_cache.prefilling(rows, copies),
+            self.cross_attention_cache.prefilling(rows, copies),
+        ):
+            yield
+
+    def mask(self, mask_BL: Tensor, new: int) -> Tensor:
+        """The decoder's part of a mask, as of `KVCache`."""
+        if not self.get_seq_length():
+            return mask_BL[:, -self._start_length :]
+        return self.self_attention_cache.mask(mask_BL[:, self.cross_attention_cache.prompt_length :], new)
+
+    def prefilled(self) -> None:
+        """As of `KVCache`."""
+        self.self_attention_cache.prefilled()
+        self.cross_attention_cache.prefilled()
+
+    def keep(self, rows: Tensor) -> None:
+        """As of `KVCache`."""
+        self.self_attention_cache.keep(rows)
+        self.cross_attention_cache.keep(rows)
+
+    def skip(self, positions: int) -> None:
+        """As of `KVCache`."""
+        self.self_attention_cache.skip(positions)

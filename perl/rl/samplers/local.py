@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perl.backbones.encoder_decoder import START
 from perl.backbones.logits import logits_transform
 from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
-from perl.rl.samplers.kv_cache import KVCache
+from perl.rl.samplers.kv_cache import EncoderDecoderKVCache, KVCache
 from perl.roles.roles import Role, Roles
 
 KEEP_UNTIL = 0.75
@@ -108,7 +109,7 @@ class Drawing:
         self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
         self._start = self._prompt_ids_BP.shape[1]
         self.model = roles.model()
-        self.cache = KVCache(self.model, count, self._start, self.length)
+        self.cache = _new_cache(roles, prompts[0], count, self._start, self.length)
         self._lower = _LowerHidden(seen, count, self._start + self.length)
         self._hidden_BD: Tensor  # that the next tokens are drawn from
 
@@ -201,6 +202,16 @@ class Drawing:
             read_BT=None if self._read_BT is None else self._read_BT.masked_fill(~mask_BT, 0.0),
             lower_hidden_BLD=self._lower.states_BLD,
         )
+
+
+def _new_cache(
+    roles: Roles, prompt: Sequence[int], rows: int, prompt_length: int, length: int
+) -> KVCache | EncoderDecoderKVCache:
+    """The cache for a batch; `prompt` is one of its prompts."""
+    shape = roles.model(), rows, prompt_length, length
+    if not roles.backbone.encodes_prompts:
+        return KVCache(*shape)
+    return EncoderDecoderKVCache(*shape, start_length=len(prompt) - prompt.index(START))
 
 
 class _LowerHidden:

@@ -1,0 +1,95 @@
+"""SFT of an encoder-decoder, on transformers' Trainer: the decoder learns completions, the encoder reads contexts.
+
+The loss is that of transformers with `labels`: the mean of -log p over the completions' tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainingArguments
+
+from perl.backbones.padding import joined
+from perl.recipe import Supervised
+from perl.roles.roles import Role
+from perl.stages.training import SHARE, ResumableTrainer
+from perl.stages.training_run import TrainingRun
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Rows with labels as a batch: contexts padded on the left, completions on the right."""
+
+    pad_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [(example["input_ids"], example["labels"].count(-100)) for example in examples]
+        prompts, completions = [ids[:begin] for ids, begin in rows], [ids[begin:] for ids, begin in rows]
+        ids_BL, mask_BL = joined(prompts, completions, self.pad_id, torch.device("cpu"))
+        return {"ids_BL": ids_BL, "mask_BL": mask_BL, "length": torch.tensor(max(map(len, completions)))}
+
+
+class EncoderDecoderTrainer(ResumableTrainer):
+    """Trains the `sft` role.
+
+    Args:
+        train, held_out, validation: rows with `input_ids`, and `labels` that are -100 in the context.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        settings: Supervised,
+        train: Dataset,
+        held_out: Dataset | None,
+        validation: Dataset | None,
+    ) -> None:
+        super().__init__(
+            run,
+            model=run.session.roles,
+            args=TrainingArguments(**run.arguments(settings)),
+            train_dataset=train,
+            data_collator=_Collator(run.session.base.chat.pad_id),
+        )
+        self._batch_size, self._held_out, self._validation = settings.batch_size, held_out, validation
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the tokens of a batch; of several processes, this one's part of the sum."""
+        self.run.meter.count(int(inputs["mask_BL"].sum()))
+        log_probs_BT, tokens = self._log_probs(model, inputs)
+        share, processes = inputs.get(SHARE), self.run.processes
+        counts = share is None or bool(share > 0)
+        total = processes.all_reduce_sum(tokens if counts else 0) if processes.count > 1 else tokens
+        loss = -log_probs_BT.sum() / max(1, total)
+        return loss if counts else loss * 0.0
+
+    def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Of a batch's completions, and how many tokens they have."""
+        ids_BL, mask_BL, length = inputs["ids_BL"], inputs["mask_BL"], int(inputs["length"])
+        outputs = model(Role.SFT, ids_BL, mask_BL, completion_length=length, temperature=1.0)
+        return outputs.log_probs_BT, int(mask_BL[:, -length:].sum())
+
+    def eval_loss(self) -> float:
+        """Mean loss on the tokens of held-out completions."""
+        assert self._held_out is not None
+        return self._loss_of(self._held_out)
+
+    def validation_loss(self) -> float:
+        """Mean loss on the tokens of validation completions."""
+        assert self._validation is not None
+        return self._loss_of(self._validation)
+
+    @torch.no_grad()
+    def _loss_of(self, dataset: Dataset) -> float:
+        roles, rows = self.run.session.roles.eval(), list(dataset)
+        total, tokens = 0.0, 0
+        for start in range(0, len(rows), self._batch_size):
+            batch = self.data_collator(rows[start : start + self._batch_size])
+            batch = {name: tensor.to(roles.device) for name, tensor in batch.items()}
+            log_probs_BT, count = self._log_probs(roles, batch)
+            total, tokens = total - float(log_probs_BT.sum()), tokens + count
+        return total / tokens

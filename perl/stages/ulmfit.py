@@ -1,0 +1,65 @@
+"""Full tuning as ULMFiT does it (Howard and Ruder 2018, arXiv 1801.06146): what it does to rates and to layers.
+
+Layers are what lies above the blocks (a head, the last norm), the blocks, and the embeddings, the topmost first.
+An encoder-decoder's decoder lies on its encoder.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from perl.roles.roles import Role, Roles
+from perl.stages.training_run import TrainingRun
+
+CUT_FRACTION = 0.1
+RATIO = 32
+"""The paper's values, for all its tasks."""
+
+
+def slanted_triangular(step: int, steps: int) -> float:
+    """The share of the highest rate in a step, counted from 0 (equation 3).
+
+        cut = floor(T · cut_frac)      p = t / cut up to the cut, then 1 - (t - cut) / (cut · (1 / cut_frac - 1))
+        η_t / η_max = (1 + p · (ratio - 1)) / ratio
+
+    The equation goes below 0 at the end where the floor takes much off; here p does not.
+    """
+    cut = max(1, math.floor(steps * CUT_FRACTION))
+    p = step / cut if step < cut else 1 - (step - cut) / (cut * (1 / CUT_FRACTION - 1))
+    return (1 + max(0.0, p) * (RATIO - 1)) / RATIO
+
+
+def layers_of(roles: Roles, role: Role) -> list[list[nn.Parameter]]:
+    """The weights and the head of a role by layer, the topmost first."""
+    with roles.role(role):
+        lm = roles.model()
+    blocks = [{id(weight) for weight in block.parameters()} for block in reversed(roles.backbone.blocks(lm))]
+    embeddings = {id(part.weight) for part in lm.modules() if isinstance(part, nn.Embedding)}
+    layers: list[list[nn.Parameter]] = [[] for _ in range(len(blocks) + 2)]
+    for name, weight in roles.weights(role).items():
+        inside = next((place for place, of_block in enumerate(blocks, 1) if id(weight) in of_block), None)
+        below = id(weight) in embeddings or "embed" in name
+        layers[inside if inside is not None else -1 if below else 0].append(weight)
+    if role in roles.heads:
+        layers[0] += roles.heads[role].parameters()
+    return [layer for layer in layers if layer]
+
+
+class GradualUnfreezing(TrainerCallback):
+    """Lets the topmost layers learn: one in the first epoch, and one more in each epoch after it.
+
+    Args:
+        layers: from `layers_of`.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], run: TrainingRun) -> None:
+        self._layers, self._run = layers, run
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        epoch = state.global_step * self._run.epochs // self._run.steps
+        for depth, layer in enumerate(self._layers):
+            for weight in layer:
+                weight.requires_grad_(depth <= epoch)

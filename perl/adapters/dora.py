@@ -31,6 +31,7 @@ class Dora(Lora):
     section = "adapter"
     name = "DoRA"
     zeros_change_nothing = False
+    rescales = True
 
     def peft_config(self) -> LoraConfig:
         """As LoRA's, with lengths.

@@ -67,6 +67,9 @@ class AdapterKind(ABC):
     wrapper: ClassVar[str] = ""
     """What injecting puts into the names of the base's own tensors, such as `base_layer.`."""
 
+    rescales: ClassVar[bool] = False
+    """Whether it rescales whole rows or columns of weights: what it adds to them then has no low rank."""
+
     adapted: frozenset[str]
     """The base's weights that have an adapter beside them, by their names before injection."""
     active: str | None = None

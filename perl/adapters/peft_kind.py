@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters.experts import targets_as_named
 from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
-from perl.adapters.targets import choose, linear_layers
+from perl.adapters.targets import choose, has_transposed_weights, linear_layers
 from perl.errors import UserError
 from perl.private.peft import BaseTunerLayer
 
@@ -36,7 +36,7 @@ class PeftKind(AdapterKind):
 
     def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
         super().__init__(lm, settings)
-        self._transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2's weights
+        self._transposed = has_transposed_weights(lm)
         self.config = self.peft_config()
         self.adapted = frozenset(f"{name}.weight" for name in getattr(self.config, "target_modules", None) or ())
         self._layers: list[Any] = []

@@ -8,6 +8,7 @@ from perl.recipe.adapter import DoraSettings, LoraSettings
 from perl.report.templates import filled
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.conversion import MAX_NEW_TOKENS, Conversion
 from perl.stages.session import Session
 
 TITLES = {
@@ -18,8 +19,6 @@ TITLES = {
 }
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be in every version (vllm/config/lora.py, `MaxLoRARanks`)."""
-MAX_NEW_TOKENS = 64
-"""In the card's code, where the recipe has no section rl."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Exported:
         text_end: what plain text needs after it, as Python.
         pad_id: the token for padding.
         difference: the largest between scores by transformers and the run's own, on held-out rows.
+        conversion: what it cost to write the adapter as LoRA; None: it is as it was trained.
     """
 
     role: Role
@@ -43,6 +43,7 @@ class Exported:
     text_end: str
     pad_id: int
     difference: float | None = None
+    conversion: Conversion | None = None
 
 
 def model_card(session: Session, exported: Exported) -> str:
@@ -55,12 +56,17 @@ def model_card(session: Session, exported: Exported) -> str:
     form = "trained whole"
     if isinstance(session.roles, SharedBase):
         form = f"{session.roles.adapter}" + (", merged into the base" if exported.whole else "")
+    biases = False
+    if (converted := exported.conversion) is not None:
+        form = f"{converted.kind}, written as LoRA: {converted}"
+        biases = converted.truncation.biases
     auto_class = f"Auto{'' if exported.whole else 'Peft'}ModelFor"
     auto_class += "SequenceClassification" if exported.scores else "CausalLM"
     imported = ["AutoTokenizer", *[auto_class] * exported.whole, *["GenerationConfig"] * (not exported.scores)]
     tokens = base.tokenizer.convert_ids_to_tokens(list(base.chat.end_ids))
-    settings = recipe.adapter_settings
-    rank = settings.rank if isinstance(settings, LoraSettings) and not isinstance(settings, DoraSettings) else None
+    settings = session.roles.adapter.settings if isinstance(session.roles, SharedBase) else None
+    served = isinstance(settings, LoraSettings) and not isinstance(settings, DoraSettings) and not biases
+    rank = settings.rank if isinstance(settings, LoraSettings) and served else None
     served_rank = next((one for one in VLLM_RANKS if rank is not None and one >= rank), None)
     return filled(
         "model_card.md.j2",

@@ -100,6 +100,10 @@ class Dora(Lora):
         factor_O: Tensor = layer.lora_magnitude_vector[role].weight.float() / _norms(layer, role)
         return (factor_O if self._transposed else factor_O[:, None]) * whole - weight
 
+    def name_here(self, name: str) -> str:
+        """As peft renames lengths on saving."""
+        return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
+
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """What it adds to every weight."""
         return PeftKind.deltas(self, role)

@@ -28,7 +28,6 @@ class Ia3(PeftKind):
     settings_type = Ia3Settings
     mark = "ia3_"
     layer_type = IA3Layer
-    meaning = ()
     rescales = True
     settings: Ia3Settings
 

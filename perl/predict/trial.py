@@ -59,6 +59,9 @@ class TrialSession(Session):
         trunks = [] if self.trial.abridged else [model.base_model for model in self.roles.models()]
         return Meter(self.device, self.resident(), trunks, MEASURED_STEPS if self.trial.measured else 0)
 
+    def start(self, role: Role, *, quiet: bool = False) -> None:
+        """Nothing: what is new costs as much as what was trained."""
+
     def load(self, role: Role) -> None:
         """Add a role with new weights in the place of trained ones."""
         if role not in self.roles.roles:

@@ -85,12 +85,21 @@ def model_card(session: Session, exported: Exported) -> str:
             "max_new_tokens": recipe.rl.max_new_tokens if recipe.rl else MAX_NEW_TOKENS,
             "stamp": session.stamp(exported.role) if exported.scores else None,
             "form": form,
+            "starts": _starts(session, exported.stage),
             "rank": rank,
             "served_rank": served_rank,
             "ends": " or ".join(f"`{token}`" for token in tokens),
             "metrics": _metrics(session, exported),
         },
     )
+
+
+def _starts(session: Session, stage: StageName) -> list[str]:
+    """The adapters, trained elsewhere, that the stage started from, or SFT before it."""
+    finished = session.folder.results().finished
+    stages = [finished[name] for name in ("sft", "rl") if name in finished] if stage == "rl" else [finished[stage]]
+    starts = [one.started_from for one in stages if one.started_from is not None]
+    return [f"`{Path(start.folder).name}`, SHA-256 of its weights `{start.sha256}`" for start in starts]
 
 
 def _metrics(session: Session, exported: Exported) -> dict[str, str]:

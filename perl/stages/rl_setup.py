@@ -95,7 +95,7 @@ def end_ids(session: Session) -> tuple[int, ...]:
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
     settings = settings_of(session)
-    if session.recipe.sft is not None:
+    if session.recipe.has_reference:
         session.load(Role.SFT)
     collector = setup_collector(session)
     trained = _add_roles(session)

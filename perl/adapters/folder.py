@@ -43,12 +43,13 @@ class AdapterFolder:
     kind: str
     settings: Mapping[str, Any]
 
-    def refuse_conflicts(self, kind: str, said: Mapping[str, Any]) -> None:
+    def refuse_conflicts(self, kind: str, said: Mapping[str, Any], by: str = "the recipe") -> None:
         """Compare it with what a recipe says.
 
         Args:
             kind: of the recipe's adapters.
             said: keys of their section; those that are left out are free.
+            by: who says it: the recipe itself, or the folder that another stage starts from.
 
         Raises:
             UserError: naming both sides of the first conflict.
@@ -61,11 +62,12 @@ class AdapterFolder:
             if key in said and key not in PLACES and said[key] != value
         ]
         for key, here, there in conflicts:
+            free = section if key == "kind" else f"{section}.{key}"
             raise UserError(
-                f"the adapter there has {key} {there}, and the recipe says {section}.{key}: {here}",
+                f"the adapter there has {key} {there}, and {by} says {section}.{key}: {here}",
                 where=self.where,
-                remedy=f"Take {section}{'' if key == 'kind' else f'.{key}'} out of the recipe, so that the folder "
-                "decides; or name another folder. All roles of a run have adapters of one kind and shape.",
+                remedy=f"Name another folder, or take {free} out of the recipe, so that the folder decides. All roles "
+                "of a run have adapters of one kind and shape.",
             )
 
 

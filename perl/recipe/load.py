@@ -102,6 +102,7 @@ def _settings_of_adapters(content: dict[str, Any]) -> None:
     Raises:
         UserError: the recipe says otherwise.
     """
+    by = "the recipe"
     for stage in STAGES:
         section = content.get(stage)
         folder = section.get("adapter") if isinstance(section, dict) else None
@@ -113,9 +114,10 @@ def _settings_of_adapters(content: dict[str, Any]) -> None:
         found = read_adapter_folder(Path(folder), f"{stage}.adapter")
         said = given[0] if given else {"kind": found.kind}
         if isinstance(said, dict):
-            found.refuse_conflicts(str(said.get("kind", LORA)), said)
+            found.refuse_conflicts(str(said.get("kind", LORA)), said, by)
             content.pop(LORA, None)
             content["adapter"] = {"kind": found.kind, **found.settings, **said}
+            by = f"the recipe, or {found.where},"
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:

@@ -81,7 +81,8 @@ class Identity:
         for key in sorted(_differ(self.settings, here.settings)):
             there, now = (of.get(key, "its default") for of in (self.settings, here.settings))
             hashed = key.endswith(("(file)", "plugins"))
-            found.append(f"the file of {key} has changed" if hashed else f"{key} was {there} and is {now}")
+            named = key.removesuffix(" (file)")
+            found.append(f"the file of {named} has changed" if hashed else f"{key} was {there} and is {now}")
         if self.base != here.base:
             found.append("the base is another")
         if self.data_sha256 != here.data_sha256:

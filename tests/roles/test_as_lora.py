@@ -45,6 +45,15 @@ def test_at_full_rank_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 4), ("rslora", 4), ("vera", 8), ("miss", 6), ("tinylora", 2)])
+def test_kinds_of_low_rank_lose_nothing_at_their_own(kind: str, rank: int) -> None:
+    errors = []
+    for given in (rank - 1, rank):
+        _, truncation = as_lora(learned(roles_of(kind), Role.POLICY), Role.POLICY, given)
+        errors.append(truncation.error)
+    assert errors[0] > 0.01 > 1e-5 > errors[1]
+
+
 @torch.no_grad()
 def test_weights_that_stand_the_other_way_round(tmp_path: Path) -> None:
     roles = learned(SharedBase(adapter_of_kind(gpt2(), "dora")), Role.POLICY)

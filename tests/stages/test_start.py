@@ -29,6 +29,7 @@ from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.predict import predict, read_subject
 from perl.recipe import load_recipe
+from perl.recipe.adapter import REFUSED, REWRITES
 from perl.roles.export_formats import save_adapter
 from perl.roles.roles import Role
 from perl.roles.saved import save_role, stamp_for
@@ -180,7 +181,7 @@ def test_sft_goes_on_from_it_and_says_so(
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     code, text = run_cli("run", file, "--out", out)
     assert code == 2
-    assert "the file of sft.adapter (file) has changed" in " ".join(text.split())
+    assert "the file of sft.adapter has changed" in " ".join(text.split())
 
 
 def test_policy_and_reference_start_as_it(
@@ -342,9 +343,16 @@ def test_what_cannot_be_started_from_is_refused(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"lora": {"rank": 8}}, "has rank 3, and the recipe says lora.rank: 8 Take lora.rank out"),
+        (
+            {"lora": {"rank": 8}},
+            "has rank 3, and the recipe says lora.rank: 8 Name another folder, or take lora.rank out",
+        ),
         ({"adapter": {"kind": "dora"}}, "has kind lora, and the recipe says adapter.kind: dora"),
         ({"lora": {"targets": "attention"}}, 'lora.targets: "attention" and lora.layers: [0, 1]: '),
+        (
+            {"reward": {**REWARD, "adapter": "other"}},
+            "has rank 2, and the recipe, or sft.adapter: {tmp}/foreign, says lora.rank: 3",
+        ),
         ({"tuning": "full"}, "full tuning has no adapters to start from"),
         (
             {"rl": {"adapter": "foreign", "reward": {"function": "rewards.py:length"}}},
@@ -357,11 +365,36 @@ def test_what_cannot_be_started_from_is_refused(
     ],
 )
 def test_a_recipe_that_says_otherwise_is_refused(
-    changes: dict[str, Any], says: str, recipe: Callable[..., Path], run_cli: RunCli, tmp_path: Path
+    changes: dict[str, Any],
+    says: str,
+    recipe: Callable[..., Path],
+    tiny_llama: Path,
+    run_cli: RunCli,
+    tmp_path: Path,
 ) -> None:
+    make(tmp_path / "other", tiny_llama, LoraConfig(r=2, target_modules=QV))
     code, text = run_cli("run", recipe(**changes), "--out", tmp_path / "out")
     assert code == 2, text
-    assert says in " ".join(text.split()), text
+    assert says.replace("{tmp}", str(tmp_path)) in " ".join(text.split()), text
+
+
+def test_kinds_that_rewrite_the_base_are_refused_by_either_name(
+    recipe: Callable[..., Path], foreign: Path, write_recipe: WriteRecipe
+) -> None:
+    config = (foreign / "adapter_config.json").read_text()
+    rewriting = [kind for kind, why in REFUSED.items() if why == REWRITES]
+    assert set(rewriting) == {"pissa", "olora", "corda", "loftq", "lora_ga", "kasa", "osf"}
+    for kind in rewriting:
+        with pytest.raises(UserError, match=rf"(?s)adapter: kind {kind} is not supported, because it rewrites"):
+            load_recipe(write_recipe(lora=None, adapter={"kind": kind}))
+        (foreign / "adapter_config.json").write_text(config)
+        edited(**{"peft_type": "OSF"} if kind == "osf" else {"init_lora_weights": kind})(foreign)
+        with pytest.raises(
+            UserError, match=rf"(?s)sft\.adapter: .* kind {kind} are not supported, because it rewr"
+        ):
+            load_recipe(recipe())
+    with pytest.raises(UserError, match=r"(?s)kind adalora is not supported.*policy and critic are two"):
+        load_recipe(write_recipe(lora=None, adapter={"kind": "adalora"}))
 
 
 def test_another_architecture_is_refused_by_the_name_of_the_folder(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from perl.adapters import ADAPTERS
@@ -66,8 +67,8 @@ class AdapterFolder:
             raise UserError(
                 f"the adapter there has {key} {there}, and {by} says {section}.{key}: {here}",
                 where=self.where,
-                remedy=f"Name another folder, or take {free} out of the recipe, so that the folder decides. All roles "
-                "of a run have adapters of one kind and shape.",
+                remedy=f"Name another folder, or take {free} out of the recipe: the folder decides then. All "
+                "roles of a run have adapters of one kind and shape.",
             )
 
 
@@ -92,16 +93,12 @@ def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
         if not isinstance(config, dict):
             raise ValueError("not an object")
         kind = _kind(config, where)
-        names = _tensor_names(path, where)
-    except (OSError, ValueError, SafetensorError) as error:
+        settings = _settings(config, kind, _tensor_names(path, where))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise machine_fault(error) or UserError(
             f"the adapter there cannot be read: {error}", where=where, remedy="Save or download it again."
         ) from None
-    row = ADAPTERS[kind]
-    if not issubclass(row, PeftKind):
-        return AdapterFolder(path, where, config, kind, {key: config[key] for key in config.keys() - {"kind"}})
-    settings = {key: config[name] for key, name in row.in_peft.items() if name in config}
-    return AdapterFolder(path, where, config, kind, settings | _places(config, names, row))
+    return AdapterFolder(path, where, config, kind, settings)
 
 
 def _kind(config: Mapping[str, Any], where: str) -> str:
@@ -139,19 +136,39 @@ def _tensor_names(path: Path, where: str) -> list[str]:
         return list(file.keys())
 
 
+def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
+    """What a recipe would say.
+
+    Raises:
+        ValueError: it could not.
+    """
+    row = ADAPTERS[kind]
+    if issubclass(row, PeftKind):
+        settings = {key: config[name] for key, name in row.in_peft.items() if name in config}
+        settings |= _places(config, names, row)
+    else:
+        settings = {key: config[key] for key in config.keys() - {"kind"}}
+    named = {"kind": kind} if "kind" in row.settings_type.model_fields else {}
+    try:
+        row.settings_type.model_validate(named | settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return settings
+
+
 def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, Any]:
     """`targets` and `layers` as a recipe would say them, by modules' own names where these with the blocks do."""
     given = config.get("target_modules") or []
-    named = [*([given] if isinstance(given, str) else given), *(config.get("target_parameters") or [])]
-    if any(layer_index(name) is None for name in named):  # short names or a pattern: the tensors tell
+    named = [*given, *(config.get("target_parameters") or [])]
+    if isinstance(given, str) or any(layer_index(name) is None for name in named):  # then the tensors tell
         own = (name.removeprefix(PREFIX).partition(f".{row.mark}") for name in names)
         named = [module for module, mark, _ in own if mark and layer_index(module) is not None]
-    modules = sorted(set(named))
-    layers: dict[str, list[int | None]] = {}
-    for module in modules:
-        layers.setdefault(module.rpartition(".")[2], []).append(layer_index(module))
-    everywhere = [sorted(set(indices)) for indices in layers.values()]  # type: ignore[type-var]
-    once = all(len(set(indices)) == len(indices) for indices in layers.values())
-    if once and all(indices == everywhere[0] for indices in everywhere):
-        return {"targets": sorted(layers), "layers": everywhere[0]}
-    return {"targets": modules, "layers": "all"}
+    layers: dict[str, list[int]] = {}
+    for module in set(named):
+        if (index := layer_index(module)) is not None:
+            layers.setdefault(module.rpartition(".")[2], []).append(index)
+    first, *others = [sorted(indices) for indices in layers.values()] or [[]]
+    if len(set(first)) == len(first) and all(indices == first for indices in others):
+        return {"targets": sorted(layers), "layers": first}
+    return {"targets": sorted(set(named)), "layers": "all"}

@@ -24,7 +24,7 @@ from perl.adapters.targets import choose, has_transposed_weights, linear_layers
 from perl.errors import UserError
 from perl.private.peft import BaseTunerLayer
 
-ELSEWHERE = {
+NOT_COMPARED = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"),
     *("base_model_name_or_path", "fan_in_fan_out", "save_projection", "megatron_core"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -160,7 +160,7 @@ class PeftKind(AdapterKind):
     def unlike(self, config: Mapping[str, Any]) -> str:
         """The first key of peft's that is not as here, with its value."""
         here = self.config.to_dict()
-        skipped = (ELSEWHERE - set(self.meaning)) | set(self.in_peft.values())
+        skipped = (NOT_COMPARED - set(self.meaning)) | set(self.in_peft.values())
         for key, value in config.items():
             said = value or None  # versions of peft differ in what says nothing
             if key not in skipped and not key.endswith("_dropout") and said != (here.get(key) or None):

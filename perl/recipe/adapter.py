@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 LORA = "lora"
 REWRITES = "it rewrites the base's weights, which all roles share"
-VIRTUAL_TOKENS = (
-    "it puts positions of its own before the text, which scores, values and completions here would be read past"
-)
+VIRTUAL_TOKENS = "it puts virtual tokens before the text, which no reward model, critic or sampler here reads"
 REFUSED = {
     "pissa": REWRITES,
     "olora": REWRITES,

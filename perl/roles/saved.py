@@ -204,24 +204,25 @@ def _config_fits(roles: Roles, folder: Path) -> bool:
         ) from None
 
 
-def read_stamp(folder: Path) -> Stamp:
+def read_stamp(folder: Path, remedy: str = "") -> Stamp:
     """The stamp in a role's folder.
 
     Raises:
-        UserError: no such folder, or it was not written by PERL.
+        UserError: no such folder, or it was not written by PERL; with this remedy, or the one for a run folder.
     """
+    remedy = remedy or _anew(folder)
     try:
         return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
     except FileNotFoundError:
         what = f"has no {STAMP}: nothing that PERL trained is here"
-        raise UserError(what, where=str(folder), remedy=_anew(folder)) from None
+        raise UserError(what, where=str(folder), remedy=remedy) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"not a stamp: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        raise UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+        raise UserError(what, where=str(folder / STAMP), remedy=remedy) from None
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
-        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=remedy) from None
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:

@@ -16,6 +16,7 @@ from perl.roles.roles import Role
 from perl.roles.saved import STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
 from perl.roles.shared_base import SharedBase
 
+AGAIN = "Save or download it again."
 TASKS = {"CAUSAL_LM": "a language model's", "SEQ_CLS": "a sequence classifier's"}
 
 
@@ -34,7 +35,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
             remedy="Name an adapter that was trained without it.",
         )
     notes = _check_base(folder, base)
-    read = read_weights(folder.path, roles.weights_file, "Save or download it again.")
+    read = read_weights(folder.path, roles.weights_file, AGAIN)
     weights = {roles.adapter.name_here(name): tensor for name, tensor in read.items()}
     heads = tuple(f"{PREFIX}{module}." for module in roles.head_modules)
     has_head = any(name.startswith(heads) for name in weights)
@@ -60,7 +61,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
 def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
     """Refuse a stamp of another base; of adapters without one only the name can be compared."""
     if (folder.path / STAMP).is_file():
-        stamp = read_stamp(folder.path)
+        stamp = read_stamp(folder.path, AGAIN)
         if stamp.base_sha256 != base.sha256:
             raise UserError(
                 f"the adapter there belongs to another base: {stamp.base}, SHA-256 {stamp.base_sha256[:12]}; here "
@@ -70,14 +71,14 @@ def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
             )
         changed = stamp.chat_sha256 != base.chat.sha256
         return ["it was trained on another chat format than the base has now"] if changed else []
-    name = folder.config.get("base_model_name_or_path")
+    name = str(folder.config.get("base_model_name_or_path") or "")
     other = name and Path(name).name != Path(base.name).name
     return [f"it says that it was trained on {name}, and its tensors fit {base.name}"] if other else []
 
 
 def _check_task(folder: AdapterFolder, role: Role, has_head: bool) -> None:
     """Refuse classifiers where a language model is to start, and whatever is neither."""
-    task = folder.config.get("task_type") or ("SEQ_CLS" if has_head else "CAUSAL_LM")
+    task = str(folder.config.get("task_type") or ("SEQ_CLS" if has_head else "CAUSAL_LM"))
     if (task in TASKS and role is Role.REWARD) or (task == "CAUSAL_LM" and not has_head):
         return
     wanted = "a language model's or a sequence classifier's" if role is Role.REWARD else TASKS["CAUSAL_LM"]
@@ -100,7 +101,7 @@ def _drop_fixed(roles: SharedBase, role: Role, weights: dict[str, Tensor], folde
     for name, fixed in roles.adapter.fixed(role).items():
         there = weights.pop(name, weights.pop(PREFIX + name, None))
         same = there is None or (
-            there.shape == fixed.shape and torch.allclose(there.float(), fixed.cpu(), rtol=1e-2, atol=1e-4)
+            there.shape == fixed.shape and torch.allclose(there.float(), fixed.cpu(), rtol=5e-3, atol=1e-4)
         )
         if not same:
             raise UserError(

@@ -102,10 +102,12 @@ def identify(
     """
     found: dict[StageName, Identity] = {}
     for stage in recipe.stages:
+        settings = stage_settings(recipe, stage)
+        if stage in starts:
+            settings[f"{stage}.adapter (file)"] = starts[stage].sha256
         rows = [row for kind in KINDS[stage] for row in train.fingerprints.get(kind, ())]
         found[stage] = Identity(
-            settings=stage_settings(recipe, stage)
-            | ({f"{stage}.adapter (file)": starts[stage].sha256} if stage in starts else {}),
+            settings=settings,
             base=_hash([base.sha256, base.chat.sha256]),
             data_sha256=sha256_of((train, held_out), KINDS[stage]),
             earlier={name: one.sha256 for name, one in found.items()} if stage == "rl" else {},

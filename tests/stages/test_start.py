@@ -299,6 +299,9 @@ A_Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (shutil.rmtree, "no adapter: there is no adapter_config.json"),
     "broken": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+    "no list": (edited(target_modules=5), "cannot be read"),
+    "no name": (edited(target_modules=[5]), "cannot be read"),
+    "no number": (edited(r="many"), "cannot be read: rank: Input should be a valid integer"),
     "pickled": (pickled, "its weights are in adapter_model.bin, and pickles are never read"),
     "AdaLoRA": (
         replaced(lambda: AdaLoraConfig(target_modules=QV, total_step=9, tinit=1, tfinal=2)),
@@ -306,7 +309,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cannot score": (
         replaced(lambda: PromptTuningConfig(num_virtual_tokens=4)),
-        "kind prompt_tuning are not supported, because it puts positions of its own before the text",
+        "kind prompt_tuning are not supported, because it puts virtual tokens before the text",
     ),
     "unknown": (edited(peft_type="NEWEST"), "kind newest are not supported There are lora, rslora"),
     "PiSSA": (edited(init_lora_weights="pissa_niter_4"), "pissa are not supported, because it rewrites the base"),
@@ -393,6 +396,11 @@ def test_kinds_that_rewrite_the_base_are_refused_by_either_name(
             UserError, match=rf"(?s)sft\.adapter: .* kind {kind} are not supported, because it rewr"
         ):
             load_recipe(recipe())
+    PromptTuningConfig(num_virtual_tokens=4).save_pretrained(str(foreign))
+    with pytest.raises(
+        UserError, match=r"(?s)reward\.adapter: .*prompt_tuning.* which no reward model, critic or"
+    ):
+        load_recipe(recipe(sft=None, reward={**REWARD, "adapter": "foreign"}))
     with pytest.raises(UserError, match=r"(?s)kind adalora is not supported.*policy and critic are two"):
         load_recipe(write_recipe(lora=None, adapter={"kind": "adalora"}))
 

@@ -405,6 +405,17 @@ def test_kinds_that_rewrite_the_base_are_refused_by_either_name(
         load_recipe(write_recipe(lora=None, adapter={"kind": "adalora"}))
 
 
+def test_random_matrices_that_are_not_those_of_the_seed_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    make(tmp_path, tiny_llama, FOREIGN["vera"]())
+    retensored(lambda tensors: tensors["base_model.vera_A"].mul_(2))(tmp_path)
+    base, lm = load_base(str(tiny_llama), torch.float32, CPU)
+    folder = read_adapter_folder(tmp_path, "sft.adapter")
+    roles = kind_of(folder, lm)  # type: ignore[arg-type]
+    roles.add(Role.SFT)
+    with pytest.raises(UserError, match=r"sft\.adapter: .*its base_model\.vera_A, which is not trained, is not"):
+        load_start(roles, Role.SFT, folder, base)
+
+
 def test_another_architecture_is_refused_by_the_name_of_the_folder(
     recipe: Callable[..., Path], tiny_gpt2: Path
 ) -> None:

@@ -46,6 +46,14 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """An adapter trained elsewhere: its folder, and the SHA-256 of its weights file."""
+
+    folder: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
     """What a stage trained, and what that cost.
 
@@ -55,6 +63,7 @@ class Stage(Cost):
         rows_cut: of these, rows that were cut to the longest length.
         data_sha256: of the rows of its kinds, and of how they were split.
         predicted_memory: by `perl-rlhf estimate`, where `compare` ran it.
+        started_from: the adapter that it went on from; None: the base, or what an earlier stage trained.
     """
 
     trainable_parameters: int
@@ -63,6 +72,7 @@ class Stage(Cost):
     data_sha256: str | None = None
     predicted_memory: dict[Phase, PhaseMemory] | None = None
     kept: list[Kept] | None = None
+    started_from: Start | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ class Dora(Lora):
     section = "adapter"
     name = "DoRA"
     zeros_change_nothing = False
+    rescales = True
 
     def peft_config(self) -> LoraConfig:
         """As LoRA's, with lengths.
@@ -98,6 +99,10 @@ class Dora(Lora):
         whole = weight + super().delta(layer, role)
         factor_O: Tensor = layer.lora_magnitude_vector[role].weight.float() / _norms(layer, role)
         return (factor_O if self._transposed else factor_O[:, None]) * whole - weight
+
+    def name_here(self, name: str) -> str:
+        """As peft renames lengths on saving."""
+        return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """What it adds to every weight."""

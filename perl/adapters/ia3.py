@@ -12,6 +12,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from perl.adapters.peft_kind import PeftKind
@@ -27,7 +28,7 @@ class Ia3(PeftKind):
     settings_type = Ia3Settings
     mark = "ia3_"
     layer_type = IA3Layer
-    meaning = ()
+    rescales = True
     settings: Ia3Settings
 
     def peft_config(self) -> IA3Config:
@@ -75,7 +76,7 @@ class Ia3(PeftKind):
     def delta(self, layer: Any, role: str) -> Tensor:
         """The weight, times what its factors have above one."""
         factors: Tensor = layer.ia3_l[role].float()  # (1, I) or (O, 1)
-        weight: Tensor = layer.get_base_layer().weight
+        weight: Tensor = dequantize_module_weight(layer.get_base_layer())
         return (factors.T if self._transposed else factors).sub(1) * weight.float()
 
     @torch.no_grad()

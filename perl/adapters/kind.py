@@ -67,6 +67,9 @@ class AdapterKind(ABC):
     wrapper: ClassVar[str] = ""
     """What injecting puts into the names of the base's own tensors, such as `base_layer.`."""
 
+    rescales: ClassVar[bool] = False
+    """Whether it rescales whole rows or columns of weights: what it adds to them then has no low rank."""
+
     adapted: frozenset[str]
     """The base's weights that have an adapter beside them, by their names before injection."""
     active: str | None = None
@@ -171,6 +174,22 @@ class AdapterKind(ABC):
         """Whether weights written with this configuration compute here what they computed there."""
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return bool(saved == self.settings.model_dump(mode="json"))
+
+    def unlike(self, config: Mapping[str, Any]) -> str:
+        """What of a configuration makes its weights compute otherwise than here, beside the settings of a recipe.
+
+        Args:
+            config: of a folder with an adapter of this kind, written elsewhere.
+        """
+        return ""
+
+    def name_here(self, name: str) -> str:
+        """The name that a tensor has in a run folder, of the one that it has where it was written."""
+        return name
+
+    def fixed(self, role: str) -> Mapping[str, Tensor]:
+        """What is never trained, and may be on disk all the same, by its name there without peft's prefix."""
+        return {}
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """Write a configuration for peft; return the tensors to write beside it, without their prefix there.

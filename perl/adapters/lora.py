@@ -36,7 +36,8 @@ class Lora(PeftKind):
     section = "lora"
     mark = "lora_"
     layer_type = LoraLayer
-    meaning = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")
+    in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "alpha": "lora_alpha"}
+    meaning = ("use_rslora", "use_dora", "lora_bias")
     name = "LoRA"
     """Of the variant, for people."""
     zeros_change_nothing = True

@@ -4,7 +4,7 @@ Letters: I inputs and O outputs of a layer, R rank.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import MissConfig
@@ -22,7 +22,8 @@ class Miss(PeftKind):
     settings_type = MissSettings
     mark = "miss_"
     layer_type = MissLayer
-    meaning = ("r", "init_weights")
+    in_peft: ClassVar[Mapping[str, str]] = {"rank": "r"}
+    meaning = ("init_weights",)
     settings: MissSettings
 
     def peft_config(self) -> MissConfig:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,10 +20,20 @@ from transformers import PreTrainedModel
 
 from perl.adapters.experts import targets_as_named
 from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
-from perl.adapters.targets import choose, linear_layers
+from perl.adapters.targets import choose, has_transposed_weights, linear_layers
 from perl.backbones import backbone_of
 from perl.errors import UserError
 from perl.private.peft import BaseTunerLayer
+
+NOT_COMPARED = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "fan_in_fan_out", "save_projection", "megatron_core"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "feedforward_modules"),
+    *("init_lora_weights", "init_weights", "d_initial", "init_v_bound", "eva_config"),
+}
+"""Keys of peft's configurations that say where an adapter is, which the names of its tensors say too, or how it
+began; or that are of no effect on what it computes."""
 
 
 class PeftKind(AdapterKind):
@@ -32,12 +42,14 @@ class PeftKind(AdapterKind):
     wrapper = "base_layer."
     layer_type: ClassVar[type[BaseTunerLayer]]
     """Of the layers that peft puts in the place of the base's."""
-    meaning: ClassVar[tuple[str, ...]]
-    """Of peft's configuration, what says how the weights compute."""
+    in_peft: ClassVar[Mapping[str, str]] = {}
+    """Settings that say how the weights compute, by their names in peft's configuration."""
+    meaning: ClassVar[tuple[str, ...]] = ()
+    """What else of peft's configuration says so."""
 
     def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
         super().__init__(lm, settings)
-        self._transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2's weights
+        self._transposed = has_transposed_weights(lm)
         self.config = self.peft_config()
         self.adapted = frozenset(f"{name}.weight" for name in getattr(self.config, "target_modules", None) or ())
         self._layers: list[Any] = []
@@ -144,7 +156,17 @@ class PeftKind(AdapterKind):
         """Whether the kind, and all that says how its weights compute, are as here."""
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         here = self.config.to_dict()
-        return all(saved[key] == here[key] for key in ("peft_type", *self.meaning))
+        return all(saved[key] == here[key] for key in ("peft_type", *self.in_peft.values(), *self.meaning))
+
+    def unlike(self, config: Mapping[str, Any]) -> str:
+        """The first key of peft's that is not as here, with its value."""
+        here = self.config.to_dict()
+        skipped = (NOT_COMPARED - set(self.meaning)) | set(self.in_peft.values())
+        for key, value in config.items():
+            said = value or None  # versions of peft differ in what says nothing
+            if key not in skipped and not key.endswith("_dropout") and said != (here.get(key) or None):
+                return f"{key}: {json.dumps(value)}"
+        return ""
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """As in a run folder, which peft loads."""

@@ -101,3 +101,8 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 def layer_index(name: str) -> int | None:
     """The block that a module or a weight of this name is in; None: in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def has_transposed_weights(lm: PreTrainedModel) -> bool:
+    """Whether linear layers keep their weights as (inputs, outputs), as GPT-2's do."""
+    return any(type(module).__name__ == "Conv1D" for module in lm.modules())

@@ -5,8 +5,9 @@ alone is learned. The decomposition is taken once a layer, and all roles share i
 arbitrary, so it is set here: the largest element of each row of A is positive, wherever it is computed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import TinyLoraConfig
 from torch import Tensor
@@ -26,7 +27,12 @@ class TinyLora(PeftKind):
     settings_type = TinyLoraSettings
     mark = "tinylora_v"
     layer_type = TinyLoraLayer
-    meaning = ("r", "u", "weight_tying", "projection_seed")
+    in_peft: ClassVar[Mapping[str, str]] = {
+        "rank": "r",
+        "size": "u",
+        "weight_tying": "weight_tying",
+        "projection_seed": "projection_seed",
+    }
     settings: TinyLoraSettings
 
     def __init__(self, lm: PreTrainedModel, settings: TinyLoraSettings) -> None:
@@ -83,11 +89,15 @@ class TinyLora(PeftKind):
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """With what is fixed, so that peft computes with these signs, and draws nothing."""
-        tensors = super().export(role, folder, base, heads)
-        for name, layer in self.named_layers():
-            for own in ("tinylora_A", "tinylora_B", "tinylora_P"):
-                tensors[f"{name}.{own}"] = getattr(layer, own)[role].clone()
-        return tensors
+        return super().export(role, folder, base, heads) | {**self.fixed(role)}
+
+    def fixed(self, role: str) -> Mapping[str, Tensor]:
+        """The singular vectors and the random matrices."""
+        return {
+            f"{name}.{own}": getattr(layer, own)[role].clone()
+            for name, layer in self.named_layers()
+            for own in ("tinylora_A", "tinylora_B", "tinylora_P")
+        }
 
 
 class _Shares:

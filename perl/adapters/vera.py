@@ -5,7 +5,8 @@ take as much of the matrices as they are wide.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from peft import VeraConfig
@@ -22,7 +23,7 @@ class Vera(PeftKind):
     settings_type = VeraSettings
     mark = "vera_"
     layer_type = VeraLayer
-    meaning = ("r", "projection_prng_key")
+    in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "projection_seed": "projection_prng_key"}
     settings: VeraSettings
     _tuner: "_Tuner | None" = None
     """Has the random matrices."""
@@ -54,6 +55,11 @@ class Vera(PeftKind):
         """Take the layers out, and forget the matrices."""
         super().remove()
         self._tuner = None
+
+    def fixed(self, role: str) -> Mapping[str, Tensor]:
+        """The random matrices."""
+        assert self._tuner is not None
+        return {"base_model.vera_A": self._tuner.vera_A[role], "base_model.vera_B": self._tuner.vera_B[role]}
 
     def starting_value(self, name: str) -> float | None:
         """The outer vectors begin at zero, the inner ones at peft's constant."""

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
+from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_json, write_metrics, write_whole
 from perl.system.progress import console, counted
@@ -40,6 +41,10 @@ def compare(
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
+    if loaded.starts:
+        key = f"{next(iter(loaded.starts))}.adapter"
+        what = "full tuning would start from the base, and LoRA from an adapter: that is no comparison"
+        raise UserError(what, where=key, remedy=f"Take {key} out.")
     say_loading()
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
@@ -58,6 +63,8 @@ def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
                 content[stage]["learning_rate"] *= FULL_LEARNING_RATE
         if content["rl"] is not None and content["rl"]["critic"] == "shared":
             content["rl"]["critic"] = None
+        for stage in recipe.starts:  # there is no adapter
+            content[stage]["adapter"] = None
     return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
 
 

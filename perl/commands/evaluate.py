@@ -83,7 +83,7 @@ def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     from perl.stages.rl_setup import eval_prompts, setup_collector
 
     assert session.recipe.rl is not None
-    if session.recipe.sft is not None:
+    if session.recipe.has_reference:
         session.load(Role.SFT)
     session.load(Role.POLICY)
     if data is None:

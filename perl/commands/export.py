@@ -28,6 +28,10 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
     hub: Annotated[str, typer.Option("--push-to-hub", metavar="REPO", help="Upload it too, private if new.")] = "",
+    as_lora: Annotated[
+        int | None,
+        typer.Option("--as-lora", metavar="RANK", min=1, help="Any kind of adapter as LoRA of this rank."),
+    ] = None,
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
     if role not in STAGES:
@@ -48,10 +52,10 @@ def export(
         check_repository(hub)
     recipe = _recipe_with(run, role)
     whole = merge or recipe.tuning == "full"
-    _check_form(recipe, whole)
+    _check_form(recipe, whole, as_lora)
     session = open_run(run)
     with user_named(folder):
-        exported = export_role(session, Role(role), STAGES[role], folder, whole)
+        exported = export_role(session, Role(role), STAGES[role], folder, whole, as_lora)
     _say(session, exported, folder)
     if hub:
         push_to_hub(folder, hub, why_not_asked())
@@ -80,8 +84,15 @@ def _recipe_with(run: Path, role: str) -> Recipe:
     return recipe
 
 
-def _check_form(recipe: Recipe, whole: bool) -> None:
+def _check_form(recipe: Recipe, whole: bool, rank: int | None) -> None:
     """Refuse what could be written but not be loaded as what was trained."""
+    if whole and rank is not None:
+        full = recipe.tuning == "full"
+        raise UserError(
+            "the run was trained by full tuning, which has no adapter" if full else "a whole model has no adapter",
+            where="--as-lora",
+            remedy=f"Leave --as-lora out{'' if full else ', or --merge'}.",
+        )
     if not whole and recipe.base.random_init:
         raise UserError(
             "the base's weights were drawn at random for this run: no name or folder leads others to them",
@@ -102,6 +113,10 @@ def _say(session: "Session", exported: "Exported", folder: Path) -> None:
     form, settings = "a whole model" if exported.whole else "an adapter", session.recipe.base
     written = f"Written: {folder}: the {TITLES[exported.role]}, {form}; README.md there says how to load it."
     console.print(written, markup=False)
+    if (conversion := exported.conversion) is not None:
+        console.print(f"{conversion.kind} as LoRA: {conversion}.", markup=False)
+        if advice := conversion.advice:
+            console.print(advice, style="yellow", markup=False)
     if (difference := exported.difference) is not None:
         by = f"Its scores by transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}."
         console.print(by, markup=False)

@@ -182,6 +182,9 @@ def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: 
     if recipe.tuning == "full":
         remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
         raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
+    for stage, folder in recipe.starts.items():
+        what = f"the recipe starts {stage} from {folder}, which has a rank and placement of its own"
+        raise UserError(what, where=f"{stage}.adapter", remedy="Take it out.")
     if recipe.lora is None:
         what = f"the recipe has adapters of kind {recipe.adapter_kind}, and ranks are LoRA's"
         raise UserError(what, where="adapter", remedy="Set lora in the place of adapter.")

@@ -19,6 +19,7 @@ from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.stages import TRY
 from perl.predict.subject import Subject, fake_session
 from perl.recipe import Recipe, StageName
+from perl.recipe.adapter import LORA
 
 DEPTHS = (2, 6)
 """Layers that a deeper base is tried at."""
@@ -37,6 +38,8 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     # Where layers are unfrozen one by one, the peak is that of the epochs in which all learn.
     full = recipe.full.model_copy(update={"gradual_unfreezing": False})
     recipe = recipe.model_copy(update={"full": full})
+    if getattr(recipe.adapter_settings, "layers", None) == list(range(subject.depth)):
+        recipe = _with_layers(recipe, "all")
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
@@ -53,6 +56,12 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
         }
         predicted = {stage: changed(memory, change) for stage, memory in predicted.items()}
     return predicted
+
+
+def _with_layers(recipe: Recipe, layers: str) -> Recipe:
+    content = recipe.model_dump()
+    content[LORA if recipe.adapter is None else "adapter"]["layers"] = layers
+    return Recipe.model_validate(content)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ class TrialSession(Session):
         """Nothing is sent."""
         return ()
 
+    def start(self, role: Role, *, quiet: bool = False) -> None:
+        """Nothing: what is new costs as much as what was trained."""
+
     def load(self, role: Role) -> None:
         """Add a role with new weights in the place of trained ones."""
         if role not in self.roles.roles:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LORA = "lora"
 REWRITES = "it rewrites the base's weights, which all roles share"
+VIRTUAL_TOKENS = "it puts virtual tokens before the text, which no reward model, critic or sampler here reads"
 REFUSED = {
     "pissa": REWRITES,
     "olora": REWRITES,
@@ -22,6 +23,11 @@ REFUSED = {
     "kasa": REWRITES,
     "osf": REWRITES,
     "eva": "it starts from activations of the base on training data, which are not collected",
+    "adalora": "it moves ranks between the layers of the only adapter that learns; policy and critic are two",
+    "prompt_tuning": VIRTUAL_TOKENS,
+    "multitask_prompt_tuning": VIRTUAL_TOKENS,
+    "p_tuning": VIRTUAL_TOKENS,
+    "prefix_tuning": VIRTUAL_TOKENS,
 }
 """Kinds that peft has, and ways to start LoRA, that are not here, and why."""
 
@@ -58,6 +64,20 @@ class AdapterSettings(Section):
     """A name in `perl.adapters.ADAPTERS`."""
 
 
+class LayeredSettings(AdapterSettings):
+    """Of adapters in chosen blocks."""
+
+    layers: Layers = "all"
+    """Blocks that get adapters."""
+
+
+class TargetedSettings(LayeredSettings):
+    """Of adapters on chosen modules."""
+
+    targets: Targets = "all-linear"
+    """As for LoRA."""
+
+
 class RsLoraSettings(AdapterSettings, LoraSettings):
     """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA whose scale is alpha / sqrt(rank)."""
 
@@ -68,41 +88,31 @@ class DoraSettings(AdapterSettings, LoraSettings):
     four_bit_refusal = "each pass takes the norms of whole weights"
 
 
-class Ia3Settings(AdapterSettings):
+class Ia3Settings(LayeredSettings):
     """(IA)³ (Liu et al. 2022, arXiv 2205.05638): a learned factor on each output, or on each input, of a layer."""
 
     targets: Literal["published"] | Targets = "published"
     """`published`: where peft's table for this architecture has them, which follows the paper: on two of the
     attention's projections and on the inputs of the MLP's last layer. Else as for LoRA."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
-class VeraSettings(AdapterSettings):
+class VeraSettings(TargetedSettings):
     """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): learned vectors around two random matrices that all share."""
 
     rank: Positive = 256
     """Rows of the random matrices' narrow side."""
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the random matrices, which are drawn again wherever an adapter is loaded."""
-    targets: Targets = "all-linear"
-    """As for LoRA."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
-class MissSettings(AdapterSettings):
+class MissSettings(TargetedSettings):
     """MiSS (Kang and Yin 2024, arXiv 2409.15371): each output adds a learned mix of sums over the inputs."""
 
     rank: Positive = 64
     """Sums over the inputs that each output mixes."""
-    targets: Targets = "all-linear"
-    """As for LoRA."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
-class BottleneckSettings(AdapterSettings):
+class BottleneckSettings(LayeredSettings):
     """Two linear maps through a narrow layer; the defaults are those of LLM-Adapters (arXiv 2304.01933)."""
 
     bottleneck: Positive = 256
@@ -113,11 +123,9 @@ class BottleneckSettings(AdapterSettings):
     """What the adapter's output is multiplied by; He et al. 2022 take 4 for parallel adapters."""
     targets: Literal["mlp", "attention", "both"] | list[str] = "mlp"
     """Parts of a block that get an adapter: those of these kinds, or by their names in a block."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
-class TinyLoraSettings(AdapterSettings):
+class TinyLoraSettings(TargetedSettings):
     """TinyLoRA (arXiv 2602.04118): some weights a layer, which mix random matrices between singular vectors."""
 
     four_bit_refusal = "it starts from the singular vectors of whole weights"
@@ -129,19 +137,13 @@ class TinyLoraSettings(AdapterSettings):
     """0: each layer is a group; 1: all layers are one group."""
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the random matrices."""
-    targets: Targets = "all-linear"
-    """As for LoRA."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
-class PrefixSettings(AdapterSettings):
+class PrefixSettings(LayeredSettings):
     """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) with the gates of LLaMA-Adapter (arXiv 2303.16199)."""
 
     length: Positive = 10
     """Learned keys and values of each head; LLM-Adapters' is 10."""
-    layers: Layers = "all"
-    """Blocks that get adapters."""
 
 
 BUILT_IN: dict[str, type[AdapterSettings]] = {

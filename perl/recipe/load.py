@@ -10,20 +10,24 @@ from pydantic import ValidationError
 
 from perl.errors import UserError
 from perl.plugins import load_plugins
-from perl.recipe.adapter import section_meant
+from perl.recipe.adapter import LORA, section_meant
 from perl.recipe.base import ORIGINS
 from perl.recipe.complaints import explain
 from perl.recipe.recipe import STAGES, Recipe
 from perl.system import plain_yaml
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolved: bool = False) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths, import its plugins and check it.
 
     A relative path is looked up beside the recipe first, then in the working folder.
 
+    Args:
+        resolved: as it is in a run folder: adapters that stages start from have been read for it before.
+
     Raises:
-        UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, impossible value.
+        UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, impossible value;
+            an adapter to start from that is not there, or not what the recipe says.
     """
     path = Path(path)
     content = plain_yaml.read_mapping(path)
@@ -35,6 +39,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     files = content.get("plugins")
     if isinstance(files, list) and all(isinstance(file, str) for file in files):  # else it will be refused
         load_plugins(files, where=f"{path}: plugins")
+    if not resolved:
+        _settings_of_adapters(content)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -90,12 +96,36 @@ def _settings_of_sources(content: dict[str, Any]) -> None:
             content[stage] = {**(theirs if isinstance(theirs, dict) else {}), **section}
 
 
+def _settings_of_adapters(content: dict[str, Any]) -> None:
+    """Where stages start from adapters trained elsewhere, all have that kind and shape, unless the recipe says so.
+
+    Raises:
+        UserError: the recipe says otherwise.
+    """
+    by = "the recipe"
+    for stage in STAGES:
+        section = content.get(stage)
+        folder = section.get("adapter") if isinstance(section, dict) else None
+        given = [content[key] for key in (LORA, "adapter") if content.get(key) is not None]
+        if not isinstance(folder, str) or len(given) > 1:  # two will be refused
+            continue
+        from perl.adapters.folder import read_adapter_folder  # imports torch: only where there is one
+
+        found = read_adapter_folder(Path(folder), f"{stage}.adapter")
+        said = given[0] if given else {"kind": found.kind}
+        if isinstance(said, dict):
+            found.refuse_conflicts(str(said.get("kind", LORA)), said, by)
+            content.pop(LORA, None)
+            content["adapter"] = {"kind": found.kind, **found.settings, **said}
+            by = f"the recipe, or {found.where},"
+
+
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
     rl = content.get("rl")
     rewards = [rl.get(key) for key in ("reward", "eval_reward")] if isinstance(rl, dict) else []
     places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
-    places += [(content.get(stage), "from") for stage in STAGES]
+    places += [(content.get(stage), key) for stage in STAGES for key in ("from", "adapter")]
     places += [(part, "function") for one in rewards for part in (one if isinstance(one, list) else [one])]
     for section, key in places:
         if isinstance(section, dict) and isinstance(section.get(key), str):

@@ -1,12 +1,13 @@
 """The whole recipe."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from perl.plugins import load_plugins
-from perl.recipe.adapter import LORA, Adapter, LoraSettings, one_section
+from perl.recipe.adapter import LORA, Adapter, LoraSettings, PrefixSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
 from perl.recipe.rewards import ModelPart
@@ -20,6 +21,7 @@ CHANGE_NOTHING = (
     "sft.from",
     "reward.from",
     "rl.anyway",
+    *(f"{stage}.adapter" for stage in STAGES),
     "rl.sample_every",
     "report_to",
     *(
@@ -27,7 +29,7 @@ CHANGE_NOTHING = (
         for key in ("url", "adapter_dir", "time_limit", "patience", "in_flight", "mismatch_limit")
     ),
 )
-"""Keys that say what may be done or is shown, and where and how fast, and change no result."""
+"""Keys that say what may be done or is shown, where something lies, and how fast, and change no result."""
 
 SERVED = (LORA, "rslora")
 """Kinds of adapters that vLLM serves."""
@@ -73,6 +75,8 @@ class Recipe(Section):
             raise ValueError("no stage to run: add a section sft, reward or rl")
         if self.rl:
             self._check_reward_models(self.rl)
+        for conflict in self._conflicts_of_starts():
+            raise ValueError(conflict)
         if self.tuning == "full" and self.base.quantization != "none":
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
@@ -121,6 +125,20 @@ class Recipe(Section):
                 "members, such as [1, 2, 3] and [4]"
             )
 
+    def _conflicts_of_starts(self) -> Iterator[str]:
+        """What the adapters that stages start from, and a prefix, do not go with."""
+        if self.starts and self.tuning == "full":
+            yield f"full tuning has no adapters to start from: take {'.adapter, '.join(self.starts)}.adapter out"
+        if "rl" in self.starts and self.sft is not None:
+            yield "rl.adapter has no use beside a section sft, which trains what RL starts from: use sft.adapter"
+        length = self.adapter.length if isinstance(self.adapter, PrefixSettings) else 0
+        for stage, section in (("sft", self.sft), ("reward", self.reward)):
+            if section is not None and length > section.max_length:
+                yield (
+                    f"a prefix of {length} positions is longer than the rows of {stage}.max_length, which is "
+                    f"{section.max_length}: lower adapter.length, 5 to 200 are common"
+                )
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.model_dump(),)
 
@@ -161,6 +179,17 @@ class Recipe(Section):
         section = sections[stage]
         assert section is not None
         return section
+
+    @property
+    def starts(self) -> dict[StageName, str]:
+        """The folders of the adapters that stages start from."""
+        named = ((stage, self.section(stage).adapter) for stage in self.stages)
+        return {stage: folder for stage, folder in named if folder is not None}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether RL starts from an adapter, and not from the bare base."""
+        return self.sft is not None or "rl" in self.starts
 
     @property
     def stages(self) -> tuple[StageName, ...]:

@@ -87,6 +87,9 @@ class Rl(Validation):
     algorithm: Annotated[str, registered(ALGORITHMS)] = "ppo"
     """A row of the table in perl/rl/algorithms.py, to which a plugin may add. The default learned every kind of
     reward that was tried, rare ones too, from as few completions as any (docs/experiments.md)."""
+    adapter: str | None = None
+    """A folder with an adapter that was trained elsewhere: policy and reference start as it. With a section `sft`
+    they start from what that trains: use `sft.adapter`."""
     critic: Literal["shared", "adapter", "none"] | None = None
     """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
     where the algorithm has none; else shared under LoRA, adapter under full tuning."""

@@ -13,6 +13,9 @@ class Supervised(Validation):
 
     from_: Annotated[str | None, Field(alias="from")] = None
     """A run folder whose finished stage is taken as it is; keys of the section that are unset are as there."""
+    adapter: str | None = None
+    """A folder with an adapter that was trained elsewhere, by peft or another run: the stage goes on from it, a
+    reward model from its head too, if it has one. Its kind and shape are the whole run's."""
     epochs: Positive = 1
     """Passes over the training rows."""
     batch_size: Positive = 16

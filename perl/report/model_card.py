@@ -8,6 +8,7 @@ from perl.recipe.adapter import DoraSettings, LoraSettings
 from perl.report.templates import filled
 from perl.roles.roles import REWARD_MEMBERS, Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.conversion import MAX_NEW_TOKENS, Conversion
 from perl.stages.session import Session
 
 TITLES = {
@@ -18,8 +19,6 @@ TITLES = {
 }
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be in every version (vllm/config/lora.py, `MaxLoRARanks`)."""
-MAX_NEW_TOKENS = 64
-"""In the card's code, where the recipe has no section rl."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Exported:
         pad_id: the token for padding.
         start_ids: what the decoder of an encoder-decoder is given before an answer; else nothing.
         difference: the largest between scores by transformers and the run's own, on held-out rows.
+        conversion: what it cost to write the adapter as LoRA; None: it is as it was trained.
     """
 
     role: Role
@@ -45,6 +45,7 @@ class Exported:
     pad_id: int
     start_ids: tuple[int, ...] = ()
     difference: float | None = None
+    conversion: Conversion | None = None
 
 
 def model_card(session: Session, exported: Exported) -> str:
@@ -57,13 +58,18 @@ def model_card(session: Session, exported: Exported) -> str:
     form = "trained whole"
     if isinstance(session.roles, SharedBase):
         form = f"{session.roles.adapter}" + (", merged into the base" if exported.whole else "")
+    biases = False
+    if (converted := exported.conversion) is not None:
+        form = f"{converted.kind}, written as LoRA: {converted}"
+        biases = converted.truncation.biases
     auto_class = f"Auto{'' if exported.whole else 'Peft'}ModelFor"
     of_lm = session.roles.backbone.auto_class.__name__.removeprefix("AutoModelFor")
     auto_class += "SequenceClassification" if exported.scores and not exported.start_ids else of_lm
     imported = ["AutoTokenizer", *[auto_class] * exported.whole, *["GenerationConfig"] * (not exported.scores)]
     tokens = base.tokenizer.convert_ids_to_tokens(list(base.chat.end_ids))
-    settings = recipe.adapter_settings
-    rank = settings.rank if isinstance(settings, LoraSettings) and not isinstance(settings, DoraSettings) else None
+    settings = session.roles.adapter.settings if isinstance(session.roles, SharedBase) else None
+    served = isinstance(settings, LoraSettings) and not isinstance(settings, DoraSettings) and not biases
+    rank = settings.rank if isinstance(settings, LoraSettings) and served else None
     served_rank = next((one for one in VLLM_RANKS if rank is not None and one >= rank), None)
     return filled(
         "model_card.md.j2",
@@ -82,6 +88,7 @@ def model_card(session: Session, exported: Exported) -> str:
             "max_new_tokens": recipe.rl.max_new_tokens if recipe.rl else MAX_NEW_TOKENS,
             "stamp": session.stamp(exported.role) if exported.scores else None,
             "form": form,
+            "starts": _starts(session, exported.stage),
             "rank": rank,
             "served_rank": served_rank,
             "members": session.reward_members,
@@ -89,6 +96,14 @@ def model_card(session: Session, exported: Exported) -> str:
             "metrics": _metrics(session, exported),
         },
     )
+
+
+def _starts(session: Session, stage: StageName) -> list[str]:
+    """The adapters, trained elsewhere, that the stage started from, or SFT before it."""
+    finished = session.folder.results().finished
+    stages = [finished[name] for name in ("sft", "rl") if name in finished] if stage == "rl" else [finished[stage]]
+    starts = [one.started_from for one in stages if one.started_from is not None]
+    return [f"`{Path(start.folder).name}`, SHA-256 of its weights `{start.sha256}`" for start in starts]
 
 
 def _metrics(session: Session, exported: Exported) -> dict[str, str]:

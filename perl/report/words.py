@@ -160,11 +160,19 @@ def summary(group: Group, runs: Sequence[Run]) -> list[str]:
     machines = joined(list(dict.fromkeys(_machine(run) for run in runs)))
     lines = [
         f"{group.label}, {which}: {done}, on {name} ({count_text(base.parameters)} parameters, {base.dtype}).",
+        *_starts(group.first),
         f"Everything ran on {machines}.",
         _reward_meaning(group.first),
         *dict.fromkeys(_base_unchanged(run) for run in runs),
     ]
     return [line for line in lines if line]
+
+
+def _starts(run: Run) -> Iterator[str]:
+    """The adapters, trained elsewhere, that stages started from."""
+    for name, stage in run.stages.items():
+        if (start := stage.started_from) is not None:
+            yield f"{STAGE[name]} started from the adapter in {start.folder} (SHA-256 {start.sha256[:16]}…)."
 
 
 def _machine(run: Run) -> str:

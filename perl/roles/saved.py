@@ -49,6 +49,10 @@ class Stamp:
     """The role that this one started from, if that was trained."""
     parent_sha256: str | None = None
     """Of the parent's weights file."""
+    started_from: str | None = None
+    """The folder of the adapter, trained elsewhere, that its stage started from."""
+    started_sha256: str | None = None
+    """Of that folder's weights file."""
     reward_is_probability: bool = False
     """Whether the score is the log-odds of a thumb up; RL's reward is then the probability."""
     reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
@@ -75,13 +79,13 @@ def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
     """Write a role's weights and head as one whole folder."""
     scores = role in roles.heads
     with whole_folder(folder) as unfinished:
-        write_tensors(unfinished / roles.weights_file, _on_disk(roles, role))
+        write_tensors(unfinished / roles.weights_file, tensors_on_disk(roles, role))
         with roles.role(role if roles.weights(role) else roles.reference):
             roles.write_config(unfinished, stamp.base, scores=scores)
         write_json(unfinished / STAMP, dataclasses.asdict(stamp))
 
 
-def _on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
+def tensors_on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
     """A role's weights and head, by their names on disk."""
     head = roles.head_weights(role) if role in roles.heads else {}
     return {f"{roles.prefix}{name}": parameter for name, parameter in (roles.weights(role) | head).items()}
@@ -106,13 +110,13 @@ def load_role(
     """
     stamp = read_stamp(folder)
     _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
-    weights = _read_weights(folder, roles.weights_file)
+    weights = read_weights(folder, roles.weights_file, _anew(folder))
     if role not in roles.roles:
         own = any(not name.endswith(HEAD) for name in weights)
         roles.add(role, weights=own, head=role.has_head)
-    targets = _on_disk(roles, role)
+    targets = tensors_on_disk(roles, role)
     with roles.role(role):
-        differs = _shape_difference(weights, targets)
+        differs = shape_difference(weights, targets)
         if differs or not _config_fits(roles, folder):
             raise _of_other_settings(roles, folder, differs)
     with torch.no_grad():
@@ -132,18 +136,23 @@ def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
     )
 
 
-def _read_weights(folder: Path, file: str) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, file: str, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors in a folder's safetensors file.
+
+    Raises:
+        UserError: it cannot be read, with this remedy.
+    """
     try:
         return load_file(folder / file)
     except (OSError, SafetensorError, MemoryError) as error:
         pickles = sorted(pickle.name for pickle in folder.glob("*.bin"))
         also = f"; there is {pickles[0]}, but pickles are never read" if pickles else ""
         raise machine_fault(error) or UserError(
-            f"cannot be read: {error}{also}", where=str(folder / file), remedy=_anew(folder)
+            f"cannot be read: {error}{also}", where=str(folder / file), remedy=remedy
         ) from None
 
 
-def _shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> str:
+def shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> str:
     """The first tensor that differs in shape, in words; empty if none does."""
     for name in sorted({*weights, *targets}):
         there, here = (tuple(of[name].shape) if name in of else "missing" for of in (weights, targets))
@@ -196,24 +205,25 @@ def _config_fits(roles: Roles, folder: Path) -> bool:
         ) from None
 
 
-def read_stamp(folder: Path) -> Stamp:
+def read_stamp(folder: Path, remedy: str = "") -> Stamp:
     """The stamp in a role's folder.
 
     Raises:
-        UserError: no such folder, or it was not written by PERL.
+        UserError: no such folder, or it was not written by PERL; with this remedy, or the one for a run folder.
     """
+    remedy = remedy or _anew(folder)
     try:
         return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
     except FileNotFoundError:
         what = f"has no {STAMP}: nothing that PERL trained is here"
-        raise UserError(what, where=str(folder), remedy=_anew(folder)) from None
+        raise UserError(what, where=str(folder), remedy=remedy) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"not a stamp: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        raise UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+        raise UserError(what, where=str(folder / STAMP), remedy=remedy) from None
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
-        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=_anew(folder)) from None
+        raise machine_fault(error) or UserError(what, where=str(folder / STAMP), remedy=remedy) from None
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:

@@ -120,6 +120,13 @@ class SharedBase(Roles):
         with prepared, super().sampling(role) as seen:  # once weights are packed nobody can read them
             yield seen
 
+    def clear(self) -> None:
+        """Take out all roles; the base is as it was loaded."""
+        self.adapter.remove()
+        self._adapted.clear()
+        self.heads.clear()
+        self._active = Role.BASE
+
     def _add_weights(self, role: Role, copy_of: Role) -> None:
         self.adapter.inject(role)
         self._adapted.add(role)

@@ -117,7 +117,7 @@ class RunFolder:
         if not file.exists():
             remedy = "Give the --out of a `perl-rlhf run`."
             raise UserError("not a run folder", where=str(self.path), remedy=remedy)
-        return load_recipe(file)
+        return load_recipe(file, resolved=True)
 
     def role(self, role: Role) -> Path:
         return self.path / role.folder

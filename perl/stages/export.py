@@ -20,6 +20,7 @@ from perl.backbones.padding import left_pad
 from perl.recipe import StageName
 from perl.report.model_card import Exported, model_card
 from perl.rl.rewards.function import messages
+from perl.roles.as_lora import check_convertible
 from perl.roles.export_formats import (
     classifier,
     generating_tokenizer,
@@ -32,6 +33,7 @@ from perl.roles.export_formats import (
 from perl.roles.roles import Role
 from perl.roles.saved import STAMP
 from perl.roles.shared_base import SharedBase
+from perl.stages.conversion import answered, convert
 from perl.stages.session import Session
 from perl.system.files import whole_folder, write_whole
 
@@ -39,13 +41,22 @@ COMPARED = 16
 """Held-out rows on which a merged model's scores are compared with the run's own."""
 
 
-def export_role(session: Session, role: Role, stage: StageName, folder: Path, whole: bool) -> Exported:
+def export_role(
+    session: Session, role: Role, stage: StageName, folder: Path, whole: bool, rank: int | None = None
+) -> Exported:
     """Write a role of a finished stage; return what was written.
 
     Args:
         folder: new, or empty.
         whole: a whole model: under LoRA the adapter is added to a copy of the base.
+        rank: of LoRA, in the place of the adapter as it is; the session is of no use then.
+
+    Raises:
+        UserError: the adapter cannot be written in this form.
     """
+    if rank is not None:
+        assert isinstance(session.roles, SharedBase)
+        check_convertible(session.roles.adapter, rank)
     trunk = _load(session, role)
     scores = role in session.roles.heads
     chat = session.base.chat
@@ -54,6 +65,9 @@ def export_role(session: Session, role: Role, stage: StageName, folder: Path, wh
     prompts = session.train.prompts
     is_text = bool(prompts) and all(prompt.context[-1].speaker == "text" for prompt in prompts)
     exported = Exported(role, stage, whole, scores, is_text, end, tokenizer.pad_token_id, _start_ids(session))
+    if rank is not None:
+        session, conversion = convert(session, role, trunk, rank)
+        exported = replace(exported, conversion=conversion)
     with whole_folder(folder.resolve()) as unfinished:
         tokenizer.save_pretrained(unfinished)
         shutil.copyfile(session.saved(role) / STAMP, unfinished / STAMP)
@@ -128,9 +142,8 @@ def _largest_difference(
     session: Session, role: Role, trunk: Role, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
     """How far transformers' scores of held-out rows, from text, are from the run's own; None without rows."""
-    records, chat, differences = session.held_out, session.base.chat, []
-    rated = [(one.context, one.answer) for one in records.ratings]
-    for context, answer in (rated or [(one.context, one.better) for one in records.comparisons])[:COMPARED]:
+    chat, differences = session.base.chat, []
+    for context, answer in answered(session)[:COMPARED]:
         ids = chat.row(context, answer).ids
         if len(ids) > session.base.context_length:
             continue

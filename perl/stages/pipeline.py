@@ -64,7 +64,7 @@ def run(
         return _run(session, tuple(stages or recipe.stages), source)
     finally:
         if material is not None and isinstance(session.roles, SharedBase):
-            session.roles.adapter.remove()
+            session.roles.clear()
 
 
 def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> Stages:
@@ -75,6 +75,7 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> 
         taken = stage in found and found[stage].use == "take"
         if not taken and session.folder.result(stage) is None:
             _check_earlier(session, stage, chosen)
+            session.check_start(stage)
             CHECK[stage](session)
     unfit: UserError | None = None
     with session.folder.claim(recipe):
@@ -126,7 +127,9 @@ def _train(session: Session, stage: StageName) -> StageResult:
         session.after_checkpoint = LivePage(session, stage)
     seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
     with doing(stage):
-        result = replace(TRAIN[stage](session), data_sha256=identity.data_sha256)
+        result = replace(
+            TRAIN[stage](session), data_sha256=identity.data_sha256, started_from=session.starts.get(stage)
+        )
     session.folder.finish(stage, result)
     return result
 

@@ -25,6 +25,7 @@ from perl.data.records import Records
 from perl.errors import UserError
 from perl.plugins import adds_to, plugin_sha256
 from perl.recipe import CHANGE_NOTHING, Recipe, Rl, StageName
+from perl.results import Start
 from perl.roles.roles import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.files import whole_folder, write_json
@@ -80,7 +81,8 @@ class Identity:
         for key in sorted(_differ(self.settings, here.settings)):
             there, now = (of.get(key, "its default") for of in (self.settings, here.settings))
             hashed = key.endswith(("(file)", "plugins"))
-            found.append(f"the file of {key} has changed" if hashed else f"{key} was {there} and is {now}")
+            named = key.removesuffix(" (file)")
+            found.append(f"the file of {named} has changed" if hashed else f"{key} was {there} and is {now}")
         if self.base != here.base:
             found.append("the base is another")
         if self.data_sha256 != here.data_sha256:
@@ -90,13 +92,22 @@ class Identity:
         return found
 
 
-def identify(recipe: Recipe, train: Records, held_out: Records, base: Base) -> dict[StageName, Identity]:
-    """The identity of each stage of a recipe."""
+def identify(
+    recipe: Recipe, train: Records, held_out: Records, base: Base, starts: Mapping[StageName, Start]
+) -> dict[StageName, Identity]:
+    """The identity of each stage of a recipe.
+
+    Args:
+        starts: the adapters that stages start from.
+    """
     found: dict[StageName, Identity] = {}
     for stage in recipe.stages:
+        settings = stage_settings(recipe, stage)
+        if stage in starts:
+            settings[f"{stage}.adapter (file)"] = starts[stage].sha256
         rows = [row for kind in KINDS[stage] for row in train.fingerprints.get(kind, ())]
         found[stage] = Identity(
-            settings=stage_settings(recipe, stage),
+            settings=settings,
             base=_hash([base.sha256, base.chat.sha256]),
             data_sha256=sha256_of((train, held_out), KINDS[stage]),
             earlier={name: one.sha256 for name, one in found.items()} if stage == "rl" else {},
@@ -117,7 +128,7 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
         flat.pop(key, None)
     for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
         file, _, name = json.loads(flat.pop(key)).rpartition(":")
-        flat |= {f"{key} (name)": name, f"{key} (file)": _file_sha256(Path(file))}
+        flat |= {f"{key} (name)": name, f"{key} (file)": file_sha256(Path(file))}
     plugins = [file for file in recipe.plugins if stage == "rl" or not adds_to(file) <= ONLY_RL]
     return flat | ({"plugins": _hash([plugin_sha256(file) for file in plugins])} if plugins else {})
 
@@ -264,7 +275,10 @@ def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
         case "train":
             console.print(f"[yellow]{stage}[/] is trained again: {found.why}.")
             return
-    for role in ROLES[stage] if main else ():
+    roles = ROLES[stage]
+    if stage == "rl" and found.use == "take" and found.source.result("sft") is None:
+        roles = (Role.SFT, *roles)  # of RL that started from an adapter trained elsewhere
+    for role in roles if main else ():
         if (there := found.source.role(role)).is_dir():
             with whole_folder(folder.role(role)) as copy:
                 _copy(there, copy, None if found.use == "take" else _UNFINISHED)
@@ -321,5 +335,9 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; `missing` where there is none."""
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -109,7 +109,7 @@ def end_ids(session: Session) -> tuple[int, ...]:
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
     settings = settings_of(session)
-    if session.recipe.sft is not None:
+    if session.recipe.has_reference:
         session.load(Role.SFT)
     if any(part.needs_model for part in (*settings.reward_parts, *settings.eval_reward_parts)):
         for role in session.reward_members:  # before anything is trained: an added role takes all gradients off

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.coverage import HALF
+from perl.adapters.folder import WEIGHTS, read_adapter_folder
 from perl.backbones import backbone_of
 from perl.backbones.base import Base
 from perl.backbones.four_bit import scales
@@ -23,16 +24,17 @@ from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName
-from perl.results import Kept, Stage
+from perl.results import Kept, Stage, Start
 from perl.roles.roles import REWARD_MEMBERS, Role, Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
+from perl.roles.started import load_start
 from perl.runs.checkpoint import Checkpoints
-from perl.runs.folder import MetricsLog, RunFolder
+from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import require, sending
 from perl.stages.material import Material, read_material
-from perl.stages.reuse import ROLES, Identity, identify, settings_sha256
+from perl.stages.reuse import ROLES, Identity, file_sha256, identify, settings_sha256
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything
@@ -99,8 +101,9 @@ class Session:
         )
 
     def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
-        """Add the role that a supervised stage trains; return its parameters."""
+        """Add the role that a supervised stage trains, as its stage starts; return its parameters."""
         self.roles.add(role, head=head)
+        self.start(role)
         self.roles.keep(role)
         return self.roles.train_only(role)
 
@@ -124,24 +127,76 @@ class Session:
             inherited = self.saved(parent) if parent is not None else None
             if inherited is not None and inherited.exists():
                 more |= {"parent": parent, "parent_sha256": weights_sha256(self.roles, inherited)}
-            more["data_sha256"] = self.identities[stage_of(role)].data_sha256
+            stage = self.stage_of(role)
+            if stage in self.starts and role is not Role.CRITIC:
+                start = self.starts[stage]
+                more |= {"started_from": start.folder, "started_sha256": start.sha256}
+            more["data_sha256"] = self.identities[stage].data_sha256
             save_role(self.roles, role, self.saved(role), stamp_for(role, self.base, **self._recipe(role), **more))
         self.processes.barrier()
 
     def _recipe(self, role: Role) -> dict[str, str]:
-        settings = settings_sha256(self.recipe, stage_of(role))
+        settings = settings_sha256(self.recipe, self.stage_of(role))
         return {"recipe": self.recipe.name, "recipe_sha256": settings}
 
     @cached_property
     def identities(self) -> dict[StageName, Identity]:
         """What each stage of the recipe depends on."""
-        return identify(self.recipe, self.train, self.held_out, self.base)
+        return identify(self.recipe, self.train, self.held_out, self.base, self.starts)
+
+    @cached_property
+    def starts(self) -> dict[StageName, Start]:
+        """The adapters that stages start from; that of a finished stage may be gone since."""
+        found: dict[StageName, Start] = {}
+        for stage, folder in self.recipe.starts.items():
+            sha256, result = file_sha256(Path(folder) / WEIGHTS), self.folder.result(stage)
+            gone = result.started_from if result is not None and sha256 == "missing" else None
+            found[stage] = gone or Start(folder=folder, sha256=sha256)
+        return found
+
+    def start(self, role: Role, *, quiet: bool = False) -> None:
+        """Give a new role the adapter that its stage starts from, if the recipe names one.
+
+        Raises:
+            UserError: it cannot.
+        """
+        stage = self.stage_of(role)
+        if stage not in self.recipe.starts:
+            return
+        assert isinstance(self.roles, SharedBase)
+        folder = read_adapter_folder(Path(self.recipe.starts[stage]), f"{stage}.adapter")
+        notes = load_start(self.roles, role, folder, self.base)
+        if not quiet:
+            notes = [f"{stage} starts from the adapter in {folder.path}", *notes]
+            console.print(f"{'; '.join(notes)}.", markup=False)
+
+    def check_start(self, stage: StageName) -> None:
+        """Refuse an adapter that a stage cannot start from; nothing of it stays in memory."""
+        if stage in self.recipe.starts:
+            assert isinstance(self.roles, SharedBase)
+            role = Role.SFT if stage == "rl" else STAGE_ROLE[stage]
+            self.roles.add(role, head=role is Role.REWARD)
+            try:
+                self.start(role, quiet=True)
+            finally:
+                self.roles.clear()
 
     def load(self, role: Role) -> None:
-        """Load a role's weights from the run folder, unless they are in memory, to compute with them."""
-        if role not in self.roles.roles:
-            load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
-            self.roles.eval()  # added adapters begin with dropout on
+        """Load a role's weights from the run folder, unless they are in memory.
+
+        Without a section `sft` that of RL's reference is not there at first: it is what `rl.adapter` names.
+        """
+        if role in self.roles.roles:
+            return
+        if self.stage_of(role) == "rl" and role is Role.SFT:
+            there = self.processes.all_gather(self.saved(role).exists())
+            if not all(there):
+                self.roles.add(role)
+                self.start(role)
+                self.save(role)
+                return
+        load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
+        self.roles.eval()  # added adapters begin with dropout on
 
     def stamp(self, role: Role) -> Stamp:
         return read_stamp(self.saved(role))
@@ -163,7 +218,7 @@ class Session:
 
     def checkpoints(self, role: Role) -> Checkpoints:
         """Of the training of a role."""
-        stage = stage_of(role)
+        stage = self.stage_of(role)
         belongs = {
             "base": self.base.sha256,
             "recipe": settings_sha256(self.recipe, stage, any_length=True),
@@ -177,9 +232,13 @@ class Session:
             folder, self.recipe.checkpoint_every, belongs, self.processes, lambda: self.after_checkpoint()
         )
 
-
-def stage_of(role: Role) -> StageName:
-    return "reward" if role in REWARD_MEMBERS else next(stage for stage, roles in ROLES.items() if role in roles)
+    def stage_of(self, role: Role) -> StageName:
+        """The stage that writes a role."""
+        if role in REWARD_MEMBERS:
+            return "reward"
+        if role is Role.SFT and self.recipe.sft is None:
+            return "rl"  # it is what RL starts from
+        return next(stage for stage, roles in ROLES.items() if role in roles)
 
 
 def open_session(
@@ -264,4 +323,14 @@ def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
     Raises:
         UserError: they do not fit it.
     """
-    return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)
+    try:
+        return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)
+    except UserError as error:
+        if not recipe.starts:
+            raise
+        stage, folder = next(iter(recipe.starts.items()))  # whose settings they are
+        raise UserError(
+            f"the adapter there does not fit the base: {error.what} ({error.where})",
+            where=f"{stage}.adapter: {folder}",
+            remedy="Name the base that it was trained on, or an adapter of this base.",
+        ) from None

@@ -16,7 +16,7 @@ from perl.roles.roles import Role
 from perl.runs.checkpoint import Checkpoints, State
 from perl.runs.folder import MetricsLog
 from perl.runs.validation import Validation
-from perl.stages.session import Session, stage_of
+from perl.stages.session import Session
 from perl.system.interrupt import StopRequest, between_steps
 from perl.system.progress import Advance, track
 
@@ -108,7 +108,7 @@ def training_run(
         session.roles.checkpointed(session.recipe.checkpoint_activations),
         between_steps(session.processes) as stop,
     ):
-        folder, section = Path(scratch), session.recipe.section(stage_of(learner))
+        folder, section = Path(scratch), session.recipe.section(session.stage_of(learner))
         assert isinstance(section, Supervised)
         epochs = section.epochs
         yield TrainingRun(

@@ -59,6 +59,13 @@ def runs(
     recipes = {
         "full": recipe_on(tiny_llama, mixed_data, tuning="full"),
         "own critic": recipe_on(tiny_llama, mixed_data, rl={"critic": "adapter", "algorithm": "ppo"}),
+        "dora": recipe_on(
+            tiny_llama,
+            mixed_data,
+            lora=None,
+            adapter={"kind": "dora", "rank": 2, "alpha": 4, "layers": "top-half"},
+        ),
+        "series": recipe_on(tiny_llama, mixed_data, lora=None, adapter={"kind": "series"}, sft=None, rl=None),
         "bf16": recipe_on(tiny_llama, mixed_data, base={"model": str(tiny_llama), "dtype": "bfloat16"}, rl=None),
         "gpt2": recipe_on(tiny_gpt2, mixed_data, sft=None, rl=None),
         "text": recipe_on(tiny_gpt2, text, sft=None, rl=None, reward={"loss": "pairs"}),
@@ -404,3 +411,63 @@ def test_without_room_nothing_is_left(runs: dict[str, Run], run_cli: RunCli, tmp
     assert code == 1, text
     assert "Traceback" not in text
     assert not any(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_an_adapter_is_written_as_lora_with_what_that_costs(
+    runs: dict[str, Run], run_cli: RunCli, tmp_path: Path
+) -> None:
+    made, out = runs["dora"], tmp_path / "rewards"
+    code, text = run_cli("export", made.folder, "reward", out, "--as-lora", 3)
+    assert code == 0, text
+    assert json.loads((out / "adapter_config.json").read_text())["use_dora"] is False
+    said = re.search(r"error of what it adds to the weights is (\S+); the scores of (\d+) held-out rows", text)
+    assert said is not None
+    assert float(said[1]) > 0.01
+    assert "rescales whole rows" in text
+    assert "A relative error of 0.01 takes rank" in text
+    model, tokenizer = classifier(out, False)
+    rated = [(one.context, one.answer) for one in made.session.held_out.ratings]
+    names = {"user": "user", "agent": "assistant"}
+    rows = [
+        [{"role": names[t.speaker], "content": t.text} for t in (*context, answer)] for context, answer in rated
+    ]
+    difference = scores(model, tokenizer, rows) - made.scores(Role.REWARD, rows)
+    rms = re.search(r"differ by (\S+) \(RMS\)", text)
+    assert rms is not None
+    assert len(rows) == int(said[2])
+    assert float(rms[1]) == pytest.approx(float(difference.square().mean().sqrt()), rel=0.05)
+    assert "written as LoRA" in (out / "README.md").read_text()
+
+
+def test_the_kl_to_a_policy_as_lora_is_measured(runs: dict[str, Run], run_cli: RunCli, tmp_path: Path) -> None:
+    kl = {}
+    for rank in (1, 32):
+        code, text = run_cli("export", runs["dora"].folder, "policy", tmp_path / str(rank), "--as-lora", rank)
+        assert code == 0, text
+        found = re.search(r"completions of held-out prompts the KL is (\S+) nats", text)
+        assert found is not None
+        kl[rank] = float(found[1])
+    assert kl[1] > 1e-4 > abs(kl[32])
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "32")
+    ids = runs["dora"].ids(DIALOGUES[0])
+    log_probs = model(torch.tensor([ids])).logits.log_softmax(-1)[0, :-1]
+    expected = runs["dora"].log_probs(Role.POLICY, ids)
+    torch.testing.assert_close(log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("dora", ("--as-lora", 4, "--merge"), "--as-lora: a whole model has no adapter"),
+        ("full", ("--as-lora", 4), "full tuning, which has no adapter"),
+        ("series", ("--as-lora", 4), "what they compute is no sum of weights"),
+    ],
+)
+def test_what_cannot_be_written_as_lora_is_refused(
+    name: str, options: tuple[object, ...], says: str, runs: dict[str, Run], run_cli: RunCli, tmp_path: Path
+) -> None:
+    code, text = run_cli("export", runs[name].folder, "reward", tmp_path / "out", *options)
+    assert code == 2
+    assert says in " ".join(text.split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,174 @@
+"""A folder with an adapter that was trained elsewhere, by peft or by another run: what it is, and what is refused.
+
+A recipe that names one (`sft.adapter: DIR`) has the kind and the shape that the folder's configuration says.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from perl.adapters import ADAPTERS
+from perl.adapters.kind import CONFIG, AdapterKind
+from perl.adapters.peft_kind import PeftKind
+from perl.adapters.targets import layer_index
+from perl.errors import UserError, machine_fault
+from perl.recipe.adapter import LORA, REFUSED
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Of the names of tensors on disk."""
+STARTS = ("gaussian", "eva", "orthogonal")
+"""Of the ways by name to start LoRA, those that leave the base as it is."""
+PLACES = ("targets", "layers")
+"""Settings that only a model can compare."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk.
+
+    Attributes:
+        where: the recipe's key and the folder, for messages.
+        config: the content of its adapter_config.json.
+        settings: what a recipe's section of this kind would say, without `kind`.
+    """
+
+    path: Path
+    where: str
+    config: Mapping[str, Any]
+    kind: str
+    settings: Mapping[str, Any]
+
+    def refuse_conflicts(self, kind: str, said: Mapping[str, Any], by: str = "the recipe") -> None:
+        """Compare it with what a recipe says.
+
+        Args:
+            kind: of the recipe's adapters.
+            said: keys of their section; those that are left out are free.
+            by: who says it: the recipe itself, or the folder that another stage starts from.
+
+        Raises:
+            UserError: naming both sides of the first conflict.
+        """
+        section = LORA if kind == LORA else "adapter"
+        conflicts = [("kind", kind, self.kind)] if kind != self.kind else []
+        conflicts += [
+            (key, said[key], value)
+            for key, value in self.settings.items()
+            if key in said and key not in PLACES and said[key] != value
+        ]
+        for key, here, there in conflicts:
+            free = section if key == "kind" else f"{section}.{key}"
+            raise UserError(
+                f"the adapter there has {key} {there}, and {by} says {section}.{key}: {here}",
+                where=self.where,
+                remedy=f"Name another folder, or take {free} out of the recipe: the folder decides then. All "
+                "roles of a run have adapters of one kind and shape.",
+            )
+
+
+def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
+    """What an adapter on disk is; its weights are not read.
+
+    Args:
+        where: the recipe's key that names it.
+
+    Raises:
+        UserError: no such folder, broken or pickled files, or an adapter of a kind that is not here.
+    """
+    where = f"{where}: {path}"
+    if not (path / CONFIG).is_file():
+        raise UserError(
+            f"no adapter: there is no {CONFIG}",
+            where=where,
+            remedy="Name the folder that peft's save_pretrained wrote, or RUN/ROLE/adapter of a run.",
+        )
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+        kind = _kind(config, where)
+        settings = _settings(config, kind, _tensor_names(path, where))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise machine_fault(error) or UserError(
+            f"the adapter there cannot be read: {error}", where=where, remedy="Save or download it again."
+        ) from None
+    return AdapterFolder(path, where, config, kind, settings)
+
+
+def _kind(config: Mapping[str, Any], where: str) -> str:
+    """The kind of adapters, by its name in a recipe.
+
+    Raises:
+        UserError: it is not here, with the reason where there is one.
+    """
+    given = str(config.get("peft_type") or config.get("kind")).lower()
+    start = config.get("init_lora_weights", True)
+    start = "kasa" if config.get("kasa_config") else start
+    if isinstance(start, str) and start not in STARTS:  # pissa_niter_16 is PiSSA
+        given = next((kind for kind in REFUSED if start.lower().startswith(kind)), start)
+    elif given == LORA:
+        given = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else LORA
+    if given in ADAPTERS and given not in REFUSED:
+        return given
+    why = f", because {REFUSED[given]}" if given in REFUSED else ""
+    raise UserError(
+        f"adapters of kind {given} are not supported{why}",
+        where=where,
+        remedy=f"There are {', '.join(ADAPTERS)}.",
+    )
+
+
+def _tensor_names(path: Path, where: str) -> list[str]:
+    pickles = sorted(pickle.name for pickle in path.glob("*.bin"))
+    if pickles and not (path / WEIGHTS).exists():
+        raise UserError(
+            f"its weights are in {pickles[0]}, and pickles are never read",
+            where=where,
+            remedy="Load it where you trust it, and save it by save_pretrained: that writes safetensors.",
+        )
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        return list(file.keys())
+
+
+def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
+    """What a recipe would say.
+
+    Raises:
+        ValueError: it could not.
+    """
+    row = ADAPTERS[kind]
+    if issubclass(row, PeftKind):
+        settings = {key: config[name] for key, name in row.in_peft.items() if name in config}
+        settings |= _places(config, names, row)
+    else:
+        settings = {key: config[key] for key in config.keys() - {"kind"}}
+    named = {"kind": kind} if "kind" in row.settings_type.model_fields else {}
+    try:
+        row.settings_type.model_validate(named | settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return settings
+
+
+def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, Any]:
+    """`targets` and `layers` as a recipe would say them, by modules' own names where these with the blocks do."""
+    given = config.get("target_modules") or []
+    named = [*given, *(config.get("target_parameters") or [])]
+    if isinstance(given, str) or any(layer_index(name) is None for name in named):  # then the tensors tell
+        own = (name.removeprefix(PREFIX).partition(f".{row.mark}") for name in names)
+        named = [module for module, mark, _ in own if mark and layer_index(module) is not None]
+    layers: dict[str, list[int]] = {}
+    for module in set(named):
+        if (index := layer_index(module)) is not None:
+            layers.setdefault(module.rpartition(".")[2], []).append(index)
+    first, *others = [sorted(indices) for indices in layers.values()] or [[]]
+    if len(set(first)) == len(first) and all(indices == first for indices in others):
+        return {"targets": sorted(layers), "layers": first}
+    return {"targets": sorted(set(named)), "layers": "all"}

@@ -1,0 +1,124 @@
+"""A role that starts from an adapter trained elsewhere: what of the folder has to fit the base and the role."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perl.adapters.folder import PREFIX, AdapterFolder
+from perl.backbones.base import Base
+from perl.errors import UserError
+from perl.recipe.adapter import LORA
+from perl.roles.roles import Role
+from perl.roles.saved import STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
+from perl.roles.shared_base import SharedBase
+
+AGAIN = "Save or download it again."
+TASKS = {"CAUSAL_LM": "a language model's", "SEQ_CLS": "a sequence classifier's"}
+
+
+def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base) -> list[str]:
+    """Give a new role the weights of a folder, and its head if it has one; return what the user is to know.
+
+    Raises:
+        UserError: the adapter is another base's or another task's, or computes otherwise than the recipe's would.
+    """
+    settings = roles.adapter.settings
+    folder.refuse_conflicts(getattr(settings, "kind", LORA), settings.model_dump())
+    if differs := roles.adapter.unlike(folder.config):
+        raise UserError(
+            f"its configuration has {differs}, which adapters of kind {folder.kind} here do not have",
+            where=folder.where,
+            remedy="Name an adapter that was trained without it.",
+        )
+    notes = _check_base(folder, base)
+    read = read_weights(folder.path, roles.weights_file, AGAIN)
+    weights = {roles.adapter.name_here(name): tensor for name, tensor in read.items()}
+    heads = tuple(f"{PREFIX}{module}." for module in roles.head_modules or ())
+    has_head = any(name.startswith(heads) for name in weights)
+    _check_task(folder, role, has_head)
+    _drop_fixed(roles, role, weights, folder)
+    targets = tensors_on_disk(roles, role)
+    if role in roles.heads and not has_head:
+        notes.append("it has no head, so the head begins at zero")
+        targets = {name: target for name, target in targets.items() if not name.startswith(heads)}
+    if difference := shape_difference(weights, targets):
+        raise UserError(
+            f"the adapter there does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",
+            where=folder.where,
+            remedy="Name the base that it was trained on, or an adapter of this base; leave targets and layers to "
+            "the folder.",
+        )
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            parameter.copy_(weights[name])
+    return notes
+
+
+def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
+    """Refuse a stamp of another base; of adapters without one only the name can be compared."""
+    if (folder.path / STAMP).is_file():
+        stamp = read_stamp(folder.path, AGAIN)
+        if stamp.base_sha256 != base.sha256:
+            raise UserError(
+                f"the adapter there belongs to another base: {stamp.base}, SHA-256 {stamp.base_sha256[:12]}; here "
+                f"it is {base.name}, {base.sha256[:12]}",
+                where=folder.where,
+                remedy="Use that base, in the dtype and quantization that the adapter was trained beside.",
+            )
+        changed = stamp.chat_sha256 != base.chat.sha256
+        return ["it was trained on another chat format than the base has now"] if changed else []
+    name = str(folder.config.get("base_model_name_or_path") or "")
+    other = name and Path(name).name != Path(base.name).name
+    return [f"it says that it was trained on {name}, and its tensors fit {base.name}"] if other else []
+
+
+def _check_task(folder: AdapterFolder, role: Role, has_head: bool) -> None:
+    """Refuse classifiers where a language model is to start, and whatever is neither."""
+    task = str(folder.config.get("task_type") or ("SEQ_CLS" if has_head else "CAUSAL_LM"))
+    if (task in TASKS and role is Role.REWARD) or (task == "CAUSAL_LM" and not has_head):
+        return
+    wanted = "a language model's or a sequence classifier's" if role is Role.REWARD else TASKS["CAUSAL_LM"]
+    what = (
+        "a model's with a head for scores" if has_head and task == "CAUSAL_LM" else TASKS.get(task, f"for {task}")
+    )
+    raise UserError(
+        f"the adapter there is {what}; {role} needs {wanted}",
+        where=folder.where,
+        remedy="A reward model or critic is named by reward.adapter, a policy by sft.adapter or rl.adapter.",
+    )
+
+
+def _drop_fixed(roles: SharedBase, role: Role, weights: dict[str, Tensor], folder: AdapterFolder) -> None:
+    """Take out what no role trains, which is the same here as there.
+
+    Raises:
+        UserError: it is not the same.
+    """
+    for name, fixed in roles.adapter.fixed(role).items():
+        there = weights.pop(name, weights.pop(PREFIX + name, None))
+        same = there is None or (
+            there.shape == fixed.shape and torch.allclose(there.float(), fixed.cpu(), rtol=5e-3, atol=1e-4)
+        )
+        if not same:
+            raise UserError(
+                f"its {name}, which is not trained, is not the one that all roles here have",
+                where=folder.where,
+                remedy="It was made from another base or seed, or by another version; train such an adapter here.",
+            )
+
+
+def _places(roles: SharedBase) -> str:
+    said: Mapping[str, Any] = roles.adapter.settings.model_dump()
+    places = (
+        f"{roles.adapter.section}.{key}: {json.dumps(said[key])}" for key in ("targets", "layers") if key in said
+    )
+    return " and ".join(places)
+
+
+def _trained_on(folder: AdapterFolder) -> str:
+    name = folder.config.get("base_model_name_or_path")
+    return f"; it was trained on {name}" if name else ""

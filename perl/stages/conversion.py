@@ -1,0 +1,149 @@
+"""What it costs a role to have LoRA in the place of its adapter, measured on held-out rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perl.backbones.padding import left_pad
+from perl.data.records import Context, Turn
+from perl.measure.length import spearman
+from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
+from perl.roles.as_lora import ENOUGH, Truncation, as_lora
+from perl.roles.roles import Role
+from perl.roles.shared_base import SharedBase
+from perl.stages.session import Session
+from perl.system.seeds import derived_seed
+
+ROWS = 64
+"""Held-out rows that are scored, or prompts that are completed."""
+AT_ONCE = 4
+"""Of them, in one pass."""
+MAX_NEW_TOKENS = 64
+"""Of a completion, where the recipe has no section rl; also in the card's code."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was lost.
+
+    Attributes:
+        kind: the adapter that was converted, in words.
+        rescales: see `AdapterKind`.
+        rows: completions that `kl` is of, sampled from the role, or rows that are scored.
+        kl: from the role with its own adapter to the one with LoRA, mean in nats a token; None for scores.
+        rms: of the difference of scores; None for language models.
+        correlation: of both scores' ranks; None for language models, and where all scores are alike.
+    """
+
+    kind: str
+    truncation: Truncation
+    rescales: bool
+    rows: int
+    kl: float | None = None
+    rms: float | None = None
+    correlation: float | None = None
+
+    def __str__(self) -> str:
+        """The loss, in a sentence."""
+        cost, measured = self.truncation, f"on {self.rows} completions of held-out prompts the KL is"
+        if self.kl is not None:
+            measured += f" {self.kl:.2g} nats a token"
+        else:
+            ranks = "" if self.correlation is None else f" (rank correlation {self.correlation:.4f})"
+            measured = f"the scores of {self.rows} held-out rows differ by {self.rms:.2g} (RMS){ranks}"
+        added = f"the relative error of what it adds to the weights is {cost.error:.2g}"
+        return f"at rank {cost.rank} {added}; {measured}"
+
+    @property
+    def advice(self) -> str:
+        """What else there is to know; empty where nothing is lost."""
+        cost, lines = self.truncation, []
+        if cost.error > ENOUGH:
+            lines.append(f"A relative error of {ENOUGH:g} takes rank {cost.enough}.")
+            if self.rescales:
+                lines.append("It rescales whole rows or columns of weights, of which a low rank keeps a part.")
+        if cost.biases:
+            lines.append("It changes biases too, so LoRA's B has biases: peft loads them, vLLM and TGI do not.")
+        return " ".join(lines)
+
+
+@torch.no_grad()
+def convert(session: Session, role: Role, trunk: Role, rank: int) -> tuple[Session, Conversion]:
+    """The session with LoRA in the place of the role's adapter, and what that costs; the former is of no use then.
+
+    Args:
+        trunk: whose adapter it is.
+    """
+    roles = session.roles
+    assert isinstance(roles, SharedBase)
+    roles.eval()
+    scores = role in roles.heads
+    rows, read = (_scored if scores else _completed)(session, role, trunk)
+    kind, rescales, before = str(roles.adapter), roles.adapter.rescales, read(roles)
+    lora, truncation = as_lora(roles, trunk, rank)
+    conversion, after = Conversion(kind, truncation, rescales, rows), read(lora)
+    if not scores:
+        kl_N = lora.kl_of_states(before, after, _temperature(session))
+        return replace(session, roles=lora), replace(conversion, kl=float(kl_N.mean()))
+    rms = float((after - before).square().mean().sqrt())
+    correlation = spearman(before.double().numpy(), after.double().numpy())
+    return replace(session, roles=lora), replace(conversion, rms=rms, correlation=correlation)
+
+
+Read = Callable[[SharedBase], Tensor]
+
+
+def _completed(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
+    """Completions of held-out prompts, drawn from the role; the states (N, D) before each of their tokens."""
+    chat, rl = session.base.chat, session.recipe.rl
+    length = rl.max_new_tokens if rl is not None else MAX_NEW_TOKENS
+    length = min(length, session.base.context_length - 1)
+    records = session.held_out.prompts or session.held_out.demonstrations
+    contexts = [one.context for one in records[:ROWS]]
+    prompts = [chat.context(context, session.base.context_length - length) for context in contexts]
+    sampling = Sampling(length, _temperature(session), chat.ends(contexts[0]), chat.pad_id, AT_ONCE)
+    generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "conversion", 0))
+    samples = LocalSampler(session.roles).draw(role, prompts, sampling, generator)
+
+    def read(roles: SharedBase) -> Tensor:
+        found = []
+        for start in range(0, len(prompts), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            batch = samples.ids_BL[part], samples.mask_BL[part]
+            states = roles(trunk, *batch, completion_length=samples.completion_length, states=True).states_BTD
+            assert states is not None
+            found.append(states[samples.completion_mask_BT[part]])
+        return torch.cat(found)
+
+    return len(prompts), read
+
+
+def _scored(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
+    """Held-out rows, and their scores (N,), fp32 on the CPU."""
+    chat, longest = session.base.chat, session.base.context_length
+    rows = [chat.row(context, answer, longest).ids for context, answer in answered(session)[:ROWS]]
+    rows = rows or [chat.context(one.context, longest) for one in session.held_out.prompts[:ROWS]]
+
+    def read(roles: SharedBase) -> Tensor:
+        scores: list[Tensor] = []
+        for ids in rows:
+            found = roles(trunk, *left_pad([ids], chat.pad_id, roles.device), head=role).scores_B
+            assert found is not None
+            scores.append(found.cpu())
+        return torch.cat(scores)
+
+    return len(rows), read
+
+
+def answered(session: Session) -> list[tuple[Context, Turn]]:
+    """The held-out answers that were rated, or the better ones of those compared."""
+    records = session.held_out
+    rated = [(one.context, one.answer) for one in records.ratings]
+    return rated or [(one.context, one.better) for one in records.comparisons]
+
+
+def _temperature(session: Session) -> float:
+    return session.recipe.rl.temperature if session.recipe.rl is not None else 1.0

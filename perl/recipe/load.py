@@ -96,7 +96,8 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     reward = rl.get("reward") if isinstance(rl, dict) else None
     places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
     places += [(content.get(stage), "from") for stage in STAGES]
-    places += [(part, "function") for part in (reward if isinstance(reward, list) else [reward])]
+    parts = reward if isinstance(reward, list) else [reward]
+    places += [(part, key) for part in parts for key in ("function", "run")]
     for section, key in places:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _resolved(section[key], folder)

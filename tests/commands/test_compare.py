@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from perl.commands.compare import variant
 from perl.recipe import Recipe, load_recipe
+from perl.sweep.setting import variant
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {

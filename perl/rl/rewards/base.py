@@ -28,6 +28,8 @@ class RewardContext:
     """All that it will be called with."""
     model: "Callable[[], RewardModel]"
     """The reward stage's model, loaded when it is asked for."""
+    model_of: "Callable[[str], RewardSource]"
+    """The reward model of the run in a folder."""
 
 
 class RewardSource(ABC):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.kinds benchmarks/kinds.yaml --out DIR
 
-Each row is two `perl-rlhf sweep --search-rates`, of the reward model and of RL. They are run kind by kind, so that the
-table has whole rows whenever it is stopped; started again, it goes on. The table is written to DIR/table.md.
+Each row is two `perl-rlhf sweep --search-rates`, of the reward model and of RL. They are run kind by kind, so that
+the table has whole rows whenever it is stopped; started again, it goes on. The table is written to DIR/table.md.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-KINDS = ["lora", "full", "dora", "ia3", "prefix:10", "parallel:32", "series:32", "vera:256", "miss:16", "rslora", "tinylora:64"]
+KINDS = "lora full dora ia3 prefix:10 parallel:32 series:32 vera:256 miss:16 rslora tinylora:64".split()  # noqa: SIM905
 STAGES: dict[str, tuple[str, list[str]]] = {
     "reward": ("AUROC", []),
-    "rl": ("gold at matched KL", ["--kl", "0.3"]),
+    "rl": ("gold at KL", ["--kl", "0.3"]),
 }
 """What each is judged by, and further options of its sweep."""
 HEAD = "| kind | weights | AUROC | less LoRA's | gold | less LoRA's | rates | memory, MB | a step, s |"

@@ -264,7 +264,7 @@ def _bars(bars: Sequence[Bar], order: Sequence[str], plot: str, spoken: str, wid
 
 def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
     """A quality by the number of trained weights, with 95 % intervals; a line for what differs in size alone."""
-    with drawing(width=6.4, height=3.2) as drawn:
+    with drawing(width=8.0, height=3.6) as drawn:
         axes = titled(drawn.subplots(), f"{label} by trained weights", "trained weights", label)
         for number, (what, points) in enumerate(lines.items()):
             weights, means = [count for count, _ in points], [one.mean for _, one in points]

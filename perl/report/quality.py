@@ -65,9 +65,9 @@ QUALITIES: dict[StageName, tuple[Quality, ...]] = {
         Quality("accuracy", _of_card("accuracy")),
     ),
     "rl": (
-        Quality("gold at matched KL", _at_kl("gold"), is_gold=True),
-        Quality("reward at matched KL", _at_kl("reward")),
-        Quality("KL at the end", _last_kl, less_is_better=True),
+        Quality("gold at KL", _at_kl("gold"), is_gold=True),
+        Quality("reward at KL", _at_kl("reward")),
+        Quality("last KL", _last_kl, less_is_better=True),
     ),
 }
 

@@ -1,7 +1,7 @@
 """A sweep: one stage under several settings; quality, weights, memory and time of each, and what they show."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from perl.system.files import write_whole
 
 PLACES = 3
 """Of a quality."""
+DIRECTIONS = ("higher", "lower", "no difference shown", "one seed, may be chance")
+"""What an interval of a difference allows to say."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Cell:
     setting: Setting
     runs: Mapping[int, Run]
     searched: BestRates | None = None
+
+    @property
+    def searched_at_edge(self) -> bool:
+        """Whether the best rate may lie beyond what was tried."""
+        return self.searched is not None and self.searched.edge
 
     def mean(self, stage: StageName, cost: Callable[[StageResult], float]) -> float:
         """Of a cost, over the seeds."""
@@ -101,36 +108,10 @@ class Sweep:
 
     @property
     def sentences(self) -> list[str]:
-        """What the runs show: a direction only where its interval excludes zero."""
-        return list(self._sentences())
-
-    def _sentences(self) -> Iterator[str]:
-        quality, first = self.qualities[0], self.cells[0].setting.words
-        for cell in self.cells[1:]:
-            difference, words = self.difference(cell), cell.setting.words
-            if difference is None:
-                yield f"{words}: no seed to compare {first} on."
-            elif difference.interval is None:
-                by = signed(difference.mean, PLACES)
-                yield f"{words}: {quality.name} {by} against {first}; with one seed it may be chance."
-            else:
-                low, high = (signed(end, PLACES) for end in difference.interval)
-                within = f"95 % interval of the difference {low} to {high}"
-                if difference.interval[0] <= 0 <= difference.interval[1]:
-                    yield f"{words}: no difference from {first} in {quality.name} is shown ({within})."
-                else:
-                    how = "higher" if difference.mean > 0 else "lower"
-                    yield f"{words}: {quality.name} is {how} than with {first} ({within})."
-            if (ratio := self.rate_ratio(cell)) is not None:
-                yield f"{words}: its best learning rate is {self._ratio_words(cell, ratio)} that of {first}."
-
-    def _ratio_words(self, cell: Cell, ratio: Spread) -> str:
-        edges = [one.searched for one in (self.cells[0], cell) if one.searched is not None and one.searched.edge]
-        edge = ", a best rate at the edge of what was tried" if edges else ""
-        if ratio.interval is None:
-            return f"{10**ratio.mean:.2g} times (one seed{edge})"
-        low, high = (f"{10**end:.2g}" for end in ratio.interval)
-        return f"{10**ratio.mean:.2g} times (95 % interval {low} to {high} over {ratio.n} seeds{edge})"
+        """What the runs show beside the first setting: a direction only where its interval leaves it."""
+        name, first = self.qualities[0].name, self.cells[0].setting.words
+        said = _grouped(f"{_capital(name)}, beside {first}", self.difference, self.cells[1:], _difference_text)
+        return said + _grouped(f"Best learning rate, beside {first}", self.rate_ratio, self.cells[1:], _ratio_text)
 
     @property
     def columns(self) -> dict[str, Callable[[Cell], str]]:
@@ -149,7 +130,7 @@ class Sweep:
 
     def _rate_text(self, cell: Cell) -> str:
         rate = next(iter(cell.runs.values())).section(self.stage).get("learning_rate", NONE)
-        edge = " (edge)" if cell.searched is not None and cell.searched.edge else ""
+        edge = " (edge)" if cell.searched_at_edge else ""
         return f"{rate:.2g}{edge}" if isinstance(rate, float) else f"{rate}"
 
     def weights(self, cell: Cell) -> int:
@@ -193,7 +174,7 @@ class Sweep:
             "name": cell.setting.name,
             **asdict(cell.setting),
             "rates": None if cell.searched is None else list(cell.searched.rates),
-            "rate_at_edge": None if cell.searched is None else cell.searched.edge,
+            "rate_at_edge": cell.searched_at_edge,
             "rate_ratio_log10": _spread_json(ratio),
             **{quality.name: _spread_json(self.quality(cell, quality)) for quality in self.qualities},
             "difference": _spread_json(self.difference(cell)),
@@ -201,6 +182,46 @@ class Sweep:
             "peak_memory_bytes": cell.mean(self.stage, lambda stage: stage.peak_memory_bytes),
             "seconds_a_step": self.seconds(cell),
         }
+
+
+def _grouped(
+    what: str, value: Callable[[Cell], Spread | None], cells: Sequence[Cell], text: Callable[[Spread], str]
+) -> list[str]:
+    """A sentence for each direction that is shown, one for those where none is, one for single runs."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        if (found := value(cell)) is not None:
+            edge = ", at the edge of what was tried" if text is _ratio_text and cell.searched_at_edge else ""
+            groups.setdefault(_direction(found), []).append(f"{cell.setting.words} ({text(found)}{edge})")
+    return [
+        f"{what}, {direction}: {'; '.join(groups[direction])}." for direction in DIRECTIONS if direction in groups
+    ]
+
+
+def _capital(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _direction(value: Spread) -> str:
+    higher, lower, unclear, single = DIRECTIONS
+    if value.interval is None:
+        return single
+    low, high = value.interval
+    return higher if low > 0 else lower if high < 0 else unclear
+
+
+def _difference_text(value: Spread) -> str:
+    if value.interval is None:
+        return signed(value.mean, PLACES)
+    return " to ".join(signed(end, PLACES) for end in value.interval)
+
+
+def _ratio_text(value: Spread) -> str:
+    """Of a logarithm to base 10."""
+    if value.interval is None:
+        return f"{10**value.mean:.2g} times"
+    low, high = (f"{10**end:.2g}" for end in value.interval)
+    return f"{10**value.mean:.2g} times, {low} to {high}"
 
 
 def _spread_json(value: Spread | None) -> dict[str, Any] | None:
@@ -215,7 +236,7 @@ def write_sweep(sweep: Sweep, file: Path) -> Path:
         "sweep": sweep,
         "columns": list(sweep.columns),
         "rows": [[text(cell) for text in sweep.columns.values()] for cell in sweep.cells],
-        "plots": [_plot(sweep, quality) for quality in sweep.qualities],
+        "plot": _plot(sweep, sweep.qualities[0]),
         "runs": runs,
         "first": first,
     }
@@ -224,12 +245,12 @@ def write_sweep(sweep: Sweep, file: Path) -> Path:
 
 
 def _plot(sweep: Sweep, quality: Quality) -> Plot:
-    label = quality.name[0].upper() + quality.name[1:]
+    label = _capital(quality.name)
     lines: dict[str, list[tuple[int, Spread]]] = {}
     for cell in sweep.cells:
         if (value := sweep.quality(cell, quality)) is not None:
             lines.setdefault(cell.setting.line, []).append((sweep.weights(cell), value))
-    svg = weights_plot(f"sweep-{quality.name.replace(' ', '-')}", label, lines)
+    svg = weights_plot("sweep", label, lines)
     bars = f"Bars show the 95 % interval of the mean over {len(sweep.seeds)} seeds."
     chance = "One seed each: differences may be chance."
     return Plot(svg, bars if len(sweep.seeds) > 1 else chance)

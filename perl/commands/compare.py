@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.sweep.setting import FULL, Setting, variant
 from perl.system.files import user_named, write_json, write_metrics, write_whole
@@ -44,6 +45,9 @@ def compare(
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
+    if steps is not None and search_rates:
+        what, remedy = "memory and speed do not depend on the learning rate", "Leave one of the two out."
+        raise UserError(what, where="--steps, --search-rates", remedy=remedy)
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
         if steps is not None:

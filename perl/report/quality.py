@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from perl.recipe import StageName
 from perl.report.outcome import at_kl, curve
 from perl.report.runs import Run
@@ -43,7 +45,7 @@ def _at_kl(key: str) -> Callable[[Run, float], float | None]:
         if (found := curve(run.metrics["policy"])) is None:
             return None
         values = getattr(found, key)
-        known = values[[math.isfinite(one) for one in values]]
+        known = values[np.isfinite(values)]
         if not len(known):
             return None
         reached = at_kl(found.kl, values, kl)

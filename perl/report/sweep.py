@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Sweep:
         """Those of the first run; settings are judged by the first of them."""
         return qualities(self.stage, next(iter(self.cells[0].runs.values())))
 
-    @property
+    @cached_property
     def kl(self) -> float:
         """In nats a completion; 0 where nothing depends on it."""
         runs = [run for cell in self.cells for run in cell.runs.values()]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from perl.adapters import AdapterKind
+from perl.errors import UserError
 from perl.recipe import STAGES, Recipe, StageName
 from perl.report.runs import Run, read_run
 from perl.roles.roles import Role
@@ -21,12 +23,13 @@ from perl.stages.material import Material, read_material
 from perl.stages.pipeline import run
 from perl.stages.session import adapters_for, open_run
 from perl.stages.training import NotFiniteError
-from perl.sweep.setting import FULL, Setting
+from perl.sweep.setting import FULL, Setting, size_key
 from perl.system.progress import console
 
 DIVERGED = "diverged"
 """The file in a cell's folder that says so: it is not tried again."""
 COUNTED = "counted"
+"""A role that is there to have its weights counted."""
 
 
 @dataclass
@@ -69,11 +72,22 @@ class Cells:
             UserError: the data, the base or a setting cannot be used, or a folder holds another run.
         """
         lm = self._base(seeds[0])
+        if self.stage == "rl" and self.recipe.sft is not None:
+            self._check_merged(lm)
         for setting in settings:
             for seed in seeds:
                 RunFolder(setting.folder(self.out, seed)).check(setting.recipe(self.alone(seed), seed))
             if setting.kind != FULL:
                 adapters_for(setting.recipe(self.alone(seeds[0]), seeds[0]), lm)
+
+    def _check_merged(self, lm: PreTrainedModel) -> None:
+        kind, quantization = type(adapters_for(self.recipe, lm)), self.recipe.base.quantization
+        if kind.deltas is AdapterKind.deltas or quantization != "none":
+            raise UserError(
+                "the SFT policy, from which RL starts under every setting, cannot be merged into the base",
+                where=f"adapter.kind {self.recipe.adapter_kind}, base.quantization {quantization}",
+                remedy="Give the recipe adapters of kind lora on whole weights, or take its section sft out.",
+            )
 
     def run(self, setting: Setting, seed: int) -> Run | None:
         """Train a cell, or go on with it, or read it if it is finished; None if its training diverged."""
@@ -130,7 +144,13 @@ class Cells:
             export_role(open_run(folder), Role.SFT, "sft", folder / "merged", whole=True)
 
     def equally_large(self, settings: Sequence[Setting], seed: int) -> Iterator[Setting]:
-        """The settings in the sizes whose numbers of weights come nearest to the first one's."""
+        """The settings in the sizes whose numbers of weights come nearest to the first one's.
+
+        Full tuning, and kinds without a size, are left as they are.
+
+        Raises:
+            UserError: the first one is full tuning.
+        """
         lm = self._base(seed)
 
         def weights(setting: Setting) -> int:
@@ -142,8 +162,14 @@ class Cells:
                 adapters.remove()
 
         first, *others = settings
+        if first.kind == FULL:
+            what, remedy = "no adapters have as many weights as full tuning", "Name a kind of adapters first."
+            raise UserError(what, where="--equal-weights", remedy=remedy)
         yield first
         wanted = weights(first)
         for setting in others:
-            one, two = (weights(replace(setting, size=size)) for size in (1, 2))
+            if setting.kind == FULL or size_key(setting.kind) is None:
+                yield setting
+                continue
+            one, two = (weights(replace(setting, size=size)) for size in (1, 2))  # it grows linearly
             yield replace(setting, size=max(1, 1 + round((wanted - one) / (two - one))))

@@ -110,6 +110,7 @@ def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path
     for arguments, expected in (
         (["compare", str(recipe), "--seeds", "0"], "--seeds"),
         (["compare", str(recipe), "--steps", "2"], "--steps"),
+        (["compare", str(recipe), "--steps", "3", "--search-rates"], "Leave one of the two out"),
         (["compare", str(recipe), "rl.steps=none"], "rl.steps"),
         (["compare", str(recipe), "base.model=/no/model", "--out", str(tmp_path / "o")], "/no/model"),
         (["report", str(empty)], str(empty)),

@@ -12,6 +12,7 @@ from scipy import stats
 
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.training import NotFiniteError
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
 
@@ -122,6 +123,10 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
     supervised = {"batch_size": 4, "max_length": 64, "learning_rate": 0.01}
     recipe = write_recipe(data=data, sft=supervised, reward={**supervised}, rl=RL)
     out = tmp_path / "out"
+    code, text = run_cli("sweep", recipe, "--stage", "rl", "lora=null", "adapter={kind: prefix}", "--out", out)
+    assert code == 2, text
+    assert "cannot be merged into the base" in " ".join(text.split())
+    assert not out.exists()
     code, text = run_cli(
         "sweep", recipe, "--stage", "rl", "--kinds", "ia3,lora,full", "--seeds", "0", "--kl", "0.1", "--out", out
     )
@@ -152,6 +157,24 @@ def test_settings_of_equal_weights(run_cli: RunCli, recipe: Path, tmp_path: Path
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [(row["targets"], row["size"]) for row in rows] == [("attention", 9), ("mlp", 8)]
     assert rows[0]["trained_weights"] == rows[1]["trained_weights"] == 32 + 2 * 9 * 4 * 64
+
+
+def test_training_that_diverged_is_not_tried_again(
+    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def diverge(_: object, folder: Path, **__: object) -> None:
+        calls.append(1)
+        folder.mkdir(parents=True)
+        raise NotFiniteError("the loss was not finite", where="stage of reward", remedy="Lower its learning_rate.")
+
+    monkeypatch.setattr("perl.sweep.cells.run", diverge)
+    for _ in range(2):
+        code, text = run_cli("sweep", recipe, "--kinds", "lora", "--seeds", "0", "--out", tmp_path / "out")
+        assert code == 0, text
+        assert "lora is left out: its training diverged on every seed" in " ".join(text.split())
+    assert len(calls) == 1
 
 
 def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
@@ -187,6 +210,7 @@ def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Pa
         (["--seeds", "0,0"], "--seeds: 0 is there twice"),
         (["--seeds", "-1"], "--seeds: -1 is too small"),
         (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is reported too"),
+        (["--kinds", "full,lora", "--equal-weights"], "Name a kind of adapters first"),
         (["--stage", "rl"], "1 steps make no curve"),
         (["tuning=full"], "tuning: the recipe is one for full tuning"),
         (["base.quantization=4bit"], "Leave it out: --kinds lora"),

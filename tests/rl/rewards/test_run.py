@@ -26,7 +26,8 @@ def test_what_cannot_score_is_refused_before_anything_is_trained(
     for overrides, expected in (
         (["rl.anyway=false"], "the reward model is not fit for RL"),
         ([f"base.model={tiny_gpt2}"], "reads other tokens"),
-        ([f"rl.reward.run={tmp_path}"], "not a run folder"),
+        ([f"rl.reward.run={tmp_path}"], "this run has no reward model"),
+        (["rl.reward.run=nowhere"], "not a run folder"),
     ):
         code, text = run_cli("run", recipe, *overrides, "--out", tmp_path / "out")
         assert code == 2, text

@@ -3,7 +3,8 @@
     python -m benchmarks.kinds benchmarks/kinds.yaml --out DIR
 
 Each row is two `perl-rlhf sweep --search-rates`, of the reward model and of RL. They are run kind by kind, so that
-the table has whole rows whenever it is stopped; started again, it goes on. The table is written to DIR/table.md.
+the table, DIR/table.md, has whole rows whenever it is stopped; started again, it goes on. A kind that cannot be
+trained is left out.
 """
 
 import argparse
@@ -28,14 +29,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     arguments = parser.parse_args()
-    for count in range(1, len(arguments.kinds) + 1):
-        for stage, (_, options) in STAGES.items():
-            kinds = ["--kinds", ",".join(arguments.kinds[:count]), "--stage", stage, "--search-rates"]
-            command = ["sweep", str(arguments.recipe), *kinds, *options, "--out", str(arguments.out / stage)]
-            subprocess.run([sys.executable, "-m", "perl", *command], check=True)
+    done: list[str] = []
+    for kind in arguments.kinds:
+        finished = [swept(arguments.recipe, stage, [*done, kind], arguments.out / stage) for stage in STAGES]
+        if not all(finished):
+            print(f"{kind} is left out")
+            continue
+        done.append(kind)
         table = table_of(*(json.loads((arguments.out / stage / "sweep.json").read_text()) for stage in STAGES))
         (arguments.out / "table.md").write_text(table, encoding="utf-8")
-        print(table)
+        print(table, flush=True)
+
+
+def swept(recipe: Path, stage: str, kinds: list[str], out: Path) -> bool:
+    """Sweep a stage over these kinds; whether it came to its end."""
+    options = [
+        "--kinds",
+        ",".join(kinds),
+        "--stage",
+        stage,
+        "--search-rates",
+        *STAGES[stage][1],
+        "--out",
+        str(out),
+    ]
+    return (
+        subprocess.run([sys.executable, "-m", "perl", "sweep", str(recipe), *options], check=False).returncode == 0
+    )
 
 
 def table_of(*sweeps: dict[str, Any]) -> str:

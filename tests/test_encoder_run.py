@@ -10,7 +10,6 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from perl.commands.compare import variant
 from perl.commands.export import export
 from perl.predict import predict, read_subject
 from perl.recipe import Recipe
@@ -18,6 +17,7 @@ from perl.roles.roles import Role
 from perl.runs.folder import RunFolder
 from perl.stages.pipeline import run
 from perl.stages.reward import RewardTrainer
+from perl.sweep.setting import variant
 from tests.commands.test_export import CLASSIFIERS, DIALOGUES, TEXTS, assert_same, card_code, scores, texts_of
 from tests.conftest import RunCli, WriteRecipe, write_rows
 from tests.encoders import minilm, tiny_bert, tiny_roberta

@@ -17,7 +17,8 @@ def choose(
     """The linear layers and experts' parameters that get an adapter, by name, with the widths of their two sides.
 
     Args:
-        targets: `attention`, `all-linear` (experts included) or names of modules or of experts' parameters.
+        targets: `attention`, `mlp` (all others), `all-linear` (experts included) or names of modules or of
+            experts' parameters.
         layers: `all`, `top-half` or layer indices.
         section: the recipe's, which the user is told to change.
 
@@ -50,8 +51,8 @@ def chosen_layers(lm: PreTrainedModel, layers: str | list[int], section: str) ->
 def _wanted(name: str, targets: str | list[str]) -> bool:
     if targets == "all-linear":
         return True
-    if targets == "attention":
-        return "attn" in name or "attention" in name.lower()
+    if targets in ("attention", "mlp"):
+        return ("attn" in name or "attention" in name.lower()) == (targets == "attention")
     return name.rsplit(".", 1)[-1] in targets or name in targets
 
 

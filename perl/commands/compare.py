@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
+from perl.sweep.setting import FULL, Setting, variant
 from perl.system.files import user_named, write_json, write_metrics, write_whole
 from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from perl.predict import Memory
     from perl.report.tunings import CostRow, QualityRow
 
-FULL_LEARNING_RATE = 0.1
-"""Of LoRA's, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without Regret")."""
 TUNINGS = ("lora", "full")
 STEADY = 20
 """Steps from which the speed is told without a caveat."""
@@ -38,6 +38,12 @@ def compare(
         int | None,
         typer.Option("--steps", metavar="N", min=3, help="Measure memory and speed alone, over N steps a stage."),
     ] = None,
+    search_rates: Annotated[
+        bool,
+        typer.Option(
+            "--search-rates", help="Search both sides' learning rates, on a seed of its own, instead of assuming."
+        ),
+    ] = False,
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
@@ -45,33 +51,49 @@ def compare(
         key = f"{next(iter(loaded.starts))}.adapter"
         what = "full tuning would start from the base, and LoRA from an adapter: that is no comparison"
         raise UserError(what, where=key, remedy=f"Take {key} out.")
+    if steps is not None and search_rates:
+        what, remedy = "memory and speed do not depend on the learning rate", "Leave one of the two out."
+        raise UserError(what, where="--steps, --search-rates", remedy=remedy)
     say_loading()
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
         if steps is not None:
             _compare_costs(loaded, steps, folder)
-        else:
-            _compare_runs(loaded, folder, seeds)
+            return
+        searched_on = loaded.seed + seeds if search_rates else None
+        rates = {} if searched_on is None else _searched_rates(loaded, searched_on, folder / "rates")
+        _compare_runs(loaded, folder, seeds, rates, searched_on)
 
 
-def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
-    """The recipe under another tuning: full tuning at a tenth of the learning rates, with a critic of its own."""
-    content = recipe.model_dump()
-    if tuning == "full" and recipe.tuning == "lora":
-        for stage in recipe.stages:
-            if content[stage]["learning_rate"] != "auto":  # which follows the tuning by itself
-                content[stage]["learning_rate"] *= FULL_LEARNING_RATE
-        if content["rl"] is not None and content["rl"]["critic"] == "shared":
-            content["rl"]["critic"] = None
-        for stage in recipe.starts:  # there is no adapter
-            content[stage]["adapter"] = None
-    return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
+def _searched_rates(recipe: Recipe, seed: int, out: Path) -> dict[str, dict[StageName, float]]:
+    """The best learning rate of each stage under both tunings; LoRA's are RL's start under both."""
+    from perl.sweep.cells import Cells
+    from perl.sweep.rates import search
+
+    rates: dict[str, dict[StageName, float]] = {tuning: {} for tuning in TUNINGS}
+    for stage in recipe.stages:
+        cells = Cells(variant(recipe, "lora", seed, rates["lora"]), stage, out / stage)
+        settings = {"lora": Setting(recipe.adapter_kind), "full": Setting(FULL)}
+        cells.check(list(settings.values()), [seed])
+        for tuning, setting in settings.items():
+            rates[tuning][stage] = search(cells, setting, [seed]).best
+    return rates
 
 
-def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
+def _compare_runs(
+    recipe: Recipe,
+    out: Path,
+    seeds: int,
+    rates: Mapping[str, Mapping[StageName, float]],
+    searched_on: int | None,
+) -> None:
     """Run all stages under both tunings, print the table, write the page and compare.json.
 
     Every run is a process, for its peak memory; finished ones are not repeated.
+
+    Args:
+        rates: learning rates by tuning and stage; of the others full tuning has a tenth of LoRA's.
+        searched_on: the seed that they were searched on; None: they were not.
     """
     from perl.predict import predict, read_subject
     from perl.report.outcome import match_all
@@ -80,12 +102,13 @@ def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
     from perl.report.tunings import cost_rows, quality_rows
 
     folders, subject = [], read_subject(recipe)
-    predicted = {tuning: predict(variant(recipe, tuning, recipe.seed), subject) for tuning in TUNINGS}
+    recipes = {tuning: variant(recipe, tuning, recipe.seed, rates.get(tuning)) for tuning in TUNINGS}
+    predicted = {tuning: predict(one, subject) for tuning, one in recipes.items()}
     for seed in range(recipe.seed, recipe.seed + seeds):
-        for tuning in TUNINGS:
+        for tuning, one in recipes.items():
             folder = out / f"{tuning}-{seed}"
             console.print(f"[bold]{tuning}, seed {seed}[/] in {folder}")
-            _run(variant(recipe, tuning, seed), folder)
+            _run(one.model_copy(update={"seed": seed}), folder)
             _note(folder, predicted[tuning])
             folders.append(folder)
     lora, full = groups(read_runs(folders))
@@ -96,9 +119,27 @@ def _compare_runs(recipe: Recipe, out: Path, seeds: int) -> None:
     for quality in qualities:
         table.add_row("quality", quality.metric, *quality.cells)
     console.print(table)
+    used = {
+        tuning: {stage: one.section(stage).learning_rate for stage in one.stages}
+        for tuning, one in recipes.items()
+    }
+    how = "the recipe's, for full tuning a tenth of LoRA's, which is assumed (--search-rates searches both)"
+    if searched_on is not None:
+        how = f"searched on both sides, on seed {searched_on}, which is not reported"
+    pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
+    console.print(f"Learning rates: {how}; LoRA's and full tuning's of {', '.join(pairs)}.")
     rows = [{"stage": row.stage.lower(), "figure": row.metric, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.metric, **_means(quality)} for quality in qualities]
-    write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "rows": rows})
+    write_metrics(
+        out / "compare.json",
+        {
+            "name": recipe.name,
+            "seeds": seeds,
+            "learning_rates": used,
+            "rates_searched_on": searched_on,
+            "rows": rows,
+        },
+    )
     page = write_page(folders, out / "report.html")
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
 

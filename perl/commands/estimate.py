@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from perl.commands.compare import TUNINGS, variant
+from perl.commands.compare import TUNINGS
 from perl.commands.options import JsonFile, Overrides, RecipeFile, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.report.numbers import bytes_text
+from perl.sweep.setting import variant
 from perl.system.files import write_metrics
 from perl.system.progress import console, track
 from perl.system.typed_json import as_json

@@ -1,31 +1,28 @@
-"""`sweep`: one reward model for each rank and placement of its adapters, and under full tuning, over seeds.
+"""`sweep`: one stage under kinds, sizes and placements of adapters and under full tuning, over seeds.
 
-The table is that of PERL's Table 2 (arXiv 2403.10704): what the reward model loses at a lower rank. The paper puts
-adapters on attention projections; the other placement is all linear layers. α is the recipe's at every rank: with
-the adapter's output scaled by α/r, one learning rate then suits all ranks (Schulman et al. 2025, "LoRA Without
-Regret").
+Ranks share the recipe's α: with the adapter's output scaled by α/r, one learning rate then suits all of them
+(Schulman et al. 2025, "LoRA Without Regret"); `--search-rates` does not take that for granted.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.table import Table
 
-from perl.commands.compare import variant
-from perl.commands.options import Out, Overrides, RecipeFile, one_of, writing
+from perl.commands.options import Out, Overrides, RecipeFile, writing
 from perl.errors import UserError
-from perl.recipe import Recipe, load_recipe
+from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_metrics
 from perl.system.progress import console
 
 if TYPE_CHECKING:
     from perl.report.sweep import Sweep
+    from perl.sweep.cells import Cells
+    from perl.sweep.setting import Setting
 
-TARGETS = ("attention", "all-linear")
 T = TypeVar("T", str, int)
 
 
@@ -33,132 +30,93 @@ def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,
-    ranks: Annotated[str, typer.Option("--ranks", metavar="R,R", help="Ranks of the adapters.")] = "1,2,4,8,16",
+    stage: Annotated[
+        Literal["sft", "reward", "rl"], typer.Option("--stage", help="What is trained and judged.")
+    ] = "reward",
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            "--kinds",
+            metavar="K,K",
+            help="Kinds of adapters, and full; KIND:SIZE or KIND:SIZE@TARGETS fixes what the next options vary. "
+            "By default the recipe's kind, and full.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option("--ranks", metavar="R,R", help="Ranks, or other sizes, of kinds that have them.")
+    ] = "",
     targets: Annotated[
-        str, typer.Option("--targets", metavar="T,T", help="Where they are: attention, all-linear.")
-    ] = "attention,all-linear",
-    seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
-    full: Annotated[bool, typer.Option("--full/--no-full", help="Full tuning beside them.")] = True,
-    search_rates: Annotated[
-        bool, typer.Option("--search-rates", help="Search each setting's learning rate, on a seed of its own.")
+        str, typer.Option("--targets", metavar="T,T", help="Where adapters are, such as attention,mlp.")
+    ] = "",
+    equal_weights: Annotated[
+        bool, typer.Option("--equal-weights", help="Size each setting so that it has the first one's weights.")
     ] = False,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
+    search_rates: Annotated[
+        bool, typer.Option("--search-rates", help="Search each setting's learning rate, on seeds of their own.")
+    ] = False,
+    search_seeds: Annotated[
+        str, typer.Option("--search-seeds", metavar="S,S", help="These seeds; by default the one after the last.")
+    ] = "",
+    kl: Annotated[
+        float | None,
+        typer.Option("--kl", min=0, help="Judge RL at this KL; by default at the largest that all runs reached."),
+    ] = None,
 ) -> None:
-    """Train the reward model at several ranks and placements of its adapters, and whole, over seeds."""
+    """Train a stage under several kinds, sizes and placements of adapters, and whole, over seeds."""
+    from perl.sweep.cells import Cells
+    from perl.sweep.setting import FULL, parse_settings
+
     loaded = load_recipe(recipe, overrides)
-    rank_list, seed_list = _parse_list("--ranks", ranks, int), _parse_list("--seeds", seeds, int)
-    target_list = _parse_list("--targets", targets, str)
-    _check(loaded, rank_list, target_list, seed_list, full)
-    folder = out or Path("runs") / f"{loaded.name}-sweep"
+    reported = _parse_list("--seeds", seeds, int)
+    searched_on = (
+        _parse_list("--search-seeds", search_seeds or str(max(reported) + 1), int) if search_rates else []
+    )
+    settings = parse_settings(
+        _parse_list("--kinds", f"{loaded.adapter_kind},{FULL}" if kinds is None else kinds, str),
+        _parse_list("--ranks", ranks, int) if ranks else [],
+        _parse_list("--targets", targets, str) if targets else [],
+    )
+    _check(loaded, stage, settings, reported, searched_on)
+    folder = out or Path("runs") / f"{loaded.name}-{stage}-sweep"
     with writing(folder):
-        settings = [Setting(place, rank) for place in target_list for rank in sorted(rank_list)]
-        settings += [Setting()] * full
-        if search_rates:
-            settings = [_searched(setting, loaded, max(seed_list) + 1, folder) for setting in settings]
-        _sweep(loaded, folder, settings, seed_list)
+        cells = Cells(loaded, stage, folder)
+        cells.check(settings, [*searched_on, *reported])
+        if equal_weights:
+            settings = list(cells.equally_large(settings, reported[0]))
+        _sweep(cells, settings, reported, searched_on, kl)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is compared: adapters of one rank in one place, or full tuning (both None)."""
+def _sweep(
+    cells: "Cells",
+    settings: Sequence["Setting"],
+    seeds: Sequence[int],
+    searched_on: Sequence[int],
+    kl: float | None,
+) -> None:
+    """Setting by setting; page and sweep.json are written after each, so that they have whole rows."""
+    from perl.report.sweep import Cell, Sweep, write_sweep
+    from perl.sweep.rates import search
 
-    targets: str | None = None
-    rank: int | None = None
-    rate: float | None = None
-    """The learning rate; None: the recipe's, and a tenth of it under full tuning."""
-
-    @property
-    def name(self) -> str:
-        """As in attention-r4, full, or full-lr0.0001."""
-        name = "full" if self.targets is None else f"{self.targets}-r{self.rank}"
-        return name if self.rate is None else f"{name}-lr{self.rate:g}"
-
-    def folder(self, out: Path, seed: int) -> Path:
-        """Of its run with this seed."""
-        return out / f"{self.name}-{seed}"
-
-    def recipe(self, recipe: Recipe, seed: int) -> Recipe:
-        """The reward stage alone, with this setting."""
-        alone = Recipe.model_validate(recipe.model_dump() | {"sft": None, "rl": None})
-        content = variant(alone, "full" if self.targets is None else "lora", seed).model_dump()
-        if self.targets is not None:
-            content["lora"] |= {"targets": self.targets, "rank": self.rank}
-        if self.rate is not None:
-            content["reward"]["learning_rate"] = self.rate
-        return Recipe.model_validate(content)
-
-
-def _searched(setting: Setting, recipe: Recipe, seed: int, out: Path) -> Setting:
-    """The setting with its best learning rate on this seed, which is not one of those that are reported."""
-    from perl.measure.rate_search import search_rate
-    from perl.report.runs import read_run
-    from perl.runs.folder import RunFolder
-    from perl.stages.training import NotFiniteError
-
-    def score(rate: float) -> float:
-        tried = replace(setting, rate=rate)
-        folder = tried.folder(out, seed)
-        RunFolder(folder).check(tried.recipe(recipe, seed))
-        if not (folder / "report.json").exists():
-            try:
-                _run([tried], recipe, seed, out)
-            except NotFiniteError:
-                return -math.inf
-        stage = read_run(folder).report.stages.reward
-        assert stage is not None
-        value = stage.eval.pairwise_accuracy if stage.eval.compared else stage.eval.auroc
-        return -math.inf if value is None else value
-
-    default = setting.recipe(recipe, seed).reward
-    assert default is not None
-    found = search_rate(score, default.learning_rate)
-    beyond = "; it is at the edge of what was tried, and may lie beyond" if found.edge else ""
-    console.print(f"[bold]{setting.name}[/]: learning rate {found.best:g}, searched on seed {seed}{beyond}")
-    return replace(setting, rate=found.best)
-
-
-def _sweep(recipe: Recipe, out: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
-    """Train every reward model that is not finished, print the table, write the page and sweep.json.
-
-    Data and base are read once a seed, and once more for full tuning, which changes the base.
-    """
-    from perl.report import sweep as page
-    from perl.report.runs import read_runs
-    from perl.runs.folder import RunFolder
-
-    for seed in seeds:
-        for setting in settings:
-            RunFolder(setting.folder(out, seed)).check(setting.recipe(recipe, seed))
-    for seed in seeds:
-        waiting = [one for one in settings if not (one.folder(out, seed) / "report.json").exists()]
-        for together in ([one for one in waiting if one.targets], [one for one in waiting if not one.targets]):
-            if together:
-                _run(together, recipe, seed, out)
-    cells = [
-        page.Cell(setting.targets, setting.rank, tuple(read_runs(setting.folder(out, seed) for seed in seeds)))
-        for setting in settings
-    ]
-    result = page.Sweep(recipe.name, tuple(cells))
-    console.print(_table(result))
-    write_metrics(out / "sweep.json", result.as_json())
-    with user_named(out):
-        file = page.write_sweep(result, out / "report.html")
-    console.print(f"Written: {file}, sweep.json beside it, and the runs in {out}/")
-
-
-def _run(settings: Sequence[Setting], recipe: Recipe, seed: int, out: Path) -> None:
-    """Runs of one seed on one base, which adapters leave unchanged; full tuning runs alone."""
-    from perl.stages.material import read_material
-    from perl.stages.pipeline import run
-    from perl.stages.session import adapters_for
-
-    recipes = [setting.recipe(recipe, seed) for setting in settings]
-    material = read_material(recipes[0])
-    full = settings[0].targets is None
-    for one in () if full else recipes:  # that each fits is known first
-        adapters_for(one, material.lm)
-    for setting, one in zip(settings, recipes, strict=True):
-        console.print(f"[bold]{setting.name}, seed {seed}[/] in {setting.folder(out, seed)}")
-        run(one, setting.folder(out, seed), material=material)
+    rows: list[Cell] = []
+    result: Sweep | None = None
+    for setting in settings:
+        found = search(cells, setting, searched_on, kl) if searched_on else None
+        rated = setting if found is None else replace(setting, rate=found.best)
+        runs = {seed: run for seed in seeds if (run := cells.run(rated, seed)) is not None}
+        if not runs:
+            console.print(f"[yellow]{setting.words}[/] is left out: its training diverged on every seed.")
+            continue
+        rows.append(Cell(rated, runs, found))
+        result = Sweep(cells.recipe.name, cells.stage, tuple(seeds), tuple(searched_on), tuple(rows), kl)
+        write_metrics(cells.out / "sweep.json", result.as_json())
+        with user_named(cells.out):
+            write_sweep(result, cells.out / "report.html")
+    if result is not None:
+        console.print(_table(result))
+        for sentence in result.sentences:
+            console.print(sentence, markup=False)
+        console.print(f"Written: {cells.out}/report.html, sweep.json beside it, and the runs")
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
@@ -175,37 +133,49 @@ def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     return values
 
 
-def _check(recipe: Recipe, ranks: Sequence[int], targets: Sequence[str], seeds: Sequence[int], full: bool) -> None:
-    if recipe.reward is None:
-        where, remedy = f"recipe {recipe.name}", "Add `reward: {}` to it."
-        raise UserError("the recipe has no section reward", where=where, remedy=remedy)
+def _check(
+    recipe: Recipe,
+    stage: StageName,
+    settings: Sequence["Setting"],
+    seeds: Sequence[int],
+    searched_on: Sequence[int],
+) -> None:
+    from perl.report.outcome import MIN_STEPS
+    from perl.sweep.setting import FULL
+
+    if stage not in recipe.stages:
+        where, remedy = f"recipe {recipe.name}", f"Add `{stage}: {{}}` to it, or give another --stage."
+        raise UserError(f"the recipe has no section {stage}", where=where, remedy=remedy)
     if recipe.tuning == "full":
-        remedy = "Set tuning: lora, and reward.learning_rate to what suits LoRA: full tuning gets a tenth of it."
+        remedy = f"Set tuning: lora, and {stage}.learning_rate to what suits LoRA: full tuning gets a tenth of it."
         raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
-    for stage, folder in recipe.starts.items():
-        what = f"the recipe starts {stage} from {folder}, which has a rank and placement of its own"
-        raise UserError(what, where=f"{stage}.adapter", remedy="Take it out.")
-    if recipe.lora is None:
-        what = f"the recipe has adapters of kind {recipe.adapter_kind}, and ranks are LoRA's"
-        raise UserError(what, where="adapter", remedy="Set lora in the place of adapter.")
-    if full and recipe.base.quantization != "none":
+    for started, folder in recipe.starts.items():
+        what = f"the recipe starts {started} from {folder}, which has a rank and placement of its own"
+        raise UserError(what, where=f"{started}.adapter", remedy="Take it out.")
+    if recipe.base.quantization != "none" and any(one.kind == FULL for one in settings):
         what = "full tuning cannot train 4-bit weights"
-        raise UserError(what, where="base.quantization", remedy="Leave full tuning out: --no-full.")
-    for option, numbers, least in (("--ranks", ranks, 1), ("--seeds", seeds, 0)):
+        raise UserError(what, where="base.quantization", remedy="Leave it out: --kinds lora.")
+    for option, numbers, least in (
+        ("--ranks", [one.size for one in settings if one.size is not None], 1),
+        ("--seeds", seeds, 0),
+        ("--search-seeds", searched_on, 0),
+    ):
         if wrong := [number for number in numbers if number < least]:
             raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
-    for place in targets:
-        one_of("--targets", place, list(TARGETS))
+    if both := set(seeds) & set(searched_on):
+        what, remedy = f"{min(both)} is reported too", "Search on seeds that are not among --seeds."
+        raise UserError(what, where="--search-seeds", remedy=remedy)
+    if stage == "rl" and recipe.rl is not None and recipe.rl.steps < MIN_STEPS:
+        what = f"{recipe.rl.steps} steps make no curve to read at one KL"
+        raise UserError(what, where="rl.steps", remedy=f"Take at least {MIN_STEPS}.")
 
 
 def _table(result: "Sweep") -> Table:
     """What a terminal has room for; the page has the other metrics."""
-    from perl.report.sweep import QUALITIES
-
-    left_out = {QUALITIES[key][0] for key in result.keys[1:]} | {"time"}
+    left_out = {quality.name for quality in result.qualities[1:]}
     columns = {name: text for name, text in result.columns.items() if name not in left_out}
-    title = f"{result.name}: mean ± standard deviation over {result.seeds} seed(s)"
-    table = Table(*columns, title=title, padding=(0, 1, 0, 0))
+    over = f"mean ± half its 95 % interval over {len(result.seeds)} seed(s)"
+    table = Table(*columns, title=f"{result.name}, {result.stage}: {over}", padding=(0, 1, 0, 0))
     for cell in result.cells:
         table.add_row(*(text(cell) for text in columns.values()))
     return table

@@ -34,6 +34,24 @@ class RateSearch:
     edge: bool
 
 
+@dataclass(frozen=True)
+class BestRates:
+    """The best rates of one setting on several seeds.
+
+    Attributes:
+        rates: of each seed.
+        edge: on one seed at least, the best is the smallest or the largest that was tried: it may lie beyond.
+    """
+
+    rates: tuple[float, ...]
+    edge: bool
+
+    @property
+    def best(self) -> float:
+        """The geometric mean, to two significant digits."""
+        return grid_rate(math.exp(sum(map(math.log, self.rates)) / len(self.rates)), 0)
+
+
 def search_rate(score: Callable[[float], float], default: float) -> RateSearch:
     """Search around a default; of equal scores the rate nearest to it counts."""
     tried: dict[int, float] = {}

@@ -31,7 +31,7 @@ REFUSED = {
 }
 """Kinds that peft has, and ways to start LoRA, that are not here, and why."""
 
-Targets = Literal["attention", "all-linear"] | list[str]
+Targets = Literal["attention", "mlp", "all-linear"] | list[str]
 Layers = Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]]
 
 
@@ -46,8 +46,8 @@ class LoraSettings(Section):
     """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
     RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
     targets: Targets = "all-linear"
-    """Modules that get an adapter: attention projections (the paper), all linear layers and experts, or names. The
-    share of the blocks' weights that is covered is said at the start and in the report."""
+    """Modules that get an adapter: attention projections (the paper), the other linear layers and experts, all of
+    these, or names. The share of the blocks' weights that is covered is said at the start and in the report."""
     layers: Layers = "all"
     """Blocks that get adapters. What lies below all of them is computed once for all roles."""
     b_learning_rate_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -165,7 +165,7 @@ def _of_its_kind(section: Any) -> Any:
     kind = section.get("kind") if isinstance(section, Mapping) else None
     if not isinstance(kind, str):
         return section
-    settings = _settings_type(kind)
+    settings = settings_of_kind(kind)
     try:
         return settings.model_validate(section)
     except ValidationError as error:
@@ -177,7 +177,7 @@ def _of_its_kind(section: Any) -> Any:
         raise ValueError(f"{key} {says}: kind {kind} has {', '.join(settings.model_fields)}") from None
 
 
-def _settings_type(kind: str) -> type[Section]:
+def settings_of_kind(kind: str) -> type[Section]:
     if (why := REFUSED.get(kind.lower().replace("-", "_"))) is not None:
         raise ValueError(f"kind {kind} is not supported, because {why}: use kind {LORA}")
     known = BUILT_IN | {name: row.settings_type for name, row in _registered().items()}

@@ -126,7 +126,8 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     rewards = [rl.get(key) for key in ("reward", "eval_reward")] if isinstance(rl, dict) else []
     places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
     places += [(content.get(stage), key) for stage in STAGES for key in ("from", "adapter")]
-    places += [(part, "function") for one in rewards for part in (one if isinstance(one, list) else [one])]
+    parts = [part for one in rewards for part in (one if isinstance(one, list) else [one])]
+    places += [(part, key) for part in parts for key in ("function", "run")]
     for section, key in places:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _resolved(section[key], folder)

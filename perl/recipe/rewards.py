@@ -102,6 +102,19 @@ class ModelPart(RewardPart):
         return None
 
 
+class RunPart(RewardPart):
+    """The reward model of another run, on that run's base, which is loaded beside this one's.
+
+    So the policy's adapters may be of another kind than the reward model's.
+    """
+
+    run: str
+    """The folder of a run whose reward stage is finished; its base has this one's tokenizer."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        return context.model_of(self.run)
+
+
 class FunctionPart(RewardPart):
     """A function of the user's own."""
 
@@ -180,6 +193,7 @@ class JsonSchemaPart(RewardPart):
 
 REWARDS: dict[str, type[RewardPart]] = {
     "model": ModelPart,
+    "run": RunPart,
     "function": FunctionPart,
     "length": LengthPart,
     "math": MathPart,

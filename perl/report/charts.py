@@ -1,4 +1,4 @@
-"""The plots of any stage by step, of the reward model, of costs, and of a sweep's qualities by rank."""
+"""The plots of any stage by step, of the reward model, of costs, and of a sweep's qualities by trained weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from perl.measure.metrics import ReliabilityBin
 from perl.measure.probe import PHASES
 from perl.measure.reward_model_card import RewardModelCard
-from perl.report.numbers import Spread, bytes_text, decimal, percent, seconds_text, spread_text
+from perl.report.numbers import Spread, bytes_text, count_text, decimal, mean_text, percent, seconds_text
 from perl.report.outcome import smooth, window
 from perl.report.runs import Group, Series
 from perl.report.svg import BG, FG, MUTED, SERIES, Plot, drawing, titled, to_svg
@@ -194,24 +194,18 @@ def _bars(bars: Sequence[Bar], order: Sequence[str], plot: str, spoken: str, wid
         return to_svg(drawn, plot, spoken)
 
 
-def rank_plot(name: str, label: str, places: Mapping[str, Mapping[int, Spread]], full: Spread | None) -> Markup:
-    """A quality by rank, a line for each placement of the adapters, full tuning as a band."""
-    ranks = sorted({rank for values in places.values() for rank in values})
-    with drawing() as drawn:
-        axes = titled(drawn.subplots(), f"{label} by rank", "rank", label)
-        for number, (place, values) in enumerate(places.items()):
-            x = [ranks.index(rank) + 0.08 * (number - (len(places) - 1) / 2) for rank in values]
-            means, errors = [one.mean for one in values.values()], [one.sd or 0.0 for one in values.values()]
-            colour, marker = SERIES[number], MARKERS[number]
-            axes.errorbar(x, means, yerr=errors, color=colour, marker=marker, capsize=4, label=place)
-        if full is not None:
-            axes.axhline(full.mean, color=FG, linewidth=1.4, linestyle=(0, (5, 2)), label="full tuning")
-            sd = full.sd or 0.0
-            axes.axhspan(full.mean - sd, full.mean + sd, color=MUTED, alpha=0.18, linewidth=0)
-        axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
+    """A quality by the number of trained weights, with 95 % intervals; a line for what differs in size alone."""
+    with drawing(width=8.0, height=3.6) as drawn:
+        axes = titled(drawn.subplots(), f"{label} by trained weights", "trained weights", label)
+        for number, (what, points) in enumerate(lines.items()):
+            weights, means = [count for count, _ in points], [one.mean for _, one in points]
+            errors = [0.0 if one.interval is None else one.interval[1] - one.mean for _, one in points]
+            colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+            axes.errorbar(weights, means, yerr=errors, color=colour, marker=marker, capsize=4, label=what)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: count_text(value))
         axes.margins(x=0.08, y=0.15)
-        drawn.legend(loc="outside upper left", ncols=3, handlelength=2.6)
-        cells = [(f"{place}, rank {n}", one) for place, values in places.items() for n, one in values.items()]
-        every = [*cells, *([("full tuning", full)] if full is not None else [])]
-        spoken = "; ".join(f"{what} {spread_text(one, 3)}" for what, one in every)
-        return to_svg(drawn, name, f"{label} by rank: {spoken}")
+        drawn.legend(loc="outside right upper", handlelength=2.6)
+        cells = [f"{what} with {n:,} {mean_text(one, 3)}" for what, points in lines.items() for n, one in points]
+        return to_svg(drawn, name, f"{label} by trained weights: {'; '.join(cells)}")

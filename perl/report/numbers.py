@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
@@ -22,6 +23,14 @@ class Spread:
     mean: float
     sd: float | None
     n: int
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the mean, by Student's distribution with n - 1 degrees of freedom."""
+        if self.sd is None:
+            return None
+        half = float(stdtrit(self.n - 1, 0.975)) * self.sd / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -101,6 +110,13 @@ def spread_text(value: Spread | None, places: int = 2, sign: bool = False) -> st
         return NONE
     mean = signed(value.mean, places) if sign else decimal(value.mean, places)
     return mean if value.sd is None else f"{mean}{GAP}±{GAP}{decimal(value.sd, places)}"
+
+
+def mean_text(value: Spread | None, places: int = 2, sign: bool = False) -> str:
+    """As in 0.71 ± 0.03, where the second number is half of the mean's 95 % interval."""
+    if value is None or value.interval is None:
+        return spread_text(value, places, sign)
+    return spread_text(Spread(value.mean, value.interval[1] - value.mean, value.n), places, sign)
 
 
 def plus_minus(value: Spread) -> str:

@@ -1,196 +1,257 @@
-"""A sweep: reward models by rank and placement of their adapters, beside full tuning; its table and its page."""
+"""A sweep: one stage under several settings; quality, weights, memory and time of each, and what they show."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perl.measure.reward_model_card import RewardModelCard
-from perl.report.charts import rank_plot
-from perl.report.numbers import GAP, NONE, Spread, bytes_text, count_text, seconds_text, spread, spread_text
+from perl.measure.rate_search import BestRates
+from perl.recipe import StageName
+from perl.report.charts import weights_plot
+from perl.report.numbers import (
+    NONE,
+    Spread,
+    bytes_text,
+    count_text,
+    decimal,
+    mean_text,
+    seconds_text,
+    signed,
+    spread,
+)
+from perl.report.outcome import curve, match
+from perl.report.quality import Quality, qualities
 from perl.report.runs import Run
 from perl.report.svg import Plot
 from perl.report.templates import filled
-from perl.results import RewardStage
+from perl.results import StageResult
+from perl.runs.folder import STAGE_ROLE
+from perl.sweep.setting import Setting
 from perl.system.files import write_whole
 
-QUALITIES: dict[str, tuple[str, Callable[[RewardModelCard], float | None]]] = {
-    "auroc": ("AUROC", lambda card: card.auroc),
-    "pairwise_accuracy": ("pairwise accuracy", lambda card: card.pairwise_accuracy),
-    "accuracy": ("accuracy", lambda card: card.accuracy),
-}
-COPIES = 4
-"""A trainable weight, its gradient and Adam's two moments, all of one dtype."""
-CLOSE = 0.01
-"""A quality at most so much below full tuning's counts as good."""
+PLACES = 3
+"""Of a quality."""
+DIRECTIONS = ("higher", "lower", "no difference shown", "one seed, may be chance")
+"""What an interval of a difference allows to say."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one setting, one a seed. No rank and no targets: full tuning."""
+    """The runs of one setting by their seeds; `searched`: its rates, if they were searched."""
 
-    targets: str | None
-    rank: int | None
-    runs: tuple[Run, ...]
-
-    @property
-    def stages(self) -> list[RewardStage]:
-        """The reward stages."""
-        return [run.report.stages.reward for run in self.runs if run.report.stages.reward is not None]
+    setting: Setting
+    runs: Mapping[int, Run]
+    searched: BestRates | None = None
 
     @property
-    def rate(self) -> float | None:
-        """The learning rate; None where the folder has no recipe."""
-        rate = self.runs[0].section("reward").get("learning_rate")
-        return rate if isinstance(rate, float) else None
+    def searched_at_edge(self) -> bool:
+        """Whether the best rate may lie beyond what was tried."""
+        return self.searched is not None and self.searched.edge
 
-    @property
-    def name(self) -> str:
-        """In words."""
-        return "full tuning" if self.targets is None else f"{self.targets}, rank {self.rank}"
-
-    @property
-    def parameters(self) -> int:
-        """Trainable ones, the head's among them."""
-        return self.stages[0].trainable_parameters
-
-    @property
-    def trained_bytes(self) -> int:
-        """Of trainable weights, their gradients and Adam's two moments."""
-        return COPIES * self.stages[0].memory["load"].kinds["base_weights" if self.targets is None else "adapters"]
-
-    def mean(self, cost: Callable[[RewardStage], float]) -> float:
+    def mean(self, stage: StageName, cost: Callable[[StageResult], float]) -> float:
         """Of a cost, over the seeds."""
-        return sum(map(cost, self.stages)) / len(self.stages)
-
-    def quality(self, key: str) -> Spread | None:
-        """One of `QUALITIES`, over the seeds."""
-        return spread(QUALITIES[key][1](stage.eval) for stage in self.stages)
+        return sum(cost(run.stages[stage]) for run in self.runs.values()) / len(self.runs)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells of a sweep: those with adapters by targets and rank, then full tuning if it was run."""
+    """All settings of a sweep, none without a run; the others are compared with the first one, seed by seed.
+
+    Attributes:
+        seeds: that were run of each setting, but for those that diverged.
+        searched_on: the seeds that learning rates were searched on; none: they were not.
+        at: the KL that RL is judged at; None: the largest that all runs reached.
+    """
 
     name: str
+    stage: StageName
+    seeds: tuple[int, ...]
+    searched_on: tuple[int, ...]
     cells: tuple[Cell, ...]
+    at: float | None = None
 
     @property
-    def seeds(self) -> int:
-        """Runs of each cell."""
-        return len(self.cells[0].runs)
+    def qualities(self) -> list[Quality]:
+        """Those of the first run; settings are judged by the first of them."""
+        return qualities(self.stage, next(iter(self.cells[0].runs.values())))
+
+    @cached_property
+    def kl(self) -> float:
+        """In nats a completion; 0 where nothing depends on it."""
+        runs = [run for cell in self.cells for run in cell.runs.values()]
+        matched = match([curve(run.metrics["policy"]) for run in runs]) if self.at is None else None
+        return matched.kl if matched is not None else self.at or 0.0
+
+    def quality(self, cell: Cell, quality: Quality) -> Spread | None:
+        """Over the seeds."""
+        kl = self.kl
+        return spread(quality.value(run, kl) for run in cell.runs.values())
+
+    def difference(self, cell: Cell) -> Spread | None:
+        """The first quality less the first setting's, seed by seed; None of the first setting itself."""
+        first, quality, kl = self.cells[0], self.qualities[0], self.kl
+        if cell is first:
+            return None
+        pairs = [(quality.value(run, kl), quality.value(first.runs[seed], kl)) for seed, run in self._pairs(cell)]
+        return spread(one - other for one, other in pairs if one is not None and other is not None)
+
+    def _pairs(self, cell: Cell) -> list[tuple[int, Run]]:
+        return [(seed, run) for seed, run in cell.runs.items() if seed in self.cells[0].runs]
+
+    def rate_ratio(self, cell: Cell) -> Spread | None:
+        """Of the best rate to the first setting's, as a logarithm to base 10, over the seeds of the search."""
+        own, first = cell.searched, self.cells[0].searched
+        if cell is self.cells[0] or own is None or first is None:
+            return None
+        return spread(math.log10(one / other) for one, other in zip(own.rates, first.rates, strict=True))
 
     @property
-    def full(self) -> Cell | None:
-        """Full tuning, if it was run."""
-        return next((cell for cell in self.cells if cell.targets is None), None)
-
-    @property
-    def keys(self) -> list[str]:
-        """The qualities that every cell has; the first one is what the model was trained for."""
-        keys = [key for key in QUALITIES if all(cell.quality(key) is not None for cell in self.cells)]
-        compared = self.cells[0].stages[0].eval.compared
-        return sorted(keys, key=lambda key: key != "pairwise_accuracy") if compared else keys
+    def sentences(self) -> list[str]:
+        """What the runs show beside the first setting: a direction only where its interval leaves it."""
+        name, first = self.qualities[0].name, self.cells[0].setting.words
+        said = _grouped(f"{_capital(name)}, beside {first}", self.difference, self.cells[1:], _difference_text)
+        return said + _grouped(f"Best learning rate, beside {first}", self.rate_ratio, self.cells[1:], _ratio_text)
 
     @property
     def columns(self) -> dict[str, Callable[[Cell], str]]:
         """Of the table: each head and the text of its cells."""
-        columns: dict[str, Callable[[Cell], str]] = {
-            "adapters on": lambda cell: cell.targets or "full tuning",
-            "rank": lambda cell: "" if cell.rank is None else str(cell.rank),
-        }
-        if any(cell.rate is not None for cell in self.cells):
-            columns["rate"] = lambda cell: NONE if cell.rate is None else f"{cell.rate:g}"
-        for key in self.keys:
-            columns[QUALITIES[key][0]] = lambda cell, key=key: spread_text(cell.quality(key), 3)  # type: ignore[misc]
-            if key == self.keys[0] and self.full:
-                columns["less full tuning's"] = lambda cell: spread_text(self.behind(cell), 3, sign=True)
-        return columns | {
-            "trained": lambda cell: count_text(cell.parameters),
-            "their memory": lambda cell: bytes_text(cell.trained_bytes),
-            "peak": lambda cell: bytes_text(cell.mean(lambda stage: stage.peak_memory_bytes)),
-            "time": lambda cell: seconds_text(cell.mean(lambda stage: stage.seconds)),
+        shown: dict[str, Callable[[Cell], str]] = {"setting": lambda cell: cell.setting.words}
+        shown["rate"] = self._rate_text
+        for quality in self.qualities:
+            shown[quality.name] = lambda cell, quality=quality: mean_text(self.quality(cell, quality), PLACES)  # type: ignore[misc]
+            if quality is self.qualities[0]:
+                shown["less the first's"] = lambda cell: mean_text(self.difference(cell), PLACES, sign=True)
+        return shown | {
+            "trained": lambda cell: count_text(self.weights(cell)),
+            "peak": lambda cell: bytes_text(cell.mean(self.stage, lambda stage: stage.peak_memory_bytes)),
+            "a step": lambda cell: seconds_text(self.seconds(cell)),
         }
 
-    def behind(self, cell: Cell) -> Spread | None:
-        """The first quality less full tuning's, seed by seed; None of full tuning itself, or without it."""
-        if self.full is None or cell.targets is None:
-            return None
-        value = QUALITIES[self.keys[0]][1]
-        pairs = zip(cell.stages, self.full.stages, strict=True)
-        differences = [(value(one.eval), value(other.eval)) for one, other in pairs]
-        return spread(one - other for one, other in differences if one is not None and other is not None)
+    def _rate_text(self, cell: Cell) -> str:
+        rate = next(iter(cell.runs.values())).section(self.stage).get("learning_rate", NONE)
+        edge = " (edge)" if cell.searched_at_edge else ""
+        return f"{rate:.2g}{edge}" if isinstance(rate, float) else f"{rate}"
+
+    def weights(self, cell: Cell) -> int:
+        """Trainable ones, a head's among them."""
+        return round(cell.mean(self.stage, lambda stage: stage.trainable_parameters))
+
+    def seconds(self, cell: Cell) -> float:
+        """Of a step."""
+        role = STAGE_ROLE[self.stage]
+        steps = [max(map(len, run.metrics[role].values()), default=1) for run in cell.runs.values()]
+        return cell.mean(self.stage, lambda stage: stage.seconds) * len(steps) / sum(steps)
 
     @property
-    def bottom_line(self) -> str:
-        """The leanest setting that is as good as full tuning; or, without it, the best one."""
-        what = QUALITIES[self.keys[0]][0]
-        if self.full is None:
-            known = [(value, cell) for cell in self.cells if (value := cell.quality(self.keys[0]))]
-            value, best = max(known, key=lambda pair: pair[0].mean)
-            return f"The best mean {what} is that of {best.name}: {spread_text(value, 3)}."
-        for cell in sorted(self.cells, key=lambda cell: cell.parameters):
-            difference = self.behind(cell)
-            if difference is not None and difference.mean >= -CLOSE:
-                share = 100 * cell.trained_bytes / self.full.trained_bytes
-                return (
-                    f"The leanest setting whose {what} is at most {CLOSE} below full tuning's is {cell.name}: "
-                    f"{spread_text(difference, 3, sign=True)}, with {share:.2g}{GAP}% of its trained memory."
-                )
-        return f"No setting comes within {CLOSE} of full tuning's {what}."
+    def reached(self) -> str:
+        """How many runs reached the KL; empty where nothing depends on it."""
+        if self.stage != "rl":
+            return ""
+        curves = [
+            found for cell in self.cells for run in cell.runs.values() if (found := curve(run.metrics["policy"]))
+        ]
+        below = sum(float(found.kl.max()) < self.kl for found in curves)
+        ends = f"; {below} of {len(curves)} runs stay below it and are judged at their end" if below else ""
+        return f"RL is judged at a KL of {decimal(self.kl)} nats a completion{ends}."
 
     def as_json(self) -> dict[str, Any]:
         """The table's metrics."""
         return {
             "name": self.name,
-            "seeds": [run.report.seed for run in self.cells[0].runs],
-            "spread": "sample standard deviation over seeds",
-            "bottom_line": self.bottom_line,
+            "stage": self.stage,
+            "seeds": list(self.seeds),
+            "rates_searched_on": list(self.searched_on),
+            "kl": self.kl if self.stage == "rl" else None,
+            "interval": "95 %, of the mean over seeds, by Student's t",
+            "sentences": self.sentences,
             "rows": [self._metrics(cell) for cell in self.cells],
         }
 
     def _metrics(self, cell: Cell) -> dict[str, Any]:
-        spreads = {key: cell.quality(key) for key in self.keys} | {"less_full": self.behind(cell)}
-        spreads["seconds"] = spread(stage.seconds for stage in cell.stages)
+        ratio = self.rate_ratio(cell)
         return {
-            "targets": cell.targets or "full",
-            "rank": cell.rank,
-            "learning_rate": cell.rate,
-            "trainable_parameters": cell.parameters,
-            "trained_memory_bytes": cell.trained_bytes,
-            "peak_memory_bytes": cell.mean(lambda stage: stage.peak_memory_bytes),
-            **{key: None if value is None else asdict(value) for key, value in spreads.items()},
+            "name": cell.setting.name,
+            **asdict(cell.setting),
+            "rates": None if cell.searched is None else list(cell.searched.rates),
+            "rate_at_edge": cell.searched_at_edge,
+            "rate_ratio_log10": _spread_json(ratio),
+            **{quality.name: _spread_json(self.quality(cell, quality)) for quality in self.qualities},
+            "difference": _spread_json(self.difference(cell)),
+            "trained_weights": self.weights(cell),
+            "peak_memory_bytes": cell.mean(self.stage, lambda stage: stage.peak_memory_bytes),
+            "seconds_a_step": self.seconds(cell),
         }
+
+
+def _grouped(
+    what: str, value: Callable[[Cell], Spread | None], cells: Sequence[Cell], text: Callable[[Spread], str]
+) -> list[str]:
+    """A sentence for each direction that is shown, one for those where none is, one for single runs."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        if (found := value(cell)) is not None:
+            edge = ", at the edge of what was tried" if text is _ratio_text and cell.searched_at_edge else ""
+            groups.setdefault(_direction(found), []).append(f"{cell.setting.words} ({text(found)}{edge})")
+    return [
+        f"{what}, {direction}: {'; '.join(groups[direction])}." for direction in DIRECTIONS if direction in groups
+    ]
+
+
+def _capital(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _direction(value: Spread) -> str:
+    higher, lower, unclear, single = DIRECTIONS
+    if value.interval is None:
+        return single
+    low, high = value.interval
+    return higher if low > 0 else lower if high < 0 else unclear
+
+
+def _difference_text(value: Spread) -> str:
+    if value.interval is None:
+        return signed(value.mean, PLACES)
+    return " to ".join(signed(end, PLACES) for end in value.interval)
+
+
+def _ratio_text(value: Spread) -> str:
+    """Of a logarithm to base 10."""
+    if value.interval is None:
+        return f"{10**value.mean:.2g} times"
+    low, high = (f"{10**end:.2g}" for end in value.interval)
+    return f"{10**value.mean:.2g} times, {low} to {high}"
+
+
+def _spread_json(value: Spread | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value) | {"interval": value.interval}
 
 
 def write_sweep(sweep: Sweep, file: Path) -> Path:
     """Write the page of a sweep; return the file."""
-    first = sweep.cells[0]
-    baselines = [stage.eval.tfidf_baseline for stage in first.stages]
-    tfidf = spread(baseline.value for baseline in baselines)
+    first = next(iter(sweep.cells[0].runs.values()))
+    runs = [(run.path.name, cell.setting.words, seed) for cell in sweep.cells for seed, run in cell.runs.items()]
     content = {
         "sweep": sweep,
         "columns": list(sweep.columns),
         "rows": [[text(cell) for text in sweep.columns.values()] for cell in sweep.cells],
-        "plots": [_plot(sweep, key) for key in sweep.keys],
-        "tfidf": f"{QUALITIES[baselines[0].metric][0]} {spread_text(tfidf, 3)}" if tfidf else "",
-        "runs": [(run.path.name, cell.name, run.report.seed) for cell in sweep.cells for run in cell.runs],
-        "eval": first.stages[0].eval,
-        "first": first.runs[0],
+        "plot": _plot(sweep, sweep.qualities[0]),
+        "runs": runs,
+        "first": first,
     }
     write_whole(file, filled("sweep.html.j2", content))
     return file
 
 
-def _plot(sweep: Sweep, key: str) -> Plot:
-    label = QUALITIES[key][0]
-    label = label[0].upper() + label[1:]
-    places: dict[str, dict[int, Spread]] = {}
+def _plot(sweep: Sweep, quality: Quality) -> Plot:
+    label = _capital(quality.name)
+    lines: dict[str, list[tuple[int, Spread]]] = {}
     for cell in sweep.cells:
-        if cell.targets is not None and cell.rank is not None and (value := cell.quality(key)) is not None:
-            places.setdefault(cell.targets, {})[cell.rank] = value
-    svg = rank_plot(f"sweep-{key}", label, places, sweep.full.quality(key) if sweep.full else None)
-    band = ", and so does the band around full tuning" if sweep.full else ""
-    bars = f"Bars show one standard deviation over {sweep.seeds} seeds to either side{band}."
+        if (value := sweep.quality(cell, quality)) is not None:
+            lines.setdefault(cell.setting.line, []).append((sweep.weights(cell), value))
+    svg = weights_plot("sweep", label, lines)
+    bars = f"Bars show the 95 % interval of the mean over {len(sweep.seeds)} seeds."
     chance = "One seed each: differences may be chance."
-    return Plot(svg, f"{label} on held-out answers. {bars if sweep.seeds > 1 else chance}")
+    return Plot(svg, bars if len(sweep.seeds) > 1 else chance)

@@ -14,6 +14,7 @@ from perl.runs.folder import STAGE_ROLE
 from perl.stages import reuse, reward, rl, sft
 from perl.stages.material import Material
 from perl.stages.report_file import LivePage, write_report
+from perl.stages.rl_setup import unfit_for_rl
 from perl.stages.session import Session, open_session
 from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
@@ -111,12 +112,7 @@ def _unfit_reward(session: Session) -> UserError | None:
         return None
     if not any(part.needs_model for part in settings.reward_parts):
         return None
-    return UserError(
-        f"the reward model is not fit for RL: {reward.eval.verdict.reasons[0]}",
-        where=str(session.folder.role(STAGE_ROLE["reward"])),
-        remedy="Train a better one: more ratings, a stronger base. Or train against it all the same, by "
-        "rl.anyway=true: the verdict then stands beside the report's headline.",
-    )
+    return unfit_for_rl(reward.eval.verdict, str(session.folder.role(STAGE_ROLE["reward"])))
 
 
 def _train(session: Session, stage: StageName) -> StageResult:

@@ -129,6 +129,9 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
     for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
         file, _, name = json.loads(flat.pop(key)).rpartition(":")
         flat |= {f"{key} (name)": name, f"{key} (file)": file_sha256(Path(file))}
+    for key in [key for key in flat if key.endswith(".run")]:  # what that reward model depends on
+        folder = RunFolder(Path(json.loads(flat.pop(key))))
+        flat[f"{key} (file)"] = file_sha256(folder.role(Role.REWARD) / FILE)
     plugins = [file for file in recipe.plugins if stage == "rl" or not adds_to(file) <= ONLY_RL]
     return flat | ({"plugins": _hash([plugin_sha256(file) for file in plugins])} if plugins else {})
 

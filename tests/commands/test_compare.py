@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from perl.commands.compare import variant
 from perl.recipe import Recipe, load_recipe
+from perl.stages.pipeline import run
+from perl.sweep.setting import variant
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {
@@ -64,6 +65,29 @@ def test_both_tunings_are_run_and_compared(run_cli: RunCli, recipe: Path, tmp_pa
     assert 'src="http' not in page
 
 
+def test_rates_are_searched_on_both_sides(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the seed after the last; the runs have them, and the output says so. In this process, for its time."""
+    monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
+    monkeypatch.setattr("perl.commands.compare._run", run)
+    out = tmp_path / "out"
+    code, text = run_cli("compare", write_recipe(rl=None), "--search-rates", "--out", out)
+    assert code == 0, text
+    assert "Learning rates: searched on both sides, on seed 1" in " ".join(text.split())
+    found = json.loads((out / "compare.json").read_text())
+    assert found["rates_searched_on"] == 1
+    for tuning, rates in (("lora", (3.2e-4, 1e-3, 3.2e-3)), ("full", (3.2e-5, 1e-4, 3.2e-4))):
+        tried = {
+            float(path.name.split("-lr")[1].rpartition("-")[0]) for path in out.glob(f"rates/reward/{tuning}*-1")
+        }
+        assert tried == set(rates)
+        recipe = load_recipe(out / f"{tuning}-0" / "recipe.yaml")
+        assert recipe.reward is not None
+        assert found["learning_rates"][tuning] == {"reward": recipe.reward.learning_rate}
+        assert min(rates) <= recipe.reward.learning_rate <= max(rates)
+
+
 def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
@@ -103,6 +127,7 @@ def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path
     for arguments, expected in (
         (["compare", str(recipe), "--seeds", "0"], "--seeds"),
         (["compare", str(recipe), "--steps", "2"], "--steps"),
+        (["compare", str(recipe), "--steps", "3", "--search-rates"], "Leave one of the two out"),
         (["compare", str(recipe), "rl.steps=none"], "rl.steps"),
         (["compare", str(recipe), "base.model=/no/model", "--out", str(tmp_path / "o")], "/no/model"),
         (["report", str(empty)], str(empty)),

@@ -1,17 +1,30 @@
-"""`sweep`: reward models by rank and placement, on one base; what it writes, and what it refuses."""
+"""`sweep`: one stage under several settings, on one base; what it writes, and what it refuses."""
 
 import html
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft.tuners.lora import LoraLayer
+from scipy import stats
 
 from perl.roles.roles import Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.training import NotFiniteError
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
+
+RL = {
+    "steps": 5,
+    "prompts_per_step": 4,
+    "micro_batch_size": 4,
+    "max_new_tokens": 4,
+    "eval_prompts": 2,
+    "algorithm": "reinforce",
+    "critic": "none",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +34,7 @@ def _blank_plots() -> None:
 
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe) -> Path:
-    """SFT and RL are left out by the sweep."""
+    """SFT and RL are left out by a sweep of the reward model."""
     return write_recipe(sft={"batch_size": 4, "max_length": 64})
 
 
@@ -34,52 +47,52 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 def test_every_setting_is_trained_and_told(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
     """The last of several runs on one base has the scores of a run in a folder of its own."""
     out = tmp_path / "out"
-    arguments = ("--ranks", "2,1", "--targets", "attention", "--seeds", "0,3", "--out", out)
-    code, text = run_cli("sweep", recipe, *arguments)
+    kinds = ("--kinds", "lora,miss:2@mlp,full", "--ranks", "1,2", "--targets", "attention")
+    code, text = run_cli("sweep", recipe, *kinds, "--seeds", "0,3", "--out", out)
     assert code == 0, text
-    table = text.partition("mean ± standard deviation")[2]
-    assert "attention" in table
+    table = text.partition("95 % interval over")[2]
+    assert "miss on mlp, rank 2" in " ".join(table.split())
     assert "…" not in table  # no column is cut off
-    names = [f"{name}-{seed}" for name in ("attention-r1", "attention-r2", "full") for seed in (0, 3)]
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
+    names = ("full", "lora-attention-1", "lora-attention-2", "miss-mlp-2")
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        f"{n}-{s}" for n in names for s in (0, 3)
+    ]
     for name, overrides in (
-        ("attention-r2-3", ["lora.rank=2", "lora.targets=attention"]),
+        ("lora-attention-2-3", ["lora.rank=2", "lora.targets=attention"]),
+        ("miss-mlp-2-3", ["lora=null", "adapter={kind: miss, rank: 2, targets: mlp}"]),
         ("full-3", ["tuning=full", "reward.learning_rate=1e-4"]),
     ):
         alone = tmp_path / name
         code, text = run_cli("run", recipe, "seed=3", "sft=null", "rl=null", *overrides, "--out", alone)
         assert code == 0, text
         assert metrics_of(out / name) == metrics_of(alone)
-    assert metrics_of(out / "attention-r1-0")["recorded"] != metrics_of(out / "attention-r2-0")["recorded"]
+    assert metrics_of(out / "lora-attention-1-0")["recorded"] != metrics_of(out / "lora-attention-2-0")["recorded"]
     _check_table(out)
 
 
 def _check_table(out: Path) -> None:
     found = json.loads((out / "sweep.json").read_text())
     assert found["seeds"] == [0, 3]
-    assert [(row["targets"], row["rank"]) for row in found["rows"]] == [
-        ("attention", 1),
-        ("attention", 2),
-        ("full", None),
-    ]
-    one, two, full = found["rows"]
+    assert [row["name"] for row in found["rows"]] == ["lora-attention-1", "lora-attention-2", "miss-mlp-2", "full"]
+    one, two, miss, full = found["rows"]
     # A head of 32; in each of two blocks four projections of 32 by 32, a rank of which has 64 weights.
-    assert one["trainable_parameters"] == 32 + 2 * 4 * 64
-    assert two["trainable_parameters"] == 32 + 2 * 2 * 4 * 64
-    for row in found["rows"]:
-        assert row["trained_memory_bytes"] == pytest.approx(16 * row["trainable_parameters"], rel=1e-3)  # fp32
-    aurocs = [metrics_of(out / f"attention-r1-{seed}")["auroc"] for seed in (0, 3)]
-    fulls = [metrics_of(out / f"full-{seed}")["auroc"] for seed in (0, 3)]
-    assert one["auroc"]["mean"] == pytest.approx(sum(aurocs) / 2)
-    assert one["auroc"]["sd"] == pytest.approx(abs(aurocs[0] - aurocs[1]) / 2**0.5)
-    assert one["less_full"]["mean"] == pytest.approx((sum(aurocs) - sum(fulls)) / 2)
-    assert full["less_full"] is None
+    assert one["trained_weights"] == 32 + 2 * 4 * 64
+    assert two["trained_weights"] == 32 + 2 * 2 * 4 * 64
+    assert miss["trained_weights"] == 32 + 2 * 2 * (64 + 64 + 32)  # a rank has a weight for each output
+    aurocs = np.array([metrics_of(out / f"lora-attention-1-{seed}")["auroc"] for seed in (0, 3)])
+    fulls = np.array([metrics_of(out / f"full-{seed}")["auroc"] for seed in (0, 3)])
+    assert one["AUROC"]["mean"] == pytest.approx(aurocs.mean())
+    assert one["difference"] is None
+    differences = fulls - aurocs
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert full["difference"]["interval"] == pytest.approx(list(expected), nan_ok=True)
     page = html.unescape((out / "report.html").read_text())
-    assert page.count("<svg") == 3  # AUROC, pairwise accuracy, accuracy
-    assert found["bottom_line"] in page
+    assert page.count("<svg") == 1
+    assert all(sentence in page for sentence in found["sentences"])
+    assert sum(sentence.count("to") for sentence in found["sentences"]) >= 3  # an interval for each but the first
 
 
-def test_rates_are_searched_on_a_seed_that_is_not_reported(
+def test_rates_are_searched_on_seeds_that_are_not_reported(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grid is cut to its first three rates: nothing here is of how far it goes."""
@@ -90,28 +103,91 @@ def test_rates_are_searched_on_a_seed_that_is_not_reported(
     assert code == 0, text
     tried = {path.name for path in out.glob("*-1")}
     assert tried == {
-        *(f"attention-r1-lr{rate}-1" for rate in ("0.00032", "0.001", "0.0032")),
+        *(f"lora-attention-1-lr{rate}-1" for rate in ("0.00032", "0.001", "0.0032")),
         *(f"full-lr{rate}-1" for rate in ("3.2e-05", "0.0001", "0.00032")),
     }
-    lora, full = json.loads((out / "sweep.json").read_text())["rows"]
-    for row, name in ((lora, "attention-r1"), (full, "full")):
-        assert (out / f"{name}-lr{row['learning_rate']:g}-0" / "report.json").exists()
+    found = json.loads((out / "sweep.json").read_text())
+    assert found["rates_searched_on"] == [1]
+    for row in found["rows"]:
+        assert (out / f"{row['name']}-lr{row['rate']:g}-0" / "report.json").exists()
+    assert "Best learning rate" in found["sentences"][-1]
+    assert "one seed" in found["sentences"][-1]
     made = (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns
     assert run_cli("sweep", recipe, *narrow)[0] == 0
     assert (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns == made
 
 
+def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path) -> None:
+    """One SFT policy, merged into the base, and one reward model, under adapters of any kind and full tuning."""
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    supervised = {"batch_size": 4, "max_length": 64, "learning_rate": 0.01}
+    recipe = write_recipe(data=data, sft=supervised, reward={**supervised}, rl=RL)
+    out = tmp_path / "out"
+    code, text = run_cli("sweep", recipe, "--stage", "rl", "lora=null", "adapter={kind: prefix}", "--out", out)
+    assert code == 2, text
+    assert "cannot be merged into the base" in " ".join(text.split())
+    assert not out.exists()
+    code, text = run_cli(
+        "sweep", recipe, "--stage", "rl", "--kinds", "ia3,lora,full", "--seeds", "0", "--kl", "0.1", "--out", out
+    )
+    assert code == 0, text
+    reports = {
+        name: json.loads((out / f"{name}-0" / "report.json").read_text()) for name in ("ia3", "lora", "full")
+    }
+    earlier = json.loads((out / "earlier-0" / "report.json").read_text())
+    assert set(earlier["stages"]) == {"sft", "reward"}
+    bases = {report["base"]["sha256_before"] for report in reports.values()}
+    assert len(bases) == 1
+    assert bases != {earlier["base"]["sha256_before"]}  # it has learned what the SFT policy has
+    before = {report["stages"]["rl"]["eval"]["reward_before"] for report in reports.values()}
+    assert len(before) == 1
+    weights = {name: report["stages"]["rl"]["trainable_parameters"] for name, report in reports.items()}
+    assert weights["ia3"] < weights["lora"] < weights["full"]
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["ia3", "lora", "full"]
+    assert all(np.isfinite(row["reward at KL"]["mean"]) for row in rows)
+
+
+def test_settings_of_equal_weights(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
+    """A rank of attention has 4 · 64 weights a block, one of the MLP 3 · 96: 9 and 8 are equal."""
+    out = tmp_path / "out"
+    kinds = ("--kinds", "lora", "--ranks", "9", "--targets", "attention,mlp")
+    code, text = run_cli("sweep", recipe, *kinds, "--equal-weights", "--seeds", "0", "--out", out)
+    assert code == 0, text
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
+    assert [(row["targets"], row["size"]) for row in rows] == [("attention", 9), ("mlp", 8)]
+    assert rows[0]["trained_weights"] == rows[1]["trained_weights"] == 32 + 2 * 9 * 4 * 64
+
+
+def test_training_that_diverged_is_not_tried_again(
+    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def diverge(_: object, folder: Path, **__: object) -> None:
+        calls.append(1)
+        folder.mkdir(parents=True)
+        raise NotFiniteError("the loss was not finite", where="stage of reward", remedy="Lower its learning_rate.")
+
+    monkeypatch.setattr("perl.sweep.cells.run", diverge)
+    for _ in range(2):
+        code, text = run_cli("sweep", recipe, "--kinds", "lora", "--seeds", "0", "--out", tmp_path / "out")
+        assert code == 0, text
+        assert "lora is left out: its training diverged on every seed" in " ".join(text.split())
+    assert len(calls) == 1
+
+
 def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    narrow = ("--targets", "all-linear", "--seeds", "0", "--no-full", "--out", out)
+    narrow = ("--kinds", "lora", "--seeds", "0", "--out", out)
     assert run_cli("sweep", recipe, "--ranks", "1", *narrow)[0] == 0
-    before = (out / "all-linear-r1-0" / "report.json").stat().st_mtime_ns
+    before = (out / "lora-1-0" / "report.json").stat().st_mtime_ns
     code, text = run_cli("sweep", recipe, "--ranks", "1,2", *narrow)
     assert code == 0, text
-    assert (out / "all-linear-r1-0" / "report.json").stat().st_mtime_ns == before
-    rows = json.loads((out / "sweep.json").read_text())["rows"]
-    assert [row["rank"] for row in rows] == [1, 2]
-    assert (rows[0]["auroc"]["sd"], rows[0]["less_full"]) == (None, None)
+    assert (out / "lora-1-0" / "report.json").stat().st_mtime_ns == before
+    found = json.loads((out / "sweep.json").read_text())
+    assert [row["size"] for row in found["rows"]] == [1, 2]
+    assert "may be chance" in found["sentences"][0]
     code, text = run_cli("sweep", recipe, "reward.epochs=2", "--ranks", "1", *narrow)
     assert code == 2, text
     assert "there reward.epochs is 1, here 2" in " ".join(text.split())
@@ -122,13 +198,22 @@ def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Pa
     [
         (["--ranks", "4,0"], "--ranks: 0 is too small"),
         (["--ranks", "4,four"], "--ranks: 'four' is not a number"),
-        (["--ranks", ""], "--ranks: '' is not a number"),
         (["--ranks", "4,2,4"], "--ranks: 4 is there twice"),
-        (["--targets", "mlp"], "--targets: 'mlp' is none of attention, all-linear"),
+        (["--targets", "lm"], "targets"),
+        (["--kinds", "lora,ia4"], "no adapter kind 'ia4'"),
+        (["--kinds", "ia3:4"], "ia3 has no size to set"),
+        (["--kinds", "prefix@attention"], "prefix has no targets to set"),
+        (["--kinds", "pissa"], "kind pissa is not supported"),
+        (["--kinds", "full:2"], "full has no size to set"),
+        (["--kinds", "lora:"], "'lora:' is no kind of adapters"),
+        (["--kinds", "lora:2,lora", "--ranks", "2"], "lora, rank 2 is there twice"),
         (["--seeds", "0,0"], "--seeds: 0 is there twice"),
         (["--seeds", "-1"], "--seeds: -1 is too small"),
+        (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is reported too"),
+        (["--kinds", "full,lora", "--equal-weights"], "Name a kind of adapters first"),
+        (["--stage", "rl"], "1 steps make no curve"),
         (["tuning=full"], "tuning: the recipe is one for full tuning"),
-        (["base.quantization=4bit"], "Leave full tuning out: --no-full"),
+        (["base.quantization=4bit"], "Leave it out: --kinds lora"),
         (["reward=null"], "the recipe has no section reward"),
         (["lora.layers=[7]"], "lora.layers: no layer 7"),
     ],

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from perl.measure.rate_search import grid_rate, search_rate
+from perl.measure.rate_search import BestRates, grid_rate, search_rate
 
 
 @pytest.mark.parametrize("best", [1e-3, 2e-3, 4e-2, 3e-5])
@@ -32,3 +32,8 @@ def test_a_training_that_failed_is_never_the_best_nor_bends_the_parabola() -> No
 
 def test_of_equal_scores_the_nearest_to_the_default_counts() -> None:
     assert search_rate(lambda rate: 1.0, 3e-4).best == 3e-4
+
+
+def test_the_best_rate_of_several_seeds_is_their_geometric_mean() -> None:
+    assert BestRates((1e-3, 4e-3), edge=False).best == 2e-3
+    assert BestRates((3e-4,), edge=False).best == 3e-4

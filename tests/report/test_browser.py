@@ -8,6 +8,7 @@ import pytest
 from perl.report.page import write_page
 from perl.report.runs import read_runs
 from perl.report.sweep import Cell, Sweep, write_sweep
+from perl.sweep.setting import Setting
 from tests.browser import browser, screen
 from tests.report.made import make_run
 
@@ -32,11 +33,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     runs = [make_run(folder / f"{tuning}{seed}", seed, tuning) for tuning in ("lora", "full") for seed in (0, 1)]
     lora, full = (tuple(read_runs(some)) for some in (runs[:2], runs[2:]))
-    cells = [Cell(place, rank, lora) for place in ("attention", "all-linear") for rank in (1, 4, 16)]
+    of_lora, of_full = (dict(enumerate(some)) for some in (lora, full))
+    settings = [Setting("lora", place, rank) for place in ("attention", "mlp") for rank in (1, 4, 16)]
+    cells = (*(Cell(one, of_lora) for one in settings), Cell(Setting("full"), of_full))
     return {
         "rich": write_page(runs, folder / "rich.html"),
         "plain": write_page([make_run(folder / "plain", rich=False)], folder / "plain.html"),
-        "sweep": write_sweep(Sweep("coffee", (*cells, Cell(None, None, full))), folder / "sweep.html"),
+        "sweep": write_sweep(Sweep("coffee", "rl", (0, 1), (), cells), folder / "sweep.html"),
     }
 
 
@@ -53,7 +56,7 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     needed, there = browser.execute_script(script)
     assert needed <= there <= width
     plots = browser.execute_script(PLOTS)
-    assert len(plots) >= {"rich": 14, "plain": 4, "sweep": 2}[page]
+    assert len(plots) >= {"rich": 14, "plain": 4, "sweep": 1}[page]
     for wide, high, paths, texts in plots:
         assert wide > 200
         assert high > 60

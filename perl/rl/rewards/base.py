@@ -29,6 +29,8 @@ class RewardContext:
     """All that it will be called with."""
     model: "Callable[[ModelPart], RewardModel]"
     """The reward stage's model by its settings, loaded when it is asked for."""
+    model_of: "Callable[[str], RewardSource]"
+    """The reward model of the run in a folder."""
 
 
 class RewardSource(ABC):

@@ -129,6 +129,19 @@ def member_scores(
     return torch.stack(rows)
 
 
+class OtherRunsModel(RewardSource):
+    """A reward model on a base of its own, which has the policy's tokenizer."""
+
+    name = "run"
+
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model
+
+    def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
+        """Those of that model; hidden states of the policy's lower layers mean nothing to it."""
+        return self._model.rewards(prompts, replace(samples, lower_hidden_BLD=None), texts)
+
+
 def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
     """Samples whose answers, where they ended, end with the first of the end tokens."""
     if not ends[1:]:

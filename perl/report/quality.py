@@ -1,0 +1,82 @@
+"""What a stage is judged by, in a sweep and in the search of learning rates: measures of one run."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from perl.recipe import StageName
+from perl.report.outcome import at_kl, curve
+from perl.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure of what a stage has come to.
+
+    Attributes:
+        value: of a run, and for RL of a KL in nats a completion; None: the run has none.
+        is_gold: by a judge that training does not see; neither does a search of learning rates.
+    """
+
+    name: str
+    value: Callable[[Run, float], float | None]
+    less_is_better: bool = False
+    is_gold: bool = False
+
+
+def _sft_loss(run: Run, kl: float) -> float | None:
+    stage = run.report.stages.sft
+    return None if stage is None else stage.eval.loss_after
+
+
+def _of_card(key: str) -> Callable[[Run, float], float | None]:
+    def value(run: Run, kl: float) -> float | None:
+        stage = run.report.stages.reward
+        return None if stage is None else getattr(stage.eval, key)
+
+    return value
+
+
+def _at_kl(key: str) -> Callable[[Run, float], float | None]:
+    def value(run: Run, kl: float) -> float | None:
+        """In training where the KL is first reached; at the end of a run that stays below it."""
+        if (found := curve(run.metrics["policy"])) is None:
+            return None
+        values = getattr(found, key)
+        known = values[np.isfinite(values)]
+        if not len(known):
+            return None
+        reached = at_kl(found.kl, values, kl)
+        return float(known[-1]) if reached is None else reached
+
+    return value
+
+
+def _last_kl(run: Run, kl: float) -> float | None:
+    stage = run.report.stages.rl
+    return None if stage is None else stage.eval.kl
+
+
+QUALITIES: dict[StageName, tuple[Quality, ...]] = {
+    "sft": (Quality("held-out loss", _sft_loss, less_is_better=True),),
+    "reward": (
+        Quality("AUROC", _of_card("auroc")),
+        Quality("pairwise accuracy", _of_card("pairwise_accuracy")),
+        Quality("accuracy", _of_card("accuracy")),
+    ),
+    "rl": (
+        Quality("gold at KL", _at_kl("gold"), is_gold=True),
+        Quality("reward at KL", _at_kl("reward")),
+        Quality("last KL", _last_kl, less_is_better=True),
+    ),
+}
+
+
+def qualities(stage: StageName, run: Run) -> list[Quality]:
+    """Those that a run has; first what settings are judged by, which is what a reward model was trained for."""
+    found = [one for one in QUALITIES[stage] if one.value(run, math.inf) is not None]
+    reward = run.report.stages.reward
+    compared = stage == "reward" and reward is not None and reward.eval.compared
+    return sorted(found, key=lambda one: one.name != "pairwise accuracy") if compared else found

@@ -1,0 +1,175 @@
+"""The cells of a sweep: one stage trained under one setting with one seed, in a run folder of its own.
+
+RL alone varies in a sweep of RL: SFT and the reward model are trained once a seed, by the recipe as it is. The SFT
+policy is merged into the base, so that adapters of every kind and full tuning start from it, and the reward model
+is that of another run (`rl.reward: {kind: run}`), on a base of its own.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from perl.adapters import AdapterKind
+from perl.errors import UserError
+from perl.recipe import STAGES, Recipe, StageName
+from perl.report.runs import Run, read_run
+from perl.roles.roles import Role
+from perl.runs.folder import RunFolder
+from perl.stages.export import export_role
+from perl.stages.material import Material, read_material
+from perl.stages.pipeline import run
+from perl.stages.session import adapters_for, open_run
+from perl.stages.training import NotFiniteError
+from perl.sweep.setting import FULL, Setting, size_key
+from perl.system.progress import console
+
+DIVERGED = "diverged"
+"""The file in a cell's folder that says so: it is not tried again."""
+COUNTED = "counted"
+"""A role that is there to have its weights counted."""
+
+
+@dataclass
+class Cells:
+    """All cells of a stage.
+
+    Attributes:
+        recipe: whole; its other stages are what RL starts from.
+        out: the folder of all cells.
+    """
+
+    recipe: Recipe
+    stage: StageName
+    out: Path
+    _material: tuple[Recipe, Material] | None = field(default=None, init=False)
+    """What the last cell was trained with, its base without adapters again."""
+
+    def alone(self, seed: int) -> Recipe:
+        """The recipe with this stage only; RL's starts where the stages before it end."""
+        content = self.recipe.model_dump() | {"seed": seed}
+        others = [stage for stage in self.recipe.stages if stage != self.stage]
+        if self.stage == "rl" and self.recipe.rl is not None and others:
+            folder = self._earlier(seed)
+            if self.recipe.sft is not None:
+                keys = ("dtype", "quantization", "trust_remote_code")
+                content["base"] = {key: content["base"][key] for key in keys} | {"model": str(folder / "merged")}
+            parts = [
+                {"kind": "run", "run": str(folder), "weight": part.weight}
+                if part.needs_model
+                else part.model_dump()
+                for part in self.recipe.rl.reward_parts
+            ]
+            content["rl"]["reward"] = parts
+        return Recipe.model_validate(content | dict.fromkeys(others))
+
+    def check(self, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
+        """Refuse, before anything is trained, what cannot be.
+
+        Raises:
+            UserError: the data, the base or a setting cannot be used, or a folder holds another run.
+        """
+        lm = self._base(seeds[0])
+        if self.stage == "rl" and self.recipe.sft is not None:
+            self._check_merged(lm)
+        for setting in settings:
+            for seed in seeds:
+                RunFolder(setting.folder(self.out, seed)).check(setting.recipe(self.alone(seed), seed))
+            if setting.kind != FULL:
+                adapters_for(setting.recipe(self.alone(seeds[0]), seeds[0]), lm)
+
+    def _check_merged(self, lm: PreTrainedModel) -> None:
+        kind, quantization = type(adapters_for(self.recipe, lm)), self.recipe.base.quantization
+        if kind.deltas is AdapterKind.deltas or quantization != "none":
+            raise UserError(
+                "the SFT policy, from which RL starts under every setting, cannot be merged into the base",
+                where=f"adapter.kind {self.recipe.adapter_kind}, base.quantization {quantization}",
+                remedy="Give the recipe adapters of kind lora on whole weights, or take its section sft out.",
+            )
+
+    def run(self, setting: Setting, seed: int) -> Run | None:
+        """Train a cell, or go on with it, or read it if it is finished; None if its training diverged."""
+        recipe, folder = setting.recipe(self.alone(seed), seed), setting.folder(self.out, seed)
+        RunFolder(folder).check(recipe)
+        if (folder / DIVERGED).exists():
+            return None
+        if not (folder / "report.json").exists():
+            if self.stage == "rl":
+                self._train_earlier(seed)
+            console.print(f"[bold]{setting.words}, seed {seed}[/] in {folder}")
+            try:
+                run(recipe, folder, material=self._read(recipe))
+            except NotFiniteError as error:
+                console.print(f"[yellow]Diverged[/]: {error}")
+                (folder / DIVERGED).touch()
+                return None
+        return read_run(folder)
+
+    def _read(self, recipe: Recipe) -> Material:
+        """Data and base, read once for all cells in turn that share them; full tuning changes the base."""
+        if recipe.tuning == "full":
+            self._material = None
+            gc.collect()
+            return read_material(recipe)
+        shared = recipe.model_copy(update=dict.fromkeys(("lora", "adapter", *STAGES)))
+        if self._material is None or self._material[0] != shared:
+            self._material = None  # before another one takes its memory
+            self._material = shared, read_material(recipe)
+        return self._material[1]
+
+    def _base(self, seed: int) -> PreTrainedModel:
+        """The recipe's base."""
+        recipe = self.recipe if self.stage == "rl" else self.alone(seed)
+        return self._read(recipe.model_copy(update={"seed": seed, "tuning": "lora"})).lm
+
+    def width(self) -> int:
+        """Of the base's hidden states."""
+        return int(self._base(self.recipe.seed).config.get_text_config().hidden_size)
+
+    def _earlier(self, seed: int) -> Path:
+        return (self.out / f"earlier-{seed}").absolute()
+
+    def _train_earlier(self, seed: int) -> None:
+        """The stages before RL, and the SFT policy merged into a copy of the base."""
+        content = self.recipe.model_dump() | {"rl": None, "seed": seed}
+        if not any(content[stage] for stage in ("sft", "reward")):
+            return
+        folder = self._earlier(seed)
+        if not (folder / "report.json").exists():
+            console.print(f"[bold]what RL starts from, seed {seed}[/] in {folder}")
+            run(Recipe.model_validate(content), folder)
+        if self.recipe.sft is not None and not (folder / "merged").exists():
+            export_role(open_run(folder), Role.SFT, "sft", folder / "merged", whole=True)
+
+    def equally_large(self, settings: Sequence[Setting], seed: int) -> Iterator[Setting]:
+        """The settings in the sizes whose numbers of weights come nearest to the first one's.
+
+        Full tuning, and kinds without a size, are left as they are.
+
+        Raises:
+            UserError: the first one is full tuning.
+        """
+        lm = self._base(seed)
+
+        def weights(setting: Setting) -> int:
+            adapters = adapters_for(setting.recipe(self.alone(seed), seed), lm)
+            adapters.inject(COUNTED)
+            try:
+                return sum(parameter.numel() for parameter in adapters.parameters(COUNTED).values())
+            finally:
+                adapters.remove()
+
+        first, *others = settings
+        if first.kind == FULL:
+            what, remedy = "no adapters have as many weights as full tuning", "Name a kind of adapters first."
+            raise UserError(what, where="--equal-weights", remedy=remedy)
+        yield first
+        wanted = weights(first)
+        for setting in others:
+            if setting.kind == FULL or size_key(setting.kind) is None:
+                yield setting
+                continue
+            one, two = (weights(replace(setting, size=size)) for size in (1, 2))  # it grows linearly
+            yield replace(setting, size=max(1, 1 + round((wanted - one) / (two - one))))

@@ -1,0 +1,54 @@
+"""Each setting's best learning rate, searched on seeds that are not reported."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from perl.measure.rate_search import BestRates, search_rate
+from perl.report.quality import qualities
+from perl.report.runs import Run
+from perl.rl.schedule import auto_learning_rate
+from perl.sweep.cells import Cells
+from perl.sweep.setting import Setting
+from perl.system.progress import console
+
+
+def search(cells: Cells, setting: Setting, seeds: Sequence[int], kl: float | None = None) -> BestRates:
+    """Search around the rate that the setting has without a search; print what was found.
+
+    Args:
+        kl: where RL is judged, in nats a completion; None: at its end.
+    """
+
+    def score(rate: float, seed: int) -> float:
+        run = cells.run(replace(setting, rate=rate), seed)
+        if run is None or stopped(run):
+            return -math.inf
+        quality = next(one for one in qualities(cells.stage, run) if not one.is_gold)
+        value = quality.value(run, math.inf if kl is None else kl)
+        return -math.inf if value is None else -value if quality.less_is_better else value
+
+    default = _default(cells, setting)
+    found = [search_rate(partial(score, seed=seed), default) for seed in seeds]
+    searched = BestRates(tuple(one.best for one in found), any(one.edge for one in found))
+    beyond = "; it is at the edge of what was tried, and may lie beyond" if searched.edge else ""
+    on = ", ".join(map(str, seeds))
+    console.print(f"[bold]{setting.words}[/]: learning rate {searched.best:g}, searched on seed {on}{beyond}")
+    return searched
+
+
+def stopped(run: Run) -> bool:
+    """Whether a guard stopped its RL."""
+    rl = run.report.stages.rl
+    return rl is not None and any(incident.action == "stopped" for incident in rl.incidents)
+
+
+def _default(cells: Cells, setting: Setting) -> float:
+    """The rate that the setting's recipe has, `auto` by the width of its base."""
+    recipe = setting.recipe(cells.alone(0), 0)
+    rate = recipe.section(cells.stage).learning_rate
+    if isinstance(rate, float):
+        return rate
+    assert recipe.rl is not None
+    return auto_learning_rate(cells.width(), recipe.tuning, recipe.rl.epochs * recipe.rl.minibatches)

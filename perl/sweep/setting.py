@@ -1,0 +1,151 @@
+"""A setting of a sweep: adapters of a kind, of a size and in a place, or full tuning; and its learning rate."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from perl.errors import UserError
+from perl.recipe import Recipe, StageName
+from perl.recipe.adapter import LORA, LoraSettings, settings_of_kind
+from perl.recipe.complaints import explain
+from perl.recipe.section import Section
+
+FULL = "full"
+FULL_SHARE = 0.1
+"""Of LoRA's learning rate, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without
+Regret"): what full tuning has where nothing was searched."""
+SIZES = ("size", "bottleneck", "length", "rank")
+"""What the number of a kind's weights is proportional to: the first of these that the kind has."""
+ENTRY = re.compile(r"(?P<kind>[^:@]+)(:(?P<size>\d+))?(@(?P<targets>[^:@]+))?")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is varied. None: as the recipe says, or the kind's default."""
+
+    kind: str
+    """Of adapters; `FULL`: full tuning."""
+    targets: str | None = None
+    size: int | None = None
+    """See `SIZES`."""
+    rate: float | None = None
+    """The learning rate; None: the recipe's, and a tenth of it under full tuning."""
+
+    @property
+    def name(self) -> str:
+        """As in lora-attention-4: of its runs' folders."""
+        return "-".join(str(part) for part in (self.kind, self.targets, self.size) if part is not None)
+
+    @property
+    def words(self) -> str:
+        """As in lora on attention, rank 4."""
+        return self.line + ("" if self.size is None else f", {size_key(self.kind)} {self.size}")
+
+    @property
+    def line(self) -> str:
+        """What it has in common with settings that differ in size alone."""
+        place = "" if self.targets is None else f" on {self.targets}"
+        return "full tuning" if self.kind == FULL else f"{self.kind}{place}"
+
+    def folder(self, out: Path, seed: int) -> Path:
+        """Of its run with this seed."""
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return out / f"{self.name}{rate}-{seed}"
+
+    def recipe(self, recipe: Recipe, seed: int) -> Recipe:
+        """A recipe of one stage, with this setting.
+
+        Raises:
+            UserError: the kind does not have it.
+        """
+        rates = {} if self.rate is None else {recipe.stages[0]: self.rate}
+        content = variant(recipe, "full" if self.kind == FULL else "lora", seed, rates).model_dump()
+        if self.kind != FULL:
+            content |= {"adapter": self._adapter(recipe), "lora": None}
+        try:
+            return Recipe.model_validate(content)
+        except ValidationError as error:
+            raise explain(error, content, Path(self.name)) from None
+
+    def _adapter(self, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe says of adapters, as far as it is of this kind too; and the setting."""
+        own, kind = recipe.adapter_settings, _settings_of(self.kind)
+        keys = set(type(own).model_fields) - {"kind"} if recipe.adapter_kind == self.kind else {"layers"}
+        if isinstance(own, LoraSettings) and issubclass(kind, LoraSettings):
+            keys = set(LoraSettings.model_fields)
+        section = own.model_dump(include=keys & set(kind.model_fields)) | {"kind": self.kind}
+        if self.targets is not None:
+            section["targets"] = self.targets
+        if self.size is not None and (key := size_key(self.kind)) is not None:
+            section[key] = self.size
+        return section
+
+
+def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, float] | None = None) -> Recipe:
+    """The recipe under another tuning: full tuning has a critic of its own.
+
+    Args:
+        rates: learning rates by stage; of the others full tuning has a tenth of the recipe's for LoRA.
+    """
+    content, rates = recipe.model_dump(), rates or {}
+    full = tuning == "full" and recipe.tuning == "lora"
+    for stage in recipe.stages:
+        if stage in rates:
+            content[stage]["learning_rate"] = rates[stage]
+        elif full and content[stage]["learning_rate"] != "auto":  # which follows the tuning by itself
+            content[stage]["learning_rate"] *= FULL_SHARE
+    if full and content["rl"] is not None and content["rl"]["critic"] == "shared":
+        content["rl"]["critic"] = None
+    return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
+
+
+def size_key(kind: str) -> str | None:
+    """The setting by which the number of a kind's weights grows; None of kinds that have none."""
+    return next((key for key in SIZES if key in _settings_of(kind).model_fields), None)
+
+
+def parse_settings(kinds: Sequence[str], sizes: Sequence[int], targets: Sequence[str]) -> list[Setting]:
+    """Every kind with every size in every place; an entry `KIND:SIZE@TARGETS` fixes what it names.
+
+    Args:
+        sizes: none: the recipe's; a kind without sizes is there once. So are places.
+
+    Raises:
+        UserError: an entry that is none, no such kind, or a size or a place of a kind that has none.
+    """
+    settings: list[Setting] = []
+    for entry in kinds:
+        if (found := ENTRY.fullmatch(entry)) is None:
+            what, remedy = f"{entry!r} is no kind of adapters", "Give KIND, KIND:SIZE or KIND:SIZE@TARGETS."
+            raise UserError(what, where="--kinds", remedy=remedy)
+        kind, size, place = found["kind"], found["size"], found["targets"]
+        has_size, has_place = _has(kind)
+        if (size and not has_size) or (place and not has_place):
+            what = f"{kind} has no {'size' if size and not has_size else 'targets'}"
+            raise UserError(f"{what} to set", where=f"--kinds {entry}", remedy=f"Give {kind} alone.")
+        its_sizes = [int(size)] if size else [*sizes] if has_size and sizes else [None]
+        its_places = [place] if place else [*targets] if has_place and targets else [None]
+        settings += [Setting(kind, where, one) for where in its_places for one in its_sizes]
+    if len(set(settings)) < len(settings):
+        twice = next(one for number, one in enumerate(settings) if one in settings[:number])
+        raise UserError(f"{twice.words} is there twice", where="--kinds", remedy="Name each once.")
+    return settings
+
+
+def _has(kind: str) -> tuple[bool, bool]:
+    """Whether a kind has a size, and whether it has targets."""
+    if kind == FULL:
+        return False, False
+    try:
+        return size_key(kind) is not None, "targets" in _settings_of(kind).model_fields
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": ")
+        raise UserError(what, where="--kinds", remedy=f"{remedy[:1].upper()}{remedy[1:]}") from None
+
+
+def _settings_of(kind: str) -> type[Section]:
+    return LoraSettings if kind == LORA else settings_of_kind(kind)

@@ -108,11 +108,8 @@ def reward_context(session: Session) -> RewardContext:
         trained = scorer.folder.results().reward
         if trained is not None and not (settings.anyway or trained.eval.verdict.fit):
             raise unfit_for_rl(trained.eval.verdict, str(scorer.folder.role(Role.REWARD)))
-        stamps, own = (
-            {role: scorer.stamp(role) for role in scorer.reward_members},
-            stamp_for(Role.REWARD, session.base),
-        )
-        stamp = stamps[Role.REWARD]
+        stamps = {role: scorer.stamp(role) for role in scorer.reward_members}
+        stamp, own = stamps[Role.REWARD], stamp_for(Role.REWARD, session.base)
         if (stamp.tokenizer_sha256, stamp.chat_sha256) != (own.tokenizer_sha256, own.chat_sha256):
             raise UserError(
                 f"its reward model reads other tokens, or dialogues written otherwise, than {session.base.name}",

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,50 @@ import yaml
 
 from tests.conftest import DRINKS, RunCli, write_rows
 
+README = Path(__file__).parents[2] / "README.md"
+SHORT = (
+    "base.dtype=float32",
+    "rl.steps=1",
+    "rl.max_new_tokens=2",
+    "rl.eval_prompts=12",
+    "rl.eval_samples=1",
+    "rl.anyway=true",
+)
+
 
 def thumbs(file: Path) -> Path:
     """A CSV as people have it: columns of other names, and ratings in words."""
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["question", "response", "rating"])
-        for drink in DRINKS:
-            writer.writerow([f"A {drink}, please.", f"One {drink}, of what size?", "good"])
-            writer.writerow([f"A {drink}, please.", "No.", "bad"])
+        for order in (f"A {size} {drink}, please." for drink in DRINKS for size in ("small", "large", *"123")):
+            writer.writerow([order, f"Here it is: {order}", "good"])
+            writer.writerow([order, "No.", "bad"])
     return file
 
 
-def test_from_a_csv_of_thumbs_to_a_verdict_and_a_policy(
+def test_the_readmes_first_run_on_ones_own_data(
     run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three commands and no edit of a file; all overrides but rl.anyway keep the test short."""
+    """Its lines as they stand, on a tiny base, RL one step long: a verdict after two, a policy after three."""
+    monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)  # see below
     monkeypatch.chdir(tmp_path)
-    file = thumbs(tmp_path / "thumbs.csv")
-    status, written = run_cli("init", "mine.yaml", "--data", file.name, "--base", tiny_llama, "--yes")
-    assert status == 0, written
-    assert "20 rated answers." in written
-    assert "perl-rlhf reward mine.yaml" in written
-    assert "generate" in written, "what RL will need"
-    short = ("rl.steps=1", "rl.max_new_tokens=2")
-    status, written = run_cli("reward", "mine.yaml", *short)
-    assert status == 0, written
-    assert "Not fit for RL" in written
-    status, written = run_cli("rl", "mine.yaml", *short)
-    assert status == 2, "the verdict is heeded"
-    assert "rl.anyway=true" in written
-    status, written = run_cli("rl", "mine.yaml", *short, "rl.anyway=true")
-    assert status == 0, written
+    thumbs(tmp_path / "thumbs.csv")
+    section = README.read_text(encoding="utf-8").split("## Your first run on your own data")[1]
+    lines = [shlex.split(line, comments=True)[1:] for line in section.split("```")[1].strip().splitlines()]
+    assert [line[0] for line in lines] == ["init", "reward", "rl", "run", "compare-runs"]
+    said = {}
+    for line in lines:
+        words = [str(tiny_llama) if word.startswith("Qwen/") else word for word in line]
+        status, written = run_cli(*words, *(SHORT if line[0] in ("reward", "rl", "run") else ()))
+        assert status == 0, written
+        said[line[0]] = written
+    assert "100 rated answers." in said["init"]
+    assert "perl-rlhf reward mine.yaml" in said["init"]
+    assert "it for RL" in said["reward"]
     assert set(json.loads(Path("runs/mine/report.json").read_text())["stages"]) == {"reward", "rl"}
+    assert "reward: taken" in said["run"] or "taken from runs/mine" in said["run"], said["run"]
+    assert "rl.kl_coef" in said["compare-runs"]
 
 
 ASKED = [{"role": "user", "content": "A latte, please."}]
@@ -80,6 +93,14 @@ def test_the_stages_are_those_that_the_rows_allow(
     assert content.get("reward", {}).get("loss") == loss
     assert ("stand-in" in text) == (stages == ["rl"])
     assert "  # A hub id or a folder" in text
+
+
+def test_what_the_recipe_needs_is_shown(run_cli: RunCli, tiny_llama: Path, tmp_path: Path) -> None:
+    asked = [[{"role": "user", "content": f"A {drink}, please."}] for drink in DRINKS]
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": one, "completion": "Yes."} for one in asked])
+    status, written = run_cli("init", tmp_path / "mine.yaml", "--data", file, "--base", tiny_llama)
+    assert status == 0, written
+    assert re.search(r"sft\s*│update\s*│\s*[0-9.]+\s[MkG]B", written)
 
 
 def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ def variant(recipe: Recipe, tuning: str, seed: int) -> Recipe:
                 content[stage]["learning_rate"] *= FULL_LEARNING_RATE
         if content["rl"] is not None and content["rl"]["critic"] == "shared":
             content["rl"]["critic"] = None
+    if recipe.rl is not None and recipe.rl.sampler.kind == "server":  # which full tuning has no adapters for
+        content["rl"]["sampler"] = {}
     return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
 
 

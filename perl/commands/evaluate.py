@@ -1,5 +1,6 @@
 """`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
 
 def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     from perl.rl.evaluate import evaluate_policy, policy_change
+    from perl.rl.samplers.local import LocalSampler
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.reuse import refuse_changed
@@ -91,6 +93,8 @@ def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
     collector, judge = setup_collector(session), session.held_out.judge
+    if session.recipe.rl.sampler.kind == "server":  # which may be gone by now
+        collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)
     metrics = policy_change(before, after, prompts, collector.eval_samples)

@@ -100,6 +100,8 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
             content[stage]["learning_rate"] *= FULL_SHARE
     if full and content["rl"] is not None and content["rl"]["critic"] == "shared":
         content["rl"]["critic"] = None
+    if recipe.rl is not None and recipe.rl.sampler.kind == "server":  # which full tuning has no adapters for
+        content["rl"]["sampler"] = {}
     for stage in recipe.starts if full else ():  # there is no adapter
         content[stage]["adapter"] = None
     return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})

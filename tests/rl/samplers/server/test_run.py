@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import perl.rl.loop
+from perl.commands.compare import variant
+from perl.recipe import load_recipe
 from tests.conftest import RunCli, WriteRecipe
 from tests.fake_vllm import FakeVllm
 
@@ -58,6 +60,11 @@ def test_a_run_says_which_weights_drew_each_rollout(
     drew = [one["model"] for one in fake.asked]
     assert all(drew.count(version) >= 4 for version in versions)
     assert (out / "report.html").exists()
+    asked = len(fake.asked)
+    status, said = run_cli("evaluate", out, "policy")
+    assert status == 0, said
+    assert len(fake.asked) == asked  # the server may be gone by then
+    assert variant(load_recipe(recipe), "full", 0).rl.sampler.kind == "local"
 
 
 def test_a_fault_in_the_middle_ends_the_run_before_the_next_update_and_it_goes_on_from_there(

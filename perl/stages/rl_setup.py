@@ -9,8 +9,9 @@ import torch
 from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
+from perl.measure.ensemble import Combine
 from perl.recipe import Rl
-from perl.recipe.rewards import ModelPart, RewardPart
+from perl.recipe.rewards import RewardPart
 from perl.rl.algorithms import Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
@@ -88,14 +89,14 @@ def combined_reward(parts: Sequence[RewardPart], context: RewardContext) -> Comb
 def reward_context(session: Session) -> RewardContext:
     """What the parts of the reward may be made from."""
 
-    def model(part: ModelPart) -> RewardModel:
+    def model(numbers: Sequence[int] | None, combine: Combine, std_weight: float) -> RewardModel:
         members = session.reward_members
-        chosen = [members[number - 1] for number in part.members] if part.members else members
+        chosen = [members[number - 1] for number in numbers] if numbers else members
         for role in chosen:
             session.load(role)
         stamps = {role: session.stamp(role) for role in chosen}
         size, ends = settings_of(session).micro_batch_size, end_ids(session)
-        return RewardModel(session.roles, stamps, size, ends, part.combine, part.std_weight)
+        return RewardModel(session.roles, stamps, size, ends, combine, std_weight)
 
     return RewardContext([*session.train.prompts, *session.held_out.prompts], model)
 

@@ -19,7 +19,8 @@ from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
 from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
-from perl.rl.loop import Loop, Objective
+from perl.rl.loop import Loop
+from perl.rl.objective import Objective
 from perl.rl.prompt_choice import PromptChoice, easiest_first
 from perl.rl.prompts import encode_prompts
 from perl.rl.rewards.base import RewardContext

@@ -22,13 +22,14 @@ from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName
-from perl.results import Kept, Stage
+from perl.results import Stage
 from perl.roles.roles import REWARD_MEMBERS, Role, Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import RunFolder
+from perl.runs.validation import Kept
 from perl.stages.material import Material, read_material
 from perl.stages.reuse import ROLES, Identity, identify, settings_sha256
 from perl.system.progress import console

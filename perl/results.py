@@ -14,35 +14,7 @@ from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.rl.algorithms import Algorithm
 from perl.rl.checks.alarms import Alarm
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Which weights a stage kept, the best by its validations.
-
-    Attributes:
-        step: after which they were those of the training.
-        taken, steps: how many it took, and was to take.
-        by: what was measured, on how many `rows`.
-        values: by step.
-    """
-
-    step: int
-    taken: int
-    steps: int
-    by: str
-    rows: int
-    values: list[tuple[int, float]]
-
-    @property
-    def words(self) -> str:
-        """Which, and why."""
-        value = dict(self.values).get(self.step, float("nan"))
-        text = (
-            f"Kept are the weights of step {self.step} of {self.steps}, the best of {len(self.values)} validations"
-        )
-        text += f" by {self.by} ({value:.4g}) on {self.rows:,} rows"
-        return f"{text}; it stopped early, at step {self.taken}." if self.taken < self.steps else f"{text}."
+from perl.runs.validation import Kept
 
 
 @dataclass(frozen=True, kw_only=True)

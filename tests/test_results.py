@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from perl.errors import UserError
 from perl.measure.slices import Slice
 from perl.results import Change, Hardware, Report, RewardStage, RlEval, RlStage, SftStage
-from perl.runs.folder import RunFolder
+from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.typed_json import as_json, made, parse
 from tests.report.made import make_run
 
@@ -47,7 +47,7 @@ def test_results_of_stages_come_back_as_they_were(tmp_path: Path) -> None:
     report = parse(Report, (make_run(tmp_path / "a") / "report.json").read_text(), "report.json", "")
     folder = RunFolder(tmp_path / "b")
     for name, stage in report.stages.finished.items():
-        (folder.role("policy" if name == "rl" else name)).mkdir(parents=True)  # type: ignore[arg-type]
+        folder.role(STAGE_ROLE[name]).mkdir(parents=True)
         assert folder.result(name) is None
         folder.finish(name, stage)
         assert folder.result(name) == stage

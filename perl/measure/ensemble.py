@@ -8,12 +8,15 @@ Axis letters: M members, S resamples, N answers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval
 from perl.measure.metrics import Labels, auroc, equal_mass, probabilities
 
+Combine = Literal["mean", "mean_minus_std", "min"]
+"""How RL's reward is made of several members'."""
 DISAGREEMENT_BINS = 4
 
 

@@ -23,12 +23,11 @@ from pydantic import (
 )
 
 from perl.data.answers import AnswerKind
+from perl.measure.ensemble import Combine
 from perl.recipe.section import NonNegative, Positive, Section, nearest
 
 if TYPE_CHECKING:
     from perl.rl.rewards.base import RewardContext, RewardSource
-
-Combine = Literal["mean", "mean_minus_std", "min"]
 
 
 class RewardPart(Section):
@@ -79,7 +78,7 @@ class ModelPart(RewardPart):
     needs_model = True
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        return context.model(self)
+        return context.model(self.members, self.combine, self.std_weight)
 
     @model_validator(mode="after")
     def _combines_several(self) -> "ModelPart":

@@ -27,6 +27,7 @@ from perl.rl.dynamic_sampling import assembled, differing
 from perl.rl.evaluate import describe
 from perl.rl.lengths import length_reward, overlong_penalty
 from perl.rl.maths import adapted_kl_coef, importance_weights
+from perl.rl.objective import Objective
 from perl.rl.prompt_choice import PromptChoice
 from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
 from perl.rl.rollout import EncodedPrompts, Rollout
@@ -50,27 +51,6 @@ class InitialEval:
     preflight: list[Check]
     before: dict[str, list[float]]
     """The reference on the held-out prompts, as `evaluate_policy` gives it."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the policy is to raise."""
-
-    normalize_rewards: bool
-    missing_end_penalty: float
-    """In standard deviations of the reward, as the next two."""
-    overlong_penalty: float = 0.0
-    length_reward: float = 0.0
-    length_reward_from: int = 0
-    """The step, counted from 0, from which there is a length reward."""
-    overlong_buffer: int = 1
-    """Tokens before the longest completion's end in which the penalty rises."""
-    success_reward: float = 0.5
-    """Raw rewards from which a completion is right."""
-    kl_target: float | None = None
-    """Nats a completion that β is moved to keep; None: β is constant."""
-    correct_sampler: bool = True
-    """Whether advantages are weighed by the policy's probability over the sampler's."""
 
 
 @dataclass

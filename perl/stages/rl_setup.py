@@ -12,9 +12,10 @@ from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import unsupported_reason
 from perl.data.records import Prompt
 from perl.errors import UserError
+from perl.measure.ensemble import Combine
 from perl.measure.verdict import Verdict
 from perl.recipe import Rl
-from perl.recipe.rewards import ModelPart, RewardPart
+from perl.recipe.rewards import RewardPart
 from perl.rl.algorithms import Algorithm
 from perl.rl.checks.findings import CLOSE_LOG_PROBS
 from perl.rl.checks.guard_state import Limits
@@ -22,7 +23,8 @@ from perl.rl.checks.guarding import FEWEST, MOST, Guarding, validation_interval
 from perl.rl.checks.liveness import Liveness
 from perl.rl.checks.preflight import COMPLETIONS, Preflight
 from perl.rl.collector import Collector
-from perl.rl.loop import Loop, Objective
+from perl.rl.loop import Loop
+from perl.rl.objective import Objective
 from perl.rl.prompt_choice import PromptChoice, easiest_first
 from perl.rl.prompts import encode_prompts
 from perl.rl.rewards.base import RewardContext
@@ -94,14 +96,14 @@ def combined_reward(parts: Sequence[RewardPart], context: RewardContext) -> Comb
 def reward_context(session: Session) -> RewardContext:
     """What the parts of the reward may be made from."""
 
-    def model(part: ModelPart) -> RewardModel:
+    def model(numbers: Sequence[int] | None, combine: Combine, std_weight: float) -> RewardModel:
         members = session.reward_members
-        chosen = [members[number - 1] for number in part.members] if part.members else members
+        chosen = [members[number - 1] for number in numbers] if numbers else members
         for role in chosen:
             session.load(role)
         stamps = {role: session.stamp(role) for role in chosen}
         size, ends = settings_of(session).micro_batch_size, end_ids(session)
-        return RewardModel(session.roles, stamps, size, ends, part.combine, part.std_weight)
+        return RewardModel(session.roles, stamps, size, ends, combine, std_weight)
 
     def model_of(run: str) -> OtherRunsModel:
         settings, scorer = settings_of(session), _scorer(run, f"rl.reward.run: {run}")

@@ -24,7 +24,7 @@ from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, StageName
-from perl.results import Kept, Stage, Start
+from perl.results import Stage, Start
 from perl.roles.roles import REWARD_MEMBERS, Role, Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
 from perl.roles.separate_models import SeparateModels
@@ -33,6 +33,7 @@ from perl.roles.started import load_start
 from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import require, sending
+from perl.runs.validation import Kept
 from perl.stages.material import Material, read_material
 from perl.stages.reuse import ROLES, Identity, file_sha256, identify, settings_sha256
 from perl.system.plain_yaml import flat_keys

@@ -19,10 +19,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from perl.errors import UserError
 from perl.parallel.processes import Processes
 from perl.private.trainer import HookedTrainer, LengthGroupedSampler
-from perl.results import Kept
 from perl.rl.checks.alarms import WORDS
 from perl.rl.checks.guard_state import Limits
 from perl.runs import snapshot
+from perl.runs.validation import Kept
 from perl.stages.training_run import TrainingRun
 from perl.stages.ulmfit import GradualUnfreezing, layers_of, slanted_triangular
 from perl.system.progress import console

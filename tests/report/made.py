@@ -229,7 +229,7 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         | {"gold": gold, "rl_gold": 0.72, "gold_interval": [-0.05, 0.09]}
         for n, kl, reward, gold in ((2, 0.19, 0.52, 0.6), (4, 0.64, 0.68, 0.66), (8, 1.2, 0.77, 0.7))
     ]
-    report["stages"]["reward"]["kept"] = [
+    kept = [
         {
             "step": 40,
             "taken": 80,
@@ -239,6 +239,8 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
             "values": [[20, 0.5], [40, 0.4], [80, 0.45]],
         }
     ]
+    for stage in report["stages"].values():
+        stage["kept"] = kept
     report["stages"]["reward"]["eval"]["ensemble"] = {
         "auroc": [0.81, 0.8],
         "ahead": 0.012,

@@ -13,7 +13,7 @@ from perl.errors import UserError
 from perl.system.progress import counted
 
 if TYPE_CHECKING:  # a plugin with a reward of its own is read without torch
-    from perl.recipe.rewards import ModelPart
+    from perl.measure.ensemble import Combine
     from perl.rl.rewards.model import RewardModel
     from perl.rl.samplers.base import Samples
 
@@ -27,8 +27,9 @@ class RewardContext:
 
     prompts: Sequence[Prompt]
     """All that it will be called with."""
-    model: "Callable[[ModelPart], RewardModel]"
-    """The reward stage's model by its settings, loaded when it is asked for."""
+    model: "Callable[[Sequence[int] | None, Combine, float], RewardModel]"
+    """The reward stage's model, loaded when it is asked for: of these members, None being all, combined so, with
+    this `std_weight`."""
     model_of: "Callable[[str], RewardSource]"
     """The reward model of the run in a folder."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from perl.backbones.padding import left_pad
 from perl.backbones.shared_prompts import SharedPrompts
 from perl.data.records import Prompt
-from perl.recipe.rewards import Combine
+from perl.measure.ensemble import Combine
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards.base import RewardSource
 from perl.rl.samplers.base import Samples

@@ -12,7 +12,7 @@ from perl.measure.cost import Cost
 from perl.measure.probe import Phase, PhaseMemory
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
-from perl.rl.algorithms import Algorithm
+from perl.rl.algorithm import Algorithm
 from perl.rl.checks.alarms import Alarm
 from perl.runs.validation import Kept
 

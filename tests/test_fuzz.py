@@ -24,7 +24,7 @@ from perl.data.sources import load_records
 from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
-from perl.stages.reuse import settings_sha256
+from perl.stages.identity import settings_sha256
 from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
 TIMES = int(os.environ.get("PERL_FUZZ", "1"))

@@ -14,7 +14,7 @@ from perl import plugins
 from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.rewards import REWARDS
-from perl.stages.reuse import settings_sha256
+from perl.stages.identity import settings_sha256
 from tests.conftest import RunCli
 
 PROJECT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
-from perl.stages.reuse import settings_sha256
+from perl.stages.identity import settings_sha256
 from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
 EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))

@@ -1,6 +1,7 @@
 """`algorithms`: the table of RL algorithms."""
 
-from perl.rl.algorithms import ALGORITHMS, SWITCHES, Algorithm
+from perl.rl.algorithm import SWITCHES, Algorithm
+from perl.rl.algorithms import ALGORITHMS
 
 COLUMNS = ("name", *SWITCHES, "critic", "group", "updates", "constants")
 

@@ -58,7 +58,7 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
 
 def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard":
     from perl.stages.cut_rows import say_cut
-    from perl.stages.reuse import refuse_changed
+    from perl.stages.identity import refuse_changed
     from perl.stages.reward_card import evaluate_rows, print_card
     from perl.stages.reward_rows import answers_of, max_length, session_rows
 
@@ -81,7 +81,7 @@ def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     from perl.rl.samplers.local import LocalSampler
     from perl.roles.roles import Role
     from perl.stages.cut_rows import say_cut
-    from perl.stages.reuse import refuse_changed
+    from perl.stages.identity import refuse_changed
     from perl.stages.rl_setup import eval_prompts, setup_collector
 
     assert session.recipe.rl is not None

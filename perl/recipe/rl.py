@@ -10,17 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from perl.recipe.rewards import EvalReward, RewardFrom, RewardPart, Rewards, reward_parts
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
 from perl.recipe.validation import Validation
-from perl.rl.algorithms import (
-    ALGORITHMS,
-    Advantage,
-    Algorithm,
-    Average,
-    Direction,
-    Kl,
-    PromptSampling,
-    Ratio,
-    Surrogate,
-)
+from perl.rl.algorithm import Advantage, Algorithm, Average, Direction, Kl, PromptSampling, Ratio, Surrogate
+from perl.rl.algorithms import ALGORITHMS
 from perl.rl.samplers import SAMPLERS, SamplerSettings
 from perl.system.progress import counted
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from perl.data.records import Judge
 from perl.measure.meter import Meter
 from perl.results import Check
-from perl.rl.algorithms import ROUNDING, Algorithm, Targets
+from perl.rl.algorithm import ROUNDING, Algorithm, Targets
 from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.guarding import Guarding
 from perl.rl.checks.guards import last_good

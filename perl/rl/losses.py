@@ -172,7 +172,7 @@ SURROGATES: Mapping[str, Surrogate] = {
     "clip-weight": clip_weight,
     "mirror": mirror,
 }
-"""By the names in `perl.rl.algorithms`, as are the averages."""
+"""By the names in `perl.rl.algorithm`, as are the averages."""
 Average = Callable[[Tensor, Tensor, Sizes], Tensor]
 AVERAGES: Mapping[str, Average] = {
     "tokens": mean_of_tokens,

@@ -288,5 +288,5 @@ GROUP_ADVANTAGES: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "leave-one-out": leave_one_out,
     "group-relative": group_relative,
 }
-"""By the names in `perl.rl.algorithms`, as are the estimates below."""
+"""By the names in `perl.rl.algorithm`, as are the estimates below."""
 KL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"loss-k2": kl_k2, "loss-k3": kl_k3}

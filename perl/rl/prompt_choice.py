@@ -11,7 +11,7 @@ from typing import Any
 
 from perl.data.records import Prompt
 from perl.errors import UserError
-from perl.rl.algorithms import PromptSampling
+from perl.rl.algorithm import PromptSampling
 from perl.rl.prompts import prompts_of
 from perl.system.progress import counted
 from perl.system.seeds import derived_seed

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perl.rl.algorithms import Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
 from perl.rl.natural_gradient import Fisher, add, conjugate_gradients, set_to, take_gradient

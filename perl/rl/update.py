@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from perl.rl.algorithms import Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
 from perl.rl.natural_gradient import take_gradient

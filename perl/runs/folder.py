@@ -2,7 +2,7 @@
 
 recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
-    identity.json                        what the stage depends on, see perl.stages.reuse; not in critic/
+    identity.json                        what the stage depends on, see perl.stages.identity; not in critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
     checkpoints/                         all state of the stage between two steps, the newest few
     metrics.jsonl                        a line a step

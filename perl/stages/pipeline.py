@@ -11,10 +11,10 @@ from perl.recipe import Recipe, StageName
 from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
-from perl.stages import reuse, reward, rl, sft
+from perl.stages import identity, reuse, reward, rl, sft
 from perl.stages.material import Material
 from perl.stages.report_file import LivePage, write_report
-from perl.stages.rl_setup import unfit_for_rl
+from perl.stages.rl_rewards import unfit_for_rl
 from perl.stages.session import Session, open_session
 from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
@@ -70,7 +70,7 @@ def run(
 
 def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> Stages:
     recipe, out = session.recipe, session.folder.path
-    reuse.refuse_changed(session.folder, session.identities)
+    identity.refuse_changed(session.folder, session.identities)
     found = reuse.find_stages(recipe, session.folder, session.identities, source)
     for stage in chosen:
         taken = stage in found and found[stage].use == "take"
@@ -117,14 +117,14 @@ def _unfit_reward(session: Session) -> UserError | None:
 
 def _train(session: Session, stage: StageName) -> StageResult:
     """Train a stage, or go on with it, and write its result."""
-    identity = session.identities[stage]
+    here = session.identities[stage]
     if session.processes.main:
-        reuse.record(session.folder, stage, identity)
+        identity.record(session.folder, stage, here)
         session.after_checkpoint = LivePage(session, stage)
     seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
     with doing(stage):
         result = replace(
-            TRAIN[stage](session), data_sha256=identity.data_sha256, started_from=session.starts.get(stage)
+            TRAIN[stage](session), data_sha256=here.data_sha256, started_from=session.starts.get(stage)
         )
     session.folder.finish(stage, result)
     return result

@@ -16,7 +16,8 @@ from perl.rl.rollout import EncodedPrompts
 from perl.roles.roles import Role
 from perl.runs.folder import MetricsLog
 from perl.stages.cut_rows import say_cut, say_kept
-from perl.stages.rl_setup import eval_prompts, reward_context, settings_of, setup, tokenized_prompts
+from perl.stages.rl_rewards import reward_context, settings_of
+from perl.stages.rl_setup import eval_prompts, setup, tokenized_prompts
 from perl.stages.session import Session
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted

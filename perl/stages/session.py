@@ -34,8 +34,8 @@ from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import require, sending
 from perl.runs.validation import Kept
+from perl.stages.identity import ROLES, Identity, file_sha256, identify, settings_sha256
 from perl.stages.material import Material, read_material
-from perl.stages.reuse import ROLES, Identity, file_sha256, identify, settings_sha256
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed, seed_everything

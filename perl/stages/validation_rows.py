@@ -6,8 +6,8 @@ from perl.data.records import Records
 from perl.data.splits import split
 from perl.errors import UserError
 from perl.recipe import StageName
+from perl.stages.identity import KINDS
 from perl.stages.material import NEEDED
-from perl.stages.reuse import KINDS
 from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 

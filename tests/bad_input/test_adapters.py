@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from perl.recipe import STAGES, StageName, load_recipe
+from perl.stages.identity import settings_sha256
 from perl.stages.pipeline import run
-from perl.stages.reuse import settings_sha256
 from tests.bad_input.cases import contents
 from tests.bad_input.conftest import RefusedIn
 from tests.conftest import RunCli

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from perl.rl.algorithms import ALGORITHMS, Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
+from perl.rl.algorithms import ALGORITHMS
 from perl.rl.maths import masked_whiten, token_rewards
 from perl.rl.rollout import Rollout
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perl.rl.algorithms import ALGORITHMS, Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
+from perl.rl.algorithms import ALGORITHMS
 from perl.rl.losses import Sizes
 from perl.roles.roles import Outputs
 from tests.rl.rollouts import MASK, rollout

@@ -17,7 +17,8 @@ from torchrl.objectives.llm import CISPOLoss, GRPOLoss  # type: ignore[import-un
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from perl.rl.algorithms import ALGORITHMS, Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
+from perl.rl.algorithms import ALGORITHMS
 from perl.rl.losses import Constants, Sizes, Tokens, clip
 from perl.roles.roles import Outputs
 from tests.rl.rollouts import rollout

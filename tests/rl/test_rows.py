@@ -12,7 +12,7 @@ from perl.recipe import Recipe, load_recipe
 from perl.recipe.rl import CELLS, Rl
 from perl.results import RlStage
 from perl.rl.algorithms import ALGORITHMS
-from perl.stages.reuse import settings_sha256
+from perl.stages.identity import settings_sha256
 from perl.system.typed_json import parse
 from tests.conftest import RunCli, WriteRecipe
 

@@ -12,7 +12,8 @@ from torch.distributions import Categorical, kl_divergence
 
 from perl.errors import UserError
 from perl.recipe import load_recipe
-from perl.rl.algorithms import ALGORITHMS, Targets
+from perl.rl.algorithm import Targets
+from perl.rl.algorithms import ALGORITHMS
 from perl.rl.natural_gradient import Fisher
 from perl.rl.trust_region import TrustRegion
 from perl.roles.roles import Role

@@ -15,8 +15,8 @@ from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from perl.roles.roles import Role
 from perl.roles.separate_models import SeparateModels
+from perl.stages.identity import stage_settings
 from perl.stages.pipeline import run
-from perl.stages.reuse import stage_settings
 from perl.stages.reward import RewardTrainer
 from perl.stages.ulmfit import layers_of, slanted_triangular
 from tests.conftest import WriteRecipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perl.recipe import Recipe, load_recipe
-from perl.stages.reuse import stage_settings
+from perl.stages.identity import stage_settings
 from tests.conftest import RunCli, WriteRecipe
 
 RL = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2}

@@ -1,0 +1,207 @@
+"""What a stage depends on: its identity.
+
+A stage depends on its own section of the recipe, on seed, tuning and adapters, on the base's weights and chat
+format, on the rows that it learns from and is judged on, and on the stages that it starts from; on nothing else.
+All of it is in `identity.json` beside what the stage writes, from before its first step.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perl.backbones.base import Base
+from perl.data.fingerprint import difference, sha256_of
+from perl.data.records import Records
+from perl.errors import UserError
+from perl.plugins import adds_to, plugin_sha256
+from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.results import Start
+from perl.roles.roles import Role
+from perl.runs.folder import STAGE_ROLE, RunFolder
+from perl.system.files import write_json
+from perl.system.typed_json import as_json, parse
+
+KINDS: dict[StageName, tuple[str, ...]] = {
+    "sft": ("demonstrations",),
+    "reward": ("ratings", "comparisons"),
+    "rl": ("prompts",),
+}
+"""The kinds of records that each stage reads."""
+ROLES: dict[StageName, tuple[Role, ...]] = {
+    "sft": (Role.SFT,),
+    "reward": (Role.REWARD,),
+    "rl": (Role.CRITIC, Role.POLICY),
+}
+"""What each stage writes, the folder with its result last."""
+LENGTH = ("sft.epochs", "reward.epochs", "rl.steps")
+ONLY_RL = {"ALGORITHMS", "SAMPLERS", "REWARDS"}
+"""Registries that SFT and reward training do not read."""
+FILE = "identity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a stage depends on.
+
+    Attributes:
+        settings: keys of the recipe that are not at their defaults, and the SHA-256 of files that it names.
+        base: SHA-256 of its weights and of its chat format.
+        data_sha256: of the rows, and of how they are divided.
+        earlier: the hashes of the stages that it starts from.
+        rows: fingerprints of all rows of its kinds, to count what changed; one text, for its size.
+    """
+
+    settings: dict[str, str]
+    base: str
+    data_sha256: str
+    earlier: dict[str, str] = field(default_factory=dict)
+    rows: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Of all of it: what names the stage."""
+        return _hash([self.settings, self.base, self.data_sha256, self.earlier])
+
+    def differences(self, here: "Identity") -> list[str]:
+        """What is otherwise in another identity, in words; empty if the stage is the same."""
+        found = []
+        for key in sorted(differing(self.settings, here.settings)):
+            there, now = (of.get(key, "its default") for of in (self.settings, here.settings))
+            hashed = key.endswith(("(file)", "plugins"))
+            named = key.removesuffix(" (file)")
+            found.append(f"the file of {named} has changed" if hashed else f"{key} was {there} and is {now}")
+        if self.base != here.base:
+            found.append("the base is another")
+        if self.data_sha256 != here.data_sha256:
+            changed = difference(self.rows.split(), here.rows.split())
+            found.append(f"the data have changed ({changed or 'their order, or how they are split'})")
+        found += [f"{stage} is another" for stage in sorted(differing(self.earlier, here.earlier))]
+        return found
+
+
+def identify(
+    recipe: Recipe, train: Records, held_out: Records, base: Base, starts: Mapping[StageName, Start]
+) -> dict[StageName, Identity]:
+    """The identity of each stage of a recipe.
+
+    Args:
+        starts: the adapters that stages start from.
+    """
+    found: dict[StageName, Identity] = {}
+    for stage in recipe.stages:
+        settings = stage_settings(recipe, stage)
+        if stage in starts:
+            settings[f"{stage}.adapter (file)"] = starts[stage].sha256
+        rows = [row for kind in KINDS[stage] for row in train.fingerprints.get(kind, ())]
+        found[stage] = Identity(
+            settings=settings,
+            base=_hash([base.sha256, base.chat.sha256]),
+            data_sha256=sha256_of((train, held_out), KINDS[stage]),
+            earlier={name: one.sha256 for name, one in found.items()} if stage == "rl" else {},
+            rows=" ".join(rows),
+        )
+    return found
+
+
+def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
+    """The keys of a recipe that a stage depends on, as far as they are not at their defaults."""
+    said = recipe.model_dump(mode="json", exclude_defaults=True)
+    sections: tuple[str, ...] = ("seed", "tuning", "lora", "adapter", stage)
+    if stage != "rl" and recipe.tuning == "full":
+        sections = (*sections, "full")
+    flat = dict(_flat({key: said[key] for key in sections if said.get(key) is not None}))
+    flat |= {f"base.{key}": str(getattr(recipe.base, key)) for key in ("dtype", "quantization")}
+    for key in CHANGE_NOTHING:
+        flat.pop(key, None)
+    for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
+        file, _, name = json.loads(flat.pop(key)).rpartition(":")
+        flat |= {f"{key} (name)": name, f"{key} (file)": file_sha256(Path(file))}
+    for key in [key for key in flat if key.endswith(".run")]:  # what that reward model depends on
+        folder = RunFolder(Path(json.loads(flat.pop(key))))
+        flat[f"{key} (file)"] = file_sha256(folder.role(Role.REWARD) / FILE)
+    plugins = [file for file in recipe.plugins if stage == "rl" or not adds_to(file) <= ONLY_RL]
+    return flat | ({"plugins": _hash([plugin_sha256(file) for file in plugins])} if plugins else {})
+
+
+def settings_sha256(recipe: Recipe, stage: StageName, *, any_length: bool = False) -> str:
+    """SHA-256 of a stage's settings.
+
+    Args:
+        any_length: whatever its epochs or steps.
+    """
+    settings = stage_settings(recipe, stage)
+    return _hash({key: value for key, value in settings.items() if not (any_length and key in LENGTH)})
+
+
+def recorded(folder: RunFolder, stage: StageName) -> Identity | None:
+    """The identity of a stage that was begun; None if none is recorded."""
+    file = folder.role(STAGE_ROLE[stage]) / FILE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return parse(Identity, text, str(file), "Remove the stage's folder to train it again.")
+
+
+def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
+    """Write what a stage depends on, before it begins."""
+    path = folder.role(STAGE_ROLE[stage])
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / FILE, as_json(identity))
+
+
+def has_learned(folder: RunFolder, stage: StageName) -> bool:
+    """Whether a stage has come to anything: it is finished, or has a checkpoint."""
+    return folder.result(stage) is not None or has_checkpoint(folder, stage)
+
+
+def has_checkpoint(folder: RunFolder, stage: StageName) -> bool:
+    return any((folder.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
+
+
+def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) -> None:
+    """Refuse to go on with stages that were trained, or begun, on what is not there any more.
+
+    Raises:
+        UserError: saying what has changed, by count of rows.
+    """
+    for stage, here in identities.items():
+        there = recorded(folder, stage) if has_learned(folder, stage) else None
+        if there is not None and (found := there.differences(here)):
+            raise UserError(
+                f"since {stage} was trained here, {'; '.join(found)}",
+                where=str(folder.path),
+                remedy="Put back what it was trained with; or train again what it concerns, into a folder of its "
+                f"own: add --from {folder.path}.",
+            )
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> set[str]:
+    return {key for key in {*one, *other} if one.get(key) != other.get(key)}
+
+
+def _flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every value of a tree as JSON, by its dotted key."""
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = dict(enumerate(value)).items()
+    else:
+        yield key, json.dumps(value)
+        return
+    for name, one in inner:
+        yield from _flat(one, f"{key}.{name}" if key else str(name))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; `missing` where there is none."""
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

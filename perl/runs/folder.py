@@ -98,7 +98,8 @@ class RunFolder:
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
-                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still fit.",
+                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still "
+                    "fit.",
                 )
 
     def recipe(self) -> Recipe:

@@ -88,4 +88,3 @@ class Validation:
         return Kept(
             step=step, taken=taken, steps=steps, by=self.by, rows=self.rows, values=list(self.values.items())
         )
-

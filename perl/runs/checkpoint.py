@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perl.errors import UserError
-from perl.system.files import whole_folder, write_json, write_tensors
 from perl.parallel.processes import ALONE, Processes
+from perl.system.files import whole_folder, write_json, write_tensors
 
 KEPT = 2
 """The newest checkpoints that stay on disk, besides those that `write` is told to keep."""

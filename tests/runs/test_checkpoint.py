@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from perl.runs.checkpoint import Checkpoints, State
 from perl.errors import UserError
 from perl.runs import snapshot
+from perl.runs.checkpoint import Checkpoints, State
 
 
 def state(step: int, size: int = 3) -> State:

@@ -18,7 +18,7 @@ from benchmarks.grid import judge, prompts
 from benchmarks.grid.facts import Facts, written
 from benchmarks.grid.models import kind_of
 from benchmarks.rewards import RewardFunction, animals, cheerful_words, mentions, near_length
-from perl.rl.algorithm import ALGORITHMS as ROWS
+from perl.rl.algorithms import ALGORITHMS as ROWS
 
 REWARDS = ("dense", "sparse", "length", "model")
 ALGORITHMS: dict[str, dict[str, Any]] = {"default": {}} | {

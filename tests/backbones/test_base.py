@@ -129,9 +129,11 @@ def test_what_is_no_language_model_is_refused(tiny_llama: Path, copy_of: Callabl
 
 
 def test_a_configuration_of_no_causal_lm_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
-    """One that does not say what it is for: T5 has no causal head."""
+    """One that does not say what it is for: ViT has no causal head."""
     folder = copy_of(tiny_llama)
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 32}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "vit", "hidden_size": 32, "num_attention_heads": 2})
+    )
     for seed in (None, 0):
         with pytest.raises(UserError, match=r"base\.model"):
             load_base(str(folder), torch.float32, CPU, random_seed=seed)
@@ -168,11 +170,11 @@ def test_a_random_base_has_a_tokenizer_of_its_size(size: int) -> None:
     [
         {},
         {"model_type": "xyzzy"},
-        {"model_type": "t5"},
+        {"model_type": "vit"},
         {**CONFIG, "num_attention_heads": 5},
         {**CONFIG, "vocab_size": -1},
     ],
-    ids=["empty", "unknown", "t5", "heads", "negative"],
+    ids=["empty", "unknown", "vit", "heads", "negative"],
 )
 def test_a_configuration_that_makes_no_model_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"base\.config") as caught:

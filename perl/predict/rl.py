@@ -36,7 +36,7 @@ def try_rl(session: TrialSession) -> Tried:
     Every rollout is learned from, with or without a signal, and no completion ends early.
     """
     held_out = eval_prompts(session)
-    loop = setup(_with_head_rate(session), held_out)
+    loop = setup(_as_tried(session), held_out)
     sampling = replace(loop.collector.sampling, end_ids=())
     prompts = longest_prompts(loop)
     sampler = loop.collector.sampler
@@ -74,9 +74,10 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
     return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
 
 
-def _with_head_rate(session: Session) -> Session:
+def _as_tried(session: Session) -> Session:
     settings = session.recipe.rl
     assert settings is not None
+    settings = settings.model_copy(update={"eval_steps": None})  # validation takes less than a step
     if settings.head_learning_rate == "auto":
         settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})
     return replace(session, recipe=session.recipe.model_copy(update={"rl": settings}))

@@ -22,7 +22,6 @@ from perl.rl.samplers.base import Read, Samples, Sampling, Share
 from perl.rl.samplers.local import Drawing, Groups, LocalSampler
 from perl.roles.roles import Role, Roles
 from perl.stages.rl_setup import eval_prompts, setup
-from perl.stages.session import Session
 
 MICRO_BATCHES = 2
 """Of a rollout on fake tensors: in the second, all that the first has made is in memory."""
@@ -74,10 +73,13 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
     return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
 
 
-def _as_tried(session: Session) -> Session:
+def _as_tried(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
-    settings = settings.model_copy(update={"eval_steps": None})  # validation takes less than a step
+    steps = max(settings.steps, session.trial.steps)  # of fewer there is no learning rate
+    settings = settings.model_copy(
+        update={"eval_steps": None, "steps": steps}
+    )  # validation takes less than a step
     if settings.head_learning_rate == "auto":
         settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})
     return replace(session, recipe=session.recipe.model_copy(update={"rl": settings}))

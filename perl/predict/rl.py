@@ -35,7 +35,7 @@ def try_rl(session: TrialSession) -> Tried:
     Every rollout is learned from, with or without a signal, and no completion ends early.
     """
     held_out = eval_prompts(session)
-    loop = setup(_with_head_rate(session), held_out)
+    loop = setup(_as_tried(session), held_out)
     sampling = replace(loop.collector.sampling, end_ids=())
     prompts = longest_prompts(loop)
     sampler = loop.collector.sampler
@@ -73,12 +73,14 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
     return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
 
 
-def _with_head_rate(session: TrialSession) -> TrialSession:
+def _as_tried(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
+    steps = max(settings.steps, session.trial.steps)  # of fewer there is no learning rate
+    changes = {"eval_steps": None, "steps": steps}  # validation takes less than a step
+    settings = settings.model_copy(update=changes)
     if settings.head_learning_rate == "auto":
         settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})
-    settings = settings.model_copy(update={"steps": max(settings.steps, session.trial.steps)})
     return replace(session, recipe=session.recipe.model_copy(update={"rl": settings}))
 
 

@@ -17,10 +17,11 @@ from perl.recipe import Recipe, StageName
 from perl.results import Stages
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.stages import pipeline
+from perl.stages.opening import open_run
 from perl.stages.reward_scores import run_member_scores, scores_are_log_odds
-from perl.stages.session import Session, open_run
+from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
 Messages = Sequence[Mapping[str, str]]

@@ -12,8 +12,8 @@ from perl.commands.export import STAGES
 from perl.data.records import Turn
 from perl.recipe import Recipe, StageName
 from perl.results import RESULTS, StageResult
-from perl.roles.roles import Role
-from perl.stages.session import open_run, open_session
+from perl.roles.role import Role
+from perl.stages.opening import open_run, open_session
 from perl.system.typed_json import made
 from tests.report.made import make_report
 

@@ -16,7 +16,7 @@ from perl.data.records import Turn
 from perl.errors import UserError
 from perl.predict import predict, read_subject
 from perl.recipe import Recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.pipeline import run
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer

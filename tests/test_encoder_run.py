@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from perl.commands.export import export
 from perl.predict import predict, read_subject
 from perl.recipe import Recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.pipeline import run
 from perl.stages.reward import RewardTrainer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import perl
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from tests.conftest import WriteRecipe
 from tests.exported import Run, make, recipe_on
 

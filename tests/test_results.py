@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from perl.errors import UserError
 from perl.measure.slices import Slice
-from perl.results import Change, Hardware, Report, RewardStage, RlEval, RlStage, SftStage
+from perl.results import Hardware, Report, RewardStage, RlStage, SftStage
+from perl.rl.results import Change, RlEval
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.typed_json import as_json, made, parse
 from tests.report.made import make_run

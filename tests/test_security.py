@@ -19,7 +19,7 @@ from perl.data.fetch import fetch
 from perl.errors import UserError
 from perl.predict import read_subject
 from perl.recipe import load_recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
 from perl.runs.checkpoint import Checkpoints

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perl.commands.export import export
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from tests.conftest import RunCli
 from tests.exported import Run, make, recipe_on
 from tests.tiny import random_llama

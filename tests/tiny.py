@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from perl.adapters import ADAPTERS, AdapterKind
 from perl.adapters.lora import Lora
 from perl.recipe.adapter import LoraSettings
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 
 LLAMA: dict[str, Any] = {

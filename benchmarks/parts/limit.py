@@ -9,7 +9,7 @@ from perl.bench import work
 from perl.measure.memory import LiveBytes
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.stages.session import Session
 
 

@@ -19,7 +19,7 @@ from perl.bench.work import ANSWER_TOKENS, MICRO_BATCH, PROMPT_TOKENS, PROMPTS
 from perl.recipe.adapter import LoraSettings
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 
 GROUPS = {"one answer a prompt": 1, "four answers a prompt": 4}

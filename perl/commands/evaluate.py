@@ -44,7 +44,7 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
     """The run's session, with the data to judge on as those held out."""
     from perl.data.sources import load_records, parse_source
     from perl.runs.folder import RunFolder
-    from perl.stages.session import open_session
+    from perl.stages.opening import open_session
 
     recipe, stage = RunFolder(run).recipe(), "rl" if role == "policy" else role
     if stage not in recipe.stages:
@@ -79,7 +79,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
 def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
     from perl.rl.evaluate import evaluate_policy, policy_change
     from perl.rl.samplers.local import LocalSampler
-    from perl.roles.roles import Role
+    from perl.roles.role import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.identity import refuse_changed
     from perl.stages.rl_setup import eval_prompts, setup_collector

@@ -43,9 +43,9 @@ def export(
             raise UserError(what, where=str(folder), remedy="Name a new folder, or remove this one.")
     say_loading()
     from perl.backbones.hub import why_not_asked
-    from perl.roles.roles import Role
+    from perl.roles.role import Role
     from perl.stages.export import export_role
-    from perl.stages.session import open_run
+    from perl.stages.opening import open_run
     from perl.system.publish import check_repository, push_to_hub
 
     if hub:

@@ -16,11 +16,12 @@ from torch import Tensor
 from perl.predict.trial import TrialSession, Tried
 from perl.rl import trust_region
 from perl.rl.evaluate import describe
-from perl.rl.loop import Loop, collect, estimate, normalize, update
+from perl.rl.loop import Loop, collect, estimate, update
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Read, Samples, Sampling, Share
 from perl.rl.samplers.local import Drawing, Groups, LocalSampler
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.stages.rl_setup import eval_prompts, setup
 
 MICRO_BATCHES = 2
@@ -47,7 +48,7 @@ def try_rl(session: TrialSession) -> Tried:
         for step in range(session.trial.steps):
             with loop.meter.step(loop.learner.optimizer):
                 local, rollout = collect(loop, step, prompts)
-                targets = estimate(loop, rollout, normalize(loop, step, rollout.rewards_B))
+                targets = estimate(loop, rollout, loop.objective.normalized(step, rollout, loop.reward_scale))
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
     return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))

@@ -7,7 +7,7 @@ from pathlib import Path
 from perl.predict.rl import try_rl
 from perl.predict.trial import TrialSession, Tried
 from perl.recipe import StageName
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.stages.reward import lower_layer_cache, reward_trainer
 from perl.stages.reward_rows import training_rows
 from perl.stages.sft import sft_trainer, tokenized

@@ -22,7 +22,7 @@ from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
 from perl.stages.material import corpus, generates, quiet_libraries, read_data
-from perl.stages.session import adapters_for
+from perl.stages.opening import adapters_for
 from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 

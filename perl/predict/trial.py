@@ -18,9 +18,10 @@ from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Phase
 from perl.recipe import Recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import Stamp, stamp_for
-from perl.stages.session import Session, open_session
+from perl.stages.opening import open_session
+from perl.stages.session import Session
 from perl.stages.training import ResumableTrainer
 from perl.system.seeds import seed_everything
 

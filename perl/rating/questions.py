@@ -11,7 +11,7 @@ from functools import cached_property
 from perl.data.records import Context, Speaker, Turn
 from perl.errors import UserError
 from perl.library import LoadedRun, Score
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import weights_sha256
 
 ASKED_AT_ONCE = 4

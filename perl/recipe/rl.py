@@ -1,6 +1,5 @@
 """The section `rl`: reinforcement learning against the reward."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
@@ -8,68 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from perl.recipe.rewards import EvalReward, RewardFrom, RewardPart, Rewards, reward_parts
-from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Section, registered
+from perl.recipe.sampler import SamplerFrom
+from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, registered
 from perl.recipe.validation import Validation
 from perl.rl.algorithm import Advantage, Algorithm, Average, Direction, Kl, PromptSampling, Ratio, Surrogate
 from perl.rl.algorithms import ALGORITHMS
-from perl.rl.samplers import SAMPLERS, SamplerSettings
 from perl.system.progress import counted
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's, and stands in the recipe as resolved."""
 CELLS = tuple(field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline"))
 """Keys that are null unless they override the row, so that another `algorithm` brings its own."""
-
-
-class SamplerFrom(Section):
-    """What draws completions."""
-
-    kind: Annotated[str, registered(SAMPLERS)] = "local"
-    """A name in perl/rl/samplers/__init__.py; a plugin may add to it. Unset: server where there is a `url`."""
-    url: str | list[str] | None = None
-    """Of a vLLM server, or of several that serve the same: `perl-rlhf sampler RECIPE` prints how to start one, and
-    docs/serving.md says more. VLLM_API_KEY is sent where the environment has it."""
-    adapter_dir: str | None = None
-    """Folder of this run alone, through which servers get adapters: they see it under the same path."""
-    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
-    """Seconds that a server may take for one completion."""
-    patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
-    """Seconds in which a server that does not answer may come back; what it was asked for is drawn again."""
-    in_flight: Positive = 256
-    """Requests to servers at once, of all processes."""
-    staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: a server draws the next step's completions while this one is learned from, with the policy as it was."""
-    mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Mean difference between a server's log-probs and the policy's, in nats a token, above which the run ends.
-    Unset: 0.001 in float32, 0.01 in float16, 0.04 in bfloat16."""
-
-    @property
-    def settings(self) -> SamplerSettings:
-        """For the sampler."""
-        urls = [self.url] if isinstance(self.url, str) else self.url or []
-        named = self.model_dump(exclude={"kind", "url", "adapter_dir"})
-        return SamplerSettings(tuple(url.rstrip("/") for url in urls), self.adapter_dir or "", **named)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_url_is_a_server(cls, given: Any) -> Any:
-        return {"kind": "server", **given} if isinstance(given, dict) and given.get("url") is not None else given
-
-    @model_validator(mode="after")
-    def _servers_are_whole(self) -> "SamplerFrom":
-        if self.kind == "server" and not (self.settings.urls and self.adapter_dir):
-            raise ValueError(
-                "a server needs a url and an adapter_dir: set url, such as to http://127.0.0.1:8000, and "
-                "adapter_dir, a folder that it sees too"
-            )
-        for url in self.settings.urls:
-            if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
-                raise ValueError(f"{url!r} is no address of a server: write url as in http://127.0.0.1:8000")
-        if self.staleness and self.kind != "server":
-            raise ValueError("only a server draws while the policy learns: set url, or staleness to 0")
-        if self.kind == "local" and (self.adapter_dir or self.url):
-            raise ValueError("url and adapter_dir are of a server: set kind to server, or leave them out")
-        return self
 
 
 class Rl(Validation):

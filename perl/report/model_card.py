@@ -6,7 +6,7 @@ from pathlib import Path
 from perl.recipe import StageName
 from perl.recipe.adapter import DoraSettings, LoraSettings
 from perl.report.templates import filled
-from perl.roles.roles import REWARD_MEMBERS, Role
+from perl.roles.role import REWARD_MEMBERS, Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.conversion import MAX_NEW_TOKENS, Conversion
 from perl.stages.session import Session

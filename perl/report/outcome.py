@@ -22,7 +22,7 @@ from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
-from perl.results import PairedMetric, RlEval
+from perl.rl.results import PairedMetric, RlEval
 
 MIN_STEPS = 5
 """Of a curve."""

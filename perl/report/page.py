@@ -26,7 +26,8 @@ from perl.report.runs import Group, groups, read_runs
 from perl.report.samples import during_training, examples
 from perl.report.templates import filled
 from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
-from perl.results import PairedMetric, RlStage
+from perl.results import RlStage
+from perl.rl.results import PairedMetric
 from perl.system.files import user_named, write_whole
 
 SHOWN_SAMPLES = 5

@@ -11,7 +11,7 @@ from perl.report.numbers import decimal
 from perl.report.outcome import Curve, curve
 from perl.report.runs import Group, Series
 from perl.report.svg import FG, MUTED, SERIES, Plot, drawing, titled, to_svg
-from perl.results import RlEval
+from perl.rl.results import RlEval
 
 POINTS = 120
 """Steps of a run that are drawn against √KL, at most."""

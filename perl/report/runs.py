@@ -14,7 +14,8 @@ from perl.errors import UserError
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import Spread, joined, spread
-from perl.results import Report, RlEval, Sample, SftEval, StageResult
+from perl.results import Report, Sample, SftEval, StageResult
+from perl.rl.results import RlEval
 from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import parse
 

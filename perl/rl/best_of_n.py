@@ -12,11 +12,11 @@ import numpy as np
 from perl.data.records import Judge
 from perl.measure.bootstrap import Floats
 from perl.measure.paired import Metrics, changes
-from perl.results import BestOfN
 from perl.rl.collector import Collector
 from perl.rl.evaluate import rollouts
+from perl.rl.results import BestOfN
 from perl.rl.rollout import EncodedPrompts
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.system.typed_json import made
 
 MOST_COMPLETIONS = 1024

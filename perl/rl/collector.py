@@ -20,7 +20,8 @@ from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.system.seeds import derived_seed
 
 Phases = Callable[[Phase], AbstractContextManager[None]]

@@ -15,7 +15,7 @@ from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.rewards.function import messages
 from perl.rl.rollout import EncodedPrompts, Rollout
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.system.progress import console, counted, doing
 from perl.system.typed_json import made
 

@@ -25,19 +25,18 @@ from perl.rl.checks.preflight import Preflight
 from perl.rl.collector import Collector
 from perl.rl.dynamic_sampling import assembled, differing
 from perl.rl.evaluate import describe
-from perl.rl.lengths import length_reward, overlong_penalty
 from perl.rl.maths import adapted_kl_coef, importance_weights
 from perl.rl.objective import Objective
 from perl.rl.prompt_choice import PromptChoice
-from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
+from perl.rl.rewards.scale import RewardScale
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.update import Learner
 from perl.rl.validation import PolicyValidation
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs import snapshot
 from perl.runs.checkpoint import Checkpoints
 from perl.system.interrupt import between_steps
-from perl.system.progress import console, track
+from perl.system.progress import track
 from perl.system.typed_json import as_json, made
 
 LARGEST_WEIGHT = 2.0
@@ -124,7 +123,7 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
     """One step: its metrics, and the weights that drew, where a sampler has a copy."""
     with loop.meter.step(loop.learner.optimizer):
         local, rollout, drawn = collect_step(loop, step)
-        normalized_B = with_length_reward(loop, step, rollout, normalize(loop, step, rollout.rewards_B))
+        normalized_B = loop.objective.normalized(step, rollout, loop.reward_scale)
         begin_next(loop, step + 1)
         learned = {"no_signal": 1.0}
         if loop.algorithm.has_signal(rollout, normalized_B):
@@ -191,50 +190,17 @@ def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tu
     return local, local.gather(collector.processes, prompts)
 
 
-def normalize(loop: Loop, step: int, rewards_B: Tensor) -> Tensor:
-    """The rewards that are trained on, fp32: in standard deviations of all so far, or as they are."""
-    scale = loop.reward_scale
-    if not loop.objective.normalize_rewards:
-        scale.update(rewards_B)
-        return rewards_B.float()
-    within_B = scale.within(rewards_B)
-    if (absurd := scale.absurd(rewards_B)) is not None:
-        console.print(
-            f"[yellow]Step {step + 1}[/]: a reward of {absurd:.3g} lies more than {ABSURD:g} standard "
-            f"deviations from the mean of those before, {scale.mean:.3g}; it counts as {FARTHEST:g}."
-        )
-    scale.update(within_B)
-    return scale.normalized(within_B)
-
-
-def unit(loop: Loop) -> float:
-    """A standard deviation of the reward, as `normalize` gives rewards; 0 while they are all equal."""
-    std = loop.reward_scale.std
-    return float(std > 0.0) if loop.objective.normalize_rewards else std
-
-
-def with_length_reward(loop: Loop, step: int, rollout: Rollout, normalized_B: Tensor) -> Tensor:
-    """The normalised rewards with Kimi's length reward, from the step on that has one."""
-    objective = loop.objective
-    if not objective.length_reward or step < objective.length_reward_from:
-        return normalized_B
-    right_B = rollout.rewards_B >= objective.success_reward
-    gain_B = length_reward(rollout.completion_mask_BT.sum(1), right_B, rollout.group_size)
-    return normalized_B + objective.length_reward * unit(loop) * gain_B
-
-
 def estimate(loop: Loop, rollout: Rollout, normalized_B: Tensor) -> Targets:
     """Advantages and returns, of the normalised rewards less the penalties for a missing end and for length."""
-    objective, mask_BT = loop.objective, rollout.completion_mask_BT
-    rewards_B = normalized_B - objective.missing_end_penalty * unit(loop) * ~rollout.ended_B
-    if objective.overlong_penalty:
-        over_B = overlong_penalty(mask_BT.sum(1), rollout.completion_length, objective.overlong_buffer)
-        rewards_B = rewards_B + objective.overlong_penalty * unit(loop) * over_B
+    rewards_B = loop.objective.penalized(rollout, normalized_B, loop.reward_scale)
     targets = loop.algorithm.estimate(rollout, rewards_B, loop.kl_coef)
-    if not objective.correct_sampler:
+    if not loop.objective.correct_sampler:
         return targets
     weights_BT = importance_weights(
-        rollout.policy_log_probs_BT, rollout.sampler_log_probs_BT, mask_BT, LARGEST_WEIGHT
+        rollout.policy_log_probs_BT,
+        rollout.sampler_log_probs_BT,
+        rollout.completion_mask_BT,
+        LARGEST_WEIGHT,
     )
     return targets._replace(advantages_BT=targets.advantages_BT * weights_BT)
 

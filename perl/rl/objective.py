@@ -1,6 +1,16 @@
-"""What the policy is to raise, besides the rewards themselves."""
+"""What the policy is to raise: the rewards, normalised, with what is added for lengths and taken off.
+
+Axis letters: B completions, T completion positions.
+"""
 
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from perl.rl.lengths import length_reward, overlong_penalty
+from perl.rl.rewards.scale import ABSURD, FARTHEST, RewardScale
+from perl.rl.rollout import Rollout
+from perl.system.progress import console
 
 
 @dataclass(frozen=True)
@@ -22,3 +32,43 @@ class Objective:
     """Nats a completion that β is moved to keep; None: β is constant."""
     correct_sampler: bool = True
     """Whether advantages are weighed by the policy's probability over the sampler's."""
+
+    def normalized(self, step: int, rollout: Rollout, scale: RewardScale) -> Tensor:
+        """The rewards that are trained on, fp32 (B), with Kimi's length reward from the step on that has one.
+
+        Args:
+            scale: of all rewards so far; it learns of these.
+        """
+        normalized_B = self._normalize(step, rollout.rewards_B, scale)
+        if not self.length_reward or step < self.length_reward_from:
+            return normalized_B
+        right_B = rollout.rewards_B >= self.success_reward
+        gain_B = length_reward(rollout.completion_mask_BT.sum(1), right_B, rollout.group_size)
+        return normalized_B + self.length_reward * self._unit(scale) * gain_B
+
+    def penalized(self, rollout: Rollout, normalized_B: Tensor, scale: RewardScale) -> Tensor:
+        """The normalised rewards less the penalties for a missing end and for length, fp32 (B)."""
+        unit, mask_BT = self._unit(scale), rollout.completion_mask_BT
+        rewards_B = normalized_B - self.missing_end_penalty * unit * ~rollout.ended_B
+        if self.overlong_penalty:
+            over_B = overlong_penalty(mask_BT.sum(1), rollout.completion_length, self.overlong_buffer)
+            rewards_B = rewards_B + self.overlong_penalty * unit * over_B
+        return rewards_B
+
+    def _normalize(self, step: int, rewards_B: Tensor, scale: RewardScale) -> Tensor:
+        """In standard deviations of all so far, or as they are."""
+        if not self.normalize_rewards:
+            scale.update(rewards_B)
+            return rewards_B.float()
+        within_B = scale.within(rewards_B)
+        if (absurd := scale.absurd(rewards_B)) is not None:
+            console.print(
+                f"[yellow]Step {step + 1}[/]: a reward of {absurd:.3g} lies more than {ABSURD:g} standard "
+                f"deviations from the mean of those before, {scale.mean:.3g}; it counts as {FARTHEST:g}."
+            )
+        scale.update(within_B)
+        return scale.normalized(within_B)
+
+    def _unit(self, scale: RewardScale) -> float:
+        """A standard deviation of the reward, as it is normalised; 0 while they are all equal."""
+        return float(scale.std > 0.0) if self.normalize_rewards else scale.std

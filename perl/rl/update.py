@@ -21,7 +21,8 @@ from perl.rl.losses import Sizes
 from perl.rl.natural_gradient import take_gradient
 from perl.rl.rollout import Rollout
 from perl.rl.trust_region import TrustRegion
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.system.seeds import derived_seed
 
 MAX_GRAD_NORM = 1.0

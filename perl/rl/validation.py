@@ -7,7 +7,7 @@ from perl.data.records import Judge
 from perl.rl.collector import Collector
 from perl.rl.evaluate import evaluate_policy
 from perl.rl.rollout import EncodedPrompts
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.validation import Validation
 
 

@@ -15,7 +15,7 @@ from perl.adapters.lora import Lora
 from perl.adapters.targets import adaptable, has_transposed_weights
 from perl.errors import UserError
 from perl.recipe.adapter import LoraSettings
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.system.progress import track
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.backbones.chat import ChatFormat
 from perl.backbones.template import ASKED, scoring_template
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters import AdapterKind
 from perl.backbones.fake import fake_lm, fill_with_fakes, stay, unknown_values
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 

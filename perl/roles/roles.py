@@ -15,7 +15,6 @@ as the role that first computed them.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -34,39 +33,8 @@ from perl.roles.checkpointing import checkpointed
 from perl.roles.distributions import kl_of_states
 from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.packed import packed
+from perl.roles.role import Role
 from perl.roles.split_layers import lower, only, watched
-
-
-class Role(StrEnum):
-    """The values are the names of the roles' adapters; `BASE` has none."""
-
-    BASE = "base"
-    SFT = "sft"
-    POLICY = "policy"
-    REWARD = "reward"
-    REWARD_2 = "reward_2"
-    REWARD_3 = "reward_3"
-    REWARD_4 = "reward_4"
-    REWARD_5 = "reward_5"
-    REWARD_6 = "reward_6"
-    REWARD_7 = "reward_7"
-    REWARD_8 = "reward_8"
-    CRITIC = "critic"
-
-    @property
-    def folder(self) -> Path:
-        """Of a role inside its run; further members of a reward ensemble are inside the first one's."""
-        member = REWARD_MEMBERS.index(self) if self in REWARD_MEMBERS else 0
-        return Path(Role.REWARD, f"member-{member + 1}") if member else Path(self)
-
-    @property
-    def has_head(self) -> bool:
-        """Whether it gives scores or values."""
-        return self is Role.CRITIC or self in REWARD_MEMBERS
-
-
-REWARD_MEMBERS = tuple(role for role in Role if role.startswith(Role.REWARD))
-"""The reward model, and what further members an ensemble can have, in order."""
 
 
 class Outputs(NamedTuple):

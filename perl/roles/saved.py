@@ -21,7 +21,8 @@ from perl import __version__
 from perl.adapters.kind import CONFIG
 from perl.backbones.base import Base
 from perl.errors import UserError, machine_fault
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from perl.system.files import whole_folder, write_json, write_tensors
 

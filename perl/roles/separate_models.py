@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from perl.parallel.engine import Engine
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 
 
 class SeparateModels(Roles):

@@ -19,7 +19,8 @@ from perl.adapters.coverage import Coverage, coverage
 from perl.backbones.base import weights_sha256
 from perl.parallel.engine import Engine
 from perl.roles.fingerprint import changed, fingerprint
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.split_layers import unsupported_reason
 
 

@@ -12,7 +12,7 @@ from perl.adapters.folder import PREFIX, AdapterFolder
 from perl.backbones.base import Base
 from perl.errors import UserError
 from perl.recipe.adapter import LORA
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
 from perl.roles.shared_base import SharedBase
 

@@ -28,7 +28,7 @@ from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import CHANGE_NOTHING, Recipe, StageName, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.trackers import Send
 from perl.system.files import write_json, write_whole
 from perl.system.plain_yaml import flat_keys

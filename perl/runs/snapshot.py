@@ -15,7 +15,8 @@ from torch import Tensor
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.runs.checkpoint import State
 
 

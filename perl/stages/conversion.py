@@ -12,7 +12,7 @@ from perl.measure.length import spearman
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.as_lora import ENOUGH, Truncation, as_lora
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
 from perl.system.seeds import derived_seed

@@ -30,7 +30,7 @@ from perl.roles.export_formats import (
     scoring_tokenizer,
     text_end,
 )
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import STAMP
 from perl.roles.shared_base import SharedBase
 from perl.stages.conversion import answered, convert

@@ -18,7 +18,7 @@ from perl.errors import UserError
 from perl.plugins import adds_to, plugin_sha256
 from perl.recipe import CHANGE_NOTHING, Recipe, StageName
 from perl.results import Start
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.files import write_json
 from perl.system.typed_json import as_json, parse

@@ -13,9 +13,10 @@ from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
 from perl.stages import identity, reuse, reward, rl, sft
 from perl.stages.material import Material
+from perl.stages.opening import open_session
 from perl.stages.report_file import LivePage, write_report
 from perl.stages.rl_rewards import unfit_for_rl
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session
 from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from perl.errors import UserError
 from perl.recipe import Recipe, Rl, StageName
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.identity import LENGTH, ROLES, Identity, differing, has_checkpoint, has_learned, recorded
 from perl.system.files import whole_folder

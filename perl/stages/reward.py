@@ -24,7 +24,7 @@ from perl.measure.cost import costs_in_turn
 from perl.results import Recorded, RewardStage, Stage
 from perl.rl.rewards.model import score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, batch_loss

@@ -8,12 +8,13 @@ from functools import partial
 
 from perl.errors import UserError
 from perl.measure.change import fixed, measured_words
-from perl.results import RlEval, RlStage
+from perl.results import RlStage
 from perl.rl.best_of_n import best_of_n
 from perl.rl.evaluate import draw_samples, evaluate_policy, policy_change, success_rates
 from perl.rl.loop import InitialEval, Loop, checkpoint, choose, resume, train
+from perl.rl.results import RlEval
 from perl.rl.rollout import EncodedPrompts
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import MetricsLog
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.rl_rewards import reward_context, settings_of

@@ -13,7 +13,7 @@ from perl.rl.collector import read_completions
 from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rewards.model import score_rows
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import REWARD_MEMBERS, Role
+from perl.roles.role import REWARD_MEMBERS, Role
 from perl.roles.saved import load_role
 from perl.stages.reward import checksum, recorded_scores
 from perl.stages.reward_rows import held_out_rows

@@ -11,9 +11,10 @@ from perl.recipe.rewards import RewardPart
 from perl.rl.rewards.base import RewardContext
 from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rewards.model import OtherRunsModel, RewardModel
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import stamp_for
-from perl.stages.session import Session, open_run
+from perl.stages.opening import open_run
+from perl.stages.session import Session
 from perl.system.seeds import seed_everything
 
 

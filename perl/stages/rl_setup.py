@@ -29,7 +29,7 @@ from perl.rl.samplers.base import Sampling
 from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
 from perl.rl.update import Learner
 from perl.rl.validation import PolicyValidation
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.validation import Validation
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.rl_rewards import combined_reward, end_ids, reward_context, settings_of

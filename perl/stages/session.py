@@ -9,36 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from perl.adapters import ADAPTERS, AdapterKind
-from perl.adapters.coverage import HALF
 from perl.adapters.folder import WEIGHTS, read_adapter_folder
-from perl.backbones import backbone_of
 from perl.backbones.base import Base
 from perl.backbones.four_bit import scales
 from perl.data.records import Records
-from perl.errors import UserError
 from perl.measure.meter import Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
-from perl.parallel.processes import ALONE, Processes
+from perl.parallel.processes import Processes
 from perl.recipe import Recipe, StageName
 from perl.results import Stage, Start
-from perl.roles.roles import REWARD_MEMBERS, Role, Roles
+from perl.roles.role import REWARD_MEMBERS, Role
+from perl.roles.roles import Roles
 from perl.roles.saved import Stamp, load_role, read_stamp, save_role, stamp_for, weights_sha256
-from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from perl.roles.started import load_start
 from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
-from perl.runs.trackers import require, sending
+from perl.runs.trackers import sending
 from perl.runs.validation import Kept
 from perl.stages.identity import ROLES, Identity, file_sha256, identify, settings_sha256
-from perl.stages.material import Material, read_material
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
-from perl.system.seeds import derived_seed, seed_everything
+from perl.system.seeds import derived_seed
 
 
 @dataclass
@@ -240,98 +234,3 @@ class Session:
         if role is Role.SFT and self.recipe.sft is None:
             return "rl"  # it is what RL starts from
         return next(stage for stage, roles in ROLES.items() if role in roles)
-
-
-def open_session(
-    recipe: Recipe, out: Path, material: Material | None = None, engine: Engine | None = None
-) -> Session:
-    """Read the data, check it for every stage, and load the base; nothing is written.
-
-    Args:
-        out: the run folder.
-        material: read before, by `read_material` for a recipe with the same seed, base and data.
-        engine: how the processes that run together hold the base; each opens a session.
-
-    Raises:
-        UserError: whatever of the recipe, the data or the base cannot be used.
-    """
-    seed_everything(recipe.seed)
-    engine = engine or Engine(ALONE)
-    check_engine(engine, recipe)
-    require(recipe.report_to)
-    folder = RunFolder(out, engine.processes)
-    folder.check(recipe)
-    material = material or read_material(recipe, engine)
-    roles = _open_roles(recipe, material.base, material.lm, engine)
-    return Session(recipe, folder, material.train, material.held_out, material.base, roles, material.device)
-
-
-def open_run(run: str | Path) -> Session:
-    """The session of a run that was started, to load its roles in.
-
-    Raises:
-        UserError: this is no run folder.
-    """
-    return open_session(RunFolder(Path(run)).recipe(), Path(run))
-
-
-def check_engine(engine: Engine, recipe: Recipe) -> None:
-    """Refuse what of a recipe the engine cannot do.
-
-    Raises:
-        UserError: saying what it can.
-    """
-    sizes = {
-        "sft.batch_size": recipe.sft and recipe.sft.batch_size,
-        "reward.batch_size": recipe.reward and recipe.reward.batch_size,
-        "rl.prompts_per_step": recipe.rl and recipe.rl.prompts_per_step,
-    }
-    for key, size in sizes.items():
-        engine.processes.check_divides(size or 0, key)
-    if recipe.tuning == "full" and type(engine) is not Engine:
-        raise UserError(
-            f"{engine.name} shards a frozen base and the optimizer of adapters; full tuning has neither",
-            where="tuning: full",
-            remedy="Set tuning: lora, or launch plainly (recipes/engines/ddp.yaml).",
-        )
-    if recipe.base.quantization != "none" and engine.shards_base:
-        raise UserError(
-            f"{engine.name} cannot spread quantized weights",
-            where=f"base.quantization: {recipe.base.quantization}",
-            remedy="Set base.quantization: none, or launch with recipes/engines/ddp.yaml or zero2.yaml.",
-        )
-
-
-def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine) -> Roles:
-    """The base, ready for roles under the recipe's tuning."""
-    if recipe.tuning == "full":
-        return SeparateModels(lm, base.load, engine)
-    if engine.shards_base:
-        backbone_of(lm.config).require("sharding", f"base.model {base.name}")
-    roles = SharedBase(adapters_for(recipe, lm), engine)
-    console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
-    if roles.split_unsupported_reason is not None:
-        console.print(
-            f"[yellow]The blocks below the adapters are computed again for every role[/]: "
-            f"{roles.split_unsupported_reason}."
-        )
-    return roles
-
-
-def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
-    """The recipe's adapters, for this model.
-
-    Raises:
-        UserError: they do not fit it.
-    """
-    try:
-        return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)
-    except UserError as error:
-        if not recipe.starts:
-            raise
-        stage, folder = next(iter(recipe.starts.items()))  # whose settings they are
-        raise UserError(
-            f"the adapter there does not fit the base: {error.what} ({error.where})",
-            where=f"{stage}.adapter: {folder}",
-            remedy="Name the base that it was trained on, or an adapter of this base.",
-        ) from None

@@ -19,7 +19,8 @@ from perl.errors import UserError
 from perl.measure.change import loss_words
 from perl.private.trl import forward_restored
 from perl.results import SftEval, SftStage
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.session import Session
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from perl.backbones.padding import joined
 from perl.recipe import Supervised
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import TrainingRun
 

@@ -12,7 +12,7 @@ from torch import nn
 from perl.measure.meter import Meter
 from perl.parallel.processes import Processes
 from perl.recipe import Supervised
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.checkpoint import Checkpoints, State
 from perl.runs.folder import MetricsLog
 from perl.runs.validation import Validation

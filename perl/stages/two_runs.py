@@ -16,14 +16,15 @@ from perl.recipe import CHANGE_NOTHING, Recipe, StageName
 from perl.rl.collector import Collector
 from perl.rl.evaluate import by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.identity import refuse_changed
 from perl.stages.material import read_data
+from perl.stages.opening import open_session
 from perl.stages.reward_rows import Rows, session_rows
 from perl.stages.reward_scores import run_scores
 from perl.stages.rl_setup import setup_collector, tokenized_prompts
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console, counted, silence
 

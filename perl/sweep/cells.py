@@ -16,12 +16,12 @@ from perl.adapters import AdapterKind
 from perl.errors import UserError
 from perl.recipe import STAGES, Recipe, StageName
 from perl.report.runs import Run, read_run
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.export import export_role
 from perl.stages.material import Material, read_material
+from perl.stages.opening import adapters_for, open_run
 from perl.stages.pipeline import run
-from perl.stages.session import adapters_for, open_run
 from perl.stages.training import NotFiniteError
 from perl.sweep.setting import FULL, Setting, size_key
 from perl.system.progress import console

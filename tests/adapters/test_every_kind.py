@@ -27,10 +27,10 @@ from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.export_formats import merge, save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
-from perl.stages.session import open_run
+from perl.stages.opening import open_run
 from perl.stages.training import set_apart
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import KINDS, adapter_of_kind, random_llama

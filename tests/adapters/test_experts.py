@@ -27,7 +27,7 @@ from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.roles.export_formats import merge, save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 

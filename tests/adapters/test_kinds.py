@@ -19,10 +19,10 @@ from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from perl.roles.export_formats import merge, save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
-from perl.stages.session import adapters_for
+from perl.stages.opening import adapters_for
 from tests.adapters.example_bias import Bias, BiasSettings
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from perl.adapters.low_rank import _LinearLowRank, compute_with_one_adapter, kept_factors
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, random_llama
 

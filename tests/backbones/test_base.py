@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 from perl.backbones.base import weights_sha256
 from perl.backbones.loading import load_base, random_base
 from perl.errors import UserError
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import LLAMA, lora
 

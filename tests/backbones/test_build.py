@@ -10,7 +10,7 @@ from perl.backbones.build import build_base
 from perl.backbones.loading import load_base
 from perl.backbones.padding import joined
 from perl.data.records import Demonstration, Turn
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 

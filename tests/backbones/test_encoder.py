@@ -16,7 +16,8 @@ from perl.backbones.padding import left_pad
 from perl.backbones.tokens import Tokens
 from perl.data.records import Turn
 from perl.errors import UserError
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from tests.encoders import BERT, tiny_bert, tiny_roberta, word_pieces

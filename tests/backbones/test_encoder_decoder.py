@@ -16,7 +16,7 @@ from perl.data.records import Turn
 from perl.errors import UserError
 from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.encoder_decoders import MAKERS, T5, UNEVEN, tiny_bart, tiny_t5
 from tests.tiny import KINDS, adapter_of_kind, lora

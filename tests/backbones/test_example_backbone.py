@@ -9,7 +9,7 @@ import torch
 from perl.backbones import BACKBONES, backbone_of
 from perl.backbones.loading import load_base, numbered_tokens
 from perl.errors import UserError
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.backbones.fake import fake_lm, unknown_values
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 from tests.tiny import LLAMA, lora

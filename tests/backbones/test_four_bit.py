@@ -19,7 +19,7 @@ from perl.backbones.base import weights_sha256
 from perl.backbones.four_bit import four_bit_config, hide_quantization, keep_layout
 from perl.backbones.loading import load_base
 from perl.recipe.adapter import BUILT_IN
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.exported import Run

@@ -18,7 +18,7 @@ from transformers import (
 
 from perl.backbones import backbone_of
 from perl.backbones.shared_prompts import KERNEL, Layout, SharedPrompts, unsupported_reason
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import policy_and_critic, random_llama
 

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 
 from perl.commands.export import export
 from perl.roles.export_formats import merge
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import RunFolder
 from perl.stages.pipeline import run

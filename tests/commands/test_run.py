@@ -12,10 +12,10 @@ from perl.backbones.loading import load_base
 from perl.data.records import Demonstration, Turn
 from perl.errors import UserError
 from perl.recipe import load_recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import load_role, read_stamp, weights_sha256
 from perl.roles.shared_base import SharedBase
-from perl.stages.session import open_session
+from perl.stages.opening import open_session
 from perl.stages.sft import tokenized, train_sft
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora

@@ -10,7 +10,7 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.training import NotFiniteError
 from tests.conftest import RunCli, WriteRecipe

@@ -11,7 +11,7 @@ from perl.errors import UserError
 from perl.parallel.engine import Engine, engine_from_environment
 from perl.parallel.processes import ALONE, Processes
 from perl.recipe import Recipe, load_recipe
-from perl.stages.session import check_engine
+from perl.stages.opening import check_engine
 from tests.conftest import RunCli
 
 

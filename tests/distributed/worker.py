@@ -21,7 +21,7 @@ from perl.parallel.process_group import process_group
 from perl.recipe import load_recipe
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.pipeline import run
 from tests.distributed.launching import engine_environment

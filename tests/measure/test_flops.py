@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perl.measure.flops import Flops
 from perl.measure.probe import listeners, listening, recomputing
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import LLAMA, lora, random_llama
 

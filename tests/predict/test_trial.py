@@ -9,7 +9,7 @@ import pytest
 from perl.data.records import Records
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import Recipe, StageName, load_recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from tests.conftest import WriteRecipe
 
 TRAINED = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}

@@ -9,7 +9,7 @@ import perl
 from perl.errors import UserError
 from perl.library import LoadedRun, Score
 from perl.rating.questions import ASKED_AT_ONCE, POOL, Questions, distance_from_even
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import weights_sha256
 from tests.exported import make, recipe_on
 

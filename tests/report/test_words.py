@@ -23,7 +23,8 @@ from perl.report.numbers import (
 )
 from perl.report.outcome import mean_change
 from perl.report.tunings import CostRow, QualityRow, balance, bottom_line
-from perl.results import RlEval, SftEval
+from perl.results import SftEval
+from perl.rl.results import RlEval
 from perl.system.typed_json import made
 from tests.report.made import make_reward_model_card
 

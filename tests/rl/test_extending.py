@@ -8,9 +8,10 @@ import pytest
 
 from perl.recipe import load_recipe
 from perl.rl.samplers import SAMPLERS
-from perl.roles.roles import Role
+from perl.roles.role import Role
+from perl.stages.opening import open_session
 from perl.stages.rl import train_rl
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session
 from tests.conftest import WriteRecipe
 
 RL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from perl.rl.algorithm import Targets
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.natural_gradient import Fisher
 from perl.rl.trust_region import TrustRegion
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.rl.rollouts import MASK, rollout

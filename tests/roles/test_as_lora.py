@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from perl.errors import UserError
 from perl.roles.as_lora import ENOUGH, as_lora, check_convertible
 from perl.roles.export_formats import save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.adapters.test_every_kind import MERGED, batch, gpt2, learned, roles_of
 from tests.tiny import adapter_of_kind

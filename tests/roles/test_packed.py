@@ -12,7 +12,7 @@ from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.packed import SUPPORTED, packed
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, random_llama
 

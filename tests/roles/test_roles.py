@@ -16,7 +16,8 @@ from transformers import (
 
 from perl.backbones.base import weights_sha256
 from perl.errors import UserError
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, random_llama
 

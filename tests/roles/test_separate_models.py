@@ -20,7 +20,7 @@ from transformers import (
 from perl.backbones.base import Base
 from perl.backbones.loading import load_base
 from perl.errors import UserError
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import load_role, read_stamp, save_role, stamp_for
 from perl.roles.separate_models import SeparateModels
 from tests.tiny import random_llama

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Con
 
 from perl.roles import lower_layer_cache
 from perl.roles.lower_layer_cache import LowerLayerCache
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, policy_and_critic, random_llama
 

@@ -27,7 +27,7 @@ from transformers import (
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import LLAMA, lora

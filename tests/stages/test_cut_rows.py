@@ -9,9 +9,10 @@ import pytest
 import trl
 
 from perl.recipe import load_recipe
+from perl.stages.opening import open_session
 from perl.stages.reward_rows import tokenize_rows
 from perl.stages.rl_setup import tokenized_prompts
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session
 from perl.stages.sft import tokenized
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 

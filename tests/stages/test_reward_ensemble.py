@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from perl.measure.ensemble import disagreement, ensemble_scores
 from perl.recipe import load_recipe
 from perl.rl.rewards.model import combined
-from perl.roles.roles import REWARD_MEMBERS
+from perl.roles.role import REWARD_MEMBERS
 from perl.runs.folder import RunFolder
 from perl.stages import reuse
 from tests.conftest import RunCli, WriteRecipe

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from perl.backbones.shared_prompts import SharedPrompts
 from perl.recipe import load_recipe
-from perl.roles.roles import Outputs, Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Outputs, Roles
 from perl.roles.shared_base import SharedBase
 from perl.stages import rl_setup
 from tests.conftest import RunCli

@@ -8,9 +8,9 @@ import torch
 
 from perl.recipe import load_recipe
 from perl.rl.loop import Loop
-from perl.roles.roles import Role
+from perl.roles.role import Role
+from perl.stages.opening import open_session
 from perl.stages.rl_setup import eval_prompts, missing_end_penalty, setup
-from perl.stages.session import open_session
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 
 REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "learning_rate": 0.01, "max_length": 64}

@@ -31,11 +31,11 @@ from perl.predict import predict, read_subject
 from perl.recipe import load_recipe
 from perl.recipe.adapter import REFUSED, REWRITES
 from perl.roles.export_formats import save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.saved import save_role, stamp_for
 from perl.roles.shared_base import SharedBase
 from perl.roles.started import load_start
-from perl.stages.session import open_run, open_session
+from perl.stages.opening import open_run, open_session
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import KINDS, adapter_of_kind, random_llama
 

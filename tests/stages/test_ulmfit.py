@@ -13,7 +13,7 @@ from perl.backbones.loading import load_base
 from perl.commands.compare import variant
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.separate_models import SeparateModels
 from perl.stages.identity import stage_settings
 from perl.stages.pipeline import run

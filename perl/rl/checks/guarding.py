@@ -14,7 +14,7 @@ from perl.rl.checks.guard_state import WINDOW, Limits
 from perl.rl.checks.guards import Guard, last_good
 from perl.rl.collector import Collector
 from perl.rl.rollout import EncodedPrompts
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.system.progress import console
 
 Mode = Literal["stop", "warn", "off"]

@@ -19,7 +19,8 @@ from perl.rl.checks.tracking import against_the_reference, moves_alike, rounding
 from perl.rl.rollout import Rollout
 from perl.rl.update import Learner
 from perl.roles.fingerprint import Fingerprint, changed, fingerprint
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from perl.runs import snapshot
 

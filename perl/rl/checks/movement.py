@@ -13,7 +13,8 @@ from perl.rl.checks.perturbation import part_of, restored
 from perl.rl.checks.tracking import gap
 from perl.rl.collector import Collector
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 
 NATS = 0.1

@@ -30,7 +30,7 @@ from perl.rl.maths import kl_k3
 from perl.rl.rewards.model import RewardModel, with_written_end
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role
+from perl.roles.role import Role
 
 COMPLETIONS = 8
 """Completions that are read, at most."""

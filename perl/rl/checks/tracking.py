@@ -22,7 +22,7 @@ from perl.rl.collector import Collector
 from perl.rl.maths import masked_mean
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role
+from perl.roles.role import Role
 
 STEP = 1.05
 """Factor of temperature by which its effect on each token is measured."""

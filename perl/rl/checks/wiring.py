@@ -19,7 +19,8 @@ from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap
 from perl.rl.collector import Collector
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 
 SIZE = 0.5

@@ -16,7 +16,8 @@ from perl.measure.ensemble import Combine
 from perl.rl.batches import micro_batches, trim
 from perl.rl.rewards.base import RewardSource
 from perl.rl.samplers.base import Samples
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.saved import Stamp
 
 

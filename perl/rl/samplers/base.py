@@ -13,7 +13,8 @@ from torch import Tensor
 
 from perl.backbones.shared_prompts import SharedPrompts
 from perl.rl.samplers import SamplerSettings
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 
 Read = Callable[[Tensor], Tensor]
 """What is read from the hidden states (B, D) that tokens are drawn from: one number each, (B, 1)."""

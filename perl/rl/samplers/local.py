@@ -21,7 +21,8 @@ from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import EncoderDecoderKVCache, KVCache
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 
 KEEP_UNTIL = 0.75
 """Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""

@@ -24,7 +24,8 @@ import perl.rl.samplers.local
 import perl.stages.pipeline
 from perl.adapters.low_rank import _Kept
 from perl.parallel.engine import Engine
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
 from tests.conftest import RunCli, WriteRecipe

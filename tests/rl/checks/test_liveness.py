@@ -18,9 +18,9 @@ from perl.rl.collector import Collector
 from perl.rl.rollout import Rollout
 from perl.rl.samplers.base import Samples
 from perl.roles.fingerprint import changed, fingerprint
-from perl.roles.roles import Role
+from perl.roles.role import Role
+from perl.stages.opening import open_session
 from perl.stages.rl_setup import setup_collector, tokenized_prompts
-from perl.stages.session import open_session
 from tests.conftest import RunCli, WriteRecipe
 
 RL: dict[str, Any] = {

@@ -26,12 +26,14 @@ from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.fingerprint import fingerprint
-from perl.roles.roles import Outputs, Role
+from perl.roles.role import Role
+from perl.roles.roles import Outputs
 from perl.roles.shared_base import SharedBase
+from perl.stages.opening import open_session
 from perl.stages.pipeline import TRAIN
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.rl_setup import setup_collector, tokenized_prompts
-from perl.stages.session import Session, open_session
+from perl.stages.session import Session
 from tests.conftest import RunCli, WriteRecipe
 
 FUNCTION = {"reward": {"function": "rewards.py:length"}}

@@ -15,7 +15,7 @@ from perl.rl.samplers import local as sampler
 from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.decode_attention import attend, fast_decoding, tolerance
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, random_llama
 

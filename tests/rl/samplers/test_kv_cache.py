@@ -15,7 +15,7 @@ from perl.rl.samplers import kv_cache
 from perl.rl.samplers import local as sampler
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.kv_cache import KVCache
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 

@@ -15,7 +15,8 @@ from perl.rl.collector import read_completions
 from perl.rl.samplers import local as sampler
 from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora
 

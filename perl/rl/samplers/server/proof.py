@@ -19,7 +19,7 @@ from perl.rl.checks.tracking import FOLLOWS, gap
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Samples, Sampling
 from perl.rl.samplers.server.client import ServerError
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 
 ROWS = 8

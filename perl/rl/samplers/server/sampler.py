@@ -23,7 +23,8 @@ from perl.rl.samplers.server.client import Completion, Server, ServerError, Unkn
 from perl.rl.samplers.server.parallel import Calls
 from perl.rl.samplers.server.proof import Proof, holding
 from perl.rl.samplers.server.versions import NAME, Versions
-from perl.roles.roles import Role, Roles
+from perl.roles.role import Role
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 
 T = TypeVar("T")

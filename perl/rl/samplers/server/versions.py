@@ -17,7 +17,7 @@ from perl.adapters.lora import Lora
 from perl.errors import UserError
 from perl.rl.samplers.server.client import Server, ServerError
 from perl.roles.export_formats import save_adapter
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.system.files import user_named, whole_folder
 

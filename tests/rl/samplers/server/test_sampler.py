@@ -16,7 +16,7 @@ from perl.rl.samplers.local import LocalSampler
 from perl.rl.samplers.server.client import ServerError
 from perl.rl.samplers.server.parallel import Calls
 from perl.rl.samplers.server.sampler import ServerSampler
-from perl.roles.roles import Role
+from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.fake_vllm import FakeVllm
 from tests.tiny import lora, random_llama

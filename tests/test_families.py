@@ -36,8 +36,8 @@ from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
 from perl.roles import split_layers
+from perl.roles.outputs import Outputs
 from perl.roles.role import Role
-from perl.roles.roles import Outputs
 from perl.roles.shared_base import SharedBase
 from tests.encoder_decoders import BART, T5
 from tests.encoders import TINY

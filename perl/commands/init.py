@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from perl.commands.estimate import print_prediction
-from perl.data.jsonl import columns_in
+from perl.data.column_names import columns_in
 from perl.data.records import Records
 from perl.data.sources import load_records, parse_source
 from perl.errors import UserError

@@ -20,12 +20,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
+from perl.data.column_names import TRL_FORMATS, mapping_hint, mapping_of
 from perl.data.rated import RATED, in_force, rated_of
 from perl.data.records import (
     JSON,
@@ -54,7 +54,7 @@ from perl.data.rows import (
     soft_label,
     usable_text,
 )
-from perl.data.tables import Value, mapping_for, numbered_values
+from perl.data.tables import Value, numbered_values
 from perl.system.progress import counted
 
 FORMATS = (
@@ -65,15 +65,7 @@ MAX_MARGIN = 1e6
 """Margins are differences of scores; no larger one could be learned."""
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
-_FORMATS = [
-    {"prompt"},
-    {"prompt", "completion"},
-    {"messages"},
-    {"prompt", "completion", "label"},
-    {"prompt", "chosen", "rejected"},
-    {"chosen", "rejected"},
-]
-_FIELDS = set[str]().union(*_FORMATS)
+_FIELDS = set[str]().union(*TRL_FORMATS)
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
 _CERTAINTY_FIELDS = ("margin", "probability")
 _HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
@@ -104,7 +96,7 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
     values = numbered_values(path, columns or {})
     written, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
-    hint = _hint(_mapping(names, len(rows) + len(problems)))
+    hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0
@@ -130,34 +122,6 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
     return records
 
 
-def columns_in(path: Path) -> dict[str, str]:
-    """What `data.columns` could say of a file whose columns have other names than the formats'; mostly nothing.
-
-    Raises:
-        UserError: it is of a form that is not read, or broken.
-    """
-    names, count = Counter[str](), 0
-    with suppress(OSError):  # whoever reads its rows says so
-        for _, value in numbered_values(path, {}):
-            row = parsed("", value)
-            names.update(list(row) if isinstance(row, dict) else [])
-            count += 1
-    return _mapping(names, count)
-
-
-def _mapping(names: Counter[str], rows: int) -> dict[str, str]:
-    """By the columns that most of so many rows have."""
-    return mapping_for([name for name, count in names.items() if 2 * count > rows], _FORMATS)
-
-
-def _hint(mapping: Mapping[str, str]) -> str:
-    """What to add to the recipe so that columns of other names are read; empty if there are none."""
-    if not mapping:
-        return ""
-    said = ", ".join(f"{field}: {name}" for field, name in mapping.items())
-    return f"These columns are not read: {', '.join(mapping.values())}. To read them, add data.columns: {{{said}}}"
-
-
 def parse_line(line: bytes, where: str) -> list[Record] | Problem:
     """The records of one line, or what is wrong with it. Never raises, whatever the bytes."""
     return parsed(where, lambda: parse_row(line_value(line)))
@@ -170,7 +134,7 @@ def parse_row(value: object) -> list[Record]:
         RowError: the row fits no format.
     """
     row = object_with(value)
-    if _FIELDS.intersection(row) not in _FORMATS:
+    if _FIELDS.intersection(row) not in TRL_FORMATS:
         raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
     record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from perl.rl.losses import Sizes
     from perl.rl.rollout import Rollout
-    from perl.roles.roles import Outputs
+    from perl.roles.outputs import Outputs
 
 ROUNDING = 1e-6
 """Relative difference below which two fp32 scores are equal."""

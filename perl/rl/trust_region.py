@@ -22,8 +22,9 @@ from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
 from perl.rl.natural_gradient import Fisher, add, conjugate_gradients, set_to, take_gradient
 from perl.rl.rollout import Rollout
+from perl.roles.outputs import Outputs
 from perl.roles.role import Role
-from perl.roles.roles import Outputs, Roles
+from perl.roles.roles import Roles
 
 COMPLETIONS = 8
 """Of the probe, in each process. Products with the Fisher matrix are of every other one, as a fraction of the

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +32,10 @@ from perl.parallel.processes import ALONE
 from perl.roles.checkpointing import checkpointed
 from perl.roles.distributions import kl_of_states
 from perl.roles.log_probs import completion_log_probs, scaled_gradient
+from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
 from perl.roles.role import Role
 from perl.roles.split_layers import lower, only, watched
-
-
-class Outputs(NamedTuple):
-    """What a role computes of a batch; None where it was not asked for."""
-
-    log_probs_BT: Tensor | None = None
-    """Log-probability of each completion token, fp32; 0 where there is no token."""
-    entropy_BT: Tensor | None = None
-    """Entropy of the distribution each completion token was drawn from, in nats, fp32; 0 where no token."""
-    values_BT: Tensor | None = None
-    """The head's value of the state before each completion token, fp32."""
-    scores_B: Tensor | None = None
-    """The head's score of the whole row, fp32."""
-    states_BTD: Tensor | None = None
-    """Hidden states that the completions' tokens are predicted from, in the base's dtype."""
 
 
 class Roles(nn.Module, ABC):

@@ -8,7 +8,7 @@ import torch
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.losses import Sizes
-from perl.roles.roles import Outputs
+from perl.roles.outputs import Outputs
 from tests.rl.rollouts import MASK, rollout
 
 WHOLE = Sizes(tokens=6.0, completions=4.0, longest=8)

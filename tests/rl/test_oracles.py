@@ -20,7 +20,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.losses import Constants, Sizes, Tokens, clip
-from perl.roles.roles import Outputs
+from perl.roles.outputs import Outputs
 from tests.rl.rollouts import rollout
 
 LENGTHS, LONGEST, BETA = torch.tensor([6, 1, 4, 3]), 9, 0.05

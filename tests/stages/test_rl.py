@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from perl.backbones.shared_prompts import SharedPrompts
 from perl.recipe import load_recipe
+from perl.roles.outputs import Outputs
 from perl.roles.role import Role
-from perl.roles.roles import Outputs, Roles
+from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 from perl.stages import rl_setup
 from tests.conftest import RunCli

@@ -26,8 +26,8 @@ from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.fingerprint import fingerprint
+from perl.roles.outputs import Outputs
 from perl.roles.role import Role
-from perl.roles.roles import Outputs
 from perl.roles.shared_base import SharedBase
 from perl.stages.opening import open_session
 from perl.stages.pipeline import TRAIN

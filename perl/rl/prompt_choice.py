@@ -123,7 +123,7 @@ def easiest_first(prompts: Sequence[Prompt], where: str) -> list[int] | None:
     numbers = [one for one in found if isinstance(one, int | float)]
     if len(numbers) < len(found):
         raise UserError(
-            f"of {counted(len(found), 'prompt')} {len(found) - len(numbers):,} have no number as difficulty",
+            f"{len(found) - len(numbers):,} of {counted(len(found), 'prompt')} without a number as difficulty",
             where=where,
             remedy="Give all prompts a difficulty, or none: then the success rate at the start is measured.",
         )

@@ -199,10 +199,11 @@ class Session:
     @contextlib.contextmanager
     def metrics(self, role: Role, done: int) -> Iterator[MetricsLog]:
         """The log of the metrics of a role's training, which also go where the recipe's `report_to` says."""
-        names = self.report_to if self.processes.main else []
+        names, stage = self.report_to if self.processes.main else [], self.stage_of(role)
+        shown = stage if role is STAGE_ROLE[stage] else role  # further members of a reward ensemble are apart
         settings = flat_keys(self.recipe.model_dump(mode="json"))
         with (
-            sending(names, self.recipe.name, role, self.folder.path, settings, done) as send,
+            sending(names, self.recipe.name, shown, self.folder.path, settings, done) as send,
             self.folder.metrics(role, done, send) as log,
         ):
             yield log

@@ -119,7 +119,11 @@ def _compared(runs: dict[int, Run], beside: dict[int, Run], kl: float) -> tuple[
     mean = f"{np.mean(list(found.values())):.2f}"
     if len(found) < len(runs):
         mean += f" ({len(found)} of {len(runs)})"
-    paired = [reward - at[1] for seed, reward in found.items() if (at := beside[seed].reached(kl)) is not None]
+    paired = [
+        reward - at[1]
+        for seed, reward in found.items()
+        if seed in beside and (at := beside[seed].reached(kl)) is not None
+    ]
     if runs is beside or len(paired) < 2:
         return mean, ""
     middle, half = interval(paired)

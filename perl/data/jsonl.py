@@ -83,6 +83,15 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
         UserError: it is of a form that is not read, or broken.
         OSError: it cannot be read.
     """
+    return read_values(str(path), numbered_values(path, columns or {}))
+
+
+def read_values(where: str, values: Iterable[tuple[int, Value]]) -> Records:
+    """The records of numbered rows.
+
+    Args:
+        where: they stand, before their number.
+    """
     names: Counter[str] = Counter()
 
     def parse(value: Value) -> tuple[str | None, list[Record]]:
@@ -93,8 +102,7 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
         names.update(list(row) if isinstance(row, dict) else [])
         return None if rated is None else rated.id, parse_row(row)
 
-    values = numbered_values(path, columns or {})
-    written, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
+    written, problems = sifted(parsed(f"{where}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
     hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
     if hint and not rows:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from perl.data.hub import load_splits
 from perl.data.preference_rows import hh_row, shp_row, tldr_row
 from perl.data.records import Comparison, Context, Prompt, Records
 from perl.data.rows import Row, line_value, numbered_lines, object_with, parsed, sifted
-from perl.errors import MachineError, UserError, machine_fault
+from perl.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 
@@ -160,18 +161,9 @@ def _from_datasets(
     repository: str, parts: Sequence[str | None], revision: str | None
 ) -> Iterator[tuple[_Place, object]]:
     """Rows of a repository on the hub, or of a folder in such a repository's layout."""
-    import datasets  # takes a second, which a file of lines should not wait for
-
     for part in parts:
         name = f"{repository}/{part}" if part else repository
-        try:
-            loaded = datasets.load_dataset(repository, data_dir=part, revision=revision)
-        except Exception as error:  # hub, network, cache and file formats each have exceptions of their own
-            cause = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-            what = f"cannot be loaded by the datasets library: {cause}"
-            refusal = UserError if Path(repository).is_dir() else MachineError
-            raise machine_fault(error) or refusal(what, where=name, remedy=REMEDY) from error
-        for split, rows in loaded.items():
+        for split, rows in load_splits(repository, REMEDY, part, revision).items():
             for index, row in enumerate(rows):
                 yield _Place(f"{name} {split}[{index}]", _split_of(split), part), row
 

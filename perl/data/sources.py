@@ -14,6 +14,7 @@ from pathlib import Path
 from perl.data.arithmetic.source import corpus as arithmetic_corpus
 from perl.data.arithmetic.source import simulate as simulate_arithmetic
 from perl.data.fetch import TASKMASTER, Repository, cache_folder, fetch, pins
+from perl.data.hub import read_hub
 from perl.data.jsonl import FORMATS, read_jsonl
 from perl.data.math_sets import MATH_SETS, read_math
 from perl.data.published import PUBLIC_SETS, REMEDY, read_public
@@ -189,6 +190,10 @@ def _jsonl(path: Path | None, seed: int) -> Records:
     return _file(path, {})
 
 
+def _hub(path: Path | None, seed: int) -> Records:
+    return read_hub(path, {})
+
+
 def _taskmaster(domain: Domain, description: str) -> Source:
     def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
         return read_taskmaster(
@@ -248,6 +253,12 @@ SOURCES: dict[str, Source] = {
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
     "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}.", mapped=_file),
+    "hub": Source(
+        _hub,
+        "a data set of the hub in TRL's formats, by its id",
+        remedy=f"Its rows should be {FORMATS}; data.columns gives other names.",
+        mapped=read_hub,
+    ),
     **{name: _math(name) for name in MATH_SETS},
     **{name: _public(name) for name in PUBLIC_SETS},
 }

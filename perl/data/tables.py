@@ -6,7 +6,7 @@ for up and down, and an empty cell is none.
 
 import csv
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,17 @@ def numbered_values(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[in
     read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet, ".json": _json}.get(suffix, _lines)
     for number, value in read(path):
         yield number, lambda value=value: _renamed(value(), columns)  # type: ignore[misc]
+
+
+def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> Iterator[tuple[int, Value]]:
+    """Each row of a table in memory, by its number from 1; a column that a row lacks is null in it.
+
+    Args:
+        columns: as of `numbered_values`.
+    """
+    for number, row in enumerate(rows, 1):
+        kept = {key: value for key, value in row.items() if value is not None}
+        yield number, lambda kept=kept: _renamed(kept, columns)  # type: ignore[misc]
 
 
 def mapping_for(names: Collection[str], formats: Collection[Collection[str]]) -> dict[str, str]:

@@ -321,7 +321,9 @@ def test_weights_that_stand_the_other_way_round(kind: str) -> None:
             )
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "rslora" else []) for kind in KINDS]
+)
 def test_a_run_of_sft_and_ppo_passes_all_checks(
     kind: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:

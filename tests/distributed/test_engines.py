@@ -16,18 +16,18 @@ CLOSE = 1e-5
 STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
 FEW = {
-    "ddp": (*LORA, "full"),
-    "fsdp2": ("all", "adapter", "miss", "series"),
+    "ddp": ("all", "adapter", "rloo", "full"),
+    "fsdp2": ("all", "adapter", "series"),
     "zero2": ("all", "optimizer"),
-    "zero3": ("all", "adapter", "lengths", "ia3", "vera", "parallel"),
+    "zero3": ("all", "adapter", "lengths", "vera"),
     "zero3-offload": ("adapter",),
 }
 """What two processes do: recipes and checks, by engine. DeepSpeed comes last: it changes what torch warns of."""
 MANY = {
     "ddp": ("all",),
-    "fsdp2": (*LORA, "lengths"),
+    "fsdp2": (*LORA, "lengths", "miss"),
     "zero2": (*LORA, "optimizer"),
-    "zero3": (*LORA, "lengths"),
+    "zero3": (*LORA, "lengths", "ia3", "parallel"),
     "zero3-offload": LORA,
 }
 """What four do."""

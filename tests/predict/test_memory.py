@@ -127,7 +127,14 @@ def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, An
                 assert found[stage][phase][1].get(kind, 0) == kinds.get(kind, 0), (stage, phase, kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("dora", "prefix", "series") else pytest.mark.slow)
+        for kind in KINDS
+        if kind != "lora"
+    ],
+)
 def test_every_kind_of_adapters_is_predicted(kind: str, dialogues: Path) -> None:
     """As measured where all layers are tried, and deeper bases on the line through two depths."""
     adapter = {"lora": None, "adapter": {"kind": kind, "layers": "top-half", **KINDS[kind]}}

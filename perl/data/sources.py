@@ -247,7 +247,12 @@ SOURCES: dict[str, Source] = {
     ),
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
-    "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}.", mapped=_file),
+    "jsonl": Source(
+        _jsonl,
+        "a file of your own in TRL's formats",
+        remedy=f"Write {FORMATS}. Other names: data.columns, such as {{prompt: question, completion: reply}}.",
+        mapped=_file,
+    ),
     **{name: _math(name) for name in MATH_SETS},
     **{name: _public(name) for name in PUBLIC_SETS},
 }

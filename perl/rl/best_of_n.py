@@ -17,6 +17,7 @@ from perl.rl.evaluate import rollouts
 from perl.rl.results import BestOfN
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.role import Role
+from perl.system.progress import counted, doing
 from perl.system.typed_json import made
 
 MOST_COMPLETIONS = 1024
@@ -45,11 +46,11 @@ def best_of_n(
     """
     count = min(len(prompts), max(1, MOST_COMPLETIONS // most))
     asked = prompts.take(range(count))
-    drawn = rollouts(collector, role, asked.repeat(most), collector.generator("best of n"))
     metrics: dict[str, list[float]] = {"reward": [], "gold": []}
-    for rollout in drawn:
-        metrics["reward"] += rollout.rewards_B.tolist()
-        metrics["gold"] += judge(rollout.prompts, rollout.texts) if judge is not None else []
+    with doing(f"best of {most} on {counted(count, 'prompt')}"):
+        for rollout in rollouts(collector, role, asked.repeat(most), collector.generator("best of n")):
+            metrics["reward"] += rollout.rewards_B.tolist()
+            metrics["gold"] += judge(rollout.prompts, rollout.texts) if judge is not None else []
     by_prompt = {name: np.array(values).reshape(count, most) for name, values in metrics.items() if values}
     order = by_prompt["reward"].argsort(1, kind="stable")
     ranked = {name: np.take_along_axis(values, order, 1) for name, values in by_prompt.items()}

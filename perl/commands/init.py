@@ -41,7 +41,7 @@ def init(
 ) -> None:
     """Write a recipe for your own data, with the stages that the rows allow; show what it will need."""
     if file.exists():
-        raise UserError("is there already", where=str(file), remedy="Name another file, or remove it.")
+        raise UserError("is there already", where=str(file), remedy="Name another file for the recipe.")
     data = data or _asked("--data", "Your file of rows", None, yes)
     name, path = parse_source(data)
     if name != "jsonl" or path is None:

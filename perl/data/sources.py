@@ -252,7 +252,12 @@ SOURCES: dict[str, Source] = {
     ),
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
-    "jsonl": Source(_jsonl, "a file of your own in TRL's formats", remedy=f"Write {FORMATS}.", mapped=_file),
+    "jsonl": Source(
+        _jsonl,
+        "a file of your own in TRL's formats",
+        remedy=f"Write {FORMATS}. Other names: data.columns, such as {{prompt: question, completion: reply}}.",
+        mapped=_file,
+    ),
     "hub": Source(
         _hub,
         "a data set of the hub in TRL's formats, by its id",

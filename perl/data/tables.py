@@ -117,11 +117,17 @@ def _cells(path: Path) -> Iterator[tuple[int, Value]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
+            if len(header := rows.fieldnames or ()) == 1 and ";" in header[0]:  # as Excel has it in Europe
+                what, remedy = "its columns are divided by semicolons", "Save it with commas, or as TSV."
+                raise UserError(what, where=str(path), remedy=remedy)
             for row in rows:
                 yield rows.line_num, lambda row=row: _row(row)  # type: ignore[misc]
         except csv.Error as error:
             where = f"{path}:{rows.line_num}"
             raise UserError(f"is no CSV: {error}", where=where, remedy="Mend this row.") from None
+        except UnicodeDecodeError as error:
+            what, remedy = f"is not UTF-8: byte 0x{error.object[error.start]:02x}", "Save it as UTF-8."
+            raise UserError(what, where=str(path), remedy=remedy) from None
 
 
 def _row(cells: Mapping[str | None, object]) -> Row:

@@ -148,7 +148,7 @@ class Rl(Validation):
     """Steps after which the policy completes a few held-out prompts, for people to read."""
     best_of_n: Annotated[int, Field(ge=0, le=64)] = 8
     """The best of 2, 4, ... up to so many completions by the policy before RL is measured beside RL's policy; 0:
-    nothing is. It costs at most 1,024 completions."""
+    nothing is. It costs 256 completions, or those of 16 prompts if that is more."""
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0

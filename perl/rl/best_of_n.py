@@ -13,14 +13,15 @@ from perl.data.records import Judge
 from perl.measure.bootstrap import Floats
 from perl.measure.paired import Metrics, changes
 from perl.rl.collector import Collector
-from perl.rl.evaluate import rollouts
+from perl.rl.evaluate import COMPLETIONS, rollouts
 from perl.rl.results import BestOfN
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.role import Role
+from perl.system.progress import counted, doing
 from perl.system.typed_json import made
 
-MOST_COMPLETIONS = 1024
-"""Drawn in all: so many prompts are taken as that allows."""
+FEWEST_PROMPTS = 16
+"""Fewer would say little."""
 
 
 def best_of_n_kl(n: int) -> float:
@@ -38,18 +39,19 @@ def best_of_n(
 ) -> list[BestOfN]:
     """Best-of-n for n = 2, 4, 8 and so on up to `most`, beside the policy that RL made, on the same prompts.
 
-    All come from the same `most` completions of each prompt: the mean over all subsets of n.
+    All come from the same `most` completions of each prompt: the mean over all subsets of n. There are as many
+    prompts as make one evaluation's number of completions: more would take a fifth of a default run's time.
 
     Args:
         policy: what `evaluate_policy` found of it on these prompts.
     """
-    count = min(len(prompts), max(1, MOST_COMPLETIONS // most))
+    count = min(len(prompts), max(FEWEST_PROMPTS, COMPLETIONS // most))
     asked = prompts.take(range(count))
-    drawn = rollouts(collector, role, asked.repeat(most), collector.generator("best of n"))
     metrics: dict[str, list[float]] = {"reward": [], "gold": []}
-    for rollout in drawn:
-        metrics["reward"] += rollout.rewards_B.tolist()
-        metrics["gold"] += judge(rollout.prompts, rollout.texts) if judge is not None else []
+    with doing(f"best of {most} on {counted(count, 'prompt')}"):
+        for rollout in rollouts(collector, role, asked.repeat(most), collector.generator("best of n")):
+            metrics["reward"] += rollout.rewards_B.tolist()
+            metrics["gold"] += judge(rollout.prompts, rollout.texts) if judge is not None else []
     by_prompt = {name: np.array(values).reshape(count, most) for name, values in metrics.items() if values}
     order = by_prompt["reward"].argsort(1, kind="stable")
     ranked = {name: np.take_along_axis(values, order, 1) for name, values in by_prompt.items()}

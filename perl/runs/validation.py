@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from perl.system.progress import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
@@ -27,11 +29,12 @@ class Kept:
     @property
     def words(self) -> str:
         """Which, and why."""
-        value = dict(self.values).get(self.step, float("nan"))
-        text = (
-            f"Kept are the weights of step {self.step} of {self.steps}, the best of {len(self.values)} validations"
-        )
-        text += f" by {self.by} ({value:.4g}) on {self.rows:,} rows"
+        text = f"Kept are the weights of step {self.step} of {self.steps}"
+        value = dict(self.values).get(self.step)
+        if value is None:  # a guard stopped RL, and the best step is later than the trouble's beginning
+            return f"{text}, the last from before the trouble, which no validation was of."
+        text += f", the best of {counted(len(self.values), 'validation')} by {self.by} ({value:.4g})"
+        text += f" on {counted(self.rows, 'row')}"
         return f"{text}; it stopped early, at step {self.taken}." if self.taken < self.steps else f"{text}."
 
 

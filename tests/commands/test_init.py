@@ -121,6 +121,7 @@ def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.
         (("--data", "thumbs.csv"), "--base is not given"),
         (("--data", "coffee-simulator", "--yes"), "coffee-simulator is no file"),
         (("--data", "gone.csv", "--yes"), "there is no such file"),
+        (("--data", "latin.csv", "--yes"), "is not UTF-8"),
         (("--data", "thumbs.csv", "--base", "./gone"), "no such folder"),
     ],
 )
@@ -129,6 +130,7 @@ def test_what_cannot_be_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     thumbs(tmp_path / "thumbs.csv")
+    (tmp_path / "latin.csv").write_bytes(b"prompt\ncaf\xe9\n")
     status, written = run_cli("init", *arguments)
     assert status == 2
     assert says in written

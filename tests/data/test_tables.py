@@ -75,6 +75,8 @@ def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
         ("own.parquet", b"nothing", "is no Parquet file"),
         ("own.json", b"[1, 2", "is no JSON array"),
         ("own.csv", b'prompt,completion\n"a,b\n', "is no CSV"),
+        ("own.csv", b"prompt;label\na;1\n", "divided by semicolons"),
+        ("own.csv", b"prompt\ncaf\xe9\n", "is not UTF-8: byte 0xe9"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(name: str, content: bytes, says: str, tmp_path: Path) -> None:

@@ -5,11 +5,19 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
+from perl.data.records import Prompt, Turn
+from perl.rl import best_of_n
 from perl.rl.best_of_n import best_of_n_kl, chances_of_best
+from perl.rl.rollout import EncodedPrompts
+from perl.roles.role import Role
 from tests.conftest import RunCli, WriteRecipe
 
 
@@ -27,6 +35,24 @@ def test_the_kl_is_that_of_the_distribution_of_the_best() -> None:
     density = 4 * x**3
     assert float((density * np.log(density)).mean()) == pytest.approx(best_of_n_kl(4), abs=1e-4)
     assert best_of_n_kl(1) == 0.0
+
+
+@pytest.mark.parametrize(("n", "prompts"), [(2, 40), (8, 32), (64, 16)])
+def test_it_costs_about_as_many_completions_as_an_evaluation(
+    n: int, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [Prompt((Turn("text", str(k)),), str(k)) for k in range(40)]
+    asked = EncodedPrompts(every, ids=[[k] for k in range(40)], groups=list(range(40)))
+    drawn: list[int] = []
+
+    def rollouts(collector: Any, role: Any, prompts: EncodedPrompts, generator: Any) -> list[Any]:
+        drawn.append(len(prompts))
+        return [SimpleNamespace(rewards_B=torch.arange(len(prompts)))]
+
+    monkeypatch.setattr(best_of_n, "rollouts", rollouts)
+    found = best_of_n.best_of_n(MagicMock(), Role.BASE, asked, None, n, {"reward": [0.0] * 40})
+    assert drawn == [n * prompts]
+    assert {one.prompts for one in found} == {prompts}
 
 
 def test_a_run_reports_best_of_n_beside_its_policy(

@@ -27,6 +27,7 @@ from perl.data.rows import (
     strict_json,
     usable_text,
 )
+from perl.data.tables import parquet_rows
 from perl.errors import UserError, machine_fault
 
 _WORDS = {
@@ -79,14 +80,7 @@ def _values(source: str, file: Path) -> Iterator[tuple[str, object]]:
     if source in ("gradio", "csv"):
         yield from _table(file, file.read_text(encoding="utf-8-sig"))
     elif source == "trl" and file.suffix == ".parquet":
-        import pyarrow.parquet  # part of `datasets`
-
-        try:
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise RowError(str(error)) from None
-        # Tables have all columns in all rows: those without a value are not there.
-        yield from _numbered(file, ({k: v for k, v in row.items() if v is not None} for row in rows))
+        yield from _numbered(file, parquet_rows(file))
     elif file.suffix in (".jsonl", ".gz"):
         yield from ((f"{file}:{number}", line) for number, line in numbered_lines(file))
     else:

@@ -220,7 +220,7 @@ def test_what_is_not_of_the_format_is_an_error(
 
 def test_a_broken_parquet_file_and_none(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("x")
-    for name in ("x.parquet", "none.csv"):
+    for name, what in (("x.parquet", "is no Parquet file"), ("none.csv", "cannot be read")):
         status, written = run_cli("data", "import", "trl", tmp_path / name)
         assert status == 2
-        assert "cannot be read" in written
+        assert what in written

@@ -11,12 +11,10 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.library import Completion
+from perl.library import COLDEST, Completion
 
 MAX_ROWS = 64
 """Completions, or scores, that one request may ask for."""
-COLDEST = 1e-4
-"""The least temperature, which stands for 0: the likeliest token, unless two are almost equal."""
 WHERE = "the request"
 
 

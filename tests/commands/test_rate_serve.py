@@ -33,6 +33,19 @@ def test_what_cannot_be_served_is_an_error(
     assert not (tmp_path / "ratings.jsonl").exists()
 
 
+@pytest.mark.parametrize(("command", "what"), [("rate", "is in the file"), ("serve", "no more requests")])
+def test_ctrl_c_says_what_is_left(
+    command: str, what: str, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perl.server.listen.require_server", interrupted)
+    status, written = run_cli(command, tmp_path)
+    assert status == 130
+    assert what in written
+
+
 def test_without_the_extra_it_is_named(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "find_spec", lambda name: None)
     for command in ("rate", "serve"):

@@ -144,6 +144,10 @@ def _kept(arguments: list[str]) -> str:
     """What an interrupted command leaves."""
     if GO_ON.intersection(arguments[:1]) and not any(one.startswith("--steps") for one in arguments):
         return "finished stages are saved; run the same command again to go on"
+    if arguments[:1] == ["rate"]:
+        return "what the page called saved is in the file; the same command goes on"
+    if arguments[:1] == ["serve"]:
+        return "no more requests are answered; the same command serves again"
     return "nothing was kept; the same command begins anew"
 
 

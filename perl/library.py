@@ -1,5 +1,6 @@
 """PERL from Python: run a recipe, and use what a run has trained."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ Messages = Sequence[Mapping[str, str]]
 """Chat messages, each with `role` and `content`, as TRL and chat templates have them."""
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 """The roles that write."""
+COLDEST = 1e-4
+"""The least temperature: the likeliest token is drawn, unless two are almost equal. Below, logits overflow."""
 MICRO_BATCH_SIZE = 32
 PIECE = 16
 """Tokens that `LoadedRun.pieces` draws at once."""
@@ -135,7 +138,7 @@ class LoadedRun:
                 oldest turns.
             role: `base`, `sft` or `policy`.
             max_new_tokens: tokens of a completion at most; the recipe's by default, or 128.
-            temperature: of sampling, above 0; the recipe's by default, or 1.
+            temperature: of sampling, at least `COLDEST`; the recipe's by default, or 1.
             seed: of the draws.
 
         Raises:
@@ -236,8 +239,9 @@ class LoadedRun:
             raise UserError(f"the run has no role {role!r} that generates", where=where, remedy=remedy)
         if kinds > 1:
             raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
-        if temperature <= 0:
-            raise UserError(f"temperature is {temperature:g}", remedy="Give a number above 0.")
+        if not COLDEST <= temperature < math.inf:
+            remedy = f"Give a number of at least {COLDEST:g}, which takes the likeliest token."
+            raise UserError(f"temperature is {temperature:g}", remedy=remedy)
         context_length = self.session.base.context_length
         if not 0 < max_new_tokens < context_length:
             what = f"max_new_tokens is {max_new_tokens}, the base's context is {context_length} tokens"

@@ -32,6 +32,8 @@ FAULTS = (
     "wrong scale",
     "refuses",
     "fails",
+    "wants a key",
+    "another server",
 )
 
 
@@ -81,6 +83,9 @@ class FakeVllm:
                 self.answer(*fake.answer(self.path, body))
 
             def answer(self, status: int, content: Any) -> None:
+                refused = {"wants a key": 401, "another server": 404}
+                if fake.fault in refused:
+                    status, content = refused[fake.fault], {"error": fake.fault}
                 data = json.dumps(content).encode()
                 data = data[: len(data) // 2] if fake.fault == "half answers" and "choices" in content else data
                 self.send_response(status)

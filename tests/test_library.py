@@ -92,8 +92,9 @@ def test_what_cannot_be_read_is_named(loaded: perl.LoadedRun) -> None:
         loaded.generate([CHAT], "critic")
     with pytest.raises(perl.UserError, match="of two kinds"):
         loaded.generate([CHAT, "A latte"])
-    with pytest.raises(perl.UserError, match="temperature is 0"):
-        loaded.generate([CHAT], temperature=0.0)
+    for temperature in (0.0, 1e-30, math.inf, math.nan):
+        with pytest.raises(perl.UserError, match=f"temperature is {temperature:g}"):
+            loaded.generate([CHAT], temperature=temperature)
     with pytest.raises(perl.UserError, match="max_new_tokens is 256"):
         loaded.generate([CHAT], max_new_tokens=256)
     with pytest.raises(perl.UserError, match="max_new_tokens is 0"):

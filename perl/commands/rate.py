@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from perl.commands.options import Host, Port, Run, one_of
+from perl.errors import UserError
 from perl.system.progress import console, silence
 
 CHOICES = ["random", "uncertainty"]
@@ -43,6 +44,9 @@ def rate(
 
     RunFolder(run).recipe()  # no file is made in a folder that is no run's
     names = [name.strip() for name in (raters or "").split(",") if name.strip()]
+    if raters is not None and not names:  # as of a shell's variable that is not set: nobody must get in by that
+        remedy = "Give names with commas between; without --raters anyone may rate."
+        raise UserError("names nobody", where="--raters", remedy=remedy)
     with open_port(host, port) as listening, closing(RatingLog(out or run / "ratings.jsonl")) as log:
         with silence():  # the address is the first line
             questions = Questions(load_run(run), choose)

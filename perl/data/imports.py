@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from perl.data.jsonl import parse_row
@@ -24,7 +25,9 @@ from perl.data.rows import (
     parsed,
     shown,
     strict_json,
+    usable_text,
 )
+from perl.data.tables import parquet_rows
 from perl.errors import UserError, machine_fault
 
 _WORDS = {
@@ -77,14 +80,7 @@ def _values(source: str, file: Path) -> Iterator[tuple[str, object]]:
     if source in ("gradio", "csv"):
         yield from _table(file, file.read_text(encoding="utf-8-sig"))
     elif source == "trl" and file.suffix == ".parquet":
-        import pyarrow.parquet  # part of `datasets`
-
-        try:
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise RowError(str(error)) from None
-        # Tables have all columns in all rows: those without a value are not there.
-        yield from _numbered(file, ({k: v for k, v in row.items() if v is not None} for row in rows))
+        yield from _numbered(file, parquet_rows(file))
     elif file.suffix in (".jsonl", ".gz"):
         yield from ((f"{file}:{number}", line) for number, line in numbered_lines(file))
     else:
@@ -95,12 +91,20 @@ def _numbered(file: Path, rows: Iterable[object]) -> Iterator[tuple[str, object]
     return ((f"{file}[{index}]", row) for index, row in enumerate(rows))
 
 
-def _table(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file by the names in its first."""
+def _table(file: Path, text: str) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file by the names in its first; of `_whole` to be checked."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = next(reader, [])
-    for cells in reader:
-        yield f"{file}:{reader.line_num}", dict(zip(_header(header, cells), cells, strict=False))
+    for cells in filter(None, reader):  # a blank line has no cells
+        yield f"{file}:{reader.line_num}", dict(zip_longest(_header(header, cells), cells))
+
+
+def _whole(value: object, fields: Iterable[str]) -> dict[str, str]:
+    """A table's row that has these columns, and a cell in each. Raises `RowError`."""
+    cells = object_with(value, fields, "the table")
+    if None in cells or None in cells.values():
+        raise RowError("has more cells than the header, or fewer: a text with commas has to be in quotes")
+    return {name: str(cell) for name, cell in cells.items()}
 
 
 def _header(header: list[str], cells: list[str]) -> list[str]:
@@ -145,9 +149,9 @@ def _open_webui(value: object, columns: Columns) -> Row:
 
 def _gradio(value: object, columns: Columns) -> Row:
     """A thumb on a message of a chat; `index` is the message's, alone or twice in a list."""
-    cells = object_with(value, ("conversation", "index", "flag"))
-    turns = list_of(strict_json(str(cells["conversation"]).removeprefix("'")), "conversation")
-    index = strict_json(str(cells["index"]).removeprefix("'"))
+    cells = _whole(value, ("conversation", "index", "flag"))
+    turns = list_of(strict_json(cells["conversation"].removeprefix("'")), "conversation")
+    index = strict_json(cells["index"].removeprefix("'"))
     if isinstance(index, list) and index:
         index = index[0]
     if not isinstance(index, int) or not 0 < index < len(turns):
@@ -167,17 +171,19 @@ def _trl(value: object, columns: Columns) -> Row:
 
 def _csv(value: object, columns: Columns) -> Row:
     """A rating, a comparison, a demonstration or a prompt, by which of the columns the table has."""
-    cells = object_with(value, (columns.prompt,), "the table")
-    names = {getattr(columns, name): name for name in vars(columns) if getattr(columns, name) in cells}
-    row = {names.get(column, column): _cell(cell) for column, cell in cells.items()}
+    asked = (column for name, column in vars(columns).items() if column != name or name == "prompt")
+    cells = _whole(value, dict.fromkeys(asked))
+    names = {column: name for name, column in vars(columns).items() if column in cells}
+    others = set(cells) - set(names.values())  # a column that is asked for takes the place of one of the name
+    row = {names.get(column, column): _cell(cell) for column, cell in cells.items() if column in {*names, *others}}
     if "label" in row:
         row["label"] = _label(cells[columns.label], columns.label)
     return row
 
 
-def _cell(cell: object) -> object:
+def _cell(cell: str) -> object:
     """A cell's text, or the messages that it holds as JSON."""
-    if isinstance(cell, str) and cell.startswith('[{"'):
+    if cell.startswith('[{"'):
         return strict_json(cell)
     return cell
 
@@ -200,7 +206,7 @@ def _content(content: object) -> object:
     parts = [object_with(part, ("type",), "a part of the content") for part in content]
     if any(part["type"] != "text" for part in parts):
         raise RowError("the message holds more than text")
-    return "".join(str(part.get("text", "")) for part in parts)
+    return "".join(usable_text(part.get("text"), "a part of the content") for part in parts)
 
 
 FORMATS: dict[str, Callable[[object, Columns], Row]] = {

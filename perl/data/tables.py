@@ -6,6 +6,7 @@ for up and down, and an empty cell is none.
 
 import csv
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -102,15 +103,37 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
         yield number, lambda row=row: row  # type: ignore[misc]
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
+def parquet_rows(path: Path) -> list[Row]:
+    """The rows of a Parquet file, without the columns that have no value there.
+
+    Raises:
+        UserError: it is none.
+        OSError: it cannot be read.
+    """
     arrow: Any = import_module("pyarrow")  # it has no types
     parquet: Any = import_module("pyarrow.parquet")
     try:
         rows = parquet.read_table(path).to_pylist()
     except arrow.ArrowInvalid as error:
         raise UserError(f"is no Parquet file: {error}", where=str(path), remedy="Write it anew.") from None
-    for number, row in enumerate(rows, 1):
-        yield number, lambda row=row: {key: one for key, one in row.items() if one is not None}  # type: ignore[misc]
+    plain = ({name: _plain(value) for name, value in row.items()} for row in rows)
+    return [{name: value for name, value in row.items() if value is not None} for row in plain]
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it: dates, decimals and bytes as text; NaN, which tables have for no value, as null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
+    for number, row in enumerate(parquet_rows(path), 1):
+        yield number, lambda row=row: row  # type: ignore[misc]
 
 
 def _cells(path: Path) -> Iterator[tuple[int, Value]]:

@@ -185,13 +185,21 @@ def _entry(row: Mapping[str, Any], where: str) -> Entry:
     try:
         mark = made(Mark, row[RATED])
         record = parse_row({key: row[key] for key in ("prompt", "dialogue") if key in row})[0]
+        if not mark.shown:
+            raise RowError("rated.shown is empty")
     except (ValidationError, RowError) as error:
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, (RATED, *first['loc'])))}: {first['msg']}"
         remedy = "Mend or remove the line, or give another --out."
-        raise UserError(f"is no rating as rate writes them: {error}", where=where, remedy=remedy) from None
+        raise UserError(f"is no rating as rate writes them: {what}", where=where, remedy=remedy) from None
     question = Question(record.context, row.get("dialogue"), tuple(mark.shown), mark.chosen_by)
     texts = [one.text for one in mark.shown]
     better = texts.index(row["chosen"]) if len(texts) == 2 and row.get("chosen") in texts else None
-    return Entry(mark, question, row.get("label"), better)
+    label = row.get("label")  # which somebody may have changed to one that is not sure
+    up = label >= 0.5 if isinstance(label, bool | int | float) else None
+    return Entry(mark, question, up, better)
 
 
 def _rows(question: Question, opinion: Opinion) -> list[Row]:

@@ -2,11 +2,19 @@
 
 import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from perl.recipe.section import Positive, Section, registered
 from perl.rl.samplers import SAMPLERS, SamplerSettings
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url)) and urlsplit(url).port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        return False
 
 
 class SamplerFrom(Section):
@@ -51,8 +59,10 @@ class SamplerFrom(Section):
                 "adapter_dir, a folder that it sees too"
             )
         for url in self.settings.urls:
-            if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
+            if not _is_address(url):
                 raise ValueError(f"{url!r} is no address of a server: write url as in http://127.0.0.1:8000")
+            if url.endswith("/v1"):
+                raise ValueError(f"{url!r} ends in /v1, which is added: leave it out")
         if self.staleness and self.kind != "server":
             raise ValueError("only a server draws while the policy learns: set url, or staleness to 0")
         if self.kind == "local" and (self.adapter_dir or self.url):

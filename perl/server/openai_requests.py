@@ -11,12 +11,10 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.library import Completion
+from perl.library import COLDEST, Completion
 
 MAX_ROWS = 64
 """Completions, or scores, that one request may ask for."""
-COLDEST = 1e-4
-"""Stands for temperature 0: the likeliest token, unless two are almost equal."""
 WHERE = "the request"
 
 
@@ -68,12 +66,18 @@ class _Request:
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     top_p: Annotated[float, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logprobs: Literal[False] | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: Literal[""] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: TextFormat | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
@@ -86,7 +90,7 @@ class _Request:
         """The settings."""
         return Generation(
             max_tokens=self.max_tokens,
-            temperature=COLDEST if self.temperature == 0 else self.temperature,
+            temperature=None if self.temperature is None else max(self.temperature, COLDEST),
             n=self.n or 1,
             seed=self.seed if self.seed is not None else secrets.randbits(31),
             stop=tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or [])),
@@ -174,8 +178,9 @@ def _plain(prompt: object) -> object:
     for message in prompt:
         role, content = message.get("role"), message.get("content")
         if isinstance(content, list) and all(
-            isinstance(one, dict) and one.get("type") == "text" for one in content
+            isinstance(one, dict) and one.get("type") == "text" and isinstance(one.get("text"), str)
+            for one in content
         ):
-            content = "".join(str(one.get("text", "")) for one in content)
+            content = "".join(one["text"] for one in content)
         plain.append({"role": "system" if role == "developer" else role, "content": content})
     return plain

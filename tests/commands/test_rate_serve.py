@@ -14,6 +14,7 @@ from tests.conftest import RunCli
     [
         (["rate", "RUN", "--choose", "best"], "'best' is none of random, uncertainty"),
         (["rate", "nowhere"], "not a run folder"),
+        (["rate", "RUN", "--raters", " ,"], "--raters: names nobody"),
         (["serve", "nowhere", "--port", 0], "not a run folder"),
         (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot be listened on"),
         (["rate", "RUN", "--port", "TAKEN"], "cannot be listened on"),
@@ -30,6 +31,19 @@ def test_what_cannot_be_served_is_an_error(
     assert status == 2, written
     assert what in written
     assert not (tmp_path / "ratings.jsonl").exists()
+
+
+@pytest.mark.parametrize(("command", "what"), [("rate", "is in the file"), ("serve", "no more requests")])
+def test_ctrl_c_says_what_is_left(
+    command: str, what: str, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perl.server.listen.require_server", interrupted)
+    status, written = run_cli(command, tmp_path)
+    assert status == 130
+    assert what in written
 
 
 def test_without_the_extra_it_is_named(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,23 @@ def test_a_table_with_named_columns(run_cli: RunCli, tmp_path: Path) -> None:
     assert read.comparisons == [Comparison((Turn("user", "x"),), Turn("agent", "y"), Turn("agent", "z"), "x")]
 
 
+def test_a_column_that_is_named_takes_the_place_of_one_of_the_formats_own(run_cli: RunCli, tmp_path: Path) -> None:
+    file = table(tmp_path / "x.csv", ["prompt", "q", "completion"], ["Be brief.", "2 + 2?", "4"])
+    read, _ = imported(run_cli, "csv", file, "--prompt", "q")
+    assert read.demonstrations == [Demonstration((Turn("text", "2 + 2?"),), (Turn("text", "4"),), "2 + 2?")]
+
+
+def test_a_row_with_a_cell_too_many_or_too_few_is_named(run_cli: RunCli, tmp_path: Path) -> None:
+    """Its cells would stand under other names, and without its label it would be a demonstration."""
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,completion,label\na,b,1\n\nc,d\ne,f,0,and more\n")
+    read, written = imported(run_cli, "csv", file)
+    assert [rating.answer.text for rating in read.ratings] == ["b"]
+    assert not read.demonstrations
+    for line in (4, 5):
+        assert f":{line}: has more cells than the header, or fewer" in written
+
+
 def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> None:
     ask = [{"role": "user", "content": "What color is the sky?"}]
     said = [[{"role": "assistant", "content": text}] for text in ("It is blue.", "It is green.")]
@@ -184,6 +201,7 @@ def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> 
         ("open-webui", "[{}]", "the row has no data, meta, snapshot"),
         ("gradio", "a,b\n1,2\n", "has no conversation, index, flag"),
         ("csv", "a,b\n1,2\n", "the table has no prompt"),
+        ("csv --label ratng", "prompt,completion,rating\na,b,1\n", "the table has no ratng"),
         ("csv", 'a,b\n"1,2\n', "unexpected end of data"),
         ("csv", "", "it is empty"),
         ("csv", b"\xff", "cannot be read: 'utf-8'"),
@@ -195,14 +213,14 @@ def test_what_is_not_of_the_format_is_an_error(
 ) -> None:
     file = tmp_path / "file"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    status, written = run_cli("data", "import", source, file)
+    status, written = run_cli("data", "import", *source.split(), file)
     assert status == 2
     assert what in written
 
 
 def test_a_broken_parquet_file_and_none(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("x")
-    for name in ("x.parquet", "none.csv"):
+    for name, what in (("x.parquet", "is no Parquet file"), ("none.csv", "cannot be read")):
         status, written = run_cli("data", "import", "trl", tmp_path / name)
         assert status == 2
-        assert "cannot be read" in written
+        assert what in written

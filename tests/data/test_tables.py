@@ -1,9 +1,13 @@
 """Files of rows in other forms and under other names."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from perl.data.jsonl import read_jsonl
@@ -31,6 +35,28 @@ def test_every_form_gives_the_same_records(tmp_path: Path) -> None:
     for form in ("csv", "tsv", "parquet", "json"):
         found = read_jsonl(tmp_path / f"rows.{form}", COLUMNS)
         assert (found.ratings, found.prompts, found.problems) == (expected.ratings, expected.prompts, []), form
+
+
+def test_what_json_has_no_form_for_is_text_in_the_rows_of_parquet(run_cli: RunCli, tmp_path: Path) -> None:
+    now, no_value = datetime(2026, 1, 2, 3), float("nan")
+    row = {
+        "prompt": "a",
+        "completion": "b",
+        "label": 1.0,
+        "time": [now],
+        "price": Decimal("1.5"),
+        "stars": no_value,
+    }
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, {**row, "label": float("inf")}]), file)
+    found = read_jsonl(file)
+    assert found.prompts[0].columns == {"time": ["2026-01-02 03:00:00"], "price": "1.5"}
+    assert [problem.what for problem in found.problems] == [
+        "label is 'inf'; true or false (or 1, 0), or a number between, expected"
+    ]
+    status, written = run_cli("data", "import", "trl", file)
+    assert status == 0, written
+    assert '"price": "1.5"' in written
 
 
 def test_labels_in_cells(tmp_path: Path) -> None:

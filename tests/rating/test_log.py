@@ -14,6 +14,7 @@ from perl.data.jsonl import read_jsonl
 from perl.data.records import Comparison, Demonstration, Rating, Records, Turn
 from perl.errors import MachineError, UserError
 from perl.rating.log import Opinion, RatingLog
+from perl.rating.summary import summarize
 from tests.rating.asking import CHAT, one, two
 
 UP, DOWN = Opinion(label=True), Opinion(label=False)
@@ -161,5 +162,15 @@ def test_one_process_writes_it_and_rows_of_others_stay(file: Path) -> None:
         RatingLog(file.parent / "none" / "ratings.jsonl")
     log.close()
     file.write_text('{"prompt": "a", "completion": "b", "label": 1, "rated": {"id": "1"}}\n')
-    with pytest.raises(UserError, match=r"ratings.jsonl:1: is no rating as rate writes them"):
+    with pytest.raises(
+        UserError, match=r"ratings.jsonl:1: is no rating as rate writes them: rated.question: Field"
+    ):
         RatingLog(file)
+
+
+def test_a_label_that_was_changed_by_hand_counts_by_its_side(file: Path) -> None:
+    log = RatingLog(file)
+    log.add(one(), "ann", UP)
+    log.close()
+    file.write_text(file.read_text().replace('"label": true', '"label": 0.3'))
+    assert summarize(RatingLog(file).entries.values(), ["policy"]).roles[0].up == 0

@@ -79,5 +79,5 @@ class JsonSchema(RewardSource):
     def _allows(self, text: str) -> bool:
         try:
             return bool(self._validator.is_valid(strict_json(text)))
-        except RowError:
+        except (RowError, RecursionError):  # or nested too deeply for a schema that refers to itself
             return False

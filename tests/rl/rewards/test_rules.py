@@ -32,6 +32,8 @@ def test_json_is_checked_by_the_schema() -> None:
     assert JsonSchema(SCHEMA)([], SAMPLES, texts) == [1, 0, 0, 0, 0, 0]
     with pytest.raises(UserError, match="is no JSON schema"):
         JsonSchema({"type": "colour"})
+    deep = "[" * 400 + "]" * 400
+    assert JsonSchema({"items": {"$ref": "#"}})([], SAMPLES, ["[[]]", deep]) == [1, 0]
 
 
 def rules_recipe(write_recipe: WriteRecipe, tmp_path: Path, rows: list[dict[str, Any]], reward: object) -> Path:

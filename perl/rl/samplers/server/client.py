@@ -103,6 +103,8 @@ class Server:
         """What it serves, by name; adapters have a `parent`, and their folder as `root`."""
 
         def read(response: httpx2.Response) -> dict[str, _Model]:
+            if response.status_code != 200:
+                raise _UselessError(_refused(response))
             return {model.id: model for model in _Models.model_validate_json(response.content).data}
 
         return self._asked("GET", "/v1/models", None, read, QUICK)
@@ -159,6 +161,12 @@ class Server:
             away = False
             try:
                 response = self._http.request(method, path, json=body, timeout=limit)
+                if response.status_code in (401, 403):
+                    raise ServerError(
+                        f"the server lets nobody in without its key: {_refused(response)}",
+                        where=self.url,
+                        remedy="Set VLLM_API_KEY in the environment to what the server has as --api-key.",
+                    )
                 away = response.status_code >= 500
                 if not away:
                     self._away = False

@@ -245,6 +245,31 @@ def test_two_origins_in_overrides_are_refused(tmp_path: Path) -> None:
     assert "exactly one of" in refused(write(tmp_path, GOOD), "base.model=org/m", "base.build={}")
 
 
+@pytest.mark.parametrize(
+    ("found", "overrides", "left"),
+    [
+        ("lora: {rank: 4}", ["adapter={kind: miss}"], {"kind": "miss", "rank": 64}),
+        ("lora: {rank: 4}", ["adapter={kind: miss}", "adapter.rank=2"], {"kind": "miss", "rank": 2}),
+        ("adapter: {kind: miss}", ["lora={rank: 4}"], {"rank": 4, "alpha": 16}),
+        ("adapter: {kind: miss}", ["lora.rank=4"], {"kind": "miss", "rank": 4}),
+        ("lora: {rank: 4}", ["adapter.rank=2", "adapter.kind=dora"], {"kind": "dora", "rank": 2}),
+        ("lora: {rank: 4}", ["adapter.kind=lora"], {"rank": 4, "alpha": 16}),
+        ("lora: {rank: 4}", ["adapter=null"], {"rank": 4, "alpha": 16}),
+    ],
+)
+def test_an_override_of_the_adapters_replaces_the_other_section(
+    found: str, overrides: list[str], left: dict[str, object], tmp_path: Path
+) -> None:
+    """All of it, if it is the whole section; `lora` is short for `adapter`, so their keys are the same."""
+    recipe = load_recipe(write(tmp_path, f"name: x\nbase: {{model: org/m}}\n{found}\nreward: {{}}\n"), overrides)
+    assert recipe.adapter_settings.model_dump(include={"kind", "rank", "alpha"} & set(left)) == left
+    assert recipe.adapter_kind == left.get("kind", "lora")
+
+
+def test_two_sections_of_adapters_in_overrides_are_refused(tmp_path: Path) -> None:
+    assert "give one of the two alone" in refused(write(tmp_path, GOOD), "lora={}", "adapter={kind: miss}").lower()
+
+
 def test_paths_are_looked_up_beside_the_recipe_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside, here = tmp_path / "beside", tmp_path / "here"
     for folder in (beside, here):

@@ -215,10 +215,18 @@ def one_section(recipe: Any) -> Any:
     return content | {LORA: None}
 
 
-def section_meant(override: list[str], recipe: Mapping[str, Any]) -> str:
-    """The section that an override's key is of: of `lora` and `adapter` the one that the recipe has."""
+def section_meant(override: list[str], recipe: dict[str, Any]) -> str:
+    """The section that an override's key is of: of `lora` and `adapter` the one that the recipe has.
+
+    A whole section is what it says. `adapter.kind` makes a recipe's `lora`, which is short for it, an `adapter`.
+    """
     section = override[0]
-    if section not in (LORA, "adapter") or override == ["adapter", "kind"] or recipe.get(section) is not None:
+    if section not in (LORA, "adapter") or len(override) == 1 or recipe.get(section) is not None:
         return section
     other = "adapter" if section == LORA else LORA
-    return other if isinstance(recipe.get(other), dict) else section
+    if not isinstance(recipe.get(other), dict):
+        return section
+    if override == ["adapter", "kind"]:
+        recipe["adapter"] = recipe.pop(LORA)
+        return section
+    return other

@@ -34,6 +34,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolve
     for override in overrides or []:
         _apply_override(content, override)
     _replace_origin(content, overrides or [])
+    _replace_adapters(content, overrides or [])
     _resolve_paths(content, path.parent)
     _settings_of_sources(content)
     files = content.get("plugins")
@@ -82,6 +83,14 @@ def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
         for key in (origin, *ORIGINS[origin]):
             if key not in keys:
                 base.pop(key, None)
+
+
+def _replace_adapters(content: dict[str, Any], overrides: list[str]) -> None:
+    """Where an override is the whole section `lora` or `adapter`, take the recipe's other one out."""
+    said = {override.partition("=")[0] for override in overrides}
+    given = {key for key in (LORA, "adapter") if key in said and content.get(key) is not None}
+    if len(given) == 1:
+        content.pop("adapter" if given == {LORA} else LORA, None)
 
 
 def _settings_of_sources(content: dict[str, Any]) -> None:

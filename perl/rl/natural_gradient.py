@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 FIRST_LENGTH = 1e-3
-"""Of the first difference, as a share of ‖θ‖."""
+"""Of the first difference, as a share of ‖θ‖, or of 1 where θ is 0, as adapters of some kinds begin."""
 
 
 def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -67,7 +67,8 @@ class Fisher:
 
     def __post_init__(self) -> None:
         self._theta = [parameter.detach().clone() for parameter in self.parameters]
-        self.length = FIRST_LENGTH * torch.stack([parameter.norm() for parameter in self._theta]).norm()
+        norm = torch.stack([parameter.norm() for parameter in self._theta]).norm()
+        self.length = FIRST_LENGTH * torch.where(norm > 0, norm, 1.0)
 
     def product(self, vector: Tensor) -> Tensor:
         """F v; flat, as `vector`."""

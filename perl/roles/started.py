@@ -13,11 +13,11 @@ from perl.backbones.base import Base
 from perl.errors import UserError
 from perl.recipe.adapter import LORA
 from perl.roles.role import Role
-from perl.roles.saved import STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
+from perl.roles.saved import HEAD, STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
 from perl.roles.shared_base import SharedBase
 
 AGAIN = "Save or download it again."
-TASKS = {"CAUSAL_LM": "a language model's", "SEQ_CLS": "a sequence classifier's"}
+CLASSIFIER = "SEQ_CLS"
 
 
 def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base) -> list[str]:
@@ -37,9 +37,9 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     notes = _check_base(folder, base)
     read = read_weights(folder.path, roles.weights_file, AGAIN)
     weights = {roles.adapter.name_here(name): tensor for name, tensor in read.items()}
-    heads = tuple(f"{PREFIX}{module}." for module in roles.head_modules or ())
+    heads = tuple(f"{PREFIX}{module}." for module in roles.head_modules or [HEAD.partition(".")[0]])
     has_head = any(name.startswith(heads) for name in weights)
-    _check_task(folder, role, has_head)
+    _check_task(folder, role, has_head, roles.backbone.task_type)
     _drop_fixed(roles, role, weights, folder)
     targets = tensors_on_disk(roles, role)
     if role in roles.heads and not has_head:
@@ -76,14 +76,19 @@ def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
     return [f"it says that it was trained on {name}, and its tensors fit {base.name}"] if other else []
 
 
-def _check_task(folder: AdapterFolder, role: Role, has_head: bool) -> None:
-    """Refuse classifiers where a language model is to start, and whatever is neither."""
-    task = str(folder.config.get("task_type") or ("SEQ_CLS" if has_head else "CAUSAL_LM"))
-    if (task in TASKS and role is Role.REWARD) or (task == "CAUSAL_LM" and not has_head):
+def _check_task(folder: AdapterFolder, role: Role, has_head: bool, generating: str) -> None:
+    """Refuse classifiers where a language model is to start, and whatever is neither.
+
+    Args:
+        generating: peft's task of language models like the base.
+    """
+    tasks = {generating: "a language model's", CLASSIFIER: "a sequence classifier's"}
+    task = str(folder.config.get("task_type") or (CLASSIFIER if has_head else generating))
+    if (task in tasks and role is Role.REWARD) or (task == generating and not has_head):
         return
-    wanted = "a language model's or a sequence classifier's" if role is Role.REWARD else TASKS["CAUSAL_LM"]
+    wanted = "a language model's or a sequence classifier's" if role is Role.REWARD else tasks[generating]
     what = (
-        "a model's with a head for scores" if has_head and task == "CAUSAL_LM" else TASKS.get(task, f"for {task}")
+        "a model's with a head for scores" if has_head and task == generating else tasks.get(task, f"for {task}")
     )
     raise UserError(
         f"the adapter there is {what}; {role} needs {wanted}",

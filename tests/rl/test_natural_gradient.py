@@ -12,9 +12,9 @@ P_NV = (X_ND @ WEIGHT_VD.T).softmax(1)
 VECTORS = torch.randn(3, 12, dtype=torch.float64)
 
 
-def explicit_fisher() -> Tensor:
+def explicit_fisher(p_NV: Tensor = P_NV) -> Tensor:
     """1/N Σ (diag(p) - p pᵀ) ⊗ x xᵀ, of a softmax of linear logits."""
-    parts = [torch.kron(p.diag() - torch.outer(p, p), torch.outer(x, x)) for p, x in zip(P_NV, X_ND, strict=True)]
+    parts = [torch.kron(p.diag() - torch.outer(p, p), torch.outer(x, x)) for p, x in zip(p_NV, X_ND, strict=True)]
     return torch.stack(parts).mean(0)
 
 
@@ -37,6 +37,18 @@ def test_the_fisher_vector_product_is_that_of_the_explicit_matrix() -> None:
     assert len(kls) < 4 * len(VECTORS)  # the length of a difference is that of the last
     assert torch.equal(weight, WEIGHT_VD)
     assert weight.grad is None
+
+
+def test_weights_that_begin_at_zero_have_curvature_too() -> None:
+    weight, p_NV = nn.Parameter(torch.zeros_like(WEIGHT_VD)), torch.full_like(P_NV, 0.25)
+
+    def kl_gradient() -> tuple[float, Tensor]:
+        kl = (p_NV * (p_NV.log() - (X_ND @ weight.T).log_softmax(1))).sum(1).mean()
+        kl.backward()
+        return float(kl.detach()), take_gradient([weight])
+
+    product = Fisher([weight], kl_gradient, kl=1e-14).product(VECTORS[0])
+    torch.testing.assert_close(product, explicit_fisher(p_NV) @ VECTORS[0], rtol=1e-6, atol=1e-7)
 
 
 def test_conjugate_gradients_solve_the_damped_system() -> None:

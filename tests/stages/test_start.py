@@ -37,7 +37,8 @@ from perl.roles.shared_base import SharedBase
 from perl.roles.started import load_start
 from perl.stages.opening import open_run, open_session
 from tests.conftest import RunCli, WriteRecipe
-from tests.tiny import KINDS, adapter_of_kind, random_llama
+from tests.encoder_decoders import tiny_t5
+from tests.tiny import KINDS, adapter_of_kind, lora, random_llama
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 27).view(3, 8)
@@ -120,6 +121,31 @@ def test_what_a_run_has_written_can_be_started_from(kind: str, tiny_llama: Path,
         roles.add(Role.SFT)
         assert load_start(roles, Role.SFT, folder, base) == []
         assert torch.equal(logits(roles, Role.SFT), expected)
+
+
+def test_an_encoder_decoders_adapter_is_started_from(tmp_path: Path) -> None:
+    """Of peft's task for them; a reward model's, which has its head beside it, by a reward model alone."""
+    base, lm = load_base(str(tiny_t5(tmp_path / "t5")), torch.float32, CPU)
+    theirs = get_peft_model(lm, LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    roles = SharedBase(lora(theirs.unload(), 2, 8, targets=["q", "v"]))
+    roles.add(Role.REWARD, head=True)
+    for role in (Role.SFT, Role.REWARD):
+        roles.clear()
+        roles.add(role, head=role is Role.REWARD)
+        notes = load_start(roles, role, read_adapter_folder(tmp_path / "theirs", "sft.adapter"), base)
+        assert notes == (["it has no head, so the head begins at zero"] if role is Role.REWARD else [])
+    with torch.no_grad():
+        roles.head(Role.REWARD).weight.fill_(2.0)
+    save_role(roles, Role.REWARD, tmp_path / "reward", stamp_for(Role.REWARD, base))
+    saved = read_adapter_folder(tmp_path / "reward", "reward.adapter")
+    roles.clear()
+    roles.add(Role.REWARD, head=True)
+    assert load_start(roles, Role.REWARD, saved, base) == []
+    assert bool((roles.head(Role.REWARD).weight == 2.0).all())
+    roles.add(Role.SFT)
+    with pytest.raises(UserError, match="a model's with a head for scores"):
+        load_start(roles, Role.SFT, saved, base)
 
 
 SFT = {"batch_size": 4, "max_length": 64, "epochs": 1}
@@ -436,3 +462,23 @@ def test_what_rl_started_from_is_taken_with_it(
     session = open_run(tmp_path / "two")
     session.load(Role.SFT)
     assert session.roles.reference is Role.SFT
+
+
+def test_another_adapter_may_be_named_until_rl_has_a_checkpoint(
+    recipe: Callable[..., Path], foreign: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """What a run that came to nothing has copied is not taken for it."""
+    settings = {"adapter": "foreign", "reward": {"function": "rewards.py:length"}, "prompts_per_step": 2}
+    file = recipe(sft=None, rl={**settings, "max_new_tokens": 4})
+    other = tmp_path / "other"
+    shutil.copytree(foreign, other)
+    theirs = {name: 2 * tensor for name, tensor in load_file(foreign / "adapter_model.safetensors").items()}
+    save_file(theirs, other / "adapter_model.safetensors")
+    for folder in (foreign, other):
+        session = open_session(load_recipe(file, [f"rl.adapter={folder}"]), tmp_path / "out")
+        session.load(Role.SFT)
+        assert session.stamp(Role.SFT).started_from == str(folder)
+    found = session.roles.weights(Role.SFT)
+    assert all(
+        torch.equal(tensor, found[name.removeprefix("base_model.model.")]) for name, tensor in theirs.items()
+    )

@@ -57,8 +57,7 @@ def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, st
         columns: as of `numbered_values`.
     """
     for number, row in enumerate(rows, 1):
-        kept = {key: value for key, value in row.items() if value is not None}
-        yield number, lambda kept=kept: _renamed(kept, columns)  # type: ignore[misc]
+        yield number, lambda row=row: _renamed(_with_values(row), columns)  # type: ignore[misc]
 
 
 def mapping_for(names: Collection[str], formats: Collection[Collection[str]]) -> dict[str, str]:
@@ -116,8 +115,13 @@ def parquet_rows(path: Path) -> list[Row]:
         rows = parquet.read_table(path).to_pylist()
     except arrow.ArrowInvalid as error:
         raise UserError(f"is no Parquet file: {error}", where=str(path), remedy="Write it anew.") from None
-    plain = ({name: _plain(value) for name, value in row.items()} for row in rows)
-    return [{name: value for name, value in row.items() if value is not None} for row in plain]
+    return [_with_values(row) for row in rows]
+
+
+def _with_values(row: Mapping[str, object]) -> Row:
+    """A row of a table without the columns that are null in it."""
+    plain = {name: _plain(value) for name, value in row.items()}
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,7 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.measure.ensemble import disagreement, ensemble_scores
+from perl.measure.ensemble import ensemble_scores
 from perl.measure.metrics import probabilities
 from perl.parallel.process_group import process_group
 from perl.recipe import Recipe, StageName
@@ -21,7 +21,7 @@ from perl.rl.samplers.local import LocalSampler
 from perl.roles.role import Role
 from perl.stages import pipeline
 from perl.stages.opening import open_run
-from perl.stages.reward_scores import run_member_scores, scores_are_log_odds
+from perl.stages.reward_scores import run_disagreement, run_member_scores, scores_are_log_odds
 from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
@@ -61,7 +61,7 @@ class Score:
         score: log-odds under thumbs, else Bradley-Terry.
         probability: calibrated, of a thumb up (of being the better one, of a model of pairs).
         disagreement: of an ensemble, the standard deviation of its members' probabilities of a thumb up (of their
-            scores, of a model of pairs): where it is large, the score is likelier to be wrong.
+            scores less their means, of a model of pairs): where it is large, the score is likelier to be wrong.
     """
 
     score: float
@@ -279,7 +279,8 @@ class LoadedRun:
         fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)
         scores_N = ensemble_scores(scores_MN, log_odds)
         probabilities_N = probabilities(fitted.slope * scores_N + fitted.intercept)
-        differ = disagreement(scores_MN, log_odds).tolist() if len(scores_MN) > 1 else [None] * len(rows)
+        several = len(scores_MN) > 1
+        differ = run_disagreement(self.session, scores_MN).tolist() if several else [None] * len(rows)
         return [Score(*one) for one in zip(scores_N.tolist(), probabilities_N.tolist(), differ, strict=True)]
 
 

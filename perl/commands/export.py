@@ -35,7 +35,7 @@ def export(
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
     if role not in STAGES:
-        remedy = f"It is {', '.join(list(ROLES)[:-1])} or {list(ROLES)[-1]}."
+        remedy = f"It is {', '.join(list(ROLES)[:-1])} or {list(ROLES)[-1]}; of an ensemble also {MEMBERS[0]} ..."
         raise UserError(f"no role {role!r} to export", where="ROLE", remedy=remedy)
     with user_named(folder):
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):

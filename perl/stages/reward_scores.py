@@ -5,8 +5,10 @@ Axis letters: M members, N rows.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from perl.measure.bootstrap import Floats
-from perl.measure.ensemble import ensemble_scores
+from perl.measure.ensemble import disagreement, ensemble_scores
 from perl.rl.rewards.model import score_rows
 from perl.stages.session import Session
 
@@ -23,6 +25,19 @@ def run_member_scores(session: Session, rows: Sequence[list[int]], micro_batch_s
 def run_scores(session: Session, rows: Sequence[list[int]], micro_batch_size: int = 32) -> Floats:
     """The scores (N) of all members as one model."""
     return ensemble_scores(run_member_scores(session, rows, micro_batch_size), scores_are_log_odds(session))
+
+
+def run_disagreement(session: Session, scores_MN: Floats) -> Floats:
+    """How far the members disagree on each row (N), see `disagreement`.
+
+    Bradley-Terry leaves open what is added to all scores of a member: of a model of pairs they are compared less
+    their means over the training rows.
+    """
+    log_odds = scores_are_log_odds(session)
+    if not log_odds:
+        means_M = np.array([session.stamp(role).reward_mean for role in session.reward_members])
+        scores_MN = scores_MN - means_M[:, None]
+    return disagreement(scores_MN, log_odds)
 
 
 def scores_are_log_odds(session: Session) -> bool:

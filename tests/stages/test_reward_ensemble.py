@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from perl.rl.rewards.model import combined
 from perl.roles.role import REWARD_MEMBERS
 from perl.runs.folder import RunFolder
 from perl.stages import reuse
+from perl.stages.reward_scores import run_disagreement
+from perl.stages.session import Session
 from tests.conftest import RunCli, WriteRecipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,6 +34,20 @@ def test_scores_of_an_ensemble_by_hand() -> None:
     assert disagreement(scores_MN, log_odds=False)[1] == 1.0
     sure = np.array([[800.0], [900.0]])  # whose probabilities are 1 to the last bit
     assert ensemble_scores(sure, log_odds=True)[0] == pytest.approx(800 + math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("pairs", [0.0, 1.0]), ("thumbs", [0.5, 0.5])])
+def test_what_is_added_to_all_scores_of_a_model_of_pairs_is_no_disagreement(
+    loss: str, expected: list[float]
+) -> None:
+    means = {REWARD_MEMBERS[0]: 100.0, REWARD_MEMBERS[1]: -100.0}
+    session = SimpleNamespace(
+        recipe=SimpleNamespace(reward=SimpleNamespace(loss=loss)),
+        reward_members=list(means),
+        stamp=lambda role: SimpleNamespace(reward_mean=means[role]),
+    )
+    found = run_disagreement(cast(Session, session), np.array([[100.0, 101.0], [-100.0, -101.0]]))
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_rewards_of_an_ensemble_by_hand() -> None:

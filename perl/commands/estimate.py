@@ -73,11 +73,11 @@ def estimate(
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
     say_loading()
+    from perl.backbones import backbone_of
     from perl.predict import read_subject
 
     subject = read_subject(loaded)
-    tunings = [tuning for tuning in TUNINGS if tuning == "lora" or loaded.base.quantization == "none"]
-    predictions = _predict_all({one: variant(loaded, one, loaded.seed) for one in tunings}, subject, devices)
+    predictions = _predict_all(_tunings(loaded), subject, devices)
     for label, prediction in predictions.items():
         console.print(_table(label, prediction, devices, limit))
     metrics: dict[str, Any] = {label: as_json(prediction) for label, prediction in predictions.items()}
@@ -86,7 +86,8 @@ def estimate(
         metrics["fits"] = _peak(own) <= limit
         _say_whether_it_fits(loaded, own, limit)
         if not metrics["fits"]:
-            changes = _predict_all(_alternatives(loaded, recipe, overrides or []), subject, devices)
+            four_bit = backbone_of(subject.config).refusal("4bit", "base.quantization") is None
+            changes = _predict_all(_alternatives(loaded, recipe, overrides or [], four_bit), subject, devices)
             peaks = {label: _peak(prediction) for label, prediction in changes.items()}
             _say_changes(peaks, limit)
             metrics["changes"] = {label: {"peak": peak, "fits": peak <= limit} for label, peak in peaks.items()}
@@ -99,6 +100,17 @@ def print_prediction(recipe: Recipe) -> None:
     from perl.predict import predict, read_subject
 
     console.print(_table(recipe.name, predict(recipe, read_subject(recipe)), 1, None))
+
+
+def _tunings(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe under both tunings, or under its own where it has what the other does not."""
+    found: dict[str, Recipe] = {}
+    for tuning in TUNINGS:
+        try:
+            found[tuning] = variant(recipe, tuning, recipe.seed)
+        except UserError as error:
+            console.print(f"{tuning} is left out: {error.what}", style="yellow", markup=False)
+    return found
 
 
 def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
@@ -156,8 +168,12 @@ def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
     return spread
 
 
-def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str, Recipe]:
-    """The recipe with settings that need less memory, each alone, then together."""
+def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bool) -> dict[str, Recipe]:
+    """The recipe with settings that need less memory, each alone, then together.
+
+    Args:
+        four_bit: whether its base can have 4-bit weights.
+    """
     full, rl = recipe.tuning == "full", recipe.rl is not None
     settings = [] if recipe.checkpoint_activations else [["checkpoint_activations=true"]]
     smaller = [f"{stage}.batch_size=1" for stage in ("sft", "reward") if stage in recipe.stages]
@@ -170,7 +186,7 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str]) -> dict[str,
     if rl and recipe.critic == "adapter" and not full:
         settings.append(["rl.critic=shared"])
     refused = recipe.adapter is not None and recipe.adapter.four_bit_refusal
-    if recipe.base.quantization == "none" and recipe.base.build is None and not refused:
+    if four_bit and recipe.base.quantization == "none" and recipe.base.build is None and not refused:
         settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
     settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
     # Of a recipe for full tuning the critic is the other tuning's default.

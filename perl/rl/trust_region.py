@@ -203,7 +203,7 @@ class TrustRegion:
 
 def _states_ND(outputs: Outputs, batch: Rollout) -> Tensor:
     assert outputs.states_BTD is not None
-    return outputs.states_BTD[batch.completion_mask_BT]
+    return outputs.states_BTD[batch.completion_mask_BT.nonzero(as_tuple=True)]  # fake tensors take no mask
 
 
 def _fitting(kl: float, limit: float) -> float:

@@ -11,6 +11,7 @@ from perl.errors import UserError
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import load_recipe
 from tests.conftest import RunCli, WriteRecipe
+from tests.encoder_decoders import tiny_t5
 
 REWARD = {"batch_size": 4, "max_length": 64}
 
@@ -72,6 +73,25 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
         measured = TRY["reward"](session).memory
     for name, phase in found["lora"]["reward"].items():
         assert phase["peak"] == pytest.approx(measured[name].peak, rel=0.05)
+
+
+def test_a_tuning_that_the_recipe_cannot_have_is_left_out(run_cli: RunCli, write_recipe: WriteRecipe) -> None:
+    rl = {"algorithm": "trpo", "reward": {"function": "rewards.py:length"}, "max_new_tokens": 4}
+    found, text = estimated(run_cli, write_recipe(reward=None, rl=rl))
+    assert set(found) == {"name", "devices", "lora"}
+    assert "full is left out: rl.trust_region keeps the policy's weights" in text
+
+
+def test_an_encoder_decoder_is_not_said_to_fit_in_four_bits(
+    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    base = {"model": str(tiny_t5(tmp_path / "t5")), "dtype": "float32"}
+    found, _ = estimated(
+        run_cli, write_recipe(data=data, base=base, rl=None, reward=REWARD), "--device-memory", "1MB"
+    )
+    assert "reward.batch_size=1" in found["changes"]
+    assert not any("4bit" in change for change in found["changes"])
 
 
 def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path) -> None:

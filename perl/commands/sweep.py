@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from perl.sweep.setting import Setting
 
 T = TypeVar("T", str, int)
+MOST_SEED = 2**32 - 1
+"""That a recipe takes."""
 
 
 def sweep(
@@ -155,13 +157,15 @@ def _check(
     if recipe.base.quantization != "none" and any(one.kind == FULL for one in settings):
         what = "full tuning cannot train 4-bit weights"
         raise UserError(what, where="base.quantization", remedy="Leave it out: --kinds lora.")
-    for option, numbers, least in (
-        ("--ranks", [one.size for one in settings if one.size is not None], 1),
-        ("--seeds", seeds, 0),
-        ("--search-seeds", searched_on, 0),
+    for option, numbers, least, most in (
+        ("--ranks", [one.size for one in settings if one.size is not None], 1, None),
+        ("--seeds", seeds, 0, MOST_SEED),
+        ("--search-seeds", searched_on, 0, MOST_SEED),
     ):
         if wrong := [number for number in numbers if number < least]:
             raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
+        if most is not None and max(numbers, default=0) > most:
+            raise UserError(f"{max(numbers)} is too large", where=option, remedy=f"The most is {most}.")
     if both := set(seeds) & set(searched_on):
         what, remedy = f"{min(both)} is reported too", "Search on seeds that are not among --seeds."
         raise UserError(what, where="--search-seeds", remedy=remedy)

@@ -9,12 +9,14 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from perl.adapters import AdapterKind
 from perl.errors import UserError
 from perl.recipe import STAGES, Recipe, StageName
+from perl.recipe.rewards import ModelPart, RewardPart
 from perl.report.runs import Run, read_run
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
@@ -56,13 +58,9 @@ class Cells:
             if self.recipe.sft is not None:
                 keys = ("dtype", "quantization", "trust_remote_code")
                 content["base"] = {key: content["base"][key] for key in keys} | {"model": str(folder / "merged")}
-            parts = [
-                {"kind": "run", "run": str(folder), "weight": part.weight}
-                if part.needs_model
-                else part.model_dump()
-                for part in self.recipe.rl.reward_parts
-            ]
-            content["rl"]["reward"] = parts
+            content["rl"]["reward"] = _of_run(self.recipe.rl.reward_parts, folder, "rl.reward")
+            if judging := self.recipe.rl.eval_reward_parts:
+                content["rl"]["eval_reward"] = _of_run(judging, folder, "rl.eval_reward")
         return Recipe.model_validate(content | dict.fromkeys(others))
 
     def check(self, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
@@ -74,6 +72,9 @@ class Cells:
         lm = self._base(seeds[0])
         if self.stage == "rl" and self.recipe.sft is not None:
             self._check_merged(lm)
+        for seed in seeds if self.stage == "rl" else ():
+            if (before := self._recipe_before(seed)) is not None:
+                RunFolder(self._earlier(seed)).check(before)
         for setting in settings:
             for seed in seeds:
                 RunFolder(setting.folder(self.out, seed)).check(setting.recipe(self.alone(seed), seed))
@@ -131,15 +132,20 @@ class Cells:
     def _earlier(self, seed: int) -> Path:
         return (self.out / f"earlier-{seed}").absolute()
 
+    def _recipe_before(self, seed: int) -> Recipe | None:
+        """The recipe of the stages before RL; None without any."""
+        if self.recipe.sft is None and self.recipe.reward is None:
+            return None
+        return Recipe.model_validate(self.recipe.model_dump() | {"rl": None, "seed": seed})
+
     def _train_earlier(self, seed: int) -> None:
         """The stages before RL, and the SFT policy merged into a copy of the base."""
-        content = self.recipe.model_dump() | {"rl": None, "seed": seed}
-        if not any(content[stage] for stage in ("sft", "reward")):
+        recipe, folder = self._recipe_before(seed), self._earlier(seed)
+        if recipe is None:
             return
-        folder = self._earlier(seed)
         if not (folder / "report.json").exists():
             console.print(f"[bold]what RL starts from, seed {seed}[/] in {folder}")
-            run(Recipe.model_validate(content), folder)
+            run(recipe, folder)
         if self.recipe.sft is not None and not (folder / "merged").exists():
             export_role(open_run(folder), Role.SFT, "sft", folder / "merged", whole=True)
 
@@ -173,3 +179,21 @@ class Cells:
                 continue
             one, two = (weights(replace(setting, size=size)) for size in (1, 2))  # it grows linearly
             yield replace(setting, size=max(1, 1 + round((wanted - one) / (two - one))))
+
+
+def _of_run(parts: Sequence[RewardPart], run: Path, where: str) -> list[dict[str, Any]]:
+    """Parts of a reward, of which the reward model is that of another run.
+
+    Raises:
+        UserError: one combines members in a way that a run's reward model is not read.
+    """
+    if any(isinstance(part, ModelPart) and (part.members or part.combine != "mean") for part in parts):
+        raise UserError(
+            "a sweep of RL takes the reward model from a run of its own: the mean of all its members",
+            where=where,
+            remedy="Leave members and combine out.",
+        )
+    return [
+        {"kind": "run", "run": str(run), "weight": part.weight} if part.needs_model else part.model_dump()
+        for part in parts
+    ]

@@ -90,6 +90,9 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
 
     Args:
         rates: learning rates by stage; of the others full tuning has a tenth of the recipe's for LoRA.
+
+    Raises:
+        UserError: the recipe has what that tuning does not.
     """
     content, rates = recipe.model_dump(), rates or {}
     full = tuning == "full" and recipe.tuning == "lora"
@@ -104,7 +107,10 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
         content["rl"]["sampler"] = {}
     for stage in recipe.starts if full else ():  # there is no adapter
         content[stage]["adapter"] = None
-    return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
+    try:
+        return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
+    except ValidationError as error:
+        raise explain(error, content, Path(f"{recipe.name} under tuning: {tuning}")) from None
 
 
 def size_key(kind: str) -> str | None:

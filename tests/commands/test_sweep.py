@@ -10,9 +10,11 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 
+from perl.recipe import load_recipe
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.training import NotFiniteError
+from perl.sweep.cells import Cells
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
 
@@ -146,6 +148,9 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["ia3", "lora", "full"]
     assert all(np.isfinite(row["reward at KL"]["mean"]) for row in rows)
+    code, text = run_cli("sweep", recipe, "--stage", "rl", "sft.epochs=2", "--kinds", "ia3", "--out", out)
+    assert code == 2, text
+    assert "earlier-0: holds another run: there sft.epochs is 1, here 2" in " ".join(text.split())
 
 
 def test_settings_of_equal_weights(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
@@ -209,6 +214,22 @@ def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Pa
         (["--kinds", "lora:2,lora", "--ranks", "2"], "lora, rank 2 is there twice"),
         (["--seeds", "0,0"], "--seeds: 0 is there twice"),
         (["--seeds", "-1"], "--seeds: -1 is too small"),
+        (["--seeds", "4294967296"], "--seeds: 4294967296 is too large"),
+        (
+            ["--stage", "rl", "sft=null", "rl.steps=5", "rl.algorithm=trpo"],
+            "Set tuning: lora, or another rl.algorithm",
+        ),
+        (
+            [
+                "--stage",
+                "rl",
+                "sft=null",
+                "rl.steps=5",
+                "reward.members=2",
+                "rl.reward={kind: model, combine: min}",
+            ],
+            "rl.reward: a sweep of RL takes the reward model from a run of its own",
+        ),
         (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is reported too"),
         (["--kinds", "full,lora", "--equal-weights"], "Name a kind of adapters first"),
         (["--stage", "rl"], "1 steps make no curve"),
@@ -238,3 +259,11 @@ def test_adapters_are_taken_out_again() -> None:
     roles.adapter.remove()
     assert list(lm.named_modules()) == before
     assert set(vars(lm)) == own
+
+
+def test_what_chooses_between_policies_may_be_the_reward_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rl = {**RL, "reward": {"function": "rewards.py:length"}, "eval_steps": 2, "eval_reward": {"kind": "model"}}
+    alone = Cells(load_recipe(write_recipe(rl=rl)), "rl", tmp_path).alone(0)
+    assert alone.stages == ("rl",)
+    assert alone.rl is not None
+    assert [part.run for part in alone.rl.eval_reward_parts] == [str(tmp_path / "earlier-0")]  # type: ignore[attr-defined]

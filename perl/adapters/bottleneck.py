@@ -4,6 +4,7 @@ Letters: N tokens, I the width of what an adapter is given, O of what the part g
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -155,10 +156,15 @@ def _without_rest(part: Any) -> Any:
 
 
 def _part_of(name: str) -> str:
-    """The part of its block that a module is in: `layers.3.mlp` of `layers.3.mlp.up_proj`."""
+    """The part of its block that a module is in: `layers.3.mlp` of `layers.3.mlp.up_proj`.
+
+    Lists are no parts, as they compute nothing: `block.3.layer.1.DenseReluDense` of T5.
+    """
     index = f".{layer_index(name)}."
     block, _, inner = name.partition(index)
-    return block + index + inner.partition(".")[0]
+    in_lists = re.match(r"(?:\w+\.\d+\.)*", inner)
+    start = in_lists.end() if in_lists is not None else 0
+    return block + index + inner[:start] + inner[start:].partition(".")[0]
 
 
 def _own_name(part: str) -> str:
@@ -169,7 +175,7 @@ def _wanted(own: str, targets: str | list[str]) -> bool:
     if isinstance(targets, list):
         return own in targets
     kinds = NAMES if targets == "both" else (targets,)
-    return any(word in own for kind in kinds for word in NAMES[kind])
+    return any(word in own.lower() for kind in kinds for word in NAMES[kind])
 
 
 def _missing(targets: str | list[str], there: list[str]) -> str:

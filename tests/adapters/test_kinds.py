@@ -25,7 +25,8 @@ from perl.roles.shared_base import SharedBase
 from perl.stages.opening import adapters_for
 from tests.adapters.example_bias import Bias, BiasSettings
 from tests.conftest import RunCli, WriteRecipe
-from tests.tiny import lora, random_llama
+from tests.encoder_decoders import tiny_t5
+from tests.tiny import adapter_of_kind, lora, random_llama
 
 ADAPTERS.pop("bias")  # importing the example has registered it, for all tests
 
@@ -234,3 +235,17 @@ def test_adapters_of_another_variant_are_not_loaded(tmp_path: Path) -> None:
 def test_a_start_that_is_not_the_base_is_refused(start: object) -> None:
     with pytest.raises(UserError, match="LoRA that starts"):
         variant(init_lora_weights=start)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("series", ["DenseReluDense"]), ("parallel", "attention")])
+def test_parts_of_t5_are_found_inside_its_lists(kind: str, targets: str | list[str], tmp_path: Path) -> None:
+    lm = load_base(str(tiny_t5(tmp_path)), torch.float32, torch.device("cpu"))[1]
+    roles = randomized(SharedBase(adapter_of_kind(lm, kind, targets=targets)), Role.POLICY)
+    given = {"input_ids": torch.arange(3, 9)[None], "decoder_input_ids": torch.arange(3)[None]}
+    with torch.no_grad():
+        bare = lm(**given).logits
+        with roles.role(Role.POLICY):
+            assert not torch.allclose(lm(**given).logits, bare, atol=1e-3)
+        assert torch.equal(lm(**given).logits, bare)
+    learned = {name.partition(".bottleneck")[0].rpartition(".")[2] for name in roles.weights(Role.POLICY)}
+    assert learned == ({"SelfAttention", "EncDecAttention"} if targets == "attention" else {"DenseReluDense"})

@@ -10,9 +10,11 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 
+from perl.recipe import load_recipe
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.stages.training import NotFiniteError
+from perl.sweep.cells import Cells
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import lora, random_llama
 
@@ -257,3 +259,11 @@ def test_adapters_are_taken_out_again() -> None:
     roles.adapter.remove()
     assert list(lm.named_modules()) == before
     assert set(vars(lm)) == own
+
+
+def test_what_chooses_between_policies_may_be_the_reward_model(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rl = {**RL, "reward": {"function": "rewards.py:length"}, "eval_steps": 2, "eval_reward": {"kind": "model"}}
+    alone = Cells(load_recipe(write_recipe(rl=rl)), "rl", tmp_path).alone(0)
+    assert alone.stages == ("rl",)
+    assert alone.rl is not None
+    assert [part.run for part in alone.rl.eval_reward_parts] == [str(tmp_path / "earlier-0")]  # type: ignore[attr-defined]

@@ -96,7 +96,10 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
     values = numbered_values(path, columns or {})
     written, problems = sifted(parsed(f"{path}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
+    absent = [name for field, name in (columns or {}).items() if field not in names]
     hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
+    if absent and names:
+        hint = f"data.columns names {', '.join(absent)}, which no row has"
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0

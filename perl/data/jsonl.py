@@ -104,7 +104,10 @@ def read_values(where: str, values: Iterable[tuple[int, Value]]) -> Records:
 
     written, problems = sifted(parsed(f"{where}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
+    absent = [name for field, name in (columns or {}).items() if field not in names]
     hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
+    if absent and names:
+        hint = f"data.columns names {', '.join(absent)}, which no row has"
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0

@@ -129,8 +129,9 @@ def _unfinished(group: Group) -> dict[str, Any] | None:
     if stage is None:
         return None
     role = "policy" if stage == "rl" else stage
-    names = (("reward", "Reward"), ("kl", "KL")) if stage == "rl" else (("loss", "Loss"),)
-    plots = [charts.step_plot(group, role, name, f"{title} so far", name) for name, title in names]
+    shown = (("reward", "Reward", "reward"), ("kl", "KL", "nats a completion"))
+    names = shown if stage == "rl" else (("loss", "Loss", "loss"),)
+    plots = [charts.step_plot(group, role, name, f"{title} so far", unit) for name, title, unit in names]
     steps = len(group.first.metrics[role].get("step", ()))
     return {"stage": words.STAGE[stage], "steps": steps, "plots": [plot for plot in plots if plot is not None]}
 

@@ -14,7 +14,7 @@ from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import CHANGE_NOTHING, Recipe, StageName
 from perl.rl.collector import Collector
-from perl.rl.evaluate import by_prompt, of_each, rollouts, samples_per_prompt
+from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
@@ -54,6 +54,7 @@ class _Drawn:
     metrics: dict[str, list[float]]
     reward: dict[str, str]
     """What the reward depends on."""
+    base: str
 
 
 def compare(runs: Both) -> TwoRuns:
@@ -165,13 +166,18 @@ def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
     drawn = [_draw(run, held_out, each) for run in runs]
     same = drawn[0].reward == drawn[1].reward
     metrics = [dict(one.metrics) for one in drawn]
+    # On one base a reward is of the tokens that were drawn: as text they may be other tokens.
+    as_drawn = same and drawn[0].base == drawn[1].base
     for number, run in enumerate(runs):
-        if same and number:
+        if as_drawn or (same and number):
             break
         judged = _judge(run, held_out, [one.written for one in drawn])
         name = "reward" if same else f"reward of {'AB'[number]}"
         for of_policy, rewards in zip(metrics, judged, strict=True):
             of_policy[name] = [sum(group) / each for group in by_prompt(rewards, each)]
+    if not same:
+        for one in metrics:
+            del one["reward"]  # each by its own
     order = sorted(metrics[0], key=lambda name: not name.startswith("reward"))
     dialogues = [prompt.dialogue for prompt in held_out.prompts]
     policy = compare_metrics({name: metrics[0][name] for name in order}, metrics[1], dialogues)
@@ -192,9 +198,9 @@ def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
         metrics = {
             name: [sum(group) / each for group in by_prompt(values, each)]
             for name, values in found.items()
-            if not name.startswith("reward")  # by the tokens that were drawn; `_judge` reads the texts of both
+            if not name.startswith(PART)
         }
-        return _Drawn(written, metrics, _reward_identity(session))
+        return _Drawn(written, metrics, _reward_identity(session), session.identities["rl"].base)
 
 
 def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[Written]]) -> list[list[float]]:

@@ -88,6 +88,17 @@ def test_ratings_under_other_names_are_recognised(
     assert f"add data.columns: {mapping}" in " ".join(written.split())
 
 
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    """A name that is mistyped would make ratings demonstrations without a word."""
+    file = tmp_path / "own.csv"
+    file.write_text("question,response,rating\na,b,up\n")
+    found = read_jsonl(file, COLUMNS | {"label": "Rating"})
+    assert (len(found.ratings), len(found.demonstrations)) == (0, 1)
+    assert found.notes == ["data.columns names Rating, which no row has"]
+    found = read_jsonl(file, {"prompt": "Question"})
+    assert "data.columns names Question, which no row has" in found.problems[0].what
+
+
 def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"prompt": "a", "completion": "b", "label": True, "rating": 3}) + "\n")

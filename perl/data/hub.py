@@ -60,7 +60,7 @@ def read_hub(path: Path | None, columns: Mapping[str, str]) -> Records:
 
 
 def _read(name: str, split: str, rows: Any, columns: Mapping[str, str]) -> Records:
-    return read_values(f"{name} {split}", numbered_rows(rows, columns))
+    return read_values(f"{name} {split}", numbered_rows(rows, columns), columns)
 
 
 def _together(parts: list[Records], test: bool) -> Records:

@@ -83,14 +83,15 @@ def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
         UserError: it is of a form that is not read, or broken.
         OSError: it cannot be read.
     """
-    return read_values(str(path), numbered_values(path, columns or {}))
+    return read_values(str(path), numbered_values(path, columns or {}), columns or {})
 
 
-def read_values(where: str, values: Iterable[tuple[int, Value]]) -> Records:
+def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mapping[str, str]) -> Records:
     """The records of numbered rows.
 
     Args:
         where: they stand, before their number.
+        columns: what they are named by already, as of `read_jsonl`.
     """
     names: Counter[str] = Counter()
 
@@ -104,7 +105,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]]) -> Records:
 
     written, problems = sifted(parsed(f"{where}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
-    absent = [name for field, name in (columns or {}).items() if field not in names]
+    absent = [name for field, name in columns.items() if field not in names]
     hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
     if absent and names:
         hint = f"data.columns names {', '.join(absent)}, which no row has"

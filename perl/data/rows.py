@@ -167,11 +167,15 @@ def binary_label(value: object, name: str) -> bool:
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
 
 
+STARS = "of one to five stars make (stars - 1) / 4"
+"""What is said of a label above 1."""
+
+
 def soft_label(value: object, name: str) -> float:
     """A label that may be uncertain: as `binary_label`, or a number between, the probability of up."""
     if isinstance(value, bool | int | float) and 0 <= value <= 1:
         return float(value)
-    stars = "; of one to five stars make (stars - 1) / 4" if isinstance(value, int | float) and value > 1 else ""
+    stars = f"; {STARS}" if isinstance(value, int | float) and value > 1 else ""
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected{stars}")
 
 

@@ -313,3 +313,12 @@ def test_few_pairs_use_many_answers() -> None:
 def test_repeats_are_kept_once_in_order() -> None:
     ratings = [rating("b", True), rating("a", False), rating("b", True), rating("c", True), rating("c", False)]
     assert without_repeats(ratings) == ratings[:2]
+
+
+def test_stars_are_not_read_as_thumbs(tmp_path: Path) -> None:
+    """Of five stars one is the worst, and 1 is a thumb up: such a file is refused whole."""
+    file = tmp_path / "stars.jsonl"
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": n % 5 + 1} for n in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="Of one to five stars make"):
+        read_jsonl(file)

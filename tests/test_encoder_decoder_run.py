@@ -26,6 +26,7 @@ from tests.encoder_decoders import MAKERS, T5, tiny_t5
 from tests.exported import Run, make, recipe_on
 from tests.predict.test_memory import SHORT, assert_close, dialogues, measured, predicted
 from tests.predict.test_memory import recipe as recipe_of
+from tests.stopping import stopped_after
 
 __all__ = ["dialogues"]  # a fixture
 
@@ -141,19 +142,8 @@ def test_sft_goes_on_from_a_checkpoint_to_the_same_bytes(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = RunFolder(runs["t5"]).recipe().model_copy(update={"reward": None, "rl": None})
-    compute, calls = EncoderDecoderTrainer.compute_loss, 0
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 4:
-            raise KeyboardInterrupt
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EncoderDecoderTrainer, "compute_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "stopped")
+    with stopped_after(EncoderDecoderTrainer, 4, monkeypatch):
+        run(recipe, tmp_path / "stopped")
     run(recipe, tmp_path / "stopped")
     place = "sft/adapter/adapter_model.safetensors"
     assert (tmp_path / "stopped" / place).read_bytes() == (runs["t5"] / place).read_bytes()

@@ -22,6 +22,7 @@ from tests.commands.test_export import CLASSIFIERS, DIALOGUES, TEXTS, assert_sam
 from tests.conftest import RunCli, WriteRecipe, write_rows
 from tests.encoders import minilm, tiny_bert, tiny_roberta
 from tests.exported import Run, make, recipe_on
+from tests.stopping import stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +100,8 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(
 ) -> None:
     recipe = reward_recipe(bert, mixed_data, tuning=tuning, checkpoint_every=5)
     run(recipe, tmp_path / "whole")
-    compute, calls = RewardTrainer.compute_loss, 0
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 12:
-            raise KeyboardInterrupt
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardTrainer, "compute_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "stopped")
+    with stopped_after(RewardTrainer, 12, monkeypatch):
+        run(recipe, tmp_path / "stopped")
     assert RunFolder(tmp_path / "stopped").result("reward") is None
     run(recipe, tmp_path / "stopped")
     place = "reward/adapter/adapter_model.safetensors" if tuning == "lora" else "reward/model/model.safetensors"

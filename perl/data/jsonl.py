@@ -41,7 +41,6 @@ from perl.data.records import (
     Turn,
 )
 from perl.data.rows import (
-    STARS,
     Row,
     RowError,
     first_user_key,
@@ -50,23 +49,19 @@ from perl.data.rows import (
     number_to,
     object_with,
     parsed,
+    refuse_stars,
     shown,
     sifted,
     soft_label,
     usable_text,
 )
 from perl.data.tables import Value, numbered_values
-from perl.errors import UserError
 from perl.system.progress import counted
 
 FORMATS = (
     'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
     '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
 )
-MOST_STARS = 0.1
-"""Share of a file's rows that may have a label above 1: of more the others mean something else, too."""
-FEW_STARS = 3
-"""So many may, whatever their share."""
 MAX_MARGIN = 1e6
 """Margins are differences of scores; no larger one could be learned."""
 
@@ -111,10 +106,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
 
     written, problems = sifted(parsed(f"{where}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
-    stars = [one for one in problems if one.what.endswith(STARS)]
-    if rows and len(stars) > max(FEW_STARS, MOST_STARS * (len(stars) + len(rows))):
-        what = "its labels are on a scale, as stars are, and of those a 1 would count as a thumb up"
-        raise UserError(what, where=stars[0].where, remedy=f"{STARS[0].upper()}{STARS[1:]}, or true and false.")
+    refuse_stars(len(rows), problems)
     absent = [name for field, name in columns.items() if field not in names]
     hint = mapping_hint(mapping_of(names, len(rows) + len(problems)))
     if absent and names:

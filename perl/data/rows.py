@@ -169,6 +169,10 @@ def binary_label(value: object, name: str) -> bool:
 
 STARS = "of one to five stars make (stars - 1) / 4"
 """What is said of a label above 1."""
+MOST_STARS = 0.1
+"""Share of a file's rows that may have a label above 1: of more the others mean something else, too."""
+FEW_STARS = 3
+"""So many may, whatever their share."""
 
 
 def soft_label(value: object, name: str) -> float:
@@ -177,6 +181,18 @@ def soft_label(value: object, name: str) -> float:
         return float(value)
     stars = f"; {STARS}" if isinstance(value, int | float) and value > 1 else ""
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected{stars}")
+
+
+def refuse_stars(usable: int, problems: Sequence[Problem]) -> None:
+    """Refuse a file whose labels are on a scale, of which a 1 would count as a thumb up.
+
+    Args:
+        usable: how many of its rows were read.
+    """
+    stars = [one for one in problems if one.what.endswith(STARS)]
+    if usable and len(stars) > max(FEW_STARS, MOST_STARS * (len(stars) + usable)):
+        what = "its labels are on a scale, as stars are, and of those a 1 would count as a thumb up"
+        raise UserError(what, where=stars[0].where, remedy=f"{STARS[0].upper()}{STARS[1:]}, or true and false.")
 
 
 def number_to(most: float, value: object, name: str) -> float:

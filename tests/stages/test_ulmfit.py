@@ -23,6 +23,7 @@ from tests.conftest import WriteRecipe
 from tests.encoder_decoders import tiny_bart
 from tests.encoders import tiny_bert
 from tests.exported import recipe_on
+from tests.stopping import stopped_after
 
 RATE = 0.01
 ULMFIT = {"layer_decay": 2.6, "schedule": "slanted_triangular", "gradual_unfreezing": True}
@@ -140,19 +141,8 @@ def test_a_classifier_learns_so_and_goes_on_from_a_checkpoint_to_the_same_bytes(
     run(recipe, tmp_path / "whole")
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert report["stages"]["reward"]["eval"]["auroc"] == 1.0
-    compute, calls = RewardTrainer.compute_loss, 0
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 11:
-            raise KeyboardInterrupt
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardTrainer, "compute_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "stopped")
+    with stopped_after(RewardTrainer, 11, monkeypatch):
+        run(recipe, tmp_path / "stopped")
     run(recipe, tmp_path / "stopped")
     place = "reward/model/model.safetensors"
     assert (tmp_path / "stopped" / place).read_bytes() == (tmp_path / "whole" / place).read_bytes()

@@ -1,4 +1,7 @@
-"""What all tests share: tiny models, small files of every kind of record, and the command line in-process."""
+"""What all tests share: tiny models, small files of every kind of record, and the command line in-process.
+
+torch and the libraries on it are imported where they are used: the process that hands out tests needs none.
+"""
 
 import contextlib
 import gc
@@ -10,20 +13,17 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
 os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run side by side
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing compiles; else bitsandbytes imports the compiler for a second
 
-import hypothesis  # noqa: F401  it looks for modules' references when it is imported, before they are frozen
 import pytest
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from perl import cli, plugins
-from tests.tiny import random_llama
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -48,8 +48,11 @@ RunCli = Callable[..., tuple[int, str]]
 WriteRecipe = Callable[..., Path]
 
 
-def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> "PreTrainedTokenizerFast":
     """A byte-level BPE of 300 tokens, the special ones among them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,6 +71,8 @@ def pytest_collection_finish() -> None:
 
     A measured stage collects at several points, and each time would walk the objects of all modules.
     """
+    import hypothesis  # noqa: F401  it looks for modules' references when it is imported, before they are frozen
+
     gc.collect()
     gc.freeze()
     if "tests.forks" in sys.modules:
@@ -82,6 +87,21 @@ def _blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What earlier files left, such as modules that are imported late, is out of the collector's sight too."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unflushed() -> Iterator[None]:
+    """No file of a test is to outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches of a session of tests are its own."""
@@ -93,6 +113,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process: no plugin is loaded; what the test's plugins add is gone afterwards."""
+    from perl import plugins
+
     monkeypatch.setattr(plugins, "_loaded", {})
     registries = [getattr(import_module(module), name) for name, module in plugins.REGISTRIES.items()]
     before = [dict(registry) for registry in registries]
@@ -105,6 +127,10 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama (context 256), its tokenizer and a ChatML template."""
+    import torch
+
+    from tests.tiny import random_llama
+
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     special = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = make_tokenizer(special, CHATML, pad_token="<|pad|>", eos_token="<|im_end|>")
@@ -123,6 +149,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GPT-2 (context 256) and a tokenizer that has no chat template and no padding."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
     tokenizer = make_tokenizer(["<|endoftext|>"], None, eos_token="<|endoftext|>")
     with torch.random.fork_rng():
@@ -222,6 +251,7 @@ def write_recipe(tmp_path: Path, tiny_llama: Path, small_data: Path) -> WriteRec
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch) -> RunCli:
     """Run `perl-rlhf ARGUMENTS` in this process; its exit status, and what it wrote to stdout and stderr."""
+    from perl import cli
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["perl-rlhf", *map(str, arguments)])

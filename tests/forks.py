@@ -7,11 +7,15 @@ gradients in a fork of a process that has computed some.
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -87,16 +91,36 @@ def begin() -> None:
     os._exit(0)
 
 
-def start(main: Callable[[], object], *arguments: object, log: Path, terminal: bool = False) -> Fork:
+def start(
+    main: Callable[[], object],
+    *arguments: object,
+    log: Path,
+    terminal: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Fork:
     """Call a main function as a program: `sys.argv` has these arguments, and hangups are heeded.
 
     Args:
         log: where its output goes; with `terminal`, a terminal that controls it.
+        environment: added to this process's.
     """
     words = tuple(map(str, arguments))
-    pid = _ask(_Start(main, words, dict(os.environ), log, terminal))
+    pid = _ask(_Start(main, words, {**os.environ, **(environment or {})}, log, terminal))
     assert pid is not None
     return Fork(pid, log)
+
+
+def run(
+    command: Sequence[str], env: Mapping[str, str] | None = None, check: bool = False, **_: object
+) -> subprocess.CompletedProcess[str]:
+    """In the place of `subprocess.run` of this Python with one of our modules; stdout has stderr's lines too."""
+    python, flag, module, *arguments = command
+    assert (python, flag, check) == (sys.executable, "-m", False)
+    main = import_module("perl.cli" if module == "perl" else module).main
+    with tempfile.TemporaryDirectory() as scratch:
+        process = start(main, *arguments, log=Path(scratch) / "log", environment=env)
+        status = process.wait(600)
+        return subprocess.CompletedProcess(command, status, process.said(), "")
 
 
 def _ask(question: "_Start | int") -> int | None:
@@ -119,9 +143,12 @@ def _answer(question: "_Start | int") -> int | None:
         status = 0
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(status)
 
 

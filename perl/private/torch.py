@@ -14,8 +14,15 @@ FakeTensor = _subclasses.FakeTensor
 """A tensor without contents."""
 FakeTensorMode = _subclasses.FakeTensorMode
 """Inside, operations make fake tensors."""
-TorchDispatchMode = _python_dispatch.TorchDispatchMode
-"""Inside, every operation can be watched."""
+
+
+class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, every operation can be watched. Torch's guard against dynamo, slow in each, is left out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 HAS_PACKED_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this build of torch multiplies with oneDNN's packed weights; not every one does."""

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
@@ -29,6 +28,8 @@ class Spread:
         """The 95 % interval of the mean, by Student's distribution with n - 1 degrees of freedom."""
         if self.sd is None:
             return None
+        from scipy.special import stdtrit  # a third of a second that the command line's first words need not take
+
         half = float(stdtrit(self.n - 1, 0.975)) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ class Run:
     samples: list[Sample]
     samples_by_step: list[Sample]
 
-    @property
+    @cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe's keys; none if it cannot be read."""
         try:

@@ -321,8 +321,12 @@ def test_weights_that_stand_the_other_way_round(kind: str) -> None:
             )
 
 
+WHOLE_RUNS = ("dora", "ia3", "series", "tinylora", "prefix")
+"""One of each structure; other tests run LoRA, and the engines' tests PPO with VeRA."""
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "rslora" else []) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind in WHOLE_RUNS else pytest.mark.slow) for kind in KINDS]
 )
 def test_a_run_of_sft_and_ppo_passes_all_checks(
     kind: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path

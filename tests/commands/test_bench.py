@@ -3,6 +3,7 @@
 import json
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +11,14 @@ from perl.bench import work
 from perl.bench.measurement import Measurement, PeakOverStart
 from perl.commands import bench as command
 from perl.errors import UserError
+from tests import forks
 from tests.conftest import RunCli
 from tests.tiny import LLAMA
 
 
 def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, here a fork."""
+    monkeypatch.setattr("perl.commands.bench.subprocess", SimpleNamespace(run=forks.run))
     monkeypatch.setitem(work.MODELS, "100m", LLAMA)
     file = tmp_path / "bench.json"
     code, text = run_cli("bench", "--repeats", "1", "--steps", "2", "--layers", "top-half", "--json", str(file))

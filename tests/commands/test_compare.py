@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from perl.recipe import Recipe, load_recipe
 from perl.stages.pipeline import run
 from perl.sweep.setting import variant
+from tests import forks
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {
@@ -48,7 +50,11 @@ def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["stage"], row["figure"]): row for row in found["rows"]}
 
 
-def test_both_tunings_are_run_and_compared(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
+def test_both_tunings_are_run_and_compared(
+    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own, here a fork."""
+    monkeypatch.setattr("perl.commands.compare.subprocess", SimpleNamespace(run=forks.run))
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--out", str(out))
     assert code == 0, text

@@ -1,16 +1,27 @@
-"""Launch runs in several processes, as users do, and read what they came to."""
+"""Launch runs in several processes, and read what they came to.
+
+`torchrun` does it as users do: each process imports the libraries, which takes longer than a tiny run. `fork` has
+processes that have them, and does for them what torchrun does.
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests import forks
 
 ENGINES = Path("recipes/engines")
 ROOT = Path(__file__).parents[2]
@@ -56,6 +67,47 @@ def start(command: list[object], more: dict[str, str], **options: Any) -> subpro
         start_new_session=True,
         **options,
     )
+
+
+@dataclass
+class ForkedLaunch:
+    """The processes of one launch, by rank, and the store that they meet at."""
+
+    processes: list[forks.Fork]
+    log: Path
+    store: dist.TCPStore
+
+    def finished(self, limit: float = LIMIT) -> tuple[int, str]:
+        """Wait for them, so many seconds at most; when one fails, the others are told to leave, as torchrun does.
+
+        Returns:
+            the exit status of the first that failed, 0 if none did; and what they all said.
+        """
+        deadline, failed = time.monotonic() + limit, 0
+        while None in (statuses := [process.poll() for process in self.processes]):
+            if not failed and (failed := next(filter(None, statuses), 0)):
+                for process, status in zip(self.processes, statuses, strict=True):
+                    if status is None:
+                        process.send_signal(signal.SIGTERM)
+            assert time.monotonic() < deadline, f"still running after {limit} s:\n{self.log.read_text()[-4000:]}"
+            time.sleep(0.02)
+        return failed or next(filter(None, statuses), 0), self.log.read_text()
+
+
+def fork(
+    count: int, main: Callable[[], object], *arguments: object, log: Path, engine: str = "ddp"
+) -> ForkedLaunch:
+    """Start a main function in so many processes."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+    common |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"TORCHELASTIC_RESTART_COUNT": "0", **engine_environment(engine)}
+
+    def one(rank: int) -> forks.Fork:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return forks.start(main, *arguments, log=log, environment=common | own)
+
+    return ForkedLaunch([one(rank) for rank in range(count)], log, store)
 
 
 def finished(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, str]:

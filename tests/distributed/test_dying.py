@@ -1,4 +1,7 @@
-"""Processes that end early: the others stop and say why, and the run goes on under any engine, with any number."""
+"""Processes that end early: the others stop and say why, and the run goes on under any engine, with any number.
+
+What accelerate's launcher says of an engine is compared for each; the last part of the run is launched by it.
+"""
 
 import json
 import os
@@ -7,16 +10,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
-import psutil
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 
+from perl import cli
 from perl.recipe import load_recipe
 from perl.stages import pipeline
 from perl.system.progress import silence
-from tests.distributed.launching import ENGINES, LIMIT, finished, learned, start, steps, torchrun
+from tests.distributed.launching import (
+    ENGINES,
+    LIMIT,
+    ROOT,
+    engine_environment,
+    finished,
+    fork,
+    learned,
+    start,
+    steps,
+)
 
 STEPS = 14
 
@@ -39,14 +54,6 @@ def accelerate(engine: str, *arguments: object) -> subprocess.Popen[str]:
     return start([*command, *arguments], {})
 
 
-def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
-    """The process of a rank."""
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        if process.environ().get("RANK") == str(rank):
-            return process
-    raise AssertionError(f"no process of rank {rank}")
-
-
 def wait_for_steps(out: Path, count: int) -> None:
     """Wait until so many steps are done."""
     for _ in range(10 * LIMIT):
@@ -56,36 +63,51 @@ def wait_for_steps(out: Path, count: int) -> None:
     raise AssertionError("the run does not begin")
 
 
+@pytest.mark.parametrize("engine", [file.stem for file in sorted((ROOT / ENGINES).iterdir())])
+def test_our_engines_are_launched_as_accelerate_does(engine: str) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(ROOT / ENGINES / f"{engine}.yaml"), "x.py"]
+    )
+    with mock.patch("torch.distributed.run.run") as launch, mock.patch.dict(os.environ):
+        launch.side_effect = lambda _: found.update(os.environ)
+        found: dict[str, str] = {}
+        launch_command(arguments)
+    assert launch.call_count == 1
+    assert engine_environment(engine).items() <= found.items()
+
+
 def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_it(
     long_recipe: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed")
     out = tmp_path / "out"
-    command = ["-m", "perl", "run", long_recipe, "--out", out]
+    command = ["run", long_recipe, "--out", out]
 
-    launcher = accelerate("fsdp2", *command)
+    launch = fork(2, cli.main, *command, log=tmp_path / "first", engine="fsdp2")
     wait_for_steps(out, 2)
-    worker(launcher, 1).send_signal(signal.SIGTERM)  # to one: all leave together
-    status, said = finished(launcher)
+    launch.processes[1].send_signal(signal.SIGTERM)  # to one: all leave together
+    status, said = launch.finished()
     assert status != 0
     assert "interrupted: finished stages are saved" in said
     done = len(steps(out, "policy"))
     newest = max(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
     assert newest == f"step-{done:08}"
 
-    launcher = torchrun(4, *command)
+    launch = fork(4, cli.main, *command, log=tmp_path / "second")
     wait_for_steps(out, done + 2)
-    victim = worker(launcher, 1)
+    victim = launch.processes[1]
     begin = time.monotonic()
     victim.send_signal(signal.SIGKILL)
-    status, said = finished(launcher)
+    status, said = launch.finished()
     assert status != 0
     assert time.monotonic() - begin < 60
     assert said.count(f"process 1 (host {os.uname().nodename}, pid {victim.pid}) is gone") == 1
     assert "goes on from the newest checkpoint" in said
     assert done < len(steps(out, "policy")) < STEPS
 
-    status, said = finished(accelerate("zero3", *command))
+    status, said = finished(accelerate("zero3", "-m", "perl", *command))
     assert status == 0, said
     assert said.count("Written:") == 1
     assert [int(step["step"]) for step in steps(out, "policy")] == list(range(1, STEPS + 1))

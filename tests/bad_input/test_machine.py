@@ -18,8 +18,10 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from perl import cli
 from perl.data.fetch import fetch
 from perl.errors import MachineError, machine_fault
+from tests import forks
 from tests.bad_input.cases import Case, contents, named
 from tests.bad_input.conftest import Refused, RefusedIn
 from tests.conftest import RunCli, WriteRecipe
@@ -244,14 +246,12 @@ def test_a_cache_that_is_a_file(
 
 # Memory.
 
-LITTLE_MEMORY = """
-import resource, sys
-from perl import cli
-from perl.stages import pipeline
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
-cli.main()
-"""
+
+def with_little_memory() -> None:
+    """The command line, with 300 MiB more than the process has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
+    cli.main()
 
 
 def test_out_of_memory_in_a_stage_is_told(write_recipe: WriteRecipe, small_data: Path, tmp_path: Path) -> None:
@@ -265,18 +265,13 @@ def test_out_of_memory_in_a_stage_is_told(write_recipe: WriteRecipe, small_data:
         reward={"batch_size": 500, "max_length": 256},
         rl=None,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", LITTLE_MEMORY, "run", str(recipe), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "error: " in done.stderr
-    assert "Cannot allocate memory" in done.stderr
-    assert "perl-rlhf estimate" in done.stderr
-    assert "Traceback" not in done.stderr
+    run = forks.start(with_little_memory, "run", recipe, "--out", tmp_path / "out", log=tmp_path / "log")
+    status, said = run.wait(300), run.said()
+    assert status == 1, said
+    assert "error: " in said
+    assert "Cannot allocate memory" in said
+    assert "perl-rlhf estimate" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out" / "reward" / "adapter").exists()
 
 

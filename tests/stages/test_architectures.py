@@ -85,8 +85,14 @@ def write_base(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[], PreTr
     return write
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [mixtral, bloom, falcon, granite, cohere, gemma2])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(make, dtype, marks=[pytest.mark.slow] * (other == number % 2))
+        for number, make in enumerate((mixtral, bloom, falcon, granite, cohere, gemma2))
+        for other, dtype in enumerate(("float32", "bfloat16"))
+    ],
+)
 def test_rl_passes_its_preflight(
     make: Callable[[], PreTrainedModel],
     dtype: str,

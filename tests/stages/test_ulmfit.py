@@ -113,7 +113,7 @@ def test_each_layer_learns_at_a_lower_rate_than_the_one_above_it(
     assert json.loads(line)["learning_rate"] == pytest.approx(RATE)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 4])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_a_layer_is_frozen_until_its_epoch(
     epochs: int, tiny_llama: Path, small_data: Path, tmp_path: Path
 ) -> None:

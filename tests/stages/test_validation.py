@@ -126,7 +126,9 @@ def test_what_makes_no_sense_is_refused(
     assert (code, message in " ".join(text.split())) == (2, True), text
 
 
-@pytest.mark.parametrize("judge", [None, {"kind": "length"}, {"kind": "model", "members": [2]}])
+@pytest.mark.parametrize(
+    "judge", [None, pytest.param({"kind": "length"}, marks=pytest.mark.slow), {"kind": "model", "members": [2]}]
+)
 def test_rl_keeps_the_policy_that_validation_prefers(
     judge: dict[str, Any] | None, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

@@ -244,8 +244,15 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", FAULTS)
+FAULT_CASES = [
+    pytest.param(fault, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and number % 3 > 0))
+    for number, fault in enumerate(FAULTS)
+    for dtype in DTYPES
+]
+"""In bfloat16, whose rounding could hide them, all; in float32 every third where time matters."""
+
+
+@pytest.mark.parametrize(("fault", "dtype"), FAULT_CASES)
 def test_an_injected_fault_stops_the_run_within_two_steps_by_its_name(
     fault: str,
     dtype: str,
@@ -308,11 +315,11 @@ CLEAN: dict[str, dict[str, Any]] = {
 
 BASES = list(itertools.product(["llama", "gpt2"], DTYPES))
 CLEAN_CASES = [
-    pytest.param(name, *base, marks=[pytest.mark.slow] * ((place in (0, 3)) != (number % 2 == 0)))
+    pytest.param(name, *base, marks=[pytest.mark.slow] * (place != number % 4))
     for number, name in enumerate(CLEAN)
     for place, base in enumerate(BASES)
 ]
-"""Both families and both dtypes for each configuration; all combinations where time is no matter."""
+"""Each configuration on one of both families in one of both dtypes; all combinations where time is no matter."""
 
 
 @pytest.mark.parametrize(("configuration", "family", "dtype"), CLEAN_CASES)

@@ -159,7 +159,7 @@ def _become(program: _Start) -> None:
     opened = os.open(program.log, flags, 0o600)
     for number in (0, 1, 2) if program.terminal else (1, 2):
         os.dup2(opened, number)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, buffering=1) for number, mode in enumerate("rww"))
     for each in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,6 @@
-"""Fuzzing: whatever stands in a data file or a recipe, it is read or refused in words. 10,000 cases by default.
+"""Fuzzing: whatever stands in a data file or a recipe, it is read or refused in words.
+
+10,000 cases, of which `make test` draws a fifth.
 
 The cases are the same in every run; `PERL_FUZZ=20` draws 20 times as many, others each time.
 """
@@ -7,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +32,23 @@ from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
 TIMES = int(os.environ.get("PERL_FUZZ", "1"))
 Cases = st.SearchStrategy[Any]
+_share = 1.0
+"""Of the cases, that are drawn."""
+
+
+@pytest.fixture(params=[0.2, pytest.param(1.0, marks=pytest.mark.slow)], ids=["a fifth", "all"], autouse=True)
+def _some(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cases where time is no matter."""
+    monkeypatch.setattr(sys.modules[__name__], "_share", request.param)
 
 
 def fuzz(count: int, cases: Cases, read: Callable[[Any], bool], least: float) -> None:
     """Read so many cases. `read` says whether a case was accepted; at least this share has to be, and not all."""
+    count = round(count * _share * TIMES)
     seen = accepted = 0
 
     @settings(
-        max_examples=count * TIMES,
+        max_examples=count,
         derandomize=TIMES == 1,
         deadline=None,
         database=None,
@@ -49,8 +61,8 @@ def fuzz(count: int, cases: Cases, read: Callable[[Any], bool], least: float) ->
         accepted += read(case)
 
     one()
-    assert seen >= count * TIMES
-    assert least * seen <= accepted < seen, f"{accepted} of {seen} accepted: the cases are all of one kind"
+    assert seen >= count
+    assert int(least * seen) <= accepted < seen, f"{accepted} of {seen} accepted: the cases are all of one kind"
 
 
 WORDS = st.text("abé{\t", min_size=1, max_size=4)

@@ -14,7 +14,7 @@ from perl.recipe import Recipe, load_recipe
 from perl.stages.identity import settings_sha256
 from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 
-EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "100"))
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 

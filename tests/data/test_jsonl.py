@@ -17,7 +17,7 @@ from perl.data.rows import MAX_LINE_BYTES
 from perl.data.sources import load_records
 from perl.errors import UserError
 
-EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "100"))
 USER = {"role": "user", "content": "Hi  There"}
 AGENT = {"role": "assistant", "content": "hello"}
 

@@ -16,7 +16,7 @@ from perl.data.splits import split
 from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
 
-EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "100"))
 REAL = Path(__file__).parents[2].parent / "shared" / "taskmaster"
 DOMAINS: tuple[Domain, ...] = ("coffee", "ticketing")
 

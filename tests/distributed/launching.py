@@ -85,11 +85,12 @@ class ForkedLaunch:
         """
         deadline, failed = time.monotonic() + limit, 0
         while None in (statuses := [process.poll() for process in self.processes]):
-            if not failed and (failed := next(filter(None, statuses), 0)):
-                for process, status in zip(self.processes, statuses, strict=True):
-                    if status is None:
-                        process.send_signal(signal.SIGTERM)
             assert time.monotonic() < deadline, f"still running after {limit} s:\n{self.log.read_text()[-4000:]}"
+            if not failed and (failed := next(filter(None, statuses), 0)):
+                time.sleep(1)  # they notice it themselves
+                for process in self.processes:
+                    if process.poll() is None:
+                        process.send_signal(signal.SIGTERM)
             time.sleep(0.02)
         return failed or next(filter(None, statuses), 0), self.log.read_text()
 

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
 os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run side by side
@@ -79,12 +81,48 @@ def pytest_collection_finish() -> None:
         sys.modules["tests.forks"].begin()
 
 
-@pytest.fixture(autouse=True)
-def _blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+class Blank:
+    """In the place of a figure and of its axes: whatever is drawn on it, it stays blank."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> "Blank":
+        return self
+
+    def __call__(self, *_: object, **__: object) -> "Blank":
+        return self
+
+    def __getitem__(self, place: object) -> "Blank":
+        return self
+
+    def __iter__(self) -> Iterator["Blank"]:
+        return iter((self, self))
+
+    def savefig(self, file: IO[str], **_: object) -> None:
+        file.write('<svg viewBox=""></svg>')
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_plots() -> Iterator[None]:
     """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""
-    monkeypatch.setattr(
-        "perl.report.svg.Figure.savefig", lambda _, file, **__: file.write('<svg viewBox=""></svg>')
-    )
+    with mock.patch("perl.report.svg.Figure", Blank):
+        yield
+
+
+@contextlib.contextmanager
+def drawn() -> Iterator[None]:
+    """Inside, plots are drawn."""
+    from matplotlib.figure import Figure
+
+    with mock.patch("perl.report.svg.Figure", Figure):
+        yield
+
+
+@pytest.fixture
+def drawn_plots() -> Iterator[None]:
+    """Plots are drawn."""
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,56 +253,62 @@ def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return file
 
 
+def recipe_file(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
+    """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
+    (folder / "rewards.py").write_text(
+        "def length(completions, **columns):\n    return [float(len(str(text))) for text in completions]\n"
+    )
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "base": {"model": str(model), "dtype": "float32"},
+        "lora": {"rank": 2, "alpha": 4},
+        "data": {"source": "jsonl", "path": str(data / "ratings.jsonl"), "held_out": 0.3},
+        "reward": {"loss": "thumbs", "epochs": 1, "batch_size": 4, "max_length": 64},
+        "rl": {
+            "reward": {"function": "rewards.py:length"},
+            "steps": 1,
+            "prompts_per_step": 2,
+            "max_new_tokens": 4,
+            "eval_prompts": 2,
+        },
+        **changes,
+    }
+    recipe = {key: value for key, value in recipe.items() if value is not None}
+    if isinstance(recipe.get("rl"), dict):  # so few ratings make no reward model fit for RL
+        recipe["rl"] = {"anyway": True, **recipe["rl"]}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, small_data: Path) -> WriteRecipe:
-    """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
-
-    def write(**changes: Any) -> Path:
-        (tmp_path / "rewards.py").write_text(
-            "def length(completions, **columns):\n    return [float(len(str(text))) for text in completions]\n"
-        )
-        recipe: dict[str, Any] = {
-            "name": "tiny",
-            "base": {"model": str(tiny_llama), "dtype": "float32"},
-            "lora": {"rank": 2, "alpha": 4},
-            "data": {"source": "jsonl", "path": str(small_data / "ratings.jsonl"), "held_out": 0.3},
-            "reward": {"loss": "thumbs", "epochs": 1, "batch_size": 4, "max_length": 64},
-            "rl": {
-                "reward": {"function": "rewards.py:length"},
-                "steps": 1,
-                "prompts_per_step": 2,
-                "max_new_tokens": 4,
-                "eval_prompts": 2,
-            },
-            **changes,
-        }
-        recipe = {key: value for key, value in recipe.items() if value is not None}
-        if isinstance(recipe.get("rl"), dict):  # so few ratings make no reward model fit for RL
-            recipe["rl"] = {"anyway": True, **recipe["rl"]}
-        file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        return file
-
-    return write
+    """`recipe_file` for this test."""
+    return partial(recipe_file, tmp_path, tiny_llama, small_data)
 
 
-@pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch) -> RunCli:
+def command(*arguments: object) -> tuple[int, str]:
     """Run `perl-rlhf ARGUMENTS` in this process; its exit status, and what it wrote to stdout and stderr."""
     from perl import cli
 
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["perl-rlhf", *map(str, arguments)])
-        found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        written, status = io.StringIO(), 0
-        try:
-            with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
-                cli.main()
-        except SystemExit as leaving:
-            status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        finally:
-            for number, handler in found.items():
-                signal.signal(number, handler)
-        return status, written.getvalue()
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    written, status = io.StringIO(), 0
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["perl-rlhf", *map(str, arguments)]),
+            contextlib.redirect_stdout(written),
+            contextlib.redirect_stderr(written),
+        ):
+            cli.main()
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
+    return status, written.getvalue()
 
-    return run
+
+@pytest.fixture
+def run_cli() -> RunCli:
+    """`command`."""
+    return command

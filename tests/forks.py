@@ -19,7 +19,9 @@ from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+from perl.report import svg
 from perl.stages import pipeline  # noqa: F401  imported once, for all forks
+from tests.conftest import Blank
 
 _server: Connection | None = None
 
@@ -76,6 +78,7 @@ def begin() -> None:
         its.close()
         return
     _server.close()
+    svg.Figure = Blank  # type: ignore[assignment,misc]  # what is forked draws no plots
     running: set[int] = set()
     with contextlib.suppress(EOFError):
         while True:

@@ -31,11 +31,6 @@ CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parent.parent / "perl"
 
 
-@pytest.fixture(autouse=True)
-def _blank_plots() -> None:
-    """The page is looked at with its plots."""
-
-
 class Mine:
     """What unpickling would run: it creates a file."""
 
@@ -261,6 +256,7 @@ SECRETS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_AC
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> [/red] $x_1$"
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_reports_and_logs_hold_no_secrets_and_nothing_that_would_run(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import RunCli, WriteRecipe, write_rows
+from tests.conftest import RunCli, WriteRecipe, command, recipe_file, write_rows
 
 DISHES = ["soup", "rice", "bread", "cake", "pie", "stew", "toast", "salad", "curry", "pasta", "beans", "eggs"]
 
@@ -24,20 +24,24 @@ def rows(dishes: list[str], **more: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
-def trained(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """The folder of a run that learned to tell these apart."""
-    file = write_rows(tmp_path / "learn.jsonl", rows(DISHES))
-    recipe = write_recipe(
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that learned to tell these apart, to be read; beside it, what it learned from."""
+    folder = tmp_path_factory.mktemp("trained")
+    file = write_rows(folder / "learn.jsonl", rows(DISHES))
+    recipe = recipe_file(
+        folder,
+        tiny_llama,
+        small_data,
         data={"source": "jsonl", "path": str(file), "held_out": 0.2},
         reward={"loss": "thumbs", "epochs": 8, "batch_size": 8, "learning_rate": 0.01, "max_length": 64},
         rl=None,
     )
-    status, written = run_cli("run", recipe, "--out", tmp_path / "out")
+    status, written = command("run", recipe, "--out", folder / "out")
     assert status == 0, written
     assert "Not fit for RL" in written  # of a dozen held-out answers nothing can be told
     assert "Too few to tell" in written
-    return tmp_path / "out"
+    return folder / "out"
 
 
 def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:
@@ -62,7 +66,7 @@ def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) 
 
 
 def test_answers_that_it_learned_from_do_not_count(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:
-    file = tmp_path / "learn.jsonl"
+    file = trained.parent / "learn.jsonl"
     status, _ = run_cli("evaluate", trained, "reward", "--data", file, "--json", tmp_path / "card.json")
     assert status == 0
     card = json.loads((tmp_path / "card.json").read_text())

@@ -17,7 +17,7 @@ from perl.roles.saved import load_role, read_stamp, weights_sha256
 from perl.roles.shared_base import SharedBase
 from perl.stages.opening import open_session
 from perl.stages.sft import tokenized, train_sft
-from tests.conftest import RunCli, WriteRecipe
+from tests.conftest import RunCli, WriteRecipe, command, drawn, recipe_file
 from tests.tiny import lora
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
@@ -26,22 +26,18 @@ RL = {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens"
 
 
 @pytest.fixture(scope="module")
-def mixed_data(small_data: Path) -> Path:
-    """Demonstrations and ratings in one file."""
-    file = small_data / "mixed.jsonl"
-    names = ("demonstrations.jsonl", "ratings.jsonl")
-    file.write_text("".join((small_data / name).read_text() for name in names))
-    return file
-
-
-@pytest.fixture
-def finished(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path) -> Path:
-    """The folder of a run of all three stages."""
+def finished(
+    tiny_llama: Path, small_data: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run of all three stages, to be read; its page has its plots."""
+    folder = tmp_path_factory.mktemp("finished")
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
-    recipe = write_recipe(data=data, sft=SFT, reward=REWARD, rl=RL | {"reward": {}})
-    code, text = run_cli("run", str(recipe), "--out", str(tmp_path / "out"))
+    stages = {"sft": SFT, "reward": REWARD, "rl": RL | {"reward": {}}}
+    recipe = recipe_file(folder, tiny_llama, small_data, data=data, **stages)
+    with drawn():
+        code, text = command("run", recipe, "--out", folder / "out")
     assert code == 0, text
-    return tmp_path / "out"
+    return folder / "out"
 
 
 def test_a_run_writes_what_the_contract_promises(finished: Path, run_cli: RunCli) -> None:

@@ -29,11 +29,6 @@ RL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _blank_plots() -> None:
-    """A sweep's plots are drawn here alone."""
-
-
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe) -> Path:
     """SFT and RL are left out by a sweep of the reward model."""
@@ -153,6 +148,7 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
     assert "earlier-0: holds another run: there sft.epochs is 1, here 2" in " ".join(text.split())
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_settings_of_equal_weights(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
     """A rank of attention has 4 · 64 weights a block, one of the MLP 3 · 96: 9 and 8 are equal."""
     out = tmp_path / "out"

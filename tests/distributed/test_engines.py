@@ -17,7 +17,7 @@ CLOSE = 1e-5
 STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
 FEW = {
-    "ddp": ("all", "adapter", "rloo", "full"),
+    "ddp": ("all", "rloo", "full"),
     "fsdp2": ("all", "adapter", "series"),
     "zero2": ("all", "optimizer"),
     "zero3": ("all", "adapter", "lengths", "vera"),
@@ -25,7 +25,7 @@ FEW = {
 }
 """What two processes do: recipes and checks, by engine. DeepSpeed comes last: it changes what torch warns of."""
 MANY = {
-    "ddp": ("all",),
+    "ddp": ("all", "adapter"),
     "fsdp2": (*LORA, "lengths", "miss"),
     "zero2": (*LORA, "optimizer"),
     "zero3": (*LORA, "lengths", "ia3", "parallel"),
@@ -113,7 +113,7 @@ def test_completions_of_very_different_lengths_never_hang(
 ) -> None:
     found = launches[count].found(engine, "lengths")
     assert len(found) == count
-    assert all(shorter > SAMPLED / 20 for shorter in found)
+    assert all(shorter > SAMPLED * count / 20 for shorter in found)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])

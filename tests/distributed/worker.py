@@ -27,8 +27,8 @@ from perl.stages.pipeline import run
 from tests.distributed.launching import engine_environment
 from tests.tiny import lora, random_llama
 
-SAMPLED = 40
-"""Times that `lengths` samples."""
+SAMPLED = 10
+"""Times that `lengths` samples, for each process."""
 
 
 def roles_on(engine: Engine | None) -> SharedBase:
@@ -52,7 +52,7 @@ def lengths(engine: Engine) -> int:
     together, alone = LocalSampler(roles_on(engine)), LocalSampler(roles_on(None))
     sampling = Sampling(10, 1.0, end_ids=(7,), pad_id=0, prompts_at_once=2)
     shorter = 0
-    for step in range(SAMPLED):
+    for step in range(SAMPLED * engine.processes.count):
         rng = random.Random(f"{step} {engine.processes.rank}")
         lonely = engine.processes.rank == step % engine.processes.count
         # Equal prompts are one group, read at once, where the other process has several to read.

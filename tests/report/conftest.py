@@ -1,8 +1,13 @@
 """Tests of the page draw its plots."""
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.conftest import drawn
 
-@pytest.fixture(autouse=True)
-def _blank_plots() -> None:
-    """Draw them."""
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn() -> Iterator[None]:
+    with drawn():
+        yield

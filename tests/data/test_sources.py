@@ -8,7 +8,7 @@ import pytest
 
 from perl.commands.data import check
 from perl.data.fetch import pins
-from perl.data.records import Problem
+from perl.data.records import Problem, Records
 from perl.data.simulator.source import simulate
 from perl.data.sources import SOURCES, load_records, load_rows, parse_source
 from perl.errors import UserError
@@ -29,8 +29,8 @@ def rows_of(folder: Path) -> Path:
     return folder
 
 
-def test_the_simulator_is_drawn_from_the_seed() -> None:
-    records = load_records("coffee-simulator", None, seed=1)
+def test_the_simulator_is_drawn_from_the_seed(simulated: Records) -> None:
+    records = simulated
     assert [len(records.demonstrations), len(records.ratings), len(records.prompts)] == [1250, 8000, 1500]
     assert records.judge is not None
     first_of = {seed: simulate(seed=seed, dialogues=0, ratings=0, prompts=1).prompts for seed in (1, 2)}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Records, Turn
-from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
 
@@ -211,10 +210,9 @@ def test_a_published_test_part_is_left_as_it_is() -> None:
     assert seen(train, held) > 0
 
 
-def test_the_simulators_split_hardly_changes() -> None:
+def test_the_simulators_split_hardly_changes(simulated: Records) -> None:
     """As it was by dialogue alone: the first fifth by hash."""
-    whole = load_records("coffee-simulator", None, 0)
-    train, held = split(whole, 0.2, seed=0)
+    train, held = split(simulated, 0.2, seed=0)
     now = set().union(*keys(held))
     names = sorted(now.union(*keys(train)), key=lambda name: hashlib.sha256(f"0:{name}".encode()).digest())
     assert len(now ^ set(names[: round(0.2 * len(names))])) < 0.02 * len(names)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,10 @@ def test_a_broken_file_is_a_problem_and_the_others_are_read(tmp_path: Path) -> N
     assert [Path(problem.where).name for problem in records.problems] == ["reward_01.json", "reward_02.json"]
 
 
+whole = cache(read_taskmaster)
+"""It takes seconds; to be read."""
+
+
 @pytest.mark.parametrize(
     ("domain", "rows", "kept", "up", "groups", "majority"),
     [("coffee", 2582, 2381, 2203, 681, 0.853), ("ticketing", 2818, 2771, 468, 208, 0.834)],
@@ -207,7 +212,7 @@ def test_real_ratings(
     ups = sum(rating.label for rating in everything.ratings)
     assert ups == up
     assert max(ups, rows - ups) / rows == pytest.approx(majority, abs=5e-4)
-    records = read_taskmaster(real, domain)
+    records = whole(real, domain)
     assert len(records.ratings) == kept
     assert len({rating.dialogue for rating in records.ratings}) == groups
     assert {prompt.context for prompt in records.prompts} == {r.context for r in records.ratings if r.context}
@@ -228,7 +233,7 @@ def test_real_dialogues(real: Path) -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("seed", range(3))
 def test_real_split_does_not_leak(real: Path, domain: Domain, seed: int) -> None:
-    train, held = split(read_taskmaster(real, domain), held_out=0.2, seed=seed)
+    train, held = split(whole(real, domain), held_out=0.2, seed=seed)
     assert not first_user_turns(train.ratings) & first_user_turns(held.ratings)
     assert not {d.dialogue for d in train.demonstrations} & {r.dialogue for r in held.ratings}
     # No context on one side begins one on the other; those without a user turn say nothing of a dialogue.

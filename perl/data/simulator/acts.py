@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 
 from perl.data.records import CALL
@@ -92,7 +93,7 @@ def render(act: Act, rng: Random) -> str:
     return rng.choice(WORDINGS[act.kind]).format(
         slot=act.slot,
         options=f"{', '.join(act.options[:-1])} or {act.options[-1]}" if act.options else "",
-        order=describe(act.order),
+        order=describe(act.order) if act.kind == "read" else "",
         word=act.word,
         price=act.price,
         minutes=act.minutes,
@@ -107,6 +108,7 @@ def _pattern(wording: str) -> re.Pattern[str]:
 _PATTERNS = [(kind, _pattern(wording)) for kind, wordings in WORDINGS.items() for wording in wordings]
 
 
+@lru_cache(4096)  # a shop says the same things again and again
 def parse(text: str) -> Act | None:
     """The act that a text performs, or None where it is not exactly in one of the wordings."""
     if text.startswith(CALL):

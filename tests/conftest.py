@@ -79,6 +79,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     if "tests.forks" in sys.modules:
         sys.modules["tests.forks"].begin()
+        if "perl.predict" in sys.modules:  # for `estimate`
+            sys.modules["tests.forks"].begin_forkserver()
 
 
 class Blank:

@@ -16,8 +16,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from unittest import mock
 
 from perl.report import svg
 from perl.stages import pipeline  # noqa: F401  imported once, for all forks
@@ -92,6 +94,27 @@ def begin() -> None:
     for pid in running:  # of a test that failed
         os.kill(pid, signal.SIGKILL)
     os._exit(0)
+
+
+def begin_forkserver() -> None:
+    """Fork the parent of multiprocessing's processes of the method "forkserver": else it imports all again."""
+
+    def fork(_path: bytes, arguments: Sequence[str], passed: Sequence[int]) -> int:
+        if pid := os.fork():
+            return pid
+        try:
+            for number in range(3, 256):  # it ends when nobody else has the other end of the last pipe
+                with contextlib.suppress(OSError):
+                    if number not in passed and os.path.sameopenfile(number, passed[1]):
+                        os.close(number)
+            exec(arguments[-1])
+        finally:
+            os._exit(0)
+
+    resource_tracker.ensure_running()
+    with warnings.catch_warnings(), mock.patch("multiprocessing.util.spawnv_passfds", fork):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forkserver.ensure_running()
 
 
 def start(

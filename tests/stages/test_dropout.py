@@ -79,9 +79,16 @@ def dropped(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, float]]:
     return counts
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-@pytest.mark.parametrize("model", ["tiny_gpt2", "tiny_opt"])
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+COMBINATIONS = [
+    pytest.param(tuning, model, checkpointing, marks=[pytest.mark.slow] * ((one + two + checkpointing) % 2))
+    for one, tuning in enumerate(("lora", "full"))
+    for two, model in enumerate(("tiny_gpt2", "tiny_opt"))
+    for checkpointing in (False, True)
+]
+"""Each pair of settings; all three of each where time is no matter."""
+
+
+@pytest.mark.parametrize(("tuning", "model", "checkpointing"), COMBINATIONS)
 def test_dropout_acts_in_no_stage_but_where_the_recipe_asks_for_it(
     tuning: str,
     model: str,

@@ -39,7 +39,7 @@ def engine_environment(engine: str) -> dict[str, str]:
         }
     if config["distributed_type"] == "FSDP":
         return {"ACCELERATE_USE_FSDP": "true"} | {
-            name.upper(): str(value) for name, value in config["fsdp_config"].items()
+            name.upper(): str(value).lower() for name, value in config["fsdp_config"].items()
         }
     return {}
 

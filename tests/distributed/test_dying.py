@@ -67,9 +67,8 @@ def wait_for_steps(out: Path, count: int) -> None:
 def test_our_engines_are_launched_as_accelerate_does(engine: str) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", str(ROOT / ENGINES / f"{engine}.yaml"), "x.py"]
-    )
+    config = ["--config_file", str(ROOT / ENGINES / f"{engine}.yaml")]
+    arguments = launch_command_parser().parse_args([*config, "--main_process_port", "0", "x.py"])
     with mock.patch("torch.distributed.run.run") as launch, mock.patch.dict(os.environ):
         launch.side_effect = lambda _: found.update(os.environ)
         found: dict[str, str] = {}

@@ -255,7 +255,7 @@ def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return file
 
 
-def recipe_file(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
+def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Path:
     """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
     (folder / "rewards.py").write_text(
         "def length(completions, **columns):\n    return [float(len(str(text))) for text in completions]\n"

@@ -101,7 +101,7 @@ class Blank:
         return iter((self, self))
 
     def savefig(self, file: IO[str], **_: object) -> None:
-        file.write('<svg viewBox=""></svg>')
+        file.write('<svg viewBox="0 0 1 1"></svg>')
 
 
 @pytest.fixture(scope="session", autouse=True)

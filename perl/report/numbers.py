@@ -28,7 +28,7 @@ class Spread:
         """The 95 % interval of the mean, by Student's distribution with n - 1 degrees of freedom."""
         if self.sd is None:
             return None
-        from scipy.special import stdtrit  # a third of a second that the command line's first words need not take
+        from scipy.special import stdtrit  # takes half a second to import: not before it is needed
 
         half = float(stdtrit(self.n - 1, 0.975)) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,8 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -99,6 +101,12 @@ class Blank:
 
     def __iter__(self) -> Iterator["Blank"]:
         return iter((self, self))
+
+    def transform(self, points: Iterable[object]) -> "NDArray[np.float64]":
+        """Where points of the axes are on the figure: all in its corner."""
+        import numpy as np
+
+        return np.zeros((len(list(points)), 2))
 
     def savefig(self, file: IO[str], **_: object) -> None:
         file.write('<svg viewBox="0 0 1 1"></svg>')

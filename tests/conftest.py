@@ -10,11 +10,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
@@ -24,9 +24,9 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing compiles; else bitsandbytes i
 import pytest
 import yaml
 
+from tests.blank import Blank, drawn
+
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -85,46 +85,10 @@ def pytest_collection_finish() -> None:
             sys.modules["tests.forks"].begin_forkserver()
 
 
-class Blank:
-    """In the place of a figure and of its axes: whatever is drawn on it, it stays blank."""
-
-    def __init__(self, **_: object) -> None: ...
-
-    def __getattr__(self, name: str) -> "Blank":
-        return self
-
-    def __call__(self, *_: object, **__: object) -> "Blank":
-        return self
-
-    def __getitem__(self, place: object) -> "Blank":
-        return self
-
-    def __iter__(self) -> Iterator["Blank"]:
-        return iter((self, self))
-
-    def transform(self, points: Iterable[object]) -> "NDArray[np.float64]":
-        """Where points of the axes are on the figure: all in its corner."""
-        import numpy as np
-
-        return np.zeros((len(list(points)), 2))
-
-    def savefig(self, file: IO[str], **_: object) -> None:
-        file.write('<svg viewBox="0 0 1 1"></svg>')
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _blank_plots() -> Iterator[None]:
     """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""
     with mock.patch("perl.report.svg.Figure", Blank):
-        yield
-
-
-@contextlib.contextmanager
-def drawn() -> Iterator[None]:
-    """Inside, plots are drawn."""
-    from matplotlib.figure import Figure
-
-    with mock.patch("perl.report.svg.Figure", Figure):
         yield
 
 

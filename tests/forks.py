@@ -23,7 +23,7 @@ from unittest import mock
 
 from perl.report import svg
 from perl.stages import pipeline  # noqa: F401  imported once, for all forks
-from tests.conftest import Blank
+from tests.blank import Blank
 
 _server: Connection | None = None
 

@@ -17,7 +17,8 @@ from perl.roles.saved import load_role, read_stamp, weights_sha256
 from perl.roles.shared_base import SharedBase
 from perl.stages.opening import open_session
 from perl.stages.sft import tokenized, train_sft
-from tests.conftest import RunCli, WriteRecipe, command, drawn, recipe_file
+from tests.blank import drawn
+from tests.conftest import RunCli, WriteRecipe, command, recipe_file
 from tests.tiny import lora
 
 SFT = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import drawn
+from tests.blank import drawn
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from perl.data.records import Demonstration, Prompt, Rating, Record, Records
 from perl.errors import UserError
 from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
-from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.recipe import Recipe, StageName, changes_nothing
 from perl.rl.collector import Collector
 from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
@@ -100,7 +100,7 @@ def compare(runs: Both) -> TwoRuns:
 
 def _differences(recipes: Sequence[Recipe]) -> dict[str, tuple[object, object]]:
     first, second = (flat_keys(recipe.model_dump(mode="json")) for recipe in recipes)
-    keys = [key for key in dict.fromkeys((*first, *second)) if key not in ("name", *CHANGE_NOTHING)]
+    keys = [key for key in dict.fromkeys((*first, *second)) if key != "name" and not changes_nothing(key)]
     both = {key: (first.get(key), second.get(key)) for key in keys}
     return {key: values for key, values in both.items() if values[0] != values[1]}
 

@@ -1,4 +1,7 @@
-"""The demo's RL with vLLM itself: `make vllm` sets it up, `pytest -m vllm -n 0` runs this, some 15 minutes."""
+"""The demo's RL with vLLM itself: `make vllm` sets it up, `pytest -m vllm -n 0` runs this.
+
+DEMO_RUN may name a finished run of recipes/quickstart.yaml, whose SFT and reward model are taken then.
+"""
 
 import json
 import math
@@ -45,6 +48,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("make vllm sets it up")
     folder = tmp_path_factory.mktemp("local") / "run"
     command = [sys.executable, "-m", "perl", "run", str(DEMO), *SHORT, "--out", str(folder)]
+    if source := os.environ.get("DEMO_RUN"):
+        command += ["--from", source]
     subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True)
     return folder
 

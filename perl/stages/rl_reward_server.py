@@ -66,7 +66,7 @@ def _check_tokens(session: Session, source: ServedModel, server: Server) -> None
 
 
 def _compare(session: Session, source: ServedModel, server: Server) -> None:
-    rows = held_out_rows(session).ids
+    rows, found = held_out_rows(session).ids, session.roles.roles
     rows = rows[:: -(-len(rows) // ROWS)]
     session.load(Role.REWARD)
     ours_N = _scores(session, Role.REWARD, rows)
@@ -82,6 +82,7 @@ def _compare(session: Session, source: ServedModel, server: Server) -> None:
             where=f"{SECTION}.url",
             remedy=f"It looks like this: {_cause(ours_N, theirs_N, fits)}",
         )
+    session.roles.keep(*found)
     console.print(f"[green]✓[/] {words}: {off:.2g} (at most {source.limit:.2g})", highlight=False)
 
 

@@ -93,7 +93,14 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
     from perl.adapters.folder import read_adapter_folder
 
     assert recipe.rl is not None
-    config = read_adapter_folder(folder, "--reward").config
+    adapter = read_adapter_folder(folder, "--reward")
+    config = adapter.config
+    if adapter.kind not in SERVED:
+        raise UserError(
+            f"vLLM serves no adapters of kind {adapter.kind}",
+            where=str(folder),
+            remedy="Export it with --as-lora RANK.",
+        )
     if "score" not in (config.get("modules_to_save") or ()):
         raise UserError("this adapter has no head", where=str(folder), remedy="Give an exported reward adapter.")
     base = str(config["base_model_name_or_path"])

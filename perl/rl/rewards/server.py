@@ -131,10 +131,10 @@ class ServedModel(RewardSource):
                 remedy=f"Start it with --lora-modules {self._asked.model}=DIR, or name one of these in "
                 f"{SECTION}.model.",
             )
-        root = Path(models[self._asked.model].root or "")
-        file = next((root / name for name in WEIGHTS if (root / name).is_file()), None)
-        if file is not None:
-            with file.open("rb") as opened:
+        root = models[self._asked.model].root
+        files = [file for name in WEIGHTS if root and (file := Path(root, name)).is_file()]
+        if files:
+            with files[0].open("rb") as opened:
                 self.weights_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
     def scores(self, server: Server, rows: list[list[int]]) -> list[float]:

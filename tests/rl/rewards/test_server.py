@@ -145,33 +145,60 @@ REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "max_length": 64, "lea
 """Of which more is left than rounding without the adapter."""
 
 
-def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
-    tiny_llama: Path, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
+NAMED = {
+    "it serves the base without the adapter": "base served",
+    "it sends the sigmoid of the score": "sigmoid",
+    "all its scores are alike": "softmax",
+    "another dtype, LoRA scale or rank": "wrong scale",
+    "another adapter or head": "another head",
+    "the server reads other tokens": "other tokens",
+}
+
+
+def write(write_recipe: WriteRecipe, reward: Any) -> Path:
+    return write_recipe(reward=REWARD, rl={**RL, "reward": reward})
+
+
+def test_a_server_that_scores_otherwise_than_the_reward_model_is_named(
+    tiny_llama: Path,
+    write_recipe: WriteRecipe,
+    run_cli: RunCli,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The same rewards; every server that scores otherwise is named before RL begins."""
-    local, out = tmp_path / "local", tmp_path / "out"
-
-    def write(reward: Any) -> Path:
-        return write_recipe(reward=REWARD, rl={**RL, "reward": reward})
-
-    assert run_cli("run", write({"kind": "model"}), "--out", local)[0] == 0
-    assert run_cli("export", local, "reward", tmp_path / "adapter")[0] == 0
-    fake = FakeRewardServer(tiny_llama, tmp_path / "adapter")
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    recipe = write(write_recipe, {"kind": "server", "url": "http://127.0.0.1:9", "patience": 0.0})
+    assert run_cli("reward", recipe, "--out", out)[0] == 0
+    assert run_cli("export", out, "reward", adapter)[0] == 0
+    fake = FakeRewardServer(tiny_llama, adapter)
     with fake.serving():
-        recipe = write([{"kind": "server", "url": fake.url, "patience": 0.0}])
-        status, said = run_cli("run", recipe, "--from", local, "--out", out)
-        assert status == 0, said
-        assert "✓ scores of" in said
+        file = out / "recipe.yaml"
+        file.write_text(file.read_text().replace("http://127.0.0.1:9", fake.url))
         session = open_run(str(out))
+        check_reward_servers(session)
+        assert "✓ scores of" in capsys.readouterr().out
         for words, fault in NAMED.items():
             fake.fault = fault
             with pytest.raises(ServerError) as caught:
                 check_reward_servers(session)
             assert words in str(caught.value), fault
-        fake.fault = ""
-        # Another port is no other run, in the list form too; without a reward model here it is said.
-        moved = {"kind": "server", "url": f"{fake.url}/", "patience": 1.0}
-        status, said = run_cli("run", write([moved]), "--out", out)
+
+
+@pytest.mark.slow
+def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
+    tiny_llama: Path, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
+) -> None:
+    """The same rewards; on another port it is no other run; that nothing is compared is said."""
+    local, out = tmp_path / "local", tmp_path / "out"
+    assert run_cli("run", write(write_recipe, {"kind": "model"}), "--out", local)[0] == 0
+    assert run_cli("export", local, "reward", tmp_path / "adapter")[0] == 0
+    fake = FakeRewardServer(tiny_llama, tmp_path / "adapter")
+    with fake.serving():
+        server = {"kind": "server", "url": fake.url, "patience": 0.0}
+        status, said = run_cli("run", write(write_recipe, [server]), "--from", local, "--out", out)
+        assert status == 0, said
+        moved = {**server, "url": f"{fake.url}/", "patience": 1.0}
+        status, said = run_cli("run", write(write_recipe, [moved]), "--out", out)
         assert status == 0, said
         alone = write_recipe(reward=None, rl={**RL, "steps": 1, "reward": {**moved, "probability": True}})
         status, said = run_cli("run", alone, "--out", tmp_path / "alone")
@@ -183,16 +210,6 @@ def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
     )
     assert [one["reward"] for one in theirs] == pytest.approx([one["reward"] for one in ours], abs=1e-4)
     assert len({one["server_weights"] for one in theirs}) == 1
-
-
-NAMED = {
-    "it serves the base without the adapter": "base served",
-    "it sends the sigmoid of the score": "sigmoid",
-    "all its scores are alike": "softmax",
-    "another dtype, LoRA scale or rank": "wrong scale",
-    "another adapter or head": "another head",
-    "the server reads other tokens": "other tokens",
-}
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class FakeVllm:
                 if fake.fault in refused:
                     status, content = refused[fake.fault], {"error": fake.fault}
                 data = json.dumps(content).encode()
-                data = data[: len(data) // 2] if fake.fault == "half answers" and "choices" in content else data
+                if fake.fault == "half answers" and self.path in ("/v1/completions", "/classify"):
+                    data = data[: len(data) // 2]
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

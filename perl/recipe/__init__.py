@@ -4,8 +4,8 @@ Only the stages and the command line read a recipe; all that lies below takes pl
 """
 
 from perl.recipe.load import load_recipe
-from perl.recipe.recipe import CHANGE_NOTHING, STAGES, Recipe, StageName
+from perl.recipe.recipe import STAGES, Recipe, StageName, changes_nothing
 from perl.recipe.rl import Rl
 from perl.recipe.supervised import Supervised
 
-__all__ = ["CHANGE_NOTHING", "STAGES", "Recipe", "Rl", "StageName", "Supervised", "load_recipe"]
+__all__ = ["STAGES", "Recipe", "Rl", "StageName", "Supervised", "changes_nothing", "load_recipe"]

@@ -1,5 +1,6 @@
 """The whole recipe."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from perl.plugins import load_plugins
 from perl.recipe.adapter import LORA, Adapter, LoraSettings, PrefixSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
-from perl.recipe.rewards import ModelPart
+from perl.recipe.rewards import ModelPart, ServerPart
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import FullTuning, Reward, Sft
@@ -24,12 +25,16 @@ CHANGE_NOTHING = (
     *(f"{stage}.adapter" for stage in STAGES),
     "rl.sample_every",
     "report_to",
-    *(
-        f"rl.sampler.{key}"
-        for key in ("url", "adapter_dir", "time_limit", "patience", "in_flight", "mismatch_limit")
-    ),
 )
-"""Keys that say what may be done or is shown, where something lies, and how fast, and change no result."""
+_OF_SERVERS = re.compile(
+    r"rl\.(sampler|(eval_)?reward(\.\d+)?)\.(url|adapter_dir|time_limit|patience|in_flight|mismatch_limit)(\.\d+)?"
+)
+
+
+def changes_nothing(key: str) -> bool:
+    """Whether a key says what may be done or is shown, where something lies, or how fast: it changes no result."""
+    return key in CHANGE_NOTHING or _OF_SERVERS.fullmatch(key) is not None
+
 
 SERVED = (LORA, "rslora")
 """Kinds of adapters that vLLM serves."""
@@ -115,6 +120,8 @@ class Recipe(Section):
         for part in parts if self.reward else ():
             if isinstance(part, ModelPart) and (refused := part.refusal(count)):
                 raise ValueError(refused)
+            if isinstance(part, ServerPart) and part.probability:
+                raise ValueError("the section reward says whether its scores are log-odds: leave probability out")
         trained, judging = (
             {number for part in of if isinstance(part, ModelPart) for number in part.numbers(count)}
             for of in (rl.reward_parts, rl.eval_reward_parts)

@@ -24,7 +24,7 @@ from pydantic import (
 
 from perl.data.answers import AnswerKind
 from perl.measure.ensemble import Combine
-from perl.recipe.section import NonNegative, Positive, Section, nearest
+from perl.recipe.section import NonNegative, Positive, Section, addresses, nearest
 
 if TYPE_CHECKING:
     from perl.rl.rewards.base import RewardContext, RewardSource
@@ -114,6 +114,44 @@ class RunPart(RewardPart):
         return context.model_of(self.run)
 
 
+class ServerPart(RewardPart):
+    """A reward model that a vLLM server computes, perhaps on another machine: docs/serving.md has how it is run.
+
+    Where the recipe has a section `reward`, the server's scores are compared with those of that model, of an
+    ensemble the first member, and its scale is taken.
+    """
+
+    url: str | list[str]
+    """Of a server, or of several that serve the same. VLLM_API_KEY is sent where the environment has it."""
+    model: str = "reward"
+    """What the server calls the reward model."""
+    probability: bool = False
+    """Whether the reward is the sigmoid of the score, as of a model of thumbs it should be. With a section
+    `reward` its model says so itself."""
+    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds that a server may take for 16 completions."""
+    patience: NonNegative = 600.0
+    """Seconds in which a server that does not answer may come back."""
+    in_flight: Positive = 32
+    """Requests at once, of each process."""
+    mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Difference between a server's score and that of the reward model here, or its own earlier one, above which
+    the run ends. Unset: 0.001 in float32, 0.1 in 16 bits."""
+
+    def source(self, context: "RewardContext") -> "RewardSource":
+        from perl.rl.rewards.base import RewardServers
+
+        named = self.model_dump(exclude={"kind", "weight", "url"})
+        return context.served(RewardServers(addresses(self.url), **named))
+
+    @field_validator("url")
+    @classmethod
+    def _are_addresses(cls, url: str | list[str]) -> str | list[str]:
+        if not addresses(url):
+            raise ValueError("a server needs a url: set url, such as to http://127.0.0.1:8001")
+        return url
+
+
 class FunctionPart(RewardPart):
     """A function of the user's own."""
 
@@ -193,6 +231,7 @@ class JsonSchemaPart(RewardPart):
 REWARDS: dict[str, type[RewardPart]] = {
     "model": ModelPart,
     "run": RunPart,
+    "server": ServerPart,
     "function": FunctionPart,
     "length": LengthPart,
     "math": MathPart,

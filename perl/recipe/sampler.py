@@ -1,20 +1,11 @@
 """The section `rl.sampler`: what draws completions."""
 
-import re
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from perl.recipe.section import Positive, Section, registered
+from perl.recipe.section import Positive, Section, addresses, registered
 from perl.rl.samplers import SAMPLERS, SamplerSettings
-
-
-def _is_address(url: str) -> bool:
-    try:
-        return bool(re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url)) and urlsplit(url).port != 0
-    except ValueError:  # a port beyond 65535, half an IPv6 address
-        return False
 
 
 class SamplerFrom(Section):
@@ -42,9 +33,8 @@ class SamplerFrom(Section):
     @property
     def settings(self) -> SamplerSettings:
         """For the sampler."""
-        urls = [self.url] if isinstance(self.url, str) else self.url or []
         named = self.model_dump(exclude={"kind", "url", "adapter_dir"})
-        return SamplerSettings(tuple(url.rstrip("/") for url in urls), self.adapter_dir or "", **named)
+        return SamplerSettings(addresses(self.url), self.adapter_dir or "", **named)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,11 +48,6 @@ class SamplerFrom(Section):
                 "a server needs a url and an adapter_dir: set url, such as to http://127.0.0.1:8000, and "
                 "adapter_dir, a folder that it sees too"
             )
-        for url in self.settings.urls:
-            if not _is_address(url):
-                raise ValueError(f"{url!r} is no address of a server: write url as in http://127.0.0.1:8000")
-            if url.endswith("/v1"):
-                raise ValueError(f"{url!r} ends in /v1, which is added: leave it out")
         if self.staleness and self.kind != "server":
             raise ValueError("only a server draws while the policy learns: set url, or staleness to 0")
         if self.kind == "local" and (self.adapter_dir or self.url):

@@ -1,8 +1,10 @@
 """What all sections of a recipe are, and the types of their values."""
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticKnownError
@@ -43,3 +45,25 @@ def nearest(name: str, valid: Collection[str]) -> str:
     """What to write in place of an unknown name of a registry."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}"
+
+
+def addresses(url: str | list[str] | None) -> tuple[str, ...]:
+    """The addresses of servers, without a slash at the end.
+
+    Raises:
+        ValueError: one is none.
+    """
+    urls = tuple(one.rstrip("/") for one in ([url] if isinstance(url, str) else url or []))
+    for one in urls:
+        if not _is_address(one):
+            raise ValueError(f"{one!r} is no address of a server: write url as in http://127.0.0.1:8000")
+        if one.endswith("/v1"):
+            raise ValueError(f"{one!r} ends in /v1, which is added: leave it out")
+    return urls
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url)) and urlsplit(url).port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        return False

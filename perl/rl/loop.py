@@ -88,13 +88,14 @@ class Loop:
 
 
 def train(
-    loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float], str | None], None]
+    loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float], dict[str, str]], None]
 ) -> list[Alarm]:
     """Take the steps that are not done; return the alarms that ended it early, if any.
 
     Args:
         done: steps that an earlier process took.
-        log: told each step, counted from 1, its metrics, and which weights drew, where a sampler has a copy.
+        log: told each step, counted from 1, its metrics, and which weights drew and scored, where others have
+            them.
 
     Raises:
         KeyboardInterrupt: someone asked to stop; the last step is saved.
@@ -105,8 +106,8 @@ def train(
         for step in range(done, loop.steps):
             if validation is not None and validation.exhausted:
                 break
-            metrics, adapter = take_step(loop, step)
-            log(step + 1, metrics, adapter)
+            metrics, served = take_step(loop, step)
+            log(step + 1, metrics, served)
             bar(reward=metrics["reward"], kl=metrics["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, metrics):
                 return stopped_by
@@ -119,8 +120,8 @@ def train(
     return []
 
 
-def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
-    """One step: its metrics, and the weights that drew, where a sampler has a copy."""
+def take_step(loop: Loop, step: int) -> tuple[dict[str, float], dict[str, str]]:
+    """One step: its metrics, and the weights that drew and scored, where others have them."""
     with loop.meter.step(loop.learner.optimizer):
         local, rollout, drawn = collect_step(loop, step)
         normalized_B = loop.objective.normalized(step, rollout, loop.reward_scale)
@@ -144,7 +145,8 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], str | None]:
         scale = loop.reward_scale.std if loop.objective.normalize_rewards else 1.0
         metrics |= loop.validation.check(step + 1, loop.steps, scale)
     metrics = loop.collector.processes.broadcast(metrics | loop.liveness.after_step(step + 1))
-    return metrics, None if rollout.versions is None else rollout.versions[0]
+    drew = {} if rollout.versions is None else {"adapter": rollout.versions[0]}
+    return metrics, drew | loop.collector.reward.served
 
 
 def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]]:

@@ -19,14 +19,14 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
-from perl.recipe import CHANGE_NOTHING, Recipe, StageName, load_recipe
+from perl.recipe import Recipe, StageName, changes_nothing, load_recipe
 from perl.results import RESULTS, Sample, StageResult, Stages
 from perl.roles.role import Role
 from perl.runs.trackers import Send
@@ -99,7 +99,7 @@ class RunFolder:
             return
         new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
-            if new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
+            if new.get(key) != old.get(key) and not changes_nothing(key):
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
@@ -193,16 +193,14 @@ class MetricsLog:
             write_whole(file, "".join(lines[:done]))
             self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
-    def write(self, step: int, metrics: dict[str, float], adapter: str | None = None) -> None:
+    def write(self, step: int, metrics: dict[str, float], served: Mapping[str, str] | None = None) -> None:
         """Add a line, flushed for readers who follow the run; values that are not finite become null.
 
         Args:
-            adapter: the name of the weights that completions were drawn with, where a sampler has a copy.
+            served: which weights others have: what completions were drawn with, and scored by.
         """
         if self._file is not None:
-            line: dict[str, float | str | None] = {"step": step}
-            if adapter is not None:
-                line["adapter"] = adapter
+            line: dict[str, float | str | None] = {"step": step, **(served or {})}
             line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -16,7 +16,7 @@ from perl.data.fingerprint import difference, sha256_of
 from perl.data.records import Records
 from perl.errors import UserError
 from perl.plugins import adds_to, plugin_sha256
-from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.recipe import Recipe, StageName, changes_nothing
 from perl.results import Start
 from perl.roles.role import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
@@ -113,8 +113,7 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
         sections = (*sections, "full")
     flat = dict(_flat({key: said[key] for key in sections if said.get(key) is not None}))
     flat |= {f"base.{key}": str(getattr(recipe.base, key)) for key in ("dtype", "quantization")}
-    for key in CHANGE_NOTHING:
-        flat.pop(key, None)
+    flat = {key: value for key, value in flat.items() if not changes_nothing(key)}
     for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
         file, _, name = json.loads(flat.pop(key)).rpartition(":")
         flat |= {f"{key} (name)": name, f"{key} (file)": file_sha256(Path(file))}

@@ -8,6 +8,7 @@ from typing import Any
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.recipe import Recipe, StageName
+from perl.recipe.rewards import ServerPart
 from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
@@ -111,7 +112,7 @@ def _unfit_reward(session: Session) -> UserError | None:
     settings, reward = session.recipe.rl, session.folder.results().reward
     if reward is None or settings is None or settings.anyway or reward.eval.verdict.fit:
         return None
-    if not any(part.needs_model for part in settings.reward_parts):
+    if not any(part.needs_model or isinstance(part, ServerPart) for part in settings.reward_parts):
         return None
     return unfit_for_rl(reward.eval.verdict, str(session.folder.role(STAGE_ROLE["reward"])))
 

@@ -17,6 +17,7 @@ from perl.rl.rollout import EncodedPrompts
 from perl.roles.role import Role
 from perl.runs.folder import MetricsLog
 from perl.stages.cut_rows import say_cut, say_kept
+from perl.stages.rl_reward_server import check_reward_servers
 from perl.stages.rl_rewards import reward_context, settings_of
 from perl.stages.rl_setup import eval_prompts, setup, tokenized_prompts
 from perl.stages.session import Session
@@ -51,6 +52,7 @@ def check(session: Session) -> None:
 
 def train_rl(session: Session) -> RlStage:
     settings, held_out, judge = settings_of(session), eval_prompts(session), session.held_out.judge
+    check_reward_servers(session)  # before anything is trained: the reward model is added to be compared with
     loop = setup(session, held_out)
     rows, cut = len(loop.prompts) + len(held_out), loop.prompts.cut + held_out.cut
     say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
@@ -98,10 +100,10 @@ def _log(
     log: MetricsLog,
     step: int,
     metrics: dict[str, float],
-    adapter: str | None,
+    served: dict[str, str],
 ) -> None:
     """Write a step's metrics, and now and then what the policy says by then."""
-    log.write(step, metrics, adapter)
+    log.write(step, metrics, served)
     if step % settings_of(session).sample_every == 0:
         shown = held_out.take(range(min(SAMPLES_OF_A_STEP, len(held_out))))
         judge = session.held_out.judge

@@ -1,16 +1,20 @@
-"""What RL is rewarded by: this run's reward model, that of another run, functions and rules."""
+"""What RL is rewarded by: this run's reward model, that of another run or on a server, functions and rules."""
 
 import functools
 from collections.abc import Sequence
+
+import torch
 
 from perl.errors import UserError
 from perl.measure.ensemble import Combine
 from perl.measure.verdict import Verdict
 from perl.recipe import Rl
 from perl.recipe.rewards import RewardPart
-from perl.rl.rewards.base import RewardContext
+from perl.rl.checks.preflight import CLOSE
+from perl.rl.rewards.base import RewardContext, RewardServers
 from perl.rl.rewards.combination import CombinedReward
 from perl.rl.rewards.model import OtherRunsModel, RewardModel
+from perl.rl.rewards.server import ServedModel
 from perl.roles.role import Role
 from perl.roles.saved import stamp_for
 from perl.stages.opening import open_run
@@ -55,7 +59,12 @@ def reward_context(session: Session) -> RewardContext:
         seed_everything(session.recipe.seed)  # opening a run seeds by that run's recipe
         return OtherRunsModel(RewardModel(scorer.roles, stamps, settings.micro_batch_size, end_ids(session)))
 
-    return RewardContext([*session.train.prompts, *session.held_out.prompts], model, model_of)
+    def served(servers: RewardServers) -> ServedModel:
+        trained = session.recipe.reward is not None and session.saved(Role.REWARD).exists()
+        limit = servers.mismatch_limit or CLOSE[getattr(torch, session.recipe.base.dtype)]
+        return ServedModel(servers, limit, end_ids(session), session.stamp(Role.REWARD) if trained else None)
+
+    return RewardContext([*session.train.prompts, *session.held_out.prompts], model, model_of, served)
 
 
 @functools.lru_cache(maxsize=1)

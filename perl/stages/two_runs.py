@@ -12,7 +12,8 @@ from perl.data.records import Demonstration, Prompt, Rating, Record, Records
 from perl.errors import UserError
 from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
-from perl.recipe import CHANGE_NOTHING, Recipe, StageName
+from perl.recipe import Recipe, StageName, changes_nothing
+from perl.recipe.rewards import ServerPart
 from perl.rl.collector import Collector
 from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
@@ -100,7 +101,7 @@ def compare(runs: Both) -> TwoRuns:
 
 def _differences(recipes: Sequence[Recipe]) -> dict[str, tuple[object, object]]:
     first, second = (flat_keys(recipe.model_dump(mode="json")) for recipe in recipes)
-    keys = [key for key in dict.fromkeys((*first, *second)) if key not in ("name", *CHANGE_NOTHING)]
+    keys = [key for key in dict.fromkeys((*first, *second)) if key != "name" and not changes_nothing(key)]
     both = {key: (first.get(key), second.get(key)) for key in keys}
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
@@ -218,11 +219,11 @@ def _collector(session: Session) -> Collector:
 
 
 def _reward_identity(session: Session) -> dict[str, str]:
-    """What the reward depends on: its settings, and the reward stage where its model is a part."""
+    """What the reward depends on: its settings, servers, and the reward stage where its model is a part."""
     rl = session.recipe.rl
     assert rl is not None
     identities = session.identities
     found = {key: value for key, value in identities["rl"].settings.items() if key.startswith("rl.reward")}
     if any(part.needs_model for part in rl.reward_parts):
         found["reward"] = identities["reward"].sha256
-    return found
+    return found | {f"server {part.url}": part.model for part in rl.reward_parts if isinstance(part, ServerPart)}

@@ -82,8 +82,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def flat_keys(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """The values of nested mappings by their whole keys, as in `rl.kl_coef`."""
+    """The values of nested mappings, also in lists, by their whole keys, as in `rl.reward.0.kind`."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
         flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -1,6 +1,7 @@
 """`perl-rlhf sampler` prints a command that a shell takes apart as it is meant."""
 
 import itertools
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,27 @@ def test_what_no_server_can_do_is_refused(
     status, said = run_cli("sampler", write_recipe(**changes))
     assert status == 2
     assert words in said
+
+
+def test_the_server_of_a_reward_adapter(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
+    """It is told that the base is a classifier; the rank and the base are the adapter's."""
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    assert run_cli("reward", write_recipe(lora={"rank": 9, "alpha": 4}), "--out", out)[0] == 0
+    assert run_cli("export", out, "reward", adapter)[0] == 0
+    recipe = write_recipe(reward=None, rl={"reward": {"kind": "server", "url": "http://b:8002", "model": "judge"}})
+    words = printed(run_cli, recipe, "--reward", adapter)
+    options = dict(itertools.pairwise(words))
+    assert options["--lora-modules"] == f"judge={adapter}"
+    assert (options["--host"], options["--port"], options["--max-lora-rank"]) == ("b", "8002", "16")
+    assert (options["--runner"], options["--convert"]) == ("pooling", "classify")
+    assert json.loads(options["--hf-overrides"])["architectures"] == ["LlamaForSequenceClassification"]
+    assert "--logprobs-mode" not in words
+    status, said = run_cli("sampler", write_recipe(), "--reward", adapter)
+    assert status == 0
+    assert "{kind: server, url: http://127.0.0.1:8001}" in said
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
+    for folder, expected in ((tmp_path / "nowhere", "no adapter"), (adapter, "this adapter has no head")):
+        status, said = run_cli("sampler", recipe, "--reward", folder)
+        assert status == 2
+        assert expected in said

@@ -22,6 +22,26 @@ LARGEST_REWARD = 1e30
 
 
 @dataclass(frozen=True)
+class RewardServers:
+    """What a recipe says of servers that score."""
+
+    urls: tuple[str, ...]
+    """Without a slash at the end; several are replicas of one another."""
+    model: str
+    """What they call the reward model."""
+    probability: bool
+    """Whether the reward is the sigmoid of the score, where no stamp says."""
+    time_limit: float
+    """Seconds that a request may take."""
+    patience: float
+    """Seconds in which a server that does not answer may come back."""
+    in_flight: int
+    """Requests at once."""
+    mismatch_limit: float | None
+    """Of two scores of one row; None: by the base's dtype."""
+
+
+@dataclass(frozen=True)
 class RewardContext:
     """What a source may be made from."""
 
@@ -32,6 +52,8 @@ class RewardContext:
     this `std_weight`."""
     model_of: "Callable[[str], RewardSource]"
     """The reward model of the run in a folder."""
+    served: "Callable[[RewardServers], RewardSource]"
+    """The model that servers compute."""
 
 
 class RewardSource(ABC):

@@ -12,6 +12,7 @@ from torch import Tensor
 from perl.data.records import Prompt
 from perl.rl.rewards.base import RewardSource
 from perl.rl.rewards.model import RewardModel
+from perl.rl.rewards.server import ServedModel
 from perl.rl.samplers.base import Samples
 
 
@@ -41,6 +42,12 @@ class CombinedReward:
     def models(self) -> list[RewardModel]:
         """The parts that are the reward stage's model."""
         return [source for source, _ in self._parts.values() if isinstance(source, RewardModel)]
+
+    @property
+    def served(self) -> dict[str, str]:
+        """The hash of the weights that score on servers, as far as it is known."""
+        sources = ((name, source) for name, (source, _) in self._parts.items() if isinstance(source, ServedModel))
+        return {f"{name}_weights": source.weights_sha256 for name, source in sources if source.weights_sha256}
 
     @property
     def rules(self) -> list[str]:

@@ -1,7 +1,7 @@
 """One server that speaks as vLLM 0.32 does: its models and adapters, and completions of token ids.
 
-Endpoints: /v1/models, /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter. Never `load_inplace`: the
-server would then read the adapter's files again whenever it uses them.
+Endpoints: /v1/models, /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter, and what `ask` is given.
+Never `load_inplace`: the server would then read the adapter's files again whenever it uses them.
 """
 
 import math
@@ -39,8 +39,8 @@ class UnknownModelError(Exception):
     """The server does not have the adapter: it was dropped, or the server was started anew."""
 
 
-class _UselessError(Exception):
-    """An answer that is not one; says why."""
+class UselessError(Exception):
+    """An answer that is none; says why."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ class Server:
     Args:
         time_limit: seconds that a completion may take.
         patience: seconds in which a server that does not answer may come back.
+        section: of the recipe, which names it.
     """
 
-    def __init__(self, url: str, time_limit: float, patience: float) -> None:
-        self.url, self._time_limit, self._patience = url, time_limit, patience
+    def __init__(self, url: str, time_limit: float, patience: float, section: str = "rl.sampler") -> None:
+        self.url, self.section, self._time_limit, self._patience = url, section, time_limit, patience
         self._away = False
         """Whether it did not answer when it was asked last, which has been said."""
         key = os.environ.get("VLLM_API_KEY")
@@ -104,18 +105,18 @@ class Server:
 
         def read(response: httpx2.Response) -> dict[str, _Model]:
             if response.status_code != 200:
-                raise _UselessError(_refused(response))
+                raise UselessError(refused(response))
             return {model.id: model for model in _Models.model_validate_json(response.content).data}
 
-        return self._asked("GET", "/v1/models", None, read, QUICK)
+        return self.ask("GET", "/v1/models", None, read, QUICK)
 
     def load(self, name: str, folder: str) -> None:
         """Let it serve an adapter, unless it does so already."""
-        self._asked("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, _loaded, QUICK)
+        self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, _loaded, QUICK)
 
     def unload(self, name: str) -> None:
         """Let it no longer serve an adapter; one that it does not know is none."""
-        self._asked("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _unloaded, QUICK)
+        self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _unloaded, QUICK)
 
     def complete(self, model: str, prompt: Sequence[int], sampling: Sampling, seed: int) -> Completion:
         """Draw a completion.
@@ -146,15 +147,17 @@ class Server:
                 raise UnknownModelError(model)
             return _completion(response, prompt, sampling)
 
-        return self._asked("POST", "/v1/completions", body, read, self._time_limit)
+        return self.ask("POST", "/v1/completions", body, read, self._time_limit)
 
-    def _asked(
-        self, method: str, path: str, body: object, read: Callable[[httpx2.Response], T], limit: float
-    ) -> T:
+    def ask(self, method: str, path: str, body: object, read: Callable[[httpx2.Response], T], limit: float) -> T:
         """Ask until there is an answer; `read` makes the result of it, or raises.
 
         A request that is late or whose answer is useless is sent `TRIES` times; a server that cannot be reached,
         or says that it has failed, is waited for.
+
+        Args:
+            read: raises `UselessError` where an answer is none; what else it raises is not asked for again.
+            limit: seconds that the answer may take.
         """
         useless, pause, away_since = 0, PAUSE, math.inf
         while True:
@@ -163,7 +166,7 @@ class Server:
                 response = self._http.request(method, path, json=body, timeout=limit)
                 if response.status_code in (401, 403):
                     raise ServerError(
-                        f"the server lets nobody in without its key: {_refused(response)}",
+                        f"the server lets nobody in without its key: {refused(response)}",
                         where=self.url,
                         remedy="Set VLLM_API_KEY in the environment to what the server has as --api-key.",
                     )
@@ -171,34 +174,34 @@ class Server:
                 if not away:
                     self._away = False
                     return read(response)
-                why = f"has failed: {_refused(response)}"
+                why = f"has failed: {refused(response)}"
             except httpx2.ReadTimeout:
                 why = f"is slow: {path} took longer than {limit:g} s"
             except httpx2.TransportError as error:
                 away, why = True, f"does not answer: {str(error) or type(error).__name__}"
             except ValidationError as error:
                 why = f"sent half an answer from {path}: {error.errors(include_url=False)[0]['msg']}"
-            except _UselessError as error:
+            except UselessError as error:
                 why = f"sent no answer from {path}: {error}"
             away_since = min(away_since, time.monotonic()) if away else math.inf
             useless += not away
             if useless >= TRIES or time.monotonic() - away_since >= self._patience:
                 times = f"for {self._patience:g} s" if away else f"{TRIES} times"
-                raise ServerError(f"the server {why}, {times}", where=self.url, remedy=_remedy(why)) from None
+                raise ServerError(f"the server {why}, {times}", where=self.url, remedy=self._remedy(why)) from None
             if away and not self._away:
                 self._away = True
                 console.print(f"The server {self.url} {why}; it is waited for.", style="yellow", markup=False)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
+    def _remedy(self, why: str) -> str:
+        if why.startswith("is slow"):
+            key = self.section
+            return f"Raise {key}.time_limit, lower {key}.in_flight, or add a replica to {key}.url."
+        return f"Look at its log. {START}"
 
-def _remedy(why: str) -> str:
-    if why.startswith("is slow"):
-        return "Raise rl.sampler.time_limit, lower rl.sampler.in_flight, or add a replica to rl.sampler.url."
-    return f"Look at its log. {START}"
 
-
-def _refused(response: httpx2.Response) -> str:
+def refused(response: httpx2.Response) -> str:
     """What the server says of a request that it refuses."""
     return f"status {response.status_code}: {response.text[:300]}"
 
@@ -208,7 +211,7 @@ def _loaded(response: httpx2.Response) -> None:
         return
     if response.status_code != 200:
         raise ServerError(
-            f"the server does not take the adapter: {_refused(response)}",
+            f"the server does not take the adapter: {refused(response)}",
             where=str(response.url),
             remedy="It has to see rl.sampler.adapter_dir under the same path, and to be started as "
             "`perl-rlhf sampler RECIPE` says.",
@@ -217,7 +220,7 @@ def _loaded(response: httpx2.Response) -> None:
 
 def _unloaded(response: httpx2.Response) -> None:
     if response.status_code not in (200, 404):
-        raise _UselessError(_refused(response))
+        raise UselessError(refused(response))
 
 
 def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Sampling) -> Completion:
@@ -225,20 +228,20 @@ def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Samp
     if response.status_code != 200:
         raise ServerError(
             f"the server refuses a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} more: "
-            f"{_refused(response)}",
+            f"{refused(response)}",
             where=str(response.url),
             remedy="Start it as `perl-rlhf sampler RECIPE` says; --max-model-len is to be at least their sum.",
         )
     choices = _Choices.model_validate_json(response.content).choices
     if len(choices) != 1:
-        raise _UselessError(f"{len(choices)} completions in the place of one")
+        raise UselessError(f"{len(choices)} completions in the place of one")
     choice = choices[0]
     ids, log_probs = choice.token_ids, choice.logprobs.token_logprobs
     if choice.prompt_token_ids != list(prompt):
-        raise _UselessError(f"it read {len(choice.prompt_token_ids)} tokens of a prompt of {len(prompt)}")
+        raise UselessError(f"it read {len(choice.prompt_token_ids)} tokens of a prompt of {len(prompt)}")
     known = [value for value in log_probs if value is not None and math.isfinite(value)]
     if len(known) != len(ids):
-        raise _UselessError(f"{len(known)} log-probs of {len(ids)} tokens")
+        raise UselessError(f"{len(known)} log-probs of {len(ids)} tokens")
     if max(known, default=0.0) > 1e-3:
         raise ServerError(
             f"the server sends log-probs above 0 ({max(known):.3g}): those are logits",
@@ -248,5 +251,5 @@ def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Samp
     ended = bool(ids) and ids[-1] in sampling.end_ids
     if not ended and len(ids) != sampling.max_new_tokens:
         said = f"finish_reason {choice.finish_reason}"
-        raise _UselessError(f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens ({said})")
+        raise UselessError(f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens ({said})")
     return Completion(ids, known, ended)

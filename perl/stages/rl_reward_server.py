@@ -1,0 +1,108 @@
+"""Whether reward servers score as this run's reward model does: seen before RL begins, and when it goes on.
+
+Axis letter: N rows.
+"""
+
+import torch
+from torch import Tensor
+
+from perl.backbones.padding import left_pad
+from perl.recipe.rewards import ServerPart
+from perl.rl.rewards.server import SECTION, ServedModel
+from perl.rl.samplers.server.client import Server, ServerError
+from perl.roles.role import Role
+from perl.stages.reward_rows import held_out_rows
+from perl.stages.rl_rewards import reward_context, settings_of
+from perl.stages.session import Session
+from perl.system.progress import console
+
+ROWS = 8
+"""Held-out rows that are scored."""
+SIGMOID = "it sends the sigmoid of the score: it does not know use_activation. Take vLLM 0.32 or newer."
+BASE = "it serves the base without the adapter. Start it with --enable-lora and --lora-modules (docs/serving.md)."
+ALIKE = "all its scores are alike: it sends the softmax of one number, or its head is empty."
+SCALED = "another dtype, LoRA scale or rank. Start it as docs/serving.md says, or raise rl.reward.mismatch_limit."
+OTHER = "another adapter or head, or one of another training: export the reward model again, and load that."
+
+
+def check_reward_servers(session: Session) -> None:
+    """See that each server reads this run's tokens, and scores a few held-out rows as its reward model does.
+
+    The reward model is only there where this run trained it; that it is not is said.
+
+    Raises:
+        ServerError: a server does not; it names the likeliest cause.
+    """
+    settings, context = settings_of(session), reward_context(session)
+    for part in (*settings.reward_parts, *settings.eval_reward_parts):
+        if not isinstance(part, ServerPart):
+            continue
+        source = part.source(context)
+        assert isinstance(source, ServedModel)
+        for server in source.servers:
+            source.require(server)
+            _check_tokens(session, source, server)
+            if session.recipe.reward is None:
+                console.print(
+                    f"Nothing here says whether {server.url} scores rightly: this run has no reward model to "
+                    "compare it with.",
+                    style="yellow",
+                    markup=False,
+                )
+            else:
+                _compare(session, source, server)
+
+
+def _check_tokens(session: Session, source: ServedModel, server: Server) -> None:
+    text = "\n".join(turn.text for turn in session.train.prompts[0].context)
+    ours = session.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    theirs = source.tokens(server, text)
+    if theirs is not None and theirs != ours:
+        raise ServerError(
+            f"the server reads other tokens: a prompt here has {len(ours)}, there {len(theirs)} or others",
+            where=f"{SECTION}.url: {server.url}",
+            remedy="Its base must have this base's tokenizer.",
+        )
+
+
+def _compare(session: Session, source: ServedModel, server: Server) -> None:
+    rows, found = held_out_rows(session).ids, session.roles.roles
+    rows = rows[:: -(-len(rows) // ROWS)]
+    session.load(Role.REWARD)
+    ours_N = _scores(session, Role.REWARD, rows)
+    theirs_N = torch.tensor(source.scores(server, rows), dtype=torch.float64)
+    off = _off(ours_N, theirs_N)
+    words = f"scores of {len(rows)} held-out rows by {server.url} against those here, largest difference"
+    if not off <= source.limit:
+        fits = {SIGMOID: ours_N.sigmoid()}
+        if Role.BASE in session.roles.roles:
+            fits[BASE] = _scores(session, Role.BASE, rows)
+        raise ServerError(
+            f"{words}: {off:.2g} (at most {source.limit:.2g})",
+            where=f"{SECTION}.url",
+            remedy=f"It looks like this: {_cause(ours_N, theirs_N, fits)}",
+        )
+    session.roles.keep(*found)
+    console.print(f"[green]✓[/] {words}: {off:.2g} (at most {source.limit:.2g})", highlight=False)
+
+
+def _cause(ours_N: Tensor, theirs_N: Tensor, fits: dict[str, Tensor]) -> str:
+    nearest = min(fits, key=lambda words: _off(fits[words], theirs_N))
+    if _off(fits[nearest], theirs_N) < _off(ours_N, theirs_N) / 10:
+        return nearest
+    if float(theirs_N.std(correction=0)) < 1e-6:
+        return ALIKE
+    return SCALED if float(torch.corrcoef(torch.stack([ours_N, theirs_N]))[0, 1]) > 0.99 else OTHER
+
+
+def _off(one_N: Tensor, other_N: Tensor) -> float:
+    return float((one_N - other_N).abs().max())
+
+
+@torch.no_grad()
+def _scores(session: Session, role: Role, rows: list[list[int]]) -> Tensor:
+    """Of the reward model's head on what a role computes, fp64 (N)."""
+    roles = session.roles
+    ids_NL, mask_NL = left_pad(rows, session.base.chat.pad_id, roles.device)
+    scores_N: Tensor = roles(role, ids_NL, mask_NL, head=Role.REWARD).scores_B.double().cpu()
+    return scores_N

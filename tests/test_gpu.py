@@ -1,0 +1,117 @@
+"""On a GPU the host does not wait for every token, and every tensor is where it should be."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perl.predict import TRY, Trial, trial_session
+from perl.recipe import StageName, load_recipe
+from perl.rl.samplers.base import Samples, Sampling
+from perl.rl.samplers.local import LocalSampler
+from perl.rl.update import Learner
+from perl.roles.role import Role
+from perl.roles.shared_base import SharedBase
+from tests.conftest import WriteRecipe
+from tests.pretend_gpu import OnGpu, Waits, pretend_gpu
+from tests.tiny import lora, random_llama
+
+TOKENS = 32
+ENDS = tuple(range(3, 12))
+
+
+def drawn(device: str) -> Samples:
+    roles = SharedBase(lora(random_llama(num_hidden_layers=1).to(device), targets="attention")).eval()
+    roles.add(Role.POLICY)
+    sampling = Sampling(TOKENS, 1.0, ENDS, pad_id=0, prompts_at_once=4)
+    generator = torch.Generator(device).manual_seed(0)
+    return LocalSampler(roles).draw(Role.POLICY, [[5, 6, 7], [8] * 20, [9, 10]] * 3, sampling, generator)
+
+
+def test_sampling_waits_once_in_sixteen_tokens_and_draws_the_same() -> None:
+    expected = drawn("cpu")
+    with pretend_gpu() as waits:
+        found = drawn("cuda")
+    sampling = [place for place in waits if "samplers" in place]
+    assert sum(waits[place] for place in sampling) == TOKENS // 16, waits
+    assert found.completion_lengths == expected.completion_lengths
+    assert len(set(found.completion_lengths)) > 3  # they end at various tokens, most between two looks
+    assert min(found.completion_lengths) < 16 < max(found.completion_lengths)
+    for name in ("ids_BL", "mask_BL", "ended_B", "sampler_log_probs_BT"):
+        one = getattr(found, name)
+        assert isinstance(one, OnGpu), name
+        torch.testing.assert_close(one.held, getattr(expected, name))
+
+
+def tried(write_recipe: WriteRecipe, mixed_data: Path, **rl: Any) -> Any:
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    trained = {"epochs": 1, "batch_size": 4, "learning_rate": 0.003}
+    settings = {"prompts_per_step": 4, "micro_batch_size": 2, "max_new_tokens": 4, "reward": {}, **rl}
+    return load_recipe(write_recipe(data=data, sft=trained, reward={**trained}, rl=settings))
+
+
+def watched(update: Callable[..., Any], waits: Waits, found: list[int]) -> Callable[..., Any]:
+    """An update that notes how often the host waited in it."""
+
+    def watching(*arguments: Any) -> Any:
+        before = waits.total()
+        result = update(*arguments)
+        found.append(waits.total() - before)
+        return result
+
+    return watching
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        {"algorithm": "ppo", "epochs": 1},
+        pytest.param({"algorithm": "ppo", "epochs": 1, "critic": "adapter"}, marks=pytest.mark.slow),
+        pytest.param({"algorithm": "rloo", "epochs": 1, "samples_per_prompt": 2}, marks=pytest.mark.slow),
+        pytest.param({"algorithm": "dapo", "epochs": 1, "samples_per_prompt": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["ppo", "ppo-critic", "rloo", "dapo"],
+)
+def test_a_step_of_rl_waits_a_few_times_and_an_update_three_at_most(
+    rl: dict[str, Any], write_recipe: WriteRecipe, mixed_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two micro-batches or more, under a reward model: as many as of one."""
+    updates: list[int] = []
+    with pretend_gpu() as waits, trial_session(tried(write_recipe, mixed_data, **rl), Trial(1)) as session:
+        monkeypatch.setattr(Learner, "update", watched(Learner.update, waits, updates))
+        TRY["rl"](session)
+        assert session.device.type == session.roles.device.type == "cuda"
+    assert len(updates) == 1
+    assert updates[0] <= 3, waits
+    setup = ("peft_kind", "loading", "rl_setup", "shared_prompts", "split_layers", "fingerprint")
+    step = {place: count for place, count in waits.items() if not any(name in place for name in setup)}
+    assert sum(step.values()) <= 10, step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl"])
+def test_every_stage_computes_on_the_gpu_what_it_does_on_the_cpu(
+    stage: StageName, tuning: str, write_recipe: WriteRecipe, mixed_data: Path
+) -> None:
+    recipe = tried(write_recipe, mixed_data, max_new_tokens=2).model_copy(update={"tuning": tuning})
+    learned: list[dict[str, torch.Tensor]] = []
+
+    def learn() -> None:
+        with trial_session(recipe, Trial(2)) as session:
+            TRY[stage](session)
+            of = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}[stage]
+            weights = session.roles.weights(of).items()
+            learned.append({name: weight.detach().cpu().clone() for name, weight in weights})
+
+    learn()
+    with pretend_gpu():
+        learn()
+    on_cpu, on_gpu = learned
+    assert on_gpu.keys() == on_cpu.keys()
+    assert on_gpu
+    for name, weight in on_cpu.items():
+        assert on_gpu[name].dtype == weight.dtype
+        torch.testing.assert_close(on_gpu[name], weight, rtol=1e-3, atol=1e-4)

@@ -95,6 +95,13 @@ class OnGpu(Tensor):
         note("tolist")
         return self.held.tolist()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnGpu":
+        copied = self.detach().clone().requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied._is_param = True
+        memo[id(self)] = copied
+        return copied
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
 

@@ -1,4 +1,4 @@
-"""A GPU computes while the host goes on, which waits where it asks for a value, or copies as torch does unasked."""
+"""A GPU computes while the host goes on, which waits where it asks for a value or copies as torch does unasked."""
 
 from typing import Any
 

@@ -29,7 +29,7 @@ KEEP_UNTIL = 0.75
 """Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""
 
 LOOK_EVERY = 16
-"""Tokens after which a GPU is asked which completions have ended: the host waits for the answer. What ended ones are
+"""Tokens after which a GPU is asked which completions have ended, as the host waits for the answer. What those are
 given in between is thrown away. A CPU is asked after each token: nobody waits, and a row's step costs more."""
 
 Groups = list[tuple[list[int], int]]

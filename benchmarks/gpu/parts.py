@@ -212,7 +212,9 @@ def _said(*command: object) -> Metrics:
 
 def tests(size: Size) -> Metrics:
     """The tests that need a GPU."""
-    return _said("-m", "pytest", "-m", "gpu", "-n", 0, "-p", "no:cacheprovider", "tests/test_gpu.py")
+    return _said(
+        "-m", "pytest", "-m", "gpu", "-n", 0, "-W", "default", "-p", "no:cacheprovider", "tests/test_gpu.py"
+    )
 
 
 def demo(size: Size) -> Metrics:

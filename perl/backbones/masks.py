@@ -1,7 +1,7 @@
 """transformers' masks for `sdpa`, made without a look at what a GPU has computed.
 
-transformers leaves a mask out where nothing is masked. To know that it reads the mask, so the host waits for the GPU
-in every pass, and at every token that is drawn. Batches are padded nearly always, so little is lost without.
+transformers leaves a mask out where nothing is masked. To know that it reads the mask, so the host waits for the
+GPU in every pass, and at every token that is drawn. Batches are padded nearly always: little is lost without.
 """
 
 from typing import Any

@@ -59,7 +59,7 @@ def test_the_table() -> None:
         "tests": {"seconds": 40.0, "said": ["", "8 passed"]},
     }
     results = {name: {"found": one} for name, one in found.items()} | {"demo": {"failed": "killed"}}
-    lines = markdown(results).splitlines()
+    lines = markdown(results).replace("\N{NO-BREAK SPACE}", " ").splitlines()
     assert lines[0] == "H, 143 GB, torch 2.11: 800 TFLOP/s in bf16, 4 TB/s."
     assert "| ppo-1b | 2, 0.5, 1 | 4,096, 49,152, 24,576 | 25.0% | 4.0 GB | 5.0 GB |" in lines
     assert "| generate, one answer a prompt | 4,500 |" in lines

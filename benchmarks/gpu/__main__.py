@@ -56,10 +56,12 @@ class Measuring:
             try:
                 printed, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-                process.communicate()
                 return {"failed": f"not finished after {seconds:.0f} s"}
-        if process.returncode == 0:
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                    process.communicate()
+        if process.returncode == 0 and printed.strip():
             return {"found": json.loads(printed.strip().splitlines()[-1])}
         lines = [line for line in log.read_text().splitlines() if line.strip()]
         return {"failed": lines[-1] if lines else f"exit status {process.returncode}"}

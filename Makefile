@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup develop demo test check vllm docker-steps clean
+.PHONY: setup develop demo test check vllm gpu-wheels docker-steps clean
 
 setup: .venv/ready
 
@@ -39,6 +39,16 @@ vllm: $(VLLM_VENV)/ready
 $(VLLM_VENV)/ready:
 	PYTHON="$(PYTHON)" docker/vllm.sh $(VLLM_VENV)
 	touch $@
+
+# What benchmarks/gpu needs on a machine with torch, transformers and peft but no network: at most 64 MiB.
+GPU_WHEELS ?= .gpu-wheels
+GPU_PYTHON ?= 3.12
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+gpu-wheels: setup
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(GPU_PYTHON) $(PLATFORMS:%=--platform %) \
+		--constraint constraints.txt --requirement benchmarks/gpu/wheels.txt --dest $(GPU_WHEELS)
+	test "$$(du -sm $(GPU_WHEELS) | cut -f1)" -le 64
 
 # The commands of both Dockerfiles in a clean root, without an engine: needs root on Linux, and minutes.
 docker-steps: develop

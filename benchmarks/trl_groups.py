@@ -75,4 +75,4 @@ def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, cl
 
 if __name__ == "__main__":
     epochs, steps = int(sys.argv[4]), int(sys.argv[5])
-    measure(partial(trainer, *sys.argv[1:4], epochs, steps), ticks=epochs)
+    measure(partial(trainer, *sys.argv[1:4], epochs, steps), ticks=epochs).print()

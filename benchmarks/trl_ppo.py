@@ -67,4 +67,4 @@ def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> A
 
 
 if __name__ == "__main__":
-    measure(partial(trainer, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    measure(partial(trainer, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))).print()

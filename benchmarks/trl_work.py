@@ -48,8 +48,8 @@ def adapters(tuning: str) -> dict[str, LoraConfig]:
     return {"peft_config": LoraConfig(**shape, task_type="CAUSAL_LM")}
 
 
-def measure(trainer: Callable[[Clock], Any], ticks: int = 1) -> None:
-    """Make a trainer and let it train; print the seconds of each step and the peak memory as JSON.
+def measure(trainer: Callable[[Clock], Any], ticks: int = 1) -> Measurement:
+    """Make a trainer and let it train; the seconds of each step and the peak memory.
 
     Args:
         ticks: what the trainer calls a step, in one of ours.
@@ -61,4 +61,4 @@ def measure(trainer: Callable[[Clock], Any], ticks: int = 1) -> None:
         trainer(clock).train()
     times = clock.times[::ticks]
     seconds = [{"all": end - start} for start, end in itertools.pairwise(times)]
-    Measurement(seconds, peak.bytes).print()
+    return Measurement(seconds, peak.bytes)

@@ -85,6 +85,15 @@ def pytest_collection_finish() -> None:
             sys.modules["tests.forks"].begin_forkserver()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without a GPU what needs one is skipped."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU with CUDA")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _blank_plots() -> Iterator[None]:
     """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""

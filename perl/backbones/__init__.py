@@ -5,6 +5,7 @@ A plugin adds its own kind: `BACKBONES["mine"] = Mine`. Of several that match, t
 
 from typing import Any
 
+from perl.backbones import masks  # noqa: F401  registered for transformers
 from perl.backbones.backbone import Backbone, Unsupported
 from perl.backbones.decoder import Decoder
 from perl.backbones.encoder import Encoder

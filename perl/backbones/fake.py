@@ -68,6 +68,7 @@ class _Unknown(TorchFunctionMode):
     """Returns zeros where code asks for the values of a fake tensor."""
 
     ASKS = frozenset(getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__"))
+    DRAWS = frozenset({torch.multinomial, torch.searchsorted})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,9 +77,8 @@ class _Unknown(TorchFunctionMode):
                 return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
             if func is torch.allclose:
                 return True
-            if func is torch.multinomial:  # ids have values: they choose rows and columns
-                func(*args, **kwargs)
-                return torch.zeros(args[0].shape[0], args[1], dtype=torch.long)
+            if func in self.DRAWS:  # ids have values: they choose rows and columns
+                return torch.zeros(func(*args, **kwargs).shape, dtype=torch.long)
         return func(*args, **kwargs)
 
 

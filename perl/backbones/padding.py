@@ -17,7 +17,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     for index, row in enumerate(rows):
         ids[index, length - len(row) :] = torch.tensor(row)
         mask[index, length - len(row) :] = True
-    return ids.to(device), mask.to(device)
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
 def joined(

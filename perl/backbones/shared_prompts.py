@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from perl.backbones.backbone import Backbone
 from perl.backbones.padding import left_pad
 from perl.errors import UserError
+from perl.system.device import to_device
 
 KERNEL = "sdpa"
 """transformers' name for the attention function that is called for each part."""
@@ -63,8 +64,8 @@ class Layout:
         device, (rows, columns) = mask_BL.device, mask_BL.shape
         length = columns - prompts.completion_length
         self._shapes = (len(prompts.first_G), length), (rows, prompts.completion_length)
-        self.prompt_B = torch.tensor(prompts.prompt_B, device=device)
-        first_G = torch.tensor(prompts.first_G, device=device)
+        self.prompt_B = to_device(prompts.prompt_B, device)
+        first_G = to_device(prompts.first_G, device)
         batch_BL = torch.arange(rows * columns, device=device).view(rows, columns)
         self._in_batch_N = torch.cat([batch_BL[first_G, :length].flatten(), batch_BL[:, length:].flatten()])
         places_N = torch.arange(len(self._in_batch_N), device=device)

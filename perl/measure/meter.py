@@ -49,7 +49,7 @@ class Meter:
         trunks: Sequence[nn.Module],
         measured_steps: int = MEASURED_STEPS,
     ) -> None:
-        self._measured_steps = measured_steps
+        self._device, self._measured_steps = device, measured_steps
         self._ledger = Allocator(device, resident) if device.type == "cuda" else Timeline(resident)
         self._flops = Flops(trunks) if trunks else None
         self._times = _Times()
@@ -93,6 +93,8 @@ class Meter:
             self._enter(name if before == "load" else before)
 
     def _enter(self, name: Phase) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what a phase asked for is its own time, not the next one's
         now, seconds = time.perf_counter(), self._times.phase_seconds
         seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now

@@ -10,11 +10,12 @@ from perl.recipe import StageName
 from perl.roles.role import Role
 from perl.stages.reward import lower_layer_cache, reward_trainer
 from perl.stages.reward_rows import training_rows
-from perl.stages.sft import sft_trainer, tokenized
 
 
 def try_sft(session: TrialSession) -> Tried:
     """Take the trial's steps on the longest demonstrations."""
+    from perl.stages.sft import sft_trainer, tokenized  # it needs TRL, and the others do not
+
     rows, trained = tokenized(session, session.train.demonstrations), session.add_trained(Role.SFT)
     with sft_trainer(session, rows, steps=session.trial.steps) as trainer:
         return session.take_steps(trainer, trained)

@@ -49,12 +49,16 @@ class Targets(NamedTuple):
 
     def take(self, rows: list[int] | slice, length: int) -> Targets:
         """Those of these rows, as many columns."""
+        from perl.system.device import to_device
+
+        device = self.advantages_BT.device
+        rows_B = rows if isinstance(rows, slice) else to_device(rows, device)
 
         def of(value_BT: Tensor | None) -> Tensor | None:
-            return None if value_BT is None else value_BT[rows, :length]
+            return None if value_BT is None else value_BT[rows_B, :length]
 
         return self._replace(
-            advantages_BT=self.advantages_BT[rows, :length],
+            advantages_BT=self.advantages_BT[rows_B, :length],
             returns_BT=of(self.returns_BT),
             learned_BT=of(self.learned_BT),
         )

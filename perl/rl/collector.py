@@ -22,6 +22,7 @@ from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.roles.role import Role
 from perl.roles.roles import Roles
+from perl.system.device import to_device
 from perl.system.seeds import derived_seed
 
 Phases = Callable[[Phase], AbstractContextManager[None]]
@@ -177,9 +178,11 @@ def read_completions(
             head=head,
             lower_hidden_BLD=batch.lower_hidden_BLD,
             prompts=batch.shared_prompts,
+            lengths=batch.completion_lengths,
         )
+        rows_B = to_device(rows, samples.ids_BL.device)
         if log_probs_BT is not None:
-            log_probs_BT[rows, :length] = outputs.log_probs_BT
+            log_probs_BT[rows_B, :length] = outputs.log_probs_BT
         if values_BT is not None:
-            values_BT[rows, :length] = outputs.values_BT.masked_fill(~batch.completion_mask_BT, 0.0)
+            values_BT[rows_B, :length] = outputs.values_BT.masked_fill(~batch.completion_mask_BT, 0.0)
     return log_probs_BT, values_BT

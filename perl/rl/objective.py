@@ -39,7 +39,10 @@ class Objective:
         Args:
             scale: of all rewards so far; it learns of these.
         """
-        normalized_B = self._normalize(step, rollout.rewards_B, scale)
+        # On the host, which reads them: the device is waited for once.
+        normalized_B = self._normalize(step, rollout.rewards_B.cpu(), scale).to(
+            rollout.rewards_B.device, non_blocking=True
+        )
         if not self.length_reward or step < self.length_reward_from:
             return normalized_B
         right_B = rollout.rewards_B >= self.success_reward

@@ -22,6 +22,7 @@ from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
 from perl.rl.natural_gradient import Fisher, add, conjugate_gradients, set_to, take_gradient
 from perl.rl.rollout import Rollout
+from perl.roles.log_probs import places
 from perl.roles.outputs import Outputs
 from perl.roles.role import Role
 from perl.roles.roles import Roles
@@ -124,11 +125,12 @@ class TrustRegion:
     @torch.no_grad()
     def probe(self) -> Probed:
         """The policy as it is now against the old one; the processes call it together."""
-        kl = loss = 0.0
+        found = []
         for part in self._parts:
             outputs = self._read(part.batch, self.temperature)
-            kl += float(self._kl_N(outputs, part).sum())
-            loss += float(self.algorithm.policy_loss(outputs, part.batch, part.targets, self._sizes)[0])
+            loss, _ = self.algorithm.policy_loss(outputs, part.batch, part.targets, self._sizes)
+            found.append(torch.stack([self._kl_N(outputs, part).sum(), loss]).double())
+        kl, loss = (sum(values) for values in zip(*torch.stack(found).tolist(), strict=True))
         everyone = self.roles.engine.processes.all_reduce_sum
         return Probed(everyone(kl) / self._tokens, everyone(loss))
 
@@ -203,7 +205,7 @@ class TrustRegion:
 
 def _states_ND(outputs: Outputs, batch: Rollout) -> Tensor:
     assert outputs.states_BTD is not None
-    return outputs.states_BTD[batch.completion_mask_BT.nonzero(as_tuple=True)]  # fake tensors take no mask
+    return outputs.states_BTD[places(batch.completion_lengths, outputs.states_BTD.device)]
 
 
 def _fitting(kl: float, limit: float) -> float:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
@@ -27,6 +28,10 @@ from perl.system.seeds import derived_seed
 
 MAX_GRAD_NORM = 1.0
 """Of each role's gradient."""
+METRICS = ("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction")
+"""What a micro-batch has a share of;"""
+MEANS = ("entropy", "sampler_mismatch")
+"""those that are means over the tokens of the minibatch."""
 
 
 class _Minibatch(NamedTuple):
@@ -95,7 +100,7 @@ class Learner:
         sums: dict[str, float] = {}
         mismatch: float | None = None
         for minibatch in self._minibatches(step, whole):
-            sums = self._gradients(minibatch)
+            sums = self._read(minibatch, self._gradients(minibatch))
             # Only before the first update is the policy the one that sampled: there they must agree.
             mismatch = sums["sampler_mismatch"] if mismatch is None else mismatch
             if not self._optimize(step, sums, region):
@@ -121,17 +126,35 @@ class Learner:
                 sizes = Sizes(everyone(own.tokens), everyone(own.completions), own.longest)
                 yield _Minibatch(batch, targets, sizes, everyone(_tokens(batch)))
 
-    def _gradients(self, minibatch: _Minibatch) -> dict[str, float]:
-        """Accumulate the gradients of a minibatch, of all processes; its metrics."""
-        processes = self.roles.engine.processes
-        sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction"), 0.0)
+    def _gradients(self, minibatch: _Minibatch) -> list[Tensor]:
+        """Accumulate the gradients of a minibatch, of all processes; of each micro-batch `METRICS`."""
+        found = []
         for rows in micro_batches(minibatch.batch, self.micro_batch_size):
             batch = trim(minibatch.batch, rows)
             with self.roles.checkpointed(self.checkpoint_activations):
                 taken = minibatch.targets.take(rows, batch.completion_length)
-                self._accumulate(batch, taken, minibatch.sizes, minibatch.tokens, sums)
-        processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
-        return {name: processes.all_reduce_sum(value) for name, value in sums.items()}
+                found.append(self._accumulate(batch, taken, minibatch.sizes))
+        self.roles.engine.processes.all_reduce_gradients(self.roles.parameters_of(*self.trained))
+        return found
+
+    def _read(self, minibatch: _Minibatch, found: list[Tensor]) -> dict[str, float]:
+        """Clip the gradients; the metrics of a minibatch, of all processes.
+
+        The host asks a GPU for all of them at once, as each time it waits.
+
+        Args:
+            found: by `_gradients`.
+        """
+        groups = [self.roles.parameters_of(role) for role in self.trained]
+        norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM) for group in groups])
+        values = torch.cat([*found, norms.double()]).tolist()
+        width, end = len(METRICS), len(METRICS) * len(found)
+        sums: dict[str, float] = {}
+        for place, name in enumerate(METRICS):
+            total = sum(value / (minibatch.tokens if name in MEANS else 1.0) for value in values[place:end:width])
+            sums[name] = self.roles.engine.processes.all_reduce_sum(total)
+        sums["grad_norm"] = max(values[end:]) if all(map(math.isfinite, values[end:])) else math.nan
+        return sums
 
     def _trust_region(self, local: Rollout, targets: Targets) -> TrustRegion | None:
         """What holds this step, where the algorithm has a limit; `targets` are of `local`."""
@@ -149,10 +172,8 @@ class Learner:
             checkpoint_activations=self.checkpoint_activations,
         )
 
-    def _accumulate(
-        self, batch: Rollout, targets: Targets, sizes: Sizes, tokens: float, sums: dict[str, float]
-    ) -> None:
-        """Add the gradients of one micro-batch, and its share of the metrics, which are of all its tokens."""
+    def _accumulate(self, batch: Rollout, targets: Targets, sizes: Sizes) -> Tensor:
+        """Add the gradients of one micro-batch; its share of `METRICS`, fp64."""
         read = partial(
             self.roles,
             ids_BL=batch.ids_BL,
@@ -160,6 +181,7 @@ class Learner:
             completion_length=batch.completion_length,
             lower_hidden_BLD=batch.lower_hidden_BLD,
             prompts=batch.shared_prompts,
+            lengths=batch.completion_lengths,
         )
         outputs = read(
             Role.POLICY,
@@ -168,26 +190,26 @@ class Learner:
             trunk_gradient=self.algorithm.value_coef,
         )
         policy_loss, clipped = self.algorithm.policy_loss(outputs, batch, targets, sizes)
-        loss = policy_loss
+        loss, value_loss = policy_loss, torch.zeros_like(policy_loss)
         if self.critic is not None:
             if self.shared_head is None:
                 outputs = outputs._replace(values_BT=read(self.critic, head=self.critic).values_BT)
             value_loss = self.algorithm.value_loss(outputs, batch, targets, sizes)
             loss = loss + value_loss
-            sums["value_loss"] += float(value_loss.detach())
         loss.backward()  # type: ignore[no-untyped-call]
-        sums["policy_loss"] += float(policy_loss.detach())
-        sums["clip_fraction"] += float(clipped) if clipped is not None else 0.0
-        sums["entropy"] += float(outputs.entropy_BT.detach().sum()) / tokens
         gap_BT = (outputs.log_probs_BT.detach() - batch.sampler_log_probs_BT).abs()
-        sums["sampler_mismatch"] += float(gap_BT.masked_fill(~batch.completion_mask_BT, 0.0).sum()) / tokens
+        found = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": outputs.entropy_BT.sum(),
+            "sampler_mismatch": gap_BT.masked_fill(~batch.completion_mask_BT, 0.0).sum(),
+            "clip_fraction": torch.zeros_like(policy_loss) if clipped is None else clipped,
+        }
+        return torch.stack([found[name].detach().double() for name in METRICS])
 
     def _optimize(self, step: int, sums: dict[str, float], region: TrustRegion | None) -> bool:
-        """Clip the gradients and take the step; whether loss and gradients were finite."""
-        groups = [self.roles.parameters_of(role) for role in self.trained]
-        norms = [float(torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)) for group in groups]
-        sums["grad_norm"] = max(norms)
-        finite = all(math.isfinite(value) for value in (*norms, sums["policy_loss"], sums["value_loss"]))
+        """Take the step; whether loss and gradients were finite."""
+        finite = all(math.isfinite(sums[name]) for name in ("grad_norm", "policy_loss", "value_loss"))
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
                 group["lr"] = rate * self.rate_shares[step]
@@ -200,13 +222,17 @@ class Learner:
 
 
 def _tokens(batch: Rollout) -> float:
-    return float(batch.completion_mask_BT.sum())
+    return float(sum(batch.completion_lengths))
 
 
 def _sizes(batch: Rollout, targets: Targets, longest: int) -> Sizes:
     """What the losses of these completions are divided by; at least 1, as some may be learned from by nobody."""
-    learned_BT = targets.mask(batch)
-    return Sizes(max(1.0, float(learned_BT.sum())), max(1.0, float(learned_BT.any(1).sum())), longest)
+    if targets.learned_BT is None:
+        tokens, completions = _tokens(batch), float(sum(length > 0 for length in batch.completion_lengths))
+    else:
+        learned_BT = targets.learned_BT
+        tokens, completions = torch.stack([learned_BT.sum(), learned_BT.any(1).sum()]).tolist()
+    return Sizes(max(1.0, float(tokens)), max(1.0, float(completions)), longest)
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:

@@ -18,6 +18,7 @@ Precision: the product with the head runs in the head's dtype, as in sampling; t
 computed in fp32. So a bf16 base gives the log-probs that it sampled with, and no fp32 copy of the head is made.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,6 +145,7 @@ def completion_log_probs(
     mask_BT: Tensor,
     temperature: float,
     transform: LogitsTransform,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`log_probs_and_entropy` of completions, (B, T) each; 0 where there is no token.
 
@@ -152,14 +154,22 @@ def completion_log_probs(
         embedding: the output embedding, a linear layer.
         ids_BT: the tokens, int64.
         mask_BT: True for real tokens, bool.
+        lengths: of the completions, where the host knows them: else it waits for the device to count the mask.
     """
-    at_N = mask_BT.nonzero(as_tuple=True)
+    at_N = mask_BT.nonzero(as_tuple=True) if lengths is None else places(lengths, mask_BT.device)
     weight_VD, chunk = embedding.weight, tokens_at_once(len(embedding.weight))
     log_probs_N, entropies_N = log_probs_and_entropy(
         states_BTD[at_N], weight_VD, embedding.bias, ids_BT[at_N], temperature, chunk, transform
     )
     zeros_BT = log_probs_N.new_zeros(mask_BT.shape)
     return zeros_BT.index_put(at_N, log_probs_N), zeros_BT.index_put(at_N, entropies_N)
+
+
+def places(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows and columns (N each) of the tokens of completions of these lengths, in the order of a mask's."""
+    mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rows_N, columns_N = mask_BT.nonzero().to(device, non_blocking=True).unbind(1)
+    return rows_N, columns_N
 
 
 def scaled_gradient(states: Tensor, share: float) -> Tensor:

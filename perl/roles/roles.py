@@ -14,7 +14,7 @@ as the role that first computed them.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
@@ -247,6 +247,7 @@ class Roles(nn.Module, ABC):
         lower_hidden_BLD: Tensor | None = None,
         states: bool = False,
         prompts: SharedPrompts | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Outputs:
         """Log-probs of completions, values of their states, or scores of whole rows, as one role.
 
@@ -262,6 +263,7 @@ class Roles(nn.Module, ABC):
             lower_hidden_BLD: from `lower_hidden` for this batch; None: compute all blocks.
             states: whether the states are wanted themselves.
             prompts: which rows have the same prompt; None: no two.
+            lengths: of the completions, where the host knows them: it need not wait for the mask.
         """
         shared = prompts if self.shares_prompts else None
         with self.role(role), self._above(lower_hidden_BLD) as model, sharing(model, shared, mask_BL):
@@ -281,6 +283,7 @@ class Roles(nn.Module, ABC):
                 mask_BL[:, -completion_length:],
                 temperature,
                 logits_transform(model.config),
+                lengths,
             )
         return Outputs(log_probs_BT, entropy_BT, values_BT, states_BTD=states_BTD if states else None)
 

@@ -1,10 +1,10 @@
 """What runs of one seed on one base can share, and how it is read."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 
-import datasets
 import torch
 from rich.markup import escape
 from transformers import PreTrainedModel
@@ -179,7 +179,10 @@ def quiet_libraries() -> None:
     """Turn off the libraries' own progress bars and notes."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    with contextlib.suppress(ImportError):  # RL on rows of a file does without it
+        import datasets
+
+        datasets.disable_progress_bars()
     # TRL's settings and peft use the old names, and releases of transformers before the new ones know no others.
     old_names = "`(is_)?gradient_checkpointing` is deprecated"
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)

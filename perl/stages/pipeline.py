@@ -12,7 +12,7 @@ from perl.recipe.rewards import ServerPart
 from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE
-from perl.stages import identity, reuse, reward, rl, sft
+from perl.stages import identity, reuse, reward, rl
 from perl.stages.material import Material
 from perl.stages.opening import open_session
 from perl.stages.report_file import LivePage, write_report
@@ -21,16 +21,32 @@ from perl.stages.session import Session
 from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
 
+
+def _of_sft(name: str) -> Callable[[Any], Any]:
+    """A function of `perl.stages.sft`, which needs TRL: imported when called, as the other stages do without."""
+
+    def call(argument: Any) -> Any:
+        from perl.stages import sft
+
+        return getattr(sft, name)(argument)
+
+    return call
+
+
 TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
-    "sft": sft.train_sft,
+    "sft": _of_sft("train_sft"),
     "reward": reward.train_reward,
     "rl": rl.train_rl,
 }
 """Each trains its stage's roles and writes them."""
-CHECK: dict[StageName, Callable[[Session], None]] = {"sft": sft.check, "reward": reward.check, "rl": rl.check}
+CHECK: dict[StageName, Callable[[Session], None]] = {
+    "sft": _of_sft("check"),
+    "reward": reward.check,
+    "rl": rl.check,
+}
 """Each refuses what its stage cannot use, before anything is trained or written."""
 SUMMARIZE: dict[StageName, Callable[[Any], None]] = {
-    "sft": sft.summary,
+    "sft": _of_sft("summary"),
     "reward": reward.summary,
     "rl": rl.summary,
 }

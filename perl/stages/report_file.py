@@ -1,9 +1,10 @@
 """report.json of a finished run, and of one that is not progress.json with its page, written anew now and then."""
 
+import contextlib
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def _report(session: Session, after: str | None, unfinished: StageName | None) -
         name=recipe.name,
         seed=recipe.seed,
         tuning=recipe.tuning,
-        versions={"perl": __version__, "python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
+        versions={"perl": __version__, "python": platform.python_version(), **_installed()},
         hardware=_hardware(session.device, session.processes.count, session.engine.name),
         base=ReportBase(
             model=base.name,
@@ -109,3 +110,12 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _installed() -> dict[str, str]:
+    """The versions of the libraries; TRL and datasets may be missing where nothing needed them."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

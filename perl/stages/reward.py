@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -126,6 +125,8 @@ def reward_trainer(
     Args:
         steps: optimizer steps in all; by default those of the recipe's epochs.
     """
+    from datasets import Dataset  # RL on another reward does without
+
     settings, seed = session.recipe.reward, _seed(session, role)
     assert settings is not None
     examples = training_examples(train, settings.loss)

@@ -72,11 +72,12 @@ class RewardModel(RewardSource):
         An answer that ended with another end token than the training rows is read as if it ended with theirs: of
         others the reward model knows nothing.
         """
-        scores_MB = torch.zeros(len(self._stamps), len(samples.ids_BL), dtype=torch.float64)
         samples = with_written_end(samples, self._ends)
+        order: list[int] = []
+        parts: list[Tensor] = []
         for rows in micro_batches(samples, self._micro_batch_size):
             batch = trim(samples, rows)
-            scores_MB[:, rows] = (
+            parts.append(
                 member_scores(
                     self._roles,
                     self.members,
@@ -85,9 +86,11 @@ class RewardModel(RewardSource):
                     batch.lower_hidden_BLD,
                     batch.shared_prompts,
                 )
-                .double()
-                .cpu()
             )
+            order += rows
+        found_MB = torch.cat(parts, 1).double().cpu()  # at once: a GPU is waited for
+        scores_MB = torch.zeros_like(found_MB)
+        scores_MB[:, order] = found_MB
         return scores_MB
 
 

@@ -15,6 +15,7 @@ from perl.backbones.shared_prompts import SharedPrompts
 from perl.rl.samplers import SamplerSettings
 from perl.roles.role import Role
 from perl.roles.roles import Roles
+from perl.system.device import to_device
 
 Read = Callable[[Tensor], Tensor]
 """What is read from the hidden states (B, D) that tokens are drawn from: one number each, (B, 1)."""
@@ -103,21 +104,22 @@ class Samples:
             columns: of L, those that are kept.
             length: completion positions that are kept, the columns' last ones.
         """
-        places = {"BL": columns, "BLD": columns, "BT": slice(length)}
+        rows, places = list(rows), {"BL": columns, "BLD": columns, "BT": slice(length)}
+        rows_B = to_device(rows, self.ids_BL.device)
         taken: dict[int, Any] = {}  # log-probs that are one tensor under two names stay one
         for field in fields(self):
             value = getattr(self, field.name)
             if id(value) not in taken:
-                taken[id(value)] = _rows_of(value, list(rows), places.get(field.name.rpartition("_")[2]))
+                taken[id(value)] = _rows_of(value, rows, rows_B, places.get(field.name.rpartition("_")[2]))
         return replace(self, **{field.name: taken[id(getattr(self, field.name))] for field in fields(self)})
 
 
-def _rows_of(value: Any, rows: list[int], columns: slice | None) -> Any:
+def _rows_of(value: Any, rows: list[int], rows_B: Tensor, columns: slice | None) -> Any:
     """Rows of a field: of a tensor, a list, or all values of a dictionary."""
     if isinstance(value, Tensor):
-        return value[rows] if columns is None else value[rows, columns]
+        return value[rows_B] if columns is None else value[rows_B, columns]
     if isinstance(value, dict):
-        return {key: _rows_of(one, rows, columns) for key, one in value.items()}
+        return {key: _rows_of(one, rows, rows_B, columns) for key, one in value.items()}
     return None if value is None else [value[row] for row in rows]
 
 

@@ -30,8 +30,8 @@ class _Window:
 
     rows: slice
     """Of the cache."""
-    copies: Tensor | None
-    """How often each row of the prefill stands in the cache, int64; None: once."""
+    sources: Tensor | None
+    """Which row of the prefill each of them is, int64; None: its own."""
 
 
 class _Layer(DynamicLayer):
@@ -102,7 +102,7 @@ class _Layer(DynamicLayer):
         start = self._prompt_length - key_states.shape[-2]  # what is before stays zero
         for whole, new in ((self.keys, key_states), (self.values, value_states)):
             whole[window.rows, :, start : self._prompt_length] = (
-                new if window.copies is None else new.repeat_interleave(window.copies, 0)
+                new if window.sources is None else new.index_select(0, window.sources)
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -141,15 +141,15 @@ class KVCache(Cache):
         self.prompt_length = prompt_length
 
     @contextlib.contextmanager
-    def prefilling(self, rows: slice, copies: Tensor | None = None) -> Iterator[None]:
+    def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
         """Inside, the model computes prompts of these rows, padded on the left to as many columns as they need.
 
         Args:
             rows: of the cache.
-            copies: how often each computed row stands there, side by side, int64; None: once.
+            sources: which of the computed rows each of them is, int64; None: its own.
         """
         for layer in self.layers:
-            layer.window = _Window(rows, copies)
+            layer.window = _Window(rows, sources)
         try:
             yield
         finally:
@@ -205,12 +205,12 @@ class EncoderDecoderKVCache(EncoderDecoderCache):
         self._start_length = start_length
 
     @contextlib.contextmanager
-    def prefilling(self, rows: slice, copies: Tensor | None = None) -> Iterator[None]:
+    def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
         """As of `KVCache`; inside, the encoder's keys and values are computed."""
         self.is_updated: dict[int, bool] = {}
         with (
-            self.self_attention_cache.prefilling(rows, copies),
-            self.cross_attention_cache.prefilling(rows, copies),
+            self.self_attention_cache.prefilling(rows, sources),
+            self.cross_attention_cache.prefilling(rows, sources),
         ):
             yield
 

@@ -23,9 +23,14 @@ from perl.rl.samplers.decode_attention import fast_decoding
 from perl.rl.samplers.kv_cache import EncoderDecoderKVCache, KVCache
 from perl.roles.role import Role
 from perl.roles.roles import Roles
+from perl.system.device import to_device
 
 KEEP_UNTIL = 0.75
 """Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""
+
+LOOK_EVERY = 16
+"""Tokens after which a GPU is asked which completions have ended, as the host waits for the answer. What those are
+given in between is thrown away. A CPU is asked after each token: nobody waits, and a row's step costs more."""
 
 Groups = list[tuple[list[int], int]]
 """Different prompts, and how often each stands in the batch, side by side."""
@@ -56,7 +61,7 @@ class LocalSampler(Sampler):
         rows, total = share or Share(list(range(len(prompts))), len(prompts))
         uniform_BT = torch.rand(
             total, sampling.max_new_tokens, dtype=torch.float64, generator=generator, device=generator.device
-        )[rows]
+        )[to_device(rows, generator.device)]
         with self.roles.sampling(role) as seen, fast_decoding(self.roles.device):
             drawing = self.drawing(prompts, sampling, uniform_BT, read, seen)
             drawing.prefill()
@@ -102,11 +107,13 @@ class Drawing:
         self._ids_BT = torch.full((count, self.length), sampling.pad_id, device=device)
         self._log_probs_BT = torch.zeros((count, self.length), device=device)
         self._read_BT = torch.zeros_like(self._log_probs_BT) if read is not None else None
-        self._ends_E = torch.tensor(sampling.end_ids, device=device)
-        self._lengths = [0] * count  # of the completions that ended
+        self._ends_E = to_device(sampling.end_ids, device)
+        self._lengths_B = torch.zeros(count, dtype=torch.int64, device=device)  # of the completions that ended
+        self._lengths = [0] * count  # the same when they were last looked at
+        self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
         # Rows of like length stand together in the cache, those of the same prompt side by side.
         self._order = sorted(range(count), key=lambda row: (len(prompts[row]), prompts[row]))
-        self._rows_B = torch.tensor(self._order, device=device)
+        self._rows_B = to_device(self._order, device)
         self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
         self._start = self._prompt_ids_BP.shape[1]
         self.model = roles.model()
@@ -138,12 +145,13 @@ class Drawing:
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
         """Compute some prompts; the hidden states (B, D) after each of these rows of the batch."""
-        copies_B = torch.tensor([copies for _, copies in groups], device=self._rows_B.device)
-        ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, self._rows_B.device)
-        with self.cache.prefilling(rows, copies_B if len(groups) < rows.stop - rows.start else None):
+        device = self._rows_B.device
+        sources_B = to_device([place for place, (_, copies) in enumerate(groups) for _ in range(copies)], device)
+        ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, device)
+        with self.cache.prefilling(rows, sources_B if len(groups) < len(sources_B) else None):
             hidden_BD = self._next_hidden(ids_BP, mask_BP.long()).clone()
-        self._lower.keep(self._rows_B[rows], self._start, copies_B)
-        return hidden_BD.repeat_interleave(copies_B, 0)
+        self._lower.keep(self._rows_B[rows], self._start, sources_B)
+        return hidden_BD.index_select(0, sources_B)
 
     def _next_hidden(self, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
         """The hidden states (B, D) after the newest N positions; those before are in the cache."""
@@ -159,15 +167,19 @@ class Drawing:
         if self._read_BT is not None and self._read is not None:
             self._read_BT[rows_B, step] = self._read(self._hidden_BD)[:, 0]
         if self.sampling.end_ids:
-            ends = torch.isin(self._ids_BT[rows_B, step], self._ends_E).tolist()
-            for row, is_end in zip(self._order, ends, strict=True):
-                self._lengths[row] = self._lengths[row] or (step + 1 if is_end else 0)
+            ends_B = (self._ids_BT[rows_B, step, None] == self._ends_E).any(1)
+            lengths_B = self._lengths_B[rows_B]
+            self._lengths_B[rows_B] = torch.where(ends_B & (lengths_B == 0), step + 1, lengths_B)
 
     def append(self, step: int) -> bool:
         """Compute the tokens that were drawn, where someone reads that; whether others are to be drawn."""
+        last = step + 1 == self.length
+        looks = last or (step + 1) % self._look_every == 0
+        if looks and self.sampling.end_ids:
+            self._lengths = self._lengths_B.tolist()
         going = [place for place, row in enumerate(self._order) if not self._lengths[row]]
         # Where the base is spread over processes, all compute on until every completion of every one has ended.
-        done = not self._roles.together(len(going)) or step + 1 == self.length
+        done = last or (looks and not self._roles.together(len(going)))
         if done and not self._roles.shared_blocks:
             return False  # nobody reads what is computed of the last tokens
         self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
@@ -180,7 +192,7 @@ class Drawing:
 
     def _keep(self, going: list[int]) -> None:
         """Go on with these places of the batch only."""
-        places = torch.tensor(going, device=self._rows_B.device)
+        places = to_device(going, self._rows_B.device)
         self._order = [self._order[place] for place in going]
         self._rows_B, self.mask_BL = self._rows_B[places], self.mask_BL[places]
         self._hidden_BD = self._hidden_BD[places]
@@ -190,7 +202,7 @@ class Drawing:
         """All that was drawn."""
         device = self._rows_B.device
         lengths = [one or self.length for one in self._lengths]
-        mask_BT = torch.arange(self.length, device=device) < torch.tensor(lengths, device=device)[:, None]
+        mask_BT = torch.arange(self.length, device=device) < to_device(lengths, device)[:, None]
         # Rows that had ended were drawn on for a while, until enough of them were there to be taken out.
         ids_BT = self._ids_BT.masked_fill(~mask_BT, self.sampling.pad_id)
         return Samples(
@@ -198,7 +210,7 @@ class Drawing:
             mask_BL=torch.cat([self._prompt_mask_BP, mask_BT], dim=1),
             prompt_lengths=[len(prompt) for prompt in self.prompts],
             completion_lengths=lengths,
-            ended_B=torch.tensor([one > 0 for one in self._lengths], device=device),
+            ended_B=self._lengths_B > 0,
             sampler_log_probs_BT=self._log_probs_BT.masked_fill(~mask_BT, 0.0),
             read_BT=None if self._read_BT is None else self._read_BT.masked_fill(~mask_BT, 0.0),
             lower_hidden_BLD=self._lower.states_BLD,
@@ -226,20 +238,20 @@ class _LowerHidden:
         self.states_BLD: Tensor | None = None
         """None where there are no such blocks."""
 
-    def keep(self, rows_B: Tensor, end: int, copies_B: Tensor | None = None) -> None:
+    def keep(self, rows_B: Tensor, end: int, sources_B: Tensor | None = None) -> None:
         """Keep what was computed last, of these rows the columns up to `end`.
 
         Args:
             rows_B: their places in the samples.
-            copies_B: how often each row that was computed stands among them, side by side; None: once.
+            sources_B: which of the rows that were computed each of them is; None: its own.
         """
         if not self._seen:
             return
         (states_BND,) = self._seen
         if self.states_BLD is None:
             self.states_BLD = states_BND.new_zeros(self._rows, self._length, states_BND.shape[2])
-        if copies_B is not None:
-            states_BND = states_BND.repeat_interleave(copies_B, 0)
+        if sources_B is not None:
+            states_BND = states_BND.index_select(0, sources_B)
         self.states_BLD[rows_B, end - states_BND.shape[1] : end] = states_BND
 
 
@@ -261,5 +273,4 @@ def draw(probabilities_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     """
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
-    last = probabilities_BV.shape[1] - 1  # rounding can make the number the whole sum
-    return torch.tensor(drawn_B1.clamp(max=last).tolist(), device=probabilities_BV.device)
+    return drawn_B1.clamp(max=probabilities_BV.shape[1] - 1)  # rounding can make the number the whole sum

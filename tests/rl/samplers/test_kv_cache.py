@@ -204,7 +204,7 @@ def test_prompts_written_a_few_at_a_time_are_those_written_at_once(lm: PreTraine
     whole, parts = KVCache(lm, 4, PROMPT, 1), KVCache(lm, 4, PROMPT, 1)
     prefill(lm, whole, slice(0, 4), ids_BL[:, :PROMPT], mask_BL[:, :PROMPT])
     prefill(lm, parts, slice(0, 2), ids_BL[:2, :PROMPT], mask_BL[:2, :PROMPT])
-    prefill(lm, parts, slice(2, 4), ids_BL[3:, 5:PROMPT], mask_BL[3:, 5:PROMPT], torch.tensor([2]))
+    prefill(lm, parts, slice(2, 4), ids_BL[3:, 5:PROMPT], mask_BL[3:, 5:PROMPT], torch.tensor([0, 0]))
     hidden = []
     for cache in (whole, parts):
         cache.prefilled()
@@ -224,9 +224,9 @@ def test_prompts_written_a_few_at_a_time_are_those_written_at_once(lm: PreTraine
 
 
 def prefill(
-    lm: PreTrainedModel, cache: KVCache, rows: slice, ids: Tensor, mask: Tensor, copies: Tensor | None = None
+    lm: PreTrainedModel, cache: KVCache, rows: slice, ids: Tensor, mask: Tensor, sources: Tensor | None = None
 ) -> None:
-    with cache.prefilling(rows, copies):
+    with cache.prefilling(rows, sources):
         lm.base_model(
             input_ids=ids,
             attention_mask=mask,

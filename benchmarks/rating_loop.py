@@ -42,6 +42,8 @@ KEYS = [
     "reward.batch_size=16",
     "rl.anyway=true",
     "rl.eval_prompts=16",
+    "rl.eval_samples=1",
+    "rl.best_of_n=0",
     f"plugins=[{ROOT / 'benchmarks' / 'rated_shop.py'}]",
 ]
 

@@ -44,22 +44,16 @@ class Point:
 
 
 class Judging:
-    """What judges all policies of a run alike: the sampler, reward and prompts of RL's own evaluation.
-
-    Raises:
-        UserError: the base cannot be trained by TRL's trainers.
-    """
+    """Judges all policies of a finished run alike: by the sampler, reward and prompts of RL's own evaluation."""
 
     def __init__(self, session: Session) -> None:
         assert isinstance(session.roles, SharedBase)
         self.session, self.roles = session, session.roles
-        if self.roles.backbone.encodes_prompts:
-            what, remedy = "TRL's trainers for preferences are for decoders", "Leave --baselines out."
-            raise UserError(what, where=f"base.model {session.base.name}", remedy=remedy)
         self._prompts: EncodedPrompts = eval_prompts(session)
         self._judge: Judge | None = session.held_out.judge
         self._collector = self._anew()
-        self.start = self._start()
+        self._start = self._reference()
+        self._rl = self._of_rl()
 
     def _anew(self) -> Collector:
         """All roles are loaded again but the policy."""
@@ -74,18 +68,18 @@ class Judging:
         found = evaluate_policy(self._collector, role, self._prompts, self._judge)
         return Point(step, {name: of for name, of in found.items() if not name.startswith((PART, PASS))})
 
-    def _start(self) -> Point:
+    def _reference(self) -> Point:
         found = self._point(0, self.roles.reference)
         zero = [0.0] * len(self._prompts)  # of the reference to itself, where rounding left a little
         return Point(0, {**found.metrics, "kl": zero})
 
-    def rl(self) -> list[Point]:
+    def _of_rl(self) -> list[Point]:
         """The policy that both start from, those in RL's checkpoints, and the one that RL made."""
         session, result = self.session, self.session.folder.results().rl
         assert result is not None
         checkpoints, last = session.checkpoints(Role.POLICY), result.eval.steps
         session.load(Role.POLICY)
-        final, found = self._point(last), [self.start]
+        final, found = self._point(last), [self._start]
         for step in checkpoints.steps():
             if 0 < step < last:
                 tensors = checkpoints.read(step).tensors
@@ -93,14 +87,18 @@ class Judging:
                 found.append(self._point(step))
         return [*found, final]
 
-    def baseline(self, name: str, rate: float, rl: Sequence[Point], belongs: str) -> BaselineResult:
-        """Train a baseline from where RL began, and compare it."""
+    def baseline(self, name: str, rate: float, belongs: str) -> BaselineResult:
+        """Train a baseline from where RL began, and compare it.
+
+        Args:
+            belongs: what names the run.
+        """
         self._collector = self._anew()
         self.roles.add(Role.POLICY, copy_of=self.roles.reference)
         self.roles.eval()  # added adapters begin with dropout on
-        found = [self.start]
+        found = [self._start]
         trained = train_baseline(self.session, name, rate, lambda step: found.append(self._point(step)))
-        kl = min(max(one.kl for one in curve) for curve in (found, rl))
+        kl = min(max(one.kl for one in curve) for curve in (found, self._rl))
         dialogues = [prompt.dialogue for prompt in self._prompts.prompts]
         return BaselineResult(
             method=name,
@@ -112,9 +110,9 @@ class Judging:
             seconds=trained.cost.seconds,
             peak_memory_bytes=trained.cost.peak_memory_bytes,
             policies=[reached(one) for one in found],
-            rl_policies=[reached(one) for one in rl],
+            rl_policies=[reached(one) for one in self._rl],
             kl=kl,
-            matched=compare_metrics(at_kl(found, kl), at_kl(rl, kl), dialogues),
+            matched=compare_metrics(at_kl(found, kl), at_kl(self._rl, kl), dialogues),
             belongs=belongs,
         )
 
@@ -141,7 +139,14 @@ def at_kl(policies: Sequence[Point], kl: float) -> Metrics:
 
 
 def check_baselines(session: Session, names: Sequence[str]) -> None:
-    """Refuse what the baselines cannot use, before RL is run."""
+    """Refuse what the baselines cannot use, before RL is run.
+
+    Raises:
+        UserError: a base that TRL's trainers do not take, or no such ratings.
+    """
     assert session.recipe.reward is not None
+    if session.roles.backbone.encodes_prompts:
+        what, remedy = "TRL's trainers for preferences are for decoders", "Leave --baselines out."
+        raise UserError(what, where=f"base.model {session.base.name}", remedy=remedy)
     for name in names:
         BASELINES[name].rows(session, session.train, session.recipe.reward.batch_size)

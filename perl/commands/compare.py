@@ -54,7 +54,7 @@ def compare(
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
-    if loaded.starts:
+    if loaded.starts and baselines is None:
         key = f"{next(iter(loaded.starts))}.adapter"
         what = "full tuning would start from the base, and LoRA from an adapter: that is no comparison"
         raise UserError(what, where=key, remedy=f"Take {key} out.")

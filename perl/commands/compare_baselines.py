@@ -1,5 +1,6 @@
 """`compare --baselines`: RL on the reward model against KTO and DPO on the same ratings."""
 
+import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,33 +56,18 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
         what = "baselines stand beside RL on adapters against a reward model"
         remedy = "Use a recipe with the sections reward and rl, and tuning: lora."
         raise UserError(what, where="--baselines", remedy=remedy)
-    from perl.baselines.comparison import Judging, check_baselines
+    from perl.baselines.comparison import check_baselines
     from perl.report.baselines import COLUMNS, table_rows, trainings
     from perl.report.page import write_page
     from perl.stages.opening import open_session
 
     rates = {name: recipe.reward.learning_rate if rate is None else rate for name, rate in asked.items()}
-    folders: list[Path] = []
-    results: list[BaselineResult] = []
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        one, folder = variant(recipe, "lora", seed), out / f"lora-{seed}"
-        with silence():
-            check_baselines(open_session(one, folder), list(rates))
-        console.print(f"[bold]seed {seed}[/] in {folder}")
-        run_apart(one, folder)
-        folders.append(folder)
-        session, judging = open_session(one, folder), None
-        for name, rate in rates.items():
-            file = out / f"{name}-{rate:g}-{seed}.json"
-            belongs = session.identities["rl"].sha256
-            if (found := _finished(file, belongs)) is None:
-                console.print(f"[bold]{name}, seed {seed}[/]")
-                if judging is None:
-                    judging = Judging(session)
-                    rl = judging.rl()
-                found = judging.baseline(name, rate, rl, belongs)
-                write_json(file, as_json(found))
-            results.append(found)
+    folders = {seed: out / f"lora-{seed}" for seed in range(recipe.seed, recipe.seed + seeds)}
+    with silence():
+        check_baselines(open_session(recipe, folders[recipe.seed]), list(rates))
+    results = [
+        one for seed, folder in folders.items() for one in _of_seed(variant(recipe, "lora", seed), folder, rates)
+    ]
     table = Table(*COLUMNS, title=f"{recipe.name}: RL against training on the ratings, at the same KL")
     for row in table_rows(results):
         table.add_row(*row)
@@ -89,8 +75,29 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
     for line in trainings(results):
         console.print(line, markup=False)
     write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "baselines": as_json(results)})
-    page = write_page(folders, out / "report.html", results)
+    page = write_page(list(folders.values()), out / "report.html", results)
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
+
+
+def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[BaselineResult]":
+    """Run the recipe, and train each baseline beside it, as far as that is not done."""
+    from perl.baselines.comparison import Judging
+    from perl.stages.opening import open_session
+
+    gc.collect()  # the base of the seed before: the run is a process of its own
+    console.print(f"[bold]seed {recipe.seed}[/] in {folder}")
+    run_apart(recipe, folder)
+    session, results = open_session(recipe, folder), []
+    belongs, judging = session.identities["rl"].sha256, None
+    for name, rate in rates.items():
+        file = folder.with_name(f"{name}-{rate:g}-{recipe.seed}.json")
+        if (found := _finished(file, belongs)) is None:
+            console.print(f"[bold]{name}, seed {recipe.seed}[/]")
+            judging = judging or Judging(session)
+            found = judging.baseline(name, rate, belongs)
+            write_json(file, as_json(found))
+        results.append(found)
+    return results
 
 
 def _finished(file: Path, belongs: str) -> "BaselineResult | None":

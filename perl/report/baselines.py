@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from perl.baselines.results import BaselineResult, Reached
-from perl.measure.bootstrap import Interval
 from perl.measure.two_runs import Difference
 from perl.report.numbers import NONE, bytes_text, decimal, interval_text, joined, seconds_text
 from perl.report.outcome import interval_of_mean
 
-COLUMNS = ("Baseline", "Seed", "KL", "Metric", "Baseline", "RL", "RL less baseline (95 %)", "")
+COLUMNS = ("Method", "Seed", "KL", "Metric", "Baseline", "RL", "RL less baseline (95 %)", "")
 METRICS = ("gold", "reward")
 VERDICT = ("no difference is shown", "the baseline is higher", "RL is higher")
 
@@ -63,6 +62,7 @@ def _row(method: str, seed: str, kl: str, found: Difference) -> tuple[str, ...]:
 
 
 def _mean(found: Sequence[Difference]) -> Difference:
-    first, second = (statistics.fmean(getattr(one, end) or 0.0 for one in found) for end in ("first", "second"))
-    interval: Interval | None = interval_of_mean([one.interval for one in found])
+    first = statistics.fmean(one.first for one in found if one.first is not None)
+    second = statistics.fmean(one.second for one in found if one.second is not None)
+    interval = interval_of_mean([one.interval for one in found])
     return Difference(metric=found[0].metric, first=first, second=second, interval=interval)

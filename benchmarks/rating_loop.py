@@ -41,6 +41,7 @@ KEYS = [
     "reward.epochs=8",
     "reward.batch_size=16",
     "rl.anyway=true",
+    "rl.guard=warn",  # to stop, or to go back, by the judge would be to train by it
     "rl.eval_prompts=16",
     "rl.eval_samples=1",
     "rl.best_of_n=0",

@@ -11,10 +11,16 @@ FIRST = 100
 
 
 def read_rated(path: Path | None, seed: int) -> Records:
-    """The shop's records, of whose ratings only the first are kept; the file's are added."""
+    """The shop's records, of whose ratings only the first are kept; the file's are added.
+
+    Every fifth dialogue of the shop's is held out, whatever the file adds: the split, and with it SFT, stays.
+    """
     records = SOURCES["coffee-simulator"].read(None, seed)
-    added = read_jsonl(path).ratings if path is not None and path.stat().st_size else []
-    records.ratings = records.ratings[:FIRST] + added
+    records.ratings = records.ratings[:FIRST]
+    dialogues = dict.fromkeys(row.dialogue for rows in records.by_kind().values() for row in rows)
+    records.published_test = frozenset(list(dialogues)[::5])
+    if path is not None and path.stat().st_size:
+        records.ratings += read_jsonl(path).ratings
     return records
 
 

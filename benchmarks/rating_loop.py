@@ -4,9 +4,11 @@
 
 The coffee shop's gold judge is the rater, without noise. A run has SFT, a reward model and a policy of 100
 ratings; then, in each of two rounds, 200 completions of the last run's roles on training prompts are rated as
-`perl-rlhf rate` asks for them and writes them, and the stages are run again on all ratings so far. Both arms start
-from the same run and differ in `--choose` alone. All is judged on prompts and turns that no run has: gold is the
-share of the policy's completions that the judge finds right, AUROC that of the reward model against the judge.
+`perl-rlhf rate` asks for them and writes them, and reward model and policy are trained again on all ratings so
+far, from the same SFT policy. Both arms start from the same run and differ in `--choose` alone. All is judged on
+prompts and turns that no run has: gold is the share of the policy's completions that the judge finds right, AUROC
+that of the reward model against the judge. Differences have 95 % intervals over these prompts and turns, of all
+seeds together; what another seed would give, only the differences by seed beside them tell.
 
 Called again, it goes on where it stopped. In --out: a run folder each, ratings.jsonl, and loop.json.
 """
@@ -14,66 +16,118 @@ Called again, it goes on where it stopped. In --out: a run folder each, ratings.
 import argparse
 import json
 import statistics
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from sklearn.metrics import roc_auc_score
 
 import perl
+from perl.data.jsonl import read_jsonl
 from perl.data.simulator.source import simulate
+from perl.measure.bootstrap import ClusterBootstrap
+from perl.measure.metrics import auroc, checked
+from perl.measure.paired import changes
 from perl.rating.log import Opinion, RatingLog
 from perl.rating.questions import CHOICES, Questions
 from perl.system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 2
-UNSEEN = 1_000
-"""The seed of what is judged on: no run has it."""
+UNSEEN = simulate(1_000, dialogues=0, ratings=1_000, prompts=512, noise=0.0)
+"""What is judged on: no run has its seed."""
 KEYS = [
     "data.source=rated-shop",
     "reward.epochs=8",
     "reward.batch_size=16",
     "rl.anyway=true",
+    "rl.guard=warn",  # to stop, or to go back, by the judge would be to train by it
     "rl.eval_prompts=16",
+    "rl.eval_samples=1",
+    "rl.best_of_n=0",
     f"plugins=[{ROOT / 'benchmarks' / 'rated_shop.py'}]",
 ]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A run on `UNSEEN`: what the judge finds of each prompt's completion, and each turn's score."""
+
+    gold: list[float]
+    scores: list[float]
+    ratings_up: float | None = None
+
+    @property
+    def auroc(self) -> float:
+        return float(roc_auc_score([one.label for one in UNSEEN.ratings], self.scores))
+
+
 def main() -> None:
-    """Run the loop for each seed and arm, and print a line a round."""
+    """Run the loop for each seed and arm, print a line a round, and the differences at the end."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ratings", type=int, default=200, help="a round")
     parser.add_argument("--out", type=Path, default=Path("runs/rating-loop"))
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of every run's recipe")
     asked = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
+    found: dict[tuple[str, int], list[Judged]] = {}
     for seed in range(asked.seeds):
         for choose in CHOICES:
-            for row in loop(asked.out / str(seed), seed, choose, asked.ratings, [*KEYS, *asked.keys]):
-                rows.append(row)
-                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-                write_json(asked.out / "loop.json", rows)
+            rounds = loop(asked.out / str(seed), seed, choose, asked.ratings, [*KEYS, *asked.keys])
+            for number, one in enumerate(rounds):
+                found.setdefault((choose, number), []).append(one)
+                figures = {"gold": statistics.fmean(one.gold), "auroc": one.auroc, "up": one.ratings_up}
+                rows.append({"seed": seed, "choose": choose, "round": number, **figures})
+                print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     for number in range(1, ROUNDS + 1):
-        of = {how: [r for r in rows if (r["choose"], r["round"]) == (how, number)] for how in CHOICES}
-        for metric in ("gold", "auroc"):
-            gains = [a[metric] - b[metric] for a, b in zip(of["uncertainty"], of["random"], strict=True)]
-            mean = statistics.mean(gains)
-            print(f"round {number}: {metric}, uncertainty less random: mean {mean:+.3f}, each {gains}")
+        for metric, of_seeds, interval in differences(found["random", number], found["uncertainty", number]):
+            each = ", ".join(f"{one:+.3f}" for one in of_seeds)
+            low, high = interval
+            print(
+                f"round {number}: {metric}, uncertainty less random: {statistics.fmean(of_seeds):+.3f} "
+                f"({low:+.3f} to {high:+.3f}); by seed {each}"
+            )
+            rows.append({"round": number, "metric": metric, "by_seed": of_seeds, "interval": interval})
+    write_json(asked.out / "loop.json", rows)
 
 
-def loop(out: Path, seed: int, choose: str, ratings: int, keys: list[str]) -> list[dict[str, float | int | str]]:
+def differences(first: list[Judged], second: list[Judged]) -> list[tuple[str, list[float], tuple[float, float]]]:
+    """Of gold and AUROC, the second arm's less the first's: by seed, and the interval of their mean."""
+    gold = [
+        [statistics.fmean(of_prompt) for of_prompt in zip(*(one.gold for one in arm), strict=True)]
+        for arm in (first, second)
+    ]
+    prompts = [one.dialogue for one in UNSEEN.prompts]
+    changed = changes({"gold": gold[0]}, {"gold": gold[1]}, prompts)["gold_interval"]
+    labels = [one.label for one in UNSEEN.ratings]
+    ranks = [[auroc(*checked(one.scores, labels)) for one in arm] for arm in (first, second)]
+    resamples = ClusterBootstrap([one.dialogue for one in UNSEEN.ratings], seed=0)
+    ranked = resamples.estimate(
+        lambda drawn_SN: np.mean([b(drawn_SN) - a(drawn_SN) for a, b in zip(*ranks, strict=True)], axis=0)
+    ).interval
+    assert isinstance(changed, tuple)
+    assert ranked is not None
+    pairs = list(zip(first, second, strict=True))
+    return [
+        ("gold", [statistics.fmean(b.gold) - statistics.fmean(a.gold) for a, b in pairs], changed),
+        ("auroc", [b.auroc - a.auroc for a, b in pairs], ranked),
+    ]
+
+
+def loop(out: Path, seed: int, choose: str, ratings: int, keys: list[str]) -> list[Judged]:
     """The rounds of one arm, the run before them included."""
     log, folder = out / choose / "ratings.jsonl", out / "start"
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"seed": seed, "choose": choose, "round": 0, **judged(folder, seed, None, keys)}]
+    found = [judged(folder, seed, None, keys)]
     for number in range(1, ROUNDS + 1):
         rated = out / choose / f"ratings-{number}.jsonl"
         if not rated.exists():
             rate(folder, log, choose, seed * ROUNDS + number, ratings * number)
             rated.write_bytes(log.read_bytes())
         folder = out / choose / f"round-{number}"
-        rows.append({"seed": seed, "choose": choose, "round": number, **judged(folder, seed, rated, keys)})
-    return rows
+        found.append(judged(folder, seed, rated, keys, out / "start"))
+    return found
 
 
 def rate(folder: Path, file: Path, choose: str, seed: int, until: int) -> None:
@@ -92,22 +146,25 @@ def rate(folder: Path, file: Path, choose: str, seed: int, until: int) -> None:
     log.close()
 
 
-def judged(folder: Path, seed: int, ratings: Path | None, keys: list[str]) -> dict[str, float]:
-    """A run of all stages, judged on prompts and turns that it has not seen."""
+def judged(folder: Path, seed: int, ratings: Path | None, keys: list[str], sft_of: Path | None = None) -> Judged:
+    """A run of all stages, whose SFT is that of another run if one is named, judged on what it has not seen."""
     file = folder / "judged.json"
     if not file.exists():
         path = [] if ratings is None else [f"data.path={ratings.absolute()}"]
         recipe = perl.load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"seed={seed}", *keys, *path])
-        perl.run(recipe, folder)
-        run, unseen = perl.load_run(folder), simulate(UNSEEN, dialogues=0, ratings=1_000, prompts=512, noise=0.0)
-        assert unseen.judge is not None
-        texts = run.complete([prompt.context for prompt in unseen.prompts], "policy")
-        scores = run.score_answers([(rating.context, rating.answer) for rating in unseen.ratings])
-        auroc = roc_auc_score([rating.label for rating in unseen.ratings], [one.score for one in scores])
-        gold = statistics.mean(unseen.judge(unseen.prompts, texts))
-        write_json(file, {"gold": round(gold, 4), "auroc": round(float(auroc), 4)})
-    found: dict[str, float] = json.loads(file.read_text())
-    return found
+        perl.run(recipe, folder, source=sft_of)
+        run = perl.load_run(folder)
+        assert UNSEEN.judge is not None
+        texts = run.complete([prompt.context for prompt in UNSEEN.prompts], "policy")
+        scores = run.score_answers([(rating.context, rating.answer) for rating in UNSEEN.ratings])
+        up = [rating.label for rating in read_jsonl(ratings).ratings] if ratings is not None else None
+        one = Judged(
+            gold=UNSEEN.judge(UNSEEN.prompts, texts),
+            scores=[round(one.score, 4) for one in scores],
+            ratings_up=None if up is None else statistics.fmean(up),
+        )
+        write_json(file, asdict(one))
+    return Judged(**json.loads(file.read_text()))
 
 
 if __name__ == "__main__":

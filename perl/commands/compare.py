@@ -1,9 +1,6 @@
 """`compare`: the same recipe under LoRA and under full tuning, side by side."""
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from perl.commands.compare_baselines import compare_baselines, parse_baselines
 from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
+from perl.commands.runs import run_apart
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.sweep.setting import FULL, Setting, variant
-from perl.system.files import user_named, write_json, write_metrics, write_whole
+from perl.system.files import user_named, write_json, write_metrics
 from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
 
@@ -44,19 +43,33 @@ def compare(
             "--search-rates", help="Search both sides' learning rates, on a seed of its own, instead of assuming."
         ),
     ] = False,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            "--baselines",
+            metavar="NAME[:RATE],…",
+            help="Compare RL with kto or dpo on the same ratings instead, at the same KL.",
+        ),
+    ] = None,
 ) -> None:
     """Run the recipe under LoRA and under full tuning: memory, speed and quality side by side."""
     loaded = load_recipe(recipe, overrides)
-    if loaded.starts:
+    if loaded.starts and baselines is None:
         key = f"{next(iter(loaded.starts))}.adapter"
         what = "full tuning would start from the base, and LoRA from an adapter: that is no comparison"
         raise UserError(what, where=key, remedy=f"Take {key} out.")
+    if baselines is not None and (steps is not None or search_rates):
+        what, remedy = "--baselines compares policies, at learning rates that it is given", "Leave the other out."
+        raise UserError(what, where="--baselines", remedy=remedy)
     if steps is not None and search_rates:
         what, remedy = "memory and speed do not depend on the learning rate", "Leave one of the two out."
         raise UserError(what, where="--steps, --search-rates", remedy=remedy)
     say_loading()
     folder = out or Path("runs") / f"{loaded.name}-compare"
     with writing(folder):
+        if baselines is not None:
+            compare_baselines(loaded, parse_baselines(baselines), seeds, folder)
+            return
         if steps is not None:
             _compare_costs(loaded, steps, folder)
             return
@@ -108,7 +121,7 @@ def _compare_runs(
         for tuning, one in recipes.items():
             folder = out / f"{tuning}-{seed}"
             console.print(f"[bold]{tuning}, seed {seed}[/] in {folder}")
-            _run(one.model_copy(update={"seed": seed}), folder)
+            run_apart(one.model_copy(update={"seed": seed}), folder)
             _note(folder, predicted[tuning])
             folders.append(folder)
     lora, full = groups(read_runs(folders))
@@ -174,15 +187,6 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
 
 def _means(row: "CostRow | QualityRow") -> dict[str, float]:
     return {"lora": row.lora.mean, "full": row.full.mean}
-
-
-def _run(recipe: Recipe, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "recipe.yaml"
-        write_whole(file, recipe.to_yaml())
-        done = subprocess.run([sys.executable, "-m", "perl", "run", str(file), "--out", str(folder)], check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)  # it has said why
 
 
 def _note(folder: Path, predicted: "dict[StageName, Memory]") -> None:

@@ -6,6 +6,7 @@ import typer
 
 from perl.commands.json_lines import Lines, Out, read_records, write_lines
 from perl.commands.options import Run, say_loading
+from perl.system.progress import console, counted
 
 
 def generate(
@@ -35,3 +36,7 @@ def generate(
     texts = loaded.complete(contexts, role, max_new_tokens, temperature, seed)
     pairs = zip(contexts, texts, strict=True)
     write_lines(out, ({"prompt": messages(context), "completion": text, "role": role} for context, text in pairs))
+    if empty := sum(not text.strip() for text in texts):
+        console.print(
+            f"{role} ended {counted(empty, 'completion')} at once: they are empty, and `score` takes none."
+        )

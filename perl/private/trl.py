@@ -1,19 +1,27 @@
-"""What TRL's SFTTrainer does to a model without documenting it: it replaces the forward for good."""
+"""What TRL's trainers do without documenting it: they replace a model's forward for good, and tokenize rows."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
+from datasets import Dataset
 from torch import nn
-from trl.trainer import sft_trainer
+from trl import DPOTrainer, KTOTrainer
+from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 
 from perl.private.checked import need
 
-need(sft_trainer, "add_fused_lm_head")
+NO_BARS = "TQDM_DISABLE"
+for module in (sft_trainer, dpo_trainer, kto_trainer):
+    need(module, "add_fused_lm_head")
+for trainer in (DPOTrainer, KTOTrainer):
+    need(trainer, "_prepare_dataset", "_precompute_ref_logps")
 
 
 @contextlib.contextmanager
 def forward_restored(model: nn.Module) -> Iterator[None]:
-    """Inside, an SFTTrainer may put its forward with a fused head on the model; afterwards it is gone."""
+    """Inside, one of TRL's trainers may put its forward with a fused head on the model; afterwards it is gone."""
     before = vars(model).get("forward")
     try:
         yield
@@ -21,3 +29,31 @@ def forward_restored(model: nn.Module) -> Iterator[None]:
         vars(model).pop("forward", None)
         if before is not None:
             vars(model)["forward"] = before
+
+
+class TokenizedKto(KTOTrainer):
+    """Takes rows that are tokenized already: TRL's own end after what a template writes behind the end token."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+class TokenizedDpo(DPOTrainer):
+    """As `TokenizedKto`."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, TRL draws no progress bars of its own."""
+    before = os.environ.get(NO_BARS)
+    os.environ[NO_BARS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_BARS]
+        else:
+            os.environ[NO_BARS] = before

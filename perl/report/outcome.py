@@ -60,11 +60,11 @@ def mean_change(evals: Sequence[RlEval], metric: PairedMetric) -> MeanChange | N
     before, after = spread(one.before for one in changes), spread(one.after for one in changes)
     if before is None or after is None or len(changes) < len(evals):
         return None
-    interval = _of_mean([one.interval for one in changes])
+    interval = interval_of_mean([one.interval for one in changes])
     return MeanChange(before, after, interval, sum(one.after > one.before for one in changes))
 
 
-def _of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
+def interval_of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
     """The interval of the mean of independent changes; None if one is not known."""
     known = [interval for interval in intervals if interval is not None]
     if len(known) < len(intervals):

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from perl.baselines.results import BaselineResult
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.measure.reward_model_card import RewardModelCard
 from perl.measure.slices import Slice
 from perl.report import charts, policy_charts, words
+from perl.report.baselines import COLUMNS, table_rows, trainings
 from perl.report.numbers import (
     NONE,
     Spread,
@@ -63,17 +65,19 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
 """Label; value and interval."""
 
 
-def write_page(runs: Sequence[Path], file: Path) -> Path:
+def write_page(runs: Sequence[Path], file: Path, baselines: Sequence[BaselineResult] = ()) -> Path:
     """Write the page of finished runs; return the file.
 
     Args:
         runs: run folders: seeds of one recipe, under one tuning or both.
+        baselines: what RL is shown beside.
 
     Raises:
         UserError: there are no runs, one is not finished or is broken, they are of different recipes, or the file
             cannot be written.
     """
-    text = filled("page.html.j2", _content(groups(read_runs(runs))))
+    beside = {"head": COLUMNS, "rows": table_rows(baselines), "words": trainings(baselines)} if baselines else None
+    text = filled("page.html.j2", _content(groups(read_runs(runs))) | {"baselines": beside})
     with user_named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, text)

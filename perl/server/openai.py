@@ -29,6 +29,10 @@ RETRY_AFTER = 5
 REWARD = "reward"
 
 
+class UnknownModelError(HTTPException):
+    """Raised for a name that is none of the models here."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How one of the two endpoints names and wraps what was generated."""
@@ -174,7 +178,7 @@ class _Api:
 
     def _known(self, name: str, names: list[str]) -> str:
         if name not in names:
-            raise HTTPException(404, f"there is no model {name!r} here; there is {', '.join(names) or 'none'}")
+            raise UnknownModelError(404, f"there is no model {name!r} here; there is {', '.join(names) or 'none'}")
         return name
 
     def _model(self, name: str) -> dict[str, object]:
@@ -192,17 +196,21 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-async def _error(_: Request, error: Exception) -> Response:
+async def _error(request: Request, error: Exception) -> Response:
     """In OpenAI's form."""
-    headers = None
+    headers, code = None, None
     match error:
+        case UnknownModelError():
+            status, message, code = error.status_code, error.detail, "model_not_found"
         case BusyError():
             status, message, headers = 503, "too many requests wait", {"Retry-After": str(RETRY_AFTER)}
+            code = "overloaded"
+        case HTTPException(status_code=404):
+            status, message = 404, f"there is nothing at {request.method} {request.url.path}"
         case HTTPException():
             status, message = error.status_code, error.detail
         case _:
             status, message = 400, str(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    code = {404: "model_not_found", 503: "overloaded"}.get(status)
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, status, headers)

@@ -77,7 +77,7 @@ def sft_trainer(
         return
     with (
         training_run(session, Role.SFT, seed, steps, chosen) as run,
-        _trainable_model(session.roles) as model,
+        trainable_model(session.roles, Role.SFT) as model,
     ):
         trainer = RoleTrainer(
             run,
@@ -170,8 +170,8 @@ def _say_rows(session: Session, rows: int, cut: int) -> None:
 
 
 @contextmanager
-def _trainable_model(roles: Roles) -> Iterator[PreTrainedModel]:
-    """The SFT role's model for the Trainer; `Roles.train` decides which modules are in training mode."""
+def trainable_model(roles: Roles, role: Role) -> Iterator[PreTrainedModel]:
+    """A role's model for one of TRL's trainers; `Roles.train` decides which modules are in training mode."""
     model: PreTrainedModel
 
     def train(mode: bool = True) -> PreTrainedModel:
@@ -181,7 +181,7 @@ def _trainable_model(roles: Roles) -> Iterator[PreTrainedModel]:
         model.training = mode  # what the Trainer reads: the modules inside stay in eval mode
         return model
 
-    with roles.role(Role.SFT), hide_quantization(model := roles.model()), forward_restored(model):
+    with roles.role(role), hide_quantization(model := roles.model()), forward_restored(model):
         vars(model)["train"] = train
         try:
             yield model

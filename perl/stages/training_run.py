@@ -54,29 +54,33 @@ class TrainingRun:
 
     def arguments(self, settings: Supervised) -> dict[str, Any]:
         """The arguments of transformers' Trainer that SFT and reward training share."""
-        checkpoint_every, device = self.session.recipe.checkpoint_every, self.session.device.type
-        return {
-            "output_dir": str(self.scratch),
-            "max_steps": self.steps,
-            "per_device_train_batch_size": settings.batch_size,
-            "learning_rate": settings.learning_rate,
-            "lr_scheduler_type": settings.lr_scheduler_type,
-            "warmup_steps": int(settings.warmup_ratio * self.steps),  # the Trainer's own share is rounded up
-            "weight_decay": settings.weight_decay,
-            "max_grad_norm": 1.0,
-            "seed": self.seed % 2**32,
-            "data_seed": self.seed % 2**32,
-            "use_cpu": device == "cpu",
-            "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
-            "save_strategy": "steps",
-            "save_steps": checkpoint_every,
-            "eval_strategy": "no",
-            "logging_steps": 1,
-            "report_to": [],
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": device == "cuda",
-        }
+        saving = {"save_strategy": "steps", "save_steps": self.session.recipe.checkpoint_every}
+        device = self.session.device.type
+        return trainer_arguments(settings, self.steps, self.seed, device, self.scratch) | saving
+
+
+def trainer_arguments(settings: Supervised, steps: int, seed: int, device: str, scratch: Path) -> dict[str, Any]:
+    """The arguments of transformers' Trainer that all trainings on it share."""
+    return {
+        "output_dir": str(scratch),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": int(settings.warmup_ratio * steps),  # the Trainer's own share is rounded up
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": 1.0,
+        "seed": seed % 2**32,
+        "data_seed": seed % 2**32,
+        "use_cpu": device == "cpu",
+        "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device == "cuda",
+    }
 
 
 def optimizer_steps(rows: int, settings: Supervised) -> int:

@@ -76,7 +76,7 @@ def test_rates_are_searched_on_both_sides(
 ) -> None:
     """On the seed after the last; the runs have them, and the output says so. In this process, for its time."""
     monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
-    monkeypatch.setattr("perl.commands.compare._run", run)
+    monkeypatch.setattr("perl.commands.compare.run_apart", run)
     out = tmp_path / "out"
     code, text = run_cli("compare", write_recipe(rl=None), "--search-rates", "--out", out)
     assert code == 0, text
@@ -111,6 +111,40 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     assert rows["rl", "peak_memory_bytes"]["ratio"] < 1
 
 
+def test_rl_is_compared_with_baselines_at_the_same_kl(
+    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ends are on the same prompts; called again, nothing is trained again."""
+    monkeypatch.setattr("perl.commands.compare_baselines.run_apart", run)
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    rl = {**STAGES["rl"], "reward": {}, "learning_rate": 0.02}
+    recipe, out = write_recipe(data=data, **STAGES | {"rl": rl}), tmp_path / "out"
+    code, text = run_cli("compare", recipe, "--baselines", "kto,dpo:3e-3", "--out", out)
+    assert code == 0, text
+    found = json.loads((out / "compare.json").read_text())["baselines"]
+    assert [(one["method"], one["learning_rate"]) for one in found] == [("kto", 1e-3), ("dpo", 3e-3)]
+    report = json.loads((out / "lora-0" / "report.json").read_text())["stages"]["rl"]["eval"]
+    for one in found:
+        last, first = one["rl_policies"][-1], one["rl_policies"][0]
+        assert (last["kl"], last["reward"]) == pytest.approx((report["kl"], report["reward_after"]))
+        assert (first["kl"], first["reward"]) == pytest.approx((0.0, report["reward_before"]))
+        assert one["policies"][0] == first
+        ends = [max(policy["kl"] for policy in one[side]) for side in ("policies", "rl_policies")]
+        assert one["kl"] == min(ends)
+        differences = {row["metric"]: row for row in one["matched"]["differences"]}
+        assert [differences["kl"][end] for end in ("first", "second")] == pytest.approx([one["kl"]] * 2)
+    page = (out / "report.html").read_text()
+    assert "Was RL worth it?" in page
+    assert "DPO" in page
+
+    def again(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("perl.baselines.comparison.train_baseline", again)
+    code, text = run_cli("compare", recipe, "--baselines", "kto,dpo:3e-3", "--out", out)
+    assert code == 0, text
+
+
 def test_an_interrupted_measurement_does_not_promise_to_go_on(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +168,11 @@ def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path
         (["compare", str(recipe), "--seeds", "0"], "--seeds"),
         (["compare", str(recipe), "--steps", "2"], "--steps"),
         (["compare", str(recipe), "--steps", "3", "--search-rates"], "Leave one of the two out"),
+        (["compare", str(recipe), "--baselines", "ppo"], "none of kto, dpo"),
+        (["compare", str(recipe), "--baselines", "kto,kto"], "twice"),
+        (["compare", str(recipe), "--baselines", "dpo:fast"], "no learning rate"),
+        (["compare", str(recipe), "--baselines", "kto", "--search-rates"], "--baselines"),
+        (["compare", str(recipe), "--baselines", "kto", "tuning=full"], "tuning: lora"),
         (["compare", str(recipe), "rl.steps=none"], "rl.steps"),
         (["compare", str(recipe), "base.model=/no/model", "--out", str(tmp_path / "o")], "/no/model"),
         (["report", str(empty)], str(empty)),

@@ -48,6 +48,17 @@ def test_a_file_of_prompts_is_completed_and_then_scored(run_cli: RunCli, folder:
         }
 
 
+def test_empty_completions_are_said(
+    run_cli: RunCli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perl.library.LoadedRun.complete", lambda *_: ["", "No."])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}] * 2)
+    status, written = run_cli("generate", folder, prompts, "--role", "sft", "--out", tmp_path / "drawn.jsonl")
+    assert status == 0, written
+    assert "sft ended 1 completion at once: they are empty" in " ".join(written.split())
+    assert [row["completion"] for row in read(tmp_path / "drawn.jsonl")] == ["", "No."]
+
+
 def test_a_conversation_is_scored_by_its_last_answer(run_cli: RunCli, folder: Path, tmp_path: Path) -> None:
     turns = [*CHAT, {"role": "assistant", "content": "What size?"}, {"role": "user", "content": "Large."}]
     answer = "One latte."

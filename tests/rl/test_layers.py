@@ -6,7 +6,7 @@ from pathlib import Path
 import perl.rl
 from perl.plugins import REGISTRIES
 
-ABOVE = ("perl.cli", "perl.commands", "perl.predict", "perl.recipe", "perl.stages", "perl.sweep")
+ABOVE = ("perl.baselines", "perl.cli", "perl.commands", "perl.predict", "perl.recipe", "perl.stages", "perl.sweep")
 REWARD_SECTIONS = Path("rewards/__init__.py")
 """The registry of rewards is of sections of the recipe, for those who add to it."""
 

@@ -52,6 +52,9 @@ def test_the_models_are_the_roles_and_the_reward_model(client: TestClient) -> No
     assert [one["id"] for one in models["data"]] == ["base", "sft", "policy", "reward"]
     assert client.get("/v1/models/sft").json() == models["data"][1]
     assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    unknown = client.get("/v1/embeddings")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, None)
+    assert unknown.json()["error"]["message"] == "there is nothing at GET /v1/embeddings"
 
 
 def test_a_chat_is_completed_as_the_library_completes_it(client: TestClient, run: LoadedRun) -> None:

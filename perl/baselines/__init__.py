@@ -1,0 +1,1 @@
+"""What RL on a reward model is compared with: training on the same ratings without one."""

@@ -1,0 +1,152 @@
+"""RL on a reward model against a baseline on the same ratings, on the same held-out prompts at the same KL.
+
+Both are followed from the policy that they start from, at a KL of 0, over a few policies on the way to the last
+one: RL's over its checkpoints on disk. They are compared at the largest KL that both reached,
+
+    K    = min over both of max over their policies i of k_i
+    m(K) = (1 - w) m_{i-1} + w m_i,   w = (K - k_{i-1}) / (k_i - k_{i-1}),   i the first with k_i ≥ K
+
+for each prompt and metric m. That is what a mixture of the two policies next to K has, which draws a completion by
+the second with probability w: its KL is K at most (KL is convex). Intervals are over prompts, at these w.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perl.baselines.results import BaselineResult, Reached
+from perl.baselines.training import BASELINES, train_baseline
+from perl.data.records import Judge
+from perl.errors import UserError
+from perl.measure.paired import Metrics
+from perl.measure.two_runs import compare_metrics
+from perl.rl.collector import Collector
+from perl.rl.evaluate import PART, PASS, evaluate_policy
+from perl.rl.rollout import EncodedPrompts
+from perl.roles.role import Role
+from perl.roles.shared_base import SharedBase
+from perl.runs import snapshot
+from perl.stages.rl_setup import eval_prompts, setup_collector
+from perl.stages.session import Session
+from perl.system.seeds import seed_everything
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy after so many steps: metrics of each held-out prompt."""
+
+    step: int
+    metrics: Metrics
+
+    @property
+    def kl(self) -> float:
+        return statistics.fmean(self.metrics["kl"])
+
+
+class Judging:
+    """Judges all policies of a finished run alike: by the sampler, reward and prompts of RL's own evaluation."""
+
+    def __init__(self, session: Session) -> None:
+        assert isinstance(session.roles, SharedBase)
+        self.session, self.roles = session, session.roles
+        self._prompts: EncodedPrompts = eval_prompts(session)
+        self._judge: Judge | None = session.held_out.judge
+        self._collector = self._anew()
+        self._start = self._reference()
+        self._rl = self._of_rl()
+
+    def _anew(self) -> Collector:
+        """All roles are loaded again but the policy."""
+        self.roles.clear()
+        seed_everything(self.session.recipe.seed)
+        if self.session.recipe.has_reference:
+            self.session.load(Role.SFT)
+        return setup_collector(self.session)
+
+    def _point(self, step: int, role: Role = Role.POLICY) -> Point:
+        self._collector.sampler.sync(role)
+        found = evaluate_policy(self._collector, role, self._prompts, self._judge)
+        return Point(step, {name: of for name, of in found.items() if not name.startswith((PART, PASS))})
+
+    def _reference(self) -> Point:
+        found = self._point(0, self.roles.reference)
+        zero = [0.0] * len(self._prompts)  # of the reference to itself, where rounding left a little
+        return Point(0, {**found.metrics, "kl": zero})
+
+    def _of_rl(self) -> list[Point]:
+        """The policy that both start from, those in RL's checkpoints, and the one that RL made."""
+        session, result = self.session, self.session.folder.results().rl
+        assert result is not None
+        checkpoints, last = session.checkpoints(Role.POLICY), result.eval.steps
+        session.load(Role.POLICY)
+        final, found = self._point(last), [self._start]
+        for step in checkpoints.steps():
+            if 0 < step < last:
+                tensors = checkpoints.read(step).tensors
+                snapshot.load_trained_state(self.roles, [Role.POLICY], tensors, str(checkpoints.folder))
+                found.append(self._point(step))
+        return [*found, final]
+
+    def baseline(self, name: str, rate: float, belongs: str) -> BaselineResult:
+        """Train a baseline from where RL began, and compare it.
+
+        Args:
+            belongs: what names the run.
+        """
+        self._collector = self._anew()
+        self.roles.add(Role.POLICY, copy_of=self.roles.reference)
+        self.roles.eval()  # added adapters begin with dropout on
+        found = [self._start]
+        trained = train_baseline(self.session, name, rate, lambda step: found.append(self._point(step)))
+        kl = min(max(one.kl for one in curve) for curve in (found, self._rl))
+        dialogues = [prompt.dialogue for prompt in self._prompts.prompts]
+        return BaselineResult(
+            method=name,
+            seed=self.session.recipe.seed,
+            learning_rate=rate,
+            rows=trained.rows,
+            learns_from=BASELINES[name].learns_from,
+            steps=trained.steps,
+            seconds=trained.cost.seconds,
+            peak_memory_bytes=trained.cost.peak_memory_bytes,
+            policies=[reached(one) for one in found],
+            rl_policies=[reached(one) for one in self._rl],
+            kl=kl,
+            matched=compare_metrics(at_kl(found, kl), at_kl(self._rl, kl), dialogues),
+            belongs=belongs,
+        )
+
+
+def reached(point: Point) -> Reached:
+    """The means of a policy's metrics."""
+    gold = point.metrics.get("gold")
+    reward = statistics.fmean(point.metrics["reward"])
+    return Reached(point.step, point.kl, reward, None if gold is None else statistics.fmean(gold))
+
+
+def at_kl(policies: Sequence[Point], kl: float) -> Metrics:
+    """The metrics of each prompt where the KL, which one of the policies has, is first reached."""
+    index = next(number for number, one in enumerate(policies) if one.kl >= kl)
+    after = policies[index]
+    if index == 0:
+        return after.metrics
+    before = policies[index - 1]
+    share = (kl - before.kl) / (after.kl - before.kl)
+    return {
+        name: [(1 - share) * a + share * b for a, b in zip(before.metrics[name], values, strict=True)]
+        for name, values in after.metrics.items()
+    }
+
+
+def check_baselines(session: Session, names: Sequence[str]) -> None:
+    """Refuse what the baselines cannot use, before RL is run.
+
+    Raises:
+        UserError: a base that TRL's trainers do not take, or no such ratings.
+    """
+    assert session.recipe.reward is not None
+    if session.roles.backbone.encodes_prompts:
+        what, remedy = "TRL's trainers for preferences are for decoders", "Leave --baselines out."
+        raise UserError(what, where=f"base.model {session.base.name}", remedy=remedy)
+    for name in names:
+        BASELINES[name].rows(session, session.train, session.recipe.reward.batch_size)

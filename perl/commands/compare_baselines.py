@@ -1,0 +1,110 @@
+"""`compare --baselines`: RL on the reward model against KTO and DPO on the same ratings."""
+
+import gc
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from perl.commands.runs import run_apart
+from perl.errors import UserError
+from perl.recipe import Recipe
+from perl.sweep.setting import variant
+from perl.system.files import write_json, write_metrics
+from perl.system.progress import console, silence
+from perl.system.typed_json import as_json, parse
+
+if TYPE_CHECKING:
+    from perl.baselines.results import BaselineResult
+
+
+def parse_baselines(text: str) -> dict[str, float | None]:
+    """Names with their learning rates, as in kto,dpo:3e-4; None: the reward model's.
+
+    Raises:
+        UserError: no such baseline, one twice, or no such rate.
+    """
+    from perl.baselines.training import BASELINES
+
+    found: dict[str, float | None] = {}
+    for entry in text.split(","):
+        name, colon, rate = entry.strip().partition(":")
+        if name not in BASELINES or name in found:
+            what = f"{name!r} is there twice" if name in found else f"{name!r} is none of {', '.join(BASELINES)}"
+            raise UserError(what, where="--baselines", remedy="Give some of them, as in kto or kto,dpo:3e-4.")
+        try:
+            found[name] = float(rate) if colon else None
+        except ValueError:
+            found[name] = math.nan
+        if colon and not 0 < (found[name] or 0) <= 1:
+            what = f"{rate!r} is no learning rate"
+            raise UserError(what, where=f"--baselines {entry}", remedy="Give a number above 0 and up to 1.")
+    return found
+
+
+def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: int, out: Path) -> None:
+    """Run the recipe and the baselines on each seed, print the table, write the page and compare.json.
+
+    Finished runs and baselines are not repeated.
+
+    Raises:
+        UserError: the recipe has no reward model or no RL, is under full tuning, or has no such ratings.
+    """
+    if recipe.reward is None or recipe.rl is None or recipe.tuning != "lora":
+        what = "baselines stand beside RL on adapters against a reward model"
+        remedy = "Use a recipe with the sections reward and rl, and tuning: lora."
+        raise UserError(what, where="--baselines", remedy=remedy)
+    from perl.baselines.comparison import check_baselines
+    from perl.report.baselines import COLUMNS, table_rows, trainings
+    from perl.report.page import write_page
+    from perl.stages.opening import open_session
+
+    rates = {name: recipe.reward.learning_rate if rate is None else rate for name, rate in asked.items()}
+    folders = {seed: out / f"lora-{seed}" for seed in range(recipe.seed, recipe.seed + seeds)}
+    with silence():
+        check_baselines(open_session(recipe, folders[recipe.seed]), list(rates))
+    results = [
+        one for seed, folder in folders.items() for one in _of_seed(variant(recipe, "lora", seed), folder, rates)
+    ]
+    table = Table(*COLUMNS, title=f"{recipe.name}: RL against training on the ratings, at the same KL")
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    for line in trainings(results):
+        console.print(line, markup=False)
+    write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "baselines": as_json(results)})
+    page = write_page(list(folders.values()), out / "report.html", results)
+    console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
+
+
+def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[BaselineResult]":
+    """Run the recipe, and train each baseline beside it, as far as that is not done."""
+    from perl.baselines.comparison import Judging
+    from perl.stages.opening import open_session
+
+    gc.collect()  # the base of the seed before: the run is a process of its own
+    console.print(f"[bold]seed {recipe.seed}[/] in {folder}")
+    run_apart(recipe, folder)
+    session, results = open_session(recipe, folder), []
+    belongs, judging = session.identities["rl"].sha256, None
+    for name, rate in rates.items():
+        file = folder.with_name(f"{name}-{rate:g}-{recipe.seed}.json")
+        if (found := _finished(file, belongs)) is None:
+            console.print(f"[bold]{name}, seed {recipe.seed}[/]")
+            judging = judging or Judging(session)
+            found = judging.baseline(name, rate, belongs)
+            write_json(file, as_json(found))
+        results.append(found)
+    return results
+
+
+def _finished(file: Path, belongs: str) -> "BaselineResult | None":
+    """What an earlier call found, if it was made from the same run."""
+    from perl.baselines.results import BaselineResult
+
+    if not file.exists():
+        return None
+    found = parse(BaselineResult, file.read_text(encoding="utf-8"), str(file), "Remove it to train it again.")
+    return found if found.belongs == belongs else None

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perl.commands.options import Columns, parse_columns
 from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
@@ -30,10 +31,11 @@ def data_fetch(
 
 
 def data_check(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a file or a recipe.")],
+    columns: Columns = None,
 ) -> None:
     """Describe a source or file, and name every bad row."""
-    raise typer.Exit(check(source))
+    raise typer.Exit(check(source, parse_columns(columns)))
 
 
 def data_leaks(
@@ -51,8 +53,11 @@ def data_leaks(
             console.print(f"  {' '.join(text.split())}")
 
 
-def check(source: str) -> int:
+def check(source: str, columns: Mapping[str, str] | None = None) -> int:
     """Print what a source, a file or a recipe's data hold, then the first 50 bad rows and how many more there are.
+
+    Args:
+        columns: names in a file, by the names of TRL's formats; a recipe has its own.
 
     Returns:
         The exit code: 0, or 2 if any row is bad.
@@ -64,7 +69,7 @@ def check(source: str) -> int:
         recipe = load_recipe(source)
         name, path, seed, columns = recipe.data.source, recipe.data.path, recipe.seed, recipe.data.columns
     else:
-        (name, path), seed, columns = parse_source(source), 0, {}
+        (name, path), seed = parse_source(source), 0
     row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.

@@ -122,6 +122,10 @@ def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.
         (("--data", "coffee-simulator", "--yes"), "coffee-simulator is no file"),
         (("--data", "gone.csv", "--yes"), "there is no such file"),
         (("--data", "latin.csv", "--yes"), "is not UTF-8"),
+        (
+            ("--data", "thumbs.csv", "--yes", "--columns", "label=thumb"),
+            "data.columns names thumb, which no row has",
+        ),
         (("--data", "thumbs.csv", "--base", "./gone"), "no such folder"),
     ],
 )

@@ -78,7 +78,7 @@ def pytest_collection_finish() -> None:
 def _blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""
     monkeypatch.setattr(
-        "perl.report.svg.Figure.savefig", lambda _, file, **__: file.write('<svg viewBox=""></svg>')
+        "perl.report.svg.Figure.savefig", lambda _, file, **__: file.write('<svg viewBox="0 0 1 1"></svg>')
     )
 
 

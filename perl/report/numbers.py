@@ -51,8 +51,13 @@ def signed(value: float, places: int = 2) -> str:
     return text if text.startswith(MINUS) else f"+{text}"
 
 
+def plain(value: float) -> str:
+    """A number of any size: two decimal places, or as many as show two significant digits."""
+    return decimal(value, max(2, places_of(abs(value))))
+
+
 def number(value: float) -> str:
-    """A number of any size with its sign: two decimal places, or as many as show two significant digits."""
+    """As `plain`, with its sign."""
     return signed(value, max(2, places_of(abs(value))))
 
 

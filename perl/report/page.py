@@ -159,7 +159,7 @@ def _tiles(group: Group) -> list[Row]:
     if auroc is not None:
         note = plus_minus(auroc) or "0.5 is a coin, 1 perfect"
         tiles.append(("Reward model AUROC", decimal(auroc.mean), note))
-    seconds = group.over_runs(lambda run: sum(stage.seconds for stage in run.stages.values()))
+    seconds = group.over_runs(lambda run: sum(one.waited_seconds or one.seconds for one in run.stages.values()))
     peak = group.over_runs(lambda run: max((s.peak_memory_bytes for s in run.stages.values()), default=None))
     if seconds is not None and peak is not None:
         label = "Time a seed" if len(group.runs) > 1 else "Time"

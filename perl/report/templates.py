@@ -1,5 +1,7 @@
 """The package's templates, filled in."""
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,5 +24,8 @@ def filled(template: str, content: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(signed=signed, decimal=decimal, number=number, counted=counted)
-    style = Markup(loader.get_source(environment, "page.css")[0])
-    return environment.get_template(template).render(style=style, **content)
+    style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "copy.js"))
+    # The browser runs a script with this hash, and no other.
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
+    shared = {"style": style, "script": script, "script_sha256": digest}
+    return environment.get_template(template).render(**shared, **content)

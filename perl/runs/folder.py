@@ -9,6 +9,7 @@ sft/ reward/ policy/ critic/
     member-2/ ...                        reward/ only: further members of an ensemble, each with the three above
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
     samples-by-step.jsonl                policy/ only: the policy's during training, every rl.sample_every steps
+    waited.json                          seconds that people have waited for the stage, up to its last checkpoint
     result.json                          the stage's result; there when the stage is finished
 report.json  report.html  tensorboard/
 progress.json                            in the place of report.json until the run is finished
@@ -167,6 +168,15 @@ class RunFolder:
         except UnicodeDecodeError as error:
             raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
         return parse(RESULTS[stage], text, str(file), RERUN)
+
+    def waited(self, stage: StageName) -> float:
+        """Seconds that people have waited for a stage up to its last checkpoint; 0 if it was not begun."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return float(json.loads((self.role(STAGE_ROLE[stage]) / "waited.json").read_text(encoding="utf-8")))
+        return 0.0
+
+    def set_waited(self, stage: StageName, seconds: float) -> None:
+        write_json(self.role(STAGE_ROLE[stage]) / "waited.json", round(seconds, 2))
 
     def finish(self, stage: StageName, result: StageResult) -> None:
         """Write a stage's result, which makes it finished."""

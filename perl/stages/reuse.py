@@ -122,7 +122,7 @@ def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
                 _copy(there, copy, None if found.use == "take" else _UNFINISHED)
 
 
-_UNFINISHED = ("checkpoints", "metrics.jsonl")
+_UNFINISHED = ("checkpoints", "metrics.jsonl", "waited.json")
 """What there is of a stage that goes on."""
 
 

@@ -41,11 +41,15 @@ def test_an_interrupted_run_can_be_read(
     status, written = run_cli("report", out)
     assert status == 0, written
     assert "During training" in (out / "report.html").read_text()
+    waited = json.loads((out / "policy" / "waited.json").read_text())
     monkeypatch.delenv("LEAVE_AT")
     status, written = run_cli("run", recipe, "--out", out)
     assert status == 0, written
     assert "This run is not finished" not in (out / "report.html").read_text()
     assert not (out / "progress.json").exists()
+    result = json.loads((out / "policy" / "result.json").read_text())
+    assert result["waited_seconds"] > waited > 0
+    assert result["waited_seconds"] > result["seconds"]
     lines = [json.loads(line) for line in (out / "policy" / "samples-by-step.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert list(lines[0]["answers"]) == ["policy"]

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from perl.commands.options import Columns, parse_columns
+from perl.data.column_names import UNREAD
+from perl.data.jsonl import FORMATS
 from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
@@ -84,10 +86,13 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
     if len(records.problems) > SHOWN_PROBLEMS:
         console.print(f"… and {len(records.problems) - SHOWN_PROBLEMS:,} more")
     if not records.problems:
-        console.print("every row is usable")
+        unread = any(note.startswith(UNREAD) for note in records.notes)
+        console.print("every row is usable, but columns are left out" if unread else "every row is usable")
         return 0
     console.print(f"{counted(len(records.problems), 'row')} left out")
     messages.print("Mend or remove the rows named: a run would go on without them.")
+    if any(problem.what.endswith("fit no format") for problem in records.problems):
+        messages.print(f"A format is {FORMATS}.", markup=False)
     return 2
 
 
@@ -148,13 +153,13 @@ def _facts(records: Records) -> Iterator[str]:
     if records.ratings:
         yield balance(records.ratings)
     # How many rows say how sure they are: a misspelt key would be counted in none.
-    certain = {
-        "soft labels": sum(rating.probability is not None for rating in records.ratings),
-        "comparisons with a margin": sum(comparison.margin > 0 for comparison in records.comparisons),
-        "comparisons with a probability": sum(comparison.probability < 1 for comparison in records.comparisons),
-    }
-    if any(certain.values()):
-        yield "; ".join(f"{count:,} {what}" for what, count in certain.items() if count)
+    certain = [
+        (sum(rating.probability is not None for rating in records.ratings), "soft label", ""),
+        (sum(comparison.margin > 0 for comparison in records.comparisons), "comparison", " with a margin"),
+        (sum(one.probability < 1 for one in records.comparisons), "comparison", " with a probability"),
+    ]
+    if any(count for count, _, _ in certain):
+        yield "; ".join(f"{counted(count, what)}{more}" for count, what, more in certain if count)
     if records.judge:
         yield "a gold judge scores any answer to its prompts"
     if records.published_test:

@@ -78,8 +78,9 @@ def step_plot(
         for end, words in zip(ends, ("before", "after"), strict=False):
             if end is not None:
                 axes.axhline(scale * end.mean, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
-                across = axes.get_yaxis_transform()
-                axes.text(1, scale * end.mean, words, transform=across, ha="right", va="bottom", fontsize=8.5)
+                across, ground = axes.get_yaxis_transform(), {"fc": BG, "ec": "none", "alpha": 0.75, "pad": 1}
+                text = axes.text(1, scale * end.mean, words, transform=across, ha="right", fontsize=8.5)
+                text.set(va="bottom", bbox=ground)
         spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
         hovers = step_hovers(axes, title, mean)
         svg = to_svg(drawn, f"steps-{role}-{metric}", spoken, hovers)

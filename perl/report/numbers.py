@@ -1,11 +1,11 @@
 """Numbers as people write them."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
@@ -29,6 +29,8 @@ class Spread:
         """The 95 % interval of the mean, by Student's distribution with n - 1 degrees of freedom."""
         if self.sd is None:
             return None
+        from scipy.special import stdtrit  # takes half a second to import: not before it is needed
+
         half = float(stdtrit(self.n - 1, 0.975)) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
@@ -43,6 +45,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 def decimal(value: float, places: int = 2) -> str:
     """As `perl.measure.change.fixed`, with a true minus sign."""
     return fixed(value, places).replace("-", MINUS)
+
+
+def true_minus(text: str) -> str:
+    """Words for a console, with true minus signs before their numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", MINUS, text)
 
 
 def signed(value: float, places: int = 2) -> str:

@@ -112,6 +112,7 @@ def reward_histogram_plot(group: Group) -> Plot | None:
             axes.stairs(counts, known[0].edges, color=colour, alpha=0.18, fill=True)
             told.append(counts)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="upper left")
         words = [f"{before} before RL, {after} after" for before, after in zip(*told, strict=True)]
         spoken = "Histogram of the held-out prompts' mean rewards, before and after RL"

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from perl.report.numbers import decimal, number, signed
+from perl.report.numbers import decimal, number, signed, true_minus
 from perl.system.progress import counted
 
 
@@ -23,7 +23,9 @@ def filled(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(signed=signed, decimal=decimal, number=number, counted=counted)
+    environment.filters.update(
+        signed=signed, decimal=decimal, number=number, counted=counted, true_minus=true_minus
+    )
     style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "copy.js"))
     # The browser runs a script with this hash, and no other.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()

@@ -182,18 +182,20 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
     return sides
 
 
-def bottom_line(rows: Sequence[QualityRow]) -> str:
+def bottom_line(rows: Sequence[QualityRow], label: str) -> str:
     """Whether full tuning would have been better, by the first measure of `DECISIVE`."""
     best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
         return "These runs hold no measure of quality under both tunings."
     metric = best.metric[0].lower() + best.metric[1:]
-    evidence = f"({metric}: LoRA {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
+    evidence = f"({metric}: {label} {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
     if best.clear is None:
         return f"Not known: with one run on a side, a difference may be chance {evidence}."
     if not best.clear:
         return f"No difference shown: the two are within two standard errors {evidence}."
-    return f"Yes, full tuning is better {evidence}." if best.difference < 0 else f"No, LoRA is better {evidence}."
+    return (
+        f"Yes, full tuning is better {evidence}." if best.difference < 0 else f"No, {label} is better {evidence}."
+    )
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
@@ -202,8 +204,8 @@ def reward_line(by_tuning: Sequence[Group]) -> str:
     sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
     for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
         if lines:
-            return f"LoRA {how} full tuning. {lines[0]}"
-    return "LoRA against full tuning: not known, as one of them has no AUROC."
+            return f"{by_tuning[0].label} {how} full tuning. {lines[0]}"
+    return f"{by_tuning[0].label} against full tuning: not known, as one of them has no AUROC."
 
 
 @dataclass(frozen=True)

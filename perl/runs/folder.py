@@ -91,7 +91,7 @@ class RunFolder:
             yield
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds another recipe's run.
+        """Refuse a folder that holds another recipe's run; a section whose stage was not begun may change.
 
         Raises:
             UserError: naming the first key that differs.
@@ -100,13 +100,20 @@ class RunFolder:
             return
         new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
-            if new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
+            section = key.partition(".")[0]
+            begun = section not in STAGE_ROLE or self.begun(section)
+            if begun and new.get(key) != old.get(key) and key not in CHANGE_NOTHING:
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
                     remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still "
                     "fit.",
                 )
+
+    def begun(self, stage: StageName) -> bool:
+        """Whether a stage has come to anything here: it is finished, or has a checkpoint."""
+        there = self.role(STAGE_ROLE[stage])
+        return (there / "result.json").exists() or any((there / "checkpoints").glob("step-*"))
 
     def recipe(self) -> Recipe:
         """The recipe of a run that was started.

@@ -53,7 +53,11 @@ def sending(
             tracker = LOGGER_TYPE_TO_CLASS[name](stage if name == "tensorboard" else run, **own[name])
             tracker.start()
             stack.callback(tracker.finish)
-            tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
+            plain = {key: _plain(value) for key, value in settings.items()}
+            if name == "tensorboard":  # which would make two folders more of them
+                tracker.log({"recipe": "\n".join(f"    {key}: {value}" for key, value in plain.items())}, step=0)
+            else:
+                tracker.store_init_configuration(plain)
             trackers.append(tracker)
 
         def send(step: int, metrics: Mapping[str, float]) -> None:

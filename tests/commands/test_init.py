@@ -45,7 +45,10 @@ def test_the_readmes_first_run_on_ones_own_data(
     thumbs(tmp_path / "thumbs.csv")
     section = README.read_text(encoding="utf-8").split("## Your first run on your own data")[1]
     lines = [shlex.split(line, comments=True)[1:] for line in section.split("```")[1].strip().splitlines()]
-    assert [line[0] for line in lines] == ["init", "reward", "rl", "run", "compare-runs"]
+    commands = [line[0] for line in lines]
+    assert commands == ["init", "reward", "rl", "run", "compare-runs"]
+    assert commands.index("reward") + 1 <= 4, "to the verdict, without an edit"
+    assert commands.index("rl") - commands.index("reward") <= 3, "from there to the policy"
     said = {}
     for line in lines:
         words = [str(tiny_llama) if word.startswith("Qwen/") else word for word in line]

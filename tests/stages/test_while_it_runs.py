@@ -68,6 +68,7 @@ def test_metrics_of_every_stage_are_in_tensorboard(
         lines = [json.loads(line) for line in (out / role / "metrics.jsonl").read_text().splitlines()]
         assert [one.step for one in events] == [line["step"] for line in lines]
         assert [one.value for one in events] == pytest.approx([line[metric] for line in lines])
+    assert all(path.is_file() for path in (out / "tensorboard").glob("*/*")), "no folders of accelerate's own"
 
 
 class Elsewhere(ModuleType):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from perl.errors import UserError
@@ -48,6 +49,8 @@ def sending(
         "wandb": {"name": stage, "dir": str(folder), "mode": _wandb_mode()},
         "trackio": {"name": stage},
     }
+    if names:
+        PartialState()  # without it accelerate's trackers cannot log that they begin
     with contextlib.ExitStack() as stack:
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name](stage if name == "tensorboard" else run, **own[name])

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perl.runs.trackers import sending
@@ -103,6 +104,8 @@ def test_other_trackers_by_accelerates_interface(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Elsewhere(name)
+    fresh: dict[str, Any] = {}
+    monkeypatch.setattr(PartialState, "_shared_state", fresh)  # as in a process that has just begun
     monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -158,8 +158,8 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     for stage in recipe.stages:
         for cost, text in zip(COSTS, (bytes_text, rate_text), strict=True):
             lora, full = (found[f"{stage}, {tuning}"][cost] for tuning in TUNINGS)
-            told = cost != "tokens_per_second" or steps >= STEADY
-            ratio = f"{lora / full:.2f}" if told else "too few steps"
+            doubtful = " (few steps)" if cost == "tokens_per_second" and steps < STEADY else ""
+            ratio = f"{lora / full:.2f}{doubtful}"
             table.add_row(stage, cost.replace("_", " "), text(lora), text(full), ratio)
             rows.append({"stage": stage, "figure": cost, "lora": lora, "full": full, "ratio": lora / full})
     console.print(table)

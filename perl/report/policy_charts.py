@@ -111,7 +111,7 @@ def reward_histogram_plot(group: Group) -> Plot | None:
             axes.stairs(counts, known[0].edges, color=colour, linewidth=1.8, label=f"{end} RL")
             axes.stairs(counts, known[0].edges, color=colour, alpha=0.18, fill=True)
             told.append(counts)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.3 * max(1, *np.ravel(told)))  # with room for the legend
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="upper left")
         words = [f"{before} before RL, {after} after" for before, after in zip(*told, strict=True)]

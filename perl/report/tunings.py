@@ -33,16 +33,16 @@ STANDARD_ERRORS = 2.0
 """A difference is called clear beyond so many standard errors."""
 COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], str]]] = [
     ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
-    ("training", lambda stage: stage.seconds, seconds_text),
+    ("time", lambda stage: stage.seconds, seconds_text),
+    ("waited", lambda stage: stage.waited_seconds, seconds_text),
     ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
     ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
-    ("waited", lambda stage: stage.waited_seconds, seconds_text),
     ("peak RSS", lambda stage: stage.peak_rss_bytes, bytes_text),
     ("compute", lambda stage: stage.flops, flops_text),
     ("useful", lambda stage: stage.useful_flops_share, percent),
 ]
 """What a stage cost: name, value, and how it is written."""
-COMPARED = 4
+COMPARED = 5
 """Of these, as many are set side by side."""
 BALANCED = (
     ("peak memory", "Less memory", "More memory", True),

@@ -97,7 +97,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
     assert code == 0, text
     assert "3 steps are too few for a speed" in text
-    assert text.count("too few steps") == 3, "in the place of the ratios of speeds"
+    assert text.count("(few steps)") == 3, "beside the ratios of speeds"
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     rows = rows_of(out)
     assert set(rows) == {

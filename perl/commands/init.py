@@ -49,7 +49,7 @@ def init(
     if name != "jsonl" or path is None:
         remedy = "Name a file; for a source of this package copy a recipe of recipes/."
         raise UserError(f"{data} is no file", where="--data", remedy=remedy)
-    named = parse_columns(columns) or columns_in(Path(path))
+    named = columns_in(Path(path)) | parse_columns(columns)
     records = load_records(name, path, 0, named)
     _describe(records)
     base = base or _asked("--base", "The base, a hub id or a folder", BASE, yes)

@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "sampler": sampler.sampler,
 }
 RESUMABLE = {*LAUNCHABLE, "compare", "sweep"}
-"""The commands that begin where they were left; `compare --steps` measures anew."""
+"""The commands that begin where they were left."""
 
 app = typer.Typer(
     name="perl-rlhf",
@@ -142,7 +142,7 @@ def _leave(error: UserError) -> NoReturn:
 
 def _kept(arguments: list[str]) -> str:
     """What an interrupted command leaves."""
-    if RESUMABLE.intersection(arguments[:1]) and not any(one.startswith("--steps") for one in arguments):
+    if RESUMABLE.intersection(arguments[:1]):
         return "finished stages are saved; run the same command again to go on"
     if arguments[:1] == ["rate"]:
         return "what the page called saved is in the file; the same command goes on"

@@ -35,6 +35,8 @@ class Stage(Cost):
         rows_cut: of these, rows that were cut to the longest length.
         data_sha256: of the rows of its kinds, and of how they were split.
         predicted_memory: by `perl-rlhf estimate`, where `compare` ran it.
+        waited_seconds: from the command, or the end of the stage before, to its end, with loading and evaluations;
+            of a stage that was interrupted up to its last checkpoint, and from there. None: not recorded.
         started_from: the adapter that it went on from; None: the base, or what an earlier stage trained.
     """
 
@@ -42,6 +44,7 @@ class Stage(Cost):
     rows: int | None = None
     rows_cut: int | None = None
     data_sha256: str | None = None
+    waited_seconds: float | None = None
     predicted_memory: dict[Phase, PhaseMemory] | None = None
     kept: list[Kept] | None = None
     started_from: Start | None = None

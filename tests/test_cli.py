@@ -81,12 +81,14 @@ def test_a_typo_does_not_wait_for_torch(tmp_path: Path) -> None:
         assert "error: " in done.stderr
 
 
-def test_the_first_words_do_not_wait_for_torch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_the_first_words_wait_for_no_large_library(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     code = """import json, sys, perl.cli
 from perl.system.progress import console
+LARGE = {'torch', 'transformers', 'peft', 'datasets', 'scipy', 'sklearn', 'pandas', 'pyarrow', 'matplotlib'}
 def first(*words, **options):
-    print(words[0] if 'torch' not in sys.modules else 'torch was imported first')
+    print(words[0] if not LARGE & set(sys.modules) else LARGE & set(sys.modules))
     sys.exit()
+print(LARGE & set(sys.modules) or 'all commands, such as keys')
 console.print = first
 for arguments in json.loads(sys.argv.pop()):
     sys.argv[1:] = arguments
@@ -95,6 +97,7 @@ for arguments in json.loads(sys.argv.pop()):
     recipe, gone = str(write_recipe()), str(tmp_path / "gone")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     commands = [["run", recipe], ["estimate", recipe], ["compare", recipe], ["compare-runs", gone, gone]]
+    commands += [["sweep", recipe, "--stage", "rl"]]
     commands += [["evaluate", gone, "policy"], ["export", gone, "policy", gone], ["chat", gone], ["report", gone]]
     commands += [[name, gone, str(tmp_path / "rows.jsonl")] for name in ("generate", "score")]
     done = subprocess.run(
@@ -104,7 +107,8 @@ for arguments in json.loads(sys.argv.pop()):
         cwd=tmp_path,
         check=True,
     )
-    said = done.stdout.splitlines()
+    start, *said = done.stdout.splitlines()
+    assert start == "all commands, such as keys"
     assert len(said) == len(commands), done.stderr
     assert said[0] == "tiny: reward, rl. Loading the libraries …"
     assert set(said[1:]) == {"Loading the libraries …"}

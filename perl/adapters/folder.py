@@ -63,9 +63,9 @@ class AdapterFolder:
             if key in said and key not in PLACES and said[key] != value
         ]
         for key, here, there in conflicts:
-            free = section if key == "kind" else f"{section}.{key}"
+            free, name = (section, "adapter.kind") if key == "kind" else (f"{section}.{key}",) * 2
             raise UserError(
-                f"the adapter there has {key} {there}, and {by} says {section}.{key}: {here}",
+                f"the adapter there has {key} {there}, and {by} says {name}: {here}",
                 where=self.where,
                 remedy=f"Name another folder, or take {free} out of the recipe: the folder decides then. All "
                 "roles of a run have adapters of one kind and shape.",

@@ -1,5 +1,6 @@
 """`compare`: the same recipe under LoRA and under full tuning, side by side."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writi
 from perl.commands.runs import run_apart
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
+from perl.recipe.adapter import adapter_label
 from perl.sweep.setting import FULL, Setting, variant
 from perl.system.files import user_named, write_json, write_metrics
 from perl.system.progress import console, counted
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 TUNINGS = ("lora", "full")
 STEADY = 20
 """Steps from which the speed is told without a caveat."""
-COLUMNS = ("stage", "figure", "LoRA", "full tuning", "LoRA / full")
+COSTS = ("peak_memory_bytes", "tokens_per_second")
+STEPS = "steps.json"
+"""What was measured before an interruption."""
 
 
 def compare(
@@ -126,7 +130,7 @@ def _compare_runs(
             folders.append(folder)
     lora, full = groups(read_runs(folders))
     costs, qualities = cost_rows(lora, full), quality_rows(lora, full, match_all([lora, full]))
-    table = Table(*COLUMNS, title=f"{recipe.name}, {counted(seeds, 'seed')}")
+    table = _table(recipe, counted(seeds, "seed"))
     for row in costs:
         table.add_row(row.stage, row.metric, *row.cells)
     for quality in qualities:
@@ -136,11 +140,12 @@ def _compare_runs(
         tuning: {stage: one.section(stage).learning_rate for stage in one.stages}
         for tuning, one in recipes.items()
     }
-    how = "the recipe's, for full tuning a tenth of LoRA's, which is assumed (--search-rates searches both)"
+    how = "the recipe's, for full tuning a tenth of it, which is assumed (--search-rates searches both)"
     if searched_on is not None:
         how = f"searched on both sides, on seed {searched_on}, which is not reported"
     pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
-    console.print(f"Learning rates: {how}; LoRA's and full tuning's of {', '.join(pairs)}.")
+    kind = adapter_label(recipe.adapter_kind)
+    console.print(f"Learning rates: {how}; {kind}'s and full tuning's of {', '.join(pairs)}.")
     rows = [{"stage": row.stage.lower(), "figure": row.metric, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.metric, **_means(quality)} for quality in qualities]
     write_metrics(
@@ -159,30 +164,53 @@ def _compare_runs(
 
 def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     """Measure memory and speed alone, over so many steps of each stage on the longest rows; write compare.json."""
-    from perl.predict import TRY, Trial, trial_session
     from perl.report.numbers import bytes_text, rate_text
 
-    table = Table(*COLUMNS, title=f"{recipe.name}, {steps} steps a stage")
-    rows = []
+    found = _measure(recipe, steps, out)
+    table, rows = _table(recipe, f"{counted(steps, 'step')} a stage"), []
     for stage in recipe.stages:
-        results = []
-        for tuning in TUNINGS:
-            console.print(f"{stage}, {tuning}")
-            with trial_session(variant(recipe, tuning, recipe.seed), Trial(steps)) as session:
-                results.append(TRY[stage](session))
-        for figure, text in (("peak_memory_bytes", bytes_text), ("tokens_per_second", rate_text)):
-            lora, full = (getattr(result, figure) for result in results)
-            table.add_row(stage, figure.replace("_", " "), text(lora), text(full), f"{lora / full:.2f}")
-            rows.append({"stage": stage, "figure": figure, "lora": lora, "full": full, "ratio": lora / full})
+        for cost, text in zip(COSTS, (bytes_text, rate_text), strict=True):
+            lora, full = (found[f"{stage}, {tuning}"][cost] for tuning in TUNINGS)
+            doubtful = " (few steps)" if cost == "tokens_per_second" and steps < STEADY else ""
+            ratio = f"{lora / full:.2f}{doubtful}"
+            table.add_row(stage, cost.replace("_", " "), text(lora), text(full), ratio)
+            rows.append({"stage": stage, "figure": cost, "lora": lora, "full": full, "ratio": lora / full})
     console.print(table)
     if steps < STEADY:
         console.print(
             f"[yellow]{counted(steps, 'step')} are too few for a speed[/]: the first ones prepare memory and "
             f"threads. Measure it with --steps {STEADY} or more; the memory is as it is."
         )
+    write_metrics(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
+    (out / STEPS).unlink()
+
+
+def _measure(recipe: Recipe, steps: int, out: Path) -> dict[str, dict[str, float]]:
+    """Costs of each stage under each tuning; those that an interrupted command has measured are read."""
+    from perl.predict import TRY, Trial, trial_session
+
+    begun = {"recipe": recipe.to_yaml(), "steps": steps}
+    found: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((out / STEPS).read_text(encoding="utf-8"))
+        found = before.pop("found") if before.keys() > begun.keys() and before | begun == before else {}
     with user_named(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_metrics(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
+    for stage in recipe.stages:
+        for tuning in TUNINGS:
+            name = f"{stage}, {tuning}"
+            console.print(f"{name}, measured before" if name in found else name)
+            if name not in found:
+                with trial_session(variant(recipe, tuning, recipe.seed), Trial(steps)) as session:
+                    result = TRY[stage](session)
+                found[name] = {cost: getattr(result, cost) for cost in COSTS}
+                write_json(out / STEPS, begun | {"found": found})
+    return found
+
+
+def _table(recipe: Recipe, what: str) -> Table:
+    kind = adapter_label(recipe.adapter_kind)
+    return Table("stage", "figure", kind, "full tuning", f"{kind} / full", title=f"{recipe.name}, {what}")
 
 
 def _means(row: "CostRow | QualityRow") -> dict[str, float]:

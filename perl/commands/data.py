@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perl.commands.options import Columns, parse_columns
+from perl.data.column_names import UNREAD
+from perl.data.jsonl import FORMATS
 from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
@@ -30,10 +33,11 @@ def data_fetch(
 
 
 def data_check(
-    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a JSONL file or a recipe.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a file or a recipe.")],
+    columns: Columns = None,
 ) -> None:
     """Describe a source or file, and name every bad row."""
-    raise typer.Exit(check(source))
+    raise typer.Exit(check(source, parse_columns(columns)))
 
 
 def data_leaks(
@@ -51,8 +55,11 @@ def data_leaks(
             console.print(f"  {' '.join(text.split())}")
 
 
-def check(source: str) -> int:
+def check(source: str, columns: Mapping[str, str] | None = None) -> int:
     """Print what a source, a file or a recipe's data hold, then the first 50 bad rows and how many more there are.
+
+    Args:
+        columns: names in a file, by the names of TRL's formats; a recipe has its own.
 
     Returns:
         The exit code: 0, or 2 if any row is bad.
@@ -64,7 +71,7 @@ def check(source: str) -> int:
         recipe = load_recipe(source)
         name, path, seed, columns = recipe.data.source, recipe.data.path, recipe.seed, recipe.data.columns
     else:
-        (name, path), seed, columns = parse_source(source), 0, {}
+        (name, path), seed = parse_source(source), 0
     row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
     # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
@@ -79,10 +86,13 @@ def check(source: str) -> int:
     if len(records.problems) > SHOWN_PROBLEMS:
         console.print(f"… and {len(records.problems) - SHOWN_PROBLEMS:,} more")
     if not records.problems:
-        console.print("every row is usable")
+        unread = any(note.startswith(UNREAD) for note in records.notes)
+        console.print("every row is usable, but columns are left out" if unread else "every row is usable")
         return 0
     console.print(f"{counted(len(records.problems), 'row')} left out")
     messages.print("Mend or remove the rows named: a run would go on without them.")
+    if any(problem.what.endswith("fit no format") for problem in records.problems):
+        messages.print(f"Rows are {FORMATS}.", markup=False)
     return 2
 
 
@@ -143,13 +153,13 @@ def _facts(records: Records) -> Iterator[str]:
     if records.ratings:
         yield balance(records.ratings)
     # How many rows say how sure they are: a misspelt key would be counted in none.
-    certain = {
-        "soft labels": sum(rating.probability is not None for rating in records.ratings),
-        "comparisons with a margin": sum(comparison.margin > 0 for comparison in records.comparisons),
-        "comparisons with a probability": sum(comparison.probability < 1 for comparison in records.comparisons),
-    }
-    if any(certain.values()):
-        yield "; ".join(f"{count:,} {what}" for what, count in certain.items() if count)
+    certain = [
+        (sum(rating.probability is not None for rating in records.ratings), "soft label", ""),
+        (sum(comparison.margin > 0 for comparison in records.comparisons), "comparison", " with a margin"),
+        (sum(one.probability < 1 for one in records.comparisons), "comparison", " with a probability"),
+    ]
+    if any(count for count, _, _ in certain):
+        yield "; ".join(f"{counted(count, what)}{more}" for count, what, more in certain if count)
     if records.judge:
         yield "a gold judge scores any answer to its prompts"
     if records.published_test:

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from perl.commands.json_lines import Out, write_lines
-from perl.commands.options import one_of
-from perl.data.imports import FORMATS, Columns, read_import
+from perl.commands.options import Columns, one_of, parse_columns
+from perl.data.imports import FORMATS, read_import
 from perl.data.rows import no_usable_row, sifted
+from perl.errors import UserError
 from perl.system.progress import console, counted
 
 SHOWN_PROBLEMS = 50
@@ -17,19 +18,17 @@ SHOWN_PROBLEMS = 50
 def data_import(
     source: Annotated[str, typer.Argument(metavar="FORMAT", help=f"{', '.join(FORMATS)}.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What was exported.")],
-    prompt: Annotated[str, typer.Option(metavar="COLUMN", help="csv: the prompt.")] = Columns.prompt,
-    completion: Annotated[str, typer.Option(metavar="COLUMN", help="csv: the completion.")] = Columns.completion,
-    label: Annotated[str, typer.Option(metavar="COLUMN", help="csv: the rating.")] = Columns.label,
-    chosen: Annotated[str, typer.Option(metavar="COLUMN", help="csv: the better of two.")] = Columns.chosen,
-    rejected: Annotated[str, typer.Option(metavar="COLUMN", help="csv: the worse of two.")] = Columns.rejected,
+    columns: Columns = None,
     out: Out = None,
 ) -> None:
     """Write ratings exported elsewhere as JSON Lines, and name every row that holds none."""
     one_of("FORMAT", source, list(FORMATS))
-    columns = Columns(prompt, completion, label, chosen, rejected)
-    rows, problems = sifted(read_import(source, file, columns))
+    names = parse_columns(columns)
+    rows, problems = sifted(read_import(source, file, names))
     if not rows:
         raise no_usable_row(problems, str(file), f"Give a file of the format {source}: data/README.md has them.")
+    if absent := [name for field, name in names.items() if not any(field in row for row in rows)]:
+        raise UserError(f"no row has {', '.join(absent)}", where=str(file), remedy="Correct --columns.")
     write_lines(out, rows)
     for problem in problems[:SHOWN_PROBLEMS]:
         console.print(f"{problem.where}: {problem.what}", markup=False)

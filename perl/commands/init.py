@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from perl.commands.estimate import print_prediction
+from perl.commands.options import Columns, parse_columns
 from perl.data.column_names import columns_in
 from perl.data.records import Records
 from perl.data.sources import load_records, parse_source
@@ -37,6 +38,7 @@ def init(
         str | None, typer.Option("--data", metavar="FILE", help="Your rows: JSON Lines, JSON, CSV, TSV, Parquet.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="A hub id or a folder.")] = None,
+    columns: Columns = None,
     yes: Annotated[bool, typer.Option("--yes", help=f"Ask nothing; the base is {BASE} if none is given.")] = False,
 ) -> None:
     """Write a recipe for your own data, with the stages that the rows allow; show what it will need."""
@@ -47,11 +49,11 @@ def init(
     if name != "jsonl" or path is None:
         remedy = "Name a file; for a source of this package copy a recipe of recipes/."
         raise UserError(f"{data} is no file", where="--data", remedy=remedy)
-    columns = columns_in(Path(path))
-    records = load_records(name, path, 0, columns)
+    named = columns_in(Path(path)) | parse_columns(columns)
+    records = load_records(name, path, 0, named)
     _describe(records)
     base = base or _asked("--base", "The base, a hub id or a folder", BASE, yes)
-    content = draft(file.stem, base, path, columns, records)
+    content = draft(file.stem, base, path, named, records)
     recipe = Recipe.model_validate(content)
     console.print(f"Predicting what {base} will need …", markup=False)
     print_prediction(recipe)

@@ -1,6 +1,7 @@
 """What the commands' signatures share, and how they check them."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,8 @@ from typing import Annotated
 import typer
 
 from perl.errors import UserError
+from perl.recipe.data import COLUMNS
+from perl.recipe.section import nearest
 from perl.system.progress import console
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -16,6 +19,12 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics there.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns", metavar="FIELD=NAME,…", help="Columns of other names: prompt=question,completion=reply."
+    ),
+]
 Port = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free.")]
 Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Another than the loopback's lets others in.")
@@ -31,6 +40,23 @@ def one_of(option: str, value: str, choices: list[str]) -> None:
     """
     if value not in choices:
         raise UserError(f"{value!r} is none of {', '.join(choices)}", where=option, remedy="Choose one of them.")
+
+
+def parse_columns(given: list[str] | None) -> dict[str, str]:
+    """Names in a file, by the names of TRL's formats; a comma in a name does not divide it.
+
+    Raises:
+        UserError: an entry is no FIELD=NAME, or there is no such field.
+    """
+    columns = {}
+    for entry in (one for text in given or () for one in re.split(r",(?=\w+=)", text)):
+        field, _, name = entry.partition("=")
+        if not name:
+            raise UserError(f"{entry!r} is no FIELD=NAME", where="--columns", remedy="As in prompt=question.")
+        if field not in COLUMNS:
+            raise UserError(f"a row has no field {field!r}", where="--columns", remedy=nearest(field, COLUMNS))
+        columns[field] = name
+    return columns
 
 
 def say_loading(what: str = "") -> None:

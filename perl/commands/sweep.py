@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 from rich.table import Table
 
-from perl.commands.options import Out, Overrides, RecipeFile, writing
+from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_metrics
@@ -66,10 +66,11 @@ def sweep(
     ] = None,
 ) -> None:
     """Train a stage under several kinds, sizes and placements of adapters, and whole, over seeds."""
+    loaded = load_recipe(recipe, overrides)
+    say_loading()
     from perl.sweep.cells import Cells
     from perl.sweep.setting import FULL, parse_settings
 
-    loaded = load_recipe(recipe, overrides)
     reported = _parse_list("--seeds", seeds, int)
     searched_on = (
         _parse_list("--search-seeds", search_seeds or str(max(reported) + 1), int) if search_rates else []
@@ -86,6 +87,7 @@ def sweep(
         cells.check(settings, [*searched_on, *reported])
         if equal_weights:
             settings = list(cells.equally_large(settings, reported[0]))
+            cells.check(settings, [*searched_on, *reported])  # sized, they are other settings
         _sweep(cells, settings, reported, searched_on, kl)
 
 

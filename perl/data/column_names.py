@@ -17,6 +17,8 @@ TRL_FORMATS = [
     {"chosen", "rejected"},
 ]
 """The fields of each."""
+UNREAD = "These columns are not read"
+"""How a note begins of columns that have other names than those."""
 
 
 def columns_in(path: Path) -> dict[str, str]:
@@ -44,4 +46,4 @@ def mapping_hint(mapping: Mapping[str, str]) -> str:
     if not mapping:
         return ""
     said = ", ".join(f"{field}: {name}" for field, name in mapping.items())
-    return f"These columns are not read: {', '.join(mapping.values())}. To read them, add data.columns: {{{said}}}"
+    return f"{UNREAD}: {', '.join(mapping.values())}. To read them, add data.columns: {{{said}}}"

@@ -2,124 +2,57 @@
 
 open-webui: the JSON of Admin Panel, Evaluations, Feedbacks, Export.
 gradio: the log.csv of a ChatInterface with flagging.
-trl: a data set in TRL's formats, as a file of Parquet, JSON or JSON Lines.
-csv: a table whose columns the user names.
+csv, trl: a table, or any file that `perl.data.tables` reads, whose columns the user may name.
 """
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from perl.data.jsonl import parse_row
 from perl.data.records import Problem
-from perl.data.rows import (
-    Row,
-    RowError,
-    line_value,
-    list_of,
-    numbered_lines,
-    object_with,
-    parsed,
-    shown,
-    strict_json,
-    usable_text,
-)
-from perl.data.tables import parquet_rows
+from perl.data.rows import Row, RowError, list_of, object_with, parsed, shown, soft_label, strict_json, usable_text
+from perl.data.tables import Value, cell_value, csv_rows, numbered_values, row_of
 from perl.errors import UserError, machine_fault
 
-_WORDS = {
-    **dict.fromkeys(("1", "1.0", "true", "yes", "up", "like", "liked", "good", "👍"), True),
-    **dict.fromkeys(("0", "0.0", "-1", "-1.0", "false", "no", "down", "dislike", "disliked", "bad", "👎"), False),
-}
-"""What ratings are called in tables, whatever the case."""
 
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of a table's columns."""
-
-    prompt: str = "prompt"
-    completion: str = "completion"
-    label: str = "label"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-
-
-def read_import(source: str, file: Path, columns: Columns) -> Iterator[Row | Problem]:
+def read_import(source: str, file: Path, columns: Mapping[str, str]) -> Iterator[Row | Problem]:
     """The rows of a file, and what is wrong with those that cannot be used.
 
     Args:
         source: in `FORMATS`.
-        columns: of a table.
+        columns: names in a table, by the names of TRL's formats.
 
     Raises:
         UserError: the file is not of this format, or cannot be read.
     """
+    form, convert = FORMATS[source]
+    values = _gradio_cells(file) if source == "gradio" else numbered_values(file, columns, form)
     try:
-        for where, value in _values(source, file):
-            yield parsed(where, _usable, FORMATS[source], value, columns)
-    except (OSError, UnicodeDecodeError, RowError, csv.Error) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
+        for number, value in values:
+            yield parsed(f"{file}:{number}", _usable, convert, value)
+    except OSError as error:
         remedy = f"Name a file of the format {source}: data/README.md has them."
-        what = f"cannot be read: {cause}"
+        what = f"cannot be read: {error.strerror}"
         raise machine_fault(error) or UserError(what, where=str(file), remedy=remedy) from None
 
 
-def _usable(convert: Callable[[object, Columns], Row], value: object, columns: Columns) -> Row:
+def _usable(convert: Callable[[Row], Row], value: Value) -> Row:
     """A row that `data.source: jsonl` takes. Raises `RowError`."""
-    row = convert(value, columns)
+    row = convert(object_with(value()))
     parse_row(row)
     return row
 
 
-def _values(source: str, file: Path) -> Iterator[tuple[str, object]]:
-    """The rows as the file has them, and where each stands."""
-    if source in ("gradio", "csv"):
-        yield from _table(file, file.read_text(encoding="utf-8-sig"))
-    elif source == "trl" and file.suffix == ".parquet":
-        yield from _numbered(file, parquet_rows(file))
-    elif file.suffix in (".jsonl", ".gz"):
-        yield from ((f"{file}:{number}", line) for number, line in numbered_lines(file))
-    else:
-        yield from _numbered(file, list_of(strict_json(file.read_text(encoding="utf-8-sig")), "the file"))
+def _gradio_cells(file: Path) -> Iterator[tuple[int, Value]]:
+    """The rows of a log; its header has five names above the four cells: there never was a cell for `value`."""
+    for number, header, cells in csv_rows(file):
+        names = [name for name in header if name != "value" or len(cells) == len(header)]
+        yield number, lambda names=names, cells=cells: row_of(names, cells)  # type: ignore[misc]
 
 
-def _numbered(file: Path, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
-    return ((f"{file}[{index}]", row) for index, row in enumerate(rows))
-
-
-def _table(file: Path, text: str) -> Iterator[tuple[str, object]]:
-    """The rows of a CSV file by the names in its first; of `_whole` to be checked."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(reader, [])
-    for cells in filter(None, reader):  # a blank line has no cells
-        yield f"{file}:{reader.line_num}", dict(zip_longest(_header(header, cells), cells))
-
-
-def _whole(value: object, fields: Iterable[str]) -> dict[str, str]:
-    """A table's row that has these columns, and a cell in each. Raises `RowError`."""
-    cells = object_with(value, fields, "the table")
-    if None in cells or None in cells.values():
-        raise RowError("has more cells than the header, or fewer: a text with commas has to be in quotes")
-    return {name: str(cell) for name, cell in cells.items()}
-
-
-def _header(header: list[str], cells: list[str]) -> list[str]:
-    """The names of a row's cells.
-
-    gradio writes a header of five names above the four cells of a chat: there never was a cell for `value`.
-    """
-    if header == ["conversation", "index", "value", "flag", "timestamp"] and len(cells) == len(header) - 1:
-        return ["conversation", "index", "flag", "timestamp"]
-    return header
-
-
-def _open_webui(value: object, columns: Columns) -> Row:
+def _open_webui(row: Row) -> Row:
     """A thumb on a message: its conversation is the path to it in the tree of messages."""
-    feedback = object_with(value, ("data", "meta", "snapshot"))
+    feedback = object_with(row, ("data", "meta", "snapshot"))
     data, meta = (object_with(feedback[name], name=name) for name in ("data", "meta"))
     rating = str(data.get("rating"))
     if rating not in ("1", "-1"):
@@ -147,9 +80,10 @@ def _open_webui(value: object, columns: Columns) -> Row:
     return {**row, **more, **dialogue, "rater": feedback.get("user_id"), "time": feedback.get("updated_at")}
 
 
-def _gradio(value: object, columns: Columns) -> Row:
+def _gradio(row: Row) -> Row:
     """A thumb on a message of a chat; `index` is the message's, alone or twice in a list."""
-    cells = _whole(value, ("conversation", "index", "flag"))
+    fields = ("conversation", "index", "flag")
+    cells = {name: str(cell) for name, cell in object_with(row, fields).items()}
     turns = list_of(strict_json(cells["conversation"].removeprefix("'")), "conversation")
     index = strict_json(cells["index"].removeprefix("'"))
     if isinstance(index, list) and index:
@@ -160,43 +94,8 @@ def _gradio(value: object, columns: Columns) -> Row:
     *before, answer = ({"role": turn["role"], "content": _content(turn["content"])} for turn in path)
     if answer["role"] != "assistant":
         raise RowError(f"message {index} is by {shown(answer['role'])}; one by the assistant expected")
-    row = {"prompt": before, "completion": answer["content"], "label": _label(cells["flag"], "flag")}
-    return {**row, "time": cells.get("timestamp")}
-
-
-def _trl(value: object, columns: Columns) -> Row:
-    """As it is: `perl.data.jsonl` reads TRL's formats."""
-    return object_with(line_value(value) if isinstance(value, bytes) else value)
-
-
-def _csv(value: object, columns: Columns) -> Row:
-    """A rating, a comparison, a demonstration or a prompt, by which of the columns the table has."""
-    asked = (column for name, column in vars(columns).items() if column != name or name == "prompt")
-    cells = _whole(value, dict.fromkeys(asked))
-    names = {column: name for name, column in vars(columns).items() if column in cells}
-    others = set(cells) - set(names.values())  # a column that is asked for takes the place of one of the name
-    row = {names.get(column, column): _cell(cell) for column, cell in cells.items() if column in {*names, *others}}
-    if "label" in row:
-        row["label"] = _label(cells[columns.label], columns.label)
-    return row
-
-
-def _cell(cell: str) -> object:
-    """A cell's text, or the messages that it holds as JSON."""
-    if cell.startswith('[{"'):
-        return strict_json(cell)
-    return cell
-
-
-def _label(value: object, name: str) -> bool | float:
-    """A rating in words or numbers; a number between 0 and 1 is the probability of up."""
-    word = str(value).strip().casefold()
-    if word in _WORDS:
-        return _WORDS[word]
-    try:
-        return float(word)
-    except ValueError:
-        raise RowError(f"{name} is {shown(value)}; a rating such as {shown(list(_WORDS))} expected") from None
+    label = soft_label(cell_value("label", cells["flag"]), "flag")
+    return {"prompt": before, "completion": answer["content"], "label": label, "time": cells.get("timestamp")}
 
 
 def _content(content: object) -> object:
@@ -209,10 +108,10 @@ def _content(content: object) -> object:
     return "".join(usable_text(part.get("text"), "a part of the content") for part in parts)
 
 
-FORMATS: dict[str, Callable[[object, Columns], Row]] = {
-    "open-webui": _open_webui,
-    "gradio": _gradio,
-    "trl": _trl,
-    "csv": _csv,
+FORMATS: dict[str, tuple[str, Callable[[Row], Row]]] = {
+    "open-webui": (".json", _open_webui),
+    "gradio": (".csv", _gradio),
+    "trl": ("", object_with),
+    "csv": (".csv", object_with),
 }
-"""What reads a row of each format."""
+"""Each format's form of file, by the file's own name if empty, and what makes a row of ours of one."""

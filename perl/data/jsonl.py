@@ -149,7 +149,7 @@ def parse_row(value: object) -> list[Record]:
     """
     row = object_with(value)
     if _FIELDS.intersection(row) not in TRL_FORMATS:
-        raise RowError(f"the fields {shown(list(row))} fit no format; {FORMATS}")
+        raise RowError(f"the fields {shown(list(row))} fit no format")
     record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
     used |= {RATED} if rated_of(row) is not None else set()

@@ -255,7 +255,7 @@ SOURCES: dict[str, Source] = {
     "jsonl": Source(
         _jsonl,
         "a file of your own in TRL's formats",
-        remedy=f"Write {FORMATS}. Other names: data.columns, such as {{prompt: question, completion: reply}}.",
+        remedy=f"Write {FORMATS}; data.columns gives other names.",
         mapped=_file,
     ),
     "hub": Source(

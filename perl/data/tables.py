@@ -4,10 +4,11 @@ In CSV and TSV all is text: a cell of `label`, `margin` or `probability` is read
 for up and down, and an empty cell is none.
 """
 
+import contextlib
 import csv
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from perl.errors import UserError
 
 Value = Callable[[], object]
 """The row; raises `RowError`."""
-UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "👍")
-DOWN = ("false", "no", "down", "thumbs down", "thumbs_down", "bad", "negative", "👎")
+UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
+DOWN = ("false", "no", "down", "thumbs down", "thumbs_down", "bad", "negative", "dislike", "disliked", "-1", "👎")
 NUMBERS = ("label", "margin", "probability")
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
@@ -32,20 +33,21 @@ SYNONYMS = {
 """Other names that the fields have in people's files."""
 
 
-def numbered_values(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Value]]:
+def numbered_values(path: Path, columns: Mapping[str, str], form: str = "") -> Iterator[tuple[int, Value]]:
     """Each row of a file, by its line or its number from 1.
 
     Args:
         columns: names in the file, by the names of TRL's formats.
+        form: such as .csv, whatever the file's name.
 
     Raises:
         UserError: the file is of a form that is not read, or broken.
         OSError: it cannot be read.
     """
-    suffix = path.suffix.lower()
+    suffix = form or path.suffix.lower()
     if suffix in REFUSED:
         raise UserError(f"{suffix} files are not read", where=str(path), remedy=f"Convert it: {READ}.")
-    read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet, ".json": _json}.get(suffix, _lines)
+    read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet}.get(suffix, _json)
     for number, value in read(path):
         yield number, lambda value=value: _renamed(value(), columns)  # type: ignore[misc]
 
@@ -78,20 +80,16 @@ def _renamed(value: object, columns: Mapping[str, str]) -> object:
         return value
     row, named = object_with(value), set(columns.values())
     kept = {name: one for name, one in row.items() if name not in named and name not in columns}
-    return kept | {field: _number(field, row[name]) for field, name in columns.items() if name in row}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Value]]:
-    for number, line in numbered_lines(path):
-        yield number, lambda line=line: line_value(line)  # type: ignore[misc]
+    return kept | {field: cell_value(field, row[name]) for field, name in columns.items() if name in row}
 
 
 def _json(path: Path) -> Iterator[tuple[int, Value]]:
-    """A JSON array, or JSON Lines under another name."""
+    """JSON Lines, or a JSON array."""
     with path.open("rb") as file:
         first = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first != b"[":
-        yield from _lines(path)
+        for number, line in numbered_lines(path):
+            yield number, lambda line=line: line_value(line)  # type: ignore[misc]
         return
     try:
         rows = strict_json(path.read_text(encoding="utf-8-sig"))
@@ -102,20 +100,14 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
         yield number, lambda row=row: row  # type: ignore[misc]
 
 
-def parquet_rows(path: Path) -> list[Row]:
-    """The rows of a Parquet file, without the columns that have no value there.
-
-    Raises:
-        UserError: it is none.
-        OSError: it cannot be read.
-    """
+def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
     arrow: Any = import_module("pyarrow")  # it has no types
     parquet: Any = import_module("pyarrow.parquet")
     try:
         rows = parquet.read_table(path).to_pylist()
     except arrow.ArrowInvalid as error:
         raise UserError(f"is no Parquet file: {error}", where=str(path), remedy="Write it anew.") from None
-    return [_with_values(row) for row in rows]
+    yield from numbered_rows(rows, {})
 
 
 def _with_values(row: Mapping[str, object]) -> Row:
@@ -135,20 +127,31 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
-    for number, row in enumerate(parquet_rows(path), 1):
-        yield number, lambda row=row: row  # type: ignore[misc]
-
-
 def _cells(path: Path) -> Iterator[tuple[int, Value]]:
+    for number, header, cells in csv_rows(path):
+        yield number, lambda header=header, cells=cells: _values(row_of(header, cells))  # type: ignore[misc]
+
+
+def _values(row: Mapping[str, str]) -> Row:
+    return {name: cell_value(name, text) for name, text in row.items()}
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The header of a CSV or TSV file beside the cells of each row, by the row's last line.
+
+    Raises:
+        UserError: it is none.
+        OSError: it cannot be read.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
-            if len(header := rows.fieldnames or ()) == 1 and ";" in header[0]:  # as Excel has it in Europe
+            header = next(rows, [])
+            if len(header) == 1 and ";" in header[0]:  # as Excel has it in Europe
                 what, remedy = "its columns are divided by semicolons", "Save it with commas, or as TSV."
                 raise UserError(what, where=str(path), remedy=remedy)
-            for row in rows:
-                yield rows.line_num, lambda row=row: _row(row)  # type: ignore[misc]
+            for cells in filter(None, rows):  # a blank line has no cells
+                yield rows.line_num, header, cells
         except csv.Error as error:
             where = f"{path}:{rows.line_num}"
             raise UserError(f"is no CSV: {error}", where=where, remedy="Mend this row.") from None
@@ -157,29 +160,22 @@ def _cells(path: Path) -> Iterator[tuple[int, Value]]:
             raise UserError(what, where=str(path), remedy=remedy) from None
 
 
-def _row(cells: Mapping[str | None, object]) -> Row:
-    """A row of text; the reader puts cells beyond the header under None."""
-    if None in cells:
-        raise RowError("has more cells than the header: a text with commas has to be in quotes")
-    return {str(name): _number(str(name), text) for name, text in cells.items() if text not in (None, "")}
+def row_of(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, str]:
+    """A row of text; an empty cell is none. Raises `RowError` if a column has no cell, or a cell no column."""
+    if len(cells) != len(header):
+        raise RowError("has more cells than the header, or fewer: a text with commas has to be in quotes")
+    return {name: text for name, text in zip(header, cells, strict=True) if text}
 
 
-def _number(name: str, cell: object) -> object:
+def cell_value(name: str, cell: object) -> object:
     """What a cell of text says, where a number or a label is expected; messages are JSON in a cell."""
     if not isinstance(cell, str):
         return cell
     word = cell.strip().casefold()
-    if name in NUMBERS:
-        if word in (*UP, *DOWN):
-            return word in UP
-        try:
-            return float(word)
-        except ValueError:
-            return cell
-    if word.startswith("[{"):
-        try:
-            value: object = json.loads(cell)
-        except ValueError:
-            return cell
-        return value
+    if name == "label" and word in (*UP, *DOWN):
+        return word in UP
+    if name in NUMBERS or word.startswith("[{"):
+        with contextlib.suppress(ValueError):
+            value: object = json.loads(cell) if word.startswith("[{") else float(word)
+            return value
     return cell

@@ -31,6 +31,12 @@ REFUSED = {
 }
 """Kinds that peft has, and ways to start LoRA, that are not here, and why."""
 
+
+def adapter_label(kind: str) -> str:
+    """A kind's name, for people to read."""
+    return "LoRA" if kind == LORA else kind
+
+
 Targets = Literal["attention", "mlp", "all-linear"] | list[str]
 Layers = Literal["all", "top-half"] | list[Annotated[int, Field(ge=0)]]
 

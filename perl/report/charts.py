@@ -1,6 +1,7 @@
 """The plots of any stage by step, of the reward model, of costs, and of a sweep's qualities by trained weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
@@ -10,11 +11,12 @@ from matplotlib.ticker import MaxNLocator
 from perl.measure.metrics import ReliabilityBin
 from perl.measure.probe import PHASES
 from perl.measure.reward_model_card import RewardModelCard
-from perl.report.numbers import Spread, bytes_text, count_text, decimal, mean_text, percent, seconds_text
+from perl.report.numbers import Spread, bytes_text, count_text, decimal, mean_text, percent, plain, seconds_text
 from perl.report.outcome import smooth, window
 from perl.report.runs import Group, Series
-from perl.report.svg import BG, FG, MUTED, SERIES, Plot, drawing, titled, to_svg
+from perl.report.svg import BG, FG, MUTED, SERIES, Hover, Plot, drawing, titled, to_svg
 from perl.report.words import STAGE
+from perl.system.progress import counted
 
 KINDS = {
     "base_weights": "base weights",
@@ -26,6 +28,8 @@ KINDS = {
 }
 LABEL_ROOM = 0.0235
 """A segment is labelled if it has this share of the widest bar for each letter."""
+MOST_HOVERS = 60
+"""Steps of a plot that have words to point at."""
 MARKERS = ("o", "s", "^", "D")
 NORMAL_95 = 1.96
 """Standard errors on either side of a mean."""
@@ -74,11 +78,21 @@ def step_plot(
         for end, words in zip(ends, ("before", "after"), strict=False):
             if end is not None:
                 axes.axhline(scale * end.mean, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
-                across = axes.get_yaxis_transform()
-                axes.text(1, scale * end.mean, words, transform=across, ha="right", va="bottom", fontsize=8.5)
+                across, ground = axes.get_yaxis_transform(), {"fc": BG, "ec": "none", "alpha": 0.75, "pad": 1}
+                text = axes.text(1, scale * end.mean, words, transform=across, ha="right", fontsize=8.5)
+                text.set(va="bottom", bbox=ground)
         spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
-        svg = to_svg(drawn, f"steps-{role}-{metric}", spoken)
+        hovers = step_hovers(axes, title, mean)
+        svg = to_svg(drawn, f"steps-{role}-{metric}", spoken, hovers)
     return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))
+
+
+def step_hovers(axes: Axes, label: str, values: Series) -> list[Hover]:
+    """A value a step over its part of the axes; of some steps, evenly, where there are many."""
+    shown = np.unique(np.linspace(0, len(values) - 1, MOST_HOVERS).astype(int))
+    edges = [0.5, *((shown[1:] + shown[:-1]) / 2 + 1), len(values) + 0.5]
+    places = [one for one in zip(shown, pairwise(edges), strict=True) if np.isfinite(values[one[0]])]
+    return [Hover(axes, ends, None, f"step {step + 1}: {label} {plain(values[step])}") for step, ends in places]
 
 
 def _spread_of_steps(values: Series) -> Series:
@@ -100,8 +114,14 @@ def reliability_plot(card: RewardModelCard) -> Plot:
             _points(axes, after, SERIES[0], "D", "scaled")
         axes.legend(loc="upper left")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        pairs = "; ".join(f"{one.probability:.2f} given, {one.share:.2f} observed" for one in after or before)
-        svg = to_svg(drawn, "reliability", f"Reliability diagram{' (scaled)' if after else ''}: {pairs}")
+        bins = after or before
+        told = [f"{one.probability:.2f} given, {one.share:.2f} observed" for one in bins]
+        hovers = [
+            Hover(axes, (one.probability,) * 2, (one.share,) * 2, f"{words}, {counted(one.n, 'answer')}")
+            for one, words in zip(bins, told, strict=True)
+        ]
+        spoken = f"Reliability diagram{' (scaled)' if after else ''}: {'; '.join(told)}"
+        svg = to_svg(drawn, "reliability", spoken, hovers)
     fewest, most = min(one.n for one in before), max(one.n for one in before)
     each = f"{most}" if fewest == most else f"{fewest} to {most}"
     sure = f"Below the dashed line the model is too sure of {scaling.of}, above it not sure enough."
@@ -130,8 +150,18 @@ def scores_plot(card: RewardModelCard) -> Plot | None:
         top = 1.25 * max(*counts.up, *counts.down, 1)
         axes.set_ylim(-top, top)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-        svg = to_svg(drawn, "scores", "Histogram of scores: answers rated up above the line, rated down below")
+        told = [f"{up} rated up, {down} down" for up, down in zip(counts.up, counts.down, strict=True)]
+        spoken = "Histogram of scores: answers rated up above the line, rated down below"
+        svg = to_svg(drawn, "scores", spoken, bin_hovers(axes, counts.edges, told))
     return Plot(svg, "The less the two heaps overlap sideways, the better the model tells good answers from bad.")
+
+
+def bin_hovers(axes: Axes, edges: Sequence[float], words: Sequence[str]) -> list[Hover]:
+    """The words of each bin of a histogram over its part of the axes."""
+    return [
+        Hover(axes, ends, None, f"{decimal(ends[0])} to {decimal(ends[1])}: {said}")
+        for ends, said in zip(pairwise(edges), words, strict=True)
+    ]
 
 
 def cost_plots(groups: Sequence[Group]) -> list[Plot]:
@@ -150,7 +180,7 @@ def cost_plots(groups: Sequence[Group]) -> list[Plot]:
             for phase, one in stage.memory.items()
         ]
         spoken = f"Peak memory {under}: {'; '.join(f'{label} {total}' for label, _, total in bars)}"
-        svg = _bars(bars, list(KINDS.values()), f"memory-{group.tuning}", spoken, widest)
+        svg = _bars(bars, list(KINDS.values()), f"memory-{group.tuning}", spoken, widest, bytes_text)
         memory.append(Plot(svg, f"Peak memory of each phase {under}."))
         bars = []
         for name, stage in stages.items():
@@ -158,7 +188,8 @@ def cost_plots(groups: Sequence[Group]) -> list[Plot]:
             bars.append((STAGE[name], seconds, seconds_text(sum(seconds.values()))))
         spoken = f"Time by phase {under}: {'; '.join(f'{label}: {_shares(one)}' for label, one, _ in bars)}."
         longest = max(sum(one.values()) for _, one, _ in bars)
-        time.append(Plot(_bars(bars, PHASES, f"time-{group.tuning}", spoken, longest), spoken))
+        svg = _bars(bars, PHASES, f"time-{group.tuning}", spoken, longest, seconds_text)
+        time.append(Plot(svg, spoken))
     return memory + time
 
 
@@ -168,17 +199,28 @@ def _shares(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {percent(value / total)}" for name, value in seconds.items() if value > 0)
 
 
-def _bars(bars: Sequence[Bar], order: Sequence[str], plot: str, spoken: str, widest: float) -> Markup:
+def _bars(
+    bars: Sequence[Bar],
+    order: Sequence[str],
+    plot: str,
+    spoken: str,
+    widest: float,
+    text: Callable[[float], str],
+) -> Markup:
     names = [name for name in order if any(segments.get(name, 0) > 0 for _, segments, _ in bars)]
     columns = 4 if sum(map(len, names)) < 30 else 3
     with drawing(height=0.25 + 0.3 * len(bars) + 0.24 * -(-len(names) // columns)) as drawn:
-        axes = drawn.subplots()
+        axes, hovers = drawn.subplots(), list[Hover]()
         starts = np.zeros(len(bars))
         for name in names:
             widths = np.array([segments.get(name, 0.0) for _, segments, _ in bars])
             colour = SERIES[order.index(name)]  # the same in all plots
             axes.barh(range(len(bars)), widths, 0.72, left=starts, color=colour, edgecolor=BG, label=name)
             for row, width in enumerate(widths):
+                if width > 0:
+                    ends = starts[row], starts[row] + width
+                    words = f"{bars[row][0]}: {name} {text(width)}"
+                    hovers.append(Hover(axes, ends, (row - 0.36, row + 0.36), words))
                 if width > LABEL_ROOM * widest * (len(name) + 1):
                     middle = starts[row] + width / 2
                     axes.text(middle, row, name, ha="center", va="center", fontsize=7.5, color=BG)
@@ -191,7 +233,7 @@ def _bars(bars: Sequence[Bar], order: Sequence[str], plot: str, spoken: str, wid
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         drawn.legend(loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.0)
-        return to_svg(drawn, plot, spoken)
+        return to_svg(drawn, plot, spoken, hovers)
 
 
 def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
@@ -208,4 +250,9 @@ def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, 
         axes.margins(x=0.08, y=0.15)
         drawn.legend(loc="outside right upper", handlelength=2.6)
         cells = [f"{what} with {n:,} {mean_text(one, 3)}" for what, points in lines.items() for n, one in points]
-        return to_svg(drawn, name, f"{label} by trained weights: {'; '.join(cells)}")
+        hovers = [
+            Hover(axes, (n, n), (one.mean, one.mean), f"{what}, {n:,} weights: {mean_text(one, 3)}")
+            for what, points in lines.items()
+            for n, one in points
+        ]
+        return to_svg(drawn, name, f"{label} by trained weights: {'; '.join(cells)}", hovers)

@@ -1,6 +1,7 @@
 """Numbers as people write them."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,14 +47,24 @@ def decimal(value: float, places: int = 2) -> str:
     return fixed(value, places).replace("-", MINUS)
 
 
+def true_minus(text: str) -> str:
+    """Words for a console, with true minus signs before their numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", MINUS, text)
+
+
 def signed(value: float, places: int = 2) -> str:
     """With its sign."""
     text = decimal(value, places)
     return text if text.startswith(MINUS) else f"+{text}"
 
 
+def plain(value: float) -> str:
+    """A number of any size: two decimal places, or as many as show two significant digits."""
+    return decimal(value, max(2, places_of(abs(value))))
+
+
 def number(value: float) -> str:
-    """A number of any size with its sign: two decimal places, or as many as show two significant digits."""
+    """As `plain`, with its sign."""
     return signed(value, max(2, places_of(abs(value))))
 
 

@@ -163,11 +163,14 @@ def _tiles(group: Group) -> list[Row]:
     if auroc is not None:
         note = plus_minus(auroc) or "0.5 is a coin, 1 perfect"
         tiles.append(("Reward model AUROC", decimal(auroc.mean), note))
-    seconds = group.over_runs(lambda run: sum(stage.seconds for stage in run.stages.values()))
-    peak = group.over_runs(lambda run: max((s.peak_memory_bytes for s in run.stages.values()), default=None))
-    if seconds is not None and peak is not None:
+    seconds = group.over_runs(lambda run: sum(one.waited_seconds or one.seconds for one in run.stages.values()))
+    of_runs = [list(run.stages.values()) for run in group.runs]
+    peak = spread(max((stage.peak_memory_bytes for stage in one), default=None) for one in of_runs)
+    held = spread(max((stage.peak_rss_bytes for stage in one), default=None) for one in of_runs)
+    if seconds is not None and peak is not None and held is not None:
         label = "Time a seed" if len(group.runs) > 1 else "Time"
-        tiles.append((label, seconds_text(seconds.mean), f"{bytes_text(peak.mean)} of memory at the peak"))
+        note = f"at the peak {bytes_text(peak.mean)} of tensors; the process held {bytes_text(held.mean)}"
+        tiles.append((label, seconds_text(seconds.mean), note))
     return tiles
 
 
@@ -286,7 +289,7 @@ def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:
     matched = match_all(by_tuning)
     costs, qualities = cost_rows(lora, full), quality_rows(lora, full, matched)
     return {
-        "bottom_line": bottom_line(qualities),
+        "bottom_line": bottom_line(qualities, lora.label),
         "balance": balance(costs, qualities),
         "costs": [(f"{row.stage}: {row.metric}", *row.cells) for row in costs],
         "qualities": [(row.metric, *row.cells) for row in qualities],

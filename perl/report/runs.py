@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from perl.errors import UserError
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
+from perl.recipe.adapter import LORA, adapter_label
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, Sample, SftEval, StageResult
 from perl.rl.results import RlEval
@@ -22,7 +23,7 @@ from perl.system.typed_json import parse
 
 T = TypeVar("T")
 DAMAGED = "Remove the damaged part and run the stage again."
-TUNING = {"lora": "LoRA", "full": "Full tuning"}
+TUNINGS = ("lora", "full")
 SHARED = ("name", "base.", "data.")
 """Keys of a recipe that are the same under both tunings."""
 Series = NDArray[np.float64]
@@ -130,8 +131,10 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The tuning in words."""
-        return TUNING[self.tuning]
+        """The tuning in words: the kind of adapters, or full tuning."""
+        if self.tuning == "full":
+            return "Full tuning"
+        return adapter_label(self.first.section("adapter").get("kind", LORA))
 
     @property
     def first(self) -> Run:
@@ -168,7 +171,7 @@ def groups(runs: Iterable[Run]) -> list[Group]:
     ordered = sorted(runs, key=lambda run: run.report.seed)
     for other in ordered[1:]:
         _check_same(ordered[0], other, lambda key: key.startswith(SHARED))
-    by_tuning = {tuning: tuple(run for run in ordered if run.report.tuning == tuning) for tuning in TUNING}
+    by_tuning = {tuning: tuple(run for run in ordered if run.report.tuning == tuning) for tuning in TUNINGS}
     for members in by_tuning.values():
         for one, other in pairwise(members):
             _check_same(one, other, lambda key: key != "seed")

@@ -6,7 +6,7 @@ same metrics give the same bytes.
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ VARIABLES = {
 }
 """The placeholder colours, and what the page calls them."""
 
+LEAST_AREA = 5.0
+"""Points of a drawing that a part is wide and high at least, for a pointer to hit it."""
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name with $ in it is a name
@@ -66,6 +68,21 @@ class Plot:
     tall: bool = False
 
 
+@dataclass(frozen=True)
+class Hover:
+    """Words for whoever points at a part of a plot.
+
+    Attributes:
+        x: from and to, in the axes' data, as is `y`; a point is widened to what a pointer can hit.
+        y: None: the axes' whole height.
+    """
+
+    axes: Axes
+    x: tuple[float, float]
+    y: tuple[float, float] | None
+    words: str
+
+
 @contextmanager
 def drawing(width: float = 4.0, height: float = 2.75) -> Iterator[Figure]:
     """A figure in the page's style; width and height in inches."""
@@ -79,12 +96,13 @@ def titled(axes: Axes, title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def to_svg(figure: Figure, name: str, title: str) -> Markup:
+def to_svg(figure: Figure, name: str, title: str, hovers: Sequence[Hover] = ()) -> Markup:
     """A figure drawn inside `drawing` as an <svg> element.
 
     Args:
         name: unique on the page.
         title: what the plot shows, for screen readers.
+        hovers: later ones lie above earlier ones.
     """
     written = io.StringIO()
     # Ids that are referred to are hashes salted with the plot's name, so that no two plots share one.
@@ -98,9 +116,27 @@ def to_svg(figure: Figure, name: str, title: str) -> Markup:
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', body))
     body = re.sub(r'(<[^>]*?) id="([^"]+)"', lambda tag: tag[0] if tag[2] in used else tag[1], body)
     body = re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), body)
-    title = escape(title)
+    title, (width, height) = escape(title), map(float, view.strip('"').split()[-2:])
+    body = body.replace("</svg>", f"{''.join(_area(figure, one, width, height) for one in hovers)}</svg>")
     # matplotlib has escaped the text in the drawing.
     return Markup(f'<svg class="plot" {view} role="img" aria-label="{title}"><title>{title}</title>\n{body}')
+
+
+def _area(figure: Figure, hover: Hover, width: float, height: float) -> str:
+    """A rectangle with words, in a drawing of this size."""
+    corners = list(zip(hover.x, hover.y or hover.axes.get_ylim(), strict=True))
+    ends = figure.transFigure.inverted().transform(hover.axes.transData.transform(corners))
+    left, wide = _extent(width * ends[:, 0])
+    top, high = _extent(height * (1 - ends[:, 1]))
+    place = f'x="{left:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{high:.1f}"'
+    return f'<rect class="hover" {place}><title>{escape(hover.words)}</title></rect>\n'
+
+
+def _extent(ends: Iterable[float]) -> tuple[float, float]:
+    """Where it begins and how far it reaches, at least `LEAST_AREA`."""
+    low, high = sorted(ends)
+    reach = max(LEAST_AREA, high - low)
+    return (low + high - reach) / 2, reach
 
 
 def _themed(style: str) -> str:

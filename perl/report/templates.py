@@ -1,13 +1,15 @@
 """The package's templates, filled in."""
 
+import base64
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from perl.report.numbers import decimal, number, signed
+from perl.report.numbers import decimal, number, signed, true_minus
 from perl.system.progress import counted
 
 
@@ -28,6 +30,11 @@ def _environment(escaped: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(signed=signed, decimal=decimal, number=number, counted=counted)
-    environment.globals["style"] = Markup(loader.get_source(environment, "page.css")[0])
+    environment.filters.update(
+        signed=signed, decimal=decimal, number=number, counted=counted, true_minus=true_minus
+    )
+    style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "copy.js"))
+    # The browser runs a script with this hash, and no other.
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
+    environment.globals.update(style=style, script=script, script_sha256=digest)
     return environment

@@ -34,6 +34,7 @@ STANDARD_ERRORS = 2.0
 COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], str]]] = [
     ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
     ("time", lambda stage: stage.seconds, seconds_text),
+    ("waited", lambda stage: stage.waited_seconds, seconds_text),
     ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
     ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
     ("peak RSS", lambda stage: stage.peak_rss_bytes, bytes_text),
@@ -41,7 +42,7 @@ COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], 
     ("useful", lambda stage: stage.useful_flops_share, percent),
 ]
 """What a stage cost: name, value, and how it is written."""
-COMPARED = 4
+COMPARED = 5
 """Of these, as many are set side by side."""
 BALANCED = (
     ("peak memory", "Less memory", "More memory", True),
@@ -181,18 +182,20 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
     return sides
 
 
-def bottom_line(rows: Sequence[QualityRow]) -> str:
+def bottom_line(rows: Sequence[QualityRow], label: str) -> str:
     """Whether full tuning would have been better, by the first measure of `DECISIVE`."""
     best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
         return "These runs hold no measure of quality under both tunings."
     metric = best.metric[0].lower() + best.metric[1:]
-    evidence = f"({metric}: LoRA {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
+    evidence = f"({metric}: {label} {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
     if best.clear is None:
         return f"Not known: with one run on a side, a difference may be chance {evidence}."
     if not best.clear:
         return f"No difference shown: the two are within two standard errors {evidence}."
-    return f"Yes, full tuning is better {evidence}." if best.difference < 0 else f"No, LoRA is better {evidence}."
+    return (
+        f"Yes, full tuning is better {evidence}." if best.difference < 0 else f"No, {label} is better {evidence}."
+    )
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
@@ -201,8 +204,8 @@ def reward_line(by_tuning: Sequence[Group]) -> str:
     sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
     for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
         if lines:
-            return f"LoRA {how} full tuning. {lines[0]}"
-    return "LoRA against full tuning: not known, as one of them has no AUROC."
+            return f"{by_tuning[0].label} {how} full tuning. {lines[0]}"
+    return f"{by_tuning[0].label} against full tuning: not known, as one of them has no AUROC."
 
 
 @dataclass(frozen=True)

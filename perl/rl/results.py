@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perl.measure.bootstrap import Interval
+from perl.measure.change import fixed, places_of
 
 PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
 
@@ -56,10 +57,10 @@ class BestOfN:
 
 
 def _beside(best: float, policy: float, interval: Interval | None) -> str:
-    ends = (
-        "" if interval is None else f" (95 % interval of the difference: {interval[0]:+.3g} to {interval[1]:+.3g})"
-    )
-    return f"{best:.3g} there and {policy:.3g} here{ends}"
+    places = places_of(interval[1] - interval[0] if interval else abs(policy - best))
+    ends = [] if interval is None else [fixed(end, places, sign=True) for end in interval]
+    told = f" (95 % interval of the difference: {ends[0]} to {ends[1]})" if ends else ""
+    return f"{fixed(best, places)} there and {fixed(policy, places)} here{told}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ sft/ reward/ policy/ critic/
     member-2/ ...                        reward/ only: further members of an ensemble, each with the three above
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
     samples-by-step.jsonl                policy/ only: the policy's during training, every rl.sample_every steps
+    waited.json                          seconds that people have waited for the stage, up to its last checkpoint
     result.json                          the stage's result; there when the stage is finished
 report.json  report.html  tensorboard/
 progress.json                            in the place of report.json until the run is finished
@@ -90,7 +91,7 @@ class RunFolder:
             yield
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds another recipe's run.
+        """Refuse a folder that holds another recipe's run; a section whose stage was not begun may change.
 
         Raises:
             UserError: naming the first key that differs.
@@ -99,13 +100,20 @@ class RunFolder:
             return
         new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
-            if new.get(key) != old.get(key) and not changes_nothing(key):
+            section = key.partition(".")[0]
+            begun = section not in STAGE_ROLE or self.begun(section)
+            if begun and new.get(key) != old.get(key) and not changes_nothing(key):
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
                     remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still "
                     "fit.",
                 )
+
+    def begun(self, stage: StageName) -> bool:
+        """Whether a stage has come to anything here: it is finished, or has a checkpoint."""
+        there = self.role(STAGE_ROLE[stage])
+        return (there / "result.json").exists() or any((there / "checkpoints").glob("step-*"))
 
     def recipe(self) -> Recipe:
         """The recipe of a run that was started.
@@ -167,6 +175,15 @@ class RunFolder:
         except UnicodeDecodeError as error:
             raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
         return parse(RESULTS[stage], text, str(file), RERUN)
+
+    def waited(self, stage: StageName) -> float:
+        """Seconds that people have waited for a stage up to its last checkpoint; 0 if it was not begun."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return float(json.loads((self.role(STAGE_ROLE[stage]) / "waited.json").read_text(encoding="utf-8")))
+        return 0.0
+
+    def set_waited(self, stage: StageName, seconds: float) -> None:
+        write_json(self.role(STAGE_ROLE[stage]) / "waited.json", round(seconds, 2))
 
     def finish(self, stage: StageName, result: StageResult) -> None:
         """Write a stage's result, which makes it finished."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from perl.errors import UserError
@@ -48,12 +49,18 @@ def sending(
         "wandb": {"name": stage, "dir": str(folder), "mode": _wandb_mode()},
         "trackio": {"name": stage},
     }
+    if names:
+        PartialState()  # without it accelerate's trackers cannot log that they begin
     with contextlib.ExitStack() as stack:
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name](stage if name == "tensorboard" else run, **own[name])
             tracker.start()
             stack.callback(tracker.finish)
-            tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
+            plain = {key: _plain(value) for key, value in settings.items()}
+            if name == "tensorboard":  # which would make two folders more of them
+                tracker.log({"recipe": "\n".join(f"    {key}: {value}" for key, value in plain.items())}, step=0)
+            else:
+                tracker.store_init_configuration(plain)
             trackers.append(tracker)
 
         def send(step: int, metrics: Mapping[str, float]) -> None:

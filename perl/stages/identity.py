@@ -151,11 +151,6 @@ def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
     write_json(path / FILE, as_json(identity))
 
 
-def has_learned(folder: RunFolder, stage: StageName) -> bool:
-    """Whether a stage has come to anything: it is finished, or has a checkpoint."""
-    return folder.result(stage) is not None or has_checkpoint(folder, stage)
-
-
 def has_checkpoint(folder: RunFolder, stage: StageName) -> bool:
     return any((folder.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
 
@@ -167,7 +162,7 @@ def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) 
         UserError: saying what has changed, by count of rows.
     """
     for stage, here in identities.items():
-        there = recorded(folder, stage) if has_learned(folder, stage) else None
+        there = recorded(folder, stage) if folder.begun(stage) else None
         if there is not None and (found := there.differences(here)):
             raise UserError(
                 f"since {stage} was trained here, {'; '.join(found)}",

@@ -1,5 +1,6 @@
 """The stages in order, each from where the last one stopped, and the report at the end."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,16 +78,17 @@ def run(
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
+    since = time.monotonic()
     with doing("reading the data and the base"):
         session = open_session(recipe, out, material=material, engine=engine)
     try:
-        return _run(session, tuple(stages or recipe.stages), source)
+        return _run(session, tuple(stages or recipe.stages), source, since)
     finally:
         if material is not None and isinstance(session.roles, SharedBase):
             session.roles.clear()
 
 
-def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> Stages:
+def _run(session: Session, chosen: Sequence[StageName], source: Path | None, since: float) -> Stages:
     recipe, out = session.recipe, session.folder.path
     identity.refuse_changed(session.folder, session.identities)
     found = reuse.find_stages(recipe, session.folder, session.identities, source)
@@ -106,7 +108,8 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None) -> 
                 session.processes.barrier()
             result = session.folder.result(stage)
             if result is None:
-                result = _train(session, stage)
+                result = _train(session, stage, since)
+                since = time.monotonic()
             elif stage not in found:
                 console.print(f"{stage} is finished already; its result:")
             SUMMARIZE[stage](result)
@@ -133,18 +136,30 @@ def _unfit_reward(session: Session) -> UserError | None:
     return unfit_for_rl(reward.eval.verdict, str(session.folder.role(STAGE_ROLE["reward"])))
 
 
-def _train(session: Session, stage: StageName) -> StageResult:
-    """Train a stage, or go on with it, and write its result."""
-    here = session.identities[stage]
+def _train(session: Session, stage: StageName, since: float) -> StageResult:
+    """Train a stage, or go on with it, and write its result.
+
+    Args:
+        since: when people began to wait for it, by the monotonic clock.
+    """
+    here, folder = session.identities[stage], session.folder
+    earlier = folder.waited(stage)
     if session.processes.main:
-        identity.record(session.folder, stage, here)
-        session.after_checkpoint = LivePage(session, stage)
+        identity.record(folder, stage, here)
+        page = LivePage(session, stage)
+
+        def after_checkpoint() -> None:
+            folder.set_waited(stage, earlier + time.monotonic() - since)
+            page()
+
+        session.after_checkpoint = after_checkpoint
     seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
     with doing(stage):
         result = replace(
             TRAIN[stage](session), data_sha256=here.data_sha256, started_from=session.starts.get(stage)
         )
-    session.folder.finish(stage, result)
+    result = replace(result, waited_seconds=round(earlier + time.monotonic() - since, 2))
+    folder.finish(stage, result)
     return result
 
 

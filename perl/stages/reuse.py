@@ -19,7 +19,7 @@ from perl.errors import UserError
 from perl.recipe import Recipe, Rl, StageName
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
-from perl.stages.identity import LENGTH, ROLES, Identity, differing, has_checkpoint, has_learned, recorded
+from perl.stages.identity import LENGTH, ROLES, Identity, differing, has_checkpoint, recorded
 from perl.system.files import whole_folder
 from perl.system.progress import console
 
@@ -87,7 +87,7 @@ def find_stages(
     for stage, here in identities.items():
         named = getattr(getattr(recipe, stage), "from_", None)
         path = source if named is None else Path(named)
-        if path is None or has_learned(folder, stage):
+        if path is None or folder.begun(stage):
             continue
         if path.resolve() == folder.path.resolve():
             what = "a run takes no stages from itself"
@@ -122,7 +122,7 @@ def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
                 _copy(there, copy, None if found.use == "take" else _UNFINISHED)
 
 
-_UNFINISHED = ("checkpoints", "metrics.jsonl")
+_UNFINISHED = ("checkpoints", "metrics.jsonl", "waited.json")
 """What there is of a stage that goes on."""
 
 

@@ -29,7 +29,7 @@ from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import sending
 from perl.runs.validation import Kept
-from perl.stages.identity import ROLES, Identity, file_sha256, has_learned, identify, settings_sha256
+from perl.stages.identity import ROLES, Identity, file_sha256, identify, settings_sha256
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
@@ -197,7 +197,7 @@ class Session:
         """Whether RL's reference is in the run folder; before RL's first checkpoint it may be of another start."""
         if not self.saved(Role.SFT).exists():
             return False
-        return has_learned(self.folder, "rl") or self.stamp(Role.SFT).started_sha256 == self.starts["rl"].sha256
+        return self.folder.begun("rl") or self.stamp(Role.SFT).started_sha256 == self.starts["rl"].sha256
 
     def stamp(self, role: Role) -> Stamp:
         return read_stamp(self.saved(role))

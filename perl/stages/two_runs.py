@@ -38,6 +38,7 @@ class TwoRuns:
 
     Attributes:
         same_reward: whether both policies were trained on the same reward, which then judges both.
+        as_text: whether completions were judged as text, because the runs' tokens, or rewards, are not the same.
     """
 
     runs: tuple[str, str]
@@ -45,6 +46,7 @@ class TwoRuns:
     reward: Comparison | None = None
     policy: Comparison | None = None
     same_reward: bool | None = None
+    as_text: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
     order = sorted(metrics[0], key=lambda name: not name.startswith("reward"))
     dialogues = [prompt.dialogue for prompt in held_out.prompts]
     policy = compare_metrics({name: metrics[0][name] for name in order}, metrics[1], dialogues)
-    return replace(found, policy=policy, same_reward=same)
+    return replace(found, policy=policy, same_reward=same, as_text=not as_drawn)
 
 
 def _draw(run: Path, held_out: Records, each: int) -> _Drawn:

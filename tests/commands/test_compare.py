@@ -1,6 +1,9 @@
 """`compare` and `report`: both tunings of one recipe side by side, and what they refuse."""
 
+import contextlib
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +102,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
     assert code == 0, text
     assert "3 steps are too few for a speed" in text
+    assert text.count("(few steps)") == 3, "beside the ratios of speeds"
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     rows = rows_of(out)
     assert set(rows) == {
@@ -145,20 +149,37 @@ def test_rl_is_compared_with_baselines_at_the_same_kl(
     assert code == 0, text
 
 
-def test_an_interrupted_measurement_does_not_promise_to_go_on(
+def test_an_interrupted_measurement_goes_on(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    tried: list[str] = []
 
-    for part in ("_compare_costs", "_compare_runs"):
-        monkeypatch.setattr(f"perl.commands.compare.{part}", interrupted)
-    status, written = run_cli("compare", recipe, "--steps", "5", "--out", tmp_path / "out")
+    @contextlib.contextmanager
+    def session(recipe: Recipe, _: object) -> Iterator[Recipe]:
+        yield recipe
+
+    def measure(stage: str, recipe: Recipe) -> SimpleNamespace:
+        tried.append(f"{stage}, {recipe.tuning}")
+        if len(tried) == 4:
+            raise KeyboardInterrupt
+        return SimpleNamespace(peak_memory_bytes=100 * len(tried), tokens_per_second=1.0)
+
+    monkeypatch.setattr("perl.predict.trial_session", session)
+    monkeypatch.setattr("perl.predict.TRY", {stage: partial(measure, stage) for stage in ("sft", "reward", "rl")})
+    command = ("compare", recipe, "--steps", "20", "--out", tmp_path / "out")
+    status, written = run_cli(*command)
     assert status == 130
-    assert "interrupted: nothing was kept; the same command begins anew" in written
-    status, written = run_cli("compare", recipe, "--out", tmp_path / "out")
-    assert status == 130
-    assert "interrupted: finished stages are saved" in written
+    assert "interrupted: finished stages are saved; run the same command again" in written
+    status, written = run_cli(*command)
+    assert status == 0, written
+    assert "reward, lora, measured before" in written
+    assert tried == ["sft, lora", "sft, full", "reward, lora", *["reward, full"] * 2, "rl, lora", "rl, full"]
+    assert (
+        rows_of(tmp_path / "out")["sft", "peak_memory_bytes"] | {"ratio": 0.5, "lora": 100, "full": 200}
+        == (rows_of(tmp_path / "out")["sft", "peak_memory_bytes"])
+    )
+    assert "too few" not in written
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["compare.json"]
 
 
 def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:

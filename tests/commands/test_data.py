@@ -85,7 +85,7 @@ def test_rows_that_say_how_sure_they_are_are_counted(tmp_path: Path, capsys: pyt
     assert "soft" not in printed
     assert "margin" not in printed
     assert check(write(tmp_path, *map(json.dumps, certain + soft))) == 0
-    expected = "1 soft labels; 2 comparisons with a margin; 1 comparisons with a probability"
+    expected = "1 soft label; 2 comparisons with a margin; 1 comparison with a probability"
     assert expected in capsys.readouterr().out.splitlines()
 
 
@@ -99,6 +99,15 @@ def test_bad_rows_are_printed_one_a_line_and_are_status_2(
     assert any(line.startswith(f"{path}:2: label is '[red]ccc") for line in lines), "no markup, no break"
     assert any(line.startswith(f"{path}:3: not JSON") for line in lines)
     assert lines[-1] == "2 rows left out"
+
+
+def test_columns_that_are_not_read_are_no_clean_bill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, json.dumps({"prompt": "a", "response": "b", "rating": 1}))
+    assert check(path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "every row is usable, but columns are left out"
+    assert check(path, {"completion": "response", "label": "rating"}) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "every row is usable"
 
 
 def test_only_the_first_fifty_bad_rows_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,10 @@ def test_the_readmes_first_run_on_ones_own_data(
     thumbs(tmp_path / "thumbs.csv")
     section = README.read_text(encoding="utf-8").split("## Your first run on your own data")[1]
     lines = [shlex.split(line, comments=True)[1:] for line in section.split("```")[1].strip().splitlines()]
-    assert [line[0] for line in lines] == ["init", "reward", "rl", "run", "compare-runs"]
+    commands = [line[0] for line in lines]
+    assert commands == ["init", "reward", "rl", "run", "compare-runs"]
+    assert commands.index("reward") + 1 <= 4, "to the verdict, without an edit"
+    assert commands.index("rl") - commands.index("reward") <= 3, "from there to the policy"
     said = {}
     for line in lines:
         words = [str(tiny_llama) if word.startswith("Qwen/") else word for word in line]
@@ -122,6 +125,10 @@ def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.
         (("--data", "coffee-simulator", "--yes"), "coffee-simulator is no file"),
         (("--data", "gone.csv", "--yes"), "there is no such file"),
         (("--data", "latin.csv", "--yes"), "is not UTF-8"),
+        (
+            ("--data", "thumbs.csv", "--yes", "--columns", "label=thumb"),
+            "data.columns names thumb, which no row has",
+        ),
         (("--data", "thumbs.csv", "--base", "./gone"), "no such folder"),
     ],
 )

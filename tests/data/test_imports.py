@@ -100,8 +100,13 @@ def test_open_webui(run_cli: RunCli, tmp_path: Path) -> None:
         "time": 1760434500,
     }
     assert "2 rows imported, 5 left out" in written
-    for index, what in {2: "data.rating is None", 3: "lacks 'gone'", 4: "by the assistant", 5: "a circle"}.items():
-        assert any(f"[{index}]:" in line and what in line for line in written.splitlines()), what
+    for number, what in {
+        3: "data.rating is None",
+        4: "lacks 'gone'",
+        5: "by the assistant",
+        6: "a circle",
+    }.items():
+        assert any(f":{number}:" in line and what in line for line in written.splitlines()), what
 
 
 def test_gradio_whose_header_has_a_name_too_many(run_cli: RunCli, tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_a_table_with_named_columns(run_cli: RunCli, tmp_path: Path) -> None:
         ["2 + 2?", "5", "0.25", "bob", "2024-12-31"],
         ["2 + 2?", "5", "perhaps", "bob", "2024-12-31"],
     )
-    names = ("--prompt", "Question", "--completion", "component 1", "--label", "flag")
+    names = ("--columns", "prompt=Question,completion=component 1", "--columns", "label=flag")
     read, written = imported(run_cli, "csv", file, *names)
     ask = (Turn("text", "2 + 2?"),)
     assert read.ratings == [
@@ -142,18 +147,18 @@ def test_a_table_with_named_columns(run_cli: RunCli, tmp_path: Path) -> None:
         Rating(ask, Turn("text", "5"), False, "2 + 2?", probability=0.25),
     ]
     assert read.prompts[0].columns["username"] == "ann"
-    assert ":5: flag is 'perhaps'" in written  # the line of the file: a cell has two
+    assert ":5: label is 'perhaps'" in written  # the line of the file: a cell has two
 
     pairs = table(
         tmp_path / "pairs.csv", ["q", "a", "b"], [json.dumps([{"role": "user", "content": "x"}]), "y", "z"]
     )
-    read, _ = imported(run_cli, "csv", pairs, "--prompt", "q", "--chosen", "a", "--rejected", "b")
+    read, _ = imported(run_cli, "csv", pairs, "--columns", "prompt=q,chosen=a,rejected=b")
     assert read.comparisons == [Comparison((Turn("user", "x"),), Turn("agent", "y"), Turn("agent", "z"), "x")]
 
 
 def test_a_column_that_is_named_takes_the_place_of_one_of_the_formats_own(run_cli: RunCli, tmp_path: Path) -> None:
     file = table(tmp_path / "x.csv", ["prompt", "q", "completion"], ["Be brief.", "2 + 2?", "4"])
-    read, _ = imported(run_cli, "csv", file, "--prompt", "q")
+    read, _ = imported(run_cli, "csv", file, "--columns", "prompt=q")
     assert read.demonstrations == [Demonstration((Turn("text", "2 + 2?"),), (Turn("text", "4"),), "2 + 2?")]
 
 
@@ -196,15 +201,17 @@ def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "content", "what"),
     [
-        ("open-webui", "{}", "the file is an object; a list expected"),
+        ("open-webui", "{}", "the row has no data, meta, snapshot"),
         ("open-webui", "[", "not JSON"),
         ("open-webui", "[{}]", "the row has no data, meta, snapshot"),
         ("gradio", "a,b\n1,2\n", "has no conversation, index, flag"),
-        ("csv", "a,b\n1,2\n", "the table has no prompt"),
-        ("csv --label ratng", "prompt,completion,rating\na,b,1\n", "the table has no ratng"),
+        ("csv", "a,b\n1,2\n", "the fields ['a', 'b'] fit no format"),
+        ("csv --columns label=ratng", "prompt,completion,rating\na,b,1\n", "no row has ratng"),
+        ("csv --columns lable=rating", "prompt,completion,rating\na,b,1\n", "no field 'lable'"),
+        ("csv --columns prompt", "prompt\na\n", "'prompt' is no FIELD=NAME"),
         ("csv", 'a,b\n"1,2\n', "unexpected end of data"),
         ("csv", "", "it is empty"),
-        ("csv", b"\xff", "cannot be read: 'utf-8'"),
+        ("csv", b"\xff", "is not UTF-8: byte 0xff"),
         ("json", "", "'json' is none of open-webui, gradio, trl, csv"),
     ],
 )

@@ -66,4 +66,5 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     assert (browser.execute_script(LINE) == dark) == (scheme == "dark")
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(17, 20, 24)") == (scheme == "dark")
+    assert browser.execute_script("return document.querySelectorAll('button.copy').length") > 0
     assert browser.execute_script(OUTCOMES) == ([5, 5, 0] if page == "rich" else [-1, -1, -1])

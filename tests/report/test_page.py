@@ -1,5 +1,7 @@
 """The page: whole with any part missing, nothing unescaped, nothing fetched, the same bytes twice."""
 
+import base64
+import hashlib
 import json
 import random
 import re
@@ -62,7 +64,7 @@ def _check(text: str) -> _Outline:
     targets = {address[1:] for address in outline.addresses if address.startswith("#")}
     targets |= set(re.findall(r"url\(#([^)]+)\)", text))
     assert targets <= set(outline.ids)
-    assert "script" not in outline.tags
+    assert outline.tags.count("script") == 1, "the one that copies"
     spoken = re.findall(r'<svg[^>]*role="img"[^>]*aria-label="([^"]+)"[^>]*>\s*<title>([^<]+)</title>', text)
     assert len(spoken) == text.count("<svg")
     assert not re.findall(r"https?://", text)
@@ -78,6 +80,9 @@ def test_everything(tmp_path: Path) -> None:
     assert sections <= set(outline.ids)
     names = re.findall(r'class="plot"[^>]*aria-label="([^"]*)"', text)
     assert len(names) == text.count("<svg") == 14
+    areas = re.findall(r'<rect class="hover" [^>]*><title>([^<]+)</title></rect>', text)
+    for words in ("step 60: Reward ", "Reward · update: base weights ", "held out, after RL: ", " rated up, "):
+        assert any(words in one for one in areas), words
     assert "The policy is better." in text
     assert "Where LoRA is behind" in text
     assert "over seeds (n = 2 and 2)" in text
@@ -136,7 +141,7 @@ def test_escaped(tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text(f"# {EVIL}\n")
     text = _page(tmp_path, folder)
     _check(text)
-    assert "<script" not in text.lower()
+    assert text.lower().count("<script") == 1, "the one that copies"
     assert text.count("&lt;script&gt;") > 15
 
 
@@ -150,7 +155,10 @@ def test_same_bytes(tmp_path: Path) -> None:
 def test_policy_of_content(tmp_path: Path) -> None:
     """The browser itself is told to load nothing."""
     text = _page(tmp_path, write(tmp_path / "a", make_report(random.Random(0), 0, "lora", 8)))
-    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'\""
+    assert allowed in text
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 

@@ -175,11 +175,11 @@ def test_balance() -> None:
         "Reward at the end: 0.50 against 0.70.",
     ]
     assert len(sides.open) == 1
-    assert bottom_line(qualities).startswith("No difference shown")
-    assert bottom_line(qualities[:1]).startswith("Yes, full tuning is better")
-    assert bottom_line([QualityRow("Reward at the end", Spread(1, None, 1), Spread(2, None, 1))]).startswith(
-        "Not known"
-    )
+    assert bottom_line(qualities, "LoRA").startswith("No difference shown")
+    assert bottom_line(qualities[:1], "LoRA").startswith("Yes, full tuning is better")
+    alone = QualityRow("Reward at the end", Spread(1, None, 1), Spread(2, None, 1))
+    assert bottom_line([alone], "dora").startswith("Not known: with one run on a side, a difference may be chance")
+    assert "dora 1.00, full tuning 2.00" in bottom_line([alone], "dora")
 
 
 @pytest.mark.parametrize(

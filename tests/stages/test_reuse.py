@@ -91,6 +91,22 @@ def test_more_epochs_and_steps_continue_where_the_schedule_allows_it(
         assert "under sft.lr_scheduler_type: constant it would be continued" in log
 
 
+def test_a_stage_that_was_not_begun_may_change_in_its_folder(
+    run_cli: RunCli, write_recipe: WriteRecipe, data: Path, tmp_path: Path
+) -> None:
+    where = {"source": "jsonl", "path": str(data), "held_out": 0.3}
+    recipe, out = write_recipe(data=where, reward=REWARD, rl=None), tmp_path / "out"
+    assert run_cli("reward", recipe, "--out", out)[0] == 0
+    recipe = write_recipe(data=where, reward=REWARD, rl=RL)
+    code, text = run_cli("rl", recipe, "rl.learning_rate=0.002", "--out", out)
+    assert code == 0, text
+    assert "learning_rate: 0.002" in (out / "recipe.yaml").read_text()
+    code, text = run_cli("rl", recipe, "--out", out)
+    assert code == 2, "now it was"
+    assert "there rl.learning_rate is 0.002" in text
+    assert f"with --from {out}" in text
+
+
 def test_more_steps_of_rl_continue(
     run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perl.runs.trackers import sending
@@ -41,11 +42,15 @@ def test_an_interrupted_run_can_be_read(
     status, written = run_cli("report", out)
     assert status == 0, written
     assert "During training" in (out / "report.html").read_text()
+    waited = json.loads((out / "policy" / "waited.json").read_text())
     monkeypatch.delenv("LEAVE_AT")
     status, written = run_cli("run", recipe, "--out", out)
     assert status == 0, written
     assert "This run is not finished" not in (out / "report.html").read_text()
     assert not (out / "progress.json").exists()
+    result = json.loads((out / "policy" / "result.json").read_text())
+    assert result["waited_seconds"] > waited > 0
+    assert result["waited_seconds"] > result["seconds"]
     lines = [json.loads(line) for line in (out / "policy" / "samples-by-step.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert list(lines[0]["answers"]) == ["policy"]
@@ -64,6 +69,7 @@ def test_metrics_of_every_stage_are_in_tensorboard(
         lines = [json.loads(line) for line in (out / role / "metrics.jsonl").read_text().splitlines()]
         assert [one.step for one in events] == [line["step"] for line in lines]
         assert [one.value for one in events] == pytest.approx([line[metric] for line in lines])
+    assert all(path.is_file() for path in (out / "tensorboard").glob("*/*")), "no folders of accelerate's own"
 
 
 class Elsewhere(ModuleType):
@@ -98,6 +104,8 @@ def test_other_trackers_by_accelerates_interface(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Elsewhere(name)
+    fresh: dict[str, Any] = {}
+    monkeypatch.setattr(PartialState, "_shared_state", fresh)  # as in a process that has just begun
     monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -54,23 +54,21 @@ Work = dict[Operation, float]
 
 
 class CountingMeter(Meter):
-    """Counts the operations of the last step, too.
+    """Counts operations, too.
 
     Attributes:
-        work: of the last step, by phase.
         repeats: how often the step has what runs now in a phase; once where nothing is said.
     """
 
     def __init__(self, *args: Any) -> None:
-        self.work: dict[Phase, Work] = {}
         self.repeats: dict[Phase, float] = {}
+        self._work: dict[Phase, Work] = {}
         self._now: list[Phase] = []
         super().__init__(*args)
 
     @contextlib.contextmanager
     def step(self, optimizer: Any) -> Iterator[None]:
         """As `Meter.step`."""
-        self.work = {}
         with super().step(optimizer), _Counting(self._count):
             yield
 
@@ -93,9 +91,13 @@ class CountingMeter(Meter):
         finally:
             self.repeats = before
 
+    def work(self) -> dict[Phase, Work]:
+        """Of a step, by phase: the mean, as batches are of various lengths."""
+        return {phase: scaled(work, 1 / len(self.step_seconds)) for phase, work in self._work.items()}
+
     def _count(self, operation: Operation) -> None:
         phase = self._now[-1]
-        work = self.work.setdefault(phase, {})
+        work = self._work.setdefault(phase, {})
         work[operation] = work.get(operation, 0.0) + self.repeats.get(phase, 1.0)
 
 

@@ -116,7 +116,7 @@ def named(name: str) -> Device:
         raise UserError(
             f"nothing is known of {name!r}",
             where="--device",
-            remedy=f"Name one of {', '.join(PUBLISHED)}, cpu, or measure yours: perl-rlhf estimate RECIPE --calibrate.",
+            remedy=f"Name one of {', '.join(PUBLISHED)}, cpu, or measure this machine with --calibrate.",
         )
     gpu = PUBLISHED[name]
     peaks = {"bfloat16": gpu.bfloat16, "float16": gpu.bfloat16, "float32": gpu.float32}

@@ -49,7 +49,7 @@ class Tried(Cost):
     trainable_parameters: int
     step_seconds: list[dict[Phase, float]]
     work: dict[Phase, Work]
-    """Of the last step, on fake tensors."""
+    """Of a step, on fake tensors."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class TrialSession(Session):
 
     def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
         parameters = sum(parameter.numel() for parameter in trained)
-        work = meter.work if isinstance(meter, CountingMeter) else {}
+        work = meter.work() if isinstance(meter, CountingMeter) else {}
         return Tried(
             **vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds, work=work
         )

@@ -48,7 +48,7 @@ def test_through_a_frozen_layer_only_the_inputs_gradient() -> None:
 
 
 def test_a_checkpointed_block_is_computed_once_more() -> None:
-    layer, x = nn.Linear(WIDTH, OUT, bias=False), torch.ones(ROWS, WIDTH, requires_grad=True)
+    layer, x = nn.Sequential(nn.Linear(WIDTH, OUT), nn.Tanh()), torch.ones(ROWS, WIDTH, requires_grad=True)
     with counted() as work:
         checkpoint(layer, x, use_reentrant=False).sum().backward()  # type: ignore[no-untyped-call]
     assert flops(work) == 4 * PRODUCT
@@ -83,7 +83,7 @@ def test_sums_of_work() -> None:
 def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rewarded")
     (folder / "rewards.py").write_text("def one(completions, **columns):\n    return [1.0 for _ in completions]\n")
-    rows = [{"prompt": f"{index} " + "A latte, please. " * 8, "completion": "One latte."} for index in range(12)]
+    rows = [{"prompt": "A latte, please. " * 8 + f"Number {index}.", "completion": "One latte."} for index in range(12)]
     return write_rows(folder / "rows.jsonl", rows)
 
 
@@ -122,7 +122,8 @@ def test_a_step_tried_in_part_counts_as_the_whole(
     found, whole = trace(recipe, read_subject(recipe), "rl").work, on_real_tensors(recipe, monkeypatch)
     assert set(found) == set(whole) == {"generate", "score", "update"}
     for phase, work in whole.items():
-        for kind in ("product", "rows", "rank", "attention"):
+        assert flops(found[phase]) == pytest.approx(flops(work), rel=1e-6), phase
+        for kind in ("product", "rank", "attention"):
             assert flops(found[phase], kind=kind) == pytest.approx(flops(work, kind=kind), rel=1e-6), (phase, kind)
         calls, expected = sum(found[phase].values()), sum(work.values())
         assert calls == pytest.approx(expected, rel=0.25), phase

@@ -1,8 +1,9 @@
 """What a step of RL costs: the real steps, on the longest prompts and completions there can be.
 
-On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts
-and the first and the last token, and two micro-batches of it. Their tensors are views of the whole batch's, which
-stay in memory as in a real step; what is computed later of other rows, some numbers a token, is left out.
+On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts,
+some tokens in the middle and the last ones, and two micro-batches of it. Their tensors are views of the whole
+batch's, which stay in memory as in a real step; what is computed later of other rows, some numbers a token, is
+left out. The operations of what is computed are counted as often as the whole step has them.
 """
 
 import contextlib
@@ -98,7 +99,7 @@ def _as_tried(session: TrialSession) -> TrialSession:
 
 
 class AbridgedSampler(LocalSampler):
-    """Draws a whole batch, of which the first and the last token are computed, and returns its last rows.
+    """Draws a whole batch, of which a few tokens are computed, and returns its last rows.
 
     Args:
         batch: the tokens of all its prompts.

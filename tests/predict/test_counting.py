@@ -83,7 +83,8 @@ def test_sums_of_work() -> None:
 def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rewarded")
     (folder / "rewards.py").write_text("def one(completions, **columns):\n    return [1.0 for _ in completions]\n")
-    rows = [{"prompt": "A latte, please. " * 8 + f"Number {index}.", "completion": "One latte."} for index in range(12)]
+    prompts = [f"{'A latte, please. ' * 8}Number {index}." for index in range(12)]
+    rows = [{"prompt": prompt, "completion": "One latte."} for prompt in prompts]
     return write_rows(folder / "rows.jsonl", rows)
 
 

@@ -48,10 +48,12 @@ class Workers:
             for label, stage in heaviest_first
         }
         with track("predicting", len(futures)) as bar:
-            for future in futures.values():
-                future.add_done_callback(lambda _: bar())
             for label, recipe in recipes.items():
-                yield label, {stage: futures[label, stage].result() for stage in recipe.stages}
+                found: dict[StageName, Traced] = {}
+                for stage in recipe.stages:
+                    found[stage] = futures[label, stage].result()
+                    bar()
+                yield label, found
 
 
 def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -> "Traced":

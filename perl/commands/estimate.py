@@ -1,10 +1,7 @@
-"""`estimate`: will it fit, and if not, what would make it fit."""
+"""`estimate`: will it fit, and if not, what would make it fit; how long it takes, and what that costs."""
 
-import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,18 +9,21 @@ import typer
 from rich.table import Table
 
 from perl.commands.compare import TUNINGS
+from perl.commands.estimate_workers import Workers
 from perl.commands.options import JsonFile, Overrides, RecipeFile, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
-from perl.report.numbers import bytes_text
+from perl.report.numbers import bytes_text, seconds_text
 from perl.sweep.setting import variant
 from perl.system.files import write_metrics
-from perl.system.progress import console, track
+from perl.system.progress import console, counted
 from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
     from perl.measure.probe import Kind
-    from perl.predict import Memory, Subject
+    from perl.predict import Memory, Subject, Traced
+    from perl.predict.device import Device
+    from perl.predict.seconds import StageTime
 
 SHORT: "dict[Kind, str]" = {
     "base_weights": "base",
@@ -33,9 +33,6 @@ SHORT: "dict[Kind, str]" = {
     "kv_cache": "KV",
     "activations": "activ",
 }
-SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
-"""What ZeRO-3 and FSDP spread over the devices."""
-
 Prediction = dict[StageName, "Memory"]
 
 
@@ -67,32 +64,47 @@ def estimate(
     devices: Annotated[
         int, typer.Option("--devices", metavar="N", min=1, help="Shard over so many (ZeRO-3 or FSDP).")
     ] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="Seconds on h200, h100, a100, l40s, 4090 or cpu."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine first, a minute, and predict its seconds.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="PER_HOUR", min=0.0, help="Of one device, for the cost.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Predict peak memory by stage and phase, without loading weights; say what to change if it does not fit."""
+    """Predict peak memory and time by stage and phase, without loading weights; say what to change to fit."""
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
-    say_loading()
-    from perl.backbones import backbone_of
-    from perl.predict import read_subject
+    if calibrate and device is not None:
+        raise UserError("this machine is measured", where="--device", remedy="Leave out --device or --calibrate.")
+    with Workers(devices) as workers:
+        say_loading()
+        from perl.backbones import backbone_of
+        from perl.predict import read_subject
 
-    subject = read_subject(loaded)
-    predictions = _predict_all(_tunings(loaded), subject, devices)
-    for label, prediction in predictions.items():
-        console.print(_table(label, prediction, devices, limit))
-    metrics: dict[str, Any] = {label: as_json(prediction) for label, prediction in predictions.items()}
-    if limit is not None:
-        own = predictions[loaded.tuning]
-        metrics["fits"] = _peak(own) <= limit
-        _say_whether_it_fits(loaded, own, limit)
-        if not metrics["fits"]:
+        speed = _speed(device, calibrate)
+        workers.subject = subject = read_subject(loaded)
+        metrics: dict[str, Any] = {"name": loaded.name, "devices": devices, "basis": speed.basis}
+        seconds: dict[str, dict[StageName, StageTime]] = {}
+        tunings = _tunings(loaded)
+        for label, found in workers.in_turn(tunings):
+            prediction = {stage: traced.memory for stage, traced in found.items()}
+            metrics[label], seconds[label] = as_json(prediction), _times(tunings[label], subject, found, speed)
+            console.print(_table(label, prediction, devices, limit))
+            _say_seconds(tunings[label], seconds[label], speed, devices, price)
+            if limit is not None and label == loaded.tuning:
+                metrics["fits"] = _say_whether_it_fits(loaded, prediction, limit)
+        metrics |= _in_json(seconds, price, devices)
+        if limit is not None and not metrics["fits"]:
             four_bit = backbone_of(subject.config).refusal("4bit", "base.quantization") is None
-            changes = _predict_all(_alternatives(loaded, recipe, overrides or [], four_bit), subject, devices)
-            peaks = {label: _peak(prediction) for label, prediction in changes.items()}
-            _say_changes(peaks, limit)
-            metrics["changes"] = {label: {"peak": peak, "fits": peak <= limit} for label, peak in peaks.items()}
+            changes = _alternatives(loaded, recipe, overrides or [], four_bit)
+            metrics["changes"] = _say_changes(workers, changes, limit)
     if json_file is not None:
-        write_metrics(json_file, {"name": loaded.name, "devices": devices, **metrics})
+        write_metrics(json_file, metrics)
 
 
 def print_prediction(recipe: Recipe) -> None:
@@ -103,9 +115,9 @@ def print_prediction(recipe: Recipe) -> None:
 
 
 def _tunings(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe under both tunings, or under its own where it has what the other does not."""
+    """The recipe under both tunings, its own first, or alone where it has what the other does not."""
     found: dict[str, Recipe] = {}
-    for tuning in TUNINGS:
+    for tuning in sorted(TUNINGS, key=lambda one: one != recipe.tuning):
         try:
             found[tuning] = variant(recipe, tuning, recipe.seed)
         except UserError as error:
@@ -113,59 +125,14 @@ def _tunings(recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
-def _predict_all(recipes: Mapping[str, Recipe], subject: "Subject", devices: int) -> dict[str, Prediction]:
-    """In parallel processes: each prediction is up to a minute of Python, not of arithmetic."""
-    workers = min(len(recipes), os.cpu_count() or 1)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
-    with ProcessPoolExecutor(workers, context) as pool, track("predicting", len(recipes)) as bar:
-        futures = {label: pool.submit(_predict, recipe, subject, devices) for label, recipe in recipes.items()}
-        for _ in as_completed(futures.values()):
-            bar()
-        return {label: future.result() for label, future in futures.items()}
+def _speed(name: str | None, calibrate: bool) -> "Device":
+    from perl.predict.calibrate import calibrated, measure
+    from perl.predict.device import named
 
-
-def _predict(recipe: Recipe, subject: "Subject", devices: int) -> Prediction:
-    import torch
-
-    from perl.predict import predict, weight_sizes
-    from perl.stages.material import quiet_libraries
-
-    quiet_libraries()
-    torch.set_num_threads(1)
-    try:
-        prediction = predict(_share(recipe, devices) if devices > 1 else recipe, subject)
-    except UserError:
-        raise
-    except Exception as error:  # some of torch's cannot be sent from one process to another
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
-    if devices == 1:
-        return prediction
-    size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
-    # Gathered are the block that computes, the next one, and all that is outside the blocks.
-    gathered = 2 * size.block + size.outside
-    return {stage: _sharded(memory, devices, gathered) for stage, memory in prediction.items()}
-
-
-def _share(recipe: Recipe, devices: int) -> Recipe:
-    """One device's part of every batch."""
-    content = recipe.model_dump()
-    for stage, key in (("sft", "batch_size"), ("reward", "batch_size"), ("rl", "prompts_per_step")):
-        if content[stage]:
-            content[stage][key] = -(-content[stage][key] // devices)
-    if rl := content["rl"]:
-        rl["micro_batch_size"] = min(rl["micro_batch_size"], rl["prompts_per_step"] * rl["samples_per_prompt"])
-    return Recipe.model_validate(content)
-
-
-def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
-    from perl.predict import changed
-
-    spread: Memory = {}
-    for phase, peak in memory.items():
-        less = {kind: -count * (1 - 1 / devices) for kind, count in peak.kinds.items() if kind in SHARDED}
-        spread |= changed({phase: peak}, less | {"activations": gathered})
-    return spread
+    if calibrate:
+        console.print("Measuring this machine, about a minute …")
+        return measure()
+    return named(name) if name is not None else calibrated() or named("cpu")
 
 
 def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bool) -> dict[str, Recipe]:
@@ -197,18 +164,80 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bo
     }
 
 
-def _say_changes(peaks: Mapping[str, int], device_memory: int) -> None:
-    table = Table("change", "peak", "fits", title="What would need less")
-    for label, peak in peaks.items():
-        table.add_row(label, bytes_text(peak), "yes" if peak <= device_memory else "no")
-    console.print(table)
+def _say_changes(workers: Workers, changes: Mapping[str, Recipe], device_memory: int) -> dict[str, Any]:
+    """A line for each change as it is known."""
+    console.print("What would need less:")
+    found: dict[str, Any] = {}
+    for label, traced in workers.in_turn(changes):
+        peak = _peak({stage: one.memory for stage, one in traced.items()})
+        fits = peak <= device_memory
+        console.print(
+            f"  {bytes_text(peak):>8}  {'fits        ' if fits else 'does not fit'}  {label}", markup=False
+        )
+        found[label] = {"peak": peak, "fits": fits}
+    return found
+
+
+def _times(
+    recipe: Recipe, subject: "Subject", found: "Mapping[StageName, Traced]", speed: "Device"
+) -> "dict[StageName, StageTime]":
+    from perl.predict.seconds import stage_time
+
+    return {
+        stage: stage_time(recipe, stage, traced.work, subject.sizes[stage], speed)
+        for stage, traced in found.items()
+    }
+
+
+def _hours(times: "Mapping[StageName, StageTime]") -> float:
+    return sum(time.total for time in times.values()) / 3600
+
+
+def _in_json(
+    seconds: "Mapping[str, Mapping[StageName, StageTime]]", price: float | None, devices: int
+) -> dict[str, Any]:
+    """Seconds of a step by phase and of the stages, hours of the recipe and their price, by tuning."""
+    hours = {label: _hours(times) for label, times in seconds.items()}
+    found: dict[str, Any] = {
+        "seconds": {
+            label: {
+                stage: {**time.step, "training": time.training, "evaluation": time.evaluation}
+                for stage, time in times.items()
+            }
+            for label, times in seconds.items()
+        },
+        "hours": hours,
+    }
+    if price is not None:
+        found["cost"] = {label: one * price * devices for label, one in hours.items()}
+    return found
+
+
+def _say_seconds(
+    recipe: Recipe, times: "Mapping[StageName, StageTime]", speed: "Device", devices: int, price: float | None
+) -> None:
+    for stage, time in times.items():
+        phases = ", ".join(f"{phase} {seconds_text(spent)}" for phase, spent in time.step.items())
+        line = f"{stage}: {phases} a step of the longest rows; {counted(time.steps, 'step')} "
+        line += f"{seconds_text(time.training)}, evaluation {seconds_text(time.evaluation)}"
+        if time.draws_at_most > 1:
+            line += f"; generate and score up to {time.draws_at_most} times where groups are drawn again"
+        console.print(f"{line}.", markup=False)
+    hours = _hours(times)
+    money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} an hour of a device"
+    alone = "" if devices == 1 else ", without what devices send each other"
+    console.print(
+        f"All of {recipe.name} ({recipe.tuning}) on {speed.name}: about {seconds_text(hours * 3600)}{alone}"
+        f"{money}. That is a prediction; its basis: {speed.basis}.",
+        markup=False,
+    )
 
 
 def _peak(prediction: Prediction) -> int:
     return max(phase.peak for memory in prediction.values() for phase in memory.values())
 
 
-def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) -> None:
+def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) -> bool:
     peak, room = _peak(own), bytes_text(device_memory)
     stage = max(own, key=lambda name: max(phase.peak for phase in own[name].values()))
     verdict = "[green]It fits[/]" if peak <= device_memory else "[red]It does not fit[/]"
@@ -216,6 +245,7 @@ def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) ->
         f"{verdict}: {recipe.name} ({recipe.tuning}) needs {bytes_text(peak)} of {room}, most of all in {stage}. "
         "These are the bytes of live tensors; the CUDA context and fragmentation take about 1 GB more."
     )
+    return peak <= device_memory
 
 
 def _table(label: str, prediction: Prediction, devices: int, device_memory: int | None) -> Table:

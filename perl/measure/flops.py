@@ -24,7 +24,8 @@ def _packed_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
 _ATEN = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    # Torch's registry leaves out the CPU's attention.
+    # Torch's registry leaves out products in place, and the CPU's attention.
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _ATEN._scaled_dot_product_flash_attention_backward

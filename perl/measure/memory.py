@@ -20,13 +20,13 @@ from torch import Tensor
 from perl.private.torch import TorchDispatchMode
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an operator's arguments or results, which may be lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 Holder = torch.UntypedStorage | Tensor
@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # A fake result is another object than the `out` it was written to.
-        for tensor in _tensors((kwargs.get("out", result),)):
+        for tensor in tensors_in((kwargs.get("out", result),)):
             storage = holder(tensor)
             # Views and in-place operators return their argument's storage: not new, though maybe resized.
             if storage is not None and (
@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
         # torch.tensor and from_numpy make their tensor unseen and then pass it through lift_fresh.
         if func is torch.ops.aten.lift_fresh.default:
             return False
-        return any(holder(tensor) is storage for tensor in _tensors((*args, *kwargs.values())))
+        return any(holder(tensor) is storage for tensor in tensors_in((*args, *kwargs.values())))
 
     def _count(self, storage: Holder) -> None:
         """Add a storage, or note its new size. A storage has one Python object for life: its id is a key."""

@@ -1,6 +1,6 @@
 """What a recipe will cost: its stages tried for a few steps, on real weights or on tensors without contents."""
 
-from perl.predict.memory import Memory, changed, predict, weight_sizes
+from perl.predict.memory import Memory, Traced, changed, predict, trace, weight_sizes
 from perl.predict.stages import TRY
 from perl.predict.subject import Subject, read_subject
 from perl.predict.trial import Trial, TrialSession, Tried, trial_session
@@ -9,12 +9,14 @@ __all__ = [
     "TRY",
     "Memory",
     "Subject",
+    "Traced",
     "Trial",
     "TrialSession",
     "Tried",
     "changed",
     "predict",
     "read_subject",
+    "trace",
     "trial_session",
     "weight_sizes",
 ]

@@ -1,12 +1,15 @@
-"""Predicted peak memory of a recipe's stages: the real steps, run on fake tensors.
+"""Predicted peak memory of a recipe's stages, and their operations: the real steps, run on fake tensors.
 
 The code that trains a stage takes two steps on the longest rows of its data (`Trial`), with a base that has every
 shape and no weights. There is no second model of memory that could drift from the code.
 
-A deep base is tried at two smaller depths, and each kind of memory is extrapolated linearly: layers are all alike.
+A deep base is tried at two smaller depths, and each kind of memory and of operation is extrapolated linearly:
+layers are all alike.
 """
 
-from collections.abc import Mapping
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ from perl.adapters.targets import linear_layers
 from perl.backbones import backbone_of
 from perl.backbones.fake import fake_lm
 from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
+from perl.predict.counting import Work, added, scaled
 from perl.predict.stages import TRY
 from perl.predict.subject import Subject, fake_session
 from perl.recipe import Recipe, StageName
@@ -29,8 +33,22 @@ FOUR_BIT_BYTES = 0.5 + 4 / 64
 Memory = dict[Phase, PhaseMemory]
 
 
+@dataclass(frozen=True)
+class Traced:
+    """What a stage's steps are found to need."""
+
+    memory: Memory
+    work: dict[Phase, Work]
+    """Of one step, on the longest rows."""
+
+
 def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
-    """Peak memory of every stage of a recipe, by phase and kind, in bytes.
+    """Peak memory of every stage of a recipe, by phase and kind, in bytes; arguments as of `trace`."""
+    return {stage: trace(recipe, subject, stage).memory for stage in recipe.stages}
+
+
+def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
+    """Peak memory of a stage by phase and kind, in bytes, and the operations of a step.
 
     Args:
         subject: of this recipe, or of one with the same base, data and seed.
@@ -43,19 +61,22 @@ def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
-        predicted = _predict_at(recipe, subject, subject.depth)
+        traced = _trace_at(recipe, subject, stage, subject.depth)
     else:
-        low, high = (_predict_at(recipe, subject, depth) for depth in DEPTHS)
+        low, high = (_trace_at(recipe, subject, stage, depth) for depth in DEPTHS)
         share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        predicted = {stage: _extend(low[stage], high[stage], share) for stage in low}
+        work = {
+            phase: added(scaled(low.work[phase], 1 - share), scaled(high.work[phase], share)) for phase in low.work
+        }
+        traced = Traced(_extend(low.memory, high.memory, share), work)
     if recipe.base.quantization == "4bit":
         size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
         change: dict[Kind, float] = {
             "base_weights": -size.linear * (1 - FOUR_BIT_BYTES / size.bytes_each),
             "activations": size.largest,  # a layer's weights in the base's dtype, while it computes
         }
-        predicted = {stage: changed(memory, change) for stage, memory in predicted.items()}
-    return predicted
+        traced = Traced(changed(traced.memory, change), traced.work)
+    return traced
 
 
 def _with_layers(recipe: Recipe, layers: str) -> Recipe:
@@ -117,9 +138,18 @@ def _extend(low: Memory, high: Memory, share: float) -> Memory:
     return extended
 
 
-def _predict_at(recipe: Recipe, subject: Subject, depth: int) -> dict[StageName, Memory]:
-    memory: dict[StageName, Memory] = {}
-    for stage in recipe.stages:
-        with fake_session(recipe, subject, depth) as session:
-            memory[stage] = TRY[stage](session).memory
-    return memory
+def _trace_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Traced:
+    with fake_session(recipe, subject, depth) as session, _libraries_uncollected():
+        tried = TRY[stage](session)
+    return Traced(tried.memory, tried.work)
+
+
+@contextlib.contextmanager
+def _libraries_uncollected() -> Iterator[None]:
+    """Inside, Python's collector, which runs at every measured step, leaves out what is there already."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

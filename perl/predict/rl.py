@@ -1,11 +1,13 @@
 """What a step of RL costs: the real steps, on the longest prompts and completions there can be.
 
-On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts
-and the first and the last token, and two micro-batches of it. Their tensors are views of the whole batch's, which
-stay in memory as in a real step; what is computed later of other rows, some numbers a token, is left out.
+On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts,
+some tokens in the middle and the last ones, and two micro-batches of it. Their tensors are views of the whole
+batch's, which stay in memory as in a real step; what is computed later of other rows, some numbers a token, is
+left out. The operations of what is computed are counted as often as the whole step has them.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perl.predict.counting import CountingMeter
 from perl.predict.trial import TrialSession, Tried
 from perl.recipe.rewards import LengthPart, ServerPart
 from perl.rl import trust_region
@@ -42,8 +45,10 @@ def try_rl(session: TrialSession) -> Tried:
     prompts = longest_prompts(loop)
     sampler = loop.collector.sampler
     if session.trial.abridged:
-        sampler = AbridgedSampler(session.roles, prompts.ids)
-        prompts = prompts.take(range(_first_tried(loop), len(prompts)))
+        assert isinstance(loop.meter, CountingMeter)
+        sampler, count = AbridgedSampler(session.roles, prompts.ids, loop.meter), len(prompts)
+        prompts = prompts.take(range(_first_tried(loop), count))
+        _count_all(loop, loop.meter, count / len(prompts))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     with session.folder.metrics(Role.POLICY) as log:
         for step in range(session.trial.steps):
@@ -53,6 +58,14 @@ def try_rl(session: TrialSession) -> Tried:
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
     return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
+
+
+def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:
+    """Let the tried rows count for so many times as many; an optimizer's step is of none."""
+    meter.repeats = {"score": share, "update": share}
+    optimizer, inside = loop.learner.optimizer, contextlib.ExitStack()
+    optimizer.register_step_pre_hook(lambda *_: inside.enter_context(meter.once()))
+    optimizer.register_step_post_hook(lambda *_: inside.close())
 
 
 def _first_tried(loop: Loop) -> int:
@@ -90,15 +103,16 @@ def _as_tried(session: TrialSession) -> TrialSession:
 
 
 class AbridgedSampler(LocalSampler):
-    """Draws a whole batch, of which the first and the last token are computed, and returns its last rows.
+    """Draws a whole batch, of which a few tokens are computed, and returns its last rows.
 
     Args:
         batch: the tokens of all its prompts.
+        meter: told how often a real batch has what is computed.
     """
 
-    def __init__(self, roles: Roles, batch: Sequence[Sequence[int]]) -> None:
+    def __init__(self, roles: Roles, batch: Sequence[Sequence[int]], meter: CountingMeter) -> None:
         super().__init__(roles)
-        self._batch = batch
+        self._batch, self._meter = batch, meter
 
     def draw(
         self,
@@ -125,20 +139,40 @@ class AbridgedSampler(LocalSampler):
         read: Read | None,
         seen: list[Tensor],
     ) -> Drawing:
-        return _AbridgedDrawing(self.roles, prompts, sampling, uniform_BT, read, seen)
+        drawing = _AbridgedDrawing(self.roles, prompts, sampling, uniform_BT, read, seen)
+        drawing.meter = self._meter
+        return drawing
 
 
 class _AbridgedDrawing(Drawing):
-    def steps(self) -> Iterable[int]:
-        """The last two positions; computed is the last token."""
-        left_out = max(0, self.length - 2)
-        self.mask_BL = F.pad(self.mask_BL, (0, left_out), value=1)
-        self.cache.skip(left_out)
-        return range(left_out, self.length)
+    meter: CountingMeter
+
+    def steps(self) -> Iterator[int]:
+        """Some in the middle, of which the second counts for all that are left out, and the last two.
+
+        In the first one the cache grows to where it is, and attention is tried beside its kernel.
+        """
+        middle = self.length // 2 | 1  # odd, so that the cache does not grow in the next one
+        tried = [middle, middle + 1, self.length - 2, self.length - 1]
+        if self.length < 2 * len(tried):
+            tried = list(range(self.length))
+        filled = 0
+        for step in tried:
+            self.mask_BL = F.pad(self.mask_BL, (0, step - filled), value=1)
+            self.cache.skip(step - filled)
+            counts = self.length - len(tried) + 1 if step == tried[1] else 1
+            self.meter.repeats["generate"] = counts
+            yield step
+            filled = step + 1
+        self.meter.repeats["generate"] = 1
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
         """The last, which are the longest."""
         if rows.stop == len(self.prompts):
-            return super().prefill_groups(groups, rows)
+            different = len(set(map(tuple, self.prompts)))
+            self.meter.repeats["generate"] = -(-different // self.sampling.prompts_at_once)
+            hidden_BD = super().prefill_groups(groups, rows)
+            self.meter.repeats["generate"] = 1
+            return hidden_BD
         weight_VD: Tensor = self.model.get_output_embeddings().weight
         return weight_VD.new_zeros(rows.stop - rows.start, weight_VD.shape[1])

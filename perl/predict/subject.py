@@ -2,9 +2,10 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from perl.backbones.base import Base
 from perl.backbones.build import tiny_config, train_tokenizer
 from perl.backbones.fake import fake_lm, unknown_values
 from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
-from perl.data.records import Records
+from perl.data.records import Records, Turn
 from perl.predict.trial import Trial, TrialSession, longest
-from perl.recipe import Recipe
+from perl.recipe import Recipe, StageName
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
 from perl.roles.roles import Roles
 from perl.runs.folder import RunFolder
@@ -30,6 +31,22 @@ STEPS = 2
 """The first makes gradients and the optimizer's state; in the second all of them are there from the start."""
 
 
+TYPICAL = 64
+"""Rows by which the usual length is found."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a stage goes through."""
+
+    train: int
+    held_out: int
+    longest: float
+    """Tokens of a row that is tried, on average, before anything is cut off."""
+    usual: float
+    """Of all rows, on average."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What all predictions for one recipe and its variations share."""
@@ -39,6 +56,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     train: Records
     held_out: Records
+    """Of both the longest rows of each kind."""
+    sizes: dict[StageName, Rows]
 
     @property
     def depth(self) -> int:
@@ -65,7 +84,34 @@ def read_subject(recipe: Recipe) -> Subject:
         assert spec.model is not None
         config = load_config(spec.model, spec.trust_remote_code, generates=generates(recipe))
         tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
-    return Subject(config, tokenizer, longest(train, recipe, STEPS), longest(held_out, recipe, STEPS))
+    sizes = {stage: _rows(recipe, stage, tokenizer, train, held_out) for stage in recipe.stages}
+    return Subject(config, tokenizer, longest(train, recipe, STEPS), longest(held_out, recipe, STEPS), sizes)
+
+
+def _rows(
+    recipe: Recipe, stage: StageName, tokenizer: PreTrainedTokenizerBase, train: Records, held_out: Records
+) -> Rows:
+    """How many a stage has, and their lengths without the chat's marks."""
+    texts = sorted(_texts(recipe, stage, train), key=len)
+    spaced, last = texts[:: max(1, len(texts) // TYPICAL)], texts[-TYPICAL:]
+    usual, longest = (
+        fmean(len(tokenizer.encode(text)) for text in some) if some else 1.0 for some in (spaced, last)
+    )
+    return Rows(len(texts), len(_texts(recipe, stage, held_out)), max(longest, 1.0), max(usual, 1.0))
+
+
+def _texts(recipe: Recipe, stage: StageName, records: Records) -> list[str]:
+    turns: list[Sequence[Turn]]
+    if stage == "sft":
+        turns = [(*one.context, *one.answer) for one in records.demonstrations]
+    elif stage == "rl":
+        turns = [one.context for one in records.prompts]
+    else:
+        loss = recipe.reward.loss if recipe.reward is not None else "thumbs"
+        rated = [(*one.context, one.answer) for one in records.ratings if loss != "pairs"]
+        compared = [(*one.context, one.better, one.worse) for one in records.comparisons if loss != "thumbs"]
+        turns = [*rated, *compared]
+    return [" ".join(turn.text for turn in one) for one in turns]
 
 
 @contextlib.contextmanager

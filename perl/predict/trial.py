@@ -17,6 +17,7 @@ from perl.data.records import Rating, Records, Turn
 from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
 from perl.measure.probe import Phase
+from perl.predict.counting import CountingMeter, Work
 from perl.recipe import Recipe
 from perl.roles.role import Role
 from perl.roles.saved import Stamp, stamp_for
@@ -47,6 +48,8 @@ class Tried(Cost):
 
     trainable_parameters: int
     step_seconds: list[dict[Phase, float]]
+    work: dict[Phase, Work]
+    """Of a step, on fake tensors."""
 
 
 @dataclass
@@ -57,8 +60,11 @@ class TrialSession(Session):
 
     def meter(self) -> Meter:
         """A meter of what the trial is for."""
-        trunks = [] if self.trial.abridged else self.roles.trunks()
-        return Meter(self.device, self.resident(), trunks, MEASURED_STEPS if self.trial.measured else 0)
+        if self.trial.abridged:
+            return CountingMeter(self.device, self.resident(), [], self.trial.steps)
+        return Meter(
+            self.device, self.resident(), self.roles.trunks(), MEASURED_STEPS if self.trial.measured else 0
+        )
 
     @property
     def report_to(self) -> Sequence[str]:
@@ -84,7 +90,10 @@ class TrialSession(Session):
 
     def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
         parameters = sum(parameter.numel() for parameter in trained)
-        return Tried(**vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds)
+        work = meter.work() if isinstance(meter, CountingMeter) else {}
+        return Tried(
+            **vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds, work=work
+        )
 
 
 @contextlib.contextmanager

@@ -28,3 +28,10 @@ HAS_PACKED_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this build of torch multiplies with oneDNN's packed weights; not every one does."""
 if HAS_PACKED_LINEAR:
     need(torch.ops.mkldnn, "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+
+need(torch._C, "_current_graph_task_id")
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -108,6 +108,7 @@ def conjugate_gradients(
             break
         length = square / along
         x, residual = x + length * direction, residual - length * curved
+        del curved  # a vector less beside the next product's activations, which are a step's peak
         last, square = square, residual.dot(residual)
         direction = residual + square / last * direction
     return x

@@ -78,7 +78,7 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
 def test_a_tuning_that_the_recipe_cannot_have_is_left_out(run_cli: RunCli, write_recipe: WriteRecipe) -> None:
     rl = {"algorithm": "trpo", "reward": {"function": "rewards.py:length"}, "max_new_tokens": 4}
     found, text = estimated(run_cli, write_recipe(reward=None, rl=rl))
-    assert set(found) == {"name", "devices", "lora"}
+    assert set(found) == {"name", "devices", "basis", "lora", "seconds", "hours"}
     assert "full is left out: rl.trust_region keeps the policy's weights" in text
 
 
@@ -108,6 +108,27 @@ def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteR
     assert peak(four["full"]) < peak(one["full"])
 
 
+def test_seconds_hours_and_money(
+    run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(mixed_data.parent / "cache"))
+    data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
+    recipe = write_recipe(data=data, rl=None, reward=REWARD)
+    slow, text = estimated(run_cli, recipe, "--price", "2")
+    assert "cpu" in text
+    assert "That is a prediction" in text
+    for tuning, hours in slow["hours"].items():
+        (stage,) = slow["seconds"][tuning].values()
+        assert hours == pytest.approx((stage["training"] + stage["evaluation"]) / 3600)
+        assert slow["cost"][tuning] == 2 * hours
+        assert 0 < stage["update"] < stage["training"]
+    fast, text = estimated(run_cli, recipe, "--device", "h100")
+    assert "are assumed, not measured" in text
+    assert "assumed" in fast["basis"]
+    assert "cost" not in fast
+    assert fast["hours"]["full"] < slow["hours"]["full"]
+
+
 def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(rl=None)
     for arguments, expected in (
@@ -116,6 +137,9 @@ def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecip
         ([str(tmp_path / "none.yaml")], "no such recipe"),
         ([str(recipe), "base.model=/no/model"], "/no/model"),
         ([str(recipe), "--devices", "0"], "--devices"),
+        ([str(recipe), "--device", "b9000"], "--device: nothing is known of 'b9000'"),
+        ([str(recipe), "--device", "h100", "--calibrate"], "--device: this machine is measured"),
+        ([str(recipe), "--price", "-1"], "--price"),
     ):
         code, text = run_cli("estimate", *arguments)
         assert code == 2, text

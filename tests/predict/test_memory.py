@@ -103,6 +103,11 @@ def test_all_layers_tried_it_is_what_is_measured(length: int, changes: dict[str,
     assert not listeners
 
 
+def test_a_natural_step_is_what_is_measured(dialogues: Path) -> None:
+    tried = recipe(dialogues, 2, SHORT, "rl", algorithm="trpo", critic=None)
+    assert_close(predicted(tried), measured(tried), 0.001)
+
+
 def test_groups_that_micro_batches_cut_are_tried_whole(dialogues: Path) -> None:
     """Of 15 completions in groups of five the last two micro-batches of seven would be 14."""
     tried = recipe(dialogues, 2, SHORT, "rl", algorithm="rloo", critic=None)

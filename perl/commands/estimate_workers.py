@@ -1,0 +1,98 @@
+"""The processes in which `estimate` traces stages, each as one of the devices that it may be sharded over."""
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+from perl.errors import UserError
+from perl.recipe import Recipe, StageName
+from perl.system.progress import track
+
+if TYPE_CHECKING:
+    from perl.predict import Memory, Subject, Traced
+
+SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
+"""What ZeRO-3 and FSDP spread over the devices."""
+
+
+class Workers:
+    """Processes that trace stages: each is up to half a minute of Python, not of arithmetic.
+
+    They import what they need while the caller reads the data.
+
+    Args:
+        devices: over which a stage is sharded.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self.subject: Subject
+        self._devices = devices
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
+        self._pool = ProcessPoolExecutor(min(3, os.cpu_count() or 1), context)
+        self._pool.submit(int)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def in_turn(self, recipes: Mapping[str, Recipe]) -> "Iterator[tuple[str, dict[StageName, Traced]]]":
+        """Each recipe's stages, as soon as they and those of the recipes before are known."""
+        heaviest_first = [(label, stage) for label, recipe in recipes.items() for stage in reversed(recipe.stages)]
+        futures = {
+            (label, stage): self._pool.submit(_trace, recipes[label], self.subject, stage, self._devices)
+            for label, stage in heaviest_first
+        }
+        with track("predicting", len(futures)) as bar:
+            for label, recipe in recipes.items():
+                found: dict[StageName, Traced] = {}
+                for stage in recipe.stages:
+                    found[stage] = futures[label, stage].result()
+                    bar()
+                yield label, found
+
+
+def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -> "Traced":
+    import torch
+
+    from perl.predict import Traced, trace, weight_sizes
+    from perl.stages.material import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    try:
+        traced = trace(_share(recipe, devices) if devices > 1 else recipe, subject, stage)
+    except UserError:
+        raise
+    except Exception as error:  # some of torch's cannot be sent from one process to another
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    if devices == 1:
+        return traced
+    size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
+    # Gathered are the block that computes, the next one, and all that is outside the blocks.
+    return Traced(_sharded(traced.memory, devices, 2 * size.block + size.outside), traced.work)
+
+
+def _share(recipe: Recipe, devices: int) -> Recipe:
+    """One device's part of every batch."""
+    content = recipe.model_dump()
+    for stage, key in (("sft", "batch_size"), ("reward", "batch_size"), ("rl", "prompts_per_step")):
+        if content[stage]:
+            content[stage][key] = -(-content[stage][key] // devices)
+    if rl := content["rl"]:
+        rl["micro_batch_size"] = min(rl["micro_batch_size"], rl["prompts_per_step"] * rl["samples_per_prompt"])
+    return Recipe.model_validate(content)
+
+
+def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":
+    from perl.predict import changed
+
+    spread: Memory = {}
+    for phase, peak in memory.items():
+        less = {kind: -count * (1 - 1 / devices) for kind, count in peak.kinds.items() if kind in SHARDED}
+        spread |= changed({phase: peak}, less | {"activations": gathered})
+    return spread

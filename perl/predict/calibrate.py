@@ -1,0 +1,242 @@
+"""This machine measured for predicted seconds: about a minute, kept in the cache.
+
+On a CPU with one thread CPU seconds are measured, which other work on the machine does not add to.
+"""
+
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from perl.predict.counting import Issuer, counted
+from perl.predict.device import Curve, Device
+from perl.roles.packed import SUPPORTED
+from perl.system.files import user_named, write_json
+from perl.system.typed_json import as_json, parse
+
+REPEATS, LEAST = 3, 0.02
+"""Measurements of an operation, of which the median counts, and the least seconds of each."""
+TOKENS, ROWS, RANK = 768, 16, 8
+"""Rows of a product, of one with few rows, and the rank of a thin one."""
+WIDTHS, COUNTS = (64, 256, 768, 2048), (2**12, 2**16, 2**20, 2**23)
+SHAPES, HEADS = ((4, 64), (12, 192), (12, 512)), (8, 64, 256)
+"""Sizes that are measured: of products, of what is computed by elements, and of attention and caches."""
+MEMORY, COPIES = 2**27, 84
+"""Weights and caches are read in turn, as those of a model's layers are: at most so many bytes, more than a
+processor's cache holds, and so many of them."""
+Calls = list[tuple[Callable[[], object], float]]
+"""Calls, and the operations or bytes of each."""
+
+
+def folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perl-rlhf" / "devices"
+
+
+def machine() -> str:
+    """What the rates hold for: the hardware, torch's version, and the threads."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _file() -> Path:
+    return folder() / f"{''.join(one if one.isalnum() else '-' for one in machine())}.json"
+
+
+def calibrated() -> Device | None:
+    """This machine as it was measured; None if it was not."""
+    if not _file().exists():
+        return None
+    return parse(
+        Device, _file().read_text(), str(_file()), "Measure again: perl-rlhf estimate RECIPE --calibrate."
+    )
+
+
+def measure() -> Device:
+    """Measure this machine and keep what was found.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.random.fork_rng():
+        device = _measured()
+    with user_named(_file()):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(), as_json(device))
+    return device
+
+
+def _measured() -> Device:
+    flops: dict[str, Curve] = {}
+    moved: dict[str, Curve] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        flops[f"product {name}"] = _curve(_products(width, dtype) for width in WIDTHS)
+        flops[f"attention {name}"] = _curve(_attention(*shape, dtype) for shape in SHAPES)
+        moved[f"rows {name}"] = _curve(_rows(width, dtype) for width in WIDTHS)
+        moved[f"rank {name}"] = _curve(_ranks(width, dtype) for width in WIDTHS)
+        moved[f"cache {name}"] = _curve(_caches(heads, dtype) for heads in HEADS)
+        moved[f"exponential {name}"] = _curve(_exponentials(count, dtype) for count in COUNTS)
+        moved[f"other {name}"] = _curve(_others(count, dtype) for count in COUNTS)
+    now = time.strftime("%Y-%m-%d")
+    device = Device("this machine", f"measured {now} on {machine()}", flops, moved, {}, torch.cuda.is_available())
+    return Device(**{**vars(device), "call": _calls(device)})
+
+
+def _curve(points: Iterable[Calls]) -> Curve:
+    """A point for each list of calls: their mean size, and how much of it a second."""
+    curve: Curve = []
+    for calls in points:
+        sizes = [size for _, size in calls]
+        curve.append((sum(sizes) / len(sizes), sum(sizes) / sum(_seconds(run) for run, _ in calls)))
+    return curve
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one call, the median of several measurements."""
+    clock = (
+        time.process_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    )
+    run()
+    found: list[float] = []
+    count = 1
+    while len(found) < REPEATS:
+        _wait()
+        begin = clock()
+        for _ in range(count):
+            run()
+        _wait()
+        spent = clock() - begin
+        if spent < LEAST:
+            count *= 2
+        else:
+            found.append(spent / count)
+    return median(found)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _products(width: int, dtype: torch.dtype) -> Calls:
+    """Forward, and the gradients of both factors."""
+    x, weight = torch.randn(TOKENS, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+    flops = 2.0 * TOKENS * width * width
+    return [(lambda: x @ weight.t(), flops), (lambda: x @ weight, flops), (lambda: x.t() @ x, flops)]
+
+
+def _copies(size: int) -> int:
+    return max(1, min(COPIES, MEMORY // size))
+
+
+def _rows(width: int, dtype: torch.dtype) -> Calls:
+    """Of a token for each sequence, by weights read from memory, packed where a sampler packs them."""
+    count = _copies(width * width * dtype.itemsize)
+    x, weights = torch.randn(ROWS, width, dtype=dtype), torch.randn(count, width, width, dtype=dtype)
+    packed: list[Tensor] = []
+    if SUPPORTED and dtype is torch.bfloat16 and x.device.type == "cpu":
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+
+    turn = itertools.cycle(packed or weights.unbind())
+
+    def run() -> Tensor:
+        weight = next(turn)
+        if not packed:
+            return x @ weight.t()
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return product
+
+    return [(run, float((width * width + 2 * ROWS * width) * dtype.itemsize))]
+
+
+def _ranks(width: int, dtype: torch.dtype) -> Calls:
+    """Down, up, and a gradient of an adapter."""
+    x, up = torch.randn(TOKENS, width, dtype=dtype), torch.randn(RANK, width, dtype=dtype)
+    narrow, size = torch.randn(TOKENS, RANK, dtype=dtype), float((TOKENS + RANK) * (width + RANK) * dtype.itemsize)
+    return [(lambda: x @ up.t(), size), (lambda: narrow @ up, size), (lambda: narrow.t() @ x, size)]
+
+
+def _caches(heads: int, dtype: torch.dtype) -> Calls:
+    """Attention of one token over 192 keys of 64, and over their values."""
+    size = heads * 192 * 66 * dtype.itemsize
+    query, weights = torch.randn(heads, 64, 1, dtype=dtype), torch.randn(heads, 1, 192, dtype=dtype)
+    turn = itertools.cycle(torch.randn(_copies(size), heads, 192, 64, dtype=dtype).unbind())
+    return [(lambda: next(turn) @ query, float(size)), (lambda: weights @ next(turn), float(size))]
+
+
+def _attention(heads: int, length: int, dtype: torch.dtype) -> Calls:
+    """Of four rows, forward and backward: two products and five."""
+    q = torch.randn(4, heads, length, 64, dtype=dtype, requires_grad=True)
+    mask, product = (
+        torch.ones(4, 1, length, length, dtype=torch.bool).tril(),
+        4 * heads * 2.0 * length * length * 64,
+    )
+    return [
+        (lambda: F.scaled_dot_product_attention(q, q, q, mask).sum().backward(), 7 * product)  # type: ignore[no-untyped-call]
+    ]
+
+
+def _exponentials(count: int, dtype: torch.dtype) -> Calls:
+    x, size = torch.randn(count // 256, 256, dtype=dtype), 2.0 * count * dtype.itemsize
+    return [(lambda: F.silu(x), size), (lambda: x.softmax(-1), size)]
+
+
+def _others(count: int, dtype: torch.dtype) -> Calls:
+    """A product by elements, one in place, a copy, and a conversion."""
+    x, y = torch.randn(count // 256, 256, dtype=dtype), torch.ones(count // 256, 256, dtype=dtype)
+    other = torch.bfloat16 if dtype is torch.float32 else torch.float32
+    size = float(count * dtype.itemsize)
+    converted = float(count * (dtype.itemsize + other.itemsize))
+    return [
+        (lambda: x * y, 3 * size),
+        (lambda: y.mul_(y), 2 * size),
+        (x.clone, 2 * size),
+        (lambda: x.to(other), converted),
+    ]
+
+
+def _calls(device: Device) -> dict[Issuer, float]:
+    """What a call takes, beside the work: a model so small that nearly all of its time is that."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape))
+    ids = torch.zeros(1, ROWS, dtype=torch.long)
+
+    def forward() -> Tensor:
+        logits: Tensor = model(input_ids=ids).logits
+        return logits.sum()
+
+    found: dict[Issuer, float] = {}
+    whole, training = _seconds(lambda: forward().backward()), _seconds(forward)  # type: ignore[no-untyped-call]
+    with counted() as work:
+        forward().backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        plain = _seconds(forward)
+        with counted() as plain_work:
+            forward()
+    spent: dict[Issuer, float] = {"model": plain, "training": training, "backward": whole - training}
+    for issuer, seconds in spent.items():
+        own = (
+            plain_work
+            if issuer == "model"
+            else {one: count for one, count in work.items() if one.issuer == issuer}
+        )
+        computed = 0.0 if device.asynchronous else sum(count * device.seconds(one) for one, count in own.items())
+        found[issuer] = max(seconds - computed, 0.0) / max(sum(own.values()), 1.0)
+    return found

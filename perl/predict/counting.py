@@ -1,0 +1,187 @@
+"""The operations of a step by phase: what each computes, reads and writes, counted on fake or real tensors.
+
+Counted is what reaches torch's kernels, below autograd: of a frozen weight no gradient, of a checkpointed block a
+second forward. Of a step that is tried in part, each part counts as often as the whole step has it.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from perl.measure.flops import FORMULAS
+from perl.measure.memory import tensors_in
+from perl.measure.meter import Meter
+from perl.measure.probe import Phase
+from perl.private.torch import TorchDispatchMode, in_backward
+
+Kind = Literal["product", "rows", "rank", "cache", "attention", "exponential", "other"]
+"""Matrix products; those of few rows, of a low rank, and of one row with each sequence's cache, which take what
+reading their larger factor takes; fused attention; functions of many instructions an element; and all else."""
+Issuer = Literal["model", "training", "backward"]
+"""Who calls the kernel: Python without gradients, Python with them, or autograd's engine."""
+
+THIN = 32
+"""A product with a side of at most so many is thin: one token a row, or a low rank."""
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm: (0, 1), _ATEN.addmm: (1, 2), _ATEN.addmm_: (1, 2), _ATEN.bmm: (0, 1), _ATEN.baddbmm: (1, 2)}
+"""By their two factors' places among the arguments."""
+_EXPONENTIAL = ("exp", "log", "softmax", "silu", "gelu", "sigmoid", "tanh", "pow", "erf", "cumsum", "searchsorted")
+_GATHERED = ("embedding", "index", "index_select", "gather")
+"""Of their first argument no more is read than they return."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a kernel; as many of a step's are equal, they are counted."""
+
+    kind: Kind
+    dtype: str
+    """By which it computes, as in `float32`: the widest of its arguments."""
+    flops: int
+    """A multiply and an add are two; 0 where only bytes count."""
+    bytes: int
+    """Read and written; 0 of views."""
+    issuer: Issuer
+
+
+Work = dict[Operation, float]
+"""How often a step has each operation."""
+
+
+class CountingMeter(Meter):
+    """Counts operations, too.
+
+    Attributes:
+        repeats: how often the step has what runs now in a phase; once where nothing is said.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        self.repeats: dict[Phase, float] = {}
+        self._work: dict[Phase, Work] = {}
+        self._now: list[Phase] = []
+        super().__init__(*args)
+
+    @contextlib.contextmanager
+    def step(self, optimizer: Any) -> Iterator[None]:
+        """As `Meter.step`."""
+        with super().step(optimizer), _Counting(self._count):
+            yield
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """As `Meter.phase`."""
+        self._now.append(name)
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self._now.pop()
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """Inside, what runs counts once."""
+        before, self.repeats = self.repeats, {}
+        try:
+            yield
+        finally:
+            self.repeats = before
+
+    def work(self) -> dict[Phase, Work]:
+        """Of a step, by phase: the mean, as batches are of various lengths."""
+        return {phase: scaled(work, 1 / len(self.step_seconds)) for phase, work in self._work.items()}
+
+    def _count(self, operation: Operation) -> None:
+        phase = self._now[-1]
+        work = self._work.setdefault(phase, {})
+        work[operation] = work.get(operation, 0.0) + self.repeats.get(phase, 1.0)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Work]:
+    """The operations inside; a step's are told apart by `CountingMeter`."""
+    work: Counter[Operation] = Counter()
+    with _Counting(lambda operation: work.update([operation])):
+        yield work  # type: ignore[misc]
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, count: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count = count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace == "prim" or func is _ATEN._local_scalar_dense.default:  # questions, not work
+            return result
+        self._count(operation_of(func, args, kwargs, result))
+        return result
+
+
+def operation_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Operation:
+    """What a call of a kernel was."""
+    issuer: Issuer = "training" if torch.is_grad_enabled() else "backward" if in_backward() else "model"
+    returned = list(tensors_in((result,)))
+    read = list(tensors_in((*args, *kwargs.values())))
+    dtypes = [one.dtype for one in (*read, *returned) if one.dtype.is_floating_point]
+    dtype = str(max(dtypes, key=lambda one: one.itemsize, default=torch.float32)).removeprefix("torch.")
+    if _is_view(func):
+        return Operation("other", dtype, 0, 0, issuer)
+    packet = func._overloadpacket
+    name = packet.__name__.strip("_")
+    if name in _GATHERED and returned:
+        read = [*returned, *read[1:]]
+    size = sum(map(_bytes, read)) + sum(map(_bytes, returned))
+    if (formula := FORMULAS.get(packet)) is not None:
+        flops = int(formula(*args, **kwargs, out_val=result))
+        return Operation(_product_kind(packet, args), dtype, flops, size, issuer)
+    exponential = any(part in name for part in _EXPONENTIAL)
+    return Operation("exponential" if exponential else "other", dtype, 0, size, issuer)
+
+
+def _product_kind(packet: Any, args: tuple[Any, ...]) -> Kind:
+    if "attention" in packet.__name__:
+        return "attention"
+    if packet not in _PRODUCTS:
+        return "product"
+    left, right = (args[place].shape for place in _PRODUCTS[packet])
+    if min(*left[-2:], right[-1]) > THIN:
+        return "product"
+    return "cache" if len(left) == 3 else "rows" if left[0] <= THIN < min(right) else "rank"
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What is read of a tensor: an expanded one is smaller than its shape."""
+    count = tensor.numel() * tensor.itemsize
+    return min(count, tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else count
+
+
+_VIEWS: dict[Any, bool] = {}
+
+
+def _is_view(func: Any) -> bool:
+    if func not in _VIEWS:
+        aliases = [one.alias_info for one in func._schema.returns]
+        _VIEWS[func] = any(alias is not None and not alias.is_write for alias in aliases)
+    return _VIEWS[func]
+
+
+def scaled(work: Work, factor: float) -> Work:
+    """So many times the work."""
+    return {operation: count * factor for operation, count in work.items()}
+
+
+def added(*works: Work) -> Work:
+    """All of the work."""
+    total: Work = {}
+    for work in works:
+        for operation, count in work.items():
+            total[operation] = total.get(operation, 0.0) + count
+    return total

@@ -1,0 +1,104 @@
+"""Predicted seconds of a recipe's steps by phase, and of the whole recipe, from counted operations and a device.
+
+A call of a kernel takes what calling it takes, and what a roofline of its operations and bytes says. Where the
+device computes while Python goes on, a phase takes the longer of both sums; on a CPU it takes both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from perl.measure.probe import Phase
+from perl.predict.counting import Work
+from perl.predict.device import Device
+from perl.predict.subject import Rows
+from perl.recipe import Recipe, Rl, StageName
+from perl.recipe.supervised import Supervised
+from perl.rl.evaluate import samples_per_prompt
+from perl.stages.training_run import optimizer_steps
+
+FORWARD = 1 / 3
+"""Of a training step, what its forward pass takes: the backward pass is of twice as many operations."""
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Predicted of a stage; seconds."""
+
+    step: dict[Phase, float]
+    """Of a step on the longest rows, whose completions are as long as they can be."""
+    steps: int
+    training: float
+    """Of all steps, on rows of the usual length."""
+    evaluation: float
+    """Before, between and after them."""
+    draws_at_most: int
+    """How often at most a step generates and scores, where groups are drawn again; `training` has it once."""
+
+    @property
+    def total(self) -> float:
+        return self.training + self.evaluation
+
+
+def phase_seconds(work: Work, device: Device, share: float = 1.0) -> float:
+    """Of the work of a phase.
+
+    Args:
+        share: of what the device computes, as rows are shorter; calls are as many.
+    """
+    calls = sum(count * device.call[operation.issuer] for operation, count in work.items())
+    computed = share * sum(count * device.seconds(operation) for operation, count in work.items())
+    return max(calls, computed) if device.asynchronous else calls + computed
+
+
+def stage_time(
+    recipe: Recipe, stage: StageName, work: Mapping[Phase, Work], rows: Rows, device: Device
+) -> StageTime:
+    """The seconds of a stage.
+
+    Args:
+        work: of a step, as traced.
+        rows: that it goes through.
+    """
+    step = {phase: phase_seconds(one, device) for phase, one in work.items()}
+    if stage == "rl":
+        assert recipe.rl is not None
+        return _rl_time(recipe.rl, work, rows, device, step)
+    settings = recipe.section(stage)
+    assert isinstance(settings, Supervised)
+    share = _share(rows, settings.max_length)
+    usual = sum(phase_seconds(one, device, share) for one in work.values())
+    members = recipe.reward.members if stage == "reward" and recipe.reward is not None else 1
+    steps = members * optimizer_steps(rows.train, settings)
+    validations = 0 if settings.eval_steps is None else steps // settings.eval_steps
+    judged = (2 if stage == "sft" else members) * rows.held_out
+    judged += round(validations * settings.validation_share * rows.train)
+    return StageTime(step, steps, steps * usual, judged / settings.batch_size * usual * FORWARD, 1)
+
+
+def _rl_time(
+    settings: Rl, work: Mapping[Phase, Work], rows: Rows, device: Device, step: dict[Phase, float]
+) -> StageTime:
+    share = _share(rows, settings.max_prompt_length, settings.max_new_tokens)
+    # Of drawing, most is reading weights, whatever the rows' length.
+    usual = {
+        phase: phase_seconds(one, device, 1.0 if phase == "generate" else share) for phase, one in work.items()
+    }
+    drawn = usual.get("generate", 0.0) + usual.get("score", 0.0)
+    completions = settings.prompts_per_step * settings.samples_per_prompt
+    prompts = min(settings.eval_prompts, rows.held_out)
+    validations = 0 if settings.eval_steps is None else settings.steps // settings.eval_steps
+    each = settings.eval_samples or samples_per_prompt(prompts)
+    judged = prompts * each * (2 + (settings.best_of_n > 1) + validations)
+    return StageTime(
+        step,
+        settings.steps,
+        settings.steps * sum(usual.values()),
+        judged / completions * drawn,
+        1 + settings.row.redraws,
+    )
+
+
+def _share(rows: Rows, limit: int | None, beside: int = 0) -> float:
+    """Of the tokens of the longest rows, those of the usual ones; `beside` are the same for both."""
+    longest, usual = (min(one, limit) if limit is not None else one for one in (rows.longest, rows.usual))
+    return (usual + beside) / (longest + beside)

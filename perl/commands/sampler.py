@@ -13,7 +13,7 @@ from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
 from perl.recipe.adapter import LoraSettings
 from perl.recipe.recipe import SERVED
-from perl.recipe.rewards import ServerPart
+from perl.recipe.reward_parts import ServerPart
 from perl.recipe.section import addresses
 from perl.system.progress import console
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perl.predict.counting import CountingMeter
 from perl.predict.trial import TrialSession, Tried
-from perl.recipe.rewards import LengthPart, ServerPart
+from perl.recipe.reward_parts import LengthPart, ServerPart
 from perl.rl import trust_region
 from perl.rl.evaluate import describe
 from perl.rl.loop import Loop, collect, estimate, update

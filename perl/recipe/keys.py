@@ -6,7 +6,7 @@ from typing import Any
 
 from perl.recipe.adapter import BUILT_IN
 from perl.recipe.recipe import Recipe
-from perl.recipe.rewards import REWARDS
+from perl.recipe.reward_parts import REWARDS
 from perl.recipe.section import Section
 
 Schema = Mapping[str, Any]

@@ -11,7 +11,7 @@ from perl.plugins import load_plugins
 from perl.recipe.adapter import LORA, Adapter, LoraSettings, PrefixSettings, one_section
 from perl.recipe.base import Base
 from perl.recipe.data import Data
-from perl.recipe.rewards import ModelPart, ServerPart
+from perl.recipe.reward_parts import ModelPart, ServerPart
 from perl.recipe.rl import Rl
 from perl.recipe.section import Positive, Section
 from perl.recipe.supervised import FullTuning, Reward, Sft

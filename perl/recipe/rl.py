@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from perl.recipe.rewards import EvalReward, RewardFrom, RewardPart, Rewards, reward_parts
+from perl.recipe.reward_parts import RewardPart
+from perl.recipe.rewards import EvalReward, RewardFrom, Rewards, reward_parts
 from perl.recipe.sampler import SamplerFrom
 from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, registered
 from perl.recipe.validation import Validation

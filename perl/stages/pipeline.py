@@ -9,7 +9,7 @@ from typing import Any
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.recipe import Recipe, StageName
-from perl.recipe.rewards import ServerPart
+from perl.recipe.reward_parts import ServerPart
 from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import STAGE_ROLE

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perl.backbones.padding import left_pad
-from perl.recipe.rewards import ServerPart
+from perl.recipe.reward_parts import ServerPart
 from perl.rl.rewards.server import SECTION, ServedModel
 from perl.rl.samplers.server.client import Server, ServerError
 from perl.roles.role import Role

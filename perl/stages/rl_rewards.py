@@ -9,7 +9,7 @@ from perl.errors import UserError
 from perl.measure.ensemble import Combine
 from perl.measure.verdict import Verdict
 from perl.recipe import Rl
-from perl.recipe.rewards import RewardPart
+from perl.recipe.reward_parts import RewardPart
 from perl.rl.checks.preflight import CLOSE
 from perl.rl.rewards.base import RewardContext, RewardServers
 from perl.rl.rewards.combination import CombinedReward

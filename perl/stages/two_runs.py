@@ -13,7 +13,7 @@ from perl.errors import UserError
 from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import Recipe, StageName, changes_nothing
-from perl.recipe.rewards import ServerPart
+from perl.recipe.reward_parts import ServerPart
 from perl.rl.collector import Collector
 from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from perl.adapters import AdapterKind
 from perl.errors import UserError
 from perl.recipe import STAGES, Recipe, StageName
-from perl.recipe.rewards import ModelPart, RewardPart
+from perl.recipe.reward_parts import ModelPart, RewardPart
 from perl.report.runs import Run, read_run
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder

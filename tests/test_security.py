@@ -227,6 +227,12 @@ def test_a_configuration_in_a_recipe_cannot_call_for_code(
     assert not ran.exists()
 
 
+def test_no_library_tells_the_hub_what_it_does() -> None:
+    from huggingface_hub import constants
+
+    assert constants.HF_HUB_DISABLE_TELEMETRY
+
+
 # Names and archives.
 
 

@@ -264,7 +264,7 @@ def test_any_file_of_a_public_set_is_read_or_refused(name: str, rows: Cases, tmp
         return not records.problems
 
     files = st.lists(lines.map(str.encode) | damaged(lines), min_size=1, max_size=3).map(b"\n".join)
-    fuzz(300, files, read, least=0.02)
+    fuzz(500, files, read, least=0.01)
 
 
 # Recipes.

@@ -13,7 +13,10 @@ from tests.conftest import WriteRecipe
 
 PROJECT = Path(__file__).parents[1]
 OPTIONAL = {"bitsandbytes", "datasets", "deepspeed", "trl"}
-NEEDY = {"perl.private.deepspeed", "perl.private.trl", "perl.stages.sft", "perl.stages.sft_encoder_decoder"}
+NEEDY = {
+    *("perl.baselines.comparison", "perl.baselines.training", "perl.private.deepspeed", "perl.private.trl"),
+    *("perl.stages.sft", "perl.stages.sft_encoder_decoder"),
+}
 """Modules that need one of them, and are imported inside functions."""
 RUN = """
 import sys

@@ -94,7 +94,8 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
     try:
         rows = strict_json(path.read_text(encoding="utf-8-sig"))
     except (RowError, UnicodeDecodeError) as error:
-        raise UserError(f"is no JSON array: {error}", where=str(path), remedy="Mend it.") from None
+        remedy = "It begins with [ and so is read as one array: mend it, or write one object a line."
+        raise UserError(f"is no JSON array: {error}", where=str(path), remedy=remedy) from None
     assert isinstance(rows, list)
     for number, row in enumerate(rows, 1):
         yield number, lambda row=row: row  # type: ignore[misc]

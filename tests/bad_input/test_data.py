@@ -115,7 +115,7 @@ CASES = [
 
 ROWS = {
     "truncated JSON": (b'{"prompt": "a", "completion": "b', "not JSON: "),
-    "no object": (b'["a", "b"]', "the row is a list; an object expected"),
+    "no object": (b'"a"', "the row is text; an object expected"),
     "a number for a prompt": (b'{"prompt": 3, "completion": "b"}', "prompt is a number"),
     "null for an answer": (b'{"prompt": "a", "completion": null}', "completion is null"),
     "a list of numbers for messages": (b'{"messages": [1, 2]}', "an object with role and content expected"),

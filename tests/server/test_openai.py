@@ -170,7 +170,7 @@ def test_scores_are_the_reward_models(path: str, client: TestClient, run: Loaded
         ("/v1/chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_"),
         ("/score", {"model": "reward", "text_1": ["a", "b"], "text_2": "c"}, 400, "2 prompts, text_2 1"),
         ("/score", {"model": "policy", "text_1": "a", "text_2": "c"}, 404, "no model 'policy'"),
-        ("/v1/embeddings", {}, 404, "Not Found"),
+        ("/v1/embeddings", {}, 404, "nothing at POST /v1/embeddings"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_in_openais_form(

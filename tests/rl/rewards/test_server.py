@@ -176,7 +176,7 @@ def test_a_server_that_scores_otherwise_than_the_reward_model_is_named(
         file.write_text(file.read_text().replace("http://127.0.0.1:9", fake.url))
         session = open_run(str(out))
         check_reward_servers(session)
-        assert "✓ scores of" in capsys.readouterr().out
+        assert "✓ scores of" in "".join(capsys.readouterr())
         for words, fault in NAMED.items():
             fake.fault = fault
             with pytest.raises(ServerError) as caught:

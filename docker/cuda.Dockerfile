@@ -24,6 +24,7 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist docker/install.sh --n
 WORKDIR /work
 COPY recipes recipes
 COPY data/story-openings.jsonl data/
+COPY data/coffee-base data/coffee-base
 COPY --chmod=755 docker/healthcheck.sh /usr/local/bin/healthcheck
 
 ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface MPLCONFIGDIR=/cache/matplotlib PYTHONUNBUFFERED=1

@@ -146,7 +146,8 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
     """
     where = f"base.model {model}"
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError("no such folder", where=where, remedy=REMEDY)
+        remedy = f"{REMEDY} A relative path is looked up beside the recipe, then in the working folder."
+        raise UserError("no such folder", where=where, remedy=remedy)
     if trust_remote_code:
         warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
         console.print(warning, style="yellow", markup=False)

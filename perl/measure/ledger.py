@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from perl.measure.memory import LiveBytes, holder
@@ -23,6 +24,16 @@ ABSENT: dict[Phase, tuple[Kind, ...]] = {
     "update": ("kv_cache",),
 }
 """The kinds that a phase does not hold, whatever was marked in another."""
+
+
+def greater(first: Mapping[Phase, PhaseMemory], second: Mapping[Phase, PhaseMemory]) -> dict[Phase, PhaseMemory]:
+    """Of each phase the one with the higher peak; the first where both are alike."""
+    found = {
+        name: [memory[name] for memory in (first, second) if name in memory]
+        for name in PHASES
+        if name in first or name in second
+    }
+    return {name: max(peaks, key=lambda one: one.peak) for name, peaks in found.items()}
 
 
 class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
@@ -58,21 +69,42 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
 
     def memory(self) -> dict[Phase, PhaseMemory]:
         """The peaks of the phases seen so far."""
-        changes, storages = np.array(self._changes), np.array(self._storages)
-        level = np.concatenate([[0], changes.cumsum()])  # of live bytes, after so many changes
+        before, after = self.around_gradients()
+        return greater(before, after)
+
+    def around_gradients(self) -> tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]:
+        """The peaks of the phases before there are all gradients, and while there are."""
+        changes, storages = np.array(self._changes, dtype=np.int64), np.array(self._storages, dtype=np.int64)
         kind_of = np.full(self._next, KINDS.index("activations"))
         for serial, kind in self._kind_of.items():
             kind_of[serial] = KINDS.index(kind)
+        of_gradients = np.where(kind_of[storages] == KINDS.index("gradients"), changes, 0)
+        # Of live bytes, after so many changes.
+        level, gradients = (np.concatenate([[0], found.cumsum()]) for found in (changes, of_gradients))
+        complete = gradients == gradients.max()
+        there = [np.where(when, level, -1) for when in (~complete, complete)]
+        before, after = (self._peaks(level, kind_of[storages], changes) for level in there)
+        return before, after
+
+    def _peaks(
+        self, level: NDArray[np.int64], kinds_of: NDArray[np.int64], changes: NDArray[np.int64]
+    ) -> dict[Phase, PhaseMemory]:
+        """The peaks of the phases.
+
+        Args:
+            level: live bytes after so many changes, -1 where they are not looked at.
+            kinds_of: what each change is of.
+        """
         peaks: dict[Phase, int] = {}  # the number of changes until then
         ends = [start for start, _ in self._starts[1:]] + [len(changes)]
         for (start, name), end in zip(self._starts, ends, strict=True):
             moment = start + int(level[start : end + 1].argmax())
-            if name not in peaks or level[moment] > level[peaks[name]]:
+            if level[moment] >= 0 and (name not in peaks or level[moment] > level[peaks[name]]):
                 peaks[name] = moment
         memory: dict[Phase, PhaseMemory] = {}
         for name in (phase for phase in PHASES if phase in peaks):
             sums, moment = np.zeros(len(KINDS), dtype=np.int64), peaks[name]
-            np.add.at(sums, kind_of[storages[:moment]], changes[:moment])
+            np.add.at(sums, kinds_of[:moment], changes[:moment])
             kinds = {kind: int(count) for kind, count in zip(KINDS, sums, strict=True) if count}
             memory[name] = PhaseMemory(int(level[moment]), kinds)
         return memory

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from perl.measure.flops import FORMULAS
+from perl.measure.ledger import Timeline
 from perl.measure.memory import tensors_in
 from perl.measure.meter import Meter
-from perl.measure.probe import Phase
+from perl.measure.probe import Phase, PhaseMemory
 from perl.private.torch import TorchDispatchMode, in_backward
 
 Kind = Literal["product", "rows", "rank", "cache", "attention", "exponential", "other"]
@@ -90,6 +91,11 @@ class CountingMeter(Meter):
             yield
         finally:
             self.repeats = before
+
+    def around_gradients(self) -> tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]:
+        """See `Timeline`."""
+        assert isinstance(self._ledger, Timeline)
+        return self._ledger.around_gradients()
 
     def work(self) -> dict[Phase, Work]:
         """Of a step, by phase: the mean, as batches are of various lengths."""

@@ -22,10 +22,11 @@ from perl.measure.probe import KINDS, PHASES, Kind, Phase, PhaseMemory
 from perl.predict.counting import Work, added, scaled
 from perl.predict.stages import TRY
 from perl.predict.subject import Subject, fake_session
+from perl.predict.trial import Tried
 from perl.recipe import Recipe, StageName
 from perl.recipe.adapter import LORA
 
-DEPTHS = (2, 6)
+DEPTHS = (2, 4)
 """Layers that a deeper base is tried at."""
 FOUR_BIT_BYTES = 0.5 + 4 / 64
 """Of an NF4 weight: four bits, and a 4-byte scale for every 64 of them."""
@@ -61,14 +62,15 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
-        traced = _trace_at(recipe, subject, stage, subject.depth)
+        tried = _try_at(recipe, subject, stage, subject.depth)
+        traced = Traced(tried.memory, tried.work)
     else:
-        low, high = (_trace_at(recipe, subject, stage, depth) for depth in DEPTHS)
+        low, high = (_try_at(recipe, subject, stage, depth) for depth in DEPTHS)
         share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         work = {
             phase: added(scaled(low.work[phase], 1 - share), scaled(high.work[phase], share)) for phase in low.work
         }
-        traced = Traced(_extend(low.memory, high.memory, share), work)
+        traced = Traced(_extend(low, high, share), work)
     if recipe.base.quantization == "4bit":
         size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
         change: dict[Kind, float] = {
@@ -125,23 +127,29 @@ def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
     return result
 
 
-def _extend(low: Memory, high: Memory, share: float) -> Memory:
-    """The line through two depths, so many times their distance above the lower."""
+def _extend(low: Tried, high: Tried, share: float) -> Memory:
+    """The lines through two depths, so many times their distance above the lower.
+
+    A phase's peak is before there are all gradients or while there are, and not at every depth the same of both:
+    each has a line of its own, and the higher one counts.
+    """
+    moments = list(zip(low.around_gradients, high.around_gradients, strict=True))
     extended: Memory = {}
-    for phase in (phase for phase in PHASES if phase in low):
+    for phase in (phase for phase in PHASES if phase in low.memory):
+        lines = [(start[phase], end[phase]) for start, end in moments if phase in start and phase in end]
+        first, last = max(lines, key=lambda line: line[0].peak + share * (line[1].peak - line[0].peak))
         kinds: dict[Kind, int] = {}
         for kind in KINDS:
-            start, end = (memory[phase].kinds.get(kind, 0) for memory in (low, high))
+            start, end = (peak.kinds.get(kind, 0) for peak in (first, last))
             if size := max(0, round(start + share * (end - start))):
                 kinds[kind] = size
         extended[phase] = PhaseMemory(sum(kinds.values()), kinds)
     return extended
 
 
-def _trace_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Traced:
+def _try_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Tried:
     with fake_session(recipe, subject, depth) as session, _libraries_uncollected():
-        tried = TRY[stage](session)
-    return Traced(tried.memory, tried.work)
+        return TRY[stage](session)
 
 
 @contextlib.contextmanager

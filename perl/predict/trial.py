@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from perl.data.records import Rating, Records, Turn
 from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
-from perl.measure.probe import Phase
+from perl.measure.probe import Phase, PhaseMemory
 from perl.predict.counting import CountingMeter, Work
 from perl.recipe import Recipe
 from perl.roles.role import Role
@@ -50,6 +50,8 @@ class Tried(Cost):
     step_seconds: list[dict[Phase, float]]
     work: dict[Phase, Work]
     """Of a step, on fake tensors."""
+    around_gradients: tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]
+    """See `Timeline`; on fake tensors."""
 
 
 @dataclass
@@ -90,9 +92,13 @@ class TrialSession(Session):
 
     def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
         parameters = sum(parameter.numel() for parameter in trained)
-        work = meter.work() if isinstance(meter, CountingMeter) else {}
+        counted = meter if isinstance(meter, CountingMeter) else None
         return Tried(
-            **vars(meter.cost()), trainable_parameters=parameters, step_seconds=meter.step_seconds, work=work
+            **vars(meter.cost()),
+            trainable_parameters=parameters,
+            step_seconds=meter.step_seconds,
+            work=counted.work() if counted else {},
+            around_gradients=counted.around_gradients() if counted else ({}, {}),
         )
 
 

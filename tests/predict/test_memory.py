@@ -8,6 +8,7 @@ import pytest
 from perl.measure.probe import listeners
 from perl.predict import TRY, Trial, predict, read_subject, trial_session
 from perl.predict.memory import DEPTHS
+from perl.predict.subject import fake_session
 from perl.recipe import Recipe
 from tests.conftest import write_rows
 from tests.tiny import KINDS, LLAMA
@@ -130,6 +131,19 @@ def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, An
             assert found[stage][phase][0] == pytest.approx(peak, rel=0.05), (stage, phase)
             for kind in ("base_weights", "adapters", "optimizer", "kv_cache"):
                 assert found[stage][phase][1].get(kind, 0) == kinds.get(kind, 0), (stage, phase, kind)
+
+
+def test_the_peak_of_a_deeper_base_may_be_at_another_moment(dialogues: Path) -> None:
+    """Few layers: in the loss. More: at the optimizer's step, with all gradients."""
+    wide = {"hidden_size": 256, "intermediate_size": 1024}
+    changes = {"tuning": "full", "checkpoint_activations": True}
+    shallow, deep = (recipe(dialogues, layers, SHORT, "sft", config=wide, **changes) for layers in (DEPTHS[0], 24))
+    found, first = predicted(deep)["sft"]["update"], predicted(shallow)["sft"]["update"]
+    assert "gradients" not in first[1]
+    assert found[1]["gradients"] == pytest.approx(found[1]["base_weights"], rel=0.01)
+    with fake_session(deep, read_subject(deep), 24) as session:
+        whole = TRY["sft"](session).memory["update"]
+    assert found[0] == pytest.approx(whole.peak, rel=0.005)
 
 
 @pytest.mark.parametrize(

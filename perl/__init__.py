@@ -4,7 +4,6 @@ As a library: `load_recipe`, `run` and `load_run`. They are imported when they a
 """
 
 import logging
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,6 @@ _HOMES = {
     "run": "perl.library",
 }
 
-# TRL's trainers would tell the hub that they were made. Whoever wants that sets the variable to 0.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Where these are installed, peft and TRL import them, and at that they warn: of a kernel that there could be,
 # and that a machine without a GPU has none.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

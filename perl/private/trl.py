@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import constants
 from torch import nn
 from trl import DPOTrainer, KTOTrainer
 from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
@@ -13,6 +14,8 @@ from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 from perl.private.checked import need
 
 NO_BARS = "TQDM_DISABLE"
+# TRL's trainers would tell the hub that they were made. Whoever wants that sets the variable to 0.
+constants.HF_HUB_DISABLE_TELEMETRY |= "HF_HUB_DISABLE_TELEMETRY" not in os.environ
 for module in (sft_trainer, dpo_trainer, kto_trainer):
     need(module, "add_fused_lm_head")
 for trainer in (DPOTrainer, KTOTrainer):

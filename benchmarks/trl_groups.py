@@ -41,6 +41,9 @@ def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, cl
     ids = torch.randint(5, vocabulary, (work.PROMPTS * 4, work.PROMPT_TOKENS)).tolist()
     policy = made(LlamaForCausalLM, model)
     policy.generation_config.eos_token_id = None  # no completion ends early
+    if tuning == "full":  # TRL reads the reference from where the policy's weights are said to lie
+        policy.config._name_or_path = tempfile.mkdtemp()
+        policy.save_pretrained(policy.config._name_or_path)
     make_config, make_trainer = TRAINERS[algorithm]
     return make_trainer(
         model=policy,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perl.measure.probe import Phase, PhaseMemory
+from perl.measure.probe import Phase, PhaseMemory, highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,13 @@ def costs_in_turn(costs: Sequence[Cost]) -> Cost:
     seconds = sum(cost.seconds for cost in costs)
     flops = [cost.flops for cost in costs if cost.flops is not None]
     useful = sum((cost.useful_flops_share or 0.0) * (cost.flops or 0) for cost in costs)
-    phases = dict.fromkeys(phase for cost in costs for phase in cost.memory)
     spent = dict.fromkeys(phase for cost in costs for phase in cost.phase_seconds)
     return Cost(
         seconds=round(seconds, 2),
         tokens_per_second=round(sum(one.tokens_per_second * one.seconds for one in costs) / max(seconds, 1e-9), 1),
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs),
         peak_rss_bytes=max(cost.peak_rss_bytes for cost in costs),
-        memory={
-            phase: max((cost.memory[phase] for cost in costs if phase in cost.memory), key=lambda one: one.peak)
-            for phase in phases
-        },
+        memory=highest(cost.memory for cost in costs),
         phase_seconds={
             phase: round(sum(cost.phase_seconds.get(phase, 0.0) for cost in costs), 2) for phase in spent
         },

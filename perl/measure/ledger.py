@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from perl.measure.memory import LiveBytes, holder
-from perl.measure.probe import KINDS, PHASES, Kind, Listener, Phase, PhaseMemory
+from perl.measure.probe import KINDS, PHASES, Kind, Listener, Phase, PhaseMemory, highest
 
 ABSENT: dict[Phase, tuple[Kind, ...]] = {
     "load": ("gradients", "optimizer", "kv_cache"),
@@ -24,16 +24,6 @@ ABSENT: dict[Phase, tuple[Kind, ...]] = {
     "update": ("kv_cache",),
 }
 """The kinds that a phase does not hold, whatever was marked in another."""
-
-
-def greater(first: Mapping[Phase, PhaseMemory], second: Mapping[Phase, PhaseMemory]) -> dict[Phase, PhaseMemory]:
-    """Of each phase the one with the higher peak; the first where both are alike."""
-    found = {
-        name: [memory[name] for memory in (first, second) if name in memory]
-        for name in PHASES
-        if name in first or name in second
-    }
-    return {name: max(peaks, key=lambda one: one.peak) for name, peaks in found.items()}
 
 
 class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
@@ -69,8 +59,7 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
 
     def memory(self) -> dict[Phase, PhaseMemory]:
         """The peaks of the phases seen so far."""
-        before, after = self.around_gradients()
-        return greater(before, after)
+        return highest(self.around_gradients())
 
     def around_gradients(self) -> tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]:
         """The peaks of the phases before there are all gradients, and while there are."""

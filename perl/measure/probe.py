@@ -1,7 +1,7 @@
 """What running code tells the listeners that measure it: what its tensors are for, and when it recomputes."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -22,6 +22,16 @@ class PhaseMemory:
 
     peak: int
     kinds: dict[Kind, int]
+
+
+def highest(memories: Iterable[Mapping[Phase, PhaseMemory]]) -> dict[Phase, PhaseMemory]:
+    """Of each phase that one of them has, the highest peak; the first where several are alike."""
+    found: dict[Phase, PhaseMemory] = {}
+    for memory in memories:
+        for phase, one in memory.items():
+            if phase not in found or one.peak > found[phase].peak:
+                found[phase] = one
+    return {phase: found[phase] for phase in PHASES if phase in found}
 
 
 class Listener:

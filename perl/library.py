@@ -274,7 +274,7 @@ class LoadedRun:
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat = self.session.base.chat
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        rows = [chat.row(context, answer, length).ids for context, answer in answered]
+        rows = [chat.row(context, answer, length) for context, answer in answered]
         scores_MN = run_member_scores(self.session, rows, MICRO_BATCH_SIZE)
         fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)
         scores_N = ensemble_scores(scores_MN, log_odds)

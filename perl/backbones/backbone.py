@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTok
 from perl.backbones.chat import ChatFormat
 from perl.errors import UserError
 
-Use = Literal["generation", "4bit", "sharding", "splitting"]
+Use = Literal["generation", "likelihood", "4bit", "sharding", "splitting"]
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,11 @@ class Backbone(ABC):
         ids_BL: Tensor,
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
-    ) -> Tensor:
-        """The head's score of each row (B), fp32; the rest as in `hidden`."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The head's score of each row (B), fp32, and the hidden states (B, L, D) of a language model.
+
+        The rest is as in `hidden`.
+        """
 
     @abstractmethod
     def classifier(

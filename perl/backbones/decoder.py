@@ -128,13 +128,13 @@ class Decoder(Backbone):
         ids_BL: Tensor,
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Read at each row's last real token."""
         hidden_BLD = self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)
         last_B = mask_BL.long().cumsum(1).argmax(1)
         last_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
         scores_B: Tensor = head(last_BD.float()).squeeze(-1)
-        return scores_B
+        return scores_B, hidden_BLD
 
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase

@@ -42,6 +42,7 @@ class Encoder(Backbone):
             "it reads texts in both directions and cannot generate any",
             "Train only a reward model on it (a recipe with no section but reward), or give a causal LM.",
         ),
+        Unsupported("likelihood", "it gives words no probabilities", "Leave reward.likelihood out."),
         Unsupported(
             "4bit",
             "4-bit weights are for causal LMs, as an encoder's head would be rounded with the rest",
@@ -108,7 +109,7 @@ class Encoder(Backbone):
         ids_BL: Tensor,
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         """By the classifier's own forward, with this head instead of its own."""
         assert isinstance(head, ClassifierHead)
         assert embeddings_BLD is None, "an encoder is not split"
@@ -117,7 +118,7 @@ class Encoder(Backbone):
         mask_BL = mask_BL.gather(1, order_BL)
         with head.placed(lm):
             logits_B1: Tensor = lm(input_ids=ids_BL.gather(1, order_BL), attention_mask=mask_BL.long()).logits
-        return logits_B1[:, 0].float()
+        return logits_B1[:, 0].float(), None
 
     @torch.no_grad()
     def classifier(

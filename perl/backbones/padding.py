@@ -20,6 +20,13 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
+def at_the_end(lengths: Sequence[int], mask_BL: Tensor) -> Tensor:
+    """True for the last so many columns of each row, bool, as `mask_BL`."""
+    columns = mask_BL.shape[1]
+    starts_B = torch.tensor([columns - length for length in lengths])
+    return (torch.arange(columns) >= starts_B[:, None]).to(mask_BL.device, non_blocking=True)
+
+
 def joined(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

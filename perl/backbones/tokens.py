@@ -40,6 +40,10 @@ class Tokens:
         """Tokens before the agent first speaks."""
         return self.spoken.index(True)
 
+    def completion_length(self) -> int:
+        """Tokens from there on."""
+        return len(self.ids) - self.prompt_length()
+
 
 class RowTokenizer:
     """Tokenizes prompts and completions.

@@ -69,9 +69,9 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     assert session.recipe.reward is not None
     # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
     rows = session_rows(session, session.held_out, "any", data)
-    say_cut(rows.cut, len(rows.ids), max_length(session), "reward.max_length")
+    say_cut(rows.cut, len(rows.tokens), max_length(session), "reward.max_length")
     trained_on = answers_of(session.train, session.recipe.reward.loss, session.recipe.data.source)
-    card = evaluate_rows(session, rows.ids, rows, trained_on)
+    card = evaluate_rows(session, rows.tokens, rows, trained_on)
     print_card(f"reward of {run}", card)
     return card
 

@@ -58,6 +58,9 @@ class Reward(Supervised):
     members: Annotated[int, Field(ge=1, le=8)] = 1
     """How many reward models are trained, each an adapter with a beginning and an order of rows of its own; how RL
     combines them, `rl.reward` says."""
+    likelihood: bool = False
+    """Whether the score also depends on how likely the reward model's own language model finds the answer: for
+    bases that know good answers better than ratings can teach it."""
     bootstrap: bool = False
     """Whether each of several members learns from its own draw of the dialogues, with replacement."""
 

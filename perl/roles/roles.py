@@ -31,6 +31,7 @@ from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.roles.checkpointing import checkpointed
 from perl.roles.distributions import kl_of_states
+from perl.roles.likelihood import LIKELIHOOD, LikelihoodHead
 from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
@@ -51,6 +52,9 @@ class Roles(nn.Module, ABC):
         super().__init__()
         self.engine = engine or Engine(ALONE)
         self.heads = nn.ModuleDict()
+        self.likelihoods = nn.ModuleDict()
+        self.reads_likelihood = False
+        """Whether scores of reward models depend on how likely answers are, too."""
         self._active = Role.BASE
         self.shares_prompts = False
         """Whether a prompt is computed once for all its completions in a batch."""
@@ -147,10 +151,16 @@ class Roles(nn.Module, ABC):
             if copy_of in self.heads:
                 for new, old in zip(self.heads[role].parameters(), self.heads[copy_of].parameters(), strict=True):
                     new.data.copy_(old.data)
+        if head and self.reads_likelihood and role is not Role.CRITIC:
+            self.likelihoods[role] = LikelihoodHead(self.device)
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's head, by their names in a classifier of transformers."""
-        return self.backbone.head_parameters(self.heads[role])
+        """The parameters of a role's head, by their names in a classifier of transformers.
+
+        Those that read how likely answers are, which no such classifier has, are called `likelihood`.
+        """
+        likelihood = self.likelihoods[role].named_parameters(LIKELIHOOD) if role in self.likelihoods else ()
+        return self.backbone.head_parameters(self.heads[role]) | dict(likelihood)
 
     def head(self, role: Role) -> nn.Linear:
         """The linear head of a role that has values."""
@@ -163,7 +173,7 @@ class Roles(nn.Module, ABC):
         parameters: list[nn.Parameter] = []
         for role in roles:
             parameters += self.weights(role).values()
-            parameters += self.heads[role].parameters() if role in self.heads else ()
+            parameters += self.head_weights(role).values() if role in self.heads else ()
         return parameters
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
@@ -248,6 +258,7 @@ class Roles(nn.Module, ABC):
         states: bool = False,
         prompts: SharedPrompts | None = None,
         lengths: Sequence[int] | None = None,
+        answers_BL: Tensor | None = None,
     ) -> Outputs:
         """Log-probs of completions, values of their states, or scores of whole rows, as one role.
 
@@ -264,13 +275,19 @@ class Roles(nn.Module, ABC):
             states: whether the states are wanted themselves.
             prompts: which rows have the same prompt; None: no two.
             lengths: of the completions, where the host knows them: it need not wait for the mask.
+            answers_BL: True for the tokens of the answer that is scored, bool; for heads that read its likelihood.
         """
         shared = prompts if self.shares_prompts else None
         with self.role(role), self._above(lower_hidden_BLD) as model, sharing(model, shared, mask_BL):
             if completion_length == 0:
                 assert head is not None, "nothing is asked for"
                 scorer = self.heads[head]
-                return Outputs(scores_B=self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD))
+                scores_B, hidden_BLD = self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD)
+                if head in self.likelihoods:
+                    assert answers_BL is not None
+                    assert hidden_BLD is not None
+                    scores_B = scores_B + self.of_likelihood(head, hidden_BLD, ids_BL, answers_BL)
+                return Outputs(scores_B=scores_B)
             states_BTD = self.backbone.states(model, ids_BL, mask_BL, completion_length, lower_hidden_BLD)
         log_probs_BT = entropy_BT = values_BT = None
         if head is not None:
@@ -286,6 +303,16 @@ class Roles(nn.Module, ABC):
                 lengths,
             )
         return Outputs(log_probs_BT, entropy_BT, values_BT, states_BTD=states_BTD if states else None)
+
+    def of_likelihood(self, head: Role, hidden_BLD: Tensor, ids_BL: Tensor, answers_BL: Tensor) -> Tensor:
+        """What a head adds to the scores (B) for how likely the active role finds the answers."""
+        model, answers_BT = self.model(), answers_BL[:, 1:]  # a row's first token is predicted from nothing
+        embedding, transform = model.get_output_embeddings(), logits_transform(model.config)
+        log_probs_BT, _ = completion_log_probs(
+            hidden_BLD[:, :-1], embedding, ids_BL[:, 1:], answers_BT, 1.0, transform
+        )
+        added_B: Tensor = self.likelihoods[head](log_probs_BT, answers_BT)
+        return added_B
 
     def kl_of_states(self, old_ND: Tensor, states_ND: Tensor, temperature: float) -> Tensor:
         """See `perl.roles.distributions`; with this model's output embedding."""

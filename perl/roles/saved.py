@@ -21,6 +21,7 @@ from perl import __version__
 from perl.adapters.kind import CONFIG
 from perl.backbones.base import Base
 from perl.errors import UserError, machine_fault
+from perl.roles.likelihood import LIKELIHOOD
 from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
@@ -113,7 +114,8 @@ def load_role(
     _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
     weights = read_weights(folder, roles.weights_file, _anew(folder))
     if role not in roles.roles:
-        own = any(not name.endswith(HEAD) for name in weights)
+        head = tuple(f"{roles.prefix}{part}" for part in (HEAD, f"{LIKELIHOOD}."))
+        own = any(not name.startswith(head) for name in weights)
         roles.add(role, weights=own, head=role.has_head)
     targets = tensors_on_disk(roles, role)
     with roles.role(role):

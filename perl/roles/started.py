@@ -12,6 +12,7 @@ from perl.adapters.folder import PREFIX, AdapterFolder
 from perl.backbones.base import Base
 from perl.errors import UserError
 from perl.recipe.adapter import LORA
+from perl.roles.likelihood import LIKELIHOOD
 from perl.roles.role import Role
 from perl.roles.saved import HEAD, STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
 from perl.roles.shared_base import SharedBase
@@ -37,14 +38,15 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     notes = _check_base(folder, base)
     read = read_weights(folder.path, roles.weights_file, AGAIN)
     weights = {roles.adapter.name_here(name): tensor for name, tensor in read.items()}
-    heads = tuple(f"{PREFIX}{module}." for module in roles.head_modules or [HEAD.partition(".")[0]])
+    modules = [*(roles.head_modules or [HEAD.partition(".")[0]]), LIKELIHOOD]
+    heads = tuple(f"{PREFIX}{module}." for module in modules)
     has_head = any(name.startswith(heads) for name in weights)
     _check_task(folder, role, has_head, roles.backbone.task_type)
     _drop_fixed(roles, role, weights, folder)
     targets = tensors_on_disk(roles, role)
     if role in roles.heads and not has_head:
         notes.append("it has no head, so the head begins at zero")
-        targets = {name: target for name, target in targets.items() if not name.startswith(heads)}
+    targets = {name: one for name, one in targets.items() if name in weights or not name.startswith(heads)}
     if difference := shape_difference(weights, targets):
         raise UserError(
             f"the adapter there does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from perl.backbones.padding import left_pad
+from perl.errors import UserError
 from perl.recipe import StageName
 from perl.report.model_card import Exported, model_card
 from perl.rl.rewards.function import messages
@@ -59,6 +60,12 @@ def export_role(
         check_convertible(session.roles.adapter, rank)
     trunk = _load(session, role)
     scores = role in session.roles.heads
+    if role in session.roles.likelihoods:
+        raise UserError(
+            "peft and transformers have no head that reads how likely an answer is",
+            where="reward.likelihood",
+            remedy="Score with perl-rlhf score or serve, or train the reward model without it.",
+        )
     chat = session.base.chat
     tokenizer = scoring_tokenizer(chat) if scores else generating_tokenizer(chat)
     end = "tokenizer.eos_token" if text_end(tokenizer) else ""

@@ -61,7 +61,7 @@ def train_reward(session: Session) -> RewardStage:
     assert settings is not None
     everything, held_out = training_rows(session), held_out_rows(session)
     train, validation = _sides(session)
-    rows, cut = len(everything.ids) + len(held_out.ids), everything.cut + held_out.cut
+    rows, cut = len(everything.tokens) + len(held_out.tokens), everything.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
     with tempfile.TemporaryDirectory() as scratch:
         again = settings.epochs > 1 or len(members) > 1
@@ -72,19 +72,21 @@ def train_reward(session: Session) -> RewardStage:
         parameters = sum(one.trainable_parameters for one in stages)
         kept = [one for trained in stages for one in trained.kept or ()] or None
         stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
-    chosen = range(0, len(held_out.ids), -(-len(held_out.ids) // RECORDED))
+    chosen = range(0, len(held_out.tokens), -(-len(held_out.tokens) // RECORDED))
     recorded = recorded_scores(session, held_out, chosen)
     session.roles.eval()
     return RewardStage(
         **vars(replace(stage, rows=rows, rows_cut=cut)),
         kept_below_bytes=lower_layers.bytes if lower_layers is not None else None,
         recorded=recorded,
-        eval=evaluate_rows(session, held_out.ids, held_out, everything),
+        eval=evaluate_rows(session, held_out.tokens, held_out, everything),
     )
 
 
 def _sides(session: Session) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to validate on where the recipe has validation."""
+    if session.roles.reads_likelihood:
+        session.roles.backbone.require("likelihood", "reward.likelihood")
     train, validation = validation_split(session, "reward")
     return training_rows(session, train), None if validation is None else training_rows(session, validation)
 
@@ -161,7 +163,7 @@ class RewardTrainer(ResumableTrainer):
         for start in range(0, len(self.validation_examples), VALIDATED):
             examples = self.validation_examples[start : start + VALIDATED]
             batch = {name: tensor.to(roles.device) for name, tensor in self.data_collator(examples).items()}
-            outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role)
+            outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role, answers_BL=batch["answers_BL"])
             total += float(batch_loss(outputs.scores_B, batch)) * len(examples)
         return total / len(self.validation_examples)
 
@@ -174,14 +176,15 @@ class RewardTrainer(ResumableTrainer):
         if self.lower_layers is not None:
             lower_BLD = self.lower_layers.read(inputs["numbers_B"].tolist(), mask_BL)
         role = self.run.learner
-        outputs = model(role, ids_BL, mask_BL, head=role, lower_hidden_BLD=lower_BLD)
+        answers_BL = inputs["answers_BL"]
+        outputs = model(role, ids_BL, mask_BL, head=role, lower_hidden_BLD=lower_BLD, answers_BL=answers_BL)
         loss = batch_loss(outputs.scores_B, inputs)
         return loss if self.run.processes.count == 1 else loss * inputs[SHARE]
 
 
 def _scale(session: Session, role: Role, rows: Rows) -> dict[str, Any]:
     """Mean and standard deviation of a member's rewards of evenly spaced training rows, for the stamp."""
-    chosen, probability = rows.ids[:: max(1, len(rows.ids) // SCALE_ROWS)], scores_are_log_odds(session)
+    chosen, probability = rows.tokens[:: max(1, len(rows.tokens) // SCALE_ROWS)], scores_are_log_odds(session)
     scores_N = score_rows(session.roles, [role], chosen, session.base.chat.pad_id)[0]
     rewards = (scores_N.sigmoid() if probability else scores_N).tolist()
     return {
@@ -198,9 +201,9 @@ def checksum(ids: list[int]) -> int:
 
 def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list[Recorded]:
     """The reward model's scores of these rows, computed as one batch so that they repeat to the bit."""
-    scores = run_scores(session, [rows.ids[index] for index in chosen], RECORDED)
+    scores = run_scores(session, [rows.tokens[index] for index in chosen], RECORDED)
     return [
-        Recorded(row=index, score=float(score), tokens=checksum(rows.ids[index]))
+        Recorded(row=index, score=float(score), tokens=checksum(rows.tokens[index].ids))
         for index, score in zip(chosen, scores, strict=True)
     ]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rich.markup import escape
 
+from perl.backbones.tokens import Tokens
 from perl.data.duplicates import Rows
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
@@ -15,17 +16,17 @@ from perl.system.progress import console, counted, doing
 
 
 def evaluate_rows(
-    session: Session, ids: Sequence[list[int]], answers: RatedRows, trained_on: RatedRows
+    session: Session, rows: Sequence[Tokens], answers: RatedRows, trained_on: RatedRows
 ) -> RewardModelCard:
     """The card of the run's reward model.
 
     Args:
-        ids: tokens of each answer and its context.
+        rows: each answer and its context.
         answers: what is judged.
         trained_on: what the model learned from; so does the TF-IDF baseline.
     """
-    with doing(f"judging the reward model on {counted(len(ids), 'answer')}"):
-        scores_MN = run_member_scores(session, ids)
+    with doing(f"judging the reward model on {counted(len(rows), 'answer')}"):
+        scores_MN = run_member_scores(session, rows)
     if not np.isfinite(scores_MN).all():
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
     seen = sum(seen_in_training(answers.labelled(), trained_on))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perl.backbones.padding import left_pad
+from perl.backbones.padding import at_the_end, left_pad
 
 
 def pairs_losses(better_P: Tensor, worse_P: Tensor, margins_P: Tensor, targets_P: Tensor) -> Tensor:
@@ -60,6 +60,7 @@ class Collator:
         return {
             "ids_BL": ids_BL,
             "mask_BL": mask_BL,
+            "answers_BL": at_the_end(together("answers"), mask_BL),
             "numbers_B": torch.tensor(together("numbers")),
             "targets_E": torch.tensor([example["target"] for example in (*pairs, *rated)]),
             "margins_P": torch.tensor([example["margin"] for example in pairs]),

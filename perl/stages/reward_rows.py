@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perl.backbones.chat import ChatFormat
+from perl.backbones.tokens import Tokens
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
@@ -18,13 +19,20 @@ from perl.stages.session import Session
 class Rows(RatedRows):
     """Answers with their contexts as tokens."""
 
-    ids: list[list[int]]
+    tokens: list[Tokens]
     targets: list[float]
     """The probability of a thumb up, or that the better (the worse) one of a pair is the better."""
     margins: list[float]
     """Of the pairs."""
-    cut: int
-    """How many rows were too long."""
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [row.ids for row in self.tokens]
+
+    @property
+    def cut(self) -> int:
+        """How many rows were too long."""
+        return sum(row.cut for row in self.tokens)
 
 
 def training_rows(session: Session, records: Records | None = None) -> Rows:
@@ -85,11 +93,9 @@ def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, so
     rated = [float(one.label) if one.probability is None else one.probability for one in ratings]
     better = [one.probability for one in comparisons]
     both = zip(answers.contexts, answers.answers, strict=True)
-    rows = [chat.row(context, answer, length) for context, answer in both]
     return Rows(
         **vars(answers),
-        ids=[row.ids for row in rows],
-        cut=sum(row.cut for row in rows),
+        tokens=[chat.row(context, answer, length) for context, answer in both],
         targets=[*rated, *better, *(1 - probability for probability in better)],
         margins=[one.margin for one in comparisons],
     )
@@ -181,11 +187,13 @@ def bootstrapped(examples: Sequence[dict[str, Any]], dialogues: Sequence[str], s
 
 def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> dict[str, Any]:
     """One answer, or the better and the worse of a pair; they count alike in the mean of a batch."""
+    tokens = [rows.tokens[number] for number in numbers]
     return {
-        "rows": [rows.ids[number] for number in numbers],
+        "rows": [row.ids for row in tokens],
+        "answers": [row.completion_length() for row in tokens],
         "numbers": numbers,
         "target": rows.targets[numbers[0]],
         "margin": margin,
         "weight": weight,
-        "length": max(len(rows.ids[number]) for number in numbers),
+        "length": max(len(row.ids) for row in tokens),
     }

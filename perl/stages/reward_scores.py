@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from perl.backbones.tokens import Tokens
 from perl.measure.bootstrap import Floats
 from perl.measure.ensemble import disagreement, ensemble_scores
 from perl.rl.rewards.model import score_rows
 from perl.stages.session import Session
 
 
-def run_member_scores(session: Session, rows: Sequence[list[int]], micro_batch_size: int = 32) -> Floats:
-    """Each member's scores (M, N) of rows of tokens; members that are not in memory are loaded."""
+def run_member_scores(session: Session, rows: Sequence[Tokens], micro_batch_size: int = 32) -> Floats:
+    """Each member's scores (M, N) of rows; members that are not in memory are loaded."""
     for role in session.reward_members:
         session.load(role)
     pad_id = session.base.chat.pad_id
@@ -22,7 +23,7 @@ def run_member_scores(session: Session, rows: Sequence[list[int]], micro_batch_s
     return scores
 
 
-def run_scores(session: Session, rows: Sequence[list[int]], micro_batch_size: int = 32) -> Floats:
+def run_scores(session: Session, rows: Sequence[Tokens], micro_batch_size: int = 32) -> Floats:
     """The scores (N) of all members as one model."""
     return ensemble_scores(run_member_scores(session, rows, micro_batch_size), scores_are_log_odds(session))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from perl.backbones.tokens import Tokens
 from perl.results import Recorded
 from perl.rl.checks.findings import Finding
 from perl.rl.checks.preflight import CLOSE, EarlierStages
@@ -55,17 +56,17 @@ def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Itera
     """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage recorded."""
     rows, limit = held_out_rows(session), _limit(session)
     chosen, expected = [row.row for row in recorded], torch.tensor([row.score for row in recorded])
-    now = {row: checksum(rows.ids[row]) for row in chosen if row < len(rows.ids)}
+    now = {row: checksum(rows.tokens[row].ids) for row in chosen if row < len(rows.tokens)}
     differ = sum(now.get(row.row) != row.tokens for row in recorded)
     cause = "the chat template, the tokenizer or the data have changed since the reward stage. Train it again."
     words = "held-out rows whose tokens are not as in the reward stage"
     yield Finding("tokens as recorded", words, differ, 0.0, cause)
-    if max(chosen) >= len(rows.ids):
+    if max(chosen) >= len(rows.tokens):
         scores = torch.full_like(expected, math.nan)
         cause = "the held-out rows are others than they were: the data have changed. Put them back."
     else:
         scores = torch.tensor([row.score for row in recorded_scores(session, rows, chosen)])
-        alone = [float(run_scores(session, [rows.ids[index]])[0]) for index in chosen]
+        alone = [float(run_scores(session, [rows.tokens[index]])[0]) for index in chosen]
         if float(scores.std(unbiased=False)) < 1e-6:
             cause = "all scores are alike: the head was lost on saving. Train the reward stage again."
         elif _largest(torch.tensor(alone) - expected) <= limit:
@@ -84,7 +85,7 @@ def _outputs(session: Session, role: Role, samples: Samples) -> Tensor:
     roles = session.roles
     if role in roles.heads:
         both = zip(samples.prompt_ids(), samples.completions(), strict=True)
-        rows = [[*prompt, *tokens] for prompt, tokens in both]
+        rows = [Tokens.joined(prompt, tokens) for prompt, tokens in both]
         return score_rows(roles, [role], rows, session.base.chat.pad_id, 1)[0]
     log_probs_BT, _ = read_completions(roles, role, samples, len(samples.ids_BL), temperature=1.0, head=None)
     assert log_probs_BT is not None

@@ -194,7 +194,9 @@ def _add_roles(session: Session) -> tuple[Role, ...]:
 def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompts) -> Learner:
     settings, roles = settings_of(session), session.roles
     weights = roles.by_learning_rate(*trained)
-    heads = [parameter for role in trained if role in roles.heads for parameter in roles.heads[role].parameters()]
+    heads = [
+        parameter for role in trained if role in roles.heads for parameter in roles.head_weights(role).values()
+    ]
     rate, head_rate = learning_rates(session, prompts)
     rates = [*(rate * ratio for ratio in weights), head_rate]
     of_rates = [*weights.values(), heads]

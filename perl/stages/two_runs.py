@@ -160,7 +160,7 @@ def _scores(run: Path, held_out: Records) -> tuple[list[float], Rows]:
     with _opened(run, "reward", held_out) as session:
         session.roles.eval()
         rows = session_rows(session, held_out, "any")
-        return run_scores(session, rows.ids).tolist(), rows
+        return run_scores(session, rows.tokens).tolist(), rows
 
 
 def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:

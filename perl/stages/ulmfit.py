@@ -45,7 +45,7 @@ def layers_of(roles: Roles, role: Role) -> list[list[nn.Parameter]]:
         below = id(weight) in embeddings or "embed" in name
         layers[inside if inside is not None else -1 if below else 0].append(weight)
     if role in roles.heads:
-        layers[0] += roles.heads[role].parameters()
+        layers[0] += roles.head_weights(role).values()
     return [layer for layer in layers if layer]
 
 

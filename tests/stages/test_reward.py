@@ -71,13 +71,22 @@ def test_thumbs_loss_by_hand() -> None:
     assert float(losses_T.mean()) == pytest.approx(2.5 * math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize(("loss", "file"), [("thumbs", "ratings"), ("pairs", "pairs")])
+@pytest.mark.parametrize(
+    ("loss", "file", "likelihood"),
+    [("thumbs", "ratings", False), ("pairs", "pairs", False), ("thumbs", "ratings", True)],
+)
 def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
-    loss: str, file: str, run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
+    loss: str,
+    file: str,
+    likelihood: bool,
+    run_cli: RunCli,
+    write_recipe: WriteRecipe,
+    small_data: Path,
+    tmp_path: Path,
 ) -> None:
     recipe = write_recipe(
         data={"source": "jsonl", "path": str(small_data / f"{file}.jsonl"), "held_out": 0.3},
-        reward={"loss": loss, "epochs": 40, "batch_size": 4, "learning_rate": 0.01},
+        reward={"loss": loss, "epochs": 40, "batch_size": 4, "learning_rate": 0.01, "likelihood": likelihood},
         rl=None,
         sft=None,
     )
@@ -97,6 +106,13 @@ def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
     metrics = json.loads((tmp_path / "figures.json").read_text())
     recorded = report["stages"]["reward"]["eval"]
     assert metrics == recorded  # an adapter reloaded from disk scores as it did in memory
+    learned = weights.get("base_model.model.likelihood.out.weight")
+    assert (learned is not None) == likelihood
+    if learned is not None:
+        assert learned.abs().sum() > 0
+        code, text = run_cli("export", str(out), "reward", str(tmp_path / "exported"))
+        assert code == 2
+        assert "no head that reads how likely an answer is" in text
 
 
 def answers_to(drinks: list[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perl.backbones.padding import at_the_end
 from perl.results import Check
 from perl.rl.checks.findings import CLOSE_LOG_PROBS, Finding, require
 from perl.rl.checks.tracking import (
@@ -134,16 +135,23 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
 def _read_elsewhere(
     collector: Collector, model: RewardModel, prompts: EncodedPrompts, samples: Samples, ends: tuple[int, ...]
 ) -> int:
-    """Completions whose score is not the head's on their last token's hidden state, each read alone."""
+    """Completions whose score is not the head's on their last token's hidden state, each read alone.
+
+    A head that reads the completion's likelihood adds its part.
+    """
     roles, elsewhere = collector.roles, 0
     completions = with_written_end(samples, ends).completions()
     for prompt, tokens, scores_M in zip(prompts.ids, completions, model.scores(samples).T.tolist(), strict=True):
         ids_BL = torch.tensor([[*prompt, *tokens]], device=roles.device)
+        read_BL = torch.ones_like(ids_BL).bool()
         for member, score in zip(model.members, scores_M, strict=True):
             with roles.role(member):
-                hidden_BLD = roles.trunk(ids_BL, torch.ones_like(ids_BL).bool())
-            at_the_end = float(roles.head(member)(hidden_BLD[0, -1].float()))
-            if not abs(score - at_the_end) <= CLOSE[collector.dtype]:
+                hidden_BLD = roles.trunk(ids_BL, read_BL)
+                expected = float(roles.head(member)(hidden_BLD[0, -1].float()))
+                if member in roles.likelihoods:
+                    answers_BL = at_the_end([len(tokens)], read_BL)
+                    expected += float(roles.of_likelihood(member, hidden_BLD, ids_BL, answers_BL))
+            if not abs(score - expected) <= CLOSE[collector.dtype]:
                 elsewhere += 1
                 break
     return elsewhere

@@ -85,7 +85,7 @@ def _parts(roles: Roles, tried: list[Role]) -> Iterator[tuple[Role, str, list[nn
         if weights := list(roles.weights(role).values()):
             yield role, "weights", weights
         if role in roles.heads:
-            yield role, "head", list(roles.heads[role].parameters())
+            yield role, "head", list(roles.head_weights(role).values())
 
 
 def _outputs(collector: Collector, samples: Samples) -> dict[Role, Tensor]:

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perl.backbones.padding import left_pad
+from perl.backbones.padding import at_the_end, left_pad
 from perl.backbones.shared_prompts import SharedPrompts
+from perl.backbones.tokens import Tokens
 from perl.data.records import Prompt
 from perl.measure.ensemble import Combine
 from perl.rl.batches import micro_batches, trim
@@ -83,6 +84,7 @@ class RewardModel(RewardSource):
                     self.members,
                     batch.ids_BL,
                     batch.mask_BL,
+                    batch.answers_BL,
                     batch.lower_hidden_BLD,
                     batch.shared_prompts,
                 )
@@ -120,6 +122,7 @@ def member_scores(
     members: Sequence[Role],
     ids_BL: Tensor,
     mask_BL: Tensor,
+    answers_BL: Tensor,
     lower_hidden_BLD: Tensor | None = None,
     prompts: SharedPrompts | None = None,
 ) -> Tensor:
@@ -127,7 +130,15 @@ def member_scores(
     if lower_hidden_BLD is None and len(members) > 1 and roles.shared_blocks:
         lower_hidden_BLD = roles.lower_hidden(ids_BL, mask_BL)
     rows = [
-        roles(one, ids_BL, mask_BL, head=one, lower_hidden_BLD=lower_hidden_BLD, prompts=prompts).scores_B
+        roles(
+            one,
+            ids_BL,
+            mask_BL,
+            head=one,
+            lower_hidden_BLD=lower_hidden_BLD,
+            prompts=prompts,
+            answers_BL=answers_BL,
+        ).scores_B
         for one in members
     ]
     return torch.stack(rows)
@@ -164,13 +175,14 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
 
 @torch.no_grad()
 def score_rows(
-    roles: Roles, members: Sequence[Role], rows: Sequence[list[int]], pad_id: int, micro_batch_size: int = 32
+    roles: Roles, members: Sequence[Role], rows: Sequence[Tokens], pad_id: int, micro_batch_size: int = 32
 ) -> Tensor:
-    """Each member's scores (M, N) of rows of tokens, as trained, fp64; rows of like length are read together."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    """Each member's scores (M, N) of rows, as trained, fp64; rows of like length are read together."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     scores_MN = torch.zeros(len(members), len(rows), dtype=torch.float64)
     for start in range(0, len(order), micro_batch_size):
         chosen = order[start : start + micro_batch_size]
-        ids_BL, mask_BL = left_pad([rows[index] for index in chosen], pad_id, roles.device)
-        scores_MN[:, chosen] = member_scores(roles, members, ids_BL, mask_BL).double().cpu()
+        ids_BL, mask_BL = left_pad([rows[index].ids for index in chosen], pad_id, roles.device)
+        answers_BL = at_the_end([rows[index].completion_length() for index in chosen], mask_BL)
+        scores_MN[:, chosen] = member_scores(roles, members, ids_BL, mask_BL, answers_BL).double().cpu()
     return scores_MN

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perl.backbones.shared_prompts import SharedPrompts
@@ -80,6 +81,11 @@ class Samples:
     def completion_mask_BT(self) -> Tensor:
         """True for the completions' tokens."""
         return self.mask_BL[:, -self.completion_length :]
+
+    @property
+    def answers_BL(self) -> Tensor:
+        """The same among all columns."""
+        return F.pad(self.completion_mask_BT, (self.mask_BL.shape[1] - self.completion_length, 0))
 
     @property
     def shared_prompts(self) -> SharedPrompts | None:

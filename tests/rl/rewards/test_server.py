@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from perl.backbones.tokens import Tokens
 from perl.data.records import Prompt
 from perl.rl.rewards.base import RewardServers
 from perl.rl.rewards.model import score_rows
@@ -80,13 +81,15 @@ def test_scores_are_those_here_by_row_and_read_at_the_written_end(served: Served
     with other.serving():
         source, drawn = source_of(served.fake.url, other.url), samples()
         got = rewards(source, drawn)
-    rows = [[*one, *two] for one, two in zip(drawn.prompt_ids(), drawn.completions(), strict=True)]
-    rows = [[*row[:-1], ENDS[0]] if row[-1] == ENDS[1] else row for row in rows]
+    both = zip(drawn.prompt_ids(), drawn.completions(), strict=True)
+    rows = [Tokens.joined(one, [*two[:-1], ENDS[0]] if two[-1] == ENDS[1] else two) for one, two in both]
     expected = score_rows(served.roles, [Role.REWARD], rows, pad_id=0)[0]
     torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), expected, rtol=0, atol=1e-4)
     assert float(expected.std()) > 0.1
     asked = [row for body in (*served.fake.asked, *other.asked) for row in body["input"]]
-    assert sorted(asked) == sorted([*rows, rows[0], rows[0], rows[0]])  # one again: at first, and of each
+    assert sorted(asked) == sorted(
+        row.ids for row in (*rows, rows[0], rows[0], rows[0])
+    )  # one again: at first, and of each
     assert other.asked
     assert source.weights_sha256 is not None
     probable = rewards(source_of(served.fake.url, probability=True), drawn)

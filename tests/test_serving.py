@@ -146,10 +146,11 @@ def test_a_rank_that_vllm_does_not_take_is_said(tiny_llama: Path, mixed_data: Pa
 def test_the_commands_and_the_code_of_the_docs(
     runs: dict[str, Run], run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From top to bottom, in one folder where runs/quickstart is a run."""
+    """From top to bottom, in one folder where runs/quickstart and runs/my are runs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(runs["top-half"].folder)
+    for name in ("quickstart", "my"):
+        (tmp_path / "runs" / name).symlink_to(runs["top-half"].folder)
     monkeypatch.setattr("perl.server.listen.serve", lambda app, listening: None)
     text = (ROOT / "docs" / "serving.md").read_text()
     variables: dict[str, Any] = {}

@@ -25,7 +25,13 @@ ROOT = Path(__file__).parents[4]
 VENV = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm"))
 URL, REWARD_URL = "http://127.0.0.1:8111", "http://127.0.0.1:8112"
 DEMO = ROOT / "recipes" / "quickstart.yaml"
-SHORT = ["rl.steps=20", "rl.prompts_per_step=32", "rl.eval_prompts=128", "rl.best_of_n=0"]
+SHORT = [
+    "reward.likelihood=false",
+    "rl.steps=20",
+    "rl.prompts_per_step=32",
+    "rl.eval_prompts=128",
+    "rl.best_of_n=0",
+]
 KILLED_AFTER = 8
 """Steps."""
 

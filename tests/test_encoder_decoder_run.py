@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSeq2SeqLM
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import perl
-from perl.backbones.encoder_decoder import START
+from perl.backbones.encoder_decoder_format import START
 from perl.commands.export import export
 from perl.data.records import Turn
 from perl.errors import UserError

@@ -1,4 +1,5 @@
-"""A decoder in two parts: the blocks below every adapter, which compute alike for all roles, and those above.
+"""A decoder, or an encoder of prompts, in two parts: the blocks below every adapter, which compute alike for all
+roles, and those above.
 
 The lower blocks' output for a text is the same for every role and epoch, so it is computed once: (B, L, D) in the
 base's dtype. The upper part takes it in place of embeddings, so an architecture that does more to embeddings than
@@ -27,6 +28,8 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
     mask_BL[1, :2] = False
     unsplit = backbone.hidden(lm, ids_BL, mask_BL)
     try:
+        if count >= len(getattr(*backbone.block_list(lm))):
+            return f"{name} has no adapter in its encoder"
         lower_hidden_BLD = backbone.lower(lm, count, ids_BL, mask_BL)
         with backbone.only(lm, slice(count, None)):
             split = backbone.hidden(lm, ids_BL, mask_BL, lower_hidden_BLD)

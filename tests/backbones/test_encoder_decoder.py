@@ -286,6 +286,12 @@ def test_going_on_from_the_encoders_lower_blocks_changes_no_result(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_an_encoder_without_adapters_is_not_split(tmp_path: Path) -> None:
+    _, roles = opened(tiny_t5(tmp_path, num_decoder_layers=3), layers=[2])
+    assert roles.shared_blocks == 0
+    assert roles.split_unsupported_reason == "T5ForConditionalGeneration has no adapter in its encoder"
+
+
 def test_a_merged_model_and_an_untied_one_compute_alike_when_they_are_loaded_again(tmp_path: Path) -> None:
     base, roles = opened(tiny_t5(tmp_path / "base", tie_word_embeddings=False, feed_forward_proj="gated-gelu"))
     inputs = own_inputs(base, *(one[0] for one in rows_of(base)))

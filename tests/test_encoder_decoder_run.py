@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSeq2SeqLM
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import perl
-from perl.backbones.encoder_decoder import START
+from perl.backbones.encoder_decoder_format import START
 from perl.commands.export import export
 from perl.data.records import Turn
 from perl.errors import UserError
@@ -53,12 +53,14 @@ def tiny_recipe(base: Path, data: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of whole runs under LoRA: T5 has a critic of its own, BART one on the policy's trunk."""
+    """The folders of whole runs under LoRA: on T5 the critic has weights of its own, and roles share a block."""
     found = {}
     for name, maker in MAKERS.items():
         folder = tmp_path_factory.mktemp(name)
-        critic = {"critic": "shared" if name == "bart" else "adapter"}
-        run(tiny_recipe(maker(folder / "base"), mixed_data, rl=critic, checkpoint_every=3), folder / "run")
+        critic, layers = ("shared", "all") if name == "bart" else ("adapter", [1])
+        changes = {"rl": {"critic": critic}, "lora": {"rank": 2, "alpha": 4, "layers": layers}}
+        recipe = tiny_recipe(maker(folder / "base"), mixed_data, checkpoint_every=3, **changes)
+        run(recipe, folder / "run")
         found[name] = folder / "run"
     return found
 
@@ -159,7 +161,8 @@ def test_full_tuning_has_a_model_for_each_role(mixed_data: Path, tmp_path: Path)
 
 
 def test_what_it_will_need_is_what_it_takes(dialogues: Path) -> None:
-    tried = random_t5(dialogues, 2, critic="adapter", stages="rl")
+    lora = {"rank": 4, "alpha": 8, "layers": [1]}  # roles share a block of the encoder
+    tried = random_t5(dialogues, 2, critic="adapter", stages="rl", lora=lora)
     assert_close(predicted(tried), measured(tried), 0.01)
 
 

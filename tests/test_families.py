@@ -31,7 +31,7 @@ from transformers import (
 
 from perl.backbones import Backbone, backbone_of, shared_prompts
 from perl.backbones.base import weights_sha256
-from perl.backbones.encoder_decoder import START
+from perl.backbones.encoder_decoder_format import START
 from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler

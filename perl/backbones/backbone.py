@@ -4,8 +4,10 @@ A backbone belongs to a configuration. Its methods take the model, of which full
 the role that is active in it. Axis letters: `perl.roles`.
 """
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -37,6 +39,7 @@ class Backbone(ABC):
         auto_class: of transformers, which makes such a model from its configuration, and loads its weights.
         task_type: peft's, of adapters on its language models.
         encodes_prompts: whether an encoder reads the prompts, and a decoder the completions alone.
+        tried: two rows that differ in the last token, on which a loaded model is tried.
     """
 
     kind: ClassVar[str]
@@ -44,6 +47,7 @@ class Backbone(ABC):
     auto_class: ClassVar[Any]
     task_type: ClassVar[str] = "CAUSAL_LM"
     encodes_prompts: ClassVar[bool] = False
+    tried: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2), (0, 1, 3))
     unsupported: ClassVar[tuple[Unsupported, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -144,6 +148,36 @@ class Backbone(ABC):
         """Its blocks, the lowest first. Raises `UserError` as `block_list` does."""
         holder, name = self.block_list(lm)
         return list(getattr(holder, name))
+
+    @contextlib.contextmanager
+    def only(self, lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
+        """Inside, the trunk (of an encoder-decoder: the encoder) has these blocks only."""
+        holder, name = self.block_list(lm)
+        blocks = getattr(holder, name)
+        setattr(holder, name, blocks[chosen])
+        try:
+            yield
+        finally:
+            setattr(holder, name, blocks)
+
+    @contextlib.contextmanager
+    def watched(self, lm: PreTrainedModel, count: int) -> Iterator[list[Tensor]]:
+        """Inside, the list holds the output of the first `count` blocks in the last forward; stays empty if 0."""
+        outputs: list[Tensor] = []
+
+        def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            outputs[:] = [output[0] if isinstance(output, tuple) else output]
+
+        with contextlib.ExitStack() as stack:
+            if count:
+                stack.callback(self.blocks(lm)[count - 1].register_forward_hook(note).remove)
+            yield outputs
+
+    def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Hidden states (B, L, D) after the first `count` blocks: what `hidden` takes as `embeddings_BLD`."""
+        with self.watched(lm, count) as seen, self.only(lm, slice(count)):
+            self.hidden(lm, ids_BL, mask_BL)
+        return seen[0]
 
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None

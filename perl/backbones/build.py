@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from perl.backbones.chat import ChatFormat
-from perl.backbones.encoder_decoder import START, EncoderDecoderFormat
+from perl.backbones.encoder_decoder_format import START, EncoderDecoderFormat
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Demonstration
 from perl.errors import UserError, machine_fault

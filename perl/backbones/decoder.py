@@ -1,7 +1,7 @@
 """Decoders, or causal language models: they generate, and score a row at its last token."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ class Decoder(Backbone):
 
     kind = "a causal LM"
     auto_class = AutoModelForCausalLM
-    tried: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2), (0, 1, 3))
-    """Two rows that differ in the last token, on which a loaded model is tried."""
 
     @classmethod
     def matches(cls, config: Any) -> bool:

@@ -6,11 +6,12 @@ lengths, log-probs, the score at the last token) is the decoders' own.
 
 Rows that have the same context in a batch share one pass of the encoder, in training too.
 
-Letters beside those of `perl.roles`: S positions that the encoder reads.
+Letters beside those of `perl.roles`: S positions that the encoder reads, G different rows of them.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -24,14 +25,11 @@ from transformers import (
 )
 
 from perl.backbones.backbone import Unsupported
-from perl.backbones.chat import ChatFormat, text_of
+from perl.backbones.chat import ChatFormat
 from perl.backbones.decoder import Decoder, configured_ends
-from perl.backbones.tokens import Tokens
-from perl.data.records import Turn
+from perl.backbones.encoder_decoder_format import START, EncoderDecoderFormat
 from perl.errors import UserError
 
-START = -1
-"""No token: whatever a text or a policy says, it is not taken for the place where the decoder begins."""
 DECODER_DEPTH = {
     "t5": "num_decoder_layers",
     "mt5": "num_decoder_layers",
@@ -54,7 +52,6 @@ class EncoderDecoder(Decoder):
         Unsupported(
             "sharding", "only the blocks of causal LMs are sharded", "Launch with recipes/engines/ddp.yaml."
         ),
-        Unsupported("splitting", "its decoder attends to the encoder in every block"),
     )
 
     @classmethod
@@ -110,20 +107,46 @@ class EncoderDecoder(Decoder):
         """The encoder and the decoder."""
         return [lm.get_encoder(), lm.get_decoder()]
 
+    def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
+        """The encoder's: every block of the decoder attends to the encoder, so roles share none of these."""
+        return lm.get_encoder(), _list_name(lm.get_encoder())
+
     def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
         """The encoder's, then the decoder's."""
-        return [block for trunk in self.trunks(lm) for block in _block_list(trunk)]
+        return [block for trunk in self.trunks(lm) for block in getattr(trunk, _list_name(trunk))]
+
+    @contextlib.contextmanager
+    def only(self, lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
+        """Of the encoder's; T5's first block has the bias of relative positions for all of them."""
+        lowest = self.blocks(lm)[0]
+        with super().only(lm, chosen), _position_bias_of(lowest, self.blocks(lm)[0]):
+            yield
+
+    def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Where the encoder reads; 0 elsewhere."""
+        read_BL = mask_BL & ~_decoded(ids_BL)
+        source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
+        ids_GS, place_B = _distinct(source_BS, source_mask_BS)
+        with self.watched(lm, count) as seen, self.only(lm, slice(count)):
+            _read(lm, ids_GS)
+        lower_BSD = seen[0][place_B]
+        lower_BLD = lower_BSD.new_zeros(*ids_BL.shape, lower_BSD.shape[2])
+        lower_BLD[_places(read_BL)] = lower_BSD[_places(source_mask_BS)]
+        return lower_BLD
 
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
         """Of each position where it is read: by the encoder before `START`, by the decoder from there on."""
-        assert embeddings_BLD is None, "an encoder-decoder is not split"
-        decoded_BL = (ids_BL == START).cumsum(1) > 0
+        decoded_BL = _decoded(ids_BL)
         read_BL, written_BL = mask_BL & ~decoded_BL, mask_BL & decoded_BL
         source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
         target_BN, target_mask_BN = _to_the_left(ids_BL, written_BL)
-        encoded_BSD = self._encode(lm, source_BS, source_mask_BS)
+        lower_BSD = None
+        if embeddings_BLD is not None:
+            lower_BSD = embeddings_BLD.new_zeros(*source_BS.shape, embeddings_BLD.shape[2])
+            lower_BSD[_places(source_mask_BS)] = embeddings_BLD[_places(read_BL)]
+        encoded_BSD = self._encode(lm, source_BS, source_mask_BS, lower_BSD)
         decoded_BND = lm.get_decoder()(
             input_ids=self._begun(target_BN),
             attention_mask=target_mask_BN.long(),
@@ -163,14 +186,22 @@ class EncoderDecoder(Decoder):
         ).last_hidden_state
         return hidden_BND
 
-    def _encode(self, lm: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """The encoder's hidden states (B, S, D); equal rows are computed once."""
-        ids_GS, place_B = torch.unique(ids_BS.masked_fill(~mask_BS, START), dim=0, return_inverse=True)
-        mask_GS = ids_GS != START
-        encoded_GSD: Tensor = lm.get_encoder()(
-            input_ids=ids_GS.clamp(min=0), attention_mask=mask_GS.long()
-        ).last_hidden_state
-        return encoded_GSD[place_B]
+    def _encode(
+        self, lm: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor, lower_BSD: Tensor | None = None
+    ) -> Tensor:
+        """The encoder's hidden states (B, S, D), from its blocks' input on if that is given; equal rows once."""
+        ids_GS, place_B = _distinct(ids_BS, mask_BS)
+        with contextlib.ExitStack() as stack:
+            if lower_BSD is not None:
+                first_G = place_B.new_zeros(len(ids_GS)).scatter_reduce_(
+                    0, place_B, torch.arange(len(place_B), device=place_B.device), "amin", include_self=False
+                )
+                # BART adds positions to what it is given as embeddings.
+                given = self.blocks(lm)[0].register_forward_pre_hook(
+                    lambda _, inputs: (lower_BSD[first_G], *inputs[1:])
+                )
+                stack.callback(given.remove)
+            return _read(lm, ids_GS)[place_B]
 
     def _begun(self, ids_BN: Tensor) -> Tensor:
         """The decoder's tokens, the start token in its place."""
@@ -192,10 +223,46 @@ class EncoderDecoder(Decoder):
         )
 
 
-def _block_list(trunk: Any) -> nn.ModuleList:
-    """The blocks of an encoder or a decoder: T5 calls them `block`, BART `layers`."""
-    blocks: nn.ModuleList = trunk.block if hasattr(trunk, "block") else trunk.layers
-    return blocks
+def _list_name(trunk: nn.Module) -> str:
+    """Of the blocks of an encoder or a decoder: T5 calls them `block`, BART `layers`."""
+    return "block" if hasattr(trunk, "block") else "layers"
+
+
+@contextlib.contextmanager
+def _position_bias_of(lowest: Any, first: Any) -> Iterator[None]:
+    """Inside, the first block that computes has the position bias of T5's lowest, where that has it for all."""
+    if not hasattr(first, "layer") or first.layer[0].SelfAttention.has_relative_attention_bias:
+        yield
+        return
+
+    def lend(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        length = inputs[0].shape[1]
+        return (*inputs[:2], lowest.layer[0].SelfAttention.compute_bias(length, length), *inputs[3:])
+
+    hook = first.register_forward_pre_hook(lend)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _decoded(ids_BL: Tensor) -> Tensor:
+    """Where the decoder reads."""
+    return (ids_BL == START).cumsum(1) > 0
+
+
+def _distinct(ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (G, S), each once, with `START` where there is no token; and the place of each row among them."""
+    ids_GS, place_B = torch.unique(ids_BS.masked_fill(~mask_BS, START), dim=0, return_inverse=True)
+    return ids_GS, place_B
+
+
+def _read(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
+    """The encoder's hidden states (G, S, D) of what `_distinct` gives."""
+    encoded_GSD: Tensor = lm.get_encoder()(
+        input_ids=ids_GS.clamp(min=0), attention_mask=(ids_GS != START).long()
+    ).last_hidden_state
+    return encoded_GSD
 
 
 def _to_the_left(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,70 +275,3 @@ def _to_the_left(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
 def _places(mask_BL: Tensor) -> tuple[Tensor, ...]:
     """Where a mask is true: as numbers, since fake tensors take no mask."""
     return mask_BL.nonzero(as_tuple=True)
-
-
-class EncoderDecoderFormat(ChatFormat):
-    """How dialogues are written for an encoder-decoder: a context and a completion, tokenized apart.
-
-    A context is framed as the tokenizer frames every text (T5: an end token after it; BART: a token on either
-    side). What it puts before a text the decoder is given before the completion too, as in these models' training.
-
-    Attributes:
-        first_ids: what the decoder is given after its start token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, more_ends: Iterable[int] = ()) -> None:
-        super().__init__(tokenizer, more_ends)
-        plain, framed = self._tokens.ids("a"), list(tokenizer("a")["input_ids"])
-        at = next(place for place in range(len(framed)) if framed[place : place + len(plain)] == plain)
-        self.first_ids = tuple(framed[:at])
-        self._last_ids = tuple(framed[at + len(plain) :])
-        self._around = 2 * len(self.first_ids) + len(self._last_ids) + 1
-
-    def context(self, turns: Sequence[Turn], length: int | None = None) -> list[int]:
-        """The encoder's tokens, `START`, and what the decoder is given; at least one of the text's."""
-        room = None if length is None else max(1, length - self._around)
-        if turns[-1].speaker == "text":
-            ids = self._tokens.ids(text_of(turns))
-            return self._framed(ids if room is None else ids[-room:])
-        return self._framed(super().context(turns, room))
-
-    def _framed(self, ids: Sequence[int]) -> list[int]:
-        return [*self.first_ids, *ids, *self._last_ids, START, *self.first_ids]
-
-    def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
-        """As for a decoder."""
-        room = None if length is None else max(1, length - self._around - 1)
-        written, ids = self._written(context, completion)
-        kept = ids if room is None else ids[-room:]
-        row = self._joined(context, written, kept, length)
-        return row if len(kept) == len(ids) else Tokens(row.ids, row.spoken, cut=True)
-
-    def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
-        """A row for each of the agent's turns, with all turns before it as its context."""
-        turns = [*context, *completion]
-        rows = []
-        for index in range(len(context), len(turns)):
-            if turns[index].speaker in ("agent", "text"):
-                written, ids = self._written(turns[:index], turns[index])
-                rows.append(self._joined(turns[:index], written, ids, length).first(length))
-        return rows
-
-    def _written(self, context: Sequence[Turn], completion: Turn) -> tuple[str, list[int]]:
-        """What the template writes before a completion, and the completion's tokens."""
-        if completion.speaker == "text":
-            return "", [*self._tokens.ids(completion.text.strip()), self.eos_id]
-        prompt, text = self.template.row([*context, completion])
-        return prompt, self._tokens.ids(text.lstrip())
-
-    def _joined(self, context: Sequence[Turn], written: str, completion: list[int], length: int | None) -> Tokens:
-        room = None if length is None else length - len(completion)
-        whole = self.context(context) if context else self._framed(self._tokens.ids(written))
-        prompt = self.context(context, room) if context else whole
-        row = Tokens.joined(prompt, completion)
-        return Tokens(row.ids, row.spoken, cut=len(prompt) < len(whole))
-
-    def probe(self, speakers: Iterable[Any]) -> list[str]:
-        """Refuse a template that leaves a speaker out; no server's tokens are there to be compared."""
-        self.template.check_written(self.probe_turns(set(speakers))[:-1])
-        return []

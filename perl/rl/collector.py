@@ -111,6 +111,7 @@ class Collector:
             samples = self.draw(role, local, generator, Share(rows, len(prompts)), shared)
             texts = [self.chat.decode(ids) for ids in samples.completions()]
         with phase("score"):
+            samples = self._with_lower_hidden(samples)
             scores = self.reward(local.prompts, samples, texts)
             reference_BT, _ = self.read(self.roles.reference, samples, temperature)
             policy_BT: Tensor | None = samples.sampler_log_probs_BT
@@ -132,6 +133,15 @@ class Collector:
             reference_log_probs_BT=reference_BT,
             values_BT=values_BT,
         )
+
+    def _with_lower_hidden(self, samples: Samples) -> Samples:
+        """With what the shared blocks make of the rows, where the sampler does not say."""
+        if samples.lower_hidden_BLD is not None or not self.roles.shared_blocks:
+            return samples
+        size = self.micro_batch_size
+        batches = (slice(start, start + size) for start in range(0, len(samples.ids_BL), size))
+        parts = [self.roles.lower_hidden(samples.ids_BL[rows], samples.mask_BL[rows]) for rows in batches]
+        return replace(samples, lower_hidden_BLD=torch.cat(parts))
 
     def read(
         self, role: Role, samples: Samples, temperature: float | None, head: Role | None = None

@@ -36,7 +36,6 @@ from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
 from perl.roles.role import Role
-from perl.roles.split_layers import lower, only, watched
 
 
 class Roles(nn.Module, ABC):
@@ -203,13 +202,10 @@ class Roles(nn.Module, ABC):
         """Inside, this role computes many times over, without gradients or training.
 
         Yields a list whose only element is the hidden states after the shared blocks in the last forward; it stays
-        empty where there are no such blocks.
+        empty where there are no such blocks, or an encoder has them.
         """
-        with (
-            self.role(role),
-            packed(self.model()),
-            watched(self.backbone, self.model(), self.shared_blocks) as seen,
-        ):
+        watched = 0 if self.backbone.encodes_prompts else self.shared_blocks
+        with self.role(role), packed(self.model()), self.backbone.watched(self.model(), watched) as seen:
             yield seen
 
     @contextlib.contextmanager
@@ -228,9 +224,10 @@ class Roles(nn.Module, ABC):
         self.training = mode
         return self
 
+    @torch.no_grad()
     def lower_hidden(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward`."""
-        return lower(self.backbone, self.model(), self.shared_blocks, ids_BL, mask_BL)
+        return self.backbone.lower(self.model(), self.shared_blocks, ids_BL, mask_BL)
 
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor, lower_hidden_BLD: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D) after the last norm, under the active role."""
@@ -241,7 +238,7 @@ class Roles(nn.Module, ABC):
     def _above(self, lower_hidden_BLD: Tensor | None) -> Iterator[PreTrainedModel]:
         """The active role's model; where the hidden states after the shared blocks are known, without these."""
         model, first = self.model(), 0 if lower_hidden_BLD is None else self.shared_blocks
-        with only(self.backbone, model, slice(first, None)) if first else contextlib.nullcontext():
+        with self.backbone.only(model, slice(first, None)) if first else contextlib.nullcontext():
             yield model
 
     def forward(

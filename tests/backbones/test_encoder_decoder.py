@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, Gener
 
 from perl.backbones import EncoderDecoder, backbone_of
 from perl.backbones.base import Base
-from perl.backbones.encoder_decoder import START
+from perl.backbones.encoder_decoder_format import START
 from perl.backbones.loading import load_base, random_base
 from perl.backbones.padding import joined, left_pad
 from perl.data.records import Turn
@@ -251,11 +251,45 @@ def test_adapters_of_every_kind_change_both_parts_or_are_refused(name: str, kind
     assert roles.base_sha256() == base.sha256
 
 
-def test_top_half_are_the_upper_blocks_of_either_part_and_nothing_is_split(tmp_path: Path) -> None:
-    _, roles = opened(tiny_t5(tmp_path), layers="top-half")
-    assert {".block.1." in name for name in roles.adapter.adapted} == {True}
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_going_on_from_the_encoders_lower_blocks_changes_no_result(
+    name: str, checkpointed: bool, tmp_path: Path
+) -> None:
+    deeper = {"t5": "num_layers", "bart": "encoder_layers"}[name]
+    base, roles = opened(MAKERS[name](tmp_path, **{deeper: 3}), layers=[1, 2])
+    assert roles.shared_blocks == 1
+    ids_BL, mask_BL = joined(*(rows := rows_of(base)), base.chat.pad_id, CPU)
+    lower_hidden_BLD, length = roles.lower_hidden(ids_BL, mask_BL), max(map(len, rows[1]))
+    trained, computed = roles.train_only(Role.POLICY, Role.REWARD), list[int]()
+    for index, block in enumerate(roles.backbone.blocks(roles.lm)):
+        block.register_forward_hook(lambda *_, index=index: computed.append(index))
+
+    def read(**lower: torch.Tensor) -> list[torch.Tensor]:
+        computed.clear()
+        with roles.checkpointed(checkpointed):
+            log_probs_BT = roles(
+                Role.POLICY, ids_BL, mask_BL, completion_length=length, temperature=1.0, **lower
+            ).log_probs_BT
+            scores_B = roles(Role.REWARD, ids_BL, mask_BL, head=Role.REWARD, **lower).scores_B
+            (log_probs_BT.sum() + scores_B.sum()).backward()
+        gradients = [parameter.grad for parameter in trained]
+        roles.zero_grad()
+        return [log_probs_BT.detach(), scores_B.detach(), *gradients]
+
+    whole = read()
+    assert set(computed) == set(range(len(roles.backbone.blocks(roles.lm))))
+    split = read(lower_hidden_BLD=lower_hidden_BLD)
+    assert min(computed) == 1
+    for got, want in zip(split, whole, strict=True):
+        assert want.abs().sum() > 0
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_without_adapters_is_not_split(tmp_path: Path) -> None:
+    _, roles = opened(tiny_t5(tmp_path, num_decoder_layers=3), layers=[2])
     assert roles.shared_blocks == 0
-    assert "attends to the encoder in every block" in str(roles.split_unsupported_reason)
+    assert roles.split_unsupported_reason == "T5ForConditionalGeneration has no adapter in its encoder"
 
 
 def test_a_merged_model_and_an_untied_one_compute_alike_when_they_are_loaded_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perl.backbones.encoder_decoder import START
+from perl.backbones.encoder_decoder_format import START
 from perl.backbones.logits import logits_transform
 from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
@@ -180,7 +180,7 @@ class Drawing:
         going = [place for place, row in enumerate(self._order) if not self._lengths[row]]
         # Where the base is spread over processes, all compute on until every completion of every one has ended.
         done = last or (looks and not self._roles.together(len(going)))
-        if done and not self._roles.shared_blocks:
+        if done and self._lower.states_BLD is None:
             return False  # nobody reads what is computed of the last tokens
         self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
         ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
@@ -236,7 +236,7 @@ class _LowerHidden:
     def __init__(self, seen: list[Tensor], rows: int, length: int) -> None:
         self._seen, self._rows, self._length = seen, rows, length
         self.states_BLD: Tensor | None = None
-        """None where there are no such blocks."""
+        """None where there are no such blocks, or only an encoder has them."""
 
     def keep(self, rows_B: Tensor, end: int, sources_B: Tensor | None = None) -> None:
         """Keep what was computed last, of these rows the columns up to `end`.

@@ -85,7 +85,8 @@ def _best_of_n(panels: Iterable[Axes], rl: RlEval) -> Iterator[Hover]:
         for axes, y in zip(panels, values, strict=False):
             if y is not None:
                 axes.plot([x], [y], "x", color=FG, markersize=6, zorder=6)
-                axes.annotate(str(one.n), (x, y), (4, 4), textcoords="offset points", color=MUTED, fontsize=8)
+                number = axes.annotate(str(one.n), (x, y), (-4, 4), textcoords="offset points")
+                number.set(ha="right", fontsize=8.5, zorder=7)
                 yield _point(axes, f"best of {one.n}", one.kl, y)
 
 

@@ -60,7 +60,7 @@ def _beside(best: float, policy: float, interval: Interval | None) -> str:
     places = places_of(interval[1] - interval[0] if interval else abs(policy - best))
     ends = [] if interval is None else [fixed(end, places, sign=True) for end in interval]
     told = f" (95 % interval of the difference: {ends[0]} to {ends[1]})" if ends else ""
-    return f"{fixed(best, places)} there and {fixed(policy, places)} here{told}"
+    return f"{fixed(best, places)}, of RL's policy {fixed(policy, places)}{told}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
+from perl.system.progress import counted
 
 PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
 
@@ -106,7 +107,7 @@ class RlEval:
             ends.append(f"gold {_beside(one.gold, one.rl_gold, one.gold_interval)}")
         return (
             f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
-            f"{one.prompts} prompts: {'; '.join(ends)}."
+            f"{counted(one.prompts, 'prompt')}: {'; '.join(ends)}."
         )
 
     def change(self, metric: PairedMetric) -> Change | None:

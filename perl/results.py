@@ -7,6 +7,7 @@ unknown, such as the AUROC of one class, is null. Unknown keys, which newer vers
 from dataclasses import dataclass
 from typing import Literal
 
+from perl.measure.bootstrap import Interval
 from perl.measure.cost import Cost
 from perl.measure.probe import Phase, PhaseMemory
 from perl.measure.reward_model_card import RewardModelCard
@@ -52,11 +53,15 @@ class Stage(Cost):
 
 @dataclass(frozen=True, kw_only=True)
 class SftEval:
-    """Mean loss on the tokens of held-out completions."""
+    """Mean loss on the tokens of held-out completions, of `n` rows, and the 95 % interval of its change.
+
+    The interval is paired by row, and of whole dialogues; there is none where all rows are of one dialogue.
+    """
 
     n: int
     loss_before: float
     loss_after: float
+    loss_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -236,6 +236,10 @@ def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return file
 
 
+BRIEF = {"anyway": True, "eval_samples": 16, "best_of_n": 0}
+"""Of `rl`: few ratings make no reward model fit for it, and by default a policy is judged on 768 completions."""
+
+
 def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Path:
     """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
     (folder / "rewards.py").write_text(
@@ -257,8 +261,8 @@ def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Pat
         **changes,
     }
     recipe = {key: value for key, value in recipe.items() if value is not None}
-    if isinstance(recipe.get("rl"), dict):  # so few ratings make no reward model fit for RL
-        recipe["rl"] = {"anyway": True, **recipe["rl"]}
+    if isinstance(recipe.get("rl"), dict):
+        recipe["rl"] = {**BRIEF, **recipe["rl"]}
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return file

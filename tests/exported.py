@@ -15,6 +15,7 @@ from perl.results import RESULTS, StageResult
 from perl.roles.role import Role
 from perl.stages.opening import open_run, open_session
 from perl.system.typed_json import made
+from tests.conftest import BRIEF
 from tests.report.made import make_report
 
 SPEAKERS = {"user": "user", "assistant": "agent"}
@@ -30,7 +31,7 @@ def recipe_on(model: Path, data: Path, **changes: Any) -> Recipe:
         "sft": {"batch_size": 4, "learning_rate": 0.01, "max_length": 64},
         "reward": {"epochs": 8, "batch_size": 4, "learning_rate": 0.01, "max_length": 64},
         "rl": {
-            "anyway": True,
+            **BRIEF,
             "critic": "shared",
             "steps": 2,
             "prompts_per_step": 2,

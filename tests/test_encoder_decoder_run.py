@@ -21,7 +21,7 @@ from perl.runs.folder import RunFolder
 from perl.stages.pipeline import run
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from tests.commands.test_export import assert_same, card_code
-from tests.conftest import RunCli
+from tests.conftest import BRIEF, RunCli
 from tests.encoder_decoders import MAKERS, T5, tiny_t5
 from tests.exported import Run, make, recipe_on
 from tests.predict.test_memory import SHORT, assert_close, dialogues, measured, predicted
@@ -31,7 +31,7 @@ from tests.stopping import stopped_after
 __all__ = ["dialogues"]  # a fixture
 
 RL = {
-    "anyway": True,
+    **BRIEF,
     "steps": 1,
     "prompts_per_step": 4,
     "samples_per_prompt": 2,

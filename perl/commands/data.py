@@ -92,7 +92,7 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
     console.print(f"{counted(len(records.problems), 'row')} left out")
     messages.print("Mend or remove the rows named: a run would go on without them.")
     if any(problem.what.endswith("fit no format") for problem in records.problems):
-        messages.print(f"Rows are {FORMATS}.", markup=False)
+        messages.print(f"Rows have the fields {FORMATS}.", markup=False)
     return 2
 
 

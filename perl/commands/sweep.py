@@ -16,7 +16,7 @@ from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writi
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.system.files import user_named, write_metrics
-from perl.system.progress import console
+from perl.system.progress import console, counted
 
 if TYPE_CHECKING:
     from perl.report.sweep import Sweep
@@ -172,7 +172,7 @@ def _check(
         what, remedy = f"{min(both)} is reported too", "Search on seeds that are not among --seeds."
         raise UserError(what, where="--search-seeds", remedy=remedy)
     if stage == "rl" and recipe.rl is not None and recipe.rl.steps < MIN_STEPS:
-        what = f"{recipe.rl.steps} steps make no curve to read at one KL"
+        what = f"{counted(recipe.rl.steps, 'step')}: too few for a curve to read at one KL"
         raise UserError(what, where="rl.steps", remedy=f"Take at least {MIN_STEPS}.")
 
 

@@ -59,9 +59,10 @@ from perl.data.tables import Value, numbered_values
 from perl.system.progress import counted
 
 FORMATS = (
-    'one JSON object a line: {"prompt", "completion"}, {"prompt", "completion", "label"}, '
+    '{"prompt", "completion"}, {"prompt", "completion", "label"}, '
     '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
 )
+"""The fields of a row."""
 MAX_MARGIN = 1e6
 """Margins are differences of scores; no larger one could be learned."""
 

@@ -255,13 +255,13 @@ SOURCES: dict[str, Source] = {
     "jsonl": Source(
         _jsonl,
         "a file of your own in TRL's formats",
-        remedy=f"Write {FORMATS}; data.columns gives other names.",
+        remedy=f"Write rows with the fields {FORMATS}; data.columns gives other names.",
         mapped=_file,
     ),
     "hub": Source(
         _hub,
         "a data set of the hub in TRL's formats, by its id",
-        remedy=f"Its rows should be {FORMATS}; data.columns gives other names.",
+        remedy=f"Its rows should have the fields {FORMATS}; data.columns gives other names.",
         mapped=read_hub,
     ),
     **{name: _math(name) for name in MATH_SETS},

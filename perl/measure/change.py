@@ -5,44 +5,62 @@ import math
 from perl.measure.bootstrap import Interval
 
 HARDLY = 0.02
-"""A loss that changed by a smaller share has hardly changed: its interval is not known."""
+"""A loss of which the interval shows that it changed by a smaller share has hardly changed."""
 LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
 """Numbers at least so large, or smaller and to more places than the last, are written with an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
 """Digits after the point at most, without an exponent and with one."""
 
 
-def change_words(before: str, after: str, interval: Interval | None) -> str:
+def change_verb(interval: Interval, little: float = 0.0) -> str:
+    """Whether a value rose, fell, did not clearly change or hardly changed.
+
+    Args:
+        interval: of the change, 95 %. The value "rose" or "fell" only where this excludes 0.
+        little: a change that lies below this throughout the interval, up or down, is hardly one.
+    """
+    if -little < interval[0] and interval[1] < little:
+        return "hardly changed"
+    return "rose" if interval[0] > 0 else "fell" if interval[1] < 0 else "did not clearly change"
+
+
+def change_words(before: str, after: str, interval: Interval | None, little: float = 0.0) -> str:
     """As in "rose, 0.10 before and 0.90 after".
 
     Args:
         before: the value as it is to be read; so is `after`.
-        interval: of the change, 95 %. It "rose" or "fell" only where this excludes 0. None: only both ends.
+        interval: as in `change_verb`, as is `little`. None: only both ends.
     """
     ends = f"{before} before and {after} after"
-    if interval is None:
-        return f"was {ends}"
-    verb = "rose" if interval[0] > 0 else "fell" if interval[1] < 0 else "did not clearly change"
-    return f"{verb}, {ends}"
+    return f"was {ends}" if interval is None else f"{change_verb(interval, little)}, {ends}"
 
 
-def measured_words(before: float, after: float, interval: Interval | None, percent: bool = False) -> str:
+def measured_words(
+    before: float,
+    after: float,
+    interval: Interval | None,
+    *,
+    percent: bool = False,
+    little: float = 0.0,
+    rows: str = "prompts",
+) -> str:
     """As in "rose, 0.30 before and 0.93 after (95 % interval of the change: +0.55 to +0.71)".
 
     Args:
-        before: a mean over prompts; so is `after`.
-        interval: as in `change_words`; None where all prompts are of one dialogue.
+        before: a mean over rows; so is `after`.
+        interval: as in `change_verb`, as is `little`; None where all rows are of one dialogue.
         percent: whether it is a share, to be written in per cent.
+        rows: what they are.
     """
     scale, unit, points = (100.0, " %", " points") if percent else (1.0, "", "")
     width = interval[1] - interval[0] if interval else 0.0
     moved = width or abs(after - before)
     places = places_of(scale * moved) if moved else max(2, places_of(scale * abs(before)))
     words = change_words(
-        f"{fixed(scale * before, places)}{unit}", f"{fixed(scale * after, places)}{unit}", interval
+        f"{fixed(scale * before, places)}{unit}", f"{fixed(scale * after, places)}{unit}", interval, little
     )
     if interval is None:
-        return f"{words} (all prompts are of one dialogue: too few to tell)"
+        return f"{words} (all {rows} are of one dialogue: too few to tell)"
     low, high = (fixed(scale * end, places, sign=True) for end in interval)
     return f"{words} (95 % interval of the change: {low} to {high}{points})"
 
@@ -69,15 +87,3 @@ def fixed(value: float, places: int, *, sign: bool = False) -> str:
         return f"{mantissa}e{int(exponent)}"
     text = f"{value:{plus}.{max(0, places)}f}"
     return text if text.strip("+-0.") else text.replace("-", plus)
-
-
-def loss_verb(before: float, after: float) -> str:
-    """Whether a loss fell, rose or hardly changed."""
-    if abs(after - before) < HARDLY * abs(before):
-        return "hardly changed"
-    return "fell" if after < before else "rose"
-
-
-def loss_words(before: float, after: float) -> str:
-    """As in "fell, 1.310 before and 0.420 after"."""
-    return f"{loss_verb(before, after)}, {before:.3f} before and {after:.3f} after"

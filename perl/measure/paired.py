@@ -1,15 +1,19 @@
-"""The change of a metric between two policies on the same prompts, with its 95 % interval, paired by prompt.
+"""The change of a metric between two models on the same prompts or rows, with its 95 % interval, paired by these.
 
 Whole dialogues are resampled (`perl.measure.bootstrap`). For G dialogues the bootstrap's variance is (G - 1) / G
 of what it estimates, and the estimate is uncertain itself, so the percentiles' distance from the mean is
 multiplied by t · √(G / (G - 1)) / z, t and z being quantiles of Student's distribution with G - 1 degrees of
 freedom and of the normal one (as in Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
 
-Axis letters: S resamples, N prompts.
+A loss is a mean over tokens, so a row counts as often as it has tokens: of each resample the interval reads the
+sum of changes over the number of tokens.
+
+Axis letters: S resamples, N prompts or rows.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import norm, t
@@ -18,6 +22,24 @@ from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval, ratio
 
 Metrics = Mapping[str, Sequence[float]]
 """Of each prompt, by name."""
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses of rows: of each, -log p summed over its tokens, in nats, and the number of these."""
+
+    sums: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Over the tokens of all rows."""
+        return sum(self.sums) / sum(self.tokens)
+
+    def interval_to(self, after: "TokenLosses", dialogues: Sequence[str]) -> Interval | None:
+        """The 95 % interval of the mean's change to other losses of the same rows; None with a single dialogue."""
+        change_N, size_N = np.subtract(after.sums, self.sums), np.asarray(self.tokens, dtype=np.float64)
+        return _interval(change_N, size_N, ClusterBootstrap(dialogues, seed=0), len(set(dialogues)))
 
 
 def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, float | Interval | None]:
@@ -30,20 +52,21 @@ def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
     Returns:
         `NAME_before`, `NAME_after` and `NAME_interval` of each metric; no interval (None) with a single dialogue.
     """
-    bootstrap = ClusterBootstrap(dialogues, seed=0)
+    bootstrap, size_N = ClusterBootstrap(dialogues, seed=0), np.ones(len(dialogues))
     changed: dict[str, float | Interval | None] = {}
     for name, values in before.items():
         before_N, after_N = np.asarray(values, dtype=np.float64), np.asarray(after[name], dtype=np.float64)
         changed[f"{name}_before"], changed[f"{name}_after"] = float(before_N.mean()), float(after_N.mean())
-        changed[f"{name}_interval"] = _interval(after_N - before_N, bootstrap, len(set(dialogues)))
+        changed[f"{name}_interval"] = _interval(after_N - before_N, size_N, bootstrap, len(set(dialogues)))
     return changed
 
 
-def _interval(change_N: Floats, bootstrap: ClusterBootstrap, dialogues: int) -> Interval | None:
+def _interval(change_N: Floats, size_N: Floats, bootstrap: ClusterBootstrap, dialogues: int) -> Interval | None:
+    """Of the sum of changes over the sum of sizes."""
     if dialogues < 2:
         return None
-    mean = float(change_N.mean())
-    interval = bootstrap.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN.sum(axis=1))).interval
+    mean = float(change_N.sum() / size_N.sum())
+    interval = bootstrap.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN @ size_N)).interval
     assert interval is not None
     wider = float(t.ppf(0.975, dialogues - 1) / norm.ppf(0.975)) * math.sqrt(dialogues / (dialogues - 1))
     low, high = interval

@@ -27,6 +27,7 @@ from perl.rl.samplers.local import Drawing, Groups, LocalSampler
 from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.stages.rl_setup import eval_prompts, setup
+from perl.system.progress import track
 
 MICRO_BATCHES = 2
 """Of a rollout on fake tensors: in the second, all that the first has made is in memory."""
@@ -50,13 +51,15 @@ def try_rl(session: TrialSession) -> Tried:
         prompts = prompts.take(range(_first_tried(loop), count))
         _count_all(loop, loop.meter, count / len(prompts))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
-    with session.folder.metrics(Role.POLICY) as log:
-        for step in range(session.trial.steps):
+    steps = session.trial.steps
+    with session.folder.metrics(Role.POLICY) as log, track("rl", steps) as bar:
+        for step in range(steps):
             with loop.meter.step(loop.learner.optimizer):
                 local, rollout = collect(loop, step, prompts)
                 targets = estimate(loop, rollout, loop.objective.normalized(step, rollout, loop.reward_scale))
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
+            bar()
     return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
 
 

@@ -8,6 +8,7 @@ from perl.baselines.results import BaselineResult, Reached
 from perl.measure.two_runs import Difference
 from perl.report.numbers import NONE, bytes_text, decimal, interval_text, joined, seconds_text
 from perl.report.outcome import interval_of_mean
+from perl.system.progress import counted
 
 COLUMNS = ("Method", "Seed", "KL", "Metric", "Baseline", "RL", "RL less baseline (95 %)", "")
 METRICS = ("gold", "reward")
@@ -35,9 +36,9 @@ def trainings(results: Sequence[BaselineResult]) -> list[str]:
         one = of_method[0]
         cost = f"{seconds_text(one.seconds)}, peak memory {bytes_text(one.peak_memory_bytes)}"
         lines.append(
-            f"{method.upper()}: {one.rows:,} {one.learns_from}, {one.steps:,} steps at a learning rate of "
-            f"{one.learning_rate:g}, {cost}. It ended at {_ends([found.policies for found in of_method])}; RL at "
-            f"{_ends([found.rl_policies for found in of_method])}."
+            f"{method.upper()}: {one.rows:,} {one.learns_from}, {counted(one.steps, 'step')} at a learning rate "
+            f"of {one.learning_rate:g}, {cost}. It ended at {_ends([found.policies for found in of_method])}; "
+            f"RL at {_ends([found.rl_policies for found in of_method])}."
         )
     return lines
 

@@ -75,16 +75,21 @@ def step_plot(
             caption = f"Thin lines: each of {len(series)} seeds, smoothed. Thick line: mean ± standard deviation."
         axes.fill_between(steps, mean - half, mean + half, color=SERIES[0], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, color=SERIES[0], linewidth=2.4)
-        for end, words in zip(ends, ("before", "after"), strict=False):
-            if end is not None:
-                axes.axhline(scale * end.mean, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
-                across, ground = axes.get_yaxis_transform(), {"fc": BG, "ec": "none", "alpha": 0.75, "pad": 1}
-                text = axes.text(1, scale * end.mean, words, transform=across, ha="right", fontsize=8.5)
-                text.set(va="bottom", bbox=ground)
+        _end_lines(axes, [None if end is None else scale * end.mean for end in ends])
         spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
         hovers = step_hovers(axes, title, mean)
         svg = to_svg(drawn, f"steps-{role}-{metric}", spoken, hovers)
     return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))
+
+
+def _end_lines(axes: Axes, ends: Sequence[float | None]) -> None:
+    """Lines across at the values before and after; their names stand beside the axes, where no curve runs."""
+    known = [(value, name) for value, name in zip(ends, ("before", "after"), strict=False) if value is not None]
+    for value, name in known:
+        above = value == max(value for value, _ in known)  # so that the names of near values do not meet
+        axes.axhline(value, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
+        text = axes.annotate(name, (1, value), (4, 0), ("axes fraction", "data"), "offset points")
+        text.set(va="bottom" if above else "top", fontsize=8.5)
 
 
 def step_hovers(axes: Axes, label: str, values: Series) -> list[Hover]:

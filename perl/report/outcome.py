@@ -22,7 +22,7 @@ from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
-from perl.rl.results import PairedMetric, RlEval
+from perl.rl.results import Change, PairedMetric, RlEval
 
 MIN_STEPS = 5
 """Of a curve."""
@@ -30,12 +30,13 @@ MIN_STEPS = 5
 
 @dataclass(frozen=True)
 class MeanChange:
-    """A metric before and after RL over runs, and the 95 % interval of its mean rise where one is known."""
+    """A metric before and after a stage over runs, and the 95 % interval of its mean rise where one is known."""
 
     before: Spread
     after: Spread
     interval: Interval | None
     rose_in: int
+    fell_in: int
 
     @property
     def rise(self) -> float:
@@ -57,11 +58,17 @@ class MeanChange:
 def mean_change(evals: Sequence[RlEval], metric: PairedMetric) -> MeanChange | None:
     """A metric's change over runs, with an interval where every run has one; None if any run lacks the metric."""
     changes = [change for one in evals if (change := one.change(metric)) is not None]
+    return mean_of(changes) if len(changes) == len(evals) else None
+
+
+def mean_of(changes: Sequence[Change]) -> MeanChange | None:
+    """Changes over runs, with an interval where every run has one; None of no runs."""
     before, after = spread(one.before for one in changes), spread(one.after for one in changes)
-    if before is None or after is None or len(changes) < len(evals):
+    if before is None or after is None:
         return None
     interval = interval_of_mean([one.interval for one in changes])
-    return MeanChange(before, after, interval, sum(one.after > one.before for one in changes))
+    rose, fell = (sum(sign * one.after > sign * one.before for one in changes) for sign in (1, -1))
+    return MeanChange(before, after, interval, rose, fell)
 
 
 def interval_of_mean(intervals: Sequence[Interval | None]) -> Interval | None:

@@ -32,7 +32,7 @@ from perl.results import RlStage
 from perl.rl.results import PairedMetric
 from perl.system.files import user_named, write_whole
 
-SHOWN_SAMPLES = 5
+SHOWN_SAMPLES = 3
 """Further samples are folded away, and so are those that did not change, and further metrics."""
 SHOWN_METRICS = 4
 Row = tuple[str, ...]

@@ -47,6 +47,8 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
                 if has_gold and rl.gold_before is not None and rl.gold_after is not None:
                     hovers += _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
                 hovers += _best_of_n(panels, rl)
+        for axes in panels:
+            axes.margins(y=0.12)  # room for the numbers of best-of-n
         titled(panels[0], "Reward (what RL raised)", "", "reward")
         if has_gold:
             titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
@@ -85,7 +87,8 @@ def _best_of_n(panels: Iterable[Axes], rl: RlEval) -> Iterator[Hover]:
         for axes, y in zip(panels, values, strict=False):
             if y is not None:
                 axes.plot([x], [y], "x", color=FG, markersize=6, zorder=6)
-                axes.annotate(str(one.n), (x, y), (4, 4), textcoords="offset points", color=MUTED, fontsize=8)
+                number = axes.annotate(str(one.n), (x, y), (-4, 4), textcoords="offset points")
+                number.set(ha="right", fontsize=8.5, zorder=7)
                 yield _point(axes, f"best of {one.n}", one.kl, y)
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import change_words, loss_verb, loss_words
+from perl.measure.change import HARDLY, change_verb, change_words
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
-from perl.report.outcome import MeanChange, mean_change
+from perl.report.outcome import MeanChange, mean_change, mean_of
 from perl.report.runs import Group, Run
 from perl.results import Incident
+from perl.rl.results import Change
 from perl.system.progress import counted
 
 STAGE: dict[StageName, str] = {"sft": "SFT", "reward": "Reward", "rl": "RL"}
@@ -80,7 +81,8 @@ def _reward_words(reward: MeanChange) -> str:
 
 def _evidence(change: MeanChange, scale: float, places: int, unit: str = "") -> str:
     """The interval, and how many seeds agree; of several seeds."""
-    seeds = "" if change.after.n == 1 else f"; up in {change.rose_in} of {change.after.n} seeds"
+    moved = ("up", change.rose_in) if change.rise >= 0 else ("down", change.fell_in)
+    seeds = "" if change.after.n == 1 else f"; {moved[0]} in {moved[1]} of {change.after.n} seeds"
     if change.interval is None:
         return seeds
     low, high = (signed(scale * end, places) for end in change.interval)
@@ -104,7 +106,10 @@ def _without_policy(group: Group) -> Finding:
         return Finding(f"The reward model is {fit.headline.lower()[:-3]}RL.", [*fit.lines, NO_RL], fit.kind)
     if not group.sft:
         return Finding("No stage is finished.", ["The report holds no results."], "open")
-    verb = loss_verb(*_mean_loss(group))
+    loss = _loss_change(group)
+    if loss.interval is None:
+        return Finding("The loss cannot be judged.", [sft_words(group), NO_INTERVAL, NO_RL], "open")
+    verb = change_verb(loss.interval, HARDLY * loss.before.mean)
     kind = {"fell": "good", "rose": "bad"}.get(verb, "open")
     return Finding(f"The loss on held-out answers {verb}.", [sft_words(group), NO_RL], kind)
 
@@ -141,12 +146,18 @@ def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
 
 def sft_words(group: Group) -> str:
     """What SFT did to the loss on held-out answers; empty without SFT."""
-    return f"The loss on held-out answers {loss_words(*_mean_loss(group))} SFT." if group.sft else ""
+    if not group.sft:
+        return ""
+    loss = _loss_change(group)
+    ends = decimal(loss.before.mean, loss.places), decimal(loss.after.mean, loss.places)
+    told = change_words(*ends, loss.interval, HARDLY * loss.before.mean)
+    return f"The loss on held-out answers {told} SFT{_evidence(loss, 1.0, loss.places)}."
 
 
-def _mean_loss(group: Group) -> tuple[float, float]:
-    befores, afters = [one.loss_before for one in group.sft], [one.loss_after for one in group.sft]
-    return float(np.mean(befores)), float(np.mean(afters))
+def _loss_change(group: Group) -> MeanChange:
+    found = mean_of([Change(one.loss_before, one.loss_after, one.loss_interval) for one in group.sft])
+    assert found is not None
+    return found
 
 
 def summary(group: Group, runs: Sequence[Run]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from perl.measure.bootstrap import Interval
 from perl.measure.change import fixed, places_of
+from perl.system.progress import counted
 
 PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
 
@@ -60,7 +61,7 @@ def _beside(best: float, policy: float, interval: Interval | None) -> str:
     places = places_of(interval[1] - interval[0] if interval else abs(policy - best))
     ends = [] if interval is None else [fixed(end, places, sign=True) for end in interval]
     told = f" (95 % interval of the difference: {ends[0]} to {ends[1]})" if ends else ""
-    return f"{fixed(best, places)} there and {fixed(policy, places)} here{told}"
+    return f"{fixed(best, places)}, of RL's policy {fixed(policy, places)}{told}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class RlEval:
             ends.append(f"gold {_beside(one.gold, one.rl_gold, one.gold_interval)}")
         return (
             f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
-            f"{one.prompts} prompts: {'; '.join(ends)}."
+            f"{counted(one.prompts, 'prompt')}: {'; '.join(ends)}."
         )
 
     def change(self, metric: PairedMetric) -> Change | None:

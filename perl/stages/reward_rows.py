@@ -13,6 +13,7 @@ from perl.data.records import Comparison, Prompt, Rating, Records
 from perl.errors import UserError
 from perl.measure.rated_rows import RatedRows
 from perl.stages.session import Session
+from perl.system.progress import counted
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def training_rows(session: Session, records: Records | None = None) -> Rows:
     assert session.recipe.reward is not None
     rows = session_rows(session, records or session.train, session.recipe.reward.loss)
     if len(set(rows.labels)) < 2:
+        all_of_them = f"all of them thumbs {'up' if rows.labels[0] else 'down'}"
         raise UserError(
-            f"all {len(rows.labels)} ratings are thumbs {'up' if rows.labels[0] else 'down'}: there is nothing to "
-            "tell apart",
+            f"{counted(len(rows.labels), 'rating')}, {all_of_them}: there is nothing to tell apart",
             where=f"data.source {session.recipe.data.source}",
             remedy="Add ratings of the other kind.",
         )

@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from perl.backbones.four_bit import hide_quantization
 from perl.data.records import Demonstration
 from perl.errors import UserError
-from perl.measure.change import loss_words
+from perl.measure.change import HARDLY, measured_words
+from perl.measure.paired import TokenLosses
 from perl.private.trl import forward_restored
 from perl.results import SftEval, SftStage
 from perl.roles.role import Role
@@ -28,6 +29,9 @@ from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import loss_validation, optimizer_steps, training_run
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
+
+NOT_READ = ["cut", "dialogue"]
+"""Columns that say something about a row and are no part of a batch."""
 
 
 def check(session: Session) -> None:
@@ -44,27 +48,32 @@ def train_sft(session: Session) -> SftStage:
     rows, cut = sum(map(len, every)), sum(sum(one["cut"]) for one in every)
     _say_rows(session, rows, cut)
     trained = session.add_trained(Role.SFT)
-    with sft_trainer(session, train, held_out, validation) as trainer:
-        loss_before = trainer.eval_loss()
+    with sft_trainer(session, train, validation) as trainer:
+        before = trainer.losses(held_out)
         trainer.resume()
-        loss_after = trainer.eval_loss()
+        after = trainer.losses(held_out)
     stage = session.stage(trainer.run.meter, trained, rows, cut, trainer.kept)
     session.save(Role.SFT)
-    return SftStage(**vars(stage), eval=SftEval(n=len(held_out), loss_before=loss_before, loss_after=loss_after))
+    found = SftEval(
+        n=len(held_out),
+        loss_before=before.mean,
+        loss_after=after.mean,
+        loss_interval=before.interval_to(after, held_out["dialogue"]),
+    )
+    return SftStage(**vars(stage), eval=found)
 
 
 @contextmanager
 def sft_trainer(
     session: Session,
     train: Dataset,
-    held_out: Dataset | None = None,
     validation: Dataset | None = None,
     steps: int | None = None,
 ) -> Iterator["RoleTrainer | EncoderDecoderTrainer"]:
     """A trainer of the `sft` role, after `Session.add_trained`.
 
     Args:
-        train, held_out, validation: as from `tokenized`.
+        train, validation: as from `tokenized`.
         steps: optimizer steps in all; by default those of the recipe's epochs.
     """
     settings, seed = session.recipe.sft, session.recipe.seed
@@ -73,7 +82,7 @@ def sft_trainer(
     chosen = None if validation is None else loss_validation(settings, len(validation))
     if session.roles.backbone.encodes_prompts:
         with training_run(session, Role.SFT, seed, steps, chosen) as run:
-            yield EncoderDecoderTrainer(run, settings, train, held_out, validation)
+            yield EncoderDecoderTrainer(run, settings, train, validation)
         return
     with (
         training_run(session, Role.SFT, seed, steps, chosen) as run,
@@ -90,11 +99,10 @@ def sft_trainer(
                 dataset_kwargs={"skip_prepare_dataset": True},
                 **run.arguments(settings),
             ),
-            train_dataset=train.remove_columns("cut"),
-            eval_dataset=None if held_out is None else held_out.remove_columns("cut"),
+            train_dataset=train.remove_columns(NOT_READ),
             processing_class=session.base.tokenizer,
         )
-        trainer.validation_rows = None if validation is None else validation.remove_columns("cut")
+        trainer.validation_rows = validation
         yield trainer
 
 
@@ -104,10 +112,20 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
     validation_rows: Dataset | None = None
 
     def validation_loss(self) -> float:
-        """Mean loss on the tokens of validation completions, without the log lines of `evaluate`."""
-        rows = self.get_eval_dataloader(self.validation_rows)
-        found = self.evaluation_loop(rows, "validation", prediction_loss_only=True, metric_key_prefix="validation")
-        return float(found.metrics["validation_loss"])
+        """Mean loss on the tokens of validation completions."""
+        assert self.validation_rows is not None
+        return self.losses(self.validation_rows).mean
+
+    @torch.no_grad()
+    def losses(self, rows: Dataset) -> TokenLosses:
+        """Of rows as from `tokenized`, in their order, by TRL's own forward."""
+        self.model.eval()
+        sums, tokens = [], []
+        for batch in self.get_eval_dataloader(rows.remove_columns(NOT_READ)):
+            outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
+            sums.append(-outputs.log_probs.sum(1))
+            tokens.append(outputs.label_mask.sum(1))
+        return TokenLosses(torch.cat(sums).tolist(), torch.cat(tokens).tolist())
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, 0 for a row that does not count."""
@@ -118,20 +136,16 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
         return loss if share is None or share > 0 else loss * 0.0
 
     def count_loss_tokens(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Those of all processes; in evaluation, which no process shares, its own."""
+        """Those of all processes."""
         processes = self.run.processes
         if processes.count == 1 or SHARE not in batch:
             return tokens
         total = processes.all_reduce_sum(int(tokens) if batch[SHARE] > 0 else 0)
         return torch.tensor(total, device=tokens.device)
 
-    def eval_loss(self) -> float:
-        """Mean loss on the tokens of held-out completions."""
-        return float(self.evaluate()["eval_loss"])
-
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
-    """Demonstrations as `input_ids` and `labels`, which are -100 where the agent does not speak.
+    """Demonstrations as `input_ids` and `labels`, which are -100 where the agent does not speak, and `dialogue`.
 
     A demonstration is one row, or a row for each answer where the chat template writes earlier answers otherwise
     (`ChatFormat.rows`); `cut` says which were too long.
@@ -140,10 +154,13 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
         UserError: after cutting to `sft.max_length`, no agent turn is left in any of them.
     """
     length, chat, rows = _max_length(session), session.base.chat, []
-    for tokens in (row for record in demonstrations for row in chat.rows(record.context, record.answer, length)):
-        if any(tokens.spoken):
-            labels = [token if spoken else -100 for token, spoken in zip(tokens.ids, tokens.spoken, strict=True)]
-            rows.append({"input_ids": tokens.ids, "labels": labels, "length": len(tokens.ids), "cut": tokens.cut})
+    for record in demonstrations:
+        for tokens in chat.rows(record.context, record.answer, length):
+            if any(tokens.spoken):
+                spoken = zip(tokens.ids, tokens.spoken, strict=True)
+                row = {"input_ids": tokens.ids, "labels": [token if said else -100 for token, said in spoken]}
+                about = {"length": len(tokens.ids), "cut": tokens.cut, "dialogue": record.dialogue}
+                rows.append(row | about)
     if not rows:
         raise UserError(
             f"no demonstration has an agent turn within {length} tokens",
@@ -191,9 +208,11 @@ def trainable_model(roles: Roles, role: Role) -> Iterator[PreTrainedModel]:
 
 
 def summary(stage: SftStage) -> None:
+    found = stage.eval
+    ends, little = (found.loss_before, found.loss_after, found.loss_interval), HARDLY * found.loss_before
+    told = measured_words(*ends, little=little, rows="rows")
     console.print(
-        f"[bold]SFT[/]: the loss on {stage.eval.n} held-out demonstrations "
-        f"{loss_words(stage.eval.loss_before, stage.eval.loss_after)}; "
+        f"[bold]SFT[/]: the loss on {counted(found.n, 'held-out demonstration')} {told}; "
         f"{stage.trainable_parameters:,} trainable parameters."
     )
     say_kept(stage)

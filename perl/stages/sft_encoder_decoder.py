@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from perl.backbones.padding import joined
+from perl.measure.paired import TokenLosses
 from perl.recipe import Supervised
 from perl.roles.role import Role
 from perl.stages.training import SHARE, ResumableTrainer
@@ -35,7 +36,7 @@ class EncoderDecoderTrainer(ResumableTrainer):
     """Trains the `sft` role.
 
     Args:
-        train, held_out, validation: rows with `input_ids`, and `labels` that are -100 in the context.
+        train, validation: rows with `input_ids`, and `labels` that are -100 in the context.
     """
 
     def __init__(
@@ -43,7 +44,6 @@ class EncoderDecoderTrainer(ResumableTrainer):
         run: TrainingRun,
         settings: Supervised,
         train: Dataset,
-        held_out: Dataset | None,
         validation: Dataset | None,
     ) -> None:
         super().__init__(
@@ -53,43 +53,41 @@ class EncoderDecoderTrainer(ResumableTrainer):
             train_dataset=train,
             data_collator=_Collator(run.session.base.chat.pad_id),
         )
-        self._batch_size, self._held_out, self._validation = settings.batch_size, held_out, validation
+        self._batch_size, self._validation = settings.batch_size, validation
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over the tokens of a batch; of several processes, this one's part of the sum."""
         self.run.meter.count(int(inputs["mask_BL"].sum()))
-        log_probs_BT, tokens = self._log_probs(model, inputs)
+        log_probs_BT, mask_BT = self._log_probs(model, inputs)
+        tokens = int(mask_BT.sum())
         share, processes = inputs.get(SHARE), self.run.processes
         counts = share is None or bool(share > 0)
         total = processes.all_reduce_sum(tokens if counts else 0) if processes.count > 1 else tokens
         loss = -log_probs_BT.sum() / max(1, total)
         return loss if counts else loss * 0.0
 
-    def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Of a batch's completions, and how many tokens they have."""
+    def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of a batch's completions, and where these have tokens."""
         ids_BL, mask_BL, length = inputs["ids_BL"], inputs["mask_BL"], int(inputs["length"])
         outputs = model(Role.SFT, ids_BL, mask_BL, completion_length=length, temperature=1.0)
-        return outputs.log_probs_BT, int(mask_BL[:, -length:].sum())
-
-    def eval_loss(self) -> float:
-        """Mean loss on the tokens of held-out completions."""
-        assert self._held_out is not None
-        return self._loss_of(self._held_out)
+        return outputs.log_probs_BT, mask_BL[:, -length:]
 
     def validation_loss(self) -> float:
         """Mean loss on the tokens of validation completions."""
         assert self._validation is not None
-        return self._loss_of(self._validation)
+        return self.losses(self._validation).mean
 
     @torch.no_grad()
-    def _loss_of(self, dataset: Dataset) -> float:
+    def losses(self, dataset: Dataset) -> TokenLosses:
+        """Of rows as of `train`, in their order."""
         roles, rows = self.run.session.roles.eval(), list(dataset)
-        total, tokens = 0.0, 0
+        sums, tokens = list[float](), list[int]()
         for start in range(0, len(rows), self._batch_size):
             batch = self.data_collator(rows[start : start + self._batch_size])
             batch = {name: tensor.to(roles.device) for name, tensor in batch.items()}
-            log_probs_BT, count = self._log_probs(roles, batch)
-            total, tokens = total - float(log_probs_BT.sum()), tokens + count
-        return total / tokens
+            log_probs_BT, mask_BT = self._log_probs(roles, batch)
+            sums += (-log_probs_BT.sum(1)).tolist()
+            tokens += mask_BT.sum(1).tolist()
+        return TokenLosses(sums, tokens)

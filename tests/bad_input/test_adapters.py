@@ -18,11 +18,11 @@ from perl.stages.identity import settings_sha256
 from perl.stages.pipeline import run
 from tests.bad_input.cases import contents
 from tests.bad_input.conftest import RefusedIn
-from tests.conftest import RunCli
+from tests.conftest import BRIEF, RunCli
 
 RL = {
     "algorithm": "ppo",
-    "anyway": True,
+    **BRIEF,
     "critic": "adapter",
     "steps": 2,
     "prompts_per_step": 2,

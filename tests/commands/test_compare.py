@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     assert code == 0, text
     assert "3 steps are too few for a speed" in text
     assert text.count("(few steps)") == 3, "beside the ratios of speeds"
+    assert re.findall(r"\d+/\d+", text) == ["3/3"] * 6, "the bars count the steps that are taken"
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     rows = rows_of(out)
     assert set(rows) == {

@@ -63,6 +63,23 @@ def test_the_readmes_first_run_on_ones_own_data(
     assert "rl.kl_coef" in said["compare-runs"]
 
 
+@pytest.mark.slow  # test_run.py runs all stages of one file, and the test below writes the recipe for it
+def test_the_whole_recipe_on_ones_own_data(
+    run_cli: RunCli, tiny_llama: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Demonstrations and thumbs in one file: two commands and no edit to a policy and its report."""
+    monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)
+    monkeypatch.chdir(tmp_path)
+    status, written = run_cli("init", "mine.yaml", "--data", mixed_data, "--base", tiny_llama)
+    assert status == 0, written
+    status, written = run_cli("run", "mine.yaml", *SHORT)
+    assert status == 0, written
+    report = json.loads(Path("runs/mine/report.json").read_text())["stages"]
+    assert set(report) == {"sft", "reward", "rl"}
+    low, high = report["sft"]["eval"]["loss_interval"]
+    assert low < report["sft"]["eval"]["loss_after"] - report["sft"]["eval"]["loss_before"] < high
+
+
 ASKED = [{"role": "user", "content": "A latte, please."}]
 DEMONSTRATION = {"prompt": ASKED, "completion": "One latte."}
 PAIR = {"prompt": ASKED, "chosen": "One latte.", "rejected": "No."}

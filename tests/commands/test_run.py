@@ -86,6 +86,25 @@ def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_of_sft_is_that_of_transformers_over_all_tokens(finished: Path, tmp_path: Path) -> None:
+    """Rows are of several lengths: a mean over batches would be another."""
+    policy = AutoPeftModelForCausalLM.from_pretrained(finished / "sft" / "adapter").eval()
+    session = open_session(load_recipe(finished / "recipe.yaml"), tmp_path / "out")
+    rows = tokenized(session, session.held_out.demonstrations)
+    found = json.loads((finished / "report.json").read_text())["stages"]["sft"]["eval"]
+    total, tokens, values = 0.0, 0, []
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            values.append(float(policy(ids, labels=labels).loss))
+        total, tokens = total + values[-1] * count, tokens + count
+    assert found["loss_after"] == pytest.approx(total / tokens, abs=1e-6)
+    assert found["n"] == len(rows)
+    low, high = found["loss_interval"]
+    assert low < found["loss_after"] - found["loss_before"] < high < 0
+
+
 def test_a_stamp_names_the_parent_and_refuses_another_base(
     finished: Path, tiny_llama: Path, tiny_gpt2: Path
 ) -> None:

@@ -228,7 +228,7 @@ def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Pa
         ),
         (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is reported too"),
         (["--kinds", "full,lora", "--equal-weights"], "Name a kind of adapters first"),
-        (["--stage", "rl"], "1 steps make no curve"),
+        (["--stage", "rl"], "1 step: too few for a curve"),
         (["tuning=full"], "tuning: the recipe is one for full tuning"),
         (["base.quantization=4bit"], "Leave it out: --kinds lora"),
         (["reward=null"], "the recipe has no section reward"),

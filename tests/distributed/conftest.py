@@ -10,11 +10,11 @@ import yaml
 from perl.recipe import load_recipe
 from perl.stages import pipeline
 from perl.system.progress import silence
-from tests.conftest import DRINKS, write_rows
+from tests.conftest import BRIEF, DRINKS, write_rows
 from tests.tiny import KINDS
 
 RL: dict[str, Any] = {
-    "anyway": True,
+    **BRIEF,
     "steps": 2,
     "prompts_per_step": 4,
     "max_new_tokens": 12,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perl.measure.paired import changes
+from perl.measure.paired import TokenLosses, changes
 
 
 def interval(change: list[float], dialogues: list[str] | None = None) -> tuple[float, float] | None:
@@ -41,3 +41,17 @@ def test_prompts_of_one_dialogue_are_drawn_together() -> None:
 
 def test_of_one_dialogue_nothing_can_be_said() -> None:
     assert interval([1.0, 1.1, 0.9], ["a", "a", "a"]) is None
+
+
+def test_a_loss_is_over_tokens_and_its_interval_that_of_a_ratio() -> None:
+    """Beside the delta method's standard error of a ratio of sums, of rows of very different lengths."""
+    draw = np.random.default_rng(3)
+    tokens = draw.integers(1, 40, size=300)
+    before, change = draw.gamma(2.0, tokens), -0.05 * tokens + draw.normal(size=300)
+    losses, after = (TokenLosses(one.tolist(), tokens.tolist()) for one in (before, before + change))
+    assert losses.mean == pytest.approx(before.sum() / tokens.sum())
+    low, high = losses.interval_to(after, [str(n) for n in range(300)]) or (0.0, 0.0)
+    rate = change.sum() / tokens.sum()
+    error = np.sqrt((change - rate * tokens).var() / 300) / tokens.mean()
+    assert (low, high) == pytest.approx((rate - 1.96 * error, rate + 1.96 * error), rel=0.15)
+    assert losses.interval_to(after, ["a"] * 300) is None

@@ -106,7 +106,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
         "stages": {
             "sft": {
                 **cost("sft", 61.2, 21_000.0 * (1.1 if full else 1.0), 3.9e9),
-                "eval": {"n": 272, "loss_before": 1.31, "loss_after": 0.42},
+                "eval": {"n": 272, "loss_before": 1.31, "loss_after": 0.42, "loss_interval": (-0.92, -0.86)},
             },
             "reward": {
                 **cost("reward", 88.0, 24_000.0 * (1.2 if full else 1.0), 3.6e9),

@@ -67,4 +67,4 @@ def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: in
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(17, 20, 24)") == (scheme == "dark")
     assert browser.execute_script("return document.querySelectorAll('button.copy').length") > 0
-    assert browser.execute_script(OUTCOMES) == ([5, 5, 0] if page == "rich" else [-1, -1, -1])
+    assert browser.execute_script(OUTCOMES) == ([3, 3, 0] if page == "rich" else [-1, -1, -1])

@@ -87,19 +87,34 @@ def test_the_reward_rose_only_where_its_interval_excludes_0(metrics: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("after", "headline", "kind"),
+    ("interval", "verb", "kind"),
     [
-        (0.260, "The loss on held-out answers hardly changed.", "open"),
-        (0.267, "The loss on held-out answers hardly changed.", "open"),
-        (0.250, "The loss on held-out answers fell.", "good"),
-        (0.280, "The loss on held-out answers rose.", "bad"),
+        ((-0.0051, -0.0029), "hardly changed", "open"),
+        ((-0.0051, 0.0009), "hardly changed", "open"),
+        ((-0.0080, 0.0009), "did not clearly change", "open"),
+        ((-0.0080, -0.0009), "fell", "good"),
+        ((0.0009, 0.0080), "rose", "bad"),
     ],
 )
-def test_a_loss_that_hardly_changed_is_called_so(after: float, headline: str, kind: str) -> None:
-    found = _verdict(sft=[SftEval(n=270, loss_before=0.264, loss_after=after)])
-    assert (found.headline, found.kind) == (headline, kind)
-    verb = headline.split(" answers ")[1][:-1]
-    assert found.lines[0] == f"The loss on held-out answers {verb}, 0.264 before and {after:.3f} after SFT."
+def test_a_loss_fell_only_where_its_interval_excludes_0_and_hardly_changed_within_2_percent(
+    interval: tuple[float, float], verb: str, kind: str
+) -> None:
+    found = _verdict(sft=[SftEval(n=270, loss_before=0.264, loss_after=0.26, loss_interval=interval)])
+    assert (found.headline, found.kind) == (f"The loss on held-out answers {verb}.", kind)
+    said = found.lines[0].replace("−", "-")
+    assert said.startswith(f"The loss on held-out answers {verb}, 0.2640 before and 0.2600 after SFT (95 %")
+    assert said.endswith(f"{interval[0]:+.4f} to {interval[1]:+.4f}).")
+
+
+def test_a_loss_without_an_interval_is_told_and_not_judged() -> None:
+    found = _verdict(sft=[SftEval(n=270, loss_before=1.31, loss_after=0.42)])
+    assert (found.headline, found.kind) == ("The loss cannot be judged.", "open")
+    assert found.lines[0] == "The loss on held-out answers was 1.31 before and 0.42 after SFT."
+
+
+def test_the_loss_of_several_seeds_has_the_interval_of_their_mean() -> None:
+    one = SftEval(n=270, loss_before=1.3, loss_after=0.4, loss_interval=(-1.0, -0.8))
+    assert _verdict(sft=[one, one]).lines[0].replace("−", "-").endswith("-0.97 to -0.83; down in 2 of 2 seeds).")
 
 
 def test_verdict_evidence() -> None:

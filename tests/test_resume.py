@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from perl.rl.algorithms import ALGORITHMS
 from tests import forks, killing
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 
@@ -32,43 +33,77 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert done.said().count("ended in the same bytes") == 3, done.said()
 
 
+SELDOM = """
+
+def seldom(completions, **columns):
+    return [float(length % 4 == 0) for length in leaves(completions)]
+"""
+"""A reward of which many groups are equal."""
 REMEMBERS: dict[str, dict[str, Any]] = {
-    "ppo": {"algorithm": "ppo", "critic": "adapter"},
-    "trpo": {"algorithm": "trpo", "kl_target": 0.1},
+    "trpo": {"algorithm": "trpo", "critic": "adapter", "kl_target": 0.1},
     "kimi": {
-        **{"algorithm": "kimi", "samples_per_prompt": 2, "prompt_sampling": "prioritised", "success_reward": 12.0},
+        **{"algorithm": "kimi", "samples_per_prompt": 2, "prompt_sampling": "prioritised", "success_reward": 47.0},
         **{"length_reward": 0.5, "length_reward_delay": 0.3, "minibatches": 2},
     },
+    "dapo": {
+        **{"algorithm": "dapo", "samples_per_prompt": 2, "minibatches": 2, "kl": "loss-k2", "kl_target": 0.1},
+        **{"prompt_sampling": "curriculum", "overlong_penalty": 0.5, "reward": {"function": "leaves.py:seldom"}},
+    },
 }
+"""What a run remembers between two steps beside weights and optimizer: β, success rates, the measured order of a
+curriculum, the scale of the rewards. No step of these depends on the process's own generators."""
 
 
 @pytest.mark.parametrize("name", REMEMBERS)
 def test_sigterm_lets_the_step_end_saves_it_and_leaves_with_130(
     name: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "leaves.py").write_text(LEAVES)
-    rl = RL | REMEMBERS[name] | {"reward": {"function": "leaves.py:leaves"}}
+    steps = interrupted_and_resumed(REMEMBERS[name], run_cli, write_recipe, tmp_path, monkeypatch)
+    assert name != "dapo" or any(step["redraws"] for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_goes_on_in_the_same_bytes(
+    name: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_and_resumed({"algorithm": name}, run_cli, write_recipe, tmp_path, monkeypatch)
+
+
+def interrupted_and_resumed(
+    changes: dict[str, Any],
+    run_cli: RunCli,
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[dict[str, Any]]:
+    """Compare a run that was asked to leave, and went on, with one in peace; the metrics of its steps."""
+    (tmp_path / "leaves.py").write_text(LEAVES + SELDOM)
+    rl = RL | {"reward": {"function": "leaves.py:leaves"}, "best_of_n": 0} | changes
     recipe = str(write_recipe(rl=rl, reward=None, checkpoint_every=100))
     code, text = run_cli("run", recipe, "--out", str(tmp_path / "peaceful"))
     assert code == 0, text
     out = tmp_path / "interrupted"
-    monkeypatch.setenv("LEAVE_AT", "4")  # the evaluation before is one call, then one a step
+    # What is asked before is one call, or two where a curriculum is measured; a step is one, and one a redraw.
+    monkeypatch.setenv("LEAVE_AT", "4")
     code, text = run_cli("run", recipe, "--out", str(out))
     assert code == 130
     assert "once this step is done" in text
-    steps_saved = sorted(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
-    assert steps_saved == ["step-00000000", "step-00000003"]
+    first, last = sorted(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
+    assert first == "step-00000000"
+    assert last in ("step-00000001", "step-00000002", "step-00000003")
     assert not (out / "policy" / "adapter").exists()
     monkeypatch.delenv("LEAVE_AT")
     code, text = run_cli("run", recipe, "--out", str(out))
     assert code == 0, text
     assert learned(out) == learned(tmp_path / "peaceful")
-    steps = [json.loads(line)["step"] for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    steps = [json.loads(line) for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6, 7]
     results = [
         json.loads((folder / "policy" / "result.json").read_text()) for folder in (out, tmp_path / "peaceful")
     ]
     assert results[0]["eval"] == results[1]["eval"]
+    return steps
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

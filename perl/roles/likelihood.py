@@ -8,6 +8,10 @@ et al. 2023, arXiv 2209.15558).
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from perl.backbones.logits import logits_transform
+from perl.roles.log_probs import completion_log_probs
 
 LIKELIHOOD = "likelihood"
 """What its weights are called on disk."""
@@ -29,13 +33,20 @@ class LikelihoodHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, log_probs_BL: Tensor, answers_BL: Tensor) -> Tensor:
-        """The part of each row's score (B), fp32.
+    def forward(self, lm: PreTrainedModel, hidden_BLD: Tensor, ids_BL: Tensor, answers_BL: Tensor) -> Tensor:
+        """What is added to each row's score (B), fp32.
 
         Args:
-            log_probs_BL: of the answers' tokens, fp32; 0 elsewhere.
+            lm: as the role that scores has it.
+            hidden_BLD: its hidden states after the last norm.
+            ids_BL: token ids, int64.
             answers_BL: True for the answers' tokens, bool.
         """
-        mean_B = log_probs_BL.sum(1) / answers_BL.sum(1).clamp(min=1)
-        added_B1: Tensor = self.out(self.hidden(torch.stack([mean_B, log_probs_BL.amin(1)], 1)).tanh())
+        answers_BT = answers_BL[:, 1:]  # a row's first token is predicted from nothing
+        embedding, transform = lm.get_output_embeddings(), logits_transform(lm.config)
+        log_probs_BT, _ = completion_log_probs(
+            hidden_BLD[:, :-1], embedding, ids_BL[:, 1:], answers_BT, 1.0, transform
+        )
+        mean_B = log_probs_BT.sum(1) / answers_BT.sum(1).clamp(min=1)
+        added_B1: Tensor = self.out(self.hidden(torch.stack([mean_B, log_probs_BT.amin(1)], 1)).tanh())
         return added_B1[:, 0]

@@ -154,10 +154,7 @@ class Roles(nn.Module, ABC):
             self.likelihoods[role] = LikelihoodHead(self.device)
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's head, by their names in a classifier of transformers.
-
-        Those that read how likely answers are, which no such classifier has, are called `likelihood`.
-        """
+        """The parameters of a role's head, by their names in a classifier of transformers, and `likelihood`'s."""
         likelihood = self.likelihoods[role].named_parameters(LIKELIHOOD) if role in self.likelihoods else ()
         return self.backbone.head_parameters(self.heads[role]) | dict(likelihood)
 
@@ -169,11 +166,8 @@ class Roles(nn.Module, ABC):
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
         """The weights and heads of roles."""
-        parameters: list[nn.Parameter] = []
-        for role in roles:
-            parameters += self.weights(role).values()
-            parameters += self.head_weights(role).values() if role in self.heads else ()
-        return parameters
+        pairs = ((self.weights(role), self.head_weights(role) if role in self.heads else {}) for role in roles)
+        return [weight for pair in pairs for named in pair for weight in named.values()]
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
         """Let the parameters of these roles alone require gradients; return them."""
@@ -281,9 +275,7 @@ class Roles(nn.Module, ABC):
                 scorer = self.heads[head]
                 scores_B, hidden_BLD = self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD)
                 if head in self.likelihoods:
-                    assert answers_BL is not None
-                    assert hidden_BLD is not None
-                    scores_B = scores_B + self.of_likelihood(head, hidden_BLD, ids_BL, answers_BL)
+                    scores_B = scores_B + self.likelihoods[head](model, hidden_BLD, ids_BL, answers_BL)
                 return Outputs(scores_B=scores_B)
             states_BTD = self.backbone.states(model, ids_BL, mask_BL, completion_length, lower_hidden_BLD)
         log_probs_BT = entropy_BT = values_BT = None
@@ -300,16 +292,6 @@ class Roles(nn.Module, ABC):
                 lengths,
             )
         return Outputs(log_probs_BT, entropy_BT, values_BT, states_BTD=states_BTD if states else None)
-
-    def of_likelihood(self, head: Role, hidden_BLD: Tensor, ids_BL: Tensor, answers_BL: Tensor) -> Tensor:
-        """What a head adds to the scores (B) for how likely the active role finds the answers."""
-        model, answers_BT = self.model(), answers_BL[:, 1:]  # a row's first token is predicted from nothing
-        embedding, transform = model.get_output_embeddings(), logits_transform(model.config)
-        log_probs_BT, _ = completion_log_probs(
-            hidden_BLD[:, :-1], embedding, ids_BL[:, 1:], answers_BT, 1.0, transform
-        )
-        added_B: Tensor = self.likelihoods[head](log_probs_BT, answers_BT)
-        return added_B
 
     def kl_of_states(self, old_ND: Tensor, states_ND: Tensor, temperature: float) -> Tensor:
         """See `perl.roles.distributions`; with this model's output embedding."""

@@ -150,7 +150,7 @@ def _read_elsewhere(
                 expected = float(roles.head(member)(hidden_BLD[0, -1].float()))
                 if member in roles.likelihoods:
                     answers_BL = at_the_end([len(tokens)], read_BL)
-                    expected += float(roles.of_likelihood(member, hidden_BLD, ids_BL, answers_BL))
+                    expected += float(roles.likelihoods[member](roles.model(), hidden_BLD, ids_BL, answers_BL))
             if not abs(score - expected) <= CLOSE[collector.dtype]:
                 elsewhere += 1
                 break

@@ -73,6 +73,8 @@ def places_of(size: float) -> int:
 def fixed(value: float, places: int, *, sign: bool = False) -> str:
     """A number to so many decimal places, as in 0.30, or 3.788e6 or 1.2e-6 if very large or small; never -0.
 
+    What is less than 1 is not said to be: 0.998 is not 1.00.
+
     Args:
         places: as from `places_of`.
         sign: write the sign of a positive number too.
@@ -85,5 +87,7 @@ def fixed(value: float, places: int, *, sign: bool = False) -> str:
             return f"{plus}0"
         mantissa, exponent = f"{value:{plus}.{min(max(shown, 1 - tiny), MOST_DIGITS)}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
+    below_1 = range(places, places + 3) if places >= 2 and size < 1 else ()
+    places = next((enough for enough in below_1 if round(size, enough) < 1), places)
     text = f"{value:{plus}.{max(0, places)}f}"
     return text if text.strip("+-0.") else text.replace("-", plus)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from perl.measure.bootstrap import Interval
 from perl.measure.calibration import Calibration
+from perl.measure.change import fixed
 from perl.measure.length import LengthBias
 from perl.measure.tfidf_baseline import TfidfBaseline
 from perl.system.progress import counted
@@ -80,11 +81,12 @@ def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     name, value = "AUROC", metrics.auroc
     if metrics.tfidf_baseline.metric == "pairwise_accuracy":
         name, value = "pairwise accuracy", metrics.pairwise_accuracy
+    assert value is not None
     interval = metrics.intervals[metrics.tfidf_baseline.metric]
     against = " against the gold judge" if metrics.against == "gold" else ""
     better = _above(interval, 0.5)
     how = "better" if better else "no better"
-    yield better, f"It ranks {how} than a coin: {name}{against} {value:.2f} ({_ends(interval)})."
+    yield better, f"It ranks {how} than a coin: {name}{against} {fixed(value, 2)} ({_ends(interval)})."
     yield _beats_words(metrics.tfidf_baseline, name)
     if better:
         yield _beats_length(metrics.length)
@@ -113,7 +115,8 @@ def _beats_length(length: LengthBias) -> _Criterion:
     what = "It reads more than length" if more else "It is not shown to read more than length"
     if not more and abs(correlation) >= MOSTLY_LENGTH:
         what = f"It only counts length (correlation {correlation:+.2f}, Spearman)"
-    within = f"AUROC {length.auroc_within:.2f} ({_ends(length.auroc_within_interval)})"
+    assert length.auroc_within is not None
+    within = f"AUROC {fixed(length.auroc_within, 2)} ({_ends(length.auroc_within_interval)})"
     return more, f"{what}: among answers of like length it has {within}."
 
 
@@ -134,4 +137,4 @@ def _above(interval: Interval | None, limit: float) -> bool:
 
 
 def _ends(interval: Interval | None) -> str:
-    return "unknown" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+    return "unknown" if interval is None else f"{fixed(interval[0], 2)} to {fixed(interval[1], 2)}"

@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from perl.backbones.tokens import Tokens
 from perl.data.duplicates import Rows
+from perl.measure.change import fixed
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
@@ -93,4 +94,5 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
 def _told(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "unknown"
-    return f"{value:.2f}" if interval is None else f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+    ends = f" ({fixed(interval[0], 2)} to {fixed(interval[1], 2)})" if interval is not None else ""
+    return f"{fixed(value, 2)}{ends}"

@@ -255,7 +255,8 @@ SOURCES: dict[str, Source] = {
     "jsonl": Source(
         _jsonl,
         "a file of your own in TRL's formats",
-        remedy=f"Write rows with the fields {FORMATS}; data.columns gives other names.",
+        remedy=f"Write rows with the fields {FORMATS}, in .jsonl one JSON object a line; data.columns gives "
+        "other names.",
         mapped=_file,
     ),
     "hub": Source(

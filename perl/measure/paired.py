@@ -37,7 +37,10 @@ class TokenLosses:
         return sum(self.sums) / sum(self.tokens)
 
     def interval_to(self, after: "TokenLosses", dialogues: Sequence[str]) -> Interval | None:
-        """The 95 % interval of the mean's change to other losses of the same rows; None with a single dialogue."""
+        """The 95 % interval of the mean's change to other losses of the same rows.
+
+        None with a single dialogue, or where a loss is not finite.
+        """
         change_N, size_N = np.subtract(after.sums, self.sums), np.asarray(self.tokens, dtype=np.float64)
         return _interval(change_N, size_N, ClusterBootstrap(dialogues, seed=0), len(set(dialogues)))
 
@@ -63,7 +66,7 @@ def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
 
 def _interval(change_N: Floats, size_N: Floats, bootstrap: ClusterBootstrap, dialogues: int) -> Interval | None:
     """Of the sum of changes over the sum of sizes."""
-    if dialogues < 2:
+    if dialogues < 2 or not np.isfinite(change_N).all():
         return None
     mean = float(change_N.sum() / size_N.sum())
     interval = bootstrap.estimate(lambda weights_SN: ratio(weights_SN @ change_N, weights_SN @ size_N)).interval

@@ -22,13 +22,13 @@ CASES = [
     Case("nobody's home", ("no such file", "~nobody-here", "data.path"), overrides=("data.path=~nobody-here/x",)),
     Case("no path", ("needs a file", "data.path", "Set data.path"), overrides=("data.path=",)),
     Case("a folder", ("is a folder", "a file expected", "Set data.path"), overrides=("data.path=.",)),
-    Case("empty data", ("it is empty", "own.jsonl", "Write one JSON object a line"), rows=b""),
-    Case("only blank lines", ("it is empty", "own.jsonl", "Write one JSON object a line"), rows=b"\n \n"),
+    Case("empty data", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b""),
+    Case("only blank lines", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b"\n \n"),
     Case(
         "UTF-16", ("no usable row", "own.jsonl:1: not UTF-8", "Write one"), rows='{"prompt": "a"}'.encode("utf-16")
     ),
     Case("a zip file", ("no usable row", "own.jsonl:1:", "Write one"), rows=b"PK\x03\x04\0\0\xff\n"),
-    Case("no JSON", ("no usable row", "own.jsonl:1", "Write one JSON object a line"), rows=b"prompt,label\n"),
+    Case("no JSON", ("no usable row", "own.jsonl:1", "one JSON object a line"), rows=b"prompt,label\n"),
     Case(
         "no fields",
         ("fit no format", "['text', 'stars']", "{"),
@@ -172,7 +172,7 @@ ROWS = {
 def test_a_bad_row_is_refused_where_it_is_alone_and_named_where_it_is_not(
     line: bytes, says: str, refused: Refused, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    refused(Case("alone", (says, "own.jsonl:1: ", "Write one JSON object a line"), rows=line))
+    refused(Case("alone", (says, "own.jsonl:1: ", "one JSON object a line"), rows=line))
     good = b'{"prompt": "a", "completion": "b", "label": true}'
     (tmp_path / "own.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
     before = contents(tmp_path)

@@ -21,6 +21,7 @@ SHORT = (
     "rl.max_new_tokens=2",
     "rl.eval_prompts=12",
     "rl.eval_samples=1",
+    "rl.best_of_n=0",
     "rl.anyway=true",
 )
 

@@ -55,3 +55,5 @@ def test_a_loss_is_over_tokens_and_its_interval_that_of_a_ratio() -> None:
     error = np.sqrt((change - rate * tokens).var() / 300) / tokens.mean()
     assert (low, high) == pytest.approx((rate - 1.96 * error, rate + 1.96 * error), rel=0.15)
     assert losses.interval_to(after, ["a"] * 300) is None
+    diverged = TokenLosses([float("nan"), *after.sums[1:]], after.tokens)
+    assert losses.interval_to(diverged, [str(n) for n in range(300)]) is None

@@ -228,7 +228,8 @@ def _new_cache(
         start_length = len(prompt) - prompt.index(START)
         return EncoderDecoderKVCache(model, len(prompts), prompt_length, length, start_length=start_length)
     copies = [len(list(same)) for _, same in itertools.groupby(prompts)]
-    if roles.shares_prompts and grows_in_steps(model) and len(copies) < len(prompts):
+    places = len(copies) * max(copies)  # that are computed, where not all prompts have as many rows
+    if roles.shares_prompts and grows_in_steps(model) and len(copies) < len(prompts) and places < 2 * len(prompts):
         return SharedPromptsCache(model, copies, prompt_length, length)
     return KVCache(model, len(prompts), prompt_length, length)
 

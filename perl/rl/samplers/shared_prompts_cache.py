@@ -8,7 +8,9 @@ each, P positions of prompts, T of completions, N query heads of a key head, X p
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ class SharedPromptsLayer(Layer):
 
     def __init__(self, cache: "SharedPromptsCache", batch: int, completion_length: int, step: int | None) -> None:
         super().__init__(batch, 0, completion_length, step)
-        self._cache, self.elsewhere = cache, cache.prompt_length
+        # A cycle would keep the memory until the garbage collector comes by.
+        self._cache = cast("SharedPromptsCache", weakref.proxy(cache))
+        self.elsewhere = cache.prompt_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the memory, now that the widths are known."""

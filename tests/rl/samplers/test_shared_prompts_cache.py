@@ -1,5 +1,6 @@
 """Completions drawn over prompts that are kept once are those drawn over prompts kept for each."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -85,8 +86,14 @@ def test_attention_is_that_over_prompts_and_rows_joined(copies: list[int], dtype
     assert (found - attend(query, *layer.joined(key, value), None, 0.3)).norm() > 0.1
 
 
-def test_prompts_take_their_memory_once() -> None:
+def test_prompts_take_their_memory_once_and_give_it_back() -> None:
     """Ten rows of 24 positions and four prompts of 20, padded to 32: not ten rows of 56."""
-    timelines = [drawn(random_llama(), shares, ())[1] for shares in (True, False)]
+    gc.disable()
+    try:
+        found = [drawn(random_llama(), shares, ()) for shares in (True, False)]
+        timelines = [timeline for _, timeline in found]
+        assert timelines[0].current == timelines[1].current
+    finally:
+        gc.enable()
     kept = [timeline.memory()["generate"].kinds["kv_cache"] for timeline in timelines]
     assert kept[0] / kept[1] == (10 * 24 + 4 * 32) / (10 * 56)

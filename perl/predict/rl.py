@@ -151,19 +151,20 @@ class _AbridgedDrawing(Drawing):
     meter: CountingMeter
 
     def steps(self) -> Iterator[int]:
-        """Some in the middle, of which the second counts for all that are left out, and the last two.
+        """The first, two in the middle and the last two.
 
-        In the first one the cache grows to where it is, and attention is tried beside its kernel.
+        In the first, attention is tried beside its kernel; in the second the cache grows to where it is; the third
+        counts for all that are left out.
         """
         middle = self.length // 2 | 1  # odd, so that the cache does not grow in the next one
-        tried = [middle, middle + 1, self.length - 2, self.length - 1]
+        tried = [0, middle, middle + 1, self.length - 2, self.length - 1]
         if self.length < 2 * len(tried):
             tried = list(range(self.length))
         filled = 0
         for step in tried:
             self.mask_BL = F.pad(self.mask_BL, (0, step - filled), value=1)
             self.cache.skip(step - filled)
-            counts = self.length - len(tried) + 1 if step == tried[1] else 1
+            counts = self.length - len(tried) + 1 if step == tried[2] else 1
             self.meter.repeats["generate"] = counts
             yield step
             filled = step + 1

@@ -195,12 +195,11 @@ class Rl(Validation):
     def _fits_together(self) -> "Rl":
         row = self.row
         if self.critic not in (None, "none") and not row.needs_critic:
-            raise ValueError(
-                f"{self.algorithm} has no critic, so critic {self.critic!r} would never be used: leave it out"
-            )
+            never = f"{self.algorithm} has no critic, so critic {self.critic!r} would never be used"
+            raise ValueError(f"{never}: leave it out, or set it to none")
         if self.critic == "none" and row.needs_critic:
             raise ValueError(f"advantage {row.advantage} needs a critic: set critic to shared or adapter")
-        for conflict in (*_conflicts(row), *self._conflicts_beside(row)):
+        for conflict in (*_conflicts(row), *self._conflicts_beside(row), *self._without_use(row)):
             raise ValueError(conflict)
         if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
             raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
@@ -222,12 +221,33 @@ class Rl(Validation):
             yield "a kl_coef of 0 stays 0 whatever kl_target is: raise kl_coef"
         if self.length_reward and self.samples_per_prompt < 2:
             yield "length_reward compares completions of one prompt: set samples_per_prompt to at least 2"
+        if self.length_reward and round(self.length_reward_delay * self.steps) >= self.steps:
+            yield "length_reward_delay leaves no step with a length reward: lower it"
         if self.eval_reward is not None and self.eval_steps is None:
             yield "eval_reward is asked at every eval_steps, and there are none: set eval_steps"
         if self.overlong_buffer is not None and not self.overlong_penalty:
             yield "overlong_buffer has no use without overlong_penalty: set overlong_penalty, such as to 1"
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
             yield f"overlong_buffer is longer than the {self.max_new_tokens} tokens of a completion: lower it"
+
+    def _without_use(self, row: Algorithm) -> Iterator[str]:
+        """As `_conflicts`, of keys that were set and that nothing reads: who sets one expects that it acts."""
+        default = type(self).model_fields
+        remembers = self.prompt_sampling != "uniform" or self.length_reward > 0
+        uses: list[tuple[str, bool, tuple[str, ...]]] = [
+            ("surrogate clip or clip-weight", row.clips_ratio, ("clip", "clip_high")),
+            ("surrogate clip", row.surrogate == "clip", ("dual_clip",)),
+            ("surrogate mirror", row.surrogate == "mirror", ("tau",)),
+            ("advantage gae", row.advantage == "gae", ("gae_lambda",)),
+            ("a critic", row.needs_critic, ("value_coef",)),
+            ("a critic and surrogate clip", row.needs_critic and row.surrogate == "clip", ("value_clip",)),
+            ("length_reward", self.length_reward > 0, ("length_reward_delay",)),
+            ("length_reward or another prompt_sampling", remembers, ("success_reward",)),
+        ]
+        for what, is_there, keys in uses:
+            for key in keys:
+                if not is_there and getattr(self, key) != default[key].default:
+                    yield f"{key} has no use without {what}: leave it out"
 
 
 def _conflicts(row: Algorithm) -> Iterator[str]:
@@ -248,6 +268,8 @@ def _conflicts(row: Algorithm) -> Iterator[str]:
         yield f"{advantage} would divide the KL in the reward too: set kl to loss-k2, loss-k3 or none"
     if row.advantage == "group-relative" and row.normalize_rewards:
         yield f"{advantage} divides by the mean of raw rewards: set normalize_rewards to false"
+    if 0 < row.dual_clip <= 1:
+        yield "dual_clip takes the gradient of all that is worse than expected where it is at most 1: raise it"
     if row.direction == "natural" and row.trust_region is None:
         yield "direction natural is as long as trust_region allows: set trust_region, such as to 0.01"
     if row.direction == "natural" and row.epochs > 1:

@@ -47,7 +47,11 @@ def test_every_cell_and_constant_can_be_overridden(key: str, load: Load) -> None
         **{"redraws": 2, "reset_optimizer": True},
     }
     value = values[key]
-    needs = {"direction": ["epochs=1", "trust_region=0.02"], "redraws": ["drop_equal_groups=true"]}.get(key, [])
+    needs = {
+        **{"direction": ["epochs=1", "trust_region=0.02"], "redraws": ["drop_equal_groups=true"]},
+        **{"gae_lambda": ["advantage=gae"], "tau": ["surrogate=mirror", "kl=none"]},
+        **{"value_clip": ["advantage=gae"], "value_coef": ["advantage=gae"]},
+    }.get(key, [])
     recipe = load("grpo", f"{key}={json.dumps(value)}", *needs)
     assert getattr(rl_of(recipe).row, key) == value != getattr(ALGORITHMS["grpo"], key)
     assert yaml.safe_load(recipe.to_yaml())["rl"][key] == value
@@ -103,6 +107,16 @@ def test_the_critic_is_the_rows_or_the_recipes(load: Load) -> None:
         ("ppo", ["length_reward=1"], "length_reward compares", "at least 2"),
         ("ppo", ["overlong_buffer=2"], "no use without overlong_penalty", "Set overlong_penalty"),
         ("ppo", ["overlong_penalty=1", "overlong_buffer=7"], "longer than the 6 tokens", "Lower it"),
+        ("grpo", ["gae_lambda=0.9"], "gae_lambda has no use without advantage gae", "Leave it out"),
+        ("rloo", ["tau=2"], "tau has no use without surrogate mirror", "Leave it out"),
+        ("kimi", ["clip=0.1"], "clip has no use without surrogate clip or clip-weight", "Leave it out"),
+        ("cispo", ["dual_clip=3"], "dual_clip has no use without surrogate clip", "Leave it out"),
+        ("dapo", ["value_coef=0.5"], "value_coef has no use without a critic", "Leave it out"),
+        ("trpo", ["value_clip=0.5"], "value_clip has no use without a critic and surrogate clip", "Leave it out"),
+        ("ppo", ["dual_clip=0.5"], "the gradient of all that is worse than expected", "Raise it"),
+        ("ppo", ["success_reward=1"], "no use without length_reward or another prompt_sampling", "Leave it out"),
+        ("grpo", ["length_reward_delay=0.1"], "no use without length_reward", "Leave it out"),
+        ("grpo", ["length_reward=1", "length_reward_delay=1"], "leaves no step with a length reward", "Lower it"),
         ("grpo", ["surrogate=clipp"], "should be 'plain', 'ratio', 'clip'", "Did you mean clip?"),
         ("grpo", ["clip=2"], "less than or equal to 1", ""),
     ],

@@ -5,6 +5,8 @@ shape. Two batched products take half of that or less. They round scores to the 
 keeps fp32, which matters where scores are large: so in each sampling every layer is tried beside the kernel once,
 and stays with the kernel where the two differ by more than rounding.
 
+Where a cache holds prompts once for several rows, attention is that of `SharedPromptsCache`.
+
 Axis letters: B rows, H query heads, G key and value heads, L positions, D head size.
 """
 
@@ -14,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from perl.rl.samplers.shared_prompts_cache import SharedPromptsCache
 
 KERNEL = "sdpa"
 """transformers' name for the function that calls torch's kernel, the one that is replaced."""
@@ -27,18 +32,22 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(2 * torch.finfo(dtype).eps, 1e-5)
 
 
-def _suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether it is one token a row over a dense cache, which has few shapes: others would be copied."""
+def _suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, elsewhere: int) -> bool:
+    """Whether it is one token a row over a dense cache, which has few shapes: others would be copied.
+
+    Args:
+        elsewhere: positions before those of key and value.
+    """
     dense = key.is_contiguous() and value.is_contiguous()
     one_token = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0 and not query.requires_grad
-    return dense and one_token and (mask is None or mask.shape[1:] == (1, 1, key.shape[2]))
+    return dense and one_token and (mask is None or mask.shape[1:] == (1, 1, elsewhere + key.shape[2]))
 
 
 class _OneToken:
     """In the place of transformers' function, which does all that is not one token a row."""
 
-    def __init__(self, kernel: Callable[..., Any]) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Callable[..., Any], cache: SharedPromptsCache | None = None) -> None:
+        self._kernel, self._cache = kernel, cache
         self._agrees: dict[nn.Module, bool] = {}
         self._mask: tuple[Tensor, Tensor] | None = None
         """The mask last seen, the same for all layers, and what is added to scores for it."""
@@ -56,16 +65,22 @@ class _OneToken:
         """As transformers defines it: query (B, H, 1, D), key and value (B, G, L, D) to (B, 1, H, D)."""
         asked = [rest.get(name) for name in OTHER_WORK]
         plain = all(one is None or one is False for one in asked)
-        if not (plain and self._agrees.get(module, True) and _suits(query, key, value, attention_mask)):
-            return self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        result = attend(query, key, value, self._added(attention_mask, query, key), scale)
-        if module not in self._agrees:
-            expected, _ = self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
+        shared = None if self._cache is None else self._cache.layer_of(key)
+        elsewhere = 0 if shared is None else shared.elsewhere
+        result, agrees = None, self._agrees.get(module)
+        if plain and agrees is not False and _suits(query, key, value, attention_mask, elsewhere):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            added = self._added(attention_mask, query, key)
+            result = (attend if shared is None else shared.attend)(query, key, value, added, scale)
+            if agrees:
+                return result, None
+        if shared is not None:
+            key, value = shared.joined(key, value)
+        expected, _ = self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
+        if result is not None:
             difference = (result - expected).float().norm() / expected.float().norm()
             self._agrees[module] = float(difference) <= tolerance(query.dtype)
-            return expected, None
-        return result, None
+        return expected, None
 
     def _by_kernel(
         self,
@@ -120,13 +135,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scal
 
 
 @contextlib.contextmanager
-def fast_decoding(device: torch.device) -> Iterator[None]:
-    """Inside, models that attend through transformers' interface attend so where it is faster: on a CPU."""
+def fast_decoding(device: torch.device, cache: Cache | None = None) -> Iterator[None]:
+    """Inside, models that attend through transformers' interface attend so where it is faster: on a CPU.
+
+    Args:
+        cache: what they attend over.
+    """
     if device.type != "cpu":
         yield
         return
     kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = _OneToken(kernel)
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = _OneToken(kernel, cache if isinstance(cache, SharedPromptsCache) else None)
     try:
         yield
     finally:

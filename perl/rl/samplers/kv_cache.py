@@ -25,7 +25,7 @@ STEP = 64
 
 
 @dataclass
-class _Window:
+class Window:
     """Rows whose prompts are being written, shared by all layers; None outside a prefill."""
 
     rows: slice
@@ -34,16 +34,19 @@ class _Window:
     """Which row of the prefill each of them is, int64; None: its own."""
 
 
-class _Layer(DynamicLayer):
+class Layer(DynamicLayer):
     """Keys and values (B, heads, positions, head size) of one layer, `filled` positions of them written.
 
     Both are views of memory for the whole capacity, which is reserved once.
     """
 
+    elsewhere = 0
+    """Of these positions, the first ones that another tensor holds."""
+
     def __init__(self, batch: int, prompt_length: int, capacity: int, step: int | None) -> None:
         super().__init__()
         self._batch, self._prompt_length, self._capacity, self._step = batch, prompt_length, capacity, step
-        self.window: _Window | None = None
+        self.window: Window | None = None
         self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -85,12 +88,13 @@ class _Layer(DynamicLayer):
         if self.window is not None:
             self._write_prompts(key_states, value_states, self.window)
             return key_states, value_states
-        end = self.filled + key_states.shape[-2]
+        start = self.filled - self.elsewhere
+        end = start + key_states.shape[-2]
         if self._room(end) > self.keys.shape[2]:
             self._lay_out(self._room(end))
-        self.keys[:, :, self.filled : end] = key_states
-        self.values[:, :, self.filled : end] = value_states
-        self.filled = end
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        self.filled += end - start
         seen = self._seen(end)
         return self.keys[:, :, :seen], self.values[:, :, :seen]
 
@@ -98,7 +102,7 @@ class _Layer(DynamicLayer):
         """The positions that attention sees when so many are filled."""
         return end if self._step is None else self._room(end)
 
-    def _write_prompts(self, key_states: Tensor, value_states: Tensor, window: _Window) -> None:
+    def _write_prompts(self, key_states: Tensor, value_states: Tensor, window: Window) -> None:
         start = self._prompt_length - key_states.shape[-2]  # what is before stays zero
         for whole, new in ((self.keys, key_states), (self.values, value_states)):
             whole[window.rows, :, start : self._prompt_length] = (
@@ -107,7 +111,9 @@ class _Layer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many positions attention will see, from which on."""
-        return query_length if self.window is not None else self._seen(self.filled + query_length), 0
+        if self.window is not None:
+            return query_length, 0
+        return self.elsewhere + self._seen(self.filled - self.elsewhere + query_length), 0
 
     def get_seq_length(self) -> int:
         """The positions filled."""
@@ -116,10 +122,19 @@ class _Layer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         for name in ("keys", "values"):
-            whole = getattr(self, name)
-            kept = whole[: len(indices)]
-            kept[:, :, : self.filled] = whole[:, :, : self.filled].index_select(0, indices)
-            setattr(self, name, kept)
+            setattr(self, name, selected(getattr(self, name), indices, self.filled))
+
+
+def selected(whole: Tensor, rows: Tensor, filled: int) -> Tensor:
+    """These rows, moved to the start of their memory; `filled` positions of them."""
+    kept = whole[: len(rows)]
+    kept[:, :, :filled] = whole[:, :, :filled].index_select(0, rows)
+    return kept
+
+
+def grows_in_steps(model: PreTrainedModel) -> bool:
+    """Whether attention may be shown positions that are not filled yet, laid out densely."""
+    return model.device.type == "cpu" and bool(model._can_compile_fullgraph)
 
 
 class KVCache(Cache):
@@ -134,11 +149,13 @@ class KVCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_length: int, completion_length: int) -> None:
         count = backbone_of(model.config).cache_layers
-        capacity = prompt_length + completion_length
         # Elsewhere the kernels take views as they are, and are the faster for having no mask.
-        step = STEP if model.device.type == "cpu" and model._can_compile_fullgraph else None
-        super().__init__(layers=[_Layer(batch, prompt_length, capacity, step) for _ in range(count)])
+        step = STEP if grows_in_steps(model) else None
+        super().__init__(layers=[self._layer(batch, prompt_length, completion_length, step) for _ in range(count)])
         self.prompt_length = prompt_length
+
+    def _layer(self, batch: int, prompt_length: int, completion_length: int, step: int | None) -> Layer:
+        return Layer(batch, prompt_length, prompt_length + completion_length, step)
 
     @contextlib.contextmanager
     def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
@@ -149,7 +166,7 @@ class KVCache(Cache):
             sources: which of the computed rows each of them is, int64; None: its own.
         """
         for layer in self.layers:
-            layer.window = _Window(rows, sources)
+            layer.window = Window(rows, sources)
         try:
             yield
         finally:

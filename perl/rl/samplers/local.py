@@ -20,7 +20,8 @@ from perl.backbones.logits import logits_transform
 from perl.backbones.padding import left_pad
 from perl.rl.samplers.base import Read, Sampler, Samples, Sampling, Share
 from perl.rl.samplers.decode_attention import fast_decoding
-from perl.rl.samplers.kv_cache import EncoderDecoderKVCache, KVCache
+from perl.rl.samplers.kv_cache import EncoderDecoderKVCache, KVCache, grows_in_steps
+from perl.rl.samplers.shared_prompts_cache import SharedPromptsCache
 from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.system.device import to_device
@@ -62,13 +63,14 @@ class LocalSampler(Sampler):
         uniform_BT = torch.rand(
             total, sampling.max_new_tokens, dtype=torch.float64, generator=generator, device=generator.device
         )[to_device(rows, generator.device)]
-        with self.roles.sampling(role) as seen, fast_decoding(self.roles.device):
+        with self.roles.sampling(role) as seen:
             drawing = self.drawing(prompts, sampling, uniform_BT, read, seen)
-            drawing.prefill()
-            for step in drawing.steps():
-                drawing.draw(step)
-                if not drawing.append(step):
-                    break
+            with fast_decoding(self.roles.device, drawing.cache):
+                drawing.prefill()
+                for step in drawing.steps():
+                    drawing.draw(step)
+                    if not drawing.append(step):
+                        break
         return drawing.samples()
 
     def drawing(
@@ -117,7 +119,7 @@ class Drawing:
         self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
         self._start = self._prompt_ids_BP.shape[1]
         self.model = roles.model()
-        self.cache = _new_cache(roles, prompts[0], count, self._start, self.length)
+        self.cache = _new_cache(roles, [list(prompts[row]) for row in self._order], self._start, self.length)
         self._lower = _LowerHidden(seen, count, self._start + self.length)
         self._hidden_BD: Tensor  # that the next tokens are drawn from
 
@@ -218,13 +220,18 @@ class Drawing:
 
 
 def _new_cache(
-    roles: Roles, prompt: Sequence[int], rows: int, prompt_length: int, length: int
+    roles: Roles, prompts: list[list[int]], prompt_length: int, length: int
 ) -> KVCache | EncoderDecoderKVCache:
-    """The cache for a batch; `prompt` is one of its prompts."""
-    shape = roles.model(), rows, prompt_length, length
-    if not roles.backbone.encodes_prompts:
-        return KVCache(*shape)
-    return EncoderDecoderKVCache(*shape, start_length=len(prompt) - prompt.index(START))
+    """The cache for a batch of these prompts, equal ones side by side."""
+    model, prompt = roles.model(), prompts[0]
+    if roles.backbone.encodes_prompts:
+        start_length = len(prompt) - prompt.index(START)
+        return EncoderDecoderKVCache(model, len(prompts), prompt_length, length, start_length=start_length)
+    copies = [len(list(same)) for _, same in itertools.groupby(prompts)]
+    places = len(copies) * max(copies)  # that are computed, where not all prompts have as many rows
+    if roles.shares_prompts and grows_in_steps(model) and len(copies) < len(prompts) and places < 2 * len(prompts):
+        return SharedPromptsCache(model, copies, prompt_length, length)
+    return KVCache(model, len(prompts), prompt_length, length)
 
 
 class _LowerHidden:

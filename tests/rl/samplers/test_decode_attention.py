@@ -140,7 +140,7 @@ def test_samples_are_those_of_the_kernel(groups: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode_attention, "attend", lambda *args: used.append(1) or attend(*args))
     fast = drawn(random_llama(num_key_value_heads=groups))
     assert len(used) == 2 * 11  # layers, and tokens after the first
-    monkeypatch.setattr(sampler, "fast_decoding", lambda device: torch.no_grad())
+    monkeypatch.setattr(sampler, "fast_decoding", lambda *_: torch.no_grad())
     plain = drawn(random_llama(num_key_value_heads=groups))
     assert len(used) == 2 * 11
     assert torch.equal(fast.ids_BL, plain.ids_BL)

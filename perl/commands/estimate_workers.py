@@ -7,7 +7,8 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from perl.errors import UserError
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, Rl, StageName
+from perl.recipe.section import Section
 from perl.system.progress import track
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -
     quiet_libraries()
     torch.set_num_threads(1)
     try:
-        traced = trace(_share(recipe, devices) if devices > 1 else recipe, subject, stage)
+        traced = trace(share(recipe, devices) if devices > 1 else recipe, subject, stage)
     except UserError:
         raise
     except Exception as error:  # some of torch's cannot be sent from one process to another
@@ -77,15 +78,16 @@ def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -
     return Traced(_sharded(traced.memory, devices, 2 * size.block + size.outside), traced.work)
 
 
-def _share(recipe: Recipe, devices: int) -> Recipe:
-    """One device's part of every batch."""
-    content = recipe.model_dump()
+def share(recipe: Recipe, devices: int) -> Recipe:
+    """One device's part of every batch. It is checked no more: one completion is no recipe, but can be a part."""
+    parts: dict[str, Section] = {}
     for stage, key in (("sft", "batch_size"), ("reward", "batch_size"), ("rl", "prompts_per_step")):
-        if content[stage]:
-            content[stage][key] = -(-content[stage][key] // devices)
-    if rl := content["rl"]:
-        rl["micro_batch_size"] = min(rl["micro_batch_size"], rl["prompts_per_step"] * rl["samples_per_prompt"])
-    return Recipe.model_validate(content)
+        if (section := getattr(recipe, stage)) is not None:
+            parts[stage] = section.model_copy(update={key: -(-getattr(section, key) // devices)})
+    if isinstance(rl := parts.get("rl"), Rl):
+        rows = min(rl.micro_batch_size, rl.prompts_per_step * rl.samples_per_prompt)
+        parts["rl"] = rl.model_copy(update={"micro_batch_size": rows})
+    return recipe.model_copy(update=parts)
 
 
 def _sharded(memory: "Memory", devices: int, gathered: int) -> "Memory":

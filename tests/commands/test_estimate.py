@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from perl.commands.estimate import parse_bytes
+from perl.commands.estimate_workers import share
 from perl.errors import UserError
 from perl.predict import TRY, Trial, trial_session
 from perl.recipe import load_recipe
@@ -106,6 +107,13 @@ def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteR
     weights = [found["full"]["reward"]["update"]["kinds"]["base_weights"] for found in (one, four)]
     assert weights[1] == pytest.approx(weights[0] / 4, rel=0.01)
     assert peak(four["full"]) < peak(one["full"])
+
+
+def test_a_device_may_have_a_single_completion() -> None:
+    """A recipe of one is refused, as it has nothing to be compared with; that of 64 devices is not."""
+    rl = share(load_recipe("recipes/measure-8b.yaml"), 64).rl
+    assert rl is not None
+    assert (rl.prompts_per_step, rl.micro_batch_size) == (1, 1)
 
 
 def test_seconds_hours_and_money(

@@ -25,9 +25,11 @@ CASES = [
     Case("empty data", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b""),
     Case("only blank lines", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b"\n \n"),
     Case(
-        "UTF-16", ("no usable row", "own.jsonl:1: not UTF-8", "Write one"), rows='{"prompt": "a"}'.encode("utf-16")
+        "UTF-16",
+        ("no usable row", "own.jsonl:1: not UTF-8", "Write rows with"),
+        rows='{"prompt": "a"}'.encode("utf-16"),
     ),
-    Case("a zip file", ("no usable row", "own.jsonl:1:", "Write one"), rows=b"PK\x03\x04\0\0\xff\n"),
+    Case("a zip file", ("no usable row", "own.jsonl:1:", "Write rows with"), rows=b"PK\x03\x04\0\0\xff\n"),
     Case("no JSON", ("no usable row", "own.jsonl:1", "one JSON object a line"), rows=b"prompt,label\n"),
     Case(
         "no fields",

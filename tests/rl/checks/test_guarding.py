@@ -19,6 +19,7 @@ RL = {
     "prompts_per_step": 8,
     "max_new_tokens": 8,
     "eval_prompts": 8,
+    "eval_samples": 32,
     "missing_end_penalty": 0.0,
     "normalize_rewards": False,  # normalised, even an absurd reward makes a finite loss
     "kl_coef": 0.0,

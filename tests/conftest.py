@@ -263,6 +263,8 @@ def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Pat
     recipe = {key: value for key, value in recipe.items() if value is not None}
     if isinstance(recipe.get("rl"), dict):
         recipe["rl"] = {**BRIEF, **recipe["rl"]}
+        if recipe["rl"]["eval_samples"] is None:  # the default
+            del recipe["rl"]["eval_samples"]
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return file

@@ -185,8 +185,8 @@ async def later(completions, **columns):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("short", "own.py:short: the reward function must return 64 finite numbers, one a completion; "),
-        ("short", "it returned 1 of 64: [0.0]"),
+        ("short", "own.py:short: the reward function must return 32 finite numbers, one a completion; "),
+        ("short", "it returned 1 of 32: [0.0]"),
         ("nan", "score 0 is nan"),
         ("none", "score 1 is None"),
         ("string", "score 0 is '0.5'"),

@@ -36,7 +36,14 @@ def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_p
     recipe = write_recipe(
         data={"source": "jsonl", "path": str(file), "held_out": 0.5},
         reward={"loss": "thumbs", "epochs": 1, "batch_size": 8, "max_length": 64},
-        rl={"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 16, "learning_rate": 0.05},
+        rl={
+            "steps": 1,
+            "prompts_per_step": 2,
+            "max_new_tokens": 4,
+            "eval_prompts": 16,
+            "eval_samples": None,
+            "learning_rate": 0.05,
+        },
     )
     folders = [tmp_path / "A", tmp_path / "B"]
     for folder, override in zip(folders, ([], ["reward.epochs=3", "reward.learning_rate=0.02"]), strict=True):

@@ -47,6 +47,7 @@ def recipe(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
             "steps": 2,
             "prompts_per_step": 8,
             "max_new_tokens": 6,
+            "eval_samples": None,
             "learning_rate": 1e-6,
         },
     )

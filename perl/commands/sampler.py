@@ -90,7 +90,10 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
     Raises:
         UserError: the folder has no adapter with a head, or none that vLLM serves.
     """
+    from safetensors import safe_open
+
     from perl.adapters.folder import read_adapter_folder
+    from perl.roles.likelihood import LIKELIHOOD
 
     assert recipe.rl is not None
     adapter = read_adapter_folder(folder, "--reward")
@@ -103,6 +106,13 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
         )
     if "score" not in (config.get("modules_to_save") or ()):
         raise UserError("this adapter has no head", where=str(folder), remedy="Give an exported reward adapter.")
+    with safe_open(folder / "adapter_model.safetensors", "np") as weights:
+        if any(f".{LIKELIHOOD}." in name for name in weights.keys()):  # noqa: SIM118
+            raise UserError(
+                "servers score by the state at the last token alone, and this reward model reads likelihood too",
+                where=str(folder),
+                remedy="Train it without reward.likelihood.",
+            )
     base = str(config["base_model_name_or_path"])
     scoring: dict[str, object] = {
         "--runner": "pooling",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from perl.recipe import load_recipe
 from tests.conftest import RunCli, WriteRecipe
@@ -87,6 +89,12 @@ def test_the_server_of_a_reward_adapter(write_recipe: WriteRecipe, run_cli: RunC
     status, said = run_cli("sampler", write_recipe(), "--reward", adapter)
     assert status == 0
     assert "{kind: server, url: http://127.0.0.1:8001}" in said
+    weights = load_file(adapter / "adapter_model.safetensors")
+    read_too = {"base_model.model.likelihood.out.bias": torch.zeros(1)}
+    save_file(weights | read_too, adapter / "adapter_model.safetensors")
+    status, said = run_cli("sampler", recipe, "--reward", adapter)
+    assert status == 2
+    assert "reads likelihood too" in said
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
     for folder, expected in ((tmp_path / "nowhere", "no adapter"), (adapter, "this adapter has no head")):

@@ -93,7 +93,8 @@ def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
 
 
 def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
-    ahead, interval = baseline.ahead, baseline.ahead_interval
+    value, ahead, interval = baseline.value, baseline.ahead, baseline.ahead_interval
+    assert value is not None
     assert ahead is not None
     assert interval is not None
     if _above(interval, 0):
@@ -103,8 +104,8 @@ def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
     else:
         how = "worse" if interval[1] < 0 else "no better"
     return _above(interval, 0), (
-        f"It is {how} than TF-IDF with logistic regression, which has {name} {baseline.value:.2f}: the difference "
-        f"is {ahead:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})."
+        f"It is {how} than TF-IDF with logistic regression, which has {name} {fixed(value, 2)}: the "
+        f"difference is {ahead:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})."
     )
 
 

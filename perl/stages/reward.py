@@ -74,6 +74,7 @@ def train_reward(session: Session) -> RewardStage:
         stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
     chosen = range(0, len(held_out.tokens), -(-len(held_out.tokens) // RECORDED))
     recorded = recorded_scores(session, held_out, chosen)
+    session.answer_tokens.clear()
     session.roles.eval()
     return RewardStage(
         **vars(replace(stage, rows=rows, rows_cut=cut)),

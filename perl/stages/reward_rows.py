@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perl.backbones.chat import ChatFormat
 from perl.backbones.tokens import Tokens
 from perl.data.pairs import pair_ratings
-from perl.data.records import Comparison, Prompt, Rating, Records
+from perl.data.records import Comparison, Prompt, Rating, Records, Turn
 from perl.errors import UserError
 from perl.measure.rated_rows import RatedRows
 from perl.stages.session import Session
@@ -69,9 +68,33 @@ def held_out_rows(session: Session) -> Rows:
 
 
 def session_rows(session: Session, records: Records, loss: str, source: str | None = None) -> Rows:
-    """As `tokenize_rows`, with the session's chat format and length."""
-    chat, source = session.base.chat, source or session.recipe.data.source
-    return tokenize_rows(chat, records, loss, max_length(session), source)
+    """The rated or compared answers as tokens, older context cut off first.
+
+    Args:
+        loss: which of the records are taken; `any`: ratings and comparisons as they are.
+        source: where the records are from, for those that do not say; unset: the recipe's.
+
+    Raises:
+        UserError: none are of the kind that the loss needs.
+    """
+    ratings, comparisons = _chosen(records, loss, source := source or session.recipe.data.source)
+    answers = _answers(ratings, comparisons, records.prompts, source)
+    rated = [float(one.label) if one.probability is None else one.probability for one in ratings]
+    better = [one.probability for one in comparisons]
+    both = zip(answers.contexts, answers.answers, strict=True)
+    return Rows(
+        **vars(answers),
+        tokens=[_tokens(session, context, answer) for context, answer in both],
+        targets=[*rated, *better, *(1 - probability for probability in better)],
+        margins=[one.margin for one in comparisons],
+    )
+
+
+def _tokens(session: Session, context: Sequence[Turn], answer: Turn) -> Tokens:
+    key = (tuple(context), answer, max_length(session))
+    if key not in session.answer_tokens:
+        session.answer_tokens[key] = session.base.chat.row(*key)
+    return session.answer_tokens[key]
 
 
 def max_length(session: Session) -> int:
@@ -79,31 +102,8 @@ def max_length(session: Session) -> int:
     return min(session.recipe.reward.max_length, session.base.context_length)
 
 
-def tokenize_rows(chat: ChatFormat, records: Records, loss: str, length: int, source: str) -> Rows:
-    """The rated or compared answers as tokens of at most `length`, older context cut off first.
-
-    Args:
-        loss: which of the records are taken; `any`: ratings and comparisons as they are.
-        source: where the records are from, for those that do not say.
-
-    Raises:
-        UserError: none are of the kind that the loss needs.
-    """
-    ratings, comparisons = _chosen(records, loss, source)
-    answers = _answers(ratings, comparisons, records.prompts, source)
-    rated = [float(one.label) if one.probability is None else one.probability for one in ratings]
-    better = [one.probability for one in comparisons]
-    both = zip(answers.contexts, answers.answers, strict=True)
-    return Rows(
-        **vars(answers),
-        tokens=[chat.row(context, answer, length) for context, answer in both],
-        targets=[*rated, *better, *(1 - probability for probability in better)],
-        margins=[one.margin for one in comparisons],
-    )
-
-
 def answers_of(records: Records, loss: str, source: str) -> RatedRows:
-    """The answers of `tokenize_rows`, without their tokens."""
+    """The answers of `session_rows`, without their tokens."""
     return _answers(*_chosen(records, loss, source), records.prompts, source)
 
 

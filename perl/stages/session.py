@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from perl.adapters.folder import WEIGHTS, read_adapter_folder
 from perl.backbones.base import Base
 from perl.backbones.four_bit import scales
-from perl.data.records import Records
+from perl.backbones.tokens import Tokens
+from perl.data.records import Records, Turn
 from perl.measure.meter import Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
@@ -34,6 +35,9 @@ from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
+AnswerKey = tuple[tuple[Turn, ...], Turn, int]
+"""A context, an answer, and the length that both are cut to."""
+
 
 @dataclass
 class Session:
@@ -48,6 +52,8 @@ class Session:
     device: torch.device
     after_checkpoint: Callable[[], None] = lambda: None
     """Called when one has been written."""
+    answer_tokens: dict[AnswerKey, Tokens] = field(default_factory=dict)
+    """Answers that are tokenized already: rows are checked before anything is trained, and then trained on."""
 
     @property
     def engine(self) -> Engine:

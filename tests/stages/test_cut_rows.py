@@ -10,7 +10,7 @@ import trl
 
 from perl.recipe import load_recipe
 from perl.stages.opening import open_session
-from perl.stages.reward_rows import tokenize_rows
+from perl.stages.reward_rows import training_rows
 from perl.stages.rl_setup import tokenized_prompts
 from perl.stages.session import Session
 from perl.stages.sft import tokenized
@@ -73,7 +73,7 @@ def test_all_rows_of_a_file_too_long_are_said_aloud(
     ]
     rows = [
         *tokenized(session, session.train.demonstrations)["input_ids"],
-        *tokenize_rows(session.base.chat, session.train, "thumbs", 70, "jsonl").ids,
+        *training_rows(session).ids,
         *tokenized_prompts(session, session.train.prompts).ids,
     ]
     assert all(row[: len(begins)] == begins for row in rows)

@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
+from perl.backbones.chat import ChatFormat
+from perl.backbones.tokens import Tokens
+from perl.recipe import load_recipe
+from perl.stages.opening import open_session
+from perl.stages.reward import check, train_reward
 from perl.stages.reward_loss import pairs_losses, thumbs_losses
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 
@@ -132,6 +137,27 @@ def answers_to(drinks: list[str]) -> list[dict[str, Any]]:
 
 def logged_losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "reward" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_answer_is_tokenized_once_for_checks_training_and_validation(
+    small_data: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[Any, ...]] = []
+    row = ChatFormat.row
+
+    def counted(chat: ChatFormat, *arguments: Any) -> Tokens:
+        read.append(arguments)
+        return row(chat, *arguments)
+
+    data = {"source": "jsonl", "path": str(small_data / "ratings.jsonl"), "held_out": 0.3}
+    recipe = write_recipe(data=data, reward={"epochs": 1, "eval_steps": 2}, rl=None, sft=None)
+    session = open_session(load_recipe(recipe), tmp_path)
+    monkeypatch.setattr(ChatFormat, "row", counted)
+    check(session)
+    train_reward(session)
+    rows = [answer for answer in read if len(answer) == 3]  # those with a length
+    assert len(rows) == len(set(rows)) > 0
+    assert not session.answer_tokens
 
 
 def test_both_learns_ratings_and_pairs_in_one_training(

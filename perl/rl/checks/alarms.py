@@ -40,7 +40,8 @@ WORDS = {
         "Lower rl.learning_rate or raise rl.kl_coef; if completions are long and read well, raise rl.kl_limit.",
     ),
     "entropy": Words(
-        "the entropy has collapsed to {value:.3f} nats a token, less than {limit:.3f}, a tenth of the start's",
+        "the entropy has collapsed to {value:.3f} nats a token, less than {limit:.3f}, a tenth of the "
+        "start's; a completion has {length.now:.0f} tokens, {length.start:.0f} at the start",
         "The policy says the same whatever it is asked: the learning rate is too large, the KL coefficient too "
         "small, or one completion exploits the reward.",
         "Read the samples; lower rl.learning_rate or raise rl.kl_coef.",

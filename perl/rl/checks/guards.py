@@ -162,6 +162,7 @@ class Guard:
         if name == "shrinking" and self._limits.penalized and ended.now >= ended.start + 0.1:
             words = WORDS["shrinking_by_penalty"]
         rate = f"{min(LARGEST_RATE, self._limits.learning_rate * AIM / value):.1g}" if value > 0 else "auto"
+        length = self._series("answer_tokens")
         check = "the gold judge" if judged else "the reward on held-out prompts"
         return Alarm(
             name=name,
@@ -171,7 +172,9 @@ class Guard:
             value=value if math.isfinite(value) else None,
             limit=reading.limit,
             grave=reading.grave,
-            what=words.what.format(value=value, limit=reading.limit, start=reading.start, check=check),
+            what=words.what.format(
+                value=value, limit=reading.limit, start=reading.start, check=check, length=length
+            ),
             causes=words.causes,
             remedy=words.remedy.format(rate=rate),
         )

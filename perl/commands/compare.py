@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -140,12 +140,7 @@ def _compare_runs(
         tuning: {stage: one.section(stage).learning_rate for stage in one.stages}
         for tuning, one in recipes.items()
     }
-    how = "the recipe's, for full tuning a tenth of it, which is assumed (--search-rates searches both)"
-    if searched_on is not None:
-        how = f"searched on both sides, on seed {searched_on}, which is not reported"
-    pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
-    kind = adapter_label(recipe.adapter_kind)
-    console.print(f"Learning rates: {how}; {kind}'s and full tuning's of {', '.join(pairs)}.")
+    _say_rates(adapter_label(recipe.adapter_kind), used, searched_on)
     rows = [{"stage": row.stage.lower(), "figure": row.metric, **_means(row)} for row in costs]
     rows += [{"stage": "quality", "figure": quality.metric, **_means(quality)} for quality in qualities]
     write_metrics(
@@ -160,6 +155,16 @@ def _compare_runs(
     )
     page = write_page(folders, out / "report.html")
     console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
+
+
+def _say_rates(
+    kind: str, used: Mapping[str, Mapping[StageName, float | Literal["auto"]]], searched_on: int | None
+) -> None:
+    how = "the recipe's, for full tuning a tenth of it, which is assumed (--search-rates searches both)"
+    if searched_on is not None:
+        how = f"searched on both sides, on seed {searched_on}, which is not reported"
+    pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
+    console.print(f"Learning rates: {how}; {kind}'s and full tuning's of {', '.join(pairs)}.")
 
 
 def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from perl.system.typed_json import as_json
 if TYPE_CHECKING:
     from perl.measure.bootstrap import Interval
     from perl.measure.reward_model_card import RewardModelCard
+    from perl.rl.results import PolicyChange
     from perl.stages.session import Session
 
 ROLES = ("reward", "policy")
@@ -76,7 +77,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     return card
 
 
-def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
+def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
     from perl.rl.evaluate import evaluate_policy, policy_change
     from perl.rl.samplers.local import LocalSampler
     from perl.roles.role import Role
@@ -97,25 +98,27 @@ def _policy(session: "Session", run: Path, data: str | None) -> dict[str, Any]:
         collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)
-    metrics = policy_change(before, after, prompts, collector.eval_samples)
-    _print(f"policy of {run}", metrics)
-    return metrics
+    change = policy_change(before, after, prompts, collector.eval_samples)
+    _print(f"policy of {run}", change)
+    return change
 
 
-def _print(title: str, metrics: dict[str, Any]) -> None:
+def _print(title: str, found: "PolicyChange") -> None:
+    from perl.rl.results import PairedMetric
+
     table = Table("metric", "before", "after", "change (95 %)", title=title)
-    for name in ("reward", "gold", "answer_tokens", "ended"):
-        if f"{name}_before" in metrics:
-            ends = (f"{metrics[f'{name}_{when}']:.4g}" for when in ("before", "after"))
-            table.add_row(name, *ends, _ends(metrics[f"{name}_interval"]))
-    for name, value in metrics["reward_parts_before"].items():
-        table.add_row(f"reward/{name}", f"{value:.4g}", f"{metrics['reward_parts_after'][name]:.4g}", "")
-    for one in metrics.get("pass_at", []):
-        table.add_row(f"pass@{one['k']}", f"{one['before']:.4g}", f"{one['after']:.4g}", _ends(one["interval"]))
-    table.add_row("kl", "0", f"{metrics['kl']:.4g}", _ends(metrics["kl_interval"]))
+    rows = [(name, found.change(name)) for name in get_args(PairedMetric)]
+    rows += [(f"pass@{one.k}", one) for one in found.pass_at or []]
+    for name, change in rows:
+        if change is not None:
+            table.add_row(name, f"{change.before:.4g}", f"{change.after:.4g}", _ends(change.interval))
+    after = found.reward_parts_after or {}
+    for name, value in (found.reward_parts_before or {}).items():
+        table.add_row(f"reward/{name}", f"{value:.4g}", f"{after[name]:.4g}", "")
+    table.add_row("kl", "0", f"{found.kl:.4g}", _ends(found.kl_interval))
     console.print(table)
-    each = counted(metrics["samples_per_prompt"], "completion")
-    console.print(f"{counted(metrics['n'], 'prompt')}, {each} each")
+    each = counted(found.samples_per_prompt or 1, "completion")
+    console.print(f"{counted(found.n, 'prompt')}, {each} each")
 
 
 def _ends(interval: "Interval | None") -> str:

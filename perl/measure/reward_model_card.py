@@ -120,11 +120,7 @@ def reward_model_card(
     scores = ensemble_scores(scores_MN, log_odds)
     score_N, truth_N = checked(scores[: len(rows.labels)], rows.truth)
     bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
-    pairs = all_rows.ranked_pairs()
-    estimates = _estimates(score_N, truth_N, rows, bootstrap)
-    if pairs:
-        pairwise = pairwise_accuracy(scores, pairs)
-        estimates["pairwise_accuracy"] = ClusterBootstrap(all_rows.dialogues, seed=0).estimate(pairwise)
+    estimates = _estimates(score_N, truth_N, rows, bootstrap) | _pairwise(scores, all_rows)
     values = {name: estimate.value for name, estimate in estimates.items()}
     calibration, log_odds_N = calibrate(predictions(score_N, rows))
     ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
@@ -133,10 +129,6 @@ def reward_model_card(
         log_odds_N, log_odds = None, False
         ranking_N, length_N = (_less_pair_mean(one, rows.pairs) for one in (score_N, length_N))
         members_MN = np.stack([_less_pair_mean(one, rows.pairs) for one in members_MN])
-    ensemble = None
-    if len(members_MN) > 1:
-        differ_N = disagreement(members_MN, log_odds)
-        ensemble = ensemble_metrics(ranking_N, members_MN, differ_N, truth_N, bootstrap)
     up = int(truth_N.sum())
     metrics = RewardMetrics(
         n=len(score_N),
@@ -152,7 +144,7 @@ def reward_model_card(
         majority_accuracy=max(up, len(score_N) - up) / len(score_N),
         ece=calibration_error(score_N, truth_N),
         compared=rows.compared,
-        pairs=len(pairs),
+        pairs=len(all_rows.ranked_pairs()),
         intervals={name: estimate.interval for name, estimate in estimates.items()},
         reliability=reliability(score_N, truth_N),
         score_histogram=score_histogram(score_N, truth_N),
@@ -161,7 +153,7 @@ def reward_model_card(
         length=length_bias(ranking_N, length_N, truth_N, bootstrap),
         tfidf_baseline=tfidf_baseline(score_N, rows, baseline, truth_N, bootstrap),
         mistakes=_mistakes(score_N, truth_N, rows),
-        ensemble=ensemble,
+        ensemble=_ensemble(members_MN, log_odds, ranking_N, truth_N, bootstrap),
     )
     return RewardModelCard(**vars(metrics), verdict=verdict(metrics))
 
@@ -177,6 +169,23 @@ def _estimates(
     if rows.gold is not None:
         statistics["auroc_labels"] = auroc(score_N, np.asarray(rows.labels, dtype=np.int64))
     return {name: bootstrap.estimate(statistic) for name, statistic in statistics.items()}
+
+
+def _pairwise(scores: Floats, rows: RatedRows) -> dict[str, Estimate]:
+    """Of all rows; nothing where none are paired."""
+    if not (pairs := rows.ranked_pairs()):
+        return {}
+    bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
+    return {"pairwise_accuracy": bootstrap.estimate(pairwise_accuracy(scores, pairs))}
+
+
+def _ensemble(
+    members_MN: Floats, log_odds: bool, ranking_N: Floats, truth_N: Labels, bootstrap: ClusterBootstrap
+) -> Ensemble | None:
+    """None of a single member."""
+    if len(members_MN) < 2:
+        return None
+    return ensemble_metrics(ranking_N, members_MN, disagreement(members_MN, log_odds), truth_N, bootstrap)
 
 
 def _known(value: float | None) -> float:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from perl.measure.pass_at_k import measured_ks, pass_at_k
 from perl.results import Completion, Sample
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
+from perl.rl.results import PassAtK, PolicyChange
 from perl.rl.rewards.function import messages
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.role import Role
@@ -111,20 +112,13 @@ def _spread(rewards: list[float]) -> str:
     return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
 
 
-def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each: int | None) -> dict[str, Any]:
-    """Two policies on the same prompts, as JSON.
+def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each: int | None) -> PolicyChange:
+    """Two policies on the same prompts.
 
     Args:
         before: what `evaluate_policy` found of the reference.
         after: what it found of the policy.
         each: completions of a prompt; None: `samples_per_prompt`.
-
-    Returns:
-        `n` prompts, the `samples_per_prompt`, and the `reward_histogram` of the prompts' means;
-        `reward_parts_before` and `reward_parts_after`, the means of the reward's parts by name; where the reward
-        has rules, `pass_at` (`PassAtK`); of reward, gold (where there is a judge), answer_tokens and ended the
-        means `NAME_before` and `NAME_after`, and `NAME_interval`, that of the change (95 %, paired by prompt); the
-        policy's `kl` with `kl_interval`.
     """
     parts = {
         f"reward_parts_{when}": {
@@ -144,19 +138,12 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     found = changes(before, after, dialogues)
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
-    each = each or samples_per_prompt(len(prompts))
-    return {
-        "n": len(prompts),
-        "samples_per_prompt": each,
-        "reward_histogram": histogram,
-        **parts,
-        **passes,
-        **found,
-    }
+    counts_of = {"n": len(prompts), "samples_per_prompt": each or samples_per_prompt(len(prompts))}
+    return made(PolicyChange, {**counts_of, "reward_histogram": histogram, "pass_at": passes, **parts, **found})
 
 
-def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """`pass_at` as JSON of `PassAtK`; nothing without rules."""
+def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[PassAtK] | None:
+    """None without rules."""
     names = [name for name in before if name.startswith(PASS)]
     changed = changes({name: before[name] for name in names}, after, dialogues)
     none = {name: [0.0] * len(dialogues) for name in names}  # the change from 0 is the value itself
@@ -167,7 +154,7 @@ def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
         | {f"{when}_interval": found[f"{name}_interval"] for when, found in ends.items()}
         for name in names
     ]
-    return {"pass_at": rows} if rows else {}
+    return [made(PassAtK, row) for row in rows] or None
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:

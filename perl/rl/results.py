@@ -65,15 +65,21 @@ def _beside(best: float, policy: float, interval: Interval | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlEval:
-    """The policy before and after RL, on the same `n` held-out prompts: raw rewards; KL in nats a completion.
+class PolicyChange:
+    """The policy before and after RL, on the same `n` held-out prompts.
 
-    The parts of the reward are means before weighting. There is no interval where all prompts are of one dialogue.
+    Attributes:
+        samples_per_prompt: completions of each.
+        reward_before, reward_after: raw rewards, as the means of all other metrics.
+        reward_interval: of the change (95 %, paired by prompt), as all others; None where all prompts are of one
+            dialogue.
+        reward_histogram: of the prompts' means.
+        reward_parts_before, reward_parts_after: means before weighting, by name.
+        pass_at: where the reward has rules.
+        gold_before: where there is a judge.
+        kl: of the policy to its reference, nats a completion.
     """
 
-    algorithm: str
-    critic: str
-    steps: int
     n: int
     samples_per_prompt: int | None = None
     reward_before: float
@@ -94,6 +100,20 @@ class RlEval:
     ended_interval: Interval | None = None
     kl: float
     kl_interval: Interval | None = None
+
+    def change(self, metric: PairedMetric) -> Change | None:
+        """A metric's change; None for gold without a judge."""
+        before, after, interval = (getattr(self, f"{metric}_{key}") for key in ("before", "after", "interval"))
+        return None if before is None or after is None else Change(before, after, interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlEval(PolicyChange):
+    """What RL came to, and what its policy is compared with."""
+
+    algorithm: str
+    critic: str
+    steps: int
     best_of_n: list[BestOfN] | None = None
 
     @property
@@ -109,8 +129,3 @@ class RlEval:
             f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
             f"{counted(one.prompts, 'prompt')}: {'; '.join(ends)}."
         )
-
-    def change(self, metric: PairedMetric) -> Change | None:
-        """A metric's change; None for gold without a judge."""
-        before, after, interval = (getattr(self, f"{metric}_{key}") for key in ("before", "after", "interval"))
-        return None if before is None or after is None else Change(before, after, interval)

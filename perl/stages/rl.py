@@ -3,7 +3,6 @@
 It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from perl.errors import UserError
@@ -23,7 +22,6 @@ from perl.stages.rl_setup import eval_prompts, setup, tokenized_prompts
 from perl.stages.session import Session
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
-from perl.system.typed_json import made
 
 SAMPLES_OF_A_STEP = 4
 """Held-out prompts that are completed every `rl.sample_every` steps."""
@@ -78,7 +76,7 @@ def train_rl(session: Session) -> RlStage:
         reference = session.roles.reference
         best = best_of_n(loop.collector, reference, held_out, judge, settings.best_of_n, after)
     _save(session, loop, held_out)
-    evaluation = {"algorithm": settings.algorithm, "critic": session.recipe.critic, "steps": remains}
+    change = policy_change(initial.before, after, held_out, settings.eval_samples)
     return RlStage(
         **vars(stage),
         learning_rate=loop.learner.rates[0],
@@ -86,8 +84,11 @@ def train_rl(session: Session) -> RlStage:
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,
         incidents=loop.guarding.incidents(stopped_by, remains),
-        eval=replace(
-            made(RlEval, evaluation | policy_change(initial.before, after, held_out, settings.eval_samples)),
+        eval=RlEval(
+            **vars(change),
+            algorithm=settings.algorithm,
+            critic=session.recipe.critic,
+            steps=remains,
             best_of_n=best,
         ),
     )

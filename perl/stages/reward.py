@@ -26,7 +26,7 @@ from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.role import Role
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.reward_card import evaluate_rows, print_card
-from perl.stages.reward_loss import Collator, batch_loss
+from perl.stages.reward_loss import Collator, Example, batch_loss
 from perl.stages.reward_rows import (
     Rows,
     bootstrapped,
@@ -143,7 +143,7 @@ def reward_trainer(
             run,
             model=session.roles,
             args=TrainingArguments(**run.arguments(settings)),
-            train_dataset=Dataset.from_list(examples),
+            train_dataset=Dataset.from_list([dict(example) for example in examples]),
             data_collator=Collator(session.base.chat.pad_id),
         )
         trainer.validation_examples = held_back
@@ -154,7 +154,7 @@ class RewardTrainer(ResumableTrainer):
     """transformers' Trainer on a member of the reward model."""
 
     lower_layers: LowerLayerCache | None = None
-    validation_examples: Sequence[dict[str, Any]] = ()
+    validation_examples: Sequence[Example] = ()
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -3,9 +3,9 @@
 Axis letters: B answers to score, P pairs, T rated answers, E examples (pairs, then rated answers), L positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,34 @@ def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([of_pairs, thumbs_losses(rated_T, targets_T, weights_T)]).mean()
 
 
+class Example(TypedDict):
+    """A rated answer, or the better and the worse answer of a pair."""
+
+    rows: list[list[int]]
+    """Tokens of each, with its context."""
+    answers: list[int]
+    """Tokens of each without its context."""
+    numbers: list[int]
+    """Of each, among all rows."""
+    target: float
+    """The probability of a thumb up, or that the better one is."""
+    margin: float
+    weight: float
+    length: int
+    """Of the longer row, in tokens."""
+
+
 @dataclass(frozen=True)
 class Collator:
     """Examples to one padded batch: the better answers of pairs, then the worse, then the rated ones."""
 
     pad_id: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         pairs = [example for example in examples if len(example["rows"]) == 2]
         rated = [example for example in examples if len(example["rows"]) == 1]
 
-        def together(key: str) -> list[Any]:
+        def together(key: Literal["rows", "answers", "numbers"]) -> list[Any]:
             first, second = ([example[key][place] for example in pairs] for place in (0, 1))
             return [*first, *second, *(example[key][0] for example in rated)]
 

@@ -4,13 +4,13 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from perl.backbones.tokens import Tokens
 from perl.data.pairs import pair_ratings
 from perl.data.records import Comparison, Prompt, Rating, Records, Turn
 from perl.errors import UserError
 from perl.measure.rated_rows import RatedRows
+from perl.stages.reward_loss import Example
 from perl.stages.session import Session
 from perl.system.progress import counted
 
@@ -159,7 +159,7 @@ def _answers(
     )
 
 
-def training_examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
+def training_examples(rows: Rows, loss: str) -> list[Example]:
     """What the trainer shuffles: rated answers, pairs of answers, or both; an example each."""
     examples = []
     if loss != "pairs":
@@ -173,21 +173,20 @@ def training_examples(rows: Rows, loss: str) -> list[dict[str, Any]]:
     return examples
 
 
-def bootstrapped(examples: Sequence[dict[str, Any]], dialogues: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def bootstrapped(examples: Sequence[Example], dialogues: Sequence[str], seed: int) -> list[Example]:
     """The examples of as many dialogues as there are, drawn with replacement.
 
     Args:
         dialogues: of the rows.
     """
-    of_dialogue: dict[str, list[dict[str, Any]]] = {}
+    of_dialogue: dict[str, list[Example]] = {}
     for example in examples:
         of_dialogue.setdefault(dialogues[example["numbers"][0]], []).append(example)
     drawn = random.Random(seed).choices(list(of_dialogue.values()), k=len(of_dialogue))
     return list(itertools.chain.from_iterable(drawn))
 
 
-def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> dict[str, Any]:
-    """One answer, or the better and the worse of a pair; they count alike in the mean of a batch."""
+def _example(rows: Rows, numbers: list[int], margin: float = 0.0, weight: float = 1.0) -> Example:
     tokens = [rows.tokens[number] for number in numbers]
     return {
         "rows": [row.ids for row in tokens],

@@ -7,6 +7,10 @@ are nearly linear in so small a change.
 Axis letters: B completions, T positions in them.
 """
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
 from torch import Tensor
 
 from perl.rl.checks.perturbation import part_of, restored
@@ -22,6 +26,8 @@ NATS = 0.1
 MOST = 1e6
 """By what a magnification grows at once."""
 TRIES = 10
+DECADES = tuple(10.0**power for power in range(9))
+"""Magnifications of what cannot move the policy far."""
 FEWEST_STEPS = 10.0
 """The movement of a shorter run is extrapolated to so many steps."""
 
@@ -45,10 +51,21 @@ def policy_movement(collector: Collector, samples: Samples) -> float:
     moved, factor = magnified(1.0), 1.0
     for _ in range(TRIES if starts else 0):
         if NATS <= moved <= 5 * NATS or (factor == 1.0 and moved > NATS):
-            break
+            return moved / factor
         factor = max(1.0, factor * (min(2 * NATS / moved, MOST) if moved > 0 else MOST))
         moved = magnified(factor)
-    return moved / factor
+    return steadiest(magnified) if starts and 0 < moved < NATS else moved / factor
+
+
+def steadiest(magnified: Callable[[float], float]) -> float:
+    """The movement of an adapter that cannot move the policy by `NATS`, however much it is magnified.
+
+    A prefix is behind a gate, tanh(g), which goes up to 1. Over its factor a magnified movement falls while
+    rounding is most of it, is steady where it is linear, and falls again beyond: it is read where it is steadiest.
+    """
+    moved = [magnified(factor) / factor for factor in DECADES]
+    pairs = [pair for pair in pairwise(moved) if min(pair) > 0]
+    return min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1])), default=(0.0, moved[-1]))[1]
 
 
 def _starts(roles: Roles) -> dict[str, Tensor | float]:

@@ -1,6 +1,7 @@
 """What is checked around the first updates: below rounding, without a trace, and where only training shows it."""
 
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.recipe import load_recipe
-from perl.rl.checks.movement import policy_movement
+from perl.rl.checks.movement import policy_movement, steadiest
 from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap, rounding_noise
 from perl.rl.collector import Collector
@@ -115,6 +116,14 @@ def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: Writ
             assert rounding_noise(collector, samples) > 1000 * found[dtype]
     assert 1e-7 < found["float32"] < 1e-4
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
+@pytest.mark.parametrize("reach", [0.002, 0.05])
+def test_movement_behind_a_gate_that_saturates_is_read_where_it_is_linear(noise: float, reach: float) -> None:
+    assert steadiest(lambda factor: noise + reach * math.tanh(1e-5 * factor)) == pytest.approx(
+        1e-5 * reach, rel=0.8
+    )
 
 
 def test_rounding_noise_is_of_the_size_of_what_sampling_differs_by(write_recipe: WriteRecipe) -> None:

@@ -29,7 +29,7 @@ from perl.roles.role import Role
 from perl.stages.session import Session
 from perl.stages.sft import trainable_model
 from perl.stages.training_run import optimizer_steps, trainer_arguments
-from perl.system.progress import Advance, track
+from perl.system.progress import Advance, console, counted, track
 
 SNAPSHOTS = 5
 """A training is looked at after all its steps, a half, a quarter and so on."""
@@ -91,6 +91,7 @@ def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     steps, meter = optimizer_steps(len(rows), settings), session.meter()
+    console.print(f"{name}: the reference's log-probs of {counted(len(rows), 'row')} are computed before step 1")
     with (
         tempfile.TemporaryDirectory() as scratch,
         trainable_model(roles, Role.POLICY) as model,

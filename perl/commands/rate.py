@@ -23,7 +23,9 @@ def rate(
     host: Host = "127.0.0.1",
     choose: Annotated[
         str,
-        typer.Option("--choose", metavar="HOW", help="random, or uncertainty: what the reward model cannot tell."),
+        typer.Option(
+            "--choose", metavar="HOW", help="random, or uncertainty: half is what the reward model cannot tell."
+        ),
     ] = "random",
     raters: Annotated[
         str | None,

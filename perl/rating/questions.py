@@ -17,7 +17,10 @@ from perl.roles.saved import weights_sha256
 ASKED_AT_ONCE = 4
 """Questions that are drawn together: nobody waits while these last."""
 POOL = 24
-"""Questions that are drawn where the best `ASKED_AT_ONCE` are chosen."""
+"""Questions that are drawn where those to ask are chosen."""
+CHOSEN = ASKED_AT_ONCE // 2
+"""So many of those asked at once; the others are random. From only what a poor reward model cannot tell, a better
+one is not learned (docs/rating.md has the figures), and the random half says what users see."""
 TINY = 1e-12
 """No probability is taken to be lower."""
 TRIES = 4
@@ -194,13 +197,14 @@ class Questions:
         ]
 
     def _chosen(self, questions: Sequence[Question], choose: Callable[[Sequence[Score]], float]) -> list[Question]:
-        """The questions that are worth most, with what the reward model says of them."""
+        """The questions that are worth most, as many random ones, and what the reward model says of them."""
         speaker: Speaker = "text" if self.is_text else "agent"
         answered = [(one.context, Turn(speaker, d.text)) for one in questions for d in one.completions]
         scores = iter(self._run.score_answers(answered))
         judged = [(question, [next(scores) for _ in question.completions]) for question in questions]
         judged.sort(key=lambda pair: choose(pair[1]))
-        chosen = judged[:ASKED_AT_ONCE]
+        others = self._random.sample(judged[CHOSEN:], min(ASKED_AT_ONCE - CHOSEN, len(judged[CHOSEN:])))
+        chosen = [*judged[:CHOSEN], *((replace(one, chosen_by="random"), scores) for one, scores in others)]
         self._random.shuffle(chosen)
         return [_with_probabilities(*pair) for pair in chosen]
 

@@ -8,7 +8,7 @@ import pytest
 import perl
 from perl.errors import UserError
 from perl.library import LoadedRun, Score
-from perl.rating.questions import ASKED_AT_ONCE, POOL, Questions, distance_from_even
+from perl.rating.questions import ASKED_AT_ONCE, CHOSEN, POOL, Questions, distance_from_even
 from perl.roles.role import Role
 from perl.roles.saved import weights_sha256
 from tests.exported import make, recipe_on
@@ -50,7 +50,7 @@ def test_what_is_recorded_of_a_completion_draws_it_again(run: LoadedRun) -> None
 
 
 @pytest.mark.parametrize("completions", [1, 2])
-def test_uncertainty_asks_what_the_reward_model_cannot_tell(
+def test_uncertainty_asks_what_the_reward_model_cannot_tell_and_as_much_at_random(
     completions: int, run: LoadedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[Score] = []
@@ -64,9 +64,14 @@ def test_uncertainty_asks_what_the_reward_model_cannot_tell(
     asked = Questions(run, "uncertainty", seed=0).draw(completions, set())
     judged = [scored[at : at + completions] for at in range(0, len(scored), completions)]
     assert ASKED_AT_ONCE < len(judged) <= POOL
-    nearest = sorted(map(distance_from_even, judged))[:ASKED_AT_ONCE]
-    told = [distance_from_even([Score(0, drawn.probability or 0) for drawn in one.completions]) for one in asked]
-    assert sorted(told) == pytest.approx(nearest)
+    nearest = sorted(map(distance_from_even, judged))[:CHOSEN]
+    told = {how: [of for of in asked if of.chosen_by == how] for how in ("uncertainty", "random")}
+    assert [len(of) for of in told.values()] == [CHOSEN, ASKED_AT_ONCE - CHOSEN]
+    distances = [
+        distance_from_even([Score(0, drawn.probability or 0) for drawn in one.completions])
+        for one in told["uncertainty"]
+    ]
+    assert sorted(distances) == pytest.approx(nearest)
 
 
 def test_how_far_from_even() -> None:

@@ -48,16 +48,23 @@ def policy_movement(collector: Collector, samples: Samples) -> float:
             policy_BT = collector.log_probs(Role.POLICY, samples)
             return collector.processes.broadcast(gap(policy_BT, reference_BT, samples))
 
+    return below_rounding(magnified) if starts else magnified(1.0)
+
+
+def below_rounding(magnified: Callable[[float], float]) -> float:
+    """How far an adapter has moved the policy, nats a token, by how far it would have, had it been magnified."""
     moved, factor = magnified(1.0), 1.0
-    for _ in range(TRIES if starts else 0):
+    farthest = moved
+    for _ in range(TRIES):
         if NATS <= moved <= 5 * NATS or (factor == 1.0 and moved > NATS):
-            return moved / factor
+            break
         factor = max(1.0, factor * (min(2 * NATS / moved, MOST) if moved > 0 else MOST))
         moved = magnified(factor)
-    return steadiest(magnified) if starts and 0 < moved < NATS else moved / factor
+        farthest = max(farthest, moved)
+    return _steadiest(magnified) if 0 < farthest < NATS else moved / factor
 
 
-def steadiest(magnified: Callable[[float], float]) -> float:
+def _steadiest(magnified: Callable[[float], float]) -> float:
     """The movement of an adapter that cannot move the policy by `NATS`, however much it is magnified.
 
     A prefix is behind a gate, tanh(g), which goes up to 1. Over its factor a magnified movement falls while

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.recipe import load_recipe
-from perl.rl.checks.movement import policy_movement, steadiest
+from perl.rl.checks.movement import below_rounding, policy_movement
 from perl.rl.checks.perturbation import perturbed
 from perl.rl.checks.tracking import gap, rounding_noise
 from perl.rl.collector import Collector
@@ -118,10 +118,17 @@ def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: Writ
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.5)
 
 
+@pytest.mark.parametrize("moved", [0.05, 0.06, 0.08])
+@pytest.mark.parametrize("power", [1.0, 3.0, 4.0])
+def test_a_small_magnification_that_takes_the_policy_far_is_taken_back(moved: float, power: float) -> None:
+    """As after a dozen steps: the policy is almost where it need not be magnified."""
+    assert moved / 10 < below_rounding(lambda factor: moved * factor**power) < 10 * moved
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
 @pytest.mark.parametrize("reach", [0.002, 0.05])
 def test_movement_behind_a_gate_that_saturates_is_read_where_it_is_linear(noise: float, reach: float) -> None:
-    assert steadiest(lambda factor: noise + reach * math.tanh(1e-5 * factor)) == pytest.approx(
+    assert below_rounding(lambda factor: noise + reach * math.tanh(1e-5 * factor)) == pytest.approx(
         1e-5 * reach, rel=0.8
     )
 

@@ -17,10 +17,8 @@ from typing import Any
 KINDS = "lora full dora ia3 prefix:10 parallel:32 series:32 vera:256 miss:16 rslora tinylora:64".split()  # noqa: SIM905
 STAGES: dict[str, tuple[str, list[str]]] = {
     "reward": ("AUROC", []),
-    "rl": (
-        "gold at KL",
-        ["--kl", "0.3", "reward.likelihood=true"],
-    ),  # a judge that all kinds share, and a good one
+    # All kinds share the reward model: the best there is.
+    "rl": ("gold at KL", ["--kl", "0.3", "reward.likelihood=true"]),
 }
 """What each is judged by, and further options of its sweep."""
 HEAD = "| kind | weights | AUROC | less LoRA's | gold | less LoRA's | rates | memory, MB | a step, s |"

@@ -71,9 +71,9 @@ def sweep(
     from perl.sweep.cells import Cells
     from perl.sweep.setting import FULL, parse_settings
 
-    reported, searched_on = _parse_list("--seeds", seeds, int), list[int]()
-    if search_rates:
-        searched_on = _parse_list("--search-seeds", search_seeds or str(max(reported) + 1), int)
+    reported = _parse_list("--seeds", seeds, int)
+    others = search_seeds or str(max(reported) + 1)
+    searched_on = _parse_list("--search-seeds", others, int) if search_rates else []
     settings = parse_settings(
         _parse_list("--kinds", f"{loaded.adapter_kind},{FULL}" if kinds is None else kinds, str),
         _parse_list("--ranks", ranks, int) if ranks else [],

@@ -120,7 +120,8 @@ def reward_model_card(
     scores = ensemble_scores(scores_MN, log_odds)
     score_N, truth_N = checked(scores[: len(rows.labels)], rows.truth)
     bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
-    estimates = _estimates(score_N, truth_N, rows, bootstrap) | _pairwise(scores, all_rows)
+    pairs = all_rows.ranked_pairs()
+    estimates = _estimates(score_N, truth_N, rows, bootstrap) | _pairwise(scores, pairs, all_rows.dialogues)
     values = {name: estimate.value for name, estimate in estimates.items()}
     calibration, log_odds_N = calibrate(predictions(score_N, rows))
     ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
@@ -144,7 +145,7 @@ def reward_model_card(
         majority_accuracy=max(up, len(score_N) - up) / len(score_N),
         ece=calibration_error(score_N, truth_N),
         compared=rows.compared,
-        pairs=len(all_rows.ranked_pairs()),
+        pairs=len(pairs),
         intervals={name: estimate.interval for name, estimate in estimates.items()},
         reliability=reliability(score_N, truth_N),
         score_histogram=score_histogram(score_N, truth_N),
@@ -171,11 +172,11 @@ def _estimates(
     return {name: bootstrap.estimate(statistic) for name, statistic in statistics.items()}
 
 
-def _pairwise(scores: Floats, rows: RatedRows) -> dict[str, Estimate]:
+def _pairwise(scores: Floats, pairs: Sequence[tuple[int, int]], dialogues: Sequence[str]) -> dict[str, Estimate]:
     """Of all rows; nothing where none are paired."""
-    if not (pairs := rows.ranked_pairs()):
+    if not pairs:
         return {}
-    bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
+    bootstrap = ClusterBootstrap(dialogues, seed=0)
     return {"pairwise_accuracy": bootstrap.estimate(pairwise_accuracy(scores, pairs))}
 
 

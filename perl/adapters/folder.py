@@ -4,7 +4,7 @@ A recipe that names one (`sft.adapter: DIR`) has the kind and the shape that the
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class AdapterFolder:
         where: the recipe's key and the folder, for messages.
         config: the content of its adapter_config.json.
         settings: what a recipe's section of this kind would say, without `kind`.
+        names: of its tensors.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class AdapterFolder:
     config: Mapping[str, Any]
     kind: str
     settings: Mapping[str, Any]
+    names: Sequence[str]
 
     def refuse_conflicts(self, kind: str, said: Mapping[str, Any], by: str = "the recipe") -> None:
         """Compare it with what a recipe says.
@@ -93,12 +95,13 @@ def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
         if not isinstance(config, dict):
             raise ValueError("not an object")
         kind = _kind(config, where)
-        settings = _settings(config, kind, _tensor_names(path, where))
+        names = _tensor_names(path, where)
+        settings = _settings(config, kind, names)
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise machine_fault(error) or UserError(
             f"the adapter there cannot be read: {error}", where=where, remedy="Save or download it again."
         ) from None
-    return AdapterFolder(path, where, config, kind, settings)
+    return AdapterFolder(path, where, config, kind, settings, names)
 
 
 def _kind(config: Mapping[str, Any], where: str) -> str:

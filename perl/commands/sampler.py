@@ -90,9 +90,7 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
     Raises:
         UserError: the folder has no adapter with a head, or none that vLLM serves.
     """
-    from safetensors import safe_open
-
-    from perl.adapters.folder import WEIGHTS, read_adapter_folder
+    from perl.adapters.folder import read_adapter_folder
     from perl.roles.likelihood import LIKELIHOOD
 
     assert recipe.rl is not None
@@ -106,13 +104,12 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
         )
     if "score" not in (config.get("modules_to_save") or ()):
         raise UserError("this adapter has no head", where=str(folder), remedy="Give an exported reward adapter.")
-    with safe_open(folder / WEIGHTS, "np") as weights:
-        if any(f".{LIKELIHOOD}." in name for name in weights.keys()):  # noqa: SIM118
-            raise UserError(
-                "servers score by the state at the last token alone, and this reward model reads likelihood too",
-                where=str(folder),
-                remedy="Train it without reward.likelihood.",
-            )
+    if any(f".{LIKELIHOOD}." in name for name in adapter.names):
+        raise UserError(
+            "servers score by the state at the last token alone, and this reward model reads likelihood too",
+            where=str(folder),
+            remedy="Train it without reward.likelihood.",
+        )
     base = str(config["base_model_name_or_path"])
     scoring: dict[str, object] = {
         "--runner": "pooling",

@@ -19,8 +19,8 @@ ASKED_AT_ONCE = 4
 POOL = 24
 """Questions that are drawn where those to ask are chosen."""
 CHOSEN = ASKED_AT_ONCE // 2
-"""So many of those asked at once; the others are random. From only what a poor reward model cannot tell, a better
-one is not learned (docs/rating.md has the figures), and the random half says what users see."""
+"""So many of those asked at once; the others are random ones of the rest. From only what a poor reward model
+cannot tell, a better one is not learned (docs/rating.md has the figures)."""
 TINY = 1e-12
 """No probability is taken to be lower."""
 TRIES = 4

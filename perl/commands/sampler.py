@@ -91,7 +91,7 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
         UserError: the folder has no adapter with a head, or none that vLLM serves.
     """
     from perl.adapters.folder import read_adapter_folder
-    from perl.roles.likelihood import LIKELIHOOD
+    from perl.roles.score_terms import SCORE_TERMS
 
     assert recipe.rl is not None
     adapter = read_adapter_folder(folder, "--reward")
@@ -104,12 +104,13 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
         )
     if "score" not in (config.get("modules_to_save") or ()):
         raise UserError("this adapter has no head", where=str(folder), remedy="Give an exported reward adapter.")
-    if any(f".{LIKELIHOOD}." in name for name in adapter.names):
-        raise UserError(
-            "servers score by the state at the last token alone, and this reward model reads likelihood too",
-            where=str(folder),
-            remedy="Train it without reward.likelihood.",
-        )
+    for term in SCORE_TERMS:
+        if any(f".{term}." in name for name in adapter.names):
+            raise UserError(
+                f"servers score by the state at the last token alone, and this reward model reads {term} too",
+                where=str(folder),
+                remedy=f"Train it without reward.{term}.",
+            )
     base = str(config["base_model_name_or_path"])
     scoring: dict[str, object] = {
         "--runner": "pooling",

@@ -120,8 +120,8 @@ class Recipe(Section):
         for part in parts if self.reward else ():
             if isinstance(part, ModelPart) and (refused := part.refusal(count)):
                 raise ValueError(refused)
-            if isinstance(part, ServerPart) and self.reward and self.reward.likelihood:
-                raise ValueError("servers score by the state at the last token alone: leave reward.likelihood out")
+            for term in self.reward.score_terms if isinstance(part, ServerPart) and self.reward else ():
+                raise ValueError(f"servers score by the state at the last token alone: leave reward.{term} out")
             if isinstance(part, ServerPart) and part.probability:
                 raise ValueError("the section reward says whether its scores are log-odds: leave probability out")
         trained, judging = (

@@ -61,6 +61,9 @@ class Reward(Supervised):
     likelihood: bool = False
     """Whether the score also depends on how likely the reward model's own language model finds the answer: for
     bases that know good answers better than ratings can teach it."""
+    tfidf: bool = False
+    """Whether the score is blended with what the tokens alone say (TF-IDF with logistic regression), weighted as
+    fits the validation rows best: for ratings by people that words tell as well as a small model does."""
     bootstrap: bool = False
     """Whether each of several members learns from its own draw of the dialogues, with replacement."""
 
@@ -69,3 +72,14 @@ class Reward(Supervised):
         if self.bootstrap and self.members == 1:
             raise ValueError("bootstrap makes members differ, and there is one: raise members, or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _blends_by_validation(self) -> "Reward":
+        if self.tfidf and self.eval_steps is None:
+            raise ValueError("tfidf is weighted by validation rows, and there are none: set eval_steps to 50, say")
+        return self
+
+    @property
+    def score_terms(self) -> tuple[str, ...]:
+        """What a score depends on besides the state at an answer's last token (`perl.roles.score_terms`)."""
+        return tuple(name for name in ("likelihood", "tfidf") if getattr(self, name))

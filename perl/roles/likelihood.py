@@ -12,41 +12,33 @@ from transformers import PreTrainedModel
 
 from perl.backbones.logits import logits_transform
 from perl.roles.log_probs import completion_log_probs
+from perl.roles.score_term import ScoredRows, ScoreTerm
 
-LIKELIHOOD = "likelihood"
-"""What its weights are called on disk."""
 WIDTH = 64
 """Of the hidden layer."""
 
 
-class LikelihoodHead(nn.Module):
-    """A network of one hidden layer, of the mean and the least log-probability of an answer's tokens.
+class Likelihood(ScoreTerm):
+    """Adds a network of one hidden layer, of the mean and the least log-probability of an answer's tokens.
 
     Both are in nats a token, so that length alone does not change their scale; the tanh bounds what an unlikely
-    token costs. It adds 0 until it is trained.
+    token costs.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(2, WIDTH, device=device)
-        self.out = nn.Linear(WIDTH, 1, device=device)
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm)
+        self.hidden = nn.Linear(2, WIDTH, device=lm.device)
+        self.out = nn.Linear(WIDTH, 1, device=lm.device)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, lm: PreTrainedModel, hidden_BLD: Tensor, ids_BL: Tensor, answers_BL: Tensor) -> Tensor:
-        """What is added to each row's score (B), fp32.
-
-        Args:
-            lm: as the role that scores has it.
-            hidden_BLD: its hidden states after the last norm.
-            ids_BL: token ids, int64.
-            answers_BL: True for the answers' tokens, bool.
-        """
-        answers_BT = answers_BL[:, 1:]  # a row's first token is predicted from nothing
-        embedding, transform = lm.get_output_embeddings(), logits_transform(lm.config)
+    def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
+        assert rows.hidden_BLD is not None  # encoders are refused
+        answers_BT = rows.answers_BL[:, 1:]  # a row's first token is predicted from nothing
+        embedding, transform = rows.lm.get_output_embeddings(), logits_transform(rows.lm.config)
         log_probs_BT, _ = completion_log_probs(
-            hidden_BLD[:, :-1], embedding, ids_BL[:, 1:], answers_BT, 1.0, transform
+            rows.hidden_BLD[:, :-1], embedding, rows.ids_BL[:, 1:], answers_BT, 1.0, transform
         )
         mean_B = log_probs_BT.sum(1) / answers_BT.sum(1).clamp(min=1)
         added_B1: Tensor = self.out(self.hidden(torch.stack([mean_B, log_probs_BT.amin(1)], 1)).tanh())
-        return added_B1[:, 0]
+        return scores_B + added_B1[:, 0]

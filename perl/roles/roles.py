@@ -31,11 +31,12 @@ from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.roles.checkpointing import checkpointed
 from perl.roles.distributions import kl_of_states
-from perl.roles.likelihood import LIKELIHOOD, LikelihoodHead
 from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
 from perl.roles.role import Role
+from perl.roles.score_term import ScoredRows
+from perl.roles.score_terms import ScoreTerms
 
 
 class Roles(nn.Module, ABC):
@@ -51,9 +52,10 @@ class Roles(nn.Module, ABC):
         super().__init__()
         self.engine = engine or Engine(ALONE)
         self.heads = nn.ModuleDict()
-        self.likelihoods = nn.ModuleDict()
-        self.reads_likelihood = False
-        """Whether scores of reward models depend on how likely answers are, too."""
+        self.score_terms = nn.ModuleDict()
+        """Of each reward model that has any, by name."""
+        self.asked_score_terms: tuple[str, ...] = ()
+        """Names of those that new reward models get."""
         self._active = Role.BASE
         self.shares_prompts = False
         """Whether a prompt is computed once for all its completions in a batch."""
@@ -150,13 +152,13 @@ class Roles(nn.Module, ABC):
             if copy_of in self.heads:
                 for new, old in zip(self.heads[role].parameters(), self.heads[copy_of].parameters(), strict=True):
                     new.data.copy_(old.data)
-        if head and self.reads_likelihood and role is not Role.CRITIC:
-            self.likelihoods[role] = LikelihoodHead(self.device)
+        if head and self.asked_score_terms and role is not Role.CRITIC:
+            self.score_terms[role] = ScoreTerms(self.asked_score_terms, self.model())
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's head, by their names in a classifier of transformers, and `likelihood`'s."""
-        likelihood = self.likelihoods[role].named_parameters(LIKELIHOOD) if role in self.likelihoods else ()
-        return self.backbone.head_parameters(self.heads[role]) | dict(likelihood)
+        """The parameters of a role's head, by their names in a classifier of transformers, and of its terms."""
+        terms = self.score_terms[role].named_parameters() if role in self.score_terms else ()
+        return self.backbone.head_parameters(self.heads[role]) | dict(terms)
 
     def head(self, role: Role) -> nn.Linear:
         """The linear head of a role that has values."""
@@ -166,8 +168,8 @@ class Roles(nn.Module, ABC):
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
         """The weights and heads of roles."""
-        pairs = ((self.weights(role), self.head_weights(role) if role in self.heads else {}) for role in roles)
-        return [weight for pair in pairs for named in pair for weight in named.values()]
+        heads = {role: self.head_weights(role) for role in roles if role in self.heads}
+        return [one for role in roles for one in (self.weights(role) | heads.get(role, {})).values()]
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
         """Let the parameters of these roles alone require gradients; return them."""
@@ -176,10 +178,6 @@ class Roles(nn.Module, ABC):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
-
-    def together(self, number: int) -> int:
-        """See `Engine.together`."""
-        return self.engine.together(number)
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -266,7 +264,7 @@ class Roles(nn.Module, ABC):
             states: whether the states are wanted themselves.
             prompts: which rows have the same prompt; None: no two.
             lengths: of the completions, where the host knows them: it need not wait for the mask.
-            answers_BL: True for the tokens of the answer that is scored, bool; for heads that read its likelihood.
+            answers_BL: True for the tokens of the answer that is scored, bool; for heads with terms.
         """
         shared = prompts if self.shares_prompts else None
         with self.role(role), self._above(lower_hidden_BLD) as model, sharing(model, shared, mask_BL):
@@ -274,8 +272,9 @@ class Roles(nn.Module, ABC):
                 assert head is not None, "nothing is asked for"
                 scorer = self.heads[head]
                 scores_B, hidden_BLD = self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD)
-                if head in self.likelihoods:
-                    scores_B = scores_B + self.likelihoods[head](model, hidden_BLD, ids_BL, answers_BL)
+                if answers_BL is not None and head in self.score_terms:
+                    read = ScoredRows(model, hidden_BLD, ids_BL, mask_BL, answers_BL)
+                    scores_B = self.score_terms[head](scores_B, read)
                 return Outputs(scores_B=scores_B)
             states_BTD = self.backbone.states(model, ids_BL, mask_BL, completion_length, lower_hidden_BLD)
         log_probs_BT = entropy_BT = values_BT = None

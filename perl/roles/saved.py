@@ -21,9 +21,9 @@ from perl import __version__
 from perl.adapters.kind import CONFIG
 from perl.backbones.base import Base
 from perl.errors import UserError, machine_fault
-from perl.roles.likelihood import LIKELIHOOD
 from perl.roles.role import Role
 from perl.roles.roles import Roles
+from perl.roles.score_terms import SCORE_TERMS
 from perl.roles.shared_base import SharedBase
 from perl.system.files import whole_folder, write_json, write_tensors
 
@@ -90,7 +90,8 @@ def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
 def tensors_on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
     """A role's weights and head, by their names on disk."""
     head = roles.head_weights(role) if role in roles.heads else {}
-    return {f"{roles.prefix}{name}": parameter for name, parameter in (roles.weights(role) | head).items()}
+    computed = dict(roles.score_terms[role].named_buffers()) if role in roles.score_terms else {}
+    return {f"{roles.prefix}{name}": one for name, one in {**roles.weights(role), **head, **computed}.items()}
 
 
 def load_role(
@@ -114,7 +115,7 @@ def load_role(
     _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
     weights = read_weights(folder, roles.weights_file, _anew(folder))
     if role not in roles.roles:
-        head = tuple(f"{roles.prefix}{part}" for part in (HEAD, f"{LIKELIHOOD}."))
+        head = tuple(f"{roles.prefix}{part}" for part in (HEAD, *(f"{term}." for term in SCORE_TERMS)))
         own = any(not name.startswith(head) for name in weights)
         roles.add(role, weights=own, head=role.has_head)
     targets = tensors_on_disk(roles, role)

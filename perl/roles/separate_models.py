@@ -60,7 +60,7 @@ class SeparateModels(Roles):
 
     def keep(self, *roles: Role) -> None:
         for role in self.roles - frozenset(roles):
-            for kept in (self._models, self.heads, self.likelihoods):
+            for kept in (self._models, self.heads, self.score_terms):
                 if role in kept:
                     del kept[role]
         if Role.BASE in roles and Role.BASE not in self._models:

@@ -126,7 +126,7 @@ class SharedBase(Roles):
         self.adapter.remove()
         self._adapted.clear()
         self.heads.clear()
-        self.likelihoods.clear()
+        self.score_terms.clear()
         self._active = Role.BASE
 
     def _add_weights(self, role: Role, copy_of: Role) -> None:

@@ -12,9 +12,9 @@ from perl.adapters.folder import PREFIX, AdapterFolder
 from perl.backbones.base import Base
 from perl.errors import UserError
 from perl.recipe.adapter import LORA
-from perl.roles.likelihood import LIKELIHOOD
 from perl.roles.role import Role
 from perl.roles.saved import HEAD, STAMP, read_stamp, read_weights, shape_difference, tensors_on_disk
+from perl.roles.score_terms import SCORE_TERMS
 from perl.roles.shared_base import SharedBase
 
 AGAIN = "Save or download it again."
@@ -38,7 +38,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     notes = _check_base(folder, base)
     read = read_weights(folder.path, roles.weights_file, AGAIN)
     weights = {roles.adapter.name_here(name): tensor for name, tensor in read.items()}
-    modules = [*(roles.head_modules or [HEAD.partition(".")[0]]), LIKELIHOOD]
+    modules = [*(roles.head_modules or [HEAD.partition(".")[0]]), *SCORE_TERMS]
     heads = tuple(f"{PREFIX}{module}." for module in modules)
     has_head = any(name.startswith(heads) for name in weights)
     _check_task(folder, role, has_head, roles.backbone.task_type)

@@ -60,10 +60,10 @@ def export_role(
         check_convertible(session.roles.adapter, rank)
     trunk = _load(session, role)
     scores = role in session.roles.heads
-    if role in session.roles.likelihoods:
+    for term in session.roles.asked_score_terms if role in session.roles.score_terms else ():
         raise UserError(
-            "peft and transformers have no head that reads how likely an answer is",
-            where="reward.likelihood",
+            f"peft and transformers have no head with {term}",
+            where=f"reward.{term}",
             remedy="Score with perl-rlhf score or serve, or train the reward model without it.",
         )
     chat = session.base.chat

@@ -44,7 +44,6 @@ def open_session(
     folder.check(recipe)
     material = material or read_material(recipe, engine)
     roles = _open_roles(recipe, material.base, material.lm, engine)
-    roles.reads_likelihood = recipe.reward is not None and recipe.reward.likelihood
     return Session(recipe, folder, material.train, material.held_out, material.base, roles, material.device)
 
 

@@ -36,6 +36,7 @@ from perl.stages.reward_rows import (
     training_rows,
 )
 from perl.stages.reward_scores import run_scores, scores_are_log_odds
+from perl.stages.reward_tfidf import fit_tfidf
 from perl.stages.session import Session
 from perl.stages.training import SHARE, ResumableTrainer
 from perl.stages.training_run import loss_validation, optimizer_steps, training_run
@@ -66,7 +67,11 @@ def train_reward(session: Session) -> RewardStage:
     with tempfile.TemporaryDirectory() as scratch:
         again = settings.epochs > 1 or len(members) > 1
         lower_layers = lower_layer_cache(session, train, Path(scratch)) if again else None
-        stages = [_train_member(session, role, train, validation, lower_layers) for role in members]
+        stages = []
+        for role in members:
+            stages.append(_train_member(session, role, train, validation, lower_layers))
+            fit_tfidf(session, role, train, validation, everything)
+            session.save(role, **_scale(session, role, train))
     stage, *others = stages
     if others:
         parameters = sum(one.trainable_parameters for one in stages)
@@ -86,7 +91,7 @@ def train_reward(session: Session) -> RewardStage:
 
 def _sides(session: Session) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to validate on where the recipe has validation."""
-    if session.roles.reads_likelihood:
+    if "likelihood" in session.roles.asked_score_terms:
         session.roles.backbone.require("likelihood", "reward.likelihood")
     train, validation = validation_split(session, "reward")
     return training_rows(session, train), None if validation is None else training_rows(session, validation)
@@ -95,7 +100,7 @@ def _sides(session: Session) -> tuple[Rows, Rows | None]:
 def _train_member(
     session: Session, role: Role, train: Rows, validation: Rows | None, lower_layers: LowerLayerCache | None
 ) -> Stage:
-    """Train one member, or go on with it, and save it; what it cost."""
+    """Train one member, or go on with it; what it cost."""
     seed_everything(_seed(session, role))
     trained = session.add_trained(role, head=True)
     with reward_trainer(session, role, train, validation) as trainer:
@@ -103,7 +108,6 @@ def _train_member(
         trainer.resume()
     stage = session.stage(trainer.run.meter, trained, kept=trainer.kept)
     session.roles.eval()
-    session.save(role, **_scale(session, role, train))
     return stage
 
 

@@ -55,6 +55,9 @@ class Session:
     answer_tokens: dict[AnswerKey, Tokens] = field(default_factory=dict)
     """Answers that are tokenized already: rows are checked before anything is trained, and then trained on."""
 
+    def __post_init__(self) -> None:
+        self.roles.asked_score_terms = self.recipe.reward.score_terms if self.recipe.reward is not None else ()
+
     @property
     def engine(self) -> Engine:
         return self.roles.engine
@@ -74,8 +77,10 @@ class Session:
 
     def resident(self) -> dict[Kind, list[Tensor]]:
         """The tensors that live through the whole stage, by what they are for."""
-        roles = [role for role in Role if role is not Role.BASE and self.recipe.tuning != "full"]
-        adapters = {id(parameter) for parameter in self.roles.parameters_of(*roles)}
+        adapters: set[int] = set()
+        if self.recipe.tuning != "full":
+            learned = self.roles.parameters_of(*(role for role in Role if role is not Role.BASE))
+            adapters = {id(tensor) for tensor in (*learned, *self.roles.score_terms.buffers())}
         resident: dict[Kind, list[Tensor]] = {"base_weights": [], "adapters": []}
         four_bit_scales = [tensor for _, tensor in scales(self.roles)]
         for tensor in (*self.roles.parameters(), *self.roles.buffers(), *four_bit_scales):

@@ -109,6 +109,19 @@ def test_a_natural_step_is_what_is_measured(dialogues: Path) -> None:
     assert_close(predicted(tried), measured(tried), 0.001)
 
 
+def test_what_a_score_depends_on_besides_is_predicted(dialogues: Path) -> None:
+    content = recipe(dialogues, 2, SHORT, "reward rl", algorithm="ppo").model_dump()
+    content["reward"] |= {"likelihood": True, "tfidf": True, "eval_steps": 1}
+    tried = Recipe.model_validate(content)
+    without = predicted(recipe(dialogues, 2, SHORT, "reward rl", algorithm="ppo"))
+    found = predicted(tried)
+    assert_close(found, measured(tried), 0.001)
+    words, network = 4 * (4 * 300 + 3), 4 * (2 * 64 + 64 + 64 + 1)
+    for stage in ("reward", "rl"):
+        more = found[stage]["update"][1]["adapters"] - without[stage]["update"][1]["adapters"]
+        assert more == words + network, stage
+
+
 def test_groups_that_micro_batches_cut_are_tried_whole(dialogues: Path) -> None:
     """Of 15 completions in groups of five the last two micro-batches of seven would be 14."""
     tried = recipe(dialogues, 2, SHORT, "rl", algorithm="rloo", critic=None)

@@ -22,7 +22,7 @@ ROWS = [
 def roles() -> SharedBase:
     """On one block of two, as two members whose weights and heads differ."""
     roles = SharedBase(lora(random_llama(), 4, 8, layers=[1]))
-    roles.reads_likelihood = True
+    roles.asked_score_terms = ("likelihood",)
     generator = torch.Generator().manual_seed(1)
     for member in (Role.REWARD, Role.REWARD_2):
         roles.add(member, head=True)
@@ -38,7 +38,7 @@ def by_transformers(roles: SharedBase, role: Role, row: Tokens) -> Tensor:
         output = roles.lm(input_ids=ids_L[None], output_hidden_states=True)
     log_probs_L = output.logits[0, :-1].log_softmax(-1).gather(-1, ids_L[1:, None])[:, 0]
     own_T = log_probs_L[row.prompt_length() - 1 :]
-    head = roles.likelihoods[role]
+    head = roles.score_terms[role]["likelihood"]
     features = torch.stack([own_T.mean(), own_T.min()])
     added = torch.tanh(features @ head.hidden.weight.T + head.hidden.bias) @ head.out.weight[0] + head.out.bias
     return roles.head(role)(output.hidden_states[-1][0, -1])[0] + added[0]

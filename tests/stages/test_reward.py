@@ -77,13 +77,13 @@ def test_thumbs_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "file", "likelihood"),
-    [("thumbs", "ratings", False), ("pairs", "pairs", False), ("thumbs", "ratings", True)],
+    ("loss", "file", "term"),
+    [("thumbs", "ratings", None), ("pairs", "pairs", "tfidf"), ("thumbs", "ratings", "likelihood")],
 )
 def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
     loss: str,
     file: str,
-    likelihood: bool,
+    term: str | None,
     run_cli: RunCli,
     write_recipe: WriteRecipe,
     small_data: Path,
@@ -91,7 +91,13 @@ def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
 ) -> None:
     recipe = write_recipe(
         data={"source": "jsonl", "path": str(small_data / f"{file}.jsonl"), "held_out": 0.3},
-        reward={"loss": loss, "epochs": 40, "batch_size": 4, "learning_rate": 0.01, "likelihood": likelihood},
+        reward={
+            "loss": loss,
+            "epochs": 40,
+            "batch_size": 4,
+            "learning_rate": 0.01,
+            **({"eval_steps": 20, "validation_share": 0.4, term: True} if term else {}),
+        },
         rl=None,
         sft=None,
     )
@@ -111,13 +117,14 @@ def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
     metrics = json.loads((tmp_path / "figures.json").read_text())
     recorded = report["stages"]["reward"]["eval"]
     assert metrics == recorded  # an adapter reloaded from disk scores as it did in memory
-    learned = weights.get("base_model.model.likelihood.out.weight")
-    assert (learned is not None) == likelihood
-    if learned is not None:
-        assert learned.abs().sum() > 0
+    learned = {"likelihood": "out.weight", "tfidf": "weights_2V"}
+    if term is None:
+        assert not any(part in name for part in learned for name in weights)
+    else:
+        assert weights[f"base_model.model.{term}.{learned[term]}"].abs().sum() > 0
         code, text = run_cli("export", str(out), "reward", str(tmp_path / "exported"))
         assert code == 2
-        assert "no head that reads how likely an answer is" in text
+        assert f"no head with {term}" in text
 
 
 def answers_to(drinks: list[str]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from perl.rl.rewards.model import RewardModel, with_written_end
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.roles.role import Role
+from perl.roles.score_term import ScoredRows
 
 COMPLETIONS = 8
 """Completions that are read, at most."""
@@ -137,7 +138,7 @@ def _read_elsewhere(
 ) -> int:
     """Completions whose score is not the head's on their last token's hidden state, each read alone.
 
-    A head that reads the completion's likelihood adds its part.
+    With the terms of a head that has any.
     """
     roles, elsewhere = collector.roles, 0
     completions = with_written_end(samples, ends).completions()
@@ -147,11 +148,12 @@ def _read_elsewhere(
         for member, score in zip(model.members, scores_M, strict=True):
             with roles.role(member):
                 hidden_BLD = roles.trunk(ids_BL, read_BL)
-                expected = float(roles.head(member)(hidden_BLD[0, -1].float()))
-                if member in roles.likelihoods:
+                expected_1 = roles.head(member)(hidden_BLD[0, -1].float())
+                if member in roles.score_terms:
                     answers_BL = at_the_end([len(tokens)], read_BL)
-                    expected += float(roles.likelihoods[member](roles.model(), hidden_BLD, ids_BL, answers_BL))
-            if not abs(score - expected) <= CLOSE[collector.dtype]:
+                    read = ScoredRows(roles.model(), hidden_BLD, ids_BL, read_BL, answers_BL)
+                    expected_1 = roles.score_terms[member](expected_1, read)
+            if not abs(score - float(expected_1)) <= CLOSE[collector.dtype]:
                 elsewhere += 1
                 break
     return elsewhere

@@ -132,7 +132,8 @@ class Drawing:
         ordered = [list(self.prompts[row]) for row in self._order]
         groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(ordered)]
         starts = range(0, len(groups), self.sampling.prompts_at_once)
-        passes = self._roles.together(len(starts))  # asked first: who has fewer would ask while others compute
+        # Asked first: who has fewer would ask while others compute.
+        passes = self._roles.engine.together(len(starts))
         parts, row = [], 0
         for start in starts:
             some = groups[start : start + self.sampling.prompts_at_once]
@@ -181,7 +182,7 @@ class Drawing:
             self._lengths = self._lengths_B.tolist()
         going = [place for place, row in enumerate(self._order) if not self._lengths[row]]
         # Where the base is spread over processes, all compute on until every completion of every one has ended.
-        done = last or (looks and not self._roles.together(len(going)))
+        done = last or (looks and not self._roles.engine.together(len(going)))
         if done and self._lower.states_BLD is None:
             return False  # nobody reads what is computed of the last tokens
         self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)

@@ -1,0 +1,105 @@
+"""Fits the TF-IDF that a reward model's scores are blended with, and how much either counts.
+
+TF-IDF with logistic regression learns from the training rows. What either is worth is fitted on the validation
+rows, of dialogues that neither has seen: on its own training rows a model that knows them by heart would get all
+the weight. With the mixture known, TF-IDF is fitted again, on all rows.
+
+Letters: N rows, V vocabulary; the leading 2 are the context and the answer.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from perl.measure.bootstrap import Floats
+from perl.measure.calibration import predictions
+from perl.measure.tfidf_baseline import MAX_TRAINING_ROWS
+from perl.rl.rewards.model import score_rows
+from perl.roles.role import Role
+from perl.roles.score_terms import ScoreTerms
+from perl.roles.tfidf import TfidfBlend
+from perl.stages.reward_rows import Rows
+from perl.stages.session import Session
+
+MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
+
+
+def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows | None, everything: Rows) -> None:
+    """Fit a trained member's blend, if it has one.
+
+    Args:
+        validation: there are some where the recipe has `reward.tfidf`.
+        everything: both.
+    """
+    if "tfidf" not in session.roles.asked_score_terms:
+        return
+    terms = session.roles.score_terms[role]
+    assert isinstance(terms, ScoreTerms)
+    blend = terms["tfidf"]
+    assert isinstance(blend, TfidfBlend)
+    assert validation is not None
+
+    def scores(mix: tuple[float, float, float]) -> Floats:
+        blend.mix_3.copy_(torch.tensor(mix))
+        found: Floats = score_rows(session.roles, [role], validation.tokens, session.base.chat.pad_id)[0].numpy()
+        return found
+
+    fit_words(blend, train)
+    mix = fit_mix(scores(MODEL_ONLY), scores(WORDS_ONLY), validation)
+    fit_words(blend, everything)
+    blend.mix_3.copy_(torch.tensor(mix))
+
+
+def fit_words(blend: TfidfBlend, rows: Rows) -> None:
+    """TF-IDF of context and answer, each of unit length, and logistic regression with balanced classes."""
+    from scipy.sparse import hstack  # scikit-learn takes 2 s to import
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+
+    labels = rows.labels[:: -(-len(rows.labels) // MAX_TRAINING_ROWS)]
+    tokens = rows.tokens[: len(rows.labels)][:: -(-len(rows.labels) // MAX_TRAINING_ROWS)]
+    vocabulary = blend.idf_2V.shape[1]
+    contexts = _counts([row.ids[: row.prompt_length()] for row in tokens], vocabulary)
+    answers = _counts([row.ids[row.prompt_length() :] for row in tokens], vocabulary)
+    features, idfs = [], []
+    for counts in (contexts, answers):
+        tfidf = TfidfTransformer().fit(counts)
+        features.append(tfidf.transform(counts))
+        # Tokens that were never seen are left out, of an answer's length too.
+        idfs.append(np.where(counts.sum(0).A1 > 0, tfidf.idf_, 0.0))
+    fitted = LogisticRegression(max_iter=1000, class_weight="balanced").fit(hstack(features), labels)
+    blend.idf_2V.copy_(torch.from_numpy(np.stack(idfs)))
+    blend.weights_2V.copy_(torch.from_numpy(fitted.coef_.reshape(2, vocabulary)))
+
+
+def _counts(texts: list[list[int]], vocabulary: int) -> Any:
+    """How often each token is in each text: a sparse matrix N x V."""
+    from scipy.sparse import csr_matrix
+
+    columns = [token for text in texts for token in text]
+    rows = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    return csr_matrix((np.ones(len(columns)), (rows, columns)), shape=(len(texts), vocabulary))
+
+
+def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> tuple[float, float, float]:
+    """What the model's scores and the words' log-odds of validation rows are worth, and the intercept.
+
+    Logistic regression on both in units of their spread, with balanced classes as the reward model is trained.
+    What would count against its own direction counts nothing.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    given = [predictions(scores, rows) for scores in (model_N, words_N)]
+    spreads = [float(one.scores.std()) or 1.0 for one in given]
+    features = np.stack([one.scores / spread for one, spread in zip(given, spreads, strict=True)], 1)
+    used = [0, 1]
+    while True:
+        fitted = LogisticRegression(class_weight="balanced", fit_intercept=not given[0].compared)
+        fitted.fit(features[:, used], given[0].labels)
+        weights = dict(zip(used, fitted.coef_[0], strict=True))
+        if min(weights.values()) >= 0 or len(used) == 1:
+            break
+        used = [max(weights, key=weights.__getitem__)]
+    model, words = (max(0.0, float(weights.get(one, 0.0))) / spreads[one] for one in (0, 1))
+    return model, words, float(np.ravel(fitted.intercept_)[0])

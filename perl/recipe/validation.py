@@ -12,7 +12,8 @@ class Validation(Section):
 
     eval_steps: Positive | None = None
     """Steps from one validation to the next, on rows split off the training rows by dialogue, never those held
-    out: by the loss, and in RL as `eval_reward` says. The best weights are kept. Unset: none; the last are."""
+    out: by the loss (of reward models at the temperature that suits their scores best), and in RL as `eval_reward`
+    says. The best weights are kept. Unset: none; the last are."""
     early_stopping_patience: Positive | None = None
     """So many validations in a row without a better one end the stage. Unset: it takes all its steps."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1

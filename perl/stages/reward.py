@@ -26,7 +26,7 @@ from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.role import Role
 from perl.stages.cut_rows import say_cut, say_kept
 from perl.stages.reward_card import evaluate_rows, print_card
-from perl.stages.reward_loss import Collator, Example, batch_loss
+from perl.stages.reward_loss import Collator, Example, batch_loss, loss_at_best_temperature
 from perl.stages.reward_rows import (
     Rows,
     bootstrapped,
@@ -141,7 +141,8 @@ def reward_trainer(
         examples = bootstrapped(examples, train.dialogues, seed)
     steps = optimizer_steps(len(examples), settings) if steps is None else steps
     held_back = [] if validation is None else training_examples(validation, settings.loss)
-    chosen = loss_validation(settings, len(held_back)) if held_back else None
+    by = "loss at the best temperature"
+    chosen = loss_validation(settings, len(held_back), by) if held_back else None
     with training_run(session, role, seed, steps, chosen) as run:
         trainer = RewardTrainer(
             run,
@@ -162,15 +163,19 @@ class RewardTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The mean over the validation examples, without dropout."""
-        role, roles, total = self.run.learner, self.run.session.roles, 0.0
+        """The mean over the validation examples, without dropout, with all scores at their best temperature.
+
+        Overconfidence comes long before a model ranks answers worse, and the temperature corrects it after
+        training: it must not decide which weights are kept.
+        """
+        role, roles, batches = self.run.learner, self.run.session.roles, []
         roles.eval()
         for start in range(0, len(self.validation_examples), VALIDATED):
             examples = self.validation_examples[start : start + VALIDATED]
             batch = {name: tensor.to(roles.device) for name, tensor in self.data_collator(examples).items()}
             outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role, answers_BL=batch["answers_BL"])
-            total += float(batch_loss(outputs.scores_B, batch)) * len(examples)
-        return total / len(self.validation_examples)
+            batches.append((outputs.scores_B.cpu(), {name: tensor.cpu() for name, tensor in batch.items()}))
+        return loss_at_best_temperature(batches)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

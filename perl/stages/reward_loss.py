@@ -3,6 +3,7 @@
 Axis letters: B answers to score, P pairs, T rated answers, E examples (pairs, then rated answers), L positions.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perl.backbones.padding import at_the_end, left_pad
+
+MOST_LOG_TEMPERATURE = 9.0
+"""Scores are divided by 8,100 at most."""
 
 
 def pairs_losses(better_P: Tensor, worse_P: Tensor, margins_P: Tensor, targets_P: Tensor) -> Tensor:
@@ -40,6 +44,26 @@ def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     targets_P, targets_T = torch.split(batch["targets_E"], [len(margins_P), len(weights_T)])
     of_pairs = pairs_losses(better_P, worse_P, margins_P, targets_P)
     return torch.cat([of_pairs, thumbs_losses(rated_T, targets_T, weights_T)]).mean()
+
+
+def loss_at_best_temperature(batches: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> float:
+    """The mean over the examples of all batches, scores divided by the temperature at which it is lowest.
+
+    Args:
+        batches: the scores (B) and the batch, of each.
+    """
+    from scipy.optimize import minimize_scalar
+
+    counts = [len(batch["targets_E"]) for _, batch in batches]
+
+    def loss(log_temperature: float) -> float:
+        of_batches = (
+            float(batch_loss(scores_B * math.exp(-log_temperature), batch)) for scores_B, batch in batches
+        )
+        return sum(one * count for one, count in zip(of_batches, counts, strict=True)) / sum(counts)
+
+    # Convex in 1 / T, so that it has one minimum.
+    return float(minimize_scalar(loss, bounds=(-MOST_LOG_TEMPERATURE, MOST_LOG_TEMPERATURE), method="bounded").fun)
 
 
 class Example(TypedDict):

@@ -120,8 +120,8 @@ def training_run(
         )
 
 
-def loss_validation(settings: Supervised, rows: int) -> Validation | None:
-    """Validation by the loss on so many rows, where the recipe has it."""
+def loss_validation(settings: Supervised, rows: int, by: str = "loss") -> Validation | None:
+    """Validation by a loss, `by` in words, on so many rows, where the recipe has it."""
     if settings.eval_steps is None:
         return None
-    return Validation(settings.eval_steps, settings.early_stopping_patience, "loss", rows, sign=-1)
+    return Validation(settings.eval_steps, settings.early_stopping_patience, by, rows, sign=-1)

@@ -17,7 +17,7 @@ from perl.backbones.tokens import Tokens
 from perl.recipe import load_recipe
 from perl.stages.opening import open_session
 from perl.stages.reward import check, train_reward
-from perl.stages.reward_loss import pairs_losses, thumbs_losses
+from perl.stages.reward_loss import loss_at_best_temperature, pairs_losses, thumbs_losses
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 
 
@@ -236,3 +236,19 @@ def test_both_makes_its_pairs_from_ratings_where_there_are_none(
     card = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["reward"]["eval"]
     assert (card["n"], card["pairs"]) == (6, 3)
     assert logged_losses(tmp_path / "out") == [pytest.approx(math.log(2), rel=1e-3)]
+
+
+def test_the_loss_at_the_best_temperature_by_hand() -> None:
+    # Scores of 40 and -40 that are right in three of four cases: the best are ±log 3, and the loss is the entropy.
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    none, ones = torch.zeros(0), torch.ones(4)
+    rated = {"margins_P": none, "weights_T": ones, "targets_E": torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    pairs = {"margins_P": torch.zeros(4), "weights_T": none, "targets_E": torch.tensor([1.0, 0.0, 1.0, 1.0])}
+    scores_4 = torch.full((4,), 40.0)
+    for scores_B, batch in ((scores_4, rated), (torch.cat([scores_4, 0 * scores_4]), pairs)):
+        found = loss_at_best_temperature(
+            [(scores_B, batch), (-scores_B, batch | {"targets_E": 1 - batch["targets_E"]})]
+        )
+        assert found == pytest.approx(entropy, rel=1e-6)
+    # What ranks the wrong way around is best left out.
+    assert loss_at_best_temperature([(-scores_4, rated)]) == pytest.approx(math.log(2), abs=1e-2)

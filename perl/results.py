@@ -50,6 +50,16 @@ class Stage(Cost):
     kept: list[Kept] | None = None
     started_from: Start | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """What people are to know of the trainings: which weights each kept, and why."""
+        return _by_member([one.words for one in self.kept or ()])
+
+
+def _by_member(sentences: list[str]) -> list[str]:
+    """With its number, where there are several trainings."""
+    return [f"member {number}: {one}" for number, one in enumerate(sentences, 1)] if sentences[1:] else sentences
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftEval:
@@ -81,10 +91,41 @@ class Recorded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blend:
+    """What a score is blended from: model · the model's + words · TF-IDF's log-odds + intercept.
+
+    Attributes:
+        words_share: of the spread of the two parts over the `rows` validation rows that they were weighted on.
+    """
+
+    model: float
+    words: float
+    intercept: float
+    words_share: float
+    rows: int
+
+    @property
+    def sentence(self) -> str:
+        share = f"{100 * self.words_share:.0f} % of their spread over {self.rows:,} validation rows"
+        return f"Scores are a blend of the model's with TF-IDF's: {share} is from the words alone."
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardStage(Stage):
-    """Reward modelling; `kept_below_bytes` is the size on disk of the lower layers' activations, if kept."""
+    """Reward modelling.
+
+    Attributes:
+        kept_below_bytes: the size on disk of the lower layers' activations, if kept.
+        blends: of each member, where scores are blended with TF-IDF.
+    """
 
     kept_below_bytes: int | None = None
+    blends: list[Blend] | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        return super().notes + _by_member([one.sentence for one in self.blends or ()])
+
     recorded: list[Recorded]
     eval: RewardModelCard
 

@@ -118,9 +118,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
         "samples": examples(main.first.samples) if main.first.samples else None,
         "by_step": during_training(main.first.samples_by_step),
         "kept": [
-            f"{words.STAGE[name]}: {kept.words}"
-            for name, stage in main.first.stages.items()
-            for kept in stage.kept or ()
+            f"{words.STAGE[name]}: {told}" for name, stage in main.first.stages.items() for told in stage.notes
         ],
         "shown_samples": SHOWN_SAMPLES,
         "next": words.next_steps(main, compared=len(by_tuning) > 1),

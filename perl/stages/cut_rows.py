@@ -18,8 +18,7 @@ def say_cut(cut: int, rows: int, length: int, key: str) -> None:
         )
 
 
-def say_kept(stage: Stage) -> None:
-    """Say which weights a stage kept, where validations chose."""
-    for number, kept in enumerate(stage.kept or (), 1):
-        which = f"member {number}: " if len(stage.kept or ()) > 1 else ""
-        console.print(f"  {which}{kept.words}", markup=False)
+def say_notes(stage: Stage) -> None:
+    """Say which weights a stage kept, and what else people are to know."""
+    for note in stage.notes:
+        console.print(f"  {note}", markup=False)

@@ -24,7 +24,7 @@ from perl.results import Recorded, RewardStage, Stage
 from perl.rl.rewards.model import score_rows
 from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.role import Role
-from perl.stages.cut_rows import say_cut, say_kept
+from perl.stages.cut_rows import say_cut, say_notes
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, Example, batch_loss, loss_at_best_temperature
 from perl.stages.reward_rows import (
@@ -67,10 +67,11 @@ def train_reward(session: Session) -> RewardStage:
     with tempfile.TemporaryDirectory() as scratch:
         again = settings.epochs > 1 or len(members) > 1
         lower_layers = lower_layer_cache(session, train, Path(scratch)) if again else None
-        stages = []
+        stages, blends = [], []
         for role in members:
             stages.append(_train_member(session, role, train, validation, lower_layers))
-            fit_tfidf(session, role, train, validation, everything)
+            if settings.tfidf and validation is not None:
+                blends.append(fit_tfidf(session, role, train, validation, everything))
             session.save(role, **_scale(session, role, train))
     stage, *others = stages
     if others:
@@ -84,6 +85,7 @@ def train_reward(session: Session) -> RewardStage:
     return RewardStage(
         **vars(replace(stage, rows=rows, rows_cut=cut)),
         kept_below_bytes=lower_layers.bytes if lower_layers is not None else None,
+        blends=blends or None,
         recorded=recorded,
         eval=evaluate_rows(session, held_out.tokens, held_out, everything),
     )
@@ -220,4 +222,4 @@ def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list
 
 def summary(stage: RewardStage) -> None:
     print_card("Reward model", stage.eval)
-    say_kept(stage)
+    say_notes(stage)

@@ -15,6 +15,7 @@ import torch
 from perl.measure.bootstrap import Floats
 from perl.measure.calibration import predictions
 from perl.measure.tfidf_baseline import MAX_TRAINING_ROWS
+from perl.results import Blend
 from perl.rl.rewards.model import score_rows
 from perl.roles.role import Role
 from perl.roles.score_terms import ScoreTerms
@@ -25,20 +26,16 @@ from perl.stages.session import Session
 MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
-def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows | None, everything: Rows) -> None:
-    """Fit a trained member's blend, if it has one.
+def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows, everything: Rows) -> Blend:
+    """Fit a trained member's blend; what it is.
 
     Args:
-        validation: there are some where the recipe has `reward.tfidf`.
-        everything: both.
+        everything: the training and validation rows.
     """
-    if "tfidf" not in session.roles.asked_score_terms:
-        return
     terms = session.roles.score_terms[role]
     assert isinstance(terms, ScoreTerms)
     blend = terms["tfidf"]
     assert isinstance(blend, TfidfBlend)
-    assert validation is not None
 
     def scores(mix: tuple[float, float, float]) -> Floats:
         blend.mix_3.copy_(torch.tensor(mix))
@@ -48,7 +45,8 @@ def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows | None
     fit_words(blend, train)
     mix = fit_mix(scores(MODEL_ONLY), scores(WORDS_ONLY), validation)
     fit_words(blend, everything)
-    blend.mix_3.copy_(torch.tensor(mix))
+    blend.mix_3.copy_(torch.tensor([mix.model, mix.words, mix.intercept]))
+    return mix
 
 
 def fit_words(blend: TfidfBlend, rows: Rows) -> None:
@@ -82,7 +80,7 @@ def _counts(texts: list[list[int]], vocabulary: int) -> Any:
     return csr_matrix((np.ones(len(columns)), (rows, columns)), shape=(len(texts), vocabulary))
 
 
-def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> tuple[float, float, float]:
+def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
     """What the model's scores and the words' log-odds of validation rows are worth, and the intercept.
 
     Logistic regression on both in units of their spread, with balanced classes as the reward model is trained.
@@ -101,5 +99,11 @@ def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> tuple[float, float,
         if min(weights.values()) >= 0 or len(used) == 1:
             break
         used = [max(weights, key=weights.__getitem__)]
-    model, words = (max(0.0, float(weights.get(one, 0.0))) / spreads[one] for one in (0, 1))
-    return model, words, float(np.ravel(fitted.intercept_)[0])
+    model, words = (max(0.0, float(weights.get(one, 0.0))) for one in (0, 1))
+    return Blend(
+        model=model / spreads[0],
+        words=words / spreads[1],
+        intercept=float(np.ravel(fitted.intercept_)[0]),
+        words_share=words / (model + words) if model + words else 0.0,
+        rows=len(given[0].labels),
+    )

@@ -15,7 +15,7 @@ from perl.rl.results import RlEval
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.role import Role
 from perl.runs.folder import MetricsLog
-from perl.stages.cut_rows import say_cut, say_kept
+from perl.stages.cut_rows import say_cut, say_notes
 from perl.stages.rl_reward_server import check_reward_servers
 from perl.stages.rl_rewards import reward_context, settings_of
 from perl.stages.rl_setup import eval_prompts, setup, tokenized_prompts
@@ -161,7 +161,7 @@ def summary(stage: RlStage) -> None:
     console.print(text)
     if change.best_of_n:
         console.print(f"  {change.best_of_n_words}", markup=False)
-    say_kept(stage)
+    say_notes(stage)
     for incident in stage.incidents:
         if incident.action == "stopped":
             console.print(

@@ -22,7 +22,7 @@ from perl.private.trl import forward_restored
 from perl.results import SftEval, SftStage
 from perl.roles.role import Role
 from perl.roles.roles import Roles
-from perl.stages.cut_rows import say_cut, say_kept
+from perl.stages.cut_rows import say_cut, say_notes
 from perl.stages.session import Session
 from perl.stages.sft_encoder_decoder import EncoderDecoderTrainer
 from perl.stages.training import SHARE, ResumableTrainer
@@ -215,4 +215,4 @@ def summary(stage: SftStage) -> None:
         f"[bold]SFT[/]: the loss on {counted(found.n, 'held-out demonstration')} {told}; "
         f"{stage.trainable_parameters:,} trainable parameters."
     )
-    say_kept(stage)
+    say_notes(stage)

@@ -114,11 +114,13 @@ def test_the_mixture_weighs_either_by_what_it_tells_of_validation_rows(compared:
     truth = np.array(labels) - 0.5
     good, weaker = truth + generator.normal(size=400), truth + 3 * generator.normal(size=400)
     noise = generator.normal(size=400)
-    model, words, _ = fit_mix(100 * good, 0.01 * weaker, rows)
+    both = fit_mix(100 * good, 0.01 * weaker, rows)
     # Of independent errors the best weights are as the inverse variances: here 9 to 1, in units of each.
-    assert model * 100 / (words * 0.01) == pytest.approx(9, rel=0.5)
-    model, words, _ = fit_mix(noise, good, rows)
-    assert abs(model) < 0.2 * words
-    model, words, _ = fit_mix(-good, weaker, rows)  # what is wrong more often than right is not turned around
-    assert model == 0
-    assert words > 0
+    assert both.model * 100 / (both.words * 0.01) == pytest.approx(9, rel=0.5)
+    of_words = fit_mix(noise, good, rows)
+    assert of_words.model < 0.2 * of_words.words
+    assert of_words.words_share > 0.85
+    # What is wrong more often than right is not turned around.
+    assert fit_mix(-good, weaker, rows).model == 0
+    assert fit_mix(-good, weaker, rows).words_share == 1
+    assert both.rows == (200 if compared else 400)

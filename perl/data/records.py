@@ -122,6 +122,7 @@ class Records:
         published_test: the dialogues of the published test part, which is held out instead of a share.
         fingerprints: of all rows by kind, before they were split (`perl.data.fingerprint`).
         notes: what a user should know of the source or the split.
+        incomplete: of held-out records, whether a kind or a class is missing, or only there as in training.
     """
 
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -134,6 +135,7 @@ class Records:
     published_test: frozenset[str] = frozenset()
     fingerprints: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    incomplete: bool = False
 
     def by_kind(self) -> dict[str, Sequence[Record]]:
         """The four kinds of records by their names, empty ones too."""

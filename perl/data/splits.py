@@ -68,6 +68,7 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     train.problems, train.corpus = records.problems, records.corpus
     for kind, count in _counts(records).items():
         if count and not _counts(held)[kind]:
+            held.incomplete = True
             held.notes.append(f"no {kind} are held out: all {count} are in dialogues that are trained on")
     return train, held
 
@@ -204,6 +205,7 @@ def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: se
             setattr(held, kind, kept)
             if any(count and not _counts(held)[name] for name, count in before.items()):
                 setattr(held, kind, records)
+                held.incomplete = True
                 held.notes.append(
                     f"{len(records) - len(kept)} of {len(records)} held-out {kind} are trained on too, under "
                     "names of other dialogues; the rest alone would be too few to judge by"
@@ -211,4 +213,4 @@ def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: se
             else:
                 removed += len(records) - len(kept)
     if removed:
-        held.notes.insert(0, f"{removed} held-out rows say what rows that are trained on say, and are left out")
+        held.notes.insert(0, f"{removed} held-out rows are near-duplicates of training rows, and are left out")

@@ -26,7 +26,7 @@ def validation_split(session: Session, stage: StageName) -> tuple[Records, Recor
     if len({record.dialogue for rows in own.values() for record in rows}) > 1:
         seed = derived_seed(session.recipe.seed, "validation", 0)
         train, validation = split(Records(**own), settings.validation_share, seed)
-        if needed(train) and needed(validation) and not validation.notes:
+        if needed(train) and needed(validation) and not validation.incomplete:
             return train, validation
     raise UserError(
         f"the {name} to train on are of too few dialogues to validate on a part of them",

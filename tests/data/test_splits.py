@@ -181,7 +181,7 @@ def test_copies_that_tie_all_dialogues_together_are_left_out_and_that_is_said() 
     train, held = split(drawn(3500, 5000, rows_a_dialogue=3), 0.2, seed=0)
     assert seen(train, held) == 0
     assert len(held.ratings) > 500
-    assert "say what rows that are trained on say, and are left out" in held.notes[0]
+    assert "are near-duplicates of training rows, and are left out" in held.notes[0]
 
 
 def test_where_nothing_would_be_left_copies_stay_and_that_is_said() -> None:

@@ -103,6 +103,29 @@ def test_validation_rows_are_of_other_dialogues_and_too_few_are_refused(
     assert "of too few dialogues to validate on" in " ".join(text.split())
 
 
+def test_rows_that_both_sides_have_are_left_out_and_the_rest_validates(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Greetings are in every second dialogue, as in real data: this was refused as too few dialogues."""
+    rows = []
+    for number, drink in enumerate(DRINKS):
+        asked = [{"role": "user", "content": f"A {drink}, please."}]
+        rows += [
+            {"dialogue": str(number), "prompt": asked, "completion": f"One {drink}.", "label": True},
+            {"dialogue": str(number), "prompt": asked, "completion": "No.", "label": False},
+        ]
+        if number % 2:
+            greeted = [{"role": "user", "content": "Good morning to all of you!"}]
+            rows.append(
+                {"dialogue": str(number), "prompt": greeted, "completion": "Good morning to you.", "label": True}
+            )
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "greeted.jsonl", rows)), "held_out": 0.2}
+    reward = {"eval_steps": 2, "validation_share": 0.4, "batch_size": 4}
+    code, text = run_cli("run", write_recipe(data=data, reward=reward, rl=None), "--out", tmp_path / "out")
+    assert code == 0, text
+    assert stage_of(tmp_path / "out", "reward")["kept"][0]["rows"] < len(rows) * 0.4
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

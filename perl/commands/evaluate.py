@@ -83,17 +83,14 @@ def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
     from perl.roles.role import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.identity import refuse_changed
-    from perl.stages.rl_setup import eval_prompts, setup_collector
+    from perl.stages.rl_setup import eval_prompts, finished_collector
 
     assert session.recipe.rl is not None
-    if session.recipe.has_reference:
-        session.load(Role.SFT)
-    session.load(Role.POLICY)
     if data is None:
         refuse_changed(session.folder, {"rl": session.identities["rl"]})
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    collector, judge = setup_collector(session), session.held_out.judge
+    collector, judge = finished_collector(session), session.held_out.judge
     if session.recipe.rl.sampler.kind == "server":  # which may be gone by now
         collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)

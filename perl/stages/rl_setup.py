@@ -75,6 +75,14 @@ def setup_collector(session: Session) -> Collector:
     )
 
 
+def finished_collector(session: Session) -> Collector:
+    """A collector of a run that is finished, with its reference and its policy."""
+    if session.recipe.has_reference:
+        session.load(Role.SFT)
+    session.load(Role.POLICY)
+    return setup_collector(session)
+
+
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
     settings = settings_of(session)

@@ -14,7 +14,6 @@ from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import Recipe, StageName, changes_nothing
 from perl.recipe.reward_parts import ServerPart
-from perl.rl.collector import Collector
 from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
 from perl.roles.role import Role
@@ -24,7 +23,7 @@ from perl.stages.material import read_data
 from perl.stages.opening import open_session
 from perl.stages.reward_rows import Rows, session_rows
 from perl.stages.reward_scores import run_scores
-from perl.stages.rl_setup import setup_collector, tokenized_prompts
+from perl.stages.rl_setup import finished_collector, tokenized_prompts
 from perl.stages.session import Session
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console, counted, silence
@@ -189,7 +188,7 @@ def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
 
 def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
     with _opened(run, "rl", held_out) as session:
-        collector = _collector(session)
+        collector = finished_collector(session)
         prompts = tokenized_prompts(session, held_out.prompts)
         generator, found = collector.generator("evaluate"), dict[str, list[float]]()
         written: list[Written] = []
@@ -209,15 +208,8 @@ def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
 def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[Written]]) -> list[list[float]]:
     """The run's reward of the completions of each policy."""
     with _opened(run, "rl", held_out) as session:
-        collector = _collector(session)
+        collector = finished_collector(session)
         return [rewards_of(collector, written) for written in of_both]
-
-
-def _collector(session: Session) -> Collector:
-    if session.recipe.sft is not None:
-        session.load(Role.SFT)
-    session.load(Role.POLICY)
-    return setup_collector(session)
 
 
 def _reward_identity(session: Session) -> dict[str, str]:

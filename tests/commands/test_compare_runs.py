@@ -140,3 +140,28 @@ def test_policies_are_compared_by_prompt() -> None:
     (found,) = compare_metrics(first, second, list("abcd")).differences
     assert (found.metric, found.first, found.second, found.higher) == ("reward", 2.0, 2.5, 2)
     assert found.interval == pytest.approx((0.5, 0.5))
+
+
+def test_the_reference_is_the_adapter_that_rl_started_from(
+    write_recipe: WriteRecipe, run_cli: RunCli, small_data: Path, tmp_path: Path
+) -> None:
+    taught = write_recipe(
+        data={"source": "jsonl", "path": str(small_data / "demonstrations.jsonl"), "held_out": 0.3},
+        sft={"epochs": 30, "batch_size": 4, "learning_rate": 0.05},
+        reward=None,
+        rl=None,
+    )
+    status, written = run_cli("run", taught, "--out", tmp_path / "taught")
+    assert status == 0, written
+    rl = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 8, "learning_rate": 1e-6}
+    rl |= {"reward": {"function": "rewards.py:length"}}
+    rl |= {"adapter": str(tmp_path / "taught" / "sft" / "adapter")}
+    asked = [{"prompt": f"Some {size} {dish}."} for size in ("big", "old") for dish in DISHES]
+    prompts = {"source": "jsonl", "path": str(write_rows(tmp_path / "prompts.jsonl", asked)), "held_out": 0.5}
+    recipe = write_recipe(data=prompts, reward=None, rl=rl)
+    status, written = run_cli("run", recipe, "--out", tmp_path / "A")
+    assert status == 0, written
+    status, written = run_cli("compare-runs", tmp_path / "A", tmp_path / "A", "--json", tmp_path / "found.json")
+    assert status == 0, written
+    differences = json.loads((tmp_path / "found.json").read_text())["policy"]["differences"]
+    assert [one["first"] for one in differences if one["metric"] == "kl"] == [pytest.approx(0, abs=1e-3)]

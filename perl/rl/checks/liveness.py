@@ -15,7 +15,7 @@ from perl.rl.checks.findings import Finding, bugs, named, require
 from perl.rl.checks.guarding import Mode
 from perl.rl.checks.movement import at_the_end, policy_movement
 from perl.rl.checks.preflight import Preflight
-from perl.rl.checks.tracking import against_the_reference, moves_alike, rounding_noise
+from perl.rl.checks.tracking import against_the_reference, moves_alike
 from perl.rl.rollout import Rollout
 from perl.rl.update import Learner
 from perl.roles.fingerprint import Fingerprint, changed, fingerprint
@@ -153,8 +153,7 @@ class Liveness:
         """The rollout's own log-probs moved as the policy's did in the first update."""
         policy = against_the_reference(self._preflight.collector, rollout)
         words = "what the rollout's log-probs miss of the policy's first movement, as a share"
-        noise = rounding_noise(self._preflight.collector, rollout)
-        yield from moves_alike("rollout by the policy", words, policy, noise)
+        yield from moves_alike("rollout by the policy", words, policy, self._preflight.noise(rollout))
 
     def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
         """Each role that learns has changed: its weights in at least one module, and its head."""
@@ -209,7 +208,7 @@ def _gradients(parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-                stack.callback(hook.remove)
+                stack.enter_context(hook)
         yield largest
 
 
@@ -223,8 +222,5 @@ def _dropout(roles: Roles) -> Iterator[set[str]]:
         if torch.is_grad_enabled():
             on.update(name for name, module in modules.items() if module.training and module.p > 0)
 
-    hook = roles.register_forward_pre_hook(note)
-    try:
+    with roles.register_forward_pre_hook(note):
         yield on
-    finally:
-        hook.remove()

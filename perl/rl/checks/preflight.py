@@ -7,7 +7,7 @@ Axis letters: B completions, T completion positions.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ EarlierStages = Callable[[Samples, bool], Iterator[Finding]]
 """Whether earlier stages left what they trained; told whether this is checked again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preflight:
     """The checks of one run.
 
@@ -53,12 +53,23 @@ class Preflight:
         prompts: of which a few are completed; `COMPLETIONS` at most.
         where: the run folder, for messages.
         earlier_stages: what only the stages can check.
+
+    Attributes:
+        apart: by how much sampler and forward pass differed before the first update, nats a token.
     """
 
     collector: Collector
     prompts: EncodedPrompts
     where: str
     earlier_stages: EarlierStages
+    apart: float = field(default=0.0, init=False)
+
+    def noise(self, samples: Samples) -> float:
+        """Nats a token by which two right computations of these log-probs may differ.
+
+        Large adapters round in every layer, which the embeddings' rounding does not show.
+        """
+        return max(rounding_noise(self.collector, samples), self.apart)
 
     def check(self, again: bool = False) -> list[Check]:
         """Check before the first update, a line each on the console; return what was found.
@@ -82,8 +93,11 @@ class Preflight:
         yield base
         yield from self.earlier_stages(samples, again)
         yield read_at_the_end(collector, self.prompts, samples)
-        noise = rounding_noise(collector, samples)
-        yield sampled_as_read(collector, samples, noise)
+        noise = self.noise(samples)
+        as_read = sampled_as_read(collector, samples, noise)
+        if not again:
+            self.apart = as_read.figure
+        yield as_read
         yield at_the_temperature(collector, samples)
         if not again:
             yield begins_as_the_reference(collector, samples)

@@ -8,6 +8,7 @@ known: along that direction 0.2 % of temperature can be seen.
 Axis letters: B completions, T positions in them.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,12 +60,10 @@ def rounding_noise(collector: Collector, samples: Samples) -> float:
 
     samples = replace(samples, lower_hidden_BLD=None)  # else the embeddings are skipped
     plain_BT = collector.log_probs(Role.POLICY, samples)
-    hooks = [embedding.register_forward_hook(nudge) for embedding in embeddings]
-    try:
+    with contextlib.ExitStack() as stack:
+        for embedding in embeddings:
+            stack.enter_context(embedding.register_forward_hook(nudge))
         nudged_BT = collector.log_probs(Role.POLICY, samples)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return collector.processes.broadcast(gap(plain_BT, nudged_BT, samples))
 
 

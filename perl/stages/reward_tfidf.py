@@ -7,6 +7,7 @@ the weight. With the mixture known, TF-IDF is fitted again, on all rows.
 Letters: N rows, V vocabulary; the leading 2 are the context and the answer.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from perl.roles.tfidf import TfidfBlend
 from perl.stages.reward_rows import Rows
 from perl.stages.session import Session
 
+PRIOR_ROWS = 1000
+"""Of the prior that the model and the words count alike: so many validation rows weigh as much."""
 MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
@@ -83,27 +86,27 @@ def _counts(texts: list[list[int]], vocabulary: int) -> Any:
 def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
     """What the model's scores and the words' log-odds of validation rows are worth, and the intercept.
 
-    Logistic regression on both in units of their spread, with balanced classes as the reward model is trained.
-    What would count against its own direction counts nothing.
+    Logistic regression with balanced classes, as the reward model is trained, on the sum and the difference of
+    both in units of their spread. A normal prior on the difference's coefficient says that both count alike:
+    a few hundred rows of a few dozen dialogues tell too little of which is the better. What would count against
+    its own direction counts nothing.
     """
     from sklearn.linear_model import LogisticRegression
 
     given = [predictions(scores, rows) for scores in (model_N, words_N)]
     spreads = [float(one.scores.std()) or 1.0 for one in given]
-    features = np.stack([one.scores / spread for one, spread in zip(given, spreads, strict=True)], 1)
-    used = [0, 1]
-    while True:
-        fitted = LogisticRegression(class_weight="balanced", fit_intercept=not given[0].compared)
-        fitted.fit(features[:, used], given[0].labels)
-        weights = dict(zip(used, fitted.coef_[0], strict=True))
-        if min(weights.values()) >= 0 or len(used) == 1:
-            break
-        used = [max(weights, key=weights.__getitem__)]
-    model, words = (max(0.0, float(weights.get(one, 0.0))) for one in (0, 1))
+    model, words = (one.scores / spread for one, spread in zip(given, spreads, strict=True))
+    # The penalty is the same for all coefficients: the smaller a feature, the stronger its prior.
+    prior = 2 / math.sqrt(PRIOR_ROWS)
+    features = np.stack([model + words, prior * (model - words)], 1)
+    labels, compared = given[0].labels, given[0].compared
+    fitted = LogisticRegression(class_weight="balanced", fit_intercept=not compared).fit(features, labels)
+    both, difference = fitted.coef_[0] * (1.0, prior)
+    weights = [max(0.0, float(both + difference)), max(0.0, float(both - difference))]
     return Blend(
-        model=model / spreads[0],
-        words=words / spreads[1],
+        model=weights[0] / spreads[0],
+        words=weights[1] / spreads[1],
         intercept=float(np.ravel(fitted.intercept_)[0]),
-        words_share=words / (model + words) if model + words else 0.0,
-        rows=len(given[0].labels),
+        words_share=weights[1] / sum(weights) if any(weights) else 0.0,
+        rows=len(labels),
     )

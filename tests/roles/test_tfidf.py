@@ -15,6 +15,7 @@ from perl.roles.role import Role
 from perl.roles.score_terms import ScoreTerms
 from perl.roles.shared_base import SharedBase
 from perl.roles.tfidf import TfidfBlend
+from perl.stages import reward_tfidf
 from perl.stages.reward_rows import Rows
 from perl.stages.reward_tfidf import fit_mix, fit_words
 from tests.tiny import lora, random_llama
@@ -106,7 +107,9 @@ def test_nothing_of_the_blend_is_trained_by_gradients(roles: SharedBase) -> None
 
 
 @pytest.mark.parametrize("compared", [False, True])
-def test_the_mixture_weighs_either_by_what_it_tells_of_validation_rows(compared: bool) -> None:
+def test_the_mixture_weighs_either_by_what_it_tells_of_validation_rows(
+    compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(0)
     labels = [True] * 200 + [False] * 200
     pairs = [(one, 200 + one) for one in range(200)] if compared else None
@@ -114,7 +117,11 @@ def test_the_mixture_weighs_either_by_what_it_tells_of_validation_rows(compared:
     truth = np.array(labels) - 0.5
     good, weaker = truth + generator.normal(size=400), truth + 3 * generator.normal(size=400)
     noise = generator.normal(size=400)
+    with_prior = fit_mix(100 * good, 0.01 * weaker, rows)
+    assert 0 < with_prior.words_share < 0.5
+    monkeypatch.setattr(reward_tfidf, "PRIOR_ROWS", 1e-6)
     both = fit_mix(100 * good, 0.01 * weaker, rows)
+    assert both.words_share < with_prior.words_share
     # Of independent errors the best weights are as the inverse variances: here 9 to 1, in units of each.
     assert both.model * 100 / (both.words * 0.01) == pytest.approx(9, rel=0.5)
     of_words = fit_mix(noise, good, rows)

@@ -217,11 +217,6 @@ class Lora(PeftKind):
             else:
                 yield f"{name}.weight", self.delta(layer, role)
 
-    def delta(self, layer: Any, role: str) -> Tensor:
-        """The product s B A."""
-        product: Tensor = layer.get_delta_weight(role)
-        return product.float()
-
 
 def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]], section: str) -> None:
     """Refuse a rank above that of every matrix it is to change: it would cost memory and give nothing."""

@@ -123,9 +123,10 @@ class PeftKind(AdapterKind):
         delta = self.delta(layer, role)
         return x_NI @ (delta if self._transposed else delta.T)
 
-    @abstractmethod
     def delta(self, layer: Any, role: str) -> Tensor:
         """What a role adds to a layer's weight: fp32, of the weight's shape."""
+        product: Tensor = layer.get_delta_weight(role)
+        return product.float()
 
     @torch.no_grad()
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:

@@ -82,11 +82,6 @@ class TinyLora(PeftKind):
         """All of v begins at zero."""
         return 0.0
 
-    def delta(self, layer: Any, role: str) -> Tensor:
-        """The product B (Σ v_i P_i) A."""
-        product: Tensor = layer.get_delta_weight(role)
-        return product.float()
-
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """With what is fixed, so that peft computes with these signs, and draws nothing."""
         return super().export(role, folder, base, heads) | {**self.fixed(role)}

@@ -6,7 +6,7 @@ take as much of the matrices as they are wide.
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from peft import VeraConfig
@@ -64,11 +64,6 @@ class Vera(PeftKind):
     def starting_value(self, name: str) -> float | None:
         """The outer vectors begin at zero, the inner ones at peft's constant."""
         return 0.0 if "lambda_b" in name else float(self.config.d_initial)
-
-    def delta(self, layer: Any, role: str) -> Tensor:
-        """The product b B d A."""
-        product: Tensor = layer.get_delta_weight(role)
-        return product.float()
 
 
 class _Tuner(VeraModel):

@@ -168,9 +168,7 @@ class Backbone(ABC):
         def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             outputs[:] = [output[0] if isinstance(output, tuple) else output]
 
-        with contextlib.ExitStack() as stack:
-            if count:
-                stack.callback(self.blocks(lm)[count - 1].register_forward_hook(note).remove)
+        with self.blocks(lm)[count - 1].register_forward_hook(note) if count else contextlib.nullcontext():
             yield outputs
 
     def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:

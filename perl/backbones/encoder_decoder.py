@@ -200,7 +200,7 @@ class EncoderDecoder(Decoder):
                 given = self.blocks(lm)[0].register_forward_pre_hook(
                     lambda _, inputs: (lower_BSD[first_G], *inputs[1:])
                 )
-                stack.callback(given.remove)
+                stack.enter_context(given)
             return _read(lm, ids_GS)[place_B]
 
     def _begun(self, ids_BN: Tensor) -> Tensor:
@@ -239,11 +239,8 @@ def _position_bias_of(lowest: Any, first: Any) -> Iterator[None]:
         length = inputs[0].shape[1]
         return (*inputs[:2], lowest.layer[0].SelfAttention.compute_bias(length, length), *inputs[3:])
 
-    hook = first.register_forward_pre_hook(lend)
-    try:
+    with first.register_forward_pre_hook(lend):
         yield
-    finally:
-        hook.remove()
 
 
 def _decoded(ids_BL: Tensor) -> Tensor:

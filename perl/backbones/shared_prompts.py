@@ -182,10 +182,12 @@ def sharing(lm: PreTrainedModel, prompts: SharedPrompts | None, mask_BL: Tensor)
     def unpack(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         output.last_hidden_state = layout.unpack(output.last_hidden_state)
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(trunk.register_forward_pre_hook(pack, with_kwargs=True, prepend=True).remove)
-        stack.callback(trunk.register_forward_hook(unpack).remove)
-        yield stack.enter_context(attending(layout))
+    with (
+        trunk.register_forward_pre_hook(pack, with_kwargs=True, prepend=True),
+        trunk.register_forward_hook(unpack),
+        attending(layout) as inside,
+    ):
+        yield inside
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig, KTOConfig
@@ -24,7 +25,7 @@ from perl.baselines.rows import Row, dpo_rows, kto_rows
 from perl.data.records import Records
 from perl.measure.cost import Cost
 from perl.measure.meter import Meter
-from perl.private.trl import TokenizedDpo, TokenizedKto, without_bars
+from perl.private.trl import TokenizedDpo, TokenizedKto
 from perl.roles.role import Role
 from perl.stages.session import Session
 from perl.stages.sft import trainable_model
@@ -96,7 +97,7 @@ def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[
         tempfile.TemporaryDirectory() as scratch,
         trainable_model(roles, Role.POLICY) as model,
         track(name, steps) as bar,
-        without_bars(),
+        patch_environment(TQDM_DISABLE="1"),  # TRL draws bars of its own
     ):
         arguments = trainer_arguments(settings, steps, session.recipe.seed, session.device.type, Path(scratch))
         arguments |= {"save_strategy": "no", "gradient_checkpointing": False, "precompute_ref_log_probs": True}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from perl.data.records import JSON, Judge, Prompt
+from perl.data.records import JSON, Prompt
 from perl.errors import UserError
 
 AnswerKind = Literal["number", "letter", "latex"]
@@ -74,16 +74,6 @@ def check_references(kind: AnswerKind, column: str, prompts: Sequence[Prompt], w
                 where=f"{where}, prompt of dialogue {prompt.dialogue[:60]!r}",
                 remedy="Give every row a field with its answer, and name the field in `column`.",
             )
-
-
-def judge_answers(kind: AnswerKind) -> Judge:
-    """A judge that compares with the column `answer`."""
-
-    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        both = zip(prompts, texts, strict=True)
-        return [float(is_right(kind, text, prompt.columns.get("answer"))) for prompt, text in both]
-
-    return judge
 
 
 def _same_number(text: str, reference: str) -> bool:

@@ -105,8 +105,9 @@ class Meter:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with contextlib.ExitStack() as stack:
             for parameter in (one for one in parameters if one.requires_grad):  # layers may be frozen for a while
-                hook = parameter.register_post_accumulate_grad_hook(lambda p: mark("gradients", [p.grad]))
-                stack.callback(hook.remove)
+                stack.enter_context(
+                    parameter.register_post_accumulate_grad_hook(lambda p: mark("gradients", [p.grad]))
+                )
             stack.enter_context(listening(self._ledger))
             stack.enter_context(self._ledger)
             if self._flops is not None:

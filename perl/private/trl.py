@@ -13,7 +13,6 @@ from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 
 from perl.private.checked import need
 
-NO_BARS = "TQDM_DISABLE"
 # TRL's trainers would tell the hub that they were made. Whoever wants that sets the variable to 0.
 constants.HF_HUB_DISABLE_TELEMETRY |= "HF_HUB_DISABLE_TELEMETRY" not in os.environ
 for module in (sft_trainer, dpo_trainer, kto_trainer):
@@ -46,17 +45,3 @@ class TokenizedDpo(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Inside, TRL draws no progress bars of its own."""
-    before = os.environ.get(NO_BARS)
-    os.environ[NO_BARS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NO_BARS]
-        else:
-            os.environ[NO_BARS] = before

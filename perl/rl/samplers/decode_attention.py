@@ -76,24 +76,11 @@ class _OneToken:
                 return result, None
         if shared is not None:
             key, value = shared.joined(key, value)
-        expected, _ = self._by_kernel(module, query, key, value, attention_mask, scaling, rest)
+        expected, _ = self._kernel(module, query, key, value, attention_mask, scaling=scaling, **rest)
         if result is not None:
             difference = (result - expected).float().norm() / expected.float().norm()
             self._agrees[module] = float(difference) <= tolerance(query.dtype)
         return expected, None
-
-    def _by_kernel(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        rest: dict[str, Any],
-    ) -> tuple[Tensor, None]:
-        result: tuple[Tensor, None] = self._kernel(module, query, key, value, mask, scaling=scaling, **rest)
-        return result
 
     def _added(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """(B * G, L, 1) in the query's dtype."""

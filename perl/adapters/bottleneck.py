@@ -30,6 +30,7 @@ class Bottleneck(AdapterKind):
 
     settings_type = BottleneckSettings
     mark = "bottleneck_adapter"
+    rate_factor = 3.0
     takes_output: ClassVar[bool]
     """Whether an adapter is given what its part gives, or what its part is given."""
     settings: BottleneckSettings

@@ -27,6 +27,7 @@ class Ia3(PeftKind):
 
     settings_type = Ia3Settings
     mark = "ia3_"
+    rate_factor = 25.0
     layer_type = IA3Layer
     rescales = True
     settings: Ia3Settings

@@ -67,6 +67,8 @@ class AdapterKind(ABC):
     wrapper: ClassVar[str] = ""
     """What injecting puts into the names of the base's own tensors, such as `base_layer.`."""
 
+    rate_factor: ClassVar[float] = 1.0
+    """Of learning rates that are `auto`: how many times LoRA's suits this kind."""
     rescales: ClassVar[bool] = False
     """Whether it rescales whole rows or columns of weights: what it adds to them then has no low rank."""
 

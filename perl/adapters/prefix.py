@@ -32,6 +32,7 @@ class Prefix(AdapterKind):
 
     settings_type = PrefixSettings
     mark = "prefix_adapter"
+    rate_factor = 35.0
     settings: PrefixSettings
 
     def __init__(self, lm: PreTrainedModel, settings: PrefixSettings) -> None:

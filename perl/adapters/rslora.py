@@ -12,6 +12,7 @@ class RsLora(Lora):
     settings_type = RsLoraSettings
     section = "adapter"
     name = "rsLoRA"
+    rate_factor = 0.4
 
     def peft_config(self) -> LoraConfig:
         """With the scale that this variant has."""

@@ -22,6 +22,7 @@ class Vera(PeftKind):
 
     settings_type = VeraSettings
     mark = "vera_"
+    rate_factor = 14.0
     layer_type = VeraLayer
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "projection_seed": "projection_prng_key"}
     settings: VeraSettings

@@ -35,6 +35,7 @@ class Backbone(ABC):
 
     Attributes:
         kind: its name in messages, with the article.
+        rate_factor: of learning rates that are `auto`: how many times a decoder's suits this kind.
         model_type: of its configurations, for a kind that has one type only.
         auto_class: of transformers, which makes such a model from its configuration, and loads its weights.
         task_type: peft's, of adapters on its language models.
@@ -47,6 +48,7 @@ class Backbone(ABC):
     auto_class: ClassVar[Any]
     task_type: ClassVar[str] = "CAUSAL_LM"
     encodes_prompts: ClassVar[bool] = False
+    rate_factor: ClassVar[float] = 1.0
     tried: ClassVar[tuple[tuple[int, ...], ...]] = ((0, 1, 2), (0, 1, 3))
     unsupported: ClassVar[tuple[Unsupported, ...]] = ()
 

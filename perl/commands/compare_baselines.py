@@ -59,12 +59,15 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
     from perl.baselines.comparison import check_baselines
     from perl.report.baselines import COLUMNS, table_rows, trainings
     from perl.report.page import write_page
+    from perl.stages.auto_rates import learning_rate
     from perl.stages.opening import open_session
 
-    rates = {name: recipe.reward.learning_rate if rate is None else rate for name, rate in asked.items()}
     folders = {seed: out / f"lora-{seed}" for seed in range(recipe.seed, recipe.seed + seeds)}
     with silence():
-        check_baselines(open_session(recipe, folders[recipe.seed]), list(rates))
+        session = open_session(recipe, folders[recipe.seed])
+        check_baselines(session, list(asked))
+    own = learning_rate(recipe, "reward", session.roles.models()[0].config)
+    rates = {name: own if rate is None else rate for name, rate in asked.items()}
     results = [
         one for seed, folder in folders.items() for one in _of_seed(variant(recipe, "lora", seed), folder, rates)
     ]

@@ -109,7 +109,7 @@ class Rl(Validation):
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Outside these bounds logits over it, and the log-probs of what is sampled, cannot be reckoned with."""
     learning_rate: Rate | Literal["auto"] = "auto"
-    """auto: by the width of the base, the tuning and the epochs, see perl/rl/schedule.py."""
+    """auto: as in the stages before, shared by the updates from each rollout."""
     head_learning_rate: Rate | Literal["auto"] = "auto"
     """Of the critic's head. auto: by the width and the size of the base's hidden states."""
     lr_scheduler_type: LrSchedulerType = "cosine"

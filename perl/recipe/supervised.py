@@ -20,8 +20,9 @@ class Supervised(Validation):
     """Passes over the training rows."""
     batch_size: Positive = 16
     """Rows a step, over all processes."""
-    learning_rate: Rate = 1e-3
-    """At its highest."""
+    learning_rate: Rate | Literal["auto"] = "auto"
+    """At its highest. auto: by the width of the base, its kind, and the kind of adapters or full tuning, see
+    perl/stages/auto_rates.py."""
     lr_scheduler_type: LrSchedulerType = "cosine"
     """How the learning rate goes over the stage, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -30,6 +31,11 @@ class Supervised(Validation):
     """As in AdamW: this share of the learning rate is taken off every weight at each step."""
     max_length: Positive = 512
     """Longest sequence, in tokens; older context is cut off first."""
+
+
+FULL_SHARE = 0.1
+"""Of LoRA's learning rate, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without
+Regret"): what full tuning has where nothing was searched."""
 
 
 class FullTuning(Section):

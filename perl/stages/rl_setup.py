@@ -26,11 +26,12 @@ from perl.rl.rewards.scale import RewardScale
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers import SAMPLERS
 from perl.rl.samplers.base import Sampling
-from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
+from perl.rl.schedule import learning_rate_shares
 from perl.rl.update import Learner
 from perl.rl.validation import PolicyValidation
 from perl.roles.role import Role
 from perl.runs.validation import Validation
+from perl.stages.auto_rates import auto_head_learning_rate, learning_rate
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.rl_rewards import combined_reward, end_ids, reward_context, settings_of
 from perl.stages.session import Session
@@ -234,17 +235,14 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
 @torch.no_grad()
 def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
     """The full learning rates of weights and of heads, for this base."""
-    settings, roles = settings_of(session), session.roles
-    weights, heads = settings.learning_rate, settings.head_learning_rate
+    heads, roles = settings_of(session).head_learning_rate, session.roles
     ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
     with roles.role(Role.POLICY):
         hidden_BLD = roles.trunk(ids_BL, mask_BL).float()
-    width = hidden_BLD.shape[2]
+    size = float(hidden_BLD.abs().mean())
     return [
-        auto_learning_rate(width, session.recipe.tuning, settings.epochs * settings.minibatches)
-        if weights == "auto"
-        else weights,
-        auto_head_learning_rate(width, float(hidden_BLD.abs().mean())) if heads == "auto" else heads,
+        learning_rate(session.recipe, "rl", roles.models()[0].config),
+        auto_head_learning_rate(hidden_BLD.shape[2], size) if heads == "auto" else heads,
     ]
 
 

@@ -16,9 +16,10 @@ from perl.roles.role import Role
 from perl.runs.checkpoint import Checkpoints, State
 from perl.runs.folder import MetricsLog
 from perl.runs.validation import Validation
+from perl.stages.auto_rates import learning_rate
 from perl.stages.session import Session
 from perl.system.interrupt import StopRequest, between_steps
-from perl.system.progress import Advance, track
+from perl.system.progress import Advance, console, track
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class TrainingRun:
         return self.session.processes
 
     @property
+    def learning_rate(self) -> float:
+        """At its highest."""
+        session = self.session
+        return learning_rate(session.recipe, session.stage_of(self.learner), session.roles.models()[0].config)
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         return self.session.roles.parameters_of(self.learner)
 
@@ -56,6 +63,7 @@ class TrainingRun:
         """The arguments of transformers' Trainer that SFT and reward training share."""
         saving = {"save_strategy": "steps", "save_steps": self.session.recipe.checkpoint_every}
         device = self.session.device.type
+        settings = settings.model_copy(update={"learning_rate": self.learning_rate})
         return trainer_arguments(settings, self.steps, self.seed, device, self.scratch) | saving
 
 
@@ -115,9 +123,12 @@ def training_run(
         folder, section = Path(scratch), session.recipe.section(session.stage_of(learner))
         assert isinstance(section, Supervised)
         epochs = section.epochs
-        yield TrainingRun(
+        run = TrainingRun(
             session, learner, seed, steps, epochs, checkpoints, resumed, validation, meter, log, bar, stop, folder
         )
+        if section.learning_rate == "auto":
+            console.print(f"{learner}: learning rate {run.learning_rate:g}, by the base's width and kind")
+        yield run
 
 
 def loss_validation(settings: Supervised, rows: int, by: str = "loss") -> Validation | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from perl.adapters import AdapterKind
 from perl.errors import UserError
@@ -125,9 +125,9 @@ class Cells:
         recipe = self.recipe if self.stage == "rl" else self.alone(seed)
         return self._read(recipe.model_copy(update={"seed": seed, "tuning": "lora"})).lm
 
-    def width(self) -> int:
-        """Of the base's hidden states."""
-        return int(self._base(self.recipe.seed).config.get_text_config().hidden_size)
+    def config(self) -> PreTrainedConfig:
+        """Of the base."""
+        return self._base(self.recipe.seed).config
 
     def _earlier(self, seed: int) -> Path:
         return (self.out / f"earlier-{seed}").absolute()

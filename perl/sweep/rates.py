@@ -8,7 +8,7 @@ from functools import partial
 from perl.measure.rate_search import BestRates, search_rate
 from perl.report.quality import qualities
 from perl.report.runs import Run
-from perl.rl.schedule import auto_learning_rate
+from perl.stages.auto_rates import learning_rate
 from perl.sweep.cells import Cells
 from perl.sweep.setting import Setting
 from perl.system.progress import console
@@ -45,10 +45,5 @@ def stopped(run: Run) -> bool:
 
 
 def _default(cells: Cells, setting: Setting) -> float:
-    """The rate that the setting's recipe has, `auto` by the width of its base."""
-    recipe = setting.recipe(cells.alone(0), 0)
-    rate = recipe.section(cells.stage).learning_rate
-    if isinstance(rate, float):
-        return rate
-    assert recipe.rl is not None
-    return auto_learning_rate(cells.width(), recipe.tuning, recipe.rl.epochs * recipe.rl.minibatches)
+    """The rate that the setting's recipe has, or that `auto` is for its base."""
+    return learning_rate(setting.recipe(cells.alone(0), 0), cells.stage, cells.config())

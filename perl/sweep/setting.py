@@ -13,11 +13,9 @@ from perl.recipe import Recipe, StageName
 from perl.recipe.adapter import LORA, LoraSettings, settings_of_kind
 from perl.recipe.complaints import explain
 from perl.recipe.section import Section
+from perl.recipe.supervised import FULL_SHARE
 
 FULL = "full"
-FULL_SHARE = 0.1
-"""Of LoRA's learning rate, whose best one is about ten times full tuning's (Schulman et al. 2025, "LoRA Without
-Regret"): what full tuning has where nothing was searched."""
 SIZES = ("size", "bottleneck", "length", "rank")
 """What the number of a kind's weights is proportional to: the first of these that the kind has."""
 ENTRY = re.compile(r"(?P<kind>[^:@]+)(:(?P<size>\d+))?(@(?P<targets>[^:@]+))?")

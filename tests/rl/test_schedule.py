@@ -1,18 +1,8 @@
-"""Learning rates: what `auto` comes to, and how a rate goes over the steps."""
+"""How RL's learning rate goes over the steps."""
 
 import pytest
 
-from perl.rl.schedule import auto_head_learning_rate, auto_learning_rate, learning_rate_shares
-
-
-def test_auto_falls_with_width_and_epochs_and_full_tuning_gets_a_tenth() -> None:
-    assert auto_learning_rate(128, "lora", 1) == 4e-3
-    assert auto_learning_rate(4096, "lora", 1) == pytest.approx(2.5e-4, rel=0.05)
-    assert auto_learning_rate(4096, "lora", 4) == pytest.approx(2.5e-4 / 4, rel=0.05)
-    assert auto_learning_rate(4096, "full", 1) == pytest.approx(2.5e-5, rel=0.05)
-    one = auto_head_learning_rate(128, 0.4)
-    assert one == pytest.approx(32 * auto_head_learning_rate(4096, 0.4), rel=0.05)
-    assert one == pytest.approx(50 * auto_head_learning_rate(128, 20.0), rel=0.05)
+from perl.rl.schedule import learning_rate_shares
 
 
 @pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"])

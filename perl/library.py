@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from perl.data.chats import answered, asked
 from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
@@ -177,6 +178,7 @@ class LoadedRun:
         seed: int = 0,
     ) -> list[Completion]:
         """As `complete`, with the counts of tokens."""
+        contexts = [asked(one, self.recipe.data.chat) for one in contexts]
         sampling = self._sampling(contexts, role, max_new_tokens, temperature)
         if not contexts:
             return []
@@ -192,6 +194,7 @@ class LoadedRun:
         seed: int = 0,
     ) -> Iterator[Completion]:
         """One completion while it is drawn: what there is of it after every `PIECE` tokens, at last the whole."""
+        context = asked(context, self.recipe.data.chat)
         sampling = self._sampling([context], role, max_new_tokens, temperature)
         prompt, generator = self._prompt(context, sampling), self._generator(seed)
         drawn, ended = list[int](), False
@@ -260,21 +263,22 @@ class LoadedRun:
         Raises:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
         """
-        answered = []
+        answers = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
             assert isinstance(record, Rating)
-            answered.append((record.context, record.answer))
-        return [one.probability if probability else one.score for one in self.score_answers(answered)]
+            answers.append((record.context, record.answer))
+        return [one.probability if probability else one.score for one in self.score_answers(answers)]
 
-    def score_answers(self, answered: Sequence[tuple[Context, Turn]]) -> list[Score]:
+    def score_answers(self, answers: Sequence[tuple[Context, Turn]]) -> list[Score]:
         """As `score`, of contexts and answers as PERL's records have them."""
         if self.results.reward is None or self.recipe.reward is None:
             where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat = self.session.base.chat
         length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        rows = [chat.row(context, answer, length) for context, answer in answered]
+        as_chat = self.recipe.data.chat
+        rows = [chat.row(asked(context, as_chat), answered(one, as_chat), length) for context, one in answers]
         scores_MN = run_member_scores(self.session, rows, MICRO_BATCH_SIZE)
         fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)
         scores_N = ensemble_scores(scores_MN, log_odds)

@@ -138,6 +138,14 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
+def has_chat_format(model: str) -> bool:
+    """Whether a model comes with a chat format; not where it cannot be read, which loading it says."""
+    try:
+        return load_tokenizer(model).chat_template is not None
+    except UserError:
+        return False
+
+
 def load_config(model: str, trust_remote_code: bool = False, generates: bool = True) -> Any:
     """The configuration of a model, without code of its own unless that is trusted, of which the user is told.
 

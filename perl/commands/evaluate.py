@@ -53,7 +53,7 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
         raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
     session = open_session(recipe, run)
     if data is not None:
-        session.held_out = load_records(*parse_source(data), recipe.seed)
+        session.held_out = load_records(*parse_source(data), recipe.seed, chat=recipe.data.chat)
     return session
 
 

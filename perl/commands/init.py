@@ -8,6 +8,7 @@ import typer
 
 from perl.commands.estimate import print_prediction
 from perl.commands.options import Columns, parse_columns
+from perl.data.chats import speakers_of
 from perl.data.column_names import columns_in
 from perl.data.records import Records
 from perl.data.sources import load_records, parse_source
@@ -53,7 +54,12 @@ def init(
     records = load_records(name, path, 0, named)
     _describe(records)
     base = base or _asked("--base", "The base, a hub id or a folder", BASE, yes)
-    content = draft(file.stem, base, path, named, records)
+    from perl.backbones.loading import has_chat_format
+
+    chat = speakers_of(records) == {"text"} and has_chat_format(base)
+    if chat:
+        console.print(f"The rows are plain text: {base}'s chat format is applied to them.", markup=False)
+    content = draft(file.stem, base, path, named, records, chat)
     recipe = Recipe.model_validate(content)
     console.print(f"Predicting what {base} will need …", markup=False)
     print_prediction(recipe)

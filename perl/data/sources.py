@@ -13,6 +13,7 @@ from pathlib import Path
 
 from perl.data.arithmetic.source import corpus as arithmetic_corpus
 from perl.data.arithmetic.source import simulate as simulate_arithmetic
+from perl.data.chats import as_chats
 from perl.data.fetch import TASKMASTER, Repository, cache_folder, fetch, pins
 from perl.data.hub import read_hub
 from perl.data.jsonl import FORMATS, read_jsonl
@@ -65,7 +66,12 @@ def find_source(name: str) -> Source:
 
 
 def load_records(
-    name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None, key: str = "data.path"
+    name: str,
+    path: str | None,
+    seed: int,
+    columns: Mapping[str, str] | None = None,
+    key: str = "data.path",
+    chat: bool = False,
 ) -> Records:
     """What a source holds, as training should see it.
 
@@ -75,11 +81,13 @@ def load_records(
         seed: for sources that draw their data.
         columns: names in the file, by the names of TRL's formats.
         key: of the recipe, which gives the path; for messages.
+        chat: whether plain text is made chats of.
 
     Raises:
         UserError: an unknown source, data that is missing, or nothing usable in it.
     """
-    return _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed, key)
+    records = _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed, key)
+    return as_chats(records) if chat else records
 
 
 def load_rows(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:

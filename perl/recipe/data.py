@@ -22,6 +22,9 @@ class Data(Section):
     """A file of the same form that is held out as it is; then all of `path` is trained on."""
     columns: dict[str, str] = Field(default={})
     """Names in the file, by the names of TRL's formats: `{completion: response, label: rating}`."""
+    chat: bool = False
+    """Whether plain text is a chat: prompts the user's messages, completions the assistant's, in the base's chat
+    format. Without it plain text stands as it is, which suits bases that are no chat models."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the dialogues kept for evaluation; not read where a source was published with a test part."""
 

@@ -15,18 +15,20 @@ LONG_PROMPT = 1_000
 """Characters from which a prompt's context is cut: one that leaves no room for a completion would be refused."""
 
 
-def draft(name: str, base: str, data: str, columns: Mapping[str, str], records: Records) -> Content:
+def draft(name: str, base: str, data: str, columns: Mapping[str, str], records: Records, chat: bool) -> Content:
     """The content of a recipe.
 
     Args:
         name: of the recipe's file.
         data: the path of the file of rows.
         columns: their names in it, by the names of TRL's formats.
+        chat: whether plain text is made chats of.
     """
     content: Content = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-_")[:100] or "mine", "seed": 0}
     content["base"] = {"model": base, "dtype": "bfloat16"}
     content["lora"] = {"rank": 16, "alpha": 32}
-    content["data"] = {"path": data, **({"columns": dict(columns)} if columns else {}), "held_out": 0.2}
+    named: Content = {"columns": dict(columns)} if columns else {}
+    content["data"] = {"path": data, **named, **({"chat": True} if chat else {}), "held_out": 0.2}
     if records.demonstrations:
         content["sft"] = {"epochs": 1, "batch_size": 16}
     rated = _rated(records)

@@ -13,8 +13,10 @@ from transformers.utils import logging as transformers_logging
 from perl.backbones.base import Base
 from perl.backbones.build import build_base
 from perl.backbones.loading import load_base, random_base
+from perl.backbones.template import PLAIN_TEMPLATE
+from perl.data.chats import speakers_of
 from perl.data.fingerprint import fingerprints, sha256_of
-from perl.data.records import Demonstration, Records, Speaker
+from perl.data.records import Demonstration, Records
 from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
@@ -54,9 +56,16 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
             where=f"base.model {base.name}, data.source {recipe.data.source}",
             remedy="Put the same files on all hosts.",
         )
-    speakers = _speakers(train) | _speakers(held_out)
-    _print_notes(base.chat.probe(speakers) if speakers - {"text"} else [])
+    speakers = speakers_of(train) | speakers_of(held_out)
+    _print_notes(base.chat.probe(speakers) if speakers - {"text"} else _outside_chat(base))
     return Material(train, held_out, base, lm, device)
+
+
+def _outside_chat(base: Base) -> list[str]:
+    """What to say of plain text on a chat model."""
+    if base.tokenizer.chat_template in (None, PLAIN_TEMPLATE):
+        return []
+    return ["the rows are plain text, to which the base's chat format is not applied; data.chat: true applies it"]
 
 
 def _print_notes(notes: Iterable[str]) -> None:
@@ -71,10 +80,10 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
         UserError: they cannot be read, or a stage finds nothing in them.
     """
     data = recipe.data
-    records = load_records(data.source, data.path, recipe.seed, data.columns)
+    records = load_records(data.source, data.path, recipe.seed, data.columns, chat=data.chat)
     own = None
     if data.eval_path is not None:
-        own = load_records(data.source, data.eval_path, recipe.seed, data.columns, "data.eval_path")
+        own = load_records(data.source, data.eval_path, recipe.seed, data.columns, "data.eval_path", data.chat)
     if problems := [*records.problems, *(own.problems if own is not None else ())]:
         first = problems[0]
         quoted = escape(f"{first.where}: {first.what}")
@@ -117,16 +126,6 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
         random_seed=recipe.seed if spec.random_init else None,
         generates=generates(recipe),
     )
-
-
-def _speakers(records: Records) -> set[Speaker]:
-    contexts = [
-        *((*one.context, *one.answer) for one in records.demonstrations),
-        *(one.context for one in records.ratings),
-        *(one.context for one in records.comparisons),
-        *(one.context for one in records.prompts),
-    ]
-    return {turn.speaker for context in contexts for turn in context}
 
 
 def generates(recipe: Recipe) -> bool:

@@ -1,4 +1,4 @@
-"""PERL: RLHF in which every learned part is a LoRA adapter on one frozen base.
+"""PERL: RLHF in which every learned part is an adapter on one frozen base.
 
 As a library: `load_recipe`, `run` and `load_run`. They are imported when they are asked for, torch with them.
 """

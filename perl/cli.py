@@ -91,7 +91,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help="RLHF in which every learned part is a LoRA adapter on one frozen base.")
+@app.callback(help="RLHF in which every learned part is an adapter on one frozen base.")
 def before_any(
     context: typer.Context,
     version: Annotated[

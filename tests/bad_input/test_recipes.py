@@ -37,7 +37,7 @@ CASES = [
     Case("zero steps", ("greater than 0", "the value is 0", "The default is 100"), overrides=("rl.steps=0",)),
     Case(
         "negative rate",
-        ("greater than 0", "reward.learning_rate", "The default is 0.001"),
+        ("greater than 0", "reward.learning_rate", "The default is auto"),
         overrides=("reward.learning_rate=-1",),
     ),
     Case("all held out", ("less than 1", "data.held_out", "the value is 1.0"), overrides=("data.held_out=1.0",)),

@@ -18,8 +18,8 @@ from tests import forks
 from tests.conftest import RunCli, WriteRecipe
 
 STAGES = {
-    "sft": {"epochs": 2, "batch_size": 4, "max_length": 64},
-    "reward": {"batch_size": 4, "max_length": 64},
+    "sft": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "max_length": 64},
+    "reward": {"batch_size": 4, "learning_rate": 1e-3, "max_length": 64},
     "rl": {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 8, "eval_prompts": 3},
 }
 
@@ -82,7 +82,8 @@ def test_rates_are_searched_on_both_sides(
     monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
     monkeypatch.setattr("perl.commands.compare.run_apart", run)
     out = tmp_path / "out"
-    code, text = run_cli("compare", write_recipe(rl=None), "--search-rates", "--out", out)
+    recipe_file = write_recipe(reward={"epochs": 1, **STAGES["reward"]}, rl=None)
+    code, text = run_cli("compare", recipe_file, "--search-rates", "--out", out)
     assert code == 0, text
     assert "Learning rates: searched on both sides, on seed 1" in " ".join(text.split())
     found = json.loads((out / "compare.json").read_text())

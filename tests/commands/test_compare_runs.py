@@ -52,7 +52,7 @@ def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_p
     status, written = run_cli("compare-runs", *folders, "--json", tmp_path / "found.json")
     assert status == 0, written
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["recipes"] == {"reward.epochs": [1, 3], "reward.learning_rate": [0.001, 0.02]}
+    assert found["recipes"] == {"reward.epochs": [1, 3], "reward.learning_rate": ["auto", 0.02]}
     assert found["same_reward"] is False
     reports = [json.loads((folder / "report.json").read_text())["stages"] for folder in folders]
     reward = {one["metric"]: one for one in found["reward"]["differences"]}

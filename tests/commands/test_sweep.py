@@ -32,7 +32,8 @@ RL = {
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe) -> Path:
     """SFT and RL are left out by a sweep of the reward model."""
-    return write_recipe(sft={"batch_size": 4, "max_length": 64})
+    reward = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "max_length": 64}
+    return write_recipe(sft={"batch_size": 4, "max_length": 64}, reward=reward)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

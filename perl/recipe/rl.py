@@ -17,6 +17,8 @@ from perl.system.progress import counted
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's, and stands in the recipe as resolved."""
+DOCUMENTED_UNSET = Field(json_schema_extra={"default": None})
+"""Of a key whose default depends on others, and is told in words."""
 CELLS = tuple(field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline"))
 """Keys that are null unless they override the row, so that another `algorithm` brings its own."""
 
@@ -77,7 +79,7 @@ class Rl(Validation):
     """Of the policy's step: the gradient, or the natural gradient over the adapter's weights (TRPO)."""
     trust_region: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened until it does not."""
-    reward: Rewards = RewardFrom()
+    reward: Annotated[Rewards, DOCUMENTED_UNSET] = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     anyway: bool = False
     """Train against the reward stage's model though its card says that it is not fit for that."""
@@ -94,12 +96,13 @@ class Rl(Validation):
     """Rollouts, each learned from `epochs` times."""
     prompts_per_step: Positive = 16
     """Of a rollout, over all processes."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Annotated[Positive, DOCUMENTED_UNSET] = 1
     """Completions of each prompt. Unset: 4 where the algorithm compares them, else 1."""
     minibatches: Positive = 1
-    """Parts of a rollout, each with an update of its own in each epoch."""
-    epochs: Positive = 1
-    """Updates from each rollout. Unset: 2; reinforce is on-policy and takes 1."""
+    """Parts of a rollout, each with an update of its own in each of the `epochs`."""
+    epochs: Annotated[Positive, DOCUMENTED_UNSET] = 1
+    """Passes over each rollout, with an update by each of its minibatches. Unset: 2; reinforce is on-policy and
+    takes 1."""
     micro_batch_size: Positive = 4
     """Completions in one pass: more are faster and take more memory; the result is the same."""
     max_prompt_length: Positive | None = None

@@ -95,19 +95,20 @@ class Blend:
     """What a score is blended from: model · the model's + words · TF-IDF's log-odds + intercept.
 
     Attributes:
-        words_share: of the spread of the two parts over the `rows` validation rows that they were weighted on.
+        rows: validation rows over which both parts have the same spread.
     """
 
     model: float
     words: float
     intercept: float
-    words_share: float
     rows: int
 
     @property
     def sentence(self) -> str:
-        share = f"{100 * self.words_share:.0f} % of their spread over {self.rows:,} validation rows"
-        return f"Scores are a blend of the model's with TF-IDF's: {share} is from the words alone."
+        return (
+            "Scores are the sum of the model's and TF-IDF's of the words, each in units of its spread over "
+            f"{self.rows:,} validation rows."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,8 +68,8 @@ class Reward(Supervised):
     """Whether the score also depends on how likely the reward model's own language model finds the answer: for
     bases that know good answers better than ratings can teach it."""
     tfidf: bool = False
-    """Whether the score is blended with what the tokens alone say (TF-IDF with logistic regression), weighted as
-    fits the validation rows best: for ratings by people that words tell as well as a small model does."""
+    """Whether the score is blended, half and half, with what the tokens alone say (TF-IDF with logistic
+    regression): for ratings by people that words tell as well as a small model does. Needs `eval_steps`."""
     bootstrap: bool = False
     """Whether each of several members learns from its own draw of the dialogues, with replacement."""
 
@@ -82,7 +82,9 @@ class Reward(Supervised):
     @model_validator(mode="after")
     def _blends_by_validation(self) -> "Reward":
         if self.tfidf and self.eval_steps is None:
-            raise ValueError("tfidf is weighted by validation rows, and there are none: set eval_steps to 50, say")
+            raise ValueError(
+                "tfidf takes its scale from validation rows, and there are none: set eval_steps to 50, say"
+            )
         return self
 
     @property

@@ -1,13 +1,12 @@
-"""Fits the TF-IDF that a reward model's scores are blended with, and how much either counts.
+"""Fits the TF-IDF that a reward model's scores are blended with, and the units in which both count alike.
 
-TF-IDF with logistic regression learns from the training rows. What either is worth is fitted on the validation
-rows, of dialogues that neither has seen: on its own training rows a model that knows them by heart would get all
-the weight. With the mixture known, TF-IDF is fitted again, on all rows.
+TF-IDF with logistic regression learns from the training rows. Each part's spread is taken on the validation rows,
+of dialogues that neither has seen: on its own training rows a model that knows them by heart is far too sure. Then
+TF-IDF is fitted again, on all rows.
 
 Letters: N rows, V vocabulary; the leading 2 are the context and the answer.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from perl.roles.tfidf import TfidfBlend
 from perl.stages.reward_rows import Rows
 from perl.stages.session import Session
 
-PRIOR_ROWS = 1000
-"""Of the prior that the model and the words count alike: so many validation rows weigh as much."""
 MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
@@ -84,29 +81,20 @@ def _counts(texts: list[list[int]], vocabulary: int) -> Any:
 
 
 def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
-    """What the model's scores and the words' log-odds of validation rows are worth, and the intercept.
+    """The sum of the model's scores and the words' log-odds, each in units of its spread, as log-odds.
 
-    Logistic regression with balanced classes, as the reward model is trained, on the sum and the difference of
-    both in units of their spread. A normal prior on the difference's coefficient says that both count alike:
-    a few hundred rows of a few dozen dialogues tell too little of which is the better. What would count against
-    its own direction counts nothing.
+    Both count alike: a few hundred rows of a few dozen dialogues say too little of which is the better, and
+    weights fitted to them rank worse on other dialogues (docs/experiments.md). Slope and intercept are those of
+    logistic regression with balanced classes, as the reward model is trained.
     """
     from sklearn.linear_model import LogisticRegression
 
     given = [predictions(scores, rows) for scores in (model_N, words_N)]
-    spreads = [float(one.scores.std()) or 1.0 for one in given]
-    model, words = (one.scores / spread for one, spread in zip(given, spreads, strict=True))
-    # The penalty is the same for all coefficients: the smaller a feature, the stronger its prior.
-    prior = 2 / math.sqrt(PRIOR_ROWS)
-    features = np.stack([model + words, prior * (model - words)], 1)
-    labels, compared = given[0].labels, given[0].compared
-    fitted = LogisticRegression(class_weight="balanced", fit_intercept=not compared).fit(features, labels)
-    both, difference = fitted.coef_[0] * (1.0, prior)
-    weights = [max(0.0, float(both + difference)), max(0.0, float(both - difference))]
-    return Blend(
-        model=weights[0] / spreads[0],
-        words=weights[1] / spreads[1],
-        intercept=float(np.ravel(fitted.intercept_)[0]),
-        words_share=weights[1] / sum(weights) if any(weights) else 0.0,
-        rows=len(labels),
-    )
+    model, words = (float(one.scores.std()) or 1.0 for one in given)
+    both_N1 = (given[0].scores / model + given[1].scores / words)[:, None]
+    fitted = LogisticRegression(class_weight="balanced", fit_intercept=not given[0].compared)
+    fitted.fit(both_N1, given[0].labels)
+    slope, intercept = float(fitted.coef_[0, 0]), float(np.ravel(fitted.intercept_)[0])
+    if slope <= 0:  # these few rows would turn the ranking around
+        slope, intercept = 1.0, 0.0
+    return Blend(model=slope / model, words=slope / words, intercept=intercept, rows=len(given[0].labels))

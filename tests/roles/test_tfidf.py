@@ -10,12 +10,14 @@ from sklearn.pipeline import make_pipeline
 
 from perl.backbones.tokens import Tokens
 from perl.data.records import Turn
+from perl.measure.bootstrap import Floats
+from perl.measure.calibration import fit, predictions
+from perl.measure.metrics import Labels
 from perl.rl.rewards.model import score_rows
 from perl.roles.role import Role
 from perl.roles.score_terms import ScoreTerms
 from perl.roles.shared_base import SharedBase
 from perl.roles.tfidf import TfidfBlend
-from perl.stages import reward_tfidf
 from perl.stages.reward_rows import Rows
 from perl.stages.reward_tfidf import fit_mix, fit_words
 from tests.tiny import lora, random_llama
@@ -107,27 +109,28 @@ def test_nothing_of_the_blend_is_trained_by_gradients(roles: SharedBase) -> None
 
 
 @pytest.mark.parametrize("compared", [False, True])
-def test_the_mixture_weighs_either_by_what_it_tells_of_validation_rows(
-    compared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_and_words_count_alike_whatever_their_scales(compared: bool) -> None:
     generator = np.random.default_rng(0)
     labels = [True] * 200 + [False] * 200
     pairs = [(one, 200 + one) for one in range(200)] if compared else None
     rows = rated([Tokens.joined([5], [6])] * 400, labels, pairs)
     truth = np.array(labels) - 0.5
-    good, weaker = truth + generator.normal(size=400), truth + 3 * generator.normal(size=400)
-    noise = generator.normal(size=400)
-    with_prior = fit_mix(100 * good, 0.01 * weaker, rows)
-    assert 0 < with_prior.words_share < 0.5
-    monkeypatch.setattr(reward_tfidf, "PRIOR_ROWS", 1e-6)
-    both = fit_mix(100 * good, 0.01 * weaker, rows)
-    assert both.words_share < with_prior.words_share
-    # Of independent errors the best weights are as the inverse variances: here 9 to 1, in units of each.
-    assert both.model * 100 / (both.words * 0.01) == pytest.approx(9, rel=0.5)
-    of_words = fit_mix(noise, good, rows)
-    assert of_words.model < 0.2 * of_words.words
-    assert of_words.words_share > 0.85
-    # What is wrong more often than right is not turned around.
-    assert fit_mix(-good, weaker, rows).model == 0
-    assert fit_mix(-good, weaker, rows).words_share == 1
-    assert both.rows == (200 if compared else 400)
+    model, words = truth + generator.normal(size=400), truth + 3 * generator.normal(size=400)
+    mix, scaled = fit_mix(model, words, rows), fit_mix(100 * model, 0.01 * words, rows)
+    assert scaled.model * 100 == pytest.approx(mix.model)
+    assert scaled.words * 0.01 == pytest.approx(mix.words)
+    spread = [one[:200] - one[200:] if compared else one for one in (model, words)]
+    alternating = np.where(np.arange(200) % 2 == 0, 1, -1) if compared else 1
+    assert mix.model * (alternating * spread[0]).std() == pytest.approx(
+        mix.words * (alternating * spread[1]).std()
+    )
+    # As log-odds they are of the size that the labels bear out: fitted again, the slope is 1.
+    blended = mix.model * model + mix.words * words + mix.intercept
+    assert fit(*_given(blended, rows), intercept=not compared).slope == pytest.approx(1, abs=0.05)
+    # Rows that would turn the ranking around leave it as it is.
+    assert fit_mix(-model, -words, rows).model > 0
+
+
+def _given(scores: Floats, rows: Rows) -> tuple[Floats, Labels]:
+    found = predictions(scores, rows)
+    return found.scores, found.labels

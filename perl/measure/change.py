@@ -1,6 +1,7 @@
 """A metric before and after, in words."""
 
 import math
+from collections.abc import Sequence
 
 from perl.measure.bootstrap import Interval
 
@@ -10,6 +11,14 @@ LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
 """Numbers at least so large, or smaller and to more places than the last, are written with an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
 """Digits after the point at most, without an exponent and with one."""
+
+
+def told(value: float | None, interval: Sequence[float] | None = None, places: int = 2) -> str:
+    """As in "0.91 (0.89 to 0.92)"; "unknown" for None."""
+    if value is None:
+        return "unknown"
+    ends = "" if interval is None else f" ({fixed(interval[0], places)} to {fixed(interval[1], places)})"
+    return f"{fixed(value, places)}{ends}"
 
 
 def change_verb(interval: Interval, little: float = 0.0) -> str:

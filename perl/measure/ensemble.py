@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval
+from perl.measure.change import told
 from perl.measure.metrics import Labels, auroc, equal_mass, probabilities
 
 Combine = Literal["mean", "mean_minus_std", "min"]
@@ -54,17 +55,10 @@ class Ensemble:
         wrong = ", ".join(f"{100 * one.error:.0f} %" for one in self.by_disagreement)
         return [
             f"An ensemble: its {len(self.auroc)} members alone have AUROC {members}; it is ahead of their mean by "
-            f"{_told(self.ahead, self.ahead_interval, 3)}.",
+            f"{told(self.ahead, self.ahead_interval, 3)}.",
             f"Judged wrongly, from where the members disagree least to where they disagree most: {wrong} (AUROC "
-            f"of the disagreement {_told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
+            f"of the disagreement {told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
         ]
-
-
-def _told(value: float | None, interval: Interval | None, places: int) -> str:
-    if value is None:
-        return "unknown"
-    ends = "" if interval is None else f" ({interval[0]:.{places}f} to {interval[1]:.{places}f})"
-    return f"{value:.{places}f}{ends}"
 
 
 def ensemble_scores(scores_MN: Floats, log_odds: bool) -> Floats:

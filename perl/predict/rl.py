@@ -60,7 +60,7 @@ def try_rl(session: TrialSession) -> Tried:
                 metrics = update(loop, step, local, rollout, targets)
             log.write(step + 1, describe(rollout, session.train.judge) | metrics)
             bar()
-    return session.tried(loop.meter, session.roles.parameters_of(*loop.learner.trained))
+    return session.tried(loop.meter)
 
 
 def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:

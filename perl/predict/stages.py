@@ -16,9 +16,10 @@ def try_sft(session: TrialSession) -> Tried:
     """Take the trial's steps on the longest demonstrations."""
     from perl.stages.sft import sft_trainer, tokenized  # it needs TRL, and the others do not
 
-    rows, trained = tokenized(session, session.train.demonstrations), session.add_trained(Role.SFT)
+    rows = tokenized(session, session.train.demonstrations)
+    session.add_trained(Role.SFT)
     with sft_trainer(session, rows, steps=session.trial.steps) as trainer:
-        return session.take_steps(trainer, trained)
+        return session.take_steps(trainer)
 
 
 def try_reward(session: TrialSession) -> Tried:
@@ -26,7 +27,7 @@ def try_reward(session: TrialSession) -> Tried:
     settings, rows, members = session.recipe.reward, training_rows(session), session.reward_members
     assert settings is not None
     for role in members:  # the last is trained beside all before it
-        trained = session.add_trained(role, head=True)
+        session.add_trained(role, head=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
         reward_trainer(session, role, rows, steps=session.trial.steps) as trainer,
@@ -34,7 +35,7 @@ def try_reward(session: TrialSession) -> Tried:
         again = settings.epochs > 1 or len(members) > 1
         if again and not session.trial.abridged:  # a cache of fake tensors could not be read
             trainer.lower_layers = lower_layer_cache(session, rows, Path(scratch))
-        return session.take_steps(trainer, trained)
+        return session.take_steps(trainer)
 
 
 TRY: dict[StageName, Callable[[TrialSession], Tried]] = {"sft": try_sft, "reward": try_reward, "rl": try_rl}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
 from perl.data.records import Rating, Records, Turn
@@ -46,7 +45,6 @@ class Trial:
 class Tried(Cost):
     """What a trial found: the cost of its steps, and the seconds of each by phase."""
 
-    trainable_parameters: int
     step_seconds: list[dict[Phase, float]]
     work: dict[Phase, Work]
     """Of a step, on fake tensors."""
@@ -84,18 +82,17 @@ class TrialSession(Session):
     def stamp(self, role: Role) -> Stamp:
         return stamp_for(role, self.base)
 
-    def take_steps(self, trainer: ResumableTrainer, trained: Sequence[nn.Parameter]) -> Tried:
+    def take_steps(self, trainer: ResumableTrainer) -> Tried:
         """Train for the steps that the trainer was made for; what they cost."""
         trainer.args.save_strategy = SaveStrategy.NO
         trainer.resume()
-        return self.tried(trainer.run.meter, trained)
+        return self.tried(trainer.run.meter)
 
-    def tried(self, meter: Meter, trained: Sequence[nn.Parameter]) -> Tried:
-        parameters = sum(parameter.numel() for parameter in trained)
+    def tried(self, meter: Meter) -> Tried:
+        """What its steps cost."""
         counted = meter if isinstance(meter, CountingMeter) else None
         return Tried(
             **vars(meter.cost()),
-            trainable_parameters=parameters,
             step_seconds=meter.step_seconds,
             work=counted.work() if counted else {},
             around_gradients=counted.around_gradients() if counted else ({}, {}),

@@ -47,6 +47,8 @@ class Roles(nn.Module, ABC):
     folder: ClassVar[str]
     """Of a role's weights on disk, inside the role's own."""
     weights_file: ClassVar[str]
+    shared_blocks: int = 0
+    """How many of the lowest blocks compute alike for all roles, so that computing them once is enough."""
 
     def __init__(self, engine: Engine | None = None) -> None:
         super().__init__()
@@ -109,11 +111,6 @@ class Roles(nn.Module, ABC):
     @abstractmethod
     def config_fits(self, folder: Path) -> bool:
         """Whether weights written with this configuration mean here what they meant there."""
-
-    @property
-    def shared_blocks(self) -> int:
-        """How many of the lowest blocks compute alike for all roles, so that computing them once is enough."""
-        return 0
 
     @abstractmethod
     def _add_weights(self, role: Role, copy_of: Role) -> None:

@@ -25,7 +25,7 @@ from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.roles.score_terms import SCORE_TERMS
 from perl.roles.shared_base import SharedBase
-from perl.system.files import whole_folder, write_json, write_tensors
+from perl.system.files import file_sha256, whole_folder, write_json, write_tensors
 
 HEAD = "score.weight"
 STAMP = "perl.json"
@@ -232,5 +232,4 @@ def read_stamp(folder: Path, remedy: str = "") -> Stamp:
 
 def weights_sha256(roles: Roles, folder: Path) -> str:
     """SHA-256 of the weights file in a role's folder, which names a parent in its children's stamps."""
-    with open(folder / roles.weights_file, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(folder / roles.weights_file)

@@ -57,12 +57,8 @@ class SharedBase(Roles):
         self.split_unsupported_reason = (
             (spread or unsupported_reason(self.backbone, self.lm, lowest)) if lowest else None
         )
-        self._shared_blocks = lowest if self.split_unsupported_reason is None else 0
+        self.shared_blocks = lowest if self.split_unsupported_reason is None else 0
         self._as_loaded = fingerprint(self._base_tensors())
-
-    @property
-    def shared_blocks(self) -> int:
-        return self._shared_blocks
 
     @property
     def roles(self) -> frozenset[Role]:

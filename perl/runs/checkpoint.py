@@ -7,7 +7,6 @@ checkpoints/step-00000040/
 Nothing in them can run code when it is read: no pickle.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from perl.errors import UserError
 from perl.parallel.processes import ALONE, Processes
-from perl.system.files import whole_folder, write_json, write_tensors
+from perl.system.files import file_sha256, whole_folder, write_json, write_tensors
 
 KEPT = 2
 """The newest checkpoints that stay on disk, besides those that `write` is told to keep."""
@@ -81,7 +80,7 @@ class Checkpoints:
             with whole_folder(self._of(state.step)) as unfinished:
                 write_tensors(unfinished / TENSORS, state.tensors)
                 content = {"step": state.step, "belongs": self._belongs, "values": state.values}
-                write_json(unfinished / VALUES, content | {"sha256": _sha256(unfinished / TENSORS)})
+                write_json(unfinished / VALUES, content | {"sha256": file_sha256(unfinished / TENSORS)})
             for step in set(self.steps()[:-KEPT]) - set(keep):
                 shutil.rmtree(self._of(step), ignore_errors=True)
             self._written()
@@ -105,7 +104,7 @@ class Checkpoints:
         folder = self._of(step)
         try:
             content = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-            if content["sha256"] != _sha256(folder / TENSORS):
+            if content["sha256"] != file_sha256(folder / TENSORS):
                 raise ValueError(f"{TENSORS} is not the file that was written")
             state = State(content["step"], load_file(folder / TENSORS), content["values"])
             belongs: dict[str, str] = dict(content["belongs"])
@@ -127,8 +126,3 @@ class Checkpoints:
 
     def _of(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

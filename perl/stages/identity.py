@@ -20,7 +20,7 @@ from perl.recipe import Recipe, StageName, changes_nothing
 from perl.results import Start
 from perl.roles.role import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
-from perl.system.files import write_json
+from perl.system.files import file_sha256, write_json
 from perl.system.typed_json import as_json, parse
 
 KINDS: dict[StageName, tuple[str, ...]] = {
@@ -116,7 +116,7 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
     flat = {key: value for key, value in flat.items() if not changes_nothing(key)}
     for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
         file, _, name = json.loads(flat.pop(key)).rpartition(":")
-        flat |= {f"{key} (name)": name, f"{key} (file)": file_sha256(Path(file))}
+        flat |= {f"{key} (name)": name, f"{key} (file)": sha256_or_missing(Path(file))}
     for key in [key for key in flat if key.endswith(".run")]:  # what that reward model depends on
         folder = RunFolder(Path(json.loads(flat.pop(key))))
         flat[f"{key} (file)"] = file_sha256(folder.role(Role.REWARD) / FILE)
@@ -193,9 +193,6 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def sha256_or_missing(path: Path) -> str:
     """SHA-256 of a file; `missing` where there is none."""
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path) if path.is_file() else "missing"

@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from perl.backbones.tokens import Tokens
 from perl.data.duplicates import Rows
-from perl.measure.change import fixed
+from perl.measure.change import told
 from perl.measure.rated_rows import RatedRows
 from perl.measure.reward_model_card import RewardModelCard, reward_model_card
 from perl.measure.tfidf_baseline import tfidf_scores
@@ -62,37 +62,30 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
     if card.auroc is None:
         auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated alike by {against}"
     else:
-        auroc = f"AUROC {_told(card.auroc, intervals['auroc'])} against {against}"
+        auroc = f"AUROC {told(card.auroc, intervals['auroc'])} against {against}"
     if card.auroc_labels is not None:
-        auroc += f", {_told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
+        auroc += f", {told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
     if card.pairwise_accuracy is not None:
-        pairwise = _told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
+        pairwise = told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
         auroc += f"; pairwise accuracy {pairwise}, {counted(card.pairs, 'pair')}"
     yield f"{auroc}."
-    balanced = _told(card.balanced_accuracy, intervals["balanced_accuracy"])
+    balanced = told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (
-        f"Accuracy {_told(card.accuracy, intervals['accuracy'])}, where always giving the commoner label has "
+        f"Accuracy {told(card.accuracy, intervals['accuracy'])}, where always giving the commoner label has "
         f"{card.majority_accuracy:.2f}; balanced {balanced}."
     )
     yield (
-        f"Calibration error (ECE) {_told(scaled.ece_before)}; with a temperature {_told(scaled.ece_temperature)}; "
-        f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {_told(scaled.ece_after)}."
+        f"Calibration error (ECE) {told(scaled.ece_before)}; with a temperature {told(scaled.ece_temperature)}; "
+        f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {told(scaled.ece_after)}."
     )
     if card.ensemble is not None:
         yield from card.ensemble.words
     yield (
-        f"Length: correlation with the score {_told(length.correlation)}; AUROC of length alone "
-        f"{_told(length.auroc_of_length)}, of the model among like lengths {_told(length.auroc_within)}."
+        f"Length: correlation with the score {told(length.correlation)}; AUROC of length alone "
+        f"{told(length.auroc_of_length)}, of the model among like lengths {told(length.auroc_within)}."
     )
     if judged := [(one.auroc, one) for one in card.slices if one.auroc is not None]:
         auroc_of_worst, worst = min(judged, key=lambda pair: pair[0])
-        words = _told(auroc_of_worst, worst.interval)
+        words = told(auroc_of_worst, worst.interval)
         yield f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC {words}."
     yield "LoRA against full tuning: not compared (perl-rlhf compare does); worst mistakes: in the report."
-
-
-def _told(value: float | None, interval: Sequence[float] | None = None) -> str:
-    if value is None:
-        return "unknown"
-    ends = f" ({fixed(interval[0], 2)} to {fixed(interval[1], 2)})" if interval is not None else ""
-    return f"{fixed(value, 2)}{ends}"

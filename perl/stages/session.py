@@ -30,7 +30,7 @@ from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import sending
 from perl.runs.validation import Kept
-from perl.stages.identity import ROLES, Identity, file_sha256, identify, settings_sha256
+from perl.stages.identity import ROLES, Identity, identify, settings_sha256, sha256_or_missing
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
@@ -155,7 +155,7 @@ class Session:
         """The adapters that stages start from; that of a finished stage may be gone since."""
         found: dict[StageName, Start] = {}
         for stage, folder in self.recipe.starts.items():
-            sha256, result = file_sha256(Path(folder) / WEIGHTS), self.folder.result(stage)
+            sha256, result = sha256_or_missing(Path(folder) / WEIGHTS), self.folder.result(stage)
             gone = result.started_from if result is not None and sha256 == "missing" else None
             found[stage] = gone or Start(folder=folder, sha256=sha256)
         return found

@@ -268,6 +268,8 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
     ]
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000
+    blend = {"model": 1.9, "words": 2.2, "intercept": 0.1, "rows": 160}
+    report["stages"]["reward"]["blends"] = [blend, {**blend, "rows": 161}]
     report["stages"]["rl"]["preflight"] = [
         {"name": "sampled as read", "words": "the sampler's log-probs", "figure": 1.4e-6, "limit": 0.001}
     ]

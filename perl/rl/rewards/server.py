@@ -7,7 +7,6 @@ to be the one at which the model was trained to be read.
 Axis letter: B completions.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from perl.rl.samplers.base import Samples
 from perl.rl.samplers.server.client import QUICK, Server, ServerError, UselessError, refused
 from perl.rl.samplers.server.parallel import Calls
 from perl.roles.saved import Stamp
+from perl.system.files import file_sha256
 
 SECTION = "rl.reward"
 ROWS = 16
@@ -134,8 +134,7 @@ class ServedModel(RewardSource):
         root = models[self._asked.model].root
         files = [file for name in WEIGHTS if root and (file := Path(root, name)).is_file()]
         if files:
-            with files[0].open("rb") as opened:
-                self.weights_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+            self.weights_sha256 = file_sha256(files[0])[:16]
 
     def scores(self, server: Server, rows: list[list[int]]) -> list[float]:
         """One server's scores of rows of tokens, as its head gives them."""

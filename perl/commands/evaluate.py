@@ -86,11 +86,11 @@ def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
     from perl.stages.rl_setup import eval_prompts, finished_collector
 
     assert session.recipe.rl is not None
+    collector, judge = finished_collector(session), session.held_out.judge
     if data is None:
         refuse_changed(session.folder, {"rl": session.identities["rl"]})
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    collector, judge = finished_collector(session), session.held_out.judge
     if session.recipe.rl.sampler.kind == "server":  # which may be gone by now
         collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)

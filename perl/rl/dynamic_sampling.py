@@ -16,8 +16,9 @@ from perl.rl.rollout import Rollout
 
 
 def differing(rollout: Rollout, tolerance: float) -> Tensor:
-    """Which completions are of groups whose rewards differ, bool (B)."""
-    return ~equal_groups(rollout.rewards_B, rollout.group_size, tolerance)
+    """Which completions are of groups whose rewards differ, by more than a share of the largest, bool (B)."""
+    size = float(rollout.rewards_B.abs().max()) or 1.0
+    return ~equal_groups(rollout.rewards_B / size, rollout.group_size, tolerance)
 
 
 def assembled(drawn: Sequence[Rollout], completions: int, tolerance: float) -> Rollout:

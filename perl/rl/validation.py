@@ -39,7 +39,7 @@ class PolicyValidation:
             return {}
         metrics = evaluate_policy(self.collector, Role.POLICY, self.prompts, self.judge)
         worth = statistics.fmean(metrics["reward" if self.judge is None else "gold"])
-        if self.found.unit is None:  # one for all, or steps could not be compared
+        if not self.found.unit:  # one for all, or steps could not be compared; 0 before rewards have differed
             self.found.unit = reward_std
         worth -= self.kl_weight * self.found.unit * statistics.fmean(metrics["kl"])
         self.found.values[step] = worth

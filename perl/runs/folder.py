@@ -101,7 +101,8 @@ class RunFolder:
         new, old = flat_keys(recipe.model_dump()), flat_keys(self.recipe().model_dump())
         for key in sorted({*new, *old}):
             section = key.partition(".")[0]
-            begun = section not in STAGE_ROLE or self.begun(section)
+            stages = [section] if section in STAGE_ROLE else STAGE_ROLE
+            begun = any(self.begun(stage) for stage in stages)
             if begun and new.get(key) != old.get(key) and not changes_nothing(key):
                 raise UserError(
                     f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",

@@ -119,9 +119,20 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
         flat |= {f"{key} (name)": name, f"{key} (file)": sha256_or_missing(Path(file))}
     for key in [key for key in flat if key.endswith(".run")]:  # what that reward model depends on
         folder = RunFolder(Path(json.loads(flat.pop(key))))
-        flat[f"{key} (file)"] = file_sha256(folder.role(Role.REWARD) / FILE)
+        flat[f"{key} (file)"] = sha256_or_missing(folder.role(Role.REWARD) / FILE)
     plugins = [file for file in recipe.plugins if stage == "rl" or not adds_to(file) <= ONLY_RL]
     return flat | ({"plugins": _hash([plugin_sha256(file) for file in plugins])} if plugins else {})
+
+
+def trained_settings_sha256(folder: RunFolder, recipe: Recipe, stage: StageName) -> str:
+    """SHA-256 of the settings of a stage as it was begun in a folder; of the recipe's, where it was not.
+
+    The files of reward functions may have changed since: that is no reason not to use what was trained.
+    """
+    there = recorded(folder, stage)
+    if there is None:
+        return settings_sha256(recipe, stage)
+    return _hash({key: value for key, value in there.settings.items() if key != f"{stage}.adapter (file)"})
 
 
 def settings_sha256(recipe: Recipe, stage: StageName, *, any_length: bool = False) -> str:

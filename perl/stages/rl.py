@@ -68,7 +68,9 @@ def train_rl(session: Session) -> RlStage:
         stopped_by = train(loop, initial, done, partial(_log, session, loop, held_out, log))
     trained = session.roles.parameters_of(*loop.learner.trained)
     remains = choose(loop, stopped_by)
-    kept = None if loop.validation is None else loop.validation.found.kept(remains, settings.steps)
+    found = None if loop.validation is None else loop.validation.found
+    # A guard may stop RL before the first validation.
+    kept = found.kept(remains, settings.steps) if found is not None and found.values else None
     stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     best = None

@@ -30,7 +30,14 @@ from perl.runs.checkpoint import Checkpoints
 from perl.runs.folder import STAGE_ROLE, MetricsLog, RunFolder
 from perl.runs.trackers import sending
 from perl.runs.validation import Kept
-from perl.stages.identity import ROLES, Identity, identify, settings_sha256, sha256_or_missing
+from perl.stages.identity import (
+    ROLES,
+    Identity,
+    identify,
+    settings_sha256,
+    sha256_or_missing,
+    trained_settings_sha256,
+)
 from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
@@ -142,7 +149,7 @@ class Session:
         self.processes.barrier()
 
     def _recipe(self, role: Role) -> dict[str, str]:
-        settings = settings_sha256(self.recipe, self.stage_of(role))
+        settings = trained_settings_sha256(self.folder, self.recipe, self.stage_of(role))
         return {"recipe": self.recipe.name, "recipe_sha256": settings}
 
     @cached_property

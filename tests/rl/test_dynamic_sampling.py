@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from perl.rl.dynamic_sampling import assembled, joined
+from perl.rl.dynamic_sampling import assembled, differing, joined
 from tests.rl.rollouts import rollout
 
 
@@ -18,6 +18,13 @@ def test_groups_that_differ_come_first_and_equal_ones_fill_up() -> None:
     assert assembled([first, first], 4, 1e-6).texts == ["c", "d", "c", "d"]
     equal = replace(second, rewards_B=torch.zeros(4))
     assert assembled([first, equal], 4, 1e-6).texts == ["c", "d", "a", "b"]
+
+
+def test_groups_differ_whatever_the_scale_of_rewards() -> None:
+    for scale in (1e-9, 1.0, 1e9):
+        rewards_B = scale * torch.tensor([1.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+        assert differing(rollout(rewards_B=rewards_B), 1e-6).tolist() == [False, False, True, True]
+    assert not differing(rollout(rewards_B=torch.zeros(4)), 1e-6).any()
 
 
 def test_prompts_of_other_lengths_are_padded_on_the_left() -> None:

@@ -83,9 +83,10 @@ WORDS = {
         "Set rl.learning_rate: {rate}.",
     ),
     "no_signal": Words(
-        "all rewards have been equal for {value:.0f} steps: there is nothing to learn from",
+        "the rewards have given no advantage for {value:.0f} steps: there is nothing to learn from",
         "The reward does not tell completions apart: it is constant, asks for what the policy never does, or is "
-        "already earned by every completion.",
+        "already earned by every completion; or the algorithm has no use for it, as maxrl has none for rewards "
+        "of at most 0.",
         "Look at the reward and the samples; a reward that gives part of the credit, more rl.samples_per_prompt "
         "or a higher rl.temperature help.",
     ),

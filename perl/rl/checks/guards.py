@@ -58,6 +58,8 @@ class Guard:
                 memory.troubles.pop(reading.name, None)
                 continue
             trouble = memory.troubles.setdefault(reading.name, Trouble(reading.since, reading.good_until))
+            if reading.name == "no_signal":  # without one no update is made: the newest policy is good
+                trouble.good_until = step
             if reading.certain and (trouble.grave is None or (reading.grave and not trouble.grave)):
                 trouble.grave = reading.grave
                 new.append(self._alarm(step, reading, trouble, "gold" in finite))

@@ -95,7 +95,8 @@ class RewardSource(ABC):
             raise UserError(
                 f"{self.title} failed: {type(error).__name__}: {error}",
                 where=f"{frame.filename}:{frame.lineno}",
-                remedy="Mend the function; no completion is scored 0 for a failure.",
+                remedy="Mend the function, and run it into another --out: what it has trained so far is of the "
+                "function as it was. No completion is scored 0 for a failure.",
             ) from error
         return self._check(returned, len(texts))
 

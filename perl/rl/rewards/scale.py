@@ -24,6 +24,8 @@ ROUNDING = 1e-6
 FARTHEST = 10.0
 """Spreads from the mean that a reward counts as at most. One that a completion in a hundred earns lies 9.9 from
 it; what is rarer widens the spread as it becomes less rare."""
+RARE = 0.05
+"""Of the first rewards, a share of outliers above which they are none."""
 ABSURD = 100.0
 """Spreads from the mean beyond which a reward is a mistake rather than rare."""
 SIGMAS = 1.4826
@@ -57,7 +59,10 @@ class RewardScale:
             spread = SIGMAS * float((rewards_B - middle).abs().median())
         if spread <= ROUNDING * abs(middle):  # most are equal: nothing says yet how far is far
             return rewards_B
-        return rewards_B.clamp(middle - FARTHEST * spread, middle + FARTHEST * spread)
+        near_B = rewards_B.clamp(middle - FARTHEST * spread, middle + FARTHEST * spread)
+        # Of two levels with a small difference within them, the median distance sees only the one.
+        several = self.std == 0.0 and int((near_B != rewards_B).sum()) > max(1.0, RARE * len(rewards_B))
+        return rewards_B if several else near_B
 
     def absurd(self, rewards_B: Tensor) -> float | None:
         """The reward that lies farthest from the mean of those before, if that is too far to be but rare."""

@@ -72,6 +72,19 @@ def test_rewards_that_are_mostly_equal_do_not_say_how_far_is_far() -> None:
     assert RewardScale().within(torch.tensor([0.0] * 15 + [1.0])).tolist() == [0.0] * 15 + [1.0]
 
 
+def test_two_levels_with_a_small_difference_within_them_are_no_outliers() -> None:
+    """Right or wrong, and a tie-break: the median distance sees only the tie-break."""
+    scale, random = RewardScale(), np.random.default_rng(0)
+    for _ in range(4):
+        rewards_B = torch.from_numpy((random.random(16) < 0.3) + 1e-4 * random.standard_normal(16))
+        assert scale.absurd(rewards_B) is None
+        scale.update(scale.within(rewards_B))
+        assert scale.std == pytest.approx(0.46, rel=0.3)
+    # A single one in the first rollout is one.
+    first_B = torch.tensor([0.0, 0.1, 0.2, 0.1, 0.3, 0.2, 0.1, 0.0, 1e6])
+    assert float(RewardScale().within(first_B).max()) < 10
+
+
 def test_an_absurd_reward_is_named() -> None:
     scale = RewardScale()
     first, second, _ = rollouts()

@@ -259,7 +259,7 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
     loop.prompt_choice.load_state_dict(values["prompt_choice"])
     loop.kl_coef = values["kl_coef"]
     if loop.validation is not None:
-        loop.validation.found.load_state_dict(values["validation"])
+        loop.validation.found.load_state_dict(values["validation"], loop.steps)
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
     return made(InitialEval, values["initial_eval"]), state.step

@@ -82,8 +82,10 @@ class Validation:
     def state_dict(self) -> dict[str, Any]:
         return {"values": list(self.values.items()), "unit": self.unit}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.values, self.unit = dict(state["values"]), state["unit"]
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Of a run of so many steps; the last validation of a shorter one, which this one has not, is left out."""
+        self.values = {step: value for step, value in dict(state["values"]).items() if self.due(step, steps)}
+        self.unit = state["unit"]
 
     def kept(self, step: int, steps: int) -> Kept:
         """For the report: the step whose weights were kept, of so many that were meant."""

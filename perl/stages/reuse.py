@@ -62,9 +62,18 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
         why = f"{changed[0]}, and its learning rate follows from the number of steps ({name}"
         why += f", warmup_ratio {warmup:g})" if name in FOR_ANY_LENGTH else ")"
         return Found(source, "train", f"{why}: under {stage}.lr_scheduler_type: constant it would be continued")
+    if isinstance(section, Rl) and (by := _by_share_of_steps(section)):
+        return Found(source, "train", f"{changed[0]}, and {by} goes by the share of the steps")
     if not has_checkpoint(source, stage):
         return Found(source, "train", f"{changed[0]}, and {source.path} has no checkpoint of it")
     return Found(source, "continue", changed[0])
+
+
+def _by_share_of_steps(settings: Rl) -> str:
+    """What of RL would have gone otherwise in a run of another length; empty if nothing."""
+    if settings.prompt_sampling == "curriculum":
+        return "the curriculum"
+    return "length_reward_delay" if settings.length_reward and settings.length_reward_delay else ""
 
 
 def length(recipe: Recipe, stage: StageName) -> int:

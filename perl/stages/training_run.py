@@ -112,7 +112,7 @@ def training_run(
         done = resumed.step
         meter.resume_from(resumed.values["meter"])
         if validation is not None:
-            validation.load_state_dict(resumed.values["validation"])
+            validation.load_state_dict(resumed.values["validation"], steps)
     with (
         session.metrics(learner, done) as log,
         tempfile.TemporaryDirectory() as scratch,

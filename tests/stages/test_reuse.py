@@ -120,6 +120,11 @@ def test_more_steps_of_rl_continue(
     assert weights(tmp_path / "more") == weights(tmp_path / "at-once")
     code, log = run_cli("run", recipe, "--from", tmp_path / "more", "--out", tmp_path / "less")
     assert "rl is trained again: rl.steps was 3 and is 1, which is less" in log
+    by_share = ("rl.prompt_sampling=curriculum", "rl.success_reward=1")
+    assert run_cli("run", recipe, *by_share, "--out", tmp_path / "easy")[0] == 0
+    longer = ("rl.steps=3", "--from", tmp_path / "easy", "--out", tmp_path / "easier")
+    code, log = run_cli("run", recipe, *by_share, *longer)
+    assert "the curriculum goes by the share of the steps" in " ".join(log.split())
 
 
 def test_changed_rows_are_refused_by_count_and_trained_again_elsewhere(

@@ -26,6 +26,11 @@ def test_the_best_step_and_the_end_of_patience_by_hand() -> None:
     assert loss.best(until=9) == 4
     reward = Validation(every=1, patience=None, by="reward", rows=3, sign=1, values={1: 0.5, 2: 0.7, 3: 0.6})
     assert (reward.best(), reward.exhausted) == (2, False)
+    # A run of more steps has no validation where a shorter one ended.
+    state = {"values": [(2, 0.5), (4, 0.4), (5, 0.1)], "unit": None}
+    for steps, expected in ((5, 5), (8, 4)):
+        loss.load_state_dict(state, steps)
+        assert loss.best() == expected
 
 
 def stage_of(out: Path, role: str) -> dict[str, Any]:

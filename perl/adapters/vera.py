@@ -22,7 +22,7 @@ class Vera(PeftKind):
 
     settings_type = VeraSettings
     mark = "vera_"
-    rate_factor = 14.0
+    rate_factor = 20.0
     layer_type = VeraLayer
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "projection_seed": "projection_prng_key"}
     settings: VeraSettings

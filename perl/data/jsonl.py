@@ -274,6 +274,8 @@ def _dialogue(row: Row, turns: Context) -> str:
     key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
     if key is None:
         return first_user_key(turns)
+    if isinstance(key, float) and key.is_integer():  # as pandas writes whole numbers of which some are missing
+        key = int(key)
     if isinstance(key, bool) or not isinstance(key, str | int):
         raise RowError(f"dialogue is {kind(key)}; text or a whole number expected")
     return usable_text(str(key), "dialogue")

@@ -179,6 +179,8 @@ def soft_label(value: object, name: str) -> float:
     """A label that may be uncertain: as `binary_label`, or a number between, the probability of up."""
     if isinstance(value, bool | int | float) and 0 <= value <= 1:
         return float(value)
+    if isinstance(value, int | float) and value == -1:  # a thumb down, beside 1 for up
+        return 0.0
     stars = f"; {STARS}" if isinstance(value, int | float) and value > 1 else ""
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected{stars}")
 

@@ -13,13 +13,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from perl.data.rows import Row, RowError, line_value, numbered_lines, object_with, strict_json
+from perl.data.rows import MAX_LINE_BYTES, Row, RowError, line_value, numbered_lines, object_with, strict_json
 from perl.errors import UserError
 
 Value = Callable[[], object]
 """The row; raises `RowError`."""
 UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
-DOWN = ("false", "no", "down", "thumbs down", "thumbs_down", "bad", "negative", "dislike", "disliked", "-1", "👎")
+DOWN = (
+    "false",
+    "no",
+    "down",
+    "thumbs down",
+    "thumbs_down",
+    "bad",
+    "negative",
+    "dislike",
+    "disliked",
+    "-1",
+    "-1.0",
+    "👎",
+)
 NUMBERS = ("label", "margin", "probability")
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
@@ -144,13 +157,17 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         UserError: it is none.
         OSError: it cannot be read.
     """
+    csv.field_size_limit(MAX_LINE_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
             if len(header) == 1 and ";" in header[0]:  # as Excel has it in Europe
                 what, remedy = "its columns are divided by semicolons", "Save it with commas, or as TSV."
                 raise UserError(what, where=str(path), remedy=remedy)
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                what = f"has the column {twice[0]!r} twice"
+                raise UserError(what, where=str(path), remedy="Name every column once.")
             for cells in filter(None, rows):  # a blank line has no cells
                 yield rows.line_num, header, cells
         except csv.Error as error:

@@ -150,7 +150,7 @@ class Roles(nn.Module, ABC):
                 for new, old in zip(self.heads[role].parameters(), self.heads[copy_of].parameters(), strict=True):
                     new.data.copy_(old.data)
         if head and self.asked_score_terms and role is not Role.CRITIC:
-            self.score_terms[role] = ScoreTerms(self.asked_score_terms, self.model())
+            self.score_terms[role] = ScoreTerms(self.asked_score_terms, self.models()[0])
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
         """The parameters of a role's head, by their names in a classifier of transformers, and of its terms."""

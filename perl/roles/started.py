@@ -47,6 +47,15 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     if role in roles.heads and not has_head:
         notes.append("it has no head, so the head begins at zero")
     targets = {name: one for name, one in targets.items() if name in weights or not name.startswith(heads)}
+    for term in SCORE_TERMS:
+        there, here = (any(name.startswith(f"{PREFIX}{term}.") for name in of) for of in (weights, targets))
+        if there != here:
+            how = "with" if there else "without"
+            raise UserError(
+                f"the adapter there was trained {how} reward.{term}",
+                where=folder.where,
+                remedy=f"Set reward.{term}: {str(there).lower()}.",
+            )
     if difference := shape_difference(weights, targets):
         raise UserError(
             f"the adapter there does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",

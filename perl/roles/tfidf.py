@@ -50,7 +50,8 @@ class TfidfBlend(ScoreTerm):
 
     @staticmethod
     def _side(ids_BL: Tensor, mask_BL: Tensor, idf_V: Tensor, weights_V: Tensor) -> Tensor:
-        counts_BV = idf_V.new_zeros(len(ids_BL), len(idf_V)).scatter_add_(1, ids_BL, mask_BL.to(idf_V.dtype))
+        counted_BL = (mask_BL & (ids_BL >= 0)).to(idf_V.dtype)  # below: where a decoder starts
+        counts_BV = idf_V.new_zeros(len(ids_BL), len(idf_V)).scatter_add_(1, ids_BL.clamp(min=0), counted_BL)
         tfidf_BV = counts_BV * idf_V
         norm_B = tfidf_BV.norm(dim=1).clamp(min=torch.finfo(idf_V.dtype).tiny)
         log_odds_B: Tensor = tfidf_BV @ weights_V / norm_B

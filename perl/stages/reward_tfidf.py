@@ -75,6 +75,7 @@ def _counts(texts: list[list[int]], vocabulary: int) -> Any:
     """How often each token is in each text: a sparse matrix N x V."""
     from scipy.sparse import csr_matrix
 
+    texts = [[token for token in text if token >= 0] for text in texts]  # below: where a decoder starts
     columns = [token for text in texts for token in text]
     rows = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     return csr_matrix((np.ones(len(columns)), (rows, columns)), shape=(len(texts), vocabulary))
@@ -89,11 +90,17 @@ def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
     """
     from sklearn.linear_model import LogisticRegression
 
-    given = [predictions(scores, rows) for scores in (model_N, words_N)]
-    model, words = (float(one.scores.std()) or 1.0 for one in given)
-    both_N1 = (given[0].scores / model + given[1].scores / words)[:, None]
-    fitted = LogisticRegression(class_weight="balanced", fit_intercept=not given[0].compared)
-    fitted.fit(both_N1, given[0].labels)
+    labelled = rows.labelled()
+    given = [predictions(scores[: len(rows.labels)], labelled) for scores in (model_N, words_N)]
+    compared, labels = given[0].compared, given[0].labels
+    # Of pairs the differences; each read the other way around is one, too, so that there are both classes.
+    model, words = (
+        float(np.sqrt(np.mean(one.scores**2)) if compared else one.scores.std()) or 1.0 for one in given
+    )
+    both_N = given[0].scores / model + given[1].scores / words
+    if compared:
+        both_N, labels = np.concatenate([both_N, -both_N]), np.concatenate([labels, 1 - labels])
+    fitted = LogisticRegression(class_weight="balanced", fit_intercept=not compared).fit(both_N[:, None], labels)
     slope, intercept = float(fitted.coef_[0, 0]), float(np.ravel(fitted.intercept_)[0])
     if slope <= 0:  # these few rows would turn the ranking around
         slope, intercept = 1.0, 0.0

@@ -23,13 +23,15 @@ def validation_split(session: Session, stage: StageName) -> tuple[Records, Recor
         return records, None
     needed, name, _ = NEEDED[stage]
     own: dict[str, Any] = {kind: records.by_kind()[kind] for kind in KINDS[stage]}
+    notes: list[str] = []
     if len({record.dialogue for rows in own.values() for record in rows}) > 1:
         seed = derived_seed(session.recipe.seed, "validation", 0)
         train, validation = split(Records(**own), settings.validation_share, seed)
         if needed(train) and needed(validation) and not validation.incomplete:
             return train, validation
+        notes = validation.notes
     raise UserError(
-        f"the {name} to train on are of too few dialogues to validate on a part of them",
+        "; ".join([f"the {name} to train on are of too few dialogues to validate on a part of them", *notes]),
         where=f"{stage}.eval_steps",
         remedy="Use more data, or take eval_steps out.",
     )

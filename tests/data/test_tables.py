@@ -120,3 +120,23 @@ def test_what_cannot_be_read_is_refused_by_name(name: str, content: bytes, says:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):
         read_jsonl(tmp_path / name)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "own.csv").write_text("prompt,completion,label,label\na,b,0,1\n")
+    with pytest.raises(UserError, match="has the column 'label' twice"):
+        read_jsonl(file)
+
+
+def test_names_with_spaces_long_cells_and_labels_of_minus_one(tmp_path: Path) -> None:
+    """As people and pandas write tables."""
+    text = "x " * 100_000
+    (file := tmp_path / "own.csv").write_text(f"prompt, completion, label\na,b,1.0\nc,d,-1.0\n{text},e,-1\n")
+    assert [rating.label for rating in read_jsonl(file).ratings] == [True, False, False]
+    (lines := tmp_path / "own.jsonl").write_text(
+        '{"prompt": "a", "completion": "b", "label": 1, "conversation_id": 3.0}\n'
+        '{"prompt": "c", "completion": "d", "label": -1, "conversation_id": 3}\n'
+    )
+    ratings = read_jsonl(lines).ratings
+    assert [rating.label for rating in ratings] == [True, False]
+    assert {rating.dialogue for rating in ratings} == {"3"}

@@ -24,6 +24,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     RobertaConfig,
     T5Config,
@@ -49,6 +50,7 @@ GPT = {"vocab_size": 300, "initializer_range": 0.2, "bos_token_id": 1, "eos_toke
 ENCODER = {**TINY, "vocab_size": 300, "max_position_embeddings": 128}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "Llama": lambda: LlamaConfig(**SHAPE),
+    "Qwen 2.5": lambda: Qwen2Config(**SHAPE),
     "Qwen 3": lambda: Qwen3Config(**SHAPE, head_dim=8),
     "Gemma 3": lambda: Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8, layer_types=GEMMAS),
     "Mistral": lambda: MistralConfig(**SHAPE),

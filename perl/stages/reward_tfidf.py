@@ -23,6 +23,8 @@ from perl.roles.tfidf import TfidfBlend
 from perl.stages.reward_rows import Rows
 from perl.stages.session import Session
 
+LEAST_SPREAD = 1e-3
+"""Log-odds of a smaller spread tell nothing, and are not made to count."""
 MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
@@ -94,9 +96,8 @@ def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
     given = [predictions(scores[: len(rows.labels)], labelled) for scores in (model_N, words_N)]
     compared, labels = given[0].compared, given[0].labels
     # Of pairs the differences; each read the other way around is one, too, so that there are both classes.
-    model, words = (
-        float(np.sqrt(np.mean(one.scores**2)) if compared else one.scores.std()) or 1.0 for one in given
-    )
+    spreads = (float(np.sqrt(np.mean(one.scores**2)) if compared else one.scores.std()) for one in given)
+    model, words = (spread if spread > LEAST_SPREAD else 1.0 for spread in spreads)
     both_N = given[0].scores / model + given[1].scores / words
     if compared:
         both_N, labels = np.concatenate([both_N, -both_N]), np.concatenate([labels, 1 - labels])

@@ -84,7 +84,7 @@ def table(runs: dict[str, dict[int, Run]], kls: list[float]) -> list[str]:
 
     Args:
         runs: of each algorithm, by seed.
-        kls: sizes at which the curves are compared, in nats a completion.
+        kls: sizes at which the curves are compared, in nats per completion.
     """
     at = [f"{what} at KL {kl:g}" for kl in kls for what in ("reward", f"less {BESIDE}'s")]
     columns = ["algorithm", "seeds", "up", *at, f"step of KL {kls[0]:g}", "last: gain", "KL", "incidents"]
@@ -134,7 +134,7 @@ def main() -> None:
     """Write frontier.md, and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid.frontier", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="The grid's folder.")
-    parser.add_argument("--kl", default="3,8", metavar="A,B", help="Nats a completion; 3,8 by default.")
+    parser.add_argument("--kl", default="3,8", metavar="A,B", help="Nats per completion; 3,8 by default.")
     given = parser.parse_args()
     kls = [float(part) for part in given.kl.split(",")]
     runs: dict[tuple[str, str], dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))

@@ -61,7 +61,7 @@ def judge(
         gold: what the reward only stands for, where that is known, of completions as text.
 
     Returns:
-        reward_before, reward_after, interval (95 %, of the change), kl (nats a completion, of the policy's own
+        reward_before, reward_after, interval (95 %, of the change), kl (nats per completion, of the policy's own
         completions), and for both: tokens, ended (share that ended by itself), distinct (share of different
         texts), gold where it is known; rewards_before and rewards_after, a mean a prompt.
     """

@@ -7,7 +7,7 @@ from perl.measure.two_runs import Comparison
 
 @dataclass(frozen=True)
 class Reached:
-    """Means of a policy after so many steps; KL in nats a completion."""
+    """Means of a policy after so many steps; KL in nats per completion."""
 
     step: int
     kl: float

@@ -70,4 +70,4 @@ def _policy_note(found: "TwoRuns") -> str:
         judged = "They were trained on different rewards: each reward judges the completions of both."
     if found.as_text:
         judged += " Completions are judged as text, so as each reward's own tokenizer divides it."
-    return f"{judged} KL is each policy's to its own reference, in nats a completion."
+    return f"{judged} KL is each policy's to its own reference, in nats per completion."

@@ -192,8 +192,16 @@ def cell_value(name: str, cell: object) -> object:
     word = cell.strip().casefold()
     if name == "label" and word in (*UP, *DOWN):
         return word in UP
-    if name in NUMBERS or word.startswith("[{"):
-        with contextlib.suppress(ValueError):
-            value: object = json.loads(cell) if word.startswith("[{") else float(word)
+    with contextlib.suppress(ValueError):
+        if name in NUMBERS:
+            return float(word)
+        if word.startswith("[{") and _are_messages(value := json.loads(cell)):
             return value
     return cell
+
+
+def _are_messages(value: object) -> bool:
+    """Whether a list is of chat messages, and not what a completion in JSON says."""
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and {"role", "content"} <= set(one) for one in value
+    )

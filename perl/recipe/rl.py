@@ -78,7 +78,7 @@ class Rl(Validation):
     direction: Direction | None = None
     """Of the policy's step: the gradient, or the natural gradient over the adapter's weights (TRPO)."""
     trust_region: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened until it does not."""
+    """δ: a step that moves the policy by a larger mean KL, in nats per token, is shortened until it does not."""
     reward: Annotated[Rewards, DOCUMENTED_UNSET] = RewardFrom()
     """Unset: the reward stage's model. See perl/recipe/rewards.py."""
     anyway: bool = False
@@ -125,7 +125,7 @@ class Rl(Validation):
     """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. Where `kl` puts
     the KL into the loss, β weighs it there and r keeps its weight; where `kl` is none, β has no use."""
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Nats a completion: β rises by up to 2 % a step while the KL is above it, and falls below it (Ziegler
+    """Nats per completion: β rises by up to 2 % a step while the KL is above it, and falls below it (Ziegler
     et al. 2019); `kl_coef` is where β starts. Unset: β is constant."""
     length_reward: NonNegative = 0.0
     """Weight of Kimi's length reward, in standard deviations of the reward: among the right completions of a
@@ -156,7 +156,7 @@ class Rl(Validation):
     guard: Literal["stop", "warn", "off"] = "stop"
     """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
-    """Nats a completion that the policy may be away from its reference."""
+    """Nats per completion that the policy may be away from its reference."""
 
     @property
     def reward_parts(self) -> list[RewardPart]:

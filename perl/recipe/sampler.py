@@ -27,7 +27,7 @@ class SamplerFrom(Section):
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: a server draws the next step's completions while this one is learned from, with the policy as it was."""
     mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Mean difference between a server's log-probs and the policy's, in nats a token, above which the run ends.
+    """Mean difference between a server's log-probs and the policy's, in nats per token, above which the run ends.
     Unset: 0.001 in float32, 0.01 in float16, 0.04 in bfloat16."""
 
     @property

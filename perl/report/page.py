@@ -131,7 +131,7 @@ def _unfinished(group: Group) -> dict[str, Any] | None:
     if stage is None:
         return None
     role = "policy" if stage == "rl" else stage
-    shown = (("reward", "Reward", "reward"), ("kl", "KL", "nats a completion"))
+    shown = (("reward", "Reward", "reward"), ("kl", "KL", "nats per completion"))
     names = shown if stage == "rl" else (("loss", "Loss", "loss"),)
     plots = [charts.step_plot(group, role, name, f"{title} so far", unit) for name, title, unit in names]
     steps = len(group.first.metrics[role].get("step", ()))
@@ -156,7 +156,7 @@ def _tiles(group: Group) -> list[Row]:
         tiles.append(("Reward", ends, "on held-out prompts, before → after RL"))
     kl, auroc = spread(one.kl for one in group.rl), spread(card.auroc for card in group.reward)
     if kl is not None:
-        note = f"nats a completion {plus_minus(kl)}".strip()
+        note = f"nats per completion {plus_minus(kl)}".strip()
         tiles.append(("KL from the reference", decimal(kl.mean), note))
     if auroc is not None:
         note = plus_minus(auroc) or "0.5 is a coin, 1 perfect"
@@ -183,7 +183,7 @@ def _policy(group: Group) -> dict[str, Any]:
     rows[1:1] = [*_part_rows(group), *_pass_rows(group)]
     ends = [None, spread(one.kl for one in group.rl)]
     interval = group.rl[0].kl_interval if alone else None
-    rows.append(_policy_row("KL to the reference, nats a completion", ends, interval))
+    rows.append(_policy_row("KL to the reference, nats per completion", ends, interval))
     reward = mean_change(group.rl, "reward")
     means = (reward.before, reward.after) if reward is not None else ()
     gold = mean_change(group.rl, "gold")
@@ -192,7 +192,7 @@ def _policy(group: Group) -> dict[str, Any]:
         charts.step_plot(group, "policy", "reward", "Reward", "reward of sampled completions", means),
         charts.step_plot(group, "policy", "gold", "Gold judge", "completions found right, %", golds, scale=100.0),
         policy_charts.root_kl_plot([group], "root-kl"),
-        charts.step_plot(group, "policy", "kl", "KL", "nats a completion"),
+        charts.step_plot(group, "policy", "kl", "KL", "nats per completion"),
         policy_charts.reward_histogram_plot(group),
         policy_charts.trust_region_plot(group),
     ]

@@ -57,7 +57,7 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
                 axes.axvline(
                     max(matched_kl, 0.0) ** 0.5, color=FG, linewidth=1.0, linestyle=":", label="matched KL"
                 )
-        panels[-1].set_xlabel("√KL from the reference (KL in nats a completion)")
+        panels[-1].set_xlabel("√KL from the reference (KL in nats per completion)")
         if len(groups) > 1:
             panels[0].legend(loc="lower right")
         svg = to_svg(drawn, name, f"Reward{' and gold judge' if has_gold else ''} against √KL", hovers)
@@ -134,7 +134,7 @@ def trust_region_plot(group: Group) -> Plot | None:
     steps = np.concatenate([np.arange(1, len(metrics["step_kl"]) + 1) for metrics in runs])
     taken, shortened = np.isfinite(kl), int((backtracks > 0).sum())
     with drawing() as drawn:
-        axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats a token")
+        axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for chosen, colour, marker, words in (
             (backtracks == 0, SERIES[0], "o", "whole"),
@@ -144,7 +144,7 @@ def trust_region_plot(group: Group) -> Plot | None:
         axes.plot(steps[taken], limit[taken], color=FG, linewidth=1.0, linestyle=(0, (4, 3)), label="δ")
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower right")
-        spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats a token, δ {decimal(np.nanmax(limit))}"
+        spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats per token, δ {decimal(np.nanmax(limit))}"
         hovers = step_hovers(axes, "KL", runs[0]["step_kl"])
         svg = to_svg(drawn, "steps-policy-step_kl", spoken, hovers)
     tried = f"{int(np.nansum(backtracks))} backtracks in all"

@@ -16,7 +16,7 @@ class Quality:
     """A measure of what a stage has come to.
 
     Attributes:
-        value: of a run, and for RL of a KL in nats a completion; None: the run has none.
+        value: of a run, and for RL of a KL in nats per completion; None: the run has none.
         is_gold: by a judge that training does not see; neither does a search of learning rates.
     """
 

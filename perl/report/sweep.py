@@ -79,7 +79,7 @@ class Sweep:
 
     @cached_property
     def kl(self) -> float:
-        """In nats a completion; 0 where nothing depends on it."""
+        """In nats per completion; 0 where nothing depends on it."""
         runs = [run for cell in self.cells for run in cell.runs.values()]
         matched = match([curve(run.metrics["policy"]) for run in runs]) if self.at is None else None
         return matched.kl if matched is not None else self.at or 0.0
@@ -154,7 +154,7 @@ class Sweep:
         ]
         below = sum(float(found.kl.max()) < self.kl for found in curves)
         ends = f"; {below} of {len(curves)} runs stay below it and are judged at their end" if below else ""
-        return f"RL is judged at a KL of {decimal(self.kl)} nats a completion{ends}."
+        return f"RL is judged at a KL of {decimal(self.kl)} nats per completion{ends}."
 
     def as_json(self) -> dict[str, Any]:
         """The table's metrics."""

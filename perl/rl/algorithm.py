@@ -118,7 +118,7 @@ class Algorithm:
     """How the policy's step is taken: by the optimizer; or by the natural gradient, as far as `trust_region` says,
     which knows neither a learning rate nor clipping. The critic's is the optimizer's."""
     trust_region: float | None = None
-    """δ: a step that moves the policy by a larger mean KL, in nats a token, is shortened; None: any is taken."""
+    """δ: a step that moves the policy by a larger mean KL, in nats per token, is shortened; None: any is taken."""
 
     @property
     def compares_groups(self) -> bool:

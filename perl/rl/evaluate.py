@@ -44,7 +44,7 @@ def samples_per_prompt(prompts: int) -> int:
 def evaluate_policy(
     collector: Collector, role: Role, prompts: EncodedPrompts, judge: Judge | None, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
-    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats a completion, k1), length, `ended`.
+    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats per completion), length, `ended`.
 
     Where the reward has rules, `pass@K` too, a completion being right that fulfils all of them. All policies draw
     with the same random numbers.
@@ -158,7 +158,7 @@ def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[P
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
-    """A rollout in metrics; `kl` is the k1 estimate in nats a completion, `kl_token` in nats a token.
+    """A rollout in metrics; `kl` is the k1 estimate in nats per completion, `kl_token` in nats per token.
 
     `gold` is the judge's, where there is one: it is written down and never trained on. `reward/NAME` are the
     parts of the reward.

@@ -210,7 +210,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     K is 0.1, as there. β stays below 1, where the reward would have no weight.
 
     Args:
-        kl: of the rollout, nats a completion.
+        kl: of the rollout, nats per completion.
         target: the same.
     """
     error = min(0.2, max(-0.2, kl / target - 1.0))

@@ -29,7 +29,7 @@ class Objective:
     success_reward: float = 0.5
     """Raw rewards from which a completion is right."""
     kl_target: float | None = None
-    """Nats a completion that β is moved to keep; None: β is constant."""
+    """Nats per completion that β is moved to keep; None: β is constant."""
     correct_sampler: bool = True
     """Whether advantages are weighed by the policy's probability over the sampler's."""
 

@@ -42,7 +42,7 @@ class BestOfN:
     """The best of n completions by the policy before RL, by reward, beside RL's policy on the same prompts.
 
     Attributes:
-        kl: nats a completion.
+        kl: nats per completion.
         reward_interval, gold_interval: of RL's policy less best-of-n, 95 %, paired by prompt.
     """
 
@@ -77,7 +77,7 @@ class PolicyChange:
         reward_parts_before, reward_parts_after: means before weighting, by name.
         pass_at: where the reward has rules.
         gold_before: where there is a judge.
-        kl: of the policy to its reference, nats a completion.
+        kl: of the policy to its reference, nats per completion.
     """
 
     n: int

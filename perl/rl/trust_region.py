@@ -48,7 +48,7 @@ class Probed:
     """What the probe says of the policy as it is."""
 
     kl: float
-    """Mean KL(π_old‖π), nats a token."""
+    """Mean KL(π_old‖π), nats per token."""
     loss: float
     """The algorithm's."""
 
@@ -72,7 +72,7 @@ class TrustRegion:
     Args:
         local: what this process learns from.
         targets: of `local`.
-        limit: δ, nats a token.
+        limit: δ, nats per token.
     """
 
     roles: Roles
@@ -135,7 +135,7 @@ class TrustRegion:
         return Probed(everyone(kl) / self._tokens, everyone(loss))
 
     def kl_gradient(self) -> tuple[float, Tensor]:
-        """The mean KL of half the probe at the policy as it is now, nats a token, and its gradient, flat."""
+        """The mean KL of half the probe at the policy as it is now, nats per token, and its gradient, flat."""
         total, processes = 0.0, self.roles.engine.processes
         for part in self._fisher:
             with self.roles.checkpointed(self.checkpoint_activations):

@@ -21,7 +21,7 @@ WIDTH = 64
 class Likelihood(ScoreTerm):
     """Adds a network of one hidden layer, of the mean and the least log-probability of an answer's tokens.
 
-    Both are in nats a token, so that length alone does not change their scale; the tanh bounds what an unlikely
+    Both are in nats per token, so that length alone does not change their scale; the tanh bounds what an unlikely
     token costs.
     """
 

@@ -33,7 +33,7 @@ class Conversion:
         kind: the adapter that was converted, in words.
         rescales: see `AdapterKind`.
         rows: completions that `kl` is of, sampled from the role, or rows that are scored.
-        kl: from the role with its own adapter to the one with LoRA, mean in nats a token; None for scores.
+        kl: from the role with its own adapter to the one with LoRA, mean in nats per token; None for scores.
         rms: of the difference of scores; None for language models.
         correlation: of both scores' ranks; None for language models, and where all scores are alike.
     """
@@ -50,7 +50,7 @@ class Conversion:
         """The loss, in a sentence."""
         cost, measured = self.truncation, f"on {self.rows} completions of held-out prompts the KL is"
         if self.kl is not None:
-            measured += f" {self.kl:.2g} nats a token"
+            measured += f" {self.kl:.2g} nats per token"
         else:
             ranks = "" if self.correlation is None else f" (rank correlation {self.correlation:.4f})"
             measured = f"the scores of {self.rows} held-out rows differ by {self.rms:.2g} (RMS){ranks}"

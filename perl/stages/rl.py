@@ -151,7 +151,7 @@ def summary(stage: RlStage) -> None:
         f"[bold]RL[/] ({change.algorithm}, {counted(change.steps, 'step')}): on "
         f"{counted(change.n, 'held-out prompt')}, {each} each, the reward "
         f"{measured_words(change.reward_before, change.reward_after, change.reward_interval)}, at a KL of "
-        f"{fixed(change.kl, 1)} nats a completion."
+        f"{fixed(change.kl, 1)} nats per completion."
     )
     for one in change.pass_at or []:
         text += f" pass@{one.k} {measured_words(one.before, one.after, one.interval)}."

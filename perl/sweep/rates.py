@@ -18,7 +18,7 @@ def search(cells: Cells, setting: Setting, seeds: Sequence[int], kl: float | Non
     """Search around the rate that the setting has without a search; print what was found.
 
     Args:
-        kl: where RL is judged, in nats a completion; None: at its end.
+        kl: where RL is judged, in nats per completion; None: at its end.
     """
 
     def score(rate: float, seed: int) -> float:

@@ -140,3 +140,11 @@ def test_names_with_spaces_long_cells_and_labels_of_minus_one(tmp_path: Path) ->
     ratings = read_jsonl(lines).ratings
     assert [rating.label for rating in ratings] == [True, False]
     assert {rating.dialogue for rating in ratings} == {"3"}
+
+
+def test_messages_in_a_cell_are_read_and_a_completion_in_json_is_text(tmp_path: Path) -> None:
+    messages, items = '[{"role": "user", "content": "Two."}]', '[{"item": "latte"}]'
+    frame = pandas.DataFrame({"prompt": [messages], "completion": [items], "label": [1]})
+    frame.to_csv(file := tmp_path / "own.csv", index=False)
+    rating = read_jsonl(file).ratings[0]
+    assert (rating.context[0].speaker, rating.context[0].text, rating.answer.text) == ("user", "Two.", items)

@@ -35,12 +35,12 @@ class Words(NamedTuple):
 
 WORDS = {
     "kl": Words(
-        "the policy is {value:.0f} nats a completion away from its reference; the limit is {limit:.0f}",
+        "the policy is {value:.0f} nats per completion away from its reference; the limit is {limit:.0f}",
         "Usually the learning rate is too large, or the KL coefficient too small to hold the policy.",
         "Lower rl.learning_rate or raise rl.kl_coef; if completions are long and read well, raise rl.kl_limit.",
     ),
     "entropy": Words(
-        "the entropy has collapsed to {value:.3f} nats a token, less than {limit:.3f}, a tenth of the "
+        "the entropy has collapsed to {value:.3f} nats per token, less than {limit:.3f}, a tenth of the "
         "start's; a completion has {length.now:.0f} tokens, {length.start:.0f} at the start",
         "The policy says the same whatever it is asked: the learning rate is too large, the KL coefficient too "
         "small, or one completion exploits the reward.",
@@ -64,20 +64,20 @@ WORDS = {
         "Lower rl.missing_end_penalty (0 takes none), or raise rl.max_new_tokens so that completions end in time.",
     ),
     "entropy_rising": Words(
-        "the entropy has risen to {value:.2f} nats a token, from {start:.2f} at the start, and the reward has not "
+        "the entropy has risen to {value:.2f} nats per token, from {start:.2f} at the start; the reward has not "
         "risen",
         "The policy is becoming random: the learning rate is too large, or the reward is mostly noise.",
         "Read the samples; lower rl.learning_rate, or raise rl.prompts_per_step or rl.kl_coef.",
     ),
     "sampler_mismatch": Words(
-        "the log-probs that the sampler draws with are {value:.2g} nats a token off the policy's, {start:.2g} at "
-        "the start",
+        "the log-probs that the sampler draws with are {value:.2g} nats per token off the policy's; {start:.2g} "
+        "at the start",
         "The sampler no longer computes as the policy does: its weights are stale, or rounding has grown with "
         "them.",
         "Set base.dtype: float32, or lower rl.learning_rate; if it stays, this is a bug.",
     ),
     "nothing_learned": Words(
-        "nothing is learned: at this pace the policy will have moved by {value:.1g} nats a token at the end of "
+        "nothing is learned: at this pace the policy will have moved by {value:.1g} nats per token at the end of "
         "the run, less than {limit:.1g}, although the rewards differ",
         "The learning rate is too small, or what is updated does not act.",
         "Set rl.learning_rate: {rate}.",

@@ -10,7 +10,7 @@ from perl.results import Check
 from perl.system.progress import console
 
 CLOSE_LOG_PROBS = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
-"""Mean difference, nats a token, of log-probs that are equal by arithmetic; by the base's dtype. Twice the
+"""Mean difference, nats per token, of log-probs that are equal by arithmetic; by the base's dtype. Twice the
 rounding noise of a pass, if that is more: on some deep models 0.06 is right in bfloat16."""
 
 

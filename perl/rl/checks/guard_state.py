@@ -23,19 +23,19 @@ class Limits:
     """Where each alarm is certain; chosen on some 40 recorded runs that went well and a dozen that did not."""
 
     kl: float = (
-        50.0  # nats a completion; healthy runs end at 0.3 to 12, exploding ones pass 50 on the way to hundreds
+        50.0  # nats per completion; healthy runs end at 0.3 to 12, exploding ones pass 50 on the way to hundreds
     )
     entropy: float = 0.1  # share of the start's; healthy runs keep a half and more
-    entropy_nats: float = 0.1  # nats a token, below which no reward excuses it
+    entropy_nats: float = 0.1  # nats per token, below which no reward excuses it
     ended: float = 0.05  # share of completions that end by themselves, where at least half did at the start
     length: float = 0.5  # share of the start's, if the reward has fallen too
     penalized: bool = False  # whether completions without an end are penalised
     reward: float = 2.0  # standard deviations from step to step that a fallen reward lies below its best
     entropy_rise: float = 1.8  # share of the start's, if the reward has not risen
     entropy_rise_nats: float = 0.25  # and by so much at least
-    mismatch: float = 1e-3  # nats a token between sampler and policy that are harmless in this dtype
+    mismatch: float = 1e-3  # nats per token between sampler and policy that are harmless in this dtype
     mismatch_rise: float = 4.0  # share of the first step's mismatch
-    movement: float = 3e-3  # nats a token that the policy will have moved by at the end; less is nothing learned
+    movement: float = 3e-3  # nats per token that the policy will have moved by at the end; less is nothing learned
     no_movement: float = 1e-4  # less than this stops the run
     learning_rate: float = 0.0  # of the run, from which the alarm works out a better one
     flat: int = 10  # steps in a row whose rewards were all equal

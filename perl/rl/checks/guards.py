@@ -18,7 +18,7 @@ from perl.rl.checks.guard_state import NOTHING, WINDOW, Limits, Memory, Reading,
 from perl.system.typed_json import as_json, made
 
 AIM = 0.1
-"""Nats a token that a policy should move by in a run, for the learning rate that an alarm proposes."""
+"""Nats per token that a policy should move by in a run, for the learning rate that an alarm proposes."""
 LARGEST_RATE = 1e-2
 
 
@@ -44,9 +44,9 @@ class Guard:
 
         Args:
             step: counted from 1.
-            metrics: `kl` (nats a completion), `entropy` and `sampler_mismatch` (nats a token), `ended` (share),
+            metrics: `kl` (nats per completion), `entropy`, `sampler_mismatch` (nats per token), `ended` (share),
                 `answer_tokens`, `reward`, `score`; `gold`, or `held_out` and its standard error `held_out_error`,
-                where there are; `movement_at_the_end` (nats a token) where it was measured; `refused` if the
+                where there are; `movement_at_the_end` (nats per token) where it was measured; `refused` if the
                 update was, `no_signal` if there was none to make. What is missing or not finite is passed over.
         """
         memory, new = self._memory, []

@@ -33,7 +33,7 @@ FEWEST_STEPS = 10.0
 
 
 def policy_movement(collector: Collector, samples: Samples) -> float:
-    """Mean absolute difference of the policy's log-probs from the reference's, nats a token; the main process's.
+    """Mean absolute difference of the policy's log-probs from the reference's, nats per token; the main process's.
 
     Of whole models, which are not magnified, it includes what rounding makes of a change.
     """
@@ -52,7 +52,7 @@ def policy_movement(collector: Collector, samples: Samples) -> float:
 
 
 def below_rounding(magnified: Callable[[float], float]) -> float:
-    """How far an adapter has moved the policy, nats a token, by how far it would have, had it been magnified."""
+    """How far an adapter has moved the policy, nats per token, by how far it would have, had it been magnified."""
     moved, factor = magnified(1.0), 1.0
     farthest = moved
     for _ in range(TRIES):
@@ -91,7 +91,7 @@ def at_the_end(moved: float, rate_shares: list[float], steps: int) -> float:
     """Extrapolates a movement to the end of the run, as if every step went as far and the same way.
 
     Args:
-        moved: nats a token.
+        moved: nats per token.
         rate_shares: each step's learning rate, as a share of the full one.
     """
     return moved / max(sum(rate_shares[:steps]), 1e-9) * max(sum(rate_shares), FEWEST_STEPS)

@@ -39,7 +39,7 @@ COMPLETIONS = 8
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far scores equal by arithmetic may lie apart, by the base's dtype."""
 KL_LIMIT = 1e-3
-"""Nats a completion, before the first update: policy and reference are the same numbers then."""
+"""Nats per completion, before the first update: policy and reference are the same numbers then."""
 
 EarlierStages = Callable[[Samples, bool], Iterator[Finding]]
 """Whether earlier stages left what they trained; told whether this is checked again."""
@@ -55,7 +55,7 @@ class Preflight:
         earlier_stages: what only the stages can check.
 
     Attributes:
-        apart: by how much sampler and forward pass differed before the first update, nats a token.
+        apart: by how much sampler and forward pass differed before the first update, nats per token.
     """
 
     collector: Collector
@@ -65,7 +65,7 @@ class Preflight:
     apart: float = field(default=0.0, init=False)
 
     def noise(self, samples: Samples) -> float:
-        """Nats a token by which two right computations of these log-probs may differ.
+        """Nats per token by which two right computations of these log-probs may differ.
 
         Large adapters round in every layer, which the embeddings' rounding does not show.
         """
@@ -177,7 +177,7 @@ def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Fin
     """The log-probs that the sampler drew with are those of a forward pass over the completions.
 
     Args:
-        noise: nats a token that rounding makes of a pass.
+        noise: nats per token that rounding makes of a pass.
     """
 
     def off(log_probs_BT: Tensor) -> float:
@@ -191,7 +191,7 @@ def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Fin
 
 
 def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], samples: Samples, enough: float) -> str:
-    """What brings the forward pass closer to the sampler: less than `enough` nats a token apart."""
+    """What brings the forward pass closer to the sampler: less than `enough` nats per token apart."""
     temperature = collector.sampling.temperature
     fitted, _ = fitted_temperature(collector, samples)
     others = [temperature * 2 ** (power / 4) for power in range(-8, 9) if power]
@@ -209,7 +209,7 @@ def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], sampl
 
 
 def begins_as_the_reference(collector: Collector, samples: Samples) -> Finding:
-    """KL to the reference by the k3 estimate (0 only of equals, else positive), nats a completion."""
+    """KL to the reference by the k3 estimate (0 only of equals, else positive), nats per completion."""
     roles = collector.roles
     policy_BT, reference_BT = (collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference))
     kl_BT = kl_k3(policy_BT, reference_BT).masked_fill(~samples.completion_mask_BT, 0.0)
@@ -218,7 +218,7 @@ def begins_as_the_reference(collector: Collector, samples: Samples) -> Finding:
         cause = "the weights are equal, so they are computed differently: dropout is on, or the padding differs."
     else:
         cause = f"the policy did not begin as a copy of {roles.reference}; its adapter is another's."
-    words = f"KL of the policy to its reference ({roles.reference}), nats a completion"
+    words = f"KL of the policy to its reference ({roles.reference}), nats per completion"
     return Finding("begins as the reference", words, float(kl_BT.sum(1).mean()), KL_LIMIT, cause)
 
 

@@ -1,6 +1,6 @@
 """Whether the sampler computes as the policy does, judged by what rounding cannot imitate.
 
-In bfloat16 the log-probs of a sampler and of a forward pass differ by 0.01 to 0.06 nats a token on models where
+In bfloat16 the log-probs of a sampler and of a forward pass differ by 0.01 to 0.06 nats per token on models where
 nothing is wrong; a temperature of 1.05 differs by 0.03 to 0.08. The mean difference does not tell them apart. But
 rounding is random, while another temperature or another adapter moves each token's log-prob in a direction that is
 known: along that direction 0.2 % of temperature can be seen.
@@ -41,12 +41,12 @@ TOKENS = 32
 
 
 def gap(one_BT: Tensor, other_BT: Tensor, samples: Samples) -> float:
-    """Mean absolute difference, nats a token."""
+    """Mean absolute difference, nats per token."""
     return float(masked_mean((one_BT - other_BT).abs(), samples.completion_mask_BT))
 
 
 def rounding_noise(collector: Collector, samples: Samples) -> float:
-    """What rounding makes of the policy's log-probs, nats a token, measured by the main process.
+    """What rounding makes of the policy's log-probs, nats per token, measured by the main process.
 
     Half of the embeddings' elements are moved by one unit in the last place, as two equally right computations
     differ; the result is how far the model amplifies that.
@@ -106,7 +106,7 @@ def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: flo
     There is no finding where no perturbation moves the policy far enough above rounding.
 
     Args:
-        noise: nats a token that rounding makes of a pass.
+        noise: nats per token that rounding makes of a pass.
     """
     sampling = collector.sampling
     collector = replace(collector, sampling=replace(sampling, max_new_tokens=min(TOKENS, sampling.max_new_tokens)))
@@ -135,7 +135,7 @@ class Moved(NamedTuple):
     before_BT: Tensor
     after_BT: Tensor
     moved: float
-    """Nats a token; the main process's."""
+    """Nats per token; the main process's."""
     values_BT: Tensor | None = None
     """The shared critic's, after the move."""
 

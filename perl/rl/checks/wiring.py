@@ -44,7 +44,7 @@ def dropout_off(collector: Collector, samples: Samples, noise: float) -> Finding
     """Two equal passes give the same, with the policy perturbed so that its adapter matters.
 
     Args:
-        noise: nats a token that rounding makes of a pass.
+        noise: nats per token that rounding makes of a pass.
     """
     with perturbed(collector.roles.parameters_of(Role.POLICY), SIZE):
         first_BT, second_BT = (collector.log_probs(Role.POLICY, samples) for _ in range(2))

@@ -27,7 +27,7 @@ class SamplerSettings:
     staleness: int = 0
     """Updates that the weights may be old that a step's completions are drawn with: 0 or 1."""
     mismatch_limit: float | None = None
-    """Nats a token between sampler and policy; None: by the base's dtype."""
+    """Nats per token between sampler and policy; None: by the base's dtype."""
 
 
 def _local(roles: Roles, settings: SamplerSettings) -> Sampler:

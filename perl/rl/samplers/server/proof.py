@@ -27,7 +27,7 @@ ROWS = 8
 APART = 12
 """Times the rounding that the policy must have moved by for a stale version to be told from it."""
 LEAST_NOISE = 1e-6
-"""Nats a token."""
+"""Nats per token."""
 
 
 RAW = "its log-probs are those before the temperature. Start it with --logprobs-mode processed_logprobs."
@@ -57,14 +57,14 @@ class Proof:
     """Scores completions again, and raises where they are not the role's.
 
     Args:
-        limit: mean difference, nats a token; None: by the base's dtype.
+        limit: mean difference, nats per token; None: by the base's dtype.
     """
 
     def __init__(self, roles: SharedBase, limit: float | None) -> None:
         self._roles = roles
         self._limit = limit or CLOSE_LOG_PROBS[roles.lm.dtype]
         self._noise: float | None = None
-        """What rounding makes between server and policy, nats a token: the most with nothing wrong."""
+        """What rounding makes between server and policy, nats per token: the most with nothing wrong."""
         self._anchor: _Anchor | None = None
 
     def require(self, role: Role, samples: Samples, sampling: Sampling, urls: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ class Proof:
         off, moved = seen.off, processes.broadcast(seen.moved)
         says, told_apart = "", moved > APART * noise
         if not off <= self._limit:
-            says = f"{fault}: its log-probs are {off:.2g} nats a token off those here, at most {self._limit:.2g}"
+            says = f"{fault}: its log-probs are {off:.2g} nats per token off those here, at most {self._limit:.2g}"
         elif told_apart and off / moved > FOLLOWS + 3 * noise / moved:
             says = f"{fault}: its log-probs miss {off / moved:.0%} of how the policy has moved since {seen.since}"
         if any(processes.all_gather(says)):
@@ -123,12 +123,12 @@ class _Seen:
 
     @property
     def off(self) -> float:
-        """The server's log-probs from those here, nats a token."""
+        """The server's log-probs from those here, nats per token."""
         return self._from(self._now_BT)
 
     @property
     def moved(self) -> float:
-        """The policy from its earlier version, nats a token; 0 where there is none."""
+        """The policy from its earlier version, nats per token; 0 where there is none."""
         return gap(self._now_BT, self._earlier_BT, self._samples)
 
     def _from(self, log_probs_BT: Tensor) -> float:

@@ -34,6 +34,8 @@ DOWN = (
     "👎",
 )
 NUMBERS = ("label", "margin", "probability")
+ANSWERS = ("completion", "chosen", "rejected")
+"""They may be JSON that is no chat, as a schema asks for."""
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
 SYNONYMS = {
@@ -195,13 +197,13 @@ def cell_value(name: str, cell: object) -> object:
     with contextlib.suppress(ValueError):
         if name in NUMBERS:
             return float(word)
-        if word.startswith("[{") and _are_messages(value := json.loads(cell)):
-            return value
+        if word.startswith("[{"):
+            value: object = json.loads(cell)
+            return cell if name in ANSWERS and not _are_messages(value) else value
     return cell
 
 
 def _are_messages(value: object) -> bool:
-    """Whether a list is of chat messages, and not what a completion in JSON says."""
-    return isinstance(value, list) and all(
-        isinstance(one, dict) and {"role", "content"} <= set(one) for one in value
-    )
+    """Whether a list is of chat messages."""
+    wanted = {"role", "content"}
+    return isinstance(value, list) and all(isinstance(one, dict) and wanted <= set(one) for one in value)

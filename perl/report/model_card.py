@@ -30,7 +30,6 @@ class Exported:
         scores: a sequence classifier; else a language model.
         text: the run's rows are plain text, without a chat format.
         text_end: what plain text needs after it, as Python.
-        pad_id: the token for padding.
         start_ids: what the decoder of an encoder-decoder is given before an answer; else nothing.
         difference: the largest between scores by transformers and the run's own, on held-out rows.
         conversion: what it cost to write the adapter as LoRA; None: it is as it was trained.
@@ -42,7 +41,6 @@ class Exported:
     scores: bool
     text: bool
     text_end: str
-    pad_id: int
     start_ids: tuple[int, ...] = ()
     difference: float | None = None
     conversion: Conversion | None = None

@@ -269,7 +269,8 @@ class Roles(nn.Module, ABC):
                 assert head is not None, "nothing is asked for"
                 scorer = self.heads[head]
                 scores_B, hidden_BLD = self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD)
-                if answers_BL is not None and head in self.score_terms:
+                if head in self.score_terms:
+                    assert answers_BL is not None
                     read = ScoredRows(model, hidden_BLD, ids_BL, mask_BL, answers_BL)
                     scores_B = self.score_terms[head](scores_B, read)
                 return Outputs(scores_B=scores_B)

@@ -71,7 +71,7 @@ def export_role(
     end = "tokenizer.eos_token" if text_end(tokenizer) else ""
     prompts = session.train.prompts
     is_text = bool(prompts) and all(prompt.context[-1].speaker == "text" for prompt in prompts)
-    exported = Exported(role, stage, whole, scores, is_text, end, tokenizer.pad_token_id, _start_ids(session))
+    exported = Exported(role, stage, whole, scores, is_text, end, _start_ids(session))
     if rank is not None:
         session, conversion = convert(session, role, trunk, rank)
         exported = replace(exported, conversion=conversion)

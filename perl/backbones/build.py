@@ -18,6 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    Adafactor,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -48,7 +49,9 @@ INITIALIZER_RANGE = 0.08
 """At transformers' 0.02 a model this narrow learns to copy words several times later (docs/experiments.md)."""
 BUCKET = 32
 """Rows are padded to a multiple of this, so that few shapes occur."""
-VERSION = 1
+RATES: dict[Architecture, float] = {"llama": 3e-3, "t5": 3e-2}
+"""Of a T5 in units of each weight's own size: see `_optimizer`."""
+VERSIONS: dict[Architecture, int] = {"llama": 1, "t5": 2}
 """To be raised when the same settings build another base."""
 
 
@@ -63,7 +66,7 @@ def build_base(
     max_length: int,
     steps: int,
     batch_tokens: int,
-    learning_rate: float,
+    learning_rate: float | None,
     seed: int,
 ) -> Path:
     """Train a tokenizer and a small model on the corpus; return its folder, cached by content.
@@ -73,14 +76,16 @@ def build_base(
     Args:
         vocabulary: tokens of the byte-level BPE.
         steps: optimizer steps, of about `batch_tokens` tokens each.
+        learning_rate: the highest; None: that of `RATES`.
 
     Raises:
         UserError: the cache cannot be written, before any training.
     """
+    learning_rate = learning_rate or RATES[architecture]
     settings = {name: value for name, value in locals().items() if name != "corpus"}
     if architecture == "llama":
         del settings["architecture"]  # those built before there was another keep their places
-    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([VERSIONS[architecture], settings], sort_keys=True).encode())
     for record in corpus:
         digest.update(repr((record.context, record.answer)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -176,14 +181,14 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """AdamW on next-token loss, cosine schedule with warm-up, rows batched by length.
+    """Minimize the next-token loss: cosine schedule with warm-up, rows batched by length.
 
     Args:
         rows: token ids.
         steps: optimizer steps, of about `batch_tokens` tokens each.
         seed: of the order of the rows.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = _optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
@@ -203,6 +208,20 @@ def pretrain(
             schedule.step()
             bar(loss=loss.item())
     model.eval()
+
+
+def _optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW; for a T5 Adafactor, as T5 was trained (Raffel et al. 2020, arXiv 1910.10683, section 3.1.2).
+
+    T5's embeddings begin ten times larger than its other weights. Adafactor's steps are relative to the size of
+    each weight (Shazeer and Stern 2018, arXiv 1804.04235, section 8), AdamW's are not.
+    """
+    if model.config.is_encoder_decoder:
+        optimizer: torch.optim.Optimizer = Adafactor(
+            model.parameters(), lr=learning_rate, scale_parameter=True, relative_step=False
+        )
+        return optimizer
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def _loss(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:

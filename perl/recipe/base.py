@@ -29,8 +29,8 @@ class Build(Section):
     """Of training it."""
     batch_tokens: Positive = 1536
     """Tokens a step."""
-    learning_rate: Rate = 3e-3
-    """Of training it."""
+    learning_rate: Rate | None = None
+    """Of training it. Unset: 3e-3 for llama; for t5, which Adafactor trains, 0.03 of each weight's size."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the base alone: like a pretrained model, it stays the same when the run's seed changes."""
 

@@ -23,7 +23,7 @@ CORPUS = [
 def test_a_tiny_t5_is_built_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = {"hidden_size": 32, "layers": 2, "heads": 2, "vocabulary": 300, "max_length": 64}
-    made = build_base(CORPUS, architecture="t5", **shape, steps=60, batch_tokens=128, learning_rate=0.01, seed=0)  # type: ignore[arg-type]
+    made = build_base(CORPUS, architecture="t5", **shape, steps=60, batch_tokens=128, learning_rate=None, seed=0)  # type: ignore[arg-type]
     base, lm = load_base(str(made), torch.float32, torch.device("cpu"))
     assert isinstance(lm, T5ForConditionalGeneration)
     roles = SharedBase(lora(lm, 2, 4))

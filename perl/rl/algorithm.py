@@ -229,7 +229,7 @@ class Algorithm:
             return maths.returns_to_go(rewards_BT, mask_BT), None
         assert values_BT is not None
         if self.advantage == "gae":
-            return maths.gae(rewards_BT, values_BT, mask_BT, 1.0, self.gae_lambda)
+            return maths.gae(rewards_BT, values_BT, mask_BT, self.gae_lambda)
         returns_BT = maths.returns_to_go(rewards_BT, mask_BT)
         return (returns_BT - values_BT) * mask_BT, returns_BT
 

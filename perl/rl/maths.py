@@ -40,8 +40,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked(x, mask).sum() / mask.sum().clamp(min=1)
 
 
-def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Scale the masked entries to unit variance, (x - μ) / √(σ² + eps), with μ and σ² over masked entries.
+def masked_whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Shift and scale the masked entries to mean 0 and variance 1, (x - μ) / √(σ² + 1e-8), μ and σ² over them.
 
     σ² is the population's (divided by n). One entry, or entries all alike, become 0 and not NaN. The form is
     that of `whiten` in openai/lm-human-preferences (Ziegler et al. 2019, arXiv 1909.08593).
@@ -49,8 +49,6 @@ def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: f
     Args:
         x_BT: fp32.
         mask_BT: bool.
-        shift_mean: whether the mean becomes 0; if not, μ is added back, so only the spread changes.
-        eps: added to the variance.
 
     Returns:
         fp32 (B, T); 0 outside the mask.
@@ -58,8 +56,7 @@ def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: f
     mean = masked_mean(x_BT, mask_BT)
     centred_BT = masked(x_BT - mean, mask_BT)
     variance = masked_mean(centred_BT.square(), mask_BT)
-    whitened_BT = centred_BT * torch.rsqrt(variance + eps)
-    return whitened_BT if shift_mean else masked(whitened_BT + mean, mask_BT)
+    return centred_BT * torch.rsqrt(variance + 1e-8)
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
@@ -146,32 +143,30 @@ def _discounted_sums(x_BT: Tensor, discount: float) -> Tensor:
     return torch.stack(sums[::-1], dim=1)
 
 
-def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_t = Σ_{l≥0} γ^l r_{t+l} up to the completion's last token: what REINFORCE weighs a token by.
+def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """G_t = Σ_{l≥0} r_{t+l} up to the completion's last token: what REINFORCE weighs a token by. γ is 1.
 
     Args:
         rewards_BT: fp32.
         mask_BT: bool.
-        gamma: the discount γ.
 
     Returns:
         fp32 (B, T); 0 outside the mask.
     """
-    return masked(_discounted_sums(masked(rewards_BT, mask_BT), gamma), mask_BT)
+    return masked(_discounted_sums(masked(rewards_BT, mask_BT), 1.0), mask_BT)
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16) and the returns they imply.
 
-        δ_t = r_t + γ V_{t+1} - V_t        A_t = Σ_{l≥0} (γλ)^l δ_{t+l}        R_t = A_t + V_t
+        δ_t = r_t + V_{t+1} - V_t        A_t = Σ_{l≥0} λ^l δ_{t+l}        R_t = A_t + V_t
 
-    The completion ends after its last masked token: the value beyond is 0.
+    The discount γ is 1. The completion ends after its last masked token: the value beyond is 0.
 
     Args:
         rewards_BT: fp32.
         values_BT: fp32, V of the state before each token; to be detached by the caller.
         mask_BT: bool, without holes.
-        gamma: the discount γ.
         lam: λ; 1 gives returns minus values, 0 the one-step temporal difference.
 
     Returns:
@@ -179,8 +174,8 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
     """
     known_values_BT = masked(values_BT, mask_BT)
     next_values_BT = torch.nn.functional.pad(known_values_BT[:, 1:], (0, 1))
-    deltas_BT = masked(rewards_BT, mask_BT) + gamma * next_values_BT - known_values_BT
-    advantages_BT = masked(_discounted_sums(deltas_BT, gamma * lam), mask_BT)
+    deltas_BT = masked(rewards_BT, mask_BT) + next_values_BT - known_values_BT
+    advantages_BT = masked(_discounted_sums(deltas_BT, lam), mask_BT)
     return advantages_BT, advantages_BT + known_values_BT
 
 

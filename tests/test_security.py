@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import dynamic_module_utils
 
 from perl.backbones.fake import fake_lm
 from perl.backbones.loading import load_base
-from perl.data.fetch import fetch
+from perl.data.fetch import TASKMASTER, Repository, fetch
 from perl.errors import UserError
 from perl.predict import read_subject
 from perl.recipe import load_recipe
@@ -248,14 +249,18 @@ def test_a_run_cannot_be_named_out_of_its_folder(name: str, write_recipe: WriteR
 
 
 @pytest.mark.parametrize("path", ["TM-3-2020/../../evil.json", "TM-3-2020/..", "TM-3-2020/a/../../../evil.json"])
-def test_a_download_cannot_be_put_out_of_its_folder(path: str, tmp_path: Path) -> None:
+def test_a_download_cannot_be_put_out_of_its_folder(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "served" / "TM-3-2020" / "a").mkdir(parents=True)
     (tmp_path / "evil.json").write_text("old")
     listing = tmp_path / "pins"
     listing.write_text(f"{'0' * 64}  3  {path}\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Repository, "url", (tmp_path / "served").as_uri())
     before = contents(tmp_path)
     with pytest.raises(UserError, match="leads out of its folder"):
-        fetch("TM-3-2020", tmp_path / "cache", (tmp_path / "served").as_uri(), listing)
+        fetch("TM-3-2020", replace(TASKMASTER, listing=listing))
     assert contents(tmp_path) == before
 
 

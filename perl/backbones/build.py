@@ -33,6 +33,7 @@ from perl.backbones.encoder_decoder_format import START, EncoderDecoderFormat
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Demonstration
 from perl.errors import UserError, machine_fault
+from perl.system.files import user_cache
 from perl.system.progress import track
 
 Architecture = Literal["llama", "t5"]
@@ -88,8 +89,7 @@ def build_base(
     digest = hashlib.sha256(json.dumps([VERSIONS[architecture], settings], sort_keys=True).encode())
     for record in corpus:
         digest.update(repr((record.context, record.answer)).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "perl-rlhf" / "bases" / digest.hexdigest()[:16]
+    folder = user_cache() / "bases" / digest.hexdigest()[:16]
     if (folder / "model.safetensors").exists():
         return folder
     with _unfinished(folder) as unfinished:

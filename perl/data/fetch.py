@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from perl.errors import MachineError, UserError, machine_fault
+from perl.system.files import user_cache
 
 _TIMEOUT_SECONDS = 60
 
@@ -62,50 +63,40 @@ GSM8K = Repository("openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82
 LLM_ADAPTERS = Repository("AGI-Edgerunners/LLM-Adapters", "8166572", _HERE / "math.sha256")
 
 
-def cache_folder(repository: Repository = TASKMASTER) -> Path:
-    """Where fetched data goes by default, in `$XDG_CACHE_HOME` or `~/.cache`."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    folder = repository.name.rpartition("/")[2].lower()
-    return (Path(cache) if cache else Path.home() / ".cache") / "perl-rlhf" / folder
+def cache_folder(repository: Repository) -> Path:
+    """Where a repository's fetched data goes."""
+    return user_cache() / repository.name.rpartition("/")[2].lower()
 
 
-def pins(release: str, listing: Path = TASKMASTER.listing) -> list[Pin]:
+def pins(release: str, repository: Repository) -> list[Pin]:
     """The pinned files of a release, which is a folder of the repository."""
-    lines = (line.split(maxsplit=2) for line in listing.read_text(encoding="utf-8").splitlines())
+    lines = (line.split(maxsplit=2) for line in repository.listing.read_text(encoding="utf-8").splitlines())
     pinned = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
     if outside := [pin.path for pin in pinned if ".." in pin.path.split("/")]:
         what = f"{outside[0]!r} leads out of its folder"
-        raise UserError(what, where=str(listing), remedy="Remove that line.")
+        raise UserError(what, where=str(repository.listing), remedy="Remove that line.")
     return pinned
 
 
-def fetch(
-    release: str,
-    folder: Path | None = None,
-    base_url: str | None = None,
-    listing: Path | None = None,
-    repository: Repository = TASKMASTER,
-) -> Path:
+def fetch(release: str, repository: Repository) -> Path:
     """Download a release's files, except those that are there already.
 
     Args:
         release: a folder of the repository.
-        folder: where to put them, in the repository's layout; by default `cache_folder()`.
-        base_url: the repository's address, without a slash at its end; by default its own, as is the `listing`.
 
     Returns:
-        The folder.
+        The cache's folder, which has them in the repository's layout.
 
     Raises:
         UserError: a file is not the one pinned.
         MachineError: the network or the disk fails; whole files that were fetched are kept.
     """
-    root, needed = folder or cache_folder(repository), pins(release, listing or repository.listing)
+    root, needed = cache_folder(repository), pins(release, repository)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(release, total=sum(pin.size for pin in needed))
         for pin in needed:
             if not _is_right(root / pin.path, pin):
-                _download(f"{base_url or repository.url}/{pin.path}", root / pin.path, pin, repository.by_hand)
+                _download(f"{repository.url}/{pin.path}", root / pin.path, pin, repository.by_hand)
             progress.advance(task, pin.size)
     return root
 

@@ -214,14 +214,14 @@ def _taskmaster(domain: Domain, description: str) -> Source:
         licence="CC BY 4.0",
         homepage="https://github.com/google-research-datasets/Taskmaster",
         every_row=partial(read, every_row=True),
-        fetch=partial(fetch, RELEASES[domain]),
+        fetch=partial(fetch, RELEASES[domain], TASKMASTER),
     )
 
 
 def _fetched(source: str, release: str, repository: Repository) -> Path:
     """The folder that `data fetch` fills."""
     folder = cache_folder(repository)
-    if missing := [pin.path for pin in pins(release, repository.listing) if not (folder / pin.path).is_file()]:
+    if missing := [pin.path for pin in pins(release, repository) if not (folder / pin.path).is_file()]:
         remedy = f"Run `perl-rlhf data fetch {source}`, or set data.path to a checkout of the repository."
         raise UserError(f"{source} is not fetched: there is no {missing[0]}", where=str(folder), remedy=remedy)
     return folder
@@ -237,7 +237,7 @@ def _math(name: str) -> Source:
         chosen.description,
         chosen.licence,
         f"https://github.com/{chosen.repository.name}",
-        fetch=partial(fetch, chosen.folder, repository=chosen.repository),
+        fetch=partial(fetch, chosen.folder, chosen.repository),
         remedy="Set data.path to the folder with the files as published: data/README.md.",
     )
 

@@ -4,8 +4,6 @@ On a CPU with one thread CPU seconds are measured, which other work on the machi
 """
 
 import itertools
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from perl.predict.counting import Issuer, counted
 from perl.predict.device import Curve, Device
 from perl.roles.packed import SUPPORTED
-from perl.system.files import user_named, write_json
+from perl.system.device import hardware_name
+from perl.system.files import user_cache, user_named, write_json
 from perl.system.typed_json import as_json, parse
 
 REPEATS, LEAST = 3, 0.02
@@ -36,27 +35,14 @@ Calls = list[tuple[Callable[[], object], float]]
 """Calls, and the operations or bytes of each."""
 
 
-def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perl-rlhf" / "devices"
-
-
 def machine() -> str:
     """What the rates hold for: the hardware, torch's version, and the threads."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{hardware_name(device)}, torch {torch.__version__}, threads {torch.get_num_threads()}"
 
 
 def _file() -> Path:
-    return folder() / f"{''.join(one if one.isalnum() else '-' for one in machine())}.json"
+    return user_cache() / "devices" / f"{''.join(one if one.isalnum() else '-' for one in machine())}.json"
 
 
 def calibrated() -> Device | None:

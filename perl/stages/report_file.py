@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from perl.recipe import StageName
 from perl.results import Hardware, Report, ReportBase
 from perl.roles.shared_base import SharedBase
 from perl.stages.session import Session
+from perl.system.device import hardware_name
 from perl.system.files import write_json
 from perl.system.progress import console
 from perl.system.typed_json import as_json
@@ -96,20 +96,12 @@ def _report(session: Session, after: str | None, unfinished: StageName | None) -
 def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:
     return Hardware(
         device=device.type,
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        name=hardware_name(device),
         cores=os.cpu_count(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         processes=processes,
         engine=engine,
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _installed() -> dict[str, str]:

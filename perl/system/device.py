@@ -1,6 +1,8 @@
-"""What is to be known of the device: it computes while the host goes on, or computes some dtypes slowly."""
+"""The device that computes: its name, tensors for it, and dtypes that it is slow in."""
 
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,3 +30,14 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
         x @ weight
         seconds.append(time.perf_counter() - begin)
     return min(seconds[1:])
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -38,6 +38,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def user_cache() -> Path:
+    """The folder of all that can be made or fetched again, in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perl-rlhf"
+
+
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +20,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from perl import cli
-from perl.data.fetch import fetch
+from perl.data.fetch import TASKMASTER, Repository, cache_folder, fetch
 from perl.errors import MachineError, machine_fault
 from tests import forks
 from tests.bad_input.cases import Case, contents, named
@@ -158,16 +159,19 @@ def test_a_page_without_room_is_told_and_comes_later(
     assert page.read_bytes() == whole
 
 
-def test_a_download_without_room_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_download_without_room_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = tmp_path / "served" / "TM-3-2020"
     served.mkdir(parents=True)
     (served / "big.json").write_bytes(b"x" * 10_000)
     listing = tmp_path / "pins"
     listing.write_text(f"{hashlib.sha256(b'x' * 10_000).hexdigest()}  10000  TM-3-2020/big.json\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Repository, "url", served.parent.as_uri())
+    repository = replace(TASKMASTER, listing=listing)
     with limit(4096), pytest.raises(MachineError, match="File too large") as caught:
-        fetch("TM-3-2020", tmp_path / "cache", served.parent.as_uri(), listing)
+        fetch("TM-3-2020", repository)
     assert "Raise that limit" in caught.value.remedy
-    assert not list((tmp_path / "cache" / "TM-3-2020").iterdir())
+    assert not list((cache_folder(repository) / "TM-3-2020").iterdir())
 
 
 def check_data(file: Path, stdout: int | IO[str], **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,13 @@
 import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from perl.data.fetch import GSM8K, TASKMASTER, cache_folder, fetch, pins
+from perl.data.fetch import GSM8K, TASKMASTER, Repository, cache_folder, fetch, pins
 from perl.data.sources import SOURCES, fetch_source
 from perl.errors import UserError
 
@@ -60,30 +60,32 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def listing(tmp_path: Path) -> Path:
+def repository(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """Taskmaster's with these files, on that server."""
     path = tmp_path / "pins.sha256"
     lines = [f"{hashlib.sha256(data).hexdigest()}  {len(data)}  {name}\n" for name, data in FILES.items()]
     path.write_text("".join(lines))
-    return path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Repository, "url", server.url)
+    return replace(TASKMASTER, listing=path)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_fetches_what_the_source_needs_and_nothing_else(server: Server, listing: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    assert fetch("TM-3-2020", folder, server.url, listing) == folder
-    assert files_in(folder) == {name: FILES[name] for name in (FIRST, SECOND)}
+def test_fetches_what_the_source_needs_and_nothing_else(repository: Repository) -> None:
+    assert fetch("TM-3-2020", repository) == cache_folder(repository)
+    assert files_in(cache_folder(repository)) == {name: FILES[name] for name in (FIRST, SECOND)}
 
 
-def test_good_files_are_kept_and_damaged_ones_fetched_again(server: Server, listing: Path, tmp_path: Path) -> None:
-    fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
+def test_good_files_are_kept_and_damaged_ones_fetched_again(server: Server, repository: Repository) -> None:
+    folder = fetch("TM-3-2020", repository)
     server.asked.clear()
-    (tmp_path / "cache" / FIRST).write_bytes(b"[9]")  # the size is right, the content is not
-    fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
+    (folder / FIRST).write_bytes(b"[9]")  # the size is right, the content is not
+    fetch("TM-3-2020", repository)
     assert server.asked == [FIRST]
-    assert (tmp_path / "cache" / FIRST).read_bytes() == b"[1]"
+    assert (folder / FIRST).read_bytes() == b"[1]"
 
 
 @pytest.mark.parametrize(
@@ -96,20 +98,20 @@ def test_good_files_are_kept_and_damaged_ones_fetched_again(server: Server, list
     ],
 )
 def test_a_wrong_file_is_refused_and_not_left_behind(
-    server: Server, listing: Path, tmp_path: Path, served: bytes, announced: int | None, what: str
+    server: Server, repository: Repository, served: bytes, announced: int | None, what: str
 ) -> None:
     server.files[SECOND] = served
     if announced:
         server.announced[SECOND] = announced
     with pytest.raises(UserError, match="is not the file pinned") as error:
-        fetch("TM-3-2020", tmp_path / "cache", server.url, listing)
+        fetch("TM-3-2020", repository)
     assert what in error.value.what
     assert error.value.where == f"{server.url}/{SECOND}"
-    assert list(files_in(tmp_path / "cache")) == [FIRST], "what came before is kept, no part is left"
+    assert list(files_in(cache_folder(repository))) == [FIRST], "what came before is kept, no part is left"
 
 
 def test_errors_of_server_network_and_disk_tell_how_to_go_on(
-    server: Server, listing: Path, tmp_path: Path
+    server: Server, repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del server.files[FIRST]
     (tmp_path / "file").touch()
@@ -118,9 +120,11 @@ def test_errors_of_server_network_and_disk_tell_how_to_go_on(
         "refused": ("http://127.0.0.1:1", tmp_path / "cache"),
         "file": (server.url, tmp_path / "file"),  # a file where the folder should be
     }
-    for cause, (url, folder) in cases.items():
+    for cause, (url, cache) in cases.items():
+        monkeypatch.setattr(Repository, "url", url)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         with pytest.raises(UserError, match="cannot be fetched") as error:
-            fetch("TM-3-2020", folder, url, listing)
+            fetch("TM-3-2020", repository)
         assert cause in error.value.what
         assert "git clone" in error.value.remedy
         assert "data.path" in error.value.remedy
@@ -135,7 +139,7 @@ def test_a_source_that_is_not_fetched_is_refused() -> None:
 
 
 def test_the_pins_of_each_source_are_those_of_the_readers_folders() -> None:
-    coffee, ticketing = pins("TM-4-2024"), pins("TM-3-2020")
+    coffee, ticketing = (pins(release, TASKMASTER) for release in ("TM-4-2024", "TM-3-2020"))
     assert [sum(f"/{part}/" in pin.path for pin in coffee) for part in ("data", "reward")] == [8, 7]
     assert [pin.path for pin in ticketing] == [f"TM-3-2020/reward/reward_0{n}.json" for n in range(8)]
     assert all(len(pin.sha256) == 64 and pin.size > 100_000 for pin in (*coffee, *ticketing))
@@ -152,8 +156,8 @@ def test_what_can_be_fetched_is_fetched_as_its_reader_expects(
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "perl-rlhf" / "taskmaster"
+    assert cache_folder(TASKMASTER) == tmp_path / "perl-rlhf" / "taskmaster"
     assert cache_folder(GSM8K) == tmp_path / "perl-rlhf" / "grade-school-math"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "perl-rlhf" / "taskmaster"
+    assert cache_folder(TASKMASTER) == tmp_path / ".cache" / "perl-rlhf" / "taskmaster"

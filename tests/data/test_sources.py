@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perl.commands.data import check
-from perl.data.fetch import pins
+from perl.data.fetch import TASKMASTER, pins
 from perl.data.records import Problem, Records
 from perl.data.simulator.source import simulate
 from perl.data.sources import SOURCES, load_records, load_rows, parse_source
@@ -21,7 +21,7 @@ def rows_of(folder: Path) -> Path:
     """A release of ticketing with one rated turn, twice."""
     context = json.dumps([{"role": "user", "text": "a"}])
     row = {"context": context, "generation": json.dumps({"role": "agent", "text": "b"}), "reward": 1.0}
-    for pin in pins("TM-3-2020"):
+    for pin in pins("TM-3-2020", TASKMASTER):
         path = folder / pin.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[]")

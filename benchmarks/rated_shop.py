@@ -17,7 +17,7 @@ def read_rated(path: Path | None, seed: int) -> Records:
     """
     records = SOURCES["coffee-simulator"].read(None, seed)
     records.ratings = records.ratings[:FIRST]
-    dialogues = dict.fromkeys(row.dialogue for rows in records.by_kind().values() for row in rows)
+    dialogues = dict.fromkeys(row.dialogue for row in records.rows())
     records.published_test = frozenset(list(dialogues)[::5])
     if path is not None and path.stat().st_size:
         records.ratings += read_jsonl(path).ratings

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perl.commands.data import check
-from perl.data.jsonl import parse_line
-from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Turn
-from perl.data.rows import parsed
+from perl.data.jsonl import read_values
+from perl.data.records import Demonstration, Problem, Rating, Turn
+from perl.data.rows import line_value, parsed
 from perl.data.sources import load_records
 from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
 from perl.errors import UserError
@@ -106,14 +106,15 @@ LINES = (ROWS | VALUES).map(json.dumps)
 
 
 def parse(line: bytes) -> bool:
-    parsed = parse_line(line, "f:1")
-    if isinstance(parsed, Problem):
-        assert parsed.where == "f:1"
-        assert parsed.what
+    records = read_values("f", [(1, lambda: line_value(line))], {})
+    if records.problems:
+        (problem,) = records.problems
+        assert problem.where == "f:1"
+        assert problem.what
         return False
-    assert parsed
-    for record in parsed:
-        assert isinstance(record, Demonstration | Rating | Comparison | Prompt)
+    rows = list(records.rows())
+    assert rows
+    for record in rows:
         assert_usable(record.context)
         assert record.dialogue == record.dialogue.encode().decode()
         if isinstance(record, Rating):

@@ -3,25 +3,24 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from perl.commands.options import Columns, parse_columns
+from perl.commands.options import Columns, parse_columns, print_problems
 from perl.data.column_names import UNREAD
 from perl.data.jsonl import FORMATS
 from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
-from perl.data.records import Context, Prompt, Rating, Record, Records, Turn, answers_of
+from perl.data.records import Context, Rating, Record, Records, Turn, answers_of, content_of
 from perl.data.sources import fetch_source, find_source, load_rows, parse_source
 from perl.recipe import load_recipe
 from perl.system.progress import console as messages
 from perl.system.progress import counted
 
-SHOWN_PROBLEMS = 50
 SHOWN_LEAKS = 3
 
 
@@ -81,10 +80,7 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
     console.print(_table("median/95 %/longest", {kind: sizes(rows) for kind, rows in kinds.items()}))
     for line in _facts(records):
         console.print(line)
-    for problem in records.problems[:SHOWN_PROBLEMS]:
-        console.print(f"{problem.where}: {problem.what}")
-    if len(records.problems) > SHOWN_PROBLEMS:
-        console.print(f"… and {len(records.problems) - SHOWN_PROBLEMS:,} more")
+    print_problems(console, records.problems)
     if not records.problems:
         unread = any(note.startswith(UNREAD) for note in records.notes)
         console.print("every row is usable, but columns are left out" if unread else "every row is usable")
@@ -104,18 +100,11 @@ def counts(rows: Sequence[Record]) -> dict[str, str]:
     numbers = {
         "rows": len(rows),
         "dialogues": len({row.dialogue for row in rows}),
-        "duplicates": len(rows) - len({_identity(row) for row in rows}),
+        "duplicates": len(rows) - len({content_of(row) for row in rows}),
         "agent's calls": calls,
         "agent's texts": len(by_agent) - calls,
     }
     return {name: f"{number:,}" for name, number in numbers.items()}
-
-
-def _identity(row: Record) -> Hashable:
-    """What two rows that say the same share. Labels may differ in a contradiction, which is no duplicate."""
-    label = row.label if isinstance(row, Rating) else None
-    columns = repr(row.columns) if isinstance(row, Prompt) else None
-    return (row.context, *answers_of(row), label, columns)
 
 
 def sizes(rows: Sequence[Record]) -> dict[str, str]:
@@ -148,7 +137,7 @@ def _table(title: str, cells: Mapping[str, Mapping[str, str]]) -> Table:
 
 
 def _facts(records: Records) -> Iterator[str]:
-    dialogues = {row.dialogue for rows in records.by_kind().values() for row in rows}
+    dialogues = {row.dialogue for row in records.rows()}
     yield f"{counted(len(dialogues), 'dialogue')} in all"
     if records.ratings:
         yield balance(records.ratings)

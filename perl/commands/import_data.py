@@ -6,13 +6,11 @@ from typing import Annotated
 import typer
 
 from perl.commands.json_lines import Out, write_lines
-from perl.commands.options import Columns, one_of, parse_columns
+from perl.commands.options import Columns, one_of, parse_columns, print_problems
 from perl.data.imports import FORMATS, read_import
 from perl.data.rows import no_usable_row, sifted
 from perl.errors import UserError
 from perl.system.progress import console, counted
-
-SHOWN_PROBLEMS = 50
 
 
 def data_import(
@@ -30,8 +28,5 @@ def data_import(
     if absent := [name for field, name in names.items() if not any(field in row for row in rows)]:
         raise UserError(f"no row has {', '.join(absent)}", where=str(file), remedy="Correct --columns.")
     write_lines(out, rows)
-    for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(f"{problem.where}: {problem.what}", markup=False)
-    if len(problems) > SHOWN_PROBLEMS:
-        console.print(f"… and {len(problems) - SHOWN_PROBLEMS:,} more")
+    print_problems(console, problems)
     console.print(f"{counted(len(rows), 'row')} imported, {len(problems):,} left out")

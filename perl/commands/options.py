@@ -2,12 +2,14 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from perl.data.records import Problem
 from perl.errors import UserError
 from perl.recipe.data import COLUMNS
 from perl.recipe.section import nearest
@@ -30,6 +32,7 @@ Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Another than the loopback's lets others in.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+SHOWN_PROBLEMS = 50
 
 
 def one_of(option: str, value: str, choices: list[str]) -> None:
@@ -62,6 +65,14 @@ def parse_columns(given: list[str] | None) -> dict[str, str]:
 def say_loading(what: str = "") -> None:
     """The first words on the screen: importing torch and what is built on it takes seconds."""
     console.print(f"{what}Loading the libraries …", markup=False)
+
+
+def print_problems(console: Console, problems: Sequence[Problem]) -> None:
+    """The first bad rows, and how many more there are."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(f"{problem.where}: {problem.what}", markup=False)
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"… and {len(problems) - SHOWN_PROBLEMS:,} more")
 
 
 @contextlib.contextmanager

@@ -38,10 +38,6 @@ def as_chats(records: Records) -> Records:
 
 def speakers_of(records: Records) -> set[Speaker]:
     """Who says something in any record."""
-    contexts = [
-        *((*one.context, *one.answer) for one in records.demonstrations),
-        *(one.context for one in records.ratings),
-        *(one.context for one in records.comparisons),
-        *(one.context for one in records.prompts),
-    ]
-    return {turn.speaker for context in contexts for turn in context}
+    answers = (one.answer for one in records.demonstrations)
+    contexts = (one.context for one in records.rows())
+    return {turn.speaker for turns in (*answers, *contexts) for turn in turns}

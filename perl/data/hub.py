@@ -66,7 +66,7 @@ def _read(name: str, split: str, rows: Any, columns: Mapping[str, str]) -> Recor
 def _together(parts: list[Records], test: bool) -> Records:
     """All rows; where the last part is for testing, its dialogues are held out, and left out of the others."""
     *_, last = parts
-    held_out = frozenset(row.dialogue for rows in last.by_kind().values() for row in rows) if test else frozenset()
+    held_out = frozenset(row.dialogue for row in last.rows()) if test else frozenset()
     kept = [*(part.where(lambda row: row.dialogue not in held_out) for part in parts[:-1]), last]
     return Records(
         demonstrations=[row for part in kept for row in part.demonstrations],

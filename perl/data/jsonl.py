@@ -19,7 +19,7 @@ a `Problem` and is left out; only a file that cannot be used at all is an error.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -39,13 +39,13 @@ from perl.data.records import (
     Records,
     Speaker,
     Turn,
+    content_of,
 )
 from perl.data.rows import (
     Row,
     RowError,
     first_user_key,
     kind,
-    line_value,
     number_to,
     object_with,
     parsed,
@@ -115,7 +115,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
     if hint and not rows:
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0
-    prompts: dict[tuple[Context, str], Prompt] = {}
+    prompts: dict[Hashable, Prompt] = {}
     for row in rows:
         for record in row:
             match record:
@@ -126,7 +126,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
                 case Comparison():
                     records.comparisons.append(record)
                 case Prompt():
-                    key = record.context, json.dumps(record.columns, sort_keys=True)
+                    key = content_of(record)
                     copies += key in prompts and len(row) == 1
                     prompts.setdefault(key, record)
     records.prompts = list(prompts.values())
@@ -135,11 +135,6 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
     if copies:
         records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
     return records
-
-
-def parse_line(line: bytes, where: str) -> list[Record] | Problem:
-    """The records of one line, or what is wrong with it. Never raises, whatever the bytes."""
-    return parsed(where, lambda: parse_row(line_value(line)))
 
 
 def parse_row(value: object) -> list[Record]:

@@ -21,15 +21,11 @@ def find_leak(train: Records, test: Records) -> Leak:
 
     Of a set that was published in two parts each side takes its own part.
     """
-    asked = _questions(record for record in _rows(test) if _is_test(record, test))
+    asked = _questions(record for record in test.rows() if _is_test(record, test))
     known = _questions(
-        record for record in _rows(train) if not train.published_test or not _is_test(record, train)
+        record for record in train.rows() if not train.published_test or not _is_test(record, train)
     )
     return Leak(len(asked), tuple(text for key, text in asked.items() if key in known))
-
-
-def _rows(records: Records) -> Iterable[Record]:
-    return (record for rows in records.by_kind().values() for record in rows)
 
 
 def _is_test(record: Record, records: Records) -> bool:

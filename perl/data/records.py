@@ -3,8 +3,10 @@
 A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns into tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -101,6 +103,13 @@ def answers_of(record: Record) -> list[Context]:
             return []
 
 
+def content_of(record: Record) -> Hashable:
+    """What two rows that say the same share, whatever the dialogue; ratings with different labels do not."""
+    label = record.label if isinstance(record, Rating) else None
+    columns = json.dumps(record.columns, sort_keys=True) if isinstance(record, Prompt) else None
+    return (record.context, *answers_of(record), label, columns)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A row that was left out: where it stands and what is wrong with it."""
@@ -140,6 +149,10 @@ class Records:
     def by_kind(self) -> dict[str, Sequence[Record]]:
         """The four kinds of records by their names, empty ones too."""
         return {kind: getattr(self, kind) for kind in ("demonstrations", "ratings", "comparisons", "prompts")}
+
+    def rows(self) -> Iterator[Record]:
+        """All records, a kind after another."""
+        return chain.from_iterable(self.by_kind().values())
 
     def where(self, keep: Callable[[Record], bool]) -> "Records":
         """The records to keep, with the same judge."""

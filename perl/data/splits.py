@@ -46,11 +46,9 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
             published test part.
 
     Raises:
-        UserError: the share is out of range, or there is only one dialogue.
+        UserError: there is only one dialogue.
     """
-    if not 0 < held_out < 1:
-        raise UserError(f"{held_out} is not a share", where="data.held_out", remedy="Set it above 0 and below 1.")
-    dialogues = {record.dialogue for kind in records.by_kind().values() for record in kind}
+    dialogues = {record.dialogue for record in records.rows()}
     if len(dialogues) < 2:
         remedy = "Use more data, or give each row's conversation its own `dialogue`."
         what = "; ".join([f"{len(dialogues)} dialogue cannot be split", *records.notes])

@@ -1,14 +1,12 @@
 """Two finished runs on the rows that both hold out: their reward models, and their policies."""
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perl.data.records import Comparison as Compared
-from perl.data.records import Demonstration, Prompt, Rating, Record, Records
+from perl.data.records import Records, content_of
 from perl.errors import UserError
 from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
@@ -107,24 +105,11 @@ def _differences(recipes: Sequence[Recipe]) -> dict[str, tuple[object, object]]:
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
-def _content(record: Record) -> object:
-    """What makes two rows the same, whatever the file or the dialogue they stand in."""
-    match record:
-        case Rating():
-            return record.context, record.answer, record.label
-        case Compared():
-            return record.context, record.better, record.worse
-        case Demonstration():
-            return record.context, record.answer
-        case Prompt():
-            return record.context, json.dumps(record.columns, sort_keys=True)
-
-
 def _common(held_out: Sequence[Records]) -> Records:
     """The rows that both hold out, as the first has them."""
     first, second = held_out
-    there = {_content(row) for rows in second.by_kind().values() for row in rows}
-    return first.where(lambda row: _content(row) in there)
+    there = {content_of(row) for row in second.rows()}
+    return first.where(lambda row: content_of(row) in there)
 
 
 def _refuse_few(held_out: Sequence[Records], *kinds: str) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl.data.jsonl import MAX_MARGIN, parse_line, read_jsonl
+from perl.data.jsonl import MAX_MARGIN, read_jsonl, read_values
 from perl.data.pairs import pair_ratings, without_repeats
-from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Records, Turn
-from perl.data.rows import MAX_LINE_BYTES
+from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Record, Records, Turn
+from perl.data.rows import MAX_LINE_BYTES, line_value
 from perl.data.sources import load_records
 from perl.errors import UserError
 
@@ -22,8 +22,14 @@ USER = {"role": "user", "content": "Hi  There"}
 AGENT = {"role": "assistant", "content": "hello"}
 
 
-def parse(row: object) -> list[object] | Problem:
-    return parse_line(json.dumps(row).encode(), "f:1")
+def parse_line(line: bytes) -> list[Record] | Problem:
+    """The records of one line, or what is wrong with it."""
+    records = read_values("f", [(1, lambda: line_value(line))], {})
+    return records.problems[0] if records.problems else list(records.rows())
+
+
+def parse(row: object) -> list[Record] | Problem:
+    return parse_line(json.dumps(row).encode())
 
 
 def read(tmp_path: Path, *rows: object) -> Records:
@@ -134,7 +140,7 @@ def test_a_gzipped_file_is_read(tmp_path: Path) -> None:
 def test_the_examples_of_the_readme_are_what_it_says() -> None:
     readme = (Path(__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
     lines = readme.split("```json\n")[1].split("```")[0].splitlines()
-    kinds = [type(parse_line(line.encode(), "f")[0]) for line in lines]
+    kinds = [type(parse_line(line.encode())[0]) for line in lines]
     compared = [Comparison] * 2
     assert kinds == [Demonstration, Demonstration, Rating, *compared, Prompt, Rating, *compared]
 
@@ -187,12 +193,12 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
     ],
 )
 def test_a_bad_row_is_a_problem_that_says_why(line: bytes, what: str | None) -> None:
-    parsed = parse_line(line, "own.jsonl:7")
+    parsed = parse_line(line)
     if what is None:
         assert isinstance(parsed, list)
         return
     assert isinstance(parsed, Problem)
-    assert parsed.where == "own.jsonl:7"
+    assert parsed.where == "f:1"
     assert what in parsed.what
     assert len(parsed.what) < 400, "a long row is not quoted whole"
 
@@ -268,7 +274,7 @@ ROWS = st.builds(lambda row, changes: {**row, **changes}, GOOD_ROWS, CHANGES)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.binary() | (ROWS | JSON_VALUES).map(lambda row: json.dumps(row).encode()))
 def test_any_line_gives_usable_records_or_a_problem(line: bytes) -> None:
-    parsed = parse_line(line, "f:1")
+    parsed = parse_line(line)
     if isinstance(parsed, Problem):
         assert parsed.where == "f:1"
         assert parsed.what

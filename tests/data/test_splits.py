@@ -74,12 +74,6 @@ def test_at_least_one_dialogue_is_held_out_and_one_is_not() -> None:
         assert len(keys(train)[0]) == len(keys(held)[0]) == 1
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
-def test_an_impossible_share_is_refused(share: float) -> None:
-    with pytest.raises(UserError, match="is not a share"):
-        split(records(["a", "b"]), share, seed=0)
-
-
 def test_one_dialogue_cannot_be_split() -> None:
     with pytest.raises(UserError, match="1 dialogue cannot be split"):
         split(records(["a"]), 0.5, seed=0)

@@ -59,8 +59,7 @@ class Judging:
         """All roles are loaded again but the policy."""
         self.roles.clear()
         seed_everything(self.session.recipe.seed)
-        if self.session.recipe.has_reference:
-            self.session.load(Role.SFT)
+        self.session.load_reference()
         return setup_collector(self.session)
 
     def _point(self, step: int, role: Role = Role.POLICY) -> Point:

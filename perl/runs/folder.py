@@ -113,8 +113,10 @@ class RunFolder:
 
     def begun(self, stage: StageName) -> bool:
         """Whether a stage has come to anything here: it is finished, or has a checkpoint."""
-        there = self.role(STAGE_ROLE[stage])
-        return (there / "result.json").exists() or any((there / "checkpoints").glob("step-*"))
+        return (self.role(STAGE_ROLE[stage]) / "result.json").exists() or self.has_checkpoint(stage)
+
+    def has_checkpoint(self, stage: StageName) -> bool:
+        return any((self.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
 
     def recipe(self) -> Recipe:
         """The recipe of a run that was started.

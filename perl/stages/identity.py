@@ -162,10 +162,6 @@ def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
     write_json(path / FILE, as_json(identity))
 
 
-def has_checkpoint(folder: RunFolder, stage: StageName) -> bool:
-    return any((folder.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
-
-
 def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) -> None:
     """Refuse to go on with stages that were trained, or begun, on what is not there any more.
 

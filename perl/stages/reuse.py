@@ -19,7 +19,7 @@ from perl.errors import UserError
 from perl.recipe import Recipe, Rl, StageName
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
-from perl.stages.identity import LENGTH, ROLES, Identity, differing, has_checkpoint, recorded
+from perl.stages.identity import LENGTH, ROLES, Identity, differing, recorded
 from perl.system.files import whole_folder
 from perl.system.progress import console
 
@@ -64,7 +64,7 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
         return Found(source, "train", f"{why}: under {stage}.lr_scheduler_type: constant it would be continued")
     if isinstance(section, Rl) and (by := _by_share_of_steps(section)):
         return Found(source, "train", f"{changed[0]}, and {by} goes by the share of the steps")
-    if not has_checkpoint(source, stage):
+    if not source.has_checkpoint(stage):
         return Found(source, "train", f"{changed[0]}, and {source.path} has no checkpoint of it")
     return Found(source, "continue", changed[0])
 

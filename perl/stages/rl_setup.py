@@ -78,8 +78,7 @@ def setup_collector(session: Session) -> Collector:
 
 def finished_collector(session: Session) -> Collector:
     """A collector of a run that is finished, with its reference and its policy."""
-    if session.recipe.has_reference:
-        session.load(Role.SFT)
+    session.load_reference()
     session.load(Role.POLICY)
     return setup_collector(session)
 
@@ -87,8 +86,7 @@ def finished_collector(session: Session) -> Collector:
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     """The policy, its critic and their optimizer, before the first step."""
     settings = settings_of(session)
-    if session.recipe.has_reference:
-        session.load(Role.SFT)
+    session.load_reference()
     if any(part.needs_model for part in (*settings.reward_parts, *settings.eval_reward_parts)):
         for role in session.reward_members:  # before anything is trained: an added role takes all gradients off
             session.load(role)

@@ -211,6 +211,11 @@ class Session:
         load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
         self.roles.eval()  # added adapters begin with dropout on
 
+    def load_reference(self) -> None:
+        """Load the policy that RL starts from and is held to; where it is the base, there is nothing to load."""
+        if self.recipe.has_reference:
+            self.load(Role.SFT)
+
     def _is_started(self) -> bool:
         """Whether RL's reference is in the run folder; before RL's first checkpoint it may be of another start."""
         if not self.saved(Role.SFT).exists():

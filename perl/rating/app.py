@@ -2,8 +2,7 @@
 
 import getpass
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -88,12 +87,6 @@ class RatingApp:
 
     def routes(self) -> Starlette:
         """The ASGI application."""
-
-        @asynccontextmanager
-        async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            self._worker.close()
-
         post = {"/api/next": self.next, "/api/rate": self.rate, "/api/undo": self.undo}
         return Starlette(
             routes=[
@@ -102,7 +95,7 @@ class RatingApp:
                 *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
             ],
             exception_handlers={HTTPException: _refused, UserError: _refused, BusyError: _busy},
-            lifespan=lifespan,
+            lifespan=self._worker.lifespan,
         )
 
     async def state(self, _: Request) -> Response:

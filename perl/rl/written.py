@@ -1,6 +1,6 @@
 """Rewards of completions that are given as text, whoever wrote them.
 
-Axis letters: B completions, P prompt positions, T completion positions.
+Axis letters: B completions, T completion positions, L those of prompts and completions.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perl.backbones.padding import left_pad
+from perl.backbones.padding import joined
 from perl.data.records import Prompt, Speaker, Turn
 from perl.rl.collector import Collector
 from perl.rl.evaluate import EVAL_BATCH
@@ -43,13 +43,11 @@ def _samples(collector: Collector, written: Sequence[Written]) -> Samples:
         prompts.append(collector.chat.context(one.prompt.context))
         completions.append(ids if one.ended or len(ids) == 1 else ids[:-1])
     device, pad_id = collector.roles.device, collector.sampling.pad_id
-    ids_BP, mask_BP = left_pad(prompts, pad_id, device)
+    ids_BL, mask_BL = joined(prompts, completions, pad_id, device)
     length = max(map(len, completions))
-    padded = [[*ids, *[pad_id] * (length - len(ids))] for ids in completions]
-    lengths_B1 = torch.tensor([len(ids) for ids in completions], device=device)[:, None]
     return Samples(
-        ids_BL=torch.cat([ids_BP, torch.tensor(padded, device=device)], 1),
-        mask_BL=torch.cat([mask_BP, torch.arange(length, device=device) < lengths_B1], 1),
+        ids_BL=ids_BL,
+        mask_BL=mask_BL,
         prompt_lengths=[len(ids) for ids in prompts],
         completion_lengths=[len(ids) for ids in completions],
         ended_B=torch.tensor([one.ended for one in written], device=device),

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +59,9 @@ TEXT = Form(
 )
 
 
-def openai_app(run: LoadedRun, worker: Worker | None = None) -> Starlette:
-    """The ASGI application.
-
-    Args:
-        worker: that computes; one of its own by default.
-    """
-    api = _Api(run, worker or Worker())
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        api.worker.close()
-
+def openai_app(run: LoadedRun) -> Starlette:
+    """The ASGI application."""
+    api = _Api(run)
     post = {
         "/v1/chat/completions": api.chat,
         "/v1/completions": api.complete,
@@ -86,13 +75,13 @@ def openai_app(run: LoadedRun, worker: Worker | None = None) -> Starlette:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
         ],
         exception_handlers={HTTPException: _error, UserError: _error, BusyError: _error},
-        lifespan=lifespan,
+        lifespan=api.worker.lifespan,
     )
 
 
 class _Api:
-    def __init__(self, run: LoadedRun, worker: Worker) -> None:
-        self.worker, self._run, self._started = worker, run, int(time.time())
+    def __init__(self, run: LoadedRun) -> None:
+        self.worker, self._run, self._started = Worker(), run, int(time.time())
         self._roles = [str(role) for role in run.policies]
         self._names = [*self._roles, *([REWARD] if run.results.reward is not None else [])]
 

@@ -70,6 +70,12 @@ class Worker:
         future.add_done_callback(lambda _: self._places.release())
         return future
 
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: object) -> AsyncGenerator[None, None]:
+        """For an ASGI application: when it ends, so does this."""
+        yield
+        self.close()
+
     def close(self) -> None:
         """Drop what waits, and wait for what is under way."""
         self._thread.shutdown(cancel_futures=True)

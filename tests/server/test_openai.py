@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 import perl
 from perl.data.records import Turn
 from perl.library import Completion, LoadedRun
+from perl.server import openai
 from perl.server.guard import Guard
 from perl.server.openai import openai_app
 from perl.server.openai_requests import Generation
@@ -191,9 +192,12 @@ def test_pages_elsewhere_cannot_ask(client: TestClient) -> None:
     assert answer.status_code == 415
 
 
-def test_where_the_queue_is_full_one_is_asked_to_come_again(run: LoadedRun) -> None:
+def test_where_the_queue_is_full_one_is_asked_to_come_again(
+    run: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker, gate = Worker(places=1), threading.Event()
-    with TestClient(openai_app(run, worker), "http://127.0.0.1:8000") as client:
+    monkeypatch.setattr(openai, "Worker", lambda: worker)
+    with TestClient(openai_app(run), "http://127.0.0.1:8000") as client:
         waiting = worker.submit(gate.wait)
         for stream in (False, True):
             body = {"model": "base", "prompt": "A latte", "stream": stream}

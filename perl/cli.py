@@ -21,7 +21,6 @@ from perl.commands import (
     evaluate,
     export,
     generate,
-    import_data,
     init,
     keys,
     rate,
@@ -80,7 +79,7 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(data_app, name="data")
 data_app.command("fetch")(data.data_fetch)
-data_app.command("import")(import_data.data_import)
+data_app.command("import")(data.data_import)
 data_app.command("check")(data.data_check)
 data_app.command("leaks")(data.data_leaks)
 

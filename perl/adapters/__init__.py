@@ -1,14 +1,12 @@
 """The kinds of adapters: what each puts into the base, and what it computes."""
 
+from perl.adapters.bottleneck import Parallel, Series
 from perl.adapters.dora import Dora
 from perl.adapters.ia3 import Ia3
 from perl.adapters.kind import AdapterKind
-from perl.adapters.lora import Lora
+from perl.adapters.lora import Lora, RsLora
 from perl.adapters.miss import Miss
-from perl.adapters.parallel import Parallel
 from perl.adapters.prefix import Prefix
-from perl.adapters.rslora import RsLora
-from perl.adapters.series import Series
 from perl.adapters.tinylora import TinyLora
 from perl.adapters.vera import Vera
 

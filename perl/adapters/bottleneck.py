@@ -191,3 +191,21 @@ def _missing(targets: str | list[str], there: list[str]) -> str:
         if not any(_wanted(own, [one] if isinstance(targets, list) else one) for own in there):
             return one
     return ""
+
+
+class Series(Bottleneck):
+    """Series adapters (Houlsby et al. 2019, arXiv 1902.00751): each transforms what a part of a block gives.
+
+    y + s · up · f(down · y), where y is what a part gives, before it is added to the residual stream.
+    """
+
+    takes_output = True
+
+
+class Parallel(Bottleneck):
+    """Parallel adapters (He et al. 2022, arXiv 2110.04366): each computes beside a part of a block.
+
+    y + s · up · f(down · x), where a part is given x and gives y.
+    """
+
+    takes_output = False

@@ -25,7 +25,7 @@ from perl.backbones import backbone_of
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.private.peft import LoraLayer, ParamWrapper
-from perl.recipe.adapter import LoraSettings
+from perl.recipe.adapter import LoraSettings, RsLoraSettings
 from perl.recipe.section import Section
 
 
@@ -227,3 +227,21 @@ def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]], section: str) ->
             where=f"{section}.rank",
             remedy=f"Give at most {highest}; 1 to 64 is common.",
         )
+
+
+class RsLora(Lora):
+    """LoRA whose scale, alpha / sqrt(rank), lets high ranks learn as fast as low ones (arXiv 2312.03732).
+
+    All else, the fast path included, is LoRA's.
+    """
+
+    settings_type = RsLoraSettings
+    section = "adapter"
+    name = "rsLoRA"
+    rate_factor = 0.4
+
+    def peft_config(self) -> LoraConfig:
+        """With the scale that this variant has."""
+        config = super().peft_config()
+        config.use_rslora = True
+        return config

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from perl.commands.compare_baselines import compare_baselines, parse_baselines
+from perl.commands.compare_baselines import compare_baselines, parse_baselines, run_apart
 from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
-from perl.commands.runs import run_apart
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.recipe.adapter import adapter_label

@@ -2,17 +2,19 @@
 
 import gc
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from perl.commands.runs import run_apart
 from perl.errors import UserError
 from perl.recipe import Recipe
 from perl.sweep.setting import variant
-from perl.system.files import write_json, write_metrics
+from perl.system.files import write_json, write_metrics, write_whole
 from perl.system.progress import console, silence
 from perl.system.typed_json import as_json, parse
 
@@ -111,3 +113,13 @@ def _finished(file: Path, belongs: str) -> "BaselineResult | None":
         return None
     found = parse(BaselineResult, file.read_text(encoding="utf-8"), str(file), "Remove it to train it again.")
     return found if found.belongs == belongs else None
+
+
+def run_apart(recipe: Recipe, folder: Path) -> None:
+    """Run a recipe in a process of its own, for its peak memory; what is finished is not repeated."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "recipe.yaml"
+        write_whole(file, recipe.to_yaml())
+        done = subprocess.run([sys.executable, "-m", "perl", "run", str(file), "--out", str(folder)], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has said why

@@ -1,22 +1,30 @@
-"""`data fetch`, `check` and `leaks`: published data on this machine; what a source holds, and what it shares."""
+"""`data fetch`, `check`, `leaks` and `import`.
+
+Published data on this machine; what a source holds, and what it shares; ratings that people gave elsewhere.
+"""
 
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from perl.commands.options import Columns, parse_columns, print_problems
-from perl.data.column_names import UNREAD
+from perl.commands.json_lines import Out, write_lines
+from perl.commands.options import Columns, one_of, parse_columns, print_problems
+from perl.data import imports
 from perl.data.jsonl import FORMATS
 from perl.data.leaks import find_leak
 from perl.data.pairs import labels_by_answer, pair_ratings, without_repeats
 from perl.data.records import Context, Rating, Record, Records, Turn, answers_of, content_of
+from perl.data.rows import no_usable_row, sifted
 from perl.data.sources import fetch_source, find_source, load_rows, parse_source
+from perl.data.tables import UNREAD
+from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.system.progress import console as messages
 from perl.system.progress import counted
@@ -52,6 +60,25 @@ def data_leaks(
         console.print(f"{test}: {len(leak.found):,} of {leak.questions:,} distinct questions are in {train}")
         for text in leak.found[:SHOWN_LEAKS]:
             console.print(f"  {' '.join(text.split())}")
+
+
+def data_import(
+    source: Annotated[str, typer.Argument(metavar="FORMAT", help=f"{', '.join(imports.FORMATS)}.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What was exported.")],
+    columns: Columns = None,
+    out: Out = None,
+) -> None:
+    """Write ratings exported elsewhere as JSON Lines, and name every row that holds none."""
+    one_of("FORMAT", source, list(imports.FORMATS))
+    names = parse_columns(columns)
+    rows, problems = sifted(imports.read_import(source, file, names))
+    if not rows:
+        raise no_usable_row(problems, str(file), f"Give a file of the format {source}: data/README.md has them.")
+    if absent := [name for field, name in names.items() if not any(field in row for row in rows)]:
+        raise UserError(f"no row has {', '.join(absent)}", where=str(file), remedy="Correct --columns.")
+    write_lines(out, rows)
+    print_problems(messages, problems)
+    messages.print(f"{counted(len(rows), 'row')} imported, {len(problems):,} left out")
 
 
 def check(source: str, columns: Mapping[str, str] | None = None) -> int:

@@ -9,9 +9,9 @@ import typer
 from perl.commands.estimate import print_prediction
 from perl.commands.options import Columns, parse_columns
 from perl.data.chats import speakers_of
-from perl.data.column_names import columns_in
 from perl.data.records import Records
 from perl.data.sources import load_records, parse_source
+from perl.data.tables import columns_in
 from perl.errors import UserError
 from perl.recipe import Recipe
 from perl.recipe.draft import commented, draft

@@ -25,7 +25,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import cast
 
-from perl.data.column_names import TRL_FORMATS, mapping_hint, mapping_of
 from perl.data.rated import RATED, in_force, rated_of
 from perl.data.records import (
     JSON,
@@ -55,7 +54,7 @@ from perl.data.rows import (
     soft_label,
     usable_text,
 )
-from perl.data.tables import Value, numbered_values
+from perl.data.tables import TRL_FORMATS, Value, mapping_hint, mapping_of, numbered_values
 from perl.system.progress import counted
 
 FORMATS = (

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from perl.data.arithmetic.source import corpus as arithmetic_corpus
-from perl.data.arithmetic.source import simulate as simulate_arithmetic
+from perl.data.arithmetic import corpus as arithmetic_corpus
+from perl.data.arithmetic import simulate as simulate_arithmetic
 from perl.data.chats import as_chats
 from perl.data.fetch import TASKMASTER, Repository, cache_folder, fetch, pins
 from perl.data.hub import read_hub

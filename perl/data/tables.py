@@ -1,19 +1,30 @@
 """The rows of a user's file, whatever its form: JSON Lines, a JSON array, CSV, TSV or Parquet.
 
 In CSV and TSV all is text: a cell of `label`, `margin` or `probability` is read as a number or as one of the words
-for up and down, and an empty cell is none.
+for up and down, and an empty cell is none. Columns of other names than those of TRL's formats are read by names
+that the user gives, and these can be guessed.
 """
 
 import contextlib
 import csv
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from perl.data.rows import MAX_LINE_BYTES, Row, RowError, line_value, numbered_lines, object_with, strict_json
+from perl.data.rows import (
+    MAX_LINE_BYTES,
+    Row,
+    RowError,
+    line_value,
+    numbered_lines,
+    object_with,
+    parsed,
+    strict_json,
+)
 from perl.errors import UserError
 
 Value = Callable[[], object]
@@ -38,6 +49,17 @@ ANSWERS = ("completion", "chosen", "rejected")
 """They may be JSON that is no chat, as a schema asks for."""
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
+TRL_FORMATS = [
+    {"prompt"},
+    {"prompt", "completion"},
+    {"messages"},
+    {"prompt", "completion", "label"},
+    {"prompt", "chosen", "rejected"},
+    {"chosen", "rejected"},
+]
+"""The fields of each."""
+UNREAD = "These columns are not read"
+"""How a note begins of columns that have other names than those."""
 SYNONYMS = {
     "prompt": ("question", "query", "instruction", "input", "request", "user"),
     "completion": ("response", "answer", "output", "reply", "generation"),
@@ -75,19 +97,6 @@ def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, st
     """
     for number, row in enumerate(rows, 1):
         yield number, lambda row=row: _renamed(_with_values(row), columns)  # type: ignore[misc]
-
-
-def mapping_for(names: Collection[str], formats: Collection[Collection[str]]) -> dict[str, str]:
-    """What `data.columns` could say of a file with these columns: the richest format that it then has, if any."""
-    lower = {name.casefold(): name for name in names}
-    found = {}
-    for field, others in SYNONYMS.items():
-        if field not in names and (other := next((lower[one] for one in others if one in lower), None)):
-            found[field] = other
-    for fields in sorted(formats, key=len, reverse=True):
-        if set(fields) <= {*names, *found} and not set(fields) <= set(names):
-            return {field: name for field, name in found.items() if field in fields}
-    return {}
 
 
 def _renamed(value: object, columns: Mapping[str, str]) -> object:
@@ -207,3 +216,48 @@ def _are_messages(value: object) -> bool:
     """Whether a list is of chat messages."""
     wanted = {"role", "content"}
     return isinstance(value, list) and all(isinstance(one, dict) and wanted <= set(one) for one in value)
+
+
+# What `data.columns` could say.
+
+
+def columns_in(path: Path) -> dict[str, str]:
+    """What `data.columns` could say of a file whose columns have other names than the formats'; mostly nothing.
+
+    Raises:
+        UserError: it is of a form that is not read, or broken.
+    """
+    names, count = Counter[str](), 0
+    with contextlib.suppress(OSError):  # whoever reads its rows says so
+        for _, value in numbered_values(path, {}):
+            row = parsed("", value)
+            names.update(list(row) if isinstance(row, dict) else [])
+            count += 1
+    return mapping_of(names, count)
+
+
+def mapping_of(names: Counter[str], rows: int) -> dict[str, str]:
+    """What `data.columns` could say of a file: the richest format that it then has, if any.
+
+    Args:
+        names: its columns; those count that most of its rows have.
+        rows: how many it has.
+    """
+    most = [name for name, count in names.items() if 2 * count > rows]
+    lower = {name.casefold(): name for name in most}
+    found = {}
+    for field, others in SYNONYMS.items():
+        if field not in most and (other := next((lower[one] for one in others if one in lower), None)):
+            found[field] = other
+    for fields in sorted(TRL_FORMATS, key=len, reverse=True):
+        if fields <= {*most, *found} and not fields <= set(most):
+            return {field: name for field, name in found.items() if field in fields}
+    return {}
+
+
+def mapping_hint(mapping: Mapping[str, str]) -> str:
+    """What to add to the recipe so that columns of other names are read; empty if there are none."""
+    if not mapping:
+        return ""
+    said = ", ".join(f"{field}: {name}" for field, name in mapping.items())
+    return f"{UNREAD}: {', '.join(mapping.values())}. To read them, add data.columns: {{{said}}}"

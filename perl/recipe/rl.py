@@ -9,8 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from perl.recipe.reward_parts import RewardPart
 from perl.recipe.rewards import EvalReward, RewardFrom, Rewards, reward_parts
 from perl.recipe.sampler import SamplerFrom
-from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, registered
-from perl.recipe.validation import Validation
+from perl.recipe.section import LrSchedulerType, NonNegative, Positive, Rate, Validation, registered
 from perl.rl.algorithm import Advantage, Algorithm, Average, Direction, Kl, PromptSampling, Ratio, Surrogate
 from perl.rl.algorithms import ALGORITHMS
 from perl.system.progress import counted

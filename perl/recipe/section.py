@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -67,3 +67,22 @@ def _is_address(url: str) -> bool:
         return bool(re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url)) and urlsplit(url).port != 0
     except ValueError:  # a port beyond 65535, half an IPv6 address
         return False
+
+
+class Validation(Section):
+    """What all stages say about validation."""
+
+    eval_steps: Positive | None = None
+    """Steps from one validation to the next, on rows split off the training rows by dialogue, never those held
+    out: by the loss (of reward models at the temperature that suits their scores best), and in RL as `eval_reward`
+    says. The best weights are kept. Unset: none; the last are."""
+    early_stopping_patience: Positive | None = None
+    """So many validations in a row without a better one end the stage. Unset: it takes all its steps."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of the training dialogues, where there are `eval_steps`."""
+
+    @model_validator(mode="after")
+    def _validates(self) -> "Validation":
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError("early_stopping_patience counts validations, and there are none: set eval_steps")
+        return self

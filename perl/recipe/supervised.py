@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from perl.recipe.section import LrSchedulerType, Positive, Rate, Section
-from perl.recipe.validation import Validation
+from perl.recipe.section import LrSchedulerType, Positive, Rate, Section, Validation
 
 
 class Supervised(Validation):

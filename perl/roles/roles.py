@@ -35,8 +35,7 @@ from perl.roles.log_probs import completion_log_probs, scaled_gradient
 from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
 from perl.roles.role import Role
-from perl.roles.score_term import ScoredRows
-from perl.roles.score_terms import ScoreTerms
+from perl.roles.score_terms import ScoredRows, ScoreTerms
 
 
 class Roles(nn.Module, ABC):

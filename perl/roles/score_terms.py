@@ -1,13 +1,145 @@
-"""The score terms by their names, which are the keys of the recipe's section `reward` that ask for them."""
+"""What a reward model's score depends on besides the hidden state at an answer's last token: its score terms.
 
+Letters: V vocabulary; the leading 2 are the context and the answer.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perl.roles.likelihood import Likelihood
-from perl.roles.score_term import ScoredRows, ScoreTerm
-from perl.roles.tfidf import TfidfBlend
+from perl.backbones.logits import logits_transform
+from perl.roles.log_probs import completion_log_probs
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """A batch of answers with their contexts, as the role that scores has read it.
+
+    Attributes:
+        lm: as that role has it.
+        hidden_BLD: hidden states after the last norm; None of a model whose head is its own.
+        ids_BL: token ids, int64.
+        mask_BL: True for real tokens, bool.
+        answers_BL: True for the answers' tokens, bool.
+    """
+
+    lm: PreTrainedModel
+    hidden_BLD: Tensor | None
+    ids_BL: Tensor
+    mask_BL: Tensor
+    answers_BL: Tensor
+
+
+class ScoreTerm(nn.Module, ABC):
+    """A part of a reward model's head that neither peft nor transformers has.
+
+    Its parameters are trained with the head; its buffers are computed. Both are saved. It changes no score until
+    it is trained or fitted.
+
+    Args:
+        lm: the language model that rows are read by.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
+        """The scores (B) with this term, fp32.
+
+        Args:
+            scores_B: without it.
+        """
+
+
+WIDTH = 64
+"""Of the hidden layer of `Likelihood`."""
+
+
+class Likelihood(ScoreTerm):
+    """Adds a network of one hidden layer, of the mean and the least log-probability of an answer's tokens.
+
+    The state at the last token holds little of how likely each word before it was: to see that a word is wrong, a
+    model has to compare it with what it expected there, and a low-rank adapter seldom learns to. The language
+    model at hand computes it anyway. Likelihood and hidden states together judge generated text better than either
+    alone (Ren et al. 2023, arXiv 2209.15558).
+
+    Both are in nats per token, so that length alone does not change their scale; the tanh bounds what an unlikely
+    token costs.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm)
+        self.hidden = nn.Linear(2, WIDTH, device=lm.device)
+        self.out = nn.Linear(WIDTH, 1, device=lm.device)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
+        assert rows.hidden_BLD is not None  # encoders are refused
+        answers_BT = rows.answers_BL[:, 1:]  # a row's first token is predicted from nothing
+        embedding, transform = rows.lm.get_output_embeddings(), logits_transform(rows.lm.config)
+        log_probs_BT, _ = completion_log_probs(
+            rows.hidden_BLD[:, :-1], embedding, rows.ids_BL[:, 1:], answers_BT, 1.0, transform
+        )
+        mean_B = log_probs_BT.sum(1) / answers_BT.sum(1).clamp(min=1)
+        added_B1: Tensor = self.out(self.hidden(torch.stack([mean_B, log_probs_BT.amin(1)], 1)).tanh())
+        return scores_B + added_B1[:, 0]
+
+
+class TfidfBlend(ScoreTerm):
+    """Makes the score `model · score + words · (TF-IDF's log-odds) + intercept`.
+
+    The log-odds are by TF-IDF of the tokens with logistic regression. On ratings of long dialogues by people,
+    single words often tell as much as a small model does, and something else: the two are right on different
+    answers, so that their weighted sum ranks better than either (stacking, Wolpert 1992).
+
+    Nothing of it is trained by gradients: `perl.stages.reward_tfidf` fits it after training.
+
+    Attributes:
+        idf_2V: inverse document frequencies of tokens in contexts and in answers.
+        weights_2V: of logistic regression, on TF-IDF of unit length.
+        mix_3: model, words and intercept.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm)
+        embedding = lm.get_input_embeddings()
+        self.register_buffer("idf_2V", torch.zeros(2, embedding.num_embeddings, device=lm.device))
+        self.register_buffer("weights_2V", torch.zeros(2, embedding.num_embeddings, device=lm.device))
+        self.register_buffer("mix_3", torch.tensor([1.0, 0.0, 0.0], device=lm.device))
+        self.idf_2V: Tensor
+        self.weights_2V: Tensor
+        self.mix_3: Tensor
+
+    def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
+        model, words, intercept = self.mix_3
+        blended_B: Tensor = model * scores_B + words * self.log_odds(rows) + intercept
+        return blended_B
+
+    def log_odds(self, rows: ScoredRows) -> Tensor:
+        """By the words alone (B), fp32."""
+        sides = (rows.mask_BL & ~rows.answers_BL, rows.answers_BL)
+        found = [
+            self._side(rows.ids_BL, side_BL, idf_V, weights_V)
+            for side_BL, idf_V, weights_V in zip(sides, self.idf_2V, self.weights_2V, strict=True)
+        ]
+        context_B, answer_B = found
+        return context_B + answer_B
+
+    @staticmethod
+    def _side(ids_BL: Tensor, mask_BL: Tensor, idf_V: Tensor, weights_V: Tensor) -> Tensor:
+        counted_BL = (mask_BL & (ids_BL >= 0)).to(idf_V.dtype)  # below: where a decoder starts
+        counts_BV = idf_V.new_zeros(len(ids_BL), len(idf_V)).scatter_add_(1, ids_BL.clamp(min=0), counted_BL)
+        tfidf_BV = counts_BV * idf_V
+        norm_B = tfidf_BV.norm(dim=1).clamp(min=torch.finfo(idf_V.dtype).tiny)
+        log_odds_B: Tensor = tfidf_BV @ weights_V / norm_B
+        return log_odds_B
+
 
 SCORE_TERMS: dict[str, type[ScoreTerm]] = {"likelihood": Likelihood, "tfidf": TfidfBlend}
 

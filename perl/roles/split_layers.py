@@ -6,12 +6,20 @@ base's dtype. The upper part takes it in place of embeddings, so an architecture
 pass them on (GPT-2 adds positions, Gemma scales) cannot be split; `unsupported_reason` tries.
 """
 
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from perl.backbones.backbone import Backbone
+from perl.backbones.padding import left_pad
 from perl.errors import UserError
+from perl.roles.roles import Roles
 
 
 @torch.no_grad()
@@ -40,3 +48,62 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
     if not torch.allclose(split, unsplit, rtol=rounding, atol=rounding):
         return f"{name} does more to its embeddings than pass them to the first block"
     return None
+
+
+SHARE_OF_FREE_MEMORY = 0.25
+"""A larger cache is a memory-mapped file."""
+GROUP = 8
+"""Rows computed together."""
+
+
+class LowerLayerCache:
+    """The hidden states after the shared blocks of a data set's rows, computed once for all epochs.
+
+    Of each row (tokens, D) in the base's dtype, computed when first read.
+
+    A row is always computed in the same group of rows of like length: in another batch its last bits would differ,
+    and an interrupted run would not end in the same bytes.
+
+    Args:
+        roles: on a base with shared blocks.
+        rows: the tokens of each row.
+        folder: of the file, if the cache is too large for memory.
+    """
+
+    def __init__(self, roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, folder: Path) -> None:
+        self._roles, self._rows, self._pad_id = roles, rows, pad_id
+        self._ends = list(itertools.accumulate((len(row) for row in rows), initial=0))
+        self._by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        self._place = {row: place for place, row in enumerate(self._by_length)}
+        self._known = [False] * len(rows)
+        width, dtype = roles.models()[0].get_input_embeddings().weight.shape[1], roles.models()[0].dtype
+        size = self._ends[-1] * width
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size * dtype.itemsize <= SHARE_OF_FREE_MEMORY * free:
+            flat = torch.empty(size, dtype=dtype)
+        else:
+            flat = torch.from_file(str(folder / "lower_hidden.bin"), shared=True, size=size, dtype=dtype)
+        self._states = flat.view(-1, width)
+        self.bytes = flat.nbytes
+        """On the host, whatever the device: not among the live bytes of a step."""
+
+    def read(self, rows: Sequence[int], mask_BL: Tensor) -> Tensor:
+        """The hidden states (B, L, D) of a batch, by the rows' numbers, for `Roles.forward`; 0 in the padding."""
+        for row in rows:
+            if not self._known[row]:
+                self._compute(self._place[row] // GROUP * GROUP)
+        lower_hidden_BLD = self._states.new_zeros(*mask_BL.shape, self._states.shape[1])
+        lower_hidden_BLD[mask_BL.cpu()] = torch.cat([self._of(row) for row in rows])
+        return lower_hidden_BLD.to(mask_BL.device)
+
+    def _compute(self, start: int) -> None:
+        """Compute the group that begins at this place."""
+        group = self._by_length[start : start + GROUP]
+        ids_BL, mask_BL = left_pad([self._rows[row] for row in group], self._pad_id, self._roles.device)
+        lower_hidden_BLD = self._roles.lower_hidden(ids_BL, mask_BL).cpu()
+        for row, states_LD, mask_L in zip(group, lower_hidden_BLD, mask_BL.cpu(), strict=True):
+            self._of(row).copy_(states_LD[mask_L])
+            self._known[row] = True
+
+    def _of(self, row: int) -> Tensor:
+        return self._states[self._ends[row] : self._ends[row + 1]]

@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 from perl.measure.cost import costs_in_turn
 from perl.results import Recorded, RewardStage, Stage
 from perl.rl.rewards.model import score_rows
-from perl.roles.lower_layer_cache import LowerLayerCache
 from perl.roles.role import Role
+from perl.roles.split_layers import LowerLayerCache
 from perl.stages.cut_rows import say_cut, say_notes
 from perl.stages.reward_card import evaluate_rows, print_card
 from perl.stages.reward_loss import Collator, Example, batch_loss, loss_at_best_temperature

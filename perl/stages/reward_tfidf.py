@@ -18,8 +18,7 @@ from perl.measure.tfidf_baseline import MAX_TRAINING_ROWS
 from perl.results import Blend
 from perl.rl.rewards.model import score_rows
 from perl.roles.role import Role
-from perl.roles.score_terms import ScoreTerms
-from perl.roles.tfidf import TfidfBlend
+from perl.roles.score_terms import ScoreTerms, TfidfBlend
 from perl.stages.reward_rows import Rows
 from perl.stages.session import Session
 

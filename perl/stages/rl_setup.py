@@ -26,8 +26,7 @@ from perl.rl.rewards.scale import RewardScale
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers import SAMPLERS
 from perl.rl.samplers.base import Sampling
-from perl.rl.schedule import learning_rate_shares
-from perl.rl.update import Learner
+from perl.rl.update import Learner, learning_rate_shares
 from perl.rl.validation import PolicyValidation
 from perl.roles.role import Role
 from perl.runs.validation import Validation

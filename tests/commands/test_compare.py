@@ -58,7 +58,7 @@ def test_both_tunings_are_run_and_compared(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in a process of its own, here a fork."""
-    monkeypatch.setattr("perl.commands.runs.subprocess", SimpleNamespace(run=forks.run))
+    monkeypatch.setattr("perl.commands.compare_baselines.subprocess", SimpleNamespace(run=forks.run))
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--out", str(out))
     assert code == 0, text

@@ -5,9 +5,7 @@ from random import Random
 
 import pytest
 
-from perl.data.arithmetic.problems import Step, WordProblem, problems
-from perl.data.arithmetic.solver import check, solution
-from perl.data.arithmetic.source import corpus, simulate
+from perl.data.arithmetic import Step, WordProblem, check, corpus, problems, simulate, solution
 from perl.data.records import Prompt, Turn
 
 PROBLEM = WordProblem(

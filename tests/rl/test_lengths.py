@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perl.rl.lengths import length_reward, overlong_penalty
+from perl.rl.objective import length_reward, overlong_penalty
 
 
 def test_kimis_length_reward() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perl.rl.schedule import learning_rate_shares
+from perl.rl.update import learning_rate_shares
 
 
 @pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"])

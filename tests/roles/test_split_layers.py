@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from perl.roles import lower_layer_cache
-from perl.roles.lower_layer_cache import LowerLayerCache
+from perl.roles import split_layers
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
+from perl.roles.split_layers import LowerLayerCache
 from tests.tiny import lora, policy_and_critic, random_llama
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -107,7 +107,7 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and in a file; rows in other company and padded otherwise the second time."""
-    monkeypatch.setattr(lower_layer_cache, "SHARE_OF_FREE_MEMORY", share)
+    monkeypatch.setattr(split_layers, "SHARE_OF_FREE_MEMORY", share)
     roles = roles_on(llama(torch.float32))
     ids_BL, mask_BL = batch()
     rows = [ids_L[mask_L].tolist() for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)]

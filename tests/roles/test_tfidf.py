@@ -15,9 +15,8 @@ from perl.measure.calibration import fit, predictions
 from perl.measure.metrics import Labels
 from perl.rl.rewards.model import score_rows
 from perl.roles.role import Role
-from perl.roles.score_terms import ScoreTerms
+from perl.roles.score_terms import ScoreTerms, TfidfBlend
 from perl.roles.shared_base import SharedBase
-from perl.roles.tfidf import TfidfBlend
 from perl.stages.reward_rows import Rows
 from perl.stages.reward_tfidf import fit_mix, fit_words
 from tests.tiny import lora, random_llama

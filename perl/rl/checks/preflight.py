@@ -32,7 +32,7 @@ from perl.rl.rewards.model import RewardModel, with_written_end
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers.base import Samples
 from perl.roles.role import Role
-from perl.roles.score_term import ScoredRows
+from perl.roles.score_terms import ScoredRows
 
 COMPLETIONS = 8
 """Completions that are read, at most."""

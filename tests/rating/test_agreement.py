@@ -2,7 +2,7 @@
 
 import pytest
 
-from perl.measure.agreement import krippendorff_alpha
+from perl.rating.summary import krippendorff_alpha
 
 NOBODY = "."
 

@@ -1,1 +1,0 @@
-"""Simulated word problems of one to three steps, with solvers of any skill and an exact checker."""

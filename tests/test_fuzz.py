@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perl.commands.data import check
-from perl.data.jsonl import read_values
-from perl.data.records import Demonstration, Problem, Rating, Turn
+from perl.data.jsonl import MAX_MARGIN, read_values
+from perl.data.records import Comparison, Demonstration, Problem, Rating, Turn
 from perl.data.rows import line_value, parsed
 from perl.data.sources import load_records
 from perl.data.taskmaster import Domain, rated_turn, read_taskmaster, whole_dialogue
@@ -93,10 +93,14 @@ def messages(role: str, most: int) -> Cases:
 CHATS = st.tuples(messages("user", 3), messages("assistant", 2)).map(lambda both: both[0] + both[1])
 PROMPTS = WORDS | messages("user", 2) | CHATS
 ANSWERS = WORDS | messages("assistant", 1)
+CHANCES = st.booleans() | st.floats(0, 1)
 GOOD_ROWS = st.one_of(
     st.fixed_dictionaries({"prompt": PROMPTS}, optional={"dialogue": WORDS, "more": VALUES}),
-    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": st.booleans()}),
-    st.fixed_dictionaries({"chosen": ANSWERS, "rejected": ANSWERS}, optional={"prompt": PROMPTS}),
+    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": CHANCES}),
+    st.fixed_dictionaries(
+        {"chosen": ANSWERS, "rejected": ANSWERS},
+        optional={"prompt": PROMPTS, "margin": CHANCES, "probability": CHANCES},
+    ),
     st.fixed_dictionaries({"messages": CHATS}),
 )
 FIELDS = "messages prompt completion label chosen rejected dialogue margin probability more"
@@ -119,7 +123,11 @@ def parse(line: bytes) -> bool:
         assert record.dialogue == record.dialogue.encode().decode()
         if isinstance(record, Rating):
             assert isinstance(record.label, bool)
+            assert record.probability is None or (0 < record.probability < 1)
             assert record.answer.text.strip()
+        if isinstance(record, Comparison):
+            assert 0.5 <= record.probability <= 1
+            assert 0 <= record.margin <= MAX_MARGIN
     return True
 
 

@@ -2,22 +2,18 @@
 
 import gzip
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from perl.data.jsonl import MAX_MARGIN, read_jsonl, read_values
+from perl.data.jsonl import read_jsonl, read_values
 from perl.data.pairs import pair_ratings, without_repeats
 from perl.data.records import Comparison, Demonstration, Problem, Prompt, Rating, Record, Records, Turn
 from perl.data.rows import MAX_LINE_BYTES, line_value
 from perl.data.sources import load_records
 from perl.errors import UserError
 
-EXAMPLES = int(os.environ.get("PERL_FUZZ_EXAMPLES", "100"))
 USER = {"role": "user", "content": "Hi  There"}
 AGENT = {"role": "assistant", "content": "hello"}
 
@@ -237,61 +233,6 @@ def test_files_that_cannot_be_used_are_user_errors(tmp_path: Path) -> None:
         assert what in error.value.what
         assert error.value.where == str(path)
         assert error.value.remedy
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-TEXTS = st.text("ab \0\ud800é", max_size=4)
-WORDS = st.text("abé", min_size=1, max_size=4)
-
-
-def messages(role: str, *, most: int) -> st.SearchStrategy[object]:
-    return st.lists(st.fixed_dictionaries({"role": st.just(role), "content": WORDS}), min_size=1, max_size=most)
-
-
-CHATS = st.tuples(messages("user", most=3), messages("assistant", most=2)).map(lambda both: both[0] + both[1])
-PROMPTS = WORDS | messages("user", most=2) | CHATS
-ANSWERS = WORDS | messages("assistant", most=1)
-CHANCES = st.booleans() | st.floats(0, 1)
-GOOD_ROWS = st.one_of(
-    st.fixed_dictionaries({"prompt": PROMPTS}, optional={"dialogue": WORDS, "more": JSON_VALUES}),
-    st.fixed_dictionaries({"prompt": PROMPTS, "completion": ANSWERS}, optional={"label": CHANCES}),
-    st.fixed_dictionaries(
-        {"chosen": ANSWERS, "rejected": ANSWERS},
-        optional={"prompt": PROMPTS, "margin": CHANCES, "probability": CHANCES},
-    ),
-    st.fixed_dictionaries({"messages": CHATS}),
-)
-FIELD_NAMES = ["messages", "prompt", "completion", "label", "chosen", "rejected", "dialogue", "more"]
-FIELD_NAMES += ["margin", "probability"]
-CHANGES = st.dictionaries(st.sampled_from(FIELD_NAMES), TEXTS | PROMPTS | JSON_VALUES, max_size=1)
-ROWS = st.builds(lambda row, changes: {**row, **changes}, GOOD_ROWS, CHANGES)
-
-
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(st.binary() | (ROWS | JSON_VALUES).map(lambda row: json.dumps(row).encode()))
-def test_any_line_gives_usable_records_or_a_problem(line: bytes) -> None:
-    parsed = parse_line(line)
-    if isinstance(parsed, Problem):
-        assert parsed.where == "f:1"
-        assert parsed.what
-        return
-    assert parsed
-    for record in parsed:
-        assert isinstance(record, Demonstration | Rating | Comparison | Prompt)
-        record.dialogue.encode()
-        for turn in record.context:
-            turn.text.encode()
-        if isinstance(record, Rating):
-            assert isinstance(record.label, bool)
-            assert record.probability is None or (0 < record.probability < 1)
-            assert record.answer.text.strip()
-        if isinstance(record, Comparison):
-            assert 0.5 <= record.probability <= 1
-            assert 0 <= record.margin <= MAX_MARGIN
 
 
 def rating(answer: str, label: bool, context: str = "q") -> Rating:

@@ -139,7 +139,7 @@ def _tensor_names(path: Path, where: str) -> list[str]:
         return list(file.keys())
 
 
-def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dict[str, object]:
     """What a recipe would say.
 
     Raises:
@@ -160,7 +160,7 @@ def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dic
     return settings
 
 
-def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, Any]:
+def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, object]:
     """`targets` and `layers` as a recipe would say them, by modules' own names where these with the blocks do."""
     given = config.get("target_modules") or []
     named = [*given, *(config.get("target_parameters") or [])]

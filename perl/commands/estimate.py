@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -88,7 +88,7 @@ def estimate(
 
         speed = _speed(device, calibrate)
         workers.subject = subject = read_subject(loaded)
-        metrics: dict[str, Any] = {"name": loaded.name, "devices": devices, "basis": speed.basis}
+        metrics: dict[str, object] = {"name": loaded.name, "devices": devices, "basis": speed.basis}
         seconds: dict[str, dict[StageName, StageTime]] = {}
         tunings = _tunings(loaded)
         for label, found in workers.in_turn(tunings):
@@ -164,10 +164,10 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bo
     }
 
 
-def _say_changes(workers: Workers, changes: Mapping[str, Recipe], device_memory: int) -> dict[str, Any]:
+def _say_changes(workers: Workers, changes: Mapping[str, Recipe], device_memory: int) -> dict[str, object]:
     """A line for each change as it is known."""
     console.print("What would need less:")
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for label, traced in workers.in_turn(changes):
         peak = _peak({stage: one.memory for stage, one in traced.items()})
         fits = peak <= device_memory
@@ -195,10 +195,10 @@ def _hours(times: "Mapping[StageName, StageTime]") -> float:
 
 def _in_json(
     seconds: "Mapping[str, Mapping[StageName, StageTime]]", price: float | None, devices: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Seconds of a step by phase and of the stages, hours of the recipe and their price, by tuning."""
     hours = {label: _hours(times) for label, times in seconds.items()}
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "seconds": {
             label: {
                 stage: {**time.step, "training": time.training, "evaluation": time.evaluation}

@@ -121,11 +121,11 @@ class Meter:
         """Count real tokens of this step."""
         self._times.tokens += tokens
 
-    def times(self) -> dict[str, Any]:
+    def times(self) -> dict[str, object]:
         """Seconds and tokens so far, for a process that resumes the stage."""
         return asdict(self._times)
 
-    def resume_from(self, times: dict[str, Any]) -> None:
+    def resume_from(self, times: Mapping[str, Any]) -> None:
         """Add to the seconds and tokens of another process; the memory of the next steps is followed anew."""
         self._times = _Times(**times)
 

@@ -95,7 +95,7 @@ def _as_tried(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
     steps = max(settings.steps, session.trial.steps)  # of fewer there is no learning rate
-    changes: dict[str, Any] = {"eval_steps": None, "steps": steps}  # validation takes less than a step
+    changes: dict[str, object] = {"eval_steps": None, "steps": steps}  # validation takes less than a step
     if any(isinstance(part, ServerPart) for part in settings.reward_parts):  # which takes nothing here
         length = LengthPart(kind="length")
         changes["reward"] = [length if isinstance(part, ServerPart) else part for part in settings.reward_parts]

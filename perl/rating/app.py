@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -167,7 +166,7 @@ class RatingApp:
 
     def _answer(self, question: Question | None = None) -> Response:
         """What is known, and a question to show: without what would tell whose completions these are."""
-        state: dict[str, Any] = {
+        state: dict[str, object] = {
             "title": self._title,
             "file": str(self._log.file),
             "raters": self._raters,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from perl.baselines.results import BaselineResult
 from perl.measure.bootstrap import Interval
@@ -84,7 +83,7 @@ def write_page(runs: Sequence[Path], file: Path, baselines: Sequence[BaselineRes
     return file
 
 
-def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
+def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
     """All that the template shows."""
     main = by_tuning[0]
     runs = [run for group in by_tuning for run in group.runs]
@@ -125,7 +124,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _unfinished(group: Group) -> dict[str, Any] | None:
+def _unfinished(group: Group) -> dict[str, object] | None:
     """How far the stage is that is being trained, with its plots; None of finished runs."""
     stage = group.first.report.unfinished
     if stage is None:
@@ -172,7 +171,7 @@ def _tiles(group: Group) -> list[Row]:
     return tiles
 
 
-def _policy(group: Group) -> dict[str, Any]:
+def _policy(group: Group) -> dict[str, object]:
     """The policy's table and plots."""
     rows, alone = [], len(group.rl) == 1
     for label, metric, places, scale in POLICY:
@@ -241,7 +240,7 @@ def _pass_rows(group: Group) -> list[Row]:
     return rows
 
 
-def _card(by_tuning: Sequence[Group]) -> dict[str, Any]:
+def _card(by_tuning: Sequence[Group]) -> dict[str, object]:
     """The reward model card of the first tuning's runs, and the other tuning in a line."""
     group = by_tuning[0]
     cards, first = group.reward, group.reward[0]
@@ -274,14 +273,14 @@ def _slice_row(one: Slice) -> Row:
     return one.by, one.name, f"{one.n:,}", percent(one.share_up), auroc, interval_text(one.interval), ece
 
 
-def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, Any]:
+def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, object]:
     """A table without its last column if that is empty; the rows after the first are folded away."""
     width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
     cut = [row[:width] for row in rows]
     return {"head": head[:width], "rows": cut[:shown], "further": cut[shown:]}
 
 
-def _tunings(by_tuning: Sequence[Group]) -> dict[str, Any]:
+def _tunings(by_tuning: Sequence[Group]) -> dict[str, object]:
     """LoRA beside full tuning."""
     lora, full = by_tuning
     matched = match_all(by_tuning)

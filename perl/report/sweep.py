@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from perl.measure.rate_search import BestRates
 from perl.recipe import StageName
@@ -156,7 +155,7 @@ class Sweep:
         ends = f"; {below} of {len(curves)} runs stay below it and are judged at their end" if below else ""
         return f"RL is judged at a KL of {decimal(self.kl)} nats per completion{ends}."
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The table's metrics."""
         return {
             "name": self.name,
@@ -169,7 +168,7 @@ class Sweep:
             "rows": [self._metrics(cell) for cell in self.cells],
         }
 
-    def _metrics(self, cell: Cell) -> dict[str, Any]:
+    def _metrics(self, cell: Cell) -> dict[str, object]:
         ratio = self.rate_ratio(cell)
         return {
             "name": cell.setting.name,
@@ -225,7 +224,7 @@ def _ratio_text(value: Spread) -> str:
     return f"{10**value.mean:.2g} times, {low} to {high}"
 
 
-def _spread_json(value: Spread | None) -> dict[str, Any] | None:
+def _spread_json(value: Spread | None) -> dict[str, object] | None:
     return None if value is None else asdict(value) | {"interval": value.interval}
 
 

@@ -4,7 +4,6 @@ import base64
 import functools
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +12,7 @@ from perl.report.numbers import decimal, number, signed, true_minus
 from perl.system.progress import counted
 
 
-def filled(template: str, content: Mapping[str, Any]) -> str:
+def filled(template: str, content: Mapping[str, object]) -> str:
     """A template's text, escaped where it is HTML: the same content gives the same text."""
     return _environment(".html" in template).get_template(template).render(**content)
 

@@ -5,7 +5,6 @@ It needs no training and is the baseline that RL has to beat at an equal KL (Gao
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ def best_of_n(
 
 
 def _beside(n: int, best: dict[str, Floats], policy: Metrics, dialogues: Sequence[str]) -> BestOfN:
-    found: dict[str, Any] = dict(changes({name: list(of) for name, of in best.items()}, policy, dialogues))
+    found: dict[str, object] = dict(changes({name: list(of) for name, of in best.items()}, policy, dialogues))
     for name in policy:
         found[f"rl_{name}"] = found.pop(f"{name}_after")
         found[name] = found.pop(f"{name}_before")

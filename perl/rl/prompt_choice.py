@@ -5,7 +5,7 @@ the seed and the step's number.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class PromptChoice:
             self.tries[prompt] = self.tries.get(prompt, 0) + 1
             self.successes[prompt] = self.successes.get(prompt, 0) + is_right
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """All that is remembered, as JSON."""
         return {
             "easiest_first": self.easiest_first,
@@ -88,7 +88,7 @@ class PromptChoice:
             "successes": list(self.successes.items()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.easiest_first = state["easiest_first"]
         self.tries, self.successes = (

@@ -79,7 +79,7 @@ class Validation:
         later = sum(step > (self.best() or 0) for step in self.values)
         return self.patience is not None and later >= self.patience
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"values": list(self.values.items()), "unit": self.unit}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:

@@ -177,7 +177,7 @@ class _Api:
         return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def _event(head: dict[str, object], choices: list[dict[str, Any]], **more: object) -> str:
+def _event(head: dict[str, object], choices: list[dict[str, object]], **more: object) -> str:
     return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
 

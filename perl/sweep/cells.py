@@ -9,7 +9,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -181,7 +180,7 @@ class Cells:
             yield replace(setting, size=max(1, 1 + round((wanted - one) / (two - one))))
 
 
-def _of_run(parts: Sequence[RewardPart], run: Path, where: str) -> list[dict[str, Any]]:
+def _of_run(parts: Sequence[RewardPart], run: Path, where: str) -> list[dict[str, object]]:
     """Parts of a reward, of which the reward model is that of another run.
 
     Raises:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -69,7 +68,7 @@ class Setting:
         except ValidationError as error:
             raise explain(error, content, Path(self.name)) from None
 
-    def _adapter(self, recipe: Recipe) -> dict[str, Any]:
+    def _adapter(self, recipe: Recipe) -> dict[str, object]:
         """What the recipe says of adapters, as far as it is of this kind too; and the setting."""
         own, kind = recipe.adapter_settings, _settings_of(self.kind)
         keys = set(type(own).model_fields) - {"kind"} if recipe.adapter_kind == self.kind else {"layers"}

@@ -66,8 +66,8 @@ class Guard:
         memory.alarms += new
         return new
 
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = as_json(self._memory)
+    def state_dict(self) -> dict[str, object]:
+        state: dict[str, object] = as_json(self._memory)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
     full = recipe.full.model_copy(update={"gradual_unfreezing": False})
     recipe = recipe.model_copy(update={"full": full})
     if getattr(recipe.adapter_settings, "layers", None) == list(range(subject.depth)):
-        recipe = _with_layers(recipe, "all")
+        recipe = _on_all_layers(recipe)
     # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
@@ -81,9 +81,9 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
     return traced
 
 
-def _with_layers(recipe: Recipe, layers: str) -> Recipe:
+def _on_all_layers(recipe: Recipe) -> Recipe:
     content = recipe.model_dump()
-    content[LORA if recipe.adapter is None else "adapter"]["layers"] = layers
+    content[LORA if recipe.adapter is None else "adapter"]["layers"] = "all"
     return Recipe.model_validate(content)
 
 

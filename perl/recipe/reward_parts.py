@@ -42,7 +42,7 @@ class RewardPart(Section):
 
     @field_validator("kind")
     @classmethod
-    def _isregistered_kind(cls, kind: str) -> str:
+    def _is_registered_kind(cls, kind: str) -> str:
         if registered_kind(kind) is None:
             raise ValueError(f"no kind of reward {kind!r}: {nearest(kind, REWARDS)}")
         return kind

@@ -241,7 +241,7 @@ def _bars(
         return to_svg(drawn, plot, spoken, hovers)
 
 
-def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
+def weights_plot(label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
     """A quality by the number of trained weights, with 95 % intervals; a line for what differs in size alone."""
     with drawing(width=8.0, height=3.6) as drawn:
         axes = titled(drawn.subplots(), f"{label} by trained weights", "trained weights", label)
@@ -260,4 +260,4 @@ def weights_plot(name: str, label: str, lines: Mapping[str, Sequence[tuple[int, 
             for what, points in lines.items()
             for n, one in points
         ]
-        return to_svg(drawn, name, f"{label} by trained weights: {'; '.join(cells)}", hovers)
+        return to_svg(drawn, "sweep", f"{label} by trained weights: {'; '.join(cells)}", hovers)

@@ -250,7 +250,7 @@ def _plot(sweep: Sweep, quality: Quality) -> Plot:
     for cell in sweep.cells:
         if (value := sweep.quality(cell, quality)) is not None:
             lines.setdefault(cell.setting.line, []).append((sweep.weights(cell), value))
-    svg = weights_plot("sweep", label, lines)
+    svg = weights_plot(label, lines)
     bars = f"Bars show the 95 % interval of the mean over {len(sweep.seeds)} seeds."
     chance = "One seed each: differences may be chance."
     return Plot(svg, bars if len(sweep.seeds) > 1 else chance)

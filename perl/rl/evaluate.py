@@ -100,7 +100,7 @@ def success_rates(
     right: list[bool] = []
     for rollout in rollouts(collector, role, asked, generator):
         right += (rollout.rewards_B >= success).tolist()
-    return [sum(right[start : start + each]) / each for start in range(0, len(right), each)]
+    return [sum(of_prompt) / each for of_prompt in by_prompt(right, each)]
 
 
 def _spread(rewards: list[float]) -> str:

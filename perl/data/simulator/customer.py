@@ -43,6 +43,10 @@ NOT_DONE = ("wait, i was not done yet.", "not so fast, you do not know the {slot
 WANTS_MORE = ("wait, i also want {thing}.",)
 NOT_SOLD_OUT = ("are you sure? please just order it.", "that is not sold out, just order it.")
 LEFT_ALONE = ("wait, what about my order?", "wait, we are not done.")
+EXTRAS = 0.4
+"""Probability that an order has an extra."""
+CHANGES_MIND = 0.12
+"""Probability that another order is wanted when it is read back."""
 
 Said = dict[str, str]
 
@@ -60,9 +64,9 @@ class Customer:
     rng: Random
 
     @staticmethod
-    def arrived(rng: Random, extras: float = 0.4) -> Customer:
-        """A customer with a random goal, an extra in it with probability `extras`."""
-        slots = [slot for slot in SLOTS if slot in NEEDED or rng.random() < extras]
+    def arrived(rng: Random) -> Customer:
+        """A customer with a random goal, an extra in it with probability `EXTRAS`."""
+        slots = [slot for slot in SLOTS if slot in NEEDED or rng.random() < EXTRAS]
         return Customer({slot: rng.choice(MENU[slot]) for slot in slots}, rng)
 
     def _pick(self, wordings: tuple[str, ...], **parts: str) -> str:
@@ -89,9 +93,9 @@ class Customer:
         said[other] = self.goal[other]
         return self._pick(ANSWERS_WITH_MORE, thing=self._thing(slot), more=self._thing(other)), said
 
-    def confirm(self, changes: float = 0.12) -> tuple[str, Said]:
-        """Says yes to the order as read back; with probability `changes` wants something else now."""
-        if self.rng.random() >= changes:
+    def confirm(self) -> tuple[str, Said]:
+        """Says yes to the order as read back; with probability `CHANGES_MIND` wants something else now."""
+        if self.rng.random() >= CHANGES_MIND:
             return self._pick(YES), {}
         slot = self.rng.choice(SLOTS)
         wordings = CHANGES if slot in self.goal else ADDITIONS

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from math import comb
 from typing import TypeVar
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 
 from perl.data.records import Judge
 from perl.measure.paired import Metrics, changes
-from perl.measure.pass_at_k import measured_ks, pass_at_k
 from perl.results import Completion, Sample
 from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
@@ -110,6 +110,21 @@ def _spread(rewards: list[float]) -> str:
         return f"[yellow]{said} are all {rewards[0]:.3g}[/]: while they are equal there is nothing to learn from."
     low, high = min(rewards), max(rewards)
     return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
+
+
+def pass_at_k(right: Sequence[bool], k: int) -> float:
+    """pass@k: the probability that of k completions of a prompt at least one is right.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) from n completions, of which c are right: equation 1 of Chen et
+    al. 2021 (arXiv 2107.03374). k is at most n.
+    """
+    n, c = len(right), sum(right)
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def measured_ks(n: int) -> list[int]:
+    """The k that n completions of a prompt tell of: the powers of two up to n."""
+    return [1 << power for power in range(n.bit_length())]
 
 
 def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each: int | None) -> PolicyChange:

@@ -21,7 +21,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class PassAtK(Change):
-    """pass@k by the rules of the reward (`perl.measure.pass_at_k`), and 95 % intervals of both ends."""
+    """pass@k by the rules of the reward (`perl.rl.evaluate`), and 95 % intervals of both ends."""
 
     k: int
     before_interval: Interval | None

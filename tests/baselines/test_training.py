@@ -9,8 +9,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from perl.baselines.rows import Row, dpo_rows, kto_rows
-from perl.baselines.training import train_baseline
+from perl.baselines.training import Row, dpo_rows, kto_rows, train_baseline
 from perl.data.pairs import pair_ratings
 from perl.errors import UserError
 from perl.recipe import load_recipe

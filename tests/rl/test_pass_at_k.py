@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from perl.measure.pass_at_k import measured_ks, pass_at_k
+from perl.rl.evaluate import measured_ks, pass_at_k
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 7])

@@ -132,7 +132,7 @@ class _KeepsNorms:
     kept: _Kept | None = None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        kept, active = self.kept, self._active_adapter
+        kept, active = self.kept, self.active_adapters
         if kept is None or active != [kept.name] or torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[misc,no-any-return]
         y: Tensor = self.base_layer(x)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters.low_rank import compute_as
 from perl.private.peft import ParamWrapper, transformers_weight_conversion
+from perl.private.transformers import gated
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def _forward(
 
     x_SD = hidden_ND[order_S // experts_NK.shape[1]]
     if experts.has_gate:
-        inner = experts._apply_gate(product(x_SD, "gate_up_proj"))
+        inner = gated(experts, product(x_SD, "gate_up_proj"))
     else:
         inner = experts.act_fn(product(x_SD, "up_proj"))
     y_SD = product(inner, "down_proj")
@@ -135,9 +136,9 @@ class _OneAdapter:
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts = self.get_base_layer()
-        if not self._active_adapter:
+        if not self.active_adapters:
             return experts(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-        (name,) = self._active_adapter
+        (name,) = self.active_adapters
         factors = {layer.parameter_name: _factors(layer, name) for layer in _nested(self)}
         return _forward(experts, hidden_states, top_k_index, top_k_weights, factors)
 

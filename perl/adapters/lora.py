@@ -7,6 +7,7 @@ peft's own forward, and its handling of several adapters, are replaced where `pe
 import contextlib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -95,6 +96,25 @@ class Lora(PeftKind):
         """What B A x is multiplied by."""
         config = self.config
         return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+
+    def add_biases(self) -> None:
+        """Let new roles have a bias beside B, in layers that have one."""
+        self.config.lora_bias = True
+
+    def set_factors(
+        self, role: str, factors: Mapping[str, tuple[Tensor, Tensor]], biases: Mapping[str, Tensor]
+    ) -> None:
+        """Overwrite a role's weights, by module: A (R, I) and B (O, R), and biases (O,), 0 where none is given."""
+        given = {f"{module}.lora_A.weight": a_RI for module, (a_RI, _) in factors.items()}
+        given |= {f"{module}.lora_B.weight": b_OR for module, (_, b_OR) in factors.items()}
+        given |= {f"{module}.lora_B.bias": bias_O for module, bias_O in biases.items()}
+        for name, parameter in self.parameters(role).items():
+            parameter.data.copy_(given.get(name, torch.zeros_like(parameter)))
+
+    def _put_in(self, role: str) -> None:
+        with warnings.catch_warnings():  # some layers have no bias
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but")
+            super()._put_in(role)
 
     def use(self, engine: Engine) -> None:
         """Refuse experts that are gathered layer by layer; leave peft's forward to layers that an engine hooks."""

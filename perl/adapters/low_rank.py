@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from perl.private.torch import has_hooks
+
 
 def _flat(x: Tensor) -> Tensor:
     """(N, width), whatever the axes before the last."""
@@ -91,8 +93,7 @@ class _LinearLowRank(torch.autograd.Function):
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is x Wᵀ + bias and nothing else: not quantized, nobody watching it."""
-    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) is nn.Linear and not watched
+    return type(layer) is nn.Linear and not has_hooks(layer)
 
 
 def _plain_and_frozen(layer: nn.Module, x: Tensor) -> bool:
@@ -121,9 +122,9 @@ class _OneAdapter:
     """Set inside `kept_factors`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self._active_adapter:
+        if not self.active_adapters:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        (name,) = self._active_adapter
+        (name,) = self.active_adapters
         kept, learning = self.kept, torch.is_grad_enabled()
         ready = kept is not None and kept.name == name and kept.a_IR.dtype == x.dtype
         if ready and not learning and not self.lora_dropout.training:

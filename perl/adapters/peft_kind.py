@@ -23,7 +23,7 @@ from perl.adapters.kind import CONFIG, AdaptedLayer, AdapterKind
 from perl.adapters.targets import choose, has_transposed_weights, linear_layers
 from perl.backbones import backbone_of
 from perl.errors import UserError
-from perl.private.peft import BaseTunerLayer
+from perl.private.peft import BaseTunerLayer, set_active
 
 NOT_COMPARED = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"),
@@ -95,9 +95,9 @@ class PeftKind(AdapterKind):
         inject_adapter_in_model(self.config, self.lm, adapter_name=role)
 
     def activate(self, role: str | None) -> None:
-        """As peft's `set_adapter`, which would write `requires_grad` too: this is what its forward reads."""
+        """Without writing `requires_grad`."""
         for layer in self._layers:
-            layer._active_adapter = [] if role is None else [role]
+            set_active(layer, [] if role is None else [role])
 
     def remove(self) -> None:
         """Put every wrapped layer back in its place."""

@@ -17,7 +17,7 @@ from perl.adapters.low_rank import compute_as
 from perl.adapters.peft_kind import PeftKind
 from perl.errors import UserError
 from perl.parallel.engine import Engine
-from perl.private.peft import TinyLoraLayer, TinyLoraModel
+from perl.private.peft import SharedDecomposition, TinyLoraLayer, TinyLoraModel
 from perl.recipe.adapter import TinyLoraSettings
 
 
@@ -70,7 +70,7 @@ class TinyLora(PeftKind):
         for _, layer in self.named_layers():
             if role == self._first:
                 _set_signs(layer, role)
-                compute_as(layer, _Shares)
+                compute_as(layer, SharedDecomposition)
             for fixed in (layer.tinylora_A, layer.tinylora_B, layer.tinylora_P):
                 fixed[role] = fixed[self._first].float()
 
@@ -93,16 +93,6 @@ class TinyLora(PeftKind):
             for name, layer in self.named_layers()
             for own in ("tinylora_A", "tinylora_B", "tinylora_P")
         }
-
-
-class _Shares:
-    """Of a layer with an adapter: another one begins from the same decomposition."""
-
-    def _init_svd(self: Any, adapter_name: str, r: int, fan_in_fan_out: bool) -> None:
-        first = next(iter(self.r))
-        self.r[adapter_name] = self.r[first]
-        for fixed in (self.tinylora_A, self.tinylora_B):
-            fixed[adapter_name] = fixed[first]
 
 
 def _set_signs(layer: Any, name: str) -> None:

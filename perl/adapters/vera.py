@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from peft import VeraConfig
 from torch import Tensor
 
 from perl.adapters.peft_kind import PeftKind
-from perl.private.peft import VeraLayer, VeraModel
+from perl.private.peft import HostDrawnVera, VeraLayer
 from perl.recipe.adapter import VeraSettings
 
 
@@ -26,7 +25,7 @@ class Vera(PeftKind):
     layer_type = VeraLayer
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "projection_seed": "projection_prng_key"}
     settings: VeraSettings
-    _tuner: "_Tuner | None" = None
+    _tuner: HostDrawnVera | None = None
     """Has the random matrices."""
 
     def peft_config(self) -> VeraConfig:
@@ -45,7 +44,7 @@ class Vera(PeftKind):
     def _put_in(self, role: str) -> None:
         """The first role's injection draws the matrices; all others are given the same."""
         if self._tuner is None:
-            self._tuner, self._first = _Tuner(self.lm, self.config, role), role
+            self._tuner, self._first = HostDrawnVera(self.lm, self.config, role), role
         else:
             self._tuner.peft_config[role] = self.config
             self._tuner.inject_adapter(self.lm, role)
@@ -65,11 +64,3 @@ class Vera(PeftKind):
     def starting_value(self, name: str) -> float | None:
         """The outer vectors begin at zero, the inner ones at peft's constant."""
         return 0.0 if "lambda_b" in name else float(self.config.d_initial)
-
-
-class _Tuner(VeraModel):
-    """Draws the matrices on the CPU, where their generator is, whatever torch's default is."""
-
-    def _init_vera_A_vera_B(self, config: VeraConfig, adapter_name: str) -> None:
-        with torch.device("cpu"):
-            super()._init_vera_A_vera_B(config, adapter_name)

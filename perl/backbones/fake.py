@@ -7,7 +7,6 @@ ids and masks are real. Where code asks for a value (is the loss finite, which t
 
 import contextlib
 import functools
-import types
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from perl.backbones import backbone_of
-from perl.private.torch import FakeTensor, FakeTensorMode
+from perl.private.torch import FakeTensor, FakeTensorMode, forbid_conversion
 
 LONGEST_ROW = 2**14
 """A longer `arange` is no positions but a vocabulary, which is compared with every token."""
@@ -32,26 +31,21 @@ def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         lm = backbone_of(config).new_model(dtype)
     lm.tie_weights()
     fill_with_fakes(lm)
-    lm._apply = types.MethodType(stay, lm)
+    forbid_conversion(lm)  # fake tensors refuse it
     return lm
-
-
-def stay(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
-    """In place of moving or converting weights, which fake tensors refuse."""
-    return module
 
 
 def fill_with_fakes(module: nn.Module) -> None:
     """Put fake tensors on the CPU in the place of all others."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and not _is_in_place(parameter.data):
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if not _is_in_place(parameter.data):
                 fake = made.setdefault(id(parameter), nn.Parameter(_like(parameter), parameter.requires_grad))
-                part._parameters[name] = fake
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not _is_in_place(buffer):
-                part._buffers[name] = _like(buffer)
+                setattr(part, name, fake)
+        for name, buffer in list(part.named_buffers(recurse=False, remove_duplicate=False)):
+            if not _is_in_place(buffer):
+                setattr(part, name, _like(buffer))
 
 
 def _is_in_place(tensor: Tensor) -> bool:

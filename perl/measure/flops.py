@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from perl.measure.probe import Listener
-from perl.private.torch import HAS_PACKED_LINEAR, TorchDispatchMode
+from perl.private.torch import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    FLASH_ATTENTION,
+    FLASH_ATTENTION_BACKWARD,
+    HAS_PACKED_LINEAR,
+    PACKED_LINEAR,
+    TorchDispatchMode,
+    operator_of,
+)
 
 
 def _packed_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -26,13 +35,11 @@ FORMULAS: dict[Any, Any] = {
     **flop_registry,
     # Torch's registry leaves out products in place, and the CPU's attention.
     _ATEN.addmm_: flop_registry[_ATEN.addmm],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
+    CPU_ATTENTION: flop_registry[FLASH_ATTENTION],
+    CPU_ATTENTION_BACKWARD: flop_registry[FLASH_ATTENTION_BACKWARD],
 }
 if HAS_PACKED_LINEAR:
-    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _packed_linear
+    FORMULAS[PACKED_LINEAR] = _packed_linear
 
 
 class Flops(TorchDispatchMode, Listener):
@@ -78,7 +85,7 @@ class Flops(TorchDispatchMode, Listener):
         """Run the operator and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if formula := FORMULAS.get(func._overloadpacket):
+        if formula := FORMULAS.get(operator_of(func)):
             count = formula(*args, **kwargs, out_val=result)
             self.total += count
             self.useful += 0.0 if self._recomputing else count * self._real_share

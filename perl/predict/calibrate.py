@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perl.predict.counting import Issuer, counted
 from perl.predict.device import Curve, Device
-from perl.roles.packed import SUPPORTED
+from perl.private.torch import PACKS_BF16, packed_linear, packed_weight
 from perl.system.device import hardware_name
 from perl.system.files import user_cache, user_named, write_json
 from perl.system.typed_json import as_json, parse
@@ -137,17 +137,14 @@ def _rows(width: int, dtype: torch.dtype) -> Calls:
     count = _copies(width * width * dtype.itemsize)
     x, weights = torch.randn(ROWS, width, dtype=dtype), torch.randn(count, width, width, dtype=dtype)
     packed: list[Tensor] = []
-    if SUPPORTED and dtype is torch.bfloat16 and x.device.type == "cpu":
-        packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+    if PACKS_BF16 and dtype is torch.bfloat16 and x.device.type == "cpu":
+        packed = [packed_weight(weight) for weight in weights]
 
     turn = itertools.cycle(packed or weights.unbind())
 
     def run() -> Tensor:
         weight = next(turn)
-        if not packed:
-            return x @ weight.t()
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return product
+        return packed_linear(x, weight, None) if packed else x @ weight.t()
 
     return [(run, float((width * width + 2 * ROWS * width) * dtype.itemsize))]
 

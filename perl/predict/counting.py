@@ -18,7 +18,7 @@ from perl.measure.ledger import Timeline
 from perl.measure.memory import tensors_in
 from perl.measure.meter import Meter
 from perl.measure.probe import Phase, PhaseMemory
-from perl.private.torch import TorchDispatchMode, in_backward
+from perl.private.torch import ITEM, TorchDispatchMode, in_backward, operator_of, returns_view
 
 Kind = Literal["product", "rows", "rank", "cache", "attention", "exponential", "other"]
 """Matrix products; those of few rows, of a low rank, and of one row with each sequence's cache, which take what
@@ -125,7 +125,7 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "prim" or func is _ATEN._local_scalar_dense.default:  # questions, not work
+        if func.namespace == "prim" or func is ITEM:  # questions, not work
             return result
         self._count(operation_of(func, args, kwargs, result))
         return result
@@ -138,9 +138,9 @@ def operation_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], re
     read = list(tensors_in((*args, *kwargs.values())))
     dtypes = [one.dtype for one in (*read, *returned) if one.dtype.is_floating_point]
     dtype = str(max(dtypes, key=lambda one: one.itemsize, default=torch.float32)).removeprefix("torch.")
-    if _is_view(func):
+    if returns_view(func):
         return Operation("other", dtype, 0, 0, issuer)
-    packet = func._overloadpacket
+    packet = operator_of(func)
     name = packet.__name__.strip("_")
     if name in _GATHERED and returned:
         read = [*returned, *read[1:]]
@@ -167,16 +167,6 @@ def _bytes(tensor: Tensor) -> int:
     """What is read of a tensor: an expanded one is smaller than its shape."""
     count = tensor.numel() * tensor.itemsize
     return min(count, tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else count
-
-
-_VIEWS: dict[Any, bool] = {}
-
-
-def _is_view(func: Any) -> bool:
-    if func not in _VIEWS:
-        aliases = [one.alias_info for one in func._schema.returns]
-        _VIEWS[func] = any(alias is not None and not alias.is_write for alias in aliases)
-    return _VIEWS[func]
 
 
 def scaled(work: Work, factor: float) -> Work:

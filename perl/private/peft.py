@@ -1,5 +1,9 @@
 """The private interfaces of peft that this package uses."""
 
+from typing import Any
+
+import torch
+from peft import VeraConfig
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer, layer
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -15,7 +19,6 @@ from perl.private.checked import need
 need(layer, "ParamWrapper")
 need(
     LoraLayer,
-    "_active_adapter",
     "resolve_lora_variant",
     "adapter_layer_names",
     "other_param_names",
@@ -23,6 +26,7 @@ need(
 )
 need(DoraLinearLayer, "get_weight_norm", "get_lora_weight")
 need(BaseTuner, "inject_adapter")
+need(BaseTunerLayer, "_active_adapter", "active_adapters")
 need(VeraModel, "_init_vera_A_vera_B")
 need(TinyLoraLayer, "_init_svd")
 need(transformers_weight_conversion, "convert_peft_config_for_transformers")
@@ -30,15 +34,41 @@ need(transformers_weight_conversion, "convert_peft_config_for_transformers")
 ParamWrapper = layer.ParamWrapper
 """LoRA on a parameter of a module, such as the weights of experts."""
 
+
+def set_active(layer: Any, names: list[str]) -> None:
+    """As peft's `set_adapter`, which would write `requires_grad` too: this is what its forward reads."""
+    layer._active_adapter = names
+
+
+class HostDrawnVera(VeraModel):
+    """Draws VeRA's matrices on the CPU, where their generator is, whatever torch's default device is."""
+
+    def _init_vera_A_vera_B(self, config: VeraConfig, adapter_name: str) -> None:
+        with torch.device("cpu"):
+            super()._init_vera_A_vera_B(config, adapter_name)
+
+
+class SharedDecomposition:
+    """Of a TinyLoRA layer with an adapter: another one begins from the same decomposition."""
+
+    def _init_svd(self: Any, adapter_name: str, r: int, fan_in_fan_out: bool) -> None:
+        first = next(iter(self.r))
+        self.r[adapter_name] = self.r[first]
+        for fixed in (self.tinylora_A, self.tinylora_B):
+            fixed[adapter_name] = fixed[first]
+
+
 __all__ = [
     "BaseTunerLayer",
+    "HostDrawnVera",
     "IA3Layer",
     "LoraLayer",
     "MissLayer",
     "ParamWrapper",
+    "SharedDecomposition",
     "TinyLoraLayer",
     "TinyLoraModel",
     "VeraLayer",
-    "VeraModel",
+    "set_active",
     "transformers_weight_conversion",
 ]

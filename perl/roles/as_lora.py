@@ -4,7 +4,6 @@
 LoRA adds is B A itself. Letters: I inputs and O outputs of a layer, R rank.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -78,32 +77,29 @@ def as_lora(roles: SharedBase, trunk: Role, rank: int) -> tuple[SharedBase, Trun
         rank: as `check_convertible` allows it.
     """
     transposed = has_transposed_weights(roles.lm)
-    factors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
     singular: list[Tensor] = []
     with track("decomposing", len(roles.adapter.adapted)) as bar:
         for name, delta in roles.adapter.deltas(trunk):
             module, _, own = name.rpartition(".")
             if own == "bias":
-                factors[f"{module}.lora_B.bias"] = delta
+                biases[module] = delta
                 continue
             u_OK, s_K, v_KI = torch.linalg.svd(delta.T if transposed else delta, full_matrices=False)
             root_R = s_K[:rank].sqrt()
-            factors[f"{module}.lora_A.weight"] = root_R[:, None] * v_KI[:rank]
-            factors[f"{module}.lora_B.weight"] = u_OK[:, :rank] * root_R
+            factors[module] = root_R[:, None] * v_KI[:rank], u_OK[:, :rank] * root_R
             singular.append(s_K.double().cpu())
             bar()
     roles.adapter.remove()
-    modules = [name.removesuffix(".lora_A.weight") for name in factors if "lora_A" in name]
-    adapter = Lora(roles.lm, LoraSettings(rank=rank, alpha=rank, targets=modules))
-    adapter.config.lora_bias = len(factors) > 2 * len(modules)
+    adapter = Lora(roles.lm, LoraSettings(rank=rank, alpha=rank, targets=list(factors)))
+    if biases:
+        adapter.add_biases()
     converted = SharedBase(adapter, roles.engine)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but")  # some layers have no bias
-        converted.add(trunk)
+    converted.add(trunk)
     converted.heads = roles.heads
-    for name, parameter in converted.weights(trunk).items():
-        parameter.copy_(factors.get(name, torch.zeros_like(parameter)))
-    return converted.eval(), _truncation(singular, rank, adapter.config.lora_bias)
+    adapter.set_factors(trunk, factors, biases)
+    return converted.eval(), _truncation(singular, rank, bool(biases))
 
 
 def _truncation(singular: list[Tensor], rank: int, biases: bool) -> Truncation:

@@ -4,16 +4,15 @@ import torch
 from transformers import PreTrainedModel
 
 from perl.adapters import AdapterKind
-from perl.backbones.fake import fake_lm, fill_with_fakes, stay, unknown_values
+from perl.backbones.fake import fake_lm, fill_with_fakes, unknown_values
+from perl.private.torch import Unconverted
 from perl.roles.role import Role
 from perl.roles.separate_models import SeparateModels
 from perl.roles.shared_base import SharedBase
 
 
-class FakeSharedBase(SharedBase):
+class FakeSharedBase(Unconverted, SharedBase):
     """Fake adapters on a fake base."""
-
-    _apply = stay
 
     def __init__(self, adapter: AdapterKind) -> None:
         with unknown_values():
@@ -30,10 +29,8 @@ class FakeSharedBase(SharedBase):
         return torch.device("cpu")
 
 
-class FakeSeparateModels(SeparateModels):
+class FakeSeparateModels(Unconverted, SeparateModels):
     """Fake models, one for each role."""
-
-    _apply = stay
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._config, self._dtype = lm.config, lm.dtype

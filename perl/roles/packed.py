@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 from perl.adapters.low_rank import is_plain_linear
 from perl.measure.probe import mark
-from perl.private.torch import HAS_PACKED_LINEAR
-
-SUPPORTED = HAS_PACKED_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether torch was built with oneDNN, and this CPU multiplies bf16."""
+from perl.private.torch import PACKS_BF16, packed_linear, packed_weight
 
 
 @contextlib.contextmanager
@@ -27,8 +24,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     Not packed are layers that are not bf16 on a CPU, whose weight another module shares (a tied output embedding),
     or on which a library has put a hook or a kind of weight of its own.
     """
-    users = Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
-    layers: list[Any] = [part for part in model.modules() if SUPPORTED and _packable(part)]
+    users = Counter(id(weight) for part in model.modules() for weight in part.parameters(recurse=False))
+    layers: list[Any] = [part for part in model.modules() if PACKS_BF16 and _packable(part)]
     now_packed: list[Any] = []
     try:
         for layer in layers:
@@ -48,8 +45,7 @@ class _Product:
         self.weight, self._bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")
-        return product
+        return packed_linear(x, self.weight, self._bias)
 
 
 def _packable(part: nn.Module) -> bool:
@@ -64,7 +60,7 @@ def _packable(part: nn.Module) -> bool:
 
 
 def _pack(layer: Any) -> None:
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    weight = packed_weight(layer.weight.detach())
     mark("base_weights", [weight])
     layer.forward = _Product(weight, layer.bias)
     layer.weight.data = layer.weight.data.new_empty(0)

@@ -1,7 +1,9 @@
 """Private interfaces: those used are there, and one that is not is refused by its name."""
 
+import ast
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft.tuners.lora
@@ -12,6 +14,15 @@ from perl.errors import MachineError
 from perl.private.checked import TESTED, need
 
 ROOT = Path(__file__).parents[2]
+PUBLIC = {"_replace", "_exit"}
+"""Documented though they begin with an underscore: `NamedTuple._replace`, `os._exit`."""
+
+
+def _sources(*without: str) -> Iterator[Path]:
+    """The package's files, without those in some folders."""
+    for file in sorted((ROOT / "perl").rglob("*.py")):
+        if file.relative_to(ROOT / "perl").parts[0] not in without:
+            yield file
 
 
 def test_a_name_that_a_library_no_longer_has_is_refused_with_both_versions(
@@ -43,3 +54,25 @@ def test_of_a_function_the_parameters_are_checked() -> None:
     need(inject_adapter_in_model, "adapter_name")
     with pytest.raises(MachineError, match=r"has no gone in peft\.mapping\.inject_adapter_in_model"):
         need(inject_adapter_in_model, "gone")
+
+
+def test_private_names_of_others_stand_in_the_files_that_check_them() -> None:
+    found = []
+    for file in _sources("private"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                own = ast.unparse(node.value) in ("self", "cls", "super()")
+                names = [] if own else [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                names = (node.module or "").split(".") + [alias.name for alias in node.names]
+            else:
+                continue
+            private = [one for one in names if re.match("_[^_]", one) and one not in PUBLIC]
+            found += [f"{file.relative_to(ROOT)}:{node.lineno} {one}" for one in private]
+    assert found == []
+
+
+def test_names_of_lora_in_peft_stand_with_the_adapters() -> None:
+    known = re.compile(r"\blora_[AB]\b|LoraLayer|\blora_bias\b")
+    found = [file for file in _sources("private", "adapters") if known.search(file.read_text(encoding="utf-8"))]
+    assert found == []

@@ -8,15 +8,16 @@ from perl.backbones.base import weights_sha256
 from perl.measure.flops import Flops
 from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
+from perl.private.torch import PACKS_BF16
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
 from perl.rl.samplers.local import LocalSampler
-from perl.roles.packed import SUPPORTED, packed
+from perl.roles.packed import packed
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from tests.tiny import lora, random_llama
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no oneDNN, or no products in bf16")
+pytestmark = pytest.mark.skipif(not PACKS_BF16, reason="no oneDNN, or no products in bf16")
 
 
 def layers(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from perl.backbones import backbone_of
 from perl.measure.probe import mark
+from perl.private.transformers import can_compile_fullgraph
 
 STEP = 64
 """Positions by which the visible part grows; those not filled yet are zero, and masked."""
@@ -134,7 +135,7 @@ def selected(whole: Tensor, rows: Tensor, filled: int) -> Tensor:
 
 def grows_in_steps(model: PreTrainedModel) -> bool:
     """Whether attention may be shown positions that are not filled yet, laid out densely."""
-    return model.device.type == "cpu" and bool(model._can_compile_fullgraph)
+    return model.device.type == "cpu" and can_compile_fullgraph(model)
 
 
 class KVCache(Cache):

@@ -1,9 +1,9 @@
-"""Does long work grow as it should? Prompts of 256 to 2,048 tokens, 1,250 to 10,000 ratings, 1,000 steps of RL.
+"""Does long work grow as it should? Prompts of 256 to 2,048 tokens, 1,250 to 10,000 ratings, 250 to 1,000 steps.
 
     OMP_NUM_THREADS=1 python -m benchmarks.long_work --figure docs/long_work.svg
 
-CPU seconds of one thread: PPO's steps on small Llamas of random weights, and reading and splitting rated turns of
-the coffee shop.
+CPU seconds of one thread: PPO's steps on small Llamas of random weights; reading and splitting rated turns of the
+coffee shop; and whole runs, from the recipe to the report, of a reward model and of RL.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
+import perl
 import perl.measure.meter
 from perl.bench import work
 from perl.data.jsonl import read_jsonl
@@ -30,8 +31,10 @@ from perl.system.files import user_named
 PROMPTS = (256, 512, 1024, 2048)
 RATINGS = (1250, 2500, 5000, 10000)
 STEPS = 1000
+WHOLE_STEPS = (250, 500, 1000)
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+BASE = Path(__file__).parents[1] / "data" / "coffee-base"
 Lines = dict[str, dict[int, float]]
 
 
@@ -55,6 +58,8 @@ def main() -> None:
         found["tokens of a prompt"] = prompts([size // asked.shrink for size in PROMPTS], Path(scratch))
         found["ratings"] = ratings([size // asked.shrink for size in RATINGS], Path(scratch))
         found["steps"] = steps(STEPS // asked.shrink, Path(scratch))
+        found["ratings of a whole run"] = reward_runs([size // asked.shrink for size in RATINGS], Path(scratch))
+        found["steps of a whole run"] = rl_runs([size // asked.shrink for size in WHOLE_STEPS], Path(scratch))
     print(json.dumps(found, indent=1))
     if asked.figure is not None:
         draw(found, asked.figure)
@@ -73,18 +78,10 @@ def prompts(sizes: list[int], folder: Path) -> Lines:
 
 def ratings(sizes: list[int], folder: Path) -> Lines:
     """Reading and splitting a file of so many."""
-    rated, found = simulate(0, dialogues=0, ratings=max(sizes), prompts=1, noise=0.1).ratings, Lines()
+    rated, found = _rated(max(sizes)), Lines()
     for size in sizes:
-        rows = [
-            {
-                "prompt": "\n".join(turn.text for turn in one.context),
-                "completion": one.answer.text,
-                "label": one.label,
-            }
-            for one in rated[:size]
-        ]
         begin = time.process_time()
-        records = read_jsonl(_written(folder / "rated.jsonl", rows))
+        records = read_jsonl(_written(folder / "rated.jsonl", rated[:size]))
         read = time.process_time()
         split(records, 0.2, 0)
         found.setdefault("read, s", {})[size] = read - begin
@@ -105,7 +102,57 @@ def steps(count: int, folder: Path) -> Lines:
     return found
 
 
+def reward_runs(sizes: list[int], folder: Path) -> Lines:
+    """A reward model of so many ratings on the base in data/, one epoch, from the recipe to the report."""
+    rated, found = _rated(max(sizes)), Lines()
+    for size in sizes:
+        file = _written(folder / "rated.jsonl", rated[:size])
+        content = {
+            "base": {"model": str(BASE), "dtype": "float32"},
+            "reward": {"epochs": 1, "batch_size": 32, "max_length": 384},
+        }
+        _whole_run(content | {"data": {"source": "jsonl", "path": str(file)}}, size, folder, found)
+    return found
+
+
+def rl_runs(sizes: list[int], folder: Path) -> Lines:
+    """So many steps of four short prompts, with all checks, checkpoints, the evaluation and the report."""
+    found = Lines()
+    for size in sizes:
+        content = _rl_recipe(TINY, folder, max_prompt_length=32, max_new_tokens=4, steps=size)
+        _whole_run(content, size, folder, found)
+    return found
+
+
+def _whole_run(content: dict[str, Any], size: int, folder: Path, found: Lines) -> None:
+    begin = time.process_time()
+    stages = perl.run(Recipe.model_validate({"name": "long"} | content), folder / f"{next(iter(found), '')}{size}")
+    found.setdefault("whole run, s", {})[size] = time.process_time() - begin
+    result = stages.reward or stages.rl
+    assert result is not None
+    found.setdefault("training, live MB", {})[size] = result.peak_memory_bytes / 1e6
+    found.setdefault("resident, MB", {})[size] = psutil.Process().memory_info().rss / 1e6
+
+
+def _rated(count: int) -> list[dict[str, Any]]:
+    """Rows of rated turns, in plain text."""
+    return [
+        {
+            "prompt": "\n".join(turn.text for turn in one.context),
+            "completion": one.answer.text,
+            "label": one.label,
+        }
+        for one in simulate(0, dialogues=0, ratings=count, prompts=1, noise=0.1).ratings
+    ]
+
+
 def _trial(shape: dict[str, int], count: int, folder: Path, measured: bool = True, **rl: Any) -> Tried:
+    content = _rl_recipe(shape, folder, **rl)
+    with trial_session(Recipe.model_validate(content), Trial(count, measured=measured)) as session:
+        return TRY["rl"](session)
+
+
+def _rl_recipe(shape: dict[str, int], folder: Path, **rl: Any) -> dict[str, Any]:
     text = "coffee milk large please sugar cold " * 700  # longer than any limit: the last tokens are taken
     file = _written(folder / "prompts.jsonl", [{"prompt": f"{row} {text}"} for row in range(16)])
     content = work.recipe("100m", "lora", "all", 1, checkpointing=False)
@@ -114,8 +161,7 @@ def _trial(shape: dict[str, int], count: int, folder: Path, measured: bool = Tru
     content["data"] = {"source": "jsonl", "path": str(file)}
     del content["reward"]
     content["rl"] |= {"prompts_per_step": 4, "reward": [{"kind": "length"}]} | rl
-    with trial_session(Recipe.model_validate(content), Trial(count, measured=measured)) as session:
-        return TRY["rl"](session)
+    return content
 
 
 def _written(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -125,7 +171,7 @@ def _written(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 def draw(found: dict[str, Lines], file: Path) -> None:
     """Seconds above, memory below, a column a kind of work."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(2, len(found))
     for column, (kind, lines) in enumerate(found.items()):
         for row, unit in enumerate(("s", "MB")):

@@ -68,12 +68,12 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
 
 
 def _slow_dtype(name: str) -> list[str]:
-    """What to say of a dtype that this CPU has no instructions for."""
+    """Return a note if this CPU has no instructions for a dtype."""
     if name == "float32" or (times := slowdown(getattr(torch, name))) < SLOW:
         return []
     return [
-        f"this CPU computes {name} {times:.0f} times slower than float32: base.dtype=float32 is faster, and takes "
-        "twice the memory"
+        f"this CPU computes {name} about {times:.0f} times slower than float32: base.dtype=float32 is faster but "
+        "takes twice the memory"
     ]
 
 

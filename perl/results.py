@@ -39,6 +39,7 @@ class Stage(Cost):
         waited_seconds: from the command, or the end of the stage before, to its end, with loading and evaluations;
             of a stage that was interrupted up to its last checkpoint, and from there. None: not recorded.
         started_from: the adapter that it went on from; None: the base, or what an earlier stage trained.
+        reused_from: the folder of the run whose finished stage this is; None: it was trained here.
     """
 
     trainable_parameters: int
@@ -49,6 +50,7 @@ class Stage(Cost):
     predicted_memory: dict[Phase, PhaseMemory] | None = None
     kept: list[Kept] | None = None
     started_from: Start | None = None
+    reused_from: str | None = None
 
     @property
     def notes(self) -> list[str]:

@@ -1,35 +1,38 @@
 """`generate`: a role's completions of the prompts in a file."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perl.commands.json_lines import Lines, Out, read_records, write_lines
+from perl.commands.json_lines import FILE, Out, read_records, write_lines
 from perl.commands.options import Run, say_loading
 from perl.system.progress import console, counted
 
 
 def generate(
     run: Run,
-    file: Lines,
     role: Annotated[
-        str | None,
-        typer.Option("--role", metavar="ROLE", help="base, sft or policy; the last trained by default."),
-    ] = None,
+        str, typer.Argument(metavar="[ROLE]", help="base, sft or policy; the last trained by default.")
+    ],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help=FILE, show_default=False)] = None,
+    role_option: Annotated[str | None, typer.Option("--role", hidden=True)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, or 1.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed for sampling.")] = 0,
     out: Out = None,
 ) -> None:
-    """Complete the prompts of a file as a role: JSON Lines that `score` and `data check` take."""
+    """Generate a role's completions of the prompts in a file: JSON Lines that `score` and `data check` read."""
     say_loading()
     from perl.library import load_run
     from perl.rl.rewards.function import messages
 
+    if file is None:  # RUN FILE: the first of the two may be left out
+        role, file = role_option or "", Path(role)
     contexts = [record.context for _, _, record in read_records(file)]
     loaded = load_run(run)
     role = role or next(reversed(loaded.policies), "policy")

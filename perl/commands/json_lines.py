@@ -13,9 +13,10 @@ from perl.data.rows import Row, RowError, line_value, no_usable_row, numbered_li
 from perl.errors import UserError
 from perl.system.files import user_named, write_whole
 
-Lines = Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, as `data check` describes them.")]
+FILE = "JSON Lines, as `data check` describes them."
+Lines = Annotated[Path, typer.Argument(metavar="FILE", help=FILE)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write there; to stdout by default.")]
-REMEDY = "Mend or remove that line: what is written has a line for each line read."
+REMEDY = "Correct or remove that line: what is written has a line for each line read."
 
 
 def read_records(file: Path) -> list[tuple[str, Row, Record]]:

@@ -145,6 +145,9 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     }
     dialogues = [prompt.dialogue for prompt in prompts.prompts]
     passes = _passes(before, after, dialogues)
+    first = next(
+        ({"pass_at_1_before": p.before, "pass_at_1_after": p.after} for p in passes or () if p.k == 1), {}
+    )
     edges = np.histogram_bin_edges([*before["reward"], *after["reward"]], BINS)
     counts = {when: np.histogram(of["reward"], edges)[0] for when, of in (("before", before), ("after", after))}
     histogram = {"edges": edges.tolist()} | {when: count.tolist() for when, count in counts.items()}
@@ -154,7 +157,9 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
     counts_of = {"n": len(prompts), "samples_per_prompt": each or samples_per_prompt(len(prompts))}
-    return made(PolicyChange, {**counts_of, "reward_histogram": histogram, "pass_at": passes, **parts, **found})
+    return made(
+        PolicyChange, {**counts_of, "reward_histogram": histogram, "pass_at": passes, **first, **parts, **found}
+    )
 
 
 def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[PassAtK] | None:

@@ -75,7 +75,7 @@ class PolicyChange:
             dialogue.
         reward_histogram: of the prompts' means.
         reward_parts_before, reward_parts_after: means before weighting, by name.
-        pass_at: where the reward has rules.
+        pass_at: where the reward has rules; `pass_at_1_before` and `pass_at_1_after` are its values at k = 1.
         gold_before: where there is a judge.
         kl: of the policy to its reference, nats per completion.
     """
@@ -89,6 +89,8 @@ class PolicyChange:
     reward_parts_before: dict[str, float] | None = None
     reward_parts_after: dict[str, float] | None = None
     pass_at: list[PassAtK] | None = None
+    pass_at_1_before: float | None = None
+    pass_at_1_after: float | None = None
     gold_before: float | None = None
     gold_after: float | None = None
     gold_interval: Interval | None = None

@@ -11,17 +11,18 @@ without warmup under `constant_with_warmup` and `inverse_sqrt`.
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from perl.errors import UserError
 from perl.recipe import Recipe, Rl, StageName
 from perl.roles.role import Role
-from perl.runs.folder import RunFolder
+from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.stages.identity import LENGTH, ROLES, Identity, differing, recorded
-from perl.system.files import whole_folder
+from perl.system.files import whole_folder, write_json
 from perl.system.progress import console
+from perl.system.typed_json import as_json
 
 FOR_ANY_LENGTH = ("constant_with_warmup", "inverse_sqrt")
 """Schedules that do not follow from the number of steps where there is no warmup; `constant` never does."""
@@ -118,17 +119,19 @@ def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
         case "take":
             console.print(f"[green]{stage}[/] is taken from {found.source.path}.")
         case "continue":
-            console.print(f"[green]{stage}[/] goes on from {found.source.path}: {found.why}.")
+            console.print(f"[green]{stage}[/] continues from {found.source.path}: {found.why}.")
         case "train":
             console.print(f"[yellow]{stage}[/] is trained again: {found.why}.")
             return
-    roles = ROLES[stage]
+    roles, result = ROLES[stage], found.source.result(stage) if found.use == "take" else None
     if stage == "rl" and found.use == "take" and found.source.result("sft") is None:
         roles = (Role.SFT, *roles)  # of RL that started from an adapter trained elsewhere
     for role in roles if main else ():
         if (there := found.source.role(role)).is_dir():
             with whole_folder(folder.role(role)) as copy:
                 _copy(there, copy, None if found.use == "take" else _UNFINISHED)
+                if result is not None and role is STAGE_ROLE[stage]:
+                    write_json(copy / "result.json", as_json(replace(result, reused_from=str(found.source.path))))
 
 
 _UNFINISHED = ("checkpoints", "metrics.jsonl", "waited.json")

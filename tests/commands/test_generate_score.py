@@ -53,7 +53,7 @@ def test_empty_completions_are_said(
 ) -> None:
     monkeypatch.setattr("perl.library.LoadedRun.complete", lambda *_: ["", "No."])
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}] * 2)
-    status, written = run_cli("generate", folder, prompts, "--role", "sft", "--out", tmp_path / "drawn.jsonl")
+    status, written = run_cli("generate", folder, "sft", prompts, "--out", tmp_path / "drawn.jsonl")
     assert status == 0, written
     assert "sft ended 1 completion at once: they are empty" in " ".join(written.split())
     assert [row["completion"] for row in read(tmp_path / "drawn.jsonl")] == ["", "No."]
@@ -102,6 +102,6 @@ def test_what_is_no_file_is_an_error(run_cli: RunCli, folder: Path, tmp_path: Pa
     assert status == 2
     assert "it is empty" in written
     file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}])
-    status, written = run_cli("generate", folder, file, "--role", "critic")
+    status, written = run_cli("generate", folder, "critic", file)
     assert status == 2
     assert "no role 'critic' that generates" in written

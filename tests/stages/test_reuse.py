@@ -56,6 +56,8 @@ def test_three_settings_of_rl_cost_three_stages_of_rl(
         assert "reward is taken from runs/tiny." in log
         assert f"rl is trained again: rl.learning_rate was its default and is {rate}" in log
         assert f"runs/{folder}/" in log
+    stages = json.loads((tmp_path / "runs" / "tiny-2" / "report.json").read_text())["stages"]
+    assert [stage.get("reused_from") for stage in stages.values()] == ["runs/tiny", "runs/tiny", None]
     one, two, three = (weights(tmp_path / "runs" / name) for name in ("tiny", "tiny-2", "tiny-3"))
     assert one["sft"] == two["sft"] == three["sft"]
     assert one["reward"] == two["reward"]
@@ -83,7 +85,7 @@ def test_more_epochs_and_steps_continue_where_the_schedule_allows_it(
     results = [json.loads((tmp_path / out / "sft" / "result.json").read_text()) for out in ("more", "at-once")]
     assert results[0]["eval"] == results[1]["eval"]
     if continues:
-        assert "sft goes on from" in log
+        assert "sft continues from" in log
         assert "sft.epochs was its default and is 2" in log
     else:
         assert "sft is trained again" in log
@@ -115,7 +117,7 @@ def test_more_steps_of_rl_continue(
     assert run_cli("run", recipe, "--out", tmp_path / "short")[0] == 0
     code, log = run_cli("run", recipe, "rl.steps=3", "--from", tmp_path / "short", "--out", tmp_path / "more")
     assert code == 0, log
-    assert "rl goes on from" in log
+    assert "rl continues from" in log
     assert run_cli("run", recipe, "rl.steps=3", "--out", tmp_path / "at-once")[0] == 0
     assert weights(tmp_path / "more") == weights(tmp_path / "at-once")
     code, log = run_cli("run", recipe, "--from", tmp_path / "more", "--out", tmp_path / "less")

@@ -30,7 +30,7 @@ def test_a_pattern_is_found_anywhere() -> None:
 def test_json_is_checked_by_the_schema() -> None:
     texts = ['{"size": "small"}', '{"size": "huge"}', "{}", '{"size": "small"', '{"size": NaN}', "[]"]
     assert JsonSchema(SCHEMA)([], SAMPLES, texts) == [1, 0, 0, 0, 0, 0]
-    with pytest.raises(UserError, match="is no JSON schema"):
+    with pytest.raises(UserError, match="is not a JSON schema"):
         JsonSchema({"type": "colour"})
     deep = "[" * 400 + "]" * 400
     assert JsonSchema({"items": {"$ref": "#"}})([], SAMPLES, ["[[]]", deep]) == [1, 0]
@@ -70,6 +70,7 @@ def test_pass_at_k_is_the_policys_and_shown(write_recipe: WriteRecipe, run_cli: 
     for when in ("before", "after"):
         parts = found[f"reward_parts_{when}"]
         values = [one[when] for one in found["pass_at"]]
+        assert found[f"pass_at_1_{when}"] == values[0]
         assert max(0, parts["regex"] + parts["regex_2"] - 1) <= values[0] + 1e-9
         assert values[0] <= min(parts["regex"], parts["regex_2"]) + 1e-9
         assert values == sorted(values)
@@ -87,8 +88,8 @@ def test_pass_at_k_is_the_policys_and_shown(write_recipe: WriteRecipe, run_cli: 
     [
         ([{"kind": "math", "column": "result"}], "it has no column 'result'"),
         ([{"kind": "math", "answer": "word"}], "rl.reward"),
-        ([{"kind": "regex", "pattern": "("}], "is no regular expression"),
-        ([{"kind": "json_schema", "json_schema": {"type": "colour"}}], "is no JSON schema"),
+        ([{"kind": "regex", "pattern": "("}], "is not a regular expression"),
+        ([{"kind": "json_schema", "json_schema": {"type": "colour"}}], "is not a JSON schema"),
     ],
 )
 def test_a_rule_that_cannot_be_used_is_refused_before_training(

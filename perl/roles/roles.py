@@ -179,8 +179,8 @@ class Roles(nn.Module, ABC):
     def role(self, role: Role) -> Iterator[None]:
         """Inside, this role computes; afterwards, the one before."""
         before = self._active
-        self._activate(role)
         try:
+            self._activate(role)
             yield
         finally:
             self._activate(before)

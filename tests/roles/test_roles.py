@@ -142,6 +142,23 @@ def test_the_switch_puts_everything_back_after_an_exception_and_when_nested() ->
     assert {name: parameter.requires_grad for name, parameter in roles.named_parameters()} == found
 
 
+def test_a_switch_that_is_interrupted_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles = roles_on(llama())
+    layers = roles.adapter._layers
+    with roles.role(Role.POLICY):
+
+        def half_way(role: str | None) -> None:
+            layers[0]._active_adapter = [role]
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(roles.adapter, "activate", half_way)
+        with pytest.raises(KeyboardInterrupt), roles.role(Role.REWARD):
+            pass
+        assert roles.active is Role.POLICY
+        assert all(layer.active_adapters == ["policy"] for layer in layers)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("role", TRAINED)
 def test_gradients_are_those_of_a_model_that_holds_the_adapter_alone(role: Role, checkpointed: bool) -> None:
@@ -171,7 +188,8 @@ def test_gradients_are_those_of_a_model_that_holds_the_adapter_alone(role: Role,
     expected += [] if role is Role.POLICY else [alone.head.weight.grad]
     assert len(actual) == len(expected)
     for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        # Rounding differs between CPUs by up to 2e-6; a gradient taken as another role is off by its own size.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert sum(float(gradient.abs().sum()) for gradient in actual) > 0
 
 

@@ -45,20 +45,20 @@ class LoraSettings(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): the same shape for every role."""
 
     rank: Positive = 8
-    """r: rows of A and columns of B."""
+    """The rank r: the number of rows of A and of columns of B."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     """The update is alpha / rank · B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of an adapter's inputs that are zeroed in the training passes of SFT and of the reward model. Never in
-    RL: there the policy that learns has to be the one that sampled. The base's own dropout is off everywhere."""
+    """Share of an adapter's inputs that are zeroed in training passes of SFT and of the reward model. Never in RL,
+    where the policy in training must be the one that sampled. The base's own dropout is always off."""
     targets: Targets = "all-linear"
-    """Modules that get an adapter: attention projections (the paper), the other linear layers and experts, all of
-    these, or names. The share of the blocks' weights that is covered is said at the start and in the report."""
+    """Modules that get an adapter: attention projections (as in the paper), the other linear layers and experts,
+    all of these, or names. Console and report say which share of the blocks' weights is covered."""
     layers: Layers = "all"
-    """Blocks that get adapters. What lies below all of them is computed once for all roles."""
+    """Blocks that get adapters. The blocks below all of them are computed once for all roles."""
     b_learning_rate_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): what the learning rate is multiplied by for B, which starts at
-    zero. The paper takes 16; the update of a LoRA layer then depends less on the model's width."""
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the learning rate of B, which starts at zero, is multiplied by
+    this. The paper uses 16; the update of a LoRA layer then depends less on the model's width."""
 
 
 class AdapterSettings(Section):
@@ -98,24 +98,24 @@ class Ia3Settings(LayeredSettings):
     """(IA)³ (Liu et al. 2022, arXiv 2205.05638): a learned factor on each output, or on each input, of a layer."""
 
     targets: Literal["published"] | Targets = "published"
-    """`published`: where peft's table for this architecture has them, which follows the paper: on two of the
-    attention's projections and on the inputs of the MLP's last layer. Else as for LoRA."""
+    """published: the modules in peft's table for this architecture, which follows the paper: two attention
+    projections and the inputs of the MLP's last layer. Otherwise as for LoRA."""
 
 
 class VeraSettings(TargetedSettings):
     """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): learned vectors around two random matrices that all share."""
 
     rank: Positive = 256
-    """Rows of the random matrices' narrow side."""
+    """Size of the random matrices' narrow side."""
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the random matrices, which are drawn again wherever an adapter is loaded."""
+    """Seed of the random matrices, which are drawn again whenever an adapter is loaded."""
 
 
 class MissSettings(TargetedSettings):
     """MiSS (Kang and Yin 2024, arXiv 2409.15371): each output adds a learned mix of sums over the inputs."""
 
     rank: Positive = 64
-    """Sums over the inputs that each output mixes."""
+    """Number of sums over the inputs that each output mixes."""
 
 
 class BottleneckSettings(LayeredSettings):
@@ -124,11 +124,11 @@ class BottleneckSettings(LayeredSettings):
     bottleneck: Positive = 256
     """Width of the narrow layer."""
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
-    """Between the two maps."""
+    """Activation function between the two linear maps."""
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """What the adapter's output is multiplied by; He et al. 2022 take 4 for parallel adapters."""
+    """Factor on the adapter's output; He et al. 2022 use 4 for parallel adapters."""
     targets: Literal["mlp", "attention", "both"] | list[str] = "mlp"
-    """Parts of a block that get an adapter: those of these kinds, or by their names in a block."""
+    """Parts of a block that get an adapter: the MLP, the attention, both, or names within a block."""
 
 
 class TinyLoraSettings(TargetedSettings):
@@ -136,20 +136,20 @@ class TinyLoraSettings(TargetedSettings):
 
     four_bit_refusal = "it starts from the singular vectors of whole weights"
     rank: Positive = 2
-    """Of the decomposition of each weight, which is fixed."""
+    """Rank of each weight's decomposition, which is fixed."""
     size: Positive = 64
-    """Trained weights of each group of layers."""
+    """Trained weights per group of layers."""
     weight_tying: Annotated[float, Field(ge=0, le=1)] = 0.0
     """0: each layer is a group; 1: all layers are one group."""
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the random matrices."""
+    """Seed of the random matrices."""
 
 
 class PrefixSettings(LayeredSettings):
     """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) with the gates of LLaMA-Adapter (arXiv 2303.16199)."""
 
     length: Positive = 10
-    """Learned keys and values of each head; LLM-Adapters' is 10."""
+    """Learned keys and values per head; LLM-Adapters uses 10."""
 
 
 BUILT_IN: dict[str, type[AdapterSettings]] = {

@@ -16,23 +16,24 @@ class Build(Section):
     architecture: Literal["llama", "t5"] = "llama"
     """A decoder, or an encoder-decoder."""
     hidden_size: Positive = 128
-    """Width."""
+    """Hidden size."""
     layers: Positive = 3
-    """Blocks; of t5, in either part."""
+    """Number of blocks; for t5, of encoder and decoder each."""
     heads: Positive = 4
-    """Attention heads of a block."""
+    """Attention heads per block."""
     vocabulary: Positive = 512
     """Size of the byte-level BPE vocabulary, trained on the same dialogues."""
     max_length: Positive = 512
     """Context length, in tokens."""
     steps: Positive = 1500
-    """Of training it."""
+    """Training steps of the base."""
     batch_tokens: Positive = 1536
-    """Tokens a step."""
+    """Tokens per training step."""
     learning_rate: Rate | None = None
-    """Of training it. Unset: 3e-3 for llama; for t5, which Adafactor trains, 0.03 of each weight's size."""
+    """Peak learning rate for training the base. Unset: 3e-3 for llama; for t5, trained by Adafactor, 0.03 times the
+    size of each weight."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the base alone: like a pretrained model, it stays the same when the run's seed changes."""
+    """Seed of the base only: like a pretrained model, it stays the same when the run's seed changes."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Build":
@@ -53,13 +54,14 @@ class Base(Section):
     config: dict[str, JsonValue] | None = None
     """A transformers configuration with its `model_type`; needs `random_init: true`."""
     random_init: bool = False
-    """Take only the configuration and draw the weights at random: for measuring, not for use."""
+    """Take only the configuration and initialise the weights at random: for measurements, not for use."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the base's weights and of what is computed with them."""
+    """Data type of the base's weights and of computations with them."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: NF4 by bitsandbytes, as in QLoRA (docs/quantization.md)."""
     trust_remote_code: bool = False
-    """Let Python code run that comes with the model, where transformers has none for it. Read that code first."""
+    """Whether to run Python code that comes with the model, if transformers has none for it. Read that code
+    first."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Base":

@@ -17,16 +17,18 @@ class Data(Section):
     source: str = "coffee-simulator"
     """A name in `SOURCES`, perl/data/sources.py."""
     path: str | None = None
-    """A folder or file that the source reads instead of its own. The source is then jsonl, if none is given."""
+    """A folder or file that the source reads instead of its own. If no source is given, it is then jsonl."""
     eval_path: str | None = None
-    """A file of the same form that is held out as it is; then all of `path` is trained on."""
+    """A file in the same format that is used as the held-out data; all of `path` is then trained on."""
     columns: dict[str, str] = Field(default={})
-    """Names in the file, by the names of TRL's formats: `{completion: response, label: rating}`."""
+    """Maps the field names of TRL's formats to column names in the file: `{completion: response, label:
+    rating}`."""
     chat: bool = False
-    """Whether plain text is a chat: prompts the user's messages, completions the assistant's, in the base's chat
-    format. Without it plain text stands as it is, which suits bases that are no chat models."""
+    """Whether to treat plain text as a chat in the base's chat format, with prompts as the user's messages and
+    completions as the assistant's. Otherwise plain text is used as it is, which suits bases that are not chat
+    models."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the dialogues kept for evaluation; not read where a source was published with a test part."""
+    """Share of the dialogues held out for evaluation; ignored if a source was published with a test split."""
 
     @model_validator(mode="before")
     @classmethod

@@ -44,26 +44,28 @@ class Recipe(Section):
     """A complete run. A stage runs if its section is there."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    """Of the run, and of its folder under runs/."""
+    """Name of the run and of its folder under runs/."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything that is drawn: adapters, order of rows, completions."""
+    """Seed of everything random: adapter initialisation, order of rows, completions."""
     tuning: Literal["lora", "full"] = "lora"
-    """Adapters on one shared base; or a whole model for each role, trained whole: the conventional way."""
+    """lora: adapters on one shared base. full: the conventional way, a whole model for each role, all of it
+    trained."""
     checkpoint_activations: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, more time."""
     checkpoint_every: Positive = 20
-    """Steps of a stage from one checkpoint to the next; a run that was interrupted goes on from the newest."""
+    """Steps of a stage between checkpoints; an interrupted run resumes from the newest."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
-    """Where each step's metrics are sent besides metrics.jsonl; the package of that name has to be installed."""
+    """Where each step's metrics are sent in addition to metrics.jsonl; the package of that name must be
+    installed."""
     plugins: list[str] = Field(default=[])
-    """Python files that add rows to the registries of `perl.plugins`: kinds of reward of one's own, and so on."""
+    """Python files that add rows to the registries of `perl.plugins`, such as your own kinds of reward."""
     base: Base
     lora: LoraSettings | None = LoraSettings()
-    """The adapters; short for `adapter: {kind: lora, ...}`, and absent where they are of another kind."""
+    """Settings of LoRA adapters; short for `adapter: {kind: lora, ...}`, and absent if another kind is used."""
     adapter: Adapter | None = None
-    """The adapters, of a kind other than LoRA."""
+    """Settings of adapters of a kind other than LoRA."""
     full: FullTuning = FullTuning()
-    """How whole models are trained; read under `tuning: full`."""
+    """How whole models are trained; used with `tuning: full`."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None

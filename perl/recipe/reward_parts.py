@@ -27,7 +27,7 @@ class RewardPart(Section):
     kind: Annotated[str, Field(validate_default=True)] = ""
     """A name in `REWARDS`."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """By which the part counts in the sum."""
+    """Weight of this part in the sum."""
 
     needs_model: ClassVar[bool] = False
     """Whether the source asks for the reward stage's model."""
@@ -59,10 +59,10 @@ class ModelPart(RewardPart):
     """The reward stage's model, as `perl.rl.rewards.model` centres and scales it."""
 
     members: Annotated[list[Positive], Field(min_length=1)] | None = None
-    """Which of `reward.members`, counted from 1; unset: all of them."""
+    """Which of `reward.members` to use, counted from 1. Unset: all of them."""
     combine: Combine = "mean"
-    """One reward of several members': their mean, their mean less `std_weight` times their standard deviation, or
-    the least."""
+    """How the members' rewards are combined: their mean, their mean minus `std_weight` times their standard
+    deviation, or their minimum."""
     std_weight: NonNegative = 1.0
     """λ of mean_minus_std."""
 
@@ -99,7 +99,7 @@ class RunPart(RewardPart):
     """
 
     run: str
-    """The folder of a run whose reward stage is finished; its base has this one's tokenizer."""
+    """The folder of a run whose reward stage is finished; its base must have the same tokenizer as this one."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         return context.model_of(self.run)
@@ -113,21 +113,22 @@ class ServerPart(RewardPart):
     """
 
     url: str | list[str]
-    """Of a server, or of several that serve the same. VLLM_API_KEY is sent where the environment has it."""
+    """Address of a server, or of several that serve the same. VLLM_API_KEY is sent if it is set in the
+    environment."""
     model: str = "reward"
-    """What the server calls the reward model."""
+    """Name of the reward model on the server."""
     probability: bool = False
-    """Whether the reward is the sigmoid of the score, as of a model of thumbs it should be. With a section
-    `reward` its model says so itself."""
+    """Whether the reward is the sigmoid of the score, as it should be for a model trained on thumbs. With a
+    section `reward` this follows from its model."""
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    """Seconds that a server may take for 16 completions."""
+    """Seconds that a server may take to score 16 completions."""
     patience: NonNegative = 600.0
-    """Seconds in which a server that does not answer may come back."""
+    """Seconds to wait for a server that does not answer."""
     in_flight: Positive = 32
-    """Requests at once, of each process."""
+    """Concurrent requests per process."""
     mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Difference between a server's score and that of the reward model here, or its own earlier one, above which
-    the run ends. Unset: 0.001 in float32, 0.1 in 16 bits."""
+    """The run ends if a server's score differs by more than this from that of the reward model here, or from its
+    own earlier one. Unset: 0.001 in float32, 0.1 in 16 bits."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.base import RewardServers
@@ -149,10 +150,10 @@ class FunctionPart(RewardPart):
     function: str
     """FILE.py:NAME, called as TRL calls reward functions."""
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Seconds that a call may take; a longer one ends the run. Code in C can only be interrupted in a process of
-    its own."""
+    """Seconds that a call may take; if it takes longer, the run ends. C code can only be interrupted with
+    `own_process`."""
     own_process: bool = False
-    """Whether to call it in a process of its own, whose crash or memory is not the run's."""
+    """Whether to call the function in a separate process, so that its crash or memory does not affect the run."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.function import RewardFunction
@@ -164,7 +165,7 @@ class LengthPart(RewardPart):
     """The length of the completion in tokens, its end token included."""
 
     target: Positive | None = None
-    """The reward is minus the distance to this length; unset, it is the length itself."""
+    """The reward is minus the distance to this length. Unset: it is the length itself."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.length import Length
@@ -176,9 +177,10 @@ class MathPart(RewardPart):
     """1 where the answer is the reference's, else 0: see `perl.data.answers`."""
 
     answer: AnswerKind = "number"
-    """number: the last of the completion; letter: its first of A to E; latex: by the package math-verify."""
+    """number: the last number in the completion; letter: its first letter from A to E; latex: compared by the
+    package math-verify."""
     column: str = "answer"
-    """The field of the rows that has the reference."""
+    """The column of the rows that has the reference answer."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import Math
@@ -190,7 +192,7 @@ class RegexPart(RewardPart):
     """1 where the pattern is found in the completion, else 0."""
 
     pattern: str
-    """Of Python's module `re`. `(?s)\\A…\\Z` is the whole completion."""
+    """A pattern of Python's module `re`. `(?s)\\A…\\Z` matches the whole completion."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import Regex
@@ -203,7 +205,7 @@ class RegexPart(RewardPart):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return pattern
 
 
@@ -211,7 +213,7 @@ class JsonSchemaPart(RewardPart):
     """1 where the whole completion is JSON that the schema allows, else 0."""
 
     json_schema: dict[str, JsonValue]
-    """By the package jsonschema; without `$schema` that is draft 2020-12."""
+    """A schema for the package jsonschema; without `$schema` it is of draft 2020-12."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import JsonSchema

@@ -48,7 +48,7 @@ _PARTS = TypeAdapter(list[Annotated[RewardPart, PlainValidator(_part)]])
 
 def _rewards(given: Any) -> Section | list[RewardPart]:
     if given == []:
-        raise ValueError("an empty list is no reward: give the kinds of reward in it, or leave the key out")
+        raise ValueError("an empty list is not a reward: give the kinds of reward in it, or leave the key out")
     if isinstance(given, list):
         return _PARTS.validate_python(given)
     return RewardFrom.variant(given).model_validate(given)

@@ -27,135 +27,142 @@ class Rl(Validation):
 
     algorithm: Annotated[str, registered(ALGORITHMS)] = "ppo"
     """A row of the table in perl/rl/algorithms.py, to which a plugin may add. The default learned every kind of
-    reward that was tried, rare ones too, from as few completions as any (docs/experiments.md)."""
+    reward that was tried, including rare ones, from as few completions as any (docs/experiments.md)."""
     adapter: str | None = None
-    """A folder with an adapter that was trained elsewhere: policy and reference start as it. With a section `sft`
-    they start from what that trains: use `sft.adapter`."""
+    """A folder with an adapter trained elsewhere, from which policy and reference start. In a recipe with a
+    section `sft` they start from what that trains: use `sft.adapter`."""
     critic: Literal["shared", "adapter", "none"] | None = None
-    """A head on the policy's trunk, an adapter (or under full tuning a model) of its own, or none. Unset: none
-    where the algorithm has none; else shared under LoRA, adapter under full tuning."""
+    """shared: a head on the policy's trunk; adapter: its own adapter (under full tuning, its own model). Unset:
+    none if the algorithm has no critic; else shared under LoRA, adapter under full tuning."""
     advantage: Advantage | None = None
     """This and the keys below down to `trust_region` override a cell or a constant of the algorithm's row: see
     `Algorithm` in perl/rl/algorithms.py. Unset: the row's own."""
     surrogate: Surrogate | None = None
     """-A log π; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
     ratio: Ratio | None = None
-    """Whose probabilities are compared with those before the update: each token's, or the whole completion's."""
+    """Whether the ratio to the policy before the update is taken for each token or for the whole completion."""
     average: Average | None = None
-    """What weighs alike in the loss: tokens; completions; tokens, over the most that there can be."""
+    """How the loss is averaged: over tokens; over completions; or summed over tokens and divided by a constant,
+    the highest possible number of tokens."""
     kl: Kl | None = None
-    """Where β KL(π‖reference) is: in each token's reward, in the loss by the estimate k2 or k3, or nowhere."""
+    """Where β KL(π‖reference) is applied: in each token's reward, in the loss with the estimator k2 or k3, or
+    nowhere."""
     whiten: bool | None = None
-    """Whether advantages get mean 0 and variance 1 over the rollout."""
+    """Whether advantages are normalised to mean 0 and variance 1 over the rollout."""
     normalize_rewards: bool | None = None
-    """Train on (reward - mean) / std, over all rewards of the run so far: rewards of any scale work, and what is
-    reported stays raw. false: train on the rewards as they are. Unset: true for all rows but maxrl."""
+    """Whether to train on (reward - mean) / std, over all rewards of the run so far, so that rewards of any scale
+    work; reported rewards are raw. Unset: true for all rows but maxrl."""
     drop_equal_groups: bool | None = None
     """Whether groups whose rewards are all equal are left out of the averages."""
     redraws: Annotated[int, Field(ge=0)] | None = None
-    """How often at most other prompts are drawn in the place of groups that were dropped."""
+    """How many times at most a step draws other prompts to replace dropped groups."""
     reset_optimizer: bool | None = None
-    """Whether the optimizer starts anew with each rollout."""
+    """Whether the optimizer state is reset for each rollout."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
-    """λ of GAE: 1 takes the whole return, less leans on the critic."""
+    """λ of GAE: 1 uses the whole return, lower values rely more on the critic."""
     clip: Annotated[float, Field(gt=0, le=1)] | None = None
-    """How far the ratio of new to old probability may fall from 1 in one step, and rise where `clip_high` is
-    unset in the row too."""
+    """How far the ratio of new to old probability may fall below 1 in one step, and rise above it if `clip_high`
+    is unset in the row too."""
     clip_high: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """How far the ratio may rise above 1."""
     dual_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """At a negative advantage, the ratio from which there is no gradient; 0: none."""
+    """With a negative advantage there is no gradient above this ratio; 0: no such limit."""
     tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Of the mirror: at 1 an advantage of one draws a completion's log-prob up by one nat."""
+    """τ of mirror descent: at 1, an advantage of 1 pulls a completion's log-prob up by one nat."""
     value_clip: NonNegative | None = None
-    """How far a value may move in one step where the policy is clipped, in standard deviations of the reward; 0:
-    any distance."""
+    """How far a value may move in one step if the surrogate clips, in standard deviations of the reward; 0: no
+    limit."""
     value_coef: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: its head alone learns."""
+    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: only its head is trained."""
     entropy_coef: NonNegative | None = None
-    """Weight of the entropy's mean over tokens, which the loss raises."""
+    """Weight of the entropy bonus in the loss, a mean over tokens."""
     direction: Direction | None = None
-    """Of the policy's step: the gradient, or the natural gradient over the adapter's weights (TRPO)."""
+    """Direction of the policy's update: the optimizer's, or the natural gradient of the adapter's weights
+    (TRPO)."""
     trust_region: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """δ: a step that moves the policy by a larger mean KL, in nats per token, is shortened until it does not."""
     reward: Annotated[Rewards, DOCUMENTED_UNSET] = RewardFrom()
-    """Unset: the reward stage's model. See perl/recipe/rewards.py."""
+    """What the policy is trained to raise; a reward or a list of rewards. Unset: the reward stage's model."""
     anyway: bool = False
-    """Train against the reward stage's model though its card says that it is not fit for that."""
+    """Train against the reward stage's model even if its card says that it is not fit for RL."""
     sampler: SamplerFrom = SamplerFrom()
     sampler_correction: Literal["truncate", "none"] = "truncate"
-    """Weigh each token's advantage by the policy's probability over the sampler's, at most 2: of no effect where
-    the sampler computes as the policy does."""
+    """Weight each token's advantage by the policy's probability over the sampler's, at most 2. This has no effect
+    if the sampler computes the same probabilities."""
     prompt_sampling: PromptSampling = "uniform"
-    """Which prompts a step takes: all in turn; in proportion to 1 - their success rate so far; or the easy ones
-    first, by the prompts' column `difficulty` or by their success rate at the start, later prioritised."""
+    """Which prompts a step takes. uniform: all in turn; prioritised: with probability proportional to 1 - success
+    rate so far; curriculum: easy ones first, by the column `difficulty` or by the success rate at the start, later
+    prioritised."""
     success_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.5
-    """A completion with at least this reward is right, for success rates and `length_reward`."""
+    """A completion with at least this reward counts as correct, for success rates and `length_reward`."""
     steps: Positive = 100
-    """Rollouts, each learned from `epochs` times."""
+    """Number of rollouts, each trained on for `epochs` passes."""
     prompts_per_step: Positive = 16
-    """Of a rollout, over all processes."""
+    """Prompts per rollout, over all processes."""
     samples_per_prompt: Annotated[Positive, DOCUMENTED_UNSET] = 1
-    """Completions of each prompt. Unset: 4 where the algorithm compares them, else 1."""
+    """Completions per prompt. Unset: 4 if the algorithm compares them, else 1."""
     minibatches: Positive = 1
-    """Parts of a rollout, each with an update of its own in each of the `epochs`."""
+    """Minibatches per rollout, each with its own update in each of the `epochs`."""
     epochs: Annotated[Positive, DOCUMENTED_UNSET] = 1
-    """Passes over each rollout, with an update by each of its minibatches. Unset: 2; reinforce is on-policy and
-    takes 1."""
+    """Passes over each rollout, with one update per minibatch. Unset: 2; for reinforce, which is on-policy, 1."""
     micro_batch_size: Positive = 4
-    """Completions in one pass: more are faster and take more memory; the result is the same."""
+    """Completions per forward and backward pass: more are faster and take more memory; the result is the same."""
     max_prompt_length: Positive | None = None
-    """Cut older context off so that prompts have at most so many tokens; unset, a longer prompt is refused."""
+    """Cut off older context so that prompts have at most this many tokens. Unset: a prompt that is too long is
+    refused."""
     max_new_tokens: Positive = 64
     """Longest completion, in tokens."""
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Outside these bounds logits over it, and the log-probs of what is sampled, cannot be reckoned with."""
+    """Sampling temperature; all logits are divided by it, in training too. Outside these bounds log-probs become
+    inaccurate."""
     learning_rate: Rate | Literal["auto"] = "auto"
-    """auto: as in the stages before, shared by the updates from each rollout."""
+    """Peak learning rate. auto: as in the stages before, divided among the updates from each rollout."""
     head_learning_rate: Rate | Literal["auto"] = "auto"
-    """Of the critic's head. auto: by the width and the size of the base's hidden states."""
+    """Peak learning rate of the critic's head. auto: chosen by the width and magnitude of the base's hidden
+    states."""
     lr_scheduler_type: LrSchedulerType = "cosine"
-    """How the learning rate goes over the stage, by transformers' names."""
+    """Learning rate schedule, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps in which the learning rate rises to its full value."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """As in AdamW: this share of the learning rate is taken off every weight at each step."""
+    """Weight decay, as in AdamW."""
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. Where `kl` puts
-    the KL into the loss, β weighs it there and r keeps its weight; where `kl` is none, β has no use."""
+    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. If `kl` puts the KL into
+    the loss, β is its weight there and r keeps weight 1; if `kl` is none, β is not used."""
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Nats per completion: β rises by up to 2 % a step while the KL is above it, and falls below it (Ziegler
-    et al. 2019); `kl_coef` is where β starts. Unset: β is constant."""
+    """Target KL in nats per completion: β rises by up to 2 % per step while the KL is above it, and falls while it
+    is below (Ziegler et al. 2019), starting from `kl_coef`. Unset: β is constant."""
     length_reward: NonNegative = 0.0
-    """Weight of Kimi's length reward, in standard deviations of the reward: among the right completions of a
-    prompt the short ones gain and the long ones lose half of it."""
+    """Weight of Kimi's length reward, in standard deviations of the reward: among the correct completions of a
+    prompt, the shortest gain half of it and the longest lose half of it."""
     length_reward_delay: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Share of the steps before there is a length reward."""
+    """Share of the steps before the length reward begins."""
     overlong_penalty: NonNegative = 0.0
-    """Taken off the reward of a completion of max_new_tokens, in standard deviations of the reward; less, by
-    DAPO's ramp, off one that ends in the last overlong_buffer tokens before that."""
+    """Penalty on the reward of a completion of max_new_tokens, in standard deviations of the reward; on one that
+    ends in the last overlong_buffer tokens before that it is smaller, by DAPO's ramp."""
     overlong_buffer: Positive | None = None
-    """Unset: a fifth of max_new_tokens, as in DAPO."""
+    """Length of DAPO's ramp in tokens. Unset: a fifth of max_new_tokens, as in DAPO."""
     missing_end_penalty: NonNegative | None = None
-    """Taken off the reward of a completion that was cut before its end, in standard deviations of the reward.
-    Unset: half of one for turns of a chat, none for plain text."""
+    """Penalty on the reward of a completion that was cut off before its end, in standard deviations of the reward.
+    Unset: 0.5 for chat turns, 0 for plain text."""
     eval_reward: EvalReward | None = None
-    """What chooses between the policies of `eval_steps`: the data's gold judge, or a reward as in `reward` that is
-    not trained on, such as a rule or a member of the reward model that `reward` leaves out. Unset: the reward that
-    is trained on, less β KL."""
+    """What `eval_steps` compares policies by: the data's gold judge, or a reward as in `reward` that is not
+    trained on, such as a rule or a member of the reward model that `reward` leaves out. Unset: the training reward
+    minus β KL."""
     eval_prompts: Positive = 128
-    """Held-out prompts on which the policy is judged before and after."""
+    """Held-out prompts on which the policy is evaluated before and after."""
     eval_samples: Positive | None = None
-    """Completions of each of them; pass@k is measured up to this k. Unset: so many that there are 256 in all."""
+    """Completions of each of these prompts; pass@k is measured up to this k. Unset: enough for 256 in all."""
     sample_every: Positive = 50
-    """Steps after which the policy completes a few held-out prompts, for people to read."""
+    """Steps between samples of a few held-out prompts for people to read."""
     best_of_n: Annotated[int, Field(ge=0, le=64)] = 8
-    """The best of 2, 4, ... up to so many completions by the policy before RL is measured beside RL's policy; 0:
-    nothing is. It costs 256 completions, or those of 16 prompts if that is more."""
+    """Compare the policy with the best of 2, 4, ... up to this many completions of the policy before RL; 0: do
+    not. This costs 256 completions, or those of 16 prompts if that is more."""
     guard: Literal["stop", "warn", "off"] = "stop"
-    """When training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or never look."""
+    """When training goes wrong (perl/rl/checks/guards.py): return to the last good step and stop, only warn, or do
+    not check."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
-    """Nats per completion that the policy may be away from its reference."""
+    """Largest KL of the policy to its reference, in nats per completion."""
 
     @property
     def reward_parts(self) -> list[RewardPart]:

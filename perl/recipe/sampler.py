@@ -12,23 +12,25 @@ class SamplerFrom(Section):
     """What draws completions."""
 
     kind: Annotated[str, registered(SAMPLERS)] = "local"
-    """A name in perl/rl/samplers/__init__.py; a plugin may add to it. Unset: server where there is a `url`."""
+    """A name in perl/rl/samplers/__init__.py, to which a plugin may add. Unset: server if there is a `url`, else
+    local."""
     url: str | list[str] | None = None
-    """Of a vLLM server, or of several that serve the same: `perl-rlhf sampler RECIPE` prints how to start one, and
-    docs/serving.md says more. VLLM_API_KEY is sent where the environment has it."""
+    """Address of a vLLM server, or of several that serve the same: `perl-rlhf sampler RECIPE` prints how to start
+    one; see docs/serving.md. VLLM_API_KEY is sent if it is set in the environment."""
     adapter_dir: str | None = None
-    """Folder of this run alone, through which servers get adapters: they see it under the same path."""
+    """Folder used by this run only, through which servers get adapters; they must see it under the same path."""
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a server may take for one completion."""
     patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
-    """Seconds in which a server that does not answer may come back; what it was asked for is drawn again."""
+    """Seconds to wait for a server that does not answer; its requests are then sent again."""
     in_flight: Positive = 256
-    """Requests to servers at once, of all processes."""
+    """Concurrent requests to servers, of all processes together."""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: a server draws the next step's completions while this one is learned from, with the policy as it was."""
+    """1: servers sample the next step's completions during this step's update, with the policy before that
+    update."""
     mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Mean difference between a server's log-probs and the policy's, in nats per token, above which the run ends.
-    Unset: 0.001 in float32, 0.01 in float16, 0.04 in bfloat16."""
+    """The run ends if the mean difference between a server's log-probs and the policy's exceeds this, in nats per
+    token. Unset: 0.001 in float32, 0.01 in float16, 0.04 in bfloat16."""
 
     @property
     def settings(self) -> SamplerSettings:

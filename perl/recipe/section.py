@@ -56,7 +56,7 @@ def addresses(url: str | list[str] | None) -> tuple[str, ...]:
     urls = tuple(one.rstrip("/") for one in ([url] if isinstance(url, str) else url or []))
     for one in urls:
         if not _is_address(one):
-            raise ValueError(f"{one!r} is no address of a server: write url as in http://127.0.0.1:8000")
+            raise ValueError(f"{one!r} is not the address of a server: write url as in http://127.0.0.1:8000")
         if one.endswith("/v1"):
             raise ValueError(f"{one!r} ends in /v1, which is added: leave it out")
     return urls
@@ -73,13 +73,14 @@ class Validation(Section):
     """What all stages say about validation."""
 
     eval_steps: Positive | None = None
-    """Steps from one validation to the next, on rows split off the training rows by dialogue, never those held
-    out: by the loss (of reward models at the temperature that suits their scores best), and in RL as `eval_reward`
-    says. The best weights are kept. Unset: none; the last are."""
+    """Steps between validations, on dialogues set aside from the training rows, never on those held out for the
+    report: by the loss (for reward models, after scaling the scores by the best temperature), and in RL by
+    `eval_reward`. The best weights are kept. Unset: no validation; the last weights are kept."""
     early_stopping_patience: Positive | None = None
-    """So many validations in a row without a better one end the stage. Unset: it takes all its steps."""
+    """The stage ends after this many validations in a row without an improvement. Unset: it takes all its
+    steps."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Of the training dialogues, where there are `eval_steps`."""
+    """Share of the training dialogues used for validation, if `eval_steps` is set."""
 
     @model_validator(mode="after")
     def _validates(self) -> "Validation":

@@ -11,23 +11,23 @@ class Supervised(Validation):
     """What SFT and reward training have in common."""
 
     from_: Annotated[str | None, Field(alias="from")] = None
-    """A run folder whose finished stage is taken as it is; keys of the section that are unset are as there."""
+    """A run folder whose finished stage is reused; keys of the section that are unset take its values."""
     adapter: str | None = None
-    """A folder with an adapter that was trained elsewhere, by peft or another run: the stage goes on from it, a
-    reward model from its head too, if it has one. Its kind and shape are the whole run's."""
+    """A folder with an adapter trained elsewhere, by peft or by another run, from which the stage continues; a
+    reward model also takes its head, if it has one. Its kind and shape apply to the whole run."""
     epochs: Positive = 1
     """Passes over the training rows."""
     batch_size: Positive = 16
-    """Rows a step, over all processes."""
+    """Rows per step, over all processes."""
     learning_rate: Rate | Literal["auto"] = "auto"
-    """At its highest. auto: by the width of the base, its kind, and the kind of adapters or full tuning, see
-    perl/stages/auto_rates.py."""
+    """Peak learning rate. auto: chosen by the base's width and architecture, and by the kind of adapter or full
+    tuning; see perl/stages/auto_rates.py."""
     lr_scheduler_type: LrSchedulerType = "cosine"
-    """How the learning rate goes over the stage, by transformers' names."""
+    """Learning rate schedule, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps over which the learning rate rises from 0, rounded down; `constant` has none."""
+    """Share of the steps in which the learning rate rises from 0, rounded down; `constant` has no warmup."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """As in AdamW: this share of the learning rate is taken off every weight at each step."""
+    """Weight decay, as in AdamW."""
     max_length: Positive = 512
     """Longest sequence, in tokens; older context is cut off first."""
 
@@ -38,15 +38,16 @@ Regret"): what full tuning has where nothing was searched."""
 
 
 class FullTuning(Section):
-    """How SFT and reward training treat whole models: as ULMFiT (Howard and Ruder 2018, arXiv 1801.06146) does."""
+    """How SFT and reward training tune whole models, as in ULMFiT (Howard and Ruder 2018, arXiv 1801.06146)."""
 
     layer_decay: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    """Each layer learns at the rate of the one above it divided by this; the paper takes 2.6."""
+    """Each layer's learning rate is that of the layer above it divided by this factor; the paper uses 2.6."""
     schedule: Literal["slanted_triangular"] | None = None
-    """In the place of the stage's own: up to its learning rate over a tenth of the steps, then down to a 32nd."""
+    """Replaces the stage's schedule: up to its learning rate over a tenth of the steps, then down to a 32nd of
+    it."""
     gradual_unfreezing: bool = False
-    """In the first epoch only the topmost layer learns (the head and the last norm), in each further epoch one
-    more; with fewer epochs than layers the lowest never learn."""
+    """In the first epoch only the top layer (the head and the last norm) is trained, in each further epoch one
+    layer more; with fewer epochs than layers, the lowest layers are never trained."""
 
 
 class Sft(Supervised):
@@ -57,20 +58,20 @@ class Reward(Supervised):
     """The reward model."""
 
     loss: Literal["thumbs", "pairs", "both"] = "thumbs"
-    """Learn from ratings, from comparisons, or from both in one training. Comparisons may be made from ratings."""
+    """Train on ratings, on comparisons, or on both together. Comparisons may be made from ratings."""
     epochs: Positive = 2
     """Passes over the training rows."""
     members: Annotated[int, Field(ge=1, le=8)] = 1
-    """How many reward models are trained, each an adapter with a beginning and an order of rows of its own; how RL
-    combines them, `rl.reward` says."""
+    """Number of reward models to train, each an adapter with its own initialisation and order of rows; `rl.reward`
+    says how RL combines them."""
     likelihood: bool = False
-    """Whether the score also depends on how likely the reward model's own language model finds the answer: for
-    bases that know good answers better than ratings can teach it."""
+    """Whether the score also depends on the likelihood of the answer under the reward model's own language model:
+    for bases that know good answers better than ratings can teach them."""
     tfidf: bool = False
-    """Whether the score is blended, half and half, with what the tokens alone say (TF-IDF with logistic
-    regression): for ratings by people that words tell as well as a small model does. Needs `eval_steps`."""
+    """Whether the score is blended in equal parts with TF-IDF and logistic regression on the tokens: for human
+    ratings that single words predict as well as a small model does. Needs `eval_steps`."""
     bootstrap: bool = False
-    """Whether each of several members learns from its own draw of the dialogues, with replacement."""
+    """Whether each of several members is trained on its own bootstrap sample of the dialogues."""
 
     @model_validator(mode="after")
     def _bootstraps_several(self) -> "Reward":

@@ -1,7 +1,7 @@
 """Throughput of each process beside one alone: python -m benchmarks.throughput [--processes N]
 
 One thread each, the same rows a process: the global batch grows with the processes. PPO with a shared critic on a
-random Llama of 22M parameters; tokens a second and process, as reports say them.
+random Llama of 22M parameters; tokens per second and process, as reports say them.
 """
 
 import argparse

@@ -147,7 +147,7 @@ def _kept(arguments: list[str]) -> str:
         return "what the page called saved is in the file; the same command goes on"
     if arguments[:1] == ["serve"]:
         return "no more requests are answered; the same command serves again"
-    return "nothing was kept; the same command begins anew"
+    return "nothing was saved; the same command starts from the beginning"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -95,7 +95,7 @@ def recipe_of(size: Size, algorithm: str, model: str) -> dict[str, Any]:
 
 
 def step(size: Size, algorithm: str, model: str, four_bit: bool = False) -> Metrics:
-    """Seconds, tokens a second and memory of a step of ours, by phase."""
+    """Seconds, tokens per second and memory of a step of ours, by phase."""
     with tempfile.TemporaryDirectory() as scratch:
         content = recipe_of(size, algorithm, model)
         if four_bit:

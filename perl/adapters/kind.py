@@ -216,7 +216,7 @@ class AdapterKind(ABC):
             UserError: what it computes is no sum of weights.
         """
         raise UserError(
-            f"{self} cannot be merged: what they compute is no sum of weights",
+            f"{self} cannot be merged: what they compute is not a change of weights",
             where="--merge",
             remedy="Leave the adapters beside their base: use the run folder.",
         )

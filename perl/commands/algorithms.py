@@ -7,7 +7,7 @@ COLUMNS = ("name", *SWITCHES, "critic", "group", "updates", "constants")
 
 
 def algorithms() -> None:
-    """Print the table of RL algorithms, a line a row.
+    """Print the table of RL algorithms, one line per row.
 
     A recipe names a row in rl.algorithm and overrides any cell or constant of it: rl.surrogate, rl.clip, …
     docs/algorithms.md says what each row is for.

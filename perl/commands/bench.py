@@ -45,7 +45,7 @@ def bench(
         str, typer.Argument(metavar="[PART]", help="step (the default), rollout, reward, limit or growth.")
     ] = "step",
     algorithm: Annotated[
-        str, typer.Option("--algorithm", help="ppo, rloo or grpo; the last two beside the installed TRL.")
+        str, typer.Option("--algorithm", help="ppo, rloo or grpo; the last two beside TRL.")
     ] = "ppo",
     peer_trl: Annotated[
         Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
@@ -53,15 +53,15 @@ def bench(
     layers: Annotated[str, typer.Option("--layers", help="all or top-half: the blocks with adapters.")] = "all",
     epochs: Annotated[int, typer.Option("--epochs", metavar="K", min=1, help="Passes over a rollout.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps a measurement.")] = 2,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps per measurement.")] = 2,
     model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the random Llama's shape.")] = "100m",
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Our side keeps activations at block boundaries only.")
+        bool, typer.Option("--checkpointing", help="Checkpoint activations on our side.")
     ] = False,
-    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Draw growth there.")] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Where to plot growth.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a step of RL and its memory under LoRA and full tuning, and TRL's beside it; or a part of it."""
+    """Measure time and memory of an RL step or a part of it, under LoRA and full tuning, and TRL's beside it."""
     one_of("--algorithm", algorithm, ["ppo", "rloo", "grpo"])
     one_of("--layers", layers, ["all", "top-half"])
     one_of("--model", model, list(work.MODELS))
@@ -175,7 +175,7 @@ def bench_step(
         for name, run in runners.items():
             runs[name].append(run())
             seconds = [round(sum(step.values()), 2) for step in runs[name][-1].steps[WARM_UP:]]
-            console.print(f"{repeat + 1}/{repeats} {name}: {seconds} s a step")
+            console.print(f"{repeat + 1}/{repeats} {name}: {seconds} s per step")
     sides = {name: _medians(measurements) for name, measurements in runs.items()}
     lora, full = (_tuning(sides[f"ours, {one}"], sides.get(f"trl, {one}")) for one in TUNINGS.values())
     lora_to_full = sides["ours, LoRA"].ratio(sides["ours, full"])

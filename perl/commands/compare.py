@@ -38,13 +38,11 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Runs of each tuning.")] = 1,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", min=3, help="Measure memory and speed alone, over N steps a stage."),
+        typer.Option("--steps", metavar="N", min=3, help="Measure only memory and speed, over N steps per stage."),
     ] = None,
     search_rates: Annotated[
         bool,
-        typer.Option(
-            "--search-rates", help="Search both sides' learning rates, on a seed of its own, instead of assuming."
-        ),
+        typer.Option("--search-rates", help="Search for both sides' learning rates, on a separate seed."),
     ] = False,
     baselines: Annotated[
         str | None,

@@ -48,10 +48,10 @@ def data_check(
 
 
 def data_leaks(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="What is trained on: SOURCE[:PATH] or a file.")],
-    tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="What is tested on, likewise.")],
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Training data: SOURCE[:PATH] or a file.")],
+    tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="Test data, likewise.")],
 ) -> None:
-    """Count the questions of test sets that a training set holds too."""
+    """Count the questions of test sets that also occur in a training set."""
     # Questions are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     trained_on = load_rows(*parse_source(train), 0)
@@ -64,11 +64,11 @@ def data_leaks(
 
 def data_import(
     source: Annotated[str, typer.Argument(metavar="FORMAT", help=f"{', '.join(imports.FORMATS)}.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What was exported.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The exported file.")],
     columns: Columns = None,
     out: Out = None,
 ) -> None:
-    """Write ratings exported elsewhere as JSON Lines, and name every row that holds none."""
+    """Convert ratings exported elsewhere to JSON Lines, and name every row without one."""
     one_of("FORMAT", source, list(imports.FORMATS))
     names = parse_columns(columns)
     rows, problems = sifted(imports.read_import(source, file, names))
@@ -113,7 +113,7 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
         console.print("every row is usable, but columns are left out" if unread else "every row is usable")
         return 0
     console.print(f"{counted(len(records.problems), 'row')} left out")
-    messages.print("Mend or remove the rows named: a run would go on without them.")
+    messages.print("Correct or remove the rows named: a run would go on without them.")
     if any(problem.what.endswith("fit no format") for problem in records.problems):
         messages.print(f"Rows have the fields {FORMATS}.", markup=False)
     return 2

@@ -40,7 +40,7 @@ def parse_bytes(text: str) -> int:
     """Bytes from text such as 24GB, 80GiB or 1.5e9; GB is 10⁹, GiB 2³⁰.
 
     Raises:
-        UserError: it is no size.
+        UserError: it is not a size.
     """
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(I?)B?", text.strip(), re.IGNORECASE)
     try:
@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
     if 1 <= size < 1_000_000:  # no device has so little: the unit was forgotten
         raise UserError(f"{text!r} is {size:,.0f} bytes", where="--device-memory", remedy=f"Write {size:.0f}GB.")
     if not 1 <= size < 2**60:
-        raise UserError(f"{text!r} is no size", where="--device-memory", remedy="For example 24GB or 80GiB.")
+        raise UserError(f"{text!r} is not a size", where="--device-memory", remedy="For example 24GB or 80GiB.")
     return int(size)
 
 
@@ -59,20 +59,22 @@ def estimate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     device_memory: Annotated[
-        str | None, typer.Option("--device-memory", metavar="SIZE", help="What one device has, such as 24GB.")
+        str | None, typer.Option("--device-memory", metavar="SIZE", help="Memory of one device, such as 24GB.")
     ] = None,
     devices: Annotated[
-        int, typer.Option("--devices", metavar="N", min=1, help="Shard over so many (ZeRO-3 or FSDP).")
+        int, typer.Option("--devices", metavar="N", min=1, help="Shard over N devices (ZeRO-3 or FSDP).")
     ] = 1,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="Seconds on h200, h100, a100, l40s, 4090 or cpu."),
+        typer.Option("--device", metavar="NAME", help="Predict seconds on h200, h100, a100, l40s, 4090 or cpu."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine first, a minute, and predict its seconds.")
+        bool,
+        typer.Option("--calibrate", help="Measure this machine first (about a minute), and predict its seconds."),
     ] = False,
     price: Annotated[
-        float | None, typer.Option("--price", metavar="PER_HOUR", min=0.0, help="Of one device, for the cost.")
+        float | None,
+        typer.Option("--price", metavar="PER_HOUR", min=0.0, help="Price of one device, for the cost."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -218,17 +220,17 @@ def _say_seconds(
 ) -> None:
     for stage, time in times.items():
         phases = ", ".join(f"{phase} {seconds_text(spent)}" for phase, spent in time.step.items())
-        line = f"{stage}: {phases} a step of the longest rows; {counted(time.steps, 'step')} "
+        line = f"{stage}: {phases} per step of the longest rows; {counted(time.steps, 'step')} "
         line += f"{seconds_text(time.training)}, evaluation {seconds_text(time.evaluation)}"
         if time.draws_at_most > 1:
             line += f"; generate and score up to {time.draws_at_most} times where groups are drawn again"
         console.print(f"{line}.", markup=False)
     hours = _hours(times)
-    money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} an hour of a device"
-    alone = "" if devices == 1 else ", without what devices send each other"
+    money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} per device and hour"
+    alone = "" if devices == 1 else ", without communication between devices"
     console.print(
         f"All of {recipe.name} ({recipe.tuning}) on {speed.name}: about {seconds_text(hours * 3600)}{alone}"
-        f"{money}. That is a prediction; its basis: {speed.basis}.",
+        f"{money}. This is a prediction, based on: {speed.basis}.",
         markup=False,
     )
 

@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Judge a trained reward model on rated data, or a policy on prompts."""
+    """Evaluate a trained reward model on rated data, or a policy on prompts."""
     if role not in ROLES:
         raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
     say_loading()

@@ -27,10 +27,12 @@ def export(
     role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic; reward_2 ...")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
-    hub: Annotated[str, typer.Option("--push-to-hub", metavar="REPO", help="Upload it too, private if new.")] = "",
+    hub: Annotated[
+        str, typer.Option("--push-to-hub", metavar="REPO", help="Also upload it; private if new.")
+    ] = "",
     as_lora: Annotated[
         int | None,
-        typer.Option("--as-lora", metavar="RANK", min=1, help="Any kind of adapter as LoRA of this rank."),
+        typer.Option("--as-lora", metavar="RANK", min=1, help="Convert any kind of adapter to LoRA."),
     ] = None,
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
@@ -78,7 +80,7 @@ def _recipe_with(run: Path, role: str) -> Recipe:
         remedy = "A critic is trained where rl.advantage is gae or return: perl-rlhf algorithms."
     elif RunFolder(run).result(stage) is None:
         what = f"{stage} is not finished"
-        remedy = "Run the recipe again with the same --out: it goes on from where it stopped."
+        remedy = "Run the recipe again with the same --out: it resumes from where it stopped."
     if what:
         raise UserError(what, where=str(run), remedy=remedy)
     return recipe

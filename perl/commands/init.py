@@ -44,12 +44,12 @@ def init(
 ) -> None:
     """Write a recipe for your own data, with the stages that the rows allow; show what it will need."""
     if file.exists():
-        raise UserError("is there already", where=str(file), remedy="Name another file for the recipe.")
+        raise UserError("already exists", where=str(file), remedy="Name another file for the recipe.")
     data = data or _asked("--data", "Your file of rows", None, yes)
     name, path = parse_source(data)
     if name != "jsonl" or path is None:
         remedy = "Name a file; for a source of this package copy a recipe of recipes/."
-        raise UserError(f"{data} is no file", where="--data", remedy=remedy)
+        raise UserError(f"{data} is not a file", where="--data", remedy=remedy)
     named = columns_in(Path(path)) | parse_columns(columns)
     records = load_records(name, path, 0, named)
     _describe(records)

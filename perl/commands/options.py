@@ -23,13 +23,11 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics there.")]
 Columns = Annotated[
     list[str] | None,
-    typer.Option(
-        "--columns", metavar="FIELD=NAME,…", help="Columns of other names: prompt=question,completion=reply."
-    ),
+    typer.Option("--columns", metavar="FIELD=NAME,…", help="Names of columns: prompt=question,completion=reply."),
 ]
-Port = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free.")]
+Port = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any free port.")]
 Host = Annotated[
-    str, typer.Option("--host", metavar="ADDRESS", help="Another than the loopback's lets others in.")
+    str, typer.Option("--host", metavar="ADDRESS", help="An address other than loopback lets others in.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 SHOWN_PROBLEMS = 50
@@ -49,13 +47,15 @@ def parse_columns(given: list[str] | None) -> dict[str, str]:
     """Names in a file, by the names of TRL's formats; a comma in a name does not divide it.
 
     Raises:
-        UserError: an entry is no FIELD=NAME, or there is no such field.
+        UserError: an entry is not of the form FIELD=NAME, or there is no such field.
     """
     columns = {}
     for entry in (one for text in given or () for one in re.split(r",(?=\w+=)", text)):
         field, _, name = entry.partition("=")
         if not name:
-            raise UserError(f"{entry!r} is no FIELD=NAME", where="--columns", remedy="As in prompt=question.")
+            raise UserError(
+                f"{entry!r} is not of the form FIELD=NAME", where="--columns", remedy="As in prompt=question."
+            )
         if field not in COLUMNS:
             raise UserError(f"a row has no field {field!r}", where="--columns", remedy=nearest(field, COLUMNS))
         columns[field] = name

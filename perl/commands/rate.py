@@ -24,12 +24,14 @@ def rate(
     choose: Annotated[
         str,
         typer.Option(
-            "--choose", metavar="HOW", help="random, or uncertainty: half is what the reward model cannot tell."
+            "--choose",
+            metavar="HOW",
+            help="random, or uncertainty: half is what the reward model is least sure of.",
         ),
     ] = "random",
     raters: Annotated[
         str | None,
-        typer.Option("--raters", metavar="NAMES", help="Who may rate, with commas between; anyone by default."),
+        typer.Option("--raters", metavar="NAMES", help="Who may rate, separated by commas; anyone by default."),
     ] = None,
 ) -> None:
     """Rate a run's completions in the browser: thumbs, corrections and pairs, as JSON Lines to train on."""
@@ -48,7 +50,7 @@ def rate(
     names = [name.strip() for name in (raters or "").split(",") if name.strip()]
     if raters is not None and not names:  # as of a shell's variable that is not set: nobody must get in by that
         remedy = "Give names with commas between; without --raters anyone may rate."
-        raise UserError("names nobody", where="--raters", remedy=remedy)
+        raise UserError("gives no names", where="--raters", remedy=remedy)
     with open_port(host, port) as listening, closing(RatingLog(out or run / "ratings.jsonl")) as log:
         with silence():  # the address is the first line
             questions = Questions(load_run(run), choose)

@@ -13,9 +13,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="FILE", help="The page; report.html in the only or the first run by default."
-        ),
+        typer.Option("--out", metavar="FILE", help="The page; report.html in the first run by default."),
     ] = None,
 ) -> None:
     """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""

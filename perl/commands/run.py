@@ -14,13 +14,13 @@ from perl.recipe import Recipe, StageName, load_recipe
 From = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", help="Take the stages of this run that still fit, and say why others do not."
+        "--from", metavar="RUN", help="Reuse the stages of this run that still fit, and say why others do not."
     ),
 ]
 
 
 def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, source: From = None) -> None:
-    """Run the recipe's stages in order; called again, go on with the first unfinished one."""
+    """Run the recipe's stages in order; called again, resume with the first unfinished one."""
     _run(recipe, overrides, out, source)
 
 

@@ -33,11 +33,11 @@ def sampler(
     reward: Annotated[
         Path | None,
         typer.Option(
-            "--reward", metavar="DIR", help="Of a server that scores instead, by an exported reward adapter."
+            "--reward", metavar="DIR", help="For a server of rewards instead, with this exported adapter."
         ),
     ] = None,
 ) -> None:
-    """Print the command that starts a vLLM server for a recipe, one for each url that it names."""
+    """Print the command that starts a vLLM server for a recipe, one for each URL that it names."""
     resolved = load_recipe(recipe, overrides or [])
     if resolved.rl is None:
         raise UserError("there is nothing to sample for", where=str(recipe), remedy="Add a section rl.")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def score(run: Run, file: Lines, out: Out = None) -> None:
-    """Score a file of completions with the reward model: each line again, with score, probability, confidence."""
+    """Score a file of completions with the reward model: adds score, probability and confidence to each line."""
     say_loading()
     from perl.library import load_run
 

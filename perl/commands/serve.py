@@ -5,7 +5,7 @@ from perl.system.progress import console
 
 
 def serve(run: Run, port: Port = 8000, host: Host = "127.0.0.1") -> None:
-    """Serve base, SFT, policy and reward model of a run over OpenAI's API, to try them out."""
+    """Serve a run's base, SFT policy, RL policy and reward model with OpenAI's API, to try them out."""
     from perl.library import load_run
     from perl.server import listen
 

@@ -33,7 +33,7 @@ def sweep(
     overrides: Overrides = None,
     out: Out = None,
     stage: Annotated[
-        Literal["sft", "reward", "rl"], typer.Option("--stage", help="What is trained and judged.")
+        Literal["sft", "reward", "rl"], typer.Option("--stage", help="The stage to train and evaluate.")
     ] = "reward",
     kinds: Annotated[
         str | None,
@@ -48,24 +48,27 @@ def sweep(
         str, typer.Option("--ranks", metavar="R,R", help="Ranks, or other sizes, of kinds that have them.")
     ] = "",
     targets: Annotated[
-        str, typer.Option("--targets", metavar="T,T", help="Where adapters are, such as attention,mlp.")
+        str, typer.Option("--targets", metavar="T,T", help="Where adapters are placed, such as attention,mlp.")
     ] = "",
     equal_weights: Annotated[
-        bool, typer.Option("--equal-weights", help="Size each setting so that it has the first one's weights.")
+        bool, typer.Option("--equal-weights", help="Give each setting about as many weights as the first.")
     ] = False,
     seeds: Annotated[str, typer.Option("--seeds", metavar="S,S", help="Seeds of every setting.")] = "0,1,2",
     search_rates: Annotated[
-        bool, typer.Option("--search-rates", help="Search each setting's learning rate, on seeds of their own.")
+        bool, typer.Option("--search-rates", help="Search for each setting's learning rate, on separate seeds.")
     ] = False,
     search_seeds: Annotated[
-        str, typer.Option("--search-seeds", metavar="S,S", help="These seeds; by default the one after the last.")
+        str,
+        typer.Option(
+            "--search-seeds", metavar="S,S", help="Seeds of the search; by default the one after the last."
+        ),
     ] = "",
     kl: Annotated[
         float | None,
         typer.Option("--kl", min=0, help="Judge RL at this KL; by default at the largest that all runs reached."),
     ] = None,
 ) -> None:
-    """Train a stage under several kinds, sizes and placements of adapters, and whole, over seeds."""
+    """Train a stage with several kinds, sizes and placements of adapters, and with full tuning, over seeds."""
     loaded = load_recipe(recipe, overrides)
     say_loading()
     from perl.sweep.cells import Cells
@@ -131,7 +134,7 @@ def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
         except ValueError:
             raise UserError(f"{entry!r} is not a number", where=option, remedy="For example 1,2,4.") from None
         if value in values:
-            raise UserError(f"{value} is there twice", where=option, remedy="Name each once.")
+            raise UserError(f"{value} is given twice", where=option, remedy="Name each once.")
         values.append(value)
     return values
 

@@ -38,7 +38,7 @@ def is_right(kind: AnswerKind, text: str, reference: JSON) -> bool:
         UserError: `reference_problem` has something to say, or the package for LaTeX is missing.
     """
     if problem := reference_problem(kind, reference):
-        raise UserError(problem, where=f"reference answer {reference!r}", remedy="Mend the row.")
+        raise UserError(problem, where=f"reference answer {reference!r}", remedy="Correct the row.")
     return _RULES[kind](text, str(reference))
 
 
@@ -53,7 +53,7 @@ def reference_problem(kind: AnswerKind, reference: JSON) -> str | None:
         try:
             return None if math.isfinite(float(text)) else "is not finite"
         except ValueError:
-            return "is no number"
+            return "is not a number"
     return None if text else "is empty"
 
 

@@ -107,7 +107,7 @@ def read_math(chosen: MathSet, path: Path) -> Records:
         path: a checkout of the repository, the folder with the files, or one file.
 
     Raises:
-        UserError: a file is no list of rows.
+        UserError: a file is not a list of rows.
         OSError: a file cannot be read.
     """
     files = _files(chosen, path)
@@ -158,7 +158,7 @@ def _list_in(file: Path) -> Sequence[object]:
         what = f"is not JSON: {error}"
         raise UserError(what, where=str(file), remedy="Get the file again as published.") from None
     if not isinstance(values, list):
-        raise UserError("is no list of rows", where=str(file), remedy="Get the file again as published.")
+        raise UserError("is not a list of rows", where=str(file), remedy="Get the file again as published.")
     return values
 
 

@@ -119,7 +119,7 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
         rows = strict_json(path.read_text(encoding="utf-8-sig"))
     except (RowError, UnicodeDecodeError) as error:
         remedy = "It begins with [ and so is read as one array: mend it, or write one object a line."
-        raise UserError(f"is no JSON array: {error}", where=str(path), remedy=remedy) from None
+        raise UserError(f"is not a JSON array: {error}", where=str(path), remedy=remedy) from None
     assert isinstance(rows, list)
     for number, row in enumerate(rows, 1):
         yield number, lambda row=row: row  # type: ignore[misc]
@@ -131,7 +131,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except arrow.ArrowInvalid as error:
-        raise UserError(f"is no Parquet file: {error}", where=str(path), remedy="Write it anew.") from None
+        raise UserError(f"is not a Parquet file: {error}", where=str(path), remedy="Write it again.") from None
     yield from numbered_rows(rows, {})
 
 
@@ -183,7 +183,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
                 yield rows.line_num, header, cells
         except csv.Error as error:
             where = f"{path}:{rows.line_num}"
-            raise UserError(f"is no CSV: {error}", where=where, remedy="Mend this row.") from None
+            raise UserError(f"is not valid CSV: {error}", where=where, remedy="Correct this row.") from None
         except UnicodeDecodeError as error:
             what, remedy = f"is not UTF-8: byte 0x{error.object[error.start]:02x}", "Save it as UTF-8."
             raise UserError(what, where=str(path), remedy=remedy) from None

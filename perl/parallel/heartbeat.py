@@ -129,5 +129,5 @@ def death(who: str) -> tuple[str, str]:
     """The message about a dead process, and the remedy."""
     return (
         f"{who} is gone: killed, out of memory, or its host is down; the others stop",
-        "Launch the same command again: it goes on from the newest checkpoint, with any number of processes.",
+        "Launch the same command again: it resumes from the newest checkpoint, with any number of processes.",
     )

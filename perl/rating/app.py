@@ -127,7 +127,7 @@ class RatingApp:
         rate = await body_of(request, Rate)
         question = self._known.get(rate.question)
         if question is None:
-            raise HTTPException(409, "this question is not known: the server was started anew; reload the page")
+            raise HTTPException(409, "this question is not known: the server was restarted; reload the page")
         self._log.add(question, self._rater(rate.rater), Opinion(rate.label, rate.better, rate.correction))
         return self._answer()
 

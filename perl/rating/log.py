@@ -192,8 +192,8 @@ def _entry(row: Mapping[str, Any], where: str) -> Entry:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             what = f"{'.'.join(map(str, (RATED, *first['loc'])))}: {first['msg']}"
-        remedy = "Mend or remove the line, or give another --out."
-        raise UserError(f"is no rating as rate writes them: {what}", where=where, remedy=remedy) from None
+        remedy = "Correct or remove the line, or give another --out."
+        raise UserError(f"is not a rating as rate writes them: {what}", where=where, remedy=remedy) from None
     question = Question(record.context, row.get("dialogue"), tuple(mark.shown), mark.chosen_by)
     texts = [one.text for one in mark.shown]
     better = texts.index(row["chosen"]) if len(texts) == 2 and row.get("chosen") in texts else None
@@ -224,7 +224,7 @@ def _check_correction(correction: str, text: str) -> None:
     try:
         usable_text(correction, "it")
     except RowError as error:
-        raise UserError(str(error), where="the correction", remedy="Type it anew.") from None
+        raise UserError(str(error), where="the correction", remedy="Type it again.") from None
     if correction.strip() in ("", text.strip()):
         what = "says what the completion says" if correction.strip() else "is empty"
         raise UserError(what, where="the correction", remedy="Change the text, or rate it up or down.")

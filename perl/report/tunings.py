@@ -35,7 +35,7 @@ COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], 
     ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
     ("time", lambda stage: stage.seconds, seconds_text),
     ("waited", lambda stage: stage.waited_seconds, seconds_text),
-    ("tokens a second", lambda stage: stage.tokens_per_second, rate_text),
+    ("tokens per second", lambda stage: stage.tokens_per_second, rate_text),
     ("peak memory", lambda stage: stage.peak_memory_bytes, bytes_text),
     ("peak RSS", lambda stage: stage.peak_rss_bytes, bytes_text),
     ("compute", lambda stage: stage.flops, flops_text),
@@ -46,7 +46,7 @@ COMPARED = 5
 """Of these, as many are set side by side."""
 BALANCED = (
     ("peak memory", "Less memory", "More memory", True),
-    ("tokens a second", "Slower, by tokens a second", "Faster, by tokens a second", False),
+    ("tokens per second", "Slower, by tokens per second", "Faster, by tokens per second", False),
 )
 """Cost, how to call it where LoRA's is less and where it is more, and whether less is better."""
 DECISIVE = (

@@ -46,7 +46,7 @@ def check_convertible(adapter: AdapterKind, rank: int) -> None:
     """
     if type(adapter).deltas is AdapterKind.deltas:
         raise UserError(
-            f"{adapter} are no LoRA of any rank: what they compute is no sum of weights",
+            f"{adapter} are no LoRA of any rank: what they compute is not a change of weights",
             where="--as-lora",
             remedy="Use the run folder: perl-rlhf chat, perl-rlhf evaluate, perl.load_run; or train kind lora.",
         )

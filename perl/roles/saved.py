@@ -197,7 +197,7 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
 def _anew(folder: Path) -> str:
     """The remedy for damaged files."""
     stage = folder.parent.parent if folder.parent.name.startswith("member-") else folder.parent
-    return f"Remove {stage / 'result.json'} and run the recipe: it goes on from its newest checkpoint."
+    return f"Remove {stage / 'result.json'} and run the recipe: it resumes from its newest checkpoint."
 
 
 def _config_fits(roles: Roles, folder: Path) -> bool:

@@ -110,7 +110,7 @@ class Checkpoints:
             belongs: dict[str, str] = dict(content["belongs"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             earlier = [one for one in self.steps() if one < step]
-            then = f"goes on from step {earlier[-1]}" if earlier else "begins this stage anew"
+            then = f"resumes from step {earlier[-1]}" if earlier else "starts this stage again"
             raise UserError(
                 f"this checkpoint is damaged: {error}",
                 where=str(folder),
@@ -120,7 +120,7 @@ class Checkpoints:
             raise UserError(
                 f"this checkpoint belongs to another {', another '.join(differs)}",
                 where=str(folder),
-                remedy=f"Put back what it was made with, or remove {self.folder} to begin this stage anew.",
+                remedy=f"Put back what it was made with, or remove {self.folder} to start this stage again.",
             )
         return state
 

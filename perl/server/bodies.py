@@ -27,6 +27,6 @@ async def body_of(request: Request, kind: type[T]) -> T:
         if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES:,} bytes")
     try:
-        return parse(kind, body.decode("utf-8", "replace"), "the request", "Mend this field.")
+        return parse(kind, body.decode("utf-8", "replace"), "the request", "Correct this field.")
     except RecursionError:
         raise HTTPException(400, "nested too deeply") from None

@@ -39,7 +39,7 @@ def open_port(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         cause = getattr(error, "strerror", None) or error
         remedy = "Give another --port (0: any that is free), or leave --host out."
-        raise UserError(f"cannot be listened on: {cause}", where=f"{host}:{port}", remedy=remedy) from None
+        raise UserError(f"cannot be bound: {cause}", where=f"{host}:{port}", remedy=remedy) from None
 
 
 def address_of(listening: socket.socket) -> str:

@@ -167,7 +167,7 @@ def _record(row: Mapping[str, object]) -> Record:
     try:
         return parse_row(row)[0]
     except RowError as error:
-        raise UserError(str(error), where=WHERE, remedy="Mend this field.") from None
+        raise UserError(str(error), where=WHERE, remedy="Correct this field.") from None
 
 
 def _plain(prompt: object) -> object:

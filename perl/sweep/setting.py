@@ -127,7 +127,7 @@ def parse_settings(kinds: Sequence[str], sizes: Sequence[int], targets: Sequence
     settings: list[Setting] = []
     for entry in kinds:
         if (found := ENTRY.fullmatch(entry)) is None:
-            what, remedy = f"{entry!r} is no kind of adapters", "Give KIND, KIND:SIZE or KIND:SIZE@TARGETS."
+            what, remedy = f"{entry!r} is not a kind of adapter", "Give KIND, KIND:SIZE or KIND:SIZE@TARGETS."
             raise UserError(what, where="--kinds", remedy=remedy)
         kind, size, place = found["kind"], found["size"], found["targets"]
         has_size, has_place = _has(kind)
@@ -139,7 +139,7 @@ def parse_settings(kinds: Sequence[str], sizes: Sequence[int], targets: Sequence
         settings += [Setting(kind, where, one) for where in its_places for one in its_sizes]
     if len(set(settings)) < len(settings):
         twice = next(one for number, one in enumerate(settings) if one in settings[:number])
-        raise UserError(f"{twice.words} is there twice", where="--kinds", remedy="Name each once.")
+        raise UserError(f"{twice.words} is given twice", where="--kinds", remedy="Name each once.")
     return settings
 
 

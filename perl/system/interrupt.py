@@ -47,7 +47,7 @@ def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
         if stop.requested:
             return
         stop.requested, first = True, time.monotonic()
-        console.print("Leaving once this step is done; once more to leave at once.")
+        console.print("Stopping after this step; interrupt again to stop at once.")
 
     before = handle(LEAVE, note)
     try:

@@ -27,7 +27,7 @@ class _PlainLoader(yaml.SafeLoader):
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception:  # of various types, for a value under a wrong tag such as `!!float x`
-            what = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
+            what = f"{str(node.value)[:40]!r} is not a {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
     def construct_yaml_binary(self, node: yaml.Node) -> bytes:
@@ -73,7 +73,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         what, remedy, fault = f"cannot be read: {error}", "A recipe is a YAML file in UTF-8.", machine_fault(error)
     except ValueError as error:
-        what, remedy, fault = f"not valid YAML: {error}", "Mend the line named.", None
+        what, remedy, fault = f"not valid YAML: {error}", "Correct the line named.", None
     else:
         if isinstance(content, dict):
             return content

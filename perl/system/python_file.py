@@ -30,7 +30,7 @@ def import_file(file: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # the user's own code
         del sys.modules[spec.name]
         what = f"cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(what, where=_place(file, error), remedy="Mend the file.") from error
+        raise UserError(what, where=_place(file, error), remedy="Correct the file.") from error
     return module
 
 

@@ -11,8 +11,8 @@ from tests.conftest import RunCli, WriteRecipe
 
 CASES = [
     Case("not UTF-8", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe=b"name: \xff"),
-    Case("broken YAML", ("not valid YAML", "line 1", "Mend the line"), recipe=b"name: [tiny"),
-    Case("wrong tag", ("'x' is no timestamp", "line 1", "Mend the line"), recipe=b"name: !!timestamp x"),
+    Case("broken YAML", ("not valid YAML", "line 1", "Correct the line"), recipe=b"name: [tiny"),
+    Case("wrong tag", ("'x' is not a timestamp", "line 1", "Correct the line"), recipe=b"name: !!timestamp x"),
     Case("no mapping", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b"- name: tiny"),
     Case("empty recipe", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b""),
     Case("an alias", ("alias *a", "line 2", "write it out"), recipe=b"name: &a x\nbase: {model: *a}"),
@@ -21,10 +21,12 @@ CASES = [
         ("alias *a", "line 2", "write it out"),
         recipe=b"name: x\nbase: {config: &a {model_type: llama, x: *a}, random_init: true}\nreward: {}\n",
     ),
-    Case("Python in it", ("python/object", "line 1", "Mend"), recipe=b"name: !!python/object/apply:os.getcwd []"),
-    Case("nested too deeply", ("nested too deeply", "recipe.yaml", "Mend the line"), recipe=b"[" * 2000),
+    Case(
+        "Python in it", ("python/object", "line 1", "Correct"), recipe=b"name: !!python/object/apply:os.getcwd []"
+    ),
+    Case("nested too deeply", ("nested too deeply", "recipe.yaml", "Correct the line"), recipe=b"[" * 2000),
     Case("UTF-16", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe="name: x".encode("utf-16")),
-    Case("key twice", ("key 'name' twice", "line 1", "Mend the line"), recipe=b"name: a\nname: b\n"),
+    Case("key twice", ("key 'name' twice", "line 1", "Correct the line"), recipe=b"name: a\nname: b\n"),
     Case("no base", ("missing", "recipe.yaml: base", "Add this key"), changes={"base": None}),
     Case("no stage", ("no stage to run", "recipe.yaml", "Add a section"), changes={"reward": None, "rl": None}),
     Case(
@@ -79,7 +81,7 @@ CASES = [
         ("no such Python file", "plugins.0", "path of a Python"),
         overrides=("plugins=[gone.py]",),
     ),
-    Case("a broken plugin", ("SyntaxError", "bad.py:1", "Mend the file"), overrides=("plugins=[bad.py]",)),
+    Case("a broken plugin", ("SyntaxError", "bad.py:1", "Correct the file"), overrides=("plugins=[bad.py]",)),
     Case(
         "a plugin that is data",
         ("no such Python file", "recipe.yaml", "Python"),

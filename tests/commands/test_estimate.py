@@ -34,7 +34,7 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "24 Gigs", "1e400", "nan", "1..5GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no size"):
+    with pytest.raises(UserError, match="is not a size"):
         parse_bytes(text)
 
 
@@ -124,7 +124,7 @@ def test_seconds_hours_and_money(
     recipe = write_recipe(data=data, rl=None, reward=REWARD)
     slow, text = estimated(run_cli, recipe, "--price", "2")
     assert "cpu" in text
-    assert "That is a prediction" in text
+    assert "This is a prediction" in text
     for tuning, hours in slow["hours"].items():
         (stage,) = slow["seconds"][tuning].values()
         assert hours == pytest.approx((stage["training"] + stage["evaluation"]) / 3600)
@@ -140,7 +140,7 @@ def test_seconds_hours_and_money(
 def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(rl=None)
     for arguments, expected in (
-        ([str(recipe), "--device-memory", "much"], "--device-memory: 'much' is no size"),
+        ([str(recipe), "--device-memory", "much"], "--device-memory: 'much' is not a size"),
         ([str(recipe), "--json", str(tmp_path / "no" / "folder" / "x.json")], "cannot be written"),
         ([str(tmp_path / "none.yaml")], "no such recipe"),
         ([str(recipe), "base.model=/no/model"], "/no/model"),

@@ -140,7 +140,7 @@ def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.
     [
         ((), "--data is not given"),
         (("--data", "thumbs.csv"), "--base is not given"),
-        (("--data", "coffee-simulator", "--yes"), "coffee-simulator is no file"),
+        (("--data", "coffee-simulator", "--yes"), "coffee-simulator is not a file"),
         (("--data", "gone.csv", "--yes"), "there is no such file"),
         (("--data", "latin.csv", "--yes"), "is not UTF-8"),
         (
@@ -166,5 +166,5 @@ def test_a_recipe_is_never_written_over(run_cli: RunCli, tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text("mine")
     status, written = run_cli("init", tmp_path / "mine.yaml", "--yes")
     assert status == 2
-    assert "is there already" in written
+    assert "already exists" in written
     assert (tmp_path / "mine.yaml").read_text() == "mine"

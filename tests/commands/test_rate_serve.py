@@ -14,10 +14,10 @@ from tests.conftest import RunCli
     [
         (["rate", "RUN", "--choose", "best"], "'best' is none of random, uncertainty"),
         (["rate", "nowhere"], "not a run folder"),
-        (["rate", "RUN", "--raters", " ,"], "--raters: names nobody"),
+        (["rate", "RUN", "--raters", " ,"], "--raters: gives no names"),
         (["serve", "nowhere", "--port", 0], "not a run folder"),
-        (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot be listened on"),
-        (["rate", "RUN", "--port", "TAKEN"], "cannot be listened on"),
+        (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot be bound"),
+        (["rate", "RUN", "--port", "TAKEN"], "cannot be bound"),
         (["serve", "RUN", "--port", 70000], "--port"),
     ],
 )

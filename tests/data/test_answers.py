@@ -54,7 +54,7 @@ def test_latex_is_compared_by_math_verify() -> None:
     ("columns", "says"),
     [
         ({}, "it has no column 'answer'"),
-        ({"answer": "many"}, "its column 'answer' is no number"),
+        ({"answer": "many"}, "its column 'answer' is not a number"),
         ({"answer": True}, "is neither text nor a number"),
         ({"answer": "nan"}, "is not finite"),
     ],

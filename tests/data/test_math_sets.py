@@ -92,7 +92,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
     file.write_text(json.dumps(rows))
     records = load_records("addsub", str(file), 0)
     assert [(one.where, one.what) for one in records.problems] == [
-        ("test.json[1]", "the answer 'two' is no number"),
+        ("test.json[1]", "the answer 'two' is not a number"),
         ("test.json[2]", "the row has no output, answer"),
     ]
     assert [one.context[0].text for one in records.prompts] == ["1 + 1?", "1 + 1?"]
@@ -100,7 +100,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert records.notes[0].endswith(": [3]")
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "is not JSON"), ("{}", "is no list of rows")])
+@pytest.mark.parametrize(("text", "says"), [("{", "is not JSON"), ("{}", "is not a list of rows")])
 def test_a_file_without_rows_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(UserError, match=says):

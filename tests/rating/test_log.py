@@ -163,7 +163,7 @@ def test_one_process_writes_it_and_rows_of_others_stay(file: Path) -> None:
     log.close()
     file.write_text('{"prompt": "a", "completion": "b", "label": 1, "rated": {"id": "1"}}\n')
     with pytest.raises(
-        UserError, match=r"ratings.jsonl:1: is no rating as rate writes them: rated.question: Field"
+        UserError, match=r"ratings.jsonl:1: is not a rating as rate writes them: rated.question: Field"
     ):
         RatingLog(file)
 

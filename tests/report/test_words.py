@@ -176,7 +176,7 @@ def test_balance() -> None:
     """Losses are as value_of as gains, and what seeds cannot tell is said."""
     costs = [
         CostRow("RL", "peak memory", Spread(1.0, None, 1), Spread(2.0, None, 1), bytes_text),
-        CostRow("RL", "tokens a second", Spread(90.0, None, 1), Spread(100.0, None, 1), str),
+        CostRow("RL", "tokens per second", Spread(90.0, None, 1), Spread(100.0, None, 1), str),
     ]
     qualities = [
         QualityRow("Reward at the end", Spread(0.5, 0.01, 3), Spread(0.7, 0.01, 3)),
@@ -186,7 +186,7 @@ def test_balance() -> None:
     sides = balance(costs, qualities)
     assert sides.ahead == [f"Less memory: RL (×{GAP}0.50)."]
     assert sides.behind == [
-        f"Slower, by tokens a second: RL (×{GAP}0.90).",
+        f"Slower, by tokens per second: RL (×{GAP}0.90).",
         "Reward at the end: 0.50 against 0.70.",
     ]
     assert len(sides.open) == 1

@@ -77,7 +77,9 @@ def test_what_lora_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"(?s)--as-lora: .*rank of 32, which is less than 33.*at most 32"):
         check_convertible(roles_of("vera").adapter, 33)
     for kind in ("series", "parallel", "prefix"):
-        with pytest.raises(UserError, match=r"(?s)no LoRA of any rank: .* no sum of weights.*perl-rlhf chat"):
+        with pytest.raises(
+            UserError, match=r"(?s)no LoRA of any rank: .* not a change of weights.*perl-rlhf chat"
+        ):
             check_convertible(roles_of(kind).adapter, 4)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     experts = MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=2))

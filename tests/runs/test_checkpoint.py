@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
     with pytest.raises(UserError, match="this checkpoint is damaged") as caught:
         checkpoints.newest()
     assert "step-00000040" in str(caught.value)
-    assert "goes on from step 20" in str(caught.value)
+    assert "resumes from step 20" in str(caught.value)
 
 
 def test_without_room_the_checkpoints_before_are_as_they_were(tmp_path: Path) -> None:

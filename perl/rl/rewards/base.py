@@ -95,7 +95,7 @@ class RewardSource(ABC):
             raise UserError(
                 f"{self.title} failed: {type(error).__name__}: {error}",
                 where=f"{frame.filename}:{frame.lineno}",
-                remedy="Mend the function, and run it into another --out: what it has trained so far is of the "
+                remedy="Correct the function, and run it into another --out: what it has trained so far is of the "
                 "function as it was. No completion is scored 0 for a failure.",
             ) from error
         return self._check(returned, len(texts))
@@ -116,8 +116,7 @@ class RewardSource(ABC):
                 raise self._misfit(count, f"score {row} is {reprlib.repr(score)}")
             if abs(number) > LARGEST_REWARD:
                 raise UserError(
-                    f"score {row} of {self.title} is {number:g}; at most {LARGEST_REWARD:g} in size can be "
-                    "reckoned with",
+                    f"score {row} of {self.title} is {number:g}; its size may be at most {LARGEST_REWARD:g}",
                     where=self.where,
                     remedy="Divide all rewards by a constant: training scales them to unit spread in any case.",
                 )

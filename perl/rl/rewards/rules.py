@@ -69,8 +69,8 @@ class JsonSchema(RewardSource):
         try:
             kind.check_schema(schema)
         except SchemaError as error:
-            what = f"is no JSON schema: {error.message}"
-            raise UserError(what, where=f"rl.reward.json_schema {error.json_path}", remedy="Mend it.") from None
+            what = f"is not a JSON schema: {error.message}"
+            raise UserError(what, where=f"rl.reward.json_schema {error.json_path}", remedy="Correct it.") from None
         self._validator = kind(schema)
 
     def rewards(self, prompts: object, samples: object, texts: Sequence[str]) -> list[float]:

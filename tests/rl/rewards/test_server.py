@@ -105,7 +105,7 @@ FAULTS = {
     "refuses": ("refuses 1 rows of up to 3 tokens: status 400", "--max-model-len"),
     "half answers": ("sent half an answer from /classify", "Look at its log"),
     "fails": ("has failed: status 500", "Look at its log"),
-    "wants a key": ("lets nobody in without its key", "VLLM_API_KEY"),
+    "wants a key": ("requires its API key", "VLLM_API_KEY"),
     "another server": ("sent no answer from /v1/models", "Look at its log"),
 }
 
@@ -218,7 +218,7 @@ def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        ({"url": "localhost:8001"}, "is no address of a server"),
+        ({"url": "localhost:8001"}, "is not the address of a server"),
         ({"url": []}, "a server needs a url"),
         ({}, "url"),
         ({"url": "http://a:1", "probability": True}, "leave probability out"),

@@ -166,7 +166,7 @@ class Server:
                 response = self._http.request(method, path, json=body, timeout=limit)
                 if response.status_code in (401, 403):
                     raise ServerError(
-                        f"the server lets nobody in without its key: {refused(response)}",
+                        f"the server requires its API key: {refused(response)}",
                         where=self.url,
                         remedy="Set VLLM_API_KEY in the environment to what the server has as --api-key.",
                     )
@@ -190,7 +190,7 @@ class Server:
                 raise ServerError(f"the server {why}, {times}", where=self.url, remedy=self._remedy(why)) from None
             if away and not self._away:
                 self._away = True
-                console.print(f"The server {self.url} {why}; it is waited for.", style="yellow", markup=False)
+                console.print(f"The server {self.url} {why}; waiting for it.", style="yellow", markup=False)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -37,8 +37,8 @@ STALE = (
 )
 OTHER = "it serves {}. Start it as `perl-rlhf sampler RECIPE` says, and look at its log."
 PARTLY = (
-    "part of it is stale, as a prefix cache is where an adapter's files were written again. Start the server "
-    "anew, and let nothing but this run write into rl.sampler.adapter_dir."
+    "part of it is stale, as a prefix cache is where an adapter's files were written again. Restart the "
+    "server, and let nothing but this run write into rl.sampler.adapter_dir."
 )
 DIFFERS = (
     "the server has another base, dtype or quantization, or another scale or rank. Start it as `perl-rlhf sampler "

@@ -181,7 +181,7 @@ FAULTS = {
     "cut answers": ("a completion cut after 1 of 8 tokens", "Look at its log"),
     "refuses": ("refuses a prompt of", "--max-model-len"),
     "fails": ("has failed: status 500", "Look at its log"),
-    "wants a key": ("lets nobody in without its key: status 401", "Set VLLM_API_KEY"),
+    "wants a key": ("requires its API key: status 401", "Set VLLM_API_KEY"),
     "another server": ("sent no answer from /v1/models: status 404", "Look at its log"),
 }
 

@@ -133,7 +133,7 @@ def test_the_demos_rl_learns_as_much_with_vllm_which_is_killed_and_started_anew(
     with vllm.running():
         status, said = run_cli("run", DEMO, *SHORT, *server, "--from", local, "--out", served)
     assert status == 0, said
-    assert "it is waited for" in said
+    assert "waiting for it" in said
     steps = lines(served)
     assert len({step["adapter"] for step in steps}) == len(steps) == 20
     assert max(step["sampler_mismatch"] for step in steps) < 1e-4

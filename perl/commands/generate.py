@@ -13,7 +13,7 @@ from perl.system.progress import console, counted
 def generate(
     run: Run,
     role: Annotated[
-        str, typer.Argument(metavar="[ROLE]", help="base, sft or policy; the last trained by default.")
+        str, typer.Argument(metavar="ROLE", help="base, sft or policy; if left out, the last trained.")
     ],
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help=FILE, show_default=False)] = None,
     role_option: Annotated[str | None, typer.Option("--role", hidden=True)] = None,

@@ -116,7 +116,7 @@ class RewardSource(ABC):
                 raise self._misfit(count, f"score {row} is {reprlib.repr(score)}")
             if abs(number) > LARGEST_REWARD:
                 raise UserError(
-                    f"score {row} of {self.title} is {number:g}; its size may be at most {LARGEST_REWARD:g}",
+                    f"score {row} of {self.title} is {number:g}; at most {LARGEST_REWARD:g} in size is supported",
                     where=self.where,
                     remedy="Divide all rewards by a constant: training scales them to unit spread in any case.",
                 )

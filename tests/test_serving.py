@@ -140,7 +140,7 @@ def test_a_rank_that_vllm_does_not_take_is_said(tiny_llama: Path, mixed_data: Pa
     export(make(tmp_path / "run", recipe), "sft", tmp_path / "out", False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vllm serve" not in card
-    assert "vLLM takes no adapter of rank 513: export with --merge" in card
+    assert "vLLM does not support adapters of rank 513: export with --merge" in card
 
 
 def test_the_commands_and_the_code_of_the_docs(

@@ -30,8 +30,8 @@ class Build(Section):
     batch_tokens: Positive = 1536
     """Tokens per training step."""
     learning_rate: Rate | None = None
-    """Peak learning rate for training the base. Unset: 3e-3 for llama; for t5, trained by Adafactor, 0.03 times the
-    size of each weight."""
+    """Peak learning rate for training the base. Unset: 3e-3 for llama; for t5, trained by Adafactor, 0.03 times
+    the size of each weight."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the base only: like a pretrained model, it stays the same when the run's seed changes."""
 

@@ -1,1 +1,1 @@
-"""What a run is measured by: quality, memory, time."""
+"""Measurements of a run: quality, memory, time."""

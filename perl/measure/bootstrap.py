@@ -1,8 +1,8 @@
-"""Confidence intervals: the bootstrap by dialogue, all resamples at once.
+"""Confidence intervals by the bootstrap over dialogues, all resamples at once.
 
-A statistic is a function of weights_SN (float64): how often each of N rows was drawn in each of S resamples. It
-returns S values, NaN where a resample has none (such as an AUROC without downs). `scipy.stats.bootstrap` draws
-single rows, and has no interval where one resample has no value.
+A statistic is a function of weights_SN (float64), the number of times that each of N rows was drawn in each of S
+resamples. It returns S values, NaN for undefined ones (such as an AUROC without downs). `scipy.stats.bootstrap`
+draws single rows, and has no interval if a resample has no value.
 
 Axis letters: S resamples, N rows, G dialogues.
 """
@@ -18,16 +18,16 @@ Statistic = Callable[[Floats], Floats]
 Interval = tuple[float, float]
 
 RESAMPLES = (200, 1000)
-"""At least and at most; fewer where there are many rows."""
+"""Smallest and largest number of resamples; fewer are used if there are many rows."""
 MAX_WEIGHTS = 20_000_000
-"""Resamples times rows: about a second for a statistic."""
+"""Largest product of resamples and rows, about one second per statistic."""
 CHUNK = 4_000_000
-"""Weights in memory at a time."""
+"""Number of weights in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A statistic and its 95 % interval; None where it has no value."""
+    """A statistic and its 95 % interval; None if undefined."""
 
     value: float | None
     interval: Interval | None
@@ -36,11 +36,11 @@ class Estimate:
 class ClusterBootstrap:
     """Whole dialogues drawn with replacement (Field & Welsh 2007), the same draws for every statistic.
 
-    The rows of a dialogue are not independent: drawn one by one they would give intervals that are too narrow. As
-    all statistics see the same draws, the interval of a difference of two is a paired one.
+    The rows of a dialogue are not independent: drawing them one by one would give intervals that are too narrow.
+    Because all statistics use the same draws, the interval of a difference of two statistics is paired.
 
     Args:
-        dialogues: of each row.
+        dialogues: the dialogue of each row.
     """
 
     def __init__(self, dialogues: Sequence[str] | Sequence[int], seed: int) -> None:
@@ -54,7 +54,7 @@ class ClusterBootstrap:
             times_G[:] = np.bincount(random.integers(count, size=count), minlength=count)
 
     def estimate(self, statistic: Statistic) -> Estimate:
-        """The statistic of the rows as they are, and the 2.5th and 97.5th percentiles of its resamples."""
+        """Return the statistic of the original rows, and the 2.5th and 97.5th percentiles over the resamples."""
         rows = len(self._dialogue_N)
         step = max(1, CHUNK // rows)
         chunks = (self._times_SG[first : first + step] for first in range(0, len(self._times_SG), step))
@@ -65,13 +65,13 @@ class ClusterBootstrap:
 
 
 def value_of(statistic: Statistic, rows: int) -> float | None:
-    """The statistic of so many rows as they are; None where it has no value."""
+    """Return the statistic of `rows` original rows; None if undefined."""
     value = float(statistic(np.ones((1, rows)))[0])
     return value if np.isfinite(value) else None
 
 
 def ratio(numerator_S: Floats, denominator_S: Floats) -> Floats:
-    """Element by element; NaN where the denominator is 0."""
+    """Return the elementwise ratio; NaN where the denominator is 0."""
     out = np.full(len(denominator_S), np.nan)
     values: Floats = np.divide(numerator_S, denominator_S, out=out, where=denominator_S > 0)
     return values

@@ -1,16 +1,16 @@
-"""Calibration: scores scaled to probabilities after training, and judged on dialogues that were not fitted to.
+"""Calibration: scores scaled to probabilities after training, and evaluated on dialogues not used for the fit.
 
-A reward model of thumbs is trained with balanced classes, so its log-odds are off by those of the data's share of
-ups, and like most networks it is overconfident. Scaling corrects both without changing the ranking:
+A reward model of thumbs is trained with balanced classes, so its log-odds are shifted by those of the data's share
+of ups, and like most networks it is overconfident. Scaling corrects both without changing the ranking:
 
     p = σ(a s + b)        Platt 1999
-    p = σ(s / T)          temperature scaling, Guo et al. 2017: the slope alone, which cannot move the share
+    p = σ(s / T)          temperature scaling, Guo et al. 2017: the slope alone, which cannot change the share
 
 Both are fitted by maximum likelihood, with Platt's targets: (n₊ + 1) / (n₊ + 2) for an up and 1 / (n₋ + 2) for a
 down instead of 1 and 0, so that the slope is finite even for scores that separate the classes.
 
-The probability is that of a thumb up, so it is compared with thumbs, also where there is a gold judge. Of compared
-answers it is the probability that the first of two is the better, σ(s₁ - s₂).
+The probability is that of a thumb up, so it is compared with thumbs even if there is a gold judge. For compared
+completions it is the probability that the first of two is better, σ(s₁ - s₂).
 """
 
 from collections.abc import Sequence
@@ -32,15 +32,15 @@ from perl.measure.rated_rows import RatedRows
 
 FOLDS = 5
 LABEL_DRAWS = 400
-"""Sets of labels that agree with the probabilities."""
+"""Number of sets of labels drawn from the probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Probabilities before and after scaling, p = σ(slope · score + intercept).
 
-    Slope, intercept and temperature are fitted on all answers; each ECE after scaling is of log-odds fitted on
-    other dialogues (None where there is a single one).
+    Slope, intercept and temperature are fitted on all completions; each ECE after scaling uses log-odds fitted on
+    other dialogues (None if there is only one dialogue).
     """
 
     of: str
@@ -64,13 +64,13 @@ class Scaling:
     intercept: float
 
     def __call__(self, scores: Floats) -> Floats:
-        """Log-odds."""
+        """Return the calibrated log-odds."""
         return self.slope * scores + self.intercept
 
 
 def fit(scores: Floats, labels: Labels, intercept: bool = True) -> Scaling:
-    """The likeliest scaling; without an intercept, the temperature alone."""
-    from sklearn.linear_model import LogisticRegression  # takes 2 s to import: not where a card is only read
+    """Fit the scaling by maximum likelihood; without an intercept, only the temperature."""
+    from sklearn.linear_model import LogisticRegression  # takes 2 s to import, not needed to read a card
 
     # Standardized (without an intercept only scaled), the solver converges fast.
     shift = float(scores.mean()) if intercept else 0.0
@@ -89,7 +89,7 @@ def fit(scores: Floats, labels: Labels, intercept: bool = True) -> Scaling:
 def cross_fitted(
     scores: Floats, labels: Labels, dialogues: Sequence[str], intercept: bool = True
 ) -> Floats | None:
-    """Log-odds of each answer, scaled as fitted on other dialogues than its own; None with a single dialogue."""
+    """Return log-odds, each scaled by a fit on other dialogues than its own; None with a single dialogue."""
     from sklearn.model_selection import GroupKFold
 
     groups = np.unique(np.asarray(dialogues), return_inverse=True)[1]
@@ -103,7 +103,7 @@ def cross_fitted(
 
 
 def ece_by_chance(log_odds: Floats, seed: int) -> float:
-    """The 95th percentile of the ECE that exact probabilities have on so many answers.
+    """Return the 95th percentile of the ECE that exact probabilities have on this many completions.
 
     Labels are drawn from the probabilities themselves (consistency resampling, Bröcker & Smith 2007).
     """
@@ -115,7 +115,7 @@ def ece_by_chance(log_odds: Floats, seed: int) -> float:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a probability is given for: an answer's thumb up, or the first of two answers being the better."""
+    """Events with a probability: a completion's thumb up, or the first of two completions being better."""
 
     scores: Floats
     labels: Labels
@@ -124,17 +124,17 @@ class Predictions:
 
 
 def predictions(scores: Floats, rows: RatedRows) -> Predictions:
-    """Answers as they are rated; compared ones as differences, every other pair reversed."""
+    """Return rated completions, or compared ones as differences, with every other pair reversed."""
     if not rows.compared:
         return Predictions(scores, np.asarray(rows.labels, dtype=np.int64), rows.dialogues, False)
     better, worse = np.asarray(rows.pairs, dtype=np.int64).T
-    first = np.arange(len(better)) % 2 == 0  # were the better always the first, overconfidence would be right
+    first = np.arange(len(better)) % 2 == 0  # if the better were always first, overconfidence would be right
     differences = np.where(first, 1.0, -1.0) * (scores[better] - scores[worse])
     return Predictions(differences, first.astype(np.int64), [rows.dialogues[index] for index in better], True)
 
 
 def calibrate(given: Predictions) -> tuple[Calibration, Floats | None]:
-    """Calibration as it is and scaled; and the scaled log-odds, each fitted on other dialogues."""
+    """Return the calibration before and after scaling, and the scaled log-odds, each fitted on other dialogues."""
     scores, labels, dialogues = given.scores, given.labels, given.dialogues
     scaling = fit(scores, labels, intercept=not given.compared)
     tempered = fit(scores, labels, intercept=False)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from perl.measure.bootstrap import Interval
 
 HARDLY = 0.02
-"""A loss of which the interval shows that it changed by a smaller share has hardly changed."""
+"""A loss has hardly changed if the interval shows a change by a smaller share."""
 LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
-"""Numbers at least so large, or smaller and to more places than the last, are written with an exponent."""
+"""Numbers of at least the first, or below the second and with more places than the third, have an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
-"""Digits after the point at most, without an exponent and with one."""
+"""Largest number of digits after the point, without and with an exponent."""
 
 
 def told(value: float | None, interval: Sequence[float] | None = None, places: int = 2) -> str:
-    """As in "0.91 (0.89 to 0.92)"; "unknown" for None."""
+    """Format a value as in "0.91 (0.89 to 0.92)"; "unknown" for None."""
     if value is None:
         return "unknown"
     ends = "" if interval is None else f" ({fixed(interval[0], places)} to {fixed(interval[1], places)})"
@@ -22,11 +22,11 @@ def told(value: float | None, interval: Sequence[float] | None = None, places: i
 
 
 def change_verb(interval: Interval, little: float = 0.0) -> str:
-    """Whether a value rose, fell, did not clearly change or hardly changed.
+    """Return whether a value rose, fell, did not clearly change or hardly changed.
 
     Args:
-        interval: of the change, 95 %. The value "rose" or "fell" only where this excludes 0.
-        little: a change that lies below this throughout the interval, up or down, is hardly one.
+        interval: 95 % interval of the change. The value "rose" or "fell" only if this excludes 0.
+        little: the value hardly changed if the whole interval is within ± this.
     """
     if -little < interval[0] and interval[1] < little:
         return "hardly changed"
@@ -34,11 +34,11 @@ def change_verb(interval: Interval, little: float = 0.0) -> str:
 
 
 def change_words(before: str, after: str, interval: Interval | None, little: float = 0.0) -> str:
-    """As in "rose, 0.10 before and 0.90 after".
+    """Describe a change as in "rose, 0.10 before and 0.90 after".
 
     Args:
-        before: the value as it is to be read; so is `after`.
-        interval: as in `change_verb`, as is `little`. None: only both ends.
+        before: the formatted value; likewise `after`.
+        interval: as in `change_verb`, like `little`. None: only both values are given.
     """
     ends = f"{before} before and {after} after"
     return f"was {ends}" if interval is None else f"{change_verb(interval, little)}, {ends}"
@@ -53,13 +53,13 @@ def measured_words(
     little: float = 0.0,
     rows: str = "prompts",
 ) -> str:
-    """As in "rose, 0.30 before and 0.93 after (95 % interval of the change: +0.55 to +0.71)".
+    """Describe a change as in "rose, 0.30 before and 0.93 after (95 % interval of the change: +0.55 to +0.71)".
 
     Args:
-        before: a mean over rows; so is `after`.
-        interval: as in `change_verb`, as is `little`; None where all rows are of one dialogue.
-        percent: whether it is a share, to be written in per cent.
-        rows: what they are.
+        before: a mean over rows; likewise `after`.
+        interval: as in `change_verb`, like `little`; None if all rows belong to one dialogue.
+        percent: whether to write shares as percentages.
+        rows: name of the rows.
     """
     scale, unit, points = (100.0, " %", " points") if percent else (1.0, "", "")
     width = interval[1] - interval[0] if interval else 0.0
@@ -69,24 +69,24 @@ def measured_words(
         f"{fixed(scale * before, places)}{unit}", f"{fixed(scale * after, places)}{unit}", interval, little
     )
     if interval is None:
-        return f"{words} (all {rows} are of one dialogue: too few to tell)"
+        return f"{words} (all {rows} are from one dialogue: too few to tell)"
     low, high = (fixed(scale * end, places, sign=True) for end in interval)
     return f"{words} (95 % interval of the change: {low} to {high}{points})"
 
 
 def places_of(size: float) -> int:
-    """Decimal places for two significant digits; negative: digits left of the point that are not significant."""
+    """Return the decimal places for two significant digits; negative for insignificant digits before the point."""
     return min(MOST_PLACES, 1 - math.floor(math.log10(size))) if size > 0 else 2
 
 
 def fixed(value: float, places: int, *, sign: bool = False) -> str:
-    """A number to so many decimal places, as in 0.30, or 3.788e6 or 1.2e-6 if very large or small; never -0.
+    """Format a number to `places` decimal places, as 0.30, or 3.788e6 or 1.2e-6 if very large or small; never -0.
 
-    What is less than 1 is not said to be: 0.998 is not 1.00.
+    Numbers below 1 are never rounded to 1: 0.998 does not become 1.00.
 
     Args:
         places: as from `places_of`.
-        sign: write the sign of a positive number too.
+        sign: write the sign of positive numbers, too.
     """
     plus, size = "+" if sign else "", abs(value)
     tiny = 0 < size < SMALLEST and places > LEAST_PLACES

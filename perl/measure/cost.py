@@ -1,4 +1,4 @@
-"""What a stage costs, as its result holds it."""
+"""The cost of a stage, as stored in its result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from perl.measure.probe import Phase, PhaseMemory, highest
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Work of all processes; time and memory of one, and the peak of the process that had most."""
+    """Work of all processes, time and memory of one, and the highest peak of all processes."""
 
     seconds: float
     tokens_per_second: float
@@ -20,7 +20,7 @@ class Cost:
     useful_flops_share: float | None = None
 
     def of_all(self, processes: "Sequence[Cost]") -> "Cost":
-        """This process's cost, with the work of all added up."""
+        """Return this process's cost, with the work of all processes added up."""
         return replace(
             self,
             tokens_per_second=sum(cost.tokens_per_second for cost in processes),
@@ -30,7 +30,7 @@ class Cost:
 
 
 def costs_in_turn(costs: Sequence[Cost]) -> Cost:
-    """The cost of trainings one after another."""
+    """Return the cost of consecutive trainings."""
     seconds = sum(cost.seconds for cost in costs)
     flops = [cost.flops for cost in costs if cost.flops is not None]
     useful = sum((cost.useful_flops_share or 0.0) * (cost.flops or 0) for cost in costs)

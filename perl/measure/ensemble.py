@@ -1,7 +1,7 @@
-"""Several reward models as one: their score, how far they disagree, and what either is worth.
+"""Ensembles of reward models: their score, their disagreement, and the value of both.
 
-An ensemble's mean is nearer to the truth than its members, and where they disagree it is likelier to be wrong
-(Coste et al. 2023, arXiv 2310.02743; Eisenstein et al. 2023, arXiv 2312.09244).
+An ensemble's mean is closer to the truth than its members, and more likely to be wrong where they disagree (Coste
+et al. 2023, arXiv 2310.02743; Eisenstein et al. 2023, arXiv 2312.09244).
 
 Axis letters: M members, S resamples, N answers.
 """
@@ -17,13 +17,13 @@ from perl.measure.change import told
 from perl.measure.metrics import Labels, auroc, equal_mass, probabilities
 
 Combine = Literal["mean", "mean_minus_std", "min"]
-"""How RL's reward is made of several members'."""
+"""How the members' rewards are combined into RL's reward."""
 DISAGREEMENT_BINS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class DisagreementBin:
-    """Answers on which members disagree alike: the mean disagreement, the share judged wrongly, and how many."""
+    """Completions with similar disagreement: the mean disagreement, the share scored wrongly, and their number."""
 
     disagreement: float
     error: float
@@ -32,13 +32,13 @@ class DisagreementBin:
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """An ensemble beside its members, on the answers of its card.
+    """An ensemble compared with its members, on the completions of its card.
 
     Attributes:
-        auroc: of each member.
-        ahead: the ensemble's AUROC less the mean of its members'.
-        by_disagreement: bins of equal numbers; wrong is on the other side of 0 than the truth.
-        auroc_of_disagreement: how often a wrong answer is disagreed on more than a right one.
+        auroc: the AUROC of each member.
+        ahead: the ensemble's AUROC minus the mean of its members'.
+        by_disagreement: bins of equal size; a score is wrong if it is on the other side of 0 than the truth.
+        auroc_of_disagreement: how often a wrong score has more disagreement than a right one.
     """
 
     auroc: list[float | None]
@@ -50,19 +50,19 @@ class Ensemble:
 
     @property
     def words(self) -> list[str]:
-        """What the ensemble and its disagreement are worth."""
+        """The value of the ensemble and its disagreement, in sentences."""
         members = ", ".join("unknown" if one is None else f"{one:.3f}" for one in self.auroc)
         wrong = ", ".join(f"{100 * one.error:.0f} %" for one in self.by_disagreement)
         return [
             f"An ensemble: its {len(self.auroc)} members alone have AUROC {members}; it is ahead of their mean by "
             f"{told(self.ahead, self.ahead_interval, 3)}.",
-            f"Judged wrongly, from where the members disagree least to where they disagree most: {wrong} (AUROC "
+            f"Share scored wrongly, from the least to the most disagreement of the members: {wrong} (AUROC "
             f"of the disagreement {told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
         ]
 
 
 def ensemble_scores(scores_MN: Floats, log_odds: bool) -> Floats:
-    """The scores of an ensemble: of log-odds those of the members' mean probability, else their mean."""
+    """Return an ensemble's scores: the log-odds of the members' mean probability, or the mean of other scores."""
     if len(scores_MN) == 1 or not log_odds:
         return np.asarray(scores_MN.mean(0))
     up_N, down_N = (-np.logaddexp(0.0, sign * scores_MN) for sign in (-1.0, 1.0))  # log σ(s), log σ(-s)
@@ -70,7 +70,7 @@ def ensemble_scores(scores_MN: Floats, log_odds: bool) -> Floats:
 
 
 def disagreement(scores_MN: Floats, log_odds: bool) -> Floats:
-    """The members' standard deviation: of their probabilities where scores are log-odds, else of their scores."""
+    """Return the members' standard deviation, of probabilities if the scores are log-odds, else of the scores."""
     return np.asarray((probabilities(scores_MN) if log_odds else scores_MN).std(0))
 
 
@@ -81,11 +81,11 @@ def ensemble_metrics(
     truth_N: Labels,
     bootstrap: ClusterBootstrap,
 ) -> Ensemble:
-    """See `Ensemble`.
+    """Measure an `Ensemble`.
 
     Args:
-        score_N: of the ensemble.
-        scores_MN: of its members.
+        score_N: scores of the ensemble.
+        scores_MN: scores of its members.
     """
     whole, members = auroc(score_N, truth_N), [auroc(scores_N, truth_N) for scores_N in scores_MN]
 

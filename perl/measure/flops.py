@@ -1,8 +1,8 @@
-"""Floating-point operations, and how many of them the work needed.
+"""Counts of floating-point operations, and of the useful ones among them.
 
-Counted operator by operator with torch's own formulas (a multiply and an add are two; only matrix products,
-convolutions and attention count). Useful are those that are spent on real tokens and for the first time: padding
-and activations computed again under checkpointing are not.
+They are counted operator by operator with torch's own formulas (a multiply and an add are two; only matrix
+products, convolutions and attention count). Operations are useful if they are spent on real tokens for the first
+time, not on padding or on recomputation under checkpointing.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def _packed_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
 _ATEN = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    # Torch's registry leaves out products in place, and the CPU's attention.
+    # Torch's registry lacks in-place products and the CPU's attention.
     _ATEN.addmm_: flop_registry[_ATEN.addmm],
     CPU_ATTENTION: flop_registry[FLASH_ATTENTION],
     CPU_ATTENTION_BACKWARD: flop_registry[FLASH_ATTENTION_BACKWARD],
@@ -46,7 +46,7 @@ class Flops(TorchDispatchMode, Listener):
     """Counts operations while active.
 
     Args:
-        trunks: modules called with `attention_mask`; its share of real tokens holds until the next call.
+        trunks: modules called with `attention_mask`, whose share of real tokens applies until the next call.
     """
 
     def __init__(self, trunks: Iterable[nn.Module]) -> None:
@@ -56,12 +56,12 @@ class Flops(TorchDispatchMode, Listener):
         self.total = self.useful = 0.0
 
     def recomputing(self, begins: bool) -> None:
-        """Note whether what follows was computed before."""
+        """Note whether the following operations are recomputation."""
         self._recomputing += 1 if begins else -1
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, count."""
+        """Count inside the block."""
         with contextlib.ExitStack() as hooks:
             for trunk in self._trunks:
                 hooks.callback(trunk.register_forward_pre_hook(self._read_real_share, with_kwargs=True).remove)
@@ -70,7 +70,7 @@ class Flops(TorchDispatchMode, Listener):
 
     def _read_real_share(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if ids is None or mask is None or ids.shape[1] == 1:  # one token a row: none is padding
+        if ids is None or mask is None or ids.shape[1] == 1:  # one token per row, none of which is padding
             self._real_share = 1.0
         else:
             self._real_share = float(mask[:, -ids.shape[1] :].float().mean())

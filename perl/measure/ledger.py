@@ -1,8 +1,8 @@
-"""Memory by phase: the peak of each, and what its bytes were for.
+"""Memory by phase: the peak of each phase and its composition by kind.
 
-On a CPU a `Timeline` keeps every change of the live bytes, so that the composition of a peak is exact, also of
+On a CPU a `Timeline` records every change of the live bytes, so that the composition of a peak is exact even for
 bytes whose kind is known only later, such as gradients. On CUDA the allocator's own peak is read, which costs
-nothing; bytes that are not marked count as activations.
+nothing; unmarked bytes count as activations.
 """
 
 from array import array
@@ -23,19 +23,19 @@ ABSENT: dict[Phase, tuple[Kind, ...]] = {
     "score": ("gradients", "kv_cache"),
     "update": ("kv_cache",),
 }
-"""The kinds that a phase does not hold, whatever was marked in another."""
+"""The kinds that a phase does not hold, even if they were marked in another phase."""
 
 
 class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
     """Live tensor bytes over time.
 
     Args:
-        resident: tensors already alive that count, by kind: the phase `load`.
+        resident: tensors that are already alive and counted, by kind, in the phase `load`.
     """
 
     def __init__(self, resident: Mapping[Kind, Iterable[Tensor]]) -> None:
         super().__init__()
-        self._serials: dict[int, int] = {}  # by the storage's key, which another storage may have later
+        self._serials: dict[int, int] = {}  # by the storage's key, which another storage may get later
         self._kind_of: dict[int, Kind] = {}
         self._storages, self._changes = array("q"), array("q")
         self._starts: list[tuple[int, Phase]] = [(0, "load")]
@@ -45,7 +45,7 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
         self.peak = self.current
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """These tensors are of this kind, all the time that they live; those from before count from now on."""
+        """Set the kind of tensors for their whole life; tensors created earlier are counted from now on."""
         for tensor in tensors:
             storage = holder(tensor)
             assert storage is not None, "sparse"
@@ -54,21 +54,21 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
             self._kind_of[self._serials[id(storage)]] = kind
 
     def phase(self, name: Phase) -> None:
-        """The phase from now on."""
+        """Start a phase."""
         self._starts.append((len(self._changes), name))
 
     def memory(self) -> dict[Phase, PhaseMemory]:
-        """The peaks of the phases seen so far."""
+        """Return the peaks of the phases so far."""
         return highest(self.around_gradients())
 
     def around_gradients(self) -> tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]:
-        """The peaks of the phases before there are all gradients, and while there are."""
+        """Return the phases' peaks before all gradients exist, and while all of them do."""
         changes, storages = np.array(self._changes, dtype=np.int64), np.array(self._storages, dtype=np.int64)
         kind_of = np.full(self._next, KINDS.index("activations"))
         for serial, kind in self._kind_of.items():
             kind_of[serial] = KINDS.index(kind)
         of_gradients = np.where(kind_of[storages] == KINDS.index("gradients"), changes, 0)
-        # Of live bytes, after so many changes.
+        # Live bytes after each number of changes.
         level, gradients = (np.concatenate([[0], found.cumsum()]) for found in (changes, of_gradients))
         complete = gradients == gradients.max()
         there = [np.where(when, level, -1) for when in (~complete, complete)]
@@ -78,11 +78,11 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
     def _peaks(
         self, level: NDArray[np.int64], kinds_of: NDArray[np.int64], changes: NDArray[np.int64]
     ) -> dict[Phase, PhaseMemory]:
-        """The peaks of the phases.
+        """Return the peaks of the phases.
 
         Args:
-            level: live bytes after so many changes, -1 where they are not looked at.
-            kinds_of: what each change is of.
+            level: live bytes after each number of changes, -1 where they are ignored.
+            kinds_of: the kind of each change's bytes.
         """
         peaks: dict[Phase, int] = {}  # the number of changes until then
         ends = [start for start, _ in self._starts[1:]] + [len(changes)]
@@ -109,10 +109,10 @@ class Timeline(LiveBytes, Listener):  # type: ignore[no-untyped-call]
 
 
 class Allocator(AbstractContextManager[None], Listener):
-    """The CUDA allocator's peaks by phase, with the bytes of each kind as they were last marked.
+    """The CUDA allocator's peaks by phase, with the last marked bytes of each kind.
 
     Args:
-        resident: tensors already alive, by kind.
+        resident: tensors that are already alive, by kind.
     """
 
     def __init__(self, device: torch.device, resident: Mapping[Kind, Iterable[Tensor]]) -> None:
@@ -124,21 +124,21 @@ class Allocator(AbstractContextManager[None], Listener):
             self.mark(kind, tensors)
 
     def __exit__(self, *error: object) -> None:
-        """Nothing: the allocator always counts."""
+        """Do nothing: the allocator always counts."""
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """These are all tensors of this kind."""
+        """Set all tensors of a kind."""
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         self._bytes[kind] = sum(storages.values())
 
     def phase(self, name: Phase) -> None:
-        """Note the peak of the phase that ends, and begin another."""
+        """Record the peak of the current phase, and start another."""
         self._note()
         self._phase = name
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def memory(self) -> dict[Phase, PhaseMemory]:
-        """The peaks of the phases seen so far."""
+        """Return the peaks of the phases so far."""
         self._note()
         return {name: self._memory[name] for name in PHASES if name in self._memory}
 

@@ -1,4 +1,4 @@
-"""Bias towards length: scores against the length of answers, and the ranking among answers of like length."""
+"""Length bias: scores against the length of completions, and the ranking among completions of similar length."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ STRATA = 20
 
 @dataclass(frozen=True, kw_only=True)
 class LengthBias:
-    """Spearman's correlation of score and length, the AUROC of length (longer is better), and the model beyond it.
+    """Spearman's correlation of score and length, AUROC of length (longer is better), and the ranking beyond it.
 
-    Strata are twentieths of the answers by length, within which lengths still differ a little. So what counts is
-    `ahead`: the AUROC within strata less that of length itself, in the direction in which the scores follow it. It
-    is at most 0 for any monotonic, noisy function of length.
+    Strata are twentieths of the completions by length, within which lengths still differ a little. The criterion
+    is therefore `ahead`: the AUROC within strata minus that of length itself, in the direction in which the scores
+    follow it. It is at most 0 for any monotonic, noisy function of length.
     """
 
     correlation: float | None
@@ -28,7 +28,7 @@ class LengthBias:
 
 
 def length_bias(scores: Floats, lengths: Floats, labels: Labels, bootstrap: ClusterBootstrap) -> LengthBias:
-    """How scores and labels go with length (characters), and what the scores rank beyond it."""
+    """Measure the dependence of scores and labels on length (characters), and the scores' ranking beyond it."""
     correlation = spearman(scores, lengths)
     strata = equal_mass(lengths, STRATA)
     within = auroc(scores, labels, strata)
@@ -46,8 +46,8 @@ def length_bias(scores: Floats, lengths: Floats, labels: Labels, bootstrap: Clus
 
 
 def spearman(one: Floats, other: Floats) -> float | None:
-    """Spearman's rank correlation, ties sharing their mean rank; None where either is constant."""
-    from scipy.stats import spearmanr  # takes 1 s to import: not where a card is only read
+    """Return Spearman's rank correlation, with mean ranks for ties; None if either is constant."""
+    from scipy.stats import spearmanr  # takes 1 s to import, not needed to read a card
 
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None

@@ -1,9 +1,9 @@
 """Live tensor bytes, which a CPU run reports as its memory, and the process's RSS.
 
-Live bytes repeat exactly; RSS depends on what the C allocator kept from before. Torch's own
+Live bytes are exactly reproducible; RSS depends on what the C allocator kept from earlier. Torch's own
 `torch.distributed._tools.mem_tracker.MemTracker` fails on parameters that do not require grad, such as the base's.
 
-Not seen: scratch space inside a kernel, tensors of subclasses that wrap others (DTensor), code under
+Not counted: scratch space inside a kernel, tensors of subclasses that wrap others (DTensor), code under
 `torch.compile`, other threads, and `untyped_storage().resize_` until the next operation returns the storage.
 """
 
@@ -21,7 +21,7 @@ from perl.private.torch import TorchDispatchMode
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results, which may be lists."""
+    """Yield the tensors among an operator's arguments or results, which may be lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -30,32 +30,32 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 Holder = torch.UntypedStorage | Tensor
-"""What holds bytes: a storage, or a tensor in oneDNN's own order, which has no storage."""
+"""Owner of bytes: a storage, or a tensor in oneDNN's layout, which has no storage."""
 
 
 def holder(tensor: Tensor) -> Holder | None:
-    """What holds the tensor's bytes; None for sparse layouts, which have no single holder."""
+    """Return the owner of the tensor's bytes; None for sparse layouts, which have no single owner."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     return tensor if tensor.is_mkldnn else None
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages made while active, and their peak, on any device.
+    """Counts the bytes of tensor storages created while active, and their peak, on any device.
 
-    A storage counts once, whatever its views, from the operator that makes it until it is freed, which is noticed
-    at once, also outside the mode. Storages from before count only if they are given. The backward pass of a CPU
+    A storage counts once, regardless of its views, from the operator that creates it until it is freed, which is
+    noticed at once, even outside the mode. Older storages count only if they are given. The backward pass of a CPU
     graph runs in the thread that called it, and is counted.
 
-    The counts of a program repeat exactly, unless it drops tensors in reference cycles, which live until Python's
-    collector runs. Entering collects once, so that it runs at the same points.
+    The counts of a program are exactly reproducible, unless it drops tensors in reference cycles, which live until
+    Python's collector runs. Entering collects garbage once, so that the collector runs at the same points.
 
     Args:
-        start: tensors already alive that count, such as a model's parameters and buffers.
+        start: existing tensors that are counted, such as a model's parameters and buffers.
 
     Attributes:
-        current: bytes alive now.
-        peak: the most bytes alive at once.
+        current: live bytes now.
+        peak: the largest number of live bytes so far.
     """
 
     def __init__(self, start: Iterable[Tensor] = ()) -> None:
@@ -80,13 +80,13 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operator and count the storages it made."""
+        """Run the operator and count the storages that it created."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # A fake result is another object than the `out` it was written to.
+        # A fake result is a different object from the `out` tensor.
         for tensor in tensors_in((kwargs.get("out", result),)):
             storage = holder(tensor)
-            # Views and in-place operators return their argument's storage: not new, though maybe resized.
+            # Views and in-place operators return their argument's storage, which is not new but may be resized.
             if storage is not None and (
                 id(storage) in self._sizes or not self._is_from_before(storage, func, args, kwargs)
             ):
@@ -97,14 +97,14 @@ class LiveBytes(TorchDispatchMode):
     def _is_from_before(
         self, storage: Holder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> bool:
-        """Whether an uncounted storage came in with the operator's arguments."""
-        # torch.tensor and from_numpy make their tensor unseen and then pass it through lift_fresh.
+        """Return whether an uncounted storage was among the operator's arguments."""
+        # torch.tensor and from_numpy create their tensor unnoticed and then pass it through lift_fresh.
         if func is torch.ops.aten.lift_fresh.default:
             return False
         return any(holder(tensor) is storage for tensor in tensors_in((*args, *kwargs.values())))
 
     def _count(self, storage: Holder) -> None:
-        """Add a storage, or note its new size. A storage has one Python object for life: its id is a key."""
+        """Add a storage or record its new size. A storage has one Python object for life, so its id is a key."""
         key, size = id(storage), storage.nbytes if isinstance(storage, Tensor) else storage.nbytes()
         if key not in self._sizes:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -116,11 +116,11 @@ class LiveBytes(TorchDispatchMode):
         self._change(key, -self._sizes.pop(key))
 
     def _change(self, key: int, by: int) -> None:
-        """A storage has so many bytes more; one that is forgotten has no size any more."""
+        """Change the live bytes by those of a storage; a forgotten storage has no size any more."""
         self.current += by
 
 
 def peak_rss_bytes() -> int:
-    """The most physical memory this process ever held."""
+    """Return the largest physical memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""What a stage costs: seconds, tokens, floating-point operations, and memory by phase and kind."""
+"""Measurement of a stage's cost: seconds, tokens, floating-point operations, and memory by phase and kind."""
 
 import contextlib
 import time
@@ -16,12 +16,12 @@ from perl.measure.memory import peak_rss_bytes
 from perl.measure.probe import Kind, Phase, listening, mark
 
 MEASURED_STEPS = 2
-"""Steps at the start on which memory and operations are followed, which slows small models up to 2.4 times."""
+"""First steps whose memory and operations are measured, which makes small models up to 2.4 times slower."""
 
 
 @dataclass
 class _Times:
-    """What has been counted so far; measured: on the steps whose memory is followed."""
+    """Counts so far; `measured_…` are those of the steps whose memory is measured."""
 
     tokens: int = 0
     measured_tokens: int = 0
@@ -31,15 +31,15 @@ class _Times:
 
 
 class Meter:
-    """Counts a stage's time and tokens, and follows the memory and the operations of its first steps.
+    """Counts a stage's time and tokens, and measures the memory and operations of its first steps.
 
     Args:
         resident: the tensors that live through the whole stage, by kind.
         trunks: modules called with `attention_mask`, for `Flops`; without any, operations are not counted.
-        measured_steps: how many steps are followed; 0: only time is taken.
+        measured_steps: number of steps whose memory and operations are measured; 0: only time is measured.
 
     Attributes:
-        step_seconds: of each step, by phase.
+        step_seconds: seconds of each step, by phase.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Meter:
 
     @contextlib.contextmanager
     def step(self, optimizer: Any) -> Iterator[None]:
-        """Measure one step, in the phase `update` where the block enters no other.
+        """Measure one step, in the phase `update` unless the block enters another.
 
         Args:
-            optimizer: its state, and its parameters' gradients, are told apart from activations.
+            optimizer: its state and its parameters' gradients are distinguished from activations.
         """
         times, measured = self._times, len(self.step_seconds) < self._measured_steps
         tokens, before = times.tokens, dict(times.phase_seconds)
         with contextlib.ExitStack() as stack:
             if measured:
                 stack.enter_context(self._measuring(optimizer))
-            begin = self._since = time.perf_counter()  # time between steps is of no phase
+            begin = self._since = time.perf_counter()  # time between steps belongs to no phase
             stack.enter_context(self.phase("update"))
             yield
         self.step_seconds.append(
@@ -83,18 +83,18 @@ class Meter:
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Inside, the work is of this phase; afterwards of the one before."""
+        """Count the work inside the block to this phase, and later work to the previous one again."""
         before = self._phase
         self._enter(name)
         try:
             yield
         finally:
-            # `load` ends with the first step: what lies between steps belongs to the phase before.
+            # `load` ends with the first step: work between steps belongs to the previous phase.
             self._enter(name if before == "load" else before)
 
     def _enter(self, name: Phase) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # what a phase asked for is its own time, not the next one's
+            torch.cuda.synchronize(self._device)  # attributes kernels to the phase that launched them
         now, seconds = time.perf_counter(), self._times.phase_seconds
         seconds[self._phase] = seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now
@@ -104,7 +104,7 @@ class Meter:
     def _measuring(self, optimizer: Any) -> Iterator[None]:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with contextlib.ExitStack() as stack:
-            for parameter in (one for one in parameters if one.requires_grad):  # layers may be frozen for a while
+            for parameter in (one for one in parameters if one.requires_grad):  # layers may be frozen temporarily
                 stack.enter_context(
                     parameter.register_post_accumulate_grad_hook(lambda p: mark("gradients", [p.grad]))
                 )
@@ -122,18 +122,18 @@ class Meter:
         self._times.tokens += tokens
 
     def times(self) -> dict[str, object]:
-        """Seconds and tokens so far, for a process that resumes the stage."""
+        """Return seconds and tokens so far, for a process that resumes the stage."""
         return asdict(self._times)
 
     def resume_from(self, times: Mapping[str, Any]) -> None:
-        """Add to the seconds and tokens of another process; the memory of the next steps is followed anew."""
+        """Continue from the seconds and tokens of an earlier process; the next steps' memory is measured again."""
         self._times = _Times(**times)
 
     def cost(self) -> Cost:
-        """The stage's cost so far, of this process."""
+        """Return the stage's cost so far in this process."""
         times = self._times
         tokens, seconds = times.tokens, times.seconds
-        # Speed is of the steps that were not followed, where there are any.
+        # Speed is that of the steps without measurement, if there are any.
         if len(self.step_seconds) > self._measured_steps:
             tokens, seconds = tokens - times.measured_tokens, seconds - times.measured_seconds
         memory, flops = self._ledger.memory(), self._flops

@@ -3,10 +3,10 @@
 Scores are log-odds of a thumb up, with the threshold 0 (exactly 0 counts as down). Labels are 1 for up and 0 for
 down. Pairs are indices (better, worse) into the scores.
 
-Each metric is a function of weights, for the bootstrap (`perl.measure.bootstrap`): scikit-learn's would sort and
-check the scores again for each of a thousand resamples.
+Each metric is a function of weights, for the bootstrap (`perl.measure.bootstrap`); scikit-learn's metrics would
+sort and check the scores again for each of a thousand resamples.
 
-Axis letters: S resamples, N answers, K distinct scores in order, P pairs.
+Axis letters: S resamples, N completions, K distinct scores in order, P pairs.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ ECE_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ReliabilityBin:
-    """Answers of like predicted probability: the mean predicted, the share observed up, and how many."""
+    """Completions of similar predicted probability: mean prediction, observed share of ups, and number."""
 
     probability: float
     share: float
@@ -33,7 +33,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreHistogram:
-    """Counts of scores between `edges` (one more than counts), of answers rated up and of those rated down."""
+    """Counts of scores between `edges` (one more than counts), for completions rated up and rated down."""
 
     edges: list[float]
     up: list[int]
@@ -41,7 +41,7 @@ class ScoreHistogram:
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Labels]:
-    """Scores and labels as arrays; ValueError if they are unusable."""
+    """Return scores and labels as arrays; raise ValueError if they are unusable."""
     score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if score.ndim != 1 or score.shape != label.shape or not len(score):
         raise ValueError(f"scores and labels must be two lists of one length, not {score.shape} and {label.shape}")
@@ -53,10 +53,10 @@ def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Labels]:
 
 
 def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = None) -> Statistic:
-    """How often an up scores above a down, ties half; NaN where all labels are alike.
+    """Return how often an up scores higher than a down, ties counting half; NaN if all labels are equal.
 
     Args:
-        strata: of each answer; only answers of one stratum are compared. All answers by default.
+        strata: stratum of each completion; only completions of the same stratum are compared. Default: all are.
     """
     stratum = np.zeros(len(scores), dtype=np.int64) if strata is None else strata
     groups = [np.flatnonzero(stratum == one) for one in np.unique(stratum)]
@@ -78,18 +78,18 @@ def auroc(scores: Floats, labels: Labels, strata: NDArray[np.int64] | None = Non
 
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
-    """Where each distinct value of an ordered array begins."""
+    """Return the first index of each distinct value of a sorted array."""
     return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
 def accuracy(scores: Floats, labels: Labels) -> Statistic:
-    """Share of answers on the right side of 0."""
+    """Return the share of completions on the right side of 0."""
     right_N = ((scores > 0) == labels).astype(np.float64)
     return lambda weights_SN: ratio(weights_SN @ right_N, weights_SN.sum(axis=1))
 
 
 def balanced_accuracy(scores: Floats, labels: Labels) -> Statistic:
-    """Mean of the accuracy on ups and on downs; where all labels are alike, the accuracy on those."""
+    """Return the mean of the accuracies on ups and on downs; if all labels are equal, the accuracy on those."""
     right_N = ((scores > 0) == labels).astype(np.float64)
     is_up_N, is_down_N = labels.astype(np.float64), 1.0 - labels
 
@@ -102,7 +102,7 @@ def balanced_accuracy(scores: Floats, labels: Labels) -> Statistic:
 
 
 def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Statistic:
-    """Share of pairs whose better answer scores higher, ties half; a pair is drawn as often as its better one."""
+    """Return the share of pairs whose better completion scores higher, ties half; its weight is the pair's."""
     better_P, worse_P = np.asarray(pairs, dtype=np.int64).T
     right_P = np.heaviside(scores[better_P] - scores[worse_P], 0.5)
 
@@ -114,18 +114,18 @@ def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Stati
 
 
 def calibration_error(scores: Floats, labels: Labels) -> float:
-    """ECE, the mean distance of predicted probability and observed share of ups over bins: Σ n_b/n |p̄_b - ȳ_b|.
+    """Return the ECE, the mean distance of predicted probability and share of ups over bins: Σ n_b/n |p̄_b - ȳ_b|.
 
-    The ten bins have equal mass (Nguyen & O'Connor 2015; less biased, Roelofs et al. 2022), as a reward model's
-    probabilities crowd together; equal scores share a bin. The estimate is biased upwards on few answers, and more
-    so on resamples, in which answers repeat: so there is no bootstrap interval.
+    The ten bins have equal mass (Nguyen & O'Connor 2015; less biased, Roelofs et al. 2022), because a reward
+    model's probabilities cluster; equal scores share a bin. The estimate is biased upwards on few completions, and
+    more so on resamples, in which completions repeat, so there is no bootstrap interval.
     """
     bins = reliability(scores, labels)
     return sum(one.n * abs(one.probability - one.share) for one in bins) / len(scores)
 
 
 def reliability(scores: Floats, labels: Labels) -> list[ReliabilityBin]:
-    """Predicted probability and observed share, by bins as in `calibration_error`."""
+    """Return predicted probability and observed share of ups, by bins as in `calibration_error`."""
     bins, p = equal_mass(scores, ECE_BINS), probabilities(scores)
     return [
         ReliabilityBin(probability=float(p[rows].mean()), share=float(labels[rows].mean()), n=int(rows.sum()))
@@ -134,18 +134,18 @@ def reliability(scores: Floats, labels: Labels) -> list[ReliabilityBin]:
 
 
 def score_histogram(scores: Floats, labels: Labels, bins: int = 24) -> ScoreHistogram:
-    """The scores of either label, in bins of equal width."""
+    """Return the histogram of the scores of each label, in bins of equal width."""
     edges = np.histogram_bin_edges(scores, bins)
     up, down = (np.histogram(scores[labels == one], edges)[0].tolist() for one in (1, 0))
     return ScoreHistogram(edges=edges.tolist(), up=up, down=down)
 
 
 def probabilities(scores: Floats) -> Floats:
-    """The sigmoid, without overflow."""
+    """Return the sigmoid, without overflow."""
     return np.asarray(0.5 * (1.0 + np.tanh(scores / 2)))
 
 
 def equal_mass(values: Floats, bins: int) -> NDArray[np.int64]:
-    """The bin of each value, where bins hold about equal numbers; equal values share one."""
+    """Return the bin of each value, with about equal numbers per bin; equal values share a bin."""
     rank = np.searchsorted(np.sort(values), values, side="left")
     return np.asarray(rank * bins // len(values))

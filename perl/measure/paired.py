@@ -1,12 +1,13 @@
-"""The change of a metric between two models on the same prompts or rows, with its 95 % interval, paired by these.
+"""Changes of a metric between two models on the same prompts or rows, with paired 95 % intervals.
 
 Whole dialogues are resampled (`perl.measure.bootstrap`). For G dialogues the bootstrap's variance is (G - 1) / G
-of what it estimates, and the estimate is uncertain itself, so the percentiles' distance from the mean is
-multiplied by t · √(G / (G - 1)) / z, t and z being quantiles of Student's distribution with G - 1 degrees of
-freedom and of the normal one (as in Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
+of the variance that it estimates, and the estimate itself is uncertain. The percentiles' distance from the mean is
+therefore multiplied by t · √(G / (G - 1)) / z, where t and z are quantiles of Student's distribution with G - 1
+degrees of freedom and of the normal distribution (as in Hesterberg 2015, "What Teachers Should Know About the
+Bootstrap").
 
-A loss is a mean over tokens, so a row counts as often as it has tokens: of each resample the interval reads the
-sum of changes over the number of tokens.
+A loss is a mean over tokens, so rows are weighted by their numbers of tokens: the statistic of each resample is
+the sum of changes divided by the number of tokens.
 
 Axis letters: S resamples, N prompts or rows.
 """
@@ -21,39 +22,40 @@ from scipy.stats import norm, t
 from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval, ratio
 
 Metrics = Mapping[str, Sequence[float]]
-"""Of each prompt, by name."""
+"""Values of each prompt, by the metric's name."""
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """The losses of rows: of each, -log p summed over its tokens, in nats, and the number of these."""
+    """Losses of rows: for each row, the sum of -log p over its tokens, in nats, and its number of tokens."""
 
     sums: list[float]
     tokens: list[int]
 
     @property
     def mean(self) -> float:
-        """Over the tokens of all rows."""
+        """Mean over the tokens of all rows."""
         return sum(self.sums) / sum(self.tokens)
 
     def interval_to(self, after: "TokenLosses", dialogues: Sequence[str]) -> Interval | None:
-        """The 95 % interval of the mean's change to other losses of the same rows.
+        """Return the 95 % interval of the mean's change to other losses of the same rows.
 
-        None with a single dialogue, or where a loss is not finite.
+        None with a single dialogue or if a loss is not finite.
         """
         change_N, size_N = np.subtract(after.sums, self.sums), np.asarray(self.tokens, dtype=np.float64)
         return _interval(change_N, size_N, ClusterBootstrap(dialogues, seed=0), len(set(dialogues)))
 
 
 def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, float | Interval | None]:
-    """Means over the prompts before and after, and the 95 % interval of the change.
+    """Return the means over the prompts before and after, and the 95 % interval of the change.
 
     Args:
-        before: of each prompt, as are `dialogues`.
-        after: of the same prompts in the same order, under the same names.
+        before: the metrics of each prompt; `dialogues` likewise has one entry per prompt.
+        after: those of the same prompts in the same order, under the same names.
 
     Returns:
-        `NAME_before`, `NAME_after` and `NAME_interval` of each metric; no interval (None) with a single dialogue.
+        `NAME_before`, `NAME_after` and `NAME_interval` of each metric; the interval is None with a single
+        dialogue.
     """
     bootstrap, size_N = ClusterBootstrap(dialogues, seed=0), np.ones(len(dialogues))
     changed: dict[str, float | Interval | None] = {}
@@ -65,7 +67,7 @@ def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[s
 
 
 def _interval(change_N: Floats, size_N: Floats, bootstrap: ClusterBootstrap, dialogues: int) -> Interval | None:
-    """Of the sum of changes over the sum of sizes."""
+    """Return the interval of the sum of changes divided by the sum of sizes."""
     if dialogues < 2 or not np.isfinite(change_N).all():
         return None
     mean = float(change_N.sum() / size_N.sum())

@@ -1,4 +1,4 @@
-"""What running code tells the listeners that measure it: what its tensors are for, and when it recomputes."""
+"""Notifications from running code to the listeners that measure it: kinds of tensors, and recomputation."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,23 +9,23 @@ if TYPE_CHECKING:
     from torch import Tensor  # results are read without torch
 
 Kind = Literal["base_weights", "adapters", "gradients", "optimizer", "kv_cache", "activations"]
-"""What bytes are for. Adapters include their heads; activations are all that is nothing else, temporaries too."""
+"""Kinds of bytes. Adapters include their heads; activations are everything else, including temporaries."""
 Phase = Literal["load", "generate", "score", "update"]
-"""Before the first step; sampling; rewards, reference and values; forward, backward and optimizer."""
+"""Phases: before the first step; sampling; rewards, reference and values; forward, backward and optimizer."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """The peak of a phase in bytes, and what these were for: the kinds add up to the peak."""
+    """The peak of a phase in bytes, and the bytes by kind, which add up to the peak."""
 
     peak: int
     kinds: dict[Kind, int]
 
 
 def highest(memories: Iterable[Mapping[Phase, PhaseMemory]]) -> dict[Phase, PhaseMemory]:
-    """Of each phase that one of them has, the highest peak; the first where several are alike."""
+    """Return the highest peak of each phase that occurs; the first of equal ones."""
     found: dict[Phase, PhaseMemory] = {}
     for memory in memories:
         for phase, one in memory.items():
@@ -35,20 +35,20 @@ def highest(memories: Iterable[Mapping[Phase, PhaseMemory]]) -> dict[Phase, Phas
 
 
 class Listener:
-    """Told what runs; a subclass overrides what it is concerned with."""
+    """Receives notifications; subclasses override the methods that they need."""
 
     def mark(self, kind: Kind, tensors: "Iterable[Tensor]") -> None:
-        """These tensors are of this kind."""
+        """Note the kind of these tensors."""
 
     def recomputing(self, begins: bool) -> None:
-        """From now on, activations are computed again; or no longer."""
+        """Note that recomputation of activations begins or ends."""
 
 
 listeners: list[Listener] = []
 
 
 def mark(kind: Kind, tensors: "Iterable[Tensor]") -> None:
-    """Say what tensors are for."""
+    """Tell the listeners the kind of tensors."""
     if listeners:
         tensors = list(tensors)
         for listener in listeners:
@@ -57,7 +57,7 @@ def mark(kind: Kind, tensors: "Iterable[Tensor]") -> None:
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Inside, activations are computed again for the backward pass."""
+    """Tell the listeners that activations are recomputed for the backward pass inside the block."""
     for listener in listeners:
         listener.recomputing(True)
     try:
@@ -69,7 +69,7 @@ def recomputing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, the listener is told."""
+    """Notify the listener inside the block."""
     listeners.append(listener)
     try:
         yield

@@ -1,9 +1,9 @@
-"""The best learning rate of a training: a geometric grid that is widened, and the top of a parabola.
+"""Search for the best learning rate: a geometric grid that is extended, and the vertex of a parabola.
 
-Rates c · √10^k are tried, from k = -1, 0, 1 on; while the best is the smallest or the largest that was tried, the
-next one beyond it is tried too. The parabola through the best and its two neighbours, over the rate's logarithm,
-has its top between them (one step of successive parabolic interpolation, Brent 1973): that is the best rate. It is
-known to half a step of the grid, a factor of 1.8, where the three scores differ by more than chance.
+Rates c · √10^k are tried, starting with k = -1, 0, 1; while the best is the smallest or largest rate tried, the
+next one beyond it is tried, too. The best rate is the vertex of the parabola through the best and its two
+neighbours over the logarithm of the rate (one step of successive parabolic interpolation, Brent 1973). It is known
+to half a step of the grid, a factor of 1.8, if the three scores differ by more than chance.
 """
 
 import math
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 STEP = math.sqrt(10)
 MOST = 5
-"""Steps to either side of the default."""
+"""Largest number of steps on either side of the default."""
 LARGEST = 1.0
-"""That a recipe takes."""
+"""Largest learning rate that a recipe accepts."""
 
 
 @dataclass(frozen=True)
 class RateSearch:
-    """What was tried, and what was found.
+    """Result of a search.
 
     Attributes:
-        rates: in order.
-        scores: of each rate; more is better, and -inf is a training that failed.
-        best: between the rates that were tried.
-        edge: nothing beyond the best was tried, on one side: the true one may lie there.
+        rates: the tried rates in ascending order.
+        scores: the score of each rate; higher is better, -inf means that training failed.
+        best: the best rate, which may lie between tried rates.
+        edge: whether the best is the smallest or largest tried, so that the true one may lie beyond.
     """
 
     rates: tuple[float, ...]
@@ -39,8 +39,8 @@ class BestRates:
     """The best rates of one setting on several seeds.
 
     Attributes:
-        rates: of each seed.
-        edge: on one seed at least, the best is the smallest or the largest that was tried: it may lie beyond.
+        rates: the best rate of each seed.
+        edge: whether on at least one seed the best is the smallest or largest tried, so that it may lie beyond.
     """
 
     rates: tuple[float, ...]
@@ -48,12 +48,12 @@ class BestRates:
 
     @property
     def best(self) -> float:
-        """The geometric mean, to two significant digits."""
+        """Geometric mean, to two significant digits."""
         return grid_rate(math.exp(sum(map(math.log, self.rates)) / len(self.rates)), 0)
 
 
 def search_rate(score: Callable[[float], float], default: float) -> RateSearch:
-    """Search around a default; of equal scores the rate nearest to it counts."""
+    """Search around a default; among equal scores the rate nearest to it wins."""
     tried: dict[int, float] = {}
     waiting = [-1, 0, 1]
     while waiting:
@@ -74,11 +74,11 @@ def search_rate(score: Callable[[float], float], default: float) -> RateSearch:
 
 
 def grid_rate(default: float, k: float) -> float:
-    """The default, k steps on, to two significant digits: as it stands in a recipe."""
+    """Return the rate k steps from the default, to two significant digits, as written in a recipe."""
     return float(f"{default * STEP**k:.2g}")
 
 
 def _top(left: float, middle: float, right: float) -> float:
-    """Where the parabola through (-1, left), (0, middle), (1, right) has its top, middle being the highest."""
+    """Return the vertex of the parabola through (-1, left), (0, middle), (1, right); middle is the highest."""
     curvature = left - 2 * middle + right
     return 0.5 * (left - right) / curvature if math.isfinite(curvature) and curvature < 0 else 0.0

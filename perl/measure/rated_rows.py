@@ -1,4 +1,4 @@
-"""Rated or compared answers as columns: what a reward model is judged on."""
+"""Rated or compared completions in columns, on which a reward model is evaluated."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -7,19 +7,19 @@ from itertools import chain, islice, product
 from perl.data.records import Context, Turn
 
 PAIRS_A_CONTEXT = 16
-"""So that no context outweighs the others."""
+"""Largest number of pairs per context, so that no context outweighs the others."""
 
 
 @dataclass(frozen=True)
 class RatedRows:
-    """The rated answers, then the better ones of pairs, then the worse; one entry an answer in every column.
+    """Rated completions, then the better ones of pairs, then the worse; every column has one entry per completion.
 
     Attributes:
-        sources: where the rows are from, as a name.
-        labels: thumbs up, of the rated answers; where there are none, True of the better ones of pairs and
-            False of the worse.
-        gold: the truth about the same answers, where the source knows it.
-        pairs: indices (better, worse) of what was compared.
+        sources: name of each row's source.
+        labels: thumbs up of the rated completions; without ratings, True for the better ones of pairs and False
+            for the worse.
+        gold: the truth about the same completions, if the source knows it.
+        pairs: indices (better, worse) of compared completions.
     """
 
     contexts: list[Context]
@@ -32,22 +32,22 @@ class RatedRows:
 
     @property
     def compared(self) -> bool:
-        """Whether the labels say which of two answers is the better, and not what an answer was rated."""
+        """Whether the labels say which of two completions is better, rather than how each was rated."""
         return bool(self.pairs) and len(self.labels) == len(self.answers)
 
     @property
     def truth(self) -> list[bool]:
-        """What the model is judged against: the gold judgement where there is one, else the labels."""
+        """The labels against which the model is evaluated: the gold judgement if there is one, else the labels."""
         return self.labels if self.gold is None else self.gold
 
     def labelled(self) -> "RatedRows":
-        """The rows that have labels."""
+        """Return the rows that have labels."""
         columns = ("contexts", "answers", "dialogues", "sources")
         cut = {name: getattr(self, name)[: len(self.labels)] for name in columns}
         return replace(self, **cut, pairs=self.pairs if self.compared else [])
 
     def ranked_pairs(self) -> list[tuple[int, int]]:
-        """What was compared; else the good and bad answers to one context, each with each."""
+        """Return the compared pairs; without any, all pairs of a good and a bad completion of the same context."""
         if self.pairs:
             return self.pairs
         by_context: dict[Context, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))

@@ -1,4 +1,4 @@
-"""The reward model card: all metrics of a reward model on held-out answers, and the verdict on them."""
+"""The reward model card: all metrics of a reward model on held-out completions, and the verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ from perl.measure.tfidf_baseline import TfidfBaseline, TfidfScores, tfidf_baseli
 from perl.measure.verdict import Verdict, verdict
 
 MISTAKES = 5
-"""Worst mistakes of either kind."""
+"""Number of worst mistakes of either kind."""
 SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """An answer that was scored wrongly."""
+    """A completion that was scored wrongly."""
 
     context: str
     answer: str
@@ -47,7 +47,7 @@ class Mistake:
 
 @dataclass(frozen=True, kw_only=True)
 class Mistakes:
-    """The downs that score highest and the ups that score lowest."""
+    """The downs with the highest and the ups with the lowest scores."""
 
     downs_scored_high: list[Mistake]
     ups_scored_low: list[Mistake]
@@ -57,13 +57,13 @@ class Mistakes:
 class RewardMetrics:
     """The metrics of a reward model.
 
-    Rankings and accuracies are against the gold judgement where there is one, probabilities always against the
-    thumbs. Where there are ratings and pairs, the pairs serve the pairwise accuracy alone.
+    Rankings and accuracies are measured against the gold judgement if there is one, probabilities always against
+    the thumbs. If there are ratings and pairs, the pairs are used only for the pairwise accuracy.
 
     Attributes:
-        ensemble: the members and their disagreement, where there are several.
-        seen_in_training: answers of dialogues that the model was trained on, or nearly the same as a training row.
-        intervals: 95 %, by the name of the metric.
+        ensemble: the members and their disagreement, if there are several.
+        seen_in_training: number of completions from training dialogues, or nearly equal to a training row.
+        intervals: 95 % intervals, by the name of the metric.
     """
 
     n: int
@@ -105,16 +105,16 @@ def reward_model_card(
     seen: int = 0,
     log_odds: bool = True,
 ) -> RewardModelCard:
-    """The card of a reward model.
+    """Return the card of a reward model.
 
     Args:
-        scores: one an answer; of an ensemble (M, N), a row a member.
-        log_odds: whether they are of a thumb up: decides what the score of an ensemble is.
-        baseline: TF-IDF's scores of the answers with labels.
-        seen: how many of those the model was trained on.
+        scores: one per completion; for an ensemble (M, N), one row per member.
+        log_odds: whether they are log-odds of a thumb up, which determines how an ensemble's score is computed.
+        baseline: TF-IDF's scores of the completions with labels.
+        seen: number of these on which the model was trained.
 
     Raises:
-        ValueError: scores that are not finite, or of another number than the answers.
+        ValueError: scores are not finite, or their number differs from that of the completions.
     """
     rows, scores_MN = all_rows.labelled(), np.atleast_2d(np.asarray(scores, dtype=np.float64))
     scores = ensemble_scores(scores_MN, log_odds)
@@ -126,7 +126,7 @@ def reward_model_card(
     calibration, log_odds_N = calibrate(predictions(score_N, rows))
     ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
     members_MN = scores_MN[:, : len(score_N)]
-    if rows.compared:  # only differences of two answers to one context mean something
+    if rows.compared:  # only differences of two completions of one context are meaningful
         log_odds_N, log_odds = None, False
         ranking_N, length_N = (_less_pair_mean(one, rows.pairs) for one in (score_N, length_N))
         members_MN = np.stack([_less_pair_mean(one, rows.pairs) for one in members_MN])
@@ -173,7 +173,7 @@ def _estimates(
 
 
 def _pairwise(scores: Floats, pairs: Sequence[tuple[int, int]], dialogues: Sequence[str]) -> dict[str, Estimate]:
-    """Of all rows; nothing where none are paired."""
+    """Return the pairwise accuracy on all rows; empty if there are no pairs."""
     if not pairs:
         return {}
     bootstrap = ClusterBootstrap(dialogues, seed=0)
@@ -183,7 +183,7 @@ def _pairwise(scores: Floats, pairs: Sequence[tuple[int, int]], dialogues: Seque
 def _ensemble(
     members_MN: Floats, log_odds: bool, ranking_N: Floats, truth_N: Labels, bootstrap: ClusterBootstrap
 ) -> Ensemble | None:
-    """None of a single member."""
+    """Return the metrics of an ensemble; None for a single model."""
     if len(members_MN) < 2:
         return None
     return ensemble_metrics(ranking_N, members_MN, disagreement(members_MN, log_odds), truth_N, bootstrap)
@@ -195,7 +195,7 @@ def _known(value: float | None) -> float:
 
 
 def _less_pair_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """Each value of a pair less the mean of the two."""
+    """Return each value of a pair minus the mean of the two."""
     better, worse = np.asarray(pairs, dtype=np.int64).T
     half, centred = (values[better] - values[worse]) / 2, np.zeros_like(values)
     centred[better], centred[worse] = half, -half
@@ -203,7 +203,7 @@ def _less_pair_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
 
 
 def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
-    """The worst mistakes, for people to read."""
+    """Return the worst mistakes, for people to read."""
     order, p = np.argsort(scores, kind="stable"), probabilities(scores)
 
     def mistake(index: int) -> Mistake:
@@ -222,7 +222,7 @@ def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
 
 
 def _tail(context: Context) -> str:
-    """The end of a context, as lines of who said what; plain text as it stands."""
+    """Return the end of a context, as lines with their speakers; plain text is unchanged."""
     lines = [turn.text if turn.speaker == "text" else f"{turn.speaker}: {turn.text}" for turn in context]
     text = "\n".join(lines)
     return text if len(text) <= SHOWN_CHARACTERS else f"… {text[-SHOWN_CHARACTERS:]}"

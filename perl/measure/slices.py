@@ -1,4 +1,4 @@
-"""The metrics of a reward model by kind of answer, depth of dialogue, length and source."""
+"""The metrics of a reward model by kind of completion, depth of dialogue, length and source."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from perl.measure.metrics import Labels, auroc, calibration_error, equal_mass
 from perl.measure.rated_rows import RatedRows
 
 MIN_JUDGED = 30
-"""Smaller slices are counted, not judged."""
+"""Smaller slices are counted, but have no metrics."""
 PARTS = 3
 SOURCES = 10
-"""The commonest sources are listed."""
+"""Number of most frequent sources that are listed."""
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Answers of one kind; fewer than `MIN_JUDGED` are only counted. The ECE is after scaling."""
+    """Completions of one kind; fewer than `MIN_JUDGED` are only counted. The ECE is after scaling."""
 
     by: str
     name: str
@@ -36,10 +36,10 @@ class Slice:
 def slices(
     scores: Floats, truth: Labels, calibrated: Floats | None, rows: RatedRows, bootstrap: ClusterBootstrap
 ) -> list[Slice]:
-    """Each slice with its metrics.
+    """Return each slice with its metrics.
 
     Args:
-        calibrated: log-odds of a thumb up, each fitted on other dialogues; None where answers were compared.
+        calibrated: log-odds of a thumb up, each fitted on other dialogues; None for compared completions.
     """
     labels = np.asarray(rows.labels, dtype=np.int64)
     result = []
@@ -62,7 +62,7 @@ def _within(indices: Indices, statistic: Statistic) -> Statistic:
 
 
 def _cuts(rows: RatedRows) -> Iterator[tuple[str, str, Indices]]:
-    """What the slice is by, its name, and its answers."""
+    """Yield each slice's criterion, its name, and its completions."""
     calls = np.array([answer.is_call for answer in rows.answers])
     for name, chosen in (("API call", calls), ("text", ~calls)):
         if chosen.any():
@@ -75,7 +75,7 @@ def _cuts(rows: RatedRows) -> Iterator[tuple[str, str, Indices]]:
 
 
 def _thirds(by: str, unit: str, counts: list[int]) -> Iterator[tuple[str, str, Indices]]:
-    """Thirds of the answers; equal counts share one."""
+    """Yield thirds of the completions; equal counts share a third."""
     values = np.array(counts)
     thirds = equal_mass(values.astype(np.float64), PARTS)
     for third in np.unique(thirds):

@@ -12,14 +12,14 @@ from perl.measure.metrics import Labels, auroc, pairwise_accuracy
 from perl.measure.rated_rows import RatedRows
 
 CONTEXT_CHARACTERS = 400
-"""Read at the end of the context."""
+"""Number of characters that are read at the end of the context."""
 MAX_TRAINING_ROWS = 20_000
-"""Evenly spaced, so that training takes seconds."""
+"""Training rows are subsampled evenly to this number, so that training takes seconds."""
 
 
 @dataclass(frozen=True)
 class TfidfScores:
-    """The baseline's scores of the held-out answers, and how many of the training rows it learned from."""
+    """The baseline's scores of held-out completions, and how many of the training rows it was trained on."""
 
     scores: Floats
     rows: int
@@ -28,7 +28,7 @@ class TfidfScores:
 
 @dataclass(frozen=True, kw_only=True)
 class TfidfBaseline:
-    """The baseline's pairwise accuracy (of compared answers) or AUROC, and by how much the model is ahead."""
+    """The baseline's pairwise accuracy (for compared completions) or AUROC, and the model's lead over it."""
 
     metric: Literal["auroc", "pairwise_accuracy"]
     value: float | None
@@ -40,8 +40,8 @@ class TfidfBaseline:
 
 
 def tfidf_scores(train: RatedRows, held_out: RatedRows) -> TfidfScores:
-    """TF-IDF of the context's end and of the answer, each apart, and logistic regression with balanced classes."""
-    # scikit-learn takes 2 s to import: not where a card is only read
+    """Fit separate TF-IDF features of context end and completion, and a class-balanced logistic regression."""
+    # scikit-learn takes 2 s to import and is not needed to read a card
     from sklearn.compose import make_column_transformer
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -56,20 +56,20 @@ def tfidf_scores(train: RatedRows, held_out: RatedRows) -> TfidfScores:
 
 
 def _texts(rows: RatedRows) -> NDArray[np.object_]:
-    """N x 2: the context's end, the answer."""
+    """Return N x 2: the end of the context, the completion."""
     ends = [" ".join(turn.text for turn in context)[-CONTEXT_CHARACTERS:] for context in rows.contexts]
     return np.array([ends, [turn.text for turn in rows.answers]], dtype=object).T
 
 
 def _words(text: str) -> list[str]:
-    """Words of two letters and more, as scikit-learn finds them; a text without any is a word of its own."""
+    """Return words of two letters or more, as in scikit-learn; [""] for a text without any."""
     return re.findall(r"\w\w+", text.lower()) or [""]
 
 
 def tfidf_baseline(
     scores: Floats, rows: RatedRows, baseline: TfidfScores, truth: Labels, bootstrap: ClusterBootstrap
 ) -> TfidfBaseline:
-    """The baseline beside a model's scores of the same rows; the interval of the difference is paired."""
+    """Compare the baseline with a model's scores of the same rows; the difference's interval is paired."""
 
     def ranking(of: Floats) -> Statistic:
         return pairwise_accuracy(of, rows.pairs) if rows.compared else auroc(of, truth)

@@ -1,6 +1,7 @@
-"""Two reward models, or two policies, on the same rows: their difference with its 95 % interval, paired.
+"""Comparison of two reward models, or two policies, on the same rows, with paired 95 % intervals.
 
-Both are read off the same resamples of whole dialogues, so that what is hard for both does not widen the interval.
+Both are measured on the same resamples of whole dialogues, so that rows that are hard for both do not widen the
+interval.
 """
 
 import statistics
@@ -17,7 +18,7 @@ from perl.measure.rated_rows import RatedRows
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A metric of both; the interval is of the second less the first. None where there is no value."""
+    """A metric of both, and the interval of the second minus the first. None if undefined."""
 
     metric: str
     first: float | None
@@ -26,7 +27,7 @@ class Difference:
 
     @property
     def higher(self) -> int:
-        """1 or 2: which of them the interval shows to be higher; 0: neither."""
+        """1 or 2, the one that the interval shows to be higher; 0 if neither."""
         if self.interval is None:
             return 0
         return 2 if self.interval[0] > 0 else 1 if self.interval[1] < 0 else 0
@@ -34,12 +35,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What two models of a kind have on the same rows.
+    """The metrics of two models of the same kind on the same rows.
 
     Attributes:
-        rows: rated answers, or prompts.
-        agreement: of reward models, the share of rows that both place on the same side of 0; of models that are
-            judged on pairs alone, the share of pairs that both order alike.
+        rows: number of rated completions or prompts.
+        agreement: for reward models, the share of rows that both place on the same side of 0; if only pairs are
+            evaluated, the share of pairs that both order in the same way.
     """
 
     rows: int
@@ -49,16 +50,16 @@ class Comparison:
 
 
 def compare_scores(first: Sequence[float], second: Sequence[float], rows: RatedRows) -> Comparison:
-    """Two reward models by their scores of the same answers.
+    """Compare two reward models by their scores of the same completions.
 
     Args:
-        first: log-odds, one an answer, as `second`.
+        first: log-odds, one per completion, like `second`.
     """
     rated, count = rows.labelled(), len(rows.labels)
     scores = [np.asarray(one, dtype=np.float64) for one in (first, second)]
     labelled = [checked(one[:count], rated.truth) for one in scores]
     found = [_difference("AUROC", rated.dialogues, [auroc(*one) for one in labelled])]
-    if not rows.compared:  # the score of one answer of a pair means nothing by itself
+    if not rows.compared:  # the score of one completion of a pair is meaningless by itself
         found.append(_difference("accuracy", rated.dialogues, [accuracy(*one) for one in labelled]))
     pairs = rows.ranked_pairs()
     if pairs:
@@ -74,7 +75,7 @@ def compare_scores(first: Sequence[float], second: Sequence[float], rows: RatedR
 
 
 def compare_metrics(first: Metrics, second: Metrics, dialogues: Sequence[str]) -> Comparison:
-    """Two policies by their metrics of the same prompts, those that both have."""
+    """Compare two policies by those metrics of the same prompts that both have."""
     both = [name for name in first if name in second]
     found = changes({name: first[name] for name in both}, second, dialogues)
     differences = []
@@ -95,7 +96,7 @@ def _difference(metric: str, dialogues: Sequence[str], of_both: Sequence[Statist
 
 
 def _ordered(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """Of each pair, the sign of the difference of its scores."""
+    """Return the sign of each pair's difference of scores."""
     better_P, worse_P = np.asarray(pairs, dtype=np.int64).T
     order_P: Floats = np.sign(scores[better_P] - scores[worse_P])
     return order_P

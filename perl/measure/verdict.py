@@ -1,4 +1,4 @@
-"""Fit for RL or not, and why: the criteria that a reward model has to meet, each with its value."""
+"""Verdict whether a reward model is fit for RL: the criteria that it has to meet, each with its value."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
 
 MIN_OF_A_CLASS = 30
 MIN_DIALOGUES = 10
-"""The intervals are over dialogues: of fewer they mean nothing."""
+"""Smallest number of dialogues; with fewer, the intervals over dialogues are meaningless."""
 MAX_ECE = 0.05
 MAX_SEEN = 0.01
-"""Share of the answers: published test parts repeat a few training rows, and so few change no metric by more."""
+"""Allowed share of seen completions: published test splits repeat a few training rows, and so few change no metric
+by more."""
 MOSTLY_LENGTH = 0.8
-"""Spearman's correlation with length from which on a scorer is said to count."""
+"""Spearman's correlation with length from which a scorer is said to count length only."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to train a policy against the model, and why: the criteria not met, or all of them met."""
+    """Whether to train a policy against the model, and why: the criteria not met, or all of them if met."""
 
     fit: bool
     reasons: list[str]
 
 
 _Criterion = tuple[bool, str]
-"""Whether it is met, and the reason."""
+"""Whether a criterion is met, and the reason."""
 
 
 def verdict(metrics: "RewardMetrics") -> Verdict:
-    """The verdict on a reward model.
+    """Return the verdict on a reward model.
 
-    Fit means shown to be fit on these answers: each 95 % interval has to lie on the right side. A model whose
-    difference from TF-IDF with logistic regression has an interval that includes 0 is not fit: it may read no more
-    than single words, which a policy exploits first. More held-out answers may show that it is better.
+    Fit means shown to be fit on these completions: each 95 % interval must lie on the right side. A model is not
+    fit if the interval of its difference from TF-IDF with logistic regression includes 0: it may read only single
+    words, which a policy exploits first. More held-out completions may show that it is better.
 
-    Accuracy is no criterion: with 86 % thumbs up a constant has 86 %. AUROC and differences of it do not depend on
-    the share of ups.
+    Accuracy is not a criterion: with 86 % thumbs up, a constant has 86 %. AUROC and its differences do not depend
+    on the share of ups.
     """
     criteria = list(_enough(metrics))
     if all(met for met, _ in criteria):
@@ -54,30 +55,31 @@ def verdict(metrics: "RewardMetrics") -> Verdict:
 
 
 def _enough(metrics: "RewardMetrics") -> Iterator[_Criterion]:
-    """Whether there are answers enough to say anything."""
+    """Check whether there are enough completions for a verdict."""
     fewer, kind = min((metrics.up, "up"), (metrics.n - metrics.up, "down"))
-    what = f"of {metrics.n:,} answers {fewer:,} are rated {kind}"
+    what = f"{fewer:,} of {metrics.n:,} answers are rated {kind}"
     if metrics.compared:
-        what = f"of pairs there {'is' if metrics.pairs == 1 else 'are'} {metrics.pairs:,}"
+        what = f"there {'is' if metrics.pairs == 1 else 'are'} {counted(metrics.pairs, 'pair')}"
     yield fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}, and {MIN_OF_A_CLASS} are needed."
-    what = f"the answers are of {counted(metrics.dialogues, 'dialogue')}"
+    what = f"the answers are from {counted(metrics.dialogues, 'dialogue')}"
     yield metrics.dialogues >= MIN_DIALOGUES, f"Too few to tell: {what}, and {MIN_DIALOGUES} are needed."
 
 
 def _unseen(metrics: "RewardMetrics") -> _Criterion:
     seen, n = metrics.seen_in_training, metrics.n
     if seen > MAX_SEEN * n:
-        of_dialogues = f"{'is' if seen == 1 else 'are'} of dialogues it was trained on"
+        of_dialogues = f"{'is' if seen == 1 else 'are'} from dialogues it was trained on"
         return False, (
-            f"{seen:,} of these {counted(n, 'answer')} {of_dialogues}, or nearly the same as answers "
-            "it was trained on, which flatters it; without --data the run's own held-out part is judged."
+            f"{seen:,} of these {counted(n, 'answer')} {of_dialogues}, or nearly equal to answers it was "
+            "trained on, which flatters it; without --data the run's own held-out part is used."
         )
-    reason = f"Judged on {counted(n, 'answer')} of {counted(metrics.dialogues, 'dialogue')} it was not trained on"
-    return True, f"{reason}, but for {seen:,} that it has seen, or nearly." if seen else f"{reason}."
+    dialogues = counted(metrics.dialogues, "dialogue")
+    reason = f"Evaluated on {counted(n, 'answer')} from {dialogues} it was not trained on"
+    return True, f"{reason}, except for {seen:,} that it has seen, or nearly." if seen else f"{reason}."
 
 
 def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
-    """Better than a coin; if so, better than counting words, and than counting characters."""
+    """Check that it is better than chance; if so, better than counting words and than counting characters."""
     name, value = "AUROC", metrics.auroc
     if metrics.tfidf_baseline.metric == "pairwise_accuracy":
         name, value = "pairwise accuracy", metrics.pairwise_accuracy
@@ -86,7 +88,7 @@ def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     against = " against the gold judge" if metrics.against == "gold" else ""
     better = _above(interval, 0.5)
     how = "better" if better else "no better"
-    yield better, f"It ranks {how} than a coin: {name}{against} {fixed(value, 2)} ({_ends(interval)})."
+    yield better, f"It ranks {how} than chance: {name}{against} {fixed(value, 2)} ({_ends(interval)})."
     yield _beats_words(metrics.tfidf_baseline, name)
     if better:
         yield _beats_length(metrics.length)
@@ -111,14 +113,14 @@ def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
 
 def _beats_length(length: LengthBias) -> _Criterion:
     if length.ahead_interval is None:
-        return False, "Length tells it all: no two answers of like length are rated differently."
+        return False, "Length explains everything: no two answers of similar length are rated differently."
     more, correlation = _above(length.ahead_interval, 0), length.correlation or 0.0
     what = "It reads more than length" if more else "It is not shown to read more than length"
     if not more and abs(correlation) >= MOSTLY_LENGTH:
         what = f"It only counts length (correlation {correlation:+.2f}, Spearman)"
     assert length.auroc_within is not None
     within = f"AUROC {fixed(length.auroc_within, 2)} ({_ends(length.auroc_within_interval)})"
-    return more, f"{what}: among answers of like length it has {within}."
+    return more, f"{what}: among answers of similar length it has {within}."
 
 
 def _calibrated(calibration: Calibration) -> _Criterion:
@@ -129,7 +131,7 @@ def _calibrated(calibration: Calibration) -> _Criterion:
     if error <= MAX_ECE:
         return True, f"Calibrated: {off}; {MAX_ECE} allowed)."
     if error <= chance:
-        return True, f"Calibrated as far as so few answers tell: {off}; {chance:.3f} may be chance)."
+        return True, f"Calibrated as far as so few answers can tell: {off}; {chance:.3f} may be chance)."
     return False, f"Not calibrated: {off}; {MAX_ECE} allowed)."
 
 

@@ -1,8 +1,8 @@
-"""An algorithm: how a rollout becomes advantages, and advantages a loss, by five switches and a few constants.
+"""An algorithm: how a rollout becomes advantages and advantages a loss, in five switches and some constants.
 
-`perl.rl.algorithms` is the table of them. A subclass may override any method, and add fields.
+`perl.rl.algorithms` is the table of algorithms. A subclass may override any method and add fields.
 
-A recipe is checked against this before torch is loaded: so the arithmetic is imported where it is used.
+Recipes are checked against this module before torch is loaded, so functions import the arithmetic themselves.
 
 Axis letters: B completions, T completion positions.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from perl.roles.outputs import Outputs
 
 ROUNDING = 1e-6
-"""Relative difference below which two fp32 scores are equal."""
+"""Relative difference up to which two fp32 scores count as equal."""
 
 Advantage = Literal["return", "gae", "group", "group-std", "leave-one-out", "group-relative"]
 Surrogate = Literal["plain", "ratio", "clip", "clip-weight", "mirror"]
@@ -33,22 +33,22 @@ SWITCHES = ("advantage", "surrogate", "ratio", "average", "kl")
 
 
 class Targets(NamedTuple):
-    """What the policy and the critic are to learn; fp32 (B, T), 0 in the padding."""
+    """Targets of the policy and the critic; fp32 (B, T), 0 in the padding."""
 
     advantages_BT: Tensor
     returns_BT: Tensor | None
-    """What the critic is to predict; None without a critic."""
+    """Targets of the critic; None without a critic."""
     learned_BT: Tensor | None = None
-    """bool, the tokens that are learned from; None: all of every completion."""
+    """bool, True on the tokens that are trained on; None: all completion tokens."""
     kl_coef: float = 0.0
     """Weight of the KL in the loss."""
 
     def mask(self, rollout: Rollout) -> Tensor:
-        """Bool (B, T), the tokens of these completions that are learned from."""
+        """Return a bool mask (B, T) of the completion tokens that are trained on."""
         return rollout.completion_mask_BT if self.learned_BT is None else self.learned_BT
 
     def take(self, rows: list[int] | slice, length: int) -> Targets:
-        """Those of these rows, as many columns."""
+        """Return the targets of these rows, cut to `length` columns."""
         from perl.system.device import to_device
 
         device = self.advantages_BT.device
@@ -66,63 +66,64 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row of the table. A subclass may override any method, and add fields."""
+    """A row of the table. A subclass may override any method and add fields."""
 
     advantage: Advantage
-    """Return to go, less the value where there is a critic; GAE; or the completion's return r against those of its
-    group: r - r̄, that over the group's spread, r against the others' mean, or r - r̄ over r̄."""
+    """Return-to-go, minus the value if there is a critic; GAE; or the completion's return r relative to its group:
+    r - r̄, (r - r̄) / σ, r minus the others' mean, or (r - r̄) / r̄."""
     surrogate: Surrogate
     """-A log π; -ρ A; PPO's clipped -ρ A; CISPO's clipped weight; Kimi's mirror descent."""
     ratio: Ratio = "token"
-    """Whose probabilities are compared with those before the update: each token's, or the whole completion's."""
+    """Whether the ratio to the policy before the update is computed per token or per completion."""
     average: Average = "tokens"
-    """What weighs alike in the loss: tokens; completions; or tokens, over the most that there can be."""
+    """What has equal weight in the loss: tokens; completions; or tokens, with a constant divisor (the largest
+    possible number of tokens)."""
     kl: Kl = "reward-k1"
-    """Where β KL(π‖reference) is: in the reward of each token, in the loss by the estimate k2 or k3, or nowhere.
-    In the reward the objective is (1-β) r - β KL; in the loss the reward keeps its weight."""
+    """Where β KL(π‖reference) is applied: in the reward of each token, in the loss as the estimate k2 or k3, or
+    nowhere. In the reward, the objective is (1-β) r - β KL; in the loss, the reward keeps weight 1."""
     whiten: bool = False
-    """Whether advantages get mean 0 and variance 1 over the rollout. The mean of a group is its own baseline and
-    its spread is left alone: a rollout with little signal makes a small step."""
+    """Whether advantages are normalised to mean 0 and variance 1 over the rollout. Group algorithms need no such
+    centring, and leave the variance alone so that a rollout with little signal makes a small step."""
     value_baseline: bool = True
-    """Whether there is a critic where `advantage` is `return`."""
+    """Whether `advantage: return` uses a critic as its baseline."""
     normalize_rewards: bool = True
-    """Whether rewards are in standard deviations of the run so far, or as they come."""
+    """Whether rewards are normalised over the run so far (`perl.rl.rewards.scale`) or used as they are."""
     drop_equal_groups: bool = False
     """Whether groups whose rewards are all equal are left out of the averages."""
     redraws: int = 0
-    """How often, at most, a step draws other prompts in the place of those whose groups are left out."""
+    """How often, at most, a step samples other prompts to replace those whose groups are left out."""
     reset_optimizer: bool = False
-    """Whether the optimizer forgets its moments before each rollout: the policy that drew it is the reference of a
-    problem of its own (Kimi k1.5, section 2.3.2)."""
+    """Whether the optimizer's moments are reset before each rollout: each rollout is a separate problem, whose
+    reference is the policy that sampled it (Kimi k1.5, section 2.3.2)."""
     samples_per_prompt: int = 1
-    """Completions of a prompt where the recipe does not say; measured in docs/experiments.md, as `epochs` is, for
-    the first three rows."""
+    """Default number of completions per prompt; like `epochs`, measured in docs/experiments.md for the first three
+    rows."""
     epochs: int = 1
-    """Updates from each rollout where the recipe does not say."""
+    """Default number of passes over each rollout."""
     gae_lambda: float = 1.0
     clip: float = 0.2
-    """The ratio is held above 1 - clip; 1: there is no lower bound."""
+    """The ratio is clipped below at 1 - clip; 1: there is no lower bound."""
     clip_high: float | None = None
-    """And below 1 + clip_high; None: as `clip`."""
+    """The ratio is clipped above at 1 + clip_high; None: the same as `clip`."""
     dual_clip: float = 0.0
-    """At a negative advantage, the ratio from which there is no gradient; 0: none."""
+    """For negative advantages, the ratio above which there is no gradient; 0: no such bound."""
     tau: float = 1.0
-    """Of the mirror: at 1 an advantage of one draws a completion's log-prob up by one nat."""
+    """Temperature of `mirror`: at 1, an advantage of 1 raises a completion's optimal log-prob by one nat."""
     value_clip: float = 0.2
-    """0: values may move any distance."""
+    """How far a value may move from its old value; 0: any distance."""
     value_coef: float = 0.0
     """Share of the critic's gradient that reaches a trunk shared with the policy; its head gets all of it."""
     entropy_coef: float = 0.0
-    """Weight of the entropy's mean over tokens, which the loss raises."""
+    """Weight of the entropy bonus, the entropy's mean over tokens."""
     direction: Direction = "adam"
-    """How the policy's step is taken: by the optimizer; or by the natural gradient, as far as `trust_region` says,
-    which knows neither a learning rate nor clipping. The critic's is the optimizer's."""
+    """How the policy's step is taken: by the optimizer, or along the natural gradient as far as `trust_region`
+    allows, without a learning rate or gradient clipping. The critic's step is always the optimizer's."""
     trust_region: float | None = None
-    """δ: a step that moves the policy by a larger mean KL, in nats per token, is shortened; None: any is taken."""
+    """δ, in nats per token: a step that moves the policy by a larger mean KL is shortened; None: no limit."""
 
     @property
     def compares_groups(self) -> bool:
-        """Whether completions of one prompt are compared with one another: there must be two at least."""
+        """Whether completions of one prompt are compared with one another, which takes at least two."""
         return self.advantage not in ("return", "gae")
 
     @property
@@ -137,7 +138,7 @@ class Algorithm:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the loss is right only for the policy that sampled: one update a rollout."""
+        """Whether the loss is valid only for the policy that sampled, so that a rollout allows only one update."""
         return self.surrogate == "plain"
 
     @property
@@ -146,7 +147,7 @@ class Algorithm:
         return self.kl in ("loss-k2", "loss-k3")
 
     def in_use(self) -> dict[str, str | float | bool]:
-        """The switches, and the constants that the row makes use of, by their keys in a recipe."""
+        """Return the switches and the constants that are in use, by recipe key."""
         clips = self.clips_ratio
         used = {
             "clip": clips,
@@ -169,13 +170,14 @@ class Algorithm:
 
     @property
     def words(self) -> str:
-        """What is in use, for people."""
+        """The switches and constants in use, as readable text."""
         return ", ".join(f"{key} {str(value).lower()}" for key, value in self.in_use().items())
 
     def has_signal(self, rollout: Rollout, rewards_B: Tensor) -> bool:
-        """Whether the rewards tell completions apart: else all that a step could learn from is noise.
+        """Return whether the rewards distinguish completions; otherwise the step could learn only from noise.
 
-        Rewards that differ by no more than rounding are equal; those that are not finite the update will refuse.
+        Rewards that differ by no more than rounding are equal. Non-finite ones count as signal; the update refuses
+        them.
         """
         from perl.rl import maths
 
@@ -188,11 +190,11 @@ class Algorithm:
         return bool(differ_B.any())
 
     def estimate(self, rollout: Rollout, rewards_B: Tensor, kl_coef: float) -> Targets:
-        """Advantages of a whole rollout, and returns for the critic.
+        """Return the advantages of a whole rollout, and the returns for the critic.
 
         Args:
-            rollout: of all processes.
-            rewards_B: what the policy is to raise, fp32: normalised, less penalties.
+            rollout: the rollout of all processes.
+            rewards_B: the rewards to maximise, fp32: normalised, minus penalties.
             kl_coef: β.
         """
         from perl.rl import maths
@@ -210,7 +212,7 @@ class Algorithm:
             advantages_BT = maths.masked_whiten(advantages_BT, mask_BT)
         learned_BT = None
         if self.compares_groups:
-            # A KL in the reward tells completions of equal rewards apart; without one rounding must not.
+            # A KL in the reward distinguishes completions of equal rewards; without it, rounding must not.
             equal_B = maths.equal_groups(rewards_BT.sum(1), size, 0.0 if in_reward else ROUNDING)
             advantages_BT = advantages_BT.masked_fill(equal_B[:, None], 0.0)
         if self.drop_equal_groups:
@@ -218,7 +220,7 @@ class Algorithm:
         return Targets(advantages_BT, returns_BT, learned_BT, kl_coef if self.kl_in_loss else 0.0)
 
     def _advantages(self, rewards_BT: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
-        """By the switch `advantage`, and the returns if there is a critic; of each token's reward."""
+        """Return the advantages by the switch `advantage`, and the returns if there is a critic."""
         from perl.rl import maths
 
         mask_BT, values_BT = rollout.completion_mask_BT, rollout.values_BT
@@ -236,16 +238,16 @@ class Algorithm:
     def policy_loss(
         self, outputs: Outputs, batch: Rollout, targets: Targets, sizes: Sizes
     ) -> tuple[Tensor, Tensor | None]:
-        """The policy's share of the loss of a micro-batch.
+        """Return a micro-batch's share of the policy loss.
 
         Args:
-            outputs: what the policy now says of these completions; gradients flow to it.
+            outputs: the current policy's outputs for these completions; gradients flow to it.
             batch: the completions.
-            targets: of these completions.
-            sizes: of the whole minibatch.
+            targets: the targets of these completions.
+            sizes: the sizes of the whole minibatch.
 
         Returns:
-            the loss, and the share of the minibatch's tokens whose gradient the clip took away (None: no clip).
+            the loss, and the share of the minibatch's tokens whose gradient was clipped away (None: no clip).
         """
         from perl.rl import losses, maths
 
@@ -267,7 +269,11 @@ class Algorithm:
         return loss, None if clipped_BT is None else clipped_BT.float().sum() / sizes.tokens
 
     def value_loss(self, outputs: Outputs, batch: Rollout, targets: Targets, sizes: Sizes) -> Tensor:
-        """The critic's share: half the squared error, clipped where the policy is. Arguments as `policy_loss`."""
+        """Return a micro-batch's share of the critic's loss, half the squared error, clipped as the policy is.
+
+        Args:
+            outputs, batch, targets, sizes: as in `policy_loss`.
+        """
         from perl.rl import losses
 
         assert outputs.values_BT is not None

@@ -1,15 +1,15 @@
-"""The algorithms, each a row of one table: how a rollout becomes advantages, and advantages a loss.
+"""The table of algorithms, one row each: how a rollout becomes advantages and advantages become a loss.
 
-`perl-rlhf algorithms` prints the table. A row is a choice in each of five switches, and constants; a recipe may
-override any of them (`rl.surrogate: clip-weight`). docs/algorithms.md says what each row is for.
+`perl-rlhf algorithms` prints the table. A row sets five switches and some constants; a recipe may override any
+of them (`rl.surrogate: clip-weight`). docs/algorithms.md explains when to use each row.
 
 Departures from the PERL paper (arXiv 2403.10704), which uses REINFORCE with a learned baseline and a terminal
-reward: the KL term is spread over the tokens it arises at, the baseline is the value of each token's state,
-and advantages are whitened over the rollout. γ is 1, as in the paper.
+reward: the KL term is applied at the tokens where it arises, the baseline is the value of each token's state, and
+    advantages are whitened over the rollout. γ is 1, as in the paper.
 
-The rewards that come in are normalised (`perl.rl.rewards.scale`) where the row does not say otherwise, so returns
-and the critic's targets are of the order of 1 whatever the user's reward is measured in, and the constants below
-mean the same everywhere.
+Unless the row says otherwise, rewards are normalised first (`perl.rl.rewards.scale`). Returns and the critic's
+targets are therefore of the order of 1 whatever the unit of the user's reward, and the constants below have the
+same meaning everywhere.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from perl.rl.algorithm import Advantage, Algorithm, Surrogate
 
 
 def _of_groups(advantage: Advantage, surrogate: Surrogate, **cells: Any) -> Algorithm:
-    """A row that compares groups, with the completions and updates that were measured for RLOO."""
+    """Return a row that compares groups, with the samples per prompt and epochs that were measured for RLOO."""
     return Algorithm(advantage, surrogate, **{"samples_per_prompt": 4, "epochs": 2} | cells)
 
 
@@ -42,7 +42,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gspo": _of_groups(
         "group-std", "clip", ratio="answer", average="answers", kl="loss-k3", clip=3e-4, clip_high=4e-4
     ),
-    # MiniMax 2025, arXiv 2506.13585, whose weights have no lower bound; the upper one, 5, as in TRL
+    # MiniMax 2025, arXiv 2506.13585; no lower bound, as in the paper; upper bound 5, as in TRL
     "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0),
     # Schulman et al. 2015, arXiv 1502.05477
     "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.002),
@@ -51,4 +51,4 @@ ALGORITHMS: dict[str, Algorithm] = {
     # Kimi Team 2025 (k1.5), arXiv 2501.12599, section 2.3.2
     "kimi": _of_groups("group", "mirror", average="answers", kl="none", reset_optimizer=True),
 }
-"""The rows, by the name that a recipe gives."""
+"""The rows, by their names in recipes."""

@@ -1,4 +1,4 @@
-"""Completions in parts: micro-batches of rows of like length, without columns that are padding in all of them."""
+"""Division of completions into micro-batches of rows of similar length, without columns of padding alone."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -10,7 +10,7 @@ S = TypeVar("S", bound=Samples)
 
 
 def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
-    """Row numbers: those of one prompt side by side, prompts and rows of like length together."""
+    """Yield row numbers, with rows of one prompt adjacent and prompts and rows of similar length together."""
     lengths = [sum(both) for both in zip(samples.prompt_lengths, samples.completion_lengths, strict=True)]
     groups = samples.groups or range(len(lengths))
     longest: dict[int, int] = {}
@@ -22,7 +22,7 @@ def micro_batches(samples: Samples, size: int) -> Iterator[list[int]]:
 
 
 def trim(samples: S, rows: list[int]) -> S:
-    """These rows without the columns that are padding in all of them; lengths are multiples of `BUCKET`."""
+    """Return these rows without columns that are padding in all of them; lengths are multiples of `BUCKET`."""
     total = samples.completion_length
     prompt = samples.ids_BL.shape[1] - total
     longest_prompt = max(samples.prompt_lengths[row] for row in rows)

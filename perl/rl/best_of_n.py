@@ -1,4 +1,4 @@
-"""Best-of-n: of n completions by the policy that RL began with, the one with the highest reward.
+"""Best-of-n: of n completions of the policy before RL, the one with the highest reward.
 
 It needs no training and is the baseline that RL has to beat at an equal KL (Gao et al. 2023, arXiv 2210.10760).
 """
@@ -20,29 +20,30 @@ from perl.system.progress import counted, doing
 from perl.system.typed_json import made
 
 FEWEST_PROMPTS = 16
-"""Fewer would say little."""
+"""Smallest number of prompts; fewer would show little."""
 
 
 def best_of_n_kl(n: int) -> float:
-    """The KL to the policy drawn from, or a bound of it (Beirami et al. 2024): log n - (n - 1) / n, in nats."""
+    """Return the KL to the sampled policy or its bound (Beirami et al. 2024): log n - (n - 1) / n, in nats."""
     return math.log(n) - (n - 1) / n
 
 
 def chances_of_best(drawn: int, n: int) -> Floats:
-    """Of so many completions in rising order of reward, the chance of each to be the best of n of them."""
+    """Return, for completions in ascending order of reward, each one's probability to be the best of n."""
     return np.array([math.comb(rank, n - 1) / math.comb(drawn, n) for rank in range(drawn)])
 
 
 def best_of_n(
     collector: Collector, role: Role, prompts: EncodedPrompts, judge: Judge | None, most: int, policy: Metrics
 ) -> list[BestOfN]:
-    """Best-of-n for n = 2, 4, 8 and so on up to `most`, beside the policy that RL made, on the same prompts.
+    """Compare best-of-n, for n = 2, 4, 8 and so on up to `most`, with RL's policy on the same prompts.
 
-    All come from the same `most` completions of each prompt: the mean over all subsets of n. There are as many
-    prompts as make one evaluation's number of completions: more would take a fifth of a default run's time.
+    All are computed from the same `most` completions per prompt, as means over all subsets of n. The number of
+    prompts is such that there are as many completions as in one evaluation: more would take a fifth of a default
+    run's time.
 
     Args:
-        policy: what `evaluate_policy` found of it on these prompts.
+        policy: the result of `evaluate_policy` for RL's policy on these prompts.
     """
     count = min(len(prompts), max(FEWEST_PROMPTS, COMPLETIONS // most))
     asked = prompts.take(range(count))

@@ -1,6 +1,6 @@
-"""Making rollouts: prompts are completed by the sampler, rewarded, and read by the other roles.
+"""Collection of rollouts: the sampler completes prompts, the reward scores the completions, other roles read them.
 
-Of several processes each does its share of the prompts, and all learn what came of all of them.
+With several processes, each handles its share of the prompts; `Rollout.gather` joins the shares.
 
 Axis letters: B completions, T completion positions.
 """
@@ -26,7 +26,7 @@ from perl.system.device import to_device
 from perl.system.seeds import derived_seed
 
 Phases = Callable[[Phase], AbstractContextManager[None]]
-"""Measures what is done inside as a phase."""
+"""Returns a context manager that measures its block as a phase."""
 
 
 def _unmeasured(name: Phase) -> AbstractContextManager[None]:
@@ -35,7 +35,7 @@ def _unmeasured(name: Phase) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Collector:
-    """What samples, what rewards, and how."""
+    """The sampler, the reward, and their settings."""
 
     roles: Roles
     sampler: Sampler
@@ -44,9 +44,9 @@ class Collector:
     chat: ChatFormat
     micro_batch_size: int
     seed: int
-    """All draws follow from it and from what they are for."""
+    """All random draws are derived from it and from their purpose."""
     eval_samples: int | None = None
-    """Completions of each prompt that a policy is judged by; None: see `perl.rl.evaluate`."""
+    """Completions per prompt in evaluations; None: see `perl.rl.evaluate`."""
 
     @property
     def processes(self) -> Processes:
@@ -55,12 +55,12 @@ class Collector:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
+        """The base's dtype."""
         dtype: torch.dtype = self.roles.models()[0].dtype
         return dtype
 
     def generator(self, purpose: str, number: int = 0) -> torch.Generator:
-        """Random numbers for one purpose, always the same."""
+        """Return a random generator for one purpose, always with the same seed."""
         return torch.Generator(self.roles.device).manual_seed(derived_seed(self.seed, purpose, number))
 
     def draw(
@@ -71,7 +71,7 @@ class Collector:
         share: Share | None = None,
         head: Role | None = None,
     ) -> Samples:
-        """One completion for each prompt; `head`: whose head reads values from the states it is drawn from."""
+        """Sample one completion per prompt; the head of role `head` reads values from the same hidden states."""
         self.roles.eval()
         samples = self.sampler.draw(role, prompts.ids, self.sampling, generator, share, self._read(head))
         return replace(samples, groups=prompts.groups)
@@ -83,7 +83,7 @@ class Collector:
         return lambda hidden_BD: linear(hidden_BD.float())
 
     def begin(self, role: Role, prompts: EncodedPrompts, generator: torch.Generator) -> None:
-        """Let the sampler begin with what `collect` will be asked for next, if it draws ahead."""
+        """Let a sampler that works ahead start on the prompts of the next call of `collect`."""
         rows = self.processes.shard(len(prompts))
         ids = prompts.take(rows).ids
         self.sampler.begin(role, ids, self.sampling, generator, Share(rows, len(prompts)))
@@ -97,12 +97,12 @@ class Collector:
         critic: Role | None = None,
         phase: Phases = _unmeasured,
     ) -> Rollout:
-        """Complete, reward and read this process's share of the prompts.
+        """Complete this process's share of the prompts, score the completions, and read them with the other roles.
 
         Args:
-            role: who completes them.
-            prompts: of all processes.
-            critic: whose values are wanted; without weights of its own it is a head on the trunk of `role`.
+            role: the role that completes them.
+            prompts: the prompts of all processes.
+            critic: the role that predicts values; without weights of its own it is a head on the trunk of `role`.
         """
         rows, temperature = self.processes.shard(len(prompts)), self.sampling.temperature
         local = prompts.take(rows)
@@ -135,7 +135,7 @@ class Collector:
         )
 
     def _with_lower_hidden(self, samples: Samples) -> Samples:
-        """With what the shared blocks make of the rows, where the sampler does not say."""
+        """Add the shared blocks' hidden states of the rows, if the sampler has not returned them."""
         if samples.lower_hidden_BLD is not None or not self.roles.shared_blocks:
             return samples
         size = self.micro_batch_size
@@ -152,7 +152,7 @@ class Collector:
         )
 
     def log_probs(self, role: Role, samples: Samples, temperature: float | None = None) -> Tensor:
-        """A role's log-probs (B, T) by a forward pass; at the sampling temperature if None is given."""
+        """Return a role's log-probs (B, T) from a forward pass; at the sampling temperature if None is given."""
         log_probs_BT, _ = self.read(role, samples, temperature or self.sampling.temperature)
         assert log_probs_BT is not None
         return log_probs_BT
@@ -168,11 +168,11 @@ def read_completions(
     temperature: float | None,
     head: Role | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Teacher-forced log-probs and values (B, T) of the completions, as one role, without gradients.
+    """Return teacher-forced log-probs and values (B, T) of the completions under one role, without gradients.
 
     Args:
-        temperature: of the log-probs; None: they are not wanted.
-        head: whose head reads values; None: they are not wanted.
+        temperature: temperature of the log-probs; None: no log-probs are computed.
+        head: the role whose head reads values; None: no values are computed.
     """
     log_probs_BT = torch.zeros_like(samples.sampler_log_probs_BT) if temperature is not None else None
     values_BT = torch.zeros_like(samples.sampler_log_probs_BT) if head is not None else None

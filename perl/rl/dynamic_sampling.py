@@ -1,7 +1,7 @@
-"""Groups whose rewards are all equal are replaced by groups of other prompts (DAPO's dynamic sampling).
+"""DAPO's dynamic sampling: groups whose rewards are all equal are replaced by groups of other prompts.
 
-Yu et al. 2025, arXiv 2503.14476, section 3.2. Bounded: where too few groups differ, equal ones fill the rollout,
-whose tokens are learned from by nobody.
+Yu et al. 2025, arXiv 2503.14476, section 3.2. The number of redraws is bounded: if too few groups differ, equal
+ones fill the rollout, and their tokens are not trained on.
 
 Axis letter: B completions.
 """
@@ -16,13 +16,13 @@ from perl.rl.rollout import Rollout
 
 
 def differing(rollout: Rollout, tolerance: float) -> Tensor:
-    """Which completions are of groups whose rewards differ, by more than a share of the largest, bool (B)."""
+    """Return, as bool (B), whether the rewards of a completion's group differ by a share of the largest."""
     size = float(rollout.rewards_B.abs().max()) or 1.0
     return ~equal_groups(rollout.rewards_B / size, rollout.group_size, tolerance)
 
 
 def assembled(drawn: Sequence[Rollout], completions: int, tolerance: float) -> Rollout:
-    """The first `completions` completions of several rollouts, groups that differ before those that do not."""
+    """Return the first `completions` completions of several rollouts, groups whose rewards differ first."""
     rollout = joined(drawn)
     differ = [keeps for one in drawn for keeps in differing(one, tolerance).tolist()]
     order = sorted(range(len(differ)), key=lambda row: not differ[row])[:completions]  # stable: groups stay whole
@@ -30,7 +30,7 @@ def assembled(drawn: Sequence[Rollout], completions: int, tolerance: float) -> R
 
 
 def joined(drawn: Sequence[Rollout]) -> Rollout:
-    """Several rollouts as one; their groups get numbers of their own."""
+    """Return several rollouts as one, with distinct group numbers."""
     columns = max(one.ids_BL.shape[1] for one in drawn)
     parts = [one.widened(columns) for one in drawn]
     groups: list[int] = []

@@ -1,4 +1,4 @@
-"""Judging a policy: its completions of held-out prompts, and what changed from one policy to another."""
+"""Evaluation of a policy by its completions of held-out prompts, and comparison of two policies."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -25,35 +25,35 @@ T = TypeVar("T")
 EVAL_BATCH = 64
 """Completions sampled at once."""
 COMPLETIONS = 256
-"""At least so many in all: the mean of 24 rewards of 0 or 1 has a standard error of 0.1."""
+"""Smallest total number of completions: the mean of only 24 rewards of 0 or 1 has a standard error of 0.1."""
 PART = "reward/"
-"""Before the name of a part of the reward."""
+"""Prefix of the names of the reward's parts."""
 PASS = "pass@"
-"""Before k."""
+"""Prefix of k."""
 BINS = 20
-"""Of the histogram of rewards."""
+"""Bins of the histogram of rewards."""
 MOST_A_PROMPT = 32
-"""More tell nothing new: what differs from prompt to prompt remains."""
+"""Largest number of completions per prompt; more do not reduce the variance between prompts."""
 
 
 def samples_per_prompt(prompts: int) -> int:
-    """How many completions of each of so many prompts are judged."""
+    """Return the number of completions per prompt in an evaluation on this many prompts."""
     return min(MOST_A_PROMPT, -(-COMPLETIONS // prompts))
 
 
 def evaluate_policy(
     collector: Collector, role: Role, prompts: EncodedPrompts, judge: Judge | None, *, say_spread: bool = False
 ) -> dict[str, list[float]]:
-    """Reward, its parts (`reward/NAME`), gold score, KL to the reference (nats per completion), length, `ended`.
+    """Measure reward, its parts (`reward/NAME`), gold score, KL to the reference in nats, length and `ended`.
 
-    Where the reward has rules, `pass@K` too, a completion being right that fulfils all of them. All policies draw
-    with the same random numbers.
+    If the reward has rules, `pass@K` is measured, too; a completion that satisfies all of them is correct. All
+    policies sample with the same random numbers.
 
     Args:
-        say_spread: print how the rewards are spread over the completions.
+        say_spread: print the distribution of the rewards over the completions.
 
     Returns:
-        of each prompt the mean over its completions, by name.
+        for each metric, the mean over each prompt's completions.
     """
     generator, each = collector.generator("evaluate"), collector.eval_samples or samples_per_prompt(len(prompts))
     found: dict[str, list[float]] = {}
@@ -77,24 +77,24 @@ def evaluate_policy(
 def rollouts(
     collector: Collector, role: Role, prompts: EncodedPrompts, generator: torch.Generator
 ) -> Iterator[Rollout]:
-    """Completions of many prompts, those of all processes, a batch after another."""
+    """Yield rollouts of many prompts, batch by batch, with the completions of all processes."""
     for start in range(0, len(prompts), EVAL_BATCH):
         part = prompts.take(range(start, min(start + EVAL_BATCH, len(prompts))))
         yield collector.collect(role, part, generator).gather(collector.processes, part)
 
 
 def by_prompt(values: Sequence[T], each: int) -> list[Sequence[T]]:
-    """The values of so many completions of each prompt, which stand side by side."""
+    """Split the values of completions, `each` adjacent ones per prompt, by prompt."""
     return [values[start : start + each] for start in range(0, len(values), each)]
 
 
 def success_rates(
     collector: Collector, role: Role, prompts: EncodedPrompts, each: int, success: float
 ) -> list[float]:
-    """Of each prompt, the share of its completions whose reward is at least `success`.
+    """Return the share of each prompt's completions whose reward is at least `success`.
 
     Args:
-        each: completions of a prompt.
+        each: completions per prompt.
     """
     generator, asked = collector.generator("difficulty"), prompts.repeat(each)
     right: list[bool] = []
@@ -104,36 +104,36 @@ def success_rates(
 
 
 def _spread(rewards: list[float]) -> str:
-    """What a reward's scale is, before anything is trained on it."""
+    """Describe a reward's scale before anything is trained on it."""
     std, said = statistics.pstdev(rewards), f"Preflight: the rewards of {len(rewards)} completions before RL"
     if std == 0.0:
-        return f"[yellow]{said} are all {rewards[0]:.3g}[/]: while they are equal there is nothing to learn from."
+        return f"[yellow]{said} are all {rewards[0]:.3g}[/]: as long as they are equal, nothing can be learned."
     low, high = min(rewards), max(rewards)
     return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
 
 
 def pass_at_k(right: Sequence[bool], k: int) -> float:
-    """pass@k: the probability that of k completions of a prompt at least one is right.
+    """Return pass@k, the probability that at least one of k completions of a prompt is correct.
 
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) from n completions, of which c are right: equation 1 of Chen et
-    al. 2021 (arXiv 2107.03374). k is at most n.
+    This is the unbiased estimate 1 - C(n - c, k) / C(n, k) from n completions, of which c are correct: equation 1
+    of Chen et al. 2021 (arXiv 2107.03374). k is at most n.
     """
     n, c = len(right), sum(right)
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def measured_ks(n: int) -> list[int]:
-    """The k that n completions of a prompt tell of: the powers of two up to n."""
+    """Return the k that can be measured with n completions per prompt: the powers of two up to n."""
     return [1 << power for power in range(n.bit_length())]
 
 
 def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each: int | None) -> PolicyChange:
-    """Two policies on the same prompts.
+    """Compare two policies on the same prompts.
 
     Args:
-        before: what `evaluate_policy` found of the reference.
-        after: what it found of the policy.
-        each: completions of a prompt; None: `samples_per_prompt`.
+        before: the result of `evaluate_policy` for the reference.
+        after: its result for the policy.
+        each: completions per prompt; None: `samples_per_prompt`.
     """
     parts = {
         f"reward_parts_{when}": {
@@ -152,7 +152,7 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     counts = {when: np.histogram(of["reward"], edges)[0] for when, of in (("before", before), ("after", after))}
     histogram = {"edges": edges.tolist()} | {when: count.tolist() for when, count in counts.items()}
     before = {name: values for name, values in before.items() if not name.startswith((PART, PASS))}
-    before["kl"] = [0.0] * len(prompts)  # of the reference to itself, where rounding left a little
+    before["kl"] = [0.0] * len(prompts)  # the reference's KL to itself, which rounding may have left above 0
     found = changes(before, after, dialogues)
     del found["kl_before"]
     found["kl"] = found.pop("kl_after")
@@ -163,7 +163,7 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
 
 
 def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[PassAtK] | None:
-    """None without rules."""
+    """Return pass@k before and after; None without rules."""
     names = [name for name in before if name.startswith(PASS)]
     changed = changes({name: before[name] for name in names}, after, dialogues)
     none = {name: [0.0] * len(dialogues) for name in names}  # the change from 0 is the value itself
@@ -178,9 +178,9 @@ def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[P
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
-    """A rollout in metrics; `kl` is the k1 estimate in nats per completion, `kl_token` in nats per token.
+    """Return a rollout's metrics; `kl` is the k1 estimate in nats per completion, `kl_token` in nats per token.
 
-    `gold` is the judge's, where there is one: it is written down and never trained on. `reward/NAME` are the
+    `gold` is the judge's score, if there is a judge; it is logged and never trained on. `reward/NAME` are the
     parts of the reward.
     """
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
@@ -189,7 +189,7 @@ def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:
 
 
 def of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
-    """The metrics of each completion."""
+    """Return the metrics of each completion."""
     mask_BT = rollout.completion_mask_BT
     kl_BT = kl_k1(rollout.policy_log_probs_BT, rollout.reference_log_probs_BT)
     columns = [rollout.rewards_B, *rollout.reward_parts.values()]
@@ -205,7 +205,7 @@ def of_each(rollout: Rollout, judge: Judge | None) -> dict[str, list[float]]:
 def draw_samples(
     collector: Collector, roles: Sequence[Role], prompts: EncodedPrompts, judge: Judge | None
 ) -> list[Sample]:
-    """One completion by each role of each prompt, with its reward and the judge's verdict, for people to read."""
+    """Sample one completion per role and prompt, with its reward and the judge's verdict, for people to read."""
     answers: list[dict[str, Completion]] = [{} for _ in prompts.prompts]
     for role in roles:
         local = collector.collect(role, prompts, collector.generator("samples"))

@@ -1,8 +1,8 @@
 """The loop of RL: sample, score, estimate, update.
 
-All randomness of a step follows from the seed and the step's number, so the whole state of the loop is the step,
-the adapters and heads, the optimizer, the scale of the rewards, β, and what guards and the choice of prompts
-remember.
+All randomness of a step is derived from the seed and the step number. The whole state of the loop is therefore
+the step, the adapters and heads, the optimizer, the reward scale, β, and the state of the guards and of the
+prompt choice.
 
 Axis letters: B completions, T completion positions.
 """
@@ -40,21 +40,21 @@ from perl.system.progress import track
 from perl.system.typed_json import as_json, made
 
 LARGEST_WEIGHT = 2.0
-"""Of a token, where the policy finds it likelier than the sampler that drew it did."""
+"""Upper bound of a token's importance weight, π_old over the probability that the sampler gave it."""
 
 
 @dataclass(frozen=True)
 class InitialEval:
-    """What was found before the first step; part of the checkpoints, as it is costly to compute."""
+    """Results from before the first step; stored in the checkpoints because they are expensive to compute."""
 
     preflight: list[Check]
     before: dict[str, list[float]]
-    """The reference on the held-out prompts, as `evaluate_policy` gives it."""
+    """Evaluation of the reference on the held-out prompts, as returned by `evaluate_policy`."""
 
 
 @dataclass
 class Loop:
-    """Who takes part in training, and what it has come to."""
+    """The components of RL training and their current state."""
 
     collector: Collector
     learner: Learner
@@ -64,7 +64,7 @@ class Loop:
     prompts_per_step: int
     samples_per_prompt: int
     judge: Judge | None
-    """Of the training prompts' completions; it is asked and never trained on."""
+    """Judge of the training completions; its verdicts are logged and never trained on."""
     preflight: Preflight
     liveness: Liveness
     guarding: Guarding
@@ -73,33 +73,33 @@ class Loop:
     reward_scale: RewardScale
     prompt_choice: PromptChoice
     kl_coef: float
-    """β of `(1-β) r - β KL`, as it is now."""
+    """Current β of `(1-β) r - β KL`."""
     validation: PolicyValidation | None = None
-    """Which policy is kept; None: the last."""
+    """Chooses the policy that is kept; None: the last one is kept."""
 
     @property
     def algorithm(self) -> Algorithm:
-        """The row of the table."""
+        """The algorithm's row of the table."""
         return self.learner.algorithm
 
     def completed(self, chosen: Sequence[int]) -> EncodedPrompts:
-        """These prompts, each as often as it is completed."""
+        """Return these prompts, each repeated once per completion."""
         return self.prompts.take(chosen).repeat(self.samples_per_prompt)
 
 
 def train(
     loop: Loop, initial: InitialEval, done: int, log: Callable[[int, dict[str, float], dict[str, str]], None]
 ) -> list[Alarm]:
-    """Take the steps that are not done; return the alarms that ended it early, if any.
+    """Take the remaining steps; return the alarms that ended training early, if any.
 
     Args:
-        done: steps that an earlier process took.
-        log: told each step, counted from 1, its metrics, and which weights drew and scored, where others have
-            them.
+        done: number of steps taken by earlier processes.
+        log: called after each step with its number, counted from 1, its metrics, and the versions of the
+            weights that sampled and scored, where a server holds them.
 
     Raises:
-        KeyboardInterrupt: someone asked to stop; the last step is saved.
-        PreflightError: the first updates did not do what they should.
+        KeyboardInterrupt: a stop was requested; the last step is saved.
+        PreflightError: the first updates did not have the expected effect.
     """
     validation = None if loop.validation is None else loop.validation.found
     with track("rl", loop.steps, done) as bar, between_steps(loop.collector.processes) as stop:
@@ -121,7 +121,7 @@ def train(
 
 
 def take_step(loop: Loop, step: int) -> tuple[dict[str, float], dict[str, str]]:
-    """One step: its metrics, and the weights that drew and scored, where others have them."""
+    """Take one step; return its metrics, and the versions of the weights that a server sampled and scored with."""
     with loop.meter.step(loop.learner.optimizer):
         local, rollout, drawn = collect_step(loop, step)
         normalized_B = loop.objective.normalized(step, rollout, loop.reward_scale)
@@ -137,7 +137,7 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], dict[str, str]]:
     if (target := loop.objective.kl_target) is not None:
         metrics["kl_coef"] = loop.kl_coef
         loop.kl_coef = adapted_kl_coef(loop.kl_coef, metrics["kl"], target)
-    # In the reward's own unit: in standard deviations it would fall as their spread grows.
+    # In the reward's own unit: in standard deviations the score would fall as they grow.
     penalty = loop.objective.missing_end_penalty * loop.reward_scale.std
     metrics["score"] = metrics["reward"] - penalty * (1 - metrics["ended"])
     metrics["reward_std"] = loop.reward_scale.std
@@ -150,7 +150,7 @@ def take_step(loop: Loop, step: int) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]]:
-    """What a step learns from, as `collect` gives it, and all rollouts that were drawn for it, the first first."""
+    """Collect a step's rollout, local and global as from `collect`, and all rollouts sampled for it, in order."""
     drawn: list[Rollout] = []
     while True:
         chosen = loop.prompt_choice.of_step(step, len(drawn))
@@ -168,17 +168,17 @@ def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]
 
 
 def begin_next(loop: Loop, step: int) -> None:
-    """Let a sampler that draws ahead begin with a step's first rollout, as the policy is now."""
+    """Let a sampler that works ahead start on a step's first rollout with the current policy."""
     if step < loop.steps:
         prompts = loop.completed(loop.prompt_choice.of_step(step))
         loop.collector.begin(Role.POLICY, prompts, loop.collector.generator("sample", step))
 
 
 def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tuple[Rollout, Rollout]:
-    """Sample and score: the rollout of this process's share of the prompts, and that of all processes.
+    """Sample and score; return the rollout of this process's share of the prompts and that of all processes.
 
     Args:
-        draw: how many rollouts were drawn for this step before.
+        draw: number of rollouts already sampled for this step.
     """
     collector = loop.collector
     local = collector.collect(
@@ -193,7 +193,7 @@ def collect(loop: Loop, step: int, prompts: EncodedPrompts, draw: int = 0) -> tu
 
 
 def estimate(loop: Loop, rollout: Rollout, normalized_B: Tensor) -> Targets:
-    """Advantages and returns, of the normalised rewards less the penalties for a missing end and for length."""
+    """Return advantages and returns of the normalised rewards minus the penalties for missing end and length."""
     rewards_B = loop.objective.penalized(rollout, normalized_B, loop.reward_scale)
     targets = loop.algorithm.estimate(rollout, rewards_B, loop.kl_coef)
     if not loop.objective.correct_sampler:
@@ -208,14 +208,17 @@ def estimate(loop: Loop, rollout: Rollout, normalized_B: Tensor) -> Targets:
 
 
 def update(loop: Loop, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
-    """Let the policy and its critic learn, and the sampler follow; returns the update's metrics."""
+    """Update the policy and its critic, sync the sampler, and return the update's metrics."""
     metrics = loop.learner.update(step, local, rollout, targets)
     loop.collector.sampler.sync(Role.POLICY)
     return metrics
 
 
 def critic_quality(rollout: Rollout, targets: Targets) -> dict[str, float]:
-    """How much of the returns' variance the critic explains, 1 - Var(R - V) / Var(R): 1 is all, below 0 harms."""
+    """Return the share of the returns' variance explained by the critic, 1 - Var(R - V) / Var(R).
+
+    1 is all of it; below 0 the critic does harm.
+    """
     if targets.returns_BT is None or rollout.values_BT is None:
         return {}
     mask_BT = rollout.completion_mask_BT
@@ -225,7 +228,7 @@ def critic_quality(rollout: Rollout, targets: Targets) -> dict[str, float]:
 
 
 def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
-    """Write all state after so many steps."""
+    """Write the whole state after `step` steps."""
     learner = loop.learner
     state = snapshot.take(step, learner.roles, learner.trained, learner.optimizer)
     state.values.update(
@@ -245,7 +248,7 @@ def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
 
 
 def resume(loop: Loop) -> tuple[InitialEval | None, int]:
-    """Put back the newest checkpoint; return what was found before the first step, and how many are done."""
+    """Restore the newest checkpoint; return the initial evaluation and the number of steps done."""
     state = loop.checkpoints.newest()
     if state is None:
         return None, 0
@@ -266,9 +269,9 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
 
 
 def choose(loop: Loop, alarms: list[Alarm]) -> int:
-    """Put back the policy that remains, where it is not the last, and return the steps that it has seen.
+    """Restore the policy that is kept, if it is not the last, and return its number of steps.
 
-    That is the best by validation, if there is any, of those from before the trouble began.
+    It is the best by validation (without validation, the last) of those saved before any alarm's trouble began.
     """
     saved = loop.checkpoints.steps()
     good = saved[-1]

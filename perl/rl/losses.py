@@ -1,8 +1,8 @@
-"""The losses of the policy and of its critic. Pure functions; axes and conventions as in `perl.rl.maths`.
+"""The losses of the policy and its critic. Pure functions; axes and conventions as in `perl.rl.maths`.
 
-A policy's loss is made of two switches. A surrogate gives a term for each token, to be minimised; an average makes
-one number of them. Averages divide by the sizes of the whole minibatch (`Sizes`), so that the losses and gradients
-of its micro-batches add up to its own however the completions fall among them.
+A policy loss combines two switches. A surrogate gives each token a term to be minimised; an average reduces the
+terms to one number. Averages divide by the sizes of the whole minibatch (`Sizes`), so the losses and gradients of
+its micro-batches add up to those of the minibatch however the completions are divided among them.
 
 References: Williams 1992 (REINFORCE); Schulman et al. 2017 (PPO, arXiv 1707.06347); Ye et al. 2020 (dual clip,
 arXiv 1912.09729); Yu et al. 2025 (DAPO, arXiv 2503.14476); Zheng et al. 2025 (GSPO, arXiv 2507.18071); MiniMax
@@ -22,10 +22,10 @@ from perl.rl.maths import masked
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a surrogate reads, (B, T) each.
+    """Inputs of a surrogate, each (B, T).
 
     Raises:
-        AssertionError: the shapes are not one.
+        AssertionError: the shapes differ.
     """
 
     log_probs_BT: Tensor
@@ -35,7 +35,7 @@ class Tokens:
     advantages_BT: Tensor
     """fp32, detached."""
     mask_BT: Tensor
-    """bool, True on the tokens that are learned from."""
+    """bool, True on the tokens that are trained on."""
 
     def __post_init__(self) -> None:
         shapes = {value.shape for value in vars(self).values()}
@@ -43,46 +43,46 @@ class Tokens:
 
 
 class Constants(NamedTuple):
-    """What the surrogates are set to."""
+    """Constants of the surrogates."""
 
     low: float = 0.2
-    """The ratio is held above 1 - low,"""
+    """The ratio is clipped below at 1 - low."""
     high: float = 0.2
-    """and below 1 + high."""
+    """The ratio is clipped above at 1 + high."""
     dual: float = 0.0
-    """At a negative advantage, the ratio beyond which there is no gradient; 0: there is no such bound."""
+    """For negative advantages, the ratio above which there is no gradient; 0: no such bound."""
     answer: bool = False
-    """Whether the ratio is the whole completion's."""
+    """Whether the ratio is that of the whole completion."""
     tau: float = 1.0
-    """Weight of the mirror's squared log-ratio."""
+    """Weight of the squared log-ratio in `mirror`."""
 
 
 class Sizes(NamedTuple):
-    """Of the minibatch, over all processes."""
+    """Sizes of the minibatch, over all processes."""
 
     tokens: float
-    """Completion tokens that are learned from, N."""
+    """Number of completion tokens that are trained on, N."""
     completions: float
-    """Completions that are learned from, B."""
+    """Number of completions that are trained on, B."""
     longest: int
-    """Tokens that a completion can have, L_max."""
+    """Maximum number of tokens of a completion, L_max."""
 
 
 class Terms(NamedTuple):
-    """What a surrogate gives."""
+    """Result of a surrogate."""
 
     loss_BT: Tensor
     """fp32, 0 outside the mask."""
     clipped_BT: Tensor | None
-    """bool, True on the tokens whose gradient the clip took away; None: the surrogate has no clip."""
+    """bool, True on the tokens whose gradient was clipped away; None: the surrogate has no clip."""
 
 
 def _ratio(tokens: Tokens, answer: bool) -> Tensor:
-    """ρ_t = π(a_t) / π_old(a_t), or GSPO's ratio of the whole completion; 1 outside the mask.
+    """Return ρ_t = π(a_t) / π_old(a_t), or GSPO's ratio of the whole completion; 1 outside the mask.
 
         s = exp(1/|y| Σ_t log ρ_t)        s_t = sg[s] · π(a_t) / sg[π(a_t)]
 
-    All s_t are s, and the gradient of each is that of its own token.
+    All s_t equal s, but each has the gradient of its own token.
     """
     log_ratio_BT = masked(tokens.log_probs_BT - tokens.policy_log_probs_BT, tokens.mask_BT)
     if answer:
@@ -124,7 +124,7 @@ def clip(tokens: Tokens, constants: Constants) -> Terms:
 
 
 def clip_weight(tokens: Tokens, constants: Constants) -> Terms:
-    """CISPO (MiniMax 2025): the weight is clipped and not the update, so each token keeps its gradient.
+    """CISPO (MiniMax 2025): the weight is clipped instead of the update, so each token keeps its gradient.
 
     -sg[clamp(ρ, 1 - low, 1 + high)] A log π(a_t)
     """
@@ -137,11 +137,11 @@ def clip_weight(tokens: Tokens, constants: Constants) -> Terms:
 
 
 def mirror(tokens: Tokens, constants: Constants) -> Terms:
-    """Online mirror descent (Kimi k1.5, eq. 3), whose reference is the policy that the rollout is of.
+    """Online mirror descent (Kimi k1.5, eq. 3), with the policy that sampled the rollout as its reference.
 
         l(y) = -Σ_t A_t log π(a_t) + τ/2 (log π(y) - log π_old(y))²
 
-    Each token of a completion bears the whole completion's l(y), so that their mean is it.
+    Each token of a completion carries the whole completion's l(y), so that their mean is l(y).
     """
     log_ratio_BT = masked(tokens.log_probs_BT - tokens.policy_log_probs_BT, tokens.mask_BT)
     gain_B = -plain(tokens, constants).loss_BT.sum(1)
@@ -150,17 +150,17 @@ def mirror(tokens: Tokens, constants: Constants) -> Terms:
 
 
 def mean_of_tokens(terms_BT: Tensor, mask_BT: Tensor, sizes: Sizes) -> Tensor:
-    """Σ_i Σ_t l_it / N: all tokens weigh alike."""
+    """Σ_i Σ_t l_it / N: all tokens have equal weight."""
     return terms_BT.sum() / sizes.tokens
 
 
 def mean_of_answers(terms_BT: Tensor, mask_BT: Tensor, sizes: Sizes) -> Tensor:
-    """1/B Σ_i 1/|y_i| Σ_t l_it: all completions weigh alike."""
+    """1/B Σ_i 1/|y_i| Σ_t l_it: all completions have equal weight."""
     return (terms_BT.sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / sizes.completions
 
 
 def over_a_constant(terms_BT: Tensor, mask_BT: Tensor, sizes: Sizes) -> Tensor:
-    """Σ_i Σ_t l_it / (B L_max): a token weighs alike whatever the lengths of the rollout (Dr. GRPO)."""
+    """Σ_i Σ_t l_it / (B L_max): a token's weight does not depend on the rollout's lengths (Dr. GRPO)."""
     return terms_BT.sum() / (sizes.completions * sizes.longest)
 
 
@@ -172,7 +172,7 @@ SURROGATES: Mapping[str, Surrogate] = {
     "clip-weight": clip_weight,
     "mirror": mirror,
 }
-"""By the names in `perl.rl.algorithm`, as are the averages."""
+"""Surrogates by the names in `perl.rl.algorithm`."""
 Average = Callable[[Tensor, Tensor, Sizes], Tensor]
 AVERAGES: Mapping[str, Average] = {
     "tokens": mean_of_tokens,
@@ -189,13 +189,13 @@ def value_loss(
     clip: float | None,
     normalizer: float,
 ) -> Tensor:
-    """Half the squared error of the critic, clipped as in PPO's published code (openai/baselines, ppo2).
+    """Return half the critic's squared error, clipped as in PPO's published code (openai/baselines, ppo2).
 
         loss = ½ Σ max((V - R)², (V_old + clamp(V - V_old, -c, c) - R)²) / normalizer
 
     Args:
         values_BT: fp32, of the critic being trained.
-        old_values_BT: fp32, as they were when the advantages were estimated.
+        old_values_BT: fp32, the values from which the advantages were estimated.
         returns_BT: fp32, detached.
         mask_BT: bool.
         clip: c; None for the plain squared error.

@@ -1,16 +1,15 @@
-"""The arithmetic of RL on completions: KL, rewards of tokens, advantages. Pure functions of tensors.
+"""The arithmetic of RL on completions: KL, token rewards, advantages. Pure functions of tensors.
 
-Axes: B completions, T positions in them. Every tensor is fp32 unless said otherwise; every mask is bool, True on
-the completion's tokens. Completions are right-padded. Whatever stands in the padding, NaN and infinity included,
-reaches neither a result nor a gradient, and results are 0 there (the per-token KL estimates, which take no mask,
-apart).
+Axis letters: B completions, T completion positions. Tensors are fp32 unless stated otherwise; masks are bool, True
+on the completion's tokens. Completions are right-padded. Values in the padding, including NaN and infinity, affect
+neither results nor gradients, and results are 0 there (except the per-token KL estimates, which take no mask).
 
 References: Schulman et al. 2016 (GAE, arXiv 1506.02438); Schulman 2020 (joschu.net/blog/kl-approx.html); Kool et
 al. 2019 and Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Shao et al. 2024 (GRPO, arXiv 2402.03300); MaxRL
 (arXiv 2602.02710); PERL (arXiv 2403.10704).
 
-Departures from PERL: none in the objective; the KL term is spread over the tokens by its k1 estimate, so that
-the critic and the discounting see it where it arises.
+Departures from PERL: none in the objective; the KL term is applied per token as its k1 estimate, so that the
+critic and GAE see it where it arises.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,16 +22,16 @@ STD_FLOOR = 1e-4
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where `mask`, else 0. Applied before any arithmetic, since 0 × NaN in a gradient is NaN."""
+    """Return `x` where `mask` is True, else 0. Apply it before any arithmetic: 0 × NaN in a gradient is NaN."""
     return x.masked_fill(~mask, 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the masked entries, Σ m x / Σ m; 0 if there are none.
+    """Return the mean of the masked entries, Σ m x / Σ m; 0 if there are none.
 
     Args:
         x: fp32, any shape.
-        mask: bool, the shape of `x`.
+        mask: bool, same shape as `x`.
 
     Returns:
         fp32 scalar.
@@ -41,10 +40,10 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Shift and scale the masked entries to mean 0 and variance 1, (x - μ) / √(σ² + 1e-8), μ and σ² over them.
+    """Normalise the masked entries to mean 0 and variance 1: (x - μ) / √(σ² + 1e-8), with their own μ and σ².
 
-    σ² is the population's (divided by n). One entry, or entries all alike, become 0 and not NaN. The form is
-    that of `whiten` in openai/lm-human-preferences (Ziegler et al. 2019, arXiv 1909.08593).
+    σ² is the population variance (divided by n). A single entry, or equal entries, give 0 and not NaN. Same as
+    `whiten` in openai/lm-human-preferences (Ziegler et al. 2019, arXiv 1909.08593).
 
     Args:
         x_BT: fp32.
@@ -60,7 +59,7 @@ def masked_whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
-    """Bool (B, T), True on each completion's last masked token; a row without tokens has none."""
+    """Return bool (B, T), True on each completion's last masked token; nowhere in a row without tokens."""
     still_to_come_BT = mask_BT.flip(1).cumsum(1).flip(1)
     return mask_BT & (still_to_come_BT == 1)
 
@@ -114,15 +113,15 @@ def token_rewards(
     mask_BT: Tensor,
     kl_coef: float,
 ) -> Tensor:
-    """PERL's objective (1 - β) r - β KL(π‖π_ref) as a reward for each token.
+    """Return PERL's objective (1 - β) r - β KL(π‖π_ref) as a reward per token.
 
-    Every token gets -β (log π - log π_ref); the completion's last one gets (1 - β) r besides. Summed over an
-    completion this is the objective (PERL, arXiv 2403.10704), with KL by its k1 estimate.
+    Every token gets -β (log π - log π_ref), and the completion's last token also gets (1 - β) r. The sum over a
+    completion is the objective (PERL, arXiv 2403.10704) with the k1 estimate of the KL.
 
     Args:
-        score_B: fp32, the reward r of each completion. A completion without tokens gets none.
-        log_probs_BT: fp32, under the policy that the rollout is of.
-        reference_log_probs_BT: fp32, under the anchor.
+        score_B: fp32, the reward r of each completion. A completion without tokens gets no reward.
+        log_probs_BT: fp32, under the policy that sampled the rollout.
+        reference_log_probs_BT: fp32, under the reference.
         mask_BT: bool.
         kl_coef: β, in [0, 1].
 
@@ -134,7 +133,7 @@ def token_rewards(
 
 
 def _discounted_sums(x_BT: Tensor, discount: float) -> Tensor:
-    """y_t = x_t + discount · y_{t+1}, with y = 0 beyond the last position."""
+    """Return y_t = x_t + discount · y_{t+1}, with y = 0 after the last position."""
     sums = []
     running_B = torch.zeros_like(x_BT[:, 0])
     for x_B in reversed(x_BT.unbind(dim=1)):
@@ -144,7 +143,7 @@ def _discounted_sums(x_BT: Tensor, discount: float) -> Tensor:
 
 
 def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """G_t = Σ_{l≥0} r_{t+l} up to the completion's last token: what REINFORCE weighs a token by. γ is 1.
+    """Return G_t = Σ_{l≥0} r_{t+l} up to the completion's last token, REINFORCE's weight of a token. γ is 1.
 
     Args:
         rewards_BT: fp32.
@@ -157,15 +156,15 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16) and the returns they imply.
+    """Return generalized advantage estimates (Schulman et al. 2016, eq. 16) and the returns that they imply.
 
         δ_t = r_t + V_{t+1} - V_t        A_t = Σ_{l≥0} λ^l δ_{t+l}        R_t = A_t + V_t
 
-    The discount γ is 1. The completion ends after its last masked token: the value beyond is 0.
+    The discount γ is 1. The completion ends after its last masked token: the value after it is 0.
 
     Args:
         rewards_BT: fp32.
-        values_BT: fp32, V of the state before each token; to be detached by the caller.
+        values_BT: fp32, V of the state before each token; detached.
         mask_BT: bool, without holes.
         lam: λ; 1 gives returns minus values, 0 the one-step temporal difference.
 
@@ -182,10 +181,10 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, lam: float) -> t
 def importance_weights(
     policy_log_probs_BT: Tensor, sampler_log_probs_BT: Tensor, mask_BT: Tensor, limit: float
 ) -> Tensor:
-    """Truncated importance sampling, min(π_old / μ, C): of tokens that a sampler μ drew in the policy's place.
+    """Return truncated importance weights, min(π_old / μ, C), of tokens drawn by a sampler μ, not the policy.
 
-    (Ionides 2008; for rollouts of another engine Yao et al. 2025, fengyao.notion.site/off-policy-rl.) 1 where both
-    say the same.
+    See Ionides 2008, and for rollouts of another engine Yao et al. 2025 (fengyao.notion.site/off-policy-rl). They
+    are 1 where both agree.
 
     Args:
         policy_log_probs_BT: fp32, log π_old of the tokens.
@@ -200,27 +199,28 @@ def importance_weights(
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:
-    """The next β of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): β (1 + K clip(KL/target - 1, -0.2, 0.2)).
+    """Return the next β by Ziegler et al. 2019 (arXiv 1909.08593, 2.2): β (1 + K clip(KL/target - 1, -0.2, 0.2)).
 
-    K is 0.1, as there. β stays below 1, where the reward would have no weight.
+    K is 0.1, as there. β stays below 1, at which the reward would have no weight.
 
     Args:
-        kl: of the rollout, nats per completion.
-        target: the same.
+        kl_coef: β.
+        kl: KL of the rollout, in nats per completion.
+        target: target KL, in nats per completion.
     """
     error = min(0.2, max(-0.2, kl / target - 1.0))
     return min(0.99, kl_coef * (1.0 + 0.1 * error))
 
 
 def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
-    """RLOO's advantage: r_i - mean of the r of the other completions of its prompt.
+    """Return RLOO's advantage: r_i minus the mean reward of the other completions of its prompt.
 
-    (Kool et al. 2019, and for language models Ahmadian et al. 2024, arXiv 2402.14740.) The others'
-    mean does not depend on completion i, so it is a baseline that leaves the gradient unbiased.
+    See Kool et al. 2019, and for language models Ahmadian et al. 2024 (arXiv 2402.14740). The mean of the others
+    does not depend on completion i, so this baseline leaves the gradient unbiased.
 
     Args:
-        score_B: fp32; the completions of one prompt stand side by side.
-        group_size: completions of one prompt, at least 2.
+        score_B: fp32; completions of one prompt are adjacent.
+        group_size: completions per prompt, at least 2.
 
     Returns:
         fp32 (B).
@@ -232,12 +232,12 @@ def leave_one_out(score_B: Tensor, group_size: int) -> Tensor:
 
 
 def equal_groups(score_B: Tensor, group_size: int, tolerance: float) -> Tensor:
-    """Which completions are of a group whose scores do not differ.
+    """Return which completions belong to a group whose scores are all equal.
 
     Args:
-        score_B: fp32; the completions of one prompt stand side by side.
-        group_size: completions of one prompt.
-        tolerance: the largest difference that counts as none, as a share of 1 + the batch's largest score.
+        score_B: fp32; completions of one prompt are adjacent.
+        group_size: completions per prompt.
+        tolerance: the largest difference that counts as equal, as a share of 1 + the batch's largest |score|.
 
     Returns:
         bool (B).
@@ -248,28 +248,28 @@ def equal_groups(score_B: Tensor, group_size: int, tolerance: float) -> Tensor:
 
 
 def _groups(score_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """A row for each group, and the groups' means as a column."""
+    """Return the scores with one row per group, and the groups' means as a column."""
     assert group_size >= 2, f"comparing needs two completions of a prompt, not {group_size}"
     groups = score_B.view(-1, group_size)
     return groups, groups.mean(1, keepdim=True)
 
 
 def group_mean(score_B: Tensor, group_size: int) -> Tensor:
-    """r_i - r̄: against the mean of its own group (Dr. GRPO, arXiv 2503.20783). Arguments as `leave_one_out`."""
+    """Return r_i - r̄, r̄ the mean of its group (Dr. GRPO, arXiv 2503.20783). Arguments as in `leave_one_out`."""
     groups, means = _groups(score_B, group_size)
     return (groups - means).flatten()
 
 
 def group_std(score_B: Tensor, group_size: int) -> Tensor:
-    """GRPO's advantage, (r_i - r̄) / (σ + ε), σ² divided by G - 1. Arguments as `leave_one_out`."""
+    """Return GRPO's advantage, (r_i - r̄) / (σ + ε), with σ² divided by G - 1. Arguments as in `leave_one_out`."""
     groups, means = _groups(score_B, group_size)
     return ((groups - means) / (groups.std(1, keepdim=True) + STD_FLOOR)).flatten()
 
 
 def group_relative(score_B: Tensor, group_size: int) -> Tensor:
-    """MaxRL's advantage, (r_i - r̄) / r̄, and 0 where r̄ ≤ 0. Arguments as `leave_one_out`.
+    """Return MaxRL's advantage, (r_i - r̄) / r̄, and 0 where r̄ ≤ 0. Arguments as in `leave_one_out`.
 
-    Of rewards of 0 and 1 its mean gradient is that of a truncated log-likelihood of success, where the plain
+    For rewards of 0 and 1, its expected gradient is that of a truncated log-likelihood of success; the plain
     advantage's is that of the success rate.
     """
     groups, means = _groups(score_B, group_size)
@@ -283,5 +283,5 @@ GROUP_ADVANTAGES: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "leave-one-out": leave_one_out,
     "group-relative": group_relative,
 }
-"""By the names in `perl.rl.algorithm`, as are the estimates below."""
+"""Advantages by the names in `perl.rl.algorithm`; the KL losses below likewise."""
 KL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"loss-k2": kl_k2, "loss-k3": kl_k3}

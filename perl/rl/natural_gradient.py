@@ -1,6 +1,6 @@
-"""The natural gradient (Amari 1998), as TRPO computes it: conjugate gradients on products with the Fisher matrix.
+"""The natural gradient (Amari 1998) as computed by TRPO: conjugate gradients with Fisher-vector products.
 
-Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: a number for each trained weight.
+Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: one number per trained weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 FIRST_LENGTH = 1e-3
-"""Of the first difference, as a share of ‖θ‖, or of 1 where θ is 0, as adapters of some kinds begin."""
+"""Length of the first difference, relative to ‖θ‖, or to 1 if θ is 0, as in new adapters of some kinds."""
 
 
 def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The gradients as one vector, zeros where there is none; the parameters have none afterwards."""
+    """Return the gradients as one vector, with zeros for missing ones, and clear those of the parameters."""
     parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -23,7 +23,7 @@ def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def add(parameters: Sequence[nn.Parameter], vector: Tensor, factor: Tensor | float) -> None:
-    """Add a vector times a factor to the parameters."""
+    """Add `factor` times a flat vector to the parameters."""
     parts = torch.split(vector, [parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.add_(part.view_as(parameter) * factor)
@@ -31,31 +31,32 @@ def add(parameters: Sequence[nn.Parameter], vector: Tensor, factor: Tensor | flo
 
 @torch.no_grad()
 def set_to(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Give the parameters these values."""
+    """Set the parameters to these values."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
 
 SAME_SCALE = 4.0
-"""A difference is taken over again where its KL is off by a larger factor."""
+"""A difference is computed again if its KL is off by a larger factor."""
 FARTHEST = 30.0
-"""Of one change of its length."""
+"""Largest factor by which its length changes at once."""
 TRIES = 4
 
 
 @dataclass
 class Fisher:
-    """The Fisher matrix at θ: F v = Jᵀ (diag(p) - p pᵀ) J v, as the gradient of KL(π_θ‖π_θ+εv) over ε.
+    """The Fisher matrix at θ: F v = Jᵀ (diag(p) - p pᵀ) J v, as the gradient of KL(π_θ‖π_θ+εv) divided by ε.
 
-    At θ the KL and its gradient are 0 and its second derivative is F. As a difference it needs first derivatives
-    only, which fused kernels, quantized layers and adapters of every kind have. ε is such that the KL is about
-    `kl`, the scale of the step that the curvature is for: what bf16 rounds off is small beside that.
+    At θ the KL and its gradient are 0 and its second derivative is F. A finite difference needs only first
+    derivatives, which fused kernels, quantized layers and adapters of every kind have. ε is chosen such that the
+    KL is about `kl`, the scale of the step for which the curvature is needed; bf16's rounding is small compared
+    with it.
 
     Args:
-        parameters: θ, left as they are.
-        kl_gradient: of the policy at the parameters as they are when it is called, the KL from that at θ, and its
+        parameters: θ, unchanged afterwards.
+        kl_gradient: returns the KL of the policy at the current parameters from the policy at θ, and the KL's
             gradient.
-        kl: in the unit of `kl_gradient`.
+        kl: intended KL, in the unit of `kl_gradient`.
 
     Attributes:
         length: ‖εv‖ of the last difference.
@@ -71,7 +72,7 @@ class Fisher:
         self.length = FIRST_LENGTH * torch.where(norm > 0, norm, 1.0)
 
     def product(self, vector: Tensor) -> Tensor:
-        """F v; flat, as `vector`."""
+        """Return F v, flat like `vector`."""
         for tries in range(1, TRIES + 1):
             epsilon = self.length / vector.norm()
             add(self.parameters, vector, epsilon)
@@ -91,9 +92,9 @@ def conjugate_gradients(
     """Solve (F + λI) x = g for x, approximately.
 
     Args:
-        product: v to F v.
+        product: maps v to F v.
         gradient: g, not 0.
-        damping: λ as a share of the curvature along g, gᵀF g / gᵀg; so it means the same whatever the weights'
+        damping: λ relative to the curvature along g, gᵀF g / gᵀg, so that it is independent of the weights'
             scale.
     """
     x, residual = torch.zeros_like(gradient), gradient.clone()
@@ -104,11 +105,11 @@ def conjugate_gradients(
             added = damping * direction.dot(curved) / square
         curved = curved + added * direction
         along = direction.dot(curved)
-        if not float(along) > 0.0:  # rounding, or no curvature at all: x is the best there is
+        if not float(along) > 0.0:  # rounding, or no curvature at all: x cannot be improved
             break
         length = square / along
         x, residual = x + length * direction, residual - length * curved
-        del curved  # a vector less beside the next product's activations, which are a step's peak
+        del curved  # frees a vector before the next product, whose activations are a step's peak
         last, square = square, residual.dot(residual)
         direction = residual + square / last * direction
     return x

@@ -1,9 +1,9 @@
-"""What the policy is to raise: the rewards, normalised, with what is added for lengths and taken off.
+"""The objective of the policy: normalised rewards with bonuses and penalties for length.
 
 References for lengths: Kimi Team 2025 (k1.5, arXiv 2501.12599, section 2.3.3); Yu et al. 2025 (DAPO, arXiv
 2503.14476).
 
-Axis letters: B completions, those of one prompt side by side; T completion positions.
+Axis letters: B completions, those of one prompt adjacent; T completion positions.
 """
 
 from dataclasses import dataclass
@@ -18,31 +18,31 @@ from perl.system.progress import console
 
 @dataclass(frozen=True)
 class Objective:
-    """What the policy is to raise."""
+    """The quantity that the policy maximises."""
 
     normalize_rewards: bool
     missing_end_penalty: float
-    """In standard deviations of the reward, as the next two."""
+    """In standard deviations of the reward, like the next two."""
     overlong_penalty: float = 0.0
     length_reward: float = 0.0
     length_reward_from: int = 0
-    """The step, counted from 0, from which there is a length reward."""
+    """The first step, counted from 0, with a length reward."""
     overlong_buffer: int = 1
-    """Tokens before the longest completion's end in which the penalty rises."""
+    """Number of tokens before the maximum length over which the penalty rises."""
     success_reward: float = 0.5
-    """Raw rewards from which a completion is right."""
+    """Raw reward from which a completion counts as correct."""
     kl_target: float | None = None
-    """Nats per completion that β is moved to keep; None: β is constant."""
+    """KL in nats per completion that adapting β aims at; None: β is constant."""
     correct_sampler: bool = True
-    """Whether advantages are weighed by the policy's probability over the sampler's."""
+    """Whether advantages are weighted by the ratio of the policy's probability to the sampler's."""
 
     def normalized(self, step: int, rollout: Rollout, scale: RewardScale) -> Tensor:
-        """The rewards that are trained on, fp32 (B), with Kimi's length reward from the step on that has one.
+        """Return the rewards that are trained on, fp32 (B), with Kimi's length reward from its first step on.
 
         Args:
-            scale: of all rewards so far; it learns of these.
+            scale: scale of all rewards so far; it is updated with these.
         """
-        # On the host, which reads them: the device is waited for once.
+        # On the host, which reads the values, so that it waits for the device only once.
         normalized_B = self._normalize(step, rollout.rewards_B.cpu(), scale).to(
             rollout.rewards_B.device, non_blocking=True
         )
@@ -53,7 +53,7 @@ class Objective:
         return normalized_B + self.length_reward * self._unit(scale) * gain_B
 
     def penalized(self, rollout: Rollout, normalized_B: Tensor, scale: RewardScale) -> Tensor:
-        """The normalised rewards less the penalties for a missing end and for length, fp32 (B)."""
+        """Return the normalised rewards minus the penalties for missing end and length, fp32 (B)."""
         unit, mask_BT = self._unit(scale), rollout.completion_mask_BT
         rewards_B = normalized_B - self.missing_end_penalty * unit * ~rollout.ended_B
         if self.overlong_penalty:
@@ -62,7 +62,7 @@ class Objective:
         return rewards_B
 
     def _normalize(self, step: int, rewards_B: Tensor, scale: RewardScale) -> Tensor:
-        """In standard deviations of all so far, or as they are."""
+        """Return rewards in standard deviations of all rewards so far, or unchanged."""
         if not self.normalize_rewards:
             scale.update(rewards_B)
             return rewards_B.float()
@@ -70,30 +70,30 @@ class Objective:
         if (absurd := scale.absurd(rewards_B)) is not None:
             console.print(
                 f"[yellow]Step {step + 1}[/]: a reward of {absurd:.3g} lies more than {ABSURD:g} standard "
-                f"deviations from the mean of those before, {scale.mean:.3g}; it counts as {FARTHEST:g}."
+                f"deviations from the mean of the earlier ones, {scale.mean:.3g}; it is clipped to {FARTHEST:g}."
             )
         scale.update(within_B)
         return scale.normalized(within_B)
 
     def _unit(self, scale: RewardScale) -> float:
-        """A standard deviation of the reward, as it is normalised; 0 while they are all equal."""
+        """Return a standard deviation of the reward in the unit of training; 0 while all rewards are equal."""
         return float(scale.std > 0.0) if self.normalize_rewards else scale.std
 
 
-# What the length of a completion adds, in the unit that the reward is weighed in: pure functions.
+# Length terms, in standard deviations of the reward: pure functions.
 
 
 def length_reward(lengths_B: Tensor, right_B: Tensor, group_size: int) -> Tensor:
-    """Kimi's: short right completions gain, long ones lose, and wrong ones never gain.
+    """Return Kimi's length reward: short correct completions gain, long ones lose, wrong ones never gain.
 
-        λ_i = 0.5 - (len_i - min) / (max - min)        right: λ_i        wrong: min(0, λ_i)
+        λ_i = 0.5 - (len_i - min) / (max - min)        correct: λ_i        wrong: min(0, λ_i)
 
-    Minimum and maximum are of the group; where they are equal all get 0.
+    Minimum and maximum are those of the group; if they are equal, all get 0.
 
     Args:
         lengths_B: tokens.
-        right_B: bool, the completions that are right.
-        group_size: completions of one prompt.
+        right_B: bool, True for correct completions.
+        group_size: completions per prompt.
 
     Returns:
         fp32 (B), from -0.5 to 0.5.
@@ -106,11 +106,11 @@ def length_reward(lengths_B: Tensor, right_B: Tensor, group_size: int) -> Tensor
 
 
 def overlong_penalty(lengths_B: Tensor, longest: int, buffer: int) -> Tensor:
-    """DAPO's soft punishment: 0 up to L_max - L_buffer tokens, from there linearly to -1 at L_max.
+    """Return DAPO's soft overlong punishment: 0 up to L_max - L_buffer tokens, then linear to -1 at L_max.
 
     Args:
         lengths_B: tokens.
-        longest: L_max, the most that there can be.
+        longest: L_max, the maximum length.
         buffer: L_buffer, at least 1.
 
     Returns:

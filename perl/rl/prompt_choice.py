@@ -1,7 +1,7 @@
-"""Which prompts a step takes, and what is remembered of them: Kimi k1.5's curriculum and prioritised sampling.
+"""Choice of a step's prompts, including Kimi k1.5's curriculum and prioritised sampling.
 
-Kimi Team 2025, arXiv 2501.12599, section 2.3.4. What is remembered are counts; what is drawn follows from them,
-the seed and the step's number.
+Kimi Team 2025, arXiv 2501.12599, section 2.3.4. The state consists of counts; the choice is a function of them,
+the seed and the step number.
 """
 
 import random
@@ -17,7 +17,7 @@ from perl.system.progress import counted
 from perl.system.seeds import derived_seed
 
 CURRICULUM = 0.5
-"""Share of the steps after which the hardest prompts are among those that are drawn."""
+"""Share of the steps after which the hardest prompts are included."""
 
 
 @dataclass
@@ -25,9 +25,9 @@ class PromptChoice:
     """Chooses among `count` prompts.
 
     Attributes:
-        easiest_first: the prompts by their difficulty, for a curriculum that knows it.
-        tries: completions of each prompt so far; those of none are left out.
-        successes: of these, the right ones.
+        easiest_first: the prompts in order of difficulty, for a curriculum once the difficulty is known.
+        tries: number of completions of each prompt so far, without prompts that have none.
+        successes: number of correct completions among them.
     """
 
     kind: PromptSampling
@@ -41,22 +41,22 @@ class PromptChoice:
 
     @property
     def must_measure(self) -> bool:
-        """Whether nobody has said how difficult the prompts are."""
+        """Whether the difficulty of the prompts must be measured first."""
         return self.kind == "curriculum" and self.easiest_first is None
 
     def success_rate(self, prompt: int) -> float:
-        """So far; 0 of a prompt that was never completed."""
+        """Return a prompt's success rate so far; 0 if it was never completed."""
         return self.successes.get(prompt, 0) / max(1, self.tries.get(prompt, 0))
 
     def of_step(self, step: int, draw: int = 0) -> list[int]:
-        """The prompts of a step.
+        """Return the prompts of a step.
 
         uniform: all are seen once before any is seen again. prioritised: in proportion to 1 - success rate.
-        curriculum: uniformly from the easiest, more of them with each step, until all are among them; from then on
-        prioritised.
+        curriculum: uniformly from the easiest, more of them with each step until all are included; then
+            prioritised.
 
         Args:
-            draw: 0, or the number of a draw that replaces prompts which taught nothing.
+            draw: 0, or the number of a redraw that replaces prompts without a signal.
         """
         if self.kind == "uniform" and draw == 0:
             return prompts_of(step, self.per_step, self.count, self.seed)
@@ -73,7 +73,7 @@ class PromptChoice:
         )
 
     def learn(self, prompts: Sequence[int], right: Sequence[bool]) -> None:
-        """Count completions: of each the prompt, and whether it is right."""
+        """Count completions, given the prompt of each and whether it is correct."""
         if self.kind == "uniform":
             return
         for prompt, is_right in zip(prompts, right, strict=True):
@@ -81,7 +81,7 @@ class PromptChoice:
             self.successes[prompt] = self.successes.get(prompt, 0) + is_right
 
     def state_dict(self) -> dict[str, object]:
-        """All that is remembered, as JSON."""
+        """Return the whole state, as JSON."""
         return {
             "easiest_first": self.easiest_first,
             "tries": list(self.tries.items()),
@@ -89,7 +89,7 @@ class PromptChoice:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a state returned by `state_dict`."""
         self.easiest_first = state["easiest_first"]
         self.tries, self.successes = (
             {prompt: count for prompt, count in state[name]} for name in ("tries", "successes")
@@ -97,9 +97,9 @@ class PromptChoice:
 
 
 def _drawn(pool: Sequence[int], weights: Sequence[float], count: int, generator: random.Random) -> list[int]:
-    """So many of the pool, each in proportion to its weight, none twice before all others are drawn.
+    """Draw `count` items in proportion to their weights, none twice before all others are drawn.
 
-    The keys are Efraimidis and Spirakis' (2006): u^(1/w), the largest win; those of weight 0 come last.
+    The keys are those of Efraimidis and Spirakis (2006), u^(1/w), largest first; items of weight 0 come last.
     """
     drawn: list[int] = []
     while len(drawn) < count:
@@ -112,10 +112,10 @@ def _drawn(pool: Sequence[int], weights: Sequence[float], count: int, generator:
 
 
 def easiest_first(prompts: Sequence[Prompt], where: str) -> list[int] | None:
-    """The prompts by their column `difficulty`; None where none has one.
+    """Return the prompts sorted by their column `difficulty`; None if none has one.
 
     Raises:
-        UserError: some have one and others have not, or it is not a number.
+        UserError: only some prompts have one, or it is not a number.
     """
     found = [prompt.columns.get("difficulty") for prompt in prompts]
     if all(one is None for one in found):
@@ -123,8 +123,8 @@ def easiest_first(prompts: Sequence[Prompt], where: str) -> list[int] | None:
     numbers = [one for one in found if isinstance(one, int | float)]
     if len(numbers) < len(found):
         raise UserError(
-            f"{len(found) - len(numbers):,} of {counted(len(found), 'prompt')} without a number as difficulty",
+            f"{len(found) - len(numbers):,} of {counted(len(found), 'prompt')} have no number as difficulty",
             where=where,
-            remedy="Give all prompts a difficulty, or none: then the success rate at the start is measured.",
+            remedy="Give all prompts a difficulty, or none: then the initial success rate is measured instead.",
         )
     return sorted(range(len(numbers)), key=numbers.__getitem__)

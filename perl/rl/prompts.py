@@ -1,4 +1,4 @@
-"""Prompts as tokens, and which of them a step takes."""
+"""Tokenization of prompts, and the order in which steps take them."""
 
 import random
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ def encode_prompts(
     limit: int | None,
     source: str,
 ) -> EncodedPrompts:
-    """Prompts as tokens.
+    """Tokenize prompts.
 
     Args:
-        context_length: of the base.
-        limit: tokens of a prompt, older context is cut off; None: a longer one is refused.
-        source: where they are from, for messages.
+        context_length: context length of the base.
+        limit: maximum tokens of a prompt; older context is cut off. None: longer prompts are refused.
+        source: source of the prompts, for messages.
 
     Raises:
-        UserError: a prompt leaves no room for a completion in the base's context; a kind of prompt is mixed with
-            another.
+        UserError: a prompt leaves no room for a completion in the base's context, or plain text and messages are
+            mixed.
     """
     room = context_length - max_new_tokens
     if room < 1 or (limit is not None and limit > room):
@@ -53,7 +53,7 @@ def encode_prompts(
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     if len(ids[longest]) > room:
         raise UserError(
-            f"a prompt has {len(ids[longest])} tokens, the base has room for {room} beside the completion",
+            f"a prompt has {len(ids[longest])} tokens, but the base has room for {room} before the completion",
             where=f"prompt of dialogue {prompts[longest].dialogue[:60]!r}",
             remedy=f"Shorten it, or set rl.max_prompt_length (at most {room}) to cut older context.",
         )
@@ -61,7 +61,7 @@ def encode_prompts(
 
 
 def prompts_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """The prompts of a step, of so many: all are seen once before any is seen again."""
+    """Return the indices of a step's prompts, out of `count`: all are seen once before any is seen again."""
 
     def shuffled(passed: int) -> list[int]:
         return random.Random(derived_seed(seed, "order", passed)).sample(range(count), count)

@@ -1,4 +1,4 @@
-"""What RL came to: the policy before and after, on the same held-out prompts."""
+"""Results of RL: the policy before and after, on the same held-out prompts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after RL, and the 95 % interval of its change, paired by prompt."""
+    """A metric before and after RL, with the 95 % interval of its change, paired by prompt."""
 
     before: float
     after: float
@@ -21,7 +21,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class PassAtK(Change):
-    """pass@k by the rules of the reward (`perl.rl.evaluate`), and 95 % intervals of both ends."""
+    """pass@k by the rules of the reward (`perl.rl.evaluate`), with 95 % intervals of both values."""
 
     k: int
     before_interval: Interval | None
@@ -30,7 +30,7 @@ class PassAtK(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardHistogram:
-    """How many held-out prompts have a mean reward between two edges, before RL and after it."""
+    """Number of held-out prompts whose mean reward lies between two edges, before and after RL."""
 
     edges: list[float]
     before: list[int]
@@ -39,11 +39,11 @@ class RewardHistogram:
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN:
-    """The best of n completions by the policy before RL, by reward, beside RL's policy on the same prompts.
+    """The best of n completions of the policy before RL, by reward, and RL's policy on the same prompts.
 
     Attributes:
         kl: nats per completion.
-        reward_interval, gold_interval: of RL's policy less best-of-n, 95 %, paired by prompt.
+        reward_interval, gold_interval: 95 % intervals of RL's policy minus best-of-n, paired by prompt.
     """
 
     n: int
@@ -61,7 +61,7 @@ def _beside(best: float, policy: float, interval: Interval | None) -> str:
     places = places_of(interval[1] - interval[0] if interval else abs(policy - best))
     ends = [] if interval is None else [fixed(end, places, sign=True) for end in interval]
     told = f" (95 % interval of the difference: {ends[0]} to {ends[1]})" if ends else ""
-    return f"{fixed(best, places)}, of RL's policy {fixed(policy, places)}{told}"
+    return f"{fixed(best, places)}, RL's policy {fixed(policy, places)}{told}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +69,15 @@ class PolicyChange:
     """The policy before and after RL, on the same `n` held-out prompts.
 
     Attributes:
-        samples_per_prompt: completions of each.
-        reward_before, reward_after: raw rewards, as the means of all other metrics.
-        reward_interval: of the change (95 %, paired by prompt), as all others; None where all prompts are of one
-            dialogue.
-        reward_histogram: of the prompts' means.
+        samples_per_prompt: completions per prompt.
+        reward_before, reward_after: means of the raw rewards; the other metrics are means, too.
+        reward_interval: 95 % interval of the change, paired by prompt, like all others; None if all prompts belong
+            to one dialogue.
+        reward_histogram: histogram of the prompts' means.
         reward_parts_before, reward_parts_after: means before weighting, by name.
-        pass_at: where the reward has rules; `pass_at_1_before` and `pass_at_1_after` are its values at k = 1.
-        gold_before: where there is a judge.
-        kl: of the policy to its reference, nats per completion.
+        pass_at: pass@k, if the reward has rules; `pass_at_1_before` and `pass_at_1_after` are its values at k = 1.
+        gold_before: mean gold score, if there is a judge.
+        kl: KL of the policy to its reference, nats per completion.
     """
 
     n: int
@@ -104,14 +104,14 @@ class PolicyChange:
     kl_interval: Interval | None = None
 
     def change(self, metric: PairedMetric) -> Change | None:
-        """A metric's change; None for gold without a judge."""
+        """Return a metric's change; None for gold without a judge."""
         before, after, interval = (getattr(self, f"{metric}_{key}") for key in ("before", "after", "interval"))
         return None if before is None or after is None else Change(before, after, interval)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlEval(PolicyChange):
-    """What RL came to, and what its policy is compared with."""
+    """Results of RL, and the best-of-n results with which its policy is compared."""
 
     algorithm: str
     critic: str
@@ -120,7 +120,7 @@ class RlEval(PolicyChange):
 
     @property
     def best_of_n_words(self) -> str:
-        """The one whose KL is nearest to the policy's, beside it."""
+        """The best-of-n result whose KL is nearest to the policy's, compared with the policy, in words."""
         if not self.best_of_n:
             return ""
         one = min(self.best_of_n, key=lambda best: abs(best.kl - self.kl))
@@ -128,6 +128,6 @@ class RlEval(PolicyChange):
         if one.gold is not None and one.rl_gold is not None:
             ends.append(f"gold {_beside(one.gold, one.rl_gold, one.gold_interval)}")
         return (
-            f"Against the best of {one.n} completions by the policy before RL (KL {one.kl:.2f}, no training), on "
+            f"Compared with the best of {one.n} completions before RL (KL {one.kl:.2f}, no training), on "
             f"{counted(one.prompts, 'prompt')}: {'; '.join(ends)}."
         )

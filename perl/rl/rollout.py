@@ -1,4 +1,4 @@
-"""A rollout: completions drawn by the policy, with everything that is known of them before it learns.
+"""A rollout: completions sampled from the policy, with all that is computed of them before the update.
 
 Axis letters: B completions, L = P + T positions of prompt and completion, T completion positions.
 """
@@ -18,17 +18,17 @@ from perl.rl.samplers.base import Samples
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts with their tokens."""
+    """Prompts and their token ids."""
 
     prompts: list[Prompt]
     ids: list[list[int]]
     groups: list[int]
-    """Completions of prompts of one group are compared with one another."""
+    """Group of each prompt; completions of one group are compared with one another."""
     cut: int = 0
-    """How many were too long."""
+    """Number of prompts that were too long and were truncated."""
 
     def take(self, chosen: Sequence[int]) -> "EncodedPrompts":
-        """The prompts at these places."""
+        """Return the prompts at these indices."""
         return EncodedPrompts(
             prompts=[self.prompts[place] for place in chosen],
             ids=[self.ids[place] for place in chosen],
@@ -36,7 +36,7 @@ class EncodedPrompts:
         )
 
     def repeat(self, each: int) -> "EncodedPrompts":
-        """Each prompt so often, side by side: a group."""
+        """Return each prompt `each` times, adjacent, as one group."""
         places = [place for place in range(len(self)) for _ in range(each)]
         return replace(self.take(places), groups=places)
 
@@ -46,36 +46,36 @@ class EncodedPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Samples):
-    """Completions, their rewards, and what each role says of them; all fp32 but the rewards.
+    """Completions, their rewards, and each role's outputs for them; all fp32 except the rewards.
 
-    Log-probs are named by who computed them: the sampler as it drew, the policy before this step's first update
+    Log-probs are named after their source: the sampler while sampling, the policy before this step's first update
     (π_old), the reference. All are 0 in the padding.
     """
 
     prompts: list[Prompt]
     groups: list[int]
-    """As in `Samples`; completions of one prompt stand side by side."""
+    """As in `Samples`; completions of one prompt are adjacent."""
     texts: list[str]
     rewards_B: Tensor
-    """As the reward gave them, fp64: normalised later, when those of all processes are together."""
+    """Raw rewards, fp64; normalised later, once those of all processes are gathered."""
     reward_parts: dict[str, Tensor]
-    """By name what the rewards are the weighted sum of, (B), fp64; empty where they have no parts."""
+    """The unweighted parts of the rewards by name, (B), fp64; empty if they have no parts."""
     policy_log_probs_BT: Tensor
-    """The tensor of the sampler's, where the sampler computes as the policy does."""
+    """The same tensor as the sampler's, if the sampler is exact."""
     reference_log_probs_BT: Tensor
     values_BT: Tensor | None
     """The critic's value of the state before each token; None without a critic."""
 
     @property
     def group_size(self) -> int:
-        """Completions of each prompt."""
+        """Completions per prompt."""
         return len(self.groups) // len(set(self.groups))
 
     def gather(self, processes: Processes, prompts: EncodedPrompts) -> "Rollout":
-        """The rollout of all processes in the order of the prompts, the shared blocks' states left out.
+        """Return the rollout of all processes in the order of the prompts, without `lower_hidden_BLD`.
 
         Args:
-            prompts: of all processes.
+            prompts: the prompts of all processes.
         """
         if processes.count == 1:
             return self
@@ -87,7 +87,7 @@ class Rollout(Samples):
         return Rollout(**joined | {"prompts": prompts.prompts, "groups": prompts.groups})
 
     def widened(self, columns: int) -> "Rollout":
-        """With so many columns: prompts are padded on the left."""
+        """Return the rollout padded on the left to this many columns."""
         more = columns - self.ids_BL.shape[1]
         lower = self.lower_hidden_BLD
         return replace(
@@ -99,7 +99,7 @@ class Rollout(Samples):
 
     @classmethod
     def joined(cls, parts: Sequence[dict[str, Any]], total: int, device: torch.device) -> dict[str, Any]:
-        """The fields of several rollouts of equal width as one's, of the first `total` rows."""
+        """Return the fields of several rollouts of equal width, concatenated and cut to the first `total` rows."""
         return {field.name: _joined([part[field.name] for part in parts], total, device) for field in fields(cls)}
 
 
@@ -110,7 +110,7 @@ def _on_host(value: Any) -> Any:
 
 
 def _joined(parts: list[Any], total: int, device: torch.device) -> Any:
-    """The values of all processes as one, of the first `total` rows: the last may have been dealt twice."""
+    """Concatenate the values of all processes; keep the first `total` rows, as shards may repeat the last one."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)[:total].to(device)

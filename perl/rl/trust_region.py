@@ -1,11 +1,11 @@
 """A trust region: no step moves the policy further than a KL of δ, measured exactly over the vocabulary.
 
-After a step, whatever took it, the policy is compared with what it was on a probe, completions of the rollout.
-While its mean KL(π_old‖π) is above δ, its weights go back towards the old ones on the straight line between both:
-a backtracking line search, which adapters of a few megabytes afford.
+After a step of any kind, the policy is compared with the old one on a probe, some completions of the rollout.
+While the mean KL(π_old‖π) is above δ, the weights move back towards the old ones on a straight line: a
+backtracking line search, which is affordable for adapters of a few megabytes.
 
-TRPO (Schulman et al. 2015, arXiv 1502.05477, appendix C) also takes the step by the natural gradient, and its line
-search must find the loss lower, too.
+TRPO (Schulman et al. 2015, arXiv 1502.05477, appendix C) also takes the step along the natural gradient, and its
+line search additionally requires a lower loss.
 
 Axis letters: `perl.roles`.
 """
@@ -28,29 +28,29 @@ from perl.roles.role import Role
 from perl.roles.roles import Roles
 
 COMPLETIONS = 8
-"""Of the probe, in each process. Products with the Fisher matrix are of every other one, as a fraction of the
+"""Completions of the probe, in each process. Fisher-vector products use every other one, because a fraction of the
 rollout is enough for the curvature (ibid., appendix C.1)."""
 ITERATIONS = 3
-"""Of conjugate gradients; damped so much, more of them change little."""
+"""Iterations of conjugate gradients; with this damping, more of them change little."""
 DAMPING = 1.0
-"""As large as the curvature along the gradient: with a tenth of it, the step followed the noise of 16 completions
+"""Equal to the curvature along the gradient: with a tenth of it, the step followed the noise of 16 completions
 along directions of little curvature, and gained half as much at the same KL (docs/experiments.md)."""
 BACKTRACKS = 10
-"""Shorter steps that are tried before the step is undone."""
+"""Number of shorter steps that are tried before the step is undone."""
 SHORT, LENGTHS = 0.7, 4
-"""A natural step whose KL is below this share of δ is made longer; so often at most."""
+"""A natural step whose KL is below this share of δ is lengthened, and at most this often."""
 SHORTEST, LONGEST = 0.1, 0.8
-"""What a backtrack leaves of the last length, at least and at most."""
+"""Smallest and largest factor of the length in one backtrack."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probe says of the policy as it is."""
+    """The current policy on the probe."""
 
     kl: float
     """Mean KL(π_old‖π), nats per token."""
     loss: float
-    """The algorithm's."""
+    """The algorithm's loss."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class _Part:
     batch: Rollout
     targets: Targets
     old_ND: Tensor
-    """The old policy's states of its tokens."""
+    """The old policy's hidden states of the completions' tokens."""
     old_loss: float
     """The loss of the old policy."""
 
 
 @dataclass
 class TrustRegion:
-    """The region of one step, made before its first update.
+    """The trust region of one step, created before its first update.
 
     Args:
-        local: what this process learns from.
-        targets: of `local`.
+        local: this process's share of the rollout.
+        targets: the targets of `local`.
         limit: δ, nats per token.
     """
 
@@ -101,12 +101,12 @@ class TrustRegion:
         self._highest_loss = everyone(sum(part.old_loss for part in self._parts)) if natural else math.inf
 
     def _masks(self) -> tuple[Tensor, Tensor]:
-        """The tokens of all completions, and those that are learned from."""
+        """Return the masks of all completion tokens and of those that are trained on."""
         return self.local.completion_mask_BT, self.targets.mask(self.local)
 
     @torch.no_grad()
     def _micro_batches(self, probed: list[int]) -> list[_Part]:
-        """These rows, and what the policy says of them now."""
+        """Return these rows in micro-batches, with the outputs of the current policy."""
         batch = self.local.take(probed)
         targets, parts = self.targets.take(probed, batch.completion_length), []
         for rows in micro_batches(batch, self.micro_batch_size):
@@ -119,12 +119,12 @@ class TrustRegion:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The policy's."""
+        """The policy's parameters."""
         return self.roles.parameters_of(Role.POLICY)
 
     @torch.no_grad()
     def probe(self) -> Probed:
-        """The policy as it is now against the old one; the processes call it together."""
+        """Compare the current policy with the old one; all processes must call this together."""
         found = []
         for part in self._parts:
             outputs = self._read(part.batch, self.temperature)
@@ -135,7 +135,7 @@ class TrustRegion:
         return Probed(everyone(kl) / self._tokens, everyone(loss))
 
     def kl_gradient(self) -> tuple[float, Tensor]:
-        """The mean KL of half the probe at the policy as it is now, nats per token, and its gradient, flat."""
+        """Return the current policy's mean KL on half the probe, nats per token, and its gradient, flat."""
         total, processes = 0.0, self.roles.engine.processes
         for part in self._fisher:
             with self.roles.checkpointed(self.checkpoint_activations):
@@ -146,13 +146,13 @@ class TrustRegion:
         return processes.all_reduce_sum(total), take_gradient(self.parameters)
 
     def natural_step(self, gradient: Tensor, share: float) -> None:
-        """Move the policy along -x, where F x is the gradient, until the KL is a little less than δ.
+        """Move the policy along -x, where F x is the gradient, until the KL is slightly less than δ.
 
-        The length is measured, not taken from the curvature: in bf16 that is too rough.
+        The length is measured rather than derived from the curvature, which is too imprecise in bf16.
 
         Args:
-            gradient: of the loss, flat.
-            share: of that length, what is gone.
+            gradient: gradient of the loss, flat.
+            share: share of that length that is taken.
         """
         fisher = Fisher(self.parameters, self.kl_gradient, self.limit)
         x = conjugate_gradients(fisher.product, gradient, ITERATIONS, DAMPING)
@@ -169,7 +169,7 @@ class TrustRegion:
         add(self.parameters, x, -share * length)
 
     def search(self) -> dict[str, float]:
-        """Shorten the step that was taken until it is within the region, or undo it; returns metrics."""
+        """Shorten the step until it is within the region, or undo it; return metrics."""
         new = [parameter.detach().clone() for parameter in self.parameters]
         share, backtracks, found = 1.0, 0, self.probe()
         while share and not (found.kl <= self.limit and found.loss <= self._highest_loss):
@@ -209,5 +209,5 @@ def _states_ND(outputs: Outputs, batch: Rollout) -> Tensor:
 
 
 def _fitting(kl: float, limit: float) -> float:
-    """The factor for a step of this KL: a little less than where a parabola through it meets δ."""
+    """Return the factor for a step of this KL: slightly less than where a parabola through it reaches δ."""
     return max(SHORTEST, 0.95 * math.sqrt(limit / max(kl, 1e-12))) if math.isfinite(kl) else SHORTEST

@@ -1,7 +1,7 @@
-"""How the policy and its critic learn from a rollout: minibatches, micro-batches, clipping, the schedule.
+"""Updates of the policy and its critic from a rollout: minibatches, micro-batches, clipping, the schedule.
 
-A minibatch is the whole rollout unless the recipe wants several; the gradients of its micro-batches add up to its
-own, whatever their size.
+A minibatch is the whole rollout unless the recipe asks for several. The gradients of its micro-batches add up to
+its own, whatever their size.
 
 Axis letters: B completions, T completion positions.
 """
@@ -28,26 +28,26 @@ from perl.roles.roles import Roles
 from perl.system.seeds import derived_seed
 
 MAX_GRAD_NORM = 1.0
-"""Of each role's gradient."""
+"""Maximum norm of each role's gradient."""
 METRICS = ("policy_loss", "value_loss", "entropy", "sampler_mismatch", "clip_fraction")
-"""What a micro-batch has a share of;"""
+"""The metrics to which each micro-batch adds its share."""
 MEANS = ("entropy", "sampler_mismatch")
-"""those that are means over the tokens of the minibatch."""
+"""Those of `METRICS` that are means over the minibatch's tokens."""
 
 
 class _Minibatch(NamedTuple):
-    """What an update learns from."""
+    """The data of one update."""
 
     batch: Rollout
     targets: Targets
     sizes: Sizes
     tokens: float
-    """Of all its completions, in all processes."""
+    """Number of tokens of all its completions, in all processes."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The roles that learn, their optimizer, and how a step is taken."""
+    """The trained roles, their optimizer, and the settings of an update."""
 
     roles: Roles
     algorithm: Algorithm
@@ -55,13 +55,13 @@ class Learner:
     """The policy, and the critic where there is one."""
     optimizer: torch.optim.Optimizer
     rates: list[float]
-    """The full learning rates of weights, at least one, and of heads at the end, as the optimizer's groups."""
+    """Full learning rates of the optimizer's groups: at least one for weights, then those for heads."""
     rate_shares: list[float]
-    """Of the full rates, what each step has."""
+    """The share of the full rates that each step uses."""
     epochs: int
     """Passes over a rollout."""
     minibatches: int
-    """Updates in a pass."""
+    """Updates per pass."""
     seed: int
     micro_batch_size: int
     temperature: float
@@ -70,27 +70,27 @@ class Learner:
 
     @property
     def critic(self) -> Role | None:
-        """Who gives values."""
+        """The role that predicts values, if any."""
         return Role.CRITIC if Role.CRITIC in self.trained else None
 
     @property
     def shared_head(self) -> Role | None:
-        """Whose head reads values on the policy's trunk; None where the critic has weights of its own."""
+        """The critic if it is a head on the policy's trunk; None if it has its own weights or there is none."""
         return None if self.critic is None or self.roles.weights(self.critic) else self.critic
 
     def learning_rate(self, step: int) -> float:
-        """Of weights, in this step."""
+        """Return the learning rate of weights in this step."""
         return self.rates[0] * self.rate_shares[step]
 
     def update(self, step: int, local: Rollout, rollout: Rollout, targets: Targets) -> dict[str, float]:
-        """One update a minibatch of each pass over the rollout; returns the last one's metrics.
+        """Take one update per minibatch in each pass over the rollout; return the last update's metrics.
 
-        An update whose loss or gradient is not finite is refused: nothing has changed then, and `refused` is 1.
+        An update whose loss or gradient is not finite is refused: it changes nothing, and `refused` is 1.
 
         Args:
-            local: what this process learns from.
-            rollout: of all processes.
-            targets: of `rollout`.
+            local: this process's share of the rollout.
+            rollout: the rollout of all processes.
+            targets: the targets of `rollout`.
         """
         if self.algorithm.reset_optimizer:
             reset(self.optimizer)
@@ -102,7 +102,7 @@ class Learner:
         mismatch: float | None = None
         for minibatch in self._minibatches(step, whole):
             sums = self._read(minibatch, self._gradients(minibatch))
-            # Only before the first update is the policy the one that sampled: there they must agree.
+            # Policy and sampler must agree only before the first update, while the policy is the one that sampled.
             mismatch = sums["sampler_mismatch"] if mismatch is None else mismatch
             if not self._optimize(step, sums, region):
                 sums["refused"] = 1.0
@@ -112,7 +112,7 @@ class Learner:
         return sums | held | {"sampler_mismatch": mismatch, "learning_rate": self.learning_rate(step)}
 
     def _minibatches(self, step: int, whole: _Minibatch) -> Iterator[_Minibatch]:
-        """What each update of a step learns from, of this process's completions; sizes are all processes'."""
+        """Yield each update's share of this process's completions, with the sizes over all processes."""
         count, everyone = len(whole.batch.texts), self.roles.engine.processes.all_reduce_sum
         for epoch in range(self.epochs):
             if self.minibatches == 1:
@@ -128,7 +128,7 @@ class Learner:
                 yield _Minibatch(batch, targets, sizes, everyone(_tokens(batch)))
 
     def _gradients(self, minibatch: _Minibatch) -> list[Tensor]:
-        """Accumulate the gradients of a minibatch, of all processes; of each micro-batch `METRICS`."""
+        """Accumulate a minibatch's gradients over all processes; return `METRICS` of each micro-batch."""
         found = []
         for rows in micro_batches(minibatch.batch, self.micro_batch_size):
             batch = trim(minibatch.batch, rows)
@@ -139,12 +139,12 @@ class Learner:
         return found
 
     def _read(self, minibatch: _Minibatch, found: list[Tensor]) -> dict[str, float]:
-        """Clip the gradients; the metrics of a minibatch, of all processes.
+        """Clip the gradients and return the metrics of a minibatch over all processes.
 
-        The host asks a GPU for all of them at once, as each time it waits.
+        All values are read from a GPU at once, because each read makes the host wait.
 
         Args:
-            found: by `_gradients`.
+            found: the result of `_gradients`.
         """
         groups = [self.roles.parameters_of(role) for role in self.trained]
         norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM) for group in groups])
@@ -158,7 +158,7 @@ class Learner:
         return sums
 
     def _trust_region(self, local: Rollout, targets: Targets) -> TrustRegion | None:
-        """What holds this step, where the algorithm has a limit; `targets` are of `local`."""
+        """Return the trust region of this step, if the algorithm has one; `targets` belong to `local`."""
         if self.algorithm.trust_region is None:
             return None
         return TrustRegion(
@@ -174,7 +174,7 @@ class Learner:
         )
 
     def _accumulate(self, batch: Rollout, targets: Targets, sizes: Sizes) -> Tensor:
-        """Add the gradients of one micro-batch; its share of `METRICS`, fp64."""
+        """Add the gradients of one micro-batch; return its share of `METRICS`, fp64."""
         read = partial(
             self.roles,
             ids_BL=batch.ids_BL,
@@ -209,13 +209,13 @@ class Learner:
         return torch.stack([found[name].detach().double() for name in METRICS])
 
     def _optimize(self, step: int, sums: dict[str, float], region: TrustRegion | None) -> bool:
-        """Take the step; whether loss and gradients were finite."""
+        """Take the optimizer's step if loss and gradients are finite; return whether they were."""
         finite = all(math.isfinite(sums[name]) for name in ("grad_norm", "policy_loss", "value_loss"))
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
                 group["lr"] = rate * self.rate_shares[step]
             if region is not None and self.algorithm.direction == "natural":
-                # Without gradients the policy is left alone by the optimizer.
+                # Taking the gradients makes the optimizer skip the policy.
                 region.natural_step(take_gradient(region.parameters), self.rate_shares[step])
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,7 +227,7 @@ def _tokens(batch: Rollout) -> float:
 
 
 def _sizes(batch: Rollout, targets: Targets, longest: int) -> Sizes:
-    """What the losses of these completions are divided by; at least 1, as some may be learned from by nobody."""
+    """Return the divisors of these completions' losses; at least 1, because there may be no tokens to train on."""
     if targets.learned_BT is None:
         tokens, completions = _tokens(batch), float(sum(length > 0 for length in batch.completion_lengths))
     else:
@@ -237,22 +237,22 @@ def _sizes(batch: Rollout, targets: Targets, longest: int) -> Sizes:
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer forget its moments, so that its next step is as its first; a sharded one has one inside."""
+    """Reset an optimizer's moments, so that its next step is like its first; sharded optimizers wrap another."""
     for one in (optimizer, getattr(optimizer, "optim", optimizer)):
         one.state.clear()
 
 
 def learning_rate_shares(name: str, warmup_ratio: float, steps: int) -> list[float]:
-    """What each step's rate is of the full one, by transformers' schedule of that name.
+    """Return each step's share of the full learning rate, by transformers' schedule of that name.
 
-    Worked out once and read by the step's number, so that there is no state to save.
+    The shares are computed once and indexed by step, so that there is no scheduler state to save.
     """
     warmup = round(warmup_ratio * steps)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup + 1, num_training_steps=steps + 1)
     shares = []
     for _ in range(steps):
-        optimizer.step()  # without a gradient it changes nothing; a schedule wants to come after it
+        optimizer.step()  # changes nothing without a gradient; the schedule expects to be called after it
         schedule.step()
         shares.append(float(schedule.get_last_lr()[0]))
     return shares

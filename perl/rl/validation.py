@@ -1,4 +1,4 @@
-"""The policy judged on validation prompts every few steps, to keep the best one and not the last."""
+"""Validation of the policy every few steps, so that the best one is kept instead of the last."""
 
 import statistics
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from perl.runs.validation import Validation
 
 @dataclass(frozen=True)
 class PolicyValidation:
-    """Who judges the policy, on what; always with the same draws.
+    """Validation of the policy, always with the same random numbers.
 
     Attributes:
-        collector: with the reward that judges.
-        judge: the gold judge, where it is the one that chooses.
-        kl_weight: what a nat of KL to the reference costs, in standard deviations of the reward; 0 where another
-            reward judges than the one that is trained on.
-        found: what it came to.
+        collector: the collector with the validating reward.
+        judge: the gold judge, if it is the one that chooses.
+        kl_weight: cost of one nat of KL to the reference, in standard deviations of the reward; 0 if the
+            validating reward is not the one that is trained on.
+        found: the results so far.
     """
 
     collector: Collector
@@ -30,16 +30,18 @@ class PolicyValidation:
     found: Validation
 
     def check(self, step: int, steps: int, reward_std: float) -> dict[str, float]:
-        """The validation after a step, if one is due, as a metric.
+        """Validate after a step, if validation is due, and return the value as a metric.
 
         Args:
-            reward_std: a standard deviation of the reward, as training sees it now.
+            reward_std: current standard deviation of the training reward.
         """
         if not self.found.due(step, steps):
             return {}
         metrics = evaluate_policy(self.collector, Role.POLICY, self.prompts, self.judge)
         worth = statistics.fmean(metrics["reward" if self.judge is None else "gold"])
-        if not self.found.unit:  # one for all, or steps could not be compared; 0 before rewards have differed
+        if (
+            not self.found.unit
+        ):  # one unit for all steps, so that they are comparable; 0 until rewards have differed
             self.found.unit = reward_std
         worth -= self.kl_weight * self.found.unit * statistics.fmean(metrics["kl"])
         self.found.values[step] = worth

@@ -1,6 +1,6 @@
-"""Rewards of completions that are given as text, whoever wrote them.
+"""Rewards of completions that are given as text, from any source.
 
-Axis letters: B completions, T completion positions, L those of prompts and completions.
+Axis letters: B completions, T completion positions, L positions of prompt and completion.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from perl.rl.samplers.base import Samples
 
 @dataclass(frozen=True)
 class Written:
-    """A completion as text, without its end token; `ended`: whether there was one."""
+    """A completion as text, without its end token; `ended` says whether it had one."""
 
     prompt: Prompt
     text: str
@@ -25,7 +25,7 @@ class Written:
 
 
 def rewards_of(collector: Collector, written: Sequence[Written]) -> list[float]:
-    """The collector's reward of each text, tokenized as its own base writes completions."""
+    """Return the collector's reward of each text, tokenized like completions of its base."""
     rewards: list[float] = []
     for start in range(0, len(written), EVAL_BATCH):
         part = written[start : start + EVAL_BATCH]
@@ -35,7 +35,7 @@ def rewards_of(collector: Collector, written: Sequence[Written]) -> list[float]:
 
 
 def _samples(collector: Collector, written: Sequence[Written]) -> Samples:
-    """The texts as tokens; what nobody drew has log-probs of 0."""
+    """Return the texts as tokens; they were not sampled, so their log-probs are 0."""
     prompts, completions = [], []
     for one in written:
         speaker: Speaker = "text" if one.prompt.context[-1].speaker == "text" else "agent"

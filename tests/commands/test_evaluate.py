@@ -73,7 +73,7 @@ def test_answers_that_it_learned_from_do_not_count(trained: Path, run_cli: RunCl
     assert card["n"] == 72
     assert card["seen_in_training"] == 60
     assert not card["verdict"]["fit"]
-    assert "60 of these 72 answers are of dialogues it was trained on" in card["verdict"]["reasons"][0]
+    assert "60 of these 72 answers are from dialogues it was trained on" in card["verdict"]["reasons"][0]
 
 
 def test_answers_that_say_nearly_what_it_learned_from_do_not_count(
@@ -127,8 +127,8 @@ def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("shuffled", "no better than a coin"),
-        ("constant", "no better than a coin: AUROC 0.50 (0.50 to 0.50)"),
+        ("shuffled", "no better than chance"),
+        ("constant", "no better than chance: AUROC 0.50 (0.50 to 0.50)"),
         ("length", "It only counts length"),
     ],
 )

@@ -56,9 +56,9 @@ def by_shuffled_labels(data: Made) -> Floats:
 
 
 IMPOSTORS: dict[str, tuple[Callable[[Made], Floats], str]] = {
-    "constant": (lambda data: np.full(1000, 1.7), "no better than a coin: AUROC 0.50"),
-    "almost constant": (lambda data: 1.7 + (np.arange(1000) == 3), "no better than a coin"),
-    "shuffled labels": (by_shuffled_labels, "no better than a coin"),
+    "constant": (lambda data: np.full(1000, 1.7), "no better than chance: AUROC 0.50"),
+    "almost constant": (lambda data: 1.7 + (np.arange(1000) == 3), "no better than chance"),
+    "shuffled labels": (by_shuffled_labels, "no better than chance"),
     "length": (lambda data: (lengths(data.held_out) - 50) / 10, "It only counts length (correlation +1.00"),
     "bent length": (lambda data: np.log(lengths(data.held_out)), "It only counts length"),
     "noisy length": (
@@ -123,11 +123,11 @@ def test_scores_bent_out_of_shape_are_not_calibrated(data: Made, baseline: Tfidf
 def test_training_dialogues_are_not_held_out(data: Made, baseline: TfidfScores) -> None:
     found = card_of(2 * data.quality, data, baseline, seen=40).verdict
     assert not found.fit
-    assert found.reasons[0].startswith("40 of these 1,000 answers are of dialogues it was trained on")
+    assert found.reasons[0].startswith("40 of these 1,000 answers are from dialogues it was trained on")
     # A published test part repeats a few rows of the training part: that is said, and decides nothing.
     found = card_of(2 * data.quality, data, baseline, seen=10).verdict
     assert found.fit
-    assert found.reasons[0].endswith("dialogues it was not trained on, but for 10 that it has seen, or nearly.")
+    assert found.reasons[0].endswith("dialogues it was not trained on, except for 10 that it has seen, or nearly.")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_pairs_alone() -> None:
     few = replace(answers, labels=[True] * 20 + [False] * 20, pairs=[(n, 20 + n) for n in range(20)])
     few = RatedRows(**{name: getattr(few, name)[:40] if name != "gold" else None for name in vars(few)})
     card = reward_model_card([0.0] * 40, few, TfidfScores(np.zeros(40), 1, 1))
-    assert "of pairs there are 20" in card.verdict.reasons[0]
+    assert "there are 20 pairs" in card.verdict.reasons[0]
 
 
 def test_pairs_beside_ratings(data: Made, baseline: TfidfScores) -> None:

@@ -202,7 +202,7 @@ def make_reward_model_card() -> dict[str, Any]:
             "of_rows": 5000,
         },
         "mistakes": {"downs_scored_high": [mistake], "ups_scored_low": []},
-        "verdict": {"fit": True, "reasons": ["It ranks better than a coin: AUROC 0.90 (0.88 to 0.92)."]},
+        "verdict": {"fit": True, "reasons": ["It ranks better than chance: AUROC 0.90 (0.88 to 0.92)."]},
     }
 
 

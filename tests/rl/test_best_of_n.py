@@ -66,8 +66,8 @@ def test_a_run_reports_best_of_n_beside_its_policy(
     assert [one["kl"] for one in found["best_of_n"]] == pytest.approx([math.log(2) - 0.5, math.log(4) - 0.75])
     assert found["best_of_n"][0]["reward"] <= found["best_of_n"][1]["reward"]
     assert found["best_of_n"][0]["rl_reward"] == pytest.approx(found["reward_after"])
-    assert "Against the best of 2 completions by the policy before RL" in " ".join(text.split())
-    assert "Against the best of 2 completions" in (out / "report.html").read_text()
+    assert "Compared with the best of 2 completions before RL" in " ".join(text.split())
+    assert "Compared with the best of 2 completions" in (out / "report.html").read_text()
     code, text = run_cli("run", write_recipe(reward=None), "--out", tmp_path / "off", "rl.best_of_n=0")
     assert code == 0, text
     assert "best_of_n" not in json.loads((tmp_path / "off" / "report.json").read_text())["stages"]["rl"]["eval"]

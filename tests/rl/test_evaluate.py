@@ -97,7 +97,7 @@ def test_evaluate_gives_the_same_figures_and_shows_their_intervals(
         (0.0028, 0.0042, (0.001, 0.0018), "rose, 0.00280 before and 0.00420 after"),
         (0.424, 0.423, (-0.0015, -0.0005), "fell, 0.4240 before and 0.4230 after"),
         (28.0, 160.0, (90.0, 170.0), "rose, 28 before and 160 after"),
-        (1.0, 2.0, None, "was 1.0 before and 2.0 after (all prompts are of one dialogue"),
+        (1.0, 2.0, None, "was 1.0 before and 2.0 after (all prompts are from one dialogue"),
         (
             2e-6,
             5e-6,

@@ -64,5 +64,5 @@ def test_difficulties_are_all_prompts_or_none() -> None:
 
     assert easiest_first(prompts({"difficulty": 3}, {"difficulty": 1}), "here") == [1, 0]
     assert easiest_first(prompts({}, {}), "here") is None
-    with pytest.raises(UserError, match="1 of 2 prompts without a number"):
+    with pytest.raises(UserError, match="1 of 2 prompts have no number"):
         easiest_first(prompts({"difficulty": 3}, {"difficulty": "hard"}), "here")

@@ -1,1 +1,1 @@
-"""What watches that RL learns, and learns what it should."""
+"""Checks and guards that RL learns, and learns what it should."""

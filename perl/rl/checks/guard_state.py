@@ -1,4 +1,4 @@
-"""What the guards of RL know: their limits, one guard's reading of a step, and what they remember."""
+"""State of the guards of RL: their limits, one guard's reading of a step, and what they remember."""
 
 import math
 import statistics
@@ -9,40 +9,40 @@ from typing import NamedTuple
 from perl.rl.checks.alarms import Alarm
 
 WINDOW = 5
-"""Steps whose median is read."""
+"""Number of latest steps whose median is read."""
 START = 5
-"""Steps whose median is what the run started at."""
+"""Number of first steps whose median is the value at the start."""
 LEAST = -sys.float_info.max
-"""Below every reward, and a number that JSON has."""
+"""Lower than every reward, and representable in JSON."""
 NOTHING = 1.5
-"""Tokens: a completion that is hardly more than its end."""
+"""Tokens of a completion that consists of little more than its end."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where each alarm is certain; chosen on some 40 recorded runs that went well and a dozen that did not."""
+    """Limits of the alarms; chosen on some 40 recorded runs that went well and a dozen that did not."""
 
     kl: float = (
         50.0  # nats per completion; healthy runs end at 0.3 to 12, exploding ones pass 50 on the way to hundreds
     )
-    entropy: float = 0.1  # share of the start's; healthy runs keep a half and more
-    entropy_nats: float = 0.1  # nats per token, below which no reward excuses it
-    ended: float = 0.05  # share of completions that end by themselves, where at least half did at the start
-    length: float = 0.5  # share of the start's, if the reward has fallen too
-    penalized: bool = False  # whether completions without an end are penalised
-    reward: float = 2.0  # standard deviations from step to step that a fallen reward lies below its best
-    entropy_rise: float = 1.8  # share of the start's, if the reward has not risen
-    entropy_rise_nats: float = 0.25  # and by so much at least
-    mismatch: float = 1e-3  # nats per token between sampler and policy that are harmless in this dtype
-    mismatch_rise: float = 4.0  # share of the first step's mismatch
-    movement: float = 3e-3  # nats per token that the policy will have moved by at the end; less is nothing learned
-    no_movement: float = 1e-4  # less than this stops the run
-    learning_rate: float = 0.0  # of the run, from which the alarm works out a better one
-    flat: int = 10  # steps in a row whose rewards were all equal
-    flat_for_good: int = 50  # so many stop the run
-    fall: float = 4.0  # standard errors of the validation score below its best, while the reward rises
-    refused: int = 3  # updates refused in a row
-    check_every: int = 10  # steps from one validation score to the next
+    entropy: float = 0.1  # share of the value at the start; healthy runs keep half of it or more
+    entropy_nats: float = 0.1  # nats per token; below this a rise of the reward is no excuse
+    ended: float = 0.05  # share of completions that end by themselves, if at least half did at the start
+    length: float = 0.5  # share of the value at the start, if the reward has fallen too
+    penalized: bool = False  # whether completions that do not end are penalised
+    reward: float = 2.0  # distance of a fallen reward from its best, in step-to-step standard deviations
+    entropy_rise: float = 1.8  # multiple of the value at the start, if the reward has not risen
+    entropy_rise_nats: float = 0.25  # smallest rise in nats per token
+    mismatch: float = 1e-3  # harmless difference of sampler and policy in this dtype, nats per token
+    mismatch_rise: float = 4.0  # multiple of the first step's mismatch
+    movement: float = 3e-3  # predicted movement of the policy by the end, nats per token; less is nothing learned
+    no_movement: float = 1e-4  # a smaller movement stops the run
+    learning_rate: float = 0.0  # of the run; the alarm derives a better one from it
+    flat: int = 10  # consecutive steps whose rewards were all equal
+    flat_for_good: int = 50  # number of such steps that stops the run
+    fall: float = 4.0  # standard errors by which the validation score is below its best while the reward rises
+    refused: int = 3  # consecutive refused updates
+    check_every: int = 10  # steps between validation scores
 
 
 class Reading(NamedTuple):
@@ -66,7 +66,7 @@ class Series:
     first: list[float] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
     squares: float = 0.0
-    """Sum of squared differences from step to step."""
+    """Sum of squared differences between consecutive steps."""
     count: int = 0
 
     def add(self, value: float) -> None:
@@ -78,54 +78,54 @@ class Series:
 
     @property
     def now(self) -> float:
-        """The median of the last steps; NaN while there are too few."""
+        """Median of the last steps; NaN while there are too few."""
         return statistics.median(self.last) if len(self.last) > WINDOW // 2 else math.nan
 
     @property
     def start(self) -> float:
-        """The median of the first steps; NaN before they are past."""
+        """Median of the first steps; NaN until they are complete."""
         return statistics.median(self.first) if len(self.first) == START else math.nan
 
     @property
     def deviation(self) -> float:
-        """Standard deviation from step to step; of differences, so that a trend hardly shows in it."""
+        """Step-to-step standard deviation, from differences, so that a trend hardly affects it."""
         return math.sqrt(self.squares / (self.count - 1) / 2) if self.count > 1 else math.nan
 
 
 @dataclass
 class Trouble:
-    """What shows now."""
+    """A trouble that is currently visible."""
 
     since: int
     good_until: int
     grave: bool | None = None
-    """Of the alarm that was raised; None: none was."""
+    """Whether the raised alarm is grave; None: no alarm was raised."""
 
 
 @dataclass
 class Validation:
-    """The mean of the gold judge, or of the reward on held-out prompts, with its standard error."""
+    """Mean of the gold judge, or of the reward on held-out prompts, and its standard error."""
 
     mean: float
     error: float
     reward: float
-    """In training, meanwhile."""
+    """Mean training reward over the same steps."""
     step: int
 
 
 @dataclass
 class Memory:
-    """All that a guard remembers."""
+    """The whole state of a guard."""
 
     metrics: dict[str, Series] = field(default_factory=dict)
     troubles: dict[str, Trouble] = field(default_factory=dict)
     best_reward: float = LEAST
     refused: int = 0
-    """Updates in a row."""
+    """Consecutive refused updates."""
     flat: int = 0
-    """Steps in a row without a signal."""
+    """Consecutive steps without a signal."""
     gold: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    """Both since the last validation score."""
+    """Gold scores and rewards since the last validation score."""
     best: Validation | None = None
     alarms: list[Alarm] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""The validation score that the guards of RL read besides the rollouts, and what their alarms lead to.
+"""The validation score that the guards of RL read in addition to the rollouts, and the effects of their alarms.
 
-A run that a guard stopped has not failed: its last good policy is evaluated and saved as any other, and the exit
+A run that a guard stopped has not failed: its last good policy is evaluated and saved like any other, and the exit
 status is 0. Console, report and page say that it was stopped.
 """
 
@@ -18,17 +18,17 @@ from perl.roles.role import Role
 from perl.system.progress import console
 
 Mode = Literal["stop", "warn", "off"]
-"""What an alarm leads to; off: nothing is read."""
+"""Effect of an alarm; off: nothing is read."""
 VALIDATIONS = 10
-"""Of a run."""
+"""Validations per run."""
 FEWEST_STEPS = 10
-"""From one validation to the next, however short the run."""
+"""Smallest number of steps between validations, even in short runs."""
 FEWEST, MOST = 8, 64
-"""Held-out prompts of a validation; fewer would say nothing."""
+"""Held-out prompts of a validation; fewer than the minimum would show nothing."""
 
 
 def validation_interval(steps: int) -> int:
-    """Steps from one validation to the next, in a run of so many."""
+    """Return the number of steps between validations in a run of `steps` steps."""
     return max(FEWEST_STEPS, -(-steps // VALIDATIONS))
 
 
@@ -36,8 +36,8 @@ class Guarding:
     """The guard of one run.
 
     Args:
-        prompts: held-out ones, completed at each validation.
-        judged: whether a gold judge is asked about every rollout, which makes validations unnecessary.
+        prompts: held-out prompts, completed at each validation.
+        judged: whether a gold judge scores every rollout, which makes validations unnecessary.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Guarding:
         self._every = None if judged or mode == "off" or len(prompts) < FEWEST else limits.check_every
 
     def check(self, step: int) -> dict[str, float]:
-        """Every few steps, the reward of the policy's completions of held-out prompts, always drawn alike.
+        """Measure, every few steps, the reward of completions of held-out prompts, sampled with a fixed seed.
 
         It cannot show that the reward is wrong, only that what was learned on training prompts fails on others.
         """
@@ -61,7 +61,7 @@ class Guarding:
         return {"held_out": statistics.fmean(rewards), "held_out_error": error}
 
     def alarms(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
-        """Read a step's metrics and print new alarms; return those for which the run is to stop."""
+        """Read a step's metrics and print new alarms; return those that stop the run."""
         if self._mode == "off":
             return []
         new = self.guard.check(step, metrics)
@@ -70,20 +70,20 @@ class Guarding:
         return [alarm for alarm in new if alarm.grave and self._mode == "stop"]
 
     def worth_keeping(self, step: int, steps: Sequence[int]) -> set[int]:
-        """Of the steps that have checkpoints, those that the run may have to go back to.
+        """Return the checkpointed steps to which the run may have to return.
 
         Args:
-            step: the one that is checkpointed now: trouble that shows next may have begun a window before.
+            step: the step that is checkpointed now; trouble that shows next may have begun a window earlier.
         """
         needed = {*self.guard.needed, max(0, step - WINDOW)}
         return {last_good(good_until, steps) for good_until in needed} if steps else set()
 
     def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
-        """All alarms for the report.
+        """Return all alarms for the report.
 
         Args:
             stopped_by: the alarms that ended the run.
-            remains: updates that the remaining policy has seen.
+            remains: number of updates of the policy that is kept.
         """
         return [
             Incident(**vars(alarm), action="stopped", remains=remains)

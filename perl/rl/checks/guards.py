@@ -1,11 +1,11 @@
-"""Guards: they read the metrics of each step, and say when training has gone wrong and until when it was right.
+"""Guards: they read the metrics of each step and say when training has gone wrong and until when it was good.
 
 A guard reads the median of the last `WINDOW` steps, so that three bad steps of five count and a single one does
-not. It has two marks: at the first the trouble shows, at the second it is certain and raises an alarm. The policy
-was right before the first. Most marks are shares of the first `START` steps' median, because an entropy that is
-collapse for one model is normal for another.
+not. It has two thresholds: at the first the trouble shows, at the second it is certain and raises an alarm. The
+policy was good before the first. Most thresholds are relative to the median of the first `START` steps, because an
+entropy that means collapse for one model is normal for another.
 
-A step's metrics are of the policy before that step's update.
+A step's metrics describe the policy before that step's update.
 """
 
 import math
@@ -18,12 +18,12 @@ from perl.rl.checks.guard_state import NOTHING, WINDOW, Limits, Memory, Reading,
 from perl.system.typed_json import as_json, made
 
 AIM = 0.1
-"""Nats per token that a policy should move by in a run, for the learning rate that an alarm proposes."""
+"""Intended movement of the policy in a run, nats per token, from which an alarm proposes a learning rate."""
 LARGEST_RATE = 1e-2
 
 
 class Guard:
-    """Watches the metrics of a run; a resumed run alarms as one that was not interrupted."""
+    """Watches the metrics of a run; a resumed run raises the same alarms as an uninterrupted one."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -35,7 +35,7 @@ class Guard:
 
     @property
     def needed(self) -> set[int]:
-        """For each trouble that may become an alarm: the updates until which all was right."""
+        """The numbers of updates until which all was good, one for each trouble that may become an alarm."""
         best = [] if self._memory.best is None else [self._memory.best.step - 1]
         return {*(trouble.good_until for trouble in self._memory.troubles.values()), *best}
 
@@ -46,8 +46,8 @@ class Guard:
             step: counted from 1.
             metrics: `kl` (nats per completion), `entropy`, `sampler_mismatch` (nats per token), `ended` (share),
                 `answer_tokens`, `reward`, `score`; `gold`, or `held_out` and its standard error `held_out_error`,
-                where there are; `movement_at_the_end` (nats per token) where it was measured; `refused` if the
-                update was, `no_signal` if there was none to make. What is missing or not finite is passed over.
+                if available; `movement_at_the_end` (nats per token) if it was measured; `refused` if the update
+                was refused, `no_signal` if there was no update to make. Missing and non-finite values are skipped.
         """
         memory, new = self._memory, []
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
@@ -58,7 +58,7 @@ class Guard:
                 memory.troubles.pop(reading.name, None)
                 continue
             trouble = memory.troubles.setdefault(reading.name, Trouble(reading.since, reading.good_until))
-            if reading.name == "no_signal":  # without one no update is made: the newest policy is good
+            if reading.name == "no_signal":  # no update was made, so the newest policy is good
                 trouble.good_until = step
             if reading.certain and (trouble.grave is None or (reading.grave and not trouble.grave)):
                 trouble.grave = reading.grave
@@ -77,7 +77,7 @@ class Guard:
         return self._memory.metrics.get(name, Series())
 
     def _readings(self, step: int, metrics: dict[str, float]) -> Iterator[Reading]:
-        since = max(1, step - WINDOW + 1)  # the median may be late by that much
+        since = max(1, step - WINDOW + 1)  # the median may lag by that much
         for reading in self._of_medians():
             yield reading._replace(since=since, good_until=max(0, since - 2))
         for reading in self._of_this_step(metrics):
@@ -92,7 +92,7 @@ class Guard:
 
         entropy, risen = self._series("entropy"), reward.now > reward.start + reward.deviation
         now, limit = entropy.now, limits.entropy * entropy.start
-        # A base that knew little was unsure of everything: to become sure of what scores better is to learn.
+        # A weak base is unsure of everything: becoming sure of what scores better is learning.
         sure = risen and now > limits.entropy_nats
         yield Reading("entropy", now, limit, entropy.start, now < 1.5 * limit, now < limit, not sure)
 
@@ -102,7 +102,7 @@ class Guard:
 
         ended = self._series("ended")
         fewer = ended.start >= 0.5 and ended.now < ended.start / 2
-        # A story need not end: where the score rises all the same, this only warns.
+        # A story need not end: if the score rises nevertheless, this only warns.
         better = score.now > score.start + score.deviation
         certain = fewer and ended.now <= limits.ended
         yield Reading("length_limit", ended.now, limits.ended, ended.start, fewer, certain, not better)
@@ -135,7 +135,7 @@ class Guard:
         )
 
     def _of_validation(self, step: int, metrics: dict[str, float]) -> Iterator[Reading]:
-        """The validation score against the best one so far, by its standard error."""
+        """Compare the validation score with the best one so far, by its standard error."""
         memory, limits = self._memory, self._limits
         memory.gold += [metrics["gold"]] if "gold" in metrics else []
         memory.rewards += [metrics["reward"]] if "reward" in metrics else []
@@ -183,5 +183,5 @@ class Guard:
 
 
 def last_good(good_until: int, steps: Sequence[int]) -> int:
-    """Of the steps that have checkpoints, the last that was still right; the first of all if none was."""
+    """Return the last checkpointed step that was still good, or the first of all if none was."""
     return max((step for step in steps if step <= good_until), default=min(steps))

@@ -1,7 +1,7 @@
-"""Whether training acts at all: what the optimizer holds, and what the first updates changed.
+"""Checks that training has an effect: what the optimizer holds, and what the first updates changed.
 
 A run whose updates change nothing looks like one that learns slowly: it ends with status 0 and a policy equal to
-its reference. So the first updates of each process are checked, tensor by tensor.
+its reference. The first updates of each process are therefore checked, tensor by tensor.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from perl.roles.shared_base import SharedBase
 from perl.runs import snapshot
 
 CHECKED_UPDATES = 2
-"""A critic's adapter first learns in the second, as its head begins at zero."""
+"""A critic's adapter first changes in the second update, because its head starts at zero."""
 SHOWN_SHARE = 0.01
-"""Of the full learning rate: at a smaller one weights need not be seen to change."""
+"""Share of the full learning rate below which weights are not required to change visibly."""
 LOOK_AGAIN = 5
-"""The policy's movement is measured after the first update, and again after this share of the steps."""
+"""The policy's movement is measured after the first update, and again after a fifth of the steps,"""
 FEWEST_STEPS = 10
-"""Or after so many steps, if that is later."""
+"""but not before this step."""
 ROWS = 8
-"""Completions that are read."""
+"""Number of completions that are read."""
 
 
 def optimizer_holds_what_learns(learner: Learner) -> Iterator[Finding]:
-    """The optimizer has exactly the parameters of the roles that learn, and these take gradients.
+    """Check that the optimizer holds exactly the trained roles' parameters, and that these require gradients.
 
-    Under an engine that works on flat copies, too: its groups hold the parameters that it copies to.
+    This also holds for an engine that works on flat copies: its groups hold the parameters that it copies to.
     """
     roles, optimizer = learner.roles, snapshot.unwrapped(learner.optimizer)
     wanted = snapshot.trained_state(roles, learner.trained)
@@ -47,52 +47,52 @@ def optimizer_holds_what_learns(learner: Learner) -> Iterator[Finding]:
     held_ids, wanted_ids = {id(one) for one in held}, {id(one) for one in wanted.values()}
     known = {id(parameter): name for name, parameter in roles.named_parameters()}
     missing = [name for name, parameter in wanted.items() if id(parameter) not in held_ids]
-    foreign = [known.get(one, "a tensor of no role, a copy perhaps") for one in held_ids - wanted_ids]
+    foreign = [known.get(one, "a tensor of no role, perhaps a copy") for one in held_ids - wanted_ids]
     frozen = [name for name, parameter in wanted.items() if not parameter.requires_grad]
     yield bugs(
         "optimizer holds what learns",
-        "trainable parameters that are not in the optimizer",
+        "trainable parameters that are missing from the optimizer",
         len(missing),
-        f"the optimizer was not given {named(missing)}, but {named(foreign) or 'nothing'} instead",
+        f"the optimizer was given {named(foreign) or 'nothing'} instead of {named(missing)}",
     )
     yield bugs(
         "optimizer holds nothing else",
-        "tensors in the optimizer that are not to be trained, or are there twice",
+        "tensors in the optimizer that should not be trained, or are in it twice",
         len(foreign) + len(held) - len(held_ids),
         f"the optimizer also trains {named(foreign) or 'a parameter twice'}",
     )
     cause = f"the adapter is not trained: {named(frozen)} does not require gradients"
-    yield bugs("takes gradients", "trainable parameters that take no gradients", len(frozen), cause)
+    yield bugs("takes gradients", "trainable parameters that do not require gradients", len(frozen), cause)
 
 
 class Liveness:
-    """Checks the first updates that this process makes.
+    """Checks of the first updates that this process makes.
 
     Args:
-        mode: of the guards: with `off` the policy's movement is not measured.
+        mode: mode of the guards; with `off` the policy's movement is not measured.
 
     Raises:
-        PreflightError: the optimizer does not hold what is to learn.
+        PreflightError: the optimizer does not hold the parameters to train.
     """
 
     def __init__(self, learner: Learner, preflight: Preflight, mode: Mode) -> None:
         self._learner, self._preflight, self._mode = learner, preflight, mode
         self.found: list[Check] | None = None
-        """What the checks after the first update found, in this process or before it was resumed."""
+        """Findings of the checks after the first update, in this process or before the run was resumed."""
         self._updates = 0
         self._look_again = max(FEWEST_STEPS, len(learner.rate_shares) // LOOK_AGAIN)
         self._rows: Rollout | None = None
-        """Some rows of the last rollout."""
+        """The first rows of the last rollout."""
         self._findings: list[Finding] = []
-        """Of the last update."""
+        """Findings of the last update."""
         self._require(optimizer_holds_what_learns(learner), "before the first update")
 
     def watch(self, step: int, rollout: Rollout, update: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Make an update from a rollout that carries a signal, and see what it changes.
+        """Make an update from a rollout that has a signal, and record what it changes.
 
         Args:
             step: counted from 0.
-            rollout: of all processes: all read the same completions.
+            rollout: the rollout of all processes, so that all read the same completions.
             update: returns the step's metrics.
 
         Raises:
@@ -113,7 +113,7 @@ class Liveness:
             self._updates += 1
             cause = f"dropout is on in the update: {named(sorted(dropout))}"
             touched = changed(frozen_before, frozen)
-            # A run that goes on near the end of its schedule makes updates that the weights' precision loses.
+            # Near the end of its schedule a resumed run makes updates below the weights' precision.
             shows = learner.rate_shares[step] >= SHOWN_SHARE
             self._findings = [
                 bugs("no dropout in the update", "dropout modules in training mode", len(dropout), cause),
@@ -122,19 +122,19 @@ class Liveness:
                     "frozen roles unchanged",
                     "tensors of frozen roles that have changed",
                     len(touched),
-                    f"a frozen role was trained, or written over: {named(touched)}",
+                    f"a frozen role was trained or overwritten: {named(touched)}",
                 ),
             ]
         return metrics
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Require what the first updates have to do; return the policy's movement, where it is measured.
+        """Check the effects of the first updates; return the policy's movement at the steps where it is measured.
 
         Args:
             step: counted from 1.
 
         Raises:
-            PreflightError: the update did not do what it should, or the sampler does not follow the policy.
+            PreflightError: the update did not have the expected effect, or the sampler does not follow the policy.
         """
         first = False
         if self._findings:
@@ -154,15 +154,15 @@ class Liveness:
         return require(findings, when, self._preflight.where, quiet=True)
 
     def _sampled_by_the_policy(self, rollout: Rollout) -> Iterator[Finding]:
-        """The rollout's own log-probs moved as the policy's did in the first update."""
+        """Check that the rollout's own log-probs moved as the policy's did in the first update."""
         policy = against_the_reference(self._preflight.collector, rollout)
-        words = "what the rollout's log-probs miss of the policy's first movement, as a share"
+        words = "share of the policy's first movement that the rollout's log-probs miss"
         yield from moves_alike("rollout by the policy", words, policy, self._preflight.noise(rollout))
 
     def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
-        """Each role that learns has changed: its weights in at least one module, and its head."""
+        """Check that each trained role has changed: its weights in at least one module, and its head."""
         roles, trained = self._learner.roles, self._learner.trained
-        # In a whole model every tensor stands for itself.
+        # In a whole model every tensor counts as its own module.
         module_of = roles.adapter.module_of if isinstance(roles, SharedBase) else str
         unchanged = set(before) - set(changed(before, snapshot.trained_state(roles, trained)))
         for role in trained:
@@ -171,19 +171,17 @@ class Liveness:
             if weights and (role is not Role.CRITIC or self._updates > 1):
                 modules = {module_of(name) for name in weights}
                 still = modules - {module_of(name) for name in weights if name not in unchanged}
-                words = f"modules of the {role} that are as they were"
+                words = f"unchanged modules of the {role}"
                 cause = _why_unchanged(weights, gradients, rate)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
             if heads:
-                words = f"tensors of the {role}'s head that are as they were"
+                words = f"unchanged tensors of the {role}'s head"
                 cause = _why_unchanged(heads, gradients, rate)
                 yield Finding(f"{role}'s head learns", words, len(unchanged & set(heads)), 0, cause)
         if isinstance(roles, SharedBase):
             still_ranks = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
-            cause = "the rank is truncated: part of the adapter's factors takes part in nothing"
-            yield bugs(
-                "all ranks learn", "ranks of the policy's adapter that are as they were", still_ranks, cause
-            )
+            cause = "the rank is truncated: part of the adapter's factors is never used"
+            yield bugs("all ranks learn", "unchanged ranks of the policy's adapter", still_ranks, cause)
 
 
 def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: float) -> str:
@@ -193,7 +191,7 @@ def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: flo
     if largest == 0:
         return "the adapter or head is not trained: its gradient is zero everywhere. This is a bug."
     return (
-        f"there is a gradient (largest element {largest:.1g}), and the update at learning rate {rate:.1g} is "
+        f"there is a gradient (largest element {largest:.1g}), but the update at learning rate {rate:.1g} is "
         "lost: the rate is too small for the weights' precision (raise rl.learning_rate), or the optimizer "
         "works on copies."
     )
@@ -201,7 +199,7 @@ def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: flo
 
 @contextlib.contextmanager
 def _gradients(parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the largest gradient of each parameter is noted as it comes; those that get none are left out."""
+    """Record the largest gradient of each parameter inside the block; parameters without one are left out."""
     largest: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for name, parameter in parameters.items():
@@ -218,7 +216,7 @@ def _gradients(parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _dropout(roles: Roles) -> Iterator[set[str]]:
-    """Inside, the dropout modules are noted that are on in a pass with gradients."""
+    """Record the dropout modules that are active in passes with gradients inside the block."""
     modules = {name: module for name, module in roles.named_modules() if isinstance(module, nn.Dropout)}
     on: set[str] = set()
 

@@ -1,10 +1,10 @@
-"""How far the policy has moved from its reference, measured below rounding.
+"""Movement of the policy from its reference, measured below rounding.
 
-A first update moves a token's log-prob by less than what bfloat16 rounds away. So the adapter's change is
-magnified until the log-probs move by far more, and their movement is divided by the magnification: the log-probs
-are nearly linear in so small a change.
+The first update moves a token's log-prob by less than bfloat16's rounding. The adapter's change is therefore
+magnified until the log-probs move by far more, and their movement is divided by the magnification, because the
+log-probs are nearly linear in such a small change.
 
-Axis letters: B completions, T positions in them.
+Axis letters: B completions, T completion positions.
 """
 
 import math
@@ -22,26 +22,26 @@ from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 
 NATS = 0.1
-"""A movement that needs no magnification; five times it is no longer linear."""
+"""A movement that needs no magnification; above five times this value it is no longer linear."""
 MOST = 1e6
-"""By what a magnification grows at once."""
+"""Largest factor by which the magnification grows at once."""
 TRIES = 10
 DECADES = tuple(10.0**power for power in range(9))
-"""Magnifications of what cannot move the policy far."""
+"""Magnifications for adapters that cannot move the policy far."""
 FEWEST_STEPS = 10.0
-"""The movement of a shorter run is extrapolated to so many steps."""
+"""The movement of a shorter run is extrapolated to this many steps."""
 
 
 def policy_movement(collector: Collector, samples: Samples) -> float:
-    """Mean absolute difference of the policy's log-probs from the reference's, nats per token; the main process's.
+    """Return the main process's mean absolute difference of policy and reference log-probs, nats per token.
 
-    Of whole models, which are not magnified, it includes what rounding makes of a change.
+    Whole models are not magnified; their movement includes rounding.
     """
     reference_BT = collector.log_probs(collector.roles.reference, samples)
     weights, starts = collector.roles.weights(Role.POLICY), _starts(collector.roles)
 
     def magnified(factor: float) -> float:
-        """How far the policy would have moved, had its adapter moved so many times as far."""
+        """Return how far the policy would have moved if its adapter had moved `factor` times as far."""
         with restored(weights[name] for name in starts) as parts:
             for start, part in zip(starts.values(), parts, strict=True):
                 part.copy_(start + factor * (part - start))
@@ -52,7 +52,7 @@ def policy_movement(collector: Collector, samples: Samples) -> float:
 
 
 def below_rounding(magnified: Callable[[float], float]) -> float:
-    """How far an adapter has moved the policy, nats per token, by how far it would have, had it been magnified."""
+    """Return how far an adapter has moved the policy, nats per token, from its movement under magnification."""
     moved, factor = magnified(1.0), 1.0
     farthest = moved
     for _ in range(TRIES):
@@ -65,10 +65,10 @@ def below_rounding(magnified: Callable[[float], float]) -> float:
 
 
 def _steadiest(magnified: Callable[[float], float]) -> float:
-    """The movement of an adapter that cannot move the policy by `NATS`, however much it is magnified.
+    """Return the movement of an adapter that cannot move the policy by `NATS`, however much it is magnified.
 
-    A prefix is behind a gate, tanh(g), which goes up to 1. Over its factor a magnified movement falls while
-    rounding is most of it, is steady where it is linear, and falls again beyond: it is read where it is steadiest.
+    A prefix, for example, is behind a gate tanh(g), which is at most 1. The movement divided by the factor falls
+    while rounding dominates, is steady in the linear range, and falls again above it; the steadiest value is used.
     """
     moved = [magnified(factor) / factor for factor in DECADES]
     pairs = [pair for pair in pairwise(moved) if min(pair) > 0]
@@ -76,7 +76,7 @@ def _steadiest(magnified: Callable[[float], float]) -> float:
 
 
 def _starts(roles: Roles) -> dict[str, Tensor | float]:
-    """What the policy's adapter began as: the reference's, or on a bare base what a new one has by definition."""
+    """Return the policy adapter's start: the reference's, or on a bare base a new adapter's initial values."""
     if not isinstance(roles, SharedBase):
         return {}
     reference = roles.weights(roles.reference)
@@ -88,10 +88,10 @@ def _starts(roles: Roles) -> dict[str, Tensor | float]:
 
 
 def at_the_end(moved: float, rate_shares: list[float], steps: int) -> float:
-    """Extrapolates a movement to the end of the run, as if every step went as far and the same way.
+    """Extrapolate a movement to the end of the run, as if every step went equally far in the same direction.
 
     Args:
-        moved: nats per token.
+        moved: movement after `steps` steps, nats per token.
         rate_shares: each step's learning rate, as a share of the full one.
     """
     return moved / max(sum(rate_shares[:steps]), 1e-9) * max(sum(rate_shares), FEWEST_STEPS)

@@ -1,8 +1,9 @@
-"""Parameters changed for a moment by a known amount, to see who computes with them.
+"""Temporary perturbation of parameters by a known amount, to find out who computes with them.
 
-An update of training is smaller than the rounding of a bfloat16 base, and where RL starts from the bare base all
-roles are equal: a stale sampler, or one that computes as another role, cannot be seen there. A perturbation of the
-parameters is as large as it has to be. Afterwards they are the same bytes again.
+A training update is smaller than the rounding of a bfloat16 base, and if RL starts from the bare base all roles
+are
+equal: a stale sampler, or one that computes as another role, would go unnoticed. A perturbation is as large as
+necessary, and afterwards the parameters are restored to the byte.
 """
 
 import contextlib
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 2**22
-"""Elements of a tensor above which only `PART` of them are perturbed and kept; most adapters have fewer."""
+"""Tensors with more elements are perturbed and saved only in their first `PART`; most adapters have fewer."""
 PART = 4096
 
 
 @contextlib.contextmanager
 def restored(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Yield the parameters' data to be changed in place; afterwards they are the bytes that they were."""
+    """Yield the parameters' data, which may be changed in place, and restore them to the byte afterwards."""
     parameters = list(parameters)
     parts = [part_of(parameter) for parameter in parameters]
     kept = [part.clone() for part in parts]
@@ -27,16 +28,16 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
         yield parts
     finally:
         for parameter, before in zip(parameters, kept, strict=True):
-            part_of(parameter).copy_(before)  # found anew: packing for sampling gives a weight another storage
+            part_of(parameter).copy_(before)  # anew: packing for sampling replaces a weight's storage
 
 
 @contextlib.contextmanager
 def perturbed(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]:
-    """Inside, noise is added to the parameters; the same in all processes, and each time.
+    """Add noise to the parameters inside the block; the same noise in all processes and every time.
 
     Args:
-        size: the noise's standard deviation, as a share of each tensor's root mean square, or of what a new tensor
-            of its width would have, if that is more (LoRA's B starts at zero).
+        size: standard deviation of the noise, as a share of each tensor's root mean square or of that of a newly
+            initialised tensor of its width, whichever is larger (LoRA's B starts at zero).
     """
     with restored(parameters) as parts:
         for seed, part in enumerate(parts):
@@ -48,6 +49,6 @@ def perturbed(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]
 
 
 def part_of(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that may be perturbed: all of it, or of a large one the first elements, flat."""
+    """Return the part of a parameter that may be perturbed: all of it or, if large, its first elements, flat."""
     data = parameter.data
     return data if data.numel() <= LARGE or not data.is_contiguous() else data.view(-1)[:PART]

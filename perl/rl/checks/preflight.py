@@ -1,6 +1,6 @@
-"""Preflight: before the first update, do the parts fit together? Each check is a value and its limit.
+"""Preflight: checks before the first update that the parts fit together, each a value and its limit.
 
-A fault between the stages raises nothing: RL trains on noise for hours. A few completions show it.
+A fault between the stages raises no error: RL trains on noise for hours. A few completions reveal it.
 
 Axis letters: B completions, T completion positions.
 """
@@ -35,14 +35,14 @@ from perl.roles.role import Role
 from perl.roles.score_terms import ScoredRows
 
 COMPLETIONS = 8
-"""Completions that are read, at most."""
+"""Maximum number of completions that are read."""
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far scores equal by arithmetic may lie apart, by the base's dtype."""
+"""Allowed difference of mathematically equal scores, by the base's dtype."""
 KL_LIMIT = 1e-3
-"""Nats per completion, before the first update: policy and reference are the same numbers then."""
+"""Nats per completion, before the first update, when policy and reference have the same weights."""
 
 EarlierStages = Callable[[Samples, bool], Iterator[Finding]]
-"""Whether earlier stages left what they trained; told whether this is checked again."""
+"""Checks that the results of earlier stages are intact; the second argument is `again` of `Preflight.check`."""
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Preflight:
     """The checks of one run.
 
     Args:
-        prompts: of which a few are completed; `COMPLETIONS` at most.
+        prompts: the prompts that are completed, at most `COMPLETIONS`.
         where: the run folder, for messages.
-        earlier_stages: what only the stages can check.
+        earlier_stages: checks that only the stages can make.
 
     Attributes:
-        apart: by how much sampler and forward pass differed before the first update, nats per token.
+        apart: difference of sampler and forward pass before the first update, nats per token.
     """
 
     collector: Collector
@@ -65,21 +65,21 @@ class Preflight:
     apart: float = field(default=0.0, init=False)
 
     def noise(self, samples: Samples) -> float:
-        """Nats per token by which two right computations of these log-probs may differ.
+        """Return how far two correct computations of these log-probs may differ, nats per token.
 
         Large adapters round in every layer, which the embeddings' rounding does not show.
         """
         return max(rounding_noise(self.collector, samples), self.apart)
 
     def check(self, again: bool = False) -> list[Check]:
-        """Check before the first update, a line each on the console; return what was found.
+        """Run the checks, with one console line each, and return the findings.
 
         Args:
-            again: after the first update, when the roles differ: what can only be so before it is left out, and
-                only what fails is printed.
+            again: run after the first update, when the roles differ: checks that hold only before it are left
+                out, and only failures are printed.
 
         Raises:
-            PreflightError: a check failed; it names the cause that it looks like.
+            PreflightError: a check failed; the message names the likely cause.
         """
         generator = torch.Generator(self.collector.roles.device).manual_seed(self.collector.seed)
         samples = self.collector.draw(Role.POLICY, self.prompts, generator)
@@ -87,7 +87,7 @@ class Preflight:
         return require(self._checks(samples, again), when, self.where, quiet=again)
 
     def _checks(self, samples: Samples, again: bool) -> Iterator[Finding]:
-        """The checks that this recipe allows, in the order of what rests on what."""
+        """Yield the checks that this recipe allows, in the order of their dependencies."""
         collector, roles = self.collector, self.collector.roles
         base = base_unchanged(roles)
         yield base
@@ -108,19 +108,20 @@ class Preflight:
             *follows_the_policy(collector, self.prompts, noise),
         ]
         after = base_unchanged(roles)
-        if base.passed and not after.passed:  # by what was sampled just now: the cause of all else
+        if base.passed and not after.passed:  # sampling changed the base: the cause of all else
             yield after
         yield from under_perturbation
         if again:
-            words = "what the sampler's log-probs miss of the policy's first movement, as a share"
+            words = "share of the policy's first movement that the sampler's log-probs miss"
             policy = against_the_reference(collector, samples)
             yield from moves_alike("sampler moved as the policy", words, policy, noise)
 
 
 def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samples) -> Finding:
-    """The reward is read at each completion's last token, of the kind that it was trained to be read at.
+    """Check that the reward is read at each completion's last token, the end token of its own training.
 
-    Where a completion ended with another of the end tokens, that one stands there instead (`with_written_end`).
+    If a completion ended with another end token, the reward reads the token of its training instead
+    (`with_written_end`).
     """
     chat, reward, sampling = collector.chat, collector.reward, collector.sampling
     ends = [chat.ends(prompt.context) for prompt in prompts.prompts]
@@ -135,14 +136,14 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
             for ids in (sampling.end_ids, ends[0])
         )
         cause = (
-            f"a wrong chat template or end-of-turn token: completions here end with {sampled or 'nothing'}, those "
-            f"that the reward was trained on end with {trained}."
+            f"wrong chat template or end-of-turn token: completions here end with {sampled or 'nothing'}, those "
+            f"on which the reward was trained end with {trained}."
         )
     else:
         found = (_read_elsewhere(collector, model, prompts, samples, ends[0]) for model in reward.models)
         elsewhere = max(found, default=0)
-        cause = "padding on the wrong side: the score is read at a padding token, or at a token before the end."
-    words = f"of {len(completions)} completions, those whose reward is not read at their last token"
+        cause = "padding is on the wrong side: the score is read at a padding token, or at a token before the end."
+    words = f"completions of {len(completions)} whose reward is not read at their last token"
     return Finding("read at the end", words, elsewhere, 0.0, cause)
 
 
@@ -150,9 +151,9 @@ def read_at_the_end(collector: Collector, prompts: EncodedPrompts, samples: Samp
 def _read_elsewhere(
     collector: Collector, model: RewardModel, prompts: EncodedPrompts, samples: Samples, ends: tuple[int, ...]
 ) -> int:
-    """Completions whose score is not the head's on their last token's hidden state, each read alone.
+    """Return the number of completions whose score differs from the head's at their last token, each read alone.
 
-    With the terms of a head that has any.
+    The expected score includes the head's terms, if it has any.
     """
     roles, elsewhere = collector.roles, 0
     completions = with_written_end(samples, ends).completions()
@@ -174,10 +175,10 @@ def _read_elsewhere(
 
 
 def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Finding:
-    """The log-probs that the sampler drew with are those of a forward pass over the completions.
+    """Check that the sampler's log-probs equal those of a forward pass over the completions.
 
     Args:
-        noise: nats per token that rounding makes of a pass.
+        noise: effect of rounding on a pass, nats per token.
     """
 
     def off(log_probs_BT: Tensor) -> float:
@@ -186,12 +187,12 @@ def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Fin
     figure = off(collector.log_probs(Role.POLICY, samples))
     limit = max(CLOSE_LOG_PROBS[collector.dtype], 2 * noise)
     cause = "" if figure <= limit else _why_not_as_read(collector, off, samples, figure / 2)
-    words = "the sampler's log-probs against a forward pass over its completions, mean difference a token"
+    words = "the sampler's log-probs against a forward pass over its completions, mean difference per token"
     return Finding("sampled as read", words, figure, limit, cause)
 
 
 def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], samples: Samples, enough: float) -> str:
-    """What brings the forward pass closer to the sampler: less than `enough` nats per token apart."""
+    """Return the cause, by what brings the forward pass within `enough` nats per token of the sampler."""
     temperature = collector.sampling.temperature
     fitted, _ = fitted_temperature(collector, samples)
     others = [temperature * 2 ** (power / 4) for power in range(-8, 9) if power]
@@ -201,30 +202,30 @@ def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], sampl
     if gaps[nearest] < enough:
         return another_temperature(nearest, temperature)
     if off(_alone(collector, samples, temperature)) < enough:
-        return "rows read alone agree, rows read together do not: padding on the wrong side, or positions."
+        return "rows read alone agree, but not rows read together: wrong padding side or wrong positions."
     for role in sorted(collector.roles.roles - {Role.POLICY, Role.CRITIC}):
         if off(collector.log_probs(role, samples)) < enough:
             return f"the sampler computes as a wrong role: {role} instead of {Role.POLICY}. This is a bug."
-    return "the sampler computes as another role, or its cache or positions are off. This is a bug."
+    return "the sampler computes as another role, or its cache or positions are wrong. This is a bug."
 
 
 def begins_as_the_reference(collector: Collector, samples: Samples) -> Finding:
-    """KL to the reference by the k3 estimate (0 only of equals, else positive), nats per completion."""
+    """Check the KL to the reference by the k3 estimate (0 only if they are equal), nats per completion."""
     roles = collector.roles
     policy_BT, reference_BT = (collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference))
     kl_BT = kl_k3(policy_BT, reference_BT).masked_fill(~samples.completion_mask_BT, 0.0)
     policy, reference = roles.weights(Role.POLICY), roles.weights(roles.reference)
     if reference and all(torch.equal(policy[name], reference[name]) for name in policy):
-        cause = "the weights are equal, so they are computed differently: dropout is on, or the padding differs."
+        cause = "the weights are equal, but the passes differ: dropout is on, or the padding differs."
     else:
-        cause = f"the policy did not begin as a copy of {roles.reference}; its adapter is another's."
+        cause = f"the policy did not start as a copy of {roles.reference}; it has another adapter."
     words = f"KL of the policy to its reference ({roles.reference}), nats per completion"
     return Finding("begins as the reference", words, float(kl_BT.sum(1).mean()), KL_LIMIT, cause)
 
 
 @torch.no_grad()
 def _alone(collector: Collector, samples: Samples, temperature: float) -> Tensor:
-    """The policy's log-probs (B, T), a row at a time and without padding."""
+    """Return the policy's log-probs (B, T), computed one row at a time and without padding."""
     log_probs_BT = torch.zeros_like(samples.sampler_log_probs_BT)
     for row, (prompt, tokens) in enumerate(zip(samples.prompt_ids(), samples.completions(), strict=True)):
         ids_BL = torch.tensor([[*prompt, *tokens]], device=collector.roles.device)

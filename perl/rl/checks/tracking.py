@@ -1,11 +1,11 @@
-"""Whether the sampler computes as the policy does, judged by what rounding cannot imitate.
+"""Checks that the sampler computes the same as the policy, by effects that rounding cannot imitate.
 
 In bfloat16 the log-probs of a sampler and of a forward pass differ by 0.01 to 0.06 nats per token on models where
-nothing is wrong; a temperature of 1.05 differs by 0.03 to 0.08. The mean difference does not tell them apart. But
-rounding is random, while another temperature or another adapter moves each token's log-prob in a direction that is
-known: along that direction 0.2 % of temperature can be seen.
+nothing is wrong; at a temperature of 1.05 they differ by 0.03 to 0.08. The mean difference cannot distinguish the
+two. But rounding is random, while another temperature or another adapter moves each token's log-prob in a known
+direction; along that direction, a temperature difference of 0.2 % is visible.
 
-Axis letters: B completions, T positions in them.
+Axis letters: B completions, T completion positions.
 """
 
 import contextlib
@@ -26,30 +26,30 @@ from perl.rl.samplers.base import Samples
 from perl.roles.role import Role
 
 STEP = 1.05
-"""Factor of temperature by which its effect on each token is measured."""
+"""Factor of the temperature with which its effect on each token is measured."""
 TEMPERATURE = 0.02
-"""How far the sampler's temperature may be off, as a share, beside four standard errors."""
+"""Allowed relative error of the sampler's temperature, in addition to four standard errors."""
 NATS = 0.5
-"""What a perturbation should move a token by: far above rounding, and not so far that all becomes random."""
+"""Intended movement of a token under perturbation: far above rounding, but not so far that all becomes random."""
 LARGEST = 1.0
-"""Perturbation; a model that does not move under it has no large log-probs to move."""
+"""Largest perturbation; a model that does not move under it has no large log-probs to move."""
 TRIES = 4
 FOLLOWS = 0.05
-"""Share of the policy's movement that the sampler may miss beside what rounding explains."""
+"""Share of the policy's movement that the sampler may miss, in addition to rounding."""
 TOKENS = 32
-"""Length of the completions that a perturbed policy draws."""
+"""Maximum length of a perturbed policy's completions."""
 
 
 def gap(one_BT: Tensor, other_BT: Tensor, samples: Samples) -> float:
-    """Mean absolute difference, nats per token."""
+    """Return the mean absolute difference of two log-probs or values, per token."""
     return float(masked_mean((one_BT - other_BT).abs(), samples.completion_mask_BT))
 
 
 def rounding_noise(collector: Collector, samples: Samples) -> float:
-    """What rounding makes of the policy's log-probs, nats per token, measured by the main process.
+    """Return the effect of rounding on the policy's log-probs, nats per token, measured by the main process.
 
-    Half of the embeddings' elements are moved by one unit in the last place, as two equally right computations
-    differ; the result is how far the model amplifies that.
+    Half of the embeddings' elements are moved by one unit in the last place, the difference of two equally correct
+    computations; the result is how far the model amplifies it.
     """
     embeddings = {model.get_input_embeddings() for model in collector.roles.models()}
     generator = torch.Generator(collector.roles.device).manual_seed(0)
@@ -68,9 +68,9 @@ def rounding_noise(collector: Collector, samples: Samples) -> float:
 
 
 def fitted_temperature(collector: Collector, samples: Samples) -> tuple[float, float]:
-    """The logarithm of the sampler's temperature over the recipe's, and its standard error.
+    """Return the log of the ratio of the sampler's temperature to the recipe's, and its standard error.
 
-    Fitted by least squares along what temperature does to each token's log-prob.
+    It is fitted by least squares along the temperature's effect on each token's log-prob.
     """
     mask_BT = samples.completion_mask_BT
     plain_BT = collector.log_probs(Role.POLICY, samples)
@@ -84,29 +84,29 @@ def fitted_temperature(collector: Collector, samples: Samples) -> tuple[float, f
 
 
 def at_the_temperature(collector: Collector, samples: Samples) -> Finding:
-    """The temperature that the sampler drew at is the recipe's."""
+    """Check that the sampler's temperature is the recipe's."""
     off, error = fitted_temperature(collector, samples)
     temperature = collector.sampling.temperature
-    words = "the sampler's temperature, fitted to its log-probs, off by a share of"
+    words = "relative error of the sampler's temperature, fitted to its log-probs"
     cause = another_temperature(temperature * math.exp(off), temperature)
     return Finding("temperature", words, abs(off), TEMPERATURE + 4 * error, cause)
 
 
 def another_temperature(fitted: float, temperature: float) -> str:
-    """The cause, where the sampler's log-probs fit another temperature than the recipe's."""
+    """Return the cause if the sampler's log-probs fit another temperature than the recipe's."""
     return (
-        f"the sampler draws at another temperature, or its logits are scaled: they agree best at about "
-        f"{fitted:.3g}, rl.temperature is {temperature:g}."
+        f"the sampler samples at another temperature, or its logits are scaled: the log-probs agree best at about "
+        f"{fitted:.3g}, but rl.temperature is {temperature:g}."
     )
 
 
 def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: float) -> Iterator[Finding]:
-    """The sampler's log-probs under a perturbed policy are the perturbed policy's.
+    """Check that the sampler's log-probs under a perturbed policy are the perturbed policy's.
 
-    There is no finding where no perturbation moves the policy far enough above rounding.
+    There is no finding if no perturbation moves the policy far enough above rounding.
 
     Args:
-        noise: nats per token that rounding makes of a pass.
+        noise: effect of rounding on a pass, nats per token.
     """
     sampling = collector.sampling
     collector = replace(collector, sampling=replace(sampling, max_new_tokens=min(TOKENS, sampling.max_new_tokens)))
@@ -117,31 +117,31 @@ def follows_the_policy(collector: Collector, prompts: EncodedPrompts, noise: flo
             break
         size = min(LARGEST, size * min(max(target / max(drawn.moved, 1e-9), 1 / 16), 16))
         drawn = _draw_perturbed(collector, prompts, size)
-    words = "the policy perturbed: what the sampler's log-probs miss of its movement, as a share"
+    words = "with the policy perturbed: share of its movement that the sampler's log-probs miss"
     yield from moves_alike("sampler follows the policy", words, drawn, noise)
     if drawn.values_BT is not None and drawn.samples.read_BT is not None:
         size = float(masked_mean(drawn.values_BT.abs(), drawn.samples.completion_mask_BT))
         missed = gap(drawn.samples.read_BT, drawn.values_BT, drawn.samples)
-        cause = "the head is lost, or the sampler reads values off another role's states. This is a bug."
-        words = "the critic perturbed: the values read in sampling against a forward pass, difference as a share"
+        cause = "the head is lost, or the sampler reads values from another role's hidden states. This is a bug."
+        words = "with the critic perturbed: relative difference of values read in sampling and a forward pass"
         limit = 0.02 if collector.dtype == torch.float32 else 0.3
         yield Finding("values as read", words, missed / max(size, 1e-12), limit, cause)
 
 
 class Moved(NamedTuple):
-    """Completions, and the policy's log-probs of them by a forward pass before and after it moved."""
+    """Completions, and the policy's log-probs from a forward pass before and after the policy moved."""
 
     samples: Samples
     before_BT: Tensor
     after_BT: Tensor
     moved: float
-    """Nats per token; the main process's."""
+    """Nats per token, measured by the main process."""
     values_BT: Tensor | None = None
-    """The shared critic's, after the move."""
+    """Values of the shared critic, after the move."""
 
 
 def moves_alike(name: str, words: str, policy: Moved, noise: float) -> Iterator[Finding]:
-    """The sampler's log-probs are those of the policy after it moved, if that can be told from rounding."""
+    """Check that the sampler's log-probs are the moved policy's, if the movement is far enough above rounding."""
     samples, moved = policy.samples, policy.moved
     if moved <= 12 * noise or moved == 0:
         return
@@ -154,7 +154,7 @@ def moves_alike(name: str, words: str, policy: Moved, noise: float) -> Iterator[
 
 
 def against_the_reference(collector: Collector, samples: Samples) -> Moved:
-    """How the policy moved away from its reference since RL began, on what it has drawn."""
+    """Return the policy's movement from its reference since the start of RL, on its own completions."""
     return _moved(
         collector,
         samples,
@@ -183,13 +183,13 @@ def _draw_perturbed(collector: Collector, prompts: EncodedPrompts, size: float) 
 
 
 def _diagnosis(slope: float) -> str:
-    """What a sampler does that moves by this share of the policy's movement."""
+    """Return the likely fault of a sampler that moves by this share of the policy's movement."""
     if abs(slope) < 0.2:
-        cause = "the sampler is stale, or computes as a wrong role: it does not see what the policy learns"
+        cause = "the sampler is stale or computes as a wrong role: it does not see what the policy learns"
     elif slope > 1.3:
-        cause = "the scale is doubled, or the adapter is merged into the base and computed besides"
+        cause = "the scale is doubled, or the adapter is both merged into the base and computed separately"
     elif slope < 0.9:
-        cause = "the rank is truncated, the scale too small, or the sampler one step late"
+        cause = "the rank is truncated, the scale is too small, or the sampler is one step late"
     else:
-        cause = "the sampler computes something else than the policy"
+        cause = "the sampler computes something other than the policy"
     return f"{cause}. This is a bug."

@@ -1,7 +1,7 @@
-"""Which role computes with whose parameters: each role's are perturbed in turn, and every role is read again.
+"""Checks that each role computes with its own parameters: these are perturbed in turn, and all roles are read.
 
-Before the first update of a recipe with RL alone all roles equal the base, so roles that are mixed up compute the
-same. Under perturbation they do not.
+Before the first update of a recipe with RL alone, all roles equal the base, so roles that are mixed up give equal
+results. Under perturbation they do not.
 
 Axis letters: N tokens, I inputs and O outputs of a layer.
 """
@@ -24,40 +24,40 @@ from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
 
 SIZE = 0.5
-"""Of the perturbation; see `perturbed`."""
+"""Size of the perturbation; see `perturbed`."""
 LEAK = 0.02
-"""Share of a role's movement under its own perturbation that it may show under another's."""
+"""Movement of a role that is allowed under another role's perturbation, as a share of that under its own."""
 TOKENS = 4
-"""Rows of noise that each layer is tried on."""
+"""Number of noise rows on which each layer is tested."""
 DEVIATION = 0.05
-"""Of an adapter's output from its definition, as a share of it, beside what rounding explains."""
+"""Allowed relative deviation of an adapter's output from its definition, in addition to rounding."""
 
 
 def base_unchanged(roles: Roles) -> Finding:
-    """The base's weights are the bytes that were loaded."""
+    """Check that the base's weights are the bytes that were loaded."""
     changed = roles.base_changed()
     cause = f"an adapter was merged into the base, or the base was trained: {named(changed)}"
-    return bugs("base unchanged", "tensors of the base that are not as loaded", len(changed), cause)
+    return bugs("base unchanged", "tensors of the base that differ from those loaded", len(changed), cause)
 
 
 def dropout_off(collector: Collector, samples: Samples, noise: float) -> Finding:
-    """Two equal passes give the same, with the policy perturbed so that its adapter matters.
+    """Check that two equal passes give the same result, with the policy perturbed so that its adapter matters.
 
     Args:
-        noise: nats per token that rounding makes of a pass.
+        noise: effect of rounding on a pass, nats per token.
     """
     with perturbed(collector.roles.parameters_of(Role.POLICY), SIZE):
         first_BT, second_BT = (collector.log_probs(Role.POLICY, samples) for _ in range(2))
-    cause = "dropout is on: something was left in training mode. This is a bug."
-    words = "two equal passes of the policy, mean difference a token"
+    cause = "dropout is on: a module was left in training mode. This is a bug."
+    words = "two equal passes of the policy, mean difference per token"
     return Finding("dropout off", words, gap(first_BT, second_BT, samples), max(1e-4, 2 * noise), cause)
 
 
 def roles_apart(collector: Collector, samples: Samples) -> Finding:
-    """Each role computes with its own weights and head, and with nobody else's."""
+    """Check that each role computes with its own weights and head and with no other role's."""
     roles = collector.roles
     head = roles.parameters_of(Role.CRITIC) if Role.CRITIC in roles.heads else []
-    with perturbed(head, SIZE):  # a new head gives 0, whatever it reads
+    with perturbed(head, SIZE):  # a new head gives 0 for every input
         before = _outputs(collector, samples)
         noise = _moved(before, _outputs(collector, samples))
         tried: list[tuple[Role, str, dict[Role, float]]] = []
@@ -76,7 +76,7 @@ def roles_apart(collector: Collector, samples: Samples) -> Finding:
             shared = role is Role.POLICY and other is Role.CRITIC and not roles.weights(other)
             if other is not role and not shared and by > max(10 * noise[other], LEAK * own.get(other, own[role])):
                 wrong.append(f"the {other} computes with the {part} of the {role}: a wrong role")
-    words = "roles that compute with what is not theirs, or not with theirs"
+    words = "roles that do not compute with their own weights and head, or that compute with another role's"
     return bugs("roles apart", words, len(wrong), "; ".join(wrong))
 
 
@@ -89,7 +89,7 @@ def _parts(roles: Roles, tried: list[Role]) -> Iterator[tuple[Role, str, list[nn
 
 
 def _outputs(collector: Collector, samples: Samples) -> dict[Role, Tensor]:
-    """What each role computes of the same completions: log-probs, rewards before scaling, values."""
+    """Return each role's outputs for the same completions: log-probs, rewards before scaling, values."""
     roles = collector.roles
     outputs = {role: collector.log_probs(role, samples) for role in (Role.POLICY, roles.reference)}
     for model in collector.reward.models:
@@ -110,21 +110,21 @@ def _moved(before: dict[Role, Tensor], after: dict[Role, Tensor]) -> dict[Role, 
 
 
 class _Tried(NamedTuple):
-    """One layer's adapter, tried on noise."""
+    """Result of testing one layer's adapter on noise."""
 
     layer: str
     ratio: float
-    """What the adapter added, as a multiple of what it should have added."""
+    """Size of the adapter's output, as a multiple of what it should be."""
     deviation: float
-    """Mean absolute difference of the two, as a share."""
+    """Mean absolute difference from the expected output, relative to it."""
     rest: float
-    """Of the deviation, what another factor does not explain."""
+    """The part of the deviation that a wrong scale does not explain."""
     tolerance: float
-    """Of the deviation: rounding of the layer's output included."""
+    """Allowed deviation, including rounding of the layer's output."""
 
 
 def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
-    """Each layer adds what the policy's adapter of now is defined to, in training and in sampling."""
+    """Check that each layer adds what the current policy's adapter is defined to add, in training and sampling."""
     if not isinstance(roles, SharedBase) or roles.engine.shards_base or roles.engine.hooks_layers:
         return
     for name, context in (("forward pass", roles.role(Role.POLICY)), ("sampler", roles.sampling(Role.POLICY))):
@@ -134,7 +134,7 @@ def adapters_as_configured(roles: Roles) -> Iterator[Finding]:
             again = _try_layers(roles, roles.sampling(Role.POLICY), learning=False)[0] if wrong else []
         late = bool(again) and name == "sampler" and not _wrong(again)
         cause = f"{_why(name, wrong, active, late)} (in {named([one.layer for one in wrong])})"
-        words = f"layers in which the {name} does not add what the policy's adapter is defined to"
+        words = f"layers in which the {name} does not add what the policy's adapter is defined to add"
         yield bugs(f"adapter in the {name}", words, len(wrong), cause)
 
 
@@ -143,18 +143,18 @@ def _wrong(tried: list[_Tried]) -> list[_Tried]:
 
 
 def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
-    """The likeliest cause, where adapters do not act as they should."""
+    """Return the most likely cause of adapters that do not act as they should."""
     if not wrong:
         return ""
     if active != {str(Role.POLICY)}:
         return f"the {name} computes as a wrong role: {', '.join(sorted(active)) or Role.BASE} instead of policy"
     if late:
-        return "the sampler's weights are swapped one step late: it computes with those of its previous call"
+        return "the sampler's weights are swapped one step late: it computes with the weights of its previous call"
     worst = max(wrong, key=lambda one: one.deviation)
     if abs(worst.ratio) < 0.1 + worst.tolerance:
-        return f"the {name} is stale: it does not see the policy's weights as they are now"
+        return f"the {name} is stale: it does not use the policy's current weights"
     scale_only = worst.rest <= worst.tolerance
-    fault = "the scale is wrong" if scale_only else "the rank is truncated, or the factors are others"
+    fault = "the scale is wrong" if scale_only else "the rank is truncated, or these are other factors"
     return f"{fault}: the {name} adds {worst.ratio:.2g} times what it should"
 
 
@@ -162,7 +162,7 @@ def _why(name: str, wrong: list[_Tried], active: set[str], late: bool) -> str:
 def _try_layers(
     roles: SharedBase, context: AbstractContextManager[Any], learning: bool
 ) -> tuple[list[_Tried], set[str]]:
-    """Each layer whose adapter can be tried alone, and which adapters were active."""
+    """Test each layer whose adapter can be tested alone; return the results and the active adapters' names."""
     with context:
         layers = list(roles.adapter.layers(Role.POLICY))
         active = set[str]().union(*(layer.active for layer in layers))

@@ -1,4 +1,4 @@
-"""What scores completions: the reward model, functions, kinds of one's own, and the weighted sum of several."""
+"""Rewards of completions: the reward model, functions, custom kinds, and weighted sums of several."""
 
 from perl.recipe.reward_parts import REWARDS, RewardPart
 from perl.rl.rewards.base import RewardContext, RewardSource

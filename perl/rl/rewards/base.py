@@ -1,4 +1,4 @@
-"""What a source of rewards is: it is called with prompts and their completions, and gives a number for each."""
+"""Base class of reward sources: they are called with prompts and completions and return one number for each."""
 
 import math
 import reprlib
@@ -12,82 +12,81 @@ from perl.data.records import Prompt
 from perl.errors import UserError
 from perl.system.progress import counted
 
-if TYPE_CHECKING:  # a plugin with a reward of its own is read without torch
+if TYPE_CHECKING:  # a plugin with a custom reward is read without torch
     from perl.measure.ensemble import Combine
     from perl.rl.rewards.model import RewardModel
     from perl.rl.samplers.base import Samples
 
 LARGEST_REWARD = 1e30
-"""In size. Rewards are kept in fp32, which ends at 3e38, and their spread is a sum of squares."""
+"""Largest absolute value. Rewards are kept in fp32, which ends at 3e38, and squared for their variance."""
 
 
 @dataclass(frozen=True)
 class RewardServers:
-    """What a recipe says of servers that score."""
+    """A recipe's settings of reward servers."""
 
     urls: tuple[str, ...]
-    """Without a slash at the end; several are replicas of one another."""
+    """Without a trailing slash; several URLs are replicas of one another."""
     model: str
-    """What they call the reward model."""
+    """The servers' name of the reward model."""
     probability: bool
-    """Whether the reward is the sigmoid of the score, where no stamp says."""
+    """Whether the reward is the sigmoid of the score, if no stamp says."""
     time_limit: float
-    """Seconds that a request may take."""
+    """Time limit of a request, in seconds."""
     patience: float
-    """Seconds in which a server that does not answer may come back."""
+    """Seconds to wait for a server that does not answer."""
     in_flight: int
-    """Requests at once."""
+    """Number of simultaneous requests."""
     mismatch_limit: float | None
-    """Of two scores of one row; None: by the base's dtype."""
+    """Allowed difference of two scores of the same row; None: by the base's dtype."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a source may be made from."""
+    """The context in which a source is created."""
 
     prompts: Sequence[Prompt]
-    """All that it will be called with."""
+    """All prompts with which it will be called."""
     model: "Callable[[Sequence[int] | None, Combine, float], RewardModel]"
-    """The reward stage's model, loaded when it is asked for: of these members, None being all, combined so, with
-    this `std_weight`."""
+    """Loads the reward stage's model, given its members (None: all), how they are combined, and `std_weight`."""
     model_of: "Callable[[str], RewardSource]"
-    """The reward model of the run in a folder."""
+    """Loads the reward model of the run in a folder."""
     served: "Callable[[RewardServers], RewardSource]"
-    """The model that servers compute."""
+    """Returns the reward model on servers."""
 
 
 class RewardSource(ABC):
     """A part of the reward.
 
     Raises:
-        UserError: when called, an exception inside, another count of scores, or a score that is no finite number
-            of at most `LARGEST_REWARD`.
+        UserError: when called: the source raised an exception, returned a wrong number of scores, or a score that
+            is not finite or exceeds `LARGEST_REWARD`.
     """
 
     name: str
-    """`reward/NAME` in metrics.jsonl and in the report."""
+    """NAME in `reward/NAME` in metrics.jsonl and in the report."""
     is_rule: ClassVar[bool] = False
-    """Whether 1 is right and 0 wrong: then pass@k is measured."""
+    """Whether 1 means correct and 0 wrong; if so, pass@k is measured."""
     title: ClassVar[str] = "the reward"
-    """What messages call it."""
+    """Its name in messages."""
 
     @abstractmethod
     def rewards(self, prompts: Sequence[Prompt], samples: "Samples", texts: Sequence[str]) -> Sequence[float]:
-        """A finite number for each completion.
+        """Return a finite number for each completion.
 
         Args:
-            prompts: of each completion.
+            prompts: the prompt of each completion.
             samples: the completions as tokens.
             texts: the completions as text.
         """
 
     @property
     def where(self) -> str:
-        """What messages name as the place."""
+        """The place that messages name."""
         return f"rl.reward {self.name}"
 
     def __call__(self, prompts: Sequence[Prompt], samples: "Samples", texts: Sequence[str]) -> list[float]:
-        """The rewards, checked; arrays, tensors and booleans count as numbers do."""
+        """Return the checked rewards; arrays, tensors and booleans are accepted as numbers."""
         try:
             returned = self.rewards(prompts, samples, texts)
         except (Exception, SystemExit) as error:  # the user's own code
@@ -95,16 +94,16 @@ class RewardSource(ABC):
             raise UserError(
                 f"{self.title} failed: {type(error).__name__}: {error}",
                 where=f"{frame.filename}:{frame.lineno}",
-                remedy="Correct the function, and run it into another --out: what it has trained so far is of the "
-                "function as it was. No completion is scored 0 for a failure.",
+                remedy="Correct the function, and use another --out: training so far used the old function. No "
+                "completion is scored 0 because of a failure.",
             ) from error
         return self._check(returned, len(texts))
 
     def _check(self, returned: Any, count: int) -> list[float]:
-        """The numbers of a list of so many."""
+        """Return the numbers of a list of `count` scores."""
         try:
             scores = None if isinstance(returned, str | bytes | Mapping) else list(returned)
-        except TypeError:  # nothing that has items
+        except TypeError:  # not iterable
             scores = None
         if scores is None:
             raise self._misfit(count, f"it returned {type(returned).__name__} {reprlib.repr(returned)}")
@@ -116,25 +115,26 @@ class RewardSource(ABC):
                 raise self._misfit(count, f"score {row} is {reprlib.repr(score)}")
             if abs(number) > LARGEST_REWARD:
                 raise UserError(
-                    f"score {row} of {self.title} is {number:g}; at most {LARGEST_REWARD:g} in size is supported",
+                    f"score {row} of {self.title} is {number:g}; its absolute value may be at most "
+                    f"{LARGEST_REWARD:g}",
                     where=self.where,
-                    remedy="Divide all rewards by a constant: training scales them to unit spread in any case.",
+                    remedy="Divide all rewards by a constant: training scales them to unit variance in any case.",
                 )
         return numbers
 
     def _misfit(self, count: int, what: str) -> UserError:
         return UserError(
-            f"{self.title} must return {counted(count, 'finite number')}, one a completion; {what}",
+            f"{self.title} must return {counted(count, 'finite number')}, one per completion; {what}",
             where=self.where,
             remedy="Return a list of floats.",
         )
 
 
 def _number(score: Any) -> float:
-    """A score as a number; NaN where it is none, as a string is, whatever it says."""
+    """Return a score as a number; NaN if it is not one, such as any string."""
     try:
         return math.nan if isinstance(score, str | bytes) else float(score)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer beyond the range of floats
         return math.inf if score > 0 else -math.inf
     except (TypeError, ValueError, RuntimeError):
         return math.nan

@@ -1,4 +1,4 @@
-"""The reward that RL trains on: one source or several, each a named part of their weighted sum.
+"""The reward that RL trains on: the weighted sum of one or several named sources.
 
 Axis letter: B completions.
 """
@@ -18,16 +18,16 @@ from perl.rl.samplers.base import Samples
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of completions, fp64 (B): raw, normalised later when those of all processes are together."""
+    """Raw rewards of completions, fp64 (B); normalised later, once those of all processes are gathered."""
 
     total_B: Tensor
     """The weighted sum of the parts."""
     parts: dict[str, Tensor]
-    """As the sources gave them, by name, without the weights."""
+    """The sources' rewards by name, without the weights."""
 
 
 class CombinedReward:
-    """Reward sources and their weights. Of sources with one name, the second becomes `NAME_2` and so on."""
+    """Reward sources and their weights. If several have the same name, the second becomes `NAME_2` and so on."""
 
     def __init__(self, parts: Sequence[tuple[RewardSource, float]]) -> None:
         self._parts = dict[str, tuple[RewardSource, float]]()
@@ -40,22 +40,22 @@ class CombinedReward:
 
     @property
     def models(self) -> list[RewardModel]:
-        """The parts that are the reward stage's model."""
+        """The parts that are models of the reward stage."""
         return [source for source, _ in self._parts.values() if isinstance(source, RewardModel)]
 
     @property
     def served(self) -> dict[str, str]:
-        """The hash of the weights that score on servers, as far as it is known."""
+        """The hashes of the weights that servers score with, as far as they are known."""
         sources = ((name, source) for name, (source, _) in self._parts.items() if isinstance(source, ServedModel))
         return {f"{name}_weights": source.weights_sha256 for name, source in sources if source.weights_sha256}
 
     @property
     def rules(self) -> list[str]:
-        """The names of the parts that say right or wrong."""
+        """The names of the parts that are rules."""
         return [name for name, (source, _) in self._parts.items() if source.is_rule]
 
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Scores:
-        """Rewards of completions.
+        """Return the rewards of completions.
 
         Raises:
             UserError: a source fails, see `RewardSource`.

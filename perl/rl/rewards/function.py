@@ -1,4 +1,4 @@
-"""A function of the user's own as reward."""
+"""A user-defined function as reward."""
 
 import inspect
 from collections.abc import Sequence
@@ -13,19 +13,20 @@ from perl.system.python_file import import_function
 
 
 class RewardFunction(RewardSource):
-    """A function `FILE.py:NAME`, called as TRL calls its reward functions.
+    """A function `FILE.py:NAME`, called like TRL's reward functions.
 
-    It receives `prompts`, `completions`, `completion_ids` and the further columns of the rows, each a list with
-    an entry a completion (chat prompts as lists of messages), and returns a list of numbers.
+    It receives `prompts`, `completions`, `completion_ids` and the other columns of the rows, each a list with one
+    entry per completion (chat prompts as lists of messages), and returns a list of numbers.
 
     Args:
         location: `FILE.py:NAME`.
-        prompts: all that it will be called with; it receives every column that one of them has.
-        time_limit: seconds a call.
-        own_process: whether it is called in a process of its own, which is started anew after a failure.
+        prompts: all prompts with which it will be called; it receives every column that at least one of them has.
+        time_limit: seconds per call.
+        own_process: whether it is called in a separate process, which is restarted after a failure.
 
     Raises:
-        UserError: no such file or name, or a function that cannot be called so; when called, as `RewardSource`.
+        UserError: the file or name does not exist, or the function does not accept these arguments; when called,
+            as `RewardSource`.
     """
 
     title = "the reward function"
@@ -70,12 +71,12 @@ class RewardFunction(RewardSource):
         return returned
 
     def _check_signature(self) -> None:
-        """Refuse what cannot be called with these names, before a model is loaded."""
+        """Refuse a function that cannot be called with these arguments, before a model is loaded."""
         if inspect.iscoroutinefunction(self._function):
             raise UserError(
                 "the reward function is async; it must return its scores, not a coroutine",
                 where=self._location,
-                remedy="Write it with def, and call asyncio.run inside where something must be awaited.",
+                remedy="Define it with def, and call asyncio.run inside it if something must be awaited.",
             )
         try:
             signature = inspect.signature(self._function)
@@ -93,7 +94,7 @@ class RewardFunction(RewardSource):
 
 
 def messages(context: Context) -> str | list[dict[str, str]]:
-    """A context as TRL writes prompts: text, or chat messages."""
+    """Return a context in TRL's format of prompts: text, or chat messages."""
     if context[-1].speaker == "text":
         return "".join(turn.text for turn in context)
     return [{"role": MESSAGE_ROLES[turn.speaker], "content": turn.text} for turn in context]

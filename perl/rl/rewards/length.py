@@ -1,4 +1,4 @@
-"""The length of completions as reward."""
+"""A reward for the length of completions."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from perl.rl.samplers.base import Samples
 
 
 class Length(RewardSource):
-    """Minus the distance of a completion's length from the target; without one, the length.
+    """Minus the distance of a completion's length from the target; without a target, the length.
 
     Args:
-        target: in tokens. The end token counts where there is one.
+        target: in tokens, including the end token if there is one.
     """
 
     name = "length"

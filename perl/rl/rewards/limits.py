@@ -1,4 +1,4 @@
-"""A time limit for functions of the user's own, and a process of their own."""
+"""A time limit and a separate process for user-defined functions."""
 
 import contextlib
 import signal
@@ -13,14 +13,14 @@ from typing import Any
 from perl.system.python_file import import_function
 
 STARTING_SECONDS = 120.0
-"""Until the process has imported the function's file."""
+"""Time limit for the process to import the function's file."""
 
 
 @contextlib.contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after so many seconds; None: never.
+    """Raise `TimeoutError` in the block after this many seconds; None: never.
 
-    By SIGALRM, which only the main thread can have: elsewhere nothing is limited.
+    This uses SIGALRM, which only the main thread can receive: in other threads there is no limit.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +39,7 @@ def limited(seconds: float | None) -> Iterator[None]:
 
 
 class FunctionProcess:
-    """Calls a function in a new process, which stays for the next call unless the function failed.
+    """Calls a function in a separate process, which is kept for the next call unless the function failed.
 
     Args:
         location: `FILE.py:NAME`.
@@ -51,10 +51,10 @@ class FunctionProcess:
         self._connection: Connection | None = None
 
     def call(self, arguments: Mapping[str, Any], seconds: float | None) -> Any:
-        """What it returned.
+        """Call the function and return its result.
 
         Raises:
-            TimeoutError: it took longer than so many seconds.
+            TimeoutError: it took longer than `seconds`.
             RuntimeError: it failed, or its process ended.
         """
         connection = self._started()
@@ -84,7 +84,7 @@ class FunctionProcess:
         if not ours.poll(STARTING_SECONDS):
             self._end()
             raise RuntimeError("its process did not start")
-        ours.recv()  # that it has been imported does not count towards the limit
+        ours.recv()  # the import does not count towards the limit
         self._connection = ours
         return ours
 
@@ -93,7 +93,7 @@ class FunctionProcess:
         process, self._process, self._connection = self._process, None, None
         if process is None:
             return None
-        process.join(1.0)  # one that ended by itself has a code of its own
+        process.join(1.0)  # a process that ended by itself has its own exit code
         process.kill()
         process.join()
         return process.exitcode
@@ -104,7 +104,7 @@ def _too_long(seconds: float) -> TimeoutError:
 
 
 def _serve(connection: Connection, location: str) -> None:
-    """In the new process: answer calls until the other end is gone."""
+    """Answer calls, in the new process, until the other end is closed."""
     function = import_function(location)
     connection.send("ready")
     with contextlib.suppress(EOFError):

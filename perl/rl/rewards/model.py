@@ -1,4 +1,4 @@
-"""The reward stage's model as reward: one, or an ensemble.
+"""The reward stage's model as reward: a single model or an ensemble.
 
 Axis letters: M members, B completions, N rows, L = P + T positions of prompt and completion.
 """
@@ -23,16 +23,16 @@ from perl.roles.saved import Stamp
 
 
 class RewardModel(RewardSource):
-    """The reward of the reward stage's model, centred and scaled to unit spread on its training rows.
+    """The reward of the reward stage's model, centred and scaled to unit variance on its training rows.
 
-    Of a model of thumbs the reward is the probability of a thumb up, not its log-odds: unbounded log-odds pay the
-    policy for making sure answers surer still (docs/experiments.md). The members of an ensemble are
-    centred and scaled one by one, and then combined.
+    If the model was trained on thumbs, the reward is the probability of a thumb up and not its log-odds: unbounded
+    log-odds reward the policy for making certain completions even more certain (docs/experiments.md). The members
+    of an ensemble are centred and scaled individually and then combined.
 
     Args:
-        stamps: of the members, which hold mean and spread.
+        stamps: the members' stamps, which hold mean and standard deviation.
         micro_batch_size: rows scored at once.
-        ends: what ends answers; the first is the one that the training rows end with.
+        ends: the end tokens of completions; the training rows end with the first.
         combine, std_weight: see `combined`.
     """
 
@@ -57,7 +57,7 @@ class RewardModel(RewardSource):
         return list(self._stamps)
 
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """As `rewards`: no code of the user's, whose failures have to be told from ours."""
+        """Same as `rewards`: there is no user code whose failures would have to be distinguished from ours."""
         return self.rewards(prompts, samples, texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
@@ -68,10 +68,10 @@ class RewardModel(RewardSource):
 
     @torch.no_grad()
     def scores(self, samples: Samples) -> Tensor:
-        """Each member's scores (M, B) of prompt and answer together, read at the answer's last token, fp64.
+        """Return each member's scores (M, B) of prompt and completion, read at the completion's last token, fp64.
 
-        An answer that ended with another end token than the training rows is read as if it ended with theirs: of
-        others the reward model knows nothing.
+        A completion that ended with another end token than the training rows is read as if it ended with theirs,
+        because the reward model was not trained on others.
         """
         samples = with_written_end(samples, self._ends)
         order: list[int] = []
@@ -90,23 +90,23 @@ class RewardModel(RewardSource):
                 )
             )
             order += rows
-        found_MB = torch.cat(parts, 1).double().cpu()  # at once: a GPU is waited for
+        found_MB = torch.cat(parts, 1).double().cpu()  # all at once, because the host waits for a GPU here
         scores_MB = torch.zeros_like(found_MB)
         scores_MB[:, order] = found_MB
         return scores_MB
 
 
 def standardized(stamp: Stamp, scores_B: Tensor) -> Tensor:
-    """A member's rewards, in standard deviations from the mean of its training rows."""
+    """Return a member's rewards, in standard deviations from the mean of its training rows."""
     rewards_B = scores_B.sigmoid() if stamp.reward_is_probability else scores_B
     return (rewards_B - stamp.reward_mean) / stamp.reward_std
 
 
 def combined(rewards_MB: Tensor, combine: Combine, std_weight: float) -> Tensor:
-    """One reward of several members' (Coste et al. 2023, arXiv 2310.02743: mean, UWO and WCO).
+    """Combine the rewards of several members (Coste et al. 2023, arXiv 2310.02743: mean, UWO and WCO).
 
     Args:
-        std_weight: λ of mean - λ std, over the members.
+        std_weight: λ in mean - λ std over the members.
     """
     match combine:
         case "mean":
@@ -126,7 +126,7 @@ def member_scores(
     lower_hidden_BLD: Tensor | None = None,
     prompts: SharedPrompts | None = None,
 ) -> Tensor:
-    """The scores (M, B) of rows by each member; the blocks that they share are computed once."""
+    """Return each member's scores (M, B) of the rows; the members' shared blocks are computed once."""
     if lower_hidden_BLD is None and len(members) > 1 and roles.shared_blocks:
         lower_hidden_BLD = roles.lower_hidden(ids_BL, mask_BL)
     rows = [
@@ -145,7 +145,7 @@ def member_scores(
 
 
 class OtherRunsModel(RewardSource):
-    """A reward model on a base of its own, which has the policy's tokenizer."""
+    """A reward model on its own base, which has the policy's tokenizer."""
 
     name = "run"
 
@@ -153,12 +153,12 @@ class OtherRunsModel(RewardSource):
         self._model = model
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """Those of that model; hidden states of the policy's lower layers mean nothing to it."""
+        """Return that model's rewards; it cannot use hidden states of the policy's lower layers."""
         return self._model.rewards(prompts, replace(samples, lower_hidden_BLD=None), texts)
 
 
 def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
-    """Samples whose answers, where they ended, end with the first of the end tokens."""
+    """Return samples in which the end token of every ended completion is the first of the end tokens."""
     if not ends[1:]:
         return samples
     others = torch.tensor(ends[1:], dtype=torch.int64, device=samples.ids_BL.device)
@@ -169,7 +169,7 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
     if not bool(changed_B1.any()):
         return samples
     ids_BL = samples.ids_BL.scatter(1, last_B1, ids_B1.masked_fill(changed_B1, ends[0]))
-    # What the lower layers made is of the tokens that were drawn.
+    # The lower layers' hidden states belong to the sampled tokens.
     return replace(samples, ids_BL=ids_BL, lower_hidden_BLD=None)
 
 
@@ -177,7 +177,7 @@ def with_written_end(samples: Samples, ends: tuple[int, ...]) -> Samples:
 def score_rows(
     roles: Roles, members: Sequence[Role], rows: Sequence[Tokens], pad_id: int, micro_batch_size: int = 32
 ) -> Tensor:
-    """Each member's scores (M, N) of rows, as trained, fp64; rows of like length are read together."""
+    """Return each member's scores (M, N) of training rows, fp64; rows of similar length are read together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     scores_MN = torch.zeros(len(members), len(rows), dtype=torch.float64)
     for start in range(0, len(order), micro_batch_size):

@@ -1,4 +1,4 @@
-"""Rules as rewards: 1 where a completion fulfils the rule, else 0."""
+"""Rules as rewards: 1 if a completion satisfies the rule, else 0."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from perl.rl.samplers.base import Samples
 
 
 class Math(RewardSource):
-    """Whether the answer is the reference's, which is a column of the prompt.
+    """Whether the answer equals the reference, which is a column of the prompt.
 
     Args:
-        prompts: all that it will be called with.
+        prompts: all prompts with which it will be called.
 
     Raises:
-        UserError: one of them has no usable reference, or the package for LaTeX is missing.
+        UserError: a prompt has no usable reference, or the package for LaTeX is missing.
     """
 
     name = "math"
@@ -28,7 +28,7 @@ class Math(RewardSource):
         self._kind, self._column = kind, column
         check_references(kind, column, prompts, self.where)
         if prompts:
-            is_right(kind, "", prompts[0].columns[column])  # a package that is missing is missing now
+            is_right(kind, "", prompts[0].columns[column])  # raises now if the package is missing
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         both = zip(prompts, texts, strict=True)
@@ -36,7 +36,7 @@ class Math(RewardSource):
 
 
 class Regex(RewardSource):
-    """Whether the pattern is found in the completion."""
+    """Whether the completion contains a match of the pattern."""
 
     name = "regex"
     is_rule = True
@@ -49,10 +49,10 @@ class Regex(RewardSource):
 
 
 class JsonSchema(RewardSource):
-    """Whether the completion is JSON that the schema allows.
+    """Whether the completion is JSON that conforms to the schema.
 
     Raises:
-        UserError: it is no schema, or the package is missing.
+        UserError: the schema is invalid, or the package is missing.
     """
 
     name = "json_schema"
@@ -79,5 +79,5 @@ class JsonSchema(RewardSource):
     def _allows(self, text: str) -> bool:
         try:
             return bool(self._validator.is_valid(strict_json(text)))
-        except (RowError, RecursionError):  # or nested too deeply for a schema that refers to itself
+        except (RowError, RecursionError):  # the latter if nested too deeply for a recursive schema
             return False

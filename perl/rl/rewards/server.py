@@ -1,8 +1,8 @@
-"""A reward model that vLLM servers compute, asked with token ids: it may lie on another machine.
+"""A reward model on vLLM servers, which may run on other machines; rows are sent as token ids.
 
-Asked is /classify with `use_activation` false: without it vLLM sends the sigmoid of a head with one output, and
-the softmax of one with several. Rows are tokens rather than text: the score is read at the last token, and that is
-to be the one at which the model was trained to be read.
+The endpoint is /classify with `use_activation` false: otherwise vLLM sends the sigmoid of a head with one output
+and the softmax of a head with several. Rows are sent as tokens rather than text so that the score is read at the
+same last token as in the model's training.
 
 Axis letter: B completions.
 """
@@ -27,7 +27,7 @@ from perl.system.files import file_sha256
 
 SECTION = "rl.reward"
 ROWS = 16
-"""Of one request: little is lost with one that fails, and replicas share a rollout."""
+"""Rows per request: small, so that little is lost if one fails and replicas share a rollout."""
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
@@ -55,15 +55,15 @@ class _Request(NamedTuple):
 
 
 class ServedModel(RewardSource):
-    """The reward of a model on servers: its score, or the sigmoid of it, centred and scaled where that is known.
+    """The reward of a model on servers: its score or its sigmoid, centred and scaled if the stamp is known.
 
-    Rows go to several servers in turn. With every rollout each is asked for one row again: what a server that was
-    started anew with another adapter says of it differs.
+    Requests are distributed to the servers in turn. With every rollout each server scores one row again, because a
+    server that was restarted with another adapter scores it differently.
 
     Args:
-        limit: difference of two scores of one row that rounding makes at most.
-        ends: what ends completions; the first is the one that the model's training rows end with.
-        stamp: of the model, if this run has it.
+        limit: largest difference of two scores of one row that rounding explains.
+        ends: the end tokens of completions; the model's training rows end with the first.
+        stamp: the model's stamp, if this run has it.
     """
 
     name, title = "server", "the reward server"
@@ -72,20 +72,20 @@ class ServedModel(RewardSource):
         self.servers = [Server(url, asked.time_limit, asked.patience, SECTION) for url in asked.urls]
         self._asked, self.limit, self._ends, self._stamp = asked, limit, ends, stamp
         self._known: tuple[list[int], float] | None = None
-        """A row, and its score when this process first asked for it."""
+        """A row and its score in the first request of this process."""
         self.weights_sha256: str | None = None
-        """The start of the SHA-256 of the weights file that is served, where this machine sees it; set by the
-        first rollout."""
+        """The start of the SHA-256 of the served weights file, if it is visible on this machine; set by the first
+        rollout."""
 
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """As `rewards`: no code of the user's, whose failures have to be told from ours."""
+        """Return the checked `rewards`; there is no user code whose failures would have to be distinguished."""
         return self._check(self.rewards(prompts, samples, texts), len(texts))
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """See `RewardSource`.
 
         Raises:
-            ServerError: a server is slow, away, or sends no scores; or others than it did before.
+            ServerError: a server is slow, unreachable, sends no scores, or scores differently than before.
         """
         samples = with_written_end(samples, self._ends)
         both = zip(samples.prompt_ids(), samples.completions(), strict=True)
@@ -98,7 +98,7 @@ class ServedModel(RewardSource):
         return rewards
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
-        """Of all servers together."""
+        """Return the scores of rows, computed by all servers together."""
         if self._known is None:
             for server in self.servers:
                 self.require(server)
@@ -110,18 +110,18 @@ class ServedModel(RewardSource):
         for server, (score,) in zip(self.servers, found, strict=False):
             if not abs(score - self._known[1]) <= self.limit:
                 raise ServerError(
-                    f"the server scores a row {score:.4g} that was scored {self._known[1]:.4g} when this run was "
-                    "started: it serves another adapter, or another base, than then",
+                    f"the server scores a row {score:.4g} that was scored {self._known[1]:.4g} at the start of "
+                    "this run: it now serves another adapter or another base",
                     where=server.url,
-                    remedy=f"Start each server of {SECTION}.url with the adapter that it had, and run this again.",
+                    remedy=f"Start each server of {SECTION}.url with its original adapter, and run this again.",
                 )
         return [score for part in found[len(again) :] for score in part]
 
     def require(self, server: Server) -> None:
-        """See that a server has the model, and note which weights it has.
+        """Check that a server has the model, and record the hash of its weights.
 
         Raises:
-            ServerError: it has not.
+            ServerError: the server does not have it.
         """
         models = server.models()
         if self._asked.model not in models:
@@ -137,7 +137,7 @@ class ServedModel(RewardSource):
             self.weights_sha256 = file_sha256(files[0])[:16]
 
     def scores(self, server: Server, rows: list[list[int]]) -> list[float]:
-        """One server's scores of rows of tokens, as its head gives them."""
+        """Return the raw head scores of rows of tokens from one server."""
         body = {
             "model": self._asked.model,
             "input": rows,
@@ -151,7 +151,7 @@ class ServedModel(RewardSource):
         return server.ask("POST", "/classify", body, read, self._asked.time_limit)
 
     def tokens(self, server: Server, text: str) -> list[int] | None:
-        """What a server makes of a text; None where it does not say."""
+        """Return a server's tokens of a text; None if it does not tell."""
         body = {"model": self._asked.model, "prompt": text, "add_special_tokens": False}
 
         def read(response: httpx2.Response) -> list[int] | None:
@@ -161,11 +161,11 @@ class ServedModel(RewardSource):
 
 
 def _scores(response: httpx2.Response, rows: list[list[int]]) -> list[float]:
-    """The answer to a request, if it is whole."""
+    """Return the scores in a response after checking that it is complete."""
     where = str(response.url)
     if response.status_code == 404:
         raise ServerError(
-            f"the server has no such model, or scores nothing: {refused(response)}",
+            f"the server does not have this model, or does not score: {refused(response)}",
             where=where,
             remedy="Start it with --runner pooling --convert classify and --lora-modules (docs/serving.md).",
         )
@@ -174,8 +174,8 @@ def _scores(response: httpx2.Response, rows: list[list[int]]) -> list[float]:
         raise ServerError(
             f"the server refuses {len(rows)} rows of up to {longest} tokens: {refused(response)}",
             where=where,
-            remedy="Its --max-model-len is to be at least the longest prompt with its completion; the base alone "
-            f"has no head: name the adapter in {SECTION}.model.",
+            remedy="Its --max-model-len must be at least the longest prompt plus completion; the base alone has "
+            f"no head, so name the adapter in {SECTION}.model.",
         )
     answer = _Scores.model_validate_json(response.content)
     if sorted(one.index for one in answer.data) != [*range(len(rows))]:
@@ -183,7 +183,7 @@ def _scores(response: httpx2.Response, rows: list[list[int]]) -> list[float]:
     outputs = {len(one.probs) for one in answer.data}
     if outputs != {1}:
         raise ServerError(
-            f"the server sends {max(outputs)} numbers a row, and a reward model's head gives one",
+            f"the server sends {max(outputs)} numbers per row, but a reward model's head has one output",
             where=where,
             remedy="Start it with --hf-overrides '{\"num_labels\": 1, ...}' (docs/serving.md).",
         )
@@ -191,5 +191,5 @@ def _scores(response: httpx2.Response, rows: list[list[int]]) -> list[float]:
         raise UselessError(f"it read {answer.usage.prompt_tokens} tokens of rows of {sum(map(len, rows))}")
     ordered = {one.index: one.probs[0] for one in answer.data}
     if not all(map(math.isfinite, ordered.values())):
-        raise UselessError("a score that is no finite number")
+        raise UselessError("a score is not a finite number")
     return [ordered[index] for index in range(len(rows))]

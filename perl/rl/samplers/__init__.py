@@ -1,4 +1,4 @@
-"""What draws completions. Importing this imports no torch: recipes are checked against the registry's names."""
+"""Samplers of completions. This module does not import torch, because recipes are checked against its registry."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What a recipe says of its sampler; all of it is of servers (`rl.sampler`, perl/recipe/rl.py)."""
+    """A recipe's settings of its sampler; all of them concern servers (`rl.sampler`, perl/recipe/rl.py)."""
 
     urls: tuple[str, ...] = ()
-    """Without a slash at the end; several are replicas of one another."""
+    """Without a trailing slash; several URLs are replicas of one another."""
     adapter_dir: str = ""
     time_limit: float = 600.0
-    """Seconds that one completion may take."""
+    """Time limit of one completion, in seconds."""
     patience: float = 600.0
-    """Seconds in which a server that does not answer may come back."""
+    """Seconds to wait for a server that does not answer."""
     in_flight: int = 256
-    """Requests at once, to all servers."""
+    """Number of simultaneous requests to all servers together."""
     staleness: int = 0
-    """Updates that the weights may be old that a step's completions are drawn with: 0 or 1."""
+    """Number of updates by which the sampling weights may be old: 0 or 1."""
     mismatch_limit: float | None = None
-    """Nats per token between sampler and policy; None: by the base's dtype."""
+    """Allowed difference of sampler and policy, nats per token; None: by the base's dtype."""
 
 
 def _local(roles: Roles, settings: SamplerSettings) -> Sampler:
-    """The sampler in this process."""
+    """Return the sampler in this process."""
     from perl.rl.samplers.local import LocalSampler
 
     return LocalSampler(roles, settings)
 
 
 def _server(roles: Roles, settings: SamplerSettings) -> Sampler:
-    """Servers that speak as vLLM does."""
+    """Return the sampler that uses servers with vLLM's API."""
     from perl.rl.samplers.server.sampler import ServerSampler
 
     return ServerSampler(roles, settings)
 
 
 SAMPLERS: dict[str, Callable[[Roles, SamplerSettings], Sampler]] = {"local": _local, "server": _server}
-"""By the name that a recipe gives: a subclass of `Sampler`, or what makes one."""
+"""Samplers by their names in recipes: a subclass of `Sampler`, or a function that creates one."""

@@ -1,4 +1,4 @@
-"""What draws completions: the seam that every sampler fills, and what it returns.
+"""The interface of samplers, and their results.
 
 Axis letters: B completions, P prompt positions, T completion positions, L = P + T, D hidden.
 """
@@ -19,27 +19,27 @@ from perl.roles.roles import Roles
 from perl.system.device import to_device
 
 Read = Callable[[Tensor], Tensor]
-"""What is read from the hidden states (B, D) that tokens are drawn from: one number each, (B, 1)."""
+"""Maps the hidden states (B, D) from which tokens are sampled to one number each, (B, 1)."""
 
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn: from softmax(logits / temperature)."""
+    """Settings of sampling from softmax(logits / temperature)."""
 
     max_new_tokens: int
-    """T; completions without an end are cut there."""
+    """T; completions without an end token are cut at this length."""
     temperature: float
     end_ids: tuple[int, ...]
-    """Tokens that end a completion, and belong to it. Empty: completions all have T tokens."""
+    """Tokens that end a completion and are part of it. Empty: all completions have T tokens."""
     pad_id: int
     prompts_at_once: int
-    """Different prompts computed together before their completions are drawn: bounds their activations."""
+    """Number of different prompts in one prefill, which limits the memory of activations."""
 
 
 class Share(NamedTuple):
-    """Which rows of a larger batch are drawn here: they draw as they would in it."""
+    """The rows of a larger batch that are sampled here, with the same random numbers as in the whole batch."""
 
     rows: list[int]
     of: int
@@ -47,30 +47,30 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Prompts with the completions drawn for them: prompts padded on the left, completions on the right.
+    """Prompts and their sampled completions: prompts padded on the left, completions on the right.
 
-    The names of tensors end with their axes, and the methods go by that: subclasses may add fields.
+    The names of tensors end with their axes, on which the methods rely: subclasses may add fields.
     """
 
     ids_BL: Tensor
-    """Prompt and completion, int64."""
+    """Token ids of prompt and completion, int64."""
     mask_BL: Tensor
     """True for real tokens, bool."""
     prompt_lengths: list[int]
     completion_lengths: list[int]
-    """The same in counts, on the host: what is cut and batched by length must not wait for the device."""
+    """The lengths are on the host as well, so that cutting and batching by length need not wait for the device."""
     ended_B: Tensor
     """Whether the completion ended by itself, bool."""
     sampler_log_probs_BT: Tensor
-    """What each token was drawn with, fp32; 0 in the padding."""
+    """Log-prob with which each token was sampled, fp32; 0 in the padding."""
     read_BT: Tensor | None = None
-    """What the sampler was asked to read of the state before each token, fp32; None: it did not."""
+    """Result of `read` on the hidden state before each token, fp32; None: not computed."""
     lower_hidden_BLD: Tensor | None = None
-    """What the base's shared blocks make of each position; None: not computed, or there are no such blocks."""
+    """Output of the base's shared blocks at each position; None: not computed, or there are no such blocks."""
     groups: list[int] | None = None
-    """Which completions are of one prompt: these have equal numbers; None: not known."""
+    """Group number of each completion, equal for completions of one prompt; None: unknown."""
     versions: list[str] | None = None
-    """The name of the weights that each was drawn with; None: those in memory."""
+    """Name of the weights with which each completion was sampled; None: the weights in memory."""
 
     @property
     def completion_length(self) -> int:
@@ -79,40 +79,40 @@ class Samples:
 
     @property
     def completion_mask_BT(self) -> Tensor:
-        """True for the completions' tokens."""
+        """True for the completions' tokens, (B, T)."""
         return self.mask_BL[:, -self.completion_length :]
 
     @property
     def answers_BL(self) -> Tensor:
-        """The same among all columns."""
+        """True for the completions' tokens, (B, L)."""
         return F.pad(self.completion_mask_BT, (self.mask_BL.shape[1] - self.completion_length, 0))
 
     @property
     def shared_prompts(self) -> SharedPrompts | None:
-        """The prompts, where several completions have the same."""
+        """The shared prompts, if the groups are known."""
         return None if self.groups is None else SharedPrompts.of(self.groups, self.completion_length)
 
     def prompt_ids(self) -> list[list[int]]:
-        """Each prompt's tokens."""
+        """Return each prompt's tokens."""
         width = self.ids_BL.shape[1] - self.completion_length
         rows = self.ids_BL[:, :width].tolist()
         return [row[width - length :] for row, length in zip(rows, self.prompt_lengths, strict=True)]
 
     def completions(self) -> list[list[int]]:
-        """Each completion's tokens, its end included where there is one."""
+        """Return each completion's tokens, including its end token if there is one."""
         rows = self.ids_BL[:, -self.completion_length :].tolist()
         return [row[:length] for row, length in zip(rows, self.completion_lengths, strict=True)]
 
     def take(self, rows: Sequence[int], columns: slice = ALL, length: int | None = None) -> Self:
-        """These rows.
+        """Return these rows.
 
         Args:
-            columns: of L, those that are kept.
-            length: completion positions that are kept, the columns' last ones.
+            columns: the positions out of L that are kept.
+            length: the number of completion positions that are kept, the last ones of the columns.
         """
         rows, places = list(rows), {"BL": columns, "BLD": columns, "BT": slice(length)}
         rows_B = to_device(rows, self.ids_BL.device)
-        taken: dict[int, Any] = {}  # log-probs that are one tensor under two names stay one
+        taken: dict[int, Any] = {}  # a tensor that is in two fields remains one tensor
         for field in fields(self):
             value = getattr(self, field.name)
             if id(value) not in taken:
@@ -121,7 +121,7 @@ class Samples:
 
 
 def _rows_of(value: Any, rows: list[int], rows_B: Tensor, columns: slice | None) -> Any:
-    """Rows of a field: of a tensor, a list, or all values of a dictionary."""
+    """Return rows of a field: of a tensor, a list, or all values of a dictionary."""
     if isinstance(value, Tensor):
         return value[rows_B] if columns is None else value[rows_B, columns]
     if isinstance(value, dict):
@@ -130,17 +130,18 @@ def _rows_of(value: Any, rows: list[int], rows_B: Tensor, columns: slice | None)
 
 
 class Sampler(ABC):
-    """Draws completions as a role. One is made for a run: `SAMPLERS[kind](roles, settings)`."""
+    """Samples completions as a role. A run creates one sampler: `SAMPLERS[kind](roles, settings)`."""
 
     exact: ClassVar[bool] = False
-    """Whether its log-probs are those of a forward pass, so that none is needed to know the policy's."""
+    """Whether its log-probs equal those of a forward pass, so that no pass is needed for the policy's
+    log-probs."""
 
     def __init__(self, roles: Roles, settings: SamplerSettings | None = None) -> None:
         self.roles, self.settings = roles, settings or SamplerSettings()
 
     @property
     def lags(self) -> bool:
-        """Whether it may draw a step's completions with the weights before the last update."""
+        """Whether it may sample a step's completions with the weights from before the last update."""
         return self.settings.staleness > 0
 
     @abstractmethod
@@ -153,17 +154,17 @@ class Sampler(ABC):
         share: Share | None = None,
         read: Read | None = None,
     ) -> Samples:
-        """Draw one completion for each prompt, as one role.
+        """Sample one completion for each prompt, as one role.
 
         Args:
             prompts: token ids, not empty.
-            generator: on the base's device; all that is random follows from it.
-            share: where these prompts stand in the batch of all processes; None: they are the batch.
-            read: asked of the hidden states that tokens are drawn from. A sampler that has none to show leaves
-                `read_BT` None, and what is missing is computed by a forward pass.
+            generator: on the base's device; all random numbers are derived from it.
+            share: the rows of these prompts in the batch of all processes; None: they are the whole batch.
+            read: called on the hidden states from which tokens are sampled. A sampler without access to them
+                leaves `read_BT` None, and the values are computed by a forward pass.
         """
 
-    def begin(  # noqa: B027  nothing has to be begun
+    def begin(  # noqa: B027  samplers need not work ahead
         self,
         role: Role,
         prompts: Sequence[Sequence[int]],
@@ -171,8 +172,8 @@ class Sampler(ABC):
         generator: torch.Generator,
         share: Share | None = None,
     ) -> None:
-        """Begin what `draw` will be asked for next with equal arguments, where that goes on beside an update."""
+        """Start the next call of `draw`, which will have equal arguments, if it can run during an update."""
 
     @abstractmethod
     def sync(self, role: Role) -> None:
-        """Take over a role's weights: called before it first draws as this role, and when they have changed."""
+        """Load a role's weights: called before the first sampling as this role, and when they have changed."""

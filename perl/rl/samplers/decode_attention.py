@@ -1,11 +1,11 @@
-"""Attention of one new token a row over cached keys and values, on a CPU.
+"""Attention of one new token per row over cached keys and values, on a CPU.
 
-torch's own kernel takes its time for a single query: it multiplies head by head, and a vector is its slowest
-shape. Two batched products take half of that or less. They round scores to the base's dtype where the kernel
-keeps fp32, which matters where scores are large: so in each sampling every layer is tried beside the kernel once,
-and stays with the kernel where the two differ by more than rounding.
+torch's own kernel is slow for a single query: it multiplies head by head, and vectors are its slowest shape. Two
+batched products take at most half the time. They round scores to the base's dtype where the kernel keeps fp32,
+which matters if scores are large. Therefore every layer is compared with the kernel once per sampling, and uses
+the kernel if the two differ by more than rounding.
 
-Where a cache holds prompts once for several rows, attention is that of `SharedPromptsCache`.
+If a cache holds prompts once for several rows, attention is that of `SharedPromptsCache`.
 
 Axis letters: B rows, H query heads, G key and value heads, L positions, D head size.
 """
@@ -22,21 +22,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from perl.rl.samplers.shared_prompts_cache import SharedPromptsCache
 
 KERNEL = "sdpa"
-"""transformers' name for the function that calls torch's kernel, the one that is replaced."""
+"""transformers' name of the function that calls torch's kernel and is replaced here."""
 OTHER_WORK = ("softcap", "position_bias", "cache", "output_attentions")
-"""What that function can be asked to do besides, and this one leaves to it."""
+"""Further options of that function, for which it is called."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far apart two ways to the same result may be, as a share of its norm."""
+    """Return the allowed difference of two computations of the same result, as a share of its norm."""
     return max(2 * torch.finfo(dtype).eps, 1e-5)
 
 
 def _suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, elsewhere: int) -> bool:
-    """Whether it is one token a row over a dense cache, which has few shapes: others would be copied.
+    """Return whether this is one token per row over a dense cache, which has few shapes; others would be copied.
 
     Args:
-        elsewhere: positions before those of key and value.
+        elsewhere: number of positions before those of key and value, which are stored elsewhere.
     """
     dense = key.is_contiguous() and value.is_contiguous()
     one_token = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0 and not query.requires_grad
@@ -44,13 +44,13 @@ def _suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, elsew
 
 
 class _OneToken:
-    """In the place of transformers' function, which does all that is not one token a row."""
+    """Replacement of transformers' function, which is still called for everything but one token per row."""
 
     def __init__(self, kernel: Callable[..., Any], cache: SharedPromptsCache | None = None) -> None:
         self._kernel, self._cache = kernel, cache
         self._agrees: dict[nn.Module, bool] = {}
         self._mask: tuple[Tensor, Tensor] | None = None
-        """The mask last seen, the same for all layers, and what is added to scores for it."""
+        """The last mask, which all layers share, and the term that it adds to the scores."""
 
     def __call__(
         self,
@@ -62,7 +62,7 @@ class _OneToken:
         scaling: float | None = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers defines it: query (B, H, 1, D), key and value (B, G, L, D) to (B, 1, H, D)."""
+        """See transformers: query (B, H, 1, D), key and value (B, G, L, D) to (B, 1, H, D)."""
         asked = [rest.get(name) for name in OTHER_WORK]
         plain = all(one is None or one is False for one in asked)
         shared = None if self._cache is None else self._cache.layer_of(key)
@@ -83,7 +83,7 @@ class _OneToken:
         return expected, None
 
     def _added(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """(B * G, L, 1) in the query's dtype."""
+        """Return the mask's additive term (B * G, L, 1) in the query's dtype."""
         if mask is None:
             return None
         if self._mask is None or self._mask[0] is not mask:
@@ -97,13 +97,13 @@ class _OneToken:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q kᵀ + added) v for one query a row.
+    """Return softmax(scale q kᵀ + added) v for one query per row.
 
-    Keys times queries, not queries times keys: the long side first is the faster product.
+    It multiplies keys by queries, not queries by keys, because the product is faster with the long side first.
 
     Args:
         query: (B, H, 1, D).
-        key: (B, G, L, D), a divisor of H heads, each for H / G neighbouring query heads; value likewise.
+        key: (B, G, L, D); G divides H, and each head serves H / G neighbouring query heads; value likewise.
         added: (B * G, L, 1), or None.
 
     Returns:
@@ -123,10 +123,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scal
 
 @contextlib.contextmanager
 def fast_decoding(device: torch.device, cache: Cache | None = None) -> Iterator[None]:
-    """Inside, models that attend through transformers' interface attend so where it is faster: on a CPU.
+    """Use this attention in models that attend through transformers' interface, where it is faster: on a CPU.
 
     Args:
-        cache: what they attend over.
+        cache: the cache of the models inside the block.
     """
     if device.type != "cpu":
         yield

@@ -1,10 +1,10 @@
-"""A KV cache of a known size: keys and values are written in place.
+"""A KV cache of fixed capacity: keys and values are written in place.
 
-transformers' dynamic cache joins old and new at every token, which copies the whole cache each time; its static
-one attends over the whole capacity. This one does neither. What attention sees are positions in multiples of
-`STEP`, laid out densely, so that its products are of few shapes (oneDNN keeps some half a megabyte for each that
-it has seen) and need no copy; models that must see what is filled and no more are given a view of that. And
-prompts are written a few rows at a time, so that their activations are never those of the whole batch.
+transformers' dynamic cache concatenates old and new keys at every token, which copies the whole cache each time;
+its static cache attends over the whole capacity. This one does neither. Attention sees a multiple of `STEP`
+positions, laid out densely, so that its products have few shapes (oneDNN keeps about half a megabyte for each
+shape) and need no copy; models that must not see unfilled positions get a view of the filled ones. Prompts are
+written a few rows at a time, so that the prefill never holds the activations of the whole batch.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from perl.measure.probe import mark
 from perl.private.transformers import can_compile_fullgraph
 
 STEP = 64
-"""Positions by which the visible part grows; those not filled yet are zero, and masked."""
+"""Positions by which the visible part grows; unfilled ones are zero and masked."""
 
 
 @dataclass
 class Window:
-    """Rows whose prompts are being written, shared by all layers; None outside a prefill."""
+    """The rows whose prompts are being written, shared by all layers; None outside a prefill."""
 
     rows: slice
-    """Of the cache."""
+    """Rows of the cache."""
     sources: Tensor | None
-    """Which row of the prefill each of them is, int64; None: its own."""
+    """The row of the prefill for each of them, int64; None: the same order."""
 
 
 class Layer(DynamicLayer):
-    """Keys and values (B, heads, positions, head size) of one layer, `filled` positions of them written.
+    """Keys and values (B, heads, positions, head size) of one layer, of which `filled` positions are written.
 
     Both are views of memory for the whole capacity, which is reserved once.
     """
 
     elsewhere = 0
-    """Of these positions, the first ones that another tensor holds."""
+    """The number of first positions that another tensor holds."""
 
     def __init__(self, batch: int, prompt_length: int, capacity: int, step: int | None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Layer(DynamicLayer):
         self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve the memory, now that the widths are known."""
+        """Reserve the memory, once the widths are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
         length = self._room(self._prompt_length + 1)
         self._memory = {}
@@ -66,16 +66,16 @@ class Layer(DynamicLayer):
         return self._memory[name][: math.prod(shape)].view(shape)
 
     def _room(self, positions: int) -> int:
-        """The positions that are laid out where so many are needed."""
+        """Return the number of positions to lay out if `positions` are needed."""
         return (
             self._capacity if self._step is None else min(self._capacity, -(-positions // self._step) * self._step)
         )
 
     def _lay_out(self, length: int) -> None:
-        """Make room for so many positions, more than there are."""
+        """Make room for more positions."""
         for name in ("keys", "values"):
             before = getattr(self, name)[:, :, : self.filled].clone()
-            rows, heads, written, size = before.shape  # of positions skipped there may be more than were laid out
+            rows, heads, written, size = before.shape  # skipped positions may exceed those laid out
             after = self._view(name, rows, heads, length, size).zero_()
             after[:, :, :written] = before
             setattr(self, name, after)
@@ -83,7 +83,7 @@ class Layer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the new positions; return all that attention is to see."""
+        """Write the new positions; return all positions that attention should see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.window is not None:
@@ -100,41 +100,41 @@ class Layer(DynamicLayer):
         return self.keys[:, :, :seen], self.values[:, :, :seen]
 
     def _seen(self, end: int) -> int:
-        """The positions that attention sees when so many are filled."""
+        """Return the number of positions that attention sees when `end` are filled."""
         return end if self._step is None else self._room(end)
 
     def _write_prompts(self, key_states: Tensor, value_states: Tensor, window: Window) -> None:
-        start = self._prompt_length - key_states.shape[-2]  # what is before stays zero
+        start = self._prompt_length - key_states.shape[-2]  # earlier positions stay zero
         for whole, new in ((self.keys, key_states), (self.values, value_states)):
             whole[window.rows, :, start : self._prompt_length] = (
                 new if window.sources is None else new.index_select(0, window.sources)
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many positions attention will see, from which on."""
+        """Return the number of positions that attention will see, and the first one."""
         if self.window is not None:
             return query_length, 0
         return self.elsewhere + self._seen(self.filled - self.elsewhere + query_length), 0
 
     def get_seq_length(self) -> int:
-        """The positions filled."""
+        """Return the number of filled positions."""
         return self.filled
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
+        """Keep only these rows."""
         for name in ("keys", "values"):
             setattr(self, name, selected(getattr(self, name), indices, self.filled))
 
 
 def selected(whole: Tensor, rows: Tensor, filled: int) -> Tensor:
-    """These rows, moved to the start of their memory; `filled` positions of them."""
+    """Return these rows with `filled` positions, moved to the start of their memory."""
     kept = whole[: len(rows)]
     kept[:, :, :filled] = whole[:, :, :filled].index_select(0, rows)
     return kept
 
 
 def grows_in_steps(model: PreTrainedModel) -> bool:
-    """Whether attention may be shown positions that are not filled yet, laid out densely."""
+    """Return whether attention may see unfilled positions, so that the cache is laid out densely."""
     return model.device.type == "cpu" and can_compile_fullgraph(model)
 
 
@@ -142,15 +142,15 @@ class KVCache(Cache):
     """The cache of one batch, for models whose layers all hold keys and values.
 
     Args:
-        model: whose layers it is for.
-        batch: rows.
+        model: the model that uses the cache.
+        batch: number of rows.
         prompt_length: positions of the prompts, padded on the left.
-        completion_length: positions of the completions at most.
+        completion_length: maximum positions of the completions.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt_length: int, completion_length: int) -> None:
         count = backbone_of(model.config).cache_layers
-        # Elsewhere the kernels take views as they are, and are the faster for having no mask.
+        # On other devices the kernels accept views, and are faster without a mask.
         step = STEP if grows_in_steps(model) else None
         super().__init__(layers=[self._layer(batch, prompt_length, completion_length, step) for _ in range(count)])
         self.prompt_length = prompt_length
@@ -160,11 +160,11 @@ class KVCache(Cache):
 
     @contextlib.contextmanager
     def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
-        """Inside, the model computes prompts of these rows, padded on the left to as many columns as they need.
+        """Write the prompts of these rows inside the block, padded on the left to as many columns as they need.
 
         Args:
-            rows: of the cache.
-            sources: which of the computed rows each of them is, int64; None: its own.
+            rows: rows of the cache.
+            sources: the computed row for each of them, int64; None: the same order.
         """
         for layer in self.layers:
             layer.window = Window(rows, sources)
@@ -175,36 +175,36 @@ class KVCache(Cache):
                 layer.window = None
 
     def mask(self, mask_BL: Tensor, new: int) -> Tensor:
-        """The mask as long as what attention will see: models that add ALiBi count its positions by the mask.
+        """Pad the mask to the positions that attention will see: models with ALiBi count positions by the mask.
 
         Args:
-            mask_BL: of the positions that are filled, the `new` ones included.
-            new: positions that are computed now.
+            mask_BL: mask of the filled positions, including the `new` ones.
+            new: number of positions that are computed now.
         """
         seen, _ = self.get_mask_sizes(new, 0)
         return F.pad(mask_BL, (0, seen - mask_BL.shape[1]))
 
     def prefilled(self) -> None:
-        """All prompts are written; what comes now are completions."""
+        """Note that all prompts are written and completions follow."""
         self.skip(self.prompt_length)
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows only; the places of the others are free."""
+        """Keep only these rows and free the places of the others."""
         for layer in self.layers:
             layer.batch_select_indices(rows)
 
     def skip(self, positions: int) -> None:
-        """Pretend that so many positions more were filled."""
+        """Count this many more positions as filled."""
         for layer in self.layers:
             layer.filled += positions
 
 
 class EncoderDecoderKVCache(EncoderDecoderCache):
-    """The caches of an encoder-decoder: of what its decoder writes, and of the encoder's pass over the prompts.
+    """The caches of an encoder-decoder: the decoder's own, and that of the encoder's pass over the prompts.
 
     Args:
-        model, batch, prompt_length, completion_length: as of `KVCache`.
-        start_length: positions of the prompts that the decoder reads, the last ones.
+        model, batch, prompt_length, completion_length: as in `KVCache`.
+        start_length: number of last prompt positions that the decoder reads.
     """
 
     self_attention_cache: KVCache
@@ -224,7 +224,7 @@ class EncoderDecoderKVCache(EncoderDecoderCache):
 
     @contextlib.contextmanager
     def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
-        """As of `KVCache`; inside, the encoder's keys and values are computed."""
+        """See `KVCache`; the encoder's keys and values are computed inside the block."""
         self.is_updated: dict[int, bool] = {}
         with (
             self.self_attention_cache.prefilling(rows, sources),
@@ -233,21 +233,21 @@ class EncoderDecoderKVCache(EncoderDecoderCache):
             yield
 
     def mask(self, mask_BL: Tensor, new: int) -> Tensor:
-        """The decoder's part of a mask, as of `KVCache`."""
+        """Return the decoder's part of a mask, as in `KVCache`."""
         if not self.get_seq_length():
             return mask_BL[:, -self._start_length :]
         return self.self_attention_cache.mask(mask_BL[:, self.cross_attention_cache.prompt_length :], new)
 
     def prefilled(self) -> None:
-        """As of `KVCache`."""
+        """See `KVCache`."""
         self.self_attention_cache.prefilled()
         self.cross_attention_cache.prefilled()
 
     def keep(self, rows: Tensor) -> None:
-        """As of `KVCache`."""
+        """See `KVCache`."""
         self.self_attention_cache.keep(rows)
         self.cross_attention_cache.keep(rows)
 
     def skip(self, positions: int) -> None:
-        """As of `KVCache`."""
+        """See `KVCache`."""
         self.self_attention_cache.skip(positions)

@@ -1,7 +1,7 @@
-"""Sampling in this process with a KV cache, keeping the log-probability each token was drawn with.
+"""Sampling in this process with a KV cache, which keeps the log-prob with which each token was sampled.
 
-A hand-written loop instead of `generate`: it keeps (B,) log-probs and values a step where `generate` would hand
-back logits of B x T x V, rows that ended leave the batch, and equal prompts are computed once.
+A hand-written loop instead of `generate`: it keeps (B,) log-probs and values per step where `generate` would
+return logits of B x T x V, rows that ended leave the batch, and equal prompts are computed once.
 
 Axis letters: B completions, P prompt positions, T completion positions, V vocabulary, D hidden, E end tokens.
 """
@@ -27,26 +27,28 @@ from perl.roles.roles import Roles
 from perl.system.device import to_device
 
 KEEP_UNTIL = 0.75
-"""Completions that ended leave the batch once so few of it go on, as a share: all that stay are copied then."""
+"""Finished completions leave the batch once at most this share is unfinished, because the others are copied
+then."""
 
 LOOK_EVERY = 16
-"""Tokens after which a GPU is asked which completions have ended, as the host waits for the answer. What those are
-given in between is thrown away. A CPU is asked after each token: nobody waits, and a row's step costs more."""
+"""Tokens between the checks which completions have ended on a GPU, because the host waits for the answer. Tokens
+sampled after the end are discarded. On a CPU this is checked after each token: there is no wait, and a row's step
+costs more."""
 
 Groups = list[tuple[list[int], int]]
-"""Different prompts, and how often each stands in the batch, side by side."""
+"""Different prompts, and the number of adjacent rows of each in the batch."""
 
 
 class LocalSampler(Sampler):
-    """Draws with the roles themselves, so that whatever they learn it draws with.
+    """Samples with the roles themselves, so that it always has their current weights.
 
-    What is drawn follows from the generator and a prompt's place, whatever stands beside it.
+    A completion depends on the generator and its prompt's row, not on the other prompts of the batch.
     """
 
     exact: ClassVar[bool] = True
 
     def sync(self, role: Role) -> None:
-        """Nothing to do: there is no copy of the weights."""
+        """Do nothing: there is no copy of the weights."""
 
     @torch.no_grad()
     def draw(
@@ -81,16 +83,16 @@ class LocalSampler(Sampler):
         read: Read | None,
         seen: list[Tensor],
     ) -> "Drawing":
-        """The batch to be drawn."""
+        """Return the batch to be sampled."""
         return Drawing(self.roles, prompts, sampling, uniform_BT, read, seen)
 
 
 class Drawing:
-    """A batch while it is drawn, a token a step.
+    """A batch that is being sampled, one token per step.
 
     Args:
-        uniform_BT: the random number that decides each token, fp64.
-        seen: where each forward leaves what the shared blocks made of it, as `Roles.sampling` says.
+        uniform_BT: the random number that determines each token, fp64.
+        seen: receives the shared blocks' output of each forward pass, see `Roles.sampling`.
     """
 
     def __init__(
@@ -111,9 +113,9 @@ class Drawing:
         self._read_BT = torch.zeros_like(self._log_probs_BT) if read is not None else None
         self._ends_E = to_device(sampling.end_ids, device)
         self._lengths_B = torch.zeros(count, dtype=torch.int64, device=device)  # of the completions that ended
-        self._lengths = [0] * count  # the same when they were last looked at
+        self._lengths = [0] * count  # the same on the host, from the last check
         self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
-        # Rows of like length stand together in the cache, those of the same prompt side by side.
+        # Rows of similar length are together in the cache, those of the same prompt adjacent.
         self._order = sorted(range(count), key=lambda row: (len(prompts[row]), prompts[row]))
         self._rows_B = to_device(self._order, device)
         self.mask_BL = self._prompt_mask_BP[self._rows_B].long()
@@ -124,15 +126,15 @@ class Drawing:
         self._hidden_BD: Tensor  # that the next tokens are drawn from
 
     def steps(self) -> Iterable[int]:
-        """The completion positions that are drawn."""
+        """Return the completion positions that are sampled."""
         return range(self.length)
 
     def prefill(self) -> None:
-        """Compute the prompts, equal ones once, some at a time."""
+        """Compute the prompts, equal ones once, a few at a time."""
         ordered = [list(self.prompts[row]) for row in self._order]
         groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(ordered)]
         starts = range(0, len(groups), self.sampling.prompts_at_once)
-        # Asked first: who has fewer would ask while others compute.
+        # Before the loop: a process with fewer passes would ask while others still compute.
         passes = self._roles.engine.together(len(starts))
         parts, row = [], 0
         for start in starts:
@@ -147,7 +149,7 @@ class Drawing:
         self._hidden_BD = torch.cat(parts)
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
-        """Compute some prompts; the hidden states (B, D) after each of these rows of the batch."""
+        """Compute some prompts; return the hidden states (B, D) at the end of each of these rows of the batch."""
         device = self._rows_B.device
         sources_B = to_device([place for place, (_, copies) in enumerate(groups) for _ in range(copies)], device)
         ids_BP, mask_BP = left_pad([prompt for prompt, _ in groups], self.sampling.pad_id, device)
@@ -157,12 +159,12 @@ class Drawing:
         return hidden_BD.index_select(0, sources_B)
 
     def _next_hidden(self, ids_BN: Tensor, mask_BL: Tensor) -> Tensor:
-        """The hidden states (B, D) after the newest N positions; those before are in the cache."""
+        """Return the hidden states (B, D) after the newest N positions; earlier ones are in the cache."""
         attention_mask = self.cache.mask(mask_BL, ids_BN.shape[1])
         return self._roles.backbone.extend(self.model, ids_BN, mask_BL, attention_mask, self.cache)[:, -1]
 
     def draw(self, step: int) -> None:
-        """Draw each row's next token."""
+        """Sample each row's next token."""
         rows_B = self._rows_B
         self._ids_BT[rows_B, step], self._log_probs_BT[rows_B, step] = _draw_next(
             self.model, self._hidden_BD, self.sampling, self._uniform_BT[rows_B, step, None]
@@ -175,16 +177,16 @@ class Drawing:
             self._lengths_B[rows_B] = torch.where(ends_B & (lengths_B == 0), step + 1, lengths_B)
 
     def append(self, step: int) -> bool:
-        """Compute the tokens that were drawn, where someone reads that; whether others are to be drawn."""
+        """Compute the sampled tokens if the result is used; return whether more are to be sampled."""
         last = step + 1 == self.length
         looks = last or (step + 1) % self._look_every == 0
         if looks and self.sampling.end_ids:
             self._lengths = self._lengths_B.tolist()
         going = [place for place, row in enumerate(self._order) if not self._lengths[row]]
-        # Where the base is spread over processes, all compute on until every completion of every one has ended.
+        # If the base is sharded, all processes continue until every completion in every process has ended.
         done = last or (looks and not self._roles.engine.together(len(going)))
         if done and self._lower.states_BLD is None:
-            return False  # nobody reads what is computed of the last tokens
+            return False  # nothing uses the last tokens' hidden states
         self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
         ids_B1 = self._ids_BT[self._rows_B, step : step + 1]
         self._hidden_BD = self._next_hidden(ids_B1, self.mask_BL)
@@ -194,7 +196,7 @@ class Drawing:
         return not done
 
     def _keep(self, going: list[int]) -> None:
-        """Go on with these places of the batch only."""
+        """Continue with only these places of the batch."""
         places = to_device(going, self._rows_B.device)
         self._order = [self._order[place] for place in going]
         self._rows_B, self.mask_BL = self._rows_B[places], self.mask_BL[places]
@@ -202,11 +204,11 @@ class Drawing:
         self.cache.keep(places)
 
     def samples(self) -> Samples:
-        """All that was drawn."""
+        """Return the sampled completions."""
         device = self._rows_B.device
         lengths = [one or self.length for one in self._lengths]
         mask_BT = torch.arange(self.length, device=device) < to_device(lengths, device)[:, None]
-        # Rows that had ended were drawn on for a while, until enough of them were there to be taken out.
+        # Finished rows continued for a while, until enough of them could be removed together.
         ids_BT = self._ids_BT.masked_fill(~mask_BT, self.sampling.pad_id)
         return Samples(
             ids_BL=torch.cat([self._prompt_ids_BP, ids_BT], dim=1),
@@ -223,35 +225,35 @@ class Drawing:
 def _new_cache(
     roles: Roles, prompts: list[list[int]], prompt_length: int, length: int
 ) -> KVCache | EncoderDecoderKVCache:
-    """The cache for a batch of these prompts, equal ones side by side."""
+    """Return the cache for a batch of these prompts, equal ones adjacent."""
     model, prompt = roles.model(), prompts[0]
     if roles.backbone.encodes_prompts:
         start_length = len(prompt) - prompt.index(START)
         return EncoderDecoderKVCache(model, len(prompts), prompt_length, length, start_length=start_length)
     copies = [len(list(same)) for _, same in itertools.groupby(prompts)]
-    places = len(copies) * max(copies)  # that are computed, where not all prompts have as many rows
+    places = len(copies) * max(copies)  # slots that are computed, some empty if rows per prompt differ
     if roles.shares_prompts and grows_in_steps(model) and len(copies) < len(prompts) and places < 2 * len(prompts):
         return SharedPromptsCache(model, copies, prompt_length, length)
     return KVCache(model, len(prompts), prompt_length, length)
 
 
 class _LowerHidden:
-    """What the shared blocks make of each position, kept as it comes by.
+    """The shared blocks' output at each position, kept during sampling.
 
-    The reference, the reward model and the critic, and every pass over the rollout, go on from there.
+    The reference, the reward model and the critic, and every pass over the rollout, start from it.
     """
 
     def __init__(self, seen: list[Tensor], rows: int, length: int) -> None:
         self._seen, self._rows, self._length = seen, rows, length
         self.states_BLD: Tensor | None = None
-        """None where there are no such blocks, or only an encoder has them."""
+        """None if there are no such blocks, or only an encoder has them."""
 
     def keep(self, rows_B: Tensor, end: int, sources_B: Tensor | None = None) -> None:
-        """Keep what was computed last, of these rows the columns up to `end`.
+        """Keep the last output of these rows as the columns up to `end`.
 
         Args:
-            rows_B: their places in the samples.
-            sources_B: which of the rows that were computed each of them is; None: its own.
+            rows_B: their rows in the samples.
+            sources_B: the computed row for each of them; None: the same order.
         """
         if not self._seen:
             return
@@ -266,19 +268,20 @@ class _LowerHidden:
 def _draw_next(
     model: PreTrainedModel, hidden_BD: Tensor, sampling: Sampling, uniform_B1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (B), and the log-probs they were drawn with (B, fp32)."""
+    """Return sampled token ids (B) and their log-probs (B, fp32)."""
     product_BV = model.get_output_embeddings()(hidden_BD).float()
     logits_BV = logits_transform(model.config).apply_(product_BV, sampling.temperature)
-    # softmax, not the exponential of the log-probs: on a CPU that takes ten times as long
+    # softmax, because the exponential of the log-probs takes ten times as long on a CPU
     drawn_B1 = draw(logits_BV.softmax(-1), uniform_B1)
     return drawn_B1[:, 0], logits_BV.log_softmax(-1).gather(1, drawn_B1)[:, 0]
 
 
 def draw(probabilities_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """A token id (B, 1) from each row's distribution: where its cumulative sum passes a uniform number, fp64.
+    """Return a token id (B, 1) per row: where the distribution's cumulative sum passes a uniform number, fp64.
 
-    One random number a row: `multinomial` takes one a token of the vocabulary, on a CPU as long as the model does.
+    It needs one random number per row; `multinomial` uses one per vocabulary token, which takes as long as the
+    model on a CPU.
     """
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
-    return drawn_B1.clamp(max=probabilities_BV.shape[1] - 1)  # rounding can make the number the whole sum
+    return drawn_B1.clamp(max=probabilities_BV.shape[1] - 1)  # by rounding the number can equal the whole sum

@@ -1,10 +1,10 @@
-"""A KV cache that holds the prompt of several completions once, and attention over it and what each has added.
+"""A KV cache that holds the shared prompt of several completions once, and attention over prompt and completions.
 
-Drawing a token reads the whole cache: of four completions of 64 tokens to a prompt of 128, a cache of rows has 768
-positions and this one 384. And a prompt is multiplied by the queries of all its completions at once.
+Sampling a token reads the whole cache: for four completions of 64 tokens to a prompt of 128, a cache by rows has
+768 positions and this one 384. In addition, a prompt is multiplied by the queries of all its completions at once.
 
-Axis letters, beside those of `perl.rl.samplers.decode_attention`: C different prompts, K places for completions of
-each, P positions of prompts, T of completions, N query heads of a key head, X products of a batch.
+Axis letters, in addition to those of `perl.rl.samplers.decode_attention`: C different prompts, K completion slots
+per prompt, P prompt positions, T completion positions, N query heads per key head, X products of a batch.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from perl.system.device import to_device
 
 
 class SharedPromptsLayer(Layer):
-    """One layer: `keys` and `values` are of what the rows have added, `prompts` those of prompts (C, G, P, D)."""
+    """One layer: `keys` and `values` hold the completions, `prompts` the prompts (C, G, P, D)."""
 
     prompts: tuple[Tensor, Tensor]
 
     def __init__(self, cache: "SharedPromptsCache", batch: int, completion_length: int, step: int | None) -> None:
         super().__init__(batch, 0, completion_length, step)
-        # A cycle would keep the memory until the garbage collector comes by.
+        # A reference cycle would keep the memory until the garbage collector runs.
         self._cache = cast("SharedPromptsCache", weakref.proxy(cache))
         self.elsewhere = cache.prompt_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve the memory, now that the widths are known."""
+        """Reserve the memory, once the widths are known."""
         super().lazy_initialization(key_states, value_states)
         count, length = len(self._cache.copies), self._cache.prompt_length
         keys, values = (
@@ -45,29 +45,29 @@ class SharedPromptsLayer(Layer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """As of `Layer`, but without the prompts: attention asks the cache for the layer."""
+        """See `Layer`, but without the prompts, for which attention asks the cache."""
         keys, values = super().update(key_states, value_states)
         self._cache.newest = (keys, self) if self.window is None else None
         return keys, values
 
     def _write_prompts(self, key_states: Tensor, value_states: Tensor, window: Window) -> None:
-        start = self.elsewhere - key_states.shape[-2]  # what is before stays zero
+        start = self.elsewhere - key_states.shape[-2]  # earlier positions stay zero
         for whole, new in zip(self.prompts, (key_states, value_states), strict=True):
             whole[window.rows, :, start:] = new
 
     def keep_prompts(self, prompts: Tensor) -> None:
-        """Keep these prompts only."""
+        """Keep only these prompts."""
         keys, values = (selected(one, prompts, self.elsewhere) for one in self.prompts)
         self.prompts = keys, values
 
     def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of each row's prompt and of what it has added, (B, G, P + T, D)."""
+        """Return keys and values of each row's prompt and completion, (B, G, P + T, D)."""
         of_prompts = (one.index_select(0, self._cache.prompt_B) for one in self.prompts)
         keys, values = (torch.cat(both, 2) for both in zip(of_prompts, (key, value), strict=True))
         return keys, values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scale: float) -> Tensor:
-        """As `decode_attention.attend`; key and value are of what the rows have added, `added` is of all."""
+        """See `decode_attention.attend`; key and value cover the completions, `added` all positions."""
         cache, (rows, heads), groups = self._cache, query.shape[:2], key.shape[1]
         keys_XPD, values_XPD = (one.flatten(0, 1) for one in self.prompts)
         query_BGND = query.reshape(rows, groups, heads // groups, -1)
@@ -87,19 +87,20 @@ def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 class SharedPromptsCache(KVCache):
-    """The cache of one batch, whose rows of the same prompt stand side by side.
+    """The cache of one batch in which rows of the same prompt are adjacent.
 
-    It is for models whose every layer attends by transformers' function, while `fast_decoding` is in its place.
+    It requires that all layers of the model attend through transformers' function, and that `fast_decoding` is
+    active.
 
     Args:
-        model: whose layers it is for.
-        copies: how many rows each prompt has.
+        model: the model that uses the cache.
+        copies: number of rows of each prompt.
         prompt_length: positions of the prompts, padded on the left.
-        completion_length: positions of the completions at most.
+        completion_length: maximum positions of the completions.
 
     Attributes:
-        newest: the layer that was written to last, and its keys as attention is given them.
-        prompt_B: each row's prompt, int64.
+        newest: the keys of the layer that was last written to, as passed to attention, and the layer.
+        prompt_B: index of each row's prompt, int64.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class SharedPromptsCache(KVCache):
         return SharedPromptsLayer(self, batch, completion_length, step)
 
     def _arrange(self, prompts: list[int]) -> None:
-        """Note which rows have which prompt."""
+        """Record the prompt of each row."""
         self._prompts, self.copies = prompts, [prompts.count(prompt) for prompt in sorted(set(prompts))]
         self._places = max(self.copies)
         slots: list[int] = []
@@ -125,13 +126,13 @@ class SharedPromptsCache(KVCache):
 
     @contextlib.contextmanager
     def prefilling(self, rows: slice, sources: Tensor | None = None) -> Iterator[None]:
-        """As of `KVCache`; each prompt is kept once."""
+        """See `KVCache`; each prompt is stored once."""
         prompts = slice(self._prompts[rows.start], self._prompts[rows.stop - 1] + 1)
         with super().prefilling(prompts):
             yield
 
     def keep(self, rows: Tensor) -> None:
-        """As of `KVCache`; prompts that no row has are left out too."""
+        """See `KVCache`; prompts without rows are removed, too."""
         super().keep(rows)
         left = [self._prompts[row] for row in rows.tolist()]
         kept = sorted(set(left))
@@ -141,11 +142,11 @@ class SharedPromptsCache(KVCache):
         self._arrange([kept.index(prompt) for prompt in left])
 
     def layer_of(self, key: Tensor) -> SharedPromptsLayer | None:
-        """The layer that these keys are of; None where they are whole, as while prompts are computed."""
+        """Return the layer of these keys; None if they are complete, as during the prefill."""
         return None if self.newest is None or self.newest[0] is not key else self.newest[1]
 
     def by_prompt(self, of_BGN: Tensor) -> Tensor:
-        """(B, G, N, …) as (C · G, K · N, …): a prompt's completions side by side, zeros where there is none."""
+        """Return (B, G, N, …) as (C · G, K · N, …): a prompt's completions adjacent, zeros in empty slots."""
         if not self._full:
             padded = of_BGN.new_zeros(len(self.copies) * self._places, *of_BGN.shape[1:])
             of_BGN = padded.index_copy_(0, self._slots_B, of_BGN)
@@ -153,7 +154,7 @@ class SharedPromptsCache(KVCache):
         return of_CKGN.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def by_row(self, of_XQ: Tensor, groups: int) -> Tensor:
-        """What `by_prompt` has put side by side, as (B · G, N, …)."""
+        """Return the result of `by_prompt` to the layout (B · G, N, …)."""
         of_CGKN = torch.unflatten(torch.unflatten(of_XQ, 0, (-1, groups)), 2, (self._places, -1))
         of_BGN = of_CGKN.transpose(1, 2).flatten(0, 1)
         return (of_BGN if self._full else of_BGN[self._slots_B]).flatten(0, 1)

@@ -202,7 +202,7 @@ def test_equal_rewards_are_said_after_ten_steps_and_are_grave_after_fifty() -> N
         ("no_signal", 15, 6, 15, False),  # no update is made without one: nothing is to be gone back from
         ("no_signal", 55, 6, 55, True),
     ]
-    assert "The reward does not tell completions apart" in alarms[0].causes
+    assert "The reward does not distinguish completions" in alarms[0].causes
     assert "learning_rate" not in alarms[0].causes + alarms[0].remedy
 
 

@@ -224,8 +224,8 @@ def template_changed(patch: Patch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], str, dict[str, Any]]] = {
     "adapter not trained": (adapter_not_trained, "the adapter is not trained", {}),
-    "adapter not trained: no gradient": (gradient_cut, "modules of the policy that are as they were", {}),
-    "optimizer over copies": (optimizer_over_copies, "a copy perhaps", {}),
+    "adapter not trained: no gradient": (gradient_cut, "unchanged modules of the policy", {}),
+    "optimizer over copies": (optimizer_over_copies, "perhaps a copy", {}),
     "sampler stale": (sampler_stale, "the sampler is stale", {}),
     "swapped one step late": (swapped_one_step_late, "swapped one step late", {}),
     "wrong role": (wrong_role, "the sampler computes as a wrong role: base instead of policy", {}),

@@ -80,7 +80,7 @@ def test_a_rollout_that_something_else_than_the_policy_drew_is_seen_at_the_secon
     code, text = run_cli("run", recipe, "--out", tmp_path / "out")
     assert code == 1, text
     said = " ".join(text.split())
-    assert "preflight failed before the second update: what the rollout's log-probs miss" in said
+    assert "preflight failed before the second update: share of the policy's first movement that" in said
     assert "the sampler is stale" in said
     monkeypatch.undo()
     assert run_cli("run", recipe, "--out", tmp_path / "out")[0] == 0

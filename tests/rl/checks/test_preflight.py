@@ -181,7 +181,7 @@ def noise(parts: Parts, role: Role) -> None:
 
 def test_a_policy_that_is_no_copy_of_its_reference(parts: Parts) -> None:
     noise(parts, Role.POLICY)
-    assert "did not begin as a copy of sft" in parts.fails("KL")
+    assert "did not start as a copy of sft" in parts.fails("KL")
 
 
 def test_a_policy_computed_unlike_its_reference(parts: Parts) -> None:
@@ -191,7 +191,7 @@ def test_a_policy_computed_unlike_its_reference(parts: Parts) -> None:
         return outputs._replace(log_probs_BT=1.1 * outputs.log_probs_BT)
 
     parts.session.roles.register_forward_hook(unlike)
-    assert "the weights are equal, so they are computed differently" in parts.fails("KL")
+    assert "the weights are equal, but the passes differ" in parts.fails("KL")
 
 
 @pytest.mark.parametrize("role", [Role.SFT, Role.REWARD])
@@ -237,7 +237,7 @@ def test_a_sampler_at_another_temperature(parts: Parts) -> None:
             return super().draw(role, prompts, dataclasses.replace(sampling, temperature=1.6), *rest)
 
     parts.collector = dataclasses.replace(parts.collector, sampler=Warm(parts.session.roles))
-    assert "another temperature, or its logits are scaled: they agree best at about 1.6" in parts.fails("sampled")
+    assert "or its logits are scaled: the log-probs agree best at about 1.6" in parts.fails("sampled")
 
 
 def test_positions_counted_over_the_padding(
@@ -255,7 +255,7 @@ def test_positions_counted_over_the_padding(
         return states
 
     monkeypatch.setattr(Decoder, "hidden", hidden)
-    assert "rows read alone agree, rows read together do not" in parts.fails("sampled")
+    assert "rows read alone agree, but not rows read together" in parts.fails("sampled")
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(part
     parts.ends_with(eos)
     remedy = parts.fails("end")
     assert "completions here end with '<|endoftext|>'" in remedy
-    assert "those that the reward was trained on end with '<|im_end|>'" in remedy
+    assert "those on which the reward was trained end with '<|im_end|>'" in remedy
 
 
 def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: Parts) -> None:
@@ -304,7 +304,7 @@ def test_a_reward_read_before_the_end(parts: Parts, monkeypatch: pytest.MonkeyPa
         return dataclasses.replace(batch, mask_BL=batch.mask_BL.scatter(1, last_B[:, None], False))
 
     monkeypatch.setattr(perl.rl.rewards.model, "trim", early)
-    assert "padding on the wrong side" in parts.fails("end")
+    assert "padding is on the wrong side" in parts.fails("end")
 
 
 def test_a_failure_stops_the_run_with_status_1_before_anything_is_trained(trained: Path, run_cli: RunCli) -> None:

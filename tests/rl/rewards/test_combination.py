@@ -74,10 +74,10 @@ def test_length(target: int | None, expected: list[float]) -> None:
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        ([0.0], "rl.reward mine: the reward must return 3 finite numbers, one a completion; it returned 1 of 3"),
+        ([0.0], "rl.reward mine: the reward must return 3 finite numbers, one per completion; it returned 1 of 3"),
         ([0.0, math.nan, 0.0], "score 1 is nan"),
         (KeyError("colour"), "the reward failed: KeyError: 'colour'"),
-        ([0.0, 0.0, 1e31], "score 2 of the reward is 1e+31; at most 1e+30"),
+        ([0.0, 0.0, 1e31], "score 2 of the reward is 1e+31; its absolute value may be at most 1e+30"),
     ],
 )
 def test_a_kind_of_ones_own_is_checked_as_functions_are(returned: Any, says: str) -> None:

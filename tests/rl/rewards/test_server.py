@@ -97,16 +97,16 @@ def test_scores_are_those_here_by_row_and_read_at_the_written_end(served: Served
 
 
 FAULTS = {
-    "two classes": ("sends 2 numbers a row", "num_labels"),
+    "two classes": ("sends 2 numbers per row", "num_labels"),
     "few scores": ("0 scores of 1 rows", "Look at its log"),
-    "not a number": ("a score that is no finite number", "Look at its log"),
+    "not a number": ("a score is not a finite number", "Look at its log"),
     "one token more": ("it read 4 tokens of rows of 3", "Look at its log"),
-    "no classifier": ("scores nothing: status 404", "--runner pooling"),
+    "no classifier": ("does not score: status 404", "--runner pooling"),
     "refuses": ("refuses 1 rows of up to 3 tokens: status 400", "--max-model-len"),
-    "half answers": ("sent half an answer from /classify", "Look at its log"),
+    "half answers": ("sent an incomplete response from /classify", "Look at its log"),
     "fails": ("has failed: status 500", "Look at its log"),
     "wants a key": ("requires its API key", "VLLM_API_KEY"),
-    "another server": ("sent no answer from /v1/models", "Look at its log"),
+    "another server": ("sent an unusable response from /v1/models", "Look at its log"),
 }
 
 
@@ -138,7 +138,7 @@ def test_another_adapter_in_the_middle_of_a_run_is_seen(served: Served, monkeypa
     source = source_of(served.fake.url)
     rewards(source, samples())
     monkeypatch.setattr(served.fake, "fault", "base served")
-    with pytest.raises(ServerError, match="it serves another adapter, or another base, than then"):
+    with pytest.raises(ServerError, match="it now serves another adapter or another base"):
         rewards(source, samples())
 
 

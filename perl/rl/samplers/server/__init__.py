@@ -1,5 +1,5 @@
-"""Sampling by servers that speak as vLLM does.
+"""Sampling with servers that have vLLM's API.
 
-`sampler.py` draws, `versions.py` brings the adapters there, `client.py` is the HTTP, and `proof.py` sees that what
-was drawn is of the policy.
+`sampler.py` samples, `versions.py` publishes the adapters, `client.py` is the HTTP client, and `proof.py` checks
+that the completions come from the policy.
 """

@@ -1,7 +1,7 @@
-"""One server that speaks as vLLM 0.32 does: its models and adapters, and completions of token ids.
+"""Client of one server with the API of vLLM 0.32: its models and adapters, and completions of token ids.
 
-Endpoints: /v1/models, /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter, and what `ask` is given.
-Never `load_inplace`: the server would then read the adapter's files again whenever it uses them.
+Endpoints: /v1/models, /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter, and those passed to `ask`.
+`load_inplace` is never used: the server would then read the adapter's files again at every use.
 """
 
 import math
@@ -22,30 +22,30 @@ from perl.system.progress import console
 T = TypeVar("T")
 
 TRIES = 3
-"""Of a request whose answer is late or useless."""
+"""Attempts for a request whose response is late or unusable."""
 PAUSE = 0.2
-"""Seconds before a server that does not answer is asked again; twice as many each time, up to `LONGEST_PAUSE`."""
+"""Seconds until a server that does not answer is asked again; doubled each time, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 5.0
 QUICK = 60.0
-"""Seconds that all but completions may take."""
-START = "Start it with the command that `perl-rlhf sampler RECIPE` prints, and run this again: it goes on."
+"""Time limit in seconds of all requests but completions."""
+START = "Start it with the command that `perl-rlhf sampler RECIPE` prints, and run this again: the run continues."
 
 
 class ServerError(MachineError):
-    """A server does not do what it should; the run can go on once it does."""
+    """A server does not work as it should; the run can continue once it does."""
 
 
 class UnknownModelError(Exception):
-    """The server does not have the adapter: it was dropped, or the server was started anew."""
+    """The server does not have the adapter: it was dropped, or the server was restarted."""
 
 
 class UselessError(Exception):
-    """An answer that is none; says why."""
+    """An unusable response; the message says why."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion, its end token included."""
+    """One completion, including its end token."""
 
     ids: list[int]
     log_probs: list[float]
@@ -78,30 +78,30 @@ class _Choices(BaseModel):
 
 
 class Server:
-    """One server, for any number of threads.
+    """One server, usable from any number of threads.
 
     Args:
-        time_limit: seconds that a completion may take.
-        patience: seconds in which a server that does not answer may come back.
-        section: of the recipe, which names it.
+        time_limit: time limit of a completion, in seconds.
+        patience: seconds to wait for a server that does not answer.
+        section: the recipe's section that names the server, for messages.
     """
 
     def __init__(self, url: str, time_limit: float, patience: float, section: str = "rl.sampler") -> None:
         self.url, self.section, self._time_limit, self._patience = url, section, time_limit, patience
         self._away = False
-        """Whether it did not answer when it was asked last, which has been said."""
+        """Whether it did not answer the last request, which has been reported."""
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx2.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
             timeout=httpx2.Timeout(time_limit, connect=QUICK),
-            trust_env=False,  # a proxy is for what lies outside
+            trust_env=False,  # proxies are for external hosts
         )
         weakref.finalize(self, self._http.close)
 
     def models(self) -> dict[str, _Model]:
-        """What it serves, by name; adapters have a `parent`, and their folder as `root`."""
+        """Return the served models by name; adapters have a `parent`, and their folder as `root`."""
 
         def read(response: httpx2.Response) -> dict[str, _Model]:
             if response.status_code != 200:
@@ -111,19 +111,19 @@ class Server:
         return self.ask("GET", "/v1/models", None, read, QUICK)
 
     def load(self, name: str, folder: str) -> None:
-        """Let it serve an adapter, unless it does so already."""
+        """Load an adapter, unless it is loaded already."""
         self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, _loaded, QUICK)
 
     def unload(self, name: str) -> None:
-        """Let it no longer serve an adapter; one that it does not know is none."""
+        """Unload an adapter; an unknown adapter is no error."""
         self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _unloaded, QUICK)
 
     def complete(self, model: str, prompt: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Draw a completion.
+        """Request a completion.
 
         Raises:
             UnknownModelError: the server does not have this model.
-            ServerError: it does not answer in time, or what it answers is no completion of this prompt.
+            ServerError: it does not answer in time, or its response is not a completion of this prompt.
         """
         body = {
             "model": model,
@@ -132,10 +132,10 @@ class Server:
             "temperature": sampling.temperature,
             "seed": seed,
             "stop_token_ids": list(sampling.end_ids),
-            "ignore_eos": True,  # the base's own end; ours are above
+            "ignore_eos": True,  # the base's own end token; ours are in stop_token_ids
             "logprobs": 1,
             "return_token_ids": True,
-            # Whatever the base's generation_config.json says:
+            # Override the base's generation_config.json:
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -150,14 +150,14 @@ class Server:
         return self.ask("POST", "/v1/completions", body, read, self._time_limit)
 
     def ask(self, method: str, path: str, body: object, read: Callable[[httpx2.Response], T], limit: float) -> T:
-        """Ask until there is an answer; `read` makes the result of it, or raises.
+        """Send a request until there is a response, and return the result of `read`.
 
-        A request that is late or whose answer is useless is sent `TRIES` times; a server that cannot be reached,
-        or says that it has failed, is waited for.
+        A request whose response is late or unusable is sent `TRIES` times. If a server cannot be reached or
+        reports an internal failure, this waits for it.
 
         Args:
-            read: raises `UselessError` where an answer is none; what else it raises is not asked for again.
-            limit: seconds that the answer may take.
+            read: parses the response; raises `UselessError` if it is unusable. Other exceptions are not retried.
+            limit: time limit of the response, in seconds.
         """
         useless, pause, away_since = 0, PAUSE, math.inf
         while True:
@@ -168,7 +168,7 @@ class Server:
                     raise ServerError(
                         f"the server requires its API key: {refused(response)}",
                         where=self.url,
-                        remedy="Set VLLM_API_KEY in the environment to what the server has as --api-key.",
+                        remedy="Set VLLM_API_KEY in the environment to the server's --api-key.",
                     )
                 away = response.status_code >= 500
                 if not away:
@@ -180,9 +180,9 @@ class Server:
             except httpx2.TransportError as error:
                 away, why = True, f"does not answer: {str(error) or type(error).__name__}"
             except ValidationError as error:
-                why = f"sent half an answer from {path}: {error.errors(include_url=False)[0]['msg']}"
+                why = f"sent an incomplete response from {path}: {error.errors(include_url=False)[0]['msg']}"
             except UselessError as error:
-                why = f"sent no answer from {path}: {error}"
+                why = f"sent an unusable response from {path}: {error}"
             away_since = min(away_since, time.monotonic()) if away else math.inf
             useless += not away
             if useless >= TRIES or time.monotonic() - away_since >= self._patience:
@@ -202,7 +202,7 @@ class Server:
 
 
 def refused(response: httpx2.Response) -> str:
-    """What the server says of a request that it refuses."""
+    """Return the server's status and message for a refused request."""
     return f"status {response.status_code}: {response.text[:300]}"
 
 
@@ -211,10 +211,10 @@ def _loaded(response: httpx2.Response) -> None:
         return
     if response.status_code != 200:
         raise ServerError(
-            f"the server does not take the adapter: {refused(response)}",
+            f"the server does not accept the adapter: {refused(response)}",
             where=str(response.url),
-            remedy="It has to see rl.sampler.adapter_dir under the same path, and to be started as "
-            "`perl-rlhf sampler RECIPE` says.",
+            remedy="It must see rl.sampler.adapter_dir under the same path, and be started with the command that "
+            "`perl-rlhf sampler RECIPE` prints.",
         )
 
 
@@ -224,17 +224,17 @@ def _unloaded(response: httpx2.Response) -> None:
 
 
 def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Sampling) -> Completion:
-    """The answer to a request, if it is whole."""
+    """Return the completion in a response after checking that it is complete."""
     if response.status_code != 200:
         raise ServerError(
             f"the server refuses a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} more: "
             f"{refused(response)}",
             where=str(response.url),
-            remedy="Start it as `perl-rlhf sampler RECIPE` says; --max-model-len is to be at least their sum.",
+            remedy="Start it with the command of `perl-rlhf sampler RECIPE`, with --max-model-len at least that.",
         )
     choices = _Choices.model_validate_json(response.content).choices
     if len(choices) != 1:
-        raise UselessError(f"{len(choices)} completions in the place of one")
+        raise UselessError(f"{len(choices)} completions instead of one")
     choice = choices[0]
     ids, log_probs = choice.token_ids, choice.logprobs.token_logprobs
     if choice.prompt_token_ids != list(prompt):
@@ -244,12 +244,12 @@ def _completion(response: httpx2.Response, prompt: Sequence[int], sampling: Samp
         raise UselessError(f"{len(known)} log-probs of {len(ids)} tokens")
     if max(known, default=0.0) > 1e-3:
         raise ServerError(
-            f"the server sends log-probs above 0 ({max(known):.3g}): those are logits",
+            f"the server sends log-probs above 0 ({max(known):.3g}), so they are logits",
             where=str(response.url),
             remedy="Start it with --logprobs-mode processed_logprobs.",
         )
     ended = bool(ids) and ids[-1] in sampling.end_ids
     if not ended and len(ids) != sampling.max_new_tokens:
         said = f"finish_reason {choice.finish_reason}"
-        raise UselessError(f"a completion cut after {len(ids)} of {sampling.max_new_tokens} tokens ({said})")
+        raise UselessError(f"a completion was cut after {len(ids)} of {sampling.max_new_tokens} tokens ({said})")
     return Completion(ids, known, ended)

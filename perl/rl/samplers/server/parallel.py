@@ -1,4 +1,4 @@
-"""Many calls at once, in threads that nobody has to wait for."""
+"""Concurrent calls in daemon threads."""
 
 import itertools
 import queue
@@ -11,15 +11,15 @@ R = TypeVar("R")
 
 
 class Calls(Generic[T, R]):
-    """Calls of `work` on each item, begun at once.
+    """Calls of `work` on each item, started at once.
 
-    The threads are daemons: a run that is interrupted, or whose call has failed, leaves at once, whatever the
-    others still wait for.
+    The threads are daemons, so that a run that is interrupted or has a failed call exits at once, even while
+    others still wait.
     """
 
     def __init__(self, work: Callable[[T], R], items: Sequence[T], workers: int) -> None:
         self._work, self._items = work, items
-        self._numbers = itertools.count()  # `next` of it is one step to other threads
+        self._numbers = itertools.count()  # its `next` is atomic
         self._done: queue.SimpleQueue[tuple[int, R] | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
         for _ in range(min(workers, len(items))):
@@ -34,10 +34,10 @@ class Calls(Generic[T, R]):
                 return
 
     def results(self) -> list[R]:
-        """What they returned, in the order of the items; to be asked for once.
+        """Return the results in the order of the items; may be called only once.
 
         Raises:
-            BaseException: the first that a call raised; no further calls are begun.
+            BaseException: the first that a call raised; no further calls are started.
         """
         found: dict[int, R] = {}
         try:

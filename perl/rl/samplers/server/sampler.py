@@ -1,7 +1,7 @@
-"""The sampler that asks servers: one request a completion, each with a seed of its own.
+"""The sampler that uses servers: one request per completion, each with its own seed.
 
-A seed belongs to a request: several prompts in one would be drawn from the same random numbers. The seeds follow
-from the run's, so that a run that is resumed draws what it would have drawn.
+A seed belongs to a request: several prompts in one request would get the same random numbers. The seeds are
+derived from the run's, so that a resumed run samples the same completions as an uninterrupted one.
 
 Axis letters: B completions, P prompt positions, T completion positions.
 """
@@ -37,42 +37,42 @@ class _Request(NamedTuple):
 
 
 class _Drawing(NamedTuple):
-    """A draw that goes on."""
+    """A draw in progress."""
 
     role: Role
     name: str
     weights: dict[str, Tensor] | None
-    """Of the role when it began; None: it has not changed since."""
+    """The role's weights when it was started; None: they have not changed since."""
     requests: list[_Request]
     calls: Calls[_Request, Completion]
 
 
 class ServerSampler(Sampler):
-    """Draws with servers that have the base, and are given the adapters of roles as these change.
+    """Samples with servers that have the base and receive the roles' adapters whenever these change.
 
-    Row i of a process's share goes to server i modulo their number.
+    Row i of a process's share goes to server i modulo the number of servers.
 
     Raises:
-        UserError: the roles are no adapters that vLLM serves.
+        UserError: the roles are not adapters that vLLM serves.
     """
 
     def __init__(self, roles: Roles, settings: SamplerSettings) -> None:
         super().__init__(roles, settings)
         if not isinstance(roles, SharedBase):
             raise UserError(
-                "servers are given adapters, and there are none", where="rl.sampler", remedy="Set tuning: lora."
+                "servers need adapters, but there are none", where="rl.sampler", remedy="Set tuning: lora."
             )
         self._roles = roles
         self._servers = [Server(url, settings.time_limit, settings.patience) for url in settings.urls]
         self._versions = Versions(roles, self._servers, Path(settings.adapter_dir))
         self._proof = Proof(roles, settings.mismatch_limit)
         self._names: dict[Role, str] = {}
-        """What the servers call the roles whose weights they have."""
+        """The servers' names of the roles whose weights they have."""
         self._loading = threading.Lock()
         self._begun: _Drawing | None = None
 
     def sync(self, role: Role) -> None:
-        """Note that the weights have changed; the servers get them before the next draw as this role."""
+        """Note that the weights have changed; they are sent to the servers before the next draw as this role."""
         self._names.pop(role, None)
 
     def begin(
@@ -83,7 +83,7 @@ class ServerSampler(Sampler):
         generator: torch.Generator,
         share: Share | None = None,
     ) -> None:
-        """See `Sampler`; with the weights of now, if the recipe lets completions be one update old."""
+        """See `Sampler`; start with the current weights, if the recipe allows completions to be one update old."""
         if self.settings.staleness:
             kept = {key: weight.detach().clone() for key, weight in self._roles.weights(role).items()}
             self._begun = self._drawing(role, self._requests(prompts, generator, share), sampling, kept)
@@ -98,11 +98,11 @@ class ServerSampler(Sampler):
         share: Share | None = None,
         read: Read | None = None,
     ) -> Samples:
-        """See `Sampler`; what was drawn is seen to be the role's own.
+        """See `Sampler`; the completions are checked to be the role's own.
 
         Raises:
-            ServerError: a server is slow, away, or says nothing useful; or it draws with something else than the
-                role's weights.
+            ServerError: a server is slow, unreachable or sends unusable responses, or samples with other weights
+                than the role's.
         """
         requests, drawing = self._requests(prompts, generator, share), self._begun
         if drawing is None or (drawing.role, drawing.requests) != (role, requests):
@@ -127,17 +127,17 @@ class ServerSampler(Sampler):
     def _requests(
         self, prompts: Sequence[Sequence[int]], generator: torch.Generator, share: Share | None
     ) -> list[_Request]:
-        """What is asked of whom."""
+        """Return the requests and their servers."""
         rows, total = share or Share(list(range(len(prompts))), len(prompts))
         seeds = torch.randint(2**31, (total,), generator=generator, device=generator.device)[rows].tolist()
         servers = [self._servers[place % len(self._servers)] for place in range(len(prompts))]
         return [_Request(*one) for one in zip(servers, prompts, seeds, strict=True)]
 
     def _together(self, work: Callable[[], T], main: bool = False) -> T:
-        """The result of work that one process alone may fail at: then all do.
+        """Return the result of work; if it fails in one process, raise in all.
 
         Args:
-            main: done by the main process, for all.
+            main: whether the main process does the work for all.
         """
         processes, result, failed = self.roles.engine.processes, None, None
         if processes.main or not main:
@@ -151,13 +151,13 @@ class ServerSampler(Sampler):
         return processes.broadcast(result) if main else result  # type: ignore[return-value]
 
     def _name(self, role: Role) -> str:
-        """What a role is called on all servers, which have its weights of now."""
+        """Return a role's name on all servers, after publishing its current weights."""
         if role not in self._names:
             self._names[role] = self._base() if role is Role.BASE else self._versions.publish(role)
         return self._names[role]
 
     def _base(self) -> str:
-        """What the servers call the base."""
+        """Return the servers' name of the base."""
         names = {}
         for server in self._servers:
             names[server.url] = [name for name, model in server.models().items() if model.parent is None]
@@ -171,7 +171,7 @@ class ServerSampler(Sampler):
         return first[0]
 
     def _complete(self, name: str, request: _Request, sampling: Sampling) -> Completion:
-        """One completion; a server that has lost an adapter, as one that was started anew, is given it again."""
+        """Request a completion; a server that lost an adapter, for example by a restart, receives it again."""
         for again in (False, True):
             try:
                 return request.server.complete(name, request.prompt, sampling, request.seed)
@@ -180,9 +180,9 @@ class ServerSampler(Sampler):
                     with self._loading:
                         self._versions.load(request.server, name)
         raise ServerError(
-            f"the server lists {name} and does not serve it: the adapter was dropped",
+            f"the server lists {name} but does not serve it: the adapter was dropped",
             where=request.server.url,
-            remedy="Start it with --max-loras as `perl-rlhf sampler RECIPE` says.",
+            remedy="Start it with the --max-loras that `perl-rlhf sampler RECIPE` prints.",
         )
 
     def _samples(

@@ -1,8 +1,8 @@
-"""Adapters on their way to servers: each version is a folder of its own, named by its weights, and stays as it is.
+"""Publishing of adapters to servers: each version is a separate, immutable folder, named by a hash of its weights.
 
-The same name with other weights would be served from a stale prefix cache. A folder that is gone while a server
-still knows its adapter ends the server. So a version is unloaded when the next but one is there, and its folder is
-removed once the version after that is.
+The same name with other weights would be served from a stale prefix cache. A server crashes if the folder of a
+loaded adapter is missing. A version is therefore unloaded when the second version after it is loaded, and its
+folder is removed after the third.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from perl.roles.shared_base import SharedBase
 from perl.system.files import user_named, whole_folder
 
 NAME = re.compile(rf"({Role.SFT}|{Role.POLICY})-[0-9a-f]{{16}}")
-"""What the names of versions look like; all else in the folder is not ours."""
+"""Pattern of the names of versions; other files in the folder are not ours."""
 KEPT = 2
-"""Versions of the policy that servers know: the newest, and the one before."""
+"""Number of versions of the policy that servers keep: the newest and the one before."""
 
 
 def version_of(roles: SharedBase, role: Role, folder: Path) -> str:
-    """A role's name and the start of a SHA-256, of its weights and of the folder: servers may have other runs'."""
+    """Return a role's name and the start of a SHA-256 of its weights and its run's folder."""
     digest = hashlib.sha256(str(folder).encode())
     for name, weight in sorted(roles.weights(role).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -37,13 +37,13 @@ def version_of(roles: SharedBase, role: Role, folder: Path) -> str:
 
 
 class Versions:
-    """The versions that the servers have, written and removed by the main process alone.
+    """The versions on the servers, written and removed by the main process alone.
 
     Args:
-        folder: of this run; the servers see it under the same path.
+        folder: folder of this run; the servers see it under the same path.
 
     Raises:
-        UserError: the adapters are of a kind that vLLM does not serve.
+        UserError: vLLM does not serve adapters of this kind.
     """
 
     def __init__(self, roles: SharedBase, servers: Sequence[Server], folder: Path) -> None:
@@ -56,24 +56,24 @@ class Versions:
             )
         self._roles, self._servers, self._folder = roles, servers, folder.absolute()
         self._policies: list[str] = []
-        """Those of the policy that the servers know, the newest last."""
+        """The policy's versions on the servers, the newest last."""
         self._unloaded: list[str] = []
-        """Whose folders go next."""
+        """Unloaded versions, whose folders are removed next."""
         self.in_use: str | None = None
-        """A version that is drawn with meanwhile."""
+        """A version with which sampling is in progress."""
 
     def publish(self, role: Role) -> str:
-        """Bring a role's weights of now to every server; their name there.
+        """Publish a role's current weights to every server and return their name.
 
         Raises:
             UserError: the folder cannot be written.
-            ServerError: a server does not take them, or lists others by their name.
+            ServerError: a server does not accept them, or lists other weights under their name.
         """
         first, name = not self._policies, version_of(self._roles, role, self._folder)
         if not (self._folder / name).exists():
             with user_named(self._folder), whole_folder(self._folder / name) as unfinished:
                 save_adapter(self._roles, role, role, str(self._roles.lm.name_or_path), unfinished)
-                for file in (unfinished, *unfinished.iterdir()):  # servers may run as somebody else
+                for file in (unfinished, *unfinished.iterdir()):  # servers may run as another user
                     file.chmod(0o755 if file.is_dir() else 0o644)
         for server in self._servers:
             self.load(server, name)
@@ -83,7 +83,7 @@ class Versions:
         return name
 
     def load(self, server: Server, name: str) -> None:
-        """Let a server have a version that is written, and see that it says so."""
+        """Load a written version on a server, and check that the server lists it."""
         folder = str(self._folder / name)
         if name not in server.models():
             server.load(name, folder)
@@ -91,17 +91,17 @@ class Versions:
         if listed is None or listed.root != folder:
             has = "no such adapter" if listed is None else f"another folder, {listed.root}"
             raise ServerError(
-                f"the server said that it has loaded {name}, and lists {has}",
+                f"the server reported that it loaded {name}, but lists {has}",
                 where=server.url,
-                remedy="Start it with --max-loras as `perl-rlhf sampler RECIPE` says, and without a load balancer "
+                remedy="Start it with the --max-loras of `perl-rlhf sampler RECIPE`, and without a load balancer "
                 "or --data-parallel-size in front: name every replica in rl.sampler.url.",
             )
 
     def _retire(self, everything_else: bool) -> None:
-        """Remove the folders of versions unloaded before, and unload those that are no longer wanted.
+        """Remove the folders of unloaded versions, and unload versions that are no longer needed.
 
         Args:
-            everything_else: what an earlier process of this run left, too.
+            everything_else: also unload and remove what an earlier process of this run left.
         """
         for name in self._unloaded:
             if name not in self._policies:

@@ -162,27 +162,27 @@ def test_replicas_draw_in_turn_and_each_has_the_adapter(model: Path, fake: FakeV
         move(roles, 0.05)
         both.sync(Role.POLICY)
         other.fault = "stale"
-        with pytest.raises(ServerError, match=f"what {other.url} draws as policy-"):
+        with pytest.raises(ServerError, match=f"the completions of {other.url} as policy-"):
             draw(both)
 
 
 FAULTS = {
-    "base served": ("is not of these weights", "it serves the base without the adapter"),
-    "stale": ("is not of these weights", "it is stale: it serves policy-"),
-    "stale cache": ("is not of these weights", "part of it is stale"),
-    "wrong scale": ("is not of these weights", "another scale or rank"),
-    "raw log-probs": ("is not of these weights", "--logprobs-mode processed_logprobs"),
+    "base served": ("are not from these weights", "it serves the base without the adapter"),
+    "stale": ("are not from these weights", "it is stale: it serves policy-"),
+    "stale cache": ("are not from these weights", "part of it is stale"),
+    "wrong scale": ("are not from these weights", "another scale or rank"),
+    "raw log-probs": ("are not from these weights", "--logprobs-mode processed_logprobs"),
     "logits": ("log-probs above 0", "--logprobs-mode processed_logprobs"),
-    "loads nothing": ("and lists no such adapter", "name every replica"),
+    "loads nothing": ("but lists no such adapter", "name every replica"),
     "dropped": ("the adapter was dropped", "--max-loras"),
     "slow": ("is slow: /v1/completions took longer than 1 s", "time_limit"),
-    "half answers": ("sent half an answer from /v1/completions", "Look at its log"),
-    "no log-probs": ("sent half an answer from /v1/completions", "Look at its log"),
-    "cut answers": ("a completion cut after 1 of 8 tokens", "Look at its log"),
+    "half answers": ("sent an incomplete response from /v1/completions", "Look at its log"),
+    "no log-probs": ("sent an incomplete response from /v1/completions", "Look at its log"),
+    "cut answers": ("a completion was cut after 1 of 8 tokens", "Look at its log"),
     "refuses": ("refuses a prompt of", "--max-model-len"),
     "fails": ("has failed: status 500", "Look at its log"),
     "wants a key": ("requires its API key: status 401", "Set VLLM_API_KEY"),
-    "another server": ("sent no answer from /v1/models: status 404", "Look at its log"),
+    "another server": ("sent an unusable response from /v1/models: status 404", "Look at its log"),
 }
 
 
@@ -219,7 +219,7 @@ def test_a_version_that_is_one_small_update_old_is_told_from_the_newest(
     fake.fault = "stale"
     move(roles, 2e-5)
     sampler.sync(Role.POLICY)
-    with pytest.raises(ServerError, match=r"its log-probs miss \d+% of how the policy has moved since policy-"):
+    with pytest.raises(ServerError, match=r"its log-probs miss \d+% of the policy's movement since policy-"):
         draw(sampler)
 
 

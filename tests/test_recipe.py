@@ -138,7 +138,7 @@ def test_an_override_reaches_the_adapters_by_either_name(section: dict[str, Any]
             "kind LoRA-GA is not supported, because it rewrites the base's weights",
         ),
         ({"adapter": {"rank": 4}}, "adapter.kind: missing"),
-        ({"adapter": "lora"}, "adapter: a section of keys and their values is expected"),
+        ({"adapter": "lora"}, "adapter: a section with keys and values is expected"),
         ({"adapter": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
         ({"adapter": {"kind": "lora"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
         ({"adapter": {"kind": "scale"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
@@ -267,7 +267,7 @@ def test_an_override_of_the_adapters_replaces_the_other_section(
 
 
 def test_two_sections_of_adapters_in_overrides_are_refused(tmp_path: Path) -> None:
-    assert "give one of the two alone" in refused(write(tmp_path, GOOD), "lora={}", "adapter={kind: miss}").lower()
+    assert "give only one of the two" in refused(write(tmp_path, GOOD), "lora={}", "adapter={kind: miss}").lower()
 
 
 def test_paths_are_looked_up_beside_the_recipe_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

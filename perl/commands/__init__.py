@@ -1,4 +1,4 @@
-"""The commands: a file has a command's signature and what it does with it.
+"""The commands: each file has the signature of a command and what it does.
 
-At their top they import nothing that imports torch, which takes seconds: neither help nor a typo waits for it.
+They import nothing at the top that imports torch, which takes seconds: help and typos should not wait for it.
 """

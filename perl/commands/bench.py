@@ -1,4 +1,4 @@
-"""`bench`: measure in turn, take medians, print ratios; `step` against TRL, the other parts by themselves."""
+"""`bench`: alternate measurements, take medians, print ratios; only `step` is compared with TRL."""
 
 import json
 import os
@@ -25,7 +25,8 @@ from perl.system.files import write_metrics
 from perl.system.progress import console
 
 WARM_UP = 1
-"""Steps at the start of every measurement that do not count: they touch memory and fill caches first."""
+"""Steps at the start of every measurement that are not counted, because they touch memory and fill caches
+first."""
 TUNINGS = {"lora": "LoRA", "full": "full"}
 READS = {
     "step": ("algorithm", "model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
@@ -34,9 +35,9 @@ READS = {
     "limit": ("model", "layers"),
     "growth": ("figure",),
 }
-"""The options that each part reads, beside those that all of them do."""
+"""The options that each part reads, in addition to those that all of them read."""
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-"""Where a checkout has the peers and the other parts; the installed package has none of them."""
+"""Where a checkout has the peers and the other parts, which the installed package does not have."""
 
 
 def bench(
@@ -45,7 +46,7 @@ def bench(
         str, typer.Argument(metavar="[PART]", help="step (the default), rollout, reward, limit or growth.")
     ] = "step",
     algorithm: Annotated[
-        str, typer.Option("--algorithm", help="ppo, rloo or grpo; the last two beside TRL.")
+        str, typer.Option("--algorithm", help="ppo, rloo or grpo; the last two against the installed TRL.")
     ] = "ppo",
     peer_trl: Annotated[
         Path | None, typer.Option("--peer-trl", metavar="DIR", help="Where trl 1.12.0 is installed.")
@@ -54,14 +55,14 @@ def bench(
     epochs: Annotated[int, typer.Option("--epochs", metavar="K", min=1, help="Passes over a rollout.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps per measurement.")] = 2,
-    model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the random Llama's shape.")] = "100m",
+    model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the size of the random Llama.")] = "100m",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Checkpoint activations on our side.")
     ] = False,
-    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Where to plot growth.")] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="SVG", help="Plot growth here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure time and memory of an RL step or a part of it, under LoRA and full tuning, and TRL's beside it."""
+    """Measure time and memory of an RL step under LoRA and full tuning, compared with TRL; or a part of it."""
     one_of("--algorithm", algorithm, ["ppo", "rloo", "grpo"])
     one_of("--layers", layers, ["all", "top-half"])
     one_of("--model", model, list(work.MODELS))
@@ -87,7 +88,7 @@ def bench(
 
 
 def script(name: str) -> Path:
-    """A file of `SCRIPTS`.
+    """Return a file of `SCRIPTS`.
 
     Raises:
         UserError: this package is installed without a checkout.
@@ -95,15 +96,15 @@ def script(name: str) -> Path:
     file = SCRIPTS / f"{name}.py"
     if not file.exists():
         raise UserError(
-            "this measurement is in a checkout only, and perl-rlhf is installed without one",
+            "this measurement needs a checkout, and perl-rlhf is installed without one",
             where=f"benchmarks/{name}.py",
-            remedy="Clone the project, and there: pip install --editable .",
+            remedy="Clone the project, and run there: pip install --editable .",
         )
     return file
 
 
 def measure_of(part: str) -> Callable[..., dict[str, Any]]:
-    """The function that measures a part other than `step`. Raises `UserError` as `script`."""
+    """Return the function that measures a part other than `step`. Raises `UserError` as `script`."""
     measure: Callable[..., dict[str, Any]] = runpy.run_path(str(script(f"parts/{part}")))["measure"]
     from perl.stages.material import quiet_libraries
 
@@ -116,16 +117,16 @@ def refuse_unread(part: str, given: Iterable[str]) -> None:
 
     Args:
         part: one of `READS`.
-        given: the command's parameters that were given, by name.
+        given: names of the command's parameters that were given.
 
     Raises:
-        UserError: this part does not read one of them.
+        UserError: this part does not use one of them.
     """
     for option in given:
         readers = [name for name, options in READS.items() if option in options]
         if readers and part not in readers:
             raise UserError(
-                f"bench {part} does not read it",
+                f"bench {part} does not use this option",
                 where=f"--{option.replace('_', '-')}",
                 remedy=f"Leave it out; it is for bench {', '.join(readers)}.",
             )
@@ -141,12 +142,12 @@ def bench_step(
     checkpointing: bool,
     peer_trl: Path | None,
 ) -> dict[str, Any]:
-    """Measure a step under both tunings, and TRL's; print medians and ratios.
+    """Measure a step under both tunings, ours and TRL's; print medians and ratios.
 
     Args:
         repeats: measurements of each side, taken in turn.
-        steps: counted steps of a measurement.
-        peer_trl: where the TRL is that has PPO; the other algorithms' is installed.
+        steps: counted steps per measurement.
+        peer_trl: folder of the TRL that has PPO; the other algorithms use the installed TRL.
 
     Raises:
         UserError: the peer's folder or script is missing, or a measurement fails.
@@ -157,7 +158,7 @@ def bench_step(
         )
     if peer_trl is not None and not (peer_trl / "trl" / "experimental" / "ppo").is_dir():
         raise UserError(
-            "no TRL with a PPO trainer there",
+            "contains no TRL with a PPO trainer",
             where=f"--peer-trl {peer_trl}",
             remedy="pip install --no-deps --target DIR trl==1.12.0",
         )
@@ -195,7 +196,7 @@ class _Side:
     all_seconds: list[float]
 
     def ratio(self, other: "_Side") -> dict[str, float]:
-        """Of this side to the other."""
+        """Return the ratios of this side to the other."""
         return {
             "time": self.seconds_per_step / other.seconds_per_step,
             "memory": self.peak_over_start_bytes / other.peak_over_start_bytes,
@@ -203,17 +204,17 @@ class _Side:
 
 
 def _tuning(ours: _Side, trl: _Side | None) -> dict[str, Any]:
-    """The sides under one tuning, as JSON."""
+    """Return the sides under one tuning, as JSON."""
     if trl is None:
         return {"ours": asdict(ours)}
     return {"ours": asdict(ours), "trl": asdict(trl), "ratio": ours.ratio(trl)}
 
 
 def _measure(side: str, command: list[object], library: Path | None = None) -> Measurement:
-    """What Python prints last under these arguments, in a process of its own.
+    """Run Python with these arguments in a separate process and parse the last line that it prints.
 
     Args:
-        side: named in the error.
+        side: name for the error message.
         library: a folder whose packages take precedence over those installed.
     """
     paths = [*([library] if library else []), SCRIPTS.parent]
@@ -223,7 +224,7 @@ def _measure(side: str, command: list[object], library: Path | None = None) -> M
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
         last = lines[-1] if lines else "no message"
-        raise UserError(f"the measurement failed: {last}", where=f"bench {side}", remedy="See the message.")
+        raise UserError(f"the measurement failed: {last}", where=f"bench {side}", remedy="See this message.")
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -240,7 +241,7 @@ def _medians(runs: list[Measurement]) -> _Side:
 
 
 def _print(algorithm: str, sides: dict[str, _Side], ratios: dict[str, dict[str, float] | None], what: str) -> None:
-    table = Table("", "s a step", "peak over start", "phases", title=f"{algorithm} on a random {what}")
+    table = Table("", "s per step", "peak over start", "phases", title=f"{algorithm} on a random {what}")
     for name, side in sides.items():
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in side.phases.items())
         table.add_row(name, f"{side.seconds_per_step:.2f}", bytes_text(side.peak_over_start_bytes), phases)

@@ -19,10 +19,10 @@ def chat(run: Run) -> None:
 
     loaded = load_run(run)
     roles = loaded.policies
-    console.print(f"Talking to {', '.join(TITLES[role] for role in roles)}; an empty line ends.")
+    console.print(f"Talking to {', '.join(TITLES[role] for role in roles)}; an empty line ends the chat.")
     plain = bool(prompts := loaded.session.train.prompts) and prompts[0].context[-1].speaker == "text"
     if plain:
-        console.print("The run's prompts are plain text: each line is completed by itself.")
+        console.print("The run's prompts are plain text: each line is completed separately.")
     length = min(MAX_NEW_TOKENS, loaded.session.base.context_length // 2)
     turns: list[Turn] = []
     while line := _ask():

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 TUNINGS = ("lora", "full")
 STEADY = 20
-"""Steps from which the speed is told without a caveat."""
+"""Number of steps from which the speed is shown without a caveat."""
 COSTS = ("peak_memory_bytes", "tokens_per_second")
 STEPS = "steps.json"
-"""What was measured before an interruption."""
+"""File of the measurements made before an interruption."""
 
 
 def compare(
@@ -57,10 +57,10 @@ def compare(
     loaded = load_recipe(recipe, overrides)
     if loaded.starts and baselines is None:
         key = f"{next(iter(loaded.starts))}.adapter"
-        what = "full tuning would start from the base, and LoRA from an adapter: that is no comparison"
-        raise UserError(what, where=key, remedy=f"Take {key} out.")
+        what = "full tuning would start from the base but LoRA from an adapter, which is no fair comparison"
+        raise UserError(what, where=key, remedy=f"Remove {key}.")
     if baselines is not None and (steps is not None or search_rates):
-        what, remedy = "--baselines compares policies, at learning rates that it is given", "Leave the other out."
+        what, remedy = "--baselines compares policies, at given learning rates", "Leave the other option out."
         raise UserError(what, where="--baselines", remedy=remedy)
     if steps is not None and search_rates:
         what, remedy = "memory and speed do not depend on the learning rate", "Leave one of the two out."
@@ -80,7 +80,7 @@ def compare(
 
 
 def _searched_rates(recipe: Recipe, seed: int, out: Path) -> dict[str, dict[StageName, float]]:
-    """The best learning rate of each stage under both tunings; LoRA's are RL's start under both."""
+    """Search the best learning rate of each stage under both tunings; RL starts from LoRA's stages under both."""
     from perl.sweep.cells import Cells
     from perl.sweep.rates import search
 
@@ -103,11 +103,11 @@ def _compare_runs(
 ) -> None:
     """Run all stages under both tunings, print the table, write the page and compare.json.
 
-    Every run is a process, for its peak memory; finished ones are not repeated.
+    Every run is a separate process, for its peak memory; finished runs are not repeated.
 
     Args:
-        rates: learning rates by tuning and stage; of the others full tuning has a tenth of LoRA's.
-        searched_on: the seed that they were searched on; None: they were not.
+        rates: learning rates by tuning and stage; where one is missing, full tuning uses a tenth of LoRA's.
+        searched_on: the seed used for the search; None: there was no search.
     """
     from perl.predict import predict, read_subject
     from perl.report.outcome import match_all
@@ -151,25 +151,25 @@ def _compare_runs(
         },
     )
     page = write_page(folders, out / "report.html")
-    console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
+    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/")
 
 
 def _say_rates(
     kind: str, used: Mapping[str, Mapping[StageName, float | Literal["auto"]]], searched_on: int | None
 ) -> None:
-    how = "the recipe's, for full tuning a tenth of it, which is assumed (--search-rates searches both)"
+    how = "the recipe's, and for full tuning a tenth of it by assumption (--search-rates searches for both)"
     if searched_on is not None:
-        how = f"searched on both sides, on seed {searched_on}, which is not reported"
+        how = f"searched for on both sides, with seed {searched_on}, which is not reported"
     pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
-    console.print(f"Learning rates: {how}; {kind}'s and full tuning's of {', '.join(pairs)}.")
+    console.print(f"Learning rates: {how}; those of {kind} and full tuning are {', '.join(pairs)}.")
 
 
 def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
-    """Measure memory and speed alone, over so many steps of each stage on the longest rows; write compare.json."""
+    """Measure only memory and speed, over some steps of each stage on the longest rows; write compare.json."""
     from perl.report.numbers import bytes_text, rate_text
 
     found = _measure(recipe, steps, out)
-    table, rows = _table(recipe, f"{counted(steps, 'step')} a stage"), []
+    table, rows = _table(recipe, f"{counted(steps, 'step')} per stage"), []
     for stage in recipe.stages:
         for cost, text in zip(COSTS, (bytes_text, rate_text), strict=True):
             lora, full = (found[f"{stage}, {tuning}"][cost] for tuning in TUNINGS)
@@ -180,15 +180,15 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
     console.print(table)
     if steps < STEADY:
         console.print(
-            f"[yellow]{counted(steps, 'step')} are too few for a speed[/]: the first ones prepare memory and "
-            f"threads. Measure it with --steps {STEADY} or more; the memory is as it is."
+            f"[yellow]{counted(steps, 'step')} are too few to measure speed[/], because the first ones prepare "
+            f"memory and threads. Use --steps {STEADY} or more; the memory is valid."
         )
     write_metrics(out / "compare.json", {"name": recipe.name, "steps": steps, "rows": rows})
     (out / STEPS).unlink()
 
 
 def _measure(recipe: Recipe, steps: int, out: Path) -> dict[str, dict[str, float]]:
-    """Costs of each stage under each tuning; those that an interrupted command has measured are read."""
+    """Measure the costs of each stage under each tuning, or read those that an interrupted command measured."""
     from perl.predict import TRY, Trial, trial_session
 
     begun = {"recipe": recipe.to_yaml(), "steps": steps}
@@ -220,7 +220,7 @@ def _means(row: "CostRow | QualityRow") -> dict[str, float]:
 
 
 def _note(folder: Path, predicted: "dict[StageName, Memory]") -> None:
-    """Put the predictions beside what was measured."""
+    """Add the predictions to the measured report."""
     file = folder / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     for stage, memory in predicted.items():

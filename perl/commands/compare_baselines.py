@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def parse_baselines(text: str) -> dict[str, float | None]:
-    """Names with their learning rates, as in kto,dpo:3e-4; None: the reward model's.
+    """Parse names with their learning rates, as in kto,dpo:3e-4; None: the reward model's rate.
 
     Raises:
-        UserError: no such baseline, one twice, or no such rate.
+        UserError: an unknown or repeated baseline, or an invalid rate.
     """
     from perl.baselines.training import BASELINES
 
@@ -34,15 +34,15 @@ def parse_baselines(text: str) -> dict[str, float | None]:
     for entry in text.split(","):
         name, colon, rate = entry.strip().partition(":")
         if name not in BASELINES or name in found:
-            what = f"{name!r} is given twice" if name in found else f"{name!r} is none of {', '.join(BASELINES)}"
-            raise UserError(what, where="--baselines", remedy="Give some of them, as in kto or kto,dpo:3e-4.")
+            what = f"{name!r} is given twice" if name in found else f"{name!r} is not one of {', '.join(BASELINES)}"
+            raise UserError(what, where="--baselines", remedy="Name each at most once, as in kto or kto,dpo:3e-4.")
         try:
             found[name] = float(rate) if colon else None
         except ValueError:
             found[name] = math.nan
         if colon and not 0 < (found[name] or 0) <= 1:
-            what = f"{rate!r} is no learning rate"
-            raise UserError(what, where=f"--baselines {entry}", remedy="Give a number above 0 and up to 1.")
+            what = f"{rate!r} is not a learning rate"
+            raise UserError(what, where=f"--baselines {entry}", remedy="Give a number above 0 and at most 1.")
     return found
 
 
@@ -52,10 +52,10 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
     Finished runs and baselines are not repeated.
 
     Raises:
-        UserError: the recipe has no reward model or no RL, is under full tuning, or has no such ratings.
+        UserError: the recipe has no reward model or no RL, uses full tuning, or has no suitable ratings.
     """
     if recipe.reward is None or recipe.rl is None or recipe.tuning != "lora":
-        what = "baselines stand beside RL on adapters against a reward model"
+        what = "baselines are compared with RL on adapters against a reward model"
         remedy = "Use a recipe with the sections reward and rl, and tuning: lora."
         raise UserError(what, where="--baselines", remedy=remedy)
     from perl.baselines.comparison import check_baselines
@@ -81,15 +81,15 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
         console.print(line, markup=False)
     write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "baselines": as_json(results)})
     page = write_page(list(folders.values()), out / "report.html", results)
-    console.print(f"Written: {page}, compare.json beside it, and the runs in {out}/")
+    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/")
 
 
 def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[BaselineResult]":
-    """Run the recipe, and train each baseline beside it, as far as that is not done."""
+    """Run the recipe and train each baseline, unless that is already done."""
     from perl.baselines.comparison import Judging
     from perl.stages.opening import open_session
 
-    gc.collect()  # the base of the seed before: the run is a process of its own
+    gc.collect()  # the previous seed's base: the run is a separate process
     console.print(f"[bold]seed {recipe.seed}[/] in {folder}")
     run_apart(recipe, folder)
     session, results = open_session(recipe, folder), []
@@ -106,7 +106,7 @@ def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[
 
 
 def _finished(file: Path, belongs: str) -> "BaselineResult | None":
-    """What an earlier call found, if it was made from the same run."""
+    """Return the result of an earlier call, if it belongs to the same run."""
     from perl.baselines.results import BaselineResult
 
     if not file.exists():
@@ -116,10 +116,10 @@ def _finished(file: Path, belongs: str) -> "BaselineResult | None":
 
 
 def run_apart(recipe: Recipe, folder: Path) -> None:
-    """Run a recipe in a process of its own, for its peak memory; what is finished is not repeated."""
+    """Run a recipe in a separate process, for its peak memory; finished stages are not repeated."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         write_whole(file, recipe.to_yaml())
         done = subprocess.run([sys.executable, "-m", "perl", "run", str(file), "--out", str(folder)], check=False)
     if done.returncode:
-        raise SystemExit(done.returncode)  # it has said why
+        raise SystemExit(done.returncode)  # it has printed why

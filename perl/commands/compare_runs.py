@@ -1,4 +1,4 @@
-"""`compare-runs`: the reward models and the policies of two runs, on the rows that both hold out."""
+"""`compare-runs`: the reward models and policies of two runs, on the rows that both held out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 def compare_runs(
     first: Annotated[Path, typer.Argument(metavar="A", help="The folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another run.")],
     json_file: JsonFile = None,
 ) -> None:
-    """Compare the reward models and the policies of two runs, on the rows that both hold out."""
+    """Compare the reward models and policies of two runs, on the rows that both held out."""
     say_loading()
     from perl.stages.two_runs import compare
 
     found = compare((first, second))
     console.print(f"A is {first}, B is {second}.", markup=False)
     if found.recipes:
-        table = Table("key", "A", "B", title="What their recipes say otherwise")
+        table = Table("key", "A", "B", title="Differences between the recipes")
         for key, values in found.recipes.items():
             table.add_row(key, *("–" if value is None else str(value) for value in values))
         console.print(table)
@@ -45,7 +45,7 @@ def compare_runs(
 
 def _print(title: str, row: str, compared: "Comparison") -> None:
     rows, dialogues = counted(compared.rows, row), counted(compared.dialogues, "dialogue")
-    table = Table("metric", "A", "B", "B less A (95 %)", "", title=f"{title}, {rows} of {dialogues}")
+    table = Table("metric", "A", "B", "B - A (95 %)", "", title=f"{title}, {rows} of {dialogues}")
     for one in compared.differences:
         ends = ("unknown" if value is None else f"{value:.4g}" for value in (one.first, one.second))
         table.add_row(one.metric, *ends, *_told(one))
@@ -67,7 +67,7 @@ def _policy_note(found: "TwoRuns") -> str:
     if found.same_reward:
         judged = "Both were trained on the same reward."
     else:
-        judged = "They were trained on different rewards: each reward judges the completions of both."
+        judged = "They were trained on different rewards; each reward scores the completions of both."
     if found.as_text:
-        judged += " Completions are judged as text, so as each reward's own tokenizer divides it."
-    return f"{judged} KL is each policy's to its own reference, in nats per completion."
+        judged += " Completions are scored as text, with each reward's own tokenizer."
+    return f"{judged} KL is from each policy to its own reference, in nats per completion."

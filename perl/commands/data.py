@@ -1,6 +1,6 @@
 """`data fetch`, `check`, `leaks` and `import`.
 
-Published data on this machine; what a source holds, and what it shares; ratings that people gave elsewhere.
+They download published data, describe a source, find test questions in training data, and import ratings.
 """
 
 import math
@@ -49,10 +49,10 @@ def data_check(
 
 def data_leaks(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Training data: SOURCE[:PATH] or a file.")],
-    tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="Test data, likewise.")],
+    tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="Test data: SOURCE[:PATH] or a file.")],
 ) -> None:
     """Count the questions of test sets that also occur in a training set."""
-    # Questions are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
+    # The output quotes questions, which must not be read as markup or wrapped.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     trained_on = load_rows(*parse_source(train), 0)
     for test in tests:
@@ -73,7 +73,7 @@ def data_import(
     names = parse_columns(columns)
     rows, problems = sifted(imports.read_import(source, file, names))
     if not rows:
-        raise no_usable_row(problems, str(file), f"Give a file of the format {source}: data/README.md has them.")
+        raise no_usable_row(problems, str(file), f"Give a file of the format {source}; see data/README.md.")
     if absent := [name for field, name in names.items() if not any(field in row for row in rows)]:
         raise UserError(f"no row has {', '.join(absent)}", where=str(file), remedy="Correct --columns.")
     write_lines(out, rows)
@@ -82,10 +82,10 @@ def data_import(
 
 
 def check(source: str, columns: Mapping[str, str] | None = None) -> int:
-    """Print what a source, a file or a recipe's data hold, then the first 50 bad rows and how many more there are.
+    """Describe the data of a source, a file or a recipe; print the first 50 bad rows and the number of others.
 
     Args:
-        columns: names in a file, by the names of TRL's formats; a recipe has its own.
+        columns: column names in a file, by field name of TRL's formats; a recipe has its own.
 
     Returns:
         The exit code: 0, or 2 if any row is bad.
@@ -100,7 +100,7 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
         (name, path), seed = parse_source(source), 0
     row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
-    # Rows are quoted in what is printed: none of it may be read as markup, or be broken in the middle.
+    # The output quotes rows, which must not be read as markup or wrapped.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"{name}: {'; '.join(filter(None, (row.description, row.licence, row.homepage)))}")
     console.print(_table("", {kind: counts(rows) for kind, rows in kinds.items()}))
@@ -113,14 +113,14 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
         console.print("every row is usable, but columns are left out" if unread else "every row is usable")
         return 0
     console.print(f"{counted(len(records.problems), 'row')} left out")
-    messages.print("Correct or remove the rows named: a run would go on without them.")
+    messages.print("Fix or remove these rows; a run would leave them out.")
     if any(problem.what.endswith("fit no format") for problem in records.problems):
-        messages.print(f"Rows have the fields {FORMATS}.", markup=False)
+        messages.print(f"Rows must have the fields {FORMATS}.", markup=False)
     return 2
 
 
 def counts(rows: Sequence[Record]) -> dict[str, str]:
-    """How many records of one kind there are, and what their answers are."""
+    """Return the number of records of one kind, and of their answers by type."""
     turns = [turn for row in rows for answer in answers_of(row) for turn in answer]
     by_agent = [turn for turn in turns if turn.speaker in ("agent", "text")]
     calls = sum(turn.is_call for turn in by_agent)
@@ -135,7 +135,7 @@ def counts(rows: Sequence[Record]) -> dict[str, str]:
 
 
 def sizes(rows: Sequence[Record]) -> dict[str, str]:
-    """How long records of one kind are. Characters are those of the turns' texts."""
+    """Return the lengths of records of one kind. Characters are those of the turns' texts."""
     return {
         "context: turns": _spread(len(row.context) for row in rows),
         "characters": _spread(_characters(row.context) for row in rows),
@@ -148,7 +148,7 @@ def _characters(turns: Sequence[Turn]) -> int:
 
 
 def _spread(sizes: Iterable[int]) -> str:
-    """Median, 95th percentile and longest: lengths are skewed, and the longest decide the memory."""
+    """Return median, 95th percentile and maximum: lengths are skewed, and the longest determine the memory."""
     ordered = sorted(sizes)
     if not ordered:
         return "–"
@@ -168,7 +168,7 @@ def _facts(records: Records) -> Iterator[str]:
     yield f"{counted(len(dialogues), 'dialogue')} in all"
     if records.ratings:
         yield balance(records.ratings)
-    # How many rows say how sure they are: a misspelt key would be counted in none.
+    # The number of rows with a confidence: a misspelt key would count as none.
     certain = [
         (sum(rating.probability is not None for rating in records.ratings), "soft label", ""),
         (sum(comparison.margin > 0 for comparison in records.comparisons), "comparison", " with a margin"),
@@ -179,12 +179,12 @@ def _facts(records: Records) -> Iterator[str]:
     if records.judge:
         yield "a gold judge scores any answer to its prompts"
     if records.published_test:
-        yield f"{counted(len(records.published_test), 'dialogue')} are the published test part, which is held out"
+        yield f"{counted(len(records.published_test), 'dialogue')} are the published test split, which is held out"
     yield from records.notes
 
 
 def balance(ratings: Sequence[Rating]) -> str:
-    """The labels of ratings; a reward model's accuracy means nothing without that of a constant answer."""
+    """Describe the labels of ratings; an accuracy means nothing without that of a constant prediction."""
     up = sum(rating.label for rating in ratings)
     contradictions = sum(len(values) == 2 for values in labels_by_answer(ratings).values())
     labels: dict[Context, set[bool]] = defaultdict(set)
@@ -192,7 +192,7 @@ def balance(ratings: Sequence[Rating]) -> str:
         labels[rating.context].add(rating.label)
     mixed = sum(len(values) == 2 for values in labels.values())
     return (
-        f"{up:,} thumbs up, {len(ratings) - up:,} down: a constant answer is right for "
+        f"{up:,} thumbs up, {len(ratings) - up:,} down: a constant prediction is right for "
         f"{max(up, len(ratings) - up) / len(ratings):.1%}; {counted(contradictions, 'answer')} with both labels; "
-        f"{counted(mixed, 'context')} with both labels, which make {counted(len(pair_ratings(ratings)), 'pair')}"
+        f"{counted(mixed, 'context')} with both labels, which yield {counted(len(pair_ratings(ratings)), 'pair')}"
     )

@@ -1,4 +1,4 @@
-"""`estimate`: will it fit, and if not, what would make it fit; how long it takes, and what that costs."""
+"""`estimate`: whether a recipe fits and, if not, what would make it fit; its time and its cost."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ Prediction = dict[StageName, "Memory"]
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from text such as 24GB, 80GiB or 1.5e9; GB is 10⁹, GiB 2³⁰.
+    """Parse bytes from text such as 24GB, 80GiB or 1.5e9; GB is 10⁹, GiB 2³⁰.
 
     Raises:
         UserError: it is not a size.
@@ -48,7 +48,7 @@ def parse_bytes(text: str) -> int:
         size = float(match[1]) * unit if match else 0.0
     except ValueError:
         size = 0.0
-    if 1 <= size < 1_000_000:  # no device has so little: the unit was forgotten
+    if 1 <= size < 1_000_000:  # no device has so little: the unit is missing
         raise UserError(f"{text!r} is {size:,.0f} bytes", where="--device-memory", remedy=f"Write {size:.0f}GB.")
     if not 1 <= size < 2**60:
         raise UserError(f"{text!r} is not a size", where="--device-memory", remedy="For example 24GB or 80GiB.")
@@ -66,15 +66,13 @@ def estimate(
     ] = 1,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="Predict seconds on h200, h100, a100, l40s, 4090 or cpu."),
+        typer.Option("--device", metavar="NAME", help="Predict the time on h200, h100, a100, l40s, 4090 or cpu."),
     ] = None,
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Measure this machine first (about a minute), and predict its seconds."),
+        bool, typer.Option("--calibrate", help="Measure this machine first (a minute) and predict its time.")
     ] = False,
     price: Annotated[
-        float | None,
-        typer.Option("--price", metavar="PER_HOUR", min=0.0, help="Price of one device, for the cost."),
+        float | None, typer.Option("--price", metavar="PER_HOUR", min=0.0, help="Price of a device, for the cost.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -82,7 +80,7 @@ def estimate(
     loaded = load_recipe(recipe, overrides)
     limit = parse_bytes(device_memory) if device_memory else None
     if calibrate and device is not None:
-        raise UserError("this machine is measured", where="--device", remedy="Leave out --device or --calibrate.")
+        raise UserError("--calibrate measures this machine", where="--device", remedy="Leave one of them out.")
     with Workers(devices) as workers:
         say_loading()
         from perl.backbones import backbone_of
@@ -110,14 +108,14 @@ def estimate(
 
 
 def print_prediction(recipe: Recipe) -> None:
-    """The peak memory of a recipe as it is, in a table."""
+    """Print the predicted peak memory of a recipe in a table."""
     from perl.predict import predict, read_subject
 
     console.print(_table(recipe.name, predict(recipe, read_subject(recipe)), 1, None))
 
 
 def _tunings(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe under both tunings, its own first, or alone where it has what the other does not."""
+    """Return the recipe under both tunings, its own first; only its own if the other does not support it."""
     found: dict[str, Recipe] = {}
     for tuning in sorted(TUNINGS, key=lambda one: one != recipe.tuning):
         try:
@@ -132,13 +130,13 @@ def _speed(name: str | None, calibrate: bool) -> "Device":
     from perl.predict.device import named
 
     if calibrate:
-        console.print("Measuring this machine, about a minute …")
+        console.print("Measuring this machine (about a minute) …")
         return measure()
     return named(name) if name is not None else calibrated() or named("cpu")
 
 
 def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bool) -> dict[str, Recipe]:
-    """The recipe with settings that need less memory, each alone, then together.
+    """Return the recipe with settings that need less memory, each alone, then all together.
 
     Args:
         four_bit: whether its base can have 4-bit weights.
@@ -158,7 +156,7 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bo
     if four_bit and recipe.base.quantization == "none" and recipe.base.build is None and not refused:
         settings.append(["base.quantization=4bit", *["tuning=lora"] * full])
     settings.append(list(dict.fromkeys(setting for group in settings for setting in group)))
-    # Of a recipe for full tuning the critic is the other tuning's default.
+    # For a recipe with full tuning, use the default critic of LoRA.
     critic = ["rl.critic=null"] if full and rl else []
     return {
         " ".join(group): load_recipe(file, [*overrides, *(critic if "tuning=lora" in group else []), *group])
@@ -167,8 +165,8 @@ def _alternatives(recipe: Recipe, file: Path, overrides: list[str], four_bit: bo
 
 
 def _say_changes(workers: Workers, changes: Mapping[str, Recipe], device_memory: int) -> dict[str, object]:
-    """A line for each change as it is known."""
-    console.print("What would need less:")
+    """Print a line for each change as soon as its result is known."""
+    console.print("Changes that need less memory:")
     found: dict[str, object] = {}
     for label, traced in workers.in_turn(changes):
         peak = _peak({stage: one.memory for stage, one in traced.items()})
@@ -198,7 +196,7 @@ def _hours(times: "Mapping[StageName, StageTime]") -> float:
 def _in_json(
     seconds: "Mapping[str, Mapping[StageName, StageTime]]", price: float | None, devices: int
 ) -> dict[str, object]:
-    """Seconds of a step by phase and of the stages, hours of the recipe and their price, by tuning."""
+    """Return, by tuning, seconds per step by phase and per stage, the recipe's hours and their price."""
     hours = {label: _hours(times) for label, times in seconds.items()}
     found: dict[str, object] = {
         "seconds": {
@@ -223,14 +221,14 @@ def _say_seconds(
         line = f"{stage}: {phases} per step of the longest rows; {counted(time.steps, 'step')} "
         line += f"{seconds_text(time.training)}, evaluation {seconds_text(time.evaluation)}"
         if time.draws_at_most > 1:
-            line += f"; generate and score up to {time.draws_at_most} times where groups are drawn again"
+            line += f"; generate and score up to {time.draws_at_most} times if groups are redrawn"
         console.print(f"{line}.", markup=False)
     hours = _hours(times)
-    money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} per device and hour"
+    money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} per device-hour"
     alone = "" if devices == 1 else ", without communication between devices"
     console.print(
         f"All of {recipe.name} ({recipe.tuning}) on {speed.name}: about {seconds_text(hours * 3600)}{alone}"
-        f"{money}. This is a prediction, based on: {speed.basis}.",
+        f"{money}. This is a prediction; its basis: {speed.basis}.",
         markup=False,
     )
 
@@ -244,7 +242,7 @@ def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) ->
     stage = max(own, key=lambda name: max(phase.peak for phase in own[name].values()))
     verdict = "[green]It fits[/]" if peak <= device_memory else "[red]It does not fit[/]"
     console.print(
-        f"{verdict}: {recipe.name} ({recipe.tuning}) needs {bytes_text(peak)} of {room}, most of all in {stage}. "
+        f"{verdict}: {recipe.name} ({recipe.tuning}) needs {bytes_text(peak)} of {room}, the peak is in {stage}. "
         "These are the bytes of live tensors; the CUDA context and fragmentation take about 1 GB more."
     )
     return peak <= device_memory

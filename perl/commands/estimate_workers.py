@@ -1,4 +1,4 @@
-"""The processes in which `estimate` traces stages, each as one of the devices that it may be sharded over."""
+"""The processes in which `estimate` traces stages, each as one of the devices over which it may be sharded."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from perl.predict import Memory, Subject, Traced
 
 SHARDED = ("base_weights", "adapters", "gradients", "optimizer")
-"""What ZeRO-3 and FSDP spread over the devices."""
+"""Memory that ZeRO-3 and FSDP shard over the devices."""
 
 
 class Workers:
-    """Processes that trace stages: each is up to half a minute of Python, not of arithmetic.
+    """Processes that trace stages; each takes up to half a minute, spent in Python rather than in arithmetic.
 
     They import what they need while the caller reads the data.
 
     Args:
-        devices: over which a stage is sharded.
+        devices: number of devices over which a stage is sharded.
     """
 
     def __init__(self, devices: int) -> None:
         self.subject: Subject
         self._devices = devices
         context = get_context("forkserver")
-        context.set_forkserver_preload(["perl.predict"])  # what takes long to import, once for all
+        context.set_forkserver_preload(["perl.predict"])  # slow imports, done once for all
         self._pool = ProcessPoolExecutor(min(3, os.cpu_count() or 1), context)
         self._pool.submit(int)
 
@@ -42,7 +42,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def in_turn(self, recipes: Mapping[str, Recipe]) -> "Iterator[tuple[str, dict[StageName, Traced]]]":
-        """Each recipe's stages, as soon as they and those of the recipes before are known."""
+        """Yield each recipe's stages, as soon as they and those of the previous recipes are known."""
         heaviest_first = [(label, stage) for label, recipe in recipes.items() for stage in reversed(recipe.stages)]
         futures = {
             (label, stage): self._pool.submit(_trace, recipes[label], self.subject, stage, self._devices)
@@ -69,17 +69,17 @@ def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -
         traced = trace(share(recipe, devices) if devices > 1 else recipe, subject, stage)
     except UserError:
         raise
-    except Exception as error:  # some of torch's cannot be sent from one process to another
+    except Exception as error:  # some of torch's exceptions cannot be pickled
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     if devices == 1:
         return traced
     size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
-    # Gathered are the block that computes, the next one, and all that is outside the blocks.
+    # Gathered weights: the current block, the next one, and everything outside the blocks.
     return Traced(_sharded(traced.memory, devices, 2 * size.block + size.outside), traced.work)
 
 
 def share(recipe: Recipe, devices: int) -> Recipe:
-    """One device's part of every batch. It is checked no more: one completion is no recipe, but can be a part."""
+    """Return a recipe with one device's part of every batch; not validated, since a part may be one completion."""
     parts: dict[str, Section] = {}
     for stage, key in (("sft", "batch_size"), ("reward", "batch_size"), ("rl", "prompts_per_step")):
         if (section := getattr(recipe, stage)) is not None:

@@ -1,4 +1,4 @@
-"""`evaluate`: judge a trained reward model on rated data, or a policy on prompts."""
+"""`evaluate`: evaluate a trained reward model on rated data, or a policy on prompts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained reward model on rated data, or a policy on prompts."""
     if role not in ROLES:
-        raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="It is reward or policy.")
+        raise UserError(f"no role {role!r} to evaluate", where="ROLE", remedy="Use reward or policy.")
     say_loading()
     session = _open(run, role, data)
     metrics = _reward(session, run, data) if role == "reward" else _policy(session, run, data)
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def _open(run: Path, role: str, data: str | None) -> "Session":
-    """The run's session, with the data to judge on as those held out."""
+    """Open the run's session, with the evaluation data as its held-out data."""
     from perl.data.sources import load_records, parse_source
     from perl.runs.folder import RunFolder
     from perl.stages.opening import open_session
@@ -68,7 +68,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     if data is None:
         refuse_changed(session.folder, {"reward": session.identities["reward"]})
     assert session.recipe.reward is not None
-    # Ratings are judged as ratings, whatever the model was trained on; one class only is a fact, not an error.
+    # Ratings are evaluated as ratings, whatever the model was trained on; a single class is not an error.
     rows = session_rows(session, session.held_out, "any", data)
     say_cut(rows.cut, len(rows.tokens), max_length(session), "reward.max_length")
     trained_on = answers_of(session.train, session.recipe.reward.loss, session.recipe.data.source)
@@ -91,7 +91,7 @@ def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
         refuse_changed(session.folder, {"rl": session.identities["rl"]})
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    if session.recipe.rl.sampler.kind == "server":  # which may be gone by now
+    if session.recipe.rl.sampler.kind == "server":  # which may no longer run
         collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)

@@ -1,4 +1,4 @@
-"""`export`: a role as a folder of its own, which peft or transformers loads without the run and without PERL."""
+"""`export`: a role as a separate folder, which peft or transformers loads without the run and without PERL."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,18 +26,16 @@ def export(
     run: Run,
     role: Annotated[str, typer.Argument(metavar="ROLE", help="sft, reward, policy or critic; reward_2 ...")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
-    merge: Annotated[bool, typer.Option("--merge", help="The whole model, adapter and base merged.")] = False,
-    hub: Annotated[
-        str, typer.Option("--push-to-hub", metavar="REPO", help="Also upload it; private if new.")
-    ] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Merge adapter and base into a whole model.")] = False,
+    hub: Annotated[str, typer.Option("--push-to-hub", metavar="REPO", help="Upload it too; private if new.")] = "",
     as_lora: Annotated[
         int | None,
-        typer.Option("--as-lora", metavar="RANK", min=1, help="Convert any kind of adapter to LoRA."),
+        typer.Option("--as-lora", metavar="RANK", min=1, help="Convert any kind of adapter to LoRA of this rank."),
     ] = None,
 ) -> None:
     """Write a role as an adapter that plain peft loads, or a model that plain transformers loads."""
     if role not in STAGES:
-        remedy = f"It is {', '.join(list(ROLES)[:-1])} or {list(ROLES)[-1]}; of an ensemble also {MEMBERS[0]} ..."
+        remedy = f"Use {', '.join(list(ROLES)[:-1])} or {list(ROLES)[-1]}; for an ensemble also {MEMBERS[0]} ..."
         raise UserError(f"no role {role!r} to export", where="ROLE", remedy=remedy)
     with user_named(folder):
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
@@ -64,7 +62,7 @@ def export(
 
 
 def _recipe_with(run: Path, role: str) -> Recipe:
-    """The run's recipe, if the run has finished training this role."""
+    """Return the run's recipe, if the run has finished training this role."""
     from perl.runs.folder import RunFolder
 
     stage, recipe = STAGES[role], RunFolder(run).recipe()
@@ -77,17 +75,17 @@ def _recipe_with(run: Path, role: str) -> Recipe:
     elif role == "critic" and recipe.critic == "none":
         assert recipe.rl is not None
         what = f"the run has no critic: {recipe.rl.algorithm} needs none"
-        remedy = "A critic is trained where rl.advantage is gae or return: perl-rlhf algorithms."
+        remedy = "A critic is trained if rl.advantage is gae or return; see perl-rlhf algorithms."
     elif RunFolder(run).result(stage) is None:
         what = f"{stage} is not finished"
-        remedy = "Run the recipe again with the same --out: it resumes from where it stopped."
+        remedy = "Run the recipe again with the same --out: it continues where it stopped."
     if what:
         raise UserError(what, where=str(run), remedy=remedy)
     return recipe
 
 
 def _check_form(recipe: Recipe, whole: bool, rank: int | None) -> None:
-    """Refuse what could be written but not be loaded as what was trained."""
+    """Refuse an export that could be written but not loaded as the model that was trained."""
     if whole and rank is not None:
         full = recipe.tuning == "full"
         raise UserError(
@@ -103,7 +101,7 @@ def _check_form(recipe: Recipe, whole: bool, rank: int | None) -> None:
         )
     if whole and recipe.base.quantization == "4bit":
         raise UserError(
-            "the adapter was trained beside 4-bit weights; merged into unrounded ones it would be another model",
+            "the adapter was trained on 4-bit weights; merged into unquantized ones it would be a different model",
             where="--merge",
             remedy="Export the adapter (without --merge), and load its base in 4 bits (NF4) as the card says.",
         )
@@ -120,15 +118,15 @@ def _say(session: "Session", exported: "Exported", folder: Path) -> None:
         if advice := conversion.advice:
             console.print(advice, style="yellow", markup=False)
     if (difference := exported.difference) is not None:
-        by = f"Its scores by transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}."
+        by = f"Its scores with transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}."
         console.print(by, markup=False)
     if exported.role in (members := session.reward_members)[: len(members) * (len(members) > 1)]:
         others = ", ".join(role for role in members if role is not exported.role)
         console.print(f"It is one of {len(members)} members of an ensemble; the others: {others}.", markup=False)
     if not exported.whole and Path(session.base.name).exists():
         warning = (
-            f"It needs its base, {session.base.name}: a folder of this machine, which others do not have. "
-            "Where they have it elsewhere, base_model_name_or_path in adapter_config.json is to name it. "
-            + ("" if settings.quantization == "4bit" else "To give it away whole, export with --merge.")
+            f"It needs its base, {session.base.name}: a folder on this machine, which others do not have. "
+            "If they have it elsewhere, set base_model_name_or_path in adapter_config.json to that path. "
+            + ("" if settings.quantization == "4bit" else "To share the whole model, export with --merge.")
         )
         console.print(warning, style="yellow", markup=False)

@@ -13,20 +13,19 @@ from perl.system.progress import console, counted
 def generate(
     run: Run,
     role: Annotated[
-        str, typer.Argument(metavar="ROLE", help="base, sft or policy; if left out, the last trained.")
-    ],
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help=FILE, show_default=False)] = None,
-    role_option: Annotated[str | None, typer.Option("--role", hidden=True)] = None,
+        str | None,
+        typer.Option("--role", metavar="ROLE", help="base, sft or policy; the last one trained by default."),
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, else 128.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, or 1.")
+        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, else 1.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed for sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     out: Out = None,
 ) -> None:
-    """Generate a role's completions of the prompts in a file: JSON Lines that `score` and `data check` read."""
+    """Sample completions of a file's prompts from a role: JSON Lines that `score` and `data check` read."""
     say_loading()
     from perl.library import load_run
     from perl.rl.rewards.function import messages
@@ -41,5 +40,5 @@ def generate(
     write_lines(out, ({"prompt": messages(context), "completion": text, "role": role} for context, text in pairs))
     if empty := sum(not text.strip() for text in texts):
         console.print(
-            f"{role} ended {counted(empty, 'completion')} at once: they are empty, and `score` takes none."
+            f"{role} ended {counted(empty, 'completion')} immediately; `score` does not accept empty completions."
         )

@@ -1,4 +1,4 @@
-"""`init`: a recipe for one's own data, with the stages that the rows allow, and what it will need."""
+"""`init`: a recipe for the user's data, with the stages that the rows allow, and the memory that it needs."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ from perl.system.files import user_named, write_whole
 from perl.system.progress import console, counted
 
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
-"""What is suggested: small enough for a CPU."""
+"""The suggested base, small enough for a CPU."""
 KINDS = {
     "demonstrations": "demonstration",
     "ratings": "rated answer",
@@ -40,20 +40,20 @@ def init(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="A hub id or a folder.")] = None,
     columns: Columns = None,
-    yes: Annotated[bool, typer.Option("--yes", help=f"Ask nothing; the base is {BASE} if none is given.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Ask no questions; the default base is {BASE}.")] = False,
 ) -> None:
-    """Write a recipe for your own data, with the stages that the rows allow; show what it will need."""
+    """Write a recipe for your own data, with the stages that the rows allow; show how much memory it needs."""
     if file.exists():
-        raise UserError("already exists", where=str(file), remedy="Name another file for the recipe.")
-    data = data or _asked("--data", "Your file of rows", None, yes)
+        raise UserError("exists already", where=str(file), remedy="Name another file for the recipe.")
+    data = data or _asked("--data", "Your data file", None, yes)
     name, path = parse_source(data)
     if name != "jsonl" or path is None:
-        remedy = "Name a file; for a source of this package copy a recipe of recipes/."
+        remedy = "Name a file; for a source of this package copy a recipe from recipes/."
         raise UserError(f"{data} is not a file", where="--data", remedy=remedy)
     named = columns_in(Path(path)) | parse_columns(columns)
     records = load_records(name, path, 0, named)
     _describe(records)
-    base = base or _asked("--base", "The base, a hub id or a folder", BASE, yes)
+    base = base or _asked("--base", "The base model, a hub id or a folder", BASE, yes)
     from perl.backbones.loading import has_chat_format
 
     chat = speakers_of(records) == {"text"} and has_chat_format(base)
@@ -61,7 +61,7 @@ def init(
         console.print(f"The rows are plain text: {base}'s chat format is applied to them.", markup=False)
     content = draft(file.stem, base, path, named, records, chat)
     recipe = Recipe.model_validate(content)
-    console.print(f"Predicting what {base} will need …", markup=False)
+    console.print(f"Predicting the memory that {base} needs …", markup=False)
     print_prediction(recipe)
     with user_named(file):
         write_whole(file, commented(content))
@@ -71,15 +71,15 @@ def init(
 
 
 def _asked(option: str, question: str, default: str | None, yes: bool) -> str:
-    """What a person answers; the default under --yes.
+    """Ask the user, or return the default under --yes.
 
     Raises:
-        UserError: there is nobody to ask.
+        UserError: there is no user to ask.
     """
     if yes and default is not None:
         return default
     if yes or not sys.stdin.isatty():
-        raise UserError(f"{option} is not given", where=option, remedy="Give it, or call this in a terminal.")
+        raise UserError(f"{option} is missing", where=option, remedy="Give it, or run this in a terminal.")
     answer: str = typer.prompt(question, default=default, err=True)
     return answer
 
@@ -87,7 +87,7 @@ def _asked(option: str, question: str, default: str | None, yes: bool) -> str:
 def _describe(records: Records) -> None:
     found = {kind: len(rows) for kind, rows in records.by_kind().items() if rows}
     if set(found) != {"prompts"}:
-        found.pop("prompts", None)  # the contexts of the others
+        found.pop("prompts", None)  # the contexts of the other rows
     console.print(f"{' and '.join(counted(number, KINDS[kind]) for kind, number in found.items())}.")
     if records.problems:
         first = records.problems[0]

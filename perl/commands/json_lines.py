@@ -1,4 +1,4 @@
-"""JSON Lines that commands read and write, a line for a line."""
+"""JSON Lines that commands read and write, one line per line read."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,17 +13,16 @@ from perl.data.rows import Row, RowError, line_value, no_usable_row, numbered_li
 from perl.errors import UserError
 from perl.system.files import user_named, write_whole
 
-FILE = "JSON Lines, as `data check` describes them."
-Lines = Annotated[Path, typer.Argument(metavar="FILE", help=FILE)]
-Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write there; to stdout by default.")]
-REMEDY = "Correct or remove that line: what is written has a line for each line read."
+Lines = Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, as `data check` describes them.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to this file, not to stdout.")]
+REMEDY = "Fix or remove that line: every line read gives one line of output."
 
 
 def read_records(file: Path) -> list[tuple[str, Row, Record]]:
-    """The lines of a file: where each stands, its fields, and the record that it is.
+    """Read the lines of a file: the place of each, its fields, and its record.
 
     Raises:
-        UserError: a line fits no format, the file is empty, or there is none.
+        UserError: a line fits no format, or the file is empty or missing.
     """
     records = []
     try:
@@ -35,15 +34,15 @@ def read_records(file: Path) -> list[tuple[str, Row, Record]]:
             except RowError as error:
                 raise UserError(str(error), where=where, remedy=REMEDY) from None
     except OSError as error:
-        remedy = "Name a file of JSON Lines."
+        remedy = "Name a JSON Lines file."
         raise UserError(f"cannot be read: {error.strerror}", where=str(file), remedy=remedy) from None
     if not records:
-        raise no_usable_row([], str(file), "Give a line for each completion or prompt.")
+        raise no_usable_row([], str(file), "Give one line per completion or prompt.")
     return records
 
 
 def write_lines(out: Path | None, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write rows to the user's file, whole, or to stdout. Raises `UserError` if it cannot be written."""
+    """Write rows atomically to the user's file, or to stdout. Raises `UserError` if it cannot be written."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if out is None:
         print(text, end="")

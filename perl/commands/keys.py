@@ -1,4 +1,4 @@
-"""`keys`: what a recipe may say."""
+"""`keys`: the keys of a recipe."""
 
 import textwrap
 from typing import Annotated
@@ -14,7 +14,7 @@ INDENT = " " * 4
 
 def keys(
     section: Annotated[str, typer.Argument(metavar="[SECTION]", help="base, lora, data, sft, reward, rl …")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of docs/recipes.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/recipes.md.")] = False,
 ) -> None:
     """Print the keys of a recipe, or of one section, with values, default and meaning."""
     rows = [key for key in recipe_keys() if not section or key.name.startswith((f"{section}.", f"{section}["))]
@@ -32,7 +32,7 @@ def keys(
 
 
 def markdown_table(rows: list[Key]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     body = (
         f"| `{key.name}` | {key.values} | {f'`{key.default}`' if key.default else ''} | {key.meaning} |"
         for key in rows

@@ -20,7 +20,7 @@ From = Annotated[
 
 
 def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, source: From = None) -> None:
-    """Run the recipe's stages in order; called again, resume with the first unfinished one."""
+    """Run the recipe's stages in order; called again, continue with the first unfinished one."""
     _run(recipe, overrides, out, source)
 
 
@@ -53,7 +53,7 @@ def _run(
 
 
 def _new_folder(recipe: Recipe, source: Path | None) -> Path:
-    """runs/NAME; beside a run that stages are taken from the first of runs/NAME-2, -3, … that is this recipe's."""
+    """Return runs/NAME; if stages of another run are reused, the first usable one of runs/NAME-2, -3, …"""
     first = folder = Path("runs") / recipe.name
     numbers = count(2)
     while source is not None and not _can_be(folder, recipe, source):
@@ -62,7 +62,7 @@ def _new_folder(recipe: Recipe, source: Path | None) -> Path:
 
 
 def _can_be(folder: Path, recipe: Recipe, source: Path) -> bool:
-    """Whether a folder is not the one that stages are taken from, and holds no other recipe's run."""
+    """Return whether a folder is not the one whose stages are reused, and has no other recipe's run."""
     from perl.runs.folder import RunFolder
 
     try:

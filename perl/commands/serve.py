@@ -5,7 +5,7 @@ from perl.system.progress import console
 
 
 def serve(run: Run, port: Port = 8000, host: Host = "127.0.0.1") -> None:
-    """Serve a run's base, SFT policy, RL policy and reward model with OpenAI's API, to try them out."""
+    """Serve a run's base, SFT model, policy and reward model with OpenAI's API, to try them out."""
     from perl.library import load_run
     from perl.server import listen
 
@@ -17,6 +17,6 @@ def serve(run: Run, port: Port = 8000, host: Host = "127.0.0.1") -> None:
         loaded = load_run(run)
         print(f"{listen.address_of(listening)}/v1", flush=True)
         console.print(
-            "To try things out, one request at a time; for production, vLLM: docs/serving.md. Ctrl-C ends."
+            "To try things out, one request at a time; for production use vLLM (docs/serving.md). Ctrl-C stops it."
         )
         listen.serve(Guard(openai_app(loaded), any_host=not listen.is_loopback(listening)), listening)

@@ -1,7 +1,7 @@
-"""`sweep`: one stage under kinds, sizes and placements of adapters and under full tuning, over seeds.
+"""`sweep`: one stage with several kinds, sizes and placements of adapters and with full tuning, over seeds.
 
-Ranks share the recipe's α: with the adapter's output scaled by α/r, one learning rate then suits all of them
-(Schulman et al. 2025, "LoRA Without Regret"); `--search-rates` does not take that for granted.
+All ranks use the recipe's α: with the adapter's output scaled by α/r, one learning rate then suits all of them
+(Schulman et al. 2025, "LoRA Without Regret"); `--search-rates` does not rely on that.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", str, int)
 MOST_SEED = 2**32 - 1
-"""That a recipe takes."""
+"""Largest seed that a recipe accepts."""
 
 
 def sweep(
@@ -58,14 +58,11 @@ def sweep(
         bool, typer.Option("--search-rates", help="Search for each setting's learning rate, on separate seeds.")
     ] = False,
     search_seeds: Annotated[
-        str,
-        typer.Option(
-            "--search-seeds", metavar="S,S", help="Seeds of the search; by default the one after the last."
-        ),
+        str, typer.Option("--search-seeds", metavar="S,S", help="Search seeds; by default the one after the last.")
     ] = "",
     kl: Annotated[
         float | None,
-        typer.Option("--kl", min=0, help="Judge RL at this KL; by default at the largest that all runs reached."),
+        typer.Option("--kl", min=0, help="Compare RL at this KL; by default the largest that all runs reached."),
     ] = None,
 ) -> None:
     """Train a stage with several kinds, sizes and placements of adapters, and with full tuning, over seeds."""
@@ -89,7 +86,7 @@ def sweep(
         cells.check(settings, [*searched_on, *reported])
         if equal_weights:
             settings = list(cells.equally_large(settings, reported[0]))
-            cells.check(settings, [*searched_on, *reported])  # sized, they are other settings
+            cells.check(settings, [*searched_on, *reported])  # with a size they are different settings
         _sweep(cells, settings, reported, searched_on, kl)
 
 
@@ -100,7 +97,7 @@ def _sweep(
     searched_on: Sequence[int],
     kl: float | None,
 ) -> None:
-    """Setting by setting; page and sweep.json are written after each, so that they have whole rows."""
+    """Run one setting after the other; write page and sweep.json after each, so that they have complete rows."""
     from perl.report.sweep import Cell, Sweep, write_sweep
     from perl.sweep.rates import search
 
@@ -111,7 +108,7 @@ def _sweep(
         rated = setting if found is None else replace(setting, rate=found.best)
         runs = {seed: run for seed in seeds if (run := cells.run(rated, seed)) is not None}
         if not runs:
-            console.print(f"[yellow]{setting.words}[/] is left out: its training diverged on every seed.")
+            console.print(f"[yellow]{setting.words}[/] is left out because its training diverged on every seed.")
             continue
         rows.append(Cell(rated, runs, found))
         result = Sweep(cells.recipe.name, cells.stage, tuple(seeds), tuple(searched_on), tuple(rows), kl)
@@ -122,11 +119,11 @@ def _sweep(
         console.print(_table(result))
         for sentence in result.sentences:
             console.print(sentence, markup=False)
-        console.print(f"Written: {cells.out}/report.html, sweep.json beside it, and the runs")
+        console.print(f"Written: {cells.out}/report.html, sweep.json next to it, and the runs")
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """The entries of a list such as `1,2,4`. Raises `UserError` if one is not of this kind, or there twice."""
+    """Parse a list such as `1,2,4`. Raises `UserError` if an entry is not of this kind, or repeated."""
     values: list[T] = []
     for entry in text.split(","):
         try:
@@ -150,14 +147,14 @@ def _check(
     from perl.sweep.setting import FULL
 
     if stage not in recipe.stages:
-        where, remedy = f"recipe {recipe.name}", f"Add `{stage}: {{}}` to it, or give another --stage."
+        where, remedy = f"recipe {recipe.name}", f"Add `{stage}: {{}}` to it, or choose another --stage."
         raise UserError(f"the recipe has no section {stage}", where=where, remedy=remedy)
     if recipe.tuning == "full":
         remedy = f"Set tuning: lora, and {stage}.learning_rate to what suits LoRA: full tuning gets a tenth of it."
-        raise UserError("the recipe is one for full tuning", where="tuning", remedy=remedy)
+        raise UserError("the recipe is for full tuning", where="tuning", remedy=remedy)
     for started, folder in recipe.starts.items():
-        what = f"the recipe starts {started} from {folder}, which has a rank and placement of its own"
-        raise UserError(what, where=f"{started}.adapter", remedy="Take it out.")
+        what = f"the recipe starts {started} from {folder}, which has its own rank and placement"
+        raise UserError(what, where=f"{started}.adapter", remedy="Remove it.")
     if recipe.base.quantization != "none" and any(one.kind == FULL for one in settings):
         what = "full tuning cannot train 4-bit weights"
         raise UserError(what, where="base.quantization", remedy="Leave it out: --kinds lora.")
@@ -167,19 +164,19 @@ def _check(
         ("--search-seeds", searched_on, 0, MOST_SEED),
     ):
         if wrong := [number for number in numbers if number < least]:
-            raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The least is {least}.")
+            raise UserError(f"{wrong[0]} is too small", where=option, remedy=f"The minimum is {least}.")
         if most is not None and max(numbers, default=0) > most:
-            raise UserError(f"{max(numbers)} is too large", where=option, remedy=f"The most is {most}.")
+            raise UserError(f"{max(numbers)} is too large", where=option, remedy=f"The maximum is {most}.")
     if both := set(seeds) & set(searched_on):
-        what, remedy = f"{min(both)} is reported too", "Search on seeds that are not among --seeds."
+        what, remedy = f"{min(both)} is also a reported seed", "Search on seeds that are not among --seeds."
         raise UserError(what, where="--search-seeds", remedy=remedy)
     if stage == "rl" and recipe.rl is not None and recipe.rl.steps < MIN_STEPS:
-        what = f"{counted(recipe.rl.steps, 'step')}: too few for a curve to read at one KL"
+        what = f"{counted(recipe.rl.steps, 'step')}: too few for a curve that can be read at one KL"
         raise UserError(what, where="rl.steps", remedy=f"Take at least {MIN_STEPS}.")
 
 
 def _table(result: "Sweep") -> Table:
-    """What a terminal has room for; the page has the other metrics."""
+    """Build the table for the terminal; the page has the other metrics too."""
     left_out = {quality.name for quality in result.qualities[1:]}
     columns = {name: text for name, text in result.columns.items() if name not in left_out}
     over = f"mean ± half its 95 % interval over {len(result.seeds)} seed(s)"

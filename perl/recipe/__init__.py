@@ -1,6 +1,6 @@
-"""The recipe: one YAML file that says what a run does, checked before anything is loaded.
+"""The recipe: one YAML file that describes a run, checked before anything is loaded.
 
-Only the stages and the command line read a recipe; all that lies below takes plain values. One file a section.
+Only the stages and the command line read a recipe; everything below takes plain values. One file per section.
 """
 
 from perl.recipe.load import load_recipe

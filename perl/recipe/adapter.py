@@ -1,4 +1,4 @@
-"""The sections `adapter` and `lora`: what each role has of its own beside the frozen base."""
+"""The sections `adapter` and `lora`: the weights that each role has in addition to the frozen base."""
 
 import sys
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 LORA = "lora"
 REWRITES = "it rewrites the base's weights, which all roles share"
-VIRTUAL_TOKENS = "it puts virtual tokens before the text, which no reward model, critic or sampler here reads"
+VIRTUAL_TOKENS = "it puts virtual tokens before the text, which no reward model, critic or sampler here supports"
 REFUSED = {
     "pissa": REWRITES,
     "olora": REWRITES,
@@ -23,17 +23,17 @@ REFUSED = {
     "kasa": REWRITES,
     "osf": REWRITES,
     "eva": "it starts from activations of the base on training data, which are not collected",
-    "adalora": "it moves ranks between the layers of the only adapter that learns; policy and critic are two",
+    "adalora": "it moves ranks between the layers of a single trained adapter; policy and critic are two",
     "prompt_tuning": VIRTUAL_TOKENS,
     "multitask_prompt_tuning": VIRTUAL_TOKENS,
     "p_tuning": VIRTUAL_TOKENS,
     "prefix_tuning": VIRTUAL_TOKENS,
 }
-"""Kinds that peft has, and ways to start LoRA, that are not here, and why."""
+"""Kinds of adapters and LoRA initializations of peft that are not supported, and why."""
 
 
 def adapter_label(kind: str) -> str:
-    """A kind's name, for people to read."""
+    """Return the display name of a kind."""
     return "LoRA" if kind == LORA else kind
 
 
@@ -45,40 +45,40 @@ class LoraSettings(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): the same shape for every role."""
 
     rank: Positive = 8
-    """The rank r: the number of rows of A and of columns of B."""
+    """Rank r: the number of rows of A and of columns of B."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     """The update is alpha / rank · B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of an adapter's inputs that are zeroed in training passes of SFT and of the reward model. Never in RL,
+    """Share of an adapter's inputs that are zeroed when SFT and the reward model are trained. Not used in RL,
     where the policy in training must be the one that sampled. The base's own dropout is always off."""
     targets: Targets = "all-linear"
     """Modules that get an adapter: attention projections (as in the paper), the other linear layers and experts,
-    all of these, or names. Console and report say which share of the blocks' weights is covered."""
+    all of these, or names. Console and report show the share of the blocks' weights that is covered."""
     layers: Layers = "all"
-    """Blocks that get adapters. The blocks below all of them are computed once for all roles."""
+    """Blocks that get adapters. The blocks below the lowest of them are computed once for all roles."""
     b_learning_rate_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the learning rate of B, which starts at zero, is multiplied by
-    this. The paper uses 16; the update of a LoRA layer then depends less on the model's width."""
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): factor on the learning rate of B, which starts at zero. The
+    paper uses 16; the update of a LoRA layer then depends less on the model's width."""
 
 
 class AdapterSettings(Section):
-    """Settings of adapters that are not LoRA; a kind with settings of its own has a subclass."""
+    """Settings of adapters other than LoRA; a kind with its own settings has a subclass."""
 
     four_bit_refusal: ClassVar[str | None] = None
-    """Why there is no such adapter on a 4-bit base; None: there is."""
+    """Why a 4-bit base cannot have such an adapter; None: it can."""
     kind: str
     """A name in `perl.adapters.ADAPTERS`."""
 
 
 class LayeredSettings(AdapterSettings):
-    """Of adapters in chosen blocks."""
+    """Settings of adapters in selected blocks."""
 
     layers: Layers = "all"
     """Blocks that get adapters."""
 
 
 class TargetedSettings(LayeredSettings):
-    """Of adapters on chosen modules."""
+    """Settings of adapters on selected modules."""
 
     targets: Targets = "all-linear"
     """As for LoRA."""
@@ -89,7 +89,7 @@ class RsLoraSettings(AdapterSettings, LoraSettings):
 
 
 class DoraSettings(AdapterSettings, LoraSettings):
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the directions of a weight's rows, and their lengths."""
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the directions of a weight's rows, and trained lengths."""
 
     four_bit_refusal = "each pass takes the norms of whole weights"
 
@@ -99,20 +99,20 @@ class Ia3Settings(LayeredSettings):
 
     targets: Literal["published"] | Targets = "published"
     """published: the modules in peft's table for this architecture, which follows the paper: two attention
-    projections and the inputs of the MLP's last layer. Otherwise as for LoRA."""
+    projections, and the inputs of the MLP's last layer. Otherwise as for LoRA."""
 
 
 class VeraSettings(TargetedSettings):
-    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): learned vectors around two random matrices that all share."""
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): trained vectors around two shared random matrices."""
 
     rank: Positive = 256
     """Size of the random matrices' narrow side."""
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the random matrices, which are drawn again whenever an adapter is loaded."""
+    """Seed of the random matrices, which are generated again whenever an adapter is loaded."""
 
 
 class MissSettings(TargetedSettings):
-    """MiSS (Kang and Yin 2024, arXiv 2409.15371): each output adds a learned mix of sums over the inputs."""
+    """MiSS (Kang and Yin 2024, arXiv 2409.15371): each output adds a trained mix of sums over the inputs."""
 
     rank: Positive = 64
     """Number of sums over the inputs that each output mixes."""
@@ -132,11 +132,11 @@ class BottleneckSettings(LayeredSettings):
 
 
 class TinyLoraSettings(TargetedSettings):
-    """TinyLoRA (arXiv 2602.04118): some weights a layer, which mix random matrices between singular vectors."""
+    """TinyLoRA (arXiv 2602.04118): a few weights per layer, which mix random matrices between singular vectors."""
 
     four_bit_refusal = "it starts from the singular vectors of whole weights"
     rank: Positive = 2
-    """Rank of each weight's decomposition, which is fixed."""
+    """Rank of the decomposition of each weight, which is fixed."""
     size: Positive = 64
     """Trained weights per group of layers."""
     weight_tying: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -149,7 +149,7 @@ class PrefixSettings(LayeredSettings):
     """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) with the gates of LLaMA-Adapter (arXiv 2303.16199)."""
 
     length: Positive = 10
-    """Learned keys and values per head; LLM-Adapters uses 10."""
+    """Trained keys and values per head; LLM-Adapters uses 10."""
 
 
 BUILT_IN: dict[str, type[AdapterSettings]] = {
@@ -163,11 +163,11 @@ BUILT_IN: dict[str, type[AdapterSettings]] = {
     "tinylora": TinyLoraSettings,
     "prefix": PrefixSettings,
 }
-"""The settings of the kinds in `perl.adapters.ADAPTERS` beside LoRA, for those who do not import torch."""
+"""Settings of the kinds in `perl.adapters.ADAPTERS` other than LoRA, for callers that do not import torch."""
 
 
 def _of_its_kind(section: Any) -> Any:
-    """Read the section by the settings of its kind."""
+    """Validate the section with the settings of its kind."""
     kind = section.get("kind") if isinstance(section, Mapping) else None
     if not isinstance(kind, str):
         return section
@@ -193,7 +193,7 @@ def settings_of_kind(kind: str) -> type[Section]:
 
 
 def _registered() -> "dict[str, type[AdapterKind]]":
-    """The registry as far as a plugin has imported it: nobody waits for torch to be told of a typing error."""
+    """Return the registry if a plugin has imported it; a typo should not have to wait for torch."""
     module = sys.modules.get("perl.adapters")
     return {} if module is None else module.ADAPTERS
 
@@ -202,7 +202,7 @@ Adapter = Annotated[SerializeAsAny[AdapterSettings], BeforeValidator(_of_its_kin
 
 
 def one_section(recipe: Any) -> Any:
-    """A recipe's content in which LoRA is in the section `lora`, and any other kind in `adapter`.
+    """Return a recipe's content with LoRA in the section `lora`, and any other kind in `adapter`.
 
     Raises:
         ValueError: it has both.
@@ -213,7 +213,7 @@ def one_section(recipe: Any) -> Any:
     if "adapter" not in content:
         return content
     if LORA in content:
-        raise ValueError("lora is short for adapter with kind lora: give one of the two alone")
+        raise ValueError("lora is short for adapter with kind lora: give only one of the two")
     section = content["adapter"]
     if isinstance(section, Mapping) and section.get("kind") == LORA:
         del content["adapter"]
@@ -222,9 +222,9 @@ def one_section(recipe: Any) -> Any:
 
 
 def section_meant(override: list[str], recipe: dict[str, Any]) -> str:
-    """The section that an override's key is of: of `lora` and `adapter` the one that the recipe has.
+    """Return the section that an override refers to: of `lora` and `adapter` the one that the recipe has.
 
-    A whole section is what it says. `adapter.kind` makes a recipe's `lora`, which is short for it, an `adapter`.
+    An override of a whole section is taken literally. `adapter.kind` turns a recipe's `lora` into `adapter`.
     """
     section = override[0]
     if section not in (LORA, "adapter") or len(override) == 1 or recipe.get(section) is not None:

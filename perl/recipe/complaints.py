@@ -1,4 +1,4 @@
-"""What pydantic says of a recipe, in the words of a recipe: key, value and remedy."""
+"""Pydantic's errors about a recipe as messages with key, value and remedy."""
 
 import difflib
 import re
@@ -16,22 +16,22 @@ from perl.recipe.section import Section
 
 
 class _Place(NamedTuple):
-    """Where pydantic complains."""
+    """The place of an error of pydantic."""
 
     keys: list[str]
-    """The way there."""
+    """The keys that lead there."""
     section: type[Section]
-    """The innermost section on the way."""
+    """The innermost section on the path."""
     field: FieldInfo | None
-    """The last key, if it is one of that section."""
+    """The last key, if that section has it."""
 
 
 def explain(error: ValidationError, content: dict[str, Any], path: Path) -> UserError:
-    """The first complaint of pydantic in the recipe's own words, with the nearest valid key.
+    """Return pydantic's first error in the recipe's terms, with the nearest valid key.
 
     Args:
         content: what was validated.
-        path: of the recipe.
+        path: of the recipe's file.
     """
     first = error.errors(include_url=False)[0]
     place = _place(first["loc"], content)
@@ -53,8 +53,8 @@ def explain(error: ValidationError, content: dict[str, Any], path: Path) -> User
     message = first["msg"].removeprefix("Value error, ")
     what = f"{message[:1].lower()}{message[1:]}"
     if first["type"] == "model_type":
-        what = "a section of keys and their values is expected here"
-    if first["type"] == "value_error":  # by a validator of ours: what is wrong, and mostly what to do
+        what = "a section with keys and values is expected here"
+    if first["type"] == "value_error":  # from a validator of ours: what is wrong, and usually what to do
         what, _, remedy = what.partition(": ")
         end = "" if remedy.endswith("?") else "."
         return UserError(
@@ -66,7 +66,7 @@ def explain(error: ValidationError, content: dict[str, Any], path: Path) -> User
 
 
 def _remedy(complaint: Any, place: _Place) -> str:
-    """What to write in place of an impossible value: the word that was meant, or what the key is by default."""
+    """Return what to write instead of an invalid value: the word that was probably meant, or the key's default."""
     if complaint["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])
         near = difflib.get_close_matches(str(complaint["input"]), valid, n=1, cutoff=0.7)
@@ -79,7 +79,7 @@ def _remedy(complaint: Any, place: _Place) -> str:
 
 
 def _place(location: Sequence[int | str], content: dict[str, Any]) -> _Place:
-    """Where a complaint's location leads, step by step through the content."""
+    """Follow the location of an error through the content."""
     keys: list[str] = []
     section: type[Section] = Recipe
     field: FieldInfo | None = None
@@ -90,7 +90,7 @@ def _place(location: Sequence[int | str], content: dict[str, Any]) -> _Place:
             value = value.get(step) if isinstance(value, dict) else None
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             value = value[step]
-        else:  # what pydantic calls the member of a union
+        else:  # pydantic's name for the member of a union
             continue
         keys.append(str(step))
         inner = _sections(field.annotation) if field is not None else []
@@ -99,7 +99,7 @@ def _place(location: Sequence[int | str], content: dict[str, Any]) -> _Place:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """The sections that a key may hold, alone or in a list."""
+    """Return the sections that a key may hold, alone or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for option in get_args(annotation) for section in _sections(option)]

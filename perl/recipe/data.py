@@ -8,27 +8,25 @@ from perl.data.sources import find_source
 from perl.recipe.section import Section, nearest
 
 COLUMNS = ("prompt", "completion", "label", "chosen", "rejected", "messages", "dialogue", "margin", "probability")
-"""What a column can be."""
+"""Fields that a column can be mapped to."""
 
 
 class Data(Section):
     """Where the records come from."""
 
     source: str = "coffee-simulator"
-    """A name in `SOURCES`, perl/data/sources.py."""
+    """A name in `SOURCES` in perl/data/sources.py."""
     path: str | None = None
-    """A folder or file that the source reads instead of its own. If no source is given, it is then jsonl."""
+    """A folder or file that the source reads instead of its own data. If no source is given, it is then jsonl."""
     eval_path: str | None = None
-    """A file in the same format that is used as the held-out data; all of `path` is then trained on."""
+    """A file in the same format to use as the held-out data; all of `path` is then used for training."""
     columns: dict[str, str] = Field(default={})
-    """Maps the field names of TRL's formats to column names in the file: `{completion: response, label:
-    rating}`."""
+    """Column names in the file by field name of TRL's formats: `{completion: response, label: rating}`."""
     chat: bool = False
-    """Whether to treat plain text as a chat in the base's chat format, with prompts as the user's messages and
-    completions as the assistant's. Otherwise plain text is used as it is, which suits bases that are not chat
-    models."""
+    """Whether to put plain text into the base's chat format, with prompts as the user's messages and completions
+    as the assistant's. Otherwise it is used unchanged, which suits bases that are not chat models."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the dialogues held out for evaluation; ignored if a source was published with a test split."""
+    """Share of the dialogues held out for evaluation; not used if the source was published with a test split."""
 
     @model_validator(mode="before")
     @classmethod

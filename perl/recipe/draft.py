@@ -1,4 +1,4 @@
-"""A recipe drafted from what a file holds: the stages that its rows allow, and a comment for each key."""
+"""Drafting a recipe from a data file: the stages that its rows allow, and a comment for each key."""
 
 import re
 import textwrap
@@ -12,17 +12,17 @@ from perl.recipe.keys import recipe_keys
 Content = dict[str, object]
 WIDTH = 110
 LONG_PROMPT = 1_000
-"""Characters from which a prompt's context is cut: one that leaves no room for a completion would be refused."""
+"""Length in characters above which prompts are cut: one that leaves no room for a completion would be refused."""
 
 
 def draft(name: str, base: str, data: str, columns: Mapping[str, str], records: Records, chat: bool) -> Content:
-    """The content of a recipe.
+    """Return the content of a recipe.
 
     Args:
         name: of the recipe's file.
         data: the path of the file of rows.
-        columns: their names in it, by the names of TRL's formats.
-        chat: whether plain text is made chats of.
+        columns: the column names in it, by field name of TRL's formats.
+        chat: whether plain text is turned into chats.
     """
     content: Content = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-_")[:100] or "mine", "seed": 0}
     content["base"] = {"model": base, "dtype": "bfloat16"}
@@ -46,7 +46,7 @@ def _rated(records: Records) -> str | None:
 
 
 def _rl(records: Records, model: bool) -> Content:
-    """Prompts alone have nothing that was rated: the reward is a stand-in for one's own."""
+    """Return the section `rl`. For prompts without ratings the reward is a placeholder for the user's own."""
     longest = max((sum(len(turn.text) for turn in one.context) for one in records.prompts), default=0)
     cut: Content = {"max_prompt_length": 512} if longest > LONG_PROMPT else {}
     reward: Content = {} if model else {"reward": {"kind": "length", "target": 20}}
@@ -54,10 +54,10 @@ def _rl(records: Records, model: bool) -> Content:
 
 
 def commented(content: Content) -> str:
-    """A recipe's content as YAML, before each key the first sentence of what `perl-rlhf keys` says of it."""
+    """Return a recipe's content as YAML, with the first sentence of each key's meaning as a comment before it."""
     meanings = {key.name: key.meaning for key in recipe_keys()}
     meanings["rl.reward"] = (
-        "A stand-in: put yours here, `{function: FILE.py:NAME}` or a rule such as `{kind: regex, pattern: …}`."
+        "A placeholder for your reward: `{function: FILE.py:NAME}` or a rule such as `{kind: regex, pattern: …}`."
     )
     return "\n".join(["# perl-rlhf keys has all other keys.", *_lines(content, meanings, "")]) + "\n"
 
@@ -77,6 +77,6 @@ def _lines(content: Mapping[str, object], meanings: Mapping[str, str], section: 
 
 
 def _flow(value: object) -> str:
-    """A value as YAML on one line; PyYAML writes a document's end after a scalar."""
+    """Return a value as YAML on one line, without the document end that PyYAML writes after a scalar."""
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
     return text.removesuffix("...\n").strip()

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its values, default and meaning, as the sections' own definitions have them."""
+"""Every key of a recipe with its values, default and meaning, from the definitions of the sections."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Key:
     """A key of a recipe.
 
     Attributes:
-        name: with the sections that it is in, `rl.kl_coef`.
-        default: as YAML writes it; empty where there is none.
+        name: with its sections, as in `rl.kl_coef`.
+        default: as in YAML; empty if there is none.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Key:
 
 
 def recipe_keys() -> Iterator[Key]:
-    """All keys in the order of a recipe; those of the kinds of `adapter` and of `rl.reward` at the end."""
+    """Yield all keys in the order of a recipe, at the end those of the kinds of `adapter` and of `rl.reward`."""
     yield from _keys_of(Recipe, "")
     for kind, adapter in BUILT_IN.items():
         yield from _keys_of(adapter, f"adapter[{kind}].")

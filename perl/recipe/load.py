@@ -1,4 +1,4 @@
-"""Reading a recipe: its file, the overrides of the command line, its paths; and what is wrong with it in words."""
+"""Reading a recipe: its file, the overrides of the command line, its paths, and messages about mistakes in it."""
 
 import os
 import reprlib
@@ -20,14 +20,15 @@ from perl.system import plain_yaml
 def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolved: bool = False) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths, import its plugins and check it.
 
-    A relative path is looked up beside the recipe first, then in the working folder.
+    A relative path is looked up in the recipe's folder first, then in the working directory.
 
     Args:
-        resolved: as it is in a run folder: adapters that stages start from have been read for it before.
+        resolved: whether it is the recipe of a run folder, for which adapters that stages start from were read
+            before.
 
     Raises:
-        UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, impossible value;
-            an adapter to start from that is not there, or not what the recipe says.
+        UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, invalid value, or
+            an adapter to start from that is missing or does not match the recipe.
     """
     path = Path(path)
     content = plain_yaml.read_mapping(path)
@@ -38,7 +39,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolve
     _resolve_paths(content, path.parent)
     _settings_of_sources(content)
     files = content.get("plugins")
-    if isinstance(files, list) and all(isinstance(file, str) for file in files):  # else it will be refused
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):  # others are refused later
         load_plugins(files, where=f"{path}: plugins")
     if not resolved:
         _settings_of_adapters(content)
@@ -73,7 +74,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
-    """Where overrides name an origin of the base, take the recipe's other one out, with what only goes with it."""
+    """If overrides name an origin of the base, remove the recipe's other one and the keys that only go with it."""
     said = [override.partition("=")[0].split(".") for override in overrides]
     keys = {key[1] for key in said if key[0] == "base" and len(key) > 1}
     named, base = keys & ORIGINS.keys(), content.get("base")
@@ -86,7 +87,7 @@ def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
 
 
 def _replace_adapters(content: dict[str, Any], overrides: list[str]) -> None:
-    """Where an override is the whole section `lora` or `adapter`, take the recipe's other one out."""
+    """If an override is the whole section `lora` or `adapter`, remove the recipe's other one."""
     said = {override.partition("=")[0] for override in overrides}
     given = {key for key in (LORA, "adapter") if key in said and content.get(key) is not None}
     if len(given) == 1:
@@ -94,7 +95,7 @@ def _replace_adapters(content: dict[str, Any], overrides: list[str]) -> None:
 
 
 def _settings_of_sources(content: dict[str, Any]) -> None:
-    """A section that names a run by `from` has that run's settings where it says nothing itself."""
+    """Fill unset keys of a section with `from` with the settings of the run that it names."""
     for stage in STAGES:
         section = content.get(stage)
         if not isinstance(section, dict):
@@ -106,17 +107,17 @@ def _settings_of_sources(content: dict[str, Any]) -> None:
 
 
 def _settings_of_adapters(content: dict[str, Any]) -> None:
-    """Where stages start from adapters trained elsewhere, all have that kind and shape, unless the recipe says so.
+    """Give all adapters the kind and shape of those that stages start from, if there are any.
 
     Raises:
-        UserError: the recipe says otherwise.
+        UserError: the recipe sets another kind or shape.
     """
     by = "the recipe"
     for stage in STAGES:
         section = content.get(stage)
         folder = section.get("adapter") if isinstance(section, dict) else None
         given = [content[key] for key in (LORA, "adapter") if content.get(key) is not None]
-        if not isinstance(folder, str) or len(given) > 1:  # two will be refused
+        if not isinstance(folder, str) or len(given) > 1:  # two are refused later
             continue
         from perl.adapters.folder import read_adapter_folder  # imports torch: only where there is one
 
@@ -130,7 +131,7 @@ def _settings_of_adapters(content: dict[str, Any]) -> None:
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a recipe absolute where they exist; the loaders name what is missing."""
+    """Make the paths in a recipe absolute if they exist; the loaders report missing ones."""
     rl = content.get("rl")
     rewards = [rl.get(key) for key in ("reward", "eval_reward")] if isinstance(rl, dict) else []
     places = [(content.get("base"), "model"), (content.get("data"), "path"), (content.get("data"), "eval_path")]
@@ -145,13 +146,13 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
 
 
 def _resolved(text: str, folder: Path) -> str:
-    """A path, or FILE.py:NAME, made absolute if it exists."""
+    """Return a path, or FILE.py:NAME, made absolute if it exists."""
     if "\0" in text:
         return text
     file, colon, name = text.partition(".py:")
     file += ".py" if colon else ""
     try:
-        given = Path(os.path.expanduser(file))  # Path's own raises for the home of nobody
+        given = Path(os.path.expanduser(file))  # Path's own raises for an unknown user's home
         for candidate in (folder / given, given):
             if candidate.exists():
                 return str(candidate.resolve()) + (f":{name}" if colon else "")

@@ -32,7 +32,7 @@ _OF_SERVERS = re.compile(
 
 
 def changes_nothing(key: str) -> bool:
-    """Whether a key says what may be done or is shown, where something lies, or how fast: it changes no result."""
+    """Return whether a key affects no result: it only concerns permissions, display, locations or speed."""
     return key in CHANGE_NOTHING or _OF_SERVERS.fullmatch(key) is not None
 
 
@@ -46,26 +46,26 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """Name of the run and of its folder under runs/."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of everything random: adapter initialisation, order of rows, completions."""
+    """Seed of everything random: adapter initialization, order of rows, completions."""
     tuning: Literal["lora", "full"] = "lora"
-    """lora: adapters on one shared base. full: the conventional way, a whole model for each role, all of it
-    trained."""
+    """lora: adapters on one shared base. full: a separate model for each role, fully trained: the conventional
+    way."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and recompute the rest: less memory, more time."""
     checkpoint_every: Positive = 20
-    """Steps of a stage between checkpoints; an interrupted run resumes from the newest."""
+    """Steps between checkpoints of a stage; an interrupted run resumes from the newest."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
-    """Where each step's metrics are sent in addition to metrics.jsonl; the package of that name must be
+    """Where to send each step's metrics in addition to metrics.jsonl; the package of that name must be
     installed."""
     plugins: list[str] = Field(default=[])
     """Python files that add rows to the registries of `perl.plugins`, such as your own kinds of reward."""
     base: Base
     lora: LoraSettings | None = LoraSettings()
-    """Settings of LoRA adapters; short for `adapter: {kind: lora, ...}`, and absent if another kind is used."""
+    """LoRA adapters; short for `adapter: {kind: lora, ...}`, and absent if the adapters are of another kind."""
     adapter: Adapter | None = None
-    """Settings of adapters of a kind other than LoRA."""
+    """Adapters of a kind other than LoRA."""
     full: FullTuning = FullTuning()
-    """How whole models are trained; used with `tuning: full`."""
+    """How whole models are trained; only used with `tuning: full`."""
     data: Data = Data()
     sft: Sft | None = None
     reward: Reward | None = None
@@ -96,26 +96,26 @@ class Recipe(Section):
             )
         if self.rl and self.rl.sampler.kind == "server" and self.adapter_kind not in SERVED:
             raise ValueError(
-                f"servers do not take adapters of kind {self.adapter_kind}: use kind {' or '.join(SERVED)}, or "
+                f"servers do not support adapters of kind {self.adapter_kind}: use kind {' or '.join(SERVED)}, or "
                 "leave rl.sampler out"
             )
         if self.rl and self.rl.sampler.kind == "server" and self.base.random_init:
             raise ValueError(
-                "no server has weights that are drawn at random here: leave random_init or rl.sampler out"
+                "a server cannot have weights that are random here: leave random_init or rl.sampler out"
             )
         if self.rl and self.rl.sampler.kind == "server" and self.tuning == "full":
             raise ValueError(
-                "servers are given adapters, and there are none: set tuning: lora, or leave rl.sampler out"
+                "servers need adapters, and full tuning has none: set tuning: lora, or leave rl.sampler out"
             )
         if self.tuning == "full" and self.rl and self.rl.row.trust_region is not None:
             raise ValueError(
-                "rl.trust_region keeps the policy's weights from before each step, under full tuning a "
-                "whole model more: set tuning: lora, or another rl.algorithm"
+                "rl.trust_region keeps the policy's weights from before each step, which under full tuning is "
+                "another whole model: set tuning: lora, or another rl.algorithm"
             )
         return self
 
     def _check_reward_models(self, rl: Rl) -> None:
-        """The reward stage's model is there where it is asked for, and has the members that are."""
+        """Check that the reward stage's model exists if it is used, and has the members that are used."""
         parts, count = [*rl.reward_parts, *rl.eval_reward_parts], self.reward.members if self.reward else 0
         if not self.reward and any(part.needs_model for part in parts):
             raise ValueError("rl has no reward: add a section reward, or rl.reward.function: FILE.py:NAME")
@@ -123,7 +123,7 @@ class Recipe(Section):
             if isinstance(part, ModelPart) and (refused := part.refusal(count)):
                 raise ValueError(refused)
             for term in self.reward.score_terms if isinstance(part, ServerPart) and self.reward else ():
-                raise ValueError(f"servers score by the state at the last token alone: leave reward.{term} out")
+                raise ValueError(f"servers score by the last token's state only: leave reward.{term} out")
             if isinstance(part, ServerPart) and part.probability:
                 raise ValueError("the section reward says whether its scores are log-odds: leave probability out")
         trained, judging = (
@@ -132,16 +132,16 @@ class Recipe(Section):
         )
         if both := trained & judging:
             raise ValueError(
-                f"rl.eval_reward would choose by what rl.reward trains on (member {min(both)}): give both their "
+                f"rl.eval_reward would choose by what rl.reward trains on (member {min(both)}): give each its own "
                 "members, such as [1, 2, 3] and [4]"
             )
 
     def _conflicts_of_starts(self) -> Iterator[str]:
-        """What the adapters that stages start from, and a prefix, do not go with."""
+        """Yield the conflicts of other keys with adapters that stages start from, and with a prefix."""
         if self.starts and self.tuning == "full":
             yield f"full tuning has no adapters to start from: take {'.adapter, '.join(self.starts)}.adapter out"
         if "rl" in self.starts and self.sft is not None:
-            yield "rl.adapter has no use beside a section sft, which trains what RL starts from: use sft.adapter"
+            yield "rl.adapter has no effect with a section sft, which trains what RL starts from: use sft.adapter"
         length = self.adapter.length if isinstance(self.adapter, PrefixSettings) else 0
         for stage, section in (("sft", self.sft), ("reward", self.reward)):
             if section is not None and length > section.max_length:
@@ -155,24 +155,24 @@ class Recipe(Section):
 
     @property
     def adapter_kind(self) -> str:
-        """The name of the adapters' kind in `perl.adapters.ADAPTERS`."""
+        """Name of the adapters' kind in `perl.adapters.ADAPTERS`."""
         return LORA if self.adapter is None else self.adapter.kind
 
     @property
     def adapter_settings(self) -> Section:
-        """What the adapters' kind is given."""
+        """Settings of the adapters' kind."""
         settings = self.lora or self.adapter
         assert settings is not None
         return settings
 
     @property
     def full_tuning(self) -> FullTuning:
-        """What is read of the section `full`: its defaults under another tuning."""
+        """The section `full` if it applies, else its defaults."""
         return self.full if self.tuning == "full" else FullTuning()
 
     @property
     def critic(self) -> Literal["shared", "adapter", "none"]:
-        """The critic in use, the default resolved."""
+        """The critic in use, with the default resolved."""
         assert self.rl is not None
         if self.rl.critic is not None:
             return self.rl.critic
@@ -181,7 +181,7 @@ class Recipe(Section):
         return "shared" if self.tuning == "lora" else "adapter"
 
     def section(self, stage: StageName) -> Sft | Reward | Rl:
-        """The section of a stage that the recipe has."""
+        """Return the section of a stage of this recipe."""
         sections: dict[StageName, Sft | Reward | Rl | None] = {
             "sft": self.sft,
             "reward": self.reward,
@@ -193,13 +193,13 @@ class Recipe(Section):
 
     @property
     def starts(self) -> dict[StageName, str]:
-        """The folders of the adapters that stages start from."""
+        """Folders of the adapters that stages start from."""
         named = ((stage, self.section(stage).adapter) for stage in self.stages)
         return {stage: folder for stage, folder in named if folder is not None}
 
     @property
     def has_reference(self) -> bool:
-        """Whether RL starts from an adapter, and not from the bare base."""
+        """Whether RL starts from an adapter instead of the bare base."""
         return self.sft is not None or "rl" in self.starts
 
     @property
@@ -208,12 +208,12 @@ class Recipe(Section):
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
     def to_yaml(self) -> str:
-        """The recipe as resolved, defaults included: reading it again gives an equal recipe."""
+        """Return the resolved recipe as YAML, with defaults: reading it again gives an equal recipe."""
         text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
         return text
 
 
 def _received(content: dict[str, Any]) -> Recipe:
-    """A recipe sent from another process: this one knows no plugin's sections before it has imported it."""
+    """Build a recipe sent from another process; its plugins must be imported first."""
     load_plugins(content["plugins"], where="plugins")
     return Recipe.model_validate(content)

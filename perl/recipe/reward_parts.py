@@ -1,6 +1,7 @@
-"""The kinds of reward: what a recipe may say of each, and what scores completions by it.
+"""The kinds of reward: the settings of each in a recipe, and what scores completions with them.
 
-A kind is its settings; they make the source. This file does without torch: a recipe is read in no time.
+A kind is a class of settings, which creates the reward source. This file does not import torch, so that recipes
+are read quickly.
 """
 
 import re
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RewardPart(Section):
-    """A part of the reward. A kind of one's own is a subclass with further settings and `source`."""
+    """A part of the reward. Your own kind is a subclass with further settings and `source`."""
 
     kind: Annotated[str, Field(validate_default=True)] = ""
     """A name in `REWARDS`."""
@@ -30,13 +31,13 @@ class RewardPart(Section):
     """Weight of this part in the sum."""
 
     needs_model: ClassVar[bool] = False
-    """Whether the source asks for the reward stage's model."""
+    """Whether the source needs the reward stage's model."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
-        """What scores completions by these settings; made before anything is trained, unless it needs the model.
+        """Create what scores completions with these settings, before any training unless it needs the model.
 
         Raises:
-            UserError: the settings name what cannot be used.
+            UserError: something that the settings name cannot be used.
         """
         raise NotImplementedError
 
@@ -51,7 +52,7 @@ class RewardPart(Section):
     @classmethod
     def _counts(cls, weight: float) -> float:
         if weight == 0:
-            raise ValueError("a part of weight 0 is of no effect: give another weight, or leave the part out")
+            raise ValueError("a part of weight 0 has no effect: give another weight, or leave the part out")
         return weight
 
 
@@ -61,7 +62,7 @@ class ModelPart(RewardPart):
     members: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Which of `reward.members` to use, counted from 1. Unset: all of them."""
     combine: Combine = "mean"
-    """How the members' rewards are combined: their mean, their mean minus `std_weight` times their standard
+    """How to combine the members' rewards: their mean, their mean minus `std_weight` times their standard
     deviation, or their minimum."""
     std_weight: NonNegative = 1.0
     """λ of mean_minus_std."""
@@ -74,17 +75,17 @@ class ModelPart(RewardPart):
     @model_validator(mode="after")
     def _combines_several(self) -> "ModelPart":
         if self.members is not None and len(set(self.members)) < len(self.members):
-            raise ValueError("members names one twice: give each once")
+            raise ValueError("members names one of them twice: give each once")
         if self.combine != "mean_minus_std" and "std_weight" in self.model_fields_set and self.std_weight != 1.0:
             raise ValueError(f"combine {self.combine} has no std_weight: leave it out, or set mean_minus_std")
         return self
 
     def numbers(self, trained: int) -> list[int]:
-        """The members, of so many."""
+        """Return the numbers of the members in use, out of `trained`."""
         return self.members or [*range(1, trained + 1)]
 
     def refusal(self, trained: int) -> str | None:
-        """Why this cannot be made of so many members; None if it can."""
+        """Return why this part cannot be made from `trained` members; None if it can."""
         if self.members is not None and max(self.members) > trained:
             return f"there is no member {max(self.members)}: reward.members is {trained}"
         if self.combine != "mean" and len(self.numbers(trained)) < 2:
@@ -93,28 +94,27 @@ class ModelPart(RewardPart):
 
 
 class RunPart(RewardPart):
-    """The reward model of another run, on that run's base, which is loaded beside this one's.
+    """The reward model of another run, on that run's base, which is loaded in addition to this one's.
 
     So the policy's adapters may be of another kind than the reward model's.
     """
 
     run: str
-    """The folder of a run whose reward stage is finished; its base must have the same tokenizer as this one."""
+    """Folder of a run whose reward stage is finished; its base must have the same tokenizer as this one."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         return context.model_of(self.run)
 
 
 class ServerPart(RewardPart):
-    """A reward model that a vLLM server computes, perhaps on another machine: docs/serving.md has how it is run.
+    """A reward model on a vLLM server, possibly on another machine; docs/serving.md says how to start it.
 
-    Where the recipe has a section `reward`, the server's scores are compared with those of that model, of an
-    ensemble the first member, and its scale is taken.
+    If the recipe has a section `reward`, the server's scores are compared with those of that model (of an
+    ensemble, the first member), and its scale is used.
     """
 
     url: str | list[str]
-    """Address of a server, or of several that serve the same. VLLM_API_KEY is sent if it is set in the
-    environment."""
+    """Address of a server, or of several that serve the same. VLLM_API_KEY is sent if the environment has it."""
     model: str = "reward"
     """Name of the reward model on the server."""
     probability: bool = False
@@ -127,8 +127,8 @@ class ServerPart(RewardPart):
     in_flight: Positive = 32
     """Concurrent requests per process."""
     mismatch_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The run ends if a server's score differs by more than this from that of the reward model here, or from its
-    own earlier one. Unset: 0.001 in float32, 0.1 in 16 bits."""
+    """Largest difference allowed between a server's score and that of the reward model here, or its own earlier
+    one; beyond it the run ends. Unset: 0.001 in float32, 0.1 in 16 bits."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.base import RewardServers
@@ -145,15 +145,15 @@ class ServerPart(RewardPart):
 
 
 class FunctionPart(RewardPart):
-    """A function of the user's own."""
+    """A function of the user."""
 
     function: str
     """FILE.py:NAME, called as TRL calls reward functions."""
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Seconds that a call may take; if it takes longer, the run ends. C code can only be interrupted with
+    """Seconds that a call may take; a longer one ends the run. C code can only be interrupted with
     `own_process`."""
     own_process: bool = False
-    """Whether to call the function in a separate process, so that its crash or memory does not affect the run."""
+    """Whether to call the function in a separate process, so that its crashes or memory do not affect the run."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.function import RewardFunction
@@ -162,7 +162,7 @@ class FunctionPart(RewardPart):
 
 
 class LengthPart(RewardPart):
-    """The length of the completion in tokens, its end token included."""
+    """The length of the completion in tokens, including its end token."""
 
     target: Positive | None = None
     """The reward is minus the distance to this length. Unset: it is the length itself."""
@@ -174,13 +174,13 @@ class LengthPart(RewardPart):
 
 
 class MathPart(RewardPart):
-    """1 where the answer is the reference's, else 0: see `perl.data.answers`."""
+    """1 if the answer equals the reference, else 0; see `perl.data.answers`."""
 
     answer: AnswerKind = "number"
     """number: the last number in the completion; letter: its first letter from A to E; latex: compared by the
     package math-verify."""
     column: str = "answer"
-    """The column of the rows that has the reference answer."""
+    """Field of the rows that contains the reference answer."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import Math
@@ -189,10 +189,10 @@ class MathPart(RewardPart):
 
 
 class RegexPart(RewardPart):
-    """1 where the pattern is found in the completion, else 0."""
+    """1 if the pattern is found in the completion, else 0."""
 
     pattern: str
-    """A pattern of Python's module `re`. `(?s)\\A…\\Z` matches the whole completion."""
+    """Pattern of Python's module `re`. `(?s)\\A…\\Z` matches the whole completion."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import Regex
@@ -210,10 +210,10 @@ class RegexPart(RewardPart):
 
 
 class JsonSchemaPart(RewardPart):
-    """1 where the whole completion is JSON that the schema allows, else 0."""
+    """1 if the whole completion is JSON that the schema allows, else 0."""
 
     json_schema: dict[str, JsonValue]
-    """A schema for the package jsonschema; without `$schema` it is of draft 2020-12."""
+    """Schema for the package jsonschema; without `$schema` it is draft 2020-12."""
 
     def source(self, context: "RewardContext") -> "RewardSource":
         from perl.rl.rewards.rules import JsonSchema
@@ -235,6 +235,6 @@ REWARDS: dict[str, type[RewardPart]] = {
 
 
 def registered_kind(kind: Any) -> type[RewardPart] | None:
-    """A kind's settings; None where there is no such kind."""
+    """Return a kind's settings class; None if there is no such kind."""
     row = REWARDS.get(kind) if isinstance(kind, str) else None
     return row if isinstance(row, type) and issubclass(row, RewardPart) else None

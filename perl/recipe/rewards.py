@@ -35,7 +35,7 @@ class RewardFrom(Section):
 
 
 def part_settings(given: Any) -> type[RewardPart]:
-    """The settings of the kind that is given; those of all kinds where there is no such kind."""
+    """Return the settings class of the given kind, or the base class if there is no such kind."""
     return (registered_kind(given.get("kind")) if isinstance(given, dict) else None) or RewardPart
 
 
@@ -48,14 +48,14 @@ _PARTS = TypeAdapter(list[Annotated[RewardPart, PlainValidator(_part)]])
 
 def _rewards(given: Any) -> Section | list[RewardPart]:
     if given == []:
-        raise ValueError("an empty list is not a reward: give the kinds of reward in it, or leave the key out")
+        raise ValueError("an empty list is not a reward: list the kinds of reward, or leave the key out")
     if isinstance(given, list):
         return _PARTS.validate_python(given)
     return RewardFrom.variant(given).model_validate(given)
 
 
 def reward_parts(reward: Any) -> list[RewardPart]:
-    """A value of the key in its long form."""
+    """Return a value of the key in its long form."""
     if isinstance(reward, list):
         return reward
     return [reward.part if isinstance(reward, RewardFrom) else reward]
@@ -65,12 +65,12 @@ def _eval_reward(given: Any) -> str | Section | list[RewardPart]:
     if not isinstance(given, str):
         return _rewards(given)
     if given != "gold":
-        raise ValueError(f"{given!r} chooses nothing: write gold, or a reward as in rl.reward")
+        raise ValueError(f"{given!r} is not a reward to choose by: write gold, or a reward as in rl.reward")
     return given
 
 
 Rewards = Annotated[SerializeAsAny[RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_rewards)]
-"""Validated by hand, as the next one: the kinds of a union's members are fixed, and those of `REWARDS` are not."""
+"""Validated by hand, like the next one, because a union's members are fixed and those of `REWARDS` are not."""
 EvalReward = Annotated[
     SerializeAsAny[Literal["gold"] | RewardFrom | RewardPart | list[RewardPart]], PlainValidator(_eval_reward)
 ]

@@ -15,11 +15,11 @@ from perl.rl.algorithms import ALGORITHMS
 from perl.system.progress import counted
 
 ROW_DEFAULTS = ("epochs", "samples_per_prompt")
-"""Keys whose default is the algorithm's, and stands in the recipe as resolved."""
+"""Keys whose default is the algorithm's and is written into the resolved recipe."""
 DOCUMENTED_UNSET = Field(json_schema_extra={"default": None})
-"""Of a key whose default depends on others, and is told in words."""
+"""Marks a key whose default depends on other keys and is described in words."""
 CELLS = tuple(field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline"))
-"""Keys that are null unless they override the row, so that another `algorithm` brings its own."""
+"""Keys that are null unless they override the row, so that another `algorithm` uses its own values."""
 
 
 class Rl(Validation):
@@ -27,37 +27,37 @@ class Rl(Validation):
 
     algorithm: Annotated[str, registered(ALGORITHMS)] = "ppo"
     """A row of the table in perl/rl/algorithms.py, to which a plugin may add. The default learned every kind of
-    reward that was tried, including rare ones, from as few completions as any (docs/experiments.md)."""
+    reward that was tried, including rare ones, from as few completions as any other (docs/experiments.md)."""
     adapter: str | None = None
-    """A folder with an adapter trained elsewhere, from which policy and reference start. In a recipe with a
-    section `sft` they start from what that trains: use `sft.adapter`."""
+    """A folder with an adapter trained elsewhere, from which policy and reference start. With a section `sft` they
+    start from what SFT trains: use `sft.adapter` instead."""
     critic: Literal["shared", "adapter", "none"] | None = None
-    """shared: a head on the policy's trunk; adapter: its own adapter (under full tuning, its own model). Unset:
-    none if the algorithm has no critic; else shared under LoRA, adapter under full tuning."""
+    """shared: a head on the policy's trunk; adapter: its own adapter, or under full tuning its own model; none.
+    Unset: none if the algorithm has no critic; else shared under LoRA, adapter under full tuning."""
     advantage: Advantage | None = None
-    """This and the keys below down to `trust_region` override a cell or a constant of the algorithm's row: see
-    `Algorithm` in perl/rl/algorithms.py. Unset: the row's own."""
+    """How advantages are computed. This and the keys below down to `trust_region` override a cell or a constant of
+    the algorithm's row; see `Algorithm` in perl/rl/algorithm.py. Unset: the row's own value."""
     surrogate: Surrogate | None = None
-    """-A log π; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
+    """The policy loss: -A log π; -ρ A; PPO's clipped surrogate; CISPO's clipped weight; Kimi's mirror descent."""
     ratio: Ratio | None = None
-    """Whether the ratio to the policy before the update is taken for each token or for the whole completion."""
+    """Whether the ratio to the probability before the update is taken per token or per completion."""
     average: Average | None = None
-    """How the loss is averaged: over tokens; over completions; or summed over tokens and divided by a constant,
-    the highest possible number of tokens."""
+    """How the loss is averaged: over tokens; over completions; or summed over tokens and divided by their largest
+    possible number."""
     kl: Kl | None = None
     """Where β KL(π‖reference) is applied: in each token's reward, in the loss with the estimator k2 or k3, or
     nowhere."""
     whiten: bool | None = None
-    """Whether advantages are normalised to mean 0 and variance 1 over the rollout."""
+    """Whether advantages are normalized to mean 0 and variance 1 over the rollout."""
     normalize_rewards: bool | None = None
     """Whether to train on (reward - mean) / std, over all rewards of the run so far, so that rewards of any scale
-    work; reported rewards are raw. Unset: true for all rows but maxrl."""
+    work; reported rewards stay raw. Unset: true for all rows except maxrl."""
     drop_equal_groups: bool | None = None
     """Whether groups whose rewards are all equal are left out of the averages."""
     redraws: Annotated[int, Field(ge=0)] | None = None
-    """How many times at most a step draws other prompts to replace dropped groups."""
+    """How many times at most other prompts are drawn to replace dropped groups."""
     reset_optimizer: bool | None = None
-    """Whether the optimizer state is reset for each rollout."""
+    """Whether the optimizer's state is reset for each rollout."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
     """λ of GAE: 1 uses the whole return, lower values rely more on the critic."""
     clip: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -66,32 +66,33 @@ class Rl(Validation):
     clip_high: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """How far the ratio may rise above 1."""
     dual_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """With a negative advantage there is no gradient above this ratio; 0: no such limit."""
+    """Ratio above which a negative advantage has no gradient; 0: no such limit."""
     tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """τ of mirror descent: at 1, an advantage of 1 pulls a completion's log-prob up by one nat."""
     value_clip: NonNegative | None = None
-    """How far a value may move in one step if the surrogate clips, in standard deviations of the reward; 0: no
+    """How far a value may move in one step if the surrogate is clip, in standard deviations of the reward; 0: no
     limit."""
     value_coef: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: only its head is trained."""
+    """Share of the critic's gradient that reaches a trunk shared with the policy; 0: only the head is trained."""
     entropy_coef: NonNegative | None = None
     """Weight of the entropy bonus in the loss, a mean over tokens."""
     direction: Direction | None = None
-    """Direction of the policy's update: the optimizer's, or the natural gradient of the adapter's weights
-    (TRPO)."""
+    """Direction of the policy's update: Adam's, or the natural gradient over the adapter's weights (TRPO)."""
     trust_region: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """δ: a step that moves the policy by a larger mean KL, in nats per token, is shortened until it does not."""
+    """δ: a step that changes the policy by a larger mean KL than this, in nats per token, is shortened until it
+    does not."""
     reward: Annotated[Rewards, DOCUMENTED_UNSET] = RewardFrom()
-    """What the policy is trained to raise; a reward or a list of rewards. Unset: the reward stage's model."""
+    """The reward to train on, or a list of several; see perl/recipe/rewards.py. Unset: the reward stage's
+    model."""
     anyway: bool = False
     """Train against the reward stage's model even if its card says that it is not fit for RL."""
     sampler: SamplerFrom = SamplerFrom()
     sampler_correction: Literal["truncate", "none"] = "truncate"
-    """Weight each token's advantage by the policy's probability over the sampler's, at most 2. This has no effect
-    if the sampler computes the same probabilities."""
+    """truncate: weight each token's advantage by the policy's probability over the sampler's, at most 2. This has
+    no effect if the sampler's probabilities equal the policy's."""
     prompt_sampling: PromptSampling = "uniform"
-    """Which prompts a step takes. uniform: all in turn; prioritised: with probability proportional to 1 - success
-    rate so far; curriculum: easy ones first, by the column `difficulty` or by the success rate at the start, later
+    """Which prompts a step takes. uniform: all in turn; prioritised: in proportion to 1 - success rate so far;
+    curriculum: easy ones first, by the column `difficulty` or by the success rate at the start, later
     prioritised."""
     success_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.5
     """A completion with at least this reward counts as correct, for success rates and `length_reward`."""
@@ -102,9 +103,9 @@ class Rl(Validation):
     samples_per_prompt: Annotated[Positive, DOCUMENTED_UNSET] = 1
     """Completions per prompt. Unset: 4 if the algorithm compares them, else 1."""
     minibatches: Positive = 1
-    """Minibatches per rollout, each with its own update in each of the `epochs`."""
+    """Minibatches per rollout; in each of the `epochs`, each has its own update."""
     epochs: Annotated[Positive, DOCUMENTED_UNSET] = 1
-    """Passes over each rollout, with one update per minibatch. Unset: 2; for reinforce, which is on-policy, 1."""
+    """Passes over each rollout, with one update per minibatch. Unset: 2; 1 for reinforce, which is on-policy."""
     micro_batch_size: Positive = 4
     """Completions per forward and backward pass: more are faster and take more memory; the result is the same."""
     max_prompt_length: Positive | None = None
@@ -113,56 +114,55 @@ class Rl(Validation):
     max_new_tokens: Positive = 64
     """Longest completion, in tokens."""
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Sampling temperature; all logits are divided by it, in training too. Outside these bounds log-probs become
-    inaccurate."""
+    """Sampling temperature, by which logits are divided. Outside the bounds, log-probs of samples are numerically
+    unusable."""
     learning_rate: Rate | Literal["auto"] = "auto"
-    """Peak learning rate. auto: as in the stages before, divided among the updates from each rollout."""
+    """Peak learning rate. auto: as in the stages before, divided by the number of updates per rollout."""
     head_learning_rate: Rate | Literal["auto"] = "auto"
-    """Peak learning rate of the critic's head. auto: chosen by the width and magnitude of the base's hidden
-    states."""
+    """Learning rate of the critic's head. auto: chosen by the width and magnitude of the base's hidden states."""
     lr_scheduler_type: LrSchedulerType = "cosine"
     """Learning rate schedule, by transformers' names."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the learning rate rises to its full value."""
+    """Share of the steps over which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight decay, as in AdamW."""
     kl_coef: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalised reward. If `kl` puts the KL into
-    the loss, β is its weight there and r keeps weight 1; if `kl` is none, β is not used."""
+    """β of the objective (1-β) r - β KL(π‖reference), where r is the normalized reward. If `kl` puts the KL into
+    the loss, β is its weight there and r keeps its weight; if `kl` is none, β has no effect."""
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Target KL in nats per completion: β rises by up to 2 % per step while the KL is above it, and falls while it
-    is below (Ziegler et al. 2019), starting from `kl_coef`. Unset: β is constant."""
+    """Target KL in nats per completion: β starts at `kl_coef`, rises by up to 2 % per step while the KL is above
+    the target, and falls while it is below (Ziegler et al. 2019). Unset: β is constant."""
     length_reward: NonNegative = 0.0
-    """Weight of Kimi's length reward, in standard deviations of the reward: among the correct completions of a
-    prompt, the shortest gain half of it and the longest lose half of it."""
+    """Weight of Kimi's length reward, in standard deviations of the reward: of a prompt's correct completions, the
+    shortest gains half of it and the longest loses half of it."""
     length_reward_delay: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Share of the steps before the length reward begins."""
+    """Share of the steps before the length reward starts."""
     overlong_penalty: NonNegative = 0.0
-    """Penalty on the reward of a completion of max_new_tokens, in standard deviations of the reward; on one that
-    ends in the last overlong_buffer tokens before that it is smaller, by DAPO's ramp."""
+    """Penalty on the reward of a completion of max_new_tokens, in standard deviations of the reward; one that ends
+    in the last overlong_buffer tokens before that has a smaller penalty, by DAPO's ramp."""
     overlong_buffer: Positive | None = None
     """Length of DAPO's ramp in tokens. Unset: a fifth of max_new_tokens, as in DAPO."""
     missing_end_penalty: NonNegative | None = None
     """Penalty on the reward of a completion that was cut off before its end, in standard deviations of the reward.
     Unset: 0.5 for chat turns, 0 for plain text."""
     eval_reward: EvalReward | None = None
-    """What `eval_steps` compares policies by: the data's gold judge, or a reward as in `reward` that is not
-    trained on, such as a rule or a member of the reward model that `reward` leaves out. Unset: the training reward
-    minus β KL."""
+    """What chooses between the policies at `eval_steps`: gold, the data's gold judge, or a reward as in `reward`
+    that is not trained on, such as a rule or a member of the reward model that `reward` leaves out. Unset: the
+    reward that is trained on, minus β KL."""
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is evaluated before and after."""
     eval_samples: Positive | None = None
     """Completions of each of these prompts; pass@k is measured up to this k. Unset: enough for 256 in all."""
     sample_every: Positive = 50
-    """Steps between samples of a few held-out prompts for people to read."""
+    """Steps between samples: completions of a few held-out prompts for people to read."""
     best_of_n: Annotated[int, Field(ge=0, le=64)] = 8
     """Compare the policy with the best of 2, 4, ... up to this many completions of the policy before RL; 0: do
-    not. This costs 256 completions, or those of 16 prompts if that is more."""
+    not. The comparison costs 256 completions, or those of 16 prompts if that is more."""
     guard: Literal["stop", "warn", "off"] = "stop"
-    """When training goes wrong (perl/rl/checks/guards.py): return to the last good step and stop, only warn, or do
-    not check."""
+    """What to do when training goes wrong (perl/rl/checks/guards.py): stop at the last good step, warn, or do not
+    check."""
     kl_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
-    """Largest KL of the policy to its reference, in nats per completion."""
+    """Largest KL from the policy to its reference that `guard` allows, in nats per completion."""
 
     @property
     def reward_parts(self) -> list[RewardPart]:
@@ -171,13 +171,13 @@ class Rl(Validation):
 
     @property
     def eval_reward_parts(self) -> list[RewardPart]:
-        """What chooses between policies, as far as it is a reward of its own."""
+        """What chooses between policies, if it is a separate reward."""
         given = self.eval_reward
         return [] if given is None or given == "gold" else reward_parts(given)
 
     @property
     def row(self) -> Algorithm:
-        """The algorithm's row, with what the recipe says instead."""
+        """The algorithm's row, with the recipe's overrides."""
         said: dict[str, Any] = {
             key: value for key in (*ROW_DEFAULTS, *CELLS) if (value := getattr(self, key)) is not None
         }
@@ -211,11 +211,11 @@ class Rl(Validation):
         for conflict in (*_conflicts(row), *self._conflicts_beside(row), *self._without_use(row)):
             raise ValueError(conflict)
         if self.prompts_per_step * self.samples_per_prompt < 2:  # whitened, or against its own mean, it is zero
-            raise ValueError("one completion a step has none to compare it with: raise prompts_per_step")
+            raise ValueError("one completion per step has no other to be compared with: raise prompts_per_step")
         return self
 
     def _conflicts_beside(self, row: Algorithm) -> Iterator[str]:
-        """As `_conflicts`, of a row and the keys beside it."""
+        """Yield the conflicts of a row with other keys, in the form of `_conflicts`."""
         completions = self.prompts_per_step * self.samples_per_prompt
         if self.minibatches > 1 and row.on_policy:
             yield "surrogate plain is on-policy: set minibatches to 1, or surrogate to clip"
@@ -223,9 +223,9 @@ class Rl(Validation):
             yield "direction natural takes one step from a rollout: set minibatches to 1"
         if self.minibatches > completions:
             made = counted(completions, "completion")
-            yield f"{made} a step cannot make {self.minibatches} minibatches: lower minibatches"
+            yield f"{made} per step cannot make {self.minibatches} minibatches: lower minibatches"
         if self.kl_target is not None and row.kl == "none":
-            yield "kl none has no coefficient that kl_target could move: set kl, or leave kl_target out"
+            yield "kl none has no coefficient that kl_target could change: set kl, or leave kl_target out"
         if self.kl_target is not None and self.kl_coef == 0:
             yield "a kl_coef of 0 stays 0 whatever kl_target is: raise kl_coef"
         if self.length_reward and self.samples_per_prompt < 2:
@@ -233,14 +233,14 @@ class Rl(Validation):
         if self.length_reward and round(self.length_reward_delay * self.steps) >= self.steps:
             yield "length_reward_delay leaves no step with a length reward: lower it"
         if self.eval_reward is not None and self.eval_steps is None:
-            yield "eval_reward is asked at every eval_steps, and there are none: set eval_steps"
+            yield "eval_reward is used at every eval_steps, but there are none: set eval_steps"
         if self.overlong_buffer is not None and not self.overlong_penalty:
-            yield "overlong_buffer has no use without overlong_penalty: set overlong_penalty, such as to 1"
+            yield "overlong_buffer has no effect without overlong_penalty: set overlong_penalty, such as to 1"
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
             yield f"overlong_buffer is longer than the {self.max_new_tokens} tokens of a completion: lower it"
 
     def _without_use(self, row: Algorithm) -> Iterator[str]:
-        """As `_conflicts`, of keys that were set and that nothing reads: who sets one expects that it acts."""
+        """Yield, in the form of `_conflicts`, keys that were set but have no effect."""
         default = type(self).model_fields
         remembers = self.prompt_sampling != "uniform" or self.length_reward > 0
         uses: list[tuple[str, bool, tuple[str, ...]]] = [
@@ -256,36 +256,36 @@ class Rl(Validation):
         for what, is_there, keys in uses:
             for key in keys:
                 if not is_there and getattr(self, key) != default[key].default:
-                    yield f"{key} has no use without {what}: leave it out"
+                    yield f"{key} has no effect without {what}: leave it out"
 
 
 def _conflicts(row: Algorithm) -> Iterator[str]:
-    """What in a row makes no sense, and after a colon what to do."""
+    """Yield what is inconsistent in a row and, after a colon, what to do."""
     advantage = f"advantage {row.advantage}"
     if row.compares_groups and row.samples_per_prompt < 2:
         yield f"{advantage} compares completions of one prompt: set samples_per_prompt to at least 2"
     if row.on_policy and row.epochs > 1:
         yield "surrogate plain is on-policy: set epochs to 1, or surrogate to clip"
     if row.ratio == "answer" and not row.clips_ratio:
-        yield f"surrogate {row.surrogate} has no ratio of answers: set ratio to token, or surrogate to clip"
+        yield f"surrogate {row.surrogate} has no ratio per completion: set ratio to token, or surrogate to clip"
     if row.surrogate == "mirror" and row.average != "answers":
-        yield "surrogate mirror is of whole completions: set average to answers"
+        yield "surrogate mirror is for whole completions: set average to answers"
     if row.surrogate == "mirror" and row.kl_in_loss:
-        yield "surrogate mirror holds the policy by tau, not by a KL in the loss: set kl to none or reward-k1"
+        yield "surrogate mirror limits the policy by tau, not by a KL in the loss: set kl to none or reward-k1"
     if row.advantage in ("group-std", "group-relative") and row.kl == "reward-k1":
-        # Where rewards are equal, what the KL differs by would be blown up to full size.
+        # Where rewards are equal, differences in the KL alone would be scaled up to full size.
         yield f"{advantage} would divide the KL in the reward too: set kl to loss-k2, loss-k3 or none"
     if row.advantage == "group-relative" and row.normalize_rewards:
         yield f"{advantage} divides by the mean of raw rewards: set normalize_rewards to false"
     if 0 < row.dual_clip <= 1:
-        yield "dual_clip takes the gradient of all that is worse than expected where it is at most 1: raise it"
+        yield "dual_clip of at most 1 removes the gradient of everything worse than expected: raise it"
     if row.direction == "natural" and row.trust_region is None:
-        yield "direction natural is as long as trust_region allows: set trust_region, such as to 0.01"
+        yield "direction natural needs trust_region, which sets the length of its step: set it, such as to 0.01"
     if row.direction == "natural" and row.epochs > 1:
         yield "direction natural takes one step from a rollout: set epochs to 1, or direction to adam"
     if row.direction == "natural" and row.value_coef > 0:
-        yield "direction natural is of the policy's loss alone: set value_coef to 0"
+        yield "direction natural is for the policy's loss only: set value_coef to 0"
     if row.redraws and not row.drop_equal_groups:
-        yield "redraws replaces the groups that drop_equal_groups leaves out: set that to true, or redraws to 0"
+        yield "redraws replaces groups that drop_equal_groups leaves out: set that to true, or redraws to 0"
     if row.drop_equal_groups and not row.compares_groups:
-        yield f"{advantage} has no groups that could be dropped: set drop_equal_groups to false"
+        yield f"{advantage} has no groups to drop: set drop_equal_groups to false"

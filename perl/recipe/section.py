@@ -1,4 +1,4 @@
-"""What all sections of a recipe are, and the types of their values."""
+"""The base class of all sections of a recipe, the types of their values, and the keys on validation."""
 
 import difflib
 import re
@@ -13,12 +13,12 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LrSchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
-"""How the learning rate goes over a stage, by transformers' names: those that need no further arguments and are
-not another one without them. All but `constant` warm up."""
+"""Learning rate schedules, by transformers' names: those that need no further arguments and do not equal another
+schedule without them. All but `constant` have a warmup."""
 
 
 def registered(registry: Mapping[str, Any]) -> AfterValidator:
-    """A name in a registry, to which plugins may have added."""
+    """Return a validator of names in a registry, to which plugins may have added."""
 
     def check(name: str) -> str:
         if name not in registry:
@@ -37,28 +37,28 @@ class Section(BaseModel):
 
     @classmethod
     def variant(cls, given: Any) -> "type[Section]":
-        """The section whose keys a value is to have, where that depends on the value."""
+        """Return the section whose keys a value must have, if that depends on the value."""
         return cls
 
 
 def nearest(name: str, valid: Collection[str]) -> str:
-    """What to write in place of an unknown name of a registry."""
+    """Return what to write instead of an unknown name of a registry."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}"
 
 
 def addresses(url: str | list[str] | None) -> tuple[str, ...]:
-    """The addresses of servers, without a slash at the end.
+    """Return the addresses of servers, without a slash at the end.
 
     Raises:
-        ValueError: one is none.
+        ValueError: one of them is not an address.
     """
     urls = tuple(one.rstrip("/") for one in ([url] if isinstance(url, str) else url or []))
     for one in urls:
         if not _is_address(one):
-            raise ValueError(f"{one!r} is not the address of a server: write url as in http://127.0.0.1:8000")
+            raise ValueError(f"{one!r} is not an address of a server: write url as in http://127.0.0.1:8000")
         if one.endswith("/v1"):
-            raise ValueError(f"{one!r} ends in /v1, which is added: leave it out")
+            raise ValueError(f"{one!r} ends in /v1, which is added automatically: leave it out")
     return urls
 
 
@@ -70,15 +70,14 @@ def _is_address(url: str) -> bool:
 
 
 class Validation(Section):
-    """What all stages say about validation."""
+    """The keys on validation, which all stages have."""
 
     eval_steps: Positive | None = None
-    """Steps between validations, on dialogues set aside from the training rows, never on those held out for the
-    report: by the loss (for reward models, after scaling the scores by the best temperature), and in RL by
-    `eval_reward`. The best weights are kept. Unset: no validation; the last weights are kept."""
+    """Steps between validations on rows that are split off the training rows by dialogue, never the held-out rows.
+    The criterion is the loss (for reward models, at the temperature that fits their scores best); for RL see
+    `eval_reward`. The best weights are kept. Unset: no validation, and the last weights are kept."""
     early_stopping_patience: Positive | None = None
-    """The stage ends after this many validations in a row without an improvement. Unset: it takes all its
-    steps."""
+    """The stage ends after this many validations in a row without improvement. Unset: it takes all its steps."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the training dialogues used for validation, if `eval_steps` is set."""
 

@@ -174,7 +174,7 @@ def _check_what_leaves_it(run_cli: RunCli, recipe: Path, out: Path, tmp_path: Pa
     assert "--merge" not in text
     code, text = run_cli("export", out, "policy", tmp_path / "merged", "--merge")
     assert code == 2
-    assert "trained beside 4-bit weights" in " ".join(text.split())
+    assert "trained on 4-bit weights" in " ".join(text.split())
     run = Run(out)
     ids = run.ids([{"role": "user", "content": "A mocha."}, {"role": "assistant", "content": "One mocha."}])
     expected_T = run.log_probs(Role.POLICY, ids)

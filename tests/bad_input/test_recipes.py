@@ -55,7 +55,7 @@ CASES = [
         overrides=("rl.algorithm=rloo", "rl.samples_per_prompt=1"),
     ),
     Case(
-        "one completion a step",
+        "one completion per step",
         ("none to compare it with", "rl", "Raise prompts_per_step"),
         overrides=("rl.prompts_per_step=1",),
     ),

@@ -64,11 +64,11 @@ def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None
     groups = work.recipe("100m", "lora", "all", 1, checkpointing=False, algorithm="grpo")["rl"]
     assert (groups["prompts_per_step"], groups["samples_per_prompt"]) == (4, 4)
     for wrong, expected in (
-        (["--layers", "some"], "--layers: 'some' is none of all, top-half"),
-        (["--model", "2b"], "--model: '2b' is none of 100m, 1b, 8b"),
+        (["--layers", "some"], "--layers: 'some' is not one of all, top-half"),
+        (["--model", "2b"], "--model: '2b' is not one of 100m, 1b, 8b"),
         (["limit", "--epochs", "1"], "--epochs: bench limit does not read it"),
         (["--figure", "x.svg"], "it is for bench growth"),
-        (["--algorithm", "dpo"], "--algorithm: 'dpo' is none of ppo, rloo, grpo"),
+        (["--algorithm", "dpo"], "--algorithm: 'dpo' is not one of ppo, rloo, grpo"),
         (["--algorithm", "rloo", "--peer-trl", str(tmp_path)], "for rloo the installed TRL is the peer"),
         (["--peer-trl", str(tmp_path)], "pip install --no-deps --target DIR trl==1.12.0"),
     ):
@@ -109,7 +109,7 @@ def test_without_a_checkout_what_is_only_there_is_refused_before_anything_is_mea
     code, text = run_cli("bench", *(str(tmp_path) if one == "PEER" else one for one in arguments))
     assert code == 2
     said = " ".join(text.split())
-    assert "this measurement is in a checkout only, and perl-rlhf is installed without one" in said
+    assert "this measurement needs a checkout, and perl-rlhf is installed without one" in said
     assert "pip install --editable ." in said
 
 

@@ -85,7 +85,7 @@ def test_rates_are_searched_on_both_sides(
     recipe_file = write_recipe(reward={"epochs": 1, **STAGES["reward"]}, rl=None)
     code, text = run_cli("compare", recipe_file, "--search-rates", "--out", out)
     assert code == 0, text
-    assert "Learning rates: searched on both sides, on seed 1" in " ".join(text.split())
+    assert "Learning rates: searched for on both sides, with seed 1" in " ".join(text.split())
     found = json.loads((out / "compare.json").read_text())
     assert found["rates_searched_on"] == 1
     for tuning, rates in (("lora", (3.2e-4, 1e-3, 3.2e-3)), ("full", (3.2e-5, 1e-4, 3.2e-4))):
@@ -192,9 +192,9 @@ def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path
         (["compare", str(recipe), "--seeds", "0"], "--seeds"),
         (["compare", str(recipe), "--steps", "2"], "--steps"),
         (["compare", str(recipe), "--steps", "3", "--search-rates"], "Leave one of the two out"),
-        (["compare", str(recipe), "--baselines", "ppo"], "none of kto, dpo"),
+        (["compare", str(recipe), "--baselines", "ppo"], "not one of kto, dpo"),
         (["compare", str(recipe), "--baselines", "kto,kto"], "twice"),
-        (["compare", str(recipe), "--baselines", "dpo:fast"], "no learning rate"),
+        (["compare", str(recipe), "--baselines", "dpo:fast"], "not a learning rate"),
         (["compare", str(recipe), "--baselines", "kto", "--search-rates"], "--baselines"),
         (["compare", str(recipe), "--baselines", "kto", "tuning=full"], "tuning: lora"),
         (["compare", str(recipe), "rl.steps=none"], "rl.steps"),

@@ -61,7 +61,7 @@ def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_p
         assert reward["AUROC"][end] == pytest.approx(report["reward"]["eval"]["auroc"])
         assert policy[f"reward of {name}"][end] == pytest.approx(report["rl"]["eval"]["reward_after"], rel=0.02)
         assert policy["kl"][end] == pytest.approx(report["rl"]["eval"]["kl"], abs=1e-3)
-    assert "B less A" in written
+    assert "B - A" in written
     status, _ = run_cli("compare-runs", folders[0], folders[0], "--json", tmp_path / "itself.json")
     itself = json.loads((tmp_path / "itself.json").read_text())["policy"]["differences"]
     expected = pytest.approx(reports[0]["rl"]["eval"]["reward_after"], abs=1e-5)

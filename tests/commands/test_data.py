@@ -54,8 +54,8 @@ def test_labels_duplicates_and_contradictions() -> None:
     ]
     assert counts(ratings)["duplicates"] == "1"
     assert balance(ratings) == (
-        "3 thumbs up, 2 down: a constant answer is right for 60.0%; 1 answer with both labels; "
-        "1 context with both labels, which make 1 pair"
+        "3 thumbs up, 2 down: a constant prediction is right for 60.0%; 1 answer with both labels; "
+        "1 context with both labels, which yield 1 pair"
     )
 
 
@@ -63,7 +63,7 @@ def test_a_file_without_a_fault_is_status_0(tmp_path: Path, capsys: pytest.Captu
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, True, False)]
     assert check(write(tmp_path, *map(json.dumps, rows))) == 0
     printed = capsys.readouterr().out
-    assert "3 thumbs up, 1 down: a constant answer is right for 75.0%; 1 answer with both labels" in printed
+    assert "3 thumbs up, 1 down: a constant prediction is right for 75.0%; 1 answer with both labels" in printed
     assert "1 dialogue in all" in printed
     assert "every row is usable" in printed
 

@@ -356,7 +356,7 @@ def test_what_cannot_be_exported_is_said_in_one_message(
     with RunFolder(tmp_path / "run").claim(four_bit):
         (tmp_path / "run" / "sft").mkdir()
         RunFolder(tmp_path / "run").finish("sft", made_up("sft"))
-    assert "trained beside 4-bit weights" in refused(tmp_path / "run", "sft", out, "--merge")
+    assert "trained on 4-bit weights" in refused(tmp_path / "run", "sft", out, "--merge")
     assert not out.exists()
 
 

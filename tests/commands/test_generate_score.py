@@ -55,7 +55,7 @@ def test_empty_completions_are_said(
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}] * 2)
     status, written = run_cli("generate", folder, "sft", prompts, "--out", tmp_path / "drawn.jsonl")
     assert status == 0, written
-    assert "sft ended 1 completion at once: they are empty" in " ".join(written.split())
+    assert "sft ended 1 completion immediately" in " ".join(written.split())
     assert [row["completion"] for row in read(tmp_path / "drawn.jsonl")] == ["", "No."]
 
 

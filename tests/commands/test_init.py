@@ -112,7 +112,7 @@ def test_the_stages_are_those_that_the_rows_allow(
     content = yaml.safe_load(text)
     assert [stage for stage in ("sft", "reward", "rl") if stage in content] == stages
     assert content.get("reward", {}).get("loss") == loss
-    assert ("stand-in" in text) == (stages == ["rl"])
+    assert ("placeholder" in text) == (stages == ["rl"])
     assert "  # A hub id or a folder" in text
 
 
@@ -166,5 +166,5 @@ def test_a_recipe_is_never_written_over(run_cli: RunCli, tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text("mine")
     status, written = run_cli("init", tmp_path / "mine.yaml", "--yes")
     assert status == 2
-    assert "already exists" in written
+    assert "exists already" in written
     assert (tmp_path / "mine.yaml").read_text() == "mine"

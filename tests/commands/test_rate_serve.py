@@ -12,9 +12,9 @@ from tests.conftest import RunCli
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["rate", "RUN", "--choose", "best"], "'best' is none of random, uncertainty"),
+        (["rate", "RUN", "--choose", "best"], "'best' is not one of random, uncertainty"),
         (["rate", "nowhere"], "not a run folder"),
-        (["rate", "RUN", "--raters", " ,"], "--raters: gives no names"),
+        (["rate", "RUN", "--raters", " ,"], "--raters: contains no name"),
         (["serve", "nowhere", "--port", 0], "not a run folder"),
         (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot be bound"),
         (["rate", "RUN", "--port", "TAKEN"], "cannot be bound"),

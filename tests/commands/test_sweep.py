@@ -175,7 +175,7 @@ def test_training_that_diverged_is_not_tried_again(
     for _ in range(2):
         code, text = run_cli("sweep", recipe, "--kinds", "lora", "--seeds", "0", "--out", tmp_path / "out")
         assert code == 0, text
-        assert "lora is left out: its training diverged on every seed" in " ".join(text.split())
+        assert "lora is left out because its training diverged on every seed" in " ".join(text.split())
     assert len(calls) == 1
 
 
@@ -227,7 +227,7 @@ def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Pa
             ],
             "rl.reward: a sweep of RL takes the reward model from a run of its own",
         ),
-        (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is reported too"),
+        (["--search-rates", "--search-seeds", "2"], "--search-seeds: 2 is also a reported seed"),
         (["--kinds", "full,lora", "--equal-weights"], "Name a kind of adapters first"),
         (["--stage", "rl"], "1 step: too few for a curve"),
         (["tuning=full"], "tuning: the recipe is one for full tuning"),

@@ -208,7 +208,7 @@ def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> 
         ("csv", "a,b\n1,2\n", "the fields ['a', 'b'] fit no format"),
         ("csv --columns label=ratng", "prompt,completion,rating\na,b,1\n", "no row has ratng"),
         ("csv --columns lable=rating", "prompt,completion,rating\na,b,1\n", "no field 'lable'"),
-        ("csv --columns prompt", "prompt\na\n", "'prompt' is not of the form FIELD=NAME"),
+        ("csv --columns prompt", "prompt\na\n", "'prompt' is not FIELD=NAME"),
         ("csv", 'a,b\n"1,2\n', "unexpected end of data"),
         ("csv", "", "it is empty"),
         ("csv", b"\xff", "is not UTF-8: byte 0xff"),

@@ -70,7 +70,7 @@ def test_the_recipe_allows_as_many_members_as_there_are_roles(write_recipe: Writ
         ({}, {"combine": "min"}, "combine min needs several members Set reward.members to at least 2"),
         ({"members": 2}, {"members": [1, 3]}, "there is no member 3"),
         ({"members": 2}, {"std_weight": 2}, "combine mean has no std_weight"),
-        ({"bootstrap": True}, {}, "bootstrap makes members differ, and there is one"),
+        ({"bootstrap": True}, {}, "bootstrap makes members differ, but there is one"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

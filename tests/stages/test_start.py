@@ -385,7 +385,7 @@ def test_what_cannot_be_started_from_is_refused(
         ({"tuning": "full"}, "full tuning has no adapters to start from"),
         (
             {"rl": {"adapter": "foreign", "reward": {"function": "rewards.py:length"}}},
-            "rl.adapter has no use beside a section sft",
+            "rl.adapter has no effect with a section sft",
         ),
         (
             {"sft": {**SFT, "max_length": 16}, "adapter": {"kind": "prefix", "length": 17}},

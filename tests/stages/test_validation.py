@@ -138,7 +138,7 @@ def test_rows_that_both_sides_have_are_left_out_and_the_rest_validates(
             {"reward": {"early_stopping_patience": 2}},
             "early_stopping_patience counts validations, and there are none",
         ),
-        ({"rl": {"eval_reward": "gold"}}, "eval_reward is asked at every eval_steps, and there are none"),
+        ({"rl": {"eval_reward": "gold"}}, "eval_reward is used at every eval_steps, but there are none"),
         ({"rl": {"eval_reward": "gold", "eval_steps": 1}}, "has no gold judge"),
         ({"rl": {"eval_reward": {"kind": "nonsense"}, "eval_steps": 1}}, "no kind of reward 'nonsense'"),
         (

@@ -218,7 +218,7 @@ def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        ({"url": "localhost:8001"}, "is not the address of a server"),
+        ({"url": "localhost:8001"}, "is not an address of a server"),
         ({"url": []}, "a server needs a url"),
         ({}, "url"),
         ({"url": "http://a:1", "probability": True}, "leave probability out"),

@@ -127,15 +127,12 @@ def test_a_server_draws_ahead_while_the_policy_learns(
     ("changes", "words"),
     [
         ({"sampler": {"url": "localhost:8000", "adapter_dir": "a"}}, "http://127.0.0.1:8000"),
-        (
-            {"sampler": {"url": "http://a:99999", "adapter_dir": "a"}},
-            "'http://a:99999' is not the address of a server",
-        ),
+        ({"sampler": {"url": "http://a:99999", "adapter_dir": "a"}}, "'http://a:99999' is not an address"),
         ({"sampler": {"url": "http://a:1/v1/", "adapter_dir": "a"}}, "ends in /v1"),
         ({"sampler": {"url": "http://a:1"}}, "Set url, such as to http://127.0.0.1:8000, and adapter_dir"),
         ({"sampler": {"kind": "local", "url": "http://a:1", "adapter_dir": "a"}}, "Set kind to server"),
         ({"sampler": {"kind": "server"}}, "a server needs a url"),
-        ({"sampler": {"staleness": 1}}, "only a server draws while the policy learns"),
+        ({"sampler": {"staleness": 1}}, "only a server samples while the policy is trained"),
     ],
 )
 def test_half_a_server_in_a_recipe_is_refused(

@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
+"""The command line. Exit codes: 0 success, 2 error in the user's input, 130 interrupted, 1 anything else."""
 
 import io
 import signal
@@ -45,7 +45,7 @@ LAUNCHABLE: dict[str, Command] = {
     "reward": stages.reward,
     "rl": stages.rl,
 }
-"""The commands that several processes run together."""
+"""Commands that several processes may run together."""
 COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "init": init.init,
     "algorithms": algorithms.algorithms,
@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = LAUNCHABLE | {
     "sampler": sampler.sampler,
 }
 RESUMABLE = {*LAUNCHABLE, "compare", "sweep"}
-"""The commands that begin where they were left."""
+"""Commands that resume where they were interrupted."""
 
 app = typer.Typer(
     name="perl-rlhf",
@@ -90,39 +90,39 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help="RLHF in which every learned part is an adapter on one frozen base.")
+@app.callback(help="RLHF in which every trained part is an adapter on one frozen base.")
 def before_any(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Refuse what a launcher would have every process do anew, all writing to the same place."""
+    """Refuse to let a launcher run a command in several processes that would all write to the same place."""
     (rank, count, _), command = ranks(), context.invoked_subcommand
     if count > 1 and command not in LAUNCHABLE:
         if rank:
             raise typer.Exit(UserError.status)
         raise UserError(
-            f"{command} is for one process, and a launcher has started {count}",
+            f"{command} runs in one process, but a launcher has started {count}",
             where=f"the command {command}",
-            remedy=f"Call perl-rlhf {command} without a launcher; {', '.join(LAUNCHABLE)} can be launched.",
+            remedy=f"Run perl-rlhf {command} without a launcher; {', '.join(LAUNCHABLE)} can be launched.",
         )
 
 
 @skips_finalization
 def main() -> None:
-    """Run a command and turn what goes wrong into one message and an exit status."""
+    """Run a command; turn an error into one message and an exit code."""
     handle((signal.SIGTERM, signal.SIGHUP), _interrupt)
     keep_freed_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # one that has no dashes, say, gets what it can show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without dashes, say, gets escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # click's own errors leave with status 2 and one message, as ours do.
+        # click's own errors exit with code 2 and one message, as ours do.
         app(standalone_mode=True)
     except UserError as error:
         _leave(error)
     except (KeyboardInterrupt, SystemExit) as leaving:
-        # typer itself turns KeyboardInterrupt into an exit without a word
+        # typer turns KeyboardInterrupt into an exit without a message
         if isinstance(leaving, SystemExit) and leaving.code != INTERRUPTED:
             raise
         console.print(f"interrupted: {_kept(sys.argv[1:])}")
@@ -140,13 +140,13 @@ def _leave(error: UserError) -> NoReturn:
 
 
 def _kept(arguments: list[str]) -> str:
-    """What an interrupted command leaves."""
+    """Return what an interrupted command has kept."""
     if RESUMABLE.intersection(arguments[:1]):
-        return "finished stages are saved; run the same command again to go on"
+        return "finished stages are saved; run the same command again to continue"
     if arguments[:1] == ["rate"]:
-        return "what the page called saved is in the file; the same command goes on"
+        return "all ratings that the page showed as saved are in the file; run the same command to continue"
     if arguments[:1] == ["serve"]:
-        return "no more requests are answered; the same command serves again"
+        return "no more requests are answered; run the same command to serve again"
     return "nothing was saved; the same command starts from the beginning"
 
 

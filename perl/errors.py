@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """Input that cannot be used: printed as one message, without a traceback; `status` is the exit status.
+    """Unusable input: printed as one message, without a traceback; `status` is the exit code.
 
     Args:
         what: what is wrong, with the value.
@@ -26,24 +26,24 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """The input is right, but the machine has no room, memory, network or permission for it."""
+    """The input is right, but the machine lacks the disk space, memory, network or permission for it."""
 
     status = 1
 
 
-_GO_ON = "then run the same command again: what was finished is kept."
-_ROOM = f"Make room there, {_GO_ON}"
+_GO_ON = "then run the same command again: finished work is kept."
+_ROOM = f"Free some disk space there, {_GO_ON}"
 _LIMIT = f"Raise that limit (`ulimit -a` shows it), {_GO_ON}"
-_PERMISSION = "Get permission for it, or name another place (--out; XDG_CACHE_HOME for caches)."
+_PERMISSION = "Get permission, or choose another place (--out; XDG_CACHE_HOME for caches)."
 _MEMORY = (
-    "`perl-rlhf estimate` says what the recipe needs and what to lower: micro_batch_size, batch_size or "
+    "`perl-rlhf estimate` shows what the recipe needs and what to lower: micro_batch_size, batch_size or "
     f"max_length; or set checkpoint_activations: true, {_GO_ON}"
 )
 LOADING = (
-    "The weights alone do not fit: set base.dtype: bfloat16 or base.quantization: 4bit, or take a smaller base. "
-    "`perl-rlhf estimate` says what the recipe would need."
+    "The weights alone do not fit: set base.dtype: bfloat16 or base.quantization: 4bit, or use a smaller base. "
+    "`perl-rlhf estimate` shows what the recipe would need."
 )
-"""What to do where there is no memory for a model that is being loaded."""
+"""What to do if there is not enough memory to load a model."""
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -57,18 +57,18 @@ _REMEDIES = {
     errno.ENOMEM: _MEMORY,
 }
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-"""In the messages of torch's RuntimeErrors, of GPUs and of CPUs."""
+"""Substrings of torch's RuntimeErrors about memory, on GPUs and CPUs."""
 
 
 def machine_fault(error: BaseException, memory: str = _MEMORY) -> MachineError | None:
-    """The fault of the machine that an exception of any library reports, if any; a missing file is none.
+    """Return the fault of the machine that a library's exception reports, if any; a missing file is not one.
 
     Args:
-        memory: what to do where there is too little of it.
+        memory: what to do if there is too little memory.
     """
     message = str(error).strip().partition("\n")[0][:300]
     number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    if rust := re.search(r"\(os error (\d+)\)", message):  # of safetensors and tokenizers
+    if rust := re.search(r"\(os error (\d+)\)", message):  # from safetensors and tokenizers
         number = int(rust[1])
     no_memory = isinstance(error, RuntimeError) and any(words in message for words in _NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):
@@ -82,7 +82,7 @@ def machine_fault(error: BaseException, memory: str = _MEMORY) -> MachineError |
 
 
 def _place(error: BaseException) -> str:
-    """The innermost function of this package, of its stages if one is among the frames."""
+    """Return the innermost function of this package, preferably of its stages, among the frames."""
     root = Path(__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
     in_stages = [f for f in frames if Path(f.filename).parent.name == "stages"]

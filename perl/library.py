@@ -27,25 +27,25 @@ from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
 Messages = Sequence[Mapping[str, str]]
-"""Chat messages, each with `role` and `content`, as TRL and chat templates have them."""
+"""Chat messages, each with `role` and `content`, as in TRL and chat templates."""
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
-"""The roles that write."""
+"""The roles that generate."""
 COLDEST = 1e-4
-"""The least temperature: the likeliest token is drawn, unless two are almost equal. Below, logits overflow."""
+"""Lowest temperature: the most likely token is sampled, unless two are almost equal. Below it, logits overflow."""
 MICRO_BATCH_SIZE = 32
 PIECE = 16
-"""Tokens that `LoadedRun.pieces` draws at once."""
+"""Tokens that `LoadedRun.pieces` samples at a time."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion that was drawn.
+    """A sampled completion.
 
     Attributes:
-        text: without its end token.
-        ended: whether the role ended it; else it was cut at `max_new_tokens`.
-        tokens: drawn, the end token included.
-        prompt_tokens: it was drawn after, what did not fit into the base's context left out.
+        text: the completion without its end token.
+        ended: whether the role ended it; otherwise it was cut off at `max_new_tokens`.
+        tokens: number of tokens sampled, including the end token.
+        prompt_tokens: number of tokens of the prompt, after cutting it to the base's context.
     """
 
     text: str
@@ -56,13 +56,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """What the reward model says of a completion.
+    """The reward model's score of a completion.
 
     Attributes:
-        score: log-odds under thumbs, else Bradley-Terry.
-        probability: calibrated, of a thumb up (of being the better one, of a model of pairs).
-        disagreement: of an ensemble, the standard deviation of its members' probabilities of a thumb up (of their
-            scores less their means, of a model of pairs): where it is large, the score is likelier to be wrong.
+        score: log-odds if trained on thumbs, else a Bradley-Terry score.
+        probability: calibrated probability of a thumb up (for a model of pairs, of being the better one).
+        disagreement: for an ensemble, the standard deviation of its members' probabilities of a thumb up (for a
+            model of pairs, of their scores minus their means); the larger it is, the likelier the score is wrong.
     """
 
     score: float
@@ -71,7 +71,7 @@ class Score:
 
     @property
     def confidence(self) -> float:
-        """The probability of the likelier of both labels, from 0.5 to 1."""
+        """Probability of the likelier of the two labels, from 0.5 to 1."""
         return max(self.probability, 1 - self.probability)
 
 
@@ -85,14 +85,14 @@ def run(
 
     Args:
         out: the run folder; runs/NAME by default.
-        stages: some of the recipe's stages; all of them by default.
-        source: the folder of another run, whose stages are taken where they fit.
+        stages: the stages to run; all of the recipe's by default.
+        source: folder of another run, whose stages are reused if they fit.
 
     Returns:
-        The results of all stages that are finished: what report.json has under `stages`.
+        The results of all finished stages, as in report.json under `stages`.
 
     Raises:
-        UserError: the input of any stage cannot be used; nothing has been written then.
+        UserError: the input of a stage cannot be used; nothing has been written in this case.
     """
     with process_group() as engine:
         folder = Path(out or Path("runs") / recipe.name)
@@ -100,16 +100,16 @@ def run(
 
 
 def load_run(path: str | Path) -> "LoadedRun":
-    """The run in a folder, its base loaded; roles are loaded as they are asked for.
+    """Load the run in a folder with its base; roles are loaded when they are used.
 
     Raises:
-        UserError: this is no run folder, or its base or data cannot be used.
+        UserError: this is not a run folder, or its base or data cannot be used.
     """
     return LoadedRun(open_run(path))
 
 
 class LoadedRun:
-    """What a run has trained, ready to generate and to score."""
+    """The models that a run has trained, ready to generate and to score."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -118,7 +118,7 @@ class LoadedRun:
 
     @property
     def policies(self) -> list[str]:
-        """The roles that can generate: `base`, and `sft` and `policy` where they are trained."""
+        """The roles that can generate: `base`, and `sft` and `policy` if they are trained."""
         if self.session.roles.backbone.refusal("generation", "base.model") is not None:
             return []
         return [role for role in POLICIES if role is Role.BASE or self.session.saved(role).exists()]
@@ -132,15 +132,15 @@ class LoadedRun:
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """A sampled completion of each prompt, without its end token.
+        """Sample a completion of each prompt; return it without its end token.
 
         Args:
-            prompts: texts, or chat messages; not both at once. What is too long for the base's context loses its
-                oldest turns.
+            prompts: texts or chat messages, but not both. A prompt that is too long for the base's context loses
+                its oldest turns.
             role: `base`, `sft` or `policy`.
-            max_new_tokens: tokens of a completion at most; the recipe's by default, or 128.
-            temperature: of sampling, at least `COLDEST`; the recipe's by default, or 1.
-            seed: of the draws.
+            max_new_tokens: largest number of tokens of a completion; the recipe's by default, else 128.
+            temperature: sampling temperature, at least `COLDEST`; the recipe's by default, else 1.
+            seed: seed of the sampling.
 
         Raises:
             UserError: a prompt is neither text nor messages, or the run has no such role.
@@ -150,12 +150,12 @@ class LoadedRun:
 
     @property
     def max_new_tokens(self) -> int:
-        """Tokens of a completion at most, where nothing else is asked for: the recipe's, or 128."""
+        """Default for the largest number of tokens of a completion: the recipe's, else 128."""
         return self.recipe.rl.max_new_tokens if self.recipe.rl is not None else 128
 
     @property
     def temperature(self) -> float:
-        """Of sampling, where nothing else is asked for: the recipe's, or 1."""
+        """Default sampling temperature: the recipe's, else 1."""
         return self.recipe.rl.temperature if self.recipe.rl is not None else 1.0
 
     def complete(
@@ -166,7 +166,7 @@ class LoadedRun:
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """As `generate`, of contexts as PERL's records have them."""
+        """Sample as `generate` does, from contexts of PERL's records."""
         return [one.text for one in self.draw(contexts, role, max_new_tokens, temperature, seed)]
 
     def draw(
@@ -177,7 +177,7 @@ class LoadedRun:
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[Completion]:
-        """As `complete`, with the counts of tokens."""
+        """Sample as `complete` does; return token counts as well."""
         contexts = [asked(one, self.recipe.data.chat) for one in contexts]
         sampling = self._sampling(contexts, role, max_new_tokens, temperature)
         if not contexts:
@@ -193,7 +193,7 @@ class LoadedRun:
         temperature: float | None = None,
         seed: int = 0,
     ) -> Iterator[Completion]:
-        """One completion while it is drawn: what there is of it after every `PIECE` tokens, at last the whole."""
+        """Yield one completion while it is sampled: the text so far after every `PIECE` tokens, then all of it."""
         context = asked(context, self.recipe.data.chat)
         sampling = self._sampling([context], role, max_new_tokens, temperature)
         prompt, generator = self._prompt(context, sampling), self._generator(seed)
@@ -207,7 +207,7 @@ class LoadedRun:
     def _sampling(
         self, contexts: Sequence[Context], role: str, max_new_tokens: int | None, temperature: float | None
     ) -> Sampling:
-        """How to draw completions of these contexts. Raises `UserError` where they cannot be drawn."""
+        """Return how to sample completions of these contexts. Raises `UserError` if that is impossible."""
         max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         temperature = self.temperature if temperature is None else temperature
         kinds = {context[-1].speaker == "text" for context in contexts}
@@ -226,7 +226,7 @@ class LoadedRun:
     def _draw(
         self, prompts: Sequence[list[int]], role: str, sampling: Sampling, generator: torch.Generator
     ) -> tuple[list[Completion], list[list[int]]]:
-        """A completion of each prompt, and its tokens."""
+        """Sample a completion of each prompt; return the completions and their tokens."""
         self.session.load(Role(role))
         self.session.roles.eval()
         samples = LocalSampler(self.session.roles).draw(Role(role), prompts, sampling, generator)
@@ -235,30 +235,30 @@ class LoadedRun:
         return [Completion(chat.decode(one), end, len(one), len(prompt)) for one, end, prompt in drawn], ids
 
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
-        """Refuse what cannot be generated."""
+        """Refuse requests that cannot be fulfilled."""
         if role not in self.policies:
-            remedy = f"Roles of this run that do: {', '.join(self.policies) or 'none'}."
+            remedy = f"Roles of this run that generate: {', '.join(self.policies) or 'none'}."
             where = str(self.session.folder.path)
             raise UserError(f"the run has no role {role!r} that generates", where=where, remedy=remedy)
         if kinds > 1:
-            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate from each apart.")
+            raise UserError("the prompts are of two kinds, text and messages", remedy="Generate each separately.")
         if not COLDEST <= temperature < math.inf:
-            remedy = f"Give a number of at least {COLDEST:g}, which takes the likeliest token."
+            remedy = f"Give a number of at least {COLDEST:g}, which takes the most likely token."
             raise UserError(f"temperature is {temperature:g}", remedy=remedy)
         context_length = self.session.base.context_length
         if not 0 < max_new_tokens < context_length:
-            what = f"max_new_tokens is {max_new_tokens}, the base's context is {context_length} tokens"
+            what = f"max_new_tokens is {max_new_tokens}, but the base's context is {context_length} tokens"
             raise UserError(what, remedy="Leave room for a prompt and a completion.")
 
     def score(
         self, prompts: Iterable[str | Messages], completions: Iterable[str], *, probability: bool = False
     ) -> list[float]:
-        """The reward model's score of each completion of its prompt: log-odds under thumbs, else Bradley-Terry.
+        """Return the reward model's score of each completion: log-odds if trained on thumbs, else Bradley-Terry.
 
         Args:
-            prompts: texts, or chat messages.
-            probability: the calibrated probability instead, of a thumb up (of being the better one, of a model of
-                pairs): σ(slope · score + intercept), fitted on the run's held-out ratings.
+            prompts: texts or chat messages.
+            probability: return the calibrated probability of a thumb up instead (for a model of pairs, of being
+                the better one): σ(slope · score + intercept), fitted on the run's held-out ratings.
 
         Raises:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
@@ -271,7 +271,7 @@ class LoadedRun:
         return [one.probability if probability else one.score for one in self.score_answers(answers)]
 
     def score_answers(self, answers: Sequence[tuple[Context, Turn]]) -> list[Score]:
-        """As `score`, of contexts and answers as PERL's records have them."""
+        """Score as `score` does, for contexts and answers of PERL's records."""
         if self.results.reward is None or self.recipe.reward is None:
             where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
@@ -289,7 +289,7 @@ class LoadedRun:
 
 
 def _record(where: str, prompt: str | Messages, **fields: object) -> Record:
-    """A row of TRL's formats as a record. Raises `UserError` if it fits none."""
+    """Parse a row of TRL's formats as a record. Raises `UserError` if it fits none."""
     plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
         return parse_row({"prompt": plain, **fields})[0]

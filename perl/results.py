@@ -1,7 +1,7 @@
-"""The results of the stages: what they return, result.json and report.json hold, and the page reads.
+"""The results of the stages: what they return, what result.json and report.json contain and the page reads.
 
 In JSON (`perl.system.typed_json`) an optional field without a value is left out; a required field that may be
-unknown, such as the AUROC of one class, is null. Unknown keys, which newer versions write, are ignored in reading.
+unknown, such as the AUROC of a single class, is null. Unknown keys, as newer versions may write, are ignored.
 """
 
 from dataclasses import dataclass
@@ -28,18 +28,17 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
-    """What a stage trained, and what that cost.
+    """The result and the cost of a stage.
 
     Attributes:
-        kept: of each training, which weights were kept and why, where validations chose.
-        rows: trained on and held out.
-        rows_cut: of these, rows that were cut to the longest length.
-        data_sha256: of the rows of its kinds, and of how they were split.
-        predicted_memory: by `perl-rlhf estimate`, where `compare` ran it.
-        waited_seconds: from the command, or the end of the stage before, to its end, with loading and evaluations;
-            of a stage that was interrupted up to its last checkpoint, and from there. None: not recorded.
-        started_from: the adapter that it went on from; None: the base, or what an earlier stage trained.
-        reused_from: the folder of the run whose finished stage this is; None: it was trained here.
+        kept: for each training, which weights were kept and why, if they were chosen by validation.
+        rows: number of training and held-out rows.
+        rows_cut: number of these rows that were cut to the maximum length.
+        data_sha256: SHA-256 of the rows of its kinds and of their split.
+        predicted_memory: prediction of `perl-rlhf estimate`, if `compare` made one.
+        waited_seconds: from the command, or the end of the previous stage, to its end, including loading and
+            evaluations; for an interrupted stage, up to its last checkpoint and from there on. None: not recorded.
+        started_from: the adapter that it continued from; None: the base, or the result of an earlier stage.
     """
 
     trainable_parameters: int
@@ -54,20 +53,20 @@ class Stage(Cost):
 
     @property
     def notes(self) -> list[str]:
-        """What people are to know of the trainings: which weights each kept, and why."""
+        """Notes for readers on the trainings: which weights each kept, and why."""
         return _by_member([one.words for one in self.kept or ()])
 
 
 def _by_member(sentences: list[str]) -> list[str]:
-    """With its number, where there are several trainings."""
+    """Prefix sentences with the member's number, if there are several."""
     return [f"member {number}: {one}" for number, one in enumerate(sentences, 1)] if sentences[1:] else sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftEval:
-    """Mean loss on the tokens of held-out completions, of `n` rows, and the 95 % interval of its change.
+    """Mean loss on the tokens of held-out completions of `n` rows, and the 95 % interval of its change.
 
-    The interval is paired by row, and of whole dialogues; there is none where all rows are of one dialogue.
+    The interval is paired by row and resamples whole dialogues; there is none if all rows are from one dialogue.
     """
 
     n: int
@@ -85,7 +84,7 @@ class SftStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The score of a held-out row and a checksum of its tokens, to check exports against."""
+    """Score of a held-out row and a checksum of its tokens, to verify exports."""
 
     row: int
     score: float
@@ -94,10 +93,10 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """What a score is blended from: model · the model's + words · TF-IDF's log-odds + intercept.
+    """Parts of a blended score: model · the model's score + words · TF-IDF's log-odds + intercept.
 
     Attributes:
-        rows: validation rows over which both parts have the same spread.
+        rows: number of validation rows over which both parts have the same spread.
     """
 
     model: float
@@ -108,7 +107,7 @@ class Blend:
     @property
     def sentence(self) -> str:
         return (
-            "Scores are the sum of the model's and TF-IDF's of the words, each in units of its spread over "
+            "Scores are the sum of the model's score and a TF-IDF score, each in units of its spread over "
             f"{self.rows:,} validation rows."
         )
 
@@ -118,8 +117,8 @@ class RewardStage(Stage):
     """Reward modelling.
 
     Attributes:
-        kept_below_bytes: the size on disk of the lower layers' activations, if kept.
-        blends: of each member, where scores are blended with TF-IDF.
+        kept_below_bytes: size on disk of the lower layers' activations, if stored.
+        blends: one per member, if scores are blended with TF-IDF.
     """
 
     kept_below_bytes: int | None = None
@@ -135,7 +134,7 @@ class RewardStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Incident(Alarm):
-    """An alarm of a guard; if it stopped the run, `remains` counts the updates of the policy that remains."""
+    """An alarm of a guard; if it stopped the run, `remains` is the number of updates of the policy it kept."""
 
     action: Literal["stopped", "warned"]
     remains: int | None = None
@@ -143,7 +142,7 @@ class Incident(Alarm):
 
 @dataclass(frozen=True)
 class Check:
-    """A check of RL: its value (`figure`), and the highest that is allowed."""
+    """A check of RL: its value (`figure`) and the highest value allowed."""
 
     name: str
     words: str
@@ -153,11 +152,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class RlStage(Stage):
-    """Reinforcement learning: the peak learning rate, the checks before and after the first update, and alarms."""
+    """Reinforcement learning: peak learning rate, checks before and after the first update, and alarms."""
 
     learning_rate: float
     algorithm_row: Algorithm | None = None
-    """With what the recipe overrides."""
+    """The algorithm's row with the recipe's overrides."""
     preflight: list[Check]
     liveness: list[Check]
     incidents: list[Incident]
@@ -174,7 +173,7 @@ RESULTS: dict[StageName, type[SftStage] | type[RewardStage] | type[RlStage]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The stages that are finished."""
+    """The finished stages."""
 
     sft: SftStage | None = None
     reward: RewardStage | None = None
@@ -182,7 +181,7 @@ class Stages:
 
     @property
     def finished(self) -> dict[StageName, StageResult]:
-        """Those that are there, in order."""
+        """The finished stages, in order."""
         stages: dict[StageName, StageResult | None] = {"sft": self.sft, "reward": self.reward, "rl": self.rl}
         return {name: stage for name, stage in stages.items() if stage is not None}
 
@@ -201,11 +200,11 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportBase:
-    """The base, and the SHA-256 of its weights before and after; None after where there is no shared base.
+    """The base, and the SHA-256 of its weights before and after; None after if there is no shared base.
 
     Attributes:
-        coverage: of all weights of matrices in the blocks, the share in matrices with an adapter.
-        without_adapter: the other matrices, by their names in a block.
+        coverage: share of the weights of the blocks' matrices that are in matrices with an adapter.
+        without_adapter: the other matrices, by their names within a block.
     """
 
     model: str
@@ -219,7 +218,7 @@ class ReportBase:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """report.json, or progress.json of a run that is not finished, where `unfinished` is the stage in training."""
+    """report.json, or progress.json of an unfinished run, where `unfinished` is the stage in training."""
 
     name: str
     seed: int
@@ -233,7 +232,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a policy generated, its reward, and the gold judge's score where there is one."""
+    """What a policy generated, its reward, and the gold judge's score if there is one."""
 
     text: str
     reward: float
@@ -250,7 +249,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A line of samples.jsonl: a prompt and the completions of it, by role; `step`: those during training."""
+    """A line of samples.jsonl: a prompt and its completions by role; `step` is set if sampled during training."""
 
     prompt: str | list[Turn]
     answers: dict[str, Completion]

@@ -34,7 +34,7 @@ def parse_baselines(text: str) -> dict[str, float | None]:
     for entry in text.split(","):
         name, colon, rate = entry.strip().partition(":")
         if name not in BASELINES or name in found:
-            what = f"{name!r} is given twice" if name in found else f"{name!r} is not one of {', '.join(BASELINES)}"
+            what = f"{name!r} is repeated" if name in found else f"{name!r} is not one of {', '.join(BASELINES)}"
             raise UserError(what, where="--baselines", remedy="Name each at most once, as in kto or kto,dpo:3e-4.")
         try:
             found[name] = float(rate) if colon else None

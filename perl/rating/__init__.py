@@ -1,1 +1,1 @@
-"""`rate`: people rate completions on a page; what they say is appended to a file of ratings."""
+"""`rate`: people rate completions on a page; their ratings are appended to a file."""

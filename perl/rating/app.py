@@ -1,4 +1,4 @@
-"""The page's server: what it asks, what it saves."""
+"""The page's server: it asks questions and saves ratings."""
 
 import getpass
 from collections import defaultdict
@@ -24,7 +24,7 @@ from perl.server.worker import BusyError, Worker
 from perl.system.typed_json import as_json
 
 RETRY_AFTER = 5
-"""Seconds after which a page that was refused may ask again."""
+"""Seconds after which a page whose request was refused may retry."""
 MAX_NAME = 60
 PAGE = {
     "/": ("perl.rating", "page.html", "text/html"),
@@ -36,13 +36,13 @@ PAGE = {
 
 @dataclass(frozen=True)
 class Ask:
-    """What a page wants: a question on held-out prompts, or on a conversation that was typed.
+    """A page's request for a question on held-out prompts, or on a typed conversation.
 
     Attributes:
         completions: 1, or 2 side by side.
-        besides: ids of questions that the page has.
-        skipped: those of them that this rater does not want.
-        typed: chat messages, or a text.
+        besides: ids of questions that the page already has.
+        skipped: ids of those that this rater has skipped.
+        typed: chat messages or a text.
     """
 
     rater: str
@@ -54,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Rate:
-    """What a rater says of a question: see `Opinion`."""
+    """A rater's answer to a question; see `Opinion`."""
 
     rater: str
     question: str
@@ -65,17 +65,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Undo:
-    """Take back what this rater said last."""
+    """A request to undo this rater's last rating."""
 
     rater: str
 
 
 class RatingApp:
-    """The routes, and what they share.
+    """The routes and their shared state.
 
     Args:
-        raters: the names that may rate; none: any name.
-        title: of the page: which run this is.
+        raters: the names that may rate; empty: any name.
+        title: title of the page, which names the run.
     """
 
     def __init__(self, questions: Questions, log: RatingLog, raters: Sequence[str], title: str) -> None:
@@ -85,7 +85,7 @@ class RatingApp:
         self._skipped: dict[str, set[str]] = defaultdict(set)
 
     def routes(self) -> Starlette:
-        """The ASGI application."""
+        """Create the ASGI application."""
         post = {"/api/next": self.next, "/api/rate": self.rate, "/api/undo": self.undo}
         return Starlette(
             routes=[
@@ -98,11 +98,11 @@ class RatingApp:
         )
 
     async def state(self, _: Request) -> Response:
-        """What the page shows beside the question."""
+        """Return what the page shows in addition to the question."""
         return self._answer()
 
     async def next(self, request: Request) -> Response:
-        """A question that this rater has not answered; one that somebody else has answered comes first."""
+        """Return a question that this rater has not answered, first one that another rater has answered."""
         ask = await body_of(request, Ask)
         rater, wanted = self._rater(ask.rater), min(max(ask.completions, 1), 2)
         self._skipped[rater].update(ask.skipped)
@@ -123,16 +123,16 @@ class RatingApp:
         return self._answer(question)
 
     async def rate(self, request: Request) -> Response:
-        """Save what a rater says; the answer comes when it is on disk."""
+        """Save a rating; the response is sent when it is on disk."""
         rate = await body_of(request, Rate)
         question = self._known.get(rate.question)
         if question is None:
-            raise HTTPException(409, "this question is not known: the server was restarted; reload the page")
+            raise HTTPException(409, "this question is unknown because the server was restarted; reload the page")
         self._log.add(question, self._rater(rate.rater), Opinion(rate.label, rate.better, rate.correction))
         return self._answer()
 
     async def undo(self, request: Request) -> Response:
-        """Take back a rater's last rating, and ask again."""
+        """Undo a rater's last rating, and ask the question again."""
         rater = self._rater((await body_of(request, Undo)).rater)
         question = self._log.undo(rater)
         if question is None:
@@ -141,7 +141,7 @@ class RatingApp:
         return self._answer(question)
 
     def _waiting(self, rater: str, completions: int, besides: Sequence[str]) -> Question | None:
-        """The first known question that this rater has neither answered nor skipped."""
+        """Return the first known question that this rater has neither answered nor skipped."""
         answered = {one.mark.question for one in self._log.entries.values() if one.mark.rater == rater}
         not_wanted = answered | self._skipped[rater] | set(besides)
         for key, question in self._known.items():
@@ -161,11 +161,11 @@ class RatingApp:
         if not 0 < len(name) <= MAX_NAME:
             raise HTTPException(400, f"give a name of 1 to {MAX_NAME} characters")
         if self._raters and name not in self._raters:
-            raise HTTPException(400, f"{name} is none of the raters: {', '.join(self._raters)}")
+            raise HTTPException(400, f"{name} is not one of the raters: {', '.join(self._raters)}")
         return name
 
     def _answer(self, question: Question | None = None) -> Response:
-        """What is known, and a question to show: without what would tell whose completions these are."""
+        """Return the state and a question to show, without anything that reveals whose completions these are."""
         state: dict[str, object] = {
             "title": self._title,
             "file": str(self._log.file),
@@ -208,4 +208,4 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _busy(_: Request, error: Exception) -> Response:
     headers = {"Retry-After": str(RETRY_AFTER)}
-    return JSONResponse({"error": "too many wait for completions"}, 503, headers)
+    return JSONResponse({"error": "too many requests for completions are waiting"}, 503, headers)

@@ -1,7 +1,7 @@
-"""The file of ratings: an append-only log that is on disk before anybody is told that it is saved.
+"""The file of ratings: an append-only log; a rating is reported as saved when it is on disk.
 
-Its rows are those of `perl.data.jsonl` with a field `rated`, of which the last of an `id` is in force
-(`perl.data.rated`). An id stands for a rater, a question and a part: whoever rates the same again replaces it.
+Its rows are those of `perl.data.jsonl` with a field `rated`; the last row of an `id` is valid (`perl.data.rated`).
+An id stands for a rater, a question and a part, so rating the same question again replaces the rating.
 """
 
 import fcntl
@@ -27,17 +27,17 @@ from perl.system.progress import console
 from perl.system.typed_json import as_json, made
 
 PARTS = ("rating", "pair")
-"""What one rating may write: of a correction, the demonstration and its pair."""
+"""Rows that one rating may write: a correction writes a demonstration and a pair."""
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a rater says of a question; one of the three.
+    """A rater's answer to a question: one of the three.
 
     Attributes:
-        label: up or down, of the only completion.
-        better: which of two completions, 0 or 1.
-        correction: what the only completion should have been.
+        label: up or down, for a single completion.
+        better: the better of two completions, 0 or 1.
+        correction: what a single completion should have been.
     """
 
     label: bool | None = None
@@ -52,7 +52,7 @@ class Mark:
     Attributes:
         question: the `Question.id`.
         time: in UTC, ISO 8601.
-        shown: the completions in the order shown, with what drew them.
+        shown: the completions in the order shown, with how they were sampled.
     """
 
     id: str
@@ -65,11 +65,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in force.
+    """A valid row.
 
     Attributes:
-        label: up or down; None of other rows.
-        better: the index of the better of two completions shown; None of other rows.
+        label: up or down; None for other rows.
+        better: index of the better of two completions shown; None for other rows.
     """
 
     mark: Mark
@@ -79,13 +79,13 @@ class Entry:
 
 
 class RatingLog:
-    """The ratings in a file that this process alone appends to.
+    """The ratings in a file that only this process appends to.
 
     Attributes:
-        entries: the rows in force by id, the newest last.
+        entries: the valid rows by id, the newest last.
 
     Raises:
-        UserError: it cannot be written, another process has it, or a row of it is not as written here.
+        UserError: it cannot be written, another process uses it, or a row is not in the format written here.
     """
 
     def __init__(self, file: Path) -> None:
@@ -97,7 +97,7 @@ class RatingLog:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 remedy = "Rate there, or give another --out."
-                raise UserError("another rate is writing this file", where=str(file), remedy=remedy) from None
+                raise UserError("another `rate` is writing this file", where=str(file), remedy=remedy) from None
             flush(file.absolute().parent)
             self._end_whole()
             lines = file.read_bytes().split(b"\n")
@@ -106,11 +106,11 @@ class RatingLog:
                 self._read(line, f"{file}:{number}")
 
     def add(self, question: Question, rater: str, opinion: Opinion) -> None:
-        """Append what a rater says; what this rater said of the question before is replaced.
+        """Append a rating; it replaces this rater's earlier rating of the question.
 
         Raises:
-            UserError: the opinion does not fit the question.
-            MachineError: it could not be written; nothing of it is in the file.
+            UserError: the opinion does not match the question.
+            MachineError: it could not be written; no part of it is in the file.
         """
         rows = _rows(question, opinion)
         mark = {"question": question.id, "rater": rater, "time": _now(), "chosen_by": question.chosen_by}
@@ -121,7 +121,7 @@ class RatingLog:
         self._append([*new, *self._undone(old)])
 
     def undo(self, rater: str) -> Question | None:
-        """Take back what a rater said last; the question is returned, None if there is none."""
+        """Undo a rater's last rating; return its question, or None if there is no rating."""
         last = next((one for one in reversed(self.entries.values()) if one.mark.rater == rater), None)
         if last is None:
             return None
@@ -130,7 +130,7 @@ class RatingLog:
         return last.question
 
     def close(self) -> None:
-        """Let another process have the file."""
+        """Release the file for other processes."""
         os.close(self._descriptor)
 
     def _undone(self, ids: Sequence[str]) -> list[Row]:
@@ -149,13 +149,13 @@ class RatingLog:
                     rest = rest[os.write(self._descriptor, rest) :]
                 os.fsync(self._descriptor)
             except OSError:
-                os.ftruncate(self._descriptor, size)  # no half of it may stay
+                os.ftruncate(self._descriptor, size)  # no part of it may remain
                 raise
         for line in lines:
             self._read(line, str(self.file))
 
     def _end_whole(self) -> None:
-        """Remove a last line that was cut short: nobody was told that it is saved."""
+        """Remove a truncated last line, which was never reported as saved."""
         before, _, last = self.file.read_bytes().rpartition(b"\n")
         if not last:
             return
@@ -163,11 +163,11 @@ class RatingLog:
             line_value(last)
             os.write(self._descriptor, b"\n")
         except RowError:
-            console.print(f"{self.file}: the last line was cut short, and is removed", markup=False)
+            console.print(f"{self.file}: the last line is incomplete and is removed", markup=False)
             os.ftruncate(self._descriptor, len(before) + bool(before))
 
     def _read(self, line: bytes, where: str) -> None:
-        """Take in a row; those that were not written here stay in the file and are nothing to us."""
+        """Process a row; rows that were not written here stay in the file and are ignored."""
         try:
             row = line_value(line)
         except RowError:
@@ -192,18 +192,18 @@ def _entry(row: Mapping[str, Any], where: str) -> Entry:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             what = f"{'.'.join(map(str, (RATED, *first['loc'])))}: {first['msg']}"
-        remedy = "Correct or remove the line, or give another --out."
-        raise UserError(f"is not a rating as rate writes them: {what}", where=where, remedy=remedy) from None
+        remedy = "Fix or remove the line, or give another --out."
+        raise UserError(f"is not a rating in the format of rate: {what}", where=where, remedy=remedy) from None
     question = Question(record.context, row.get("dialogue"), tuple(mark.shown), mark.chosen_by)
     texts = [one.text for one in mark.shown]
     better = texts.index(row["chosen"]) if len(texts) == 2 and row.get("chosen") in texts else None
-    label = row.get("label")  # which somebody may have changed to one that is not sure
+    label = row.get("label")  # which may have been edited to a soft label
     up = label >= 0.5 if isinstance(label, bool | int | float) else None
     return Entry(mark, question, up, better)
 
 
 def _rows(question: Question, opinion: Opinion) -> list[Row]:
-    """In TRL's formats, in the order of `PARTS`. Raises `UserError`."""
+    """Return rows in TRL's formats, in the order of `PARTS`. Raises `UserError`."""
     start: Row = {"prompt": messages(question.context)}
     if question.dialogue is not None:
         start = {**start, "dialogue": question.dialogue}
@@ -216,7 +216,7 @@ def _rows(question: Question, opinion: Opinion) -> list[Row]:
             _check_correction(correction, text)
             pair = {**start, "chosen": correction, "rejected": text}
             return [{**start, "completion": correction}, pair]
-    what = "give label or correction of one completion, better (0 or 1) of two"
+    what = "a single completion needs label or correction, two completions need better (0 or 1)"
     raise UserError(what, where="the rating", remedy="Give one of them.")
 
 
@@ -226,7 +226,7 @@ def _check_correction(correction: str, text: str) -> None:
     except RowError as error:
         raise UserError(str(error), where="the correction", remedy="Type it again.") from None
     if correction.strip() in ("", text.strip()):
-        what = "says what the completion says" if correction.strip() else "is empty"
+        what = "equals the completion" if correction.strip() else "is empty"
         raise UserError(what, where="the correction", remedy="Change the text, or rate it up or down.")
 
 

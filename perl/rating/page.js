@@ -9,8 +9,8 @@ const KEYS = {
 const page = {
   question: null, // shown
   next: null,     // a promise of the one after it
-  typed: null,    // the conversation that is typed, or null: held-out prompts
-  skipped: [],    // ids that this page does not want
+  typed: null,    // the typed conversation; null: held-out prompts
+  skipped: [],    // ids of questions skipped on this page
   editing: null,  // "correction", "turn" or null
   busy: false,
   text: false,    // whether the run's prompts are plain text
@@ -37,21 +37,21 @@ async function ask(path, body, tries = 10) {
   try {
     response = await fetch(path, options);
   } catch {
-    throw new Error("the server does not answer; start it again and open its new address");
+    throw new Error("the server does not answer; restart it and open its new address");
   }
   if (response.status === 503 && tries > 1) {
-    if (page.busy) say("Waiting: others are being served…");
+    if (page.busy) say("Waiting for other requests…");
     await new Promise((wake) => setTimeout(wake, 1000 * Number(response.headers.get("Retry-After"))));
     return ask(path, body, tries - 1);
   }
-  if (response.status === 403) throw new Error("the server was started anew; open its new address");
+  if (response.status === 403) throw new Error("the server was restarted; open its new address");
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
   showState(answer);
   return answer.question;
 }
 
-// A whole action: one at a time, and what fails is said.
+// A complete action: one at a time, and failures are shown.
 async function act(doing, failed) {
   if (page.busy) return;
   page.busy = true;
@@ -69,7 +69,7 @@ async function act(doing, failed) {
 function fetchNext() {
   const besides = page.question ? [page.question.id] : [];
   const next = ask("/api/next", { rater: rater(), completions: mode(), besides, skipped: page.skipped });
-  next.catch(() => {}); // said when it is wanted
+  next.catch(() => {}); // shown when it is needed
   page.next = next;
 }
 
@@ -111,7 +111,7 @@ function showNewest() {
   $("prompt").scrollTop = $("prompt").scrollHeight;
 }
 
-// What can be seen and pressed now.
+// Show and enable what applies now.
 function arrange() {
   const shown = page.question ? page.question.completions.length : 0;
   $("actions").hidden = page.editing !== null;
@@ -149,7 +149,7 @@ async function save(opinion, text) {
     say("Saved", "saved");
     await goOn(text).catch((error) => {
       show(null);
-      say(`Saved, but there is no next completion: ${error.message}`, "failed");
+      say(`Saved, but the next completion failed: ${error.message}`, "failed");
     });
   }, "Not saved");
 }
@@ -157,7 +157,7 @@ async function save(opinion, text) {
 async function sendTurn(text) {
   await act(async () => {
     const typed = page.text ? text : [...page.typed, { role: "user", content: text }];
-    say("Completions are being drawn…");
+    say("Generating completions…");
     const question = await ask("/api/next", { rater: rater(), completions: mode(), typed });
     say("");
     show(question);
@@ -221,7 +221,7 @@ function showState(state) {
   for (const [name, agreement] of [["Agreement, thumbs", summary.thumbs], ["Agreement, pairs", summary.pairs]]) {
     if (!agreement.questions) continue;
     const alpha = agreement.alpha === undefined || agreement.alpha === null ? "–" : agreement.alpha.toFixed(2);
-    tiles.push([name, `α ${alpha}`, `Krippendorff, ${agreement.questions} rated by several`]);
+    tiles.push([name, `α ${alpha}`, `Krippendorff, ${agreement.questions} rated by several raters`]);
   }
   $("tiles").replaceChildren(...tiles.map(([term, value, note]) => {
     const tile = make("div", "", "tile");

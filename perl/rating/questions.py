@@ -1,4 +1,4 @@
-"""What is asked: completions of a run's roles, and which of those drawn are worth a person's time."""
+"""The questions: sampled completions of a run's roles, and the choice of those worth a rater's time."""
 
 import hashlib
 import itertools
@@ -15,27 +15,27 @@ from perl.roles.role import Role
 from perl.roles.saved import weights_sha256
 
 ASKED_AT_ONCE = 4
-"""Questions that are drawn together: nobody waits while these last."""
+"""Questions that are sampled together, so that raters need not wait for each."""
 POOL = 24
-"""Questions that are drawn where those to ask are chosen."""
+"""Questions that are sampled if those to ask are chosen by a criterion."""
 CHOSEN = ASKED_AT_ONCE // 2
-"""So many of those asked at once; the others are random ones of the rest. From only what a poor reward model
-cannot tell, a better one is not learned (docs/rating.md has the figures)."""
+"""Number of these chosen by the criterion; the others are random. Questions that a poor reward model is unsure of
+do not suffice to train a better one (measurements in docs/rating.md)."""
 TINY = 1e-12
-"""No probability is taken to be lower."""
+"""Lower bound for probabilities."""
 TRIES = 4
-"""How often to draw before it is given up that any completion can be rated."""
+"""Number of attempts to sample a completion that can be rated."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A completion, and all that says how it came about.
+    """A completion and how it was sampled.
 
     Attributes:
         role: base, sft or policy.
-        adapter_sha256: of the role's weights file; None of the base.
-        place, of: its place in the batch that was drawn, which with the seed decides the draw.
-        probability: that it is rated up, by the reward model; None where that was not asked.
+        adapter_sha256: SHA-256 of the role's weights file; None for the base.
+        place, of: its position in the sampled batch, and the batch size; with the seed they determine the sample.
+        probability: that it is rated up, by the reward model; None if not computed.
     """
 
     text: str
@@ -52,10 +52,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Question:
-    """A context with the completion to rate, or with two of which one is the better, in the order shown.
+    """A context with one completion to rate or two to compare, in the order shown.
 
     Attributes:
-        dialogue: of the data that the context is from; None of one that was typed.
+        dialogue: the dialogue of the data from which the context is; None if it was typed.
         chosen_by: how it was chosen: random, uncertainty, or typed.
     """
 
@@ -66,16 +66,16 @@ class Question:
 
     @cached_property
     def id(self) -> str:
-        """The same for the same texts."""
+        """Identifier, equal for equal texts."""
         said = repr((self.context, sorted(one.text for one in self.completions)))
         return hashlib.blake2b(said.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
 def distance_from_even(scores: Sequence[Score]) -> float:
-    """How far the reward model is from not knowing what a person will say, from 0 to 0.5.
+    """Return how sure the reward model is of a person's answer, from 0 (undecided) to 0.5.
 
-    Of one completion, by the probability of a thumb up; of two, by that of the first being the better,
-    σ(logit p₁ - logit p₂). What several reward models disagree about would be told here too.
+    For one completion, by the probability of a thumb up; for two, by the probability that the first is better,
+    σ(logit p₁ - logit p₂). Disagreement of several reward models would be added here too.
     """
     first, *second = (math.log(max(one.probability, TINY) / max(1 - one.probability, TINY)) for one in scores)
     return 0.5 * math.tanh(abs(first - sum(second)) / 2)  # = |σ(difference) - 0.5|
@@ -85,18 +85,18 @@ CHOICES: dict[str, Callable[[Sequence[Score]], float] | None] = {
     "random": None,
     "uncertainty": distance_from_even,
 }
-"""How to choose among what was drawn: the lowest first; None: as it comes."""
+"""Criteria by which questions are chosen, the lowest first; None: no choice."""
 
 
 class Questions:
-    """Draws questions from a run. To be called from one thread at a time.
+    """Samples questions from a run. To be called from one thread at a time.
 
     Args:
         choose: a name in `CHOICES`.
-        seed: of all that is random; None: another each time.
+        seed: seed of everything random; None: a new one each time.
 
     Raises:
-        UserError: the run has no role that writes, nothing held out, or no reward model to choose by.
+        UserError: the run has no role that generates, no held-out data, or no reward model to choose by.
     """
 
     def __init__(self, run: LoadedRun, choose: str = "random", seed: int | None = None) -> None:
@@ -104,7 +104,7 @@ class Questions:
         where = str(run.session.folder.path)
         if not run.policies:
             raise UserError(
-                "the run has no role that writes", where=where, remedy="Rate a run of a language model."
+                "the run has no role that generates", where=where, remedy="Rate a run of a language model."
             )
         if CHOICES[choose] is not None and run.results.reward is None:
             remedy = "Use --choose random, or train one: a section reward in the recipe."
@@ -113,9 +113,7 @@ class Questions:
         kinds = (held_out.prompts, held_out.ratings, held_out.comparisons, held_out.demonstrations)
         rows = next((rows for rows in kinds if rows), None)
         if rows is None:
-            raise UserError(
-                "the run's data have nothing held out", where=where, remedy="Set data.held_out above 0."
-            )
+            raise UserError("the run has no held-out data", where=where, remedy="Set data.held_out above 0.")
         self.contexts: list[tuple[Context, str]] = list(dict.fromkeys((row.context, row.dialogue) for row in rows))
         self.is_text = self.contexts[0][0][-1].speaker == "text"
         self.roles: list[str] = [str(role) for role in run.policies]
@@ -123,13 +121,13 @@ class Questions:
         self._adapters = {role: self._adapter_sha256(role) for role in self.roles}
 
     def draw(self, completions: int, known: set[str]) -> list[Question]:
-        """New questions on held-out contexts, with one or two completions each.
+        """Sample new questions on held-out contexts, with one or two completions each.
 
         Args:
-            known: ids of questions that are not to be asked again.
+            known: ids of questions that must not be asked again.
 
         Raises:
-            UserError: whatever is drawn is empty, or known.
+            UserError: everything sampled is empty or known.
         """
         choose = CHOICES[self._choose]
         for _ in range(TRIES):
@@ -140,21 +138,21 @@ class Questions:
                 drawn = self._chosen(drawn, choose)
             if drawn:
                 return drawn
-        what = f"{TRIES} draws in turn gave nothing but empty, equal or known completions"
+        what = f"{TRIES} attempts gave only empty, equal or known completions"
         raise UserError(what, where="the run's roles", remedy="Type a conversation, or raise rl.temperature.")
 
     def draw_for(self, context: Context, completions: int) -> Question:
-        """A question on a context that was typed. Raises `UserError` as `draw`."""
+        """Sample a question on a typed context. Raises `UserError` as `draw` does."""
         for _ in range(TRIES):
             for question in self._draw([(context, None)], completions, "typed"):
                 return question
-        what = f"{TRIES} draws in turn gave nothing but empty or equal completions"
+        what = f"{TRIES} attempts gave only empty or equal completions"
         raise UserError(what, where="the conversation", remedy="Try other words, or one completion at a time.")
 
     def _draw(
         self, contexts: Sequence[tuple[Context, str | None]], completions: int, chosen_by: str
     ) -> list[Question]:
-        """Each role's completions are drawn in one batch; empty ones and pairs of equals are left out."""
+        """Sample each role's completions in one batch; leave out empty ones and equal pairs."""
         roles = [self._roles(completions) for _ in contexts]
         texts: dict[tuple[int, int], Drawn] = {}
         for role in self.roles:
@@ -173,7 +171,7 @@ class Questions:
         ]
 
     def _roles(self, completions: int) -> list[str]:
-        """Whose completions are shown, in random order: two different roles where there are two."""
+        """Return whose completions are shown, in random order: two different roles if there are two."""
         if completions <= len(self.roles):
             return self._random.sample(self.roles, completions)
         return self._random.choices(self.roles, k=completions)
@@ -197,7 +195,7 @@ class Questions:
         ]
 
     def _chosen(self, questions: Sequence[Question], choose: Callable[[Sequence[Score]], float]) -> list[Question]:
-        """The questions that are worth most, as many random ones, and what the reward model says of them."""
+        """Choose the best questions and as many random ones, and add the reward model's probabilities."""
         speaker: Speaker = "text" if self.is_text else "agent"
         answered = [(one.context, Turn(speaker, d.text)) for one in questions for d in one.completions]
         scores = iter(self._run.score_answers(answered))
@@ -213,7 +211,7 @@ class Questions:
         return None if role == Role.BASE else weights_sha256(session.roles, session.saved(Role(role)))
 
     def _endless(self) -> Iterator[tuple[Context, str]]:
-        """All contexts in random order, again and again."""
+        """Yield all contexts in random order, endlessly."""
         while True:
             yield from self._random.sample(self.contexts, len(self.contexts))
 

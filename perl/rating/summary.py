@@ -1,4 +1,4 @@
-"""What the ratings so far say: of the roles, and of how far the raters agree."""
+"""Summary of the ratings so far: by role, and the agreement of the raters."""
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -12,7 +12,7 @@ class Agreement:
     """Krippendorff's α over the questions that several raters answered.
 
     Attributes:
-        alpha: None where it is undefined.
+        alpha: None if it is undefined.
     """
 
     questions: int
@@ -21,7 +21,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """How a role's completions were rated; pairs count where two different roles were side by side."""
+    """How a role's completions were rated; pairs count if they are from two different roles."""
 
     role: str
     rated: int
@@ -32,7 +32,7 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Attributes: raters: how many questions each has answered."""
+    """Attributes: raters: number of questions that each rater has answered."""
 
     raters: dict[str, int]
     roles: list[RoleSummary]
@@ -41,10 +41,10 @@ class Summary:
 
 
 def summarize(entries: Iterable[Entry], roles: Sequence[str]) -> Summary:
-    """Count the ratings in force.
+    """Count the valid ratings.
 
     Args:
-        roles: in the order wanted.
+        roles: in the order of the summary.
     """
     entries = list(entries)
     answered = {(one.mark.rater, one.mark.question) for one in entries}
@@ -56,7 +56,7 @@ def summarize(entries: Iterable[Entry], roles: Sequence[str]) -> Summary:
             thumbs[one.mark.question].append(one.label)
             counts.update([(shown[0].role, "rated"), (shown[0].role, "up")][: 1 + one.label])
         if one.better is not None:
-            # Which it was in alphabetical order: the two may have been shown in either.
+            # By alphabetical order, because the two may have been shown in either order.
             pairs[one.mark.question].append(shown[one.better].text == min(drawn.text for drawn in shown))
             if shown[0].role != shown[1].role:
                 counts.update((drawn.role, "compared") for drawn in shown)
@@ -78,16 +78,16 @@ def _agreement(units: Iterable[Sequence[bool]]) -> Agreement:
 
 
 def krippendorff_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
-    """Krippendorff's α of nominal values: 1 where all agree, about 0 where they agree as often as by chance.
+    """Compute Krippendorff's α of nominal values: 1 if all agree, about 0 if they agree only by chance.
 
     α = 1 - D_observed / D_expected = 1 - (n - 1) Σ_u [Σ_{c≠k} n_uc n_uk / (m_u - 1)] / Σ_{c≠k} n_c n_k, over
     units u with m_u ≥ 2 values, n values in all (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011).
 
     Args:
-        units: of each thing rated, the values that it was given, one a rater.
+        units: for each thing rated, the values that it was given, one per rater.
 
     Returns:
-        None where it is undefined: nothing has two values, or all values are the same.
+        None if it is undefined: nothing has two values, or all values are equal.
     """
     pairable = [Counter(unit) for unit in units if len(unit) > 1]
     totals = sum(pairable, Counter[Hashable]())
@@ -99,5 +99,5 @@ def krippendorff_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
 
 
 def _unequal(values: Counter[Hashable]) -> int:
-    """Σ_{c≠k} n_c n_k: the ordered pairs of different values."""
+    """Return Σ_{c≠k} n_c n_k, the number of ordered pairs of different values."""
     return int(values.total() ** 2 - sum(count**2 for count in values.values()))

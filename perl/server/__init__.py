@@ -1,1 +1,1 @@
-"""What `rate` and `serve` share: one worker for the base in memory, who may ask, and the HTTP server."""
+"""What `rate` and `serve` share: one worker for the base in memory, access control, and the HTTP server."""

@@ -1,4 +1,4 @@
-"""The JSON that requests bring."""
+"""The JSON bodies of requests."""
 
 from typing import TypeVar
 
@@ -12,13 +12,13 @@ MAX_BODY_BYTES = 1_000_000
 
 
 async def body_of(request: Request, kind: type[T]) -> T:
-    """The body as a dataclass.
+    """Parse the body as a dataclass.
 
     Raises:
-        HTTPException: it is too long, or no JSON by its header.
+        HTTPException: it is too long, or not JSON according to its header.
         UserError: a field is missing or of another type.
     """
-    # A page elsewhere can send a form or plain text without asking first, but no JSON.
+    # A foreign page can send a form or plain text without a preflight request, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send application/json")
     body = bytearray()

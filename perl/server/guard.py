@@ -1,4 +1,4 @@
-"""Who may ask: only what this machine's own page or command sends, never another page in the same browser."""
+"""Access control: requests of this machine's own page or commands, never of other pages in the same browser."""
 
 import ipaddress
 import secrets
@@ -24,16 +24,16 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware that answers 403 with nothing to whoever may not ask.
+    """ASGI middleware that answers forbidden requests with an empty 403.
 
-    - `Host` must be an address, localhost or this machine's name: DNS rebinding needs a name of the attacker's.
-    - A request that another page sends (CSRF) has that page's `Origin`.
-    - With a token, it must be in the address, in the cookie that the page then gets, or an Authorization: Bearer.
+    - `Host` must be an address, localhost or this machine's name: DNS rebinding needs the attacker's own name.
+    - A request from another page (CSRF) has that page's `Origin`.
+    - A token, if set, must be in the address, in the cookie that the page then gets, or in Authorization: Bearer.
 
     Args:
-        any_host: whatever name others have for this machine, of a port that is open to them.
-        token: None: whoever reaches the port may ask.
-        cookie: its name; cookies are shared by all ports of a host.
+        any_host: accept any name for this machine, for a port that is open to others.
+        token: None: everyone who reaches the port is allowed.
+        cookie: name of the cookie, since all ports of a host share cookies.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Guard:
         self._app, self._any_host, self._token, self._cookie = app, any_host, token, cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what is allowed, and add the headers that keep the page to itself."""
+        """Pass on allowed requests, and add the headers that isolate the page."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -70,7 +70,7 @@ class Guard:
             return False
 
     def _is_own_page(self, request: Request) -> bool:
-        """Browsers send an Origin with all that is no plain reading; a command sends none, and no cookie."""
+        """Check the Origin, which browsers send except for plain reads; commands send neither it nor cookies."""
         origin = request.headers.get("origin")
         if origin is None:
             return request.method in READS or self._token is None or "authorization" in request.headers

@@ -1,4 +1,4 @@
-"""The HTTP server, on a port that is taken before anything is loaded."""
+"""The HTTP server, on a port that is opened before anything is loaded."""
 
 import socket
 from collections.abc import Callable
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     import uvicorn
 
 BACKLOG = 2048
-"""Connections that wait to be accepted."""
+"""Number of connections that may wait to be accepted."""
 STOP_AFTER = 3
-"""Seconds that requests under way have left when the server is stopped."""
+"""Seconds in which requests in progress can finish when the server is stopped."""
 
 
 def require_server(command: str) -> None:
-    """Refuse to go on without the server's libraries. Raises `UserError`."""
+    """Check that the server's libraries are installed. Raises `UserError`."""
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         what = f"needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
@@ -25,10 +25,10 @@ def require_server(command: str) -> None:
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A socket that listens; those who connect wait until the server runs.
+    """Open a listening socket; clients that connect wait until the server runs.
 
     Args:
-        port: 0 for any that is free.
+        port: 0 for any free port.
 
     Raises:
         UserError: the port is taken or forbidden, or this machine has no such address.
@@ -38,25 +38,25 @@ def open_port(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         cause = getattr(error, "strerror", None) or error
-        remedy = "Give another --port (0: any that is free), or leave --host out."
-        raise UserError(f"cannot be bound: {cause}", where=f"{host}:{port}", remedy=remedy) from None
+        remedy = "Give another --port (0: any free port), or leave --host out."
+        raise UserError(f"cannot listen there: {cause}", where=f"{host}:{port}", remedy=remedy) from None
 
 
 def address_of(listening: socket.socket) -> str:
-    """Such as http://127.0.0.1:8000; of a wildcard, the loopback's."""
+    """Return the address, such as http://127.0.0.1:8000; for a wildcard, that of loopback."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine can connect."""
+    """Return whether only this machine can connect."""
     host: str = listening.getsockname()[0]
     return host == "::1" or host.startswith("127.")
 
 
 def server_of(app: Callable[..., object]) -> "uvicorn.Server":
-    """The server of an ASGI application."""
+    """Create the server of an ASGI application."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -71,5 +71,5 @@ def server_of(app: Callable[..., object]) -> "uvicorn.Server":
 
 
 def serve(app: Callable[..., object], listening: socket.socket) -> None:
-    """Answer requests until interrupted; raises what interrupts."""
+    """Answer requests until interrupted; raise the exception that interrupts."""
     server_of(app).run(sockets=[listening])

@@ -1,6 +1,6 @@
-"""OpenAI's API over the one base of a run: base, SFT and policy as models, the reward model as a scorer.
+"""OpenAI's API over the single base of a run: base, SFT and policy as models, the reward model as a scorer.
 
-To try a run out and to put a chat front end before it; vLLM is for production. Scores have the form of vLLM's.
+It is for trying a run out, also with a chat front end; use vLLM in production. Scores have vLLM's format.
 """
 
 import json
@@ -24,17 +24,17 @@ from perl.server.openai_requests import MAX_ROWS, ChatRequest, CompletionRequest
 from perl.server.worker import BusyError, Worker
 
 RETRY_AFTER = 5
-"""Seconds after which a request that was refused may come again."""
+"""Seconds after which a refused request may be sent again."""
 REWARD = "reward"
 
 
 class UnknownModelError(HTTPException):
-    """Raised for a name that is none of the models here."""
+    """Raised for a name that is not one of the models here."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How one of the two endpoints names and wraps what was generated."""
+    """How one of the two endpoints names and wraps generated text."""
 
     object: str
     stream_object: str
@@ -60,7 +60,7 @@ TEXT = Form(
 
 
 def openai_app(run: LoadedRun) -> Starlette:
-    """The ASGI application."""
+    """Create the ASGI application."""
     api = _Api(run)
     post = {
         "/v1/chat/completions": api.chat,
@@ -98,7 +98,7 @@ class _Api:
         return await self._generate(await body_of(request, CompletionRequest), TEXT)
 
     async def score(self, request: Request) -> Response:
-        """Each answer's raw score, as vLLM gives it, and beside it the calibrated probability."""
+        """Return each answer's raw score, as vLLM does, and in addition the calibrated probability."""
         asked = await body_of(request, ScoreRequest)
         self._known(asked.model, [REWARD])
         answered = asked.answered()
@@ -113,8 +113,8 @@ class _Api:
         role, settings = self._known(asked.model, self._roles), asked.generation()
         contexts = [context for context in asked.contexts() for _ in range(settings.n)]
         if not 0 < len(contexts) <= (1 if asked.stream else MAX_ROWS):
-            most = "a stream has 1" if asked.stream else f"1 to {MAX_ROWS} can be"
-            raise HTTPException(400, f"{len(contexts)} completions are asked for; {most}")
+            most = "a stream has 1" if asked.stream else f"1 to {MAX_ROWS} are allowed"
+            raise HTTPException(400, f"{len(contexts)} completions are requested; {most}")
         if asked.stream:
             return await self._stream(asked, contexts[0], role, settings, form)
         drawn = await self.worker.run(
@@ -136,7 +136,7 @@ class _Api:
         settings: Generation,
         form: Form,
     ) -> Response:
-        """Server-sent events, one for each few tokens."""
+        """Stream server-sent events, one for every few tokens."""
 
         def pieces() -> Iterator[Completion]:
             arguments = settings.max_tokens, settings.temperature, settings.seed
@@ -146,7 +146,7 @@ class _Api:
                     return
 
         head, drawn = self._head(form.prefix, form.stream_object, role), self.worker.stream(pieces)
-        first = await anext(drawn)  # what cannot be drawn is refused here, before a stream has begun
+        first = await anext(drawn)  # invalid requests are refused here, before the stream starts
 
         async def events() -> AsyncIterator[str]:
             said, last = "", first
@@ -167,7 +167,7 @@ class _Api:
 
     def _known(self, name: str, names: list[str]) -> str:
         if name not in names:
-            raise UnknownModelError(404, f"there is no model {name!r} here; there is {', '.join(names) or 'none'}")
+            raise UnknownModelError(404, f"there is no model {name!r} here; models: {', '.join(names) or 'none'}")
         return name
 
     def _model(self, name: str) -> dict[str, object]:
@@ -186,13 +186,13 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    """In OpenAI's form."""
+    """Return an error in OpenAI's format."""
     headers, code = None, None
     match error:
         case UnknownModelError():
             status, message, code = error.status_code, error.detail, "model_not_found"
         case BusyError():
-            status, message, headers = 503, "too many requests wait", {"Retry-After": str(RETRY_AFTER)}
+            status, message, headers = 503, "too many requests are waiting", {"Retry-After": str(RETRY_AFTER)}
             code = "overloaded"
         case HTTPException(status_code=404):
             status, message = 404, f"there is nothing at {request.method} {request.url.path}"

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. What is not supported is refused, unless its value asks for nothing."""
+"""Requests of OpenAI's API. Unsupported fields are refused, unless their value has no effect."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from perl.errors import UserError
 from perl.library import COLDEST, Completion
 
 MAX_ROWS = 64
-"""Completions, or scores, that one request may ask for."""
+"""Largest number of completions or scores per request."""
 WHERE = "the request"
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How to generate; None: as the run's recipe has it."""
+    """How to generate; None: as in the run's recipe."""
 
     max_tokens: int | None
     temperature: float | None
@@ -29,18 +29,18 @@ class Generation:
     stop: tuple[str, ...]
 
     def stops(self, text: str) -> bool:
-        """Whether a stop sequence is in a text."""
+        """Return whether a text contains a stop sequence."""
         return any(one in text for one in self.stop)
 
     def cut(self, completion: Completion) -> tuple[str, str]:
-        """The text before the first stop sequence, and OpenAI's `finish_reason`."""
+        """Return the text before the first stop sequence, and OpenAI's `finish_reason`."""
         ends = [place for one in self.stop if (place := completion.text.find(one)) >= 0]
         if ends:
             return completion.text[: min(ends)], "stop"
         return completion.text, "stop" if completion.ended else "length"
 
     def settled(self, completion: Completion) -> str:
-        """What of an unfinished text will not change: no half of a character, no beginning of a stop sequence."""
+        """Return the part of an unfinished text that is final: without partial characters or stop sequences."""
         text, _ = self.cut(completion)
         held_back = max(map(len, self.stop), default=1) - 1
         return text[: len(text) - held_back].rstrip("\ufffd")
@@ -48,14 +48,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """The only `response_format`."""
+    """The only supported `response_format`."""
 
     type: Literal["text"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What both endpoints take; from `top_p` on, only with values that ask for nothing."""
+    """Fields of both endpoints; from `top_p` on, only values without effect are accepted."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -83,11 +83,11 @@ class _Request:
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
+        """Whether a stream ends with the token counts."""
         return bool((self.stream_options or {}).get("include_usage"))
 
     def generation(self) -> Generation:
-        """The settings."""
+        """Return the settings."""
         return Generation(
             max_tokens=self.max_tokens,
             temperature=None if self.temperature is None else max(self.temperature, COLDEST),
@@ -99,17 +99,17 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(_Request):
-    """Of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def contexts(self) -> list[Context]:
-        """The conversation. Raises `UserError`."""
+        """Return the conversation. Raises `UserError`."""
         return [_context(self.messages)]
 
     def generation(self) -> Generation:
-        """The settings."""
+        """Return the settings."""
         asked = super().generation()
         return (
             asked if self.max_completion_tokens is None else replace(asked, max_tokens=self.max_completion_tokens)
@@ -118,21 +118,21 @@ class ChatRequest(_Request):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest(_Request):
-    """Of /v1/completions."""
+    """A request to /v1/completions."""
 
     prompt: str | list[str]
 
     def contexts(self) -> list[Context]:
-        """The texts. Raises `UserError`."""
+        """Return the texts. Raises `UserError`."""
         return [_context(one) for one in ([self.prompt] if isinstance(self.prompt, str) else self.prompt)]
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Of /score, as vLLM has it: one prompt with several answers, or as many prompts as answers.
+    """A request to /score, as in vLLM: one prompt with several answers, or as many prompts as answers.
 
     Attributes:
-        text_1: prompts: texts as they stand, or the chat messages of one.
+        text_1: prompts: plain texts, or the chat messages of a single prompt.
         text_2: their answers.
     """
 
@@ -141,14 +141,14 @@ class ScoreRequest:
     text_2: str | list[str]
 
     def answered(self) -> list[tuple[Context, Turn]]:
-        """Each prompt with its answer. Raises `UserError`."""
+        """Return each prompt with its answer. Raises `UserError`."""
         is_chat = isinstance(self.text_1, list) and any(isinstance(one, dict) for one in self.text_1)
         prompts: Sequence[Any] = [self.text_1] if is_chat or isinstance(self.text_1, str) else self.text_1
         answers = [self.text_2] if isinstance(self.text_2, str) else self.text_2
         prompts = list(prompts) * len(answers) if len(prompts) == 1 else prompts
         if len(prompts) != len(answers) or not 0 < len(answers) <= MAX_ROWS:
             what = f"text_1 has {len(prompts)} prompts, text_2 {len(answers)} answers"
-            remedy = f"Give one prompt, or as many as answers; at most {MAX_ROWS}."
+            remedy = f"Give one prompt, or one per answer; at most {MAX_ROWS}."
             raise UserError(what, where=WHERE, remedy=remedy)
         return [_answered(*pair) for pair in zip(prompts, answers, strict=True)]
 
@@ -171,7 +171,7 @@ def _record(row: Mapping[str, object]) -> Record:
 
 
 def _plain(prompt: object) -> object:
-    """Messages as TRL has them, of OpenAI's: parts of text are joined, and the developer is the system."""
+    """Convert OpenAI's messages to TRL's: text parts are joined, and the role developer becomes system."""
     if not isinstance(prompt, list):
         return prompt
     plain = []

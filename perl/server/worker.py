@@ -1,4 +1,4 @@
-"""One computation at a time behind a bounded queue: the base in memory computes as one role at a time."""
+"""One computation at a time behind a bounded queue: the base in memory can only act as one role at a time."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ PLACES = 64
 
 
 class BusyError(Exception):
-    """The queue is full: ask again later."""
+    """The queue is full; the client should retry later."""
 
 
 class Worker:
-    """Does what it is asked for in one thread, in order.
+    """Executes work in one thread, in order.
 
     Args:
-        places: computations that may wait or be under way at once.
+        places: number of computations that may wait or run at the same time.
     """
 
     def __init__(self, places: int = PLACES) -> None:
@@ -27,14 +27,14 @@ class Worker:
         self._places = threading.BoundedSemaphore(places)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work`. Raises `BusyError`, or what `work` raises."""
+        """Return the result of `work`. Raises `BusyError`, or what `work` raises."""
         return await asyncio.wrap_future(self.submit(work))
 
     def stream(self, work: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
-        """What `work` yields, while it works; it stops after its next piece when nobody listens any more.
+        """Yield what `work` yields, while it runs; it stops after its next piece when nobody listens any more.
 
         Raises:
-            BusyError: at once, before anything is asked of the iterator.
+            BusyError: immediately, before the iterator is used.
         """
         loop, pieces, left = asyncio.get_running_loop(), asyncio.Queue[T | None](), threading.Event()
 
@@ -72,10 +72,10 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: object) -> AsyncGenerator[None, None]:
-        """For an ASGI application: when it ends, so does this."""
+        """Close the worker when the ASGI application ends."""
         yield
         self.close()
 
     def close(self) -> None:
-        """Drop what waits, and wait for what is under way."""
+        """Cancel waiting work, and wait for the work in progress."""
         self._thread.shutdown(cancel_futures=True)

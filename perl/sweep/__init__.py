@@ -1,1 +1,1 @@
-"""A stage trained under many settings of its adapters, each at its best learning rate, over seeds."""
+"""Training of a stage with many settings of its adapters, each at its best learning rate, over seeds."""

@@ -1,8 +1,8 @@
-"""The cells of a sweep: one stage trained under one setting with one seed, in a run folder of its own.
+"""The cells of a sweep: one stage trained with one setting and one seed, each in its own run folder.
 
-RL alone varies in a sweep of RL: SFT and the reward model are trained once a seed, by the recipe as it is. The SFT
-policy is merged into the base, so that adapters of every kind and full tuning start from it, and the reward model
-is that of another run (`rl.reward: {kind: run}`), on a base of its own.
+In a sweep of RL only RL varies: SFT and the reward model are trained once per seed with the unchanged recipe. The
+SFT policy is merged into the base, so that adapters of every kind and full tuning start from it, and the reward
+model is that of another run (`rl.reward: {kind: run}`), on a separate base.
 """
 
 import gc
@@ -28,9 +28,9 @@ from perl.sweep.setting import FULL, Setting, size_key
 from perl.system.progress import console
 
 DIVERGED = "diverged"
-"""The file in a cell's folder that says so: it is not tried again."""
+"""File in a cell's folder that marks it as diverged, so that it is not tried again."""
 COUNTED = "counted"
-"""A role that is there to have its weights counted."""
+"""Name of a role that is only created to count its weights."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Cells:
     """All cells of a stage.
 
     Attributes:
-        recipe: whole; its other stages are what RL starts from.
+        recipe: the complete recipe; RL starts from its other stages.
         out: the folder of all cells.
     """
 
@@ -46,10 +46,10 @@ class Cells:
     stage: StageName
     out: Path
     _material: tuple[Recipe, Material] | None = field(default=None, init=False)
-    """What the last cell was trained with, its base without adapters again."""
+    """Data and base of the last cell, the base without adapters."""
 
     def alone(self, seed: int) -> Recipe:
-        """The recipe with this stage only; RL's starts where the stages before it end."""
+        """Return the recipe with only this stage; for RL, it starts from the results of the earlier stages."""
         content = self.recipe.model_dump() | {"seed": seed}
         others = [stage for stage in self.recipe.stages if stage != self.stage]
         if self.stage == "rl" and self.recipe.rl is not None and others:
@@ -63,7 +63,7 @@ class Cells:
         return Recipe.model_validate(content | dict.fromkeys(others))
 
     def check(self, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
-        """Refuse, before anything is trained, what cannot be.
+        """Refuse, before any training, settings that cannot be trained.
 
         Raises:
             UserError: the data, the base or a setting cannot be used, or a folder holds another run.
@@ -84,13 +84,13 @@ class Cells:
         kind, quantization = type(adapters_for(self.recipe, lm)), self.recipe.base.quantization
         if kind.deltas is AdapterKind.deltas or quantization != "none":
             raise UserError(
-                "the SFT policy, from which RL starts under every setting, cannot be merged into the base",
+                "the SFT policy, from which RL starts with every setting, cannot be merged into the base",
                 where=f"adapter.kind {self.recipe.adapter_kind}, base.quantization {quantization}",
-                remedy="Give the recipe adapters of kind lora on whole weights, or take its section sft out.",
+                remedy="Use adapters of kind lora on unquantized weights, or remove the section sft.",
             )
 
     def run(self, setting: Setting, seed: int) -> Run | None:
-        """Train a cell, or go on with it, or read it if it is finished; None if its training diverged."""
+        """Train a cell, resume it, or read it if it is finished; return None if its training diverged."""
         recipe, folder = setting.recipe(self.alone(seed), seed), setting.folder(self.out, seed)
         RunFolder(folder).check(recipe)
         if (folder / DIVERGED).exists():
@@ -108,53 +108,53 @@ class Cells:
         return read_run(folder)
 
     def _read(self, recipe: Recipe) -> Material:
-        """Data and base, read once for all cells in turn that share them; full tuning changes the base."""
+        """Read data and base, once for all successive cells that share them; full tuning changes the base."""
         if recipe.tuning == "full":
             self._material = None
             gc.collect()
             return read_material(recipe)
         shared = recipe.model_copy(update=dict.fromkeys(("lora", "adapter", *STAGES)))
         if self._material is None or self._material[0] != shared:
-            self._material = None  # before another one takes its memory
+            self._material = None  # frees its memory for the next one
             self._material = shared, read_material(recipe)
         return self._material[1]
 
     def _base(self, seed: int) -> PreTrainedModel:
-        """The recipe's base."""
+        """Return the recipe's base."""
         recipe = self.recipe if self.stage == "rl" else self.alone(seed)
         return self._read(recipe.model_copy(update={"seed": seed, "tuning": "lora"})).lm
 
     def config(self) -> PreTrainedConfig:
-        """Of the base."""
+        """Return the base's configuration."""
         return self._base(self.recipe.seed).config
 
     def _earlier(self, seed: int) -> Path:
         return (self.out / f"earlier-{seed}").absolute()
 
     def _recipe_before(self, seed: int) -> Recipe | None:
-        """The recipe of the stages before RL; None without any."""
+        """Return the recipe of the stages before RL; None if there are none."""
         if self.recipe.sft is None and self.recipe.reward is None:
             return None
         return Recipe.model_validate(self.recipe.model_dump() | {"rl": None, "seed": seed})
 
     def _train_earlier(self, seed: int) -> None:
-        """The stages before RL, and the SFT policy merged into a copy of the base."""
+        """Train the stages before RL, and merge the SFT policy into a copy of the base."""
         recipe, folder = self._recipe_before(seed), self._earlier(seed)
         if recipe is None:
             return
         if not (folder / "report.json").exists():
-            console.print(f"[bold]what RL starts from, seed {seed}[/] in {folder}")
+            console.print(f"[bold]stages before RL, seed {seed}[/] in {folder}")
             run(recipe, folder)
         if self.recipe.sft is not None and not (folder / "merged").exists():
             export_role(open_run(folder), Role.SFT, "sft", folder / "merged", whole=True)
 
     def equally_large(self, settings: Sequence[Setting], seed: int) -> Iterator[Setting]:
-        """The settings in the sizes whose numbers of weights come nearest to the first one's.
+        """Yield the settings with sizes that bring their numbers of weights closest to the first one's.
 
-        Full tuning, and kinds without a size, are left as they are.
+        Full tuning and kinds without a size are unchanged.
 
         Raises:
-            UserError: the first one is full tuning.
+            UserError: the first setting is full tuning.
         """
         lm = self._base(seed)
 
@@ -168,7 +168,7 @@ class Cells:
 
         first, *others = settings
         if first.kind == FULL:
-            what, remedy = "no adapters have as many weights as full tuning", "Name a kind of adapters first."
+            what, remedy = "adapters cannot have as many weights as full tuning", "Name a kind of adapters first."
             raise UserError(what, where="--equal-weights", remedy=remedy)
         yield first
         wanted = weights(first)
@@ -181,14 +181,14 @@ class Cells:
 
 
 def _of_run(parts: Sequence[RewardPart], run: Path, where: str) -> list[dict[str, object]]:
-    """Parts of a reward, of which the reward model is that of another run.
+    """Return the parts of a reward with the reward model replaced by that of another run.
 
     Raises:
-        UserError: one combines members in a way that a run's reward model is not read.
+        UserError: a part combines members in a way that is not supported for another run's reward model.
     """
     if any(isinstance(part, ModelPart) and (part.members or part.combine != "mean") for part in parts):
         raise UserError(
-            "a sweep of RL takes the reward model from a run of its own: the mean of all its members",
+            "a sweep of RL uses the reward model of a separate run: the mean of all its members",
             where=where,
             remedy="Leave members and combine out.",
         )

@@ -1,4 +1,4 @@
-"""Each setting's best learning rate, searched on seeds that are not reported."""
+"""Search for each setting's best learning rate, on seeds that are not reported."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from perl.system.progress import console
 
 
 def search(cells: Cells, setting: Setting, seeds: Sequence[int], kl: float | None = None) -> BestRates:
-    """Search around the rate that the setting has without a search; print what was found.
+    """Search around the setting's default learning rate; print the result.
 
     Args:
-        kl: where RL is judged, in nats per completion; None: at its end.
+        kl: KL at which RL is compared, in nats per completion; None: at its end.
     """
 
     def score(rate: float, seed: int) -> float:
@@ -32,18 +32,18 @@ def search(cells: Cells, setting: Setting, seeds: Sequence[int], kl: float | Non
     default = _default(cells, setting)
     found = [search_rate(partial(score, seed=seed), default) for seed in seeds]
     searched = BestRates(tuple(one.best for one in found), any(one.edge for one in found))
-    beyond = "; it is at the edge of what was tried, and may lie beyond" if searched.edge else ""
+    beyond = "; it is at the edge of the range tried, so the best may lie beyond" if searched.edge else ""
     on = ", ".join(map(str, seeds))
-    console.print(f"[bold]{setting.words}[/]: learning rate {searched.best:g}, searched on seed {on}{beyond}")
+    console.print(f"[bold]{setting.words}[/]: learning rate {searched.best:g}, found with seed {on}{beyond}")
     return searched
 
 
 def stopped(run: Run) -> bool:
-    """Whether a guard stopped its RL."""
+    """Return whether a guard stopped the run's RL."""
     rl = run.report.stages.rl
     return rl is not None and any(incident.action == "stopped" for incident in rl.incidents)
 
 
 def _default(cells: Cells, setting: Setting) -> float:
-    """The rate that the setting's recipe has, or that `auto` is for its base."""
+    """Return the learning rate of the setting's recipe, with `auto` resolved for its base."""
     return learning_rate(setting.recipe(cells.alone(0), 0), cells.stage, cells.config())

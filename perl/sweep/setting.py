@@ -1,4 +1,4 @@
-"""A setting of a sweep: adapters of a kind, of a size and in a place, or full tuning; and its learning rate."""
+"""A setting of a sweep: the kind, size and placement of adapters, or full tuning; and its learning rate."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ from perl.recipe.supervised import FULL_SHARE
 
 FULL = "full"
 SIZES = ("size", "bottleneck", "length", "rank")
-"""What the number of a kind's weights is proportional to: the first of these that the kind has."""
+"""Keys to which a kind's number of weights is proportional; the first one that the kind has applies."""
 ENTRY = re.compile(r"(?P<kind>[^:@]+)(:(?P<size>\d+))?(@(?P<targets>[^:@]+))?")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is varied. None: as the recipe says, or the kind's default."""
+    """What a sweep varies. None: the recipe's value, or the kind's default."""
 
     kind: str
-    """Of adapters; `FULL`: full tuning."""
+    """Kind of adapters; `FULL`: full tuning."""
     targets: str | None = None
     size: int | None = None
     """See `SIZES`."""
@@ -34,30 +34,30 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As in lora-attention-4: of its runs' folders."""
+        """Name in its runs' folders, such as lora-attention-4."""
         return "-".join(str(part) for part in (self.kind, self.targets, self.size) if part is not None)
 
     @property
     def words(self) -> str:
-        """As in lora on attention, rank 4."""
+        """Description, such as lora on attention, rank 4."""
         return self.line + ("" if self.size is None else f", {size_key(self.kind)} {self.size}")
 
     @property
     def line(self) -> str:
-        """What it has in common with settings that differ in size alone."""
+        """Description without the size, shared by settings that differ only in size."""
         place = "" if self.targets is None else f" on {self.targets}"
         return "full tuning" if self.kind == FULL else f"{self.kind}{place}"
 
     def folder(self, out: Path, seed: int) -> Path:
-        """Of its run with this seed."""
+        """Return the folder of its run with this seed."""
         rate = "" if self.rate is None else f"-lr{self.rate:g}"
         return out / f"{self.name}{rate}-{seed}"
 
     def recipe(self, recipe: Recipe, seed: int) -> Recipe:
-        """A recipe of one stage, with this setting.
+        """Return a recipe of one stage with this setting.
 
         Raises:
-            UserError: the kind does not have it.
+            UserError: the kind does not support it.
         """
         rates = {} if self.rate is None else {recipe.stages[0]: self.rate}
         content = variant(recipe, "full" if self.kind == FULL else "lora", seed, rates).model_dump()
@@ -69,7 +69,7 @@ class Setting:
             raise explain(error, content, Path(self.name)) from None
 
     def _adapter(self, recipe: Recipe) -> dict[str, object]:
-        """What the recipe says of adapters, as far as it is of this kind too; and the setting."""
+        """Return the recipe's adapter settings that this kind has too, with this setting."""
         own, kind = recipe.adapter_settings, _settings_of(self.kind)
         keys = set(type(own).model_fields) - {"kind"} if recipe.adapter_kind == self.kind else {"layers"}
         if isinstance(own, LoraSettings) and issubclass(kind, LoraSettings):
@@ -83,24 +83,24 @@ class Setting:
 
 
 def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, float] | None = None) -> Recipe:
-    """The recipe under another tuning: full tuning has a critic of its own.
+    """Return the recipe under another tuning: full tuning has a separate critic.
 
     Args:
         rates: learning rates by stage; of the others full tuning has a tenth of the recipe's for LoRA.
 
     Raises:
-        UserError: the recipe has what that tuning does not.
+        UserError: the recipe uses something that this tuning does not support.
     """
     content, rates = recipe.model_dump(), rates or {}
     full = tuning == "full" and recipe.tuning == "lora"
     for stage in recipe.stages:
         if stage in rates:
             content[stage]["learning_rate"] = rates[stage]
-        elif full and content[stage]["learning_rate"] != "auto":  # which follows the tuning by itself
+        elif full and content[stage]["learning_rate"] != "auto":  # which depends on the tuning
             content[stage]["learning_rate"] *= FULL_SHARE
     if full and content["rl"] is not None and content["rl"]["critic"] == "shared":
         content["rl"]["critic"] = None
-    if recipe.rl is not None and recipe.rl.sampler.kind == "server":  # which full tuning has no adapters for
+    if recipe.rl is not None and recipe.rl.sampler.kind == "server":  # full tuning has no adapters for it
         content["rl"]["sampler"] = {}
     for stage in recipe.starts if full else ():  # there is no adapter
         content[stage]["adapter"] = None
@@ -111,23 +111,23 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
 
 
 def size_key(kind: str) -> str | None:
-    """The setting by which the number of a kind's weights grows; None of kinds that have none."""
+    """Return the key to which a kind's number of weights is proportional; None if it has none."""
     return next((key for key in SIZES if key in _settings_of(kind).model_fields), None)
 
 
 def parse_settings(kinds: Sequence[str], sizes: Sequence[int], targets: Sequence[str]) -> list[Setting]:
-    """Every kind with every size in every place; an entry `KIND:SIZE@TARGETS` fixes what it names.
+    """Parse every kind with every size and placement; an entry `KIND:SIZE@TARGETS` fixes what it names.
 
     Args:
-        sizes: none: the recipe's; a kind without sizes is there once. So are places.
+        sizes: empty: the recipe's; a kind without sizes occurs once. The same holds for targets.
 
     Raises:
-        UserError: an entry that is none, no such kind, or a size or a place of a kind that has none.
+        UserError: an invalid entry, an unknown kind, or a size or targets for a kind that has none.
     """
     settings: list[Setting] = []
     for entry in kinds:
         if (found := ENTRY.fullmatch(entry)) is None:
-            what, remedy = f"{entry!r} is not a kind of adapter", "Give KIND, KIND:SIZE or KIND:SIZE@TARGETS."
+            what, remedy = f"{entry!r} is not a kind of adapters", "Give KIND, KIND:SIZE or KIND:SIZE@TARGETS."
             raise UserError(what, where="--kinds", remedy=remedy)
         kind, size, place = found["kind"], found["size"], found["targets"]
         has_size, has_place = _has(kind)
@@ -144,7 +144,7 @@ def parse_settings(kinds: Sequence[str], sizes: Sequence[int], targets: Sequence
 
 
 def _has(kind: str) -> tuple[bool, bool]:
-    """Whether a kind has a size, and whether it has targets."""
+    """Return whether a kind has a size, and whether it has targets."""
     if kind == FULL:
         return False, False
     try:

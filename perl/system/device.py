@@ -1,4 +1,4 @@
-"""The device that computes: its name, tensors for it, and dtypes that it is slow in."""
+"""The compute device: its name, tensors for it, and the dtypes in which it is slow."""
 
 import platform
 import time
@@ -10,40 +10,31 @@ from torch import Tensor
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
-    """A tensor of these numbers on a device, without waiting for what the device still computes.
+    """Return a tensor of these numbers on a device, without waiting for pending work of the device.
 
-    A GPU computes while the host goes on, which waits where it asks for a value or copies as torch does unasked.
+    A GPU computes asynchronously; the host waits for it when it reads a value or makes one of torch's default
+    copies.
     """
     return torch.tensor(values).to(device, non_blocking=True)
 
 
 def slowdown(dtype: torch.dtype) -> float:
-    """Return how many times as long as in fp32 a linear layer takes on this CPU, forward and backward.
-
-    Measured in less than a second, with one thread, in CPU time, to which other work on the machine does not add.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _linear_seconds(dtype) / _linear_seconds(torch.float32)
-    finally:
-        torch.set_num_threads(threads)
+    """Return how many times longer than in fp32 a matrix product takes on this CPU; measuring takes some 50 ms."""
+    return _seconds_of_product(dtype) / _seconds_of_product(torch.float32)
 
 
-def _linear_seconds(dtype: torch.dtype) -> float:
-    """Return the least CPU time of two passes."""
-    x, weight, seconds = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
-    for _ in range(3):  # the first one warms up
-        begin = time.process_time()
-        y = x @ weight.t()
-        y @ weight
-        y.t() @ x
-        seconds.append(time.process_time() - begin)
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """Return the shortest of three times."""
+    x, weight, seconds = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
+    for _ in range(4):  # the first warms up
+        begin = time.perf_counter()
+        x @ weight
+        seconds.append(time.perf_counter() - begin)
     return min(seconds[1:])
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

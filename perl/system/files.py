@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there."""
+"""Files and folders that are written atomically: complete or absent."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into that takes the place of `folder` when the block ends without an exception."""
+    """Yield a new folder to write into, which replaces `folder` when the block ends without an exception."""
     unfinished, before = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "before"))
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -28,7 +28,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
-        if folder.exists():  # a folder that is not empty cannot be replaced in one go
+        if folder.exists():  # a non-empty folder cannot be replaced atomically
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
         unfinished.rename(folder)
@@ -39,18 +39,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def user_cache() -> Path:
-    """The folder of all that can be made or fetched again, in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return the cache folder, in `$XDG_CACHE_HOME` or `~/.cache`: all of it can be built or downloaded again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perl-rlhf"
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never half."""
+    """Write a text file atomically: a reader sees the old content or the new."""
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)
@@ -58,13 +58,13 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a value as JSON, whole; NaN and infinities are refused because JSON has none."""
+    """Write a value as JSON, atomically; NaN and infinities are refused because JSON has none."""
     write_whole(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def user_named(path: Path) -> Iterator[None]:
-    """Inside, failing to write the user's `path` is a UserError, or a MachineError where that is its cause."""
+    """Turn a failure to write the user's `path` into a UserError, or a MachineError if that is the cause."""
     try:
         yield
     except OSError as error:
@@ -87,7 +87,7 @@ def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(copies, file, {"format": "pt"})
-    except SafetensorError as error:  # in place of an OSError
+    except SafetensorError as error:  # raised instead of an OSError
         raise OSError(errno.EIO, str(error), str(file)) from None
 
 

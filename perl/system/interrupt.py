@@ -1,4 +1,4 @@
-"""Requests to stop between steps: the first signal lets a step end and be saved, the second leaves at once."""
+"""Requests to stop between steps: after the first signal the step ends and is saved, the second stops at once."""
 
 import contextlib
 import signal
@@ -13,27 +13,27 @@ from perl.system.progress import console
 from perl.system.signals import LEAVE, handle
 
 GRACE = 3.0
-"""Seconds in which a launcher may pass on a signal that a terminal has sent to all processes."""
+"""Seconds during which a launcher may forward a signal that the terminal has sent to all processes."""
 
 
 @dataclass
 class StopRequest:
-    """Whether a process was asked to leave."""
+    """A request to stop after the current step."""
 
     processes: Processes = ALONE
     requested: bool = False
 
     def poll(self) -> bool:
-        """Whether any process was asked to; to be called by all processes, once a step."""
+        """Return whether any process was asked to stop; to be called by all processes, once per step."""
         self.requested = self.processes.any_true(self.requested)
         return self.requested
 
 
 @contextlib.contextmanager
 def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
-    """Inside, a signal to leave is only noted, for the training loop to poll after each step.
+    """Only note signals to stop inside, for the training loop to poll after each step.
 
-    Off the main thread nothing changes, as only the main thread can handle signals.
+    In other threads nothing changes, as only the main thread can handle signals.
     """
     stop, first = StopRequest(processes), 0.0
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""YAML for recipes, without duplicate keys, of which the later would silently win, and without aliases."""
+"""YAML for recipes, without aliases and without duplicate keys, of which the last would silently win."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +10,9 @@ from perl.errors import UserError, machine_fault
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases, which can contain themselves or stand for gigabytes, duplicate keys, and bytes.
+    """Loader that refuses duplicate keys, bytes, and aliases, which can contain themselves or expand to gigabytes.
 
-    Bytes would count as text where text is wanted, without having been resolved as a path.
+    Bytes would be accepted as text without having been resolved as a path.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -26,8 +26,8 @@ class _PlainLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception:  # of various types, for a value under a wrong tag such as `!!float x`
-            what = f"{str(node.value)[:40]!r} is not a {node.tag.rpartition(':')[2]}"
+        except Exception:  # of various types, for a value with a wrong tag such as `!!float x`
+            what = f"{str(node.value)[:40]!r} is not a valid {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
     def construct_yaml_binary(self, node: yaml.Node) -> bytes:
@@ -46,7 +46,7 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:binary", _PlainLoader.construct_
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
         ValueError: it is not plain YAML; the message says why, on one line.
@@ -61,7 +61,7 @@ def parse(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a recipe file.
+    """Return the keys and values of a recipe file.
 
     Raises:
         UserError: no such file, not UTF-8, not plain YAML, or not a mapping.
@@ -69,11 +69,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what, remedy, fault = "no such recipe", "Check the path; see recipes/ for complete ones.", None
+        what, remedy, fault = "no such recipe", "Check the path; see recipes/ for complete recipes.", None
     except (OSError, UnicodeDecodeError) as error:
         what, remedy, fault = f"cannot be read: {error}", "A recipe is a YAML file in UTF-8.", machine_fault(error)
     except ValueError as error:
-        what, remedy, fault = f"not valid YAML: {error}", "Correct the line named.", None
+        what, remedy, fault = f"not valid YAML: {error}", "Fix this line.", None
     else:
         if isinstance(content, dict):
             return content
@@ -82,7 +82,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def flat_keys(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """The values of nested mappings, also in lists, by their whole keys, as in `rl.reward.0.kind`."""
+    """Return the values of nested mappings, also in lists, by their full keys, as in `rl.reward.0.kind`."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):

@@ -1,4 +1,4 @@
-"""The console, progress bars with the time left, and a log's lines where nobody draws a bar."""
+"""The console, progress bars with the remaining time, and lines in a log that has no bar."""
 
 import contextlib
 import threading
@@ -9,24 +9,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
-"""Called once a step, with the metrics to show beside the bar."""
+"""Called once per step, with the metrics to show next to the bar."""
 
 LINE_EVERY = 30.0
-"""Seconds between two lines where there is no terminal for a bar."""
+"""Seconds between two lines if there is no terminal for a bar."""
 LOOK_EVERY = 1.0
-"""Seconds between two looks at whether a line is due."""
+"""Seconds between two checks whether a line is due."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""For all output but a command's result."""
+"""For all output except a command's result."""
 
 
 def counted(number: int, noun: str) -> str:
-    """As in `1 step`, `2 steps`."""
+    """Format a number with its noun, as in `1 step`, `2 steps`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Inside, nothing is shown."""
+    """Show nothing on the console inside."""
     before, console.quiet = console.quiet, True
     try:
         yield
@@ -35,14 +35,14 @@ def silence() -> Iterator[None]:
 
 
 class _Log:
-    """What is being done, innermost last, and when a line last said so."""
+    """The current activities, innermost last, and the time of the last line about them."""
 
     def __init__(self) -> None:
         self.doing: list[str] = []
         self.last = 0.0
 
     def due(self) -> bool:
-        """Whether a line is due; then it counts as written."""
+        """Return whether a line is due; if so, it counts as written."""
         now = time.monotonic()
         if console.is_terminal or now - self.last < LINE_EVERY:
             return False
@@ -50,7 +50,7 @@ class _Log:
         return True
 
     def watch(self, ended: threading.Event, began: float) -> None:
-        """Say every half minute what is being done, where nothing else has."""
+        """Print the current activity every half minute, unless something else has been printed."""
         while not ended.wait(LOOK_EVERY):
             if self.doing and self.due():
                 minutes, seconds = divmod(int(time.monotonic() - began), 60)
@@ -62,7 +62,7 @@ _log = _Log()
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Inside, a log says at least every half minute what is being done; calls may be nested."""
+    """Print at least every half minute what is being done inside, if there is no terminal; calls may be nested."""
     outermost, ended = not _log.doing, threading.Event()
     _log.doing.append(what)
     watcher = threading.Thread(target=_log.watch, args=(ended, time.monotonic()), daemon=True)
@@ -78,9 +78,9 @@ def doing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar over `total` steps, of which `done` are done; call what it yields once a step."""
+    """Show a bar over `total` steps, of which `done` are done; call what it yields once per step."""
     counts = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    drawn = console.is_terminal  # else there is nothing to refresh, which would take a thread
+    drawn = console.is_terminal  # otherwise there is nothing to refresh, which would need a thread
     bar = Progress(
         "{task.description:<12}", *counts, "{task.fields[metrics]}", console=console, auto_refresh=drawn
     )

@@ -12,10 +12,10 @@ from perl.system.progress import console
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what cannot be a repository's name, before anything is exported.
+    """Refuse an invalid repository name before anything is exported.
 
     Raises:
-        UserError: it is not a name of the hub.
+        UserError: it is not a valid name on the hub.
     """
     try:
         validate_repo_id(repository)
@@ -24,21 +24,21 @@ def check_repository(repository: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, why_offline: str) -> None:
-    """Upload a folder to a repository, which is created private where it does not exist.
+    """Upload a folder to a repository, which is created as private if it does not exist.
 
     Args:
-        folder: all its files are sent.
-        why_offline: why the hub cannot be reached; then what would be sent is listed instead. Empty: it can.
+        folder: all its files are uploaded.
+        why_offline: why the hub cannot be reached, in which case files are only listed; empty: it can.
 
     Raises:
-        UserError: the hub refused. The folder stays.
+        UserError: the hub refused the upload. The folder is kept.
     """
     if why_offline:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         sizes = "\n".join(f"  {file.relative_to(folder)}  {bytes_text(file.stat().st_size)}" for file in files)
         console.print(
-            f"Nothing was sent to {repository}: {why_offline}. These files would be:\n{sizes}\n"
-            f"When there is a connection: hf upload {repository} {folder}",
+            f"Nothing was uploaded to {repository}: {why_offline}. The files are:\n{sizes}\n"
+            f"With a connection, run: hf upload {repository} {folder}",
             markup=False,
         )
         return
@@ -50,6 +50,6 @@ def push_to_hub(folder: Path, repository: str, why_offline: str) -> None:
         raise UserError(
             f"the hub refused {repository}: {error.server_message or error}",
             where="--push-to-hub",
-            remedy=f"Log in with hf auth login and a token that may write. The export is in {folder}.",
+            remedy=f"Log in with hf auth login and a token with write access. The export is in {folder}.",
         ) from None
-    console.print(f"Sent: {commit.commit_url} (a new repository is private).", markup=False)
+    console.print(f"Uploaded: {commit.commit_url} (a new repository is private).", markup=False)

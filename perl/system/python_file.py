@@ -1,4 +1,4 @@
-"""Importing a Python file of the user's own, and a function from it."""
+"""Importing the user's Python file, and a function from it."""
 
 import hashlib
 import importlib.util
@@ -13,10 +13,10 @@ from perl.errors import UserError
 
 
 def import_file(file: Path) -> ModuleType:
-    """Run a file as a new module, named after its folder too.
+    """Run a file as a new module, whose name also identifies its folder.
 
     Raises:
-        UserError: an exception inside, with its line.
+        UserError: the file raised an exception, which is given with its line.
     """
     file = file.absolute()
     folder = hashlib.sha256(str(file.parent).encode()).hexdigest()[:8]
@@ -30,18 +30,18 @@ def import_file(file: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # the user's own code
         del sys.modules[spec.name]
         what = f"cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(what, where=_place(file, error), remedy="Correct the file.") from error
+        raise UserError(what, where=_place(file, error), remedy="Fix the file.") from error
     return module
 
 
 def import_function(location: str) -> Callable[..., Any]:
-    """The function at `FILE.py:NAME`.
+    """Return the function at `FILE.py:NAME`.
 
     Raises:
         UserError: no such file or name.
     """
     file, _, name = location.rpartition(":")
-    remedy = "Give FILE.py:NAME, the file beside the recipe."
+    remedy = "Give FILE.py:NAME, with the file in the recipe's folder."
     if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError("no such Python file", where=f"rl.reward.function {location}", remedy=remedy)
     function: Callable[..., Any] | None = getattr(import_file(Path(file)), name, None)
@@ -51,7 +51,7 @@ def import_function(location: str) -> Callable[..., Any]:
 
 
 def _place(file: Path, error: BaseException) -> str:
-    """The file, and the line in it where that is known."""
+    """Return the file, and the line in it if that is known."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file):
         lines.append(error.lineno)

@@ -1,4 +1,4 @@
-"""Seeds: of every global generator, and one for each purpose and step."""
+"""Seeding of every global generator, and a seed for each purpose and step."""
 
 import random
 
@@ -14,5 +14,5 @@ def seed_everything(seed: int) -> None:
 
 
 def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """The seed of a purpose and a step, so that no generator's state has to be saved."""
+    """Return the seed for a purpose and a step, so that no generator's state must be saved."""
     return random.Random(f"{seed} {purpose} {number}").getrandbits(48)

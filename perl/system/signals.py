@@ -1,4 +1,4 @@
-"""The signals that ask a process to leave: Ctrl-C, SIGTERM, and SIGHUP when a terminal is gone."""
+"""The signals that ask a process to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal closes."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def handle(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> dict[signal.Signals, Any]:
-    """Set a handler for these signals; return those before. An ignored SIGHUP stays ignored, for nohup."""
+    """Set a handler for these signals; return the previous ones. An ignored SIGHUP stays ignored, for nohup."""
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGHUP:
@@ -25,7 +25,7 @@ def handle(
 
 
 def _mute_lost_terminal() -> None:
-    """Discard output to a terminal that is gone: writing it would fail, and end the run unsaved."""
+    """Discard output to a closed terminal: writing to it would fail and end the run before it is saved."""
     for output in (1, 2):
         try:
             lost = stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output)

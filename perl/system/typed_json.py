@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON and back."""
+"""Conversion of frozen dataclasses to JSON and back."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from perl.errors import UserError
 
 T = TypeVar("T")
 _ADAPTERS: dict[object, TypeAdapter[Any]] = {}
-"""By type: each takes milliseconds to build, and every line of a file of samples needs one."""
+"""Adapters by type: each takes milliseconds to build, and every line of a file of samples needs one."""
 
 
 def as_json(value: Any) -> Any:
-    """A result as JSON; dataclasses become objects without the optional fields that have no value."""
+    """Convert a result to JSON; dataclasses become objects without the optional fields that have no value."""
     if is_dataclass(value) and not isinstance(value, type):
         pairs = [(field, getattr(value, field.name)) for field in fields(value)]
         return {field.name: as_json(one) for field, one in pairs if one is not None or field.default is MISSING}
@@ -27,16 +27,16 @@ def as_json(value: Any) -> Any:
 
 
 def made(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A result from its fields. A missing, mistyped or unknown one is a programming error (`ValidationError`)."""
+    """Build a result from its fields. A missing, mistyped or unknown field is a bug (`ValidationError`)."""
     result: T = _adapter(kind).validate_python(values, extra="forbid")
     return result
 
 
 def parse(kind: type[T], text: str, where: str, remedy: str) -> T:
-    """A result from a file's text.
+    """Parse a result from a file's text.
 
     Raises:
-        UserError: not JSON, or a field, which is named, is missing or of another type.
+        UserError: not JSON, or a field (named in the message) is missing or of another type.
     """
     try:
         result: T = _adapter(kind).validate_python(json.loads(text))

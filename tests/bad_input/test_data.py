@@ -110,7 +110,7 @@ CASES = [
     Case("no function", ("has no function", "number", "Give"), overrides=("rl.reward.function=own.py:number",)),
     Case(
         "broken Python",
-        ("cannot be imported", "bad.py", "Correct the file"),
+        ("cannot be imported", "bad.py", "Fix the file"),
         overrides=("rl.reward.function=bad.py:f",),
     ),
 ]
@@ -183,7 +183,7 @@ def test_a_bad_row_is_refused_where_it_is_alone_and_named_where_it_is_not(
     assert "own.jsonl:2: " in written
     assert says in written
     assert "1 row left out" in written
-    assert "Correct or remove the rows named" in written
+    assert "Fix or remove these rows" in written
     assert contents(tmp_path) == before
 
 

@@ -48,7 +48,7 @@ def broken_result(out: Path) -> None:
 TINY = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
 FOLDERS = [
     Case("another run", ("holds another run", "seed is 7, here 0", "Use another --out"), out=another_recipe),
-    Case("a broken run", ("not valid YAML", "recipe.yaml", "Correct the line"), out=broken_recipe),
+    Case("a broken run", ("not valid YAML", "recipe.yaml", "Fix this line"), out=broken_recipe),
     Case("a broken result", ("not JSON", "result.json", "Remove it"), out=broken_result),
     Case("out is a file", ("cannot be written", "out", "another --out"), out=lambda out: out.write_text("x")),
     Case(
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(
     assert written.count("error: ") == 1
     assert str(out) in written
     assert "No space left on device" in written
-    assert "Make room there, then run the same command again" in written
+    assert "Free some disk space there, then run the same command again" in written
     assert contents(out / "reward") == before
     filler.unlink()
     assert run_cli("run", recipe, "--out", out)[0] == 0
@@ -308,10 +308,10 @@ def test_out_of_memory_in_loading_is_not_about_batches(
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "perl-rlhf estimate"),
         (MemoryError(), "Cannot allocate memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Free some disk space"),
         (OSError(errno.EMFILE, "Too many open files"), "Raise that limit"),
         (OSError(errno.EIO, "Input/output error", "/x"), "Check the disk"),
-        (Exception("I/O error: No space left on device (os error 28)"), "Make room"),
+        (Exception("I/O error: No space left on device (os error 28)"), "Free some disk space"),
     ],
 )
 def test_what_libraries_raise_is_told_in_one_message(error: Exception, says: str) -> None:

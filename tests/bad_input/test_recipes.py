@@ -11,8 +11,8 @@ from tests.conftest import RunCli, WriteRecipe
 
 CASES = [
     Case("not UTF-8", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe=b"name: \xff"),
-    Case("broken YAML", ("not valid YAML", "line 1", "Correct the line"), recipe=b"name: [tiny"),
-    Case("wrong tag", ("'x' is not a timestamp", "line 1", "Correct the line"), recipe=b"name: !!timestamp x"),
+    Case("broken YAML", ("not valid YAML", "line 1", "Fix this line"), recipe=b"name: [tiny"),
+    Case("wrong tag", ("'x' is not a valid timestamp", "line 1", "Fix this line"), recipe=b"name: !!timestamp x"),
     Case("no mapping", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b"- name: tiny"),
     Case("empty recipe", ("is a mapping", "recipe.yaml", "quickstart.yaml"), recipe=b""),
     Case("an alias", ("alias *a", "line 2", "write it out"), recipe=b"name: &a x\nbase: {model: *a}"),
@@ -21,12 +21,10 @@ CASES = [
         ("alias *a", "line 2", "write it out"),
         recipe=b"name: x\nbase: {config: &a {model_type: llama, x: *a}, random_init: true}\nreward: {}\n",
     ),
-    Case(
-        "Python in it", ("python/object", "line 1", "Correct"), recipe=b"name: !!python/object/apply:os.getcwd []"
-    ),
-    Case("nested too deeply", ("nested too deeply", "recipe.yaml", "Correct the line"), recipe=b"[" * 2000),
+    Case("Python in it", ("python/object", "line 1", "Fix"), recipe=b"name: !!python/object/apply:os.getcwd []"),
+    Case("nested too deeply", ("nested too deeply", "recipe.yaml", "Fix this line"), recipe=b"[" * 2000),
     Case("UTF-16", ("cannot be read", "0xff", "YAML file in UTF-8"), recipe="name: x".encode("utf-16")),
-    Case("key twice", ("key 'name' twice", "line 1", "Correct the line"), recipe=b"name: a\nname: b\n"),
+    Case("key twice", ("key 'name' twice", "line 1", "Fix this line"), recipe=b"name: a\nname: b\n"),
     Case("no base", ("missing", "recipe.yaml: base", "Add this key"), changes={"base": None}),
     Case("no stage", ("no stage to run", "recipe.yaml", "Add a section"), changes={"reward": None, "rl": None}),
     Case(
@@ -56,7 +54,7 @@ CASES = [
     ),
     Case(
         "one completion per step",
-        ("none to compare it with", "rl", "Raise prompts_per_step"),
+        ("no other to be compared with", "rl", "Raise prompts_per_step"),
         overrides=("rl.prompts_per_step=1",),
     ),
     Case("name is a path", ("match pattern", "'../x'", "quickstart.yaml shows"), overrides=("name=../x",)),
@@ -65,7 +63,7 @@ CASES = [
     Case("key twice in a value", ("key 'rank' twice", "lora", "Quote it"), overrides=("lora={rank: 1, rank: 2}",)),
     Case(
         "trust without a model",
-        ("about a model's own code", "base", "leave it out"),
+        ("for the code of a model", "base", "leave it out"),
         changes={"base": {"build": {}, "trust_remote_code": True}},
     ),
     Case(
@@ -81,7 +79,7 @@ CASES = [
         ("no such Python file", "plugins.0", "path of a Python"),
         overrides=("plugins=[gone.py]",),
     ),
-    Case("a broken plugin", ("SyntaxError", "bad.py:1", "Correct the file"), overrides=("plugins=[bad.py]",)),
+    Case("a broken plugin", ("SyntaxError", "bad.py:1", "Fix the file"), overrides=("plugins=[bad.py]",)),
     Case(
         "a plugin that is data",
         ("no such Python file", "recipe.yaml", "Python"),
@@ -124,7 +122,7 @@ CASES = [
         ("no such Python file", "gone.py:f", "Give FILE.py:NAME"),
         overrides=("rl.reward=[{kind: length}, {kind: function, function: 'gone.py:f'}]",),
     ),
-    Case("a word for a reward", ("section of keys", "rl.reward.0", "'model'"), overrides=("rl.reward=[model]",)),
+    Case("a word for a reward", ("section with keys", "rl.reward.0", "'model'"), overrides=("rl.reward=[model]",)),
     Case(
         "an item that is not there",
         ("reward has no item 1", "rl.reward.1.weight=2", "counted from 0"),

@@ -47,7 +47,7 @@ def test_chat_fits_into_a_short_context(
     monkeypatch.setattr("perl.library.LoadedRun._check", lambda *_: None)
     status, text = run_cli("chat", out)
     assert status == 0, text
-    assert "each line is completed by itself" in " ".join(text.split())
+    assert "each line is completed separately" in " ".join(text.split())
 
 
 def test_a_guard_may_stop_rl_before_the_first_validation(

@@ -66,7 +66,7 @@ def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_p
     itself = json.loads((tmp_path / "itself.json").read_text())["policy"]["differences"]
     expected = pytest.approx(reports[0]["rl"]["eval"]["reward_after"], abs=1e-5)
     assert [one["first"] for one in itself if one["metric"].startswith("reward")] == [expected]
-    assert "each reward judges the completions of both" in written
+    assert "each reward scores the completions of both" in written
     status, written = run_cli("report", *folders)
     assert status == 2
     assert "which differ in reward.epochs and reward.learning_rate" in written

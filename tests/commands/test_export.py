@@ -396,7 +396,7 @@ def test_without_a_connection_what_would_be_uploaded_is_listed(
     assert not out.exists()
     code, text = run_cli("export", runs["gpt2"].folder, "reward", out, "--push-to-hub", "somebody/judge")
     assert code == 0, text
-    assert "Nothing was sent to somebody/judge: HF_HUB_OFFLINE is set" in text
+    assert "Nothing was uploaded to somebody/judge: HF_HUB_OFFLINE is set" in text
     assert all(f"  {file.name}  " in text for file in out.iterdir())
     assert f"hf upload somebody/judge {out}" in text
 

@@ -138,8 +138,8 @@ def test_a_person_is_asked(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "--data is not given"),
-        (("--data", "thumbs.csv"), "--base is not given"),
+        ((), "--data is missing"),
+        (("--data", "thumbs.csv"), "--base is missing"),
         (("--data", "coffee-simulator", "--yes"), "coffee-simulator is not a file"),
         (("--data", "gone.csv", "--yes"), "there is no such file"),
         (("--data", "latin.csv", "--yes"), "is not UTF-8"),

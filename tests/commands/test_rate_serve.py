@@ -16,8 +16,8 @@ from tests.conftest import RunCli
         (["rate", "nowhere"], "not a run folder"),
         (["rate", "RUN", "--raters", " ,"], "--raters: contains no name"),
         (["serve", "nowhere", "--port", 0], "not a run folder"),
-        (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot be bound"),
-        (["rate", "RUN", "--port", "TAKEN"], "cannot be bound"),
+        (["rate", "RUN", "--host", "203.0.113.1"], "203.0.113.1:8010: cannot listen there"),
+        (["rate", "RUN", "--port", "TAKEN"], "cannot listen there"),
         (["serve", "RUN", "--port", 70000], "--port"),
     ],
 )

@@ -212,7 +212,7 @@ def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> 
         ("csv", 'a,b\n"1,2\n', "unexpected end of data"),
         ("csv", "", "it is empty"),
         ("csv", b"\xff", "is not UTF-8: byte 0xff"),
-        ("json", "", "'json' is none of open-webui, gradio, trl, csv"),
+        ("json", "", "'json' is not one of open-webui, gradio, trl, csv"),
     ],
 )
 def test_what_is_not_of_the_format_is_an_error(

@@ -20,7 +20,7 @@ def test_a_command_for_one_process_is_refused_once(
     command: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, said in (("0", f"{command} is for one process, and a launcher has started 2"), ("1", "")):
+    for rank, said in (("0", f"{command} runs in one process, but a launcher has started 2"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         status, text = run_cli(command, "runs/any", *(["reward"] if command == "evaluate" else []))
         assert status == 2

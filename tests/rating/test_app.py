@@ -118,7 +118,7 @@ def test_two_raters_are_asked_the_same_and_their_agreement_is_known(file: Path) 
     ]
     answer = client.post("/api/next", json={"rater": "cy"})
     assert answer.status_code == 400
-    assert "cy is none of the raters: ann, bo" in answer.json()["error"]
+    assert "cy is not one of the raters: ann, bo" in answer.json()["error"]
 
 
 def test_it_goes_on_where_it_was_left(file: Path) -> None:

@@ -156,14 +156,14 @@ def test_one_process_writes_it_and_rows_of_others_stay(file: Path) -> None:
     log.add(one(), "ann", UP)
     assert [rating.dialogue for rating in read(file).ratings] == ["a", "d1"]
     assert read(file).prompts[0].columns == {"rated": "by hand"}
-    with pytest.raises(UserError, match="another rate is writing this file"):
+    with pytest.raises(UserError, match="another `rate` is writing this file"):
         RatingLog(file)
     with pytest.raises(UserError, match="cannot be written"):
         RatingLog(file.parent / "none" / "ratings.jsonl")
     log.close()
     file.write_text('{"prompt": "a", "completion": "b", "label": 1, "rated": {"id": "1"}}\n')
     with pytest.raises(
-        UserError, match=r"ratings.jsonl:1: is not a rating as rate writes them: rated.question: Field"
+        UserError, match=r"ratings.jsonl:1: is not a rating in the format of rate: rated.question: Field"
     ):
         RatingLog(file)
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_asked_is_refused(run: LoadedRun, monkeypatch: pytest.Mon
     questions = Questions(run)
     monkeypatch.setattr(run, "complete", lambda contexts, *_, **__: ["" for _ in contexts])
     for draw in (lambda: questions.draw(1, set()), lambda: questions.draw_for(questions.contexts[0][0], 1)):
-        with pytest.raises(UserError, match="4 draws in turn gave nothing but empty"):
+        with pytest.raises(UserError, match="4 attempts gave only empty"):
             draw()
     monkeypatch.setattr(run, "results", replace(run.results, reward=None))
     with pytest.raises(UserError, match="no finished reward model to choose by"):

@@ -50,7 +50,7 @@ def test_it_is_fitted_and_told(
     blends = json.loads((out / "report.json").read_text())["stages"]["reward"]["blends"]
     assert len(blends) == reward.get("members", 1)
     assert all(one["model"] > 0 and one["words"] > 0 for one in blends)
-    assert "Scores are the sum of the model's and TF-IDF's of the words" in " ".join(text.split())
+    assert "Scores are the sum of the model's score and a TF-IDF score" in " ".join(text.split())
 
 
 def test_a_single_pair_to_validate_on(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:

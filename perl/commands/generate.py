@@ -13,19 +13,20 @@ from perl.system.progress import console, counted
 def generate(
     run: Run,
     role: Annotated[
-        str | None,
-        typer.Option("--role", metavar="ROLE", help="base, sft or policy; the last one trained by default."),
-    ] = None,
+        str, typer.Argument(metavar="ROLE", help="base, sft or policy; if left out, the last trained.")
+    ],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help=FILE, show_default=False)] = None,
+    role_option: Annotated[str | None, typer.Option("--role", hidden=True)] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, else 128.")
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, else 1.")
+        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, or 1.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed for sampling.")] = 0,
     out: Out = None,
 ) -> None:
-    """Sample completions of a file's prompts from a role: JSON Lines that `score` and `data check` read."""
+    """Generate a role's completions of the prompts in a file: JSON Lines that `score` and `data check` read."""
     say_loading()
     from perl.library import load_run
     from perl.rl.rewards.function import messages

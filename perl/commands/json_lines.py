@@ -13,7 +13,8 @@ from perl.data.rows import Row, RowError, line_value, no_usable_row, numbered_li
 from perl.errors import UserError
 from perl.system.files import user_named, write_whole
 
-Lines = Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, as `data check` describes them.")]
+FILE = "JSON Lines, as `data check` describes them."
+Lines = Annotated[Path, typer.Argument(metavar="FILE", help=FILE)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to this file, not to stdout.")]
 REMEDY = "Fix or remove that line: every line read gives one line of output."
 

@@ -134,7 +134,7 @@ def test_a_stage_that_writes_is_refused(
     code, said = run_cli("run", recipe, "--out", tmp_path / "run")
     assert code == 2, said
     assert "is an encoder" in said
-    assert "no section but reward" in " ".join(said.split())
+    assert "only a reward section" in " ".join(said.split())
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""The kinds of adapters: what each puts into the base, and what it computes."""
+"""The kinds of adapters."""
 
 from perl.adapters.bottleneck import Parallel, Series
 from perl.adapters.dora import Dora
@@ -22,6 +22,6 @@ ADAPTERS: dict[str, type[AdapterKind]] = {
     "tinylora": TinyLora,
     "prefix": Prefix,
 }
-"""Every kind by its name in a recipe. A plugin adds to it: `ADAPTERS["mine"] = Mine`."""
+"""All kinds, by their names in a recipe. A plugin can add one: `ADAPTERS["mine"] = Mine`."""
 
 __all__ = ["ADAPTERS", "AdapterKind"]

@@ -1,6 +1,6 @@
-"""Bottleneck adapters: s · up · f(down · x) added to what a part of a block gives; up is zero at the start.
+"""Bottleneck adapters: s · up · f(down · x) is added to the output of a part of a block; up starts at zero.
 
-Letters: N tokens, I the width of what an adapter is given, O of what the part gives, K the bottleneck.
+Letters: N tokens, I the width of an adapter's input, O that of the part's output, K the bottleneck.
 """
 
 import math
@@ -22,17 +22,17 @@ from perl.errors import UserError
 from perl.recipe.adapter import BottleneckSettings
 
 NAMES = {"mlp": ("mlp", "ffn", "feed_forward"), "attention": ("attn", "attention")}
-"""What is in the name of a block's part of this kind."""
+"""Words that occur in the name of a block's part of each kind."""
 
 
 class Bottleneck(AdapterKind):
-    """Adapters on parts of blocks; a subclass says what they are given."""
+    """Adapters on parts of blocks; a subclass defines their input."""
 
     settings_type = BottleneckSettings
     mark = "bottleneck_adapter"
     rate_factor = 3.0
     takes_output: ClassVar[bool]
-    """Whether an adapter is given what its part gives, or what its part is given."""
+    """Whether an adapter's input is its part's output, rather than its part's input."""
     settings: BottleneckSettings
 
     def __init__(self, lm: PreTrainedModel, settings: BottleneckSettings) -> None:
@@ -49,10 +49,10 @@ class Bottleneck(AdapterKind):
         return f"{self.settings.kind} adapters of bottleneck {self.settings.bottleneck}"
 
     def _choose(self) -> dict[str, tuple[int, int]]:
-        """The parts that get an adapter, with the widths of what they are given and give.
+        """Return the parts that get an adapter, with the widths of the adapter's input and the part's output.
 
         Raises:
-            UserError: the blocks have no such part, or one of another width than the blocks themselves.
+            UserError: the blocks have no such part, or its width differs from that of the blocks.
         """
         settings, hidden = self.settings, self.lm.config.get_text_config().hidden_size
         layers = chosen_layers(self.lm, settings.layers, self.section)
@@ -67,7 +67,7 @@ class Bottleneck(AdapterKind):
             raise UserError(
                 f"blocks have no part {missing or settings.targets!r}",
                 where=f"{self.section}.targets",
-                remedy=f"Name some of theirs: {', '.join(there)}.",
+                remedy=f"They have {', '.join(there)}.",
             )
         return {part: self._width(part, shapes, hidden) for part, shapes in wanted.items()}
 
@@ -79,14 +79,14 @@ class Bottleneck(AdapterKind):
         takes = self.takes_output or any(inputs == hidden for inputs, _ in shapes)
         if not (gives and takes):
             raise UserError(
-                f"{part} does not {'give' if takes else 'take'} hidden states",
+                f"{part} does not {'return' if takes else 'take'} hidden states",
                 where=f"{self.section}.targets",
                 remedy="Name parts of a block that do, such as its MLP.",
             )
         return hidden, hidden
 
     def inject(self, role: str) -> None:
-        """Give each part the role's two maps, and at first a hook that adds what they compute."""
+        """Add the role's two maps to each part, and for the first role a hook that adds their output."""
         for name, (inputs, outputs) in self._widths.items():
             part = self.lm.get_submodule(name)
             if not hasattr(part, self.mark):
@@ -98,7 +98,7 @@ class Bottleneck(AdapterKind):
             getattr(part, self.mark)[role] = _Maps(inputs, outputs, self.settings.bottleneck, device)
 
     def _add(self, part: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        """What a part gives with the active role's adapter."""
+        """Return a part's output with the active role's adapter."""
         if self.active is None:
             return output
         y = _first(output)
@@ -107,17 +107,17 @@ class Bottleneck(AdapterKind):
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _computed(self, part: Any, role: str, x: Tensor) -> Tensor:
-        """The output of an adapter, in the dtype of its input."""
+        """Return the output of an adapter, in the dtype of its input."""
         maps = getattr(part, self.mark)[role]
         narrow = self._activation(F.linear(x, maps.down.to(x.dtype)))
         return self.settings.scale * F.linear(narrow, maps.up.to(x.dtype))
 
     def starting_value(self, name: str) -> float | None:
-        """The map up begins at zero, the one down is drawn."""
+        """Return zero for `up`; `down` is random."""
         return 0.0 if name.endswith("up") else None
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """Parts that need nothing but hidden states: no attention."""
+        """Yield the parts whose only input is hidden states, i.e. not attention."""
         for name, (inputs, _) in self._widths.items():
             part: Any = self.lm.get_submodule(name)
             if not _wanted(_own_name(name), "attention"):
@@ -131,9 +131,9 @@ class Bottleneck(AdapterKind):
         return self._computed(part, role, given)
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Units of the bottleneck whose column is as it began in every map up.
+        """Count the units of the bottleneck whose column is unchanged in every `up`.
 
-        Under relu a unit that no token switched on has no gradient, which is ordinary for short completions.
+        Under relu a unit that no token activates has no gradient, which is common with short completions.
         """
         if self.settings.activation == "relu":
             return 0
@@ -152,7 +152,7 @@ class _Maps(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of what a part gives; some give more."""
+    """Return the hidden states in a part's output, which may contain more."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
@@ -162,9 +162,9 @@ def _without_rest(part: Any) -> Any:
 
 
 def _part_of(name: str) -> str:
-    """The part of its block that a module is in: `layers.3.mlp` of `layers.3.mlp.up_proj`.
+    """Return the part of the block that a module is in: `layers.3.mlp` for `layers.3.mlp.up_proj`.
 
-    Lists are no parts, as they compute nothing: `block.3.layer.1.DenseReluDense` of T5.
+    Lists do not count as parts, as they compute nothing: in T5, `block.3.layer.1.DenseReluDense` is a part.
     """
     index = f".{layer_index(name)}."
     block, _, inner = name.partition(index)
@@ -185,7 +185,7 @@ def _wanted(own: str, targets: str | list[str]) -> bool:
 
 
 def _missing(targets: str | list[str], there: list[str]) -> str:
-    """The first kind or name that no part has; empty if all are there."""
+    """Return the first kind or name that matches no part; empty if all match."""
     given = targets if isinstance(targets, list) else list(NAMES) if targets == "both" else [targets]
     for one in given:
         if not any(_wanted(own, [one] if isinstance(targets, list) else one) for own in there):
@@ -194,18 +194,18 @@ def _missing(targets: str | list[str], there: list[str]) -> str:
 
 
 class Series(Bottleneck):
-    """Series adapters (Houlsby et al. 2019, arXiv 1902.00751): each transforms what a part of a block gives.
+    """Series adapters (Houlsby et al. 2019, arXiv 1902.00751): each transforms the output of a part of a block.
 
-    y + s · up · f(down · y), where y is what a part gives, before it is added to the residual stream.
+    y + s · up · f(down · y), where y is the part's output before it is added to the residual stream.
     """
 
     takes_output = True
 
 
 class Parallel(Bottleneck):
-    """Parallel adapters (He et al. 2022, arXiv 2110.04366): each computes beside a part of a block.
+    """Parallel adapters (He et al. 2022, arXiv 2110.04366): each computes in parallel with a part of a block.
 
-    y + s · up · f(down · x), where a part is given x and gives y.
+    y + s · up · f(down · x), where x is the part's input and y its output.
     """
 
     takes_output = False

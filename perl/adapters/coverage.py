@@ -1,4 +1,4 @@
-"""How much of a base its adapters reach: of the matrices in its blocks, which are most of what it knows."""
+"""How much of a base its adapters cover: the share of the weights in its blocks' matrices."""
 
 from collections.abc import Set
 from typing import NamedTuple
@@ -12,22 +12,22 @@ HALF = 0.5
 
 
 class Coverage(NamedTuple):
-    """Which of the blocks' matrices have an adapter beside them."""
+    """The blocks' matrices that have an adapter."""
 
     share: float
-    """Of the weights of all matrices in the blocks, those in matrices with an adapter."""
+    """Share of the weights of all matrices in the blocks that are in matrices with an adapter."""
     without: list[str]
-    """Matrices that have an adapter in no block, by their names in a block."""
+    """Matrices without an adapter in any block, by their names in a block."""
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return a one-line summary."""
         percent = "all" if self.share == 1 else f"{100 * self.share:.3g} %"
         but = f"; none on {', '.join(self.without)}" if self.without else ""
         return f"The adapters cover {percent} of the blocks' matrix weights{but}."
 
 
 def coverage(lm: PreTrainedModel, adapted: Set[str]) -> Coverage:
-    """What adapters beside these weights reach; the base has none yet, and its weights are whole."""
+    """Return the coverage of adapters on these weights; the base has none yet, and its weights are not sharded."""
     sizes = {
         name: weights_of(parameter)
         for name, parameter in lm.named_parameters()
@@ -41,6 +41,6 @@ def coverage(lm: PreTrainedModel, adapted: Set[str]) -> Coverage:
 
 
 def _in_a_block(name: str) -> str:
-    """A weight's name without the block's: `mlp.down_proj` of `model.layers.3.mlp.down_proj.weight`."""
+    """Return a weight's name inside its block: `mlp.down_proj` for `model.layers.3.mlp.down_proj.weight`."""
     _, _, inner = name.partition(f".{layer_index(name)}.")
     return inner.removesuffix(".weight")

@@ -1,7 +1,7 @@
-"""DoRA: LoRA on the directions of a weight's rows, whose lengths m are learned too (arXiv 2402.09353).
+"""DoRA: LoRA on the directions of a weight's rows, with learned magnitudes m (arXiv 2402.09353).
 
-y = m / n * (W x + s B A x) + bias, where n are the norms of the rows of W + s B A, through which no gradient goes.
-Training is peft's forward. While a role samples n is kept: taking it costs more than a token's products.
+y = m / n * (W x + s B A x) + bias, where n are the norms of the rows of W + s B A, without gradients. Training
+uses peft's forward. During sampling n is cached: computing it costs more than a token's products.
 
 Letters: N tokens, I inputs and O outputs of a layer, R rank.
 """
@@ -25,7 +25,7 @@ from perl.recipe.adapter import DoraSettings
 
 
 class Dora(Lora):
-    """DoRA by peft."""
+    """DoRA with peft's layers."""
 
     settings_type = DoraSettings
     section = "adapter"
@@ -34,15 +34,15 @@ class Dora(Lora):
     rescales = True
 
     def peft_config(self) -> LoraConfig:
-        """As LoRA's, with lengths.
+        """Return LoRA's configuration, with magnitudes.
 
         Raises:
-            UserError: of experts there are none.
+            UserError: a target belongs to experts.
         """
         config = super().peft_config()
         if config.target_parameters:
             raise UserError(
-                f"{self} is for linear layers, and {config.target_parameters[0]} is of experts",
+                f"{self} is for linear layers only, and {config.target_parameters[0]} belongs to experts",
                 where="adapter.targets",
                 remedy="Name targets without the experts, such as attention, or use kind lora.",
             )
@@ -50,10 +50,10 @@ class Dora(Lora):
         return config
 
     def use(self, engine: Engine) -> None:
-        """Refuse weights that are spread over processes: their rows' norms are taken in each pass."""
+        """Refuse engines that shard the base: the norms of rows are computed in each pass."""
         if engine.shards_base:
             raise UserError(
-                f"{engine.name} spreads the base's weights over the processes, and DoRA takes norms of whole ones",
+                f"{engine.name} shards the base's weights, and DoRA needs the norms of whole rows",
                 where="adapter.kind: dora",
                 remedy="Launch with recipes/engines/ddp.yaml or zero2.yaml, or use kind lora.",
             )
@@ -61,7 +61,7 @@ class Dora(Lora):
 
     @torch.no_grad()
     def inject(self, role: str) -> None:
-        """By peft; the lengths are taken in fp32, so that the role begins as the base whatever its dtype."""
+        """Inject with peft; magnitudes are computed in fp32, so that a new role equals the base in any dtype."""
         super().inject(role)
         for layer in self._layers:
             compute_as(layer, _KeepsNorms)
@@ -69,22 +69,22 @@ class Dora(Lora):
             magnitude.weight.data = _norms(layer, role)
 
     def train(self, mode: bool) -> None:
-        """The forward of peft drops inputs only if the layer itself is in training mode."""
+        """Switch dropout, which peft's forward applies only if the layer itself is in training mode."""
         super().train(mode)
         for layer in self._layers:
             layer.training = mode
 
     def sampling(self, role: str) -> AbstractContextManager[Any]:
-        """Inside, the norms are those of now."""
+        """Use the current norms inside the context."""
         return _kept_norms(self._layers, role)
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """All: what each adds is known by the definition."""
+        """Yield all layers: the definition covers each."""
         return PeftKind.layers(self, role)
 
     @torch.no_grad()
     def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
-        """By the definition, with the norms that are kept, if they are: while sampling W cannot be read."""
+        """Compute it by definition, with the cached norms if there are any: W cannot be read during sampling."""
         base = layer.get_base_layer()
         y_NO: Tensor = base(x_NI.to(self.lm.dtype)).float()
         plain_NO = y_NO if base.bias is None else y_NO - base.bias.float()
@@ -94,30 +94,30 @@ class Dora(Lora):
         return (factor_O - 1) * plain_NO + factor_O * super().added(layer, role, x_NI)
 
     def delta(self, layer: Any, role: str) -> Tensor:
-        """The difference of m / n (W + s B A) from W."""
+        """Return m / n (W + s B A) - W."""
         weight: Tensor = layer.get_base_layer().weight.float()
         whole = weight + super().delta(layer, role)
         factor_O: Tensor = layer.lora_magnitude_vector[role].weight.float() / _norms(layer, role)
         return (factor_O if self._transposed else factor_O[:, None]) * whole - weight
 
     def name_here(self, name: str) -> str:
-        """As peft renames lengths on saving."""
+        """Rename magnitudes as peft does when saving."""
         return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """What it adds to every weight."""
+        """Yield what it adds to every weight."""
         return PeftKind.deltas(self, role)
 
 
 class _Kept(NamedTuple):
-    """The norms of one adapter."""
+    """Cached norms of one adapter."""
 
     name: str
     norms_O: Tensor
 
 
 def _norms(layer: Any, name: str) -> Tensor:
-    """The norms of the rows of W + s B A (O,), fp32, by peft's own functions: its forward takes the same."""
+    """Return the norms of the rows of W + s B A (O,), fp32, computed with peft's functions as in its forward."""
     magnitude = layer.lora_magnitude_vector[name]
     factors = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
     lora_OI = magnitude.get_lora_weight(**factors).detach().float()
@@ -127,7 +127,7 @@ def _norms(layer: Any, name: str) -> Tensor:
 
 
 class _KeepsNorms:
-    """peft's forward of a DoRA layer, which can be given the norms."""
+    """peft's forward of a DoRA layer, with the option of cached norms."""
 
     kept: _Kept | None = None
 
@@ -146,7 +146,7 @@ class _KeepsNorms:
 
 @contextlib.contextmanager
 def _kept_norms(layers: list[Any], name: str) -> Iterator[None]:
-    """Inside, the norms of this adapter are those of now: for many forwards without gradients."""
+    """Cache this adapter's current norms inside the context, for many forwards without gradients."""
     with torch.no_grad():
         for layer in layers:
             layer.kept = _Kept(name, _norms(layer, name))

@@ -1,14 +1,14 @@
 """LoRA on experts: y = (W_e + s B_e A_e) x for the tokens that a router sends to expert e.
 
-transformers keeps the experts of a layer in one 3-D parameter, which is no linear layer. peft has adapters for
-such parameters (`target_parameters`), whose forward writes W + s B A out in the base's dtype: on a bf16 base what
-is learned is rounded off, and all experts are copied at every pass. Their weights, names and shape on disk are
-used here, not that forward: here B A x is computed beside W x, as for linear layers, and nothing is written out.
+transformers stores the experts of a layer in one 3-D parameter instead of linear layers. peft has adapters for
+such parameters (`target_parameters`), whose forward materializes W + s B A in the base's dtype: on a bf16 base
+what is learned is rounded off, and all experts are copied in every pass. We use their weights, names and shapes on
+disk, but not that forward: we compute B A x next to W x, as for linear layers, and materialize nothing.
 
-What the experts of an architecture have in common is what transformers' `use_experts_implementation` says of them;
-experts without it get no adapter. Tests compare with weights that are merged.
+The interface of an architecture's experts is that of transformers' `use_experts_implementation`; experts without
+it get no adapter. Tests compare with merged weights.
 
-Axis letters: N tokens, K experts a token, S = N K pairs of both, sorted by expert; E experts, I inputs and
+Axis letters: N tokens, K experts per token, S = N K pairs of both, sorted by expert; E experts, I inputs and
 O outputs of a product, R rank, D hidden.
 """
 
@@ -31,9 +31,9 @@ from perl.private.transformers import gated
 
 @contextlib.contextmanager
 def targets_as_named() -> Iterator[None]:
-    """Inside, peft puts adapters where the configuration says.
+    """Make peft inject adapters exactly where the configuration says.
 
-    In some architectures it takes linear layers with the names of former experts (`gate_proj`, say) for experts:
+    In some architectures it mistakes linear layers with names of former experts (such as `gate_proj`) for experts:
     it would leave out the shared experts and dense blocks, and double the rank of all experts instead.
     """
     with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
@@ -41,17 +41,17 @@ def targets_as_named() -> Iterator[None]:
 
 
 def is_read_as_named(lora: LoraConfig, lm: PreTrainedModel) -> bool:
-    """Whether plain peft puts adapters where this configuration says: see `targets_as_named`."""
+    """Return whether unpatched peft injects where this configuration says: see `targets_as_named`."""
     read = copy.deepcopy(lora)
     try:
         transformers_weight_conversion.convert_peft_config_for_transformers(read, lm, None)
-    except ValueError:  # it would take some of the names for half of an expert
+    except ValueError:  # it mistakes some of the names for half of an expert
         return False
     return set(read.target_modules or ()) == set(lora.target_modules or ())
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """The parameters of a module that are experts' matrices (E, I, O) or (E, O, I), if it holds such experts."""
+    """Return the names of a module's parameters that are experts' matrices, (E, I, O) or (E, O, I)."""
     if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate")):
         return []
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
@@ -67,7 +67,7 @@ class _Factors(NamedTuple):
 
 
 def _factors(layer: Any, name: str) -> _Factors:
-    """As peft keeps them: A is (E R, I), an expert's ranks together, and B (O, R E), a rank's experts."""
+    """Reshape peft's factors: A is (E R, I), grouped by expert, and B (O, R E), grouped by rank."""
     a, b, experts = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.num_experts
     a_EIR = a.view(experts, -1, a.shape[1]).transpose(1, 2)
     b_ERO = b.view(b.shape[0], -1, experts).permute(2, 1, 0)
@@ -76,15 +76,15 @@ def _factors(layer: Any, name: str) -> _Factors:
 
 @torch.no_grad()
 def expert_delta(layer: ParamWrapper, name: str) -> Tensor:
-    """The product s B A of every expert, fp32, in the layout of the parameter that the layer is on."""
+    """Return the product s B A of every expert, fp32, in the layout of the layer's parameter."""
     a_EIR, b_ERO, scale = _factors(layer, name)
     delta_EIO = scale * (a_EIR.float() @ b_ERO.float())
     return delta_EIO if layer.get_base_layer().is_transposed else delta_EIO.transpose(1, 2)
 
 
 def _grouped(x_SI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Each row of x times its expert's matrix (S, O)."""
-    width = 16 // w_EIO.element_size()  # torch's kernel wants rows of whole 16 bytes
+    """Multiply each row of x by its expert's matrix; (S, O)."""
+    width = 16 // w_EIO.element_size()  # torch's kernel needs rows that are multiples of 16 bytes
     if hasattr(F, "grouped_mm") and w_EIO.shape[1] % width == w_EIO.shape[2] % width == 0:
         product: Tensor = F.grouped_mm(x_SI, w_EIO, offs=ends_E)
         return product
@@ -97,7 +97,7 @@ def _adapted(x_SI: Tensor, w_EIO: Tensor, factors: _Factors | None, ends_E: Tens
     if factors is None:
         return y_SO
     a_EIR, b_ERO, scale = factors
-    more = -a_EIR.shape[2] % (16 // x_SI.element_size())  # ranks of zeros, for the kernel's sake
+    more = -a_EIR.shape[2] % (16 // x_SI.element_size())  # zero ranks, for the kernel
     a_EIR = F.pad(a_EIR.to(x_SI.dtype), (0, more))
     b_ERO = F.pad(b_ERO.to(x_SI.dtype), (0, 0, 0, more))
     h_SR = _grouped(x_SI, a_EIR.contiguous(), ends_E)
@@ -107,7 +107,7 @@ def _adapted(x_SI: Tensor, w_EIO: Tensor, factors: _Factors | None, ends_E: Tens
 def _forward(
     experts: Any, hidden_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, factors: dict[str, _Factors]
 ) -> Tensor:
-    """As transformers' own `grouped_mm_experts_forward`, with an adapter beside each product."""
+    """Compute transformers' `grouped_mm_experts_forward` with an adapter on each product."""
     expert_S, order_S = experts_NK.reshape(-1).sort(stable=True)
     every_E = torch.arange(experts.num_experts, device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, every_E, right=True, out_int32=True)
@@ -132,7 +132,7 @@ def _forward(
 
 
 class _OneAdapter:
-    """The forward of peft's layers on the parameters of some experts, which are one inside the other."""
+    """The forward of peft's layers on experts' parameters, which are nested."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts = self.get_base_layer()
@@ -150,5 +150,5 @@ def _nested(layer: Any) -> Iterator[Any]:
 
 
 def compute_with_one_adapter(layer: ParamWrapper) -> None:
-    """Let peft's layer on experts compute as this module says."""
+    """Replace the forward of peft's layer on experts with this module's."""
     compute_as(layer, _OneAdapter)

@@ -1,6 +1,6 @@
-"""A folder with an adapter that was trained elsewhere, by peft or by another run: what it is, and what is refused.
+"""A folder with an adapter that peft or another run has trained: its kind and settings, and which are refused.
 
-A recipe that names one (`sft.adapter: DIR`) has the kind and the shape that the folder's configuration says.
+A recipe that names one (`sft.adapter: DIR`) gets the kind and the shape from the folder's configuration.
 """
 
 import json
@@ -21,11 +21,11 @@ from perl.recipe.adapter import LORA, REFUSED
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Of the names of tensors on disk."""
+"""Prefix of the names of tensors on disk."""
 STARTS = ("gaussian", "eva", "orthogonal")
-"""Of the ways by name to start LoRA, those that leave the base as it is."""
+"""Named initializations of LoRA that leave the base unchanged."""
 PLACES = ("targets", "layers")
-"""Settings that only a model can compare."""
+"""Settings that can be compared only on a model."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class AdapterFolder:
     Attributes:
         where: the recipe's key and the folder, for messages.
         config: the content of its adapter_config.json.
-        settings: what a recipe's section of this kind would say, without `kind`.
-        names: of its tensors.
+        settings: the equivalent recipe section of this kind, without `kind`.
+        names: the names of its tensors.
     """
 
     path: Path
@@ -47,15 +47,15 @@ class AdapterFolder:
     names: Sequence[str]
 
     def refuse_conflicts(self, kind: str, said: Mapping[str, Any], by: str = "the recipe") -> None:
-        """Compare it with what a recipe says.
+        """Compare the folder with a recipe's settings.
 
         Args:
             kind: of the recipe's adapters.
-            said: keys of their section; those that are left out are free.
-            by: who says it: the recipe itself, or the folder that another stage starts from.
+            said: the keys set in their section; omitted keys do not conflict.
+            by: source of these settings: the recipe itself, or the folder that another stage starts from.
 
         Raises:
-            UserError: naming both sides of the first conflict.
+            UserError: there is a conflict; the message names both sides of the first one.
         """
         section = LORA if kind == LORA else "adapter"
         conflicts = [("kind", kind, self.kind)] if kind != self.kind else []
@@ -75,13 +75,13 @@ class AdapterFolder:
 
 
 def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
-    """What an adapter on disk is; its weights are not read.
+    """Read an adapter's configuration and names of tensors from disk, but not its weights.
 
     Args:
-        where: the recipe's key that names it.
+        where: the recipe key that names it.
 
     Raises:
-        UserError: no such folder, broken or pickled files, or an adapter of a kind that is not here.
+        UserError: there is no such folder, its files are broken or pickled, or the kind is not supported.
     """
     where = f"{where}: {path}"
     if not (path / CONFIG).is_file():
@@ -105,10 +105,10 @@ def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
 
 
 def _kind(config: Mapping[str, Any], where: str) -> str:
-    """The kind of adapters, by its name in a recipe.
+    """Return the kind of adapter, by its name in a recipe.
 
     Raises:
-        UserError: it is not here, with the reason where there is one.
+        UserError: the kind is not supported, with the reason if there is a specific one.
     """
     given = str(config.get("peft_type") or config.get("kind")).lower()
     start = config.get("init_lora_weights", True)
@@ -123,7 +123,7 @@ def _kind(config: Mapping[str, Any], where: str) -> str:
     raise UserError(
         f"adapters of kind {given} are not supported{why}",
         where=where,
-        remedy=f"There are {', '.join(ADAPTERS)}.",
+        remedy=f"Supported kinds: {', '.join(ADAPTERS)}.",
     )
 
 
@@ -133,17 +133,17 @@ def _tensor_names(path: Path, where: str) -> list[str]:
         raise UserError(
             f"its weights are in {pickles[0]}, and pickles are never read",
             where=where,
-            remedy="Load it where you trust it, and save it by save_pretrained: that writes safetensors.",
+            remedy="Load it where you trust it, and save it with save_pretrained, which writes safetensors.",
         )
     with safe_open(path / WEIGHTS, framework="pt") as file:
         return list(file.keys())
 
 
 def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dict[str, object]:
-    """What a recipe would say.
+    """Return the equivalent recipe settings.
 
     Raises:
-        ValueError: it could not.
+        ValueError: there are none.
     """
     row = ADAPTERS[kind]
     if issubclass(row, PeftKind):
@@ -161,7 +161,7 @@ def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dic
 
 
 def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, object]:
-    """`targets` and `layers` as a recipe would say them, by modules' own names where these with the blocks do."""
+    """Return the equivalent `targets` and `layers`, with short names of modules where they are sufficient."""
     given = config.get("target_modules") or []
     named = [*given, *(config.get("target_parameters") or [])]
     if isinstance(given, str) or any(layer_index(name) is None for name in named):  # then the tensors tell

@@ -1,4 +1,4 @@
-"""(IA)³: a learned factor on each output of a layer, or on each of its inputs (arXiv 2205.05638).
+"""(IA)³: a learned factor on each output of a layer, or on each input (arXiv 2205.05638).
 
 Letters: N tokens, I inputs and O outputs of a layer.
 """
@@ -23,7 +23,7 @@ from perl.recipe.adapter import Ia3Settings
 
 
 class Ia3(PeftKind):
-    """(IA)³ by peft. Inputs have factors in the MLP's last layer, if peft's table has the architecture."""
+    """(IA)³ with peft's layers; factors are on the inputs of the MLP's last layer if peft's table names it."""
 
     settings_type = Ia3Settings
     mark = "ia3_"
@@ -41,7 +41,7 @@ class Ia3(PeftKind):
             names = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model_type)
             if names is None:
                 raise UserError(
-                    f"peft does not say where (IA)³ has its factors in models of type {model_type}",
+                    f"peft has no default targets of (IA)³ for models of type {model_type}",
                     where="adapter.targets",
                     remedy="Set it to attention, all-linear or names of modules.",
                 )
@@ -57,12 +57,12 @@ class Ia3(PeftKind):
         )
 
     def starting_value(self, name: str) -> float:
-        """A factor begins at one."""
+        """Return one, the initial value of a factor."""
         return 1.0
 
     @torch.no_grad()
     def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
-        """By the definition; while sampling the base's weight cannot be read, but it computes."""
+        """Compute it by definition, with the base's forward: its weight cannot be read during sampling."""
         base = layer.get_base_layer()
         change: Tensor = layer.ia3_l[role].float().flatten() - 1
         if not layer.is_feedforward:
@@ -75,14 +75,14 @@ class Ia3(PeftKind):
         return y_NO.float()
 
     def delta(self, layer: Any, role: str) -> Tensor:
-        """The weight, times what its factors have above one."""
+        """Return the weight times (factors - 1)."""
         factors: Tensor = layer.ia3_l[role].float()  # (1, I) or (O, 1)
         weight: Tensor = dequantize_module_weight(layer.get_base_layer())
         return (factors.T if self._transposed else factors).sub(1) * weight.float()
 
     @torch.no_grad()
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """Of weights, and of biases where outputs have factors."""
+        """Yield the changes of weights, and of biases where outputs have factors."""
         yield from super().deltas(role)
         for name, layer in self.named_layers():
             bias = layer.get_base_layer().bias

@@ -1,8 +1,8 @@
-"""What a kind of adapters is to all that uses one.
+"""The interface of a kind of adapter.
 
-A kind says where its parameters are (`mark`), what it puts into the model (`inject`, `adapted`), whose parameters
-take part (`activate`) and how the model is restored (`remove`). The rest has defaults. Letters: N tokens, I inputs
-and O outputs of a layer.
+A kind defines how its parameters are named (`mark`), what is added to the model (`inject`, `adapted`), how a
+role's parameters are activated (`activate`) and how the model is restored (`remove`). The rest has defaults.
+Letters: N tokens, I inputs and O outputs of a layer.
 """
 
 import contextlib
@@ -29,62 +29,62 @@ CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer whose output is known without the adapter, and what the adapter is defined to add to it."""
+    """A layer that can be computed without its adapter, and what the adapter adds to its output by definition."""
 
     name: str
     layer: Callable[[Tensor], Tensor]
-    """With the adapter, (..., I) to (..., O)."""
+    """The layer with the adapter, (..., I) to (..., O)."""
     base: Callable[[Tensor], Tensor]
-    """Without it."""
+    """The layer without the adapter."""
     inputs: int
-    """I."""
+    """Number of inputs, I."""
     added: Callable[[Tensor], Tensor]
-    """Of x (N, I) in fp32, by the definition: (N, O) in fp32."""
+    """What the adapter adds for x (N, I) in fp32, by definition: (N, O) in fp32."""
     active: frozenset[str]
-    """The roles whose adapters compute now."""
+    """The roles whose adapters are active now."""
 
 
 class AdapterKind(ABC):
     """Adapters of one kind and shape, for every role on one frozen model.
 
-    All parameters are in modules inside the model. The name of one is `...MARK...`, with the role's name as one of
-    the parts after the mark: `layers.0.q_proj.lora_A.policy.weight`. `requires_grad` is never the kind's business.
+    All parameters are in modules inside the model. Their names have the form `...MARK...`, with the role's name as
+    one of the parts after the mark: `layers.0.q_proj.lora_A.policy.weight`. A kind never sets `requires_grad`.
 
     Args:
-        lm: the model that the adapters are for; it has none yet, and nothing is put in so far.
-        settings: the recipe's, of `settings_type`.
+        lm: the model that the adapters are for; it has none yet, and the constructor injects none.
+        settings: from the recipe, of type `settings_type`.
 
     Raises:
         UserError: the settings do not fit the model.
     """
 
     settings_type: ClassVar[type[Section]] = AdapterSettings
-    """What a recipe can say of this kind."""
+    """The settings that a recipe can have for this kind."""
     section: ClassVar[str] = "adapter"
-    """The recipe's section that has the settings."""
+    """The recipe section with the settings."""
     mark: ClassVar[str]
-    """Is in the name of every parameter of an adapter, and of none of the base."""
+    """Part of the name of every adapter parameter, and of no parameter of the base."""
     wrapper: ClassVar[str] = ""
-    """What injecting puts into the names of the base's own tensors, such as `base_layer.`."""
+    """What injection adds to the names of the base's own tensors, such as `base_layer.`."""
 
     rate_factor: ClassVar[float] = 1.0
-    """Of learning rates that are `auto`: how many times LoRA's suits this kind."""
+    """Factor on LoRA's learning rate for learning rates that are `auto`."""
     rescales: ClassVar[bool] = False
-    """Whether it rescales whole rows or columns of weights: what it adds to them then has no low rank."""
+    """Whether it rescales whole rows or columns of weights, so that its change of the weights is not low-rank."""
 
     adapted: frozenset[str]
-    """The base's weights that have an adapter beside them, by their names before injection."""
+    """The base's weights that have an adapter, by their names before injection."""
     active: str | None = None
-    """The role whose parameters take part in forward passes."""
+    """The role whose parameters are active in forward passes."""
 
     def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
         self.lm, self.settings = lm, settings
         self.removal = contextlib.ExitStack()
-        """Called back when the adapters are removed: what injecting has to have undone."""
+        """Callbacks that undo the injection when the adapters are removed."""
 
     @property
     def shape(self) -> list[str]:
-        """The settings that decide what the weights mean."""
+        """The settings that the meaning of the weights depends on."""
         return list(type(self.settings).model_fields)
 
     def __str__(self) -> str:
@@ -92,20 +92,20 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def inject(self, role: str) -> None:
-        """Put a role's parameters into the model; with them as they begin it computes as the base."""
+        """Add a role's parameters to the model; with their initial values it computes the same as the base."""
 
     def activate(self, role: str | None) -> None:
-        """Let this role's parameters alone take part in forward passes from now on; None: nobody's."""
+        """Make only this role's parameters active in forward passes from now on; None: no role's."""
         self.active = role
 
     def remove(self) -> None:
-        """Take all adapters out of the model, which has the modules that it was loaded with again."""
+        """Remove all adapters and restore the modules that the model was loaded with."""
         self.removal.close()
 
-    # What the names tell.
+    # What follows from the names.
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The parameters of a role, by their names without the role's."""
+        """Return the parameters of a role, by their names without the role's name."""
         found = {}
         for name, parameter in self.lm.named_parameters():
             before, _, after = name.partition(self.mark)
@@ -115,89 +115,89 @@ class AdapterKind(ABC):
         return found
 
     def base_name(self, name: str) -> str | None:
-        """The name of a tensor before injection; None if it is an adapter's."""
+        """Return the name of a tensor before injection; None if it is an adapter's."""
         return None if self.mark in name else name.replace(self.wrapper, "")
 
     def module_of(self, name: str) -> str:
-        """The module that a parameter of an adapter is beside."""
+        """Return the name of the module that an adapter parameter belongs to."""
         return name.partition(f".{self.mark}")[0]
 
     @property
     def lowest_layer(self) -> int:
-        """The lowest block that has an adapter: those below compute alike for all roles."""
+        """The lowest block that has an adapter; the output of those below is the same for all roles."""
         return min((index for name in self.adapted if (index := layer_index(name)) is not None), default=0)
 
-    # How it computes.
+    # Computation.
 
-    def use(self, engine: Engine) -> None:  # noqa: B027  most kinds go with every engine
-        """Note, before anything is injected, how the processes hold the model.
+    def use(self, engine: Engine) -> None:  # noqa: B027  most kinds work with every engine
+        """Take note, before injection, of how the processes hold the model.
 
         Raises:
-            UserError: these adapters do not compute under this engine.
+            UserError: these adapters do not work under this engine.
         """
 
     def train(self, mode: bool) -> None:  # noqa: B027  most kinds have none
-        """Switch the adapters' own dropout."""
+        """Switch the adapters' own dropout on or off."""
 
     def sampling(self, role: str) -> AbstractContextManager[Any]:
-        """Inside, the role computes many times without gradients or dropout, and does not learn."""
+        """Prepare for many forward passes as the role, without gradients, dropout or training."""
         return contextlib.nullcontext()
 
-    # What the checks of an RL run compare.
+    # For the checks in an RL run.
 
     def starting_value(self, name: str) -> float | None:
-        """What all elements of a parameter are in a new adapter; None: they are drawn."""
+        """Return the initial value of all elements of a parameter; None if they are random."""
         return None
 
     def learning_rate_ratio(self, name: str) -> float:
-        """What the learning rate is multiplied by for a parameter."""
+        """Return the factor on the learning rate for a parameter."""
         return 1.0
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """The layers whose adapters of this role can be tried one by one."""
+        """Yield the layers whose adapters of this role can be tested one by one."""
         return iter(())
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """The ranks that have moved in no module; where `start` lacks a parameter it began as a new one."""
+        """Count the ranks unchanged in all modules; a parameter that `start` lacks was newly initialized."""
         return 0
 
-    # On disk.
+    # Files.
 
     def write_config(self, folder: Path, base: str, heads: list[str] | None) -> None:
-        """Write what the weights alone do not say.
+        """Write the configuration that is needed besides the weights.
 
         Args:
-            base: the name or folder of the model.
-            heads: the modules of a head that is saved with the adapter.
+            base: name or folder of the model.
+            heads: the modules of the head that is saved with the adapter.
         """
         write_json(folder / CONFIG, self.settings.model_dump(mode="json"))
 
     def config_fits(self, folder: Path) -> bool:
-        """Whether weights written with this configuration compute here what they computed there."""
+        """Return whether weights written with this configuration compute the same here."""
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return bool(saved == self.settings.model_dump(mode="json"))
 
     def unlike(self, config: Mapping[str, Any]) -> str:
-        """What of a configuration makes its weights compute otherwise than here, beside the settings of a recipe.
+        """Describe what in a configuration, besides recipe settings, makes its weights compute differently here.
 
         Args:
-            config: of a folder with an adapter of this kind, written elsewhere.
+            config: of an adapter of this kind written by another program.
         """
         return ""
 
     def name_here(self, name: str) -> str:
-        """The name that a tensor has in a run folder, of the one that it has where it was written."""
+        """Return the name in a run folder of a tensor with this name in another program's file."""
         return name
 
     def fixed(self, role: str) -> Mapping[str, Tensor]:
-        """What is never trained, and may be on disk all the same, by its name there without peft's prefix."""
+        """Return the tensors that are never trained but may be on disk, by names without peft's prefix."""
         return {}
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
-        """Write a configuration for peft; return the tensors to write beside it, without their prefix there.
+        """Write a configuration for peft; return the tensors to write next to it, by names without peft's prefix.
 
         Raises:
-            UserError: peft would not read them as what they are.
+            UserError: peft cannot read them correctly.
         """
         if type(self).deltas is not AdapterKind.deltas:
             raise UserError(
@@ -210,13 +210,13 @@ class AdapterKind(ABC):
         )
 
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """What a role adds to the base's weights: their names before injection, and fp32 tensors of their shapes.
+        """Yield what a role adds to the base's weights: names before injection, fp32 tensors of the same shapes.
 
         Raises:
-            UserError: what it computes is no sum of weights.
+            UserError: the adapter does not amount to a change of weights.
         """
         raise UserError(
-            f"{self} cannot be merged: what they compute is not a change of weights",
+            f"{self} cannot be merged: they do not amount to a change of weights",
             where="--merge",
-            remedy="Leave the adapters beside their base: use the run folder.",
+            remedy="Keep adapters and base separate: use the run folder.",
         )

@@ -1,7 +1,7 @@
-"""LoRA by peft: W x + s B A x for linear layers and experts, its modules and names, its files.
+"""LoRA with peft's modules, names and files: W x + s B A x for linear layers and experts.
 
-peft's own forward, and its handling of several adapters, are replaced where `perl.adapters.low_rank` and
-`perl.adapters.experts` compute the same in less time. A variant of LoRA that they do not compute keeps peft's.
+peft's forward pass, and its handling of several adapters, are replaced where `perl.adapters.low_rank` and
+`perl.adapters.experts` compute the same in less time. Variants of LoRA that they do not support keep peft's.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from perl.recipe.section import Section
 
 
 class Lora(PeftKind):
-    """LoRA; a variant that peft has is a subclass whose `config` says so."""
+    """LoRA; a variant supported by peft is a subclass that sets it in `config`."""
 
     settings_type: ClassVar[type[Section]] = LoraSettings
     section = "lora"
@@ -40,9 +40,9 @@ class Lora(PeftKind):
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "alpha": "lora_alpha"}
     meaning = ("use_rslora", "use_dora", "lora_bias")
     name = "LoRA"
-    """Of the variant, for people."""
+    """Name of the variant in messages."""
     zeros_change_nothing = True
-    """Whether an adapter of zeros computes as the base."""
+    """Whether an adapter of zeros leaves the base's output unchanged."""
     settings: LoraSettings
     config: LoraConfig
 
@@ -51,25 +51,25 @@ class Lora(PeftKind):
         self.adapted |= frozenset(self.config.target_parameters or ())
         if self.config.init_lora_weights not in (True, "gaussian"):
             raise UserError(
-                f"LoRA that starts by {self.config.init_lora_weights!r} changes the base, which all roles share",
+                f"starting LoRA with {self.config.init_lora_weights!r} changes the base, which all roles share",
                 where=self.section,
-                remedy="Leave init_lora_weights as peft has it.",
+                remedy="Leave init_lora_weights at peft's default.",
             )
         self._own_forward = True
 
     @property
     def shape(self) -> list[str]:
-        """All but dropout."""
+        """All settings except dropout."""
         return ["rank", "alpha", "targets", "layers"]
 
     def __str__(self) -> str:
         return f"{self.name} of rank {self.settings.rank}, alpha {self.settings.alpha:g}"
 
     def peft_config(self) -> LoraConfig:
-        """The shape in peft's terms, with target modules named one by one.
+        """Return peft's configuration, with every target module named individually.
 
         Raises:
-            UserError: no such module or layer in the model, or a rank that none of its matrices has.
+            UserError: the model has no such module or layer, or no matrix of at least this rank.
         """
         settings, lm = self.settings, self.lm
         wanted = choose(lm, settings.targets, settings.layers, self.section)
@@ -93,18 +93,18 @@ class Lora(PeftKind):
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The scale s of B A x."""
         config = self.config
         return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
 
     def add_biases(self) -> None:
-        """Let new roles have a bias beside B, in layers that have one."""
+        """Give new roles a bias along with B, in layers that have a bias."""
         self.config.lora_bias = True
 
     def set_factors(
         self, role: str, factors: Mapping[str, tuple[Tensor, Tensor]], biases: Mapping[str, Tensor]
     ) -> None:
-        """Overwrite a role's weights, by module: A (R, I) and B (O, R), and biases (O,), 0 where none is given."""
+        """Overwrite a role's weights, by module: A (R, I), B (O, R) and biases (O,); 0 where none is given."""
         given = {f"{module}.lora_A.weight": a_RI for module, (a_RI, _) in factors.items()}
         given |= {f"{module}.lora_B.weight": b_OR for module, (_, b_OR) in factors.items()}
         given |= {f"{module}.lora_B.bias": bias_O for module, bias_O in biases.items()}
@@ -117,17 +117,17 @@ class Lora(PeftKind):
             super()._put_in(role)
 
     def use(self, engine: Engine) -> None:
-        """Refuse experts that are gathered layer by layer; leave peft's forward to layers that an engine hooks."""
+        """Refuse experts if the engine gathers layer by layer; keep peft's forward if it hooks layers."""
         if self.config.target_parameters and engine.hooks_layers:
             raise UserError(
-                f"{engine.name} gathers weights layer by layer, and experts with adapters are no such layer",
+                f"{engine.name} gathers weights layer by layer, which does not work for experts with adapters",
                 where=f"{self.section}.targets",
                 remedy=f"Launch with recipes/engines/fsdp2.yaml, or set {self.section}.targets: attention.",
             )
         self._own_forward = not engine.hooks_layers
 
     def inject(self, role: str) -> None:
-        """By peft; what computes the same in less time takes the place of its forward."""
+        """Inject with peft, and replace its forward where a faster equivalent exists."""
         super().inject(role)
         for layer in self._layers if self._own_forward else ():
             if isinstance(layer, ParamWrapper):
@@ -136,25 +136,25 @@ class Lora(PeftKind):
                 low_rank.compute_with_one_adapter(layer)
 
     def train(self, mode: bool) -> None:
-        """Switch the dropout on what A is given."""
+        """Switch the dropout on A's inputs on or off."""
         for layer in self._layers:
             layer.lora_dropout.train(mode)
 
     def sampling(self, role: str) -> AbstractContextManager[Any]:
-        """Inside, the factors are those of now, cast to the base's dtype once."""
+        """Inside the context, use the current factors, cast once to the base's dtype."""
         layers = [layer for layer in self._layers if low_rank.has_own_forward(layer)]
         return low_rank.kept_factors(layers, role, self.lm.dtype) if layers else contextlib.nullcontext()
 
     def starting_value(self, name: str) -> float | None:
-        """B begins at zero, A is drawn."""
+        """Return 0 for B; A is random."""
         return 0.0 if "lora_B" in name else None
 
     def learning_rate_ratio(self, name: str) -> float:
-        """B's own, as in LoRA+."""
+        """Return B's own ratio, as in LoRA+."""
         return self.settings.b_learning_rate_ratio if "lora_B" in name else 1.0
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """Plain products with a plain LoRA."""
+        """Yield the linear layers with plain LoRA."""
         for adapted in super().layers(role):
             layer: Any = adapted.layer
             if role in layer.lora_A and role not in layer.lora_variant:
@@ -162,22 +162,22 @@ class Lora(PeftKind):
 
     @torch.no_grad()
     def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
-        """The product s B A x."""
+        """Return the product s B A x."""
         a_RI, b_OR = (factors[role].weight.float() for factors in (layer.lora_A, layer.lora_B))
         product: Tensor = x_NI @ a_RI.T @ b_OR.T
         return self.scale * product
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Ranks whose column is as it began in every B; experts are left out."""
+        """Count the ranks whose column is unchanged in every B; experts are ignored."""
         factors = {name: b_OR for name, b_OR in now.items() if "lora_B" in name and b_OR.dim() == 2}
         still = [unmoved(b, start.get(name), 1) for name, b in factors.items() if b.shape[1] == self.config.r]
         return int(torch.stack(still).all(0).sum()) if still else 0
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
-        """For peft; that of a language model also in the form that vLLM and TGI load.
+        """Export for peft; a language model's adapter also gets the form that vLLM and TGI load.
 
         Raises:
-            UserError: peft would read it as an adapter of other modules.
+            UserError: peft would apply it to other modules.
         """
         tensors: dict[str, Tensor] = {**self.parameters(role)}
         linear = {name: tensor for name, tensor in tensors.items() if not self._is_of_experts(name)}
@@ -187,25 +187,25 @@ class Lora(PeftKind):
         config.target_modules = sorted({self.module_of(name) for name in linear})
         if not experts.is_read_as_named(config, self.lm):
             raise UserError(
-                f"peft would put this adapter elsewhere: it takes shared experts and dense blocks of "
+                "peft would apply this adapter to other modules: it takes shared experts and dense blocks of "
                 f"{type(self.lm).__name__} for experts in an older layout",
                 where=self.lm.name_or_path,
                 remedy="Export with --merge: the whole model.",
             )
         if config.lora_alpha == int(config.lora_alpha):
-            config.lora_alpha = int(config.lora_alpha)  # the type that vLLM and TGI give it
+            config.lora_alpha = int(config.lora_alpha)  # the type that vLLM and TGI expect
         config.save_pretrained(str(folder))
         return tensors | linear
 
     def _is_of_experts(self, name: str) -> bool:
-        """Whether a parameter is of experts, which peft knows by `target_parameters`, and TGI does not."""
+        """Return whether a parameter belongs to experts, which peft lists in `target_parameters` and TGI lacks."""
         return isinstance(self.lm.get_submodule(self.module_of(name)), ParamWrapper)
 
     def _zeros_elsewhere(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adapters of zeros for the same modules of all other layers: they change nothing.
+        """Return adapters of zeros, which change nothing, for the same modules of all other layers.
 
-        TGI takes the adapters of a kind of module (such as q_proj) only where every layer has one; else it serves
-        the bare base without a word (server/text_generation_server/adapters/lora.py, `prepare_weights`).
+        TGI uses the adapters of a kind of module (such as q_proj) only if every layer has one; otherwise it
+        silently serves the bare base (server/text_generation_server/adapters/lora.py, `prepare_weights`).
         """
         modules = dict(self.lm.named_modules())
 
@@ -222,7 +222,7 @@ class Lora(PeftKind):
 
     @torch.no_grad()
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """The product s B A of every layer.
+        """Yield the product s B A of every layer.
 
         Raises:
             UserError: a variant adds something else.
@@ -239,20 +239,20 @@ class Lora(PeftKind):
 
 
 def _refuse_rank(rank: int, wanted: dict[str, tuple[int, int]], section: str) -> None:
-    """Refuse a rank above that of every matrix it is to change: it would cost memory and give nothing."""
+    """Refuse a rank above that of all target matrices: it would use memory without any effect."""
     highest = max(min(shape) for shape in wanted.values())
     if rank > highest:
         raise UserError(
-            f"no matrix that gets an adapter has a rank of {rank}: the largest has {highest}",
+            f"rank {rank} is above that of every matrix that gets an adapter: the highest is {highest}",
             where=f"{section}.rank",
             remedy=f"Give at most {highest}; 1 to 64 is common.",
         )
 
 
 class RsLora(Lora):
-    """LoRA whose scale, alpha / sqrt(rank), lets high ranks learn as fast as low ones (arXiv 2312.03732).
+    """LoRA with the scale alpha / sqrt(rank), so that high ranks learn as fast as low ones (arXiv 2312.03732).
 
-    All else, the fast path included, is LoRA's.
+    Everything else, including the fast path, is as in LoRA.
     """
 
     settings_type = RsLoraSettings
@@ -261,7 +261,7 @@ class RsLora(Lora):
     rate_factor = 0.4
 
     def peft_config(self) -> LoraConfig:
-        """With the scale that this variant has."""
+        """Return LoRA's configuration with this variant's scale."""
         config = super().peft_config()
         config.use_rslora = True
         return config

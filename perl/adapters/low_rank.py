@@ -1,9 +1,9 @@
-"""What LoRA adds to a layer, y = f(x) + s B A x, in two matrix products and no pass over memory besides.
+"""LoRA on a layer, y = f(x) + s B A x, with two matrix products and no further pass over memory.
 
-peft's own forward multiplies the adapter's output by its scale and adds it to the layer's as two further passes
-over the widest tensors there are. Here the second product adds itself to the layer's output in place, and the
-backward pass is written out to match. Where f is a frozen linear layer, its backward pass is part of it, so that
-what both give to x is added up in the product too. Tests compare all of it with peft's.
+peft's forward scales the adapter's output and adds it to the layer's in two further passes over the widest
+tensors. Here the second product accumulates into the layer's output in place, with an explicit backward pass. If f
+is a frozen linear layer, its backward pass is included, so that the gradients of x from both are also accumulated
+in a product. Tests compare everything with peft's.
 
 Axis letters: N tokens, I inputs and O outputs of the layer, R rank.
 """
@@ -21,12 +21,12 @@ from perl.private.torch import has_hooks
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(N, width), whatever the axes before the last."""
+    """Flatten all axes but the last: (N, width)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _transposed(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor as it is multiplied by: thin products with a transposed view take twice the time."""
+    """Return a contiguous transposed copy: thin products with a transposed view take twice the time."""
     return factor.T.to(dtype, memory_format=torch.contiguous_format)
 
 
@@ -40,7 +40,7 @@ def _add(y: Tensor, x: Tensor, a_IR: Tensor, b_RO: Tensor, scale: float) -> Tens
 def _gradients(
     ctx: Any, grad_NO: Tensor, x: Tensor, h_NR: Tensor, a_RI: Tensor, b_OR: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of x Aᵀ (N, R), and of both factors where they learn."""
+    """Return the gradients of x Aᵀ (N, R), and of both factors where they require one."""
     grad_h_NR = (grad_NO @ b_OR.to(x.dtype)).mul_(ctx.scale)
     needs_a, needs_b = ctx.needs_input_grad[2:4]
     grad_a_RI = (grad_h_NR.T @ _flat(x)).to(a_RI.dtype) if needs_a else None
@@ -49,7 +49,7 @@ def _gradients(
 
 
 class _LowRank(torch.autograd.Function):
-    """y + s (x Aᵀ) Bᵀ, written into y; the factors compute in the dtype of x, as autocast would have them."""
+    """y + s (x Aᵀ) Bᵀ, written into y; the factors are cast to the dtype of x, as under autocast."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
@@ -69,7 +69,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class _LinearLowRank(torch.autograd.Function):
-    """x Wᵀ + bias + s (x Aᵀ) Bᵀ, of which W and bias do not learn."""
+    """x Wᵀ + bias + s (x Aᵀ) Bᵀ, where W and bias are frozen."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
@@ -92,12 +92,12 @@ class _LinearLowRank(torch.autograd.Function):
 
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is x Wᵀ + bias and nothing else: not quantized, nobody watching it."""
+    """Return whether a layer is exactly x Wᵀ + bias: not quantized, and without hooks."""
     return type(layer) is nn.Linear and not has_hooks(layer)
 
 
 def _plain_and_frozen(layer: nn.Module, x: Tensor) -> bool:
-    """Whether it is so, does not convert x, and does not learn."""
+    """Return whether a layer is plain and frozen, and has the dtype of x."""
     return (
         is_plain_linear(layer)
         and layer.weight.dtype == x.dtype
@@ -107,7 +107,7 @@ def _plain_and_frozen(layer: nn.Module, x: Tensor) -> bool:
 
 
 class _Kept(NamedTuple):
-    """An adapter's factors as `_add` takes them."""
+    """An adapter's factors in the form for `_add`."""
 
     name: str
     a_IR: Tensor
@@ -116,7 +116,7 @@ class _Kept(NamedTuple):
 
 
 class _OneAdapter:
-    """The forward of a LoRA layer of which one adapter at most computes."""
+    """The forward of a LoRA layer with at most one active adapter."""
 
     kept: _Kept | None = None
     """Set inside `kept_factors`."""
@@ -140,9 +140,9 @@ class _OneAdapter:
 
 @contextlib.contextmanager
 def kept_factors(layers: Iterable[Any], name: str, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, this adapter's factors are those of now, cast once: for many forwards without gradients or dropout.
+    """Cache this adapter's current factors, cast once, for many forwards without gradients or dropout.
 
-    Whoever trains the adapter inside would not see it compute what it learned.
+    Training steps inside the context would have no effect on its output.
     """
     layers = list(layers)
     for layer in layers:
@@ -156,9 +156,9 @@ def kept_factors(layers: Iterable[Any], name: str, dtype: torch.dtype) -> Iterat
 
 
 def is_plain_lora(layer: Any, name: str) -> bool:
-    """Whether peft's forward of this layer and adapter is f(x) + s B A x, so that this module computes the same.
+    """Return whether peft's forward of this layer and adapter is f(x) + s B A x, as computed by this module.
 
-    A variant (DoRA, activated LoRA and others) has an object of its own for it, or a class of its own of layers.
+    Variants (DoRA, activated LoRA and others) have an entry in `lora_variant` or a layer class of their own.
     """
     kind = type(layer).__mro__[2] if has_own_forward(layer) else type(layer)
     path = f"{kind.__module__}.{kind.__name__}"
@@ -167,12 +167,12 @@ def is_plain_lora(layer: Any, name: str) -> bool:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a layer computes as this module says."""
+    """Return whether a layer uses this module's forward."""
     return isinstance(layer, _OneAdapter)
 
 
 def compute_with_one_adapter(layer: nn.Module) -> None:
-    """Let a peft layer with plain LoRA compute as this module says."""
+    """Replace the forward of a peft layer with plain LoRA with this module's."""
     compute_as(layer, _OneAdapter)
 
 
@@ -180,7 +180,7 @@ _CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def compute_as(layer: nn.Module, own: type) -> None:
-    """Put the forward of a class before the layer's own."""
+    """Make the forward of class `own` override the layer's."""
     if not isinstance(layer, own):
         kind = type(layer)
         layer.__class__ = _CLASSES.setdefault((kind, own), type(kind.__name__, (own, kind), {}))

@@ -1,4 +1,4 @@
-"""MiSS: each output adds a learned mix of r sums over the inputs, of every r-th input one (arXiv 2409.15371).
+"""MiSS: each output adds a learned mix of r sums, each over every r-th input (arXiv 2409.15371).
 
 Letters: I inputs and O outputs of a layer, R rank.
 """
@@ -17,7 +17,7 @@ from perl.recipe.adapter import MissSettings
 
 
 class Miss(PeftKind):
-    """MiSS by peft, in its first form."""
+    """MiSS with peft's layers, in its original form."""
 
     settings_type = MissSettings
     mark = "miss_"
@@ -32,22 +32,22 @@ class Miss(PeftKind):
         narrowest = min(inputs for inputs, _ in wanted.values())
         if self.settings.rank > narrowest:
             raise UserError(
-                f"a layer that gets an adapter has {narrowest} inputs, which are no {self.settings.rank} sums",
+                f"a layer that gets an adapter has only {narrowest} inputs, too few for {self.settings.rank} sums",
                 where="adapter.rank",
                 remedy=f"Give at most {narrowest}; 64 is peft's default.",
             )
         return MissConfig(r=self.settings.rank, target_modules=list(wanted))
 
     def starting_value(self, name: str) -> float:
-        """All begins at zero."""
+        """Return zero for all parameters."""
         return 0.0
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Sums whose mix is as it began in every layer."""
+        """Count the sums whose mix is unchanged in every layer."""
         still = [unmoved(block_RO, start.get(name), 0) for name, block_RO in now.items()]
         return int(torch.stack(still).all(0).sum()) if still else 0
 
     def delta(self, layer: Any, role: str) -> Tensor:
-        """The mix of an output, again and again along its inputs."""
+        """Return each output's mix, repeated along its inputs."""
         block_RO: Tensor = layer.miss_block[role].float()
         return block_RO.T[:, torch.arange(layer.in_features, device=block_RO.device) % block_RO.shape[0]]

@@ -1,4 +1,4 @@
-"""What the kinds of adapters that peft has share: how its layers are put in, switched, taken out and written.
+"""The common part of the kinds from peft: how its layers are injected, activated, removed and saved.
 
 Letters: N tokens, I inputs and O outputs of a layer.
 """
@@ -32,20 +32,20 @@ NOT_COMPARED = {
     *("modules_to_save", "feedforward_modules"),
     *("init_lora_weights", "init_weights", "d_initial", "init_v_bound", "eva_config"),
 }
-"""Keys of peft's configurations that say where an adapter is, which the names of its tensors say too, or how it
-began; or that are of no effect on what it computes."""
+"""Keys of peft's configurations that say where an adapter is, which also follows from the names of its tensors, or
+how it was initialized; or that have no effect on what it computes."""
 
 
 class PeftKind(AdapterKind):
-    """A kind of adapters that peft has."""
+    """A kind of adapter implemented by peft."""
 
     wrapper = "base_layer."
     layer_type: ClassVar[type[BaseTunerLayer]]
-    """Of the layers that peft puts in the place of the base's."""
+    """Class of the layers with which peft replaces the base's."""
     in_peft: ClassVar[Mapping[str, str]] = {}
-    """Settings that say how the weights compute, by their names in peft's configuration."""
+    """Settings that determine what the weights compute, with their names in peft's configuration."""
     meaning: ClassVar[tuple[str, ...]] = ()
-    """What else of peft's configuration says so."""
+    """Further keys of peft's configuration that determine it."""
 
     def __init__(self, lm: PreTrainedModel, settings: Any) -> None:
         super().__init__(lm, settings)
@@ -56,32 +56,32 @@ class PeftKind(AdapterKind):
 
     @abstractmethod
     def peft_config(self) -> PeftConfig:
-        """The settings in peft's terms, with target modules named one by one.
+        """Return peft's configuration, with every target module named individually.
 
         Raises:
             UserError: the settings do not fit the model.
         """
 
     def linear_targets(self, targets: str | list[str], layers: str | list[int]) -> dict[str, tuple[int, int]]:
-        """The linear layers that these settings choose, with their inputs and outputs.
+        """Return the linear layers that these settings select, with (inputs, outputs).
 
         Raises:
-            UserError: no such module or layer in the model, or one is of experts.
+            UserError: the model has no such module or layer, or one belongs to experts.
         """
         wanted = choose(self.lm, targets, layers, self.section)
         if of_experts := sorted(wanted.keys() - set(linear_layers(self.lm))):
             raise UserError(
-                f"{self} are for linear layers, and {of_experts[0]} is of experts",
+                f"{self} are for linear layers only, and {of_experts[0]} belongs to experts",
                 where=f"{self.section}.targets",
                 remedy="Name targets without the experts, such as attention, or use kind lora.",
             )
         return wanted
 
     def inject(self, role: str) -> None:
-        """By peft, which wraps each layer once and gives it parameters for each role."""
+        """Inject with peft, which wraps each layer once and adds parameters for each role."""
         try:
             with warnings.catch_warnings(), targets_as_named():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is the point
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # intended
                 self._put_in(role)
         except (ValueError, TypeError) as error:
             raise UserError(
@@ -95,22 +95,22 @@ class PeftKind(AdapterKind):
         inject_adapter_in_model(self.config, self.lm, adapter_name=role)
 
     def activate(self, role: str | None) -> None:
-        """Without writing `requires_grad`."""
+        """Activate without setting `requires_grad`."""
         for layer in self._layers:
             set_active(layer, [] if role is None else [role])
 
     def remove(self) -> None:
-        """Put every wrapped layer back in its place."""
+        """Restore every wrapped layer."""
         for name, layer in list(self.lm.named_modules()):
             above, _, own = name.rpartition(".")
-            if isinstance(layer, self.layer_type) and own != "base_layer":  # experts have layers inside layers
+            if isinstance(layer, self.layer_type) and own != "base_layer":  # experts' layers are nested
                 setattr(self.lm.get_submodule(above), own, layer.get_base_layer())
         vars(self.lm).pop("peft_config", None)
         self._layers = []
         super().remove()
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """The linear layers."""
+        """Yield the linear layers."""
         for name, layer in self.named_layers():
             base = layer.get_base_layer()
             if isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D":
@@ -119,33 +119,33 @@ class PeftKind(AdapterKind):
 
     @torch.no_grad()
     def added(self, layer: Any, role: str, x_NI: Tensor) -> Tensor:
-        """What a layer's adapter adds by its definition: (N, O), fp32."""
+        """Return what a layer's adapter adds by definition: (N, O), fp32."""
         delta = self.delta(layer, role)
         return x_NI @ (delta if self._transposed else delta.T)
 
     def delta(self, layer: Any, role: str) -> Tensor:
-        """What a role adds to a layer's weight: fp32, of the weight's shape."""
+        """Return what a role adds to a layer's weight: fp32, of the weight's shape."""
         product: Tensor = layer.get_delta_weight(role)
         return product.float()
 
     @torch.no_grad()
     def deltas(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """What a role adds to every weight."""
+        """Yield what a role adds to every weight."""
         for name, layer in self.named_layers():
             yield f"{name}.weight", self.delta(layer, role)
 
     def named_layers(self) -> Iterator[tuple[str, Any]]:
-        """The layers of peft, by the names of those of the base whose place they take."""
+        """Yield peft's layers, with the names of the base's layers that they replace."""
         for name, layer in self.lm.named_modules():
             if isinstance(layer, self.layer_type):
                 yield name, layer
 
     def write_config(self, folder: Path, base: str, heads: list[str] | None) -> None:
-        """As peft does."""
+        """Write the configuration as peft does."""
         self.config_on_disk(base, heads).save_pretrained(str(folder))
 
     def config_on_disk(self, base: str, heads: list[str] | None) -> Any:
-        """The configuration by peft of an adapter of this base; arguments as of `write_config`."""
+        """Return peft's configuration of an adapter of this base; arguments are those of `write_config`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save vera_A")  # its seed is in the file
             config: Any = dataclasses.replace(self.config, base_model_name_or_path=base, inference_mode=True)
@@ -154,33 +154,33 @@ class PeftKind(AdapterKind):
         return config
 
     def config_fits(self, folder: Path) -> bool:
-        """Whether the kind, and all that says how its weights compute, are as here."""
+        """Return whether the kind, and all settings that determine what its weights compute, are the same here."""
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         here = self.config.to_dict()
         return all(saved[key] == here[key] for key in ("peft_type", *self.in_peft.values(), *self.meaning))
 
     def unlike(self, config: Mapping[str, Any]) -> str:
-        """The first key of peft's that is not as here, with its value."""
+        """Return the first key of peft's configuration that differs from here, with its value."""
         here = self.config.to_dict()
         skipped = (NOT_COMPARED - set(self.meaning)) | set(self.in_peft.values())
         for key, value in config.items():
-            said = value or None  # versions of peft differ in what says nothing
+            said = value or None  # versions of peft differ in their empty values
             if key not in skipped and not key.endswith("_dropout") and said != (here.get(key) or None):
                 return f"{key}: {json.dumps(value)}"
         return ""
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
-        """As in a run folder, which peft loads."""
+        """Write the format of a run folder, which peft loads."""
         self.write_config(folder, base, heads)
         return {**self.parameters(role)}
 
 
 def unmoved(now: Tensor, start: Tensor | None, rank_axis: int) -> Tensor:
-    """Which ranks of a factor are as they began; (R,), bool.
+    """Return which ranks of a factor are unchanged; (R,), bool.
 
     Args:
-        start: None where it began at zero.
-        rank_axis: the factor's axis that counts ranks; it has two.
+        start: the factor's initial value; None for zero.
+        rank_axis: which of the factor's two axes is that of ranks.
     """
     same = now == (torch.zeros_like(now) if start is None else start)
     return same.all(1 - rank_axis)

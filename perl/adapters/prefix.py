@@ -1,12 +1,12 @@
 """Prefix tuning: learned keys and values that every query of a block also attends to (Li and Liang 2021).
 
-o = attention(x) + tanh(g) * softmax(q Kᵀ / √H) V, before the block's output projection. A softmax of its own and
-the gate g of each head, zero at the start, are LLaMA-Adapter's (Zhang et al. 2023): in one softmax with the text a
-prefix would change what the base computes before anything is learned. The keys have no position, and the queries
-are taken before rotation, so neither positions nor masks nor the cache of keys and values know of a prefix.
+o = attention(x) + tanh(g) * softmax(q Kᵀ / √H) V, before the block's output projection. The separate softmax and
+the gate g per head, zero at the start, are from LLaMA-Adapter (Zhang et al. 2023): in one softmax with the text, a
+prefix would change the base's output before anything is learned. The keys have no position, and the queries are
+taken before rotation, so positions, masks and the KV cache are unaffected by a prefix.
 
-Letters: B rows, N positions, P prefix length, G heads of keys and values, S query heads for each of them, H the
-width of a head, D of the model.
+Letters: B rows, N positions, P prefix length, G key-value heads, S query heads per key-value head, H width of a
+head, D width of the model.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from perl.errors import UserError
 from perl.recipe.adapter import PrefixSettings
 
 OUTPUTS = ("o_proj", "out_proj", "dense")
-"""Names of the output projection."""
+"""Possible names of the output projection."""
 
 
 class Prefix(AdapterKind):
-    """A prefix for each role, in every chosen block."""
+    """A prefix per role in every chosen block."""
 
     settings_type = PrefixSettings
     mark = "prefix_adapter"
@@ -40,7 +40,7 @@ class Prefix(AdapterKind):
         longest = backbone_of(lm.config).context_length(lm)
         if settings.length > longest:
             raise UserError(
-                f"a prefix of {settings.length} positions is longer than the base's context, which has {longest}",
+                f"a prefix of {settings.length} positions is longer than the base's context of {longest}",
                 where="adapter.length",
                 remedy="Published prefixes have 5 to 200 positions; 10 is LLM-Adapters' setting.",
             )
@@ -58,7 +58,7 @@ class Prefix(AdapterKind):
         return f"prefixes of length {self.settings.length}"
 
     def inject(self, role: str) -> None:
-        """Give each attention the role's prefix, and at first hooks that let its queries attend to that."""
+        """Add the role's prefix to each attention, and for the first role hooks that let queries attend to it."""
         for name, site in self._sites.items():
             attention = self.lm.get_submodule(name)
             if not hasattr(attention, self.mark):
@@ -76,7 +76,7 @@ class Prefix(AdapterKind):
         state.q = None if self.active is None else q
 
     def _add(self, attention: Any, site: "_Site", state: "_Queries", layer: nn.Module, inputs: Any) -> Any:
-        """What the output projection is given, with what the active role's prefix adds."""
+        """Return the output projection's input plus the output of the active role's prefix."""
         q, state.q = state.q, None
         if q is None or self.active is None:
             return None
@@ -85,11 +85,11 @@ class Prefix(AdapterKind):
         return (o + added.view_as(o), *inputs[1:])
 
     def starting_value(self, name: str) -> float | None:
-        """The gates begin at zero; keys and values are drawn."""
+        """Return zero for the gates; keys and values are random."""
         return 0.0 if name.endswith("gate") else None
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
-        """The two projections without the attention to the text between them."""
+        """Yield the two projections, without the attention to the text between them."""
         active = frozenset() if self.active is None else frozenset({self.active})
         for name, site in self._sites.items():
             learned = getattr(self.lm.get_submodule(name), self.mark)[role]
@@ -104,7 +104,7 @@ class Prefix(AdapterKind):
 
     @torch.no_grad()
     def _added(self, site: "_Site", learned: "_Learned", x_ND: Tensor) -> Tensor:
-        """By the definition, a head at a time: (N, D), fp32."""
+        """Compute it by definition, one head at a time: (N, D), fp32."""
         q_NQ = site.query.forward(x_ND.to(self.lm.dtype)).float()
         heads = []
         for head, q_NH in enumerate(q_NQ.split(site.width, 1)):
@@ -118,13 +118,13 @@ class Prefix(AdapterKind):
 
 
 class _Queries:
-    """The queries of the forward in progress."""
+    """The queries of the forward pass in progress."""
 
     q: Tensor | None = None
 
 
 class _Site(NamedTuple):
-    """The projections of one attention that a prefix is between, and its heads."""
+    """The query and output projections of one attention, and its heads."""
 
     query: Any
     output: Any
@@ -132,12 +132,12 @@ class _Site(NamedTuple):
     """Width of the hidden states."""
     heads: int
     groups: int
-    """G."""
+    """Number of key-value heads, G."""
     width: int
-    """H."""
+    """Width of a head, H."""
 
     def attend(self, learned: "_Learned", q: Tensor) -> Tensor:
-        """What a prefix adds, in the dtype of the queries (..., G S H) and of their shape."""
+        """Return what a prefix adds, in the dtype and shape of the queries (..., G S H)."""
         q_NGSH = q.view(-1, self.groups, self.heads // self.groups, self.width)
         keys_GPH, values_GPH = learned.keys.to(q.dtype), learned.values.to(q.dtype)
         scores = torch.einsum("ngsh,gph->ngsp", q_NGSH, keys_GPH).float() / self.width**0.5
@@ -158,7 +158,7 @@ class _Learned(nn.Module):
 
 
 def _attention(lm: PreTrainedModel, layers: str | list[int]) -> list[str]:
-    """The attention of the chosen blocks, by name: what has a projection of queries of its own."""
+    """Return the names of the chosen blocks' attention modules, which must have a separate query projection."""
     chosen = chosen_layers(lm, layers, "adapter")
     found = [name.removesuffix(".q_proj") for name, _ in lm.named_modules() if name.endswith(".q_proj")]
     found = [name for name in found if layer_index(name) in chosen]
@@ -182,7 +182,7 @@ def _site(lm: PreTrainedModel, name: str, heads: int, groups: int) -> _Site:
 
 def _unfit(lm: PreTrainedModel, why: str) -> UserError:
     return UserError(
-        f"no prefix can be put into {type(lm).__name__}: {why}",
+        f"{type(lm).__name__} does not support prefixes: {why}",
         where="adapter.kind: prefix",
         remedy="Use kind lora, series or parallel.",
     )

@@ -1,4 +1,4 @@
-"""What in a base can have an adapter, and which of it a recipe chooses."""
+"""The parts of a base that can have an adapter, and the choice of them by a recipe."""
 
 import difflib
 from typing import Any
@@ -14,16 +14,16 @@ from perl.errors import UserError
 def choose(
     lm: PreTrainedModel, targets: str | list[str], layers: str | list[int], section: str
 ) -> dict[str, tuple[int, int]]:
-    """The linear layers and experts' parameters that get an adapter, by name, with the widths of their two sides.
+    """Return the names of the linear layers and experts' parameters that get an adapter, with (inputs, outputs).
 
     Args:
         targets: `attention`, `mlp` (all others), `all-linear` (experts included) or names of modules or of
             experts' parameters.
         layers: `all`, `top-half` or layer indices.
-        section: the recipe's, which the user is told to change.
+        section: the recipe section, for error messages.
 
     Raises:
-        UserError: no such module or layer in the model.
+        UserError: the model has no such module or layer.
     """
     chosen = chosen_layers(lm, layers, section)
     shapes = {name: shape for name, shape in adaptable(lm).items() if layer_index(name) in chosen}
@@ -33,7 +33,7 @@ def choose(
 
 
 def chosen_layers(lm: PreTrainedModel, layers: str | list[int], section: str) -> list[int]:
-    """The indices of the blocks that get an adapter; arguments and errors as of `choose`."""
+    """Return the indices of the blocks that get an adapter; arguments and errors are those of `choose`."""
     count = backbone_of(lm.config).depth
     chosen: list[int] = {"all": list(range(count)), "top-half": list(range(count // 2, count))}.get(
         layers if isinstance(layers, str) else "", list(map(int, layers)) if isinstance(layers, list) else []
@@ -57,7 +57,7 @@ def _wanted(name: str, targets: str | list[str]) -> bool:
 
 
 def _refuse_unmatched(targets: str | list[str], there: list[str], wanted: list[str], section: str) -> None:
-    """Refuse targets of which one is no module (or parameter of experts) in the chosen layers."""
+    """Refuse targets if one matches no module (or experts' parameter) in the chosen layers."""
     given = [targets] if isinstance(targets, str) else targets
     unmatched = [
         one for one in given if isinstance(targets, list) and not any(_wanted(name, [one]) for name in there)
@@ -75,7 +75,7 @@ def _refuse_unmatched(targets: str | list[str], there: list[str], wanted: list[s
 
 
 def adaptable(lm: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """What can have an adapter, linear layers and experts' matrices in the blocks, with widths of both sides."""
+    """Return all linear layers and experts' matrices in the blocks, by name, with (inputs, outputs)."""
     found = {}
     for name in linear_layers(lm):
         layer: Any = lm.get_submodule(name)
@@ -88,7 +88,7 @@ def adaptable(lm: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def linear_layers(lm: PreTrainedModel) -> list[str]:
-    """Names of the linear layers inside the decoder blocks (GPT-2's Conv1D among them)."""
+    """Return the names of the linear layers inside the blocks (including GPT-2's Conv1D)."""
     head = lm.get_output_embeddings()
     return [
         name
@@ -100,10 +100,10 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 
 
 def layer_index(name: str) -> int | None:
-    """The block that a module or a weight of this name is in; None: in none."""
+    """Return the index of the block that a module or weight of this name is in; None if it is in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def has_transposed_weights(lm: PreTrainedModel) -> bool:
-    """Whether linear layers keep their weights as (inputs, outputs), as GPT-2's do."""
+    """Return whether linear layers store their weights as (inputs, outputs), as in GPT-2."""
     return any(type(module).__name__ == "Conv1D" for module in lm.modules())

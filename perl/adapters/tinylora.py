@@ -1,8 +1,8 @@
-"""TinyLoRA: a handful of weights for each layer, which mix fixed random matrices (arXiv 2602.04118).
+"""TinyLoRA: a handful of weights per layer, which mix fixed random matrices (arXiv 2602.04118).
 
-y = W x + B (Σ v_i P_i) A x: B A is the best approximation of W of low rank, P is drawn from a seed, and v
-alone is learned. The decomposition is taken once a layer, and all roles share it. A singular vector's sign is
-arbitrary, so it is set here: the largest element of each row of A is positive, wherever it is computed.
+y = W x + B (Σ v_i P_i) A x: B A is the best low-rank approximation of W, P is drawn from a seed, and only v is
+learned. Each layer is decomposed once, and all roles share the result. A singular vector's sign is arbitrary, so
+it is fixed here on every platform: the element of largest magnitude in each row of A is positive.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from perl.recipe.adapter import TinyLoraSettings
 
 
 class TinyLora(PeftKind):
-    """TinyLoRA by peft."""
+    """TinyLoRA with peft's layers."""
 
     settings_type = TinyLoraSettings
     mark = "tinylora_v"
@@ -52,16 +52,16 @@ class TinyLora(PeftKind):
         )
 
     def use(self, engine: Engine) -> None:
-        """Refuse weights that are spread over processes: each is decomposed as a whole."""
+        """Refuse engines that shard the base: each weight is decomposed as a whole."""
         if engine.shards_base:
             raise UserError(
-                f"{engine.name} spreads the base's weights over the processes, and TinyLoRA decomposes whole ones",
+                f"{engine.name} shards the base's weights, and TinyLoRA decomposes whole weights",
                 where="adapter.kind: tinylora",
                 remedy="Launch with recipes/engines/ddp.yaml or zero2.yaml, or use kind lora.",
             )
 
     def _put_in(self, role: str) -> None:
-        """The first role's injection decomposes the weights; all others are given the same."""
+        """Decompose the weights for the first role, and share the result with all others."""
         if self._tuner is None:
             self._tuner, self._first = TinyLoraModel(self.lm, self.config, role), role
         else:
@@ -79,15 +79,15 @@ class TinyLora(PeftKind):
         self._tuner = None
 
     def starting_value(self, name: str) -> float | None:
-        """All of v begins at zero."""
+        """Return zero for all of v."""
         return 0.0
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
-        """With what is fixed, so that peft computes with these signs, and draws nothing."""
+        """Export with the fixed tensors, so that peft uses these signs and draws nothing."""
         return super().export(role, folder, base, heads) | {**self.fixed(role)}
 
     def fixed(self, role: str) -> Mapping[str, Tensor]:
-        """The singular vectors and the random matrices."""
+        """Return the singular vectors and the random matrices."""
         return {
             f"{name}.{own}": getattr(layer, own)[role].clone()
             for name, layer in self.named_layers()
@@ -96,7 +96,7 @@ class TinyLora(PeftKind):
 
 
 def _set_signs(layer: Any, name: str) -> None:
-    """Make the largest element of each row of A positive; B A stays the same."""
+    """Make the element of largest magnitude in each row of A positive; B A stays the same."""
     a_RI, b_OR = layer.tinylora_A[name], layer.tinylora_B[name]
     signs_R1 = a_RI.gather(1, a_RI.abs().argmax(1, keepdim=True)).sign()
     layer.tinylora_A[name], layer.tinylora_B[name] = a_RI * signs_R1, b_OR * signs_R1.T

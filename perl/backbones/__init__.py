@@ -1,11 +1,11 @@
-"""The kinds of models: how each is recognised, loaded, fed, read and made to score.
+"""The kinds of models: for each, recognition, loading, inputs, outputs and scoring.
 
-A plugin adds its own kind: `BACKBONES["mine"] = Mine`. Of several that match, the one added last is taken.
+A plugin can add a kind: `BACKBONES["mine"] = Mine`. If several match, the one added last is used.
 """
 
 from typing import Any
 
-from perl.backbones import masks  # noqa: F401  registered for transformers
+from perl.backbones import masks  # noqa: F401  registers them with transformers
 from perl.backbones.backbone import Backbone, Unsupported
 from perl.backbones.decoder import Decoder
 from perl.backbones.encoder import Encoder
@@ -18,9 +18,9 @@ BACKBONES: dict[str, type[Backbone]] = {
     "encoder": Encoder,
     "encoder-decoder": EncoderDecoder,
 }
-"""By name; the first one matches every model."""
+"""All kinds by name; the first one matches every model."""
 
 
 def backbone_of(config: Any) -> Backbone:
-    """The backbone of a model with this transformers configuration."""
+    """Return the backbone of a model with this transformers configuration."""
     return next(kind(config) for kind in reversed(BACKBONES.values()) if kind.matches(config))

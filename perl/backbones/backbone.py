@@ -1,7 +1,7 @@
-"""The interface of a kind of model: all that depends on the kind in roles and stages.
+"""The interface of a kind of model: everything in roles and stages that depends on the kind.
 
-A backbone belongs to a configuration. Its methods take the model, of which full tuning has several, and compute as
-the role that is active in it. Axis letters: `perl.roles`.
+A backbone belongs to a configuration. Its methods take the model as an argument, since full tuning has several,
+and compute as the role that is active in it. Axis letters: `perl.roles`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Use = Literal["generation", "likelihood", "4bit", "sharding", "splitting"]
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A use that a kind of model is not fit for, why, and what to do instead."""
+    """A use that a kind of model does not support, with the reason and a remedy."""
 
     use: Use
     reason: str
@@ -35,12 +35,12 @@ class Backbone(ABC):
 
     Attributes:
         kind: its name in messages, with the article.
-        rate_factor: of learning rates that are `auto`: how many times a decoder's suits this kind.
-        model_type: of its configurations, for a kind that has one type only.
-        auto_class: of transformers, which makes such a model from its configuration, and loads its weights.
-        task_type: peft's, of adapters on its language models.
-        encodes_prompts: whether an encoder reads the prompts, and a decoder the completions alone.
-        tried: two rows that differ in the last token, on which a loaded model is tried.
+        rate_factor: factor on a decoder's learning rate for learning rates that are `auto`.
+        model_type: the model type of its configurations, if there is only one.
+        auto_class: transformers' auto class that creates such a model or loads its weights.
+        task_type: peft's task type for adapters on its language models.
+        encodes_prompts: whether an encoder reads the prompts, and a decoder only the completions.
+        tried: two rows that differ in the last token, on which a loaded model is tested.
     """
 
     kind: ClassVar[str]
@@ -55,15 +55,15 @@ class Backbone(ABC):
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
 
-    # How it is recognised and made
+    # Recognition and construction
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """Whether models of this configuration are of this kind."""
+        """Return whether models of this configuration are of this kind."""
         return bool(config.model_type == cls.model_type)
 
     def refusal(self, use: Use, where: str) -> UserError | None:
-        """The error that says why such a model is not fit for a use that `where` asks for; None if it is fit."""
+        """Return the error for a use, requested by `where`, that the kind does not support; None if it does."""
         entry = next((one for one in self.unsupported if one.use == use), None)
         if entry is None:
             return None
@@ -71,49 +71,49 @@ class Backbone(ABC):
         return UserError(f"{name} is {self.kind}: {entry.reason}", where=where, remedy=entry.remedy)
 
     def require(self, use: Use, where: str) -> None:
-        """Raise what `refusal` returns, if anything."""
+        """Raise the error that `refusal` returns, if any."""
         if (refused := self.refusal(use, where)) is not None:
             raise refused
 
     @abstractmethod
     def prepare(self, where: str) -> None:
-        """Complete the configuration before a model is made of it.
+        """Complete the configuration before a model is created from it.
 
         Raises:
-            UserError: it is of no model of this kind after all.
+            UserError: it turns out not to belong to a model of this kind.
         """
 
     def new_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A model of this configuration, its weights drawn by torch's global generator."""
+        """Create a model of this configuration, with random weights from torch's global generator."""
         model = self.auto_class.from_config(self.config, dtype=dtype, trust_remote_code=has_own_code(self.config))
         assert isinstance(model, PreTrainedModel)
         return model
 
     @abstractmethod
     def check(self, lm: PreTrainedModel, where: str) -> None:
-        """Try a loaded model on a few tokens.
+        """Test a loaded model on a few tokens.
 
         Raises:
-            UserError: it computes in a way that is not known here, so that all results would be wrong.
+            UserError: it computes in an unsupported way, so that all results would be wrong.
         """
 
-    # How it is fed
+    # Inputs
 
     @abstractmethod
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """How prompts and rows are written for it."""
+        """Return the format of prompts and rows for this model."""
 
     def context_length(self, lm: PreTrainedModel) -> int:
-        """The longest sequence that it takes, in tokens."""
+        """Return the length of the longest supported sequence, in tokens."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2**31))
 
     @property
     def depth(self) -> int:
-        """How many blocks lie one on another."""
+        """Number of blocks."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def with_depth(self, depth: int) -> PreTrainedConfig:
-        """A copy of the configuration, of a model with so many blocks."""
+        """Return a copy of the configuration with this number of blocks."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = depth
@@ -121,19 +121,19 @@ class Backbone(ABC):
             text.layer_types = text.layer_types[:depth]
         return config
 
-    # How it is read
+    # Outputs
 
     def trunks(self, lm: PreTrainedModel) -> list[nn.Module]:
-        """The modules that all tokens go through, called with `input_ids` and `attention_mask`."""
+        """Return the modules that all tokens pass through, called with `input_ids` and `attention_mask`."""
         return [lm.base_model]
 
     @property
     def cache_layers(self) -> int:
-        """The layers of a cache of keys and values."""
+        """Number of layers of the KV cache."""
         return self.depth
 
     def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
-        """The module inside the trunk that holds the list of blocks, and the list's name in it.
+        """Return the module inside the trunk that holds the list of blocks, and the list's name in it.
 
         Raises:
             UserError: no list has as many modules as the configuration has layers.
@@ -147,13 +147,13 @@ class Backbone(ABC):
         raise UserError(f"{type(lm).__name__} has no list of {count} blocks", where=lm.name_or_path, remedy=remedy)
 
     def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
-        """Its blocks, the lowest first. Raises `UserError` as `block_list` does."""
+        """Return the blocks, the lowest first. Raises `UserError` as `block_list` does."""
         holder, name = self.block_list(lm)
         return list(getattr(holder, name))
 
     @contextlib.contextmanager
     def only(self, lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
-        """Inside, the trunk (of an encoder-decoder: the encoder) has these blocks only."""
+        """Restrict the trunk (in an encoder-decoder: the encoder) to these blocks inside the context."""
         holder, name = self.block_list(lm)
         blocks = getattr(holder, name)
         setattr(holder, name, blocks[chosen])
@@ -164,7 +164,7 @@ class Backbone(ABC):
 
     @contextlib.contextmanager
     def watched(self, lm: PreTrainedModel, count: int) -> Iterator[list[Tensor]]:
-        """Inside, the list holds the output of the first `count` blocks in the last forward; stays empty if 0."""
+        """Yield a list with the first `count` blocks' output in the last forward; it stays empty for 0."""
         outputs: list[Tensor] = []
 
         def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ class Backbone(ABC):
             yield outputs
 
     def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) after the first `count` blocks: what `hidden` takes as `embeddings_BLD`."""
+        """Return hidden states (B, L, D) after the first `count` blocks, for `embeddings_BLD` of `hidden`."""
         with self.watched(lm, count) as seen, self.only(lm, slice(count)):
             self.hidden(lm, ids_BL, mask_BL)
         return seen[0]
@@ -182,12 +182,12 @@ class Backbone(ABC):
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (B, L, D) after the last norm.
+        """Return hidden states (B, L, D) after the last norm.
 
         Args:
             ids_BL: token ids, int64, padded on any side.
             mask_BL: True for real tokens, bool.
-            embeddings_BLD: what the first block is given; None: the tokens' embeddings.
+            embeddings_BLD: the first block's input; None: the tokens' embeddings.
         """
         self._not_read()
 
@@ -199,46 +199,46 @@ class Backbone(ABC):
         completion_length: int,
         embeddings_BLD: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) that the tokens of the completions are predicted from; the rest as in `hidden`.
+        """Return hidden states (B, T, D) that predict the completions' tokens; other arguments as in `hidden`.
 
         Args:
-            completion_length: T; the columns at the right end hold the completions, padded on their right.
+            completion_length: T; the rightmost T columns hold the completions, padded on their right.
         """
         self._not_read()
 
     def extend(
         self, lm: PreTrainedModel, ids_BN: Tensor, mask_BL: Tensor, attention_mask: Tensor, cache: Cache
     ) -> Tensor:
-        """Hidden states (B, N, D) of the N newest positions of a batch that is generated.
+        """Return hidden states (B, N, D) of the N newest positions of a batch during generation.
 
         Args:
-            ids_BN: their tokens.
-            mask_BL: True or 1 for real tokens, of all positions so far.
-            attention_mask: the mask that attention with this cache is given.
-            cache: of all positions before; this method adds the new ones.
+            ids_BN: token ids of these positions.
+            mask_BL: True or 1 for real tokens, for all positions so far.
+            attention_mask: the mask for attention with this cache.
+            cache: of all previous positions; this method adds the new ones.
         """
         self._not_read()
 
     def _not_read(self) -> NoReturn:
-        raise AssertionError(f"{self.kind} is read as a whole only")
+        raise AssertionError(f"{self.kind} only scores whole rows")
 
-    # How it scores
+    # Scores
 
     @abstractmethod
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
-        """The modules of transformers' sequence classifier of this architecture that are its head, by name."""
+        """Return the names of the head's modules in transformers' sequence classifier of this architecture."""
 
     def in_head(self, lm: PreTrainedModel, name: str) -> bool:
-        """Whether a weight of this name belongs to the classifier's head."""
+        """Return whether a weight of this name belongs to the classifier's head."""
         return name.startswith(tuple(f"{part}." for part in self.head_modules(lm)))
 
     @abstractmethod
     def new_head(self, lm: PreTrainedModel) -> nn.Module:
-        """A head for a role, in fp32, with its own parameters; it scores 0."""
+        """Create a head for a role, in fp32, with its own parameters; it scores 0."""
 
     @abstractmethod
     def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of a head, by the names that they have in transformers' sequence classifier."""
+        """Return the parameters of a head, by their names in transformers' sequence classifier."""
 
     @abstractmethod
     def score(
@@ -249,20 +249,20 @@ class Backbone(ABC):
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The head's score of each row (B), fp32, and the hidden states (B, L, D) of a language model.
+        """Return the head's scores (B), fp32, and the hidden states (B, L, D) of a language model.
 
-        The rest is as in `hidden`.
+        Other arguments are as in `hidden`.
         """
 
     @abstractmethod
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
-        """Transformers' sequence classifier, of the trunk of `lm` itself and a copy of the head.
+        """Create transformers' sequence classifier from the trunk of `lm` itself and a copy of the head.
 
         Args:
-            config: the classifier's.
-            tokenizer: of the classifier; it may have a token for padding that the model does not know.
+            config: the classifier's configuration.
+            tokenizer: the classifier's tokenizer; it may have a padding token that the model lacks.
 
         Raises:
             UserError: transformers has no such classifier.
@@ -270,5 +270,5 @@ class Backbone(ABC):
 
 
 def has_own_code(config: Any) -> bool:
-    """Whether a configuration names Python code that comes with the model and is trusted."""
+    """Return whether a configuration names Python code that comes with the model and is trusted."""
     return hasattr(config, "auto_map")

@@ -1,4 +1,4 @@
-"""The frozen base: what is known of it, and the hash that tells it from others."""
+"""The frozen base: its properties, and the hash that identifies it."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from perl.backbones.four_bit import scales
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of the base besides its weights.
+    """The properties of a base besides its weights.
 
     Attributes:
         sha256: of the weights as loaded (`weights_sha256`).
-        context_length: the longest sequence, in tokens.
-        load: loads (or draws) the same weights once more.
+        context_length: length of the longest sequence, in tokens.
+        load: loads (or randomly initializes) the same weights again.
     """
 
     name: str
@@ -36,11 +36,11 @@ def weights_sha256(
     whole: Callable[[Tensor], Tensor] = Tensor.detach,
     base_name: Callable[[str], str | None] = str,
 ) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every weight of the base.
+    """Compute the SHA-256 of the name, dtype, shape and bytes of every weight of the base.
 
     Args:
-        whole: gives all of a weight that may be spread over processes.
-        base_name: a weight's name before adapters were put in; None for an adapter's.
+        whole: returns the full tensor of a weight that may be sharded.
+        base_name: returns a weight's name before injection of adapters; None for an adapter's weight.
     """
     digest = hashlib.sha256()
     named: dict[str, Tensor] = {

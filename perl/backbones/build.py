@@ -1,6 +1,6 @@
-"""The tiny base: a small Llama or T5 trained from scratch on a source's dialogues in minutes, and cached.
+"""The tiny base: a small Llama or T5, trained from scratch on a source's dialogues in minutes and cached.
 
-It stands in for a pretrained model where none can be downloaded. What comes out is an ordinary model folder.
+It replaces a pretrained model if none can be downloaded. The result is an ordinary model folder.
 """
 
 import contextlib
@@ -45,15 +45,16 @@ TEMPLATE = (
 )
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", *(f"<|{role}|>" for role in MESSAGE_ROLES.values())]
 PIECES = r"\d| ?[^\W\d_]+|[^\w\s]+(?: [^\w\s]+)*|\s+|_"
-"""What BPE never merges across: digits, as numbers are copied; a word and the space before it; punctuation."""
+"""Pieces that BPE does not merge: digits, so that numbers can be copied; a word and its space; punctuation."""
 INITIALIZER_RANGE = 0.08
-"""At transformers' 0.02 a model this narrow learns to copy words several times later (docs/experiments.md)."""
+"""With transformers' 0.02 a model this narrow takes several times longer to learn to copy words
+(docs/experiments.md)."""
 BUCKET = 32
-"""Rows are padded to a multiple of this, so that few shapes occur."""
+"""Rows are padded to a multiple of this, to limit the number of shapes."""
 RATES: dict[Architecture, float] = {"llama": 3e-3, "t5": 3e-2}
-"""Of a T5 in units of each weight's own size: see `_optimizer`."""
+"""Default learning rates; for a T5 relative to each weight's size, see `_optimizer`."""
 VERSIONS: dict[Architecture, int] = {"llama": 1, "t5": 2}
-"""To be raised when the same settings build another base."""
+"""Must be increased when the same settings produce a different base."""
 
 
 def build_base(
@@ -72,20 +73,20 @@ def build_base(
 ) -> Path:
     """Train a tokenizer and a small model on the corpus; return its folder, cached by content.
 
-    A Llama learns all turns, a T5 the agent's, each from what was said before.
+    A Llama is trained on all turns, a T5 on the agent's, given the previous turns.
 
     Args:
-        vocabulary: tokens of the byte-level BPE.
-        steps: optimizer steps, of about `batch_tokens` tokens each.
-        learning_rate: the highest; None: that of `RATES`.
+        vocabulary: number of tokens of the byte-level BPE.
+        steps: number of optimizer steps, of about `batch_tokens` tokens each.
+        learning_rate: the peak rate; None: that of `RATES`.
 
     Raises:
-        UserError: the cache cannot be written, before any training.
+        UserError: the cache cannot be written; raised before any training.
     """
     learning_rate = learning_rate or RATES[architecture]
     settings = {name: value for name, value in locals().items() if name != "corpus"}
     if architecture == "llama":
-        del settings["architecture"]  # those built before there was another keep their places
+        del settings["architecture"]  # keeps the cache keys from before T5 was added
     digest = hashlib.sha256(json.dumps([VERSIONS[architecture], settings], sort_keys=True).encode())
     for record in corpus:
         digest.update(repr((record.context, record.answer)).encode())
@@ -95,7 +96,7 @@ def build_base(
     with _unfinished(folder) as unfinished:
         tokenizer = train_tokenizer(corpus, vocabulary)
         chat = CHATS[architecture](tokenizer)
-        length = None if architecture == "llama" else max_length  # of a Llama's rows the end is cut off
+        length = None if architecture == "llama" else max_length  # a Llama's rows are truncated at the end
         made = (row for record in corpus for row in chat.rows(record.context, record.answer, length))
         rows = [row.ids[:max_length] for row in made]
         config = tiny_config(tokenizer, architecture, hidden_size, layers, heads, max_length)
@@ -116,7 +117,7 @@ def tiny_config(
     heads: int,
     max_length: int,
 ) -> PreTrainedConfig:
-    """The shape of a tiny base."""
+    """Return the configuration of a tiny base."""
     if architecture == "t5":
         return T5Config(
             vocab_size=len(tokenizer),
@@ -147,7 +148,7 @@ def tiny_config(
 
 
 def train_tokenizer(corpus: Sequence[Demonstration], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE on all turns of the corpus."""
+    """Train a byte-level BPE on all turns of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -181,12 +182,12 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Minimize the next-token loss: cosine schedule with warm-up, rows batched by length.
+    """Minimize the next-token loss, with a cosine schedule with warmup and rows batched by length.
 
     Args:
         rows: token ids.
-        steps: optimizer steps, of about `batch_tokens` tokens each.
-        seed: of the order of the rows.
+        steps: number of optimizer steps, of about `batch_tokens` tokens each.
+        seed: for the order of the rows.
     """
     optimizer = _optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -211,10 +212,10 @@ def pretrain(
 
 
 def _optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW; for a T5 Adafactor, as T5 was trained (Raffel et al. 2020, arXiv 1910.10683, section 3.1.2).
+    """Return AdamW; for a T5 Adafactor, as T5 was trained (Raffel et al. 2020, arXiv 1910.10683, section 3.1.2).
 
-    T5's embeddings begin ten times larger than its other weights. Adafactor's steps are relative to the size of
-    each weight (Shazeer and Stern 2018, arXiv 1804.04235, section 8), AdamW's are not.
+    T5's embeddings are initially ten times larger than its other weights. Adafactor's steps are relative to the
+    size of each weight (Shazeer and Stern 2018, arXiv 1804.04235, section 8), AdamW's are not.
     """
     if model.config.is_encoder_decoder:
         optimizer: torch.optim.Optimizer = Adafactor(
@@ -225,7 +226,7 @@ def _optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Opti
 
 
 def _loss(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    """Over all tokens, or over what the decoder writes: mean, next-token."""
+    """Return the mean next-token loss over all tokens, or over the decoder's tokens."""
     if not model.config.is_encoder_decoder:
         ids_BL, labels_BL = _pad(rows)
         return model(input_ids=ids_BL, labels=labels_BL).loss  # type: ignore[no-any-return]
@@ -236,7 +237,7 @@ def _loss(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
 
 
 def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> list[list[list[int]]]:
-    """Rows of like length together, about `batch_tokens` tokens a batch, in random order."""
+    """Group rows of similar length into batches of about `batch_tokens` tokens, in random order."""
     buckets: dict[int, list[list[int]]] = {}
     for row in rng.sample(rows, len(rows)):
         buckets.setdefault(-(-len(row) // BUCKET), []).append(row)
@@ -249,7 +250,7 @@ def _batches(rows: list[list[int]], batch_tokens: int, rng: random.Random) -> li
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids, right-padded with 0 to a multiple of `BUCKET`, and labels, which ignore the padding."""
+    """Return ids, right-padded with 0 to a multiple of `BUCKET`, and labels that ignore the padding."""
     length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
     ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     labels_BL = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
@@ -258,19 +259,19 @@ def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder of this process that becomes `folder` when the block ends without an exception."""
+    """Create a temporary folder that is renamed to `folder` if the block ends without an exception."""
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what, remedy = f"cannot be written: {error.strerror}", "Set XDG_CACHE_HOME to a folder that can be."
+        what, remedy = f"cannot be written: {error.strerror}", "Set XDG_CACHE_HOME to a writable folder."
         raise machine_fault(error) or UserError(what, where=str(folder.parent), remedy=remedy) from None
     try:
         yield unfinished
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process built the same base meanwhile
+            if not folder.exists():  # otherwise another process has built the same base in the meantime
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

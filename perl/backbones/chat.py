@@ -1,8 +1,8 @@
-"""Turns to tokens: the chat format, which tokens are trained on, and what ends a completion.
+"""The chat format: conversion of turns to tokens, which tokens are trained on, and which end a completion.
 
 The context of a completion has the same tokens in SFT, in the reward model and in RL: those that a server sends.
-`perl.backbones.template` finds the completion, and `perl.backbones.tokens` tokenizes both. Dialogues that are too
-long are shortened: the system's turns stay, and the oldest of the others go, whole turns first.
+`perl.backbones.template` locates the completion, and `perl.backbones.tokens` tokenizes both. Dialogues that are
+too long are truncated: system turns are kept, and the oldest other turns are dropped, whole turns first.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ _T = TypeVar("_T")
 
 
 class ChatFormat:
-    """How a tokenizer writes dialogues, and which tokens end the agent's turn.
+    """How a tokenizer formats dialogues, and which tokens end the agent's turn.
 
     Attributes:
-        first_ids: what a decoder beside an encoder is given before a completion.
-        end_id: the template's token at the end of a completion, with which rows are written.
-        eos_id: the tokenizer's, with which plain text ends.
-        end_ids: all that end a completion: both, and those of the model's generation configuration.
+        first_ids: the tokens that the decoder of an encoder-decoder gets before a completion.
+        end_id: the template's token at the end of a completion, used in rows.
+        eos_id: the tokenizer's end token, used at the end of plain text.
+        end_ids: all tokens that end a completion: both, and those of the model's generation configuration.
 
     Args:
-        more_ends: those of the generation configuration.
+        more_ends: the end tokens of the generation configuration.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token, or its template cannot be used.
@@ -47,7 +47,7 @@ class ChatFormat:
         self._tokens = RowTokenizer(tokenizer, self.template.end)
         self.end_id: int = tokenizer.convert_tokens_to_ids(self.template.end)
         self.eos_id: int = tokenizer.eos_token_id
-        # What a template writes inside a completion does not end it, whatever the configuration says.
+        # A token that the template writes inside a completion does not end it, whatever the configuration says.
         inside = set(self._tokens.ids(self.template.row(ASKED)[1])[:-1])
         self._more_ends = sorted({one for one in more_ends if 0 <= one < len(tokenizer)} - inside)
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, self.eos_id, *self._more_ends)))
@@ -56,10 +56,10 @@ class ChatFormat:
         self.sha256 = hashlib.sha256(described.encode()).hexdigest()
 
     def context(self, turns: Sequence[Turn], length: int | None = None) -> list[int]:
-        """The tokens of a context, up to where the agent's completion begins: what a server sends.
+        """Return the tokens of a context up to the start of the agent's completion, as a server sends them.
 
         Args:
-            length: at most so many; the oldest turns, or the oldest text, are left out.
+            length: maximum number of tokens; the oldest turns, or the oldest text, are dropped.
         """
         if turns[-1].speaker == "text":
             return self._cut_text(self._tokens.text_ids(text_of(turns)), length)
@@ -70,15 +70,16 @@ class ChatFormat:
         return _without_middle(self._prompt(kept), 1, length)
 
     def completion(self, context: Sequence[Turn], completion: Turn) -> list[int]:
-        """The tokens of a completion, its end token included."""
+        """Return the tokens of a completion, including its end token."""
         row = self.row(context, completion)
         return row.ids[row.prompt_length() :]
 
     def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
-        """A context and a completion, to be read at its end token.
+        """Return the row of a context and a completion, which is scored at its end token.
 
         Args:
-            length: at most so many tokens; the context is cut as by `context`, then the completion's beginning.
+            length: maximum number of tokens; first the context is truncated as in `context`, then the
+                completion's beginning.
         """
         if completion.speaker == "text":
             row = self._text_row(context, completion, length)
@@ -90,18 +91,18 @@ class ChatFormat:
         return Tokens(_without_middle(row.ids, head, length), _without_middle(row.spoken, head, length), cut=True)
 
     def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
-        """A context and all turns after it; the agent's turns among these are trained on, and marked as spoken.
+        """Return rows of a context and all turns after it, of which the agent's are trained on (`spoken`).
 
-        It is one row if the template writes an agent's turn alike whether or not it is the last; otherwise each of
-        these turns has a row of its own, as it will be asked for.
+        It is one row if the template formats an agent's turn the same way whether or not it is the last; otherwise
+        each of these turns gets its own row, as it will be generated.
 
         Args:
-            length: at most so many tokens a row; the oldest turns are left out, then the completion's end.
+            length: maximum number of tokens per row; the oldest turns are dropped, then the completion's end.
         """
         if completion[-1].speaker == "text":
             return [self._text_row(context, completion[-1], length).first(length)]
         spoken = [index for index, turn in enumerate(completion, len(context)) if turn.speaker == "agent"]
-        turns = [*context, *completion][: spoken[-1] + 1]  # nothing after it could be learned
+        turns = [*context, *completion][: spoken[-1] + 1]  # nothing after it is trained on
         rows = self._rows(turns, len(context))
         if length is None or max(len(row.ids) for row in rows) <= length:
             return rows
@@ -112,25 +113,25 @@ class ChatFormat:
         return [row.first(length) for row in rows]
 
     def ends(self, context: Sequence[Turn]) -> tuple[int, ...]:
-        """The tokens that end a completion to this context, first the one that rows are written with."""
+        """Return the tokens that end a completion of this context, starting with the one used in rows."""
         if context[-1].speaker == "text":
             return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
         return self.end_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without its end token."""
+        """Return the text of a completion, without its end token."""
         kept = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.strip()
 
     def probe(self, speakers: Iterable[Speaker]) -> list[str]:
-        """Compare a dialogue with these speakers with the tokenizer's own `apply_chat_template`.
+        """Compare a dialogue of these speakers with the output of the tokenizer's own `apply_chat_template`.
 
         Returns:
-            Warnings on how completions are written.
+            Warnings about the format of completions.
 
         Raises:
-            UserError: the template refuses or leaves out a speaker, or a server would send other tokens.
+            UserError: the template refuses or omits a speaker, or a server would send other tokens.
         """
         turns = self.probe_turns(set(speakers))
         self.template.check_written(turns[:-1])
@@ -139,21 +140,21 @@ class ChatFormat:
         options: dict[str, Any] = {"tokenize": True, "return_dict": False}
         sent = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
         if list(sent) != ours:
-            what = "the tokenizer's chat template gives other tokens than its text has when it is tokenized"
-            remedy = "Use the tokenizer as tokenizer.json, which transformers loads as a fast one."
+            what = "the tokenizer's chat template produces other tokens than tokenizing its text"
+            remedy = "Provide the tokenizer as tokenizer.json, which transformers loads as a fast tokenizer."
             raise UserError(what, where=self.tokenizer.name_or_path, remedy=remedy)
         finished = list(self.tokenizer.apply_chat_template(messages, **options))
         if finished[: len(row.ids) - 1] == row.ids[:-1]:
             return []
         prompt = self.tokenizer.decode(ours[-3:])
         return [
-            f"the chat template's prompt ends in {prompt!r}, and a finished dialogue has other tokens there: "
-            "completions are trained on and scored after the prompt, as a server asks for them"
+            f"the chat template's prompt ends in {prompt!r}, where a finished dialogue has other tokens: "
+            "completions are trained on and scored after the prompt, as a server generates them"
         ]
 
     @staticmethod
     def probe_turns(speakers: set[Speaker]) -> list[Turn]:
-        """A dialogue of everyone who speaks in the data."""
+        """Return a dialogue of all these speakers."""
         turns = [Turn("system", "capybara")] if "system" in speakers else []
         turns += ASKED
         if "api" in speakers:
@@ -168,7 +169,7 @@ class ChatFormat:
         return self._tokens.rows([self.template.row(turns[:end]) for end in ends])
 
     def _fitted(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
-        """The row that ends with the last completion."""
+        """Return the row that ends with the last completion."""
         row = self._rows(turns, first)[-1]
         if length is None or len(row.ids) <= length:
             return row
@@ -184,48 +185,48 @@ class ChatFormat:
         return Tokens(row.ids, row.spoken, cut=len(kept) < len(prompt))
 
     def _cut_text(self, ids: list[int], length: int | None) -> list[int]:
-        """The newest text, after the tokenizer's first special token."""
+        """Return the tokenizer's first special token and the newest text."""
         if length is None or len(ids) <= length:
             return ids
         framed = ids[0] in self.tokenizer.all_special_ids
         return _without_middle(ids, int(framed), length)
 
     def _find_pad(self) -> int:
-        """A token for padding that no row ends with; masks, not this id, say what is padding."""
+        """Return a padding token that ends no row; padding is identified by masks, not by this id."""
         tokenizer, ends = self.tokenizer, {None, self.end_id, self.eos_id}
         special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
         return next(int(token) for token in (*special, *range(len(tokenizer))) if token not in ends)
 
 
 def _without_middle(items: list[_T], head: int, length: int) -> list[_T]:
-    """The first items and the last, together so many."""
+    """Return the first `head` and the last items, `length` in total."""
     if len(items) <= length:
         return items
     return [*items[:head], *items[len(items) - max(0, length - head) :]][:length]
 
 
 def text_of(turns: Sequence[Turn]) -> str:
-    """Turns of plain text as one."""
+    """Join turns of plain text."""
     return "".join(turn.text for turn in turns)
 
 
 Size = Callable[[Sequence[Turn], int], int]
-"""Tokens of a dialogue whose turns from an index on are the completion."""
+"""Returns the number of tokens of a dialogue whose turns from an index on are the completion."""
 
 
 def newest_turns(turns: Sequence[Turn], first: int, size: Size, limit: int) -> tuple[list[Turn], int]:
-    """The system's turns and the newest of the others, from a user's turn on, as many as fit.
+    """Return the system turns and as many of the newest other turns as fit, starting with a user turn.
 
-    Where not even the last user's turn and what follows it fit, the longest of these are cut at the beginning,
-    then the system's turn at the end; completions are not cut.
+    If not even the last user turn and what follows fit, the longest of these turns are truncated at the beginning,
+    then the system turn at the end; completions are not truncated.
 
     Args:
         turns: a context, then the completion.
-        first: where the completion begins.
+        first: index at which the completion begins.
         limit: in tokens.
 
     Returns:
-        The turns, too long only where the completion alone is, and where it begins in them.
+        The turns, which exceed the limit only if the completion alone does, and the index at which it begins.
     """
     system = next((index for index, turn in enumerate(turns) if turn.speaker != "system"), len(turns))
 

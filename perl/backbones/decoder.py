@@ -1,4 +1,4 @@
-"""Decoders, or causal language models: they generate, and score a row at its last token."""
+"""Decoders, i.e. causal language models: they generate, and score a row at its last token."""
 
 import copy
 from typing import Any
@@ -27,14 +27,14 @@ REMEDY = "Give a hub id such as Qwen/Qwen2.5-0.5B, or a folder with config.json 
 
 
 class Decoder(Backbone):
-    """A causal language model, of which transformers computes logits = transform(output embedding · trunk)."""
+    """A causal language model whose logits in transformers are transform(output embedding · trunk)."""
 
     kind = "a causal LM"
     auto_class = AutoModelForCausalLM
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """Every model that no other backbone matches; of a subclass with a model type, those of this type."""
+        """Return True, as other backbones take precedence; a subclass with a model type matches only this type."""
         return cls.model_type in (None, config.model_type)
 
     def prepare(self, where: str) -> None:
@@ -45,7 +45,7 @@ class Decoder(Backbone):
 
     @torch.no_grad()
     def check(self, lm: PreTrainedModel, where: str) -> None:
-        """Refuse a model that looks ahead, or changes its logits in a way that is not known."""
+        """Refuse a model that is not causal, or that transforms its logits in an unsupported way."""
         embedding = lm.get_output_embeddings()
         if embedding is None:
             raise UserError("the model has no language-model head", where=where, remedy="Use a causal LM.")
@@ -58,22 +58,22 @@ class Decoder(Backbone):
         hidden_BLD = self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
         product_BNV = embedding(hidden_BLD[:, -logits_BNV.shape[1] :]).float()
         if not _alike(logits_transform(lm.config).apply_(product_BNV, temperature=1.0), logits_BNV):
-            what = f"{name} changes its logits after the output embedding in a way that is not known"
+            what = f"{name} transforms its logits after the output embedding in an unknown way"
             raise UserError(what, where=where, remedy="This architecture is not supported yet.")
 
     def own_logits(self, lm: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-        """Transformers' own logits (B, N, V) of the last N positions of rows without padding."""
+        """Return transformers' logits (B, N, V) of the last N positions of rows without padding."""
         logits_BLV: Tensor = lm(input_ids=ids_BL).logits
         return logits_BLV
 
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """The tokenizer's chat template, and the generation configuration's tokens that end a completion."""
+        """Return the tokenizer's chat template with the generation configuration's end tokens."""
         return ChatFormat(tokenizer, configured_ends(lm, tokenizer))
 
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
-        """Positions are counted over real tokens, so the padding side does not matter, for GPT-2 either."""
+        """Count positions over real tokens, so that the padding side does not matter, even in GPT-2."""
         inputs = {"input_ids": ids_BL} if embeddings_BLD is None else {"inputs_embeds": embeddings_BLD}
         hidden_BLD: Tensor = lm.base_model(
             **inputs, attention_mask=mask_BL.long(), position_ids=positions(mask_BL), use_cache=False
@@ -88,13 +88,13 @@ class Decoder(Backbone):
         completion_length: int,
         embeddings_BLD: Tensor | None = None,
     ) -> Tensor:
-        """Those one position before each token of the completion."""
+        """Return the states one position before each token of the completion."""
         return self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)[:, -completion_length - 1 : -1]
 
     def extend(
         self, lm: PreTrainedModel, ids_BN: Tensor, mask_BL: Tensor, attention_mask: Tensor, cache: Cache
     ) -> Tensor:
-        """By transformers' own forward with a cache."""
+        """Compute them with transformers' own forward with a cache."""
         hidden_BND: Tensor = lm.base_model(
             input_ids=ids_BN,
             attention_mask=attention_mask,
@@ -105,18 +105,18 @@ class Decoder(Backbone):
         return hidden_BND
 
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
-        """One linear layer, `score`."""
+        """Return the single linear layer, `score`."""
         return ["score"]
 
     def new_head(self, lm: PreTrainedModel) -> nn.Linear:
-        """A linear layer without a bias."""
+        """Create a linear layer without a bias."""
         embedding = lm.get_output_embeddings().weight
         head = nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=torch.float32)
         nn.init.zeros_(head.weight)
         return head
 
     def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
-        """`score.weight`."""
+        """Return `score.weight`."""
         return {f"score.{name}": parameter for name, parameter in head.named_parameters()}
 
     def score(
@@ -127,7 +127,7 @@ class Decoder(Backbone):
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Read at each row's last real token."""
+        """Score each row at its last real token."""
         hidden_BLD = self.hidden(lm, ids_BL, mask_BL, embeddings_BLD)
         last_B = mask_BL.long().cumsum(1).argmax(1)
         last_BD = hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
@@ -137,10 +137,10 @@ class Decoder(Backbone):
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
-        """The classifier of this architecture, with `score` in the base's dtype."""
+        """Create the classifier of this architecture, with `score` in the base's dtype."""
         config = copy.deepcopy(config)
         text = config.get_text_config()
-        padding, text.pad_token_id = text.pad_token_id, None  # it may be behind the last row of the embeddings
+        padding, text.pad_token_id = text.pad_token_id, None  # it may be beyond the last row of the embeddings
         try:
             with torch.device("meta"):  # its own weights are never used
                 model = AutoModelForSequenceClassification.from_config(
@@ -150,13 +150,13 @@ class Decoder(Backbone):
             model = None
         if not isinstance(getattr(model, "score", None), nn.Linear):
             what = f"transformers has no sequence classifier with a linear layer `score` for {type(lm).__name__}"
-            remedy = "Of this architecture only language models can be exported."
+            remedy = "Only language models of this architecture can be exported."
             raise UserError(what, where=lm.name_or_path, remedy=remedy)
         assert isinstance(model, PreTrainedModel)
         setattr(model, model.base_model_prefix, lm.base_model)
         model.score = copy.deepcopy(head).to(lm.dtype)
         known = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > known:  # padding is never attended to: what its row holds does not matter
+        if len(tokenizer) > known:  # padding is never attended to, so its embedding does not matter
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             model.get_input_embeddings().weight.data[known:] = 0
         model.config.get_text_config().pad_token_id = padding
@@ -168,10 +168,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def configured_ends(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion by the model's generation configuration.
+    """Return the end tokens in the model's generation configuration.
 
-    Without generation_config.json they are those of config.json, or else the default of the model's class (Llama:
-    2, whatever that is in this vocabulary): of these only special and added tokens count.
+    Without generation_config.json they come from config.json or the default of the model's class (Llama: 2,
+    whatever that is in this vocabulary), and then only special and added tokens count.
     """
     generation = getattr(lm, "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)

@@ -1,11 +1,11 @@
-"""Encoders such as BERT: they read a row in both directions, and can only be reward models.
+"""Encoders such as BERT: they read a row bidirectionally, and can only be reward models.
 
-The model is transformers' sequence classifier of the architecture, so that an exported one scores alike wherever
-it is loaded. What it has on its blocks (BERT: a pooler of the first token) is the head: a copy for the role, fp32,
-all trained.
+The model is transformers' sequence classifier of the architecture, so that an exported model gives the same scores
+wherever it is loaded. Everything above its blocks (BERT: a pooler of the first token) is the head: a copy per
+role, in fp32 and fully trained.
 
-Rows are [CLS] … [SEP], as the tokenizer frames texts: between them the turns with their speakers' names, a [SEP]
-after each of the agent's. Token types are all 0.
+Rows are [CLS] … [SEP], as the tokenizer frames texts: between them the turns with their speakers' names, with a
+[SEP] after each of the agent's turns. Token types are all 0.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ from perl.private.transformers import has_classifier, has_masked_lm
 
 
 class Encoder(Backbone):
-    """A sequence classifier with one label, on blocks that read in both directions."""
+    """A bidirectional sequence classifier with one label."""
 
     kind = "an encoder"
-    rate_factor = 0.5  # post-norm blocks: all-MiniLM-L6-v2 at twice this rate learned nothing in one run of three
+    rate_factor = 0.5  # post-norm blocks: all-MiniLM-L6-v2 at twice this rate learned nothing in one of three runs
     auto_class = AutoModelForSequenceClassification
     unsupported = (
         Unsupported(
             "generation",
-            "it reads texts in both directions and cannot generate any",
-            "Train only a reward model on it (a recipe with no section but reward), or give a causal LM.",
+            "it reads texts bidirectionally and cannot generate any",
+            "Train only a reward model on it (a recipe with only a reward section), or use a causal LM.",
         ),
-        Unsupported("likelihood", "it gives words no probabilities", "Leave reward.likelihood out."),
+        Unsupported("likelihood", "it assigns no probabilities to words", "Leave out reward.likelihood."),
         Unsupported(
             "4bit",
-            "4-bit weights are for causal LMs, as an encoder's head would be rounded with the rest",
+            "4-bit weights are for causal LMs, since an encoder's head would be rounded with the rest",
             "Set base.quantization: none; encoders are small.",
         ),
         Unsupported(
@@ -54,12 +54,12 @@ class Encoder(Backbone):
             "only the blocks of causal LMs are sharded",
             "Launch with recipes/engines/ddp.yaml: encoders are small.",
         ),
-        Unsupported("splitting", "it does more to its embeddings than pass them to the first block"),
+        Unsupported("splitting", "it transforms its embeddings before the first block"),
     )
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """Whether it reads in both directions, and neither its architecture nor a flag says that it generates."""
+        """Return whether the model is bidirectional, and neither architecture nor flags say that it generates."""
         if cls.model_type is not None:
             return super().matches(config)
         generates = any(name.endswith(GENERATES) for name in config.architectures or [])
@@ -67,25 +67,25 @@ class Encoder(Backbone):
         return has_masked_lm(config) and has_classifier(config) and not (generates or decodes)
 
     def prepare(self, where: str) -> None:
-        """One label."""
+        """Set the number of labels to one."""
         self.config.num_labels = 1
 
     def check(self, lm: PreTrainedModel, where: str) -> None:
-        """Nothing: scores come out of the model's own forward."""
+        """Do nothing: scores come from the model's own forward."""
 
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """Turns between the first and the last token that the tokenizer frames a text with."""
+        """Return the format of turns between the tokenizer's first and last special token."""
         return EncoderFormat(tokenizer, self.context_length(lm))
 
     def context_length(self, lm: PreTrainedModel) -> int:
-        """The longest row, in tokens; RoBERTa's first positions are unused."""
+        """Return the length of the longest row, in tokens; RoBERTa's first positions are unused."""
         table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
         if not isinstance(table, nn.Embedding):
             return super().context_length(lm)
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
-        """The pooler, and all modules beside the trunk that have parameters."""
+        """Return the pooler, and all modules outside the trunk that have parameters."""
         outside = [
             name
             for name, part in lm.named_children()
@@ -95,11 +95,11 @@ class Encoder(Backbone):
         return [*([f"{lm.base_model_prefix}.pooler"] if pooled else []), *outside]
 
     def new_head(self, lm: PreTrainedModel) -> "ClassifierHead":
-        """A copy of the model's own head, whose last layer is set to zero."""
+        """Copy the model's own head, with its last layer set to zero."""
         return ClassifierHead(lm, self.head_modules(lm))
 
     def head_parameters(self, head: nn.Module) -> dict[str, nn.Parameter]:
-        """Those of all its modules."""
+        """Return the parameters of all its modules."""
         assert isinstance(head, ClassifierHead)
         return head.named()
 
@@ -111,10 +111,10 @@ class Encoder(Backbone):
         mask_BL: Tensor,
         embeddings_BLD: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """By the classifier's own forward, with this head instead of its own."""
+        """Score with the classifier's own forward, in which this head replaces its own."""
         assert isinstance(head, ClassifierHead)
         assert embeddings_BLD is None, "an encoder is not split"
-        # Padding goes to the right: the first token is read, and positions count from it.
+        # Move padding to the right: the first token is read, and positions count from it.
         order_BL = (~mask_BL).long().argsort(dim=1, stable=True)[:, : self.context_length(lm)]
         mask_BL = mask_BL.gather(1, order_BL)
         with head.placed(lm):
@@ -125,7 +125,7 @@ class Encoder(Backbone):
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
-        """The model itself, its own head overwritten."""
+        """Return the model itself, with its own head overwritten."""
         for name, parameter in self.head_parameters(head).items():
             lm.get_parameter(name).copy_(parameter)
         lm.config = config
@@ -133,11 +133,11 @@ class Encoder(Backbone):
 
 
 class ClassifierHead(nn.Module):
-    """The parts of a classifier that are not its blocks.
+    """The parts of a classifier other than its blocks.
 
     Args:
-        lm: a sequence classifier with one label; its own parts stay as they are.
-        names: of the parts.
+        lm: a sequence classifier with one label; its own parts are not changed.
+        names: the names of the parts.
     """
 
     def __init__(self, lm: PreTrainedModel, names: Sequence[str]) -> None:
@@ -152,7 +152,7 @@ class ClassifierHead(nn.Module):
                         nn.init.zeros_(parameter)
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Its parameters, by the names that they have in the classifier."""
+        """Return its parameters, by their names in the classifier."""
         return {
             f"{name}.{inner}": parameter
             for name, part in zip(self._names, self.parts, strict=True)
@@ -161,7 +161,7 @@ class ClassifierHead(nn.Module):
 
     @contextlib.contextmanager
     def placed(self, lm: PreTrainedModel) -> Iterator[None]:
-        """Inside, the classifier has these parts instead of its own."""
+        """Replace the classifier's own parts with these inside the context."""
         own = [lm.get_submodule(name) for name in self._names]
         self._place(lm, self.parts)
         try:
@@ -176,7 +176,7 @@ class ClassifierHead(nn.Module):
 
 
 def _copied(part: nn.Module) -> nn.Module:
-    """A copy with its own fp32 parameters, copied one by one as `deepcopy` cannot copy fake tensors."""
+    """Copy a module, with new fp32 parameters copied one by one, as `deepcopy` cannot copy fake tensors."""
     fresh = {id(p): nn.Parameter(p.detach().float().clone(), requires_grad=False) for p in part.parameters()}
     return copy.deepcopy(part, memo=dict[int, Any](fresh))
 
@@ -186,14 +186,14 @@ def _in_fp32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class EncoderFormat(ChatFormat):
-    """How an encoder's tokenizer writes dialogues: in the plain template, between its first and its last token.
+    """An encoder's format of dialogues: the plain template between the tokenizer's first and last token.
 
     Args:
-        tokenizer: its beginning and end of text become [CLS] and [SEP], its chat template the plain one.
-        room: the longest row of the encoder, in tokens.
+        tokenizer: its BOS and EOS tokens become [CLS] and [SEP], its chat template the plain one.
+        room: length of the encoder's longest row, in tokens.
 
     Raises:
-        UserError: the tokenizer has no first or no last token.
+        UserError: the tokenizer lacks a first or a last token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
@@ -210,17 +210,17 @@ class EncoderFormat(ChatFormat):
         self._room = room
 
     def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
-        """As for a decoder, but the completion is never cut, even if the row becomes longer than `length`.
+        """Return the row as in a decoder, but never truncate the completion, even if the row exceeds `length`.
 
         Raises:
-            UserError: the completion is longer than the encoder takes.
+            UserError: the completion is too long for the encoder.
         """
         tokens = super().row(context, completion)
         least = 1 + sum(tokens.spoken)
         if least > self._room:
             raise UserError(
-                f"a completion has {least - 1} tokens, and with its first token a row may have {self._room}",
+                f"a completion has {least - 1} tokens; a row may have {self._room}, including its first token",
                 where=f"the completion {completion.text[:60]!r}",
-                remedy="Shorten it, or use a base that takes longer texts.",
+                remedy="Shorten it, or use a base with a longer context.",
             )
         return tokens if length is None else super().row(context, completion, max(length, least))

@@ -1,12 +1,12 @@
-"""Encoder-decoders such as T5 and BART: the encoder reads the context, and the decoder writes the completion.
+"""Encoder-decoders such as T5 and BART: the encoder reads the context, and the decoder generates the completion.
 
-A row is one sequence all the same: the context, then `START`, which stands for the decoder's start token, then the
-completion. What is before `START` the encoder reads, the rest the decoder. So all that works on rows (masks,
-lengths, log-probs, the score at the last token) is the decoders' own.
+A row is still one sequence: the context, then `START`, which stands for the decoder's start token, then the
+completion. The encoder reads the part before `START`, the decoder the rest. So everything that works on rows
+(masks, lengths, log-probs, the score at the last token) is the same as for decoders.
 
-Rows that have the same context in a batch share one pass of the encoder, in training too.
+Rows of a batch with the same context share one pass of the encoder, in training too.
 
-Letters beside those of `perl.roles`: S positions that the encoder reads, G different rows of them.
+Letters in addition to those of `perl.roles`: S encoder positions, G distinct encoder rows.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ DECODER_DEPTH = {
     "umt5": "num_decoder_layers",
     "bart": "decoder_layers",
 }
-"""The model types that are known, and where their configurations have the number of the decoder's blocks."""
+"""The supported model types, with the configuration key of the number of decoder blocks."""
 
 
 class EncoderDecoder(Decoder):
@@ -56,23 +56,23 @@ class EncoderDecoder(Decoder):
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """Whether it says that it is one; of a subclass with a model type, those of this type."""
+        """Return whether the configuration says so; a subclass with a model type matches only this type."""
         if cls.model_type is not None:
             return super().matches(config)
         return bool(getattr(config, "is_encoder_decoder", False))
 
     def prepare(self, where: str) -> None:
-        """Refuse a model type that is not known, and a configuration without a start token."""
+        """Refuse unsupported model types, and configurations without a start token."""
         if self.config.model_type not in DECODER_DEPTH:
-            what = f"an encoder-decoder of type {self.config.model_type}, which is not known"
-            raise UserError(what, where=where, remedy=f"Known are {', '.join(DECODER_DEPTH)}; or use a causal LM.")
+            what = f"an encoder-decoder of the unsupported type {self.config.model_type}"
+            raise UserError(what, where=where, remedy=f"Use one of {', '.join(DECODER_DEPTH)}, or a causal LM.")
         super().prepare(where)
         if getattr(self.config, "decoder_start_token_id", None) is None:
-            remedy = "Set decoder_start_token_id in config.json; T5's is that of pad_token_id."
+            remedy = "Set decoder_start_token_id in config.json; T5's equals pad_token_id."
             raise UserError("the decoder has no start token", where=where, remedy=remedy)
 
     def own_logits(self, lm: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-        """By transformers' own forward with the encoder's and the decoder's ids."""
+        """Compute them with transformers' own forward, from the encoder's and the decoder's ids."""
         first = ids_BL[0].tolist().index(START)
         logits_BNV: Tensor = lm(
             input_ids=ids_BL[:, :first], decoder_input_ids=self._begun(ids_BL[:, first:])
@@ -80,21 +80,21 @@ class EncoderDecoder(Decoder):
         return logits_BNV
 
     def chat_format(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """Contexts as the tokenizer frames texts, and completions apart from them."""
+        """Return the format of contexts, framed by the tokenizer, and separate completions."""
         return EncoderDecoderFormat(tokenizer, configured_ends(lm, tokenizer))
 
     @property
     def depth(self) -> int:
-        """Of the deeper of the two; an index names the block of either."""
+        """Number of blocks of the deeper of the two; an index refers to the block in both."""
         return max(int(self.config.num_hidden_layers), self.cache_layers)
 
     @property
     def cache_layers(self) -> int:
-        """The decoder's blocks."""
+        """Number of decoder blocks."""
         return int(getattr(self.config, DECODER_DEPTH[self.config.model_type]))
 
     def with_depth(self, depth: int) -> PreTrainedConfig:
-        """Both in proportion."""
+        """Return a copy of the configuration in which both are scaled in proportion."""
         config, decoder = copy.deepcopy(self.config), DECODER_DEPTH[self.config.model_type]
         share = depth / self.depth
         config.num_hidden_layers, of_decoder = (
@@ -104,26 +104,26 @@ class EncoderDecoder(Decoder):
         return config
 
     def trunks(self, lm: PreTrainedModel) -> list[nn.Module]:
-        """The encoder and the decoder."""
+        """Return the encoder and the decoder."""
         return [lm.get_encoder(), lm.get_decoder()]
 
     def block_list(self, lm: PreTrainedModel) -> tuple[nn.Module, str]:
-        """The encoder's: every block of the decoder attends to the encoder, so roles share none of these."""
+        """Return the encoder's list: decoder blocks attend to the encoder, so roles share none of them."""
         return lm.get_encoder(), _list_name(lm.get_encoder())
 
     def blocks(self, lm: PreTrainedModel) -> list[nn.Module]:
-        """The encoder's, then the decoder's."""
+        """Return the encoder's blocks, then the decoder's."""
         return [block for trunk in self.trunks(lm) for block in getattr(trunk, _list_name(trunk))]
 
     @contextlib.contextmanager
     def only(self, lm: PreTrainedModel, chosen: slice) -> Iterator[None]:
-        """Of the encoder's; T5's first block has the bias of relative positions for all of them."""
+        """Restrict the encoder's blocks; T5's first block holds the relative position bias for all of them."""
         lowest = self.blocks(lm)[0]
         with super().only(lm, chosen), _position_bias_of(lowest, self.blocks(lm)[0]):
             yield
 
     def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Where the encoder reads; 0 elsewhere."""
+        """Return the lower hidden states at the encoder's positions, and 0 elsewhere."""
         read_BL = mask_BL & ~_decoded(ids_BL)
         source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
         ids_GS, place_B = _distinct(source_BS, source_mask_BS)
@@ -137,7 +137,7 @@ class EncoderDecoder(Decoder):
     def hidden(
         self, lm: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, embeddings_BLD: Tensor | None = None
     ) -> Tensor:
-        """Of each position where it is read: by the encoder before `START`, by the decoder from there on."""
+        """Return the encoder's hidden states before `START`, and the decoder's from there on."""
         decoded_BL = _decoded(ids_BL)
         read_BL, written_BL = mask_BL & ~decoded_BL, mask_BL & decoded_BL
         source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
@@ -162,14 +162,14 @@ class EncoderDecoder(Decoder):
     def extend(
         self, lm: PreTrainedModel, ids_BN: Tensor, mask_BL: Tensor, attention_mask: Tensor, cache: Cache
     ) -> Tensor:
-        """By the decoder; where the cache is empty, after the encoder, whose pass is in the cache from then on."""
+        """Run the decoder; if the cache is empty, run the encoder first, whose keys and values are then cached."""
         filled, rows = cache.get_seq_length(), len(ids_BN)
         if filled == 0:
             columns = ids_BN[0].tolist().index(START)
             read_BS = mask_BL[:, :columns].bool()
             source_BS, source_mask_BS = _to_the_left(ids_BN[:, :columns], read_BS)
             encoded_BSD = self._encode(lm, source_BS, source_mask_BS)
-            # The cache has prompts where the batch has them: padded on the left.
+            # Prompts are padded on the left in the cache, as in the batch.
             states_BSD = encoded_BSD.new_zeros(rows, columns, encoded_BSD.shape[2])
             states_BSD[_places(read_BS)] = encoded_BSD[_places(source_mask_BS)]
             ids_BN = self._begun(ids_BN[:, columns:])
@@ -189,14 +189,14 @@ class EncoderDecoder(Decoder):
     def _encode(
         self, lm: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor, lower_BSD: Tensor | None = None
     ) -> Tensor:
-        """The encoder's hidden states (B, S, D), from its blocks' input on if that is given; equal rows once."""
+        """Return the encoder's hidden states (B, S, D), from `lower_BSD` on if given; equal rows only once."""
         ids_GS, place_B = _distinct(ids_BS, mask_BS)
         with contextlib.ExitStack() as stack:
             if lower_BSD is not None:
                 first_G = place_B.new_zeros(len(ids_GS)).scatter_reduce_(
                     0, place_B, torch.arange(len(place_B), device=place_B.device), "amin", include_self=False
                 )
-                # BART adds positions to what it is given as embeddings.
+                # A hook, as BART adds positions to `inputs_embeds`.
                 given = self.blocks(lm)[0].register_forward_pre_hook(
                     lambda _, inputs: (lower_BSD[first_G], *inputs[1:])
                 )
@@ -204,33 +204,33 @@ class EncoderDecoder(Decoder):
             return _read(lm, ids_GS)[place_B]
 
     def _begun(self, ids_BN: Tensor) -> Tensor:
-        """The decoder's tokens, the start token in its place."""
+        """Replace `START` in the decoder's tokens with the start token."""
         return ids_BN.masked_fill(ids_BN == START, int(self.config.decoder_start_token_id))
 
     def head_modules(self, lm: PreTrainedModel) -> list[str]:
-        """None: transformers' classifiers of these architectures read the same text with both parts."""
+        """Return none: transformers' classifiers of these architectures read the same text with both parts."""
         return []
 
     def classifier(
         self, lm: PreTrainedModel, head: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
-        """There is none."""
+        """Raise: there is no such classifier."""
         raise UserError(
             f"transformers has no classifier of {type(lm).__name__} that reads contexts with the encoder and "
             "completions with the decoder",
             where=lm.name_or_path,
-            remedy="Under LoRA export the adapter, without --merge: its README.md says how it scores.",
+            remedy="Under LoRA, export the adapter without --merge: its README.md says how it scores.",
         )
 
 
 def _list_name(trunk: nn.Module) -> str:
-    """Of the blocks of an encoder or a decoder: T5 calls them `block`, BART `layers`."""
+    """Return the attribute with the blocks of an encoder or a decoder: T5's is `block`, BART's `layers`."""
     return "block" if hasattr(trunk, "block") else "layers"
 
 
 @contextlib.contextmanager
 def _position_bias_of(lowest: Any, first: Any) -> Iterator[None]:
-    """Inside, the first block that computes has the position bias of T5's lowest, where that has it for all."""
+    """Give the first block that runs the position bias of T5's lowest block, if only that block has it."""
     if not hasattr(first, "layer") or first.layer[0].SelfAttention.has_relative_attention_bias:
         yield
         return
@@ -244,18 +244,18 @@ def _position_bias_of(lowest: Any, first: Any) -> Iterator[None]:
 
 
 def _decoded(ids_BL: Tensor) -> Tensor:
-    """Where the decoder reads."""
+    """Return a mask of the decoder's positions."""
     return (ids_BL == START).cumsum(1) > 0
 
 
 def _distinct(ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (G, S), each once, with `START` where there is no token; and the place of each row among them."""
+    """Return the distinct rows (G, S), with `START` as padding, and each row's index among them."""
     ids_GS, place_B = torch.unique(ids_BS.masked_fill(~mask_BS, START), dim=0, return_inverse=True)
     return ids_GS, place_B
 
 
 def _read(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
-    """The encoder's hidden states (G, S, D) of what `_distinct` gives."""
+    """Return the encoder's hidden states (G, S, D) of rows from `_distinct`."""
     encoded_GSD: Tensor = lm.get_encoder()(
         input_ids=ids_GS.clamp(min=0), attention_mask=(ids_GS != START).long()
     ).last_hidden_state
@@ -263,12 +263,12 @@ def _read(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
 
 
 def _to_the_left(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens under the mask, padded on the right with 0, and their mask; positions count from the left."""
+    """Return the tokens under the mask, padded on the right with 0, and their mask."""
     order_BN = (~mask_BL).long().argsort(dim=1, stable=True)[:, : int(mask_BL.sum(1).max())]
     mask_BN = mask_BL.gather(1, order_BN)
     return ids_BL.gather(1, order_BN).masked_fill(~mask_BN, 0), mask_BN
 
 
 def _places(mask_BL: Tensor) -> tuple[Tensor, ...]:
-    """Where a mask is true: as numbers, since fake tensors take no mask."""
+    """Return the indices at which a mask is true, since fake tensors cannot be indexed with a mask."""
     return mask_BL.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""How rows are written for encoder-decoders: the context, `START`, and the completion."""
+"""The format of rows for encoder-decoders: the context, `START`, and the completion."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from perl.backbones.tokens import Tokens
 from perl.data.records import Turn
 
 START = -1
-"""No token: whatever a text or a policy says, it is not taken for the place where the decoder begins."""
+"""Marks where the decoder begins; not a token, so no text or policy can produce it."""
 
 
 class EncoderDecoderFormat(ChatFormat):
-    """How dialogues are written for an encoder-decoder: a context and a completion, tokenized apart.
+    """The format of dialogues for an encoder-decoder: a context and a completion, tokenized separately.
 
-    A context is framed as the tokenizer frames every text (T5: an end token after it; BART: a token on either
-    side). What it puts before a text the decoder is given before the completion too, as in these models' training.
+    A context is framed by the tokenizer like any text (T5: an end token after it; BART: a token on either side).
+    The tokens before a text also precede the completion in the decoder, as in these models' training.
 
     Attributes:
-        first_ids: what the decoder is given after its start token.
+        first_ids: the decoder's tokens between its start token and the completion.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, more_ends: Iterable[int] = ()) -> None:
@@ -32,7 +32,7 @@ class EncoderDecoderFormat(ChatFormat):
         self._around = 2 * len(self.first_ids) + len(self._last_ids) + 1
 
     def context(self, turns: Sequence[Turn], length: int | None = None) -> list[int]:
-        """The encoder's tokens, `START`, and what the decoder is given; at least one of the text's."""
+        """Return the encoder's tokens (at least one of the text's), `START`, and the decoder's first tokens."""
         room = None if length is None else max(1, length - self._around)
         if turns[-1].speaker == "text":
             ids = self._tokens.ids(text_of(turns))
@@ -43,7 +43,7 @@ class EncoderDecoderFormat(ChatFormat):
         return [*self.first_ids, *ids, *self._last_ids, START, *self.first_ids]
 
     def row(self, context: Sequence[Turn], completion: Turn, length: int | None = None) -> Tokens:
-        """As for a decoder."""
+        """Return the row as for a decoder."""
         room = None if length is None else max(1, length - self._around - 1)
         written, ids = self._written(context, completion)
         kept = ids if room is None else ids[-room:]
@@ -51,7 +51,7 @@ class EncoderDecoderFormat(ChatFormat):
         return row if len(kept) == len(ids) else Tokens(row.ids, row.spoken, cut=True)
 
     def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
-        """A row for each of the agent's turns, with all turns before it as its context."""
+        """Return a row for each of the agent's turns, with all previous turns as its context."""
         turns = [*context, *completion]
         rows = []
         for index in range(len(context), len(turns)):
@@ -61,7 +61,7 @@ class EncoderDecoderFormat(ChatFormat):
         return rows
 
     def _written(self, context: Sequence[Turn], completion: Turn) -> tuple[str, list[int]]:
-        """What the template writes before a completion, and the completion's tokens."""
+        """Return the template's text before a completion, and the completion's tokens."""
         if completion.speaker == "text":
             return "", [*self._tokens.ids(completion.text.strip()), self.eos_id]
         prompt, text = self.template.row([*context, completion])
@@ -75,6 +75,6 @@ class EncoderDecoderFormat(ChatFormat):
         return Tokens(row.ids, row.spoken, cut=len(prompt) < len(whole))
 
     def probe(self, speakers: Iterable[Any]) -> list[str]:
-        """Refuse a template that leaves a speaker out; no server's tokens are there to be compared."""
+        """Refuse a template that omits a speaker; there are no server's tokens to compare with."""
         self.template.check_written(self.probe_turns(set(speakers))[:-1])
         return []

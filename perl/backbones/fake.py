@@ -1,8 +1,8 @@
-"""Bases without weights, for estimates: real shapes and sizes, and no memory.
+"""Bases without weights, for memory estimates: real shapes and sizes without memory.
 
-Weights are fake tensors, and so is all that is computed from them: shape, dtype and bytes, but no values. Token
-ids and masks are real. Where code asks for a value (is the loss finite, which token was drawn) it gets zeros
-(`unknown_values`).
+Weights, and everything computed from them, are fake tensors: they have a shape, a dtype and a size, but no values.
+Token ids and masks are real. Where code asks for a value (is the loss finite, which token was sampled) it gets
+zeros (`unknown_values`).
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from perl.backbones import backbone_of
 from perl.private.torch import FakeTensor, FakeTensorMode, forbid_conversion
 
 LONGEST_ROW = 2**14
-"""A longer `arange` is no positions but a vocabulary, which is compared with every token."""
+"""A longer `arange` is not for positions but for a vocabulary, which is compared with every token."""
 
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """A base of this configuration, of fake weights."""
+    """Create a base of this configuration with fake weights."""
     with torch.device("meta"):
         lm = backbone_of(config).new_model(dtype)
     lm.tie_weights()
@@ -36,7 +36,7 @@ def fake_lm(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fill_with_fakes(module: nn.Module) -> None:
-    """Put fake tensors on the CPU in the place of all others."""
+    """Replace all tensors with fake tensors on the CPU."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
@@ -49,7 +49,7 @@ def fill_with_fakes(module: nn.Module) -> None:
 
 
 def _is_in_place(tensor: Tensor) -> bool:
-    """Whether it is fake already; what is computed of a fake and a meta tensor is a fake one there."""
+    """Return whether a tensor is already a fake CPU tensor; a fake and a meta tensor give a fake meta tensor."""
     return isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
 
 
@@ -59,7 +59,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class _Unknown(TorchFunctionMode):
-    """Returns zeros where code asks for the values of a fake tensor."""
+    """Mode that returns zeros if code asks for the values of a fake tensor."""
 
     ASKS = frozenset(getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__"))
     DRAWS = frozenset({torch.multinomial, torch.searchsorted})
@@ -71,7 +71,7 @@ class _Unknown(TorchFunctionMode):
                 return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
             if func is torch.allclose:
                 return True
-            if func in self.DRAWS:  # ids have values: they choose rows and columns
+            if func in self.DRAWS:  # ids need values, since they are used as indices
                 return torch.zeros(func(*args, **kwargs).shape, dtype=torch.long)
         return func(*args, **kwargs)
 
@@ -80,7 +80,7 @@ MAKERS = ("empty", "zeros", "ones", "full", "arange")
 
 
 def _fake_maker(name: str) -> Any:
-    """A factory whose float tensors are fake, and vocabularies; token ids, masks and counters stay real."""
+    """Wrap a factory so that floats and vocabularies are fake; token ids, masks and counters stay real."""
     make = getattr(torch, name)
 
     @functools.wraps(make)
@@ -98,7 +98,7 @@ def _fake_maker(name: str) -> Any:
 
 @contextlib.contextmanager
 def unknown_values() -> Iterator[None]:
-    """Inside, new float tensors are fake, and code that asks for the values of fake tensors gets zeros."""
+    """Make new float tensors fake inside the context, and return zeros for the values of fake tensors."""
     with contextlib.ExitStack() as stack:
         for name in MAKERS:  # patched: a function mode does not reach the backward pass of custom functions
             stack.enter_context(mock.patch.object(torch, name, _fake_maker(name)))

@@ -15,7 +15,7 @@ from perl.errors import UserError
 
 
 def four_bit_config(dtype: torch.dtype) -> Any:
-    """How transformers is told to load a base in 4 bits.
+    """Return transformers' configuration for loading a base in 4 bits.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -32,8 +32,8 @@ def four_bit_config(dtype: torch.dtype) -> Any:
 
 
 def keep_layout(lm: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the weights of layers in eval mode, as it does on CPUs with AVX-512 bf16:
-    repacked weights silently stop gradients, and their bytes differ.
+    """Prevent bitsandbytes from repacking weights of layers in eval mode, as it does on CPUs with AVX-512 bf16:
+    repacked weights silently block gradients, and their bytes differ.
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -42,8 +42,8 @@ def keep_layout(lm: nn.Module) -> None:
 
 @contextlib.contextmanager
 def hide_quantization(lm: nn.Module) -> Iterator[None]:
-    """Inside, a 4-bit base looks like any frozen model: else transformers' Trainer, which does not know our
-    adapters, refuses to train, and TRL's rounds the adapters to bf16.
+    """Make a 4-bit base look like any frozen model: otherwise transformers' Trainer, which does not recognize our
+    adapters, refuses to train, and TRL's trainers round the adapters to bf16.
     """
     flags = {name: True for name in ("is_quantized", "is_loaded_in_4bit") if vars(lm).get(name)}
     vars(lm).update(dict.fromkeys(flags, False))
@@ -54,13 +54,13 @@ def hide_quantization(lm: nn.Module) -> Iterator[None]:
 
 
 def scales(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The scales and the 16 values of 4-bit weights, which are neither parameters nor buffers, by name."""
+    """Yield the scales and the 16 values of 4-bit weights, which are neither parameters nor buffers, by name."""
     for name, parameter in lm.named_parameters():
         if state := getattr(parameter, "quant_state", None):
             yield from ((f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items())
 
 
 def weights_of(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for: two a byte in 4 bits."""
+    """Return the number of weights in a parameter: two per byte in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

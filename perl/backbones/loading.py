@@ -1,4 +1,4 @@
-"""Loading a base from a hub id, a folder (safetensors only) or a configuration alone."""
+"""Loading a base from a hub id, a folder (safetensors only) or just a configuration."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from perl.errors import LOADING, UserError, machine_fault
 from perl.system.progress import console
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Files of pickled weights, which can run any code when read, and are never read."""
+"""Files of pickled weights, which can run arbitrary code when loaded, and are never loaded."""
 
 
 def load_base(
@@ -43,14 +43,14 @@ def load_base(
     """Load a model and its tokenizer from the hub or a folder.
 
     Args:
-        random_seed: where given, only the configuration is read, and the weights are drawn at random.
-        trust_remote_code: Python code that comes with the model may run.
-        generates: whether it is to generate completions.
+        random_seed: if given, only the configuration is read, and the weights are random.
+        trust_remote_code: whether Python code that comes with the model may run.
+        generates: whether the model must be able to generate completions.
 
     Raises:
-        UserError: no such model, an unsupported one, weights missing or pickled, no tokenizer, a tokenizer with
-            more tokens than the model has embeddings, or code of its own that is not trusted.
-        MachineError: no memory for it, or no permission to read it.
+        UserError: the model does not exist or is not supported, weights are missing or pickled, there is no
+            tokenizer or it has more tokens than the model has embeddings, or the model's own code is not trusted.
+        MachineError: there is not enough memory, or no permission to read the files.
     """
     where = f"base.model {model}"
 
@@ -70,10 +70,10 @@ def load_base(
 def random_base(
     config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[Base, PreTrainedModel]:
-    """A base of random weights from a configuration alone, with a tokenizer of its vocabulary's size.
+    """Create a base with random weights from a configuration, with a tokenizer of its vocabulary's size.
 
     Raises:
-        UserError: the configuration is not one of a model that generates.
+        UserError: the configuration is not that of a generating model.
     """
     where = "base.config"
 
@@ -87,8 +87,8 @@ def random_base(
         lm = load()
     except UserError:
         raise
-    except Exception as error:  # a configuration that makes no sense fails anywhere in the model's own code
-        remedy = "Give model_type (such as llama) and that model's own keys."
+    except Exception as error:  # an invalid configuration can fail anywhere in the model's own code
+        remedy = "Set model_type (such as llama) and that model's own keys."
         raise _refusal(error, "not the configuration of a causal LM", where, remedy) from None
     name, size = f"random {config.get('model_type')}", lm.get_input_embeddings().weight.shape[0]
     return _base(name, f"base.model {name}", lm, numbered_tokens(size), load), lm
@@ -125,21 +125,21 @@ def _base(
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model."""
-    where, remedy = f"base.model {model}", "Put tokenizer.json and tokenizer_config.json beside the weights."
+    """Load the tokenizer of a model."""
+    where, remedy = f"base.model {model}", "Put tokenizer.json and tokenizer_config.json next to the weights."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # tokenizers raise all sorts of things for a missing or broken file
+    except Exception as error:  # tokenizers raise many kinds of exceptions for a missing or broken file
         raise _refusal(error, "no usable tokenizer", where, remedy) from None
-    if not tokenizer("hello", add_special_tokens=False)["input_ids"]:  # made of no files, and without complaint
+    if not tokenizer("hello", add_special_tokens=False)["input_ids"]:  # silently created without files
         raise UserError("no usable tokenizer: it has no tokens for text", where=where, remedy=remedy)
     return tokenizer
 
 
 def has_chat_format(model: str) -> bool:
-    """Whether a model comes with a chat format; not where it cannot be read, which loading it says."""
+    """Return whether a model has a chat template; False if it cannot be read, which loading reports later."""
     try:
         return load_tokenizer(model).chat_template is not None
     except UserError:
@@ -147,14 +147,14 @@ def has_chat_format(model: str) -> bool:
 
 
 def load_config(model: str, trust_remote_code: bool = False, generates: bool = True) -> Any:
-    """The configuration of a model, without code of its own unless that is trusted, of which the user is told.
+    """Load a model's configuration, with its own code only if trusted, which is announced to the user.
 
     Args:
-        generates: whether it is to generate completions.
+        generates: whether the model must be able to generate completions.
     """
     where = f"base.model {model}"
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        remedy = f"{REMEDY} A relative path is looked up beside the recipe, then in the working folder."
+        remedy = f"{REMEDY} A relative path is looked up next to the recipe, then in the working directory."
         raise UserError("no such folder", where=where, remedy=remedy)
     if trust_remote_code:
         warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
@@ -162,12 +162,10 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
     not_asked = "" if Path(model).is_dir() else why_not_asked()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a broken configuration raises all sorts of things
+    except Exception as error:  # a broken configuration raises many kinds of exceptions
         if not_asked and only_in_cache(error):
-            what = (
-                "not a model that is here: no such folder, none in the cache, and the hub was not asked, because"
-            )
-            remedy = f"Check the name, and the network (a proxy is told by HTTPS_PROXY). {REMEDY}"
+            what = "no such model: no such folder, none in the cache, and the hub was not queried, because"
+            remedy = f"Check the name, and the network (set HTTPS_PROXY for a proxy). {REMEDY}"
             raise UserError(f"{what} {not_asked}", where=where, remedy=remedy) from None
         raise _refusal(error, "not a model", where) from None
     if not trust_remote_code:
@@ -180,7 +178,7 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
 
 
 def without_own_code(config: Any) -> Any:
-    """The configuration, without the names of Python code that comes with the model."""
+    """Remove the references to Python code that comes with the model from a configuration."""
     vars(config).pop("auto_map", None)
     return config
 
@@ -190,7 +188,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     where, config = f"base.model {model}", backbone.config
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # refused below, by name
+    options["ignore_mismatched_sizes"] = True  # refused below, with their names
     if four_bit:
         backbone.require("4bit", "base.quantization")
         options |= {"quantization_config": four_bit_config(dtype), "device_map": str(device)}
@@ -209,11 +207,11 @@ def _load_weights(
     made = {name for name, _ in lm.named_parameters() if backbone.in_head(lm, name)}
     missing = sorted(set(info["missing_keys"]) - made)
     if missing:
-        what = f"{len(missing)} weights are not in its files, {missing[0]} among them"
+        what = f"{len(missing)} weights are not in its files, including {missing[0]}"
         raise UserError(what, where=where, remedy="Complete the files: missing weights would be random.")
     for name, saved, expected in sorted(one for one in info["mismatched_keys"] if one[0] not in made):
         shapes = f"{name} is {tuple(saved)} in the files, but should be {tuple(expected)}"
-        remedy = "Put the config.json beside them that they were saved with."
+        remedy = "Use the config.json that they were saved with."
         raise UserError(f"the weights are not those of its config.json: {shapes}", where=where, remedy=remedy)
     keep_layout(lm)
     try:
@@ -224,7 +222,7 @@ def _load_weights(
 
 @contextlib.contextmanager
 def _no_pickles(where: str) -> Iterator[None]:
-    """Inside, nothing is unpickled: an index or a configuration may name pickles beside the safetensors."""
+    """Prevent unpickling inside the context: an index or a configuration may name pickles next to safetensors."""
 
     def refuse(file: Any, *_: Any, **__: Any) -> NoReturn:
         raise _pickled(str(file), where)
@@ -235,7 +233,7 @@ def _no_pickles(where: str) -> Iterator[None]:
 
 def _pickled(file: str, where: str) -> UserError:
     return UserError(
-        f"cannot be loaded: its weights are a pickle ({Path(file).name}), which can run any code when it is read",
+        f"cannot be loaded: its weights are a pickle ({Path(file).name}), which can run any code when loaded",
         where=where,
         remedy="If you trust their origin, convert them once: AutoModelForCausalLM.from_pretrained(FOLDER)"
         ".save_pretrained(FOLDER) in transformers writes model.safetensors.",
@@ -243,7 +241,7 @@ def _pickled(file: str, where: str) -> UserError:
 
 
 def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer for random weights: bytes, then numbered tokens up to `size`."""
+    """Create a tokenizer for random weights: bytes, then numbered tokens up to `size`."""
     names = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names = [*names, *(f"<{index}>" for index in range(len(names), size))][:size]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
@@ -253,12 +251,12 @@ def numbered_tokens(size: int) -> PreTrainedTokenizerFast:
 
 
 def _refusal(error: Exception, what: str, where: str, remedy: str = REMEDY) -> UserError:
-    """The error for a library's exception: a fault of the machine, code that is not trusted, or else `what`."""
+    """Return the error for a library's exception: a machine fault, untrusted code, or otherwise `what`."""
     if fault := machine_fault(error, LOADING):
         return fault
     if "trust_remote_code" in str(error):
-        remedy = "Read that code; if you trust it set base.trust_remote_code: true, else use another base."
+        remedy = "Read that code; if you trust it, set base.trust_remote_code: true, otherwise use another base."
         return UserError("it comes with Python code of its own, which is not run", where=where, remedy=remedy)
     first, _, rest = str(error).strip().partition("\n")
-    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""  # the first only announces it
+    second = rest.strip().partition("\n")[0] if first.endswith(":") else ""  # the first line only introduces it
     return UserError(f"{what}: {f'{first} {second}'.strip()[:300]}", where=where, remedy=remedy)

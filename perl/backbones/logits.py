@@ -1,10 +1,10 @@
-"""What a model does to its logits after the output embedding.
+"""Transforms that models apply to their logits after the output embedding.
 
     Granite: z / logits_scaling      Cohere, HyperCLOVA X: z · scale      Gemma 2: cap · tanh(z / cap)
     T5 with tied embeddings: z / √D
 
 as in transformers' `modeling_granite.py`, `modeling_cohere.py`, `modeling_hyperclovax.py`, `modeling_gemma2.py`
-and `modeling_t5.py`. A constant scale is another temperature; a cap has a derivative of its own.
+and `modeling_t5.py`. A constant scale acts like a temperature; a cap has its own derivative.
 """
 
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from typing import Any
 from torch import Tensor
 
 SCALES = {"granite": ("logits_scaling", -1), "cohere": ("logit_scale", 1), "hyperclovax": ("logits_scaling", 1)}
-"""By the beginning of a model's type: the number in its configuration, and its exponent in the factor."""
+"""By prefix of the model type: the configuration key of the scale, and its exponent in the factor."""
 
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """From z, the product with the output embedding, to the logits: cap · tanh(scale · z / cap), or scale · z."""
+    """The map from z, the product with the output embedding, to cap · tanh(scale · z / cap) or scale · z."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def apply_(self, product_NV: Tensor, temperature: float) -> Tensor:
-        """The logits over the temperature, fp32, in place of the product."""
+        """Return the logits divided by the temperature, fp32, computed in place."""
         if self.cap is not None:
             return product_NV.mul_(self.scale / self.cap).tanh_().mul_(self.cap / temperature)
         divisor = temperature / self.scale
         return product_NV if divisor == 1.0 else product_NV.div_(divisor)
 
     def slope_(self, logits_NV: Tensor, temperature: float) -> Tensor | None:
-        """The cap's derivative 1 - tanh², in place of the logits from `apply_`; None without a cap."""
+        """Return the cap's derivative 1 - tanh², computed in place from `apply_`'s logits; None without a cap."""
         if self.cap is None:
             return None
         return logits_NV.mul_(temperature / self.cap).square_().neg_().add_(1.0)
@@ -41,7 +41,7 @@ PLAIN = LogitsTransform()
 
 
 def logits_transform(config: Any) -> LogitsTransform:
-    """What a model of this transformers configuration does to its logits, if it is one of the above."""
+    """Return the transform of a model with this transformers configuration, if it is one of the above."""
     text = config.get_text_config()
     scale, cap = 1.0, getattr(text, "final_logit_softcapping", None)
     for kind, (name, power) in SCALES.items():

@@ -1,4 +1,4 @@
-"""Rows of tokens as one padded batch. Axis letters: `perl.roles`."""
+"""Padding of token rows to a batch. Axis letters: `perl.roles`."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 BUCKET = 16
-"""Rows are padded to a multiple of this, so that few shapes occur (varied shapes make memory creep on CPU)."""
+"""Rows are padded to a multiple of this, to limit the number of shapes (many shapes make CPU memory grow)."""
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of tokens as ids and mask, padded on the left to a multiple of `BUCKET`."""
+    """Return ids and mask of rows, padded on the left to a multiple of `BUCKET`."""
     length = -(-max(len(row) for row in rows) // BUCKET) * BUCKET
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -21,7 +21,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def at_the_end(lengths: Sequence[int], mask_BL: Tensor) -> Tensor:
-    """True for the last so many columns of each row, bool, as `mask_BL`."""
+    """Return a bool mask like `mask_BL` that is True for the last `lengths[i]` columns of row i."""
     columns = mask_BL.shape[1]
     starts_B = torch.tensor([columns - length for length in lengths])
     return (torch.arange(columns) >= starts_B[:, None]).to(mask_BL.device, non_blocking=True)
@@ -30,7 +30,7 @@ def at_the_end(lengths: Sequence[int], mask_BL: Tensor) -> Tensor:
 def joined(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left and completions padded on the right, side by side, as ids and mask (B, L)."""
+    """Return ids and mask (B, L) of prompts padded on the left followed by completions padded on the right."""
     ids_BP, mask_BP = left_pad(prompts, pad_id, device)
     length = max(len(one) for one in completions)
     ids_BT = torch.tensor([[*one, *[pad_id] * (length - len(one))] for one in completions], device=device)
@@ -40,5 +40,5 @@ def joined(
 
 
 def positions(mask_BL: Tensor) -> Tensor:
-    """Each token's number in its row (B, L), int64: counted over real tokens, so padding on any side is right."""
+    """Return each token's position in its row (B, L), int64, counted over real tokens wherever the padding is."""
     return (mask_BL.long().cumsum(1) - 1).clamp(min=0)

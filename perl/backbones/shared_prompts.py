@@ -1,13 +1,13 @@
-"""Several completions of one prompt in one pass that computes the prompt once: shared-prefix attention.
+"""Shared-prefix attention: several completions of a prompt in one pass that computes the prompt only once.
 
-A batch of B rows with G different prompts becomes one row of N = G · P + B · T positions: the prompts, then the
-completions. What works on each position alone, which is all but attention, does not know the difference. Attention
-is computed in two parts: prompts attend to themselves, each completion to its prompt and to itself, all at the
-positions that they have in their rows. So outputs and gradients are those of the plain pass to rounding.
+A batch of B rows with G distinct prompts becomes one row of N = G · P + B · T positions: the prompts, then the
+completions. Everything except attention works on each position separately and is unaffected. Attention is computed
+in two parts: prompts attend to themselves, and each completion to its prompt and to itself, all with the positions
+that they have in their rows. So outputs and gradients equal those of the plain pass up to rounding.
 
-It is for trunks of which every block attends by transformers' function `sdpa`; `unsupported_reason` tries.
+It requires that every block of the trunk uses transformers' `sdpa` attention; `unsupported_reason` tests this.
 
-Axis letters, beside those of `perl.roles`: G different prompts, H heads, S head size.
+Axis letters, in addition to those of `perl.roles`: G distinct prompts, H heads, S head size.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from perl.errors import UserError
 from perl.system.device import to_device
 
 KERNEL = "sdpa"
-"""transformers' name for the attention function that is called for each part."""
+"""transformers' name for the attention function that computes each part."""
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Which rows of a batch have the same prompt."""
+    """Which rows of a batch share a prompt."""
 
     first_G: list[int]
-    """A row with each of the different prompts."""
+    """Index of a row with each distinct prompt."""
     prompt_B: list[int]
-    """Each row's prompt, by its place among these."""
+    """Each row's prompt, as an index into `first_G`."""
     completion_length: int
-    """T, the columns at the right end; those before are the prompt's, and equal in rows with the same prompt."""
+    """T, the number of rightmost columns; those before are the prompt, and equal in rows that share it."""
 
     @classmethod
     def of(cls, groups: Sequence[int], completion_length: int) -> "SharedPrompts | None":
-        """Rows of equal numbers have the same prompt; None where no two do."""
+        """Group rows by number: equal numbers mean the same prompt. Return None if no two rows share one."""
         places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
         if len(places) == len(groups):
             return None
@@ -53,7 +53,7 @@ class SharedPrompts:
 
 
 class Layout:
-    """Where the positions of a batch are in the one row, and what they attend to.
+    """The mapping from a batch's positions to the single row, and their attention masks.
 
     Args:
         mask_BL: True for real tokens, bool; prompts padded on the left, completions on the right.
@@ -76,29 +76,29 @@ class Layout:
         self.completion_mask_B1TL = _added(mask_BL, prompts.completion_length, dtype)
 
     def _parts(self, of_N: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """The axis of all positions as (G, P) and as (B, T)."""
+        """Split the axis of all positions into (G, P) and (B, T)."""
         (prompts, length), own = self._shapes
         shared, rest = of_N.tensor_split([prompts * length], axis)
         return torch.unflatten(shared, axis, (prompts, length)), torch.unflatten(rest, axis, own)
 
     def pack(self, of_BL: Tensor) -> Tensor:
-        """(B, L, …) as (1, N, …)."""
+        """Convert (B, L, …) to (1, N, …)."""
         return of_BL.flatten(0, 1)[self._in_batch_N][None]
 
     def unpack(self, of_1N: Tensor) -> Tensor:
-        """(1, N, …) as (B, L, …)."""
+        """Convert (1, N, …) to (B, L, …)."""
         return of_1N[0][self._in_row_BL]
 
     def heads(self, of_1HNS: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, H, N, S) as that of the prompts (G, H, P, S) and that of the completions (B, H, T, S)."""
+        """Split (1, H, N, S) into the prompts (G, H, P, S) and the completions (B, H, T, S)."""
         shared_HGPS, own_HBTS = self._parts(of_1HNS[0], 1)
         return shared_HGPS.transpose(0, 1), own_HBTS.transpose(0, 1)
 
 
 def _added(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores (B, 1, queries, L) of the last positions: 0, or the least number where masked.
+    """Return the additive mask (B, 1, queries, L) for the last positions: 0, or the lowest number where masked.
 
-    Each attends to itself, padding too: a softmax over nothing is not a number.
+    Each position attends to itself, even padding: a softmax over nothing would be NaN.
     """
     length = mask_BL.shape[1]
     offset = length - queries
@@ -110,7 +110,7 @@ def _added(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
 
 
 class _ByParts:
-    """In the place of transformers' function, for all positions of a layout."""
+    """Replacement for transformers' attention function, for all positions of a layout."""
 
     def __init__(self, kernel: Callable[..., Any], layout: Layout) -> None:
         self._kernel, self.layout = kernel, layout
@@ -119,10 +119,10 @@ class _ByParts:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
     ) -> tuple[Tensor, None]:
-        """As transformers defines it: query, key and value (1, H, N, S) to (1, N, H, S); the mask is the layout's.
+        """Attend as in transformers: query, key and value (1, H, N, S) to (1, N, H, S), with the layout's masks.
 
         Raises:
-            ValueError: the layer's window is shorter than the rows.
+            ValueError: the layer's sliding window is shorter than the rows.
         """
         layout = self.layout
         if (window := rest.get("sliding_window")) and window < layout.completion_mask_B1TL.shape[3]:
@@ -140,7 +140,7 @@ class _ByParts:
 
 @contextlib.contextmanager
 def attending(layout: Layout | None) -> Iterator[set[nn.Module]]:
-    """Inside, attention is the layout's, if there is one; yields the modules that have attended so."""
+    """Use the layout's attention inside the context, if there is one; yield the modules that have used it."""
     if layout is None:
         yield set()
         return
@@ -154,16 +154,16 @@ def attending(layout: Layout | None) -> Iterator[set[nn.Module]]:
 
 
 def attention_as_now() -> Callable[[], AbstractContextManager[object]]:
-    """What enters the attention that is active now, for what is computed again later."""
+    """Return a function that activates the attention that is active now, for later recomputation."""
     function = ALL_ATTENTION_FUNCTIONS[KERNEL]
     return partial(attending, function.layout if isinstance(function, _ByParts) else None)
 
 
 @contextlib.contextmanager
 def sharing(lm: PreTrainedModel, prompts: SharedPrompts | None, mask_BL: Tensor) -> Iterator[set[nn.Module]]:
-    """Inside, the trunk computes each of these prompts once; what it is given and what it returns stay (B, L, …).
+    """Make the trunk compute each of these prompts only once; its inputs and outputs remain (B, L, …).
 
-    Yields the modules that have attended so; with None nothing changes.
+    Yields the modules that have used shared attention; with None nothing changes.
     """
     if prompts is None:
         yield set()
@@ -176,7 +176,7 @@ def sharing(lm: PreTrainedModel, prompts: SharedPrompts | None, mask_BL: Tensor)
             for name in ("input_ids", "inputs_embeds", "position_ids")
             if named.get(name) is not None
         }
-        # Of four axes a mask passes through the model as it is, on to attention, which goes by the layout.
+        # A mask with four axes passes unchanged through the model to the attention, which uses the layout's.
         return inputs, named | packed | {"attention_mask": layout.mask_1N[None, None]}
 
     def unpack(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -194,11 +194,11 @@ def sharing(lm: PreTrainedModel, prompts: SharedPrompts | None, mask_BL: Tensor)
 def unsupported_reason(
     backbone: Backbone, lm: PreTrainedModel, prompt: Sequence[int], completion_length: int
 ) -> str | None:
-    """Why this model cannot share prompts; None if it can, as tried on a batch of padded prompts and completions.
+    """Return why this model cannot share prompts; None if it can, as tested on a padded batch.
 
     Args:
-        prompt: the longest there is.
-        completion_length: the longest there can be.
+        prompt: the longest prompt.
+        completion_length: the maximum length of completions.
     """
     name = type(lm).__name__
     both = [list(prompt), list(prompt[: len(prompt) // 2 + 1])]
@@ -216,12 +216,12 @@ def unsupported_reason(
         with sharing(lm, SharedPrompts.of([0, 0, 1, 1], completion_length), mask_BL) as attended:
             shared_BLD = backbone.hidden(lm, ids_BL, mask_BL)
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        return f"{name} does not compute several completions in one row: {str(error).splitlines()[0][:200]}"
+        return f"{name} cannot compute several completions in one row: {str(error).splitlines()[0][:200]}"
     if len(attended) != len(backbone.blocks(lm)):
-        return f"{name} does not attend by transformers' {KERNEL} in every block"
+        return f"{name} does not use transformers' {KERNEL} attention in every block"
     at_N = mask_BL.nonzero(as_tuple=True)
     plain_ND, shared_ND = plain_BLD[at_N].float(), shared_BLD[at_N].float()
     rounding = 8 * torch.finfo(plain_BLD.dtype).eps
     if not float((shared_ND - plain_ND).norm()) <= rounding * float(plain_ND.norm()):
-        return f"{name} computes several completions in one row otherwise than alone"
+        return f"{name} gives other results for several completions in one row than for each alone"
     return None

@@ -1,12 +1,12 @@
-"""The chat template: a dialogue as text, and where in it a completion stands.
+"""The chat template: rendering of a dialogue as text, and the location of the completion in it.
 
-A completion follows the prompt that the template writes to ask for one, which a server sends and a policy
-continues: SFT and reward models read it too. Most templates write a last completion after this prompt, with their
-own text around it (Qwen3's empty thoughts, gpt-oss's channel), and it is taken from there. Some do not:
-DeepSeek-R1's prompt opens `<think>`, which the finished dialogue lacks. There the completion is that of the data,
-and where it has no reasoning the tag is closed first.
+A completion follows the template's generation prompt, which a server sends and a policy continues; SFT and reward
+models read the same. Most templates write a last completion after this prompt, with their own text around it
+(Qwen3's empty thoughts, gpt-oss's channel), and we take it from there. Some do not: DeepSeek-R1's prompt opens
+`<think>`, which the finished dialogue lacks. Then the completion is that of the data, and if it has no reasoning,
+the tag is closed first.
 
-Earlier completions are context, however the template writes them (Qwen3 drops their thoughts).
+Earlier completions are context, in whatever form the template writes them (Qwen3 drops their thoughts).
 """
 
 import json
@@ -29,27 +29,27 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Agent:{% endif %}"
 )
-"""For tokenizers that bring no chat template of their own. A bare newline after a block would be trimmed."""
+"""Template for tokenizers without a chat template. A bare newline after a block would be trimmed."""
 
 ASKED = (Turn("user", "armadillo"), Turn("agent", "pangolin"))
-"""A question and its answer, in words that no template has of its own."""
+"""A question and its answer, in words that occur in no template."""
 
 _THINK_CLOSED = re.compile(r".*</\w*think\w*>", re.DOTALL)
-"""A text up to where its reasoning ends."""
+"""A text up to the end of its reasoning."""
 _THINK_OPENED = re.compile(r"<(\w*think\w*)>\s*$")
 
 
 class Template:
-    """How a tokenizer writes dialogues as text.
+    """A tokenizer's rendering of dialogues as text.
 
     Attributes:
         end: the token that ends a completion, as text.
-        closing: what to add after a completion that the template does not end; mostly empty.
-        after: characters that the template writes after the end of a last completion.
+        closing: text to add after a completion that the template does not end; usually empty.
+        after: number of characters that the template writes after the end of a last completion.
 
     Raises:
-        UserError: the template refuses a question with its answer, leaves out what is said, or writes no token
-            between a completion and what follows it.
+        UserError: the template refuses a question with its answer, omits a turn's text, or writes no token between
+            a completion and what follows it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,22 +62,22 @@ class Template:
         self.end, self.after = self._find_end()
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """A context, up to where the agent's completion begins."""
+        """Render a context up to the start of the agent's completion."""
         return self._render(turns, add_generation_prompt=True)
 
     def row(self, turns: Sequence[Turn]) -> tuple[str, str]:
-        """The prompt before the last turn, which is the agent's, and the completion with its end.
+        """Return the prompt before the last turn, which is the agent's, and the completion with its end token.
 
         Raises:
-            UserError: the template refuses these turns, or writes other words than the agent said.
+            UserError: the template refuses these turns, or changes the agent's words.
         """
         text, rendered = turns[-1].text.strip(), self._render(turns)
         rendered = rendered[: len(rendered) - self.after] + self.closing
-        # Templates refuse an empty conversation: where the agent speaks first, its words show the start.
+        # Templates refuse an empty conversation: if the agent speaks first, its text marks the start.
         prompt = self.prompt(turns[:-1]) if turns[1:] else rendered.partition(text)[0]
         completion = rendered.removeprefix(prompt)
         if not rendered.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", text)) not in _squeezed(rendered):
-            remedy = "Use a base whose chat template writes the last turn as it was said."
+            remedy = "Use a base whose chat template keeps the text of the last turn."
             raise self._refusal(f"rewrites the agent's turn {text[:60]!r}", remedy)
         if rendered.startswith(prompt) and _squeezed(text) in _squeezed(completion):
             return prompt, completion
@@ -87,11 +87,11 @@ class Template:
         return prompt, text + self.end
 
     def writes_after_prompt(self) -> bool:
-        """Whether the template writes a completion without reasoning after its own prompt."""
+        """Return whether the template writes a completion without reasoning after its own prompt."""
         return self._render(ASKED).startswith(self.prompt(ASKED[:1]))
 
     def opened(self, prompt: str) -> str | None:
-        """The name of the reasoning tag that a prompt ends with, if any."""
+        """Return the name of the reasoning tag that a prompt ends with, if any."""
         match = _THINK_OPENED.search(prompt)
         return match[1] if match else None
 
@@ -100,22 +100,22 @@ class Template:
             text: Any = self._tokenizer.apply_chat_template(
                 self.messages(turns), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # a template raises whatever its author chose
+        except Exception as error:  # a template can raise anything
             speakers = ", ".join(turn.speaker for turn in turns)
-            remedy = "Use a base whose chat template takes these roles in this order."
+            remedy = "Use a base whose chat template accepts these roles in this order."
             raise self._refusal(f"refuses a dialogue of {speakers}: {error}", remedy) from None
         assert isinstance(text, str)
         return text
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """Turns as the template takes them; those of vision models take content in parts."""
+        """Return turns as messages for the template; those of vision models expect content in parts."""
         texts = (turn.text for turn in turns)
         contents = ([{"type": "text", "text": text}] if self._in_parts else text for text in texts)
         roles = (MESSAGE_ROLES[turn.speaker] for turn in turns)
         return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
     def check_written(self, turns: Sequence[Turn]) -> None:
-        """Refuse a template that leaves out one of these turns, as some do a tool's. Raises `UserError`."""
+        """Refuse a template that omits one of these turns, such as a tool's. Raises `UserError`."""
         missing = self._unwritten(turns, self.prompt(turns))
         if missing is not None:
             raise self._left_out(missing)
@@ -124,7 +124,7 @@ class Template:
         return next((turn for turn in turns if turn.text not in text), None)
 
     def _wants_parts(self) -> bool:
-        """Whether contents have to be lists of parts: the template refuses strings, or leaves them out."""
+        """Return whether contents must be lists of parts, because the template refuses or omits strings."""
         refused = None
         missing: Turn | None = ASKED[0]
         for self._in_parts in (False, True):
@@ -139,17 +139,17 @@ class Template:
         raise refused or self._left_out(missing)
 
     def _left_out(self, turn: Turn) -> UserError:
-        what = f"leaves out what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})"
-        remedy = "Use a base whose chat template writes this role, or give these turns another one in the data."
+        what = f"omits what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})"
+        remedy = "Use a base whose chat template supports this role, or give these turns another role in the data."
         return self._refusal(what, remedy)
 
     def _refusal(self, what: str, remedy: str) -> UserError:
         return UserError(f"the chat template {what}", where=self._tokenizer.name_or_path, remedy=remedy)
 
     def _find_end(self) -> tuple[str, int]:
-        """The token that ends a last completion, and how many characters follow it.
+        """Return the token that ends a last completion, and the number of characters after it.
 
-        Of several in a row it is the last that also follows an earlier completion (Cohere's second). Where the
+        Of several in a row it is the last that also follows an earlier completion (Cohere's second). If the
         template ends no completion (GLM), it is the token that begins the next turn.
         """
         tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
@@ -172,7 +172,7 @@ class Template:
 
 
 def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | None:
-    """Where the first of these tokens is in a text, and which; the longest where several begin there."""
+    """Return position and text of the first of these tokens in a text; the longest if several begin there."""
     found = [(at, -len(token), token) for token in tokens if (at := text.find(token, start)) >= 0]
     if not found:
         return None
@@ -181,12 +181,12 @@ def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | Non
 
 
 def _squeezed(text: str) -> str:
-    """A text without spaces and lines: templates trim and indent."""
+    """Remove all whitespace from a text, since templates trim and indent."""
     return "".join(text.split())
 
 
 def scoring_template(source: str, template: Template) -> str:
-    """The chat template `source`, in which a last completion is written as by `Template.row`."""
+    """Return the chat template `source`, modified to write a last completion as `Template.row` does."""
     prompt, _ = template.row(ASKED)
     whole = f"dialogue[: dialogue | length - {template.after}] + {json.dumps(template.closing)}"
     completed = f"{{{{ {whole} }}}}"

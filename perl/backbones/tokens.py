@@ -1,9 +1,9 @@
-"""From text to tokens, such that a completion follows the tokens that a server sends as its prompt.
+"""Tokenization of text in which a completion follows exactly the prompt tokens that a server sends.
 
-A row is tokenized as a whole and cut where the prompt ends, as by `apply_chat_template(tokenize=True)`: a
-SentencePiece tokenizer adds a space before every text that it is given alone. Where a token would span the cut, or
-what follows would change the prompt's last tokens, the prompt keeps the tokens that it has alone, and the
-completion's follow, as a policy generates it.
+A row is tokenized as a whole and split where the prompt ends, as with `apply_chat_template(tokenize=True)`: a
+SentencePiece tokenizer adds a space before every text that it tokenizes alone. If a token would span the split, or
+the completion would change the prompt's last tokens, the prompt keeps the tokens that it has alone, followed by
+those of the completion, as in generation by a policy.
 """
 
 from bisect import bisect_left
@@ -14,12 +14,12 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", "a", ".")
-"""Characters before a completion that is tokenized alone, as it does not begin a text."""
+"""Characters put before a completion that is tokenized alone, since it is not the beginning of a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A sequence; for each token, whether the agent said it; whether something was cut to a length."""
+    """A token sequence; for each token, whether it is the agent's; and whether the sequence was truncated."""
 
     ids: list[int]
     spoken: list[bool]
@@ -27,21 +27,21 @@ class Tokens:
 
     @classmethod
     def joined(cls, prompt: list[int], completion: list[int]) -> "Tokens":
-        """A prompt and its completion."""
+        """Join a prompt and its completion."""
         return cls([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
 
     def first(self, length: int | None) -> "Tokens":
-        """At most so many tokens from the start; None: all."""
+        """Return at most the first `length` tokens; all if it is None."""
         if length is None or len(self.ids) <= length:
             return self
         return Tokens(self.ids[:length], self.spoken[:length], cut=True)
 
     def prompt_length(self) -> int:
-        """Tokens before the agent first speaks."""
+        """Return the number of tokens before the agent's first one."""
         return self.spoken.index(True)
 
     def completion_length(self) -> int:
-        """Tokens from there on."""
+        """Return the number of tokens from the agent's first one on."""
         return len(self.ids) - self.prompt_length()
 
 
@@ -58,22 +58,22 @@ class RowTokenizer:
         self._known = lru_cache(maxsize=1024)(self.ids)
 
     def ids(self, text: str) -> list[int]:
-        """Of a rendered dialogue or a part of one, in which special tokens are written out."""
+        """Tokenize a rendered dialogue or a part of one, which contains its special tokens as text."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def text_ids(self, text: str) -> list[int]:
-        """Of a plain text that goes on: with the tokenizer's special tokens, except for the end."""
+        """Tokenize a plain text that continues: with the tokenizer's special tokens except the end token."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def text_row(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """Of a plain text and its continuation, without an end."""
+        """Tokenize a plain text and its continuation, without an end token."""
         prompt_ids = self.text_ids(prompt)
         return prompt_ids, self._following(prompt_ids, self.text_ids(prompt + completion), completion)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
-        """Of prompts with completions; those that contain one another, as a dialogue grows, become one row."""
+        """Tokenize prompts with completions; pairs that extend one another, as in a dialogue, become one row."""
         rows: list[Tokens] = []
         for chain in _chains(pairs):
             row = self._at_once(chain)
@@ -81,9 +81,9 @@ class RowTokenizer:
         return rows
 
     def _at_once(self, chain: Sequence[tuple[str, str]]) -> Tokens | None:
-        """The row of the last, which contains the others; None if a cut is not between a prompt's own tokens."""
+        """Return the last pair's row, which contains the others; None if a split is not at a token boundary."""
         if not self._tokenizer.is_fast:
-            return None  # it does not tell where in the text its tokens are
+            return None  # slow tokenizers return no offsets
         text = "".join(chain[-1])
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoding["input_ids"]
@@ -98,9 +98,9 @@ class RowTokenizer:
         return Tokens(ids, spoken)
 
     def _prompt_end(self, prompt: str, ids: list[int], starts: list[int]) -> int | None:
-        """How many of a row's tokens are the prompt's; None if the prompt has other tokens alone.
+        """Return the prompt's number of tokens in a row; None if the prompt has other tokens alone.
 
-        Tokenizers split text at added tokens first, so only what follows the last of them is compared.
+        Tokenizers split text at added tokens first, so only what follows the last of these is compared.
         """
         first = bisect_left(starts, len(prompt)) - 1
         while first > 0 and ids[first] not in self._added:
@@ -122,7 +122,7 @@ class RowTokenizer:
         return rows
 
     def _following(self, prompt: list[int], whole: list[int], completion: str) -> list[int]:
-        """The tokens of a completion after the prompt's; `whole` are those of both together."""
+        """Return a completion's tokens, which follow the prompt's; `whole` are the tokens of both together."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         for anchor in _ANCHORS:
@@ -133,7 +133,7 @@ class RowTokenizer:
 
 
 def _chains(pairs: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Runs of pairs in which each prompt begins with the prompt and the completion before it."""
+    """Group consecutive pairs in which each prompt starts with the previous prompt and completion."""
     chain: list[tuple[str, str]] = []
     for prompt, completion in pairs:
         if chain and not prompt.startswith("".join(chain[-1])):

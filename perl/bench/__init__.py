@@ -1,5 +1,5 @@
-"""`bench step`: one fixed piece of RL, measured in a process of its own, so that its peak memory is its own.
+"""`bench step`: a fixed RL workload, measured in a separate process so that its peak memory is its own.
 
-`perl.commands.bench` runs it and its peers in turn, since machines drift. The peers, and the parts that a step is
-made of, are scripts in benchmarks/ of a checkout.
+`perl.commands.bench` alternates between it and its peers, since machines drift. The peers, and benchmarks of the
+parts of a step, are scripts in benchmarks/ of a checkout.
 """

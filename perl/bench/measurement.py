@@ -1,4 +1,4 @@
-"""What one process measures of a step: seconds by phase, and its peak memory over what it held at the start."""
+"""The measurements of a step in one process: seconds by phase, and peak memory above that at the start."""
 
 import json
 import threading
@@ -8,23 +8,23 @@ from dataclasses import asdict, dataclass
 import psutil
 
 INTERVAL = 0.02
-"""Seconds between two looks at the resident memory."""
+"""Seconds between samples of the resident memory."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The seconds of each step by phase, and the peak memory over what was held at the start."""
+    """The seconds of each step by phase, and the peak memory above that at the start."""
 
     steps: list[dict[str, float]]
     peak_over_start_bytes: int
 
     def print(self) -> None:
-        """As a line of JSON, the last one, for `bench` to read."""
+        """Print a line of JSON, which must be the last one, for `bench` to read."""
         print(json.dumps(asdict(self)))
 
 
 class PeakOverStart:
-    """Inside, memory is watched, resident on a CPU, allocated on CUDA; `bytes`: the most beyond that on entry."""
+    """Context that measures memory, resident (CPU) or allocated (CUDA); `bytes`: the peak above that on entry."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -38,7 +38,7 @@ class PeakOverStart:
         return self
 
     def __exit__(self, *error: object) -> None:
-        import torch  # the command imports this file too, and its help does not wait for torch
+        import torch  # the command also imports this file, and its help must not wait for torch
 
         self._stop.set()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""One measurement of ours, in a process of its own: `python -m perl.bench.ours RECIPE_JSON STEPS`."""
+"""One measurement of PERL in a separate process: `python -m perl.bench.ours RECIPE_JSON STEPS`."""
 
 import sys
 

@@ -1,17 +1,17 @@
-"""The piece of work: RL on a random Llama, prompts of 128 tokens and answers of 64, none of which ends early."""
+"""The workload: RL on a random Llama, prompts of 128 tokens, completions of 64, none of which ends early."""
 
 from typing import Any
 
 PROMPTS = 16
-"""Of a step, or as many completions of fewer prompts where the algorithm compares them."""
+"""Prompts per step, or as many completions of fewer prompts if the algorithm compares completions."""
 GROUP = 4
-"""Completions of a prompt there."""
+"""Completions per prompt in that case."""
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 64
 MICRO_BATCH = 4
 RANK, ALPHA = 8, 16
 LEARNING_RATE = 3e-6
-"""TRL's default: so small that no answer changes its length or its price."""
+"""TRL's default: so small that no completion changes its length or cost."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "100m": {
@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def recipe(
     model: str, tuning: str, layers: str, epochs: int, checkpointing: bool, algorithm: str = "ppo"
 ) -> dict[str, Any]:
-    """The work as a recipe's content; the reward model is an adapter with random weights and a zero head."""
+    """Return the workload as a recipe; the reward model is an adapter with random weights and a zero head."""
     each = 1 if algorithm == "ppo" else GROUP
     return {
         "name": f"bench-{model}",

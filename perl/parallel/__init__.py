@@ -1,1 +1,1 @@
-"""Several processes that run one recipe together: who they are, who is alive, and how they share a base."""
+"""Multiple processes that run one recipe together: the process group, heartbeats, and engines."""

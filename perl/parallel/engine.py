@@ -1,14 +1,15 @@
-"""The engines: how processes share the base in memory, and the state of the optimizer.
+"""The engines: how processes share the base's memory and the optimizer's state.
 
     Engine   every process holds the whole base                                           DDP
     Zero     torch shards the optimizer's state; at stage 3 DeepSpeed the base's blocks   DeepSpeed
     Fsdp2    torch shards the base's blocks                                               FSDP2
 
-Adapters are small, so every process holds all trainable parameters, and gradients are summed once an update. To a
-training loop all engines are the same: ordinary parameters, gradients and optimizer, and a model whose blocks may
-be gathered as they compute. So no engine knows of roles, and a checkpoint of one resumes under another.
+Adapters are small, so every process holds all trainable parameters, and gradients are summed once per update. All
+engines look the same to a training loop: ordinary parameters, gradients and optimizer, and a model whose blocks
+may be gathered during computation. So engines are independent of roles, and a checkpoint written under one engine
+can be resumed under another.
 
-All processes gather a sharded block together, so they must compute the same number of passes: see `together`.
+All processes gather a sharded block together, so they must run the same number of passes: see `together`.
 """
 
 import os
@@ -23,25 +24,25 @@ from perl.parallel.processes import Processes
 
 
 class Engine:
-    """Data parallel: every process holds the whole base. It is also the engine of a process alone."""
+    """Data parallelism: every process holds the whole base. Also used for a single process."""
 
     name = "ddp"
     shards_base = False
     """Whether the base's blocks are sharded over the processes."""
     hooks_layers = False
-    """Whether it has hooks on every layer, whose outputs nobody may then change in place."""
+    """Whether it has hooks on every layer, whose outputs must then not be modified in place."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
 
     def load_device(self, device: torch.device) -> torch.device:
-        """Where a base is loaded that is to compute on a device."""
+        """Return the device to load a base to that will compute on `device`."""
         return torch.device("cpu") if self.shards_base else device
 
     def shard(self, lm: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Shard a frozen base's blocks over the processes; each is gathered while it computes.
+        """Shard a frozen base's blocks over the processes; each is gathered during its computation.
 
-        What is not in a block, such as the embeddings, moves to the device whole.
+        Tensors outside blocks, such as the embeddings, are moved to the device unsharded.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._shard(blocks, device)
@@ -51,18 +52,18 @@ class Engine:
                 tensor.data = tensor.data.to(device)
 
     def _shard(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Nothing is sharded here."""
+        """Do nothing: this engine shards no blocks."""
 
     def full_tensor(self, weight: Tensor) -> Tensor:
-        """All of a weight that may be sharded; the processes call it together."""
+        """Return the full tensor of a weight that may be sharded; all processes must call it together."""
         return weight
 
     def together(self, number: int) -> int:
-        """The largest of the processes' numbers where they must compute in step, else this one's."""
+        """Return the maximum over the processes if they must run in lockstep, otherwise this process's number."""
         return self.processes.all_reduce_max(number) if self.shards_base else number
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The same optimizer, its state sharded where the engine does that."""
+        """Return the optimizer, with its state sharded if the engine does so."""
         return optimizer
 
 
@@ -71,7 +72,7 @@ class Fsdp2(Engine):
 
     Args:
         offload: keep the shards in the host's memory.
-        reshard: free a block's weights between forward and backward.
+        reshard: free a block's gathered weights between forward and backward.
     """
 
     name = "fsdp2"
@@ -96,19 +97,19 @@ class Fsdp2(Engine):
 
 
 def engine_from_environment(processes: Processes) -> Engine:
-    """The engine that `accelerate launch` wrote into the environment; DDP where it wrote none.
+    """Return the engine that `accelerate launch` set in the environment; DDP if it set none.
 
     Raises:
-        UserError: DeepSpeed is asked for but not installed, or asked for what it cannot do here.
+        UserError: DeepSpeed is requested but not installed, or with an unsupported configuration.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         try:
             import deepspeed  # noqa: F401
         except ImportError:
             raise UserError(
-                "the launcher asks for DeepSpeed, which is not installed",
+                "the launcher requests DeepSpeed, which is not installed",
                 where="accelerate config, distributed_type: DEEPSPEED",
-                remedy="pip install 'perl-rlhf[deepspeed]', or launch with another config of recipes/engines.",
+                remedy="pip install 'perl-rlhf[deepspeed]', or launch with another config from recipes/engines.",
             ) from None
         from perl.parallel.zero import zero_from_environment
 
@@ -119,9 +120,9 @@ def engine_from_environment(processes: Processes) -> Engine:
         plugin: Any = FullyShardedDataParallelPlugin()
         if plugin.fsdp_version != 2:
             raise UserError(
-                f"the launcher asks for FSDP version {plugin.fsdp_version}",
+                f"the launcher requests FSDP version {plugin.fsdp_version}",
                 where="accelerate config, fsdp_config",
-                remedy="Set fsdp_version: 2 (recipes/engines/fsdp2.yaml is a whole config).",
+                remedy="Set fsdp_version: 2 (recipes/engines/fsdp2.yaml is a complete config).",
             )
         offloads = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or plugin.cpu_offload is True
         return Fsdp2(processes, offloads, bool(plugin.reshard_after_forward))

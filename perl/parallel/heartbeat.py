@@ -1,9 +1,9 @@
-"""Heartbeats: each process beats in the launcher's store and watches the others, to name one that died.
+"""Heartbeats: each process beats in the launcher's store and watches the others, to report which one died.
 
-A process that dies leaves the others waiting in a collective. gloo ends that with the message of a socket, NCCL
-after its timeout, and torchrun names only the dead of its own host. So a thread of each process looks every few
-seconds. A process of the same host is dead when the kernel says so, one of another host when its beat has not
-changed for half a minute.
+A process that dies leaves the others waiting in a collective. gloo then fails with a socket's message, NCCL after
+its timeout, and torchrun only reports dead processes of its own host. So a thread of each process checks every few
+seconds. A process on the same host is dead if the kernel says so, one on another host if its beat has not changed
+for half a minute.
 """
 
 import contextlib
@@ -17,28 +17,28 @@ from typing import Any, NamedTuple
 import psutil
 
 BEAT = 2.0
-"""Seconds from one beat to the next."""
+"""Seconds between beats."""
 SILENCE = 30.0
-"""Seconds without a beat after which a process of another host is dead."""
+"""Seconds without a beat after which a process on another host is considered dead."""
 LEAVE = 10.0
-"""Seconds for this process to end once another is dead; then the thread ends it."""
+"""Seconds that this process has to exit after another has died, before the thread ends it."""
 
 
 class _Process(NamedTuple):
-    """Where a process runs."""
+    """The location of a process."""
 
     host: str
     pid_namespace: str
-    """Containers on one host have their own process numbers."""
+    """Containers on one host have separate process ids."""
     pid: int
 
 
 class Heartbeat:
-    """Beats, and watches the beats of the others.
+    """A thread that sends this process's beats and watches those of the others.
 
     Args:
-        store: the launcher's; a connection of its own is made to it, which no waiting caller holds up.
-        rank, count: this process's rank, and how many processes there are.
+        store: the launcher's store; the thread gets its own connection, so that waiting callers do not block it.
+        rank, count: this process's rank, and the number of processes.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
@@ -47,7 +47,7 @@ class Heartbeat:
         own_namespace = os.readlink(namespace) if os.path.exists(namespace) else ""
         self._own = _Process(socket.gethostname(), own_namespace, os.getpid())
         self._beats: dict[int, tuple[bytes | None, float]] = {}
-        """The last beat of each other process, and when it was first seen."""
+        """The last beat of every other process, and when it was first seen."""
         self._cause: str | int | None = None
         self._failed, self._ended = threading.Event(), threading.Event()
         self._store.set(f"perl/process/{rank}", json.dumps(self._own))
@@ -55,24 +55,24 @@ class Heartbeat:
         self._thread.start()
 
     def leave(self, status: int) -> None:
-        """Tell the others that this process exits with this status."""
+        """Announce to the others that this process exits with this status."""
         self._ended.set()
         self._thread.join(BEAT + 1)
         with contextlib.suppress(RuntimeError):  # the store's process has ended
             self._store.set(f"perl/status/{self._rank}", str(status))
 
     def first_to_report(self) -> bool:
-        """Whether no other process has reported a failure before."""
+        """Return whether no other process has reported a failure yet."""
         try:
             return bool(self._store.add("perl/reported", 1) == 1)
         except RuntimeError:
             return True
 
     def cause(self, seconds: float) -> str | int | None:
-        """Wait until it is known why a collective failed.
+        """Wait for the cause of a failed collective.
 
         Returns:
-            the name of a dead process, or the exit status of one that failed by itself; None: neither.
+            the name of a dead process, or the exit status of one that failed; None if there is neither.
         """
         self._failed.wait(seconds)
         return self._cause
@@ -86,16 +86,16 @@ class Heartbeat:
             try:
                 self._store.set(f"perl/beat/{self._rank}", str(beat))
                 self._cause = self._look()
-            except RuntimeError:  # torch's DistNetworkError among them
+            except RuntimeError:  # includes torch's DistNetworkError
                 self._cause = "the process that holds the launcher's store (the first one, or its launcher)"
         self._failed.set()
-        if not self._ended.wait(LEAVE):  # the main thread waits in a collective, where Python cannot interrupt it
+        if not self._ended.wait(LEAVE):  # the main thread waits in a collective, which Python cannot interrupt
             if isinstance(self._cause, str) and self.first_to_report():
                 os.write(2, "error: {}\n  {}\n".format(*death(self._cause)).encode())
             os._exit(self._cause if isinstance(self._cause, int) else 1)
 
     def _look(self) -> str | int | None:
-        """The name of a dead process, or the exit status of a failed one."""
+        """Return the name of a dead process, or the exit status of a failed one."""
         for rank in range(self._count):
             status = self._read("status", rank)
             if status is not None and int(status):
@@ -105,9 +105,9 @@ class Heartbeat:
         return None
 
     def _dead(self, rank: int) -> _Process | None:
-        """The process of a rank, if it is dead."""
+        """Return the process of a rank if it is dead."""
         described = self._read("process", rank)
-        if described is None:  # it has not come yet
+        if described is None:  # it has not started yet
             return None
         process = _Process(*json.loads(described))
         if process[:2] == self._own[:2]:
@@ -126,8 +126,8 @@ class Heartbeat:
 
 
 def death(who: str) -> tuple[str, str]:
-    """The message about a dead process, and the remedy."""
+    """Return the message about a dead process, and the remedy."""
     return (
         f"{who} is gone: killed, out of memory, or its host is down; the others stop",
-        "Launch the same command again: it resumes from the newest checkpoint, with any number of processes.",
+        "Launch the same command again: it continues from the newest checkpoint, with any number of processes.",
     )

@@ -1,4 +1,4 @@
-"""A launcher's environment variables, and how a launched process ends; without torch."""
+"""A launcher's environment variables, and the exit of a launched process; does not import torch."""
 
 import atexit
 import functools
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _status: int | None = None
-"""The exit status of a program whose main function has ended."""
+"""Exit status of a program whose main function has ended."""
 
 
 def ranks() -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this host: 0, 1, 0 without a launcher."""
+    """Return the rank, the number of processes and the local rank; 0, 1, 0 without a launcher."""
     rank, count, local = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -22,12 +22,12 @@ def ranks() -> tuple[int, int, int]:
 
 
 def skips_finalization(main: Callable[[], None]) -> Callable[[], NoReturn]:
-    """Make a program end with the status of its main function, whatever threads libraries left running.
+    """Make a program exit with the status of its main function, whatever threads libraries have left running.
 
-    Until Python 3.13, a C++ thread that wakes while the interpreter is finalized aborts the process ("terminate
-    called without an active exception"), and the launcher reports a finished run as failed. So a launched process
-    skips finalization: it ends when its Python threads have ended and the functions of `atexit` have run.
-    Exceptions other than SystemExit are raised as usual.
+    Before Python 3.13, a C++ thread that wakes up during the interpreter's finalization aborts the process
+    ("terminate called without an active exception"), and the launcher reports a finished run as failed. So a
+    launched process skips finalization: it exits after its Python threads have ended and `atexit` functions have
+    run. Exceptions other than SystemExit are raised as usual.
     """
 
     @functools.wraps(main)
@@ -43,7 +43,7 @@ def skips_finalization(main: Callable[[], None]) -> Callable[[], NoReturn]:
     return program
 
 
-@atexit.register  # of what libraries register, imported later than this, all runs before
+@atexit.register  # runs after all functions that libraries register, since these are imported later
 def _skip_finalization() -> None:
     if _status is not None and ranks()[1] > 1:
         logging.shutdown()

@@ -1,7 +1,7 @@
-"""A process group from the launcher's environment variables, entered and left together.
+"""The process group defined by the launcher's environment variables.
 
-transformers and accelerate, which read these variables themselves, would shard again what is sharded. So inside,
-the environment is that of a single process with one device, and this package does all communication.
+transformers and accelerate also read these variables and would shard a second time. So inside the group the
+environment is that of a single process with one device, and this package does all communication.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from perl.system.signals import LEAVE
 HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_")
 TIMEOUT = timedelta(hours=2)
-"""For one process to come to a collective: the heartbeat notices a dead one; a slow one may build a base."""
+"""Timeout of collectives: the heartbeat detects dead processes, and a slow one may be building a base."""
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Engine]:
-    """The engine of the processes that a launcher started, inside their group; without a launcher, of one process.
+    """Enter the group of the processes that a launcher started, if any, and yield their engine.
 
     Raises:
-        UserError: the launcher asks for an engine that cannot be used; or any that the block raises, in one
-            process only: the others exit silently with the same status.
+        UserError: the launcher requests an engine that cannot be used; or the block raised it, in which case only
+            one process raises, and the others exit silently with the same status.
         MachineError: another process died.
     """
     processes = Processes(*ranks())
@@ -48,7 +48,7 @@ def process_group() -> Iterator[Engine]:
     store, _, _ = next(rendezvous("env://"))
     heartbeat = Heartbeat(store, processes.rank, processes.count)
     with _single_process_environment(processes.local_rank):
-        console.quiet = console.quiet or not processes.main  # to the end: a failure is reported once, below
+        console.quiet = console.quiet or not processes.main  # until exit: a failure is reported only once, below
         try:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(
@@ -73,12 +73,12 @@ def process_group() -> Iterator[Engine]:
 
 
 def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
-    """The error itself, or what made a collective fail in another process."""
+    """Return the error itself, or the cause of a failed collective in another process."""
     if isinstance(error, UserError):
         return error
-    for number in LEAVE:  # the launcher ends the others; this process first reports the cause
+    for number in LEAVE:  # the launcher terminates the processes; this one first reports the cause
         signal.signal(number, signal.SIG_IGN)
-    failed = isinstance(error, RuntimeError)  # torch raises it for a lost connection as for a wrong shape
+    failed = isinstance(error, RuntimeError)  # torch raises it for both a lost connection and a wrong shape
     cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)
     if isinstance(cause, str):
         what, remedy = death(cause)
@@ -95,7 +95,7 @@ def _of_a_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _single_process_environment(device: int) -> Iterator[None]:
-    """Inside, the environment has no launcher's variables, and one visible GPU."""
+    """Hide the launcher's variables, and all GPUs but one, inside the context."""
     with mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name in HIDDEN or name.startswith(HIDDEN_PREFIXES):

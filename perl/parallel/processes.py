@@ -1,7 +1,7 @@
-"""The processes that `torchrun` or `accelerate launch` started for one run.
+"""The processes of one run, started by `torchrun` or `accelerate launch`.
 
-Each process runs the same code on its own share of the rows. Decisions follow from values that all have, so that
-all decide alike at the same step. The first process, `main`, writes and prints.
+Each process runs the same code on its own share of the rows. Decisions are based on values that all processes
+have, so that all make the same decision at the same step. The first process, `main`, writes and prints.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, and how many there are."""
+    """This process's rank and the number of processes, with collectives."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    """Its number on its host."""
+    """The rank on its host."""
 
     @property
     def main(self) -> bool:
-        """Whether this one writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -36,14 +36,14 @@ class Processes:
             self.all_gather(None)
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: T) -> T:
-        """The main process's value."""
+        """Return the main process's value."""
         values: list[Any] = [value]
         if self.count > 1:
             dist.broadcast_object_list(values, src=0)
@@ -56,7 +56,7 @@ class Processes:
         return self._reduced(number, torch.int64, dist.ReduceOp.MAX) if self.count > 1 else number
 
     def all_reduce_sum(self, number: float) -> float:
-        """The sum of every process's number, in fp64."""
+        """Return the sum of the processes' numbers, in fp64."""
         return self._reduced(number, torch.float64, dist.ReduceOp.SUM) if self.count > 1 else number
 
     def _reduced(self, number: Any, dtype: torch.dtype, how: Any) -> Any:
@@ -65,27 +65,27 @@ class Processes:
         return tensor.item()
 
     def shard(self, total: int) -> list[int]:
-        """The indices of this process's rows of so many: consecutive, and as many as every process has.
+        """Return the indices of this process's share of `total` rows: consecutive, and equally many per process.
 
-        The last row is repeated where there are too few; `Rollout.gather` drops the repetitions.
+        The last row is repeated if there are too few; `Rollout.gather` drops the repetitions.
         """
         each = -(-total // self.count)
         return [min(row, total - 1) for row in range(self.rank * each, (self.rank + 1) * each)]
 
     def local_main_first(self, work: Callable[[], T]) -> T:
-        """Do what may leave files for others, on each host in its first process first."""
+        """Run `work`, which may leave files for other processes, first in the first process on each host."""
         results = [work()] if self.local_rank == 0 else []
         self.barrier()
         return results[0] if results else work()
 
     @torch.no_grad()
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make each gradient the sum over the processes."""
+        """Sum each gradient over the processes."""
         if self.count == 1:
             return
         pending: list[Any] = []
         for parameter in (one for one in parameters if one.requires_grad):
-            # A share without rows left no gradient, but the others wait for it.
+            # A process without rows has no gradient, but the others wait for it.
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             parameter.grad = gradient
             pending.append(dist.all_reduce(gradient, async_op=True))
@@ -94,7 +94,7 @@ class Processes:
 
     @torch.no_grad()
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the main process's contents to all."""
+        """Copy the main process's values to all processes."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
@@ -103,7 +103,7 @@ class Processes:
         """Refuse a number of rows that cannot be sharded evenly.
 
         Raises:
-            UserError: saying which numbers could.
+            UserError: the number is not divisible; the remedy suggests numbers that are.
         """
         if number % self.count:
             below, above = number // self.count * self.count, -(-number // self.count) * self.count

@@ -1,7 +1,7 @@
-"""DeepSpeed's engine: ZeRO stages 1 and 2 shard the optimizer's state, stage 3 the base's blocks too.
+"""The DeepSpeed engine: ZeRO stages 1 and 2 shard the optimizer's state, stage 3 also the base's blocks.
 
-DeepSpeed's own loop around one model does not fit RL, which computes as several roles, clips each by itself and
-refuses updates that are not finite. So only its partitioning of frozen weights is used; torch shards the
+DeepSpeed's own loop around one model does not fit RL, which computes as several roles, clips each one's gradients
+separately and refuses non-finite updates. So we use only its partitioning of frozen weights; torch shards the
 optimizer's state, with ordinary parameters and gradients.
 """
 
@@ -20,27 +20,27 @@ from perl.parallel.engine import Engine
 from perl.parallel.processes import Processes
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # its neighbours there use torch.jit
+    warnings.simplefilter("ignore", DeprecationWarning)  # other modules of this package use torch.jit
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 REFUSED = ("optimizer", "scheduler")
-"""Sections of a DeepSpeed config that a recipe decides."""
+"""Sections of a DeepSpeed config that are defined by the recipe instead."""
 READ = ("zero_optimization", "aio")
-"""Those that are read, for how blocks are sharded, gathered and offloaded."""
+"""Sections that are used, on sharding, gathering and offloading of blocks."""
 
 
 def zero_from_environment(processes: Processes) -> "Zero":
-    """DeepSpeed as the launcher's environment has it, read by accelerate.
+    """Return the DeepSpeed engine configured in the launcher's environment, as read by accelerate.
 
     Raises:
-        UserError: the config has an optimizer or a scheduler of its own, or no ZeRO stage.
+        UserError: the config has its own optimizer or scheduler, or no ZeRO stage.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from perl.private.deepspeed import skip_shared_memory_kernel
 
         skip_shared_memory_kernel()
-    # DeepSpeed 0.19.8 gathers by names that torch 2.13 has deprecated.
+    # DeepSpeed 0.19.8 gathers with functions that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     from accelerate.utils import DeepSpeedPlugin
 
@@ -49,13 +49,13 @@ def zero_from_environment(processes: Processes) -> "Zero":
         config: dict[str, Any] = copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"DeepSpeed's config cannot be used: {str(error).splitlines()[0]}"
-        raise UserError(what, where=where, remedy="recipes/engines has configs that can.") from None
+        raise UserError(what, where=where, remedy="See recipes/engines for configs that work.") from None
     for section in REFUSED:
         if section in config:
             raise UserError(
-                f"DeepSpeed's config has its own {section}, the recipe has another",
+                f"DeepSpeed's config has its own {section}, which conflicts with the recipe's",
                 where=where,
-                remedy=f"Remove {section} from it: the recipe's learning rates and schedule are the ones used.",
+                remedy=f"Remove {section} from it: the recipe's learning rates and schedule are used.",
             )
     stage = config["zero_optimization"]["stage"]
     if stage not in (1, 2, 3):
@@ -67,7 +67,7 @@ class Zero(Engine):
     """DeepSpeed's ZeRO.
 
     Args:
-        config: DeepSpeed's, of which `READ` is read.
+        config: DeepSpeed's config, of which the sections `READ` are used.
     """
 
     def __init__(self, processes: Processes, config: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Zero(Engine):
         from perl.private.deepspeed import begin_pass
 
         (dtype,) = {weight.dtype for block in blocks for weight in block.parameters()}
-        # Its own linear function saves memory where weights are trained; with it, recomputed blocks do not match.
+        # DeepSpeed's linear function saves memory for trained weights, but recomputed blocks would not match.
         partitioning = self._config["zero_optimization"] | {"memory_efficient_linear": False}
         partitioning.pop("offload_optimizer", None)
         config = self._config | {
@@ -100,7 +100,7 @@ class Zero(Engine):
             with _one_device():
                 begin_pass(engine)
 
-        # It expects a pass to begin at the model that it was given, which here never computes itself.
+        # DeepSpeed expects a pass to begin with the module list that it was given, whose forward is never called.
         blocks[0].register_forward_pre_hook(before_first_block)
 
     def full_tensor(self, weight: Tensor) -> Tensor:
@@ -118,32 +118,32 @@ class Zero(Engine):
 
 
 class ShardedOptimizer(ZeroRedundancyOptimizer):
-    """torch's ZeroRedundancyOptimizer, saved and loaded as the plain optimizer would be.
+    """torch's ZeroRedundancyOptimizer, saved and loaded in the plain optimizer's format.
 
     Args:
-        plain: the optimizer it stands for, before its first step.
+        plain: the optimizer that it replaces, before its first step.
     """
 
     def __init__(self, plain: torch.optim.Optimizer) -> None:
-        # A fused step wants its count of steps on the GPU, where loading does not put it.
+        # A fused step needs its step count on the GPU, but loading does not put it there.
         super().__init__([group | {"fused": False} for group in plain.param_groups], type(plain))
 
     def state_dict(self) -> dict[str, Any]:
-        """In the main process the plain optimizer's, whole, on the CPU; in others without state.
+        """Return the plain optimizer's full state, on the CPU, in the main process; in others without state.
 
-        The processes call it together.
+        All processes must call it together.
         """
         self.consolidate_state_dict(to=0)
         return super().state_dict() if self.rank == 0 else torch.optim.Optimizer.state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from the plain optimizer's state, of which this process keeps its share."""
+        """Load the plain optimizer's state, of which this process keeps its share."""
         super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
-        self.state.clear()  # of no use: the optimizer of the share has its own
+        self.state.clear()  # not needed: the optimizer of this process's share has its own
 
 
 def _without_auto(config: Any) -> Any:
-    """A config without the keys that are `auto` or null."""
+    """Remove the keys that are `auto` or null from a config."""
     if not isinstance(config, dict):
         return config
     kept = {name: _without_auto(value) for name, value in config.items()}
@@ -151,5 +151,5 @@ def _without_auto(config: Any) -> Any:
 
 
 def _one_device() -> Any:
-    """Inside, the environment has the rank on the host that fits one visible device, as DeepSpeed insists."""
+    """Set the local rank to that of the single visible device, as DeepSpeed requires."""
     return mock.patch.dict(os.environ, LOCAL_RANK="0")

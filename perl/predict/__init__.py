@@ -1,4 +1,4 @@
-"""What a recipe will cost: its stages tried for a few steps, on real weights or on tensors without contents."""
+"""Prediction of a recipe's cost: trials of its stages for a few steps, on real weights or fake tensors."""
 
 from perl.predict.memory import Memory, Traced, changed, predict, trace, weight_sizes
 from perl.predict.stages import TRY

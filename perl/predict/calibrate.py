@@ -1,6 +1,6 @@
-"""This machine measured for predicted seconds: about a minute, kept in the cache.
+"""Measurement of this machine for the prediction of seconds; takes about a minute, and is cached.
 
-On a CPU with one thread CPU seconds are measured, which other work on the machine does not add to.
+On a CPU with one thread we measure CPU seconds, which do not include other work on the machine.
 """
 
 import itertools
@@ -22,21 +22,21 @@ from perl.system.files import user_cache, user_named, write_json
 from perl.system.typed_json import as_json, parse
 
 REPEATS, LEAST = 3, 0.02
-"""Measurements of an operation, of which the median counts, and the least seconds of each."""
+"""Number of measurements of an operation, of which the median is used, and the minimum seconds of each."""
 TOKENS, ROWS, RANK = 768, 16, 8
-"""Rows of a product, of one with few rows, and the rank of a thin one."""
+"""Rows of a large product, rows of a product with few rows, and the rank of a low-rank product."""
 WIDTHS, COUNTS = (64, 256, 768, 2048), (2**12, 2**16, 2**20, 2**23)
 SHAPES, HEADS = ((4, 64), (12, 192), (12, 512)), (8, 64, 256)
-"""Sizes that are measured: of products, of what is computed by elements, and of attention and caches."""
+"""Measured sizes of products, of elementwise operations, and of attention and caches."""
 MEMORY, COPIES = 2**27, 84
-"""Weights and caches are read in turn, as those of a model's layers are: at most so many bytes, more than a
-processor's cache holds, and so many of them."""
+"""Weights and caches are read in rotation, like those of a model's layers: maximum bytes in total, which exceed a
+processor's cache, and maximum number."""
 Calls = list[tuple[Callable[[], object], float]]
-"""Calls, and the operations or bytes of each."""
+"""Calls, with the operations or bytes of each."""
 
 
 def machine() -> str:
-    """What the rates hold for: the hardware, torch's version, and the threads."""
+    """Return the description of what the rates are valid for: hardware, torch version and number of threads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return f"{hardware_name(device)}, torch {torch.__version__}, threads {torch.get_num_threads()}"
 
@@ -46,7 +46,7 @@ def _file() -> Path:
 
 
 def calibrated() -> Device | None:
-    """This machine as it was measured; None if it was not."""
+    """Return this machine's cached measurement; None if there is none."""
     if not _file().exists():
         return None
     return parse(
@@ -55,7 +55,7 @@ def calibrated() -> Device | None:
 
 
 def measure() -> Device:
-    """Measure this machine and keep what was found.
+    """Measure this machine and cache the result.
 
     Raises:
         UserError: the cache cannot be written.
@@ -86,7 +86,7 @@ def _measured() -> Device:
 
 
 def _curve(points: Iterable[Calls]) -> Curve:
-    """A point for each list of calls: their mean size, and how much of it a second."""
+    """Return a point per list of calls: their mean size, and the size per second."""
     curve: Curve = []
     for calls in points:
         sizes = [size for _, size in calls]
@@ -95,7 +95,7 @@ def _curve(points: Iterable[Calls]) -> Curve:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Of one call, the median of several measurements."""
+    """Return the seconds of one call, as the median of several measurements."""
     clock = (
         time.process_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
     )
@@ -122,7 +122,7 @@ def _wait() -> None:
 
 
 def _products(width: int, dtype: torch.dtype) -> Calls:
-    """Forward, and the gradients of both factors."""
+    """Return the forward product and the gradients of both factors."""
     x, weight = torch.randn(TOKENS, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
     flops = 2.0 * TOKENS * width * width
     return [(lambda: x @ weight.t(), flops), (lambda: x @ weight, flops), (lambda: x.t() @ x, flops)]
@@ -133,7 +133,7 @@ def _copies(size: int) -> int:
 
 
 def _rows(width: int, dtype: torch.dtype) -> Calls:
-    """Of a token for each sequence, by weights read from memory, packed where a sampler packs them."""
+    """Return products of one token per sequence, with weights read from memory, packed if a sampler packs them."""
     count = _copies(width * width * dtype.itemsize)
     x, weights = torch.randn(ROWS, width, dtype=dtype), torch.randn(count, width, width, dtype=dtype)
     packed: list[Tensor] = []
@@ -150,14 +150,14 @@ def _rows(width: int, dtype: torch.dtype) -> Calls:
 
 
 def _ranks(width: int, dtype: torch.dtype) -> Calls:
-    """Down, up, and a gradient of an adapter."""
+    """Return an adapter's products: down, up, and a gradient."""
     x, up = torch.randn(TOKENS, width, dtype=dtype), torch.randn(RANK, width, dtype=dtype)
     narrow, size = torch.randn(TOKENS, RANK, dtype=dtype), float((TOKENS + RANK) * (width + RANK) * dtype.itemsize)
     return [(lambda: x @ up.t(), size), (lambda: narrow @ up, size), (lambda: narrow.t() @ x, size)]
 
 
 def _caches(heads: int, dtype: torch.dtype) -> Calls:
-    """Attention of one token over 192 keys of 64, and over their values."""
+    """Return the attention of one token to 192 keys of width 64, and to their values."""
     size = heads * 192 * 66 * dtype.itemsize
     query, weights = torch.randn(heads, 64, 1, dtype=dtype), torch.randn(heads, 1, 192, dtype=dtype)
     turn = itertools.cycle(torch.randn(_copies(size), heads, 192, 64, dtype=dtype).unbind())
@@ -165,7 +165,7 @@ def _caches(heads: int, dtype: torch.dtype) -> Calls:
 
 
 def _attention(heads: int, length: int, dtype: torch.dtype) -> Calls:
-    """Of four rows, forward and backward: two products and five."""
+    """Return attention on four rows, forward and backward, with two and five products."""
     q = torch.randn(4, heads, length, 64, dtype=dtype, requires_grad=True)
     mask, product = (
         torch.ones(4, 1, length, length, dtype=torch.bool).tril(),
@@ -182,7 +182,7 @@ def _exponentials(count: int, dtype: torch.dtype) -> Calls:
 
 
 def _others(count: int, dtype: torch.dtype) -> Calls:
-    """A product by elements, one in place, a copy, and a conversion."""
+    """Return an elementwise product, one in place, a copy, and a conversion."""
     x, y = torch.randn(count // 256, 256, dtype=dtype), torch.ones(count // 256, 256, dtype=dtype)
     other = torch.bfloat16 if dtype is torch.float32 else torch.float32
     size = float(count * dtype.itemsize)
@@ -196,7 +196,7 @@ def _others(count: int, dtype: torch.dtype) -> Calls:
 
 
 def _calls(device: Device) -> dict[Issuer, float]:
-    """What a call takes, beside the work: a model so small that nearly all of its time is that."""
+    """Return the overhead of a call by issuer, measured on a model so small that it takes nearly all the time."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape))
     ids = torch.zeros(1, ROWS, dtype=torch.long)

@@ -1,7 +1,7 @@
 """The operations of a step by phase: what each computes, reads and writes, counted on fake or real tensors.
 
-Counted is what reaches torch's kernels, below autograd: of a frozen weight no gradient, of a checkpointed block a
-second forward. Of a step that is tried in part, each part counts as often as the whole step has it.
+Operations are counted at torch's kernels, below autograd: so a frozen weight has no gradient, and a checkpointed
+block has a second forward. If only parts of a step are run, each counts as often as it occurs in the whole step.
 """
 
 import contextlib
@@ -21,44 +21,44 @@ from perl.measure.probe import Phase, PhaseMemory
 from perl.private.torch import ITEM, TorchDispatchMode, in_backward, operator_of, returns_view
 
 Kind = Literal["product", "rows", "rank", "cache", "attention", "exponential", "other"]
-"""Matrix products; those of few rows, of a low rank, and of one row with each sequence's cache, which take what
-reading their larger factor takes; fused attention; functions of many instructions an element; and all else."""
+"""Matrix products; products with few rows, of low rank, and of one row with each sequence's cache, which take the
+time of reading their larger factor; fused attention; functions with many instructions per element; the rest."""
 Issuer = Literal["model", "training", "backward"]
-"""Who calls the kernel: Python without gradients, Python with them, or autograd's engine."""
+"""The caller of a kernel: Python without gradients, Python with gradients, or autograd's engine."""
 
 THIN = 32
-"""A product with a side of at most so many is thin: one token a row, or a low rank."""
+"""A product with a side of at most this size is thin: one token per row, or a low rank."""
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm: (0, 1), _ATEN.addmm: (1, 2), _ATEN.addmm_: (1, 2), _ATEN.bmm: (0, 1), _ATEN.baddbmm: (1, 2)}
-"""By their two factors' places among the arguments."""
+"""The argument positions of each product's two factors."""
 _EXPONENTIAL = ("exp", "log", "softmax", "silu", "gelu", "sigmoid", "tanh", "pow", "erf", "cumsum", "searchsorted")
 _GATHERED = ("embedding", "index", "index_select", "gather")
-"""Of their first argument no more is read than they return."""
+"""Operations that read no more of their first argument than they return."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a kernel; as many of a step's are equal, they are counted."""
+    """One call of a kernel; equal calls in a step are counted together."""
 
     kind: Kind
     dtype: str
-    """By which it computes, as in `float32`: the widest of its arguments."""
+    """The dtype of the computation, such as `float32`: the widest of its arguments."""
     flops: int
-    """A multiply and an add are two; 0 where only bytes count."""
+    """A multiply-add counts as two; 0 if only bytes matter."""
     bytes: int
-    """Read and written; 0 of views."""
+    """Bytes read and written; 0 for views."""
     issuer: Issuer
 
 
 Work = dict[Operation, float]
-"""How often a step has each operation."""
+"""How often each operation occurs in a step."""
 
 
 class CountingMeter(Meter):
-    """Counts operations, too.
+    """A meter that also counts operations.
 
     Attributes:
-        repeats: how often the step has what runs now in a phase; once where nothing is said.
+        repeats: by phase, how often the operations running now occur in the step; 1 by default.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -69,13 +69,13 @@ class CountingMeter(Meter):
 
     @contextlib.contextmanager
     def step(self, optimizer: Any) -> Iterator[None]:
-        """As `Meter.step`."""
+        """Do as `Meter.step`, and count operations."""
         with super().step(optimizer), _Counting(self._count):
             yield
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """As `Meter.phase`."""
+        """Do as `Meter.phase`, and attribute operations to the phase."""
         self._now.append(name)
         try:
             with super().phase(name):
@@ -85,7 +85,7 @@ class CountingMeter(Meter):
 
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
-        """Inside, what runs counts once."""
+        """Count every operation inside the context once."""
         before, self.repeats = self.repeats, {}
         try:
             yield
@@ -98,7 +98,7 @@ class CountingMeter(Meter):
         return self._ledger.around_gradients()
 
     def work(self) -> dict[Phase, Work]:
-        """Of a step, by phase: the mean, as batches are of various lengths."""
+        """Return the work of a step by phase, averaged over steps, as batches have different lengths."""
         return {phase: scaled(work, 1 / len(self.step_seconds)) for phase, work in self._work.items()}
 
     def _count(self, operation: Operation) -> None:
@@ -109,7 +109,7 @@ class CountingMeter(Meter):
 
 @contextlib.contextmanager
 def counted() -> Iterator[Work]:
-    """The operations inside; a step's are told apart by `CountingMeter`."""
+    """Count the operations inside the context; `CountingMeter` also separates phases."""
     work: Counter[Operation] = Counter()
     with _Counting(lambda operation: work.update([operation])):
         yield work  # type: ignore[misc]
@@ -125,14 +125,14 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "prim" or func is ITEM:  # questions, not work
+        if func.namespace == "prim" or func is ITEM:  # queries, not work
             return result
         self._count(operation_of(func, args, kwargs, result))
         return result
 
 
 def operation_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Operation:
-    """What a call of a kernel was."""
+    """Describe a call of a kernel."""
     issuer: Issuer = "training" if torch.is_grad_enabled() else "backward" if in_backward() else "model"
     returned = list(tensors_in((result,)))
     read = list(tensors_in((*args, *kwargs.values())))
@@ -164,18 +164,18 @@ def _product_kind(packet: Any, args: tuple[Any, ...]) -> Kind:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What is read of a tensor: an expanded one is smaller than its shape."""
+    """Return the bytes read of a tensor: an expanded one is smaller than its shape."""
     count = tensor.numel() * tensor.itemsize
     return min(count, tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else count
 
 
 def scaled(work: Work, factor: float) -> Work:
-    """So many times the work."""
+    """Multiply the work by a factor."""
     return {operation: count * factor for operation, count in work.items()}
 
 
 def added(*works: Work) -> Work:
-    """All of the work."""
+    """Return the sum of the work."""
     total: Work = {}
     for work in works:
         for operation, count in work.items():

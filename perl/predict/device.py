@@ -1,4 +1,4 @@
-"""What predicted seconds rest on: how fast a device does each kind of operation, measured or published."""
+"""The basis of predicted seconds: a device's speed for each kind of operation, measured or published."""
 
 import itertools
 import math
@@ -9,40 +9,40 @@ from perl.errors import UserError
 from perl.predict.counting import Issuer, Kind, Operation
 
 Curve = list[tuple[float, float]]
-"""Sizes of an operation, rising, and the operations or bytes a second at each; between them it is interpolated."""
+"""Increasing sizes of an operation, with the operations or bytes per second at each; interpolated in between."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates by kind and dtype, as in `product bfloat16`; where a dtype is missing, those of another."""
+    """Rates by kind and dtype, such as `product bfloat16`; a missing dtype has the rates of float32."""
 
     name: str
     basis: str
-    """Where the rates are from, for people."""
+    """Description of the source of the rates."""
     flops: Mapping[str, Curve]
-    """Operations a second, by the operations of a call."""
+    """Operations per second, by the operations of a call."""
     bytes: Mapping[str, Curve]
-    """Bytes a second, by the bytes of a call."""
+    """Bytes per second, by the bytes of a call."""
     call: Mapping[Issuer, float]
-    """Seconds that a call takes of the caller, whatever its size."""
+    """Seconds of the caller's time per call, whatever its size."""
     asynchronous: bool = False
-    """Whether the device computes while the caller goes on."""
+    """Whether the device computes while the caller continues."""
 
     def seconds(self, operation: Operation) -> float:
-        """Of one call, beside what it takes of the caller: a roofline of operations and bytes."""
+        """Return the seconds of one call without the caller's overhead: a roofline of operations and bytes."""
         by_flops = _at(self.flops, operation.kind, operation.dtype, operation.flops)
         by_bytes = _at(self.bytes, operation.kind, operation.dtype, operation.bytes)
         return max(by_flops, by_bytes)
 
 
 def _at(curves: Mapping[str, Curve], kind: Kind, dtype: str, size: float) -> float:
-    """Seconds for so many operations or bytes; 0 where nothing is known of them."""
+    """Return the seconds for a number of operations or bytes; 0 if there are no rates for them."""
     curve = curves.get(f"{kind} {dtype}") or curves.get(f"{kind} float32")
     return 0.0 if curve is None or not size else size / rate(curve, size)
 
 
 def rate(curve: Curve, size: float) -> float:
-    """The line through the neighbouring points, both axes logarithmic; level beyond the ends."""
+    """Interpolate linearly between neighbouring points on logarithmic axes; constant beyond the ends."""
     if size <= curve[0][0]:
         return curve[0][1]
     for (low, slow), (high, fast) in itertools.pairwise(curve):
@@ -53,14 +53,14 @@ def rate(curve: Curve, size: float) -> float:
 
 @dataclass(frozen=True)
 class _Published:
-    """Of a GPU, dense."""
+    """Published peaks of a GPU, without sparsity."""
 
     bfloat16: float
-    """Operations a second of matrix products, of bf16 and fp16."""
+    """Operations per second of matrix products in bf16 and fp16."""
     float32: float
-    """Without TF32, as torch computes by itself."""
+    """Operations per second without TF32, torch's default."""
     bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     source: str
 
 
@@ -73,9 +73,9 @@ PUBLISHED = {
     "4090": _Published(165.2 * T, 82.6 * T, 1008 * G, "NVIDIA Ada architecture whitepaper, 2022"),
 }
 PRODUCTS, ATTENTION, MEMORY = 0.6, 0.35, 0.7
-"""Shares of the peaks that work reaches: assumed, until they are measured there."""
+"""Attained shares of the peaks: assumed, until they are measured."""
 LAUNCH: dict[Issuer, float] = {"model": 8e-6, "training": 10e-6, "backward": 5e-6}
-"""Seconds of Python, autograd and driver for a kernel: assumed."""
+"""Seconds of Python, autograd and driver per kernel: assumed."""
 
 
 CPU = Device(
@@ -101,20 +101,20 @@ CPU = Device(
     },
     {"model": 1.0e-5, "training": 1.3e-5, "backward": 5e-6},
 )
-"""One thread of the machine that docs/cost.md is from."""
+"""One thread of the machine on which docs/cost.md was measured."""
 
 
 def named(name: str) -> Device:
-    """A GPU of the table.
+    """Return a device of the table, by name.
 
     Raises:
-        UserError: it is not there.
+        UserError: the table has no such device.
     """
     if name == CPU.name:
         return CPU
     if name not in PUBLISHED:
         raise UserError(
-            f"nothing is known of {name!r}",
+            f"unknown device {name!r}",
             where="--device",
             remedy=f"Name one of {', '.join(PUBLISHED)}, cpu, or measure this machine with --calibrate.",
         )
@@ -127,7 +127,7 @@ def named(name: str) -> Device:
     kinds = ("product", "rows", "rank", "cache", "attention", "exponential", "other")
     moved = {f"{kind} float32": [(1.0, gpu.bandwidth * MEMORY)] for kind in kinds}
     basis = (
-        f"published peaks ({gpu.source}), of which {PRODUCTS:.0%} in products, {ATTENTION:.0%} in attention and "
-        f"{MEMORY:.0%} of the bandwidth are assumed, not measured"
+        f"published peaks ({gpu.source}); utilization is assumed, not measured: {PRODUCTS:.0%} in products, "
+        f"{ATTENTION:.0%} in attention, {MEMORY:.0%} of the bandwidth"
     )
     return Device(name, basis, flops, moved, LAUNCH, asynchronous=True)

@@ -1,10 +1,10 @@
-"""Predicted peak memory of a recipe's stages, and their operations: the real steps, run on fake tensors.
+"""Prediction of the peak memory and the operations of a recipe's stages: real steps, run on fake tensors.
 
-The code that trains a stage takes two steps on the longest rows of its data (`Trial`), with a base that has every
-shape and no weights. There is no second model of memory that could drift from the code.
+The training code of a stage takes two steps on the longest rows of its data (`Trial`), with a base that has all
+shapes but no weights. There is no separate memory model that could diverge from the code.
 
-A deep base is tried at two smaller depths, and each kind of memory and of operation is extrapolated linearly:
-layers are all alike.
+A deep base is run at two smaller depths, and each kind of memory and of operation is extrapolated linearly, since
+all layers are the same.
 """
 
 import contextlib
@@ -27,39 +27,39 @@ from perl.recipe import Recipe, StageName
 from perl.recipe.adapter import LORA
 
 DEPTHS = (2, 4)
-"""Layers that a deeper base is tried at."""
+"""Numbers of layers at which a deeper base is run."""
 FOUR_BIT_BYTES = 0.5 + 4 / 64
-"""Of an NF4 weight: four bits, and a 4-byte scale for every 64 of them."""
+"""Bytes per NF4 weight: four bits, and a 4-byte scale per 64 weights."""
 
 Memory = dict[Phase, PhaseMemory]
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What a stage's steps are found to need."""
+    """The memory and operations of a stage's steps."""
 
     memory: Memory
     work: dict[Phase, Work]
-    """Of one step, on the longest rows."""
+    """Operations of one step on the longest rows."""
 
 
 def predict(recipe: Recipe, subject: Subject) -> dict[StageName, Memory]:
-    """Peak memory of every stage of a recipe, by phase and kind, in bytes; arguments as of `trace`."""
+    """Return the peak memory of every stage of a recipe, by phase and kind, in bytes; see `trace`."""
     return {stage: trace(recipe, subject, stage).memory for stage in recipe.stages}
 
 
 def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
-    """Peak memory of a stage by phase and kind, in bytes, and the operations of a step.
+    """Return the peak memory of a stage by phase and kind, in bytes, and the operations of a step.
 
     Args:
-        subject: of this recipe, or of one with the same base, data and seed.
+        subject: from this recipe, or from one with the same base, data and seed.
     """
-    # Where layers are unfrozen one by one, the peak is that of the epochs in which all learn.
+    # With gradual unfreezing, the peak is in the epochs in which all layers are trained.
     full = recipe.full.model_copy(update={"gradual_unfreezing": False})
     recipe = recipe.model_copy(update={"full": full})
     if getattr(recipe.adapter_settings, "layers", None) == list(range(subject.depth)):
         recipe = _on_all_layers(recipe)
-    # Of layers named one by one, and of kinds that nothing is known of, no smaller depth stands for the whole.
+    # If layers are listed individually, or the kind is unknown, no smaller depth is representative.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
         tried = _try_at(recipe, subject, stage, subject.depth)
@@ -75,7 +75,7 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
         size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))
         change: dict[Kind, float] = {
             "base_weights": -size.linear * (1 - FOUR_BIT_BYTES / size.bytes_each),
-            "activations": size.largest,  # a layer's weights in the base's dtype, while it computes
+            "activations": size.largest,  # one layer's dequantized weights during its computation
         }
         traced = Traced(changed(traced.memory, change), traced.work)
     return traced
@@ -89,34 +89,34 @@ def _on_all_layers(recipe: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of a base's weights."""
+    """Sizes of a base's weights in bytes."""
 
     bytes_each: int
     linear: int
-    """Of all linear layers inside the blocks: what 4-bit quantization and LoRA act on."""
+    """All linear layers inside the blocks, to which 4-bit quantization and LoRA apply."""
     largest: int
-    """Of the largest of them."""
+    """The largest of them."""
     block: int
-    """Of one block, on average."""
+    """One block, on average."""
     outside: int
-    """Of the embeddings, the head and the last norm."""
+    """The embeddings, the head and the last norm."""
 
 
 def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
-    """The sizes of a base's weights, from its configuration."""
+    """Compute the sizes of a base's weights from its configuration."""
     lm = fake_lm(config, dtype)
     linear = [lm.get_submodule(name).weight.nbytes for name in linear_layers(lm)]
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())  # an encoder has no output embeddings
     outside = sum(
         {id(end.weight): end.weight.nbytes for end in ends if end is not None}.values()
-    )  # tied ones once
+    )  # tied weights count once
     blocks = sum(parameter.nbytes for parameter in lm.parameters()) - outside
     depth = backbone_of(config).depth
     return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, outside)
 
 
 def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
-    """Memory with so many more bytes of some kinds in every phase; nothing is computed while loading."""
+    """Add bytes of some kinds to every phase, except activations while loading."""
     result: Memory = {}
     for phase, peak in memory.items():
         kinds = dict(peak.kinds)
@@ -128,10 +128,10 @@ def changed(memory: Memory, change: Mapping[Kind, float]) -> Memory:
 
 
 def _extend(low: Tried, high: Tried, share: float) -> Memory:
-    """The lines through two depths, so many times their distance above the lower.
+    """Extrapolate linearly from two depths, `share` times their distance above the lower one.
 
-    A phase's peak is before there are all gradients or while there are, and not at every depth the same of both:
-    each has a line of its own, and the higher one counts.
+    A phase's peak is either before all gradients exist or while they do, and which one may depend on the depth:
+    each is extrapolated separately, and the higher one is used.
     """
     moments = list(zip(low.around_gradients, high.around_gradients, strict=True))
     extended: Memory = {}
@@ -154,7 +154,7 @@ def _try_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> T
 
 @contextlib.contextmanager
 def _libraries_uncollected() -> Iterator[None]:
-    """Inside, Python's collector, which runs at every measured step, leaves out what is there already."""
+    """Exclude existing objects from Python's garbage collector, which runs at every measured step."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,9 +1,9 @@
-"""What a step of RL costs: the real steps, on the longest prompts and completions there can be.
+"""The cost of an RL step: real steps on the longest prompts and completions possible.
 
-On fake tensors only what decides a step's peak memory is computed: of the batch that is sampled the last prompts,
-some tokens in the middle and the last ones, and two micro-batches of it. Their tensors are views of the whole
-batch's, which stay in memory as in a real step; what is computed later of other rows, some numbers a token, is
-left out. The operations of what is computed are counted as often as the whole step has them.
+On fake tensors we compute only what determines a step's peak memory: in sampling the last prompts, and some tokens
+in the middle and at the end, and then two micro-batches. Their tensors are views of the whole batch's, which stay
+in memory as in a real step; what a real step computes later for other rows, some numbers per token, is omitted.
+The computed operations are counted as often as they occur in the whole step.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from perl.stages.rl_setup import eval_prompts, setup
 from perl.system.progress import track
 
 MICRO_BATCHES = 2
-"""Of a rollout on fake tensors: in the second, all that the first has made is in memory."""
+"""Micro-batches per rollout on fake tensors: during the second, everything from the first is in memory."""
 HEAD_RATE = 1e-3
-"""Stands for `auto`, which is computed from hidden states: fake ones have no values."""
+"""Replaces `auto`, which is computed from hidden states, since fake ones have no values."""
 
 
 def try_rl(session: TrialSession) -> Tried:
-    """Take the trial's steps; nothing is checked, evaluated or saved.
+    """Take the trial's steps, without checks, evaluation or saving.
 
-    Every rollout is learned from, with or without a signal, and no completion ends early.
+    Every rollout is trained on, with or without a signal, and no completion ends early.
     """
     held_out = eval_prompts(session)
     loop = setup(_as_tried(session), held_out)
@@ -64,7 +64,7 @@ def try_rl(session: TrialSession) -> Tried:
 
 
 def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:
-    """Let the tried rows count for so many times as many; an optimizer's step is of none."""
+    """Count the operations on the trial's rows `share` times, but those of optimizer steps only once."""
     meter.repeats = {"score": share, "update": share}
     optimizer, inside = loop.learner.optimizer, contextlib.ExitStack()
     optimizer.register_step_pre_hook(lambda *_: inside.enter_context(meter.once()))
@@ -72,19 +72,19 @@ def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:
 
 
 def _first_tried(loop: Loop) -> int:
-    """The first completion of those that are tried: whole groups, since they are compared."""
+    """Return the index of the first completion in the trial: whole groups, since completions are compared."""
     size, each = loop.learner.micro_batch_size, loop.samples_per_prompt
     if size % each and each % size:
-        return 0  # micro-batches cut groups in various places, and have various numbers of prompts
+        return 0  # micro-batches split groups at different places, and have different numbers of prompts
     kept = MICRO_BATCHES * size
     if loop.algorithm.trust_region is not None:
-        kept = max(kept, trust_region.COMPLETIONS)  # the probe is whole
+        kept = max(kept, trust_region.COMPLETIONS)  # the probe needs all of its completions
     first = max(0, loop.prompts_per_step * each - kept)
     return first - first % each
 
 
 def longest_prompts(loop: Loop) -> EncodedPrompts:
-    """A step's worth of the longest prompts, the longest last."""
+    """Return the longest prompts for one step, the longest last."""
     longest = sorted(range(len(loop.prompts)), key=lambda place: -len(loop.prompts.ids[place]))
     chosen = [longest[place % len(longest)] for place in range(loop.prompts_per_step)]
     chosen.sort(key=lambda place: len(loop.prompts.ids[place]))
@@ -94,9 +94,9 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
 def _as_tried(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
-    steps = max(settings.steps, session.trial.steps)  # of fewer there is no learning rate
-    changes: dict[str, object] = {"eval_steps": None, "steps": steps}  # validation takes less than a step
-    if any(isinstance(part, ServerPart) for part in settings.reward_parts):  # which takes nothing here
+    steps = max(settings.steps, session.trial.steps)  # the learning-rate schedule needs as many
+    changes: dict[str, object] = {"eval_steps": None, "steps": steps}  # validation needs less memory than a step
+    if any(isinstance(part, ServerPart) for part in settings.reward_parts):  # which costs nothing here
         length = LengthPart(kind="length")
         changes["reward"] = [length if isinstance(part, ServerPart) else part for part in settings.reward_parts]
     settings = settings.model_copy(update=changes)
@@ -106,11 +106,11 @@ def _as_tried(session: TrialSession) -> TrialSession:
 
 
 class AbridgedSampler(LocalSampler):
-    """Draws a whole batch, of which a few tokens are computed, and returns its last rows.
+    """Samples a whole batch, but computes only a few tokens, and returns the last rows.
 
     Args:
         batch: the tokens of all its prompts.
-        meter: told how often a real batch has what is computed.
+        meter: gets the number of times that the computed operations occur in a real batch.
     """
 
     def __init__(self, roles: Roles, batch: Sequence[Sequence[int]], meter: CountingMeter) -> None:
@@ -126,7 +126,7 @@ class AbridgedSampler(LocalSampler):
         share: Share | None = None,
         read: Read | None = None,
     ) -> Samples:
-        """For the last prompts of the batch."""
+        """Return samples for the last prompts of the batch."""
         samples, first = super().draw(role, self._batch, sampling, generator, None, read), -len(prompts)
         # Slices, unlike `take`, are views of the whole batch's tensors.
         kept: dict[str, Any] = {
@@ -151,10 +151,10 @@ class _AbridgedDrawing(Drawing):
     meter: CountingMeter
 
     def steps(self) -> Iterator[int]:
-        """The first, two in the middle and the last two.
+        """Yield the first step, two in the middle and the last two.
 
-        In the first, attention is tried beside its kernel; in the second the cache grows to where it is; the third
-        counts for all that are left out.
+        In the first, the attention kernel is tested; in the second, the cache grows to its current size; the third
+        also counts for all omitted steps.
         """
         middle = self.length // 2 | 1  # odd, so that the cache does not grow in the next one
         tried = [0, middle, middle + 1, self.length - 2, self.length - 1]
@@ -171,7 +171,7 @@ class _AbridgedDrawing(Drawing):
         self.meter.repeats["generate"] = 1
 
     def prefill_groups(self, groups: Groups, rows: slice) -> Tensor:
-        """The last, which are the longest."""
+        """Prefill only the last groups, which are the longest."""
         if rows.stop == len(self.prompts):
             different = len(set(map(tuple, self.prompts)))
             self.meter.repeats["generate"] = -(-different // self.sampling.prompts_at_once)

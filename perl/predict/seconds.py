@@ -1,7 +1,7 @@
 """Predicted seconds of a recipe's steps by phase, and of the whole recipe, from counted operations and a device.
 
-A call of a kernel takes what calling it takes, and what a roofline of its operations and bytes says. Where the
-device computes while Python goes on, a phase takes the longer of both sums; on a CPU it takes both.
+A kernel call takes the overhead of calling it plus the roofline time of its operations and bytes. If the device
+computes asynchronously, a phase takes the larger of the two sums; on a CPU it takes both.
 """
 
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ from perl.rl.evaluate import samples_per_prompt
 from perl.stages.training_run import optimizer_steps
 
 FORWARD = 1 / 3
-"""Of a training step, what its forward pass takes: the backward pass is of twice as many operations."""
+"""Share of the forward pass in a training step: the backward pass has twice as many operations."""
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Predicted of a stage; seconds."""
+    """Predicted seconds of a stage."""
 
     step: dict[Phase, float]
-    """Of a step on the longest rows, whose completions are as long as they can be."""
+    """A step on the longest rows, with completions of maximum length, by phase."""
     steps: int
     training: float
-    """Of all steps, on rows of the usual length."""
+    """All steps, on rows of the typical length."""
     evaluation: float
-    """Before, between and after them."""
+    """All evaluations before, between and after the steps."""
     draws_at_most: int
-    """How often at most a step generates and scores, where groups are drawn again; `training` has it once."""
+    """Maximum number of times that a step generates and scores if groups are redrawn; `training` includes one."""
 
     @property
     def total(self) -> float:
@@ -40,10 +40,10 @@ class StageTime:
 
 
 def phase_seconds(work: Work, device: Device, share: float = 1.0) -> float:
-    """Of the work of a phase.
+    """Predict the seconds of a phase's work.
 
     Args:
-        share: of what the device computes, as rows are shorter; calls are as many.
+        share: factor on the device's computation, for shorter rows; the number of calls stays the same.
     """
     calls = sum(count * device.call[operation.issuer] for operation, count in work.items())
     computed = share * sum(count * device.seconds(operation) for operation, count in work.items())
@@ -53,11 +53,11 @@ def phase_seconds(work: Work, device: Device, share: float = 1.0) -> float:
 def stage_time(
     recipe: Recipe, stage: StageName, work: Mapping[Phase, Work], rows: Rows, device: Device
 ) -> StageTime:
-    """The seconds of a stage.
+    """Predict the seconds of a stage.
 
     Args:
         work: of a step, as traced.
-        rows: that it goes through.
+        rows: the stage's rows.
     """
     step = {phase: phase_seconds(one, device) for phase, one in work.items()}
     if stage == "rl":
@@ -79,7 +79,7 @@ def _rl_time(
     settings: Rl, work: Mapping[Phase, Work], rows: Rows, device: Device, step: dict[Phase, float]
 ) -> StageTime:
     share = _share(rows, settings.max_prompt_length, settings.max_new_tokens)
-    # Of drawing, most is reading weights, whatever the rows' length.
+    # Most of the time of generation is reading weights, whatever the rows' length.
     usual = {
         phase: phase_seconds(one, device, 1.0 if phase == "generate" else share) for phase, one in work.items()
     }
@@ -99,6 +99,6 @@ def _rl_time(
 
 
 def _share(rows: Rows, limit: int | None, beside: int = 0) -> float:
-    """Of the tokens of the longest rows, those of the usual ones; `beside` are the same for both."""
+    """Return the ratio of tokens of typical to longest rows; `beside` tokens are added to both."""
     longest, usual = (min(one, limit) if limit is not None else one for one in (rows.longest, rows.usual))
     return (usual + beside) / (longest + beside)

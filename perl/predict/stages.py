@@ -1,4 +1,4 @@
-"""Each stage tried by its own trainer: a few steps on the longest rows."""
+"""Trials of each stage with its own trainer: a few steps on the longest rows."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from perl.stages.reward_rows import training_rows
 
 def try_sft(session: TrialSession) -> Tried:
     """Take the trial's steps on the longest demonstrations."""
-    from perl.stages.sft import sft_trainer, tokenized  # it needs TRL, and the others do not
+    from perl.stages.sft import sft_trainer, tokenized  # imports TRL, which the other stages do not need
 
     rows = tokenized(session, session.train.demonstrations)
     session.add_trained(Role.SFT)
@@ -23,10 +23,10 @@ def try_sft(session: TrialSession) -> Tried:
 
 
 def try_reward(session: TrialSession) -> Tried:
-    """Take the trial's steps on the longest answers."""
+    """Take the trial's steps on the longest completions."""
     settings, rows, members = session.recipe.reward, training_rows(session), session.reward_members
     assert settings is not None
-    for role in members:  # the last is trained beside all before it
+    for role in members:  # the last is trained with all previous ones in memory
         session.add_trained(role, head=True)
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -1,4 +1,4 @@
-"""What predictions are made from: the longest rows of the data, a tokenizer, and a base of fake weights."""
+"""The inputs of predictions: the longest rows of the data, a tokenizer, and a base with fake weights."""
 
 import contextlib
 import tempfile
@@ -28,35 +28,35 @@ from perl.system.progress import silence
 from perl.system.seeds import seed_everything
 
 STEPS = 2
-"""The first makes gradients and the optimizer's state; in the second all of them are there from the start."""
+"""Steps per trial: the first creates gradients and optimizer state; in the second they exist from the start."""
 
 
 TYPICAL = 64
-"""Rows by which the usual length is found."""
+"""Number of rows from which the typical length is determined."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a stage goes through."""
+    """Number and lengths of a stage's rows."""
 
     train: int
     held_out: int
     longest: float
-    """Tokens of a row that is tried, on average, before anything is cut off."""
+    """Mean tokens of the rows in a trial, before truncation."""
     usual: float
-    """Of all rows, on average."""
+    """Mean tokens of all rows."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What all predictions for one recipe and its variations share."""
+    """The common inputs of all predictions for one recipe and its variations."""
 
     config: Any
-    """The base's, as transformers has it."""
+    """transformers' configuration of the base."""
     tokenizer: PreTrainedTokenizerBase
     train: Records
     held_out: Records
-    """Of both the longest rows of each kind."""
+    """The longest rows of each kind, as in `train`."""
     sizes: dict[StageName, Rows]
 
     @property
@@ -65,10 +65,10 @@ class Subject:
 
 
 def read_subject(recipe: Recipe) -> Subject:
-    """The data, the tokenizer and the configuration of a recipe.
+    """Read a recipe's data, tokenizer and base configuration.
 
     Raises:
-        UserError: any of them cannot be used.
+        UserError: one of them cannot be used.
     """
     quiet_libraries()
     train, held_out = read_data(recipe)
@@ -91,7 +91,7 @@ def read_subject(recipe: Recipe) -> Subject:
 def _rows(
     recipe: Recipe, stage: StageName, tokenizer: PreTrainedTokenizerBase, train: Records, held_out: Records
 ) -> Rows:
-    """How many a stage has, and their lengths without the chat's marks."""
+    """Return the number of a stage's rows, and their lengths without the chat format's tokens."""
     texts = sorted(_texts(recipe, stage, train), key=len)
     spaced, last = texts[:: max(1, len(texts) // TYPICAL)], texts[-TYPICAL:]
     usual, longest = (
@@ -116,7 +116,7 @@ def _texts(recipe: Recipe, stage: StageName, records: Records) -> list[str]:
 
 @contextlib.contextmanager
 def fake_session(recipe: Recipe, subject: Subject, depth: int) -> Iterator[TrialSession]:
-    """A session to try a stage in on fake weights, with a base of so many layers."""
+    """Open a session for the trial of a stage on fake weights, with a base of `depth` layers."""
     config = backbone_of(subject.config).with_depth(depth)
     lm = fake_lm(config, getattr(torch, recipe.base.dtype))
     full = recipe.tuning == "full"

@@ -1,6 +1,6 @@
-"""A stage tried for what it costs: its own setup and a few of its steps on the longest rows there are.
+"""Trials that measure a stage's cost: its own setup and a few of its steps on the longest rows.
 
-Nothing is evaluated or kept: the folder is temporary, and the roles of earlier stages are new.
+Nothing is evaluated or saved: the folder is temporary, and the roles of earlier stages have new weights.
 """
 
 import contextlib
@@ -27,39 +27,39 @@ from perl.system.seeds import seed_everything
 
 T = TypeVar("T")
 ROWS = 128
-"""Records of each kind that are kept, the longest; more where the steps take more."""
+"""Number of the longest records of each kind that are kept; more if the steps need more."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a stage is tried."""
+    """Settings of a trial."""
 
     steps: int
     abridged: bool = False
-    """On fake tensors: no more is computed of a step than decides its peak memory."""
+    """Whether it runs on fake tensors and computes only what determines a step's peak memory."""
     measured: bool = True
-    """Whether memory and operations are measured, which slows small models."""
+    """Whether memory and operations are measured, which slows down small models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried(Cost):
-    """What a trial found: the cost of its steps, and the seconds of each by phase."""
+    """The result of a trial: the cost of its steps, and the seconds of each by phase."""
 
     step_seconds: list[dict[Phase, float]]
     work: dict[Phase, Work]
-    """Of a step, on fake tensors."""
+    """Operations of a step, on fake tensors."""
     around_gradients: tuple[dict[Phase, PhaseMemory], dict[Phase, PhaseMemory]]
     """See `Timeline`; on fake tensors."""
 
 
 @dataclass
 class TrialSession(Session):
-    """A session to try one stage in."""
+    """A session for the trial of one stage."""
 
     trial: Trial = Trial(2)
 
     def meter(self) -> Meter:
-        """A meter of what the trial is for."""
+        """Return the meter for this kind of trial."""
         if self.trial.abridged:
             return CountingMeter(self.device, self.resident(), [], self.trial.steps)
         return Meter(
@@ -68,14 +68,14 @@ class TrialSession(Session):
 
     @property
     def report_to(self) -> Sequence[str]:
-        """Nothing is sent."""
+        """No trackers: nothing is reported."""
         return ()
 
     def start(self, role: Role, *, quiet: bool = False) -> None:
-        """Nothing: what is new costs as much as what was trained."""
+        """Do nothing: new weights cost as much as trained ones."""
 
     def load(self, role: Role) -> None:
-        """Add a role with new weights in the place of trained ones."""
+        """Add a role with new weights in place of trained ones."""
         if role not in self.roles.roles:
             self.roles.add(role, head=role.has_head)
 
@@ -83,13 +83,13 @@ class TrialSession(Session):
         return stamp_for(role, self.base)
 
     def take_steps(self, trainer: ResumableTrainer) -> Tried:
-        """Train for the steps that the trainer was made for; what they cost."""
+        """Train for the trainer's number of steps, and return their cost."""
         trainer.args.save_strategy = SaveStrategy.NO
         trainer.resume()
         return self.tried(trainer.run.meter)
 
     def tried(self, meter: Meter) -> Tried:
-        """What its steps cost."""
+        """Return the cost of the steps."""
         counted = meter if isinstance(meter, CountingMeter) else None
         return Tried(
             **vars(meter.cost()),
@@ -101,10 +101,10 @@ class TrialSession(Session):
 
 @contextlib.contextmanager
 def trial_session(recipe: Recipe, trial: Trial) -> Iterator[TrialSession]:
-    """A session on the recipe's base in a temporary folder, seeded as a run's stages are.
+    """Open a session on the recipe's base in a temporary folder, seeded like a run's stages.
 
     Raises:
-        UserError: as `open_session`.
+        UserError: as in `open_session`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         opened = vars(open_session(recipe, Path(scratch)))
@@ -114,7 +114,7 @@ def trial_session(recipe: Recipe, trial: Trial) -> Iterator[TrialSession]:
 
 
 def longest(records: Records, recipe: Recipe, steps: int) -> Records:
-    """The records that decide the peak, in characters: enough for so many steps of every stage."""
+    """Return the longest records, in characters, which determine the peak: enough for `steps` of every stage."""
     sizes = [section.batch_size for section in (recipe.sft, recipe.reward) if section is not None]
     count = max(ROWS, steps * max([*sizes, recipe.rl.prompts_per_step if recipe.rl is not None else 0]))
 

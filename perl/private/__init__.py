@@ -1,1 +1,1 @@
-"""What is used of other libraries beyond their documented interface: one file a library, checked when imported."""
+"""The undocumented interfaces of other libraries that PERL uses: one file per library, checked on import."""

@@ -1,4 +1,4 @@
-"""Checks of libraries' undocumented interfaces: a version that has changed one is refused."""
+"""Checks of libraries' undocumented interfaces: a version in which one has changed is refused."""
 
 import inspect
 from importlib.metadata import PackageNotFoundError, version
@@ -14,22 +14,22 @@ TESTED = {
     "transformers": "5.23.0",
     "trl": "1.16.0",
 }
-"""The versions of constraints.txt, which an installed package does not have."""
+"""The versions in constraints.txt, which is not part of the installed package."""
 
 
 def need(owner: Any, *names: str) -> None:
-    """Check that a library's module, class or function still has what PERL uses of it.
+    """Check that a library's module, class or function still has the names that PERL uses.
 
     Args:
-        owner: has the names as attributes; a function, as parameters.
+        owner: has the names as attributes, or, if it is a function, as parameters.
 
     Raises:
-        MachineError: a name is missing, of this library, in this version; another one was tested.
+        MachineError: a name is missing; the message gives the installed and the tested version.
     """
     if inspect.isfunction(owner):
         missing = [name for name in names if name not in inspect.signature(owner).parameters]
     else:
-        missing = [name for name in names if not hasattr(owner, name)]  # torch.ops has what it is asked for
+        missing = [name for name in names if not hasattr(owner, name)]  # torch.ops creates attributes on access
     if not missing:
         return
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__

@@ -1,4 +1,4 @@
-"""The private interfaces of DeepSpeed that this package uses; importing this imports DeepSpeed."""
+"""The private interfaces of DeepSpeed that PERL uses; importing this module imports DeepSpeed."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ need(PartitionedParameterCoordinator, "reset_step")
 
 
 def skip_shared_memory_kernel() -> None:
-    """Do without the kernel that DeepSpeed would compile for a CPU's collectives on first use."""
+    """Disable the kernel that DeepSpeed would compile for CPU collectives on first use."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def is_partitioned(weight: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has sharded this parameter."""
+    """Return whether ZeRO-3 has sharded this parameter."""
     return hasattr(weight, "ds_id")
 
 
 def begin_pass(engine: Any) -> None:
-    """Tell ZeRO-3's prefetching that a forward pass begins, as its hook on the whole model would."""
+    """Tell ZeRO-3's prefetching that a forward pass begins, as its hook on the whole model does."""
     engine.optimizer.get_param_coordinator().reset_step()

@@ -1,4 +1,4 @@
-"""The private interfaces of peft that this package uses."""
+"""The private interfaces of peft that PERL uses."""
 
 from typing import Any
 
@@ -36,12 +36,12 @@ ParamWrapper = layer.ParamWrapper
 
 
 def set_active(layer: Any, names: list[str]) -> None:
-    """As peft's `set_adapter`, which would write `requires_grad` too: this is what its forward reads."""
+    """Set the attribute that peft's forward reads; peft's `set_adapter` would also set `requires_grad`."""
     layer._active_adapter = names
 
 
 class HostDrawnVera(VeraModel):
-    """Draws VeRA's matrices on the CPU, where their generator is, whatever torch's default device is."""
+    """VeRA whose matrices are drawn on the CPU, where their generator is, whatever torch's default device."""
 
     def _init_vera_A_vera_B(self, config: VeraConfig, adapter_name: str) -> None:
         with torch.device("cpu"):
@@ -49,7 +49,7 @@ class HostDrawnVera(VeraModel):
 
 
 class SharedDecomposition:
-    """Of a TinyLoRA layer with an adapter: another one begins from the same decomposition."""
+    """Mixin for a TinyLoRA layer with an adapter: further adapters reuse its decomposition."""
 
     def _init_svd(self: Any, adapter_name: str, r: int, fan_in_fan_out: bool) -> None:
         first = next(iter(self.r))

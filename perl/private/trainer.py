@@ -1,4 +1,4 @@
-"""The private methods of transformers' Trainer that checkpoints and several processes need, as public hooks."""
+"""The private methods of transformers' Trainer needed for checkpoints and multiple processes, as public hooks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +26,14 @@ need(LengthGroupedSampler.__init__, "batch_size", "lengths", "generator")
 
 
 class HookedTrainer(Trainer):
-    """A Trainer whose order of rows and checkpoints are a subclass's; it writes none of its own."""
+    """A Trainer whose subclass defines the order of rows and the checkpoints; it writes none of its own."""
 
     def train_sampler(self, lengths: Sequence[int]) -> Sampler[int]:
-        """The order of the training rows, given their lengths in tokens."""
+        """Return a sampler of the training rows, given their lengths in tokens."""
         raise NotImplementedError
 
     def save_state(self) -> None:
-        """Write all state of the training; called after the steps that the arguments say."""
+        """Write all training state; called at the steps given by the training arguments."""
         raise NotImplementedError
 
     def load_state(self) -> None:
@@ -41,11 +41,11 @@ class HookedTrainer(Trainer):
         raise NotImplementedError
 
     def load_generators(self) -> None:
-        """Restore the random generators; called last before the first step."""
+        """Restore the random generators; called last, before the first step."""
         raise NotImplementedError
 
     def count_loss_tokens(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """The number that the loss of a batch is divided by; `tokens` has a label in it."""
+        """Return the divisor of a batch's loss; `tokens` is the number of tokens with a label."""
         return tokens
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -54,14 +54,14 @@ class HookedTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         items = super()._get_num_items_in_batch(batch_samples, device)
-        # Gradients are not accumulated: there is one batch.
+        # There is only one batch, as gradients are not accumulated.
         return self.count_loss_tokens(batch_samples[0], items) if items is not None else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.save_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing yet: weights are put back with the optimizer's state."""
+        """Do nothing yet: weights are restored together with the optimizer's state."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_state()

@@ -1,4 +1,4 @@
-"""What TRL's trainers do without documenting it: they replace a model's forward for good, and tokenize rows."""
+"""Undocumented behavior of TRL's trainers: they permanently replace a model's forward, and tokenize rows."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 
 from perl.private.checked import need
 
-# TRL's trainers would tell the hub that they were made. Whoever wants that sets the variable to 0.
+# Disable telemetry, with which TRL's trainers report their creation to the hub, unless the variable is set.
 constants.HF_HUB_DISABLE_TELEMETRY |= "HF_HUB_DISABLE_TELEMETRY" not in os.environ
 for module in (sft_trainer, dpo_trainer, kto_trainer):
     need(module, "add_fused_lm_head")
@@ -23,7 +23,7 @@ for trainer in (DPOTrainer, KTOTrainer):
 
 @contextlib.contextmanager
 def forward_restored(model: nn.Module) -> Iterator[None]:
-    """Inside, one of TRL's trainers may put its forward with a fused head on the model; afterwards it is gone."""
+    """Restore the model's forward afterwards, which TRL's trainers replace with one that has a fused head."""
     before = vars(model).get("forward")
     try:
         yield
@@ -34,14 +34,14 @@ def forward_restored(model: nn.Module) -> Iterator[None]:
 
 
 class TokenizedKto(KTOTrainer):
-    """Takes rows that are tokenized already: TRL's own end after what a template writes behind the end token."""
+    """KTOTrainer on tokenized rows: TRL's own would also end with what a template writes after the end token."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
 
 class TokenizedDpo(DPOTrainer):
-    """As `TokenizedKto`."""
+    """DPOTrainer on tokenized rows, as `TokenizedKto`."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

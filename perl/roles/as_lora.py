@@ -1,7 +1,7 @@
-"""A role's adapter as plain LoRA: of each change of a weight, the nearest one of a given rank.
+"""Conversion of an adapter to plain LoRA: the best approximation of each weight's change at a given rank.
 
-Δ = U S Vᵀ, and B A = U_R S_R V_Rᵀ: no matrix of rank R is nearer to Δ (Eckart and Young 1936). With alpha = R what
-LoRA adds is B A itself. Letters: I inputs and O outputs of a layer, R rank.
+Δ = U S Vᵀ, and B A = U_R S_R V_Rᵀ: no matrix of rank R is nearer to Δ (Eckart and Young 1936). With alpha = R,
+LoRA adds exactly B A. Letters: I inputs and O outputs of a layer, R rank.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from perl.roles.shared_base import SharedBase
 from perl.system.progress import track
 
 ENOUGH = 0.01
-"""The relative error of the rank that is named as enough."""
+"""Maximum relative error of the rank that is reported as sufficient."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What the rank costs.
+    """The error of the approximation.
 
     Attributes:
-        error: ‖Δ - B A‖ / ‖Δ‖ by Frobenius' norm, over all layers.
+        error: ‖Δ - B A‖ / ‖Δ‖ in the Frobenius norm, over all layers.
         enough: the lowest rank whose error is at most `ENOUGH`.
-        biases: whether biases change too; LoRA then has biases, which are exact.
+        biases: whether biases change too; LoRA then gets biases, which are exact.
     """
 
     rank: int
@@ -39,28 +39,28 @@ class Truncation:
 
 
 def check_convertible(adapter: AdapterKind, rank: int) -> None:
-    """Refuse adapters that are no LoRA of any rank, and ranks that no layer has; before anything is injected.
+    """Refuse adapters that no LoRA can express, and ranks above a layer's; called before injection.
 
     Raises:
-        UserError: saying what can be done instead.
+        UserError: the adapter cannot be converted to this rank; the remedy names an alternative.
     """
     if type(adapter).deltas is AdapterKind.deltas:
         raise UserError(
-            f"{adapter} are no LoRA of any rank: what they compute is not a change of weights",
+            f"{adapter} are not equivalent to LoRA of any rank: they do not amount to a change of weights",
             where="--as-lora",
             remedy="Use the run folder: perl-rlhf chat, perl-rlhf evaluate, perl.load_run; or train kind lora.",
         )
     linear = {f"{name}.weight": shape for name, shape in adaptable(adapter.lm).items()}
     if of_experts := sorted(adapter.adapted - linear.keys()):
         raise UserError(
-            f"it is for linear layers, and {of_experts[0]} is of experts",
+            f"the conversion supports linear layers only, and {of_experts[0]} belongs to experts",
             where="--as-lora",
             remedy="Export the adapter as it is, or the whole model: --merge.",
         )
     lowest = min(min(linear[name]) for name in adapter.adapted)
     if rank > lowest:
         raise UserError(
-            f"a layer that has an adapter has a rank of {lowest}, which is less than {rank}",
+            f"rank {rank} is above that of a layer with an adapter: the lowest is {lowest}",
             where="--as-lora",
             remedy=f"Give at most {lowest}; 8 to 64 is common.",
         )
@@ -68,13 +68,13 @@ def check_convertible(adapter: AdapterKind, rank: int) -> None:
 
 @torch.no_grad()
 def as_lora(roles: SharedBase, trunk: Role, rank: int) -> tuple[SharedBase, Truncation]:
-    """Roles on the same base, with LoRA in the place of a role's adapter, and the heads that there are.
+    """Return roles on the same base with LoRA in place of a role's adapter, and with the existing heads.
 
-    The adapters are taken out of the base, so that `roles` is of no use afterwards.
+    The adapters are removed from the base, so `roles` cannot be used afterwards.
 
     Args:
-        trunk: whose adapter it is.
-        rank: as `check_convertible` allows it.
+        trunk: the role whose adapter is converted.
+        rank: a rank that passes `check_convertible`.
     """
     transposed = has_transposed_weights(roles.lm)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -103,10 +103,10 @@ def as_lora(roles: SharedBase, trunk: Role, rank: int) -> tuple[SharedBase, Trun
 
 
 def _truncation(singular: list[Tensor], rank: int, biases: bool) -> Truncation:
-    """Of the singular values of all layers."""
+    """Compute the error from the singular values of all layers."""
     squares = torch.zeros(max(map(len, singular)) + 1, dtype=torch.float64)
     for s_K in singular:
         squares[: len(s_K)] += s_K.square()
-    left = squares.flip(0).cumsum(0).flip(0)  # at R: what a rank of R leaves out
+    left = squares.flip(0).cumsum(0).flip(0)  # at R: what rank R drops
     errors = (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).sqrt()
     return Truncation(rank, float(errors[rank]), int((errors > ENOUGH).sum()), biases)

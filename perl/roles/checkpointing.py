@@ -1,6 +1,6 @@
-"""Activation checkpointing: only each block's input is kept for the backward pass, the rest is computed again.
+"""Activation checkpointing: only each block's input is kept for the backward pass, the rest is recomputed.
 
-A block is computed again as the role that first computed it, and with the attention, whichever is active by then.
+A block is recomputed as the role, and with the attention, of the first computation, whichever is active by then.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ EnterRole = Callable[[], contextlib.AbstractContextManager[None]]
 def checkpointed(
     blocks: Sequence[nn.Module], active_role: Callable[[], EnterRole], *, check_shapes: bool
 ) -> Iterator[None]:
-    """Inside, these blocks keep only their inputs where gradients are computed.
+    """Make these blocks keep only their inputs when gradients are computed.
 
     Args:
-        active_role: returns a function that enters the role which is active now.
-        check_shapes: whether recomputed tensors must have the shapes that they had first.
+        active_role: returns a function that activates the role that is active now.
+        check_shapes: whether recomputed tensors must have their original shapes.
     """
     settings = {
         "use_reentrant": False,
@@ -46,7 +46,7 @@ def checkpointed(
 
 
 def _forward(forward: Callable[..., Any], settings: dict[str, Any], *inputs: Any, **named: Any) -> Any:
-    """A block's forward. Hooks of a block, such as those that gather sharded weights, stay outside."""
+    """Run a block's forward. A block's hooks, such as those that gather sharded weights, are not checkpointed."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     return checkpoint(partial(forward, **named), *inputs, **settings)

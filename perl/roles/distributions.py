@@ -1,7 +1,7 @@
-"""How far one policy's distributions lie from another's, exactly: over the whole vocabulary.
+"""The exact KL between two policies' distributions, over the whole vocabulary.
 
-As in `perl.roles.log_probs`, the logits of some tokens are held at a time, and computed again for the gradient.
-Axis letters: `perl.roles`.
+As in `perl.roles.log_probs`, only the logits of a chunk of tokens are held at a time, and recomputed for the
+gradient. Axis letters: `perl.roles`.
 """
 
 from typing import Any
@@ -63,18 +63,18 @@ def kl_of_states(
     temperature: float,
     transform: LogitsTransform = PLAIN,
 ) -> Tensor:
-    """KL(p‖q) = Σ_v p log(p / q) with p and q the softmax of two states' logits over the temperature.
+    """Compute KL(p‖q) = Σ_v p log(p / q), p and q being the softmax of two states' logits over the temperature.
 
-    Gradients flow to the states of q. Near p they are the Fisher matrix's product with what separates the two.
+    Gradients flow to the states of q. Near p they are the Fisher matrix times the difference of the two.
 
     Args:
         old_ND: hidden states of p, any float dtype.
-        states_ND: those of q.
-        weight_VD, bias_V: the LM head's, which does not learn.
-        temperature: the sampler's, above 0.
-        transform: what the model does to W h + b before the temperature.
+        states_ND: hidden states of q.
+        weight_VD, bias_V: of the LM head, which is not trained.
+        temperature: the sampler's temperature, above 0.
+        transform: the model's transform of W h + b before the temperature.
 
     Returns:
-        nats, fp32 (N).
+        KL in nats, fp32 (N).
     """
     return _Kl.apply(states_ND, old_ND, weight_VD, bias_V, temperature, transform)  # type: ignore[no-untyped-call,no-any-return]

@@ -1,8 +1,8 @@
-"""Roles in the form that peft, transformers and servers of adapters load without PERL.
+"""Export of roles to formats that peft, transformers and adapter servers load without PERL.
 
-peft also loads what `perl.roles.saved` writes, beside the run's base and tokenizer. Here a role becomes a folder
-of its own: the tokenizer writes the rows that the role was trained on, the padding token is not an end token, and
-every layer has an adapter, as TGI requires.
+peft also loads what `perl.roles.saved` writes, together with the run's base and tokenizer. An exported folder is
+self-contained: the tokenizer formats rows as in training, the padding token is not an end token, and every layer
+has an adapter, as TGI requires.
 """
 
 import copy
@@ -21,11 +21,11 @@ from perl.roles.shared_base import SharedBase
 from perl.system.files import write_tensors
 
 PAD = "<|pad|>"
-"""Added where a tokenizer has no padding token, or one that also ends rows."""
+"""Padding token, added if a tokenizer has none, or one that is also an end token."""
 
 
 def generating_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer for generation."""
+    """Return a copy of the tokenizer for generation."""
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -34,17 +34,17 @@ def generating_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
 
 
 def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that writes dialogues as a reward model read them in training.
+    """Return a copy of the tokenizer that formats dialogues as in the reward model's training.
 
     transformers' sequence classifiers read the score at the last token whose id is not the padding's. So padding
-    must not be an end token, and nothing may follow the end of the agent's turn, where many templates write a
-    newline.
+    must not be an end token, and nothing may follow the end of the assistant's turn, although many templates write
+    a newline there.
     """
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.padding_side = "right"
     if chat.pad_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
-    else:  # an ordinary token will not do: once it is special, text is cut at it before BPE
+    else:  # not an ordinary token: once it is special, text is split at it before BPE
         tokenizer.add_special_tokens({"pad_token": PAD})
     written = tokenizer.apply_chat_template(chat.template.messages(ASKED), tokenize=False)
     if written != "".join(chat.template.row(ASKED)):
@@ -53,21 +53,21 @@ def scoring_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
 
 
 def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What has to follow a plain text: the end token, unless the tokenizer adds it."""
+    """Return the suffix for a plain text: the end token, unless the tokenizer adds it."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return "" if ids[-1:] == [tokenizer.eos_token_id] else str(tokenizer.eos_token)
 
 
 def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:
-    """Write an adapter as peft reads it, and where possible as servers do.
+    """Write an adapter in peft's format, and where possible in that of adapter servers.
 
     Args:
-        role: whose head is written, if it has one.
-        trunk: whose adapter is written.
+        role: the role whose head is written, if it has one.
+        trunk: the role whose adapter is written.
         base: the base's name or folder.
 
     Raises:
-        UserError: peft would not read it as what it is.
+        UserError: peft cannot read it correctly.
     """
     scores = role in roles.heads
     tensors = roles.adapter.export(trunk, folder, base, roles.head_modules if scores else None)
@@ -81,10 +81,10 @@ def merge(fresh: PreTrainedModel, roles: SharedBase, role: Role) -> PreTrainedMo
     """Add a role's adapter to a base's weights in place, in fp32, rounded once to the base's dtype.
 
     Args:
-        fresh: the base, loaded once more.
+        fresh: another copy of the base.
 
     Raises:
-        UserError: the adapters add to something else than weights.
+        UserError: the adapters do not amount to a change of weights.
     """
     for name, delta in roles.adapter.deltas(role):
         weight = fresh.get_parameter(name)
@@ -100,13 +100,13 @@ def classifier(
     problem_type: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """A model's trunk and a role's head, as transformers' sequence classifier of that architecture.
+    """Build transformers' sequence classifier from a model's trunk and a role's head.
 
     Args:
         label: the name of the only class.
-        problem_type: transformers'; pipelines return the score under `regression`, its sigmoid under
+        problem_type: as in transformers, whose pipelines return the score with `regression`, and its sigmoid with
             `multi_label_classification`.
-        tokenizer: from `scoring_tokenizer`; where it has a token more than the model, the model gets one too.
+        tokenizer: from `scoring_tokenizer`; if it has one more token than the model, the model gets one too.
 
     Raises:
         UserError: transformers has no such classifier.
@@ -120,12 +120,12 @@ def classifier(
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write a whole model as transformers does.
+    """Write a whole model in transformers' format.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the model cannot be written.
     """
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # its own name for what the system said
+    except SafetensorError as error:  # safetensors wraps the system's error
         raise OSError(errno.EIO, str(error), str(folder)) from None

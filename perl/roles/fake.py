@@ -1,4 +1,4 @@
-"""Roles on bases without weights, for estimates: see `perl.backbones.fake`."""
+"""Roles on bases without weights, for memory estimates: see `perl.backbones.fake`."""
 
 import torch
 from transformers import PreTrainedModel
@@ -19,18 +19,18 @@ class FakeSharedBase(Unconverted, SharedBase):
             super().__init__(adapter)
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        with torch.device("meta"):  # peft cannot make adapters of fake tensors
+        with torch.device("meta"):  # peft cannot create adapters on fake tensors
             super().add(role, copy_of, weights=weights, head=head)
         fill_with_fakes(self)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are."""
+        """The device of token ids."""
         return torch.device("cpu")
 
 
 class FakeSeparateModels(Unconverted, SeparateModels):
-    """Fake models, one for each role."""
+    """Fake models, one per role."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._config, self._dtype = lm.config, lm.dtype

@@ -1,7 +1,7 @@
-"""Which tensors have changed: a few elements of each are kept, and compared later.
+"""Detection of changed tensors: a few elements of each are stored and compared later.
 
 A dense change (an optimizer's update, an adapter merged into a weight) alters nearly all elements of a tensor, so
-that a sample shows it.
+a sample reveals it.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 256
-"""Kept of each tensor."""
+"""Number of elements stored per tensor."""
 
 Fingerprint = dict[str, Tensor]
-"""The kept elements of each tensor, by its name."""
+"""The stored elements of each tensor, by its name."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
-    """Elements at fixed, scattered places of each tensor; of a sharded one, of this process's shard."""
+    """Return elements at fixed, scattered positions of each tensor (of this process's shard, if it is sharded)."""
     return {name: _sample(tensor) for name, tensor in tensors.items()}
 
 
 def changed(before: Fingerprint, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors whose kept elements differ in any bit, or which are gone."""
+    """Return the names of the tensors whose stored elements differ in any bit, or which no longer exist."""
     return [
         name
         for name, sample in before.items()
@@ -38,12 +38,12 @@ def _sample(tensor: Tensor) -> Tensor:
     flat = local.reshape(-1)
     if flat.numel() <= ELEMENTS:
         return flat.clone()  # type: ignore[no-any-return]
-    # Evenly spaced places would all fall into one column where the spacing is a multiple of the width.
+    # Evenly spaced positions would all fall into one column if the spacing is a multiple of the width.
     generator = torch.Generator().manual_seed(flat.numel())
     places = torch.randint(flat.numel(), (ELEMENTS,), generator=generator)
     return flat[places.to(flat.device)]  # type: ignore[no-any-return]
 
 
 def _bits(sample: Tensor) -> Tensor:
-    """The bytes, so that NaN equals NaN and 0 differs from -0."""
+    """Return the bytes, so that NaN equals NaN and 0 differs from -0."""
     return sample.contiguous().view(torch.uint8)

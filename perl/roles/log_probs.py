@@ -1,21 +1,21 @@
-"""Log-probs and entropies from hidden states, without ever holding the logits of all tokens.
+"""Log-probs and entropies from hidden states, without holding the logits of all tokens at once.
 
-Axis letters: `perl.roles`; the N tokens are those of the completions of a batch.
+Axis letters: `perl.roles`; the N tokens are those of the completions in a batch.
 
-The LM head runs on `chunk` tokens at a time, whose logits are computed again in the backward pass. So memory is a
-few chunk × V floats instead of N × V, for one more product with the head. Callers leave out the positions of
-prompts.
+The LM head runs on `chunk` tokens at a time, whose logits are recomputed in the backward pass. So memory is a few
+chunk × V floats instead of N × V, at the cost of one more product with the head. Callers leave out the positions
+of prompts.
 
-The gradient is written out, which saves autograd's two further tensors of chunk × V: with p = softmax(z),
+The gradient is explicit, which saves two tensors of chunk × V that autograd would need: with p = softmax(z),
 z = (W h + b) / temperature, and a token y,
 
     ∂ log p(y) / ∂z = 1[y] - p        ∂ H(p) / ∂z = -p (log p + H)
 
-What the model does to its logits (`perl.backbones.logits`) comes before the temperature, its derivative after
-these.
+The model's transform of its logits (`perl.backbones.logits`) is applied before the temperature, and its derivative
+after these.
 
 Precision: the product with the head runs in the head's dtype, as in sampling; temperature, softmax and entropy are
-computed in fp32. So a bf16 base gives the log-probs that it sampled with, and no fp32 copy of the head is made.
+computed in fp32. So a bf16 base gives the log-probs that it sampled with, without an fp32 copy of the head.
 """
 
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ from torch.autograd.function import once_differentiable
 from perl.backbones.logits import PLAIN, LogitsTransform
 
 LOGITS_AT_ONCE = 2**23
-"""Logits held at a time."""
+"""Maximum number of logits held at a time."""
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """Tokens of a chunk: 1,024 for a vocabulary of 8,192, 65 for one of 128,256."""
+    """Return the number of tokens per chunk: 1,024 for a vocabulary of 8,192, 65 for one of 128,256."""
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def logits(
     hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, transform: LogitsTransform
 ) -> Tensor:
-    """The logits z (n, V), fp32, of a chunk of n tokens."""
+    """Compute the logits z (n, V), fp32, of a chunk of n tokens."""
     return transform.apply_(F.linear(hidden_nD.to(weight_VD.dtype), weight_VD, bias_V).float(), temperature)
 
 
@@ -65,7 +65,7 @@ class _InChunks(torch.autograd.Function):
             logits_nV = logits(hidden_ND[part], weight_VD, bias_V, temperature, transform)
             all_log_probs_nV = logits_nV.log_softmax(-1)
             log_probs_N[part] = all_log_probs_nV.gather(1, targets_N[part, None])[:, 0]
-            # softmax, not the exponential of what is there: on a CPU that takes ten times as long
+            # softmax, not the exponential of the log-probs, which takes ten times as long on a CPU
             entropies_N[part] = -logits_nV.softmax(-1).mul_(all_log_probs_nV).sum(-1)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, entropies_N)
         ctx.temperature, ctx.chunk, ctx.transform = temperature, chunk, transform
@@ -79,7 +79,7 @@ class _InChunks(torch.autograd.Function):
         inputs = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
         gradients = [torch.zeros_like(one) if needed else None for one, needed in inputs]
         of_hidden, of_weight, of_bias = gradients
-        # The factor of the logits, applied to rows instead of n × V elements.
+        # The scale of the logits, applied to rows instead of n × V elements.
         factor = ctx.transform.scale / ctx.temperature
         down_N, down_H_N = (None if one is None else one * factor for one in (grad_N, grad_H_N))
         for start in range(0, len(hidden_ND), ctx.chunk):
@@ -115,17 +115,17 @@ def log_probs_and_entropy(
     chunk: int,
     transform: LogitsTransform = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """The log-prob log p(target) and the entropy H(p) = -Σ_v p log p, with p = softmax((W h + b) / temperature).
+    """Compute log p(target) and the entropy H(p) = -Σ_v p log p, with p = softmax((W h + b) / temperature).
 
-    Gradients flow from both to the hidden states, and to the head's weight and bias where they require them.
+    Gradients flow from both to the hidden states, and to the head's weight and bias if they require gradients.
 
     Args:
         hidden_ND: the trunk's last hidden states, any float dtype.
-        weight_VD, bias_V: the LM head's, any float dtype.
-        targets_N: int64, the tokens that follow.
-        temperature: the sampler's, above 0.
-        chunk: tokens whose logits are held at a time, at least 1.
-        transform: what the model does to W h + b before the temperature.
+        weight_VD, bias_V: of the LM head, any float dtype.
+        targets_N: the next tokens, int64.
+        temperature: the sampler's temperature, above 0.
+        chunk: number of tokens whose logits are held at a time, at least 1.
+        transform: the model's transform of W h + b before the temperature.
 
     Returns:
         log-probs and entropies, fp32 (N).
@@ -147,14 +147,14 @@ def completion_log_probs(
     transform: LogitsTransform,
     lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`log_probs_and_entropy` of completions, (B, T) each; 0 where there is no token.
+    """Compute `log_probs_and_entropy` of completions, (B, T) each; 0 in the padding.
 
     Args:
-        states_BTD: hidden states that the tokens are predicted from.
+        states_BTD: hidden states that predict the tokens.
         embedding: the output embedding, a linear layer.
         ids_BT: the tokens, int64.
         mask_BT: True for real tokens, bool.
-        lengths: of the completions, where the host knows them: else it waits for the device to count the mask.
+        lengths: of the completions, if known on the host, which otherwise waits for the device to count the mask.
     """
     at_N = mask_BT.nonzero(as_tuple=True) if lengths is None else places(lengths, mask_BT.device)
     weight_VD, chunk = embedding.weight, tokens_at_once(len(embedding.weight))
@@ -166,14 +166,14 @@ def completion_log_probs(
 
 
 def places(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and columns (N each) of the tokens of completions of these lengths, in the order of a mask's."""
+    """Return rows and columns (N each) of the tokens of completions of these lengths, in the order of a mask."""
     mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows_N, columns_N = mask_BT.nonzero().to(device, non_blocking=True).unbind(1)
     return rows_N, columns_N
 
 
 def scaled_gradient(states: Tensor, share: float) -> Tensor:
-    """The same states, whose gradient is multiplied by a share in [0, 1]."""
+    """Return the same states, with their gradient multiplied by a factor in [0, 1]."""
     if share == 1.0:
         return states
     constant = states.detach()

@@ -1,4 +1,4 @@
-"""What a role computes.
+"""The outputs of a forward pass as a role.
 
 Axis letters: B rows, T completion positions, D width.
 """
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """What a role computes of a batch; None where it was not asked for."""
+    """A role's outputs for a batch; None if not requested."""
 
     log_probs_BT: Tensor | None = None
-    """Log-probability of each completion token, fp32; 0 where there is no token."""
+    """Log-prob of each completion token, fp32; 0 in the padding."""
     entropy_BT: Tensor | None = None
-    """Entropy of the distribution each completion token was drawn from, in nats, fp32; 0 where no token."""
+    """Entropy of the distribution of each completion token, in nats, fp32; 0 in the padding."""
     values_BT: Tensor | None = None
     """The head's value of the state before each completion token, fp32."""
     scores_B: Tensor | None = None
     """The head's score of the whole row, fp32."""
     states_BTD: Tensor | None = None
-    """Hidden states that the completions' tokens are predicted from, in the base's dtype."""
+    """Hidden states that predict the completions' tokens, in the base's dtype."""

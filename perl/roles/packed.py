@@ -1,7 +1,8 @@
-"""Weights in the order that oneDNN multiplies by, while a model generates on a CPU.
+"""Weights in oneDNN's own layout while a model generates on a CPU.
 
-A product of few rows costs what reading its weight costs, and a plain weight is read at half the speed of a packed
-one. Packing rounds nothing; a packed weight replaces the plain one in memory, and is unpacked to the same bytes.
+The cost of a product with few rows is that of reading the weight, and a plain weight is read at half the speed of
+a packed one. Packing does not round; a packed weight replaces the plain one in memory and is unpacked to the same
+bytes.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ from perl.private.torch import PACKS_BF16, packed_linear, packed_weight
 
 @contextlib.contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers compute with packed weights, without gradients; the plain ones are empty.
+    """Make linear layers compute with packed weights, without gradients; the plain weights are empty meanwhile.
 
-    Not packed are layers that are not bf16 on a CPU, whose weight another module shares (a tied output embedding),
-    or on which a library has put a hook or a kind of weight of its own.
+    Layers are not packed if they are not bf16 on a CPU, if another module shares their weight (a tied output
+    embedding), or if a library has added a hook or uses its own kind of weight.
     """
     users = Counter(id(weight) for part in model.modules() for weight in part.parameters(recurse=False))
     layers: list[Any] = [part for part in model.modules() if PACKS_BF16 and _packable(part)]
@@ -39,7 +40,7 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 class _Product:
-    """x Wᵀ + bias, in the place of a layer's own forward."""
+    """x Wᵀ + bias, in place of a layer's own forward."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self._bias = weight, bias

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Role(StrEnum):
-    """The values are the names of the roles' adapters; `BASE` has none."""
+    """A role; its value is the name of its adapter. `BASE` has no adapter."""
 
     BASE = "base"
     SFT = "sft"
@@ -22,15 +22,15 @@ class Role(StrEnum):
 
     @property
     def folder(self) -> Path:
-        """Of a role inside its run; further members of a reward ensemble are inside the first one's."""
+        """The role's folder inside its run; further members of a reward ensemble are inside the first member's."""
         member = REWARD_MEMBERS.index(self) if self in REWARD_MEMBERS else 0
         return Path(Role.REWARD, f"member-{member + 1}") if member else Path(self)
 
     @property
     def has_head(self) -> bool:
-        """Whether it gives scores or values."""
+        """Whether the role computes scores or values."""
         return self is Role.CRITIC or self in REWARD_MEMBERS
 
 
 REWARD_MEMBERS = tuple(role for role in Role if role.startswith(Role.REWARD))
-"""The reward model, and what further members an ensemble can have, in order."""
+"""The reward model and the further members that an ensemble can have, in order."""

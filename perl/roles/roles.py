@@ -1,15 +1,15 @@
-"""The roles of alignment, and one module that computes as any of them.
+"""The roles in alignment, and one module that computes as any of them.
 
     reference = base + `sft`      policy = base + `policy`      reward = base + `reward` + head
     critic    = base + `critic` + head, or only a head on the policy's trunk
 
 Two subclasses hold the weights: `SharedBase`, adapters on one frozen base, and `SeparateModels`, the conventional
-side with a model for each role. The backbone knows how a model is fed and read.
+setup with one model per role. The backbone defines a model's inputs and outputs.
 
 Switching. A forward whose backward runs as another role is silently wrong: with activation checkpointing, blocks
-would be computed again as whichever role is active by then. So `role()` only says which role computes, and puts
-back the one before; `train_only()` says which parameters are trained; and checkpointed blocks are computed again
-as the role that first computed them.
+would be recomputed as whichever role is active by then. So `role()` only sets the active role and restores the
+previous one; `train_only()` sets which parameters are trained; and checkpointed blocks are recomputed as the role
+that first computed them.
 """
 
 import contextlib
@@ -39,85 +39,85 @@ from perl.roles.score_terms import ScoredRows, ScoreTerms
 
 
 class Roles(nn.Module, ABC):
-    """All roles in one module; `engine` says how the processes that run together hold the weights."""
+    """All roles in one module; `engine` defines how the processes of a run hold the weights."""
 
     prefix: ClassVar[str]
-    """Of the names of weights on disk, as the library that reads them expects."""
+    """Prefix of the names of weights on disk, as the library that reads them expects."""
     folder: ClassVar[str]
-    """Of a role's weights on disk, inside the role's own."""
+    """Subfolder of a role's folder that holds its weights."""
     weights_file: ClassVar[str]
     shared_blocks: int = 0
-    """How many of the lowest blocks compute alike for all roles, so that computing them once is enough."""
+    """Number of lowest blocks whose output is the same for all roles, so that they are computed only once."""
 
     def __init__(self, engine: Engine | None = None) -> None:
         super().__init__()
         self.engine = engine or Engine(ALONE)
         self.heads = nn.ModuleDict()
         self.score_terms = nn.ModuleDict()
-        """Of each reward model that has any, by name."""
+        """The score terms of each reward model that has any, by role."""
         self.asked_score_terms: tuple[str, ...] = ()
-        """Names of those that new reward models get."""
+        """Names of the score terms that new reward models get."""
         self._active = Role.BASE
         self.shares_prompts = False
-        """Whether a prompt is computed once for all its completions in a batch."""
+        """Whether a prompt is computed only once for all its completions in a batch."""
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The kind of model that all roles are on."""
+        """The backbone of all roles."""
         return backbone_of(self.models()[0].config)
 
     @property
     @abstractmethod
     def roles(self) -> frozenset[Role]:
-        """The roles that exist."""
+        """The roles that have been added, and the base."""
 
     @abstractmethod
     def model(self) -> PreTrainedModel:
-        """The language model as the active role has it."""
+        """Return the language model of the active role."""
 
     @abstractmethod
     def models(self) -> list[PreTrainedModel]:
-        """All language models in memory."""
+        """Return all language models in memory."""
 
     def trunks(self) -> list[nn.Module]:
-        """The modules that all tokens go through, of every model."""
+        """Return the trunks of all models, the modules that all tokens pass through."""
         return [trunk for model in self.models() for trunk in self.backbone.trunks(model)]
 
     @abstractmethod
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """What a role has of its own besides its head, by names that do not contain the role's."""
+        """Return a role's own weights without its head, by names that do not contain the role's name."""
 
     def by_learning_rate(self, *roles: Role) -> dict[float, list[nn.Parameter]]:
-        """All weights of roles, by what the learning rate is multiplied by for them."""
+        """Return all weights of the roles, grouped by the factor on their learning rate."""
         return {1.0: [weight for role in roles for weight in self.weights(role).values()]}
 
     @abstractmethod
     def keep(self, *roles: Role) -> None:
-        """Free all other roles that have whole models of their own; a base freed before comes back."""
+        """Free all other roles that are whole models; reload the base if it was freed before."""
 
     @abstractmethod
     def base_sha256(self) -> str | None:
-        """SHA-256 of the shared base's weights as they are now; None where there is no shared base."""
+        """Return the SHA-256 of the shared base's current weights; None if there is no shared base."""
 
     def base_changed(self) -> list[str]:
-        """The tensors of a shared base that are no longer as loaded."""
+        """Return the names of the shared base's tensors that have changed since loading."""
         return []
 
     @abstractmethod
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
-        """Write beside a role's weights what peft or transformers need to load them."""
+        """Write the configuration that peft or transformers need to load a role's weights, next to them."""
 
     @abstractmethod
     def config_fits(self, folder: Path) -> bool:
-        """Whether weights written with this configuration mean here what they meant there."""
+        """Return whether weights written with this configuration have the same meaning here."""
 
     @abstractmethod
     def _add_weights(self, role: Role, copy_of: Role) -> None:
-        """Give a role weights of its own, equal to another role's."""
+        """Create weights for a role, as a copy of another role's."""
 
     @abstractmethod
     def _activate(self, role: Role) -> None:
-        """Let this role compute."""
+        """Make this role the active one."""
 
     @property
     def reference(self) -> Role:
@@ -133,12 +133,12 @@ class Roles(nn.Module, ABC):
         return next(self.parameters()).device
 
     def add(self, role: Role, copy_of: Role = Role.BASE, *, weights: bool = True, head: bool = False) -> None:
-        """Give a new role its weights and its head, which scores 0 if it is no copy.
+        """Create a new role's weights and its head, which scores 0 unless it is a copy.
 
         Args:
-            copy_of: the role whose weights (and head, if it has one) it starts from.
+            copy_of: the role whose weights (and head, if it has one) are copied.
             weights: False for a critic that is only a head on the policy's trunk.
-            head: whether it scores.
+            head: whether the role has a head.
         """
         assert role not in self.roles - {Role.BASE}, f"{role} exists"
         if weights:
@@ -152,23 +152,23 @@ class Roles(nn.Module, ABC):
             self.score_terms[role] = ScoreTerms(self.asked_score_terms, self.models()[0])
 
     def head_weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's head, by their names in a classifier of transformers, and of its terms."""
+        """Return the parameters of a role's head, by their names in transformers' classifier, and of its terms."""
         terms = self.score_terms[role].named_parameters() if role in self.score_terms else ()
         return self.backbone.head_parameters(self.heads[role]) | dict(terms)
 
     def head(self, role: Role) -> nn.Linear:
-        """The linear head of a role that has values."""
+        """Return the linear head of a role that computes values."""
         head = self.heads[role]
         assert isinstance(head, nn.Linear)
         return head
 
     def parameters_of(self, *roles: Role) -> list[nn.Parameter]:
-        """The weights and heads of roles."""
+        """Return the parameters of the roles, including their heads."""
         heads = {role: self.head_weights(role) for role in roles if role in self.heads}
         return [one for role in roles for one in (self.weights(role) | heads.get(role, {})).values()]
 
     def train_only(self, *roles: Role) -> list[nn.Parameter]:
-        """Let the parameters of these roles alone require gradients; return them."""
+        """Make only the parameters of these roles require gradients, and return them."""
         self.requires_grad_(False)
         parameters = self.parameters_of(*roles)
         for parameter in parameters:
@@ -177,7 +177,7 @@ class Roles(nn.Module, ABC):
 
     @contextlib.contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Inside, this role computes; afterwards, the one before."""
+        """Activate a role inside the context, and restore the previous one afterwards."""
         before = self._active
         try:
             self._activate(role)
@@ -187,10 +187,10 @@ class Roles(nn.Module, ABC):
 
     @contextlib.contextmanager
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
-        """Inside, this role computes many times over, without gradients or training.
+        """Activate a role for many forward passes, without gradients or training.
 
-        Yields a list whose only element is the hidden states after the shared blocks in the last forward; it stays
-        empty where there are no such blocks, or an encoder has them.
+        Yields a list whose only element is the hidden states after the shared blocks in the last forward pass; it
+        stays empty if there are no shared blocks, or if they are in an encoder.
         """
         watched = 0 if self.backbone.encodes_prompts else self.shared_blocks
         with self.role(role), packed(self.model()), self.backbone.watched(self.model(), watched) as seen:
@@ -198,33 +198,33 @@ class Roles(nn.Module, ABC):
 
     @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:
-        """Inside, activations are checkpointed, if enabled."""
+        """Checkpoint activations inside the context, if enabled."""
         models = self.models() if enabled else []
         blocks = [block for model in models for block in self.backbone.blocks(model)]
-        # DeepSpeed's weights are of another shape when a block's input is kept than when it is read again.
+        # Under DeepSpeed, weights have one shape when a block's input is saved, and another when it is recomputed.
         check_shapes = not self.engine.hooks_layers
         with checkpointed(blocks, lambda: partial(self.role, self._active), check_shapes=check_shapes):
             yield
 
     def train(self, mode: bool = True) -> "Roles":
-        """Note whether the adapters' dropout is on; the base's own is off in every stage."""
+        """Switch the adapters' dropout on or off; the base's own is off in every stage."""
         super().train(False)
         self.training = mode
         return self
 
     @torch.no_grad()
     def lower_hidden(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward`."""
+        """Return the hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward`."""
         return self.backbone.lower(self.model(), self.shared_blocks, ids_BL, mask_BL)
 
     def trunk(self, ids_BL: Tensor, mask_BL: Tensor, lower_hidden_BLD: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, D) after the last norm, under the active role."""
+        """Return the hidden states (B, L, D) after the last norm, under the active role."""
         with self._above(lower_hidden_BLD) as model:
             return self.backbone.hidden(model, ids_BL, mask_BL, lower_hidden_BLD)
 
     @contextlib.contextmanager
     def _above(self, lower_hidden_BLD: Tensor | None) -> Iterator[PreTrainedModel]:
-        """The active role's model; where the hidden states after the shared blocks are known, without these."""
+        """Yield the active role's model, without the shared blocks if the hidden states after them are given."""
         model, first = self.model(), 0 if lower_hidden_BLD is None else self.shared_blocks
         with self.backbone.only(model, slice(first, None)) if first else contextlib.nullcontext():
             yield model
@@ -245,27 +245,27 @@ class Roles(nn.Module, ABC):
         lengths: Sequence[int] | None = None,
         answers_BL: Tensor | None = None,
     ) -> Outputs:
-        """Log-probs of completions, values of their states, or scores of whole rows, as one role.
+        """Compute log-probs of completions, values of their states, or scores of whole rows, as one role.
 
         Args:
-            role: whose adapter computes.
+            role: the role whose adapter is active.
             ids_BL: token ids, int64.
             mask_BL: True for real tokens, bool.
-            completion_length: T, the columns at the right end that hold completions, padded on their right; with
-                0 the head scores whole rows.
-            temperature: divides the logits; None leaves the language-model head out.
+            completion_length: T, the number of rightmost columns, which hold completions, padded on their right;
+                with 0 the head scores whole rows.
+            temperature: divides the logits; with None no log-probs are computed.
             head: the role whose head reads the trunk; None for no head.
-            trunk_gradient: share of the gradient of values that goes on into the trunk, in [0, 1].
+            trunk_gradient: factor in [0, 1] on the gradient that flows from the values into the trunk.
             lower_hidden_BLD: from `lower_hidden` for this batch; None: compute all blocks.
-            states: whether the states are wanted themselves.
-            prompts: which rows have the same prompt; None: no two.
-            lengths: of the completions, where the host knows them: it need not wait for the mask.
-            answers_BL: True for the tokens of the answer that is scored, bool; for heads with terms.
+            states: whether to return the states as well.
+            prompts: which rows share a prompt; None: no rows do.
+            lengths: of the completions, if known on the host, which then need not wait for the mask.
+            answers_BL: True for the tokens of the scored completion, bool; for heads with score terms.
         """
         shared = prompts if self.shares_prompts else None
         with self.role(role), self._above(lower_hidden_BLD) as model, sharing(model, shared, mask_BL):
             if completion_length == 0:
-                assert head is not None, "nothing is asked for"
+                assert head is not None, "no output is requested"
                 scorer = self.heads[head]
                 scores_B, hidden_BLD = self.backbone.score(model, scorer, ids_BL, mask_BL, lower_hidden_BLD)
                 if head in self.score_terms:
@@ -290,7 +290,7 @@ class Roles(nn.Module, ABC):
         return Outputs(log_probs_BT, entropy_BT, values_BT, states_BTD=states_BTD if states else None)
 
     def kl_of_states(self, old_ND: Tensor, states_ND: Tensor, temperature: float) -> Tensor:
-        """See `perl.roles.distributions`; with this model's output embedding."""
+        """Compute `perl.roles.distributions.kl_of_states` with this model's output embedding."""
         model = self.model()
         embedding, transform = model.get_output_embeddings(), logits_transform(model.config)
         return kl_of_states(old_ND, states_ND, embedding.weight, embedding.bias, temperature, transform)

@@ -1,8 +1,8 @@
-"""Roles on disk, in the formats of the libraries that read them, with a stamp that says what they belong to.
+"""Roles on disk, in the formats of the libraries that read them, with a stamp that identifies their base.
 
-adapter_config.json  adapter_model.safetensors   an adapter as plain peft reads it; a head is the module `score`
-config.json          model.safetensors           under full tuning: a whole model, as transformers names things
-perl.json                                        the stamp: what it belongs to, and a reward model's scale
+adapter_config.json  adapter_model.safetensors   an adapter in peft's format; a head is the module `score`
+config.json          model.safetensors           under full tuning: a whole model in transformers' format
+perl.json                                        the stamp: provenance, and a reward model's scale
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ STAMP = "perl.json"
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a role's weights belong to; loading them elsewhere is refused."""
+    """The provenance of a role's weights; loading them on another base, tokenizer etc. is refused."""
 
     role: Role
     base: str
@@ -42,29 +42,29 @@ class Stamp:
     chat_sha256: str
     end_id: int
     recipe: str | None = None
-    """The name of the recipe that trained it; None where none did."""
+    """Name of the recipe that trained the role; None if none did."""
     recipe_sha256: str | None = None
-    """Of the keys that its stage depends on."""
+    """SHA-256 of the recipe keys that its stage depends on."""
     data_sha256: str | None = None
-    """Of the rows that it was trained and judged on."""
+    """SHA-256 of the rows that it was trained and evaluated on."""
     parent: Role | None = None
     """The role that this one started from, if that was trained."""
     parent_sha256: str | None = None
-    """Of the parent's weights file."""
+    """SHA-256 of the parent's weights file."""
     started_from: str | None = None
-    """The folder of the adapter, trained elsewhere, that its stage started from."""
+    """Folder of the existing adapter that its stage started from."""
     started_sha256: str | None = None
-    """Of that folder's weights file."""
+    """SHA-256 of that folder's weights file."""
     reward_is_probability: bool = False
-    """Whether the score is the log-odds of a thumb up; RL's reward is then the probability."""
+    """Whether the score is the log-odds of a thumbs up; RL's reward is then the probability."""
     reward_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     reward_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Of the reward on training rows; RL normalises by them."""
+    """Mean and standard deviation of the reward on training rows, with which RL normalizes."""
     perl: str = __version__
 
 
 def stamp_for(role: Role, base: Base, **more: Any) -> Stamp:
-    """The stamp of a role trained now on this base."""
+    """Return the stamp of a role trained now on this base."""
     tokenizer = json.dumps(base.tokenizer.get_vocab(), sort_keys=True).encode()
     return Stamp(
         role=role,
@@ -78,7 +78,7 @@ def stamp_for(role: Role, base: Base, **more: Any) -> Stamp:
 
 
 def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
-    """Write a role's weights and head as one whole folder."""
+    """Write a folder with a role's weights and head, all or nothing."""
     scores = role in roles.heads
     with whole_folder(folder) as unfinished:
         write_tensors(unfinished / roles.weights_file, tensors_on_disk(roles, role))
@@ -88,7 +88,7 @@ def save_role(roles: Roles, role: Role, folder: Path, stamp: Stamp) -> None:
 
 
 def tensors_on_disk(roles: Roles, role: Role) -> dict[str, torch.Tensor]:
-    """A role's weights and head, by their names on disk."""
+    """Return a role's weights and head, by their names on disk."""
     head = roles.head_weights(role) if role in roles.heads else {}
     computed = dict(roles.score_terms[role].named_buffers()) if role in roles.score_terms else {}
     return {f"{roles.prefix}{name}": one for name, one in {**roles.weights(role), **head, **computed}.items()}
@@ -105,11 +105,11 @@ def load_role(
     """Read a role's weights and head from a folder; the role is added if it is new.
 
     Args:
-        recipe: its name and hash, where the role has to be of this recipe.
+        recipe: name of the recipe, if the role must be from it; `recipe_sha256` is its hash.
 
     Raises:
-        UserError: files missing or broken, or weights that belong elsewhere: to another base, tokenizer, chat
-            format, recipe or parent, or of another shape.
+        UserError: files are missing or broken, or the weights have another shape or belong to another base,
+            tokenizer, chat format, recipe or parent.
     """
     stamp = read_stamp(folder)
     _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
@@ -141,10 +141,10 @@ def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
 
 
 def read_weights(folder: Path, file: str, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors in a folder's safetensors file.
+    """Return the tensors in a folder's safetensors file.
 
     Raises:
-        UserError: it cannot be read, with this remedy.
+        UserError: the file cannot be read; with the given remedy.
     """
     try:
         return load_file(folder / file)
@@ -157,7 +157,7 @@ def read_weights(folder: Path, file: str, remedy: str) -> dict[str, torch.Tensor
 
 
 def shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> str:
-    """The first tensor that differs in shape, in words; empty if none does."""
+    """Describe the first tensor whose shape differs; empty if there is none."""
     for name in sorted({*weights, *targets}):
         there, here = (tuple(of[name].shape) if name in of else "missing" for of in (weights, targets))
         if there != here:
@@ -166,7 +166,7 @@ def shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.
 
 
 def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
-    """Compare a stamp with the one that would be written here, and name all that differs."""
+    """Compare a stamp with the one that would be written here, and raise an error that names all differences."""
     compared = [
         ("role", stamp.role, here.role),
         ("base", stamp.base_sha256, here.base_sha256),
@@ -195,9 +195,9 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
 
 
 def _anew(folder: Path) -> str:
-    """The remedy for damaged files."""
+    """Return the remedy for damaged files."""
     stage = folder.parent.parent if folder.parent.name.startswith("member-") else folder.parent
-    return f"Remove {stage / 'result.json'} and run the recipe: it resumes from its newest checkpoint."
+    return f"Remove {stage / 'result.json'} and run the recipe: it continues from its newest checkpoint."
 
 
 def _config_fits(roles: Roles, folder: Path) -> bool:
@@ -210,16 +210,16 @@ def _config_fits(roles: Roles, folder: Path) -> bool:
 
 
 def read_stamp(folder: Path, remedy: str = "") -> Stamp:
-    """The stamp in a role's folder.
+    """Read the stamp in a role's folder.
 
     Raises:
-        UserError: no such folder, or it was not written by PERL; with this remedy, or the one for a run folder.
+        UserError: no such folder, or not written by PERL; with the given remedy, or that for run folders.
     """
     remedy = remedy or _anew(folder)
     try:
         return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
     except FileNotFoundError:
-        what = f"has no {STAMP}: nothing that PERL trained is here"
+        what = f"has no {STAMP}: it was not written by PERL"
         raise UserError(what, where=str(folder), remedy=remedy) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -231,5 +231,5 @@ def read_stamp(folder: Path, remedy: str = "") -> Stamp:
 
 
 def weights_sha256(roles: Roles, folder: Path) -> str:
-    """SHA-256 of the weights file in a role's folder, which names a parent in its children's stamps."""
+    """Return the SHA-256 of a role's weights file, which identifies a parent in other roles' stamps."""
     return file_sha256(folder / roles.weights_file)

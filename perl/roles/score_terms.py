@@ -1,6 +1,6 @@
-"""What a reward model's score depends on besides the hidden state at an answer's last token: its score terms.
+"""Score terms: parts of a reward model's score beyond the hidden state at a completion's last token.
 
-Letters: V vocabulary; the leading 2 are the context and the answer.
+Letters: V vocabulary; a leading 2 stands for the context and the completion.
 """
 
 from abc import ABC, abstractmethod
@@ -17,14 +17,14 @@ from perl.roles.log_probs import completion_log_probs
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """A batch of answers with their contexts, as the role that scores has read it.
+    """A batch of completions with their contexts, after the scoring role's forward pass.
 
     Attributes:
-        lm: as that role has it.
-        hidden_BLD: hidden states after the last norm; None of a model whose head is its own.
+        lm: the language model of that role.
+        hidden_BLD: hidden states after the last norm; None for a model with its own kind of head.
         ids_BL: token ids, int64.
         mask_BL: True for real tokens, bool.
-        answers_BL: True for the answers' tokens, bool.
+        answers_BL: True for the completions' tokens, bool.
     """
 
     lm: PreTrainedModel
@@ -35,13 +35,13 @@ class ScoredRows:
 
 
 class ScoreTerm(nn.Module, ABC):
-    """A part of a reward model's head that neither peft nor transformers has.
+    """A part of a reward model's head that neither peft nor transformers supports.
 
-    Its parameters are trained with the head; its buffers are computed. Both are saved. It changes no score until
-    it is trained or fitted.
+    Its parameters are trained with the head; its buffers are computed. Both are saved. It leaves scores unchanged
+    until it is trained or fitted.
 
     Args:
-        lm: the language model that rows are read by.
+        lm: the language model that reads the rows.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -49,27 +49,27 @@ class ScoreTerm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
-        """The scores (B) with this term, fp32.
+        """Return the scores (B) with this term, fp32.
 
         Args:
-            scores_B: without it.
+            scores_B: the scores without it.
         """
 
 
 WIDTH = 64
-"""Of the hidden layer of `Likelihood`."""
+"""Width of the hidden layer of `Likelihood`."""
 
 
 class Likelihood(ScoreTerm):
-    """Adds a network of one hidden layer, of the mean and the least log-probability of an answer's tokens.
+    """A network with one hidden layer on the mean and the minimum log-prob of a completion's tokens.
 
-    The state at the last token holds little of how likely each word before it was: to see that a word is wrong, a
-    model has to compare it with what it expected there, and a low-rank adapter seldom learns to. The language
-    model at hand computes it anyway. Likelihood and hidden states together judge generated text better than either
-    alone (Ren et al. 2023, arXiv 2209.15558).
+    The state at the last token contains little about how likely each earlier word was: to see that a word is
+    wrong, a model must compare it with what it expected there, which a low-rank adapter seldom learns. The
+    language model computes these likelihoods anyway. Likelihood and hidden states together judge generated text
+    better than either alone (Ren et al. 2023, arXiv 2209.15558).
 
-    Both are in nats per token, so that length alone does not change their scale; the tanh bounds what an unlikely
-    token costs.
+    Both inputs are in nats per token, so that length alone does not change their scale; the tanh bounds the effect
+    of an unlikely token.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -81,7 +81,7 @@ class Likelihood(ScoreTerm):
 
     def forward(self, scores_B: Tensor, rows: ScoredRows) -> Tensor:
         assert rows.hidden_BLD is not None  # encoders are refused
-        answers_BT = rows.answers_BL[:, 1:]  # a row's first token is predicted from nothing
+        answers_BT = rows.answers_BL[:, 1:]  # nothing predicts a row's first token
         embedding, transform = rows.lm.get_output_embeddings(), logits_transform(rows.lm.config)
         log_probs_BT, _ = completion_log_probs(
             rows.hidden_BLD[:, :-1], embedding, rows.ids_BL[:, 1:], answers_BT, 1.0, transform
@@ -92,17 +92,17 @@ class Likelihood(ScoreTerm):
 
 
 class TfidfBlend(ScoreTerm):
-    """Makes the score `model · score + words · (TF-IDF's log-odds) + intercept`.
+    """The blend `model · score + words · (TF-IDF's log-odds) + intercept`.
 
-    The log-odds are by TF-IDF of the tokens with logistic regression. On ratings of long dialogues by people,
-    single words often tell as much as a small model does, and something else: the two are right on different
-    answers, so that their weighted sum ranks better than either (stacking, Wolpert 1992).
+    The log-odds come from logistic regression on the TF-IDF of the tokens. On people's ratings of long dialogues,
+    single words are often as informative as a small model, but in a different way: the two are right on different
+    completions, so that their weighted sum ranks better than either (stacking, Wolpert 1992).
 
-    Nothing of it is trained by gradients: `perl.stages.reward_tfidf` fits it after training.
+    It is not trained by gradients: `perl.stages.reward_tfidf` fits it after training.
 
     Attributes:
-        idf_2V: inverse document frequencies of tokens in contexts and in answers.
-        weights_2V: of logistic regression, on TF-IDF of unit length.
+        idf_2V: inverse document frequencies of tokens in contexts and in completions.
+        weights_2V: weights of the logistic regression, on TF-IDF of unit length.
         mix_3: model, words and intercept.
     """
 
@@ -122,7 +122,7 @@ class TfidfBlend(ScoreTerm):
         return blended_B
 
     def log_odds(self, rows: ScoredRows) -> Tensor:
-        """By the words alone (B), fp32."""
+        """Return the log-odds from the words alone (B), fp32."""
         sides = (rows.mask_BL & ~rows.answers_BL, rows.answers_BL)
         found = [
             self._side(rows.ids_BL, side_BL, idf_V, weights_V)
@@ -133,7 +133,7 @@ class TfidfBlend(ScoreTerm):
 
     @staticmethod
     def _side(ids_BL: Tensor, mask_BL: Tensor, idf_V: Tensor, weights_V: Tensor) -> Tensor:
-        counted_BL = (mask_BL & (ids_BL >= 0)).to(idf_V.dtype)  # below: where a decoder starts
+        counted_BL = (mask_BL & (ids_BL >= 0)).to(idf_V.dtype)  # negative: a decoder's start
         counts_BV = idf_V.new_zeros(len(ids_BL), len(idf_V)).scatter_add_(1, ids_BL.clamp(min=0), counted_BL)
         tfidf_BV = counts_BV * idf_V
         norm_B = tfidf_BV.norm(dim=1).clamp(min=torch.finfo(idf_V.dtype).tiny)
@@ -145,10 +145,10 @@ SCORE_TERMS: dict[str, type[ScoreTerm]] = {"likelihood": Likelihood, "tfidf": Tf
 
 
 class ScoreTerms(nn.ModuleDict):
-    """Those of one reward model, applied one after another.
+    """The score terms of one reward model, applied one after another.
 
     Args:
-        names: in the order in which they are applied.
+        names: of the terms, in the order in which they are applied.
         lm: see `ScoreTerm`.
     """
 

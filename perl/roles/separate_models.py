@@ -1,7 +1,7 @@
-"""The conventional side, `tuning: full`: every role is a model of its own, all of it trained.
+"""The conventional setup, `tuning: full`: every role is a separate model, and all its weights are trained.
 
-Weights, gradients and the optimizer's state have the base's dtype: full tuning at its leanest (fp32 copies of bf16
-weights would take more), so that the comparison does not flatter LoRA.
+Weights, gradients and the optimizer's state have the base's dtype. This is full tuning with the least memory (fp32
+copies of bf16 weights would take more), so that the comparison is not biased in favor of LoRA.
 """
 
 import copy
@@ -18,11 +18,11 @@ from perl.roles.roles import Roles
 
 
 class SeparateModels(Roles):
-    """A model for each role.
+    """One model per role.
 
     Args:
         lm: the base's model.
-        load: loads it again, for roles that start from the base after its memory was freed.
+        load: loads the model again, for roles that start from the base after its memory was freed.
     """
 
     prefix = ""
@@ -38,7 +38,7 @@ class SeparateModels(Roles):
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles that exist; `BASE` until its memory was freed."""
+        """The roles that have been added, and `BASE` until its memory is freed."""
         return frozenset(Role(name) for name in (*self._models, *self.heads))
 
     def model(self) -> PreTrainedModel:
@@ -50,7 +50,7 @@ class SeparateModels(Roles):
         return [model for model in self._models.values() if isinstance(model, PreTrainedModel)]
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
-        """All parameters of the role's model, but for those of a classifier's own head where the role has one."""
+        """Return all parameters of the role's model; if the role has a head, without a classifier's own head."""
         if role not in self._models:
             return {}
         own, scores = self._models[role], role in self.heads
@@ -67,7 +67,7 @@ class SeparateModels(Roles):
             self._add_weights(Role.BASE, Role.BASE)
 
     def base_sha256(self) -> None:
-        """There is no shared base: every role has weights of its own."""
+        """Return None: there is no shared base."""
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
         config = copy.deepcopy(self.model().config)

@@ -1,4 +1,4 @@
-"""One frozen base in memory, once; every role is an adapter on it.
+"""A single frozen base in memory, on which every role is an adapter.
 
 lm ── frozen weights, shared
  ├── sft      adapter          (reference)
@@ -28,18 +28,18 @@ class SharedBase(Roles):
     """All roles on one base.
 
     Args:
-        adapter: what every role gets; its model is frozen.
-        engine: how the processes hold the base; where it shards the blocks, all are computed for every role.
+        adapter: the kind of adapter that every role gets; its model gets frozen.
+        engine: how the processes hold the base; if it shards the blocks, all blocks are computed for every role.
 
     Raises:
-        UserError: the adapters do not fit the engine.
+        UserError: the engine does not support these adapters.
     """
 
     prefix = "base_model.model."
     folder = "adapter"
     weights_file = "adapter_model.safetensors"
     split_unsupported_reason: str | None
-    """Why the blocks below every adapter are computed again for every role, where they are."""
+    """Why the blocks below all adapters are computed separately for every role, if they are."""
     coverage: Coverage
     """The share of the base that has adapters."""
 
@@ -80,23 +80,23 @@ class SharedBase(Roles):
         return found
 
     def keep(self, *roles: Role) -> None:
-        """Nothing to free: adapters are small and the base is everybody's."""
+        """Do nothing: adapters are small and all roles need the base."""
 
     def base_sha256(self) -> str:
         return weights_sha256(self.lm, self.engine.full_tensor, self.adapter.base_name)
 
     def base_changed(self) -> list[str]:
-        """The base's tensors that are no longer as loaded, by a sample of each."""
+        """Return the names of the base's tensors that have changed since loading, judged by a sample of each."""
         return changed(self._as_loaded, self._base_tensors())
 
     def _base_tensors(self) -> dict[str, Tensor]:
-        """The base's parameters, by the names that they had before adapters were put in."""
+        """Return the base's parameters, by their names before adapters were injected."""
         named = ((self.adapter.base_name(name), parameter) for name, parameter in self.lm.named_parameters())
         return {name: parameter for name, parameter in named if name is not None}
 
     @property
     def head_modules(self) -> list[str] | None:
-        """The modules of a head, by the names that they have in a classifier of transformers; None without one."""
+        """The modules of a head, by their names in transformers' classifier; None if there are none."""
         return [name.rpartition(".")[2] for name in self.backbone.head_modules(self.lm)] or None
 
     def write_config(self, folder: Path, base: str, *, scores: bool) -> None:
@@ -112,13 +112,13 @@ class SharedBase(Roles):
 
     @contextlib.contextmanager
     def sampling(self, role: Role) -> Iterator[list[Tensor]]:
-        """As on `Roles`, with the adapter prepared for many passes."""
+        """Do as in `Roles`, with the adapter prepared for many passes."""
         prepared = self.adapter.sampling(role) if role in self._adapted else contextlib.nullcontext()
-        with prepared, super().sampling(role) as seen:  # once weights are packed nobody can read them
+        with prepared, super().sampling(role) as seen:  # packed weights cannot be read
             yield seen
 
     def clear(self) -> None:
-        """Take out all roles; the base is as it was loaded."""
+        """Remove all roles; the base is as it was loaded."""
         self.adapter.remove()
         self._adapted.clear()
         self.heads.clear()
@@ -130,7 +130,7 @@ class SharedBase(Roles):
         self._adapted.add(role)
         start = self.weights(copy_of)
         for name, parameter in self.weights(role).items():
-            parameter.data = parameter.data.float()  # adapters learn in fp32 on a base of any dtype
+            parameter.data = parameter.data.float()  # adapters are trained in fp32 on a base of any dtype
             if copy_of is not Role.BASE:
                 parameter.data.copy_(start[name].data)
         self.lm.requires_grad_(False)

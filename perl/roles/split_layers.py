@@ -1,9 +1,9 @@
-"""A decoder, or an encoder of prompts, in two parts: the blocks below every adapter, which compute alike for all
-roles, and those above.
+"""Splitting a decoder, or an encoder of prompts, into the blocks below all adapters, whose output is the same for
+all roles, and those above.
 
 The lower blocks' output for a text is the same for every role and epoch, so it is computed once: (B, L, D) in the
-base's dtype. The upper part takes it in place of embeddings, so an architecture that does more to embeddings than
-pass them on (GPT-2 adds positions, Gemma scales) cannot be split; `unsupported_reason` tries.
+base's dtype. The upper part takes it in place of embeddings, so an architecture that transforms its embeddings
+(GPT-2 adds positions, Gemma scales them) cannot be split; `unsupported_reason` tests this.
 """
 
 import itertools
@@ -24,13 +24,13 @@ from perl.roles.roles import Roles
 
 @torch.no_grad()
 def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> str | None:
-    """Why this model cannot be split after so many blocks; None if it can, as tried on a small batch."""
+    """Return why this model cannot be split after `count` blocks; None if it can, as tested on a small batch."""
     name = type(lm).__name__
     if (refused := backbone.refusal("splitting", name)) is not None:
         return refused.what
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
-        return f"its layers are of several kinds ({', '.join(sorted(kinds))})"
+        return f"its layers are of several types ({', '.join(sorted(kinds))})"
     ids_BL = F.pad(torch.tensor(backbone.tried, device=lm.device), (2, 0), value=1)
     mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
     mask_BL[1, :2] = False
@@ -42,32 +42,32 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
         with backbone.only(lm, slice(count, None)):
             split = backbone.hidden(lm, ids_BL, mask_BL, lower_hidden_BLD)
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        return f"{name} does not run in two parts: {str(error).splitlines()[0][:200]}"
+        return f"{name} cannot run in two parts: {str(error).splitlines()[0][:200]}"
     rounding = 16 * torch.finfo(unsplit.dtype).eps
     split, unsplit = (states.masked_fill(~mask_BL[..., None], 0.0) for states in (split, unsplit))
     if not torch.allclose(split, unsplit, rtol=rounding, atol=rounding):
-        return f"{name} does more to its embeddings than pass them to the first block"
+        return f"{name} transforms its embeddings before the first block"
     return None
 
 
 SHARE_OF_FREE_MEMORY = 0.25
-"""A larger cache is a memory-mapped file."""
+"""Largest cache that is kept in memory; a larger one is a memory-mapped file."""
 GROUP = 8
-"""Rows computed together."""
+"""Number of rows computed together."""
 
 
 class LowerLayerCache:
-    """The hidden states after the shared blocks of a data set's rows, computed once for all epochs.
+    """Cache of the hidden states after the shared blocks, computed once for all epochs.
 
-    Of each row (tokens, D) in the base's dtype, computed when first read.
+    Each row's states are (tokens, D) in the base's dtype, and computed when first read.
 
-    A row is always computed in the same group of rows of like length: in another batch its last bits would differ,
-    and an interrupted run would not end in the same bytes.
+    A row is always computed in the same group of rows of similar length: in another batch its last bits would
+    differ, and a resumed run would not end in the same bytes.
 
     Args:
-        roles: on a base with shared blocks.
+        roles: roles on a base with shared blocks.
         rows: the tokens of each row.
-        folder: of the file, if the cache is too large for memory.
+        folder: where to put the file if the cache is too large for memory.
     """
 
     def __init__(self, roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, folder: Path) -> None:
@@ -85,10 +85,10 @@ class LowerLayerCache:
             flat = torch.from_file(str(folder / "lower_hidden.bin"), shared=True, size=size, dtype=dtype)
         self._states = flat.view(-1, width)
         self.bytes = flat.nbytes
-        """On the host, whatever the device: not among the live bytes of a step."""
+        """Size on the host, whatever the device; not part of the live bytes of a step."""
 
     def read(self, rows: Sequence[int], mask_BL: Tensor) -> Tensor:
-        """The hidden states (B, L, D) of a batch, by the rows' numbers, for `Roles.forward`; 0 in the padding."""
+        """Return the hidden states (B, L, D) of the rows of a batch, for `Roles.forward`; 0 in the padding."""
         for row in rows:
             if not self._known[row]:
                 self._compute(self._place[row] // GROUP * GROUP)
@@ -97,7 +97,7 @@ class LowerLayerCache:
         return lower_hidden_BLD.to(mask_BL.device)
 
     def _compute(self, start: int) -> None:
-        """Compute the group that begins at this place."""
+        """Compute the group that starts at this position."""
         group = self._by_length[start : start + GROUP]
         ids_BL, mask_BL = left_pad([self._rows[row] for row in group], self._pad_id, self._roles.device)
         lower_hidden_BLD = self._roles.lower_hidden(ids_BL, mask_BL).cpu()

@@ -1,4 +1,4 @@
-"""A role that starts from an adapter trained elsewhere: what of the folder has to fit the base and the role."""
+"""Starting a role from an existing adapter, with checks that it fits the base and the role."""
 
 import json
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ CLASSIFIER = "SEQ_CLS"
 
 
 def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base) -> list[str]:
-    """Give a new role the weights of a folder, and its head if it has one; return what the user is to know.
+    """Load a folder's weights, and its head if it has one, into a new role; return notes for the user.
 
     Raises:
-        UserError: the adapter is another base's or another task's, or computes otherwise than the recipe's would.
+        UserError: the adapter is for another base or task, or computes differently from the recipe's adapters.
     """
     settings = roles.adapter.settings
     folder.refuse_conflicts(getattr(settings, "kind", LORA), settings.model_dump())
@@ -33,7 +33,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
         raise UserError(
             f"its configuration has {differs}, which adapters of kind {folder.kind} here do not have",
             where=folder.where,
-            remedy="Name an adapter that was trained without it.",
+            remedy="Use an adapter that was trained without it.",
         )
     notes = _check_base(folder, base)
     read = read_weights(folder.path, roles.weights_file, AGAIN)
@@ -45,7 +45,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     _drop_fixed(roles, role, weights, folder)
     targets = tensors_on_disk(roles, role)
     if role in roles.heads and not has_head:
-        notes.append("it has no head, so the head begins at zero")
+        notes.append("it has no head, so the head starts at zero")
     targets = {name: one for name, one in targets.items() if name in weights or not name.startswith(heads)}
     for term in SCORE_TERMS:
         there, here = (any(name.startswith(f"{PREFIX}{term}.") for name in of) for of in (weights, targets))
@@ -70,7 +70,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
 
 
 def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
-    """Refuse a stamp of another base; of adapters without one only the name can be compared."""
+    """Refuse a stamp of another base; without a stamp, only the base's name can be compared."""
     if (folder.path / STAMP).is_file():
         stamp = read_stamp(folder.path, AGAIN)
         if stamp.base_sha256 != base.sha256:
@@ -78,20 +78,20 @@ def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
                 f"the adapter there belongs to another base: {stamp.base}, SHA-256 {stamp.base_sha256[:12]}; here "
                 f"it is {base.name}, {base.sha256[:12]}",
                 where=folder.where,
-                remedy="Use that base, in the dtype and quantization that the adapter was trained beside.",
+                remedy="Use that base, in the dtype and quantization that the adapter was trained with.",
             )
         changed = stamp.chat_sha256 != base.chat.sha256
-        return ["it was trained on another chat format than the base has now"] if changed else []
+        return ["it was trained with a chat format other than the base's current one"] if changed else []
     name = str(folder.config.get("base_model_name_or_path") or "")
     other = name and Path(name).name != Path(base.name).name
-    return [f"it says that it was trained on {name}, and its tensors fit {base.name}"] if other else []
+    return [f"its configuration names the base {name}, but its tensors fit {base.name}"] if other else []
 
 
 def _check_task(folder: AdapterFolder, role: Role, has_head: bool, generating: str) -> None:
-    """Refuse classifiers where a language model is to start, and whatever is neither.
+    """Refuse a classifier's adapter for a language model, and adapters for any other task.
 
     Args:
-        generating: peft's task of language models like the base.
+        generating: peft's task type for language models like the base.
     """
     tasks = {generating: "a language model's", CLASSIFIER: "a sequence classifier's"}
     task = str(folder.config.get("task_type") or (CLASSIFIER if has_head else generating))
@@ -104,15 +104,15 @@ def _check_task(folder: AdapterFolder, role: Role, has_head: bool, generating: s
     raise UserError(
         f"the adapter there is {what}; {role} needs {wanted}",
         where=folder.where,
-        remedy="A reward model or critic is named by reward.adapter, a policy by sft.adapter or rl.adapter.",
+        remedy="Set reward.adapter for a reward model or critic, sft.adapter or rl.adapter for a policy.",
     )
 
 
 def _drop_fixed(roles: SharedBase, role: Role, weights: dict[str, Tensor], folder: AdapterFolder) -> None:
-    """Take out what no role trains, which is the same here as there.
+    """Remove the tensors that are never trained, after checking that they equal those here.
 
     Raises:
-        UserError: it is not the same.
+        UserError: they differ.
     """
     for name, fixed in roles.adapter.fixed(role).items():
         there = weights.pop(name, weights.pop(PREFIX + name, None))
@@ -121,9 +121,9 @@ def _drop_fixed(roles: SharedBase, role: Role, weights: dict[str, Tensor], folde
         )
         if not same:
             raise UserError(
-                f"its {name}, which is not trained, is not the one that all roles here have",
+                f"its {name}, which is never trained, differs from the one that all roles here share",
                 where=folder.where,
-                remedy="It was made from another base or seed, or by another version; train such an adapter here.",
+                remedy="It comes from another base or seed, or another version; train a new adapter here.",
             )
 
 

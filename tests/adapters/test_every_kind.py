@@ -294,7 +294,7 @@ def test_what_peft_does_not_know_is_not_exported(kind: str, tmp_path: Path) -> N
     roles = learned(roles_of(kind), Role.POLICY)
     with pytest.raises(UserError, match=r"peft does not read .* and they cannot be merged"):
         save_adapter(roles, Role.POLICY, Role.POLICY, "base", tmp_path)
-    with pytest.raises(UserError, match="not a change of weights"):
+    with pytest.raises(UserError, match="not amount to a change of weights"):
         merge(roles_of(kind).lm, roles, Role.POLICY)
 
 
@@ -381,17 +381,17 @@ def test_kinds_refuse_what_they_cannot_do(tiny_llama: Path) -> None:
         )
     )
     for kind in ("dora", "vera", "miss"):
-        with pytest.raises(UserError, match=r"adapter\.targets: .* for linear layers, and .* is of experts"):
+        with pytest.raises(UserError, match=r"adapter\.targets: .* for linear layers only, .* belongs to experts"):
             adapter_of_kind(experts, kind)
     beside_them = adapter_of_kind(experts, "ia3").adapted
     assert beside_them == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
-    with pytest.raises(UserError, match=r"(?s)adapter\.rank: .* has 32 inputs.*Give at most 32"):
+    with pytest.raises(UserError, match=r"(?s)adapter\.rank: .* only 32 inputs.*Give at most 32"):
         adapter_of_kind(random_llama(), "miss", rank=33)
     with pytest.raises(UserError, match=r"adapters of kind miss do not fit this model"):
         SharedBase(adapter_of_kind(gpt2(), "miss")).add(Role.SFT)
     with pytest.raises(UserError, match=r"(?s)adapter\.targets: blocks have no part 'attn'.*mlp, self_attn"):
         adapter_of_kind(random_llama(), "series", targets=["attn"])
-    with pytest.raises(UserError, match="DoRA takes norms of whole ones"):
+    with pytest.raises(UserError, match="DoRA needs the norms of whole rows"):
         SharedBase(adapter_of_kind(random_llama(), "dora"), Fsdp2(ALONE, False, False))
     content = {"name": "x", "base": {"model": "org/model", "quantization": "4bit"}, "reward": {}}
     with pytest.raises(ValidationError, match="dora need whole weights"):
@@ -453,9 +453,7 @@ def test_b_learns_at_a_rate_of_its_own() -> None:
 
 
 def test_a_prefix_fits_the_context_and_the_model() -> None:
-    with pytest.raises(
-        UserError, match=r"a prefix of 257 positions is longer than the base's context, which has 256"
-    ):
+    with pytest.raises(UserError, match=r"a prefix of 257 positions is longer than the base's context of 256"):
         adapter_of_kind(random_llama(), "prefix", length=257)
-    with pytest.raises(UserError, match="no prefix can be put into GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel does not support prefixes"):
         adapter_of_kind(gpt2(), "prefix")

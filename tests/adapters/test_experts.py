@@ -228,7 +228,7 @@ def test_shared_experts_and_dense_blocks_have_adapters_beside_the_experts(tmp_pa
     assert ranks == {RANK, 4 * RANK}, "of a layer, and of four experts"
     merged = merge(fresh, roles, Role.POLICY)
     torch.testing.assert_close(log_probs(roles, Role.POLICY), plain_log_probs(merged), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="peft would put this adapter elsewhere"):
+    with pytest.raises(UserError, match="peft would apply this adapter to other modules"):
         save_adapter(roles, Role.POLICY, Role.POLICY, "base", tmp_path)
 
 

@@ -233,7 +233,7 @@ def test_adapters_of_another_variant_are_not_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "orthogonal", "eva", False])
 def test_a_start_that_is_not_the_base_is_refused(start: object) -> None:
-    with pytest.raises(UserError, match="LoRA that starts"):
+    with pytest.raises(UserError, match="starting LoRA with"):
         variant(init_lora_weights=start)
 
 

@@ -176,9 +176,9 @@ def test_a_tokenizer_without_a_frame_is_refused(missing: str) -> None:
 
 
 def test_an_encoder_is_refused_where_something_is_to_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="BertModel is an encoder: it reads texts in both directions") as caught:
+    with pytest.raises(UserError, match="BertModel is an encoder: it reads texts bidirectionally") as caught:
         load_base(str(tiny_bert(tmp_path)), torch.float32, CPU)
-    assert "no section but reward" in str(caught.value)
+    assert "only a reward section" in str(caught.value)
 
 
 def test_4_bit_weights_are_refused(tmp_path: Path) -> None:

@@ -195,10 +195,10 @@ def test_a_window_longer_than_the_rows_is_no_obstacle() -> None:
 def test_a_block_that_mixes_positions_beside_attention_is_refused() -> None:
     lm = random_llama()
     lm.model.layers[0].register_forward_hook(lambda _, inputs, output: output + inputs[0].cumsum(1))
-    assert str(reason(lm)).endswith("computes several completions in one row otherwise than alone")
+    assert str(reason(lm)).endswith("gives other results for several completions in one row than for each alone")
 
 
 def test_eager_attention_is_refused() -> None:
     lm = random_llama()
     lm.set_attn_implementation("eager")
-    assert "does not attend by transformers' sdpa in every block" in str(reason(lm))
+    assert "does not use transformers' sdpa attention in every block" in str(reason(lm))

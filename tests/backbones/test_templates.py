@@ -137,7 +137,7 @@ def test_the_probe_finds_what_is_sent_and_says_what_differs(named: tuple[str, Ch
     assert len(notes) == bool(OPEN_THOUGHTS.search(name))
     for note in notes:
         assert "<think>" in note
-        assert "as a server asks for them" in note
+        assert "as a server generates them" in note
 
 
 def test_turns_of_an_api_are_written_or_refused_by_name(named: tuple[str, ChatFormat]) -> None:
@@ -146,7 +146,7 @@ def test_turns_of_an_api_are_written_or_refused_by_name(named: tuple[str, ChatFo
         with pytest.raises(UserError, match="refuses a dialogue of user, agent, api"):
             chat.probe({"user", "agent", "api"})
     elif name in TOOLS_LEFT_OUT:
-        with pytest.raises(UserError, match=r"leaves out what api says \(its role 'tool'\)"):
+        with pytest.raises(UserError, match=r"omits what api says \(its role 'tool'\)"):
             chat.probe({"user", "agent", "api"})
     else:
         chat.probe({"user", "agent", "api"})

@@ -142,7 +142,7 @@ def sft_in_its_place(out: Path) -> None:
     shutil.copytree(out / "sft" / "adapter", out / "reward" / "adapter")
 
 
-ANEW = "Remove {out}/reward/result.json and run the recipe: it resumes from its newest checkpoint"
+ANEW = "Remove {out}/reward/result.json and run the recipe: it continues from its newest checkpoint"
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (
         lambda out: shutil.rmtree(out / "reward" / "adapter"),

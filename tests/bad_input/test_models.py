@@ -118,7 +118,7 @@ CASES = [
         ("Python code of its own, which is not run", "base.model", "base.trust_remote_code: true"),
         spoil=edit_json("config.json", model_type="xyzzy", auto_map={"AutoConfig": "own.Config"}),
     ),
-    Case("an encoder", ("BertModel is an encoder", "base.model", "give a causal LM"), spoil=masked_lm),
+    Case("an encoder", ("BertModel is an encoder", "base.model", "use a causal LM"), spoil=masked_lm),
     Case("no weights", ("cannot be loaded", "base.model", "model.safetensors"), spoil=no_weights),
     Case("pickled weights", ("pickle (pytorch_model.bin)", "base.model", "convert them"), spoil=pickled_weights),
     Case("pickled shards", ("pickle (shard.bin)", "base.model", "convert them"), spoil=pickled_shards),
@@ -130,7 +130,7 @@ CASES = [
     Case("half the weights", ("cannot be loaded", "base.model", "model.safetensors"), spoil=half_the_weights),
     Case(
         "other shapes",
-        ("mlp.down_proj.weight is (32, 64)", "base.model", "Put the config.json"),
+        ("mlp.down_proj.weight is (32, 64)", "base.model", "Use the config.json"),
         spoil=longer_layers,
     ),
     Case(
@@ -184,7 +184,7 @@ CASES = [
     ),
     Case(
         "a rank that no matrix has",
-        ("has a rank of 100000: the largest has 32", "lora.rank", "Give at most 32"),
+        ("rank 100000 is above that of every matrix", "the highest is 32", "lora.rank", "Give at most 32"),
         overrides=("lora.rank=100000",),
     ),
     Case("no such layer", ("no layer 9", "lora.layers", "layers 0 to 1"), overrides=("lora.layers=[9]",)),

@@ -131,7 +131,7 @@ def test_seconds_hours_and_money(
         assert slow["cost"][tuning] == 2 * hours
         assert 0 < stage["update"] < stage["training"]
     fast, text = estimated(run_cli, recipe, "--device", "h100")
-    assert "are assumed, not measured" in text
+    assert "is assumed, not measured" in text
     assert "assumed" in fast["basis"]
     assert "cost" not in fast
     assert fast["hours"]["full"] < slow["hours"]["full"]
@@ -145,8 +145,8 @@ def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecip
         ([str(tmp_path / "none.yaml")], "no such recipe"),
         ([str(recipe), "base.model=/no/model"], "/no/model"),
         ([str(recipe), "--devices", "0"], "--devices"),
-        ([str(recipe), "--device", "b9000"], "--device: nothing is known of 'b9000'"),
-        ([str(recipe), "--device", "h100", "--calibrate"], "--device: --calibrate measures this machine"),
+        ([str(recipe), "--device", "b9000"], "--device: unknown device 'b9000'"),
+        ([str(recipe), "--device", "h100", "--calibrate"], "--device: this machine is measured"),
         ([str(recipe), "--price", "-1"], "--price"),
     ):
         code, text = run_cli("estimate", *arguments)

@@ -461,7 +461,7 @@ def test_the_kl_to_a_policy_as_lora_is_measured(runs: dict[str, Run], run_cli: R
     [
         ("dora", ("--as-lora", 4, "--merge"), "--as-lora: a whole model has no adapter"),
         ("full", ("--as-lora", 4), "full tuning, which has no adapter"),
-        ("series", ("--as-lora", 4), "what they compute is not a change of weights"),
+        ("series", ("--as-lora", 4), "they do not amount to a change of weights"),
     ],
 )
 def test_what_cannot_be_written_as_lora_is_refused(

@@ -103,7 +103,7 @@ def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_i
     assert status != 0
     assert time.monotonic() - begin < 60
     assert said.count(f"process 1 (host {os.uname().nodename}, pid {victim.pid}) is gone") == 1
-    assert "resumes from the newest checkpoint" in said
+    assert "continues from the newest checkpoint" in said
     assert done < len(steps(out, "policy")) < STEPS
 
     status, said = finished(accelerate("zero3", "-m", "perl", *command))

@@ -87,10 +87,7 @@ def test_a_model_that_adds_positions_to_its_embeddings_is_not_split() -> None:
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64))
     roles = SharedBase(lora(lm, 4, 8, layers="top-half"))
     assert roles.shared_blocks == 0
-    assert (
-        roles.split_unsupported_reason
-        == "GPT2LMHeadModel does more to its embeddings than pass them to the first block"
-    )
+    assert roles.split_unsupported_reason == "GPT2LMHeadModel transforms its embeddings before the first block"
 
 
 def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:

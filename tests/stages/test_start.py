@@ -134,7 +134,7 @@ def test_an_encoder_decoders_adapter_is_started_from(tmp_path: Path) -> None:
         roles.clear()
         roles.add(role, head=role is Role.REWARD)
         notes = load_start(roles, role, read_adapter_folder(tmp_path / "theirs", "sft.adapter"), base)
-        assert notes == (["it has no head, so the head begins at zero"] if role is Role.REWARD else [])
+        assert notes == (["it has no head, so the head starts at zero"] if role is Role.REWARD else [])
     with torch.no_grad():
         roles.head(Role.REWARD).weight.fill_(2.0)
     save_role(roles, Role.REWARD, tmp_path / "reward", stamp_for(Role.REWARD, base))
@@ -260,7 +260,7 @@ def test_a_reward_model_starts_with_the_head_that_there_is(
         assert "no head" not in said
     else:
         assert not found.any()
-        assert "it has no head, so the head begins at zero" in said
+        assert "it has no head, so the head starts at zero" in said
 
 
 def test_what_it_will_need_is_estimated_of_its_shape(recipe: Callable[..., Path]) -> None:
@@ -337,7 +337,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         replaced(lambda: PromptTuningConfig(num_virtual_tokens=4)),
         "kind prompt_tuning are not supported, because it puts virtual tokens before the text",
     ),
-    "unknown": (edited(peft_type="NEWEST"), "kind newest are not supported There are lora, rslora"),
+    "unknown": (edited(peft_type="NEWEST"), "kind newest are not supported Supported kinds: lora, rslora"),
     "PiSSA": (edited(init_lora_weights="pissa_niter_4"), "pissa are not supported, because it rewrites the base"),
     "KaSA": (edited(kasa_config={"beta": 1.0}), "kind kasa are not supported, because it rewrites the base"),
     "an option": (edited(rank_pattern={"q_proj": 2}), 'its configuration has rank_pattern: {"q_proj": 2}'),

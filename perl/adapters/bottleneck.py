@@ -103,10 +103,10 @@ class Bottleneck(AdapterKind):
             return output
         y = _first(output)
         x = y if self.takes_output else inputs[0] if inputs else named["hidden_states"]
-        y = y + self._computed(part, self.active, x)
+        y = y + self._adapter_output(part, self.active, x)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _computed(self, part: Any, role: str, x: Tensor) -> Tensor:
+    def _adapter_output(self, part: Any, role: str, x: Tensor) -> Tensor:
         """Return the output of an adapter, in the dtype of its input."""
         maps = getattr(part, self.mark)[role]
         narrow = self._activation(F.linear(x, maps.down.to(x.dtype)))
@@ -123,12 +123,12 @@ class Bottleneck(AdapterKind):
             if not _wanted(_own_name(name), "attention"):
                 active = frozenset() if self.active is None else frozenset({self.active})
                 added = partial(self._added, part, role)
-                yield AdaptedLayer(name, _without_rest(part), _without_rest(part.forward), inputs, added, active)
+                yield AdaptedLayer(name, _states_only(part), _states_only(part.forward), inputs, added, active)
 
     @torch.no_grad()
     def _added(self, part: Any, role: str, x_NI: Tensor) -> Tensor:
         given = _first(part.forward(x_NI[None].to(self.lm.dtype)))[0].float() if self.takes_output else x_NI
-        return self._computed(part, role, given)
+        return self._adapter_output(part, role, given)
 
     def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
         """Count the units of the bottleneck whose column is unchanged in every `up`.
@@ -157,7 +157,7 @@ def _first(output: Any) -> Tensor:
     return states
 
 
-def _without_rest(part: Any) -> Any:
+def _states_only(part: Any) -> Any:
     return lambda x: _first(part(x))
 
 

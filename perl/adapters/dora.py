@@ -64,7 +64,7 @@ class Dora(Lora):
         """Inject with peft; magnitudes are computed in fp32, so that a new role equals the base in any dtype."""
         super().inject(role)
         for layer in self._layers:
-            compute_as(layer, _KeepsNorms)
+            compute_as(layer, _CachedNormsForward)
             magnitude = layer.lora_magnitude_vector[role]
             magnitude.weight.data = _norms(layer, role)
 
@@ -76,7 +76,7 @@ class Dora(Lora):
 
     def sampling(self, role: str) -> AbstractContextManager[Any]:
         """Use the current norms inside the context."""
-        return _kept_norms(self._layers, role)
+        return _cached_norms(self._layers, role)
 
     def layers(self, role: str) -> Iterator[AdaptedLayer]:
         """Yield all layers: the definition covers each."""
@@ -126,7 +126,7 @@ def _norms(layer: Any, name: str) -> Tensor:
     return norms
 
 
-class _KeepsNorms:
+class _CachedNormsForward:
     """peft's forward of a DoRA layer, with the option of cached norms."""
 
     kept: _Kept | None = None
@@ -145,7 +145,7 @@ class _KeepsNorms:
 
 
 @contextlib.contextmanager
-def _kept_norms(layers: list[Any], name: str) -> Iterator[None]:
+def _cached_norms(layers: list[Any], name: str) -> Iterator[None]:
     """Cache this adapter's current norms inside the context, for many forwards without gradients."""
     with torch.no_grad():
         for layer in layers:

@@ -111,10 +111,10 @@ class Lora(PeftKind):
         for name, parameter in self.parameters(role).items():
             parameter.data.copy_(given.get(name, torch.zeros_like(parameter)))
 
-    def _put_in(self, role: str) -> None:
+    def _inject_layers(self, role: str) -> None:
         with warnings.catch_warnings():  # some layers have no bias
             warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but")
-            super()._put_in(role)
+            super()._inject_layers(role)
 
     def use(self, engine: Engine) -> None:
         """Refuse experts if the engine gathers layer by layer; keep peft's forward if it hooks layers."""
@@ -182,7 +182,7 @@ class Lora(PeftKind):
         tensors: dict[str, Tensor] = {**self.parameters(role)}
         linear = {name: tensor for name, tensor in tensors.items() if not self._is_of_experts(name)}
         if not heads and self.zeros_change_nothing:
-            linear |= self._zeros_elsewhere(linear)
+            linear |= self._zero_adapters(linear)
         config = self.config_on_disk(base, heads)
         config.target_modules = sorted({self.module_of(name) for name in linear})
         if not experts.is_read_as_named(config, self.lm):
@@ -201,7 +201,7 @@ class Lora(PeftKind):
         """Return whether a parameter belongs to experts, which peft lists in `target_parameters` and TGI lacks."""
         return isinstance(self.lm.get_submodule(self.module_of(name)), ParamWrapper)
 
-    def _zeros_elsewhere(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _zero_adapters(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return adapters of zeros, which change nothing, for the same modules of all other layers.
 
         TGI uses the adapters of a kind of module (such as q_proj) only if every layer has one; otherwise it

@@ -82,7 +82,7 @@ class PeftKind(AdapterKind):
         try:
             with warnings.catch_warnings(), targets_as_named():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # intended
-                self._put_in(role)
+                self._inject_layers(role)
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self} do not fit this model: {error}",
@@ -91,7 +91,7 @@ class PeftKind(AdapterKind):
             ) from None
         self._layers = [module for module in self.lm.modules() if isinstance(module, self.layer_type)]
 
-    def _put_in(self, role: str) -> None:
+    def _inject_layers(self, role: str) -> None:
         inject_adapter_in_model(self.config, self.lm, adapter_name=role)
 
     def activate(self, role: str | None) -> None:

@@ -65,13 +65,13 @@ class Prefix(AdapterKind):
                 setattr(attention, self.mark, nn.ModuleDict())
                 self.removal.callback(delattr, attention, self.mark)
                 state = _Queries()
-                self.removal.callback(site.query.register_forward_hook(partial(self._note, state)).remove)
+                self.removal.callback(site.query.register_forward_hook(partial(self._keep_queries, state)).remove)
                 add = partial(self._add, attention, site, state)
                 self.removal.callback(site.output.register_forward_pre_hook(add).remove)
             device = next(attention.parameters()).device
             getattr(attention, self.mark)[role] = _Learned(site, self.settings.length, device)
 
-    def _note(self, state: "_Queries", layer: nn.Module, inputs: Any, q: Tensor) -> None:
+    def _keep_queries(self, state: "_Queries", layer: nn.Module, inputs: Any, q: Tensor) -> None:
         """Keep the queries until the output projection of the same forward."""
         state.q = None if self.active is None else q
 
@@ -163,7 +163,7 @@ def _attention(lm: PreTrainedModel, layers: str | list[int]) -> list[str]:
     found = [name.removesuffix(".q_proj") for name, _ in lm.named_modules() if name.endswith(".q_proj")]
     found = [name for name in found if layer_index(name) in chosen]
     if {layer_index(name) for name in found} != set(chosen):
-        raise _unfit(lm, "not every block has attention with a layer q_proj")
+        raise _unsupported(lm, "not every block has attention with a layer q_proj")
     return found
 
 
@@ -176,11 +176,11 @@ def _site(lm: PreTrainedModel, name: str, heads: int, groups: int) -> _Site:
         or output.in_features != attention.q_proj.out_features
         or width * heads != output.in_features
     ):
-        raise _unfit(lm, f"{name} has no output projection of the queries' width")
+        raise _unsupported(lm, f"{name} has no output projection of the queries' width")
     return _Site(attention.q_proj, output, attention.q_proj.in_features, heads, groups, width)
 
 
-def _unfit(lm: PreTrainedModel, why: str) -> UserError:
+def _unsupported(lm: PreTrainedModel, why: str) -> UserError:
     return UserError(
         f"{type(lm).__name__} does not support prefixes: {why}",
         where="adapter.kind: prefix",

@@ -60,7 +60,7 @@ class TinyLora(PeftKind):
                 remedy="Launch with recipes/engines/ddp.yaml or zero2.yaml, or use kind lora.",
             )
 
-    def _put_in(self, role: str) -> None:
+    def _inject_layers(self, role: str) -> None:
         """Decompose the weights for the first role, and share the result with all others."""
         if self._tuner is None:
             self._tuner, self._first = TinyLoraModel(self.lm, self.config, role), role

@@ -41,7 +41,7 @@ class Vera(PeftKind):
                 fan_in_fan_out=self._transposed,
             )
 
-    def _put_in(self, role: str) -> None:
+    def _inject_layers(self, role: str) -> None:
         """Draw the matrices for the first role, and share them with all others."""
         if self._tuner is None:
             self._tuner, self._first = HostDrawnVera(self.lm, self.config, role), role

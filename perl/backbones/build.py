@@ -45,7 +45,7 @@ TEMPLATE = (
 )
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", *(f"<|{role}|>" for role in MESSAGE_ROLES.values())]
 PIECES = r"\d| ?[^\W\d_]+|[^\w\s]+(?: [^\w\s]+)*|\s+|_"
-"""Pieces that BPE does not merge: digits, so that numbers can be copied; a word and its space; punctuation."""
+"""Pieces that BPE never merges with others: digits, so that numbers are copied; words with space; punctuation."""
 INITIALIZER_RANGE = 0.08
 """With transformers' 0.02 a model this narrow takes several times longer to learn to copy words
 (docs/experiments.md)."""

@@ -67,7 +67,7 @@ class ChatFormat:
         if length is None or len(ids) <= length:
             return ids
         kept, _ = newest_turns(turns, len(turns), lambda some, _: len(self._prompt(some)), length)
-        return _without_middle(self._prompt(kept), 1, length)
+        return _drop_middle(self._prompt(kept), 1, length)
 
     def completion(self, context: Sequence[Turn], completion: Turn) -> list[int]:
         """Return the tokens of a completion, including its end token."""
@@ -84,11 +84,11 @@ class ChatFormat:
         if completion.speaker == "text":
             row = self._text_row(context, completion, length)
         else:
-            row = self._fitted([*context, completion], len(context), length)
+            row = self._fitting_row([*context, completion], len(context), length)
         if length is None or len(row.ids) <= length:
             return row
         head = max(1, min(row.prompt_length(), length - sum(row.spoken)))
-        return Tokens(_without_middle(row.ids, head, length), _without_middle(row.spoken, head, length), cut=True)
+        return Tokens(_drop_middle(row.ids, head, length), _drop_middle(row.spoken, head, length), cut=True)
 
     def rows(self, context: Sequence[Turn], completion: Sequence[Turn], length: int | None = None) -> list[Tokens]:
         """Return rows of a context and all turns after it, of which the agent's are trained on (`spoken`).
@@ -107,9 +107,9 @@ class ChatFormat:
         if length is None or max(len(row.ids) for row in rows) <= length:
             return rows
         if len(rows) == 1:
-            rows = [self._fitted(turns, len(context), length)]
+            rows = [self._fitting_row(turns, len(context), length)]
         else:
-            rows = [self._fitted(turns[: index + 1], index, length) for index in spoken]
+            rows = [self._fitting_row(turns[: index + 1], index, length) for index in spoken]
         return [row.first(length) for row in rows]
 
     def ends(self, context: Sequence[Turn]) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class ChatFormat:
         ends = [index + 1 for index in range(first, len(turns)) if turns[index].speaker == "agent"]
         return self._tokens.rows([self.template.row(turns[:end]) for end in ends])
 
-    def _fitted(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
+    def _fitting_row(self, turns: Sequence[Turn], first: int, length: int | None) -> Tokens:
         """Return the row that ends with the last completion."""
         row = self._rows(turns, first)[-1]
         if length is None or len(row.ids) <= length:
@@ -189,7 +189,7 @@ class ChatFormat:
         if length is None or len(ids) <= length:
             return ids
         framed = ids[0] in self.tokenizer.all_special_ids
-        return _without_middle(ids, int(framed), length)
+        return _drop_middle(ids, int(framed), length)
 
     def _find_pad(self) -> int:
         """Return a padding token that ends no row; padding is identified by masks, not by this id."""
@@ -198,7 +198,7 @@ class ChatFormat:
         return next(int(token) for token in (*special, *range(len(tokenizer))) if token not in ends)
 
 
-def _without_middle(items: list[_T], head: int, length: int) -> list[_T]:
+def _drop_middle(items: list[_T], head: int, length: int) -> list[_T]:
     """Return the first `head` and the last items, `length` in total."""
     if len(items) <= length:
         return items

@@ -52,12 +52,12 @@ class Decoder(Backbone):
         ids_BL = torch.tensor(self.tried, device=embedding.weight.device)
         logits_BNV = self.own_logits(lm.eval(), ids_BL).float()
         name = type(lm).__name__
-        if not _alike(logits_BNV[0, :-1], logits_BNV[1, :-1]):
+        if not _close(logits_BNV[0, :-1], logits_BNV[1, :-1]):
             what = f"{name} is not causal: its output for a token depends on later ones"
             raise UserError(what, where=where, remedy="Use a causal LM.")
         hidden_BLD = self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
         product_BNV = embedding(hidden_BLD[:, -logits_BNV.shape[1] :]).float()
-        if not _alike(logits_transform(lm.config).apply_(product_BNV, temperature=1.0), logits_BNV):
+        if not _close(logits_transform(lm.config).apply_(product_BNV, temperature=1.0), logits_BNV):
             what = f"{name} transforms its logits after the output embedding in an unknown way"
             raise UserError(what, where=where, remedy="This architecture is not supported yet.")
 
@@ -163,7 +163,7 @@ class Decoder(Backbone):
         return model
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 

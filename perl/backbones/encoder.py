@@ -143,7 +143,7 @@ class ClassifierHead(nn.Module):
     def __init__(self, lm: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
         self._names = names
-        self.parts = nn.ModuleList(_copied(lm.get_submodule(name)) for name in names)
+        self.parts = nn.ModuleList(_fp32_copy(lm.get_submodule(name)) for name in names)
         for part in self.parts:
             part.register_forward_pre_hook(_in_fp32)
             for layer in part.modules():
@@ -175,7 +175,7 @@ class ClassifierHead(nn.Module):
             setattr(lm.get_submodule(above), last, part)
 
 
-def _copied(part: nn.Module) -> nn.Module:
+def _fp32_copy(part: nn.Module) -> nn.Module:
     """Copy a module, with new fp32 parameters copied one by one, as `deepcopy` cannot copy fake tensors."""
     fresh = {id(p): nn.Parameter(p.detach().float().clone(), requires_grad=False) for p in part.parameters()}
     return copy.deepcopy(part, memo=dict[int, Any](fresh))

@@ -75,7 +75,7 @@ class EncoderDecoder(Decoder):
         """Compute them with transformers' own forward, from the encoder's and the decoder's ids."""
         first = ids_BL[0].tolist().index(START)
         logits_BNV: Tensor = lm(
-            input_ids=ids_BL[:, :first], decoder_input_ids=self._begun(ids_BL[:, first:])
+            input_ids=ids_BL[:, :first], decoder_input_ids=self._with_start_token(ids_BL[:, first:])
         ).logits
         return logits_BNV
 
@@ -125,13 +125,13 @@ class EncoderDecoder(Decoder):
     def lower(self, lm: PreTrainedModel, count: int, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return the lower hidden states at the encoder's positions, and 0 elsewhere."""
         read_BL = mask_BL & ~_decoded(ids_BL)
-        source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
+        source_BS, source_mask_BS = _compacted(ids_BL, read_BL)
         ids_GS, place_B = _distinct(source_BS, source_mask_BS)
         with self.watched(lm, count) as seen, self.only(lm, slice(count)):
-            _read(lm, ids_GS)
+            _run_encoder(lm, ids_GS)
         lower_BSD = seen[0][place_B]
         lower_BLD = lower_BSD.new_zeros(*ids_BL.shape, lower_BSD.shape[2])
-        lower_BLD[_places(read_BL)] = lower_BSD[_places(source_mask_BS)]
+        lower_BLD[_indices(read_BL)] = lower_BSD[_indices(source_mask_BS)]
         return lower_BLD
 
     def hidden(
@@ -140,23 +140,23 @@ class EncoderDecoder(Decoder):
         """Return the encoder's hidden states before `START`, and the decoder's from there on."""
         decoded_BL = _decoded(ids_BL)
         read_BL, written_BL = mask_BL & ~decoded_BL, mask_BL & decoded_BL
-        source_BS, source_mask_BS = _to_the_left(ids_BL, read_BL)
-        target_BN, target_mask_BN = _to_the_left(ids_BL, written_BL)
+        source_BS, source_mask_BS = _compacted(ids_BL, read_BL)
+        target_BN, target_mask_BN = _compacted(ids_BL, written_BL)
         lower_BSD = None
         if embeddings_BLD is not None:
             lower_BSD = embeddings_BLD.new_zeros(*source_BS.shape, embeddings_BLD.shape[2])
-            lower_BSD[_places(source_mask_BS)] = embeddings_BLD[_places(read_BL)]
+            lower_BSD[_indices(source_mask_BS)] = embeddings_BLD[_indices(read_BL)]
         encoded_BSD = self._encode(lm, source_BS, source_mask_BS, lower_BSD)
         decoded_BND = lm.get_decoder()(
-            input_ids=self._begun(target_BN),
+            input_ids=self._with_start_token(target_BN),
             attention_mask=target_mask_BN.long(),
             encoder_hidden_states=encoded_BSD,
             encoder_attention_mask=source_mask_BS.long(),
             use_cache=False,
         ).last_hidden_state
         hidden_BLD = encoded_BSD.new_zeros(*ids_BL.shape, encoded_BSD.shape[2])
-        hidden_BLD[_places(read_BL)] = encoded_BSD[_places(source_mask_BS)]
-        hidden_BLD[_places(written_BL)] = decoded_BND[_places(target_mask_BN)]
+        hidden_BLD[_indices(read_BL)] = encoded_BSD[_indices(source_mask_BS)]
+        hidden_BLD[_indices(written_BL)] = decoded_BND[_indices(target_mask_BN)]
         return hidden_BLD
 
     def extend(
@@ -167,12 +167,12 @@ class EncoderDecoder(Decoder):
         if filled == 0:
             columns = ids_BN[0].tolist().index(START)
             read_BS = mask_BL[:, :columns].bool()
-            source_BS, source_mask_BS = _to_the_left(ids_BN[:, :columns], read_BS)
+            source_BS, source_mask_BS = _compacted(ids_BN[:, :columns], read_BS)
             encoded_BSD = self._encode(lm, source_BS, source_mask_BS)
             # Prompts are padded on the left in the cache, as in the batch.
             states_BSD = encoded_BSD.new_zeros(rows, columns, encoded_BSD.shape[2])
-            states_BSD[_places(read_BS)] = encoded_BSD[_places(source_mask_BS)]
-            ids_BN = self._begun(ids_BN[:, columns:])
+            states_BSD[_indices(read_BS)] = encoded_BSD[_indices(source_mask_BS)]
+            ids_BN = self._with_start_token(ids_BN[:, columns:])
         else:
             columns = mask_BL.shape[1] - filled - ids_BN.shape[1]
             states_BSD = lm.get_input_embeddings().weight.new_zeros(1).expand(rows, columns, 1)  # only its length
@@ -201,9 +201,9 @@ class EncoderDecoder(Decoder):
                     lambda _, inputs: (lower_BSD[first_G], *inputs[1:])
                 )
                 stack.enter_context(given)
-            return _read(lm, ids_GS)[place_B]
+            return _run_encoder(lm, ids_GS)[place_B]
 
-    def _begun(self, ids_BN: Tensor) -> Tensor:
+    def _with_start_token(self, ids_BN: Tensor) -> Tensor:
         """Replace `START` in the decoder's tokens with the start token."""
         return ids_BN.masked_fill(ids_BN == START, int(self.config.decoder_start_token_id))
 
@@ -230,7 +230,7 @@ def _list_name(trunk: nn.Module) -> str:
 
 @contextlib.contextmanager
 def _position_bias_of(lowest: Any, first: Any) -> Iterator[None]:
-    """Give the first block that runs the position bias of T5's lowest block, if only that block has it."""
+    """Pass T5's position bias, if only its lowest block has it, to the first block that runs."""
     if not hasattr(first, "layer") or first.layer[0].SelfAttention.has_relative_attention_bias:
         yield
         return
@@ -254,7 +254,7 @@ def _distinct(ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
     return ids_GS, place_B
 
 
-def _read(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
+def _run_encoder(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
     """Return the encoder's hidden states (G, S, D) of rows from `_distinct`."""
     encoded_GSD: Tensor = lm.get_encoder()(
         input_ids=ids_GS.clamp(min=0), attention_mask=(ids_GS != START).long()
@@ -262,13 +262,13 @@ def _read(lm: PreTrainedModel, ids_GS: Tensor) -> Tensor:
     return encoded_GSD
 
 
-def _to_the_left(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+def _compacted(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens under the mask, padded on the right with 0, and their mask."""
     order_BN = (~mask_BL).long().argsort(dim=1, stable=True)[:, : int(mask_BL.sum(1).max())]
     mask_BN = mask_BL.gather(1, order_BN)
     return ids_BL.gather(1, order_BN).masked_fill(~mask_BN, 0), mask_BN
 
 
-def _places(mask_BL: Tensor) -> tuple[Tensor, ...]:
+def _indices(mask_BL: Tensor) -> tuple[Tensor, ...]:
     """Return the indices at which a mask is true, since fake tensors cannot be indexed with a mask."""
     return mask_BL.nonzero(as_tuple=True)

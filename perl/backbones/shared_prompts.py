@@ -36,7 +36,7 @@ class SharedPrompts:
     """Which rows of a batch share a prompt."""
 
     first_G: list[int]
-    """Index of a row with each distinct prompt."""
+    """For each distinct prompt, the index of a row with it."""
     prompt_B: list[int]
     """Each row's prompt, as an index into `first_G`."""
     completion_length: int
@@ -72,8 +72,8 @@ class Layout:
         places_GP, places_BT = self._parts(places_N, 0)
         self._in_row_BL = torch.cat([places_GP[self.prompt_B], places_BT], 1)
         self.mask_1N = self.pack(mask_BL)
-        self.prompt_mask_G1PP = _added(mask_BL[first_G, :length], length, dtype)
-        self.completion_mask_B1TL = _added(mask_BL, prompts.completion_length, dtype)
+        self.prompt_mask_G1PP = _additive_mask(mask_BL[first_G, :length], length, dtype)
+        self.completion_mask_B1TL = _additive_mask(mask_BL, prompts.completion_length, dtype)
 
     def _parts(self, of_N: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Split the axis of all positions into (G, P) and (B, T)."""
@@ -95,7 +95,7 @@ class Layout:
         return shared_HGPS.transpose(0, 1), own_HBTS.transpose(0, 1)
 
 
-def _added(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+def _additive_mask(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
     """Return the additive mask (B, 1, queries, L) for the last positions: 0, or the lowest number where masked.
 
     Each position attends to itself, even padding: a softmax over nothing would be NaN.

@@ -57,7 +57,7 @@ class Template:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_TEMPLATE
         self._in_parts = False
-        self._in_parts = self._wants_parts()
+        self._in_parts = self._needs_parts()
         self.closing = ""
         self.end, self.after = self._find_end()
 
@@ -76,10 +76,10 @@ class Template:
         # Templates refuse an empty conversation: if the agent speaks first, its text marks the start.
         prompt = self.prompt(turns[:-1]) if turns[1:] else rendered.partition(text)[0]
         completion = rendered.removeprefix(prompt)
-        if not rendered.endswith(self.end) or _squeezed(_THINK_CLOSED.sub("", text)) not in _squeezed(rendered):
+        if not rendered.endswith(self.end) or _compact(_THINK_CLOSED.sub("", text)) not in _compact(rendered):
             remedy = "Use a base whose chat template keeps the text of the last turn."
             raise self._refusal(f"rewrites the agent's turn {text[:60]!r}", remedy)
-        if rendered.startswith(prompt) and _squeezed(text) in _squeezed(completion):
+        if rendered.startswith(prompt) and _compact(text) in _compact(completion):
             return prompt, completion
         if tag := self.opened(prompt):
             reasons = f"</{tag}>" in text
@@ -116,29 +116,29 @@ class Template:
 
     def check_written(self, turns: Sequence[Turn]) -> None:
         """Refuse a template that omits one of these turns, such as a tool's. Raises `UserError`."""
-        missing = self._unwritten(turns, self.prompt(turns))
+        missing = self._first_omitted(turns, self.prompt(turns))
         if missing is not None:
-            raise self._left_out(missing)
+            raise self._omission_error(missing)
 
-    def _unwritten(self, turns: Sequence[Turn], text: str) -> Turn | None:
+    def _first_omitted(self, turns: Sequence[Turn], text: str) -> Turn | None:
         return next((turn for turn in turns if turn.text not in text), None)
 
-    def _wants_parts(self) -> bool:
+    def _needs_parts(self) -> bool:
         """Return whether contents must be lists of parts, because the template refuses or omits strings."""
         refused = None
         missing: Turn | None = ASKED[0]
         for self._in_parts in (False, True):
             try:
-                missing = self._unwritten(ASKED, self._render(ASKED))
+                missing = self._first_omitted(ASKED, self._render(ASKED))
             except UserError as error:
                 refused = refused or error
                 continue
             if missing is None:
                 return self._in_parts
         assert missing is not None
-        raise refused or self._left_out(missing)
+        raise refused or self._omission_error(missing)
 
-    def _left_out(self, turn: Turn) -> UserError:
+    def _omission_error(self, turn: Turn) -> UserError:
         what = f"omits what {turn.speaker} says (its role {MESSAGE_ROLES[turn.speaker]!r})"
         remedy = "Use a base whose chat template supports this role, or give these turns another role in the data."
         return self._refusal(what, remedy)
@@ -180,7 +180,7 @@ def _first(tokens: set[str], text: str, start: int = 0) -> tuple[int, str] | Non
     return at, token
 
 
-def _squeezed(text: str) -> str:
+def _compact(text: str) -> str:
     """Remove all whitespace from a text, since templates trim and indent."""
     return "".join(text.split())
 

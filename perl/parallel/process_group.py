@@ -79,7 +79,7 @@ def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     for number in LEAVE:  # the launcher terminates the processes; this one first reports the cause
         signal.signal(number, signal.SIG_IGN)
     failed = isinstance(error, RuntimeError)  # torch raises it for both a lost connection and a wrong shape
-    cause = heartbeat.cause(SILENCE + 10 if failed and _of_a_connection(error) else 5)
+    cause = heartbeat.cause(SILENCE + 10 if failed and _is_connection_error(error) else 5)
     if isinstance(cause, str):
         what, remedy = death(cause)
         return MachineError(what, remedy=remedy)
@@ -88,7 +88,7 @@ def _failure(error: BaseException, heartbeat: Heartbeat) -> BaseException:
     return error
 
 
-def _of_a_connection(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     message = str(error).lower()
     return any(word in message for word in ("connection", "gloo", "nccl", "socket", "peer"))
 

@@ -62,10 +62,10 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
     # If layers are listed individually, or the kind is unknown, no smaller depth is representative.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
     if whole or subject.depth <= max(DEPTHS):
-        tried = _try_at(recipe, subject, stage, subject.depth)
+        tried = _trial_at(recipe, subject, stage, subject.depth)
         traced = Traced(tried.memory, tried.work)
     else:
-        low, high = (_try_at(recipe, subject, stage, depth) for depth in DEPTHS)
+        low, high = (_trial_at(recipe, subject, stage, depth) for depth in DEPTHS)
         share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         work = {
             phase: added(scaled(low.work[phase], 1 - share), scaled(high.work[phase], share)) for phase in low.work
@@ -147,13 +147,13 @@ def _extend(low: Tried, high: Tried, share: float) -> Memory:
     return extended
 
 
-def _try_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Tried:
-    with fake_session(recipe, subject, depth) as session, _libraries_uncollected():
+def _trial_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Tried:
+    with fake_session(recipe, subject, depth) as session, _frozen_gc():
         return TRY[stage](session)
 
 
 @contextlib.contextmanager
-def _libraries_uncollected() -> Iterator[None]:
+def _frozen_gc() -> Iterator[None]:
     """Exclude existing objects from Python's garbage collector, which runs at every measured step."""
     gc.collect()
     gc.freeze()

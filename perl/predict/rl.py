@@ -41,15 +41,15 @@ def try_rl(session: TrialSession) -> Tried:
     Every rollout is trained on, with or without a signal, and no completion ends early.
     """
     held_out = eval_prompts(session)
-    loop = setup(_as_tried(session), held_out)
+    loop = setup(_for_trial(session), held_out)
     sampling = replace(loop.collector.sampling, end_ids=())
     prompts = longest_prompts(loop)
     sampler = loop.collector.sampler
     if session.trial.abridged:
         assert isinstance(loop.meter, CountingMeter)
         sampler, count = AbridgedSampler(session.roles, prompts.ids, loop.meter), len(prompts)
-        prompts = prompts.take(range(_first_tried(loop), count))
-        _count_all(loop, loop.meter, count / len(prompts))
+        prompts = prompts.take(range(_first_completion(loop), count))
+        _scale_counts(loop, loop.meter, count / len(prompts))
     loop.collector = replace(loop.collector, sampling=sampling, sampler=sampler)
     steps = session.trial.steps
     with session.folder.metrics(Role.POLICY) as log, track("rl", steps) as bar:
@@ -63,7 +63,7 @@ def try_rl(session: TrialSession) -> Tried:
     return session.tried(loop.meter)
 
 
-def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:
+def _scale_counts(loop: Loop, meter: CountingMeter, share: float) -> None:
     """Count the operations on the trial's rows `share` times, but those of optimizer steps only once."""
     meter.repeats = {"score": share, "update": share}
     optimizer, inside = loop.learner.optimizer, contextlib.ExitStack()
@@ -71,7 +71,7 @@ def _count_all(loop: Loop, meter: CountingMeter, share: float) -> None:
     optimizer.register_step_post_hook(lambda *_: inside.close())
 
 
-def _first_tried(loop: Loop) -> int:
+def _first_completion(loop: Loop) -> int:
     """Return the index of the first completion in the trial: whole groups, since completions are compared."""
     size, each = loop.learner.micro_batch_size, loop.samples_per_prompt
     if size % each and each % size:
@@ -91,7 +91,7 @@ def longest_prompts(loop: Loop) -> EncodedPrompts:
     return loop.prompts.take(chosen).repeat(loop.samples_per_prompt)
 
 
-def _as_tried(session: TrialSession) -> TrialSession:
+def _for_trial(session: TrialSession) -> TrialSession:
     settings = session.recipe.rl
     assert settings is not None
     steps = max(settings.steps, session.trial.steps)  # the learning-rate schedule needs as many

@@ -98,7 +98,7 @@ def _rl_time(
     )
 
 
-def _share(rows: Rows, limit: int | None, beside: int = 0) -> float:
-    """Return the ratio of tokens of typical to longest rows; `beside` tokens are added to both."""
+def _share(rows: Rows, limit: int | None, extra: int = 0) -> float:
+    """Return the ratio of tokens of typical to longest rows; `extra` tokens are added to both."""
     longest, usual = (min(one, limit) if limit is not None else one for one in (rows.longest, rows.usual))
-    return (usual + beside) / (longest + beside)
+    return (usual + extra) / (longest + extra)

@@ -112,8 +112,8 @@ def load_role(
             tokenizer, chat format, recipe or parent.
     """
     stamp = read_stamp(folder)
-    _refuse_elsewhere(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
-    weights = read_weights(folder, roles.weights_file, _anew(folder))
+    _check_stamp(roles, stamp, stamp_for(role, base, recipe=recipe, recipe_sha256=recipe_sha256), folder)
+    weights = read_weights(folder, roles.weights_file, _retrain_remedy(folder))
     if role not in roles.roles:
         head = tuple(f"{roles.prefix}{part}" for part in (HEAD, *(f"{term}." for term in SCORE_TERMS)))
         own = any(not name.startswith(head) for name in weights)
@@ -122,13 +122,13 @@ def load_role(
     with roles.role(role):
         differs = shape_difference(weights, targets)
         if differs or not _config_fits(roles, folder):
-            raise _of_other_settings(roles, folder, differs)
+            raise _settings_error(roles, folder, differs)
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights[name])
 
 
-def _of_other_settings(roles: Roles, folder: Path, differs: str) -> UserError:
+def _settings_error(roles: Roles, folder: Path, differs: str) -> UserError:
     if not isinstance(roles, SharedBase):
         what = f"is another kind of model than the recipe's base{differs}"
         return UserError(what, where=str(folder), remedy=f"Use the base that {STAMP} names.")
@@ -165,7 +165,7 @@ def shape_difference(weights: dict[str, torch.Tensor], targets: dict[str, torch.
     return ""
 
 
-def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
+def _check_stamp(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
     """Compare a stamp with the one that would be written here, and raise an error that names all differences."""
     compared = [
         ("role", stamp.role, here.role),
@@ -177,9 +177,9 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
     if here.recipe_sha256 is not None:
         compared.append(("recipe", stamp.recipe_sha256, here.recipe_sha256))
     if stamp.parent is not None:
-        beside = folder.parent.parent / stamp.parent / folder.name
-        if (beside / roles.weights_file).exists():
-            compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, beside)))
+        parent_folder = folder.parent.parent / stamp.parent / folder.name
+        if (parent_folder / roles.weights_file).exists():
+            compared.append((f"parent {stamp.parent}", stamp.parent_sha256, weights_sha256(roles, parent_folder)))
     differs = [
         f"{what} (it says {str(there)[:12]}, here {str(ours)[:12]})"
         for what, there, ours in compared
@@ -194,7 +194,7 @@ def _refuse_elsewhere(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> 
         )
 
 
-def _anew(folder: Path) -> str:
+def _retrain_remedy(folder: Path) -> str:
     """Return the remedy for damaged files."""
     stage = folder.parent.parent if folder.parent.name.startswith("member-") else folder.parent
     return f"Remove {stage / 'result.json'} and run the recipe: it continues from its newest checkpoint."
@@ -205,7 +205,7 @@ def _config_fits(roles: Roles, folder: Path) -> bool:
         return roles.config_fits(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise machine_fault(error) or UserError(
-            f"its configuration cannot be read: {error}", where=str(folder), remedy=_anew(folder)
+            f"its configuration cannot be read: {error}", where=str(folder), remedy=_retrain_remedy(folder)
         ) from None
 
 
@@ -215,7 +215,7 @@ def read_stamp(folder: Path, remedy: str = "") -> Stamp:
     Raises:
         UserError: no such folder, or not written by PERL; with the given remedy, or that for run folders.
     """
-    remedy = remedy or _anew(folder)
+    remedy = remedy or _retrain_remedy(folder)
     try:
         return TypeAdapter(Stamp).validate_json((folder / STAMP).read_bytes())
     except FileNotFoundError:

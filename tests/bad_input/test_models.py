@@ -92,7 +92,7 @@ CASES = [
     Case(
         "no such hub id, and no network",
         (
-            "the hub was not asked, because HF_HUB_OFFLINE is set",
+            "the hub was not queried, because HF_HUB_OFFLINE is set",
             "base.model no/such",
             "Check the name, and the network",
         ),

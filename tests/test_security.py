@@ -203,7 +203,7 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so_and_that_is_said(
     status, written = run_cli("run", recipe, trusting, "--out", out)
     assert status == 0, written
     assert ran.exists()
-    assert f"\nPython code that comes with {model} may run now: the recipe says base.trust" in written
+    assert f"\nPython code that comes with {model} may run now: the recipe sets base.trust" in written
     config = read_subject(load_recipe(recipe, [trusting])).config
     assert type(fake_lm(config, torch.float32)).__name__ == "OwnForCausalLM", "estimates are of this code too"
 

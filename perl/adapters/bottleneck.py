@@ -46,7 +46,7 @@ class Bottleneck(AdapterKind):
         self._activation = ACT2FN[settings.activation]
 
     def __str__(self) -> str:
-        return f"{self.settings.kind} adapters of bottleneck {self.settings.bottleneck}"
+        return f"{self.settings.kind} adapters with bottleneck {self.settings.bottleneck}"
 
     def _choose(self) -> dict[str, tuple[int, int]]:
         """Return the parts that get an adapter, with the widths of the adapter's input and the part's output.

@@ -67,9 +67,9 @@ class AdapterFolder:
         for key, here, there in conflicts:
             free, name = (section, "adapter.kind") if key == "kind" else (f"{section}.{key}",) * 2
             raise UserError(
-                f"the adapter there has {key} {there}, and {by} says {name}: {here}",
+                f"the adapter has {key} {there}, but {by} sets {name}: {here}",
                 where=self.where,
-                remedy=f"Name another folder, or take {free} out of the recipe: the folder decides then. All "
+                remedy=f"Use another folder, or remove {free} from the recipe, so that the folder defines it. All "
                 "roles of a run have adapters of one kind and shape.",
             )
 
@@ -99,7 +99,7 @@ def read_adapter_folder(path: Path, where: str) -> AdapterFolder:
         settings = _settings(config, kind, names)
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise machine_fault(error) or UserError(
-            f"the adapter there cannot be read: {error}", where=where, remedy="Save or download it again."
+            f"the adapter cannot be read: {error}", where=where, remedy="Save or download it again."
         ) from None
     return AdapterFolder(path, where, config, kind, settings, names)
 

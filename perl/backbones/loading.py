@@ -157,7 +157,7 @@ def load_config(model: str, trust_remote_code: bool = False, generates: bool = T
         remedy = f"{REMEDY} A relative path is looked up next to the recipe, then in the working directory."
         raise UserError("no such folder", where=where, remedy=remedy)
     if trust_remote_code:
-        warning = f"Python code that comes with {model} may run now: the recipe says base.trust_remote_code: true."
+        warning = f"Python code that comes with {model} may run now: the recipe sets base.trust_remote_code: true."
         console.print(warning, style="yellow", markup=False)
     not_asked = "" if Path(model).is_dir() else why_not_asked()
     try:

@@ -53,7 +53,7 @@ class SharedBase(Roles):
             self.engine.shard(self.lm, self.backbone.blocks(self.lm))
         self._adapted: set[Role] = set()
         lowest = adapter.lowest_layer
-        spread = "they are spread over the processes" if self.engine.shards_base else None
+        spread = "they are sharded over the processes" if self.engine.shards_base else None
         self.split_unsupported_reason = (
             (spread or unsupported_reason(self.backbone, self.lm, lowest)) if lowest else None
         )

@@ -31,7 +31,7 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
     folder.refuse_conflicts(getattr(settings, "kind", LORA), settings.model_dump())
     if differs := roles.adapter.unlike(folder.config):
         raise UserError(
-            f"its configuration has {differs}, which adapters of kind {folder.kind} here do not have",
+            f"its configuration has {differs}, which PERL does not support in adapters of kind {folder.kind}",
             where=folder.where,
             remedy="Use an adapter that was trained without it.",
         )
@@ -52,16 +52,16 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
         if there != here:
             how = "with" if there else "without"
             raise UserError(
-                f"the adapter there was trained {how} reward.{term}",
+                f"the adapter was trained {how} reward.{term}",
                 where=folder.where,
                 remedy=f"Set reward.{term}: {str(there).lower()}.",
             )
     if difference := shape_difference(weights, targets):
         raise UserError(
-            f"the adapter there does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",
+            f"the adapter does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",
             where=folder.where,
-            remedy="Name the base that it was trained on, or an adapter of this base; leave targets and layers to "
-            "the folder.",
+            remedy="Use the base that it was trained on, or an adapter of this base; remove targets and layers from "
+            "the recipe, which the folder defines.",
         )
     with torch.no_grad():
         for name, parameter in targets.items():
@@ -75,7 +75,7 @@ def _check_base(folder: AdapterFolder, base: Base) -> list[str]:
         stamp = read_stamp(folder.path, AGAIN)
         if stamp.base_sha256 != base.sha256:
             raise UserError(
-                f"the adapter there belongs to another base: {stamp.base}, SHA-256 {stamp.base_sha256[:12]}; here "
+                f"the adapter belongs to another base: {stamp.base}, SHA-256 {stamp.base_sha256[:12]}; here "
                 f"it is {base.name}, {base.sha256[:12]}",
                 where=folder.where,
                 remedy="Use that base, in the dtype and quantization that the adapter was trained with.",
@@ -98,11 +98,9 @@ def _check_task(folder: AdapterFolder, role: Role, has_head: bool, generating: s
     if (task in tasks and role is Role.REWARD) or (task == generating and not has_head):
         return
     wanted = "a language model's or a sequence classifier's" if role is Role.REWARD else tasks[generating]
-    what = (
-        "a model's with a head for scores" if has_head and task == generating else tasks.get(task, f"for {task}")
-    )
+    what = "a language model's with a head" if has_head and task == generating else tasks.get(task, f"for {task}")
     raise UserError(
-        f"the adapter there is {what}; {role} needs {wanted}",
+        f"the adapter is {what}; {role} needs {wanted}",
         where=folder.where,
         remedy="Set reward.adapter for a reward model or critic, sft.adapter or rl.adapter for a policy.",
     )

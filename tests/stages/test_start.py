@@ -144,7 +144,7 @@ def test_an_encoder_decoders_adapter_is_started_from(tmp_path: Path) -> None:
     assert load_start(roles, Role.REWARD, saved, base) == []
     assert bool((roles.head(Role.REWARD).weight == 2.0).all())
     roles.add(Role.SFT)
-    with pytest.raises(UserError, match="a model's with a head for scores"):
+    with pytest.raises(UserError, match="a language model's with a head"):
         load_start(roles, Role.SFT, saved, base)
 
 
@@ -341,8 +341,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "PiSSA": (edited(init_lora_weights="pissa_niter_4"), "pissa are not supported, because it rewrites the base"),
     "KaSA": (edited(kasa_config={"beta": 1.0}), "kind kasa are not supported, because it rewrites the base"),
     "an option": (edited(rank_pattern={"q_proj": 2}), 'its configuration has rank_pattern: {"q_proj": 2}'),
-    "task": (edited(task_type="TOKEN_CLS"), "the adapter there is for TOKEN_CLS; sft needs a language model's"),
-    "classifier": (edited(task_type="SEQ_CLS"), "the adapter there is a sequence classifier's; sft needs"),
+    "task": (edited(task_type="TOKEN_CLS"), "the adapter is for TOKEN_CLS; sft needs a language model's"),
+    "classifier": (edited(task_type="SEQ_CLS"), "the adapter is a sequence classifier's; sft needs"),
     "another base": (on_another_base, f"lora.layers: [0, 1]: {A_Q} is (3, 16), here (3, 32); it was trained on"),
     "stamp of another base": (stamped, "belongs to another base: org/other, SHA-256 000000000000; here it is"),
     "a tensor less": (retensored(lambda tensors: tensors.pop(A_Q)), f"{A_Q} is missing, here (3, 32)"),
@@ -374,13 +374,13 @@ def test_what_cannot_be_started_from_is_refused(
     [
         (
             {"lora": {"rank": 8}},
-            "has rank 3, and the recipe says lora.rank: 8 Name another folder, or take lora.rank out",
+            "has rank 3, but the recipe sets lora.rank: 8 Use another folder, or remove lora.rank",
         ),
-        ({"adapter": {"kind": "dora"}}, "has kind lora, and the recipe says adapter.kind: dora"),
+        ({"adapter": {"kind": "dora"}}, "has kind lora, but the recipe sets adapter.kind: dora"),
         ({"lora": {"targets": "attention"}}, 'lora.targets: "attention" and lora.layers: [0, 1]: '),
         (
             {"reward": {**REWARD, "adapter": "other"}},
-            "has rank 2, and the recipe, or sft.adapter: {tmp}/foreign, says lora.rank: 3",
+            "has rank 2, but the recipe, or sft.adapter: {tmp}/foreign, sets lora.rank: 3",
         ),
         ({"tuning": "full"}, "full tuning has no adapters to start from"),
         (

@@ -190,7 +190,7 @@ def _check_stamp(roles: Roles, stamp: Stamp, here: Stamp, folder: Path) -> None:
         raise UserError(
             f"belongs to another {', another '.join(differs)}; it was trained on {trained}",
             where=str(folder),
-            remedy=f"Use it with the base in its {STAMP}; to train it here, remove {folder.parent} and run the recipe.",
+            remedy=f"Use it as its {STAMP} says; to train it here, remove {folder.parent} and run the recipe.",
         )
 
 

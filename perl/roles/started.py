@@ -60,8 +60,8 @@ def load_start(roles: SharedBase, role: Role, folder: AdapterFolder, base: Base)
         raise UserError(
             f"the adapter does not fit {base.name} with {_places(roles)}{difference}{_trained_on(folder)}",
             where=folder.where,
-            remedy="Use the base that it was trained on, or an adapter of this base; leave targets and layers out of "
-            "the recipe.",
+            remedy="Use the base that it was trained on, or an adapter of this base; leave targets and layers "
+            "out of the recipe.",
         )
     with torch.no_grad():
         for name, parameter in targets.items():

@@ -36,7 +36,7 @@ class Engine:
         self.processes = processes
 
     def load_device(self, device: torch.device) -> torch.device:
-        """Return the device to load a base to that will compute on `device`."""
+        """Return the device on which to load a base that computes on `device`."""
         return torch.device("cpu") if self.shards_base else device
 
     def shard(self, lm: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -97,7 +97,7 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def base_sha256(self) -> str | None:
-        """Return the SHA-256 of the shared base's current weights; None if there is no shared base."""
+        """Return the SHA-256 of the shared base's current weights; None without a shared base."""
 
     def base_changed(self) -> list[str]:
         """Return the names of the shared base's tensors that have changed since loading."""

@@ -199,8 +199,8 @@ def test_a_run_writes_its_folder_and_is_not_repeated(
     assert list(report["stages"]) == ["reward", "rl"]
     status, again = run_cli("run", recipe)
     assert status == 0
-    assert "reward is finished already" in again
-    assert "rl is finished already" in again
+    assert "reward is already finished" in again
+    assert "rl is already finished" in again
     assert json.loads((out / "report.json").read_text())["stages"] == report["stages"]
 
 

@@ -53,7 +53,7 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
     ("… the model is ahead by", lambda card: (card.tfidf_baseline.ahead, card.tfidf_baseline.ahead_interval)),
     ("AUROC of length alone", lambda card: (card.length.auroc_of_length, None)),
     (
-        "… of the model among like lengths",
+        "… of the model among similar lengths",
         lambda card: (card.length.auroc_within, card.length.auroc_within_interval),
     ),
     ("Correlation with length (Spearman)", lambda card: (card.length.correlation, None)),

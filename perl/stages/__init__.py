@@ -1,1 +1,1 @@
-"""The three stages of alignment: SFT, reward model, RL."""
+"""The three stages of alignment: SFT, reward modelling and RL."""

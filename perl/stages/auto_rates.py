@@ -1,10 +1,10 @@
-"""Learning rates where a recipe says `auto`, by one rule for every stage.
+"""Learning rates for `auto` in a recipe, with one rule for all stages.
 
     rate = AT_WIDTH · (WIDTH / width)^WIDTH_POWER · factor / updates
 
-`width` is the base's hidden size. The factor is that of the adapter's kind, or `FULL_SHARE` under full tuning,
-times that of the kind of model (`rate_factor` of both, from docs/sweeps.md and docs/experiments.md). In RL the
-`updates` from one rollout share the way that a step goes.
+`width` is the base's hidden size. The factor is the adapter kind's `rate_factor`, or `FULL_SHARE` under full
+tuning, times the `rate_factor` of the kind of model (docs/sweeps.md and docs/experiments.md). In RL, the rate is
+divided by the number of `updates` per rollout.
 """
 
 from transformers import PreTrainedConfig
@@ -15,21 +15,21 @@ from perl.recipe import Recipe, StageName
 from perl.recipe.supervised import FULL_SHARE
 
 AT_WIDTH: dict[StageName, float] = {"sft": 2e-3, "reward": 2e-3, "rl": 4e-3}
-"""LoRA's rates for a base of `WIDTH`, which were measured."""
+"""LoRA's measured rates for a base of `WIDTH`."""
 WIDTH = 128
 WIDTH_POWER = 0.8
-"""How the best rate falls with width: Schulman et al. 2025 (LoRA Without Regret, thinkingmachines.ai/blog/lora)
-fit 0.781 for Llama models."""
+"""How the best rate decreases with width: Schulman et al. 2025 (LoRA Without Regret,
+thinkingmachines.ai/blog/lora) fit 0.781 for Llama models."""
 HEAD_STEP = 0.2
-"""By how much one update of Adam may move a value, in standard deviations of the reward.
+"""Maximum change of a value in one update of Adam, in standard deviations of the reward.
 
-It moves each weight by the rate at most, so a value by rate × width × mean |hidden state|. Measured on returns of
-TinyStories-656K: a linear head's best explained variance is 0.11; this reached 0.09 in 30 steps, a quarter of it
-0.03, four times it 0.05."""
+Adam changes each weight by at most the rate, so a value by rate × width × mean |hidden state|. Measured on returns
+of TinyStories-656K: a linear head's best explained variance is 0.11; this step reached 0.09 in 30 steps, a quarter
+of it 0.03, four times it 0.05."""
 
 
 def learning_rate(recipe: Recipe, stage: StageName, config: PreTrainedConfig) -> float:
-    """The learning rate of a stage at its highest: the recipe's own, or what `auto` is for this base."""
+    """Return a stage's peak learning rate: the recipe's own, or the value of `auto` for this base."""
     own = recipe.section(stage).learning_rate
     if own != "auto":
         return own
@@ -41,5 +41,5 @@ def learning_rate(recipe: Recipe, stage: StageName, config: PreTrainedConfig) ->
 
 
 def auto_head_learning_rate(width: int, size: float) -> float:
-    """The rate of a linear head that begins at zero, on hidden states of this width and mean absolute value."""
+    """Return the rate of a linear head that starts at zero, for hidden states of this width and mean |value|."""
     return float(f"{HEAD_STEP / (width * size):.2g}")

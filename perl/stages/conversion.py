@@ -1,4 +1,4 @@
-"""What it costs a role to have LoRA in the place of its adapter, measured on held-out rows."""
+"""Converts a role's adapter to LoRA, and measures the loss on held-out rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,24 +18,24 @@ from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
 ROWS = 64
-"""Held-out rows that are scored, or prompts that are completed."""
+"""Maximum number of held-out rows that are scored, or prompts that are completed."""
 AT_ONCE = 4
-"""Of them, in one pass."""
+"""Rows per forward pass."""
 MAX_NEW_TOKENS = 64
-"""Of a completion, where the recipe has no section rl; also in the card's code."""
+"""Maximum length of a completion if the recipe has no section rl; also used in the model card's code."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was lost.
+    """What a conversion lost.
 
     Attributes:
         kind: the adapter that was converted, in words.
         rescales: see `AdapterKind`.
-        rows: completions that `kl` is of, sampled from the role, or rows that are scored.
-        kl: from the role with its own adapter to the one with LoRA, mean in nats per token; None for scores.
-        rms: of the difference of scores; None for language models.
-        correlation: of both scores' ranks; None for language models, and where all scores are alike.
+        rows: number of completions sampled from the role for `kl`, or of scored rows.
+        kl: mean KL from the role with its own adapter to the one with LoRA, in nats per token; None for scores.
+        rms: RMS of the difference of scores; None for language models.
+        correlation: rank correlation of both scores; None for language models, and if all scores are equal.
     """
 
     kind: str
@@ -47,35 +47,35 @@ class Conversion:
     correlation: float | None = None
 
     def __str__(self) -> str:
-        """The loss, in a sentence."""
+        """Return the loss as one sentence."""
         cost, measured = self.truncation, f"on {self.rows} completions of held-out prompts the KL is"
         if self.kl is not None:
             measured += f" {self.kl:.2g} nats per token"
         else:
             ranks = "" if self.correlation is None else f" (rank correlation {self.correlation:.4f})"
             measured = f"the scores of {self.rows} held-out rows differ by {self.rms:.2g} (RMS){ranks}"
-        added = f"the relative error of what it adds to the weights is {cost.error:.2g}"
+        added = f"the relative error of the change to the weights is {cost.error:.2g}"
         return f"at rank {cost.rank} {added}; {measured}"
 
     @property
     def advice(self) -> str:
-        """What else there is to know; empty where nothing is lost."""
+        """Advice on a better conversion; empty if nothing is lost."""
         cost, lines = self.truncation, []
         if cost.error > ENOUGH:
-            lines.append(f"A relative error of {ENOUGH:g} takes rank {cost.enough}.")
+            lines.append(f"A relative error of {ENOUGH:g} needs rank {cost.enough}.")
             if self.rescales:
-                lines.append("It rescales whole rows or columns of weights, of which a low rank keeps a part.")
+                lines.append("It rescales whole rows or columns of weights, which a low rank keeps only in part.")
         if cost.biases:
-            lines.append("It changes biases too, so LoRA's B has biases: peft loads them, vLLM and TGI do not.")
+            lines.append("It also changes biases, so LoRA's B has biases: peft loads them, vLLM and TGI do not.")
         return " ".join(lines)
 
 
 @torch.no_grad()
 def convert(session: Session, role: Role, trunk: Role, rank: int) -> tuple[Session, Conversion]:
-    """The session with LoRA in the place of the role's adapter, and what that costs; the former is of no use then.
+    """Return a session with LoRA instead of the role's adapter, and the loss; `session` is unusable afterwards.
 
     Args:
-        trunk: whose adapter it is.
+        trunk: the role that owns the adapter.
     """
     roles = session.roles
     assert isinstance(roles, SharedBase)
@@ -97,7 +97,7 @@ Read = Callable[[SharedBase], Tensor]
 
 
 def _completed(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
-    """Completions of held-out prompts, drawn from the role; the states (N, D) before each of their tokens."""
+    """Sample completions of held-out prompts; return their number and a reader of their tokens' states (N, D)."""
     chat, rl = session.base.chat, session.recipe.rl
     length = rl.max_new_tokens if rl is not None else MAX_NEW_TOKENS
     length = min(length, session.base.context_length - 1)
@@ -122,7 +122,7 @@ def _completed(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
 
 
 def _scored(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
-    """Held-out rows, and their scores (N,), fp32 on the CPU."""
+    """Return the number of held-out rows, and a reader of their scores (N,), fp32 on the CPU."""
     chat, longest = session.base.chat, session.base.context_length
     rows = [chat.row(context, answer, longest).ids for context, answer in answered(session)[:ROWS]]
     rows = rows or [chat.context(one.context, longest) for one in session.held_out.prompts[:ROWS]]
@@ -139,7 +139,7 @@ def _scored(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
 
 
 def answered(session: Session) -> list[tuple[Context, Turn]]:
-    """The held-out answers that were rated, or the better ones of those compared."""
+    """Return the rated held-out answers, or the better answers of the held-out comparisons."""
     records = session.held_out
     rated = [(one.context, one.answer) for one in records.ratings]
     return rated or [(one.context, one.better) for one in records.comparisons]

@@ -1,24 +1,24 @@
-"""What every stage says of its rows and of the weights that it keeps."""
+"""Console messages that all stages share: truncated rows, and notes on the result."""
 
 from perl.results import Stage
 from perl.system.progress import console, counted
 
 
 def say_cut(cut: int, rows: int, length: int, key: str) -> None:
-    """Say how many rows were cut to a length, if any were.
+    """Print how many rows were truncated, if any.
 
     Args:
-        key: of the recipe, which gives the length.
+        key: the recipe key that sets the length.
     """
     if cut:
         verb = "is" if cut == 1 else "are"
         console.print(
             f"[yellow]{cut:,} of {counted(rows, 'row')} {verb} longer than {length} tokens ({key})[/]: the oldest "
-            "turns are left out, whole ones where that is enough; the system's turn and the first token stay."
+            "turns are dropped, as whole turns if possible; the system turn and the first token are kept."
         )
 
 
 def say_notes(stage: Stage) -> None:
-    """Say which weights a stage kept, and what else people are to know."""
+    """Print a stage's notes, such as which weights it kept."""
     for note in stage.notes:
         console.print(f"  {note}", markup=False)

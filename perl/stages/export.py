@@ -1,10 +1,10 @@
-"""A role as a folder of its own, which peft or transformers loads without the run and without PERL.
+"""Exports a role to a folder that peft or transformers loads without the run and without PERL.
 
 adapter_config.json  adapter_model.safetensors   an adapter; a head is the module `score`
-config.json          model.safetensors           merged, or under full tuning: a whole model
-tokenizer*  chat_template.jinja                  of scoring roles: a dialogue ends where they were trained to read
-generation_config.json                           of language models: what ends a completion, and the sampling
-perl.json                                        the stamp: what it belongs to, and a reward model's scale
+config.json          model.safetensors           a whole model, if merged or under full tuning
+tokenizer*  chat_template.jinja                  for scoring roles, a dialogue ends at the token they score at
+generation_config.json                           for language models: end tokens and sampling settings
+perl.json                                        the stamp: provenance, and a reward model's scale
 README.md                                        the model card
 """
 
@@ -39,21 +39,21 @@ from perl.stages.session import Session
 from perl.system.files import whole_folder, write_whole
 
 COMPARED = 16
-"""Held-out rows on which a merged model's scores are compared with the run's own."""
+"""Held-out rows on which an exported model's scores are compared with the run's."""
 
 
 def export_role(
     session: Session, role: Role, stage: StageName, folder: Path, whole: bool, rank: int | None = None
 ) -> Exported:
-    """Write a role of a finished stage; return what was written.
+    """Export a role of a finished stage; return a description of the export.
 
     Args:
-        folder: new, or empty.
-        whole: a whole model: under LoRA the adapter is added to a copy of the base.
-        rank: of LoRA, in the place of the adapter as it is; the session is of no use then.
+        folder: a new or empty folder.
+        whole: write a whole model; under LoRA, the adapter is merged into a copy of the base.
+        rank: convert the adapter to LoRA of this rank; the session is unusable afterwards.
 
     Raises:
-        UserError: the adapter cannot be written in this form.
+        UserError: the role cannot be exported in this form.
     """
     if rank is not None:
         assert isinstance(session.roles, SharedBase)
@@ -64,7 +64,7 @@ def export_role(
         raise UserError(
             f"peft and transformers have no head with {term}",
             where=f"reward.{term}",
-            remedy="Score with perl-rlhf score or serve, or train the reward model without it.",
+            remedy="Use perl-rlhf score or serve, or train the reward model without it.",
         )
     chat = session.base.chat
     tokenizer = scoring_tokenizer(chat) if scores else generating_tokenizer(chat)
@@ -90,15 +90,15 @@ def export_role(
             if not scores:
                 _generation(session, role, tokenizer).save_pretrained(unfinished)
         write_whole(unfinished / "README.md", model_card(session, exported))
-        for weights in unfinished.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        for weights in unfinished.glob("*.safetensors"):  # safetensors makes its files readable by the owner only
             weights.chmod((unfinished / "README.md").stat().st_mode)
     return exported
 
 
 def _load(session: Session, role: Role) -> Role:
-    """Load a role; return the one whose weights it computes with.
+    """Load a role; return the role whose weights it computes with.
 
-    A critic that is only a head reads the policy's trunk: it is exported with the policy's weights.
+    A critic that is only a head reads the policy's trunk, so it is exported with the policy's weights.
     """
     session.load(role)
     if session.roles.weights(role):
@@ -108,24 +108,24 @@ def _load(session: Session, role: Role) -> Role:
 
 
 def _whole_model(session: Session, role: Role, trunk: Role, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The role as one of transformers' own models: a causal LM, or a sequence classifier."""
+    """Return the role as one of transformers' models: a causal LM or a sequence classifier."""
     roles = session.roles
     if isinstance(roles, SharedBase):
-        lm = merge(session.base.load(), roles, trunk)  # the shared base stays as it is
+        lm = merge(session.base.load(), roles, trunk)  # the shared base is not changed
     else:
         with roles.role(trunk):
             lm = roles.model()
     if role not in roles.heads:
         lm.generation_config = _generation(session, role, tokenizer)
         return lm
-    # Of log-odds pipelines then give the probability; another score they give as it is.
+    # So that pipelines return the probability for log-odds, and any other score unchanged.
     log_odds = session.stamp(role).reward_is_probability
     label, problem_type = ("thumb up", "multi_label_classification") if log_odds else (str(role), "regression")
     return classifier(roles, lm, role, label, problem_type, tokenizer)
 
 
 def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What begins and ends a completion; a policy samples as in RL, without transformers' top-k of 50."""
+    """Return start and end tokens, and for a policy RL's sampling, without transformers' default top-k of 50."""
     chat, rl = session.base.chat, session.recipe.rl
     sampling: dict[str, Any] = {}
     if role is Role.POLICY:
@@ -137,7 +137,7 @@ def _generation(session: Session, role: Role, tokenizer: PreTrainedTokenizerBase
 
 
 def _start_ids(session: Session) -> tuple[int, ...]:
-    """What the decoder of an encoder-decoder is given before an answer; else nothing."""
+    """Return the tokens that an encoder-decoder's decoder starts with; empty for other models."""
     backbone = session.roles.backbone
     if not backbone.encodes_prompts:
         return ()
@@ -148,7 +148,7 @@ def _start_ids(session: Session) -> tuple[int, ...]:
 def _largest_difference(
     session: Session, role: Role, trunk: Role, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
-    """How far transformers' scores of held-out rows, from text, are from the run's own; None without rows."""
+    """Return the largest difference of transformers' scores of held-out text from the run's; None without rows."""
     chat, differences = session.base.chat, []
     for context, answer in answered(session)[:COMPARED]:
         ids = chat.row(context, answer).ids

@@ -1,8 +1,8 @@
-"""What a stage depends on: its identity.
+"""The identity of a stage: everything that it depends on.
 
 A stage depends on its own section of the recipe, on seed, tuning and adapters, on the base's weights and chat
-format, on the rows that it learns from and is judged on, and on the stages that it starts from; on nothing else.
-All of it is in `identity.json` beside what the stage writes, from before its first step.
+format, on the rows that it is trained and evaluated on, and on the stages that it starts from; on nothing else.
+Its identity is written to `identity.json` in the stage's folder before the first step.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ ROLES: dict[StageName, tuple[Role, ...]] = {
     "reward": (Role.REWARD,),
     "rl": (Role.CRITIC, Role.POLICY),
 }
-"""What each stage writes, the folder with its result last."""
+"""The roles that each stage writes; the last one's folder has its result."""
 LENGTH = ("sft.epochs", "reward.epochs", "rl.steps")
 ONLY_RL = {"ALGORITHMS", "SAMPLERS", "REWARDS"}
-"""Registries that SFT and reward training do not read."""
+"""Registries that SFT and reward training do not use."""
 FILE = "identity.json"
 
 
@@ -47,10 +47,10 @@ class Identity:
 
     Attributes:
         settings: keys of the recipe that are not at their defaults, and the SHA-256 of files that it names.
-        base: SHA-256 of its weights and of its chat format.
-        data_sha256: of the rows, and of how they are divided.
+        base: SHA-256 of the base's weights and chat format.
+        data_sha256: SHA-256 of the rows and their split.
         earlier: the hashes of the stages that it starts from.
-        rows: fingerprints of all rows of its kinds, to count what changed; one text, for its size.
+        rows: fingerprints of all rows of its kinds, to count changes; one string, to save space.
     """
 
     settings: dict[str, str]
@@ -61,11 +61,11 @@ class Identity:
 
     @property
     def sha256(self) -> str:
-        """Of all of it: what names the stage."""
+        """SHA-256 of the whole identity except `rows`."""
         return _hash([self.settings, self.base, self.data_sha256, self.earlier])
 
     def differences(self, here: "Identity") -> list[str]:
-        """What is otherwise in another identity, in words; empty if the stage is the same."""
+        """Describe how `here` differs from this identity; empty if the stage is the same."""
         found = []
         for key in sorted(differing(self.settings, here.settings)):
             there, now = (of.get(key, "its default") for of in (self.settings, here.settings))
@@ -73,18 +73,18 @@ class Identity:
             named = key.removesuffix(" (file)")
             found.append(f"the file of {named} has changed" if hashed else f"{key} was {there} and is {now}")
         if self.base != here.base:
-            found.append("the base is another")
+            found.append("the base is a different one")
         if self.data_sha256 != here.data_sha256:
             changed = difference(self.rows.split(), here.rows.split())
             found.append(f"the data have changed ({changed or 'their order, or how they are split'})")
-        found += [f"{stage} is another" for stage in sorted(differing(self.earlier, here.earlier))]
+        found += [f"{stage} is a different one" for stage in sorted(differing(self.earlier, here.earlier))]
         return found
 
 
 def identify(
     recipe: Recipe, train: Records, held_out: Records, base: Base, starts: Mapping[StageName, Start]
 ) -> dict[StageName, Identity]:
-    """The identity of each stage of a recipe.
+    """Return the identity of each stage of a recipe.
 
     Args:
         starts: the adapters that stages start from.
@@ -106,7 +106,7 @@ def identify(
 
 
 def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
-    """The keys of a recipe that a stage depends on, as far as they are not at their defaults."""
+    """Return the recipe keys that a stage depends on and that are not at their defaults."""
     said = recipe.model_dump(mode="json", exclude_defaults=True)
     sections: tuple[str, ...] = ("seed", "tuning", "lora", "adapter", stage)
     if stage != "rl" and recipe.tuning == "full":
@@ -114,10 +114,10 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
     flat = dict(_flat({key: said[key] for key in sections if said.get(key) is not None}))
     flat |= {f"base.{key}": str(getattr(recipe.base, key)) for key in ("dtype", "quantization")}
     flat = {key: value for key, value in flat.items() if not changes_nothing(key)}
-    for key in [key for key in flat if key.endswith("function")]:  # the file's contents, wherever it lies
+    for key in [key for key in flat if key.endswith("function")]:  # the file's contents, not its path
         file, _, name = json.loads(flat.pop(key)).rpartition(":")
         flat |= {f"{key} (name)": name, f"{key} (file)": sha256_or_missing(Path(file))}
-    for key in [key for key in flat if key.endswith(".run")]:  # what that reward model depends on
+    for key in [key for key in flat if key.endswith(".run")]:  # the identity of that run's reward model
         folder = RunFolder(Path(json.loads(flat.pop(key))))
         flat[f"{key} (file)"] = sha256_or_missing(folder.role(Role.REWARD) / FILE)
     plugins = [file for file in recipe.plugins if stage == "rl" or not adds_to(file) <= ONLY_RL]
@@ -125,9 +125,9 @@ def stage_settings(recipe: Recipe, stage: StageName) -> dict[str, str]:
 
 
 def trained_settings_sha256(folder: RunFolder, recipe: Recipe, stage: StageName) -> str:
-    """SHA-256 of the settings of a stage as it was begun in a folder; of the recipe's, where it was not.
+    """Return the SHA-256 of a stage's settings as recorded in a folder, or of the recipe's if none are recorded.
 
-    The files of reward functions may have changed since: that is no reason not to use what was trained.
+    The files of reward functions may have changed since then; the trained weights can be used all the same.
     """
     there = recorded(folder, stage)
     if there is None:
@@ -136,17 +136,17 @@ def trained_settings_sha256(folder: RunFolder, recipe: Recipe, stage: StageName)
 
 
 def settings_sha256(recipe: Recipe, stage: StageName, *, any_length: bool = False) -> str:
-    """SHA-256 of a stage's settings.
+    """Return the SHA-256 of a stage's settings.
 
     Args:
-        any_length: whatever its epochs or steps.
+        any_length: ignore its number of epochs or steps.
     """
     settings = stage_settings(recipe, stage)
     return _hash({key: value for key, value in settings.items() if not (any_length and key in LENGTH)})
 
 
 def recorded(folder: RunFolder, stage: StageName) -> Identity | None:
-    """The identity of a stage that was begun; None if none is recorded."""
+    """Return the recorded identity of a stage; None if none is recorded."""
     file = folder.role(STAGE_ROLE[stage]) / FILE
     try:
         text = file.read_text(encoding="utf-8")
@@ -156,17 +156,17 @@ def recorded(folder: RunFolder, stage: StageName) -> Identity | None:
 
 
 def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
-    """Write what a stage depends on, before it begins."""
+    """Write a stage's identity, before it starts."""
     path = folder.role(STAGE_ROLE[stage])
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / FILE, as_json(identity))
 
 
 def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) -> None:
-    """Refuse to go on with stages that were trained, or begun, on what is not there any more.
+    """Refuse to continue a run in whose stages anything has changed since they were started.
 
     Raises:
-        UserError: saying what has changed, by count of rows.
+        UserError: says what has changed, with numbers of rows.
     """
     for stage, here in identities.items():
         there = recorded(folder, stage) if folder.begun(stage) else None
@@ -174,17 +174,18 @@ def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) 
             raise UserError(
                 f"since {stage} was trained here, {'; '.join(found)}",
                 where=str(folder.path),
-                remedy="Put back what it was trained with; or train again what it concerns, into a folder of its "
-                f"own: add --from {folder.path}.",
+                remedy="Restore what it was trained with; or train the affected stages again, into a new folder: "
+                f"add --from {folder.path}.",
             )
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> set[str]:
+    """Return the keys whose values differ."""
     return {key for key in {*one, *other} if one.get(key) != other.get(key)}
 
 
 def _flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every value of a tree as JSON, by its dotted key."""
+    """Yield every value of a tree as JSON, with its dotted key."""
     if isinstance(value, Mapping):
         inner = value.items()
     elif isinstance(value, list):
@@ -201,5 +202,5 @@ def _hash(value: object) -> str:
 
 
 def sha256_or_missing(path: Path) -> str:
-    """SHA-256 of a file; `missing` where there is none."""
+    """Return the SHA-256 of a file, or `missing` if there is none."""
     return file_sha256(path) if path.is_file() else "missing"

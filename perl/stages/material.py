@@ -1,4 +1,4 @@
-"""What runs of one seed on one base can share, and how it is read."""
+"""Reads the data and the base, which runs with the same seed and base can share."""
 
 import contextlib
 import warnings
@@ -27,12 +27,12 @@ from perl.system.device import slowdown
 from perl.system.progress import console, counted
 
 SLOW = 2.0
-"""A dtype is named if fp32 is so many times faster on this CPU."""
+"""A dtype gets a note if fp32 is at least this many times faster on this CPU."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """The records, and the base as it was loaded."""
+    """The records and the loaded base."""
 
     train: Records
     held_out: Records
@@ -42,10 +42,10 @@ class Material:
 
 
 def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
-    """The data and the base of a recipe.
+    """Read the data and the base of a recipe.
 
     Raises:
-        UserError: they cannot be used, or processes on several hosts have read different ones.
+        UserError: they cannot be used, or processes on different hosts have read different ones.
     """
     engine = engine or Engine(ALONE)
     quiet_libraries()
@@ -58,7 +58,7 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
     main, *others = engine.processes.all_gather(own)
     if differ := [rank for rank, one in enumerate(others, 1) if one != main]:
         raise UserError(
-            f"processes 0 and {differ[0]} have read another base or other data",
+            f"processes 0 and {differ[0]} have read different bases or different data",
             where=f"base.model {base.name}, data.source {recipe.data.source}",
             remedy="Put the same files on all hosts.",
         )
@@ -68,17 +68,17 @@ def read_material(recipe: Recipe, engine: Engine | None = None) -> Material:
 
 
 def _slow_dtype(name: str) -> list[str]:
-    """Return a note if this CPU has no instructions for a dtype."""
+    """Return a note on a dtype for which this CPU has no instructions."""
     if name == "float32" or (times := slowdown(getattr(torch, name))) < SLOW:
         return []
     return [
-        f"this CPU computes {name} about {times:.0f} times slower than float32: base.dtype=float32 is faster but "
-        "takes twice the memory"
+        f"this CPU computes {name} {times:.0f} times slower than float32: base.dtype=float32 is faster, but needs "
+        "twice the memory"
     ]
 
 
 def _outside_chat(base: Base) -> list[str]:
-    """What to say of plain text on a chat model."""
+    """Return a note on plain text with a chat model."""
     if base.tokenizer.chat_template in (None, PLAIN_TEMPLATE):
         return []
     return ["the rows are plain text, to which the base's chat format is not applied; data.chat: true applies it"]
@@ -90,10 +90,10 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
-    """The recipe's records, to train on and held out.
+    """Return the recipe's training records and held-out records.
 
     Raises:
-        UserError: they cannot be read, or a stage finds nothing in them.
+        UserError: they cannot be read, or have no rows for a stage.
     """
     data = recipe.data
     records = load_records(data.source, data.path, recipe.seed, data.columns, chat=data.chat)
@@ -104,8 +104,8 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
         first = problems[0]
         quoted = escape(f"{first.where}: {first.what}")
         console.print(
-            f"[yellow]{counted(len(problems), 'row')} left out[/], the first {quoted} "
-            "(`perl-rlhf data check` names them all)"
+            f"[yellow]{counted(len(problems), 'row')} left out[/]; the first: {quoted} "
+            "(`perl-rlhf data check` lists them all)"
         )
     _print_notes(records.notes)
     train, held_out = (records, own) if own is not None else split(records, data.held_out, recipe.seed)
@@ -119,13 +119,13 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
 
 
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:
-    """The base of a recipe: loaded, built or drawn at random."""
+    """Return the base of a recipe: loaded, built or initialised at random."""
     spec, dtype, four_bit = recipe.base, getattr(torch, recipe.base.dtype), recipe.base.quantization == "4bit"
     if four_bit and spec.random_init:
         raise UserError(
-            "weights drawn at random are not quantized",
+            "random weights cannot be quantized",
             where="base.quantization",
-            remedy="Give a base with weights; what a larger one needs in 4 bits, perl-rlhf estimate says.",
+            remedy="Use a base with weights. perl-rlhf estimate predicts what a larger base needs in 4 bits.",
         )
     if spec.build is not None:
         folder = build_base(corpus(train), **spec.build.model_dump())
@@ -145,12 +145,12 @@ def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Bas
 
 
 def generates(recipe: Recipe) -> bool:
-    """Whether completions are generated under a recipe, or learned to be: not by a reward model alone."""
+    """Return whether a recipe generates or trains on completions: all do but those with a reward stage only."""
     return recipe.stages != ("reward",)
 
 
 def corpus(train: Records) -> list[Demonstration]:
-    """What a tiny base is trained on: the source's own corpus, or all training records."""
+    """Return what a tiny base is trained on: the source's own corpus, or all training records."""
     if train.corpus:
         return train.corpus
     rated = [Demonstration(record.context, (record.answer,), record.dialogue) for record in train.ratings]
@@ -167,7 +167,7 @@ NEEDED: dict[StageName, tuple[Callable[[Records], Sized], str, str]] = {
     ),
     "rl": (lambda records: records.prompts, "prompts", "prompt"),
 }
-"""The records that each stage learns from, their name, and the columns of a file that has them."""
+"""The records that each stage is trained on, their name, and the columns of a file that provides them."""
 
 
 def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
@@ -178,26 +178,26 @@ def _check_records(recipe: Recipe, train: Records, held_out: Records) -> None:
             raise UserError(
                 f"{recipe.data.source} has no {name}, which {stage} needs",
                 where="data.source",
-                remedy=f"Use another source, add rows of {columns}, or take the section {stage} out of the "
+                remedy=f"Use another source, add rows with {columns}, or remove the section {stage} from the "
                 "recipe.",
             )
         if not trained or not judged:
             raise UserError(
-                f"its {name} ({trained + judged}) are all of dialogues that belong together: there is nothing to "
-                f"{'judge' if trained else 'train'} {stage} on",
+                f"its {name} ({trained + judged}) all come from dialogues that belong together: there is nothing "
+                f"to {'evaluate' if trained else 'train'} {stage} on",
                 where="data.held_out",
                 remedy="Use more data, or give each row's conversation its own `dialogue`.",
             )
 
 
 def quiet_libraries() -> None:
-    """Turn off the libraries' own progress bars and notes."""
+    """Turn off the libraries' progress bars and notes."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with contextlib.suppress(ImportError):  # RL on rows of a file does without it
+    with contextlib.suppress(ImportError):  # RL on rows of a file does not need it
         import datasets
 
         datasets.disable_progress_bars()
-    # TRL's settings and peft use the old names, and releases of transformers before the new ones know no others.
+    # TRL's settings and peft use the old names; older releases of transformers have no others.
     old_names = "`(is_)?gradient_checkpointing` is deprecated"
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Opening the session of a run: the base is loaded, and ready for roles."""
+"""Opens the session of a run, with its base loaded and ready for roles."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def open_session(
 
     Args:
         out: the run folder.
-        material: read before, by `read_material` for a recipe with the same seed, base and data.
-        engine: how the processes that run together hold the base; each opens a session.
+        material: from an earlier `read_material` for a recipe with the same seed, base and data.
+        engine: how the processes of the run hold the base; each process opens a session.
 
     Raises:
-        UserError: whatever of the recipe, the data or the base cannot be used.
+        UserError: the recipe, the data or the base cannot be used.
     """
     seed_everything(recipe.seed)
     engine = engine or Engine(ALONE)
@@ -48,19 +48,19 @@ def open_session(
 
 
 def open_run(run: str | Path) -> Session:
-    """The session of a run that was started, to load its roles in.
+    """Open the session of an existing run, to load its roles.
 
     Raises:
-        UserError: this is no run folder.
+        UserError: this is not a run folder.
     """
     return open_session(RunFolder(Path(run)).recipe(), Path(run))
 
 
 def check_engine(engine: Engine, recipe: Recipe) -> None:
-    """Refuse what of a recipe the engine cannot do.
+    """Refuse recipes that the engine does not support.
 
     Raises:
-        UserError: saying what it can.
+        UserError: says what to change.
     """
     sizes = {
         "sft.batch_size": recipe.sft and recipe.sft.batch_size,
@@ -77,14 +77,14 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
         )
     if recipe.base.quantization != "none" and engine.shards_base:
         raise UserError(
-            f"{engine.name} cannot spread quantized weights",
+            f"{engine.name} cannot shard quantized weights",
             where=f"base.quantization: {recipe.base.quantization}",
             remedy="Set base.quantization: none, or launch with recipes/engines/ddp.yaml or zero2.yaml.",
         )
 
 
 def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine) -> Roles:
-    """The base, ready for roles under the recipe's tuning."""
+    """Return the base, ready for roles under the recipe's tuning."""
     if recipe.tuning == "full":
         return SeparateModels(lm, base.load, engine)
     if engine.shards_base:
@@ -93,24 +93,24 @@ def _open_roles(recipe: Recipe, base: Base, lm: PreTrainedModel, engine: Engine)
     console.print(str(roles.coverage), style="yellow" if roles.coverage.share < HALF else None, markup=False)
     if roles.split_unsupported_reason is not None:
         console.print(
-            f"[yellow]The blocks below the adapters are computed again for every role[/]: "
+            f"[yellow]The blocks below the adapters are computed separately for every role[/]: "
             f"{roles.split_unsupported_reason}."
         )
     return roles
 
 
 def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
-    """The recipe's adapters, for this model.
+    """Return the recipe's kind of adapter, set up for this model.
 
     Raises:
-        UserError: they do not fit it.
+        UserError: it does not fit the model.
     """
     try:
         return ADAPTERS[recipe.adapter_kind](lm, recipe.adapter_settings)
     except UserError as error:
         if not recipe.starts:
             raise
-        stage, folder = next(iter(recipe.starts.items()))  # whose settings they are
+        stage, folder = next(iter(recipe.starts.items()))  # the settings are this adapter's
         raise UserError(
             f"the adapter there does not fit the base: {error.what} ({error.where})",
             where=f"{stage}.adapter: {folder}",

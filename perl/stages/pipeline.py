@@ -1,4 +1,4 @@
-"""The stages in order, each from where the last one stopped, and the report at the end."""
+"""Runs the stages in order, each resuming where it stopped, and writes the report at the end."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from perl.system.seeds import seed_everything
 
 
 def _of_sft(name: str) -> Callable[[Any], Any]:
-    """A function of `perl.stages.sft`, which needs TRL: imported when called, as the other stages do without."""
+    """Return a function of `perl.stages.sft` that is imported when called; the other stages do not need TRL."""
 
     def call(argument: Any) -> Any:
         from perl.stages import sft
@@ -39,19 +39,19 @@ TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
     "reward": reward.train_reward,
     "rl": rl.train_rl,
 }
-"""Each trains its stage's roles and writes them."""
+"""Functions that train a stage's roles and save them."""
 CHECK: dict[StageName, Callable[[Session], None]] = {
     "sft": _of_sft("check"),
     "reward": reward.check,
     "rl": rl.check,
 }
-"""Each refuses what its stage cannot use, before anything is trained or written."""
+"""Functions that refuse what a stage cannot use, before anything is trained or written."""
 SUMMARIZE: dict[StageName, Callable[[Any], None]] = {
     "sft": _of_sft("summary"),
     "reward": reward.summary,
     "rl": rl.summary,
 }
-"""Each prints its stage's own result."""
+"""Functions that print a stage's result."""
 
 
 def run(
@@ -62,18 +62,18 @@ def run(
     engine: Engine | None = None,
     source: Path | None = None,
 ) -> Stages:
-    """Run the stages that are not finished, and write the report; return the results of all finished ones.
+    """Run the stages that are not finished and write the report; return the results of all finished stages.
 
     Args:
         out: the run folder.
-        stages: which of the recipe's stages to run; all of them by default.
-        material: data and base, where they were read before; the base is left without adapters.
-        engine: of the processes that run it together; each calls this.
-        source: the folder of another run, whose stages are taken where they fit (`perl.stages.reuse`).
+        stages: which of the recipe's stages to run; all by default.
+        material: data and base, if they have been read before; the base is left without adapters.
+        engine: engine of the processes that share the run; each process calls this function.
+        source: the folder of another run, whose stages are reused where they fit (`perl.stages.reuse`).
 
     Raises:
-        UserError: the input of any stage cannot be used, and nothing has been written; or the reward model is not
-            fit for RL, and all before it is finished.
+        UserError: the input of a stage cannot be used, and nothing has been written; or the reward model is not
+            fit for RL, and all earlier stages are finished.
     """
     for stage in stages or ():
         if stage not in recipe.stages:
@@ -102,7 +102,7 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None, sin
     with session.folder.claim(recipe):
         for stage in chosen:
             if stage == "rl" and session.folder.result("rl") is None and (unfit := _unfit_reward(session)):
-                break  # what is finished is reported first: the card says why
+                break  # report the finished stages first: the card says why
             if stage in found:
                 reuse.take(session.folder, stage, found[stage], session.processes.main)
                 session.processes.barrier()
@@ -111,23 +111,23 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None, sin
                 result = _train(session, stage, since)
                 since = time.monotonic()
             elif stage not in found:
-                console.print(f"{stage} is finished already; its result:")
+                console.print(f"{stage} is already finished; its result:")
             SUMMARIZE[stage](result)
-        sha256_after = session.roles.base_sha256()  # all processes gather the base together
+        sha256_after = session.roles.base_sha256()  # collective: all processes gather the base
         if session.processes.main:
             write_report(session, sha256_after)
     if session.processes.main:
-        from perl.report.page import write_page  # matplotlib takes a second to import: not before there is a page
+        from perl.report.page import write_page  # matplotlib takes a second to import
 
         page = write_page([out], out / "report.html")
-        console.print(f"Written: {page}, report.json beside it, and what each role has learned, in {out}/")
+        console.print(f"Written: {page}, report.json next to it, and each role's trained weights, in {out}/")
     if unfit is not None:
         raise unfit
     return session.folder.results()
 
 
 def _unfit_reward(session: Session) -> UserError | None:
-    """Why RL is not to be trained against the reward stage's model, if its card says so."""
+    """Return an error if the reward model's card says that it is not fit for RL."""
     settings, reward = session.recipe.rl, session.folder.results().reward
     if reward is None or settings is None or settings.anyway or reward.eval.verdict.fit:
         return None
@@ -137,10 +137,10 @@ def _unfit_reward(session: Session) -> UserError | None:
 
 
 def _train(session: Session, stage: StageName, since: float) -> StageResult:
-    """Train a stage, or go on with it, and write its result.
+    """Train a stage, or resume it, and write its result.
 
     Args:
-        since: when people began to wait for it, by the monotonic clock.
+        since: when the user began to wait for it, on the monotonic clock.
     """
     here, folder = session.identities[stage], session.folder
     earlier = folder.waited(stage)
@@ -153,7 +153,7 @@ def _train(session: Session, stage: StageName, since: float) -> StageResult:
             page()
 
         session.after_checkpoint = after_checkpoint
-    seed_everything(session.recipe.seed)  # so that a stage draws the same whatever ran before it
+    seed_everything(session.recipe.seed)  # so that a stage's random draws do not depend on what ran before it
     with doing(stage):
         result = replace(
             TRAIN[stage](session), data_sha256=here.data_sha256, started_from=session.starts.get(stage)
@@ -164,7 +164,7 @@ def _train(session: Session, stage: StageName, since: float) -> StageResult:
 
 
 def _check_earlier(session: Session, stage: StageName, chosen: Sequence[StageName]) -> None:
-    """Refuse a stage whose earlier stages are neither finished nor to be run."""
+    """Refuse a stage whose earlier stages are neither finished nor among those to run."""
     for earlier in session.recipe.stages[: session.recipe.stages.index(stage)]:
         needed = earlier != "sft" or stage == "rl"  # the reward model does not start from the SFT policy
         if needed and earlier not in chosen and session.folder.result(earlier) is None:

@@ -1,4 +1,4 @@
-"""report.json of a finished run, and of one that is not progress.json with its page, written anew now and then."""
+"""Writes report.json of a finished run, and progress.json and the page of a run in progress."""
 
 import contextlib
 import os
@@ -21,20 +21,20 @@ from perl.system.typed_json import as_json
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 PAGE_EVERY = 60.0
-"""Seconds between two pages at least."""
+"""Minimum seconds between two pages."""
 PAGE_SHARE = 0.01
-"""Of the time, which pages may take."""
+"""Maximum share of the time spent on writing pages."""
 PROGRESS = "progress.json"
 
 
 def write_report(session: Session, after: str | None) -> None:
-    """Write report.json of all finished stages.
+    """Write report.json with all finished stages.
 
     Args:
-        after: SHA-256 of the base's weights as they are now; None where there is no shared base.
+        after: current SHA-256 of the base's weights; None without a shared base.
 
     Raises:
-        RuntimeError: the base's bytes after the run are not those before it.
+        RuntimeError: the run changed the base's bytes.
     """
     path = session.folder.path / "report.json"
     write_json(path, as_json(_report(session, after, None)))
@@ -42,20 +42,20 @@ def write_report(session: Session, after: str | None) -> None:
     if after not in (None, session.base.sha256):
         raise RuntimeError(f"the base changed during the run (see {path}): this is a bug in PERL")
     if after is not None:
-        console.print(f"The base is unchanged: its weights' SHA-256 is {after[:16]}… before and after.")
+        console.print(f"The base is unchanged: the SHA-256 of its weights is {after[:16]}… before and after.")
 
 
 class LivePage:
-    """Called after each checkpoint of a stage, it writes the page of the run so far where that is due."""
+    """Called after each checkpoint of a stage; writes the page of the run so far when it is due."""
 
     def __init__(self, session: Session, stage: StageName) -> None:
         self._session, self._stage = session, stage
         self._begun, self._next = False, time.monotonic() + PAGE_EVERY
 
     def __call__(self) -> None:
-        """What stands in the way of a page ends no training."""
+        """Write the page if it is due; an error in writing it does not end training."""
         began, folder = time.monotonic(), self._session.folder.path
-        if not self._begun:  # what a stage cannot go on with leaves its folder as it was
+        if not self._begun:  # not before the first checkpoint: a stage that fails to resume changes no file
             write_json(folder / PROGRESS, as_json(_report(self._session, None, self._stage)))
             self._begun = True
         if began < self._next:
@@ -105,7 +105,7 @@ def _hardware(device: torch.device, processes: int, engine: str) -> Hardware:
 
 
 def _installed() -> dict[str, str]:
-    """The versions of the libraries; TRL and datasets may be missing where nothing needed them."""
+    """Return the versions of the installed libraries; TRL and datasets may be missing if nothing needs them."""
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,11 +1,10 @@
-"""Which stages have to be trained, and what of another run still fits.
+"""Decides which stages have to be trained, and which can be reused from another run.
 
-Where a stage's identity (`perl.stages.identity`) is the same, the stage is the same: it is taken from another run
-instead of being trained again.
+A stage with the same identity (`perl.stages.identity`) is taken from the other run instead of being trained again.
 
-More epochs or steps alone continue a finished stage, to the same bytes as if it had been trained for as long at
-once. That is possible where the learning rate does not follow from the number of steps: under `constant`, or
-without warmup under `constant_with_warmup` and `inverse_sqrt`.
+If only the number of epochs or steps is raised, a finished stage is continued, and ends with the same bytes as if
+it had been trained in one go. That requires a learning rate that does not depend on the number of steps:
+`constant`, or `constant_with_warmup` and `inverse_sqrt` without warmup.
 """
 
 import os
@@ -25,16 +24,16 @@ from perl.system.progress import console
 from perl.system.typed_json import as_json
 
 FOR_ANY_LENGTH = ("constant_with_warmup", "inverse_sqrt")
-"""Schedules that do not follow from the number of steps where there is no warmup; `constant` never does."""
+"""Schedules that do not depend on the number of steps if there is no warmup; `constant` never does."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What another run has of a stage.
+    """What another run offers for a stage.
 
     Attributes:
-        use: take it as it is, continue it for more epochs or steps, or train it here.
-        why: in words, where it cannot be taken as it is.
+        use: take it unchanged, continue it for more epochs or steps, or train the stage here.
+        why: why it cannot be taken unchanged.
     """
 
     source: RunFolder
@@ -43,7 +42,7 @@ class Found:
 
 
 def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder) -> Found:
-    """What of another run's stage fits this one."""
+    """Return how another run's stage can be used in this run."""
     there = recorded(source, stage)
     if source.result(stage) is None or there is None:
         return Found(source, "train", f"it is not finished in {source.path}")
@@ -60,25 +59,25 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
     if now < before:
         return Found(source, "train", f"{changed[0]}, which is less")
     if name != "constant" and (name not in FOR_ANY_LENGTH or warmup > 0):
-        why = f"{changed[0]}, and its learning rate follows from the number of steps ({name}"
+        why = f"{changed[0]}, and its learning rate depends on the number of steps ({name}"
         why += f", warmup_ratio {warmup:g})" if name in FOR_ANY_LENGTH else ")"
-        return Found(source, "train", f"{why}: under {stage}.lr_scheduler_type: constant it would be continued")
+        return Found(source, "train", f"{why}; {stage}.lr_scheduler_type: constant would allow continuing it")
     if isinstance(section, Rl) and (by := _by_share_of_steps(section)):
-        return Found(source, "train", f"{changed[0]}, and {by} goes by the share of the steps")
+        return Found(source, "train", f"{changed[0]}, and {by} depends on the number of steps")
     if not source.has_checkpoint(stage):
         return Found(source, "train", f"{changed[0]}, and {source.path} has no checkpoint of it")
     return Found(source, "continue", changed[0])
 
 
 def _by_share_of_steps(settings: Rl) -> str:
-    """What of RL would have gone otherwise in a run of another length; empty if nothing."""
+    """Return the setting that makes RL's steps depend on their total number; empty if none does."""
     if settings.prompt_sampling == "curriculum":
         return "the curriculum"
     return "length_reward_delay" if settings.length_reward and settings.length_reward_delay else ""
 
 
 def length(recipe: Recipe, stage: StageName) -> int:
-    """Epochs of a supervised stage, steps of RL."""
+    """Return the epochs of a supervised stage or the steps of RL."""
     section = recipe.section(stage)
     return section.steps if isinstance(section, Rl) else section.epochs
 
@@ -86,12 +85,12 @@ def length(recipe: Recipe, stage: StageName) -> int:
 def find_stages(
     recipe: Recipe, folder: RunFolder, identities: Mapping[StageName, Identity], source: Path | None
 ) -> dict[StageName, Found]:
-    """What is taken from other runs: of `source` what fits, of a section's `from` that stage, which has to fit.
+    """Return what to reuse: from `source` the stages that fit, from a section's `from` that stage, which must fit.
 
-    Stages that were begun in this run's own folder stay.
+    Stages that were started in this run's own folder are not replaced.
 
     Raises:
-        UserError: a stage named by `from` does not fit, or a source is no run folder.
+        UserError: a stage named by `from` does not fit, or a source is not a run folder.
     """
     found: dict[StageName, Found] = {}
     for stage, here in identities.items():
@@ -100,7 +99,7 @@ def find_stages(
         if path is None or folder.begun(stage):
             continue
         if path.resolve() == folder.path.resolve():
-            what = "a run takes no stages from itself"
+            what = "a run cannot take stages from itself"
             raise UserError(what, where=f"--from {path}", remedy="Give another --out.")
         (other := RunFolder(path)).recipe()
         found[stage] = look_up(recipe, stage, here, other)
@@ -108,24 +107,24 @@ def find_stages(
             raise UserError(
                 f"{stage} does not fit: {found[stage].why}",
                 where=f"{stage}.from: {named}",
-                remedy=f"Take the keys that differ out of the recipe, or {stage}.from, to train it here.",
+                remedy=f"Remove the differing keys from the recipe, or {stage}.from to train the stage here.",
             )
     return found
 
 
 def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
-    """Copy what fits of a stage into this run, and say what is done with it."""
+    """Copy the reusable parts of a stage into this run, and print what happens to the stage."""
     match found.use:
         case "take":
             console.print(f"[green]{stage}[/] is taken from {found.source.path}.")
         case "continue":
-            console.print(f"[green]{stage}[/] continues from {found.source.path}: {found.why}.")
+            console.print(f"[green]{stage}[/] is continued from {found.source.path}: {found.why}.")
         case "train":
             console.print(f"[yellow]{stage}[/] is trained again: {found.why}.")
             return
     roles, result = ROLES[stage], found.source.result(stage) if found.use == "take" else None
     if stage == "rl" and found.use == "take" and found.source.result("sft") is None:
-        roles = (Role.SFT, *roles)  # of RL that started from an adapter trained elsewhere
+        roles = (Role.SFT, *roles)  # RL started from an adapter that was trained elsewhere
     for role in roles if main else ():
         if (there := found.source.role(role)).is_dir():
             with whole_folder(folder.role(role)) as copy:
@@ -135,11 +134,11 @@ def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
 
 
 _UNFINISHED = ("checkpoints", "metrics.jsonl", "waited.json")
-"""What there is of a stage that goes on."""
+"""What is copied of a stage that is continued."""
 
 
 def _copy(there: Path, copy: Path, names: Sequence[str] | None) -> None:
-    """Copy a stage's folder, or these parts of it."""
+    """Copy a stage's folder, or only the files with these names."""
     for path in there.iterdir():
         if names is not None and path.name.startswith("member-"):
             (copy / path.name).mkdir()
@@ -148,12 +147,12 @@ def _copy(there: Path, copy: Path, names: Sequence[str] | None) -> None:
             continue
         elif path.is_dir():
             shutil.copytree(path, copy / path.name, copy_function=_link)
-        else:  # metrics.jsonl is written on
+        else:  # no link: metrics.jsonl is appended to
             shutil.copy2(path, copy / path.name)
 
 
 def _link(source: str, target: str) -> str:
-    """A hard link where the disk has them: weights and checkpoints are replaced, never written in place."""
+    """Make a hard link if the disk supports it: weights and checkpoints are replaced, never changed in place."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,9 +1,9 @@
-"""The reward stage: the `reward` adapter and its head learn from thumbs, pairs or both, on transformers' Trainer.
+"""The reward stage: trains the `reward` adapter and its head on thumbs, pairs or both with transformers' Trainer.
 
-Several members of an ensemble are trained one after another.
+The members of an ensemble are trained one after another.
 
-TRL's RewardTrainer needs a sequence classifier of its own and has no loss for thumbs, so this trainer scores rows
-with the reward role. The loss on pairs is TRL's, margins included (a test compares them); soft labels are added.
+TRL's RewardTrainer needs a separate sequence classifier and has no loss for thumbs, so this trainer scores rows
+with the reward role. The loss on pairs is TRL's, including margins (a test compares them), plus soft labels.
 """
 
 import statistics
@@ -44,20 +44,22 @@ from perl.stages.validation_rows import validation_split
 from perl.system.seeds import derived_seed, seed_everything
 
 RECORDED = 8
-"""Held-out rows whose scores are recorded, for RL to check that they are scored alike."""
+"""Held-out rows whose scores are recorded, so that RL can check that it computes the same scores."""
 VALIDATED = 32
-"""Validation examples in one pass."""
+"""Validation examples per forward pass."""
 SCALE_ROWS = 512
-"""Training rows whose scores give the mean and standard deviation that RL normalises by."""
+"""Training rows whose scores give the mean and standard deviation that RL normalises with."""
 
 
 def check(session: Session) -> None:
+    """Refuse data that the reward stage cannot use."""
     training_rows(session)
     _sides(session)
     held_out_rows(session)
 
 
 def train_reward(session: Session) -> RewardStage:
+    """Train and save all members of the reward model, and compute its card."""
     settings, members = session.recipe.reward, session.reward_members
     assert settings is not None
     everything, held_out = training_rows(session), held_out_rows(session)
@@ -92,7 +94,7 @@ def train_reward(session: Session) -> RewardStage:
 
 
 def _sides(session: Session) -> tuple[Rows, Rows | None]:
-    """The rows to train on, and those to validate on where the recipe has validation."""
+    """Return the rows to train on, and the rows to validate on if the recipe has validation."""
     if "likelihood" in session.roles.asked_score_terms:
         session.roles.backbone.require("likelihood", "reward.likelihood")
     train, validation = validation_split(session, "reward")
@@ -102,7 +104,7 @@ def _sides(session: Session) -> tuple[Rows, Rows | None]:
 def _train_member(
     session: Session, role: Role, train: Rows, validation: Rows | None, lower_layers: LowerLayerCache | None
 ) -> Stage:
-    """Train one member, or go on with it; what it cost."""
+    """Train one member, or resume its training; return what it cost."""
     seed_everything(_seed(session, role))
     trained = session.add_trained(role, head=True)
     with reward_trainer(session, role, train, validation) as trainer:
@@ -114,13 +116,13 @@ def _train_member(
 
 
 def lower_layer_cache(session: Session, train: Rows, scratch: Path) -> LowerLayerCache | None:
-    """The blocks below the adapters, computed once for all epochs and members; None where there are none."""
+    """Return a cache of the blocks below the adapters for all epochs and members; None without such blocks."""
     roles = session.roles
     return LowerLayerCache(roles, train.ids, session.base.chat.pad_id, scratch) if roles.shared_blocks else None
 
 
 def _seed(session: Session, role: Role) -> int:
-    """Of a member's adapter, dropout and order of rows; the first one's is the run's."""
+    """Return the seed of a member's adapter, dropout and row order; the first member has the run's seed."""
     number, seed = session.reward_members.index(role), session.recipe.seed
     return derived_seed(seed, "member", number) % 2**32 if number else seed
 
@@ -129,12 +131,12 @@ def _seed(session: Session, role: Role) -> int:
 def reward_trainer(
     session: Session, role: Role, train: Rows, validation: Rows | None = None, steps: int | None = None
 ) -> Iterator["RewardTrainer"]:
-    """A trainer of a member of the reward model, after `Session.add_trained`.
+    """Yield a trainer for a member of the reward model, which `Session.add_trained` has added.
 
     Args:
-        steps: optimizer steps in all; by default those of the recipe's epochs.
+        steps: total optimizer steps; by default those of the recipe's epochs.
     """
-    from datasets import Dataset  # RL on another reward does without
+    from datasets import Dataset  # not installed where RL uses another reward
 
     settings, seed = session.recipe.reward, _seed(session, role)
     assert settings is not None
@@ -158,17 +160,17 @@ def reward_trainer(
 
 
 class RewardTrainer(ResumableTrainer):
-    """transformers' Trainer on a member of the reward model."""
+    """transformers' Trainer for a member of the reward model."""
 
     lower_layers: LowerLayerCache | None = None
     validation_examples: Sequence[Example] = ()
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The mean over the validation examples, without dropout, with all scores at their best temperature.
+        """Return the mean loss of the validation examples, without dropout, at the scores' best temperature.
 
-        Overconfidence comes long before a model ranks answers worse, and the temperature corrects it after
-        training: it must not decide which weights are kept.
+        A model becomes overconfident long before its ranking gets worse. The temperature corrects that after
+        training, so overconfidence must not decide which weights are kept.
         """
         role, roles, batches = self.run.learner, self.run.session.roles, []
         roles.eval()
@@ -182,7 +184,7 @@ class RewardTrainer(ResumableTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the examples of a batch; of several processes, this one's part of the sum."""
+        """Return the mean loss of a batch's examples; with several processes, this process's share of the sum."""
         ids_BL, mask_BL, lower_BLD = inputs["ids_BL"], inputs["mask_BL"], None
         self.run.meter.count(int(mask_BL.sum()))
         if self.lower_layers is not None:
@@ -195,7 +197,7 @@ class RewardTrainer(ResumableTrainer):
 
 
 def _scale(session: Session, role: Role, rows: Rows) -> dict[str, Any]:
-    """Mean and standard deviation of a member's rewards of evenly spaced training rows, for the stamp."""
+    """Return mean and standard deviation of a member's rewards on evenly spaced training rows, for the stamp."""
     chosen, probability = rows.tokens[:: max(1, len(rows.tokens) // SCALE_ROWS)], scores_are_log_odds(session)
     scores_N = score_rows(session.roles, [role], chosen, session.base.chat.pad_id)[0]
     rewards = (scores_N.sigmoid() if probability else scores_N).tolist()
@@ -207,12 +209,12 @@ def _scale(session: Session, role: Role, rows: Rows) -> dict[str, Any]:
 
 
 def checksum(ids: list[int]) -> int:
-    """CRC-32 of a row's tokens."""
+    """Return the CRC-32 of a row's tokens."""
     return zlib.crc32(str(ids).encode())
 
 
 def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list[Recorded]:
-    """The reward model's scores of these rows, computed as one batch so that they repeat to the bit."""
+    """Return the reward model's scores of these rows, computed as one batch to be reproducible bit by bit."""
     scores = run_scores(session, [rows.tokens[index] for index in chosen], RECORDED)
     return [
         Recorded(row=index, score=float(score), tokens=checksum(rows.tokens[index].ids))
@@ -221,5 +223,6 @@ def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list
 
 
 def summary(stage: RewardStage) -> None:
+    """Print the reward model card and the stage's notes."""
     print_card("Reward model", stage.eval)
     say_notes(stage)

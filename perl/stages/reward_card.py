@@ -1,4 +1,4 @@
-"""The reward model card: computed from the scores of held-out answers, and printed."""
+"""Computes the reward model card from the scores of held-out answers, and prints it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,14 +19,14 @@ from perl.system.progress import console, counted, doing
 def evaluate_rows(
     session: Session, rows: Sequence[Tokens], answers: RatedRows, trained_on: RatedRows
 ) -> RewardModelCard:
-    """The card of the run's reward model.
+    """Compute the card of the run's reward model.
 
     Args:
-        rows: each answer and its context.
-        answers: what is judged.
-        trained_on: what the model learned from; so does the TF-IDF baseline.
+        rows: tokens of each answer with its context.
+        answers: the answers to evaluate on.
+        trained_on: the answers that the model was trained on; the TF-IDF baseline is fitted to them.
     """
-    with doing(f"judging the reward model on {counted(len(rows), 'answer')}"):
+    with doing(f"evaluating the reward model on {counted(len(rows), 'answer')}"):
         scores_MN = run_member_scores(session, rows)
     if not np.isfinite(scores_MN).all():
         raise FloatingPointError("the reward model's scores are not finite: lower reward.learning_rate")
@@ -36,7 +36,7 @@ def evaluate_rows(
 
 
 def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
-    """Of each answer, whether its dialogue was trained on, or a row that is the same or nearly."""
+    """Return for each answer whether its dialogue, or the same or nearly the same row, was trained on."""
     both = [trained_on, answers]
     rows = [(*context, text) for side in both for context, text in zip(side.contexts, side.answers, strict=True)]
     known, count = set(trained_on.dialogues), len(trained_on.answers)
@@ -46,7 +46,7 @@ def seen_in_training(answers: RatedRows, trained_on: RatedRows) -> list[bool]:
 
 
 def print_card(title: str, card: RewardModelCard) -> None:
-    """A dozen lines: the verdict, and what it rests on."""
+    """Print the verdict and its reasons, in about a dozen lines."""
     verdict = card.verdict
     colour, fit = ("green", "Fit for RL") if verdict.fit else ("red", "Not fit for RL")
     console.print(f"[bold]{escape(title)}[/]: [bold {colour}]{fit}[/].")
@@ -71,7 +71,7 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
     yield f"{auroc}."
     balanced = told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (
-        f"Accuracy {told(card.accuracy, intervals['accuracy'])}, where always giving the commoner label has "
+        f"Accuracy {told(card.accuracy, intervals['accuracy'])}, always giving the more common label "
         f"{card.majority_accuracy:.2f}; balanced {balanced}."
     )
     yield (
@@ -82,10 +82,10 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         yield from card.ensemble.words
     yield (
         f"Length: correlation with the score {told(length.correlation)}; AUROC of length alone "
-        f"{told(length.auroc_of_length)}, of the model among like lengths {told(length.auroc_within)}."
+        f"{told(length.auroc_of_length)}, of the model among similar lengths {told(length.auroc_within)}."
     )
     if judged := [(one.auroc, one) for one in card.slices if one.auroc is not None]:
         auroc_of_worst, worst = min(judged, key=lambda pair: pair[0])
         words = told(auroc_of_worst, worst.interval)
         yield f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC {words}."
-    yield "LoRA against full tuning: not compared (perl-rlhf compare does); worst mistakes: in the report."
+    yield "LoRA and full tuning: not compared (use perl-rlhf compare); worst mistakes: in the report."

@@ -15,30 +15,30 @@ from torch import Tensor
 from perl.backbones.padding import at_the_end, left_pad
 
 MOST_LOG_TEMPERATURE = 9.0
-"""Scores are divided by 8,100 at most."""
+"""Log of the maximum temperature: scores are divided by at most 8,100."""
 
 
 def pairs_losses(better_P: Tensor, worse_P: Tensor, margins_P: Tensor, targets_P: Tensor) -> Tensor:
-    """Bradley-Terry, a value a pair: -[p log σ(z) + (1-p) log σ(-z)], where z = r_w - r_l - margin.
+    """Return the Bradley-Terry loss per pair: -[p log σ(z) + (1-p) log σ(-z)], where z = r_w - r_l - margin.
 
     Args:
-        targets_P: p, the probability that the better one is; at 1 the loss is -log σ(z) (PERL, section 3; Bradley
-            and Terry 1952; margins: Llama 2, section 3.2.2).
+        targets_P: p, the probability that the better answer is better; at 1 the loss is -log σ(z) (PERL, section
+            3; Bradley and Terry 1952; margins: Llama 2, section 3.2.2).
     """
     return F.binary_cross_entropy_with_logits(better_P - worse_P - margins_P, targets_P, reduction="none")
 
 
 def thumbs_losses(scores_T: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
-    """Binary cross-entropy on the score as a log-odds, weighted, a value a row.
+    """Return the weighted binary cross-entropy per row, with the score as log-odds.
 
     Args:
-        targets_T: the probability of a thumb up: 1 or 0, or between for soft labels.
+        targets_T: the probability of a thumb up: 1 or 0, or a value between for soft labels.
     """
     return weights_T * F.binary_cross_entropy_with_logits(scores_T, targets_T, reduction="none")
 
 
 def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean over the examples of a batch; a pair counts as much as a rated answer."""
+    """Return the mean loss of a batch's examples; a pair counts as much as a rated answer."""
     margins_P, weights_T = batch["margins_P"], batch["weights_T"]
     better_P, worse_P, rated_T = torch.split(scores_B, [len(margins_P), len(margins_P), len(weights_T)])
     targets_P, targets_T = torch.split(batch["targets_E"], [len(margins_P), len(weights_T)])
@@ -47,10 +47,10 @@ def batch_loss(scores_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def loss_at_best_temperature(batches: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> float:
-    """The mean over the examples of all batches, scores divided by the temperature at which it is lowest.
+    """Return the mean loss of all batches' examples, scores divided by the temperature that minimises it.
 
     Args:
-        batches: the scores (B) and the batch, of each.
+        batches: scores (B) and batch, for each batch.
     """
     from scipy.optimize import minimize_scalar
 
@@ -62,7 +62,7 @@ def loss_at_best_temperature(batches: Sequence[tuple[Tensor, Mapping[str, Tensor
         )
         return sum(one * count for one, count in zip(of_batches, counts, strict=True)) / sum(counts)
 
-    # Convex in 1 / T, so that it has one minimum.
+    # The loss is convex in 1 / T, so it has one minimum.
     return float(minimize_scalar(loss, bounds=(-MOST_LOG_TEMPERATURE, MOST_LOG_TEMPERATURE), method="bounded").fun)
 
 
@@ -70,22 +70,22 @@ class Example(TypedDict):
     """A rated answer, or the better and the worse answer of a pair."""
 
     rows: list[list[int]]
-    """Tokens of each, with its context."""
+    """Tokens of each answer with its context."""
     answers: list[int]
-    """Tokens of each without its context."""
+    """Number of tokens of each answer without its context."""
     numbers: list[int]
-    """Of each, among all rows."""
+    """Index of each answer among all rows."""
     target: float
-    """The probability of a thumb up, or that the better one is."""
+    """The probability of a thumb up, or that the better answer is better."""
     margin: float
     weight: float
     length: int
-    """Of the longer row, in tokens."""
+    """Length of the longer row in tokens."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to one padded batch: the better answers of pairs, then the worse, then the rated ones."""
+    """Collates examples to a padded batch: the better answers of pairs, then the worse, then the rated answers."""
 
     pad_id: int
 

@@ -1,4 +1,4 @@
-"""The rows that the reward model is trained and judged on: rated and compared answers as tokens."""
+"""The rows that the reward model is trained and evaluated on: rated and compared answers as tokens."""
 
 import itertools
 import random
@@ -21,9 +21,9 @@ class Rows(RatedRows):
 
     tokens: list[Tokens]
     targets: list[float]
-    """The probability of a thumb up, or that the better (the worse) one of a pair is the better."""
+    """The probability of a thumb up, or that this answer of a pair is the better one."""
     margins: list[float]
-    """Of the pairs."""
+    """Margins of the pairs."""
 
     @property
     def ids(self) -> list[list[int]]:
@@ -31,22 +31,22 @@ class Rows(RatedRows):
 
     @property
     def cut(self) -> int:
-        """How many rows were too long."""
+        """Number of rows that were too long."""
         return sum(row.cut for row in self.tokens)
 
 
 def training_rows(session: Session, records: Records | None = None) -> Rows:
-    """What the reward model learns from: these records, or all that are there to train on.
+    """Return the rows to train on, from these records or from all training records.
 
     Raises:
-        UserError: no rows of the kind the loss needs, or ratings of one class only.
+        UserError: no rows of the kind that the loss needs, or ratings of one class only.
     """
     assert session.recipe.reward is not None
     rows = session_rows(session, records or session.train, session.recipe.reward.loss)
     if len(set(rows.labels)) < 2:
         all_of_them = f"all of them thumbs {'up' if rows.labels[0] else 'down'}"
         raise UserError(
-            f"{counted(len(rows.labels), 'rating')}, {all_of_them}: there is nothing to tell apart",
+            f"{counted(len(rows.labels), 'rating')}, {all_of_them}: there is nothing to distinguish",
             where=f"data.source {session.recipe.data.source}",
             remedy="Add ratings of the other kind.",
         )
@@ -54,10 +54,10 @@ def training_rows(session: Session, records: Records | None = None) -> Rows:
 
 
 def held_out_rows(session: Session) -> Rows:
-    """What it is judged on: rows of the kind that it learns from, or of any kind where there are none.
+    """Return the rows to evaluate on: of the kind that it is trained on, or of any kind if there are none.
 
     Raises:
-        UserError: nothing is rated or compared.
+        UserError: there are neither ratings nor comparisons.
     """
     assert session.recipe.reward is not None
     records, loss = session.held_out, str(session.recipe.reward.loss)
@@ -68,14 +68,14 @@ def held_out_rows(session: Session) -> Rows:
 
 
 def session_rows(session: Session, records: Records, loss: str, source: str | None = None) -> Rows:
-    """The rated or compared answers as tokens, older context cut off first.
+    """Return the rated or compared answers as tokens, the oldest context truncated first.
 
     Args:
-        loss: which of the records are taken; `any`: ratings and comparisons as they are.
-        source: where the records are from, for those that do not say; unset: the recipe's.
+        loss: decides which records are used; `any`: ratings and comparisons as they are.
+        source: the source of records that do not name one; by default the recipe's.
 
     Raises:
-        UserError: none are of the kind that the loss needs.
+        UserError: no records are of the kind that the loss needs.
     """
     ratings, comparisons = _chosen(records, loss, source := source or session.recipe.data.source)
     answers = _answers(ratings, comparisons, records.prompts, source)
@@ -103,7 +103,7 @@ def max_length(session: Session) -> int:
 
 
 def answers_of(records: Records, loss: str, source: str) -> RatedRows:
-    """The answers of `session_rows`, without their tokens."""
+    """Return the answers of `session_rows`, without their tokens."""
     return _answers(*_chosen(records, loss, source), records.prompts, source)
 
 
@@ -122,7 +122,7 @@ def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], lis
         )
     if not comparisons and (loss in ("pairs", "both") or not ratings):
         raise UserError(
-            f"{source} has no pairs, nor ratings of one context with both labels",
+            f"{source} has neither pairs nor ratings of one context with both labels",
             where="reward.loss",
             remedy="Set reward.loss: thumbs, or use data with chosen and rejected answers.",
         )
@@ -141,7 +141,7 @@ def _answers(
     first, count = len(ratings), len(comparisons)
     records: list[Rating | Comparison] = [*ratings, *comparisons, *comparisons]
     contexts = [record.context for record in records]
-    # A row's further fields are on its prompt; rows of one file may name different sources.
+    # A row's additional fields are on its prompt; rows of one file may name different sources.
     named = {prompt.context: str(prompt.columns["source"]) for prompt in prompts if "source" in prompt.columns}
     gold = [rating.gold for rating in ratings if rating.gold is not None]
     return RatedRows(
@@ -160,10 +160,10 @@ def _answers(
 
 
 def training_examples(rows: Rows, loss: str) -> list[Example]:
-    """What the trainer shuffles: rated answers, pairs of answers, or both; an example each."""
+    """Return one training example per rated answer, pair of answers, or both."""
     examples = []
     if loss != "pairs":
-        # Either class weighs half, however rare it is: Σ over the data of the weights is the number of rows.
+        # Each class has half of the total weight, however rare it is; the weights sum to the number of rows.
         count, up = len(rows.labels), sum(rows.labels)
         weight = {True: count / (2 * up), False: count / (2 * (count - up))}
         examples = [_example(rows, [row], weight=weight[label]) for row, label in enumerate(rows.labels)]
@@ -174,10 +174,10 @@ def training_examples(rows: Rows, loss: str) -> list[Example]:
 
 
 def bootstrapped(examples: Sequence[Example], dialogues: Sequence[str], seed: int) -> list[Example]:
-    """The examples of as many dialogues as there are, drawn with replacement.
+    """Return the examples of dialogues drawn with replacement, as many as there are dialogues.
 
     Args:
-        dialogues: of the rows.
+        dialogues: the dialogue of each row.
     """
     of_dialogue: dict[str, list[Example]] = {}
     for example in examples:

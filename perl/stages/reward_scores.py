@@ -1,4 +1,4 @@
-"""Scores by a run's reward model, whatever the number of its members.
+"""Scores of a run's reward model with any number of members.
 
 Axis letters: M members, N rows.
 """
@@ -15,7 +15,7 @@ from perl.stages.session import Session
 
 
 def run_member_scores(session: Session, rows: Sequence[Tokens], micro_batch_size: int = 32) -> Floats:
-    """Each member's scores (M, N) of rows; members that are not in memory are loaded."""
+    """Return each member's scores (M, N) of rows; members that are not in memory are loaded."""
     for role in session.reward_members:
         session.load(role)
     pad_id = session.base.chat.pad_id
@@ -24,15 +24,15 @@ def run_member_scores(session: Session, rows: Sequence[Tokens], micro_batch_size
 
 
 def run_scores(session: Session, rows: Sequence[Tokens], micro_batch_size: int = 32) -> Floats:
-    """The scores (N) of all members as one model."""
+    """Return the scores (N) of all members as one model."""
     return ensemble_scores(run_member_scores(session, rows, micro_batch_size), scores_are_log_odds(session))
 
 
 def run_disagreement(session: Session, scores_MN: Floats) -> Floats:
-    """How far the members disagree on each row (N), see `disagreement`.
+    """Return the members' disagreement on each row (N), see `disagreement`.
 
-    Bradley-Terry leaves open what is added to all scores of a member: of a model of pairs they are compared less
-    their means over the training rows.
+    Bradley-Terry determines a member's scores only up to a constant, so for a model of pairs each member's mean
+    over the training rows is subtracted first.
     """
     log_odds = scores_are_log_odds(session)
     if not log_odds:
@@ -42,6 +42,6 @@ def run_disagreement(session: Session, scores_MN: Floats) -> Floats:
 
 
 def scores_are_log_odds(session: Session) -> bool:
-    """Whether the reward model's scores are the log-odds of a thumb up."""
+    """Return whether the reward model's scores are the log-odds of a thumb up."""
     assert session.recipe.reward is not None
     return session.recipe.reward.loss != "pairs"

@@ -1,8 +1,8 @@
-"""Fits the TF-IDF that a reward model's scores are blended with, and the units in which both count alike.
+"""Fits the TF-IDF that is blended with a reward model's scores, and the scales that give both equal weight.
 
-TF-IDF with logistic regression learns from the training rows. Each part's spread is taken on the validation rows,
-of dialogues that neither has seen: on its own training rows a model that knows them by heart is far too sure. Then
-TF-IDF is fitted again, on all rows.
+TF-IDF with logistic regression is fitted to the training rows. Each part's spread is measured on the validation
+rows, whose dialogues neither has seen: on rows that it has memorised, a model is far too confident. Then TF-IDF is
+fitted again, on all rows.
 
 Letters: N rows, V vocabulary; the leading 2 are the context and the answer.
 """
@@ -23,12 +23,12 @@ from perl.stages.reward_rows import Rows
 from perl.stages.session import Session
 
 LEAST_SPREAD = 1e-3
-"""Log-odds of a smaller spread tell nothing, and are not made to count."""
+"""Log-odds with a smaller spread carry no information and are not scaled up."""
 MODEL_ONLY, WORDS_ONLY = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
 def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows, everything: Rows) -> Blend:
-    """Fit a trained member's blend; what it is.
+    """Fit a trained member's blend; return its coefficients.
 
     Args:
         everything: the training and validation rows.
@@ -51,7 +51,7 @@ def fit_tfidf(session: Session, role: Role, train: Rows, validation: Rows, every
 
 
 def fit_words(blend: TfidfBlend, rows: Rows) -> None:
-    """TF-IDF of context and answer, each of unit length, and logistic regression with balanced classes."""
+    """Fit TF-IDF of context and answer, each of unit norm, and logistic regression with balanced classes."""
     from scipy.sparse import hstack  # scikit-learn takes 2 s to import
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.linear_model import LogisticRegression
@@ -65,7 +65,7 @@ def fit_words(blend: TfidfBlend, rows: Rows) -> None:
     for counts in (contexts, answers):
         tfidf = TfidfTransformer().fit(counts)
         features.append(tfidf.transform(counts))
-        # Tokens that were never seen are left out, of an answer's length too.
+        # Tokens that were never seen are left out, also from the norm.
         idfs.append(np.where(counts.sum(0).A1 > 0, tfidf.idf_, 0.0))
     fitted = LogisticRegression(max_iter=1000, class_weight="balanced").fit(hstack(features), labels)
     blend.idf_2V.copy_(torch.from_numpy(np.stack(idfs)))
@@ -73,28 +73,28 @@ def fit_words(blend: TfidfBlend, rows: Rows) -> None:
 
 
 def _counts(texts: list[list[int]], vocabulary: int) -> Any:
-    """How often each token is in each text: a sparse matrix N x V."""
+    """Return how often each token occurs in each text, as a sparse matrix N x V."""
     from scipy.sparse import csr_matrix
 
-    texts = [[token for token in text if token >= 0] for text in texts]  # below: where a decoder starts
+    texts = [[token for token in text if token >= 0] for text in texts]  # negative: a decoder's start
     columns = [token for text in texts for token in text]
     rows = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     return csr_matrix((np.ones(len(columns)), (rows, columns)), shape=(len(texts), vocabulary))
 
 
 def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
-    """The sum of the model's scores and the words' log-odds, each in units of its spread, as log-odds.
+    """Return coefficients of the sum of the model's scores and TF-IDF's log-odds, each divided by its spread.
 
-    Both count alike: a few hundred rows of a few dozen dialogues say too little of which is the better, and
-    weights fitted to them rank worse on other dialogues (docs/experiments.md). Slope and intercept are those of
-    logistic regression with balanced classes, as the reward model is trained.
+    Both have equal weight: a few hundred rows of a few dozen dialogues do not show which is better, and weights
+    fitted to them rank worse on other dialogues (docs/experiments.md). Slope and intercept turn the sum into
+    log-odds, by logistic regression with balanced classes, which the reward model's training uses too.
     """
     from sklearn.linear_model import LogisticRegression
 
     labelled = rows.labelled()
     given = [predictions(scores[: len(rows.labels)], labelled) for scores in (model_N, words_N)]
     compared, labels = given[0].compared, given[0].labels
-    # Of pairs the differences; each read the other way around is one, too, so that there are both classes.
+    # For pairs the scores are differences; their negatives are added so that there are both classes.
     spreads = (float(np.sqrt(np.mean(one.scores**2)) if compared else one.scores.std()) for one in given)
     model, words = (spread if spread > LEAST_SPREAD else 1.0 for spread in spreads)
     both_N = given[0].scores / model + given[1].scores / words
@@ -102,6 +102,6 @@ def fit_mix(model_N: Floats, words_N: Floats, rows: Rows) -> Blend:
         both_N, labels = np.concatenate([both_N, -both_N]), np.concatenate([labels, 1 - labels])
     fitted = LogisticRegression(class_weight="balanced", fit_intercept=not compared).fit(both_N[:, None], labels)
     slope, intercept = float(fitted.coef_[0, 0]), float(np.ravel(fitted.intercept_)[0])
-    if slope <= 0:  # these few rows would turn the ranking around
+    if slope <= 0:  # so few rows must not reverse the ranking
         slope, intercept = 1.0, 0.0
     return Blend(model=slope / model, words=slope / words, intercept=intercept, rows=len(given[0].labels))

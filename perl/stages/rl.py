@@ -1,6 +1,6 @@
-"""The RL stage: the policy is evaluated, trained, and evaluated again.
+"""The RL stage: evaluates the policy, trains it, and evaluates it again.
 
-It starts as a copy of the reference, the SFT adapter or the bare base, and stays near it.
+The policy starts as a copy of the reference (the SFT adapter or the bare base) and is kept near it.
 """
 
 from functools import partial
@@ -24,14 +24,15 @@ from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
 SAMPLES_OF_A_STEP = 4
-"""Held-out prompts that are completed every `rl.sample_every` steps."""
+"""Held-out prompts for which completions are sampled every `rl.sample_every` steps."""
 FEWEST_TRIES = 4
-"""Completions of each prompt by which its difficulty is measured."""
+"""Minimum number of completions per prompt for measuring its difficulty."""
 SAMPLES = 12
-"""Held-out prompts whose completions are kept for people to read."""
+"""Held-out prompts whose completions are saved for people to read."""
 
 
 def check(session: Session) -> None:
+    """Refuse prompts and rewards that RL cannot use."""
     settings = settings_of(session)
     prompts = [*session.train.prompts, *session.held_out.prompts]
     tokenized_prompts(session, prompts)
@@ -40,17 +41,18 @@ def check(session: Session) -> None:
         raise UserError(
             f"{session.recipe.data.source} has no gold judge",
             where="rl.eval_reward: gold",
-            remedy="Choose by a rule, a function or a member of the reward model, or leave eval_reward out.",
+            remedy="Use a rule, a function or a member of the reward model, or leave eval_reward out.",
         )
     context = reward_context(session)
     for part in (*settings.reward_parts, *settings.eval_reward_parts):
-        if not part.needs_model:  # the model is trained first
+        if not part.needs_model:  # the reward model is not trained yet
             part.source(context)
 
 
 def train_rl(session: Session) -> RlStage:
+    """Train the policy and any critic, evaluate the policy before and after, and save them."""
     settings, held_out, judge = settings_of(session), eval_prompts(session), session.held_out.judge
-    check_reward_servers(session)  # before anything is trained: the reward model is added to be compared with
+    check_reward_servers(session)  # before training: it adds the reward model for the comparison
     loop = setup(session, held_out)
     rows, cut = len(loop.prompts) + len(held_out), loop.prompts.cut + held_out.cut
     say_cut(cut, rows, settings.max_prompt_length or 0, "rl.max_prompt_length")
@@ -69,7 +71,7 @@ def train_rl(session: Session) -> RlStage:
     trained = session.roles.parameters_of(*loop.learner.trained)
     remains = choose(loop, stopped_by)
     found = None if loop.validation is None else loop.validation.found
-    # A guard may stop RL before the first validation.
+    # A guard can stop RL before the first validation.
     kept = found.kept(remains, settings.steps) if found is not None and found.values else None
     stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
@@ -105,7 +107,7 @@ def _log(
     metrics: dict[str, float],
     served: dict[str, str],
 ) -> None:
-    """Write a step's metrics, and now and then what the policy says by then."""
+    """Write a step's metrics and, every `rl.sample_every` steps, samples of the policy."""
     log.write(step, metrics, served)
     if step % settings_of(session).sample_every == 0:
         shown = held_out.take(range(min(SAMPLES_OF_A_STEP, len(held_out))))
@@ -114,7 +116,7 @@ def _log(
 
 
 def measure_difficulty(session: Session, loop: Loop) -> None:
-    """For a curriculum that knows no difficulties: the reference's success rates on the training prompts."""
+    """Order the prompts of a curriculum without given difficulties by the reference's success rates."""
     choice = loop.prompt_choice
     if choice.must_measure:
         each, success = max(FEWEST_TRIES, loop.samples_per_prompt), loop.objective.success_reward
@@ -123,19 +125,19 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
 
 
 def _plan(session: Session, loop: Loop) -> str:
-    """What a step is: the algorithm's row as resolved, and the values that stand for `auto`."""
+    """Describe a step: the algorithm's resolved row, and the values that `auto` resolved to."""
     settings, (rate, *_, head_rate) = settings_of(session), loop.learner.rates
-    head = f", of the critic's head {head_rate:.2g}" if loop.algorithm.needs_critic else ""
+    head = f", {head_rate:.2g} for the critic's head" if loop.algorithm.needs_critic else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (
-        f"RL by {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
+        f"RL with {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
         f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}.\n"
         f"{settings.algorithm}: {loop.algorithm.words}."
     )
 
 
 def _save(session: Session, loop: Loop, held_out: EncodedPrompts) -> None:
-    """Write the trained roles, and completions of each policy for people to read."""
+    """Save the trained roles, and completions of each policy for people to read."""
     session.save(Role.POLICY, parent=session.roles.reference)
     if Role.CRITIC in session.roles.roles:
         session.save(Role.CRITIC, parent=Role.REWARD)
@@ -145,6 +147,7 @@ def _save(session: Session, loop: Loop, held_out: EncodedPrompts) -> None:
 
 
 def summary(stage: RlStage) -> None:
+    """Print the result of RL, and why a guard stopped it."""
     change = stage.eval
     each = counted(change.samples_per_prompt or 1, "completion")
     text = (
@@ -167,6 +170,6 @@ def summary(stage: RlStage) -> None:
     for incident in stage.incidents:
         if incident.action == "stopped":
             console.print(
-                f"[yellow]RL was stopped at step {incident.step}[/]: {incident.what}. What remains is the "
-                f"policy after {counted(incident.remains or 0, 'update')}, from before that. {incident.remedy}"
+                f"[yellow]RL was stopped at step {incident.step}[/]: {incident.what}. The result is the policy "
+                f"after {counted(incident.remains or 0, 'update')}, from before that. {incident.remedy}"
             )

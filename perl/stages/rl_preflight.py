@@ -1,4 +1,4 @@
-"""Preflight checks of what the stages before RL left: the roles on disk, the reward model's scores, the data."""
+"""Preflight checks of the earlier stages' results: the roles on disk, the reward model's scores, the data."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from perl.stages.session import Session
 
 
 def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
-    """The checks, given the run and its reward."""
+    """Return the checks of a run with this reward."""
 
     def check(samples: Samples, again: bool) -> Iterator[Finding]:
         for role in () if again else (Role.SFT, *REWARD_MEMBERS):
@@ -38,50 +38,50 @@ def earlier_stages(session: Session, reward: CombinedReward) -> EarlierStages:
 
 
 def reloaded(session: Session, role: Role, samples: Samples) -> Finding:
-    """The role read anew from its folder computes the completions as it did in memory."""
+    """Check that the role, reloaded from its folder, computes the same outputs as it did in memory."""
     roles = session.roles
     before = _outputs(session, role, samples)
     head = roles.head(role).weight.clone() if role in roles.heads else None
     load_role(roles, role, session.saved(role), session.base)
     figure = _largest(_outputs(session, role, samples) - before)
     if head is not None and not torch.equal(head, roles.head(role).weight):
-        cause = "the head was lost on saving, or the folder holds another one's. Train the stage again."
+        cause = "the head was lost on saving, or the folder has another role's. Train the stage again."
     else:
-        cause = "another adapter was written into this folder, or this one only in part. Train the stage again."
-    words = f"the {role} adapter read from disk against the one in memory, largest difference"
+        cause = "another adapter was written to this folder, or this one only in part. Train the stage again."
+    words = f"the {role} adapter read from disk and the one in memory, largest difference"
     return Finding(f"{role} reloaded", words, figure, _limit(session), cause)
 
 
 def recorded_evaluation(session: Session, recorded: Sequence[Recorded]) -> Iterator[Finding]:
-    """A few held-out rows have the tokens, and the reward adapter's scores, that its own stage recorded."""
+    """Check that a few held-out rows have the tokens and scores that the reward stage recorded."""
     rows, limit = held_out_rows(session), _limit(session)
     chosen, expected = [row.row for row in recorded], torch.tensor([row.score for row in recorded])
     now = {row: checksum(rows.tokens[row].ids) for row in chosen if row < len(rows.tokens)}
     differ = sum(now.get(row.row) != row.tokens for row in recorded)
     cause = "the chat template, the tokenizer or the data have changed since the reward stage. Train it again."
-    words = "held-out rows whose tokens are not as in the reward stage"
+    words = "held-out rows whose tokens differ from those in the reward stage"
     yield Finding("tokens as recorded", words, differ, 0.0, cause)
     if max(chosen) >= len(rows.tokens):
         scores = torch.full_like(expected, math.nan)
-        cause = "the held-out rows are others than they were: the data have changed. Put them back."
+        cause = "the held-out rows are not the same: the data have changed. Restore them."
     else:
         scores = torch.tensor([row.score for row in recorded_scores(session, rows, chosen)])
         alone = [float(run_scores(session, [rows.tokens[index]])[0]) for index in chosen]
         if float(scores.std(unbiased=False)) < 1e-6:
-            cause = "all scores are alike: the head was lost on saving. Train the reward stage again."
+            cause = "all scores are equal: the head was lost on saving. Train the reward stage again."
         elif _largest(torch.tensor(alone) - expected) <= limit:
-            cause = "rows read alone score as recorded, rows read together do not: padding on the wrong side."
+            cause = "single rows have the recorded scores, batches do not: padding on the wrong side."
         else:
             cause = (
                 "an adapter of another base or another run, another chat template, or data that have changed "
                 "since. Train the reward stage again."
             )
-    words = f"the reward of {len(chosen)} held-out rows against its recorded evaluation, largest difference"
+    words = f"the rewards of {len(chosen)} held-out rows and their recorded values, largest difference"
     yield Finding("recorded evaluation", words, _largest(scores - expected), limit, cause)
 
 
 def _outputs(session: Session, role: Role, samples: Samples) -> Tensor:
-    """The role's scores of the completions if it has a head, else its log-probs."""
+    """Return the role's scores of the completions if it has a head, else its log-probs."""
     roles = session.roles
     if role in roles.heads:
         both = zip(samples.prompt_ids(), samples.completions(), strict=True)

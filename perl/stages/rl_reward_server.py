@@ -1,4 +1,4 @@
-"""Whether reward servers score as this run's reward model does: seen before RL begins, and when it goes on.
+"""Checks that reward servers give the scores of this run's reward model, before RL starts and when it resumes.
 
 Axis letter: N rows.
 """
@@ -17,21 +17,21 @@ from perl.stages.session import Session
 from perl.system.progress import console
 
 ROWS = 8
-"""Held-out rows that are scored."""
-SIGMOID = "it sends the sigmoid of the score: it does not know use_activation. Take vLLM 0.32 or newer."
+"""Maximum number of held-out rows that are scored."""
+SIGMOID = "it sends the sigmoid of the score: it does not know use_activation. Use vLLM 0.32 or newer."
 BASE = "it serves the base without the adapter. Start it with --enable-lora and --lora-modules (docs/serving.md)."
-ALIKE = "all its scores are alike: it sends the softmax of one number, or its head is empty."
+ALIKE = "all its scores are equal: it sends the softmax of one number, or its head is empty."
 SCALED = "another dtype, LoRA scale or rank. Start it as docs/serving.md says, or raise rl.reward.mismatch_limit."
-OTHER = "another adapter or head, or one of another training: export the reward model again, and load that."
+OTHER = "a different adapter or head, or an older export: export the reward model again, and load that."
 
 
 def check_reward_servers(session: Session) -> None:
-    """See that each server reads this run's tokens, and scores a few held-out rows as its reward model does.
+    """Check each server's tokens and its scores of a few held-out rows against this run's reward model.
 
-    The reward model is only there where this run trained it; that it is not is said.
+    If this run did not train the reward model, scores cannot be compared; a message says so.
 
     Raises:
-        ServerError: a server does not; it names the likeliest cause.
+        ServerError: a server's tokens or scores differ; says the most likely cause.
     """
     settings, context = settings_of(session), reward_context(session)
     for part in (*settings.reward_parts, *settings.eval_reward_parts):
@@ -44,8 +44,8 @@ def check_reward_servers(session: Session) -> None:
             _check_tokens(session, source, server)
             if session.recipe.reward is None:
                 console.print(
-                    f"Nothing here says whether {server.url} scores rightly: this run has no reward model to "
-                    "compare it with.",
+                    f"The scores of {server.url} cannot be checked: this run has no reward model to compare "
+                    "them with.",
                     style="yellow",
                     markup=False,
                 )
@@ -59,9 +59,9 @@ def _check_tokens(session: Session, source: ServedModel, server: Server) -> None
     theirs = source.tokens(server, text)
     if theirs is not None and theirs != ours:
         raise ServerError(
-            f"the server reads other tokens: a prompt here has {len(ours)}, there {len(theirs)} or others",
+            f"the server's tokens differ: a prompt has {len(ours)} tokens here and {len(theirs)} there",
             where=f"{SECTION}.url: {server.url}",
-            remedy="Its base must have this base's tokenizer.",
+            remedy="Its base must have the same tokenizer as this base.",
         )
 
 
@@ -72,7 +72,7 @@ def _compare(session: Session, source: ServedModel, server: Server) -> None:
     ours_N = _scores(session, Role.REWARD, rows)
     theirs_N = torch.tensor(source.scores(server, rows), dtype=torch.float64)
     off = _off(ours_N, theirs_N)
-    words = f"scores of {len(rows)} held-out rows by {server.url} against those here, largest difference"
+    words = f"scores of {len(rows)} held-out rows from {server.url} and from this process, largest difference"
     if not off <= source.limit:
         fits = {SIGMOID: ours_N.sigmoid()}
         if Role.BASE in session.roles.roles:
@@ -80,7 +80,7 @@ def _compare(session: Session, source: ServedModel, server: Server) -> None:
         raise ServerError(
             f"{words}: {off:.2g} (at most {source.limit:.2g})",
             where=f"{SECTION}.url",
-            remedy=f"It looks like this: {_cause(ours_N, theirs_N, fits)}",
+            remedy=f"Likely cause: {_cause(ours_N, theirs_N, fits)}",
         )
     session.roles.keep(*found)
     console.print(f"[green]✓[/] {words}: {off:.2g} (at most {source.limit:.2g})", highlight=False)
@@ -101,7 +101,7 @@ def _off(one_N: Tensor, other_N: Tensor) -> float:
 
 @torch.no_grad()
 def _scores(session: Session, role: Role, rows: list[list[int]]) -> Tensor:
-    """Of the reward model's head on what a role computes, fp64 (N)."""
+    """Return the scores (N, fp64) of the reward model's head on a role's hidden states."""
     roles = session.roles
     ids_NL, mask_NL = left_pad(rows, session.base.chat.pad_id, roles.device)
     scores_N: Tensor = roles(role, ids_NL, mask_NL, head=Role.REWARD).scores_B.double().cpu()

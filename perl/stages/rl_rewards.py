@@ -1,4 +1,4 @@
-"""What RL is rewarded by: this run's reward model, that of another run or on a server, functions and rules."""
+"""The rewards of RL: this run's reward model, another run's or a server's, functions and rules."""
 
 import functools
 from collections.abc import Sequence
@@ -23,16 +23,18 @@ from perl.system.seeds import seed_everything
 
 
 def settings_of(session: Session) -> Rl:
+    """Return the recipe's section `rl`."""
     assert session.recipe.rl is not None
     return session.recipe.rl
 
 
 def combined_reward(parts: Sequence[RewardPart], context: RewardContext) -> CombinedReward:
+    """Return the weighted sum of the parts of a reward."""
     return CombinedReward([(part.source(context), part.weight) for part in parts])
 
 
 def reward_context(session: Session) -> RewardContext:
-    """What the parts of the reward may be made from."""
+    """Return what the parts of the reward can be built from."""
 
     def model(numbers: Sequence[int] | None, combine: Combine, std_weight: float) -> RewardModel:
         members = session.reward_members
@@ -52,11 +54,11 @@ def reward_context(session: Session) -> RewardContext:
         stamp, own = stamps[Role.REWARD], stamp_for(Role.REWARD, session.base)
         if (stamp.tokenizer_sha256, stamp.chat_sha256) != (own.tokenizer_sha256, own.chat_sha256):
             raise UserError(
-                f"its reward model reads other tokens, or dialogues written otherwise, than {session.base.name}",
+                f"its reward model has a different tokenizer or chat format than {session.base.name}",
                 where=f"rl.reward.run: {run}",
                 remedy="Train the reward model on a base with this tokenizer and chat template.",
             )
-        seed_everything(session.recipe.seed)  # opening a run seeds by that run's recipe
+        seed_everything(session.recipe.seed)  # opening a run sets the seed of that run's recipe
         return OtherRunsModel(RewardModel(scorer.roles, stamps, settings.micro_batch_size, end_ids(session)))
 
     def served(servers: RewardServers) -> ServedModel:
@@ -69,7 +71,7 @@ def reward_context(session: Session) -> RewardContext:
 
 @functools.lru_cache(maxsize=1)
 def _scorer(run: str, where: str) -> Session:
-    """A run with its reward model in memory; kept, as the next run in this process often has the same."""
+    """Open a run and load its reward model; cached, because later runs in this process often use it too."""
     session = open_run(run)
     if session.folder.result("reward") is None:
         raise UserError("this run has no reward model", where=where, remedy="Finish its reward stage first.")
@@ -80,15 +82,15 @@ def _scorer(run: str, where: str) -> Session:
 
 
 def unfit_for_rl(verdict: Verdict, where: str) -> UserError:
-    """What is said of a reward model that is not fit, with the first reason."""
+    """Return the error for a reward model that is not fit for RL, with the first reason."""
     return UserError(
         f"the reward model is not fit for RL: {verdict.reasons[0]}",
         where=where,
-        remedy="Train a better one: more ratings, a stronger base. Or train against it all the same, by "
-        "rl.anyway=true: the verdict then stands beside the report's headline.",
+        remedy="Train a better one: more ratings, a stronger base. Or train against it anyway with "
+        "rl.anyway=true: the report's headline then shows the verdict.",
     )
 
 
 def end_ids(session: Session) -> tuple[int, ...]:
-    """What ends completions, which are text or turns of an agent."""
+    """Return the token ids that end a completion, for plain text or agent turns."""
     return session.base.chat.ends(session.train.prompts[0].context)

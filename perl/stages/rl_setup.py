@@ -1,4 +1,4 @@
-"""What RL begins with: the recipe's settings as the parts of the loop."""
+"""Builds the parts of the RL loop from the recipe's settings."""
 
 import itertools
 import math
@@ -39,6 +39,7 @@ from perl.system.progress import console
 
 
 def tokenized_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    """Tokenize prompts, truncated to the lengths of the recipe and the base."""
     settings = settings_of(session)
     return encode_prompts(
         prompts,
@@ -51,12 +52,12 @@ def tokenized_prompts(session: Session, prompts: Sequence[Prompt]) -> EncodedPro
 
 
 def eval_prompts(session: Session) -> EncodedPrompts:
-    """The held-out prompts that a policy is judged on."""
+    """Return the held-out prompts that a policy is evaluated on."""
     return tokenized_prompts(session, session.held_out.prompts[: settings_of(session).eval_prompts])
 
 
 def setup_collector(session: Session) -> Collector:
-    """The recipe's sampler and reward, of the roles in memory."""
+    """Return a collector with the recipe's sampler and reward, for the roles in memory."""
     settings, chat, context = settings_of(session), session.base.chat, reward_context(session)
     sampler = SAMPLERS[settings.sampler.kind](session.roles, settings.sampler.settings)
     for role in sorted(session.roles.roles):
@@ -76,18 +77,18 @@ def setup_collector(session: Session) -> Collector:
 
 
 def finished_collector(session: Session) -> Collector:
-    """A collector of a run that is finished, with its reference and its policy."""
+    """Return a collector for a finished run, with its reference and its policy loaded."""
     session.load_reference()
     session.load(Role.POLICY)
     return setup_collector(session)
 
 
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:
-    """The policy, its critic and their optimizer, before the first step."""
+    """Return the loop before its first step, with the policy, its critic and their optimizer."""
     settings = settings_of(session)
     session.load_reference()
     if any(part.needs_model for part in (*settings.reward_parts, *settings.eval_reward_parts)):
-        for role in session.reward_members:  # before anything is trained: an added role takes all gradients off
+        for role in session.reward_members:  # before roles to train are added: adding turns all gradients off
             session.load(role)
     collector = setup_collector(session)
     trained = _add_roles(session)
@@ -103,7 +104,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     limits = Limits(
         kl=settings.kl_limit,
         penalized=penalty > 0,
-        # Of one that lags the difference is the policy's own movement, and it is compared with what it drew with.
+        # If the sampler lags, the difference is the policy's own movement; another check covers that case.
         mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
@@ -132,11 +133,11 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
 
 
 def _validation(session: Session, collector: Collector, prompts: Sequence[Prompt]) -> PolicyValidation:
-    """What chooses between policies, by the recipe."""
+    """Return the validation that chooses between policies, as set in the recipe."""
     settings, parts = settings_of(session), settings_of(session).eval_reward_parts
     assert settings.eval_steps is not None
     by, kl_weight, kl, beta = "the reward less the KL penalty", 0.0, settings.row.kl, settings.kl_coef
-    if settings.eval_reward is None and kl != "none":  # r keeps its weight where the KL is in the loss
+    if settings.eval_reward is None and kl != "none":  # a KL in the loss does not scale r by 1 - β
         kl_weight = beta / (1 - beta) if kl == "reward-k1" else beta
     if settings.eval_reward == "gold":
         by = "the gold judge"
@@ -150,12 +151,12 @@ def _validation(session: Session, collector: Collector, prompts: Sequence[Prompt
 
 
 def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
-    """Let each prompt be computed once for all its completions, or say why it is computed for each."""
+    """Compute each prompt once for all its completions, or print why that is not possible."""
     roles, length = session.roles, settings_of(session).max_new_tokens
     reason = unsupported_reason(roles.backbone, roles.model(), max(prompts.ids, key=len), length)
     roles.shares_prompts = reason is None
     if reason is not None:
-        console.print(f"[yellow]Prompts are computed again for each of their completions[/]: {reason}.")
+        console.print(f"[yellow]Prompts are computed separately for each of their completions[/]: {reason}.")
 
 
 def _objective(settings: Rl, row: Algorithm, penalty: float) -> Objective:
@@ -180,20 +181,20 @@ def _prompt_choice(session: Session, prompts: EncodedPrompts) -> PromptChoice:
 
 
 def _add_roles(session: Session) -> tuple[Role, ...]:
-    """Add the policy and its critic; return the roles that learn."""
+    """Add the policy and its critic; return the roles to train."""
     roles, critic = session.roles, session.recipe.critic
     roles.add(Role.POLICY, copy_of=roles.reference)
     trained: tuple[Role, ...] = (Role.POLICY,)
     if critic != "none":
         start = Role.REWARD if critic == "adapter" and Role.REWARD in roles.roles else Role.BASE
         roles.add(Role.CRITIC, copy_of=start, weights=critic == "adapter", head=True)
-        # A reward model's scores are on another scale than returns: the critic's head begins at zero.
+        # A reward model's scores have a different scale than returns: the critic's head starts at zero.
         with torch.no_grad():
             roles.head(Role.CRITIC).weight.zero_()
         trained = (Role.POLICY, Role.CRITIC)
     roles.keep(roles.reference, *session.reward_members, *trained)
     roles.train_only(*trained)
-    roles.eval()  # added adapters begin with dropout on, and there is none in RL
+    roles.eval()  # new adapters start with dropout on; RL uses none
     return trained
 
 
@@ -231,7 +232,7 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
 
 @torch.no_grad()
 def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
-    """The full learning rates of weights and of heads, for this base."""
+    """Return the peak learning rates of weights and of heads for this base."""
     heads, roles = settings_of(session).head_learning_rate, session.roles
     ids_BL, mask_BL = left_pad(prompts.ids[:1], session.base.chat.pad_id, session.device)
     with roles.role(Role.POLICY):
@@ -244,7 +245,7 @@ def learning_rates(session: Session, prompts: EncodedPrompts) -> list[float]:
 
 
 def missing_end_penalty(settings: Rl, prompt: Prompt) -> float:
-    """What a completion without an end costs, in standard deviations of the reward; plain text need not end."""
+    """Return the penalty for a completion without an end, in standard deviations of the reward."""
     if settings.missing_end_penalty is not None:
         return settings.missing_end_penalty
     return 0.0 if prompt.context[-1].speaker == "text" else 0.5

@@ -1,4 +1,4 @@
-"""What the stages of one run share: recipe, records, base with its roles, and run folder."""
+"""The session that the stages of one run share: recipe, records, base with its roles, and run folder."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,12 +43,12 @@ from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
 AnswerKey = tuple[tuple[Turn, ...], Turn, int]
-"""A context, an answer, and the length that both are cut to."""
+"""A context, an answer, and the maximum length of both together."""
 
 
 @dataclass
 class Session:
-    """One process holds the base across all stages; it is loaded once."""
+    """The state that all stages of a run share; the base is loaded once per process."""
 
     recipe: Recipe
     folder: RunFolder
@@ -58,9 +58,9 @@ class Session:
     roles: Roles
     device: torch.device
     after_checkpoint: Callable[[], None] = lambda: None
-    """Called when one has been written."""
+    """Called after each checkpoint has been written."""
     answer_tokens: dict[AnswerKey, Tokens] = field(default_factory=dict)
-    """Answers that are tokenized already: rows are checked before anything is trained, and then trained on."""
+    """Cache of tokenized answers: rows are tokenized for the checks, and again for training."""
 
     def __post_init__(self) -> None:
         self.roles.asked_score_terms = self.recipe.reward.score_terms if self.recipe.reward is not None else ()
@@ -75,15 +75,15 @@ class Session:
 
     @property
     def reward_members(self) -> tuple[Role, ...]:
-        """The roles that are the reward stage's model; several are an ensemble."""
+        """The roles that make up the reward model; several are an ensemble."""
         return REWARD_MEMBERS[: self.recipe.reward.members] if self.recipe.reward is not None else ()
 
     def meter(self) -> Meter:
-        """A meter of a stage that has all its roles."""
+        """Return a meter for a stage whose roles have all been added."""
         return Meter(self.device, self.resident(), self.roles.trunks())
 
     def resident(self) -> dict[Kind, list[Tensor]]:
-        """The tensors that live through the whole stage, by what they are for."""
+        """Return the tensors that live through the whole stage, by their kind."""
         adapters: set[int] = set()
         if self.recipe.tuning != "full":
             learned = self.roles.parameters_of(*(role for role in Role if role is not Role.BASE))
@@ -102,7 +102,7 @@ class Session:
         rows_cut: int | None = None,
         kept: Kept | None = None,
     ) -> Stage:
-        """What a stage trained and cost, of all processes."""
+        """Return what a stage trained, and its cost over all processes."""
         cost = meter.cost()
         cost = cost.of_all(self.processes.all_gather(cost))
         return Stage(
@@ -114,27 +114,28 @@ class Session:
         )
 
     def add_trained(self, role: Role, *, head: bool = False) -> list[nn.Parameter]:
-        """Add the role that a supervised stage trains, as its stage starts; return its parameters."""
+        """Add the role that a supervised stage trains, with its initial weights; return its parameters."""
         self.roles.add(role, head=head)
         self.start(role)
         self.roles.keep(role)
         return self.roles.train_only(role)
 
     def begin_together(self, trained: Iterable[Tensor]) -> None:
-        """Give all processes the same weights to train, and each a dropout of its own."""
+        """Give all processes the same initial weights, and each process its own dropout seed."""
         self.processes.broadcast_tensors(trained)
         if not self.processes.main:
             torch.manual_seed(derived_seed(self.recipe.seed, "process", self.processes.rank))
 
     def saved(self, role: Role) -> Path:
+        """Return the folder of a role's weights."""
         return self.folder.role(role) / self.roles.folder
 
     def save(self, role: Role, parent: Role | None = None, **more: Any) -> None:
-        """Write a role's weights, stamped.
+        """Save a role's weights and stamp.
 
         Args:
-            parent: the role it started from, if that was trained.
-            more: further fields of the stamp.
+            parent: the role that it started from, if that role was trained.
+            more: additional fields of the stamp.
         """
         if self.processes.main:
             inherited = self.saved(parent) if parent is not None else None
@@ -154,24 +155,24 @@ class Session:
 
     @cached_property
     def identities(self) -> dict[StageName, Identity]:
-        """What each stage of the recipe depends on."""
+        """The identity of each stage of the recipe."""
         return identify(self.recipe, self.train, self.held_out, self.base, self.starts)
 
     @cached_property
     def starts(self) -> dict[StageName, Start]:
-        """The adapters that stages start from; that of a finished stage may be gone since."""
+        """The adapters that stages start from; a finished stage's adapter may have been deleted since."""
         found: dict[StageName, Start] = {}
         for stage, folder in self.recipe.starts.items():
             sha256, result = sha256_or_missing(Path(folder) / WEIGHTS), self.folder.result(stage)
-            gone = result.started_from if result is not None and sha256 == "missing" else None
-            found[stage] = gone or Start(folder=folder, sha256=sha256)
+            deleted = result.started_from if result is not None and sha256 == "missing" else None
+            found[stage] = deleted or Start(folder=folder, sha256=sha256)
         return found
 
     def start(self, role: Role, *, quiet: bool = False) -> None:
-        """Give a new role the adapter that its stage starts from, if the recipe names one.
+        """Load the adapter that the recipe names as a stage's start, if any, into the stage's new role.
 
         Raises:
-            UserError: it cannot.
+            UserError: the stage cannot start from that adapter.
         """
         stage = self.stage_of(role)
         if stage not in self.recipe.starts:
@@ -184,7 +185,7 @@ class Session:
             console.print(f"{'; '.join(notes)}.", markup=False)
 
     def check_start(self, stage: StageName) -> None:
-        """Refuse an adapter that a stage cannot start from; nothing of it stays in memory."""
+        """Refuse an adapter that a stage cannot start from; the adapter is not kept in memory."""
         if stage in self.recipe.starts:
             assert isinstance(self.roles, SharedBase)
             role = Role.SFT if stage == "rl" else STAGE_ROLE[stage]
@@ -197,7 +198,7 @@ class Session:
     def load(self, role: Role) -> None:
         """Load a role's weights from the run folder, unless they are in memory.
 
-        Without a section `sft` that of RL's reference is not there at first: it is what `rl.adapter` names.
+        In a recipe without a section `sft`, RL's reference is first copied from `rl.adapter` to the run folder.
         """
         if role in self.roles.roles:
             return
@@ -209,27 +210,31 @@ class Session:
                 self.save(role)
                 return
         load_role(self.roles, role, self.saved(role), self.base, **self._recipe(role))
-        self.roles.eval()  # added adapters begin with dropout on
+        self.roles.eval()  # new adapters start with dropout on
 
     def load_reference(self) -> None:
-        """Load the policy that RL starts from and is held to; where it is the base, there is nothing to load."""
+        """Load RL's reference, from which the policy starts; there is nothing to load if it is the base."""
         if self.recipe.has_reference:
             self.load(Role.SFT)
 
     def _is_started(self) -> bool:
-        """Whether RL's reference is in the run folder; before RL's first checkpoint it may be of another start."""
+        """Return whether RL's reference is in the run folder.
+
+        Before RL's first checkpoint, it may be from another adapter.
+        """
         if not self.saved(Role.SFT).exists():
             return False
         return self.folder.begun("rl") or self.stamp(Role.SFT).started_sha256 == self.starts["rl"].sha256
 
     def stamp(self, role: Role) -> Stamp:
+        """Return the stamp of a saved role."""
         return read_stamp(self.saved(role))
 
     @contextlib.contextmanager
     def metrics(self, role: Role, done: int) -> Iterator[MetricsLog]:
-        """The log of the metrics of a role's training, which also go where the recipe's `report_to` says."""
+        """Open the metrics log of a role's training; metrics are also sent to the recipe's `report_to`."""
         names, stage = self.report_to if self.processes.main else [], self.stage_of(role)
-        shown = stage if role is STAGE_ROLE[stage] else role  # further members of a reward ensemble are apart
+        shown = stage if role is STAGE_ROLE[stage] else role  # further members of a reward ensemble are separate
         settings = flat_keys(self.recipe.model_dump(mode="json"))
         with (
             sending(names, self.recipe.name, shown, self.folder.path, settings, done) as send,
@@ -242,7 +247,7 @@ class Session:
         return self.recipe.report_to
 
     def checkpoints(self, role: Role) -> Checkpoints:
-        """Of the training of a role."""
+        """Return the checkpoints of a role's training."""
         stage = self.stage_of(role)
         belongs = {
             "base": self.base.sha256,
@@ -258,9 +263,9 @@ class Session:
         )
 
     def stage_of(self, role: Role) -> StageName:
-        """The stage that writes a role."""
+        """Return the stage that writes a role."""
         if role in REWARD_MEMBERS:
             return "reward"
         if role is Role.SFT and self.recipe.sft is None:
-            return "rl"  # it is what RL starts from
+            return "rl"  # RL starts from it
         return next(stage for stage, roles in ROLES.items() if role in roles)

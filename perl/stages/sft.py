@@ -1,6 +1,6 @@
-"""SFT: the `sft` adapter learns the demonstrations by TRL's SFTTrainer; the loss is on agent turns only.
+"""SFT: trains the `sft` adapter on the demonstrations with TRL's SFTTrainer; only agent turns have a loss.
 
-TRL's is for causal LMs; encoder-decoders have `perl.stages.sft_encoder_decoder`.
+TRL's trainer is for causal LMs; encoder-decoders use `perl.stages.sft_encoder_decoder`.
 """
 
 from collections.abc import Iterator
@@ -31,16 +31,18 @@ from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
 NOT_READ = ["cut", "dialogue"]
-"""Columns that say something about a row and are no part of a batch."""
+"""Columns that describe a row and are not part of a batch."""
 
 
 def check(session: Session) -> None:
+    """Refuse data that SFT cannot use."""
     for records in (*validation_split(session, "sft"), session.held_out):
         if records is not None:
             tokenized(session, records.demonstrations)
 
 
 def train_sft(session: Session) -> SftStage:
+    """Train the `sft` role, evaluate it before and after, and save it."""
     own, held_back = validation_split(session, "sft")
     train, held_out = (tokenized(session, one.demonstrations) for one in (own, session.held_out))
     validation = None if held_back is None else tokenized(session, held_back.demonstrations)
@@ -70,11 +72,11 @@ def sft_trainer(
     validation: Dataset | None = None,
     steps: int | None = None,
 ) -> Iterator["RoleTrainer | EncoderDecoderTrainer"]:
-    """A trainer of the `sft` role, after `Session.add_trained`.
+    """Yield a trainer for the `sft` role, which `Session.add_trained` has added.
 
     Args:
-        train, validation: as from `tokenized`.
-        steps: optimizer steps in all; by default those of the recipe's epochs.
+        train, validation: rows as returned by `tokenized`.
+        steps: total optimizer steps; by default those of the recipe's epochs.
     """
     settings, seed = session.recipe.sft, session.recipe.seed
     assert settings is not None
@@ -94,7 +96,7 @@ def sft_trainer(
             args=SFTConfig(
                 per_device_eval_batch_size=settings.batch_size,
                 max_length=None,
-                gradient_checkpointing=False,  # the roles do their own
+                gradient_checkpointing=False,  # the roles implement it
                 pad_to_multiple_of=16,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 **run.arguments(settings),
@@ -107,18 +109,18 @@ def sft_trainer(
 
 
 class RoleTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's trainer, its loss over the tokens of all processes."""
+    """TRL's trainer, with the loss normalised by the tokens of all processes."""
 
     validation_rows: Dataset | None = None
 
     def validation_loss(self) -> float:
-        """Mean loss on the tokens of validation completions."""
+        """Return the mean loss per token of the validation completions."""
         assert self.validation_rows is not None
         return self.losses(self.validation_rows).mean
 
     @torch.no_grad()
     def losses(self, rows: Dataset) -> TokenLosses:
-        """Of rows as from `tokenized`, in their order, by TRL's own forward."""
+        """Return the losses of rows from `tokenized`, in their order, computed with TRL's own forward."""
         self.model.eval()
         sums, tokens = [], []
         for batch in self.get_eval_dataloader(rows.remove_columns(NOT_READ)):
@@ -128,7 +130,7 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
         return TokenLosses(torch.cat(sums).tolist(), torch.cat(tokens).tolist())
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, 0 for a row that does not count."""
+        """Return TRL's loss, or 0 for rows that only fill up a batch."""
         share = inputs.pop(SHARE, None)
         if model.training:
             self.run.meter.count(int(inputs["attention_mask"].sum()))
@@ -136,7 +138,7 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
         return loss if share is None or share > 0 else loss * 0.0
 
     def count_loss_tokens(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Those of all processes."""
+        """Return the number of tokens with a loss in all processes."""
         processes = self.run.processes
         if processes.count == 1 or SHARE not in batch:
             return tokens
@@ -145,13 +147,13 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
 
 
 def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
-    """Demonstrations as `input_ids` and `labels`, which are -100 where the agent does not speak, and `dialogue`.
+    """Return demonstrations as `input_ids`, `labels` (-100 outside agent turns), `length`, `cut` and `dialogue`.
 
-    A demonstration is one row, or a row for each answer where the chat template writes earlier answers otherwise
-    (`ChatFormat.rows`); `cut` says which were too long.
+    A demonstration is one row, or one row per answer if the chat template renders earlier answers differently
+    from the last one (`ChatFormat.rows`); `cut` marks rows that were too long.
 
     Raises:
-        UserError: after cutting to `sft.max_length`, no agent turn is left in any of them.
+        UserError: no demonstration has an agent turn left after truncation to `sft.max_length`.
     """
     length, chat, rows = _max_length(session), session.base.chat, []
     for record in demonstrations:
@@ -179,23 +181,23 @@ def _say_rows(session: Session, rows: int, cut: int) -> None:
     demonstrations = len(session.train.demonstrations) + len(session.held_out.demonstrations)
     if rows > demonstrations:
         console.print(
-            f"{counted(demonstrations, 'demonstration')} make {rows} rows: the chat template writes earlier "
-            "answers otherwise than the last one, so each answer is learned in a row of its own, as it is asked "
-            "for."
+            f"{counted(demonstrations, 'demonstration')} make {rows} rows: the chat template renders earlier "
+            "answers differently from the last one, so each answer is trained on in a row of its own, rendered "
+            "as it will be generated."
         )
     say_cut(cut, rows, _max_length(session), "sft.max_length")
 
 
 @contextmanager
 def trainable_model(roles: Roles, role: Role) -> Iterator[PreTrainedModel]:
-    """A role's model for one of TRL's trainers; `Roles.train` decides which modules are in training mode."""
+    """Yield a role's model for one of TRL's trainers; `Roles.train` sets the training mode of its modules."""
     model: PreTrainedModel
 
     def train(mode: bool = True) -> PreTrainedModel:
-        del vars(model)["train"]  # which the roles would call
+        del vars(model)["train"]  # roles.train would call it
         roles.train(mode)
         vars(model)["train"] = train
-        model.training = mode  # what the Trainer reads: the modules inside stay in eval mode
+        model.training = mode  # read by the Trainer; the modules inside stay in eval mode
         return model
 
     with roles.role(role), hide_quantization(model := roles.model()), forward_restored(model):
@@ -208,6 +210,7 @@ def trainable_model(roles: Roles, role: Role) -> Iterator[PreTrainedModel]:
 
 
 def summary(stage: SftStage) -> None:
+    """Print the result of SFT."""
     found = stage.eval
     ends, little = (found.loss_before, found.loss_after, found.loss_interval), HARDLY * found.loss_before
     told = measured_words(*ends, little=little, rows="rows")

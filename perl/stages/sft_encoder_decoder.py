@@ -1,6 +1,6 @@
-"""SFT of an encoder-decoder, on transformers' Trainer: the decoder learns completions, the encoder reads contexts.
+"""SFT of an encoder-decoder with transformers' Trainer: the encoder reads contexts, the decoder has the loss.
 
-The loss is that of transformers with `labels`: the mean of -log p over the completions' tokens.
+The loss is transformers' loss with `labels`: the mean of -log p over the completions' tokens.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from perl.stages.training_run import TrainingRun
 
 @dataclass(frozen=True)
 class _Collator:
-    """Rows with labels as a batch: contexts padded on the left, completions on the right."""
+    """Collates rows with labels: contexts padded on the left, completions on the right."""
 
     pad_id: int
 
@@ -33,10 +33,10 @@ class _Collator:
 
 
 class EncoderDecoderTrainer(ResumableTrainer):
-    """Trains the `sft` role.
+    """Trainer of the `sft` role.
 
     Args:
-        train, validation: rows with `input_ids`, and `labels` that are -100 in the context.
+        train, validation: rows with `input_ids` and `labels`, which are -100 in the context.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EncoderDecoderTrainer(ResumableTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the tokens of a batch; of several processes, this one's part of the sum."""
+        """Return the mean loss per token of a batch; with several processes, this process's share of the sum."""
         self.run.meter.count(int(inputs["mask_BL"].sum()))
         log_probs_BT, mask_BT = self._log_probs(model, inputs)
         tokens = int(mask_BT.sum())
@@ -69,19 +69,19 @@ class EncoderDecoderTrainer(ResumableTrainer):
         return loss if counts else loss * 0.0
 
     def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of a batch's completions, and where these have tokens."""
+        """Return the log-probs (B, T) of a batch's completions, and the mask (B, T) of their tokens."""
         ids_BL, mask_BL, length = inputs["ids_BL"], inputs["mask_BL"], int(inputs["length"])
         outputs = model(Role.SFT, ids_BL, mask_BL, completion_length=length, temperature=1.0)
         return outputs.log_probs_BT, mask_BL[:, -length:]
 
     def validation_loss(self) -> float:
-        """Mean loss on the tokens of validation completions."""
+        """Return the mean loss per token of the validation completions."""
         assert self._validation is not None
         return self.losses(self._validation).mean
 
     @torch.no_grad()
     def losses(self, dataset: Dataset) -> TokenLosses:
-        """Of rows as of `train`, in their order."""
+        """Return the losses of rows in the format of `train`, in their order."""
         roles, rows = self.run.session.roles.eval(), list(dataset)
         sums, tokens = list[float](), list[int]()
         for start in range(0, len(rows), self._batch_size):

@@ -1,7 +1,7 @@
-"""What SFT and reward training share: transformers' Trainer, with checkpoints of its own and on several processes.
+"""The Trainer that SFT and reward training share, with its own checkpoints and support for several processes.
 
-The Trainer's own checkpoints are pickles, and its order of rows depends on what was drawn before. Here the state
-is safetensors and JSON, and the order follows from the seed and the epoch alone.
+transformers' checkpoints are pickles, and its row order depends on earlier random draws. Here the state is
+safetensors and JSON, and the order depends only on the seed and the epoch.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
 SHARE = "share"
-"""In a batch: its share of the rows that all processes have; 0 where its row does not count."""
+"""Key in a batch: its share of the rows of all processes; 0 if its row does not count."""
 
 
 class NotFiniteError(UserError):
-    """Losses or gradients that training cannot go on with."""
+    """Losses or gradients are not finite, and training cannot continue."""
 
     status = 1
 
 
 class StepCallback(TrainerCallback):
-    """Between the Trainer's steps: measures, logs, refuses updates that are not finite, and stops on request."""
+    """Measures and logs the Trainer's steps, refuses updates that are not finite, and stops on request."""
 
     def __init__(self, run: TrainingRun, validate: Callable[[], float]) -> None:
         self._run, self._validate = run, validate
@@ -54,7 +54,7 @@ class StepCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse an update whose gradient is not finite: an optimizer without gradients changes nothing.
+        """Refuse an update whose gradient is not finite, by removing the gradients.
 
         Raises:
             NotFiniteError: it is the third in a row.
@@ -69,14 +69,14 @@ class StepCallback(TrainerCallback):
         console.print(f"[yellow]Step {step}[/] of {learner}: {WORDS['not_finite'].what}.")
         if self._refused == Limits.refused:
             raise NotFiniteError(
-                f"the loss or its gradient was not finite {self._refused} steps in a row, up to step {step}; none "
-                "of these updates was made",
+                f"the loss or its gradient was not finite in {self._refused} consecutive steps, up to step "
+                f"{step}; these updates were not applied",
                 where=f"stage of {learner}",
                 remedy="Lower its learning_rate; with base.dtype float16 use bfloat16 or float32.",
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop measuring; validate where that is due; save and stop if requested, or if nothing gets better."""
+        """Stop measuring; validate if it is due; save and stop on request, or if validation stops improving."""
         self._step.__exit__(None, None, None)
         validation, step = self._run.validation, state.global_step
         self._measured = {}
@@ -89,7 +89,7 @@ class StepCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
-        if "loss" not in logs:  # the trainer's closing summary, or an evaluation
+        if "loss" not in logs:  # the trainer's final summary, or an evaluation
             return
         refused = {"refused": 1.0} if self._refused else {}
         metrics = {name: self._reduced(name, float(value)) for name, value in logs.items()}
@@ -97,7 +97,7 @@ class StepCallback(TrainerCallback):
         self._run.bar(loss=float(logs["loss"]))
 
     def _reduced(self, name: str, value: float) -> float:
-        """A metric of all processes. What is not of the whole batch already is a count, or a mean over a share."""
+        """Reduce a metric over all processes, unless the Trainer's value is already global."""
         processes = self._run.processes
         if name in ("loss", "grad_norm", "learning_rate", "epoch"):
             return value
@@ -105,13 +105,13 @@ class StepCallback(TrainerCallback):
 
 
 class ShardedCollator:
-    """Is given the rows of all processes and collates this one's share: each Trainer works as if alone."""
+    """Collates this process's share of the rows of all processes, so that each Trainer works as if alone."""
 
     def __init__(self, collate: Callable[..., Any], processes: Processes) -> None:
         self._collate, self._processes = collate, processes
 
     def __call__(self, examples: list[Any]) -> Any:
-        """A batch of every n-th row of n processes; a share of none has one row, which does not count."""
+        """Collate every n-th row, for n processes; an empty share is filled with one row that does not count."""
         share = examples[self._processes.rank :: self._processes.count]
         batch = self._collate(share or examples[:1])
         batch[SHARE] = torch.tensor(len(share) / len(examples))
@@ -119,7 +119,7 @@ class ShardedCollator:
 
 
 class SeededSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that follows from the seed and the epoch."""
+    """Groups rows of similar length, in an order that depends only on the seed and the epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=list(lengths))
@@ -131,10 +131,11 @@ class SeededSampler(LengthGroupedSampler):
 
 
 class ResumableTrainer(HookedTrainer):
-    """A Trainer whose resumed training ends in the same bytes, on one process or several.
+    """A Trainer whose resumed training ends with the same bytes, with one process or several.
 
-    It sees one process only: `ShardedCollator` gives it its share of each batch, the loss is of that share over
-    the whole batch's size, and gradients and losses are summed over the processes before it reads them.
+    It works as if there were one process: `ShardedCollator` gives it its share of each batch, the loss of that
+    share is divided by the whole batch's size, and gradients and losses are summed over the processes before it
+    reads them.
     """
 
     data_collator: Any
@@ -147,7 +148,7 @@ class ResumableTrainer(HookedTrainer):
         self.remove_callback(PrinterCallback)
 
     def validation_loss(self) -> float:
-        """The mean loss on the validation rows."""
+        """Return the mean loss of the validation rows."""
         raise NotImplementedError
 
     def _validated(self) -> float:
@@ -160,7 +161,7 @@ class ResumableTrainer(HookedTrainer):
         return layers_of(self.run.session.roles, self.run.learner)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's, for the batch of all processes."""
+        """Do the Trainer's step, for the batch of all processes."""
         loss: Tensor = super().training_step(*args, **kwargs)
         processes = self.run.processes
         processes.all_reduce_gradients(self.run.parameters)
@@ -169,7 +170,7 @@ class ResumableTrainer(HookedTrainer):
         return torch.tensor(processes.all_reduce_sum(float(loss)), device=loss.device)
 
     def get_train_dataloader(self) -> Any:
-        """The batches of all processes, of which this one collates its share."""
+        """Return a loader over the batches of all processes, which collates this process's share."""
         collator = self.data_collator
         self.data_collator = ShardedCollator(collator, self.run.processes)
         try:
@@ -178,7 +179,7 @@ class ResumableTrainer(HookedTrainer):
             self.data_collator = collator
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, in the engine's form; every process begins with the same weights."""
+        """Create the Trainer's optimizer in the engine's form; every process starts with the same weights."""
         self.run.session.begin_together(self.run.parameters)
         optimizer = super().create_optimizer(*args, **kwargs)
         by_rate = self.run.session.roles.by_learning_rate(self.run.learner)
@@ -191,7 +192,7 @@ class ResumableTrainer(HookedTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's, or that of `perl.stages.ulmfit`."""
+        """Create the Trainer's scheduler, or that of `perl.stages.ulmfit`."""
         if self._full.schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         of_step = partial(slanted_triangular, steps=num_training_steps)
@@ -199,10 +200,10 @@ class ResumableTrainer(HookedTrainer):
         return self.lr_scheduler
 
     def resume(self) -> None:
-        """Train from the newest checkpoint, or from the start, and put back the weights that validation prefers.
+        """Train from the newest checkpoint, or from the start, and load the weights with the best validation.
 
         Raises:
-            KeyboardInterrupt: a stop was requested; all is saved.
+            KeyboardInterrupt: a stop was requested; the state is saved.
         """
         run = self.run
         if run.validation is None or not run.validation.exhausted:
@@ -215,7 +216,7 @@ class ResumableTrainer(HookedTrainer):
 
     @property
     def kept(self) -> Kept | None:
-        """Which weights these are, where validation chose them."""
+        """Which weights were kept, if validation chose them."""
         validation = self.run.validation
         if validation is None:
             return None
@@ -223,14 +224,14 @@ class ResumableTrainer(HookedTrainer):
 
     def _train(self) -> None:
         folder = self.run.scratch / "resumed"
-        if self.run.resumed is not None:  # the Trainer reads its own state from a folder; `load_state` all else
+        if self.run.resumed is not None:  # the Trainer reads only its own state here; `load_state` loads the rest
             folder.mkdir()
             state = json.dumps(self.run.resumed.values["trainer"])
             (folder / "trainer_state.json").write_text(state, encoding="utf-8")
         self.train(resume_from_checkpoint=str(folder) if self.run.resumed is not None else None)
 
     def train_sampler(self, lengths: Sequence[int]) -> SeededSampler:
-        """The same order in all processes and after a restart."""
+        """Return a sampler with the same order in all processes and after a restart."""
         seed, batch_size = self.run.seed, self.args.train_batch_size
         return SeededSampler(lengths, batch_size, seed, lambda: int(self.state.epoch or 0))
 
@@ -261,7 +262,7 @@ class ResumableTrainer(HookedTrainer):
 
 
 def set_apart(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], ratio: float) -> None:
-    """Move weights to groups of their own, in which the learning rate is multiplied by a ratio."""
+    """Move weights to separate parameter groups, whose learning rate is multiplied by a ratio."""
     chosen = {id(weight) for weight in weights}
     for group in list(optimizer.param_groups):
         apart = [weight for weight in group["params"] if id(weight) in chosen]

@@ -1,4 +1,4 @@
-"""One stage's training on transformers' Trainer: what it trains, for how long, and where its state goes."""
+"""One stage's training with transformers' Trainer: what it trains, for how long, and where its state goes."""
 
 import contextlib
 import tempfile
@@ -29,16 +29,16 @@ class TrainingRun:
     session: Session
     learner: Role
     seed: int
-    """Of the order of rows, and of dropout."""
+    """Seed of the row order and of dropout."""
     steps: int
-    """Optimizer steps in all."""
+    """Total optimizer steps."""
     epochs: int
-    """Passes over the rows that they are."""
+    """Passes over the rows in these steps."""
     checkpoints: Checkpoints
     resumed: State | None
-    """Where an earlier process stopped; None: at the start."""
+    """The checkpoint to resume from; None: start from the beginning."""
     validation: Validation | None
-    """Which weights are kept; None: the last."""
+    """Chooses the weights to keep; None: the last ones."""
     meter: Meter
     log: MetricsLog
     bar: Advance
@@ -51,7 +51,7 @@ class TrainingRun:
 
     @property
     def learning_rate(self) -> float:
-        """At its highest."""
+        """The peak learning rate."""
         session = self.session
         return learning_rate(session.recipe, session.stage_of(self.learner), session.roles.models()[0].config)
 
@@ -60,7 +60,7 @@ class TrainingRun:
         return self.session.roles.parameters_of(self.learner)
 
     def arguments(self, settings: Supervised) -> dict[str, Any]:
-        """The arguments of transformers' Trainer that SFT and reward training share."""
+        """Return the arguments of transformers' Trainer that SFT and reward training share."""
         saving = {"save_strategy": "steps", "save_steps": self.session.recipe.checkpoint_every}
         device = self.session.device.type
         settings = settings.model_copy(update={"learning_rate": self.learning_rate})
@@ -68,20 +68,20 @@ class TrainingRun:
 
 
 def trainer_arguments(settings: Supervised, steps: int, seed: int, device: str, scratch: Path) -> dict[str, Any]:
-    """The arguments of transformers' Trainer that all trainings on it share."""
+    """Return the arguments of transformers' Trainer that all training with it shares."""
     return {
         "output_dir": str(scratch),
         "max_steps": steps,
         "per_device_train_batch_size": settings.batch_size,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": int(settings.warmup_ratio * steps),  # the Trainer's own share is rounded up
+        "warmup_steps": int(settings.warmup_ratio * steps),  # the Trainer would round the ratio's steps up
         "weight_decay": settings.weight_decay,
         "max_grad_norm": 1.0,
         "seed": seed % 2**32,
         "data_seed": seed % 2**32,
         "use_cpu": device == "cpu",
-        "bf16": False,  # the base has its dtype and the adapters are fp32: nothing is autocast
+        "bf16": False,  # no autocast: the base has its dtype, and the adapters are fp32
         "eval_strategy": "no",
         "logging_steps": 1,
         "report_to": [],
@@ -92,7 +92,7 @@ def trainer_arguments(settings: Supervised, steps: int, seed: int, device: str, 
 
 
 def optimizer_steps(rows: int, settings: Supervised) -> int:
-    """Steps of all epochs over so many rows."""
+    """Return the optimizer steps of all epochs for this number of rows."""
     return -(-rows // settings.batch_size) * settings.epochs
 
 
@@ -100,12 +100,12 @@ def optimizer_steps(rows: int, settings: Supervised) -> int:
 def training_run(
     session: Session, learner: Role, seed: int, steps: int, validation: Validation | None = None
 ) -> Iterator[TrainingRun]:
-    """Open what the training of a role writes, once the stage has all its roles.
+    """Open the logs and checkpoints of a role's training, once the stage has all its roles.
 
     Args:
-        seed: of the order of rows, and of dropout.
-        steps: optimizer steps in all.
-        validation: which weights are kept; None: the last.
+        seed: seed of the row order and of dropout.
+        steps: total optimizer steps.
+        validation: chooses the weights to keep; None: the last ones.
     """
     meter, checkpoints, done = session.meter(), session.checkpoints(learner), 0
     if (resumed := checkpoints.newest()) is not None:
@@ -127,12 +127,12 @@ def training_run(
             session, learner, seed, steps, epochs, checkpoints, resumed, validation, meter, log, bar, stop, folder
         )
         if section.learning_rate == "auto":
-            console.print(f"{learner}: learning rate {run.learning_rate:g}, by the base's width and kind")
+            console.print(f"{learner}: learning rate {run.learning_rate:g}, from the base's width and kind")
         yield run
 
 
 def loss_validation(settings: Supervised, rows: int, by: str = "loss") -> Validation | None:
-    """Validation by a loss, `by` in words, on so many rows, where the recipe has it."""
+    """Return validation by a loss on this number of rows, if the recipe has it; `by` is the loss's name."""
     if settings.eval_steps is None:
         return None
     return Validation(settings.eval_steps, settings.early_stopping_patience, by, rows, sign=-1)

@@ -1,4 +1,4 @@
-"""Two finished runs on the rows that both hold out: their reward models, and their policies."""
+"""Compares two finished runs' reward models and policies on the rows that both hold out."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ Both = tuple[Path, Path]
 
 @dataclass(frozen=True, kw_only=True)
 class TwoRuns:
-    """What of two runs could be compared, and the keys in which their recipes differ: (first, second) by key.
+    """The comparisons of two runs, and the keys in which their recipes differ: (first, second) by key.
 
     Attributes:
-        same_reward: whether both policies were trained on the same reward, which then judges both.
-        as_text: whether completions were judged as text, because the runs' tokens, or rewards, are not the same.
+        same_reward: whether both policies were trained on the same reward, which then scores both.
+        as_text: whether completions were scored as text, because the runs' tokens or rewards differ.
     """
 
     runs: tuple[str, str]
@@ -48,7 +48,7 @@ class TwoRuns:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A policy's completions, side by side for each prompt, and metrics by prompt."""
+    """A policy's completions, grouped by prompt, and metrics per prompt."""
 
     written: list[Written]
     metrics: dict[str, list[float]]
@@ -77,9 +77,9 @@ def compare(runs: Both) -> TwoRuns:
     ]
     if not finished:
         raise UserError(
-            "they have no finished reward model and no finished policy in common",
+            "they have neither a finished reward model nor a finished policy in common",
             where=f"{runs[0]} and {runs[1]}",
-            remedy="Finish the stage reward or rl of both with `perl-rlhf run RECIPE --out` and their folders.",
+            remedy="Finish the stage reward or rl in both with `perl-rlhf run RECIPE --out FOLDER`.",
         )
     with silence():
         held_out = [read_data(recipe)[1] for recipe in recipes]
@@ -106,21 +106,21 @@ def _differences(recipes: Sequence[Recipe]) -> dict[str, tuple[object, object]]:
 
 
 def _common(held_out: Sequence[Records]) -> Records:
-    """The rows that both hold out, as the first has them."""
+    """Return the rows that both runs hold out, as they are in the first."""
     first, second = held_out
     there = {content_of(row) for row in second.rows()}
     return first.where(lambda row: content_of(row) in there)
 
 
 def _refuse_few(held_out: Sequence[Records], *kinds: str) -> None:
-    """Refuse rows of too few dialogues for an interval."""
+    """Refuse rows from too few dialogues for an interval."""
     of_both, one, other = (
         [row for kind in kinds for row in records.by_kind()[kind]] for records in (_common(held_out), *held_out)
     )
     dialogues = len({row.dialogue for row in of_both})
     if dialogues < MIN_DIALOGUES:
         raise UserError(
-            f"too few rows are held out by both: {len(of_both):,}, of {counted(dialogues, 'dialogue')} "
+            f"both hold out too few rows in common: {len(of_both):,}, from {counted(dialogues, 'dialogue')} "
             f"({MIN_DIALOGUES} are needed); the first run holds out {counted(len(one), 'row')}, the second "
             f"{counted(len(other), 'row')}",
             where=f"held-out {' and '.join(kinds)}",
@@ -130,9 +130,9 @@ def _refuse_few(held_out: Sequence[Records], *kinds: str) -> None:
 
 @contextmanager
 def _opened(run: Path, stage: StageName, held_out: Records) -> Iterator[Session]:
-    """The run's session, to judge on these rows."""
-    gc.collect()  # the base of the run before
-    console.print(f"judging {stage} of {run}", markup=False)
+    """Open the run's session, to evaluate it on these rows."""
+    gc.collect()  # frees the previous run's base
+    console.print(f"evaluating {stage} of {run}", markup=False)
     with silence():
         session = open_session(RunFolder(run).recipe(), run)
         refuse_changed(session.folder, {stage: session.identities[stage]})
@@ -148,12 +148,12 @@ def _scores(run: Path, held_out: Records) -> tuple[list[float], Rows]:
 
 
 def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
-    """Their completions of the same prompts, all judged by the reward of each run."""
+    """Sample both policies on the same prompts, and score all completions with the reward of each run."""
     each = samples_per_prompt(len(held_out.prompts))
     drawn = [_draw(run, held_out, each) for run in runs]
     same = drawn[0].reward == drawn[1].reward
     metrics = [dict(one.metrics) for one in drawn]
-    # On one base a reward is of the tokens that were drawn: as text they may be other tokens.
+    # With the same base, the sampled tokens are scored; tokenizing their text could give other tokens.
     as_drawn = same and drawn[0].base == drawn[1].base
     for number, run in enumerate(runs):
         if as_drawn or (same and number):
@@ -164,7 +164,7 @@ def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
             of_policy[name] = [sum(group) / each for group in by_prompt(rewards, each)]
     if not same:
         for one in metrics:
-            del one["reward"]  # each by its own
+            del one["reward"]  # scored by each run's own reward
     order = sorted(metrics[0], key=lambda name: not name.startswith("reward"))
     dialogues = [prompt.dialogue for prompt in held_out.prompts]
     policy = compare_metrics({name: metrics[0][name] for name in order}, metrics[1], dialogues)
@@ -191,14 +191,14 @@ def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
 
 
 def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[Written]]) -> list[list[float]]:
-    """The run's reward of the completions of each policy."""
+    """Return the run's rewards of each policy's completions."""
     with _opened(run, "rl", held_out) as session:
         collector = finished_collector(session)
         return [rewards_of(collector, written) for written in of_both]
 
 
 def _reward_identity(session: Session) -> dict[str, str]:
-    """What the reward depends on: its settings, servers, and the reward stage where its model is a part."""
+    """Return what the reward depends on: its settings, servers, and the reward stage if its model is a part."""
     rl = session.recipe.rl
     assert rl is not None
     identities = session.identities

@@ -1,7 +1,7 @@
-"""Full tuning as ULMFiT does it (Howard and Ruder 2018, arXiv 1801.06146): what it does to rates and to layers.
+"""Full tuning as in ULMFiT (Howard and Ruder 2018, arXiv 1801.06146): its schedule and gradual unfreezing.
 
-Layers are what lies above the blocks (a head, the last norm), the blocks, and the embeddings, the topmost first.
-An encoder-decoder's decoder lies on its encoder.
+From the top, the layers are everything above the blocks (a head, the final norm), the blocks, and the embeddings.
+An encoder-decoder's decoder is above its encoder.
 """
 
 import math
@@ -17,16 +17,16 @@ from perl.stages.training_run import TrainingRun
 
 CUT_FRACTION = 0.1
 RATIO = 32
-"""The paper's values, for all its tasks."""
+"""The paper's values for all its tasks."""
 
 
 def slanted_triangular(step: int, steps: int) -> float:
-    """The share of the highest rate in a step, counted from 0 (equation 3).
+    """Return the share of the peak rate in a step, counted from 0 (equation 3).
 
         cut = floor(T · cut_frac)      p = t / cut up to the cut, then 1 - (t - cut) / (cut · (1 / cut_frac - 1))
         η_t / η_max = (1 + p · (ratio - 1)) / ratio
 
-    The equation goes below 0 at the end where the floor takes much off; here p does not.
+    If the floor removes much, the equation's p ends below 0; here it is clamped to 0.
     """
     cut = max(1, math.floor(steps * CUT_FRACTION))
     p = step / cut if step < cut else 1 - (step - cut) / (cut * (1 / CUT_FRACTION - 1))
@@ -34,7 +34,7 @@ def slanted_triangular(step: int, steps: int) -> float:
 
 
 def layers_of(roles: Roles, role: Role) -> list[list[nn.Parameter]]:
-    """The weights and the head of a role by layer, the topmost first."""
+    """Return a role's weights and head by layer, the topmost layer first."""
     with roles.role(role):
         lm = roles.model()
     blocks = [{id(weight) for weight in block.parameters()} for block in reversed(roles.backbone.blocks(lm))]
@@ -50,10 +50,10 @@ def layers_of(roles: Roles, role: Role) -> list[list[nn.Parameter]]:
 
 
 class GradualUnfreezing(TrainerCallback):
-    """Lets the topmost layers learn: one in the first epoch, and one more in each epoch after it.
+    """Unfreezes layers from the top: one in the first epoch, and one more in each later epoch.
 
     Args:
-        layers: from `layers_of`.
+        layers: layers from `layers_of`.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]], run: TrainingRun) -> None:

@@ -1,4 +1,4 @@
-"""Validation rows: dialogues split off those that a stage trains on."""
+"""Validation rows: dialogues that are split off from a stage's training data."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from perl.system.seeds import derived_seed
 
 
 def validation_split(session: Session, stage: StageName) -> tuple[Records, Records | None]:
-    """The records that a stage trains on and those that it is validated on; None where it is not.
+    """Return a stage's training records and its validation records; None without validation.
 
     Raises:
         UserError: there are too few dialogues for both.
@@ -31,7 +31,7 @@ def validation_split(session: Session, stage: StageName) -> tuple[Records, Recor
             return train, validation
         notes = validation.notes
     raise UserError(
-        "; ".join([f"the {name} to train on are of too few dialogues to validate on a part of them", *notes]),
+        "; ".join([f"the {name} to train on have too few dialogues to use a part for validation", *notes]),
         where=f"{stage}.eval_steps",
-        remedy="Use more data, or take eval_steps out.",
+        remedy="Use more data, or remove eval_steps.",
     )

@@ -225,4 +225,4 @@ def test_random_weights_are_not_quantized(run_cli: RunCli, write_recipe: WriteRe
     base = {"model": str(tiny_llama), "random_init": True, "dtype": "float32", "quantization": "4bit"}
     code, text = run_cli("run", write_recipe(base=base))
     assert code == 2
-    assert "weights drawn at random are not quantized" in text
+    assert "random weights cannot be quantized" in text

@@ -38,7 +38,7 @@ CASES = [
     ),
     Case(
         "one class",
-        ("all", "thumbs up: there is nothing to tell apart", "Add ratings of the other kind"),
+        ("all", "thumbs up: there is nothing to distinguish", "Add ratings of the other kind"),
         rows=[{"prompt": user(f"{n}"), "completion": "Yes.", "label": True} for n in range(9)],
     ),
     Case(
@@ -55,7 +55,7 @@ CASES = [
     Case(
         "one demonstration for SFT",
         (
-            "its demonstrations (1) are all of dialogues that belong together",
+            "its demonstrations (1) all come from dialogues that belong together",
             "nothing to judge sft on",
             "Use more data",
         ),

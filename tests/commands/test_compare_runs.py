@@ -82,7 +82,7 @@ def test_runs_that_hold_out_other_rows(write_recipe: WriteRecipe, run_cli: RunCl
         )
     status, written = run_cli("compare-runs", tmp_path / "0", tmp_path / "1")
     assert status == 2
-    assert "too few rows are held out by both" in written
+    assert "both hold out too few rows in common" in written
     assert "10 are needed" in written
     assert "the same data.eval_path" in written
 
@@ -92,7 +92,7 @@ def test_runs_with_nothing_in_common(write_recipe: WriteRecipe, run_cli: RunCli,
     (tmp_path / "A" / "recipe.yaml").write_text(write_recipe(rl=None).read_text())
     status, written = run_cli("compare-runs", tmp_path / "A", tmp_path / "A")
     assert status == 2
-    assert "no finished reward model and no finished policy in common" in written
+    assert "neither a finished reward model nor a finished policy in common" in written
 
 
 def rows(labels: list[bool]) -> RatedRows:

@@ -421,11 +421,11 @@ def test_an_adapter_is_written_as_lora_with_what_that_costs(
     code, text = run_cli("export", made.folder, "reward", out, "--as-lora", 3)
     assert code == 0, text
     assert json.loads((out / "adapter_config.json").read_text())["use_dora"] is False
-    said = re.search(r"error of what it adds to the weights is (\S+); the scores of (\d+) held-out rows", text)
+    said = re.search(r"error of the change to the weights is (\S+); the scores of (\d+) held-out rows", text)
     assert said is not None
     assert float(said[1]) > 0.01
     assert "rescales whole rows" in text
-    assert "A relative error of 0.01 takes rank" in text
+    assert "A relative error of 0.01 needs rank" in text
     model, tokenizer = classifier(out, False)
     rated = [(one.context, one.answer) for one in made.session.held_out.ratings]
     names = {"user": "user", "agent": "assistant"}

@@ -58,7 +58,7 @@ def test_a_fit_model(tmp_path: Path, metrics: dict[str, Any]) -> None:
     after = metrics["calibration"]["ece_after"]
     assert f'… with slope and intercept</th><td class="number">{after:.2f}</td>' in text
     assert "on dialogues that this was not fitted to" in text
-    assert "of the model among like lengths" in text
+    assert "of the model among similar lengths" in text
     for one in metrics["slices"]:
         assert f'<th scope="row">{one["by"]}</th><td data-head="Slice">{one["name"]}</td>' in text
     assert "Reliability diagram (scaled)" in text

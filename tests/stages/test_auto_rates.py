@@ -70,6 +70,6 @@ def test_stages_learn_at_it_and_say_so(
     assert code == 0, text
     expected = rate("sft", llama(32))
     for role in ("sft", "reward"):
-        assert f"{role}: learning rate {expected:g}, by the base's width and kind" in text
+        assert f"{role}: learning rate {expected:g}, from the base's width and kind" in text
         lines = (tmp_path / "out" / role / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[0])["learning_rate"] == pytest.approx(expected)

@@ -63,7 +63,7 @@ def test_three_settings_of_rl_cost_three_stages_of_rl(
     assert one["reward"] == two["reward"]
     assert len({one["policy"], two["policy"], three["policy"]}) == 3
     code, log = run_cli("run", recipe, "rl.learning_rate=0.002", "--from", "runs/tiny")
-    assert "rl is finished already" in log, "the same setting again is the same run"
+    assert "rl is already finished" in log, "the same setting again is the same run"
     # A stage that was taken is this run's own: the other may go, and this one is read and exported.
     code, log = run_cli("evaluate", "runs/tiny-3", "reward")
     assert code == 0, log
@@ -85,12 +85,12 @@ def test_more_epochs_and_steps_continue_where_the_schedule_allows_it(
     results = [json.loads((tmp_path / out / "sft" / "result.json").read_text()) for out in ("more", "at-once")]
     assert results[0]["eval"] == results[1]["eval"]
     if continues:
-        assert "sft continues from" in log
+        assert "sft is continued from" in log
         assert "sft.epochs was its default and is 2" in log
     else:
         assert "sft is trained again" in log
-        assert "its learning rate follows from the number of steps (cosine)" in log
-        assert "under sft.lr_scheduler_type: constant it would be continued" in log
+        assert "its learning rate depends on the number of steps (cosine)" in log
+        assert "sft.lr_scheduler_type: constant would allow continuing it" in log
 
 
 def test_a_stage_that_was_not_begun_may_change_in_its_folder(
@@ -117,7 +117,7 @@ def test_more_steps_of_rl_continue(
     assert run_cli("run", recipe, "--out", tmp_path / "short")[0] == 0
     code, log = run_cli("run", recipe, "rl.steps=3", "--from", tmp_path / "short", "--out", tmp_path / "more")
     assert code == 0, log
-    assert "rl continues from" in log
+    assert "rl is continued from" in log
     assert run_cli("run", recipe, "rl.steps=3", "--out", tmp_path / "at-once")[0] == 0
     assert weights(tmp_path / "more") == weights(tmp_path / "at-once")
     code, log = run_cli("run", recipe, "--from", tmp_path / "more", "--out", tmp_path / "less")
@@ -126,7 +126,7 @@ def test_more_steps_of_rl_continue(
     assert run_cli("run", recipe, *by_share, "--out", tmp_path / "easy")[0] == 0
     longer = ("rl.steps=3", "--from", tmp_path / "easy", "--out", tmp_path / "easier")
     code, log = run_cli("run", recipe, *by_share, *longer)
-    assert "the curriculum goes by the share of the steps" in " ".join(log.split())
+    assert "the curriculum depends on the number of steps" in " ".join(log.split())
 
 
 def test_changed_rows_are_refused_by_count_and_trained_again_elsewhere(
@@ -222,7 +222,7 @@ def test_rl_against_a_model_that_is_not_fit_is_asked_for(
     assert not (out / "policy").exists()
     code, text = run_cli("run", recipe, "rl.anyway=true", "--out", out)
     assert code == 0, text
-    assert "reward is finished already" in text
+    assert "reward is already finished" in text
     page = (out / "report.html").read_text()
     assert "Trained against a reward model that is not fit for RL." in page.partition("</section>")[0]
 

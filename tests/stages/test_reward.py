@@ -214,7 +214,7 @@ def test_soft_labels_are_learned_as_they_are(run_cli: RunCli, write_recipe: Writ
     assert (card["auroc"], card["pairwise_accuracy"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("file", "what"), [("pairs", "no ratings, only pairs"), ("ratings", "has no pairs, nor")])
+@pytest.mark.parametrize(("file", "what"), [("pairs", "no ratings, only pairs"), ("ratings", "neither pairs nor")])
 def test_both_wants_ratings_and_pairs(
     file: str, what: str, run_cli: RunCli, write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
 ) -> None:

@@ -161,7 +161,7 @@ def test_prompts_computed_once_for_their_completions_change_no_step(
         file, out = recipe(toy, tmp_path / "r.yaml", **settings), tmp_path / str(reason)
         code, text = run_cli("run", str(file), "--out", str(out))
         assert code == 0, text
-        assert ("again for each of their completions: it is tried without" in " ".join(text.split())) == bool(
+        assert ("separately for each of their completions: it is tried without" in " ".join(text.split())) == bool(
             reason
         )
         assert ({(Role.BASE, False), (Role.POLICY, True)} <= shared) == (reason is None)
@@ -275,8 +275,8 @@ def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path
     file, out = recipe(toy, tmp_path / "r.yaml", reward="constant", **settings), tmp_path / "out"
     code, text = run_cli("run", str(file), "--out", str(out))
     assert code == 0, text
-    assert "of the critic's head" in text or name == "rloo"
-    assert "completions before RL are all 0.7: as long as they are equal, nothing can be learned" in " ".join(
+    assert "for the critic's head" in text or name == "rloo"
+    assert "completions before RL are all 0.7: while they are equal there is nothing to learn" in " ".join(
         text.split()
     )
     steps = [json.loads(line) for line in (out / "policy" / "metrics.jsonl").read_text().splitlines()]
@@ -346,7 +346,7 @@ def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: R
     written = weights.stat().st_mtime_ns
     code, text = run_cli("run", str(file), "--out", str(tmp_path / "out"))
     assert code == 0
-    assert "finished already" in text
+    assert "already finished" in text
     assert weights.stat().st_mtime_ns == written
 
 

@@ -105,7 +105,7 @@ def test_validation_rows_are_of_other_dialogues_and_too_few_are_refused(
     data = {"source": "jsonl", "path": str(own), "held_out": 0.5}
     code, text = run_cli("run", write_recipe(data=data, reward={"eval_steps": 1}, rl=None))
     assert code == 2
-    assert "of too few dialogues to validate on" in " ".join(text.split())
+    assert "too few dialogues to use a part for validation" in " ".join(text.split())
 
 
 def test_rows_that_both_sides_have_are_left_out_and_the_rest_validates(

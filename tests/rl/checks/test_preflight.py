@@ -197,7 +197,7 @@ def test_a_policy_computed_unlike_its_reference(parts: Parts) -> None:
 @pytest.mark.parametrize("role", [Role.SFT, Role.REWARD])
 def test_an_adapter_in_memory_that_is_not_the_one_on_disk(role: Role, parts: Parts) -> None:
     noise(parts, role)
-    assert "another adapter was written into this folder" in parts.fails(f"{role} adapter read from disk")
+    assert "another adapter was written to this folder" in parts.fails(f"{role} adapter read from disk")
 
 
 def test_a_head_in_memory_that_is_not_the_one_on_disk(parts: Parts) -> None:
@@ -210,7 +210,7 @@ def test_a_head_in_memory_that_is_not_the_one_on_disk(parts: Parts) -> None:
     ("spoil", "cause"),
     [
         (lambda head: head.flip(1).contiguous(), "an adapter of another base or another run"),
-        (torch.zeros_like, "all scores are alike: the head was lost on saving"),
+        (torch.zeros_like, "all scores are equal: the head was lost on saving"),
     ],
 )
 def test_a_head_on_disk_that_is_not_the_one_evaluated(

@@ -151,10 +151,10 @@ REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "max_length": 64, "lea
 NAMED = {
     "it serves the base without the adapter": "base served",
     "it sends the sigmoid of the score": "sigmoid",
-    "all its scores are alike": "softmax",
+    "all its scores are equal": "softmax",
     "another dtype, LoRA scale or rank": "wrong scale",
-    "another adapter or head": "another head",
-    "the server reads other tokens": "other tokens",
+    "a different adapter or head": "another head",
+    "the server's tokens differ": "other tokens",
 }
 
 
@@ -206,7 +206,7 @@ def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
         alone = write_recipe(reward=None, rl={**RL, "steps": 1, "reward": {**moved, "probability": True}})
         status, said = run_cli("run", alone, "--out", tmp_path / "alone")
         assert status == 0, said
-        assert said.count("Nothing here says whether") == 1
+        assert said.count("cannot be checked") == 1
     ours, theirs = (
         [json.loads(line) for line in (run / "policy" / "metrics.jsonl").read_text().splitlines()]
         for run in (local, out)

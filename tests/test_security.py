@@ -259,7 +259,7 @@ def test_a_download_cannot_be_put_out_of_its_folder(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Repository, "url", (tmp_path / "served").as_uri())
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="leads out of its folder"):
+    with pytest.raises(UserError, match="points outside its folder"):
         fetch("TM-3-2020", replace(TASKMASTER, listing=listing))
     assert contents(tmp_path) == before
 

@@ -1,7 +1,7 @@
-"""The answer that a text gives, and whether it is the reference's: the published rule of LLM-Adapters, and LaTeX.
+"""Extracts the answer from a text and compares it with the reference: numbers, letters and LaTeX.
 
-Numbers and letters by `evaluate.py` of LLM-Adapters (Hu et al. 2023): the last number after removing commas, right
-within 0.001; of choices the first of the letters A to E.
+Numbers and letters follow `evaluate.py` of LLM-Adapters (Hu et al. 2023): the last number after removing commas,
+correct within 0.001; for choices, the first of the letters A to E.
 """
 
 import math
@@ -20,22 +20,22 @@ _LETTER = re.compile("[A-E]")
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, commas removed; None without one."""
+    """Return the last number of a text, commas removed; None without one."""
     numbers = _NUMBER.findall(text.replace(",", ""))
     return float(numbers[-1]) if numbers else None
 
 
 def first_letter(text: str) -> str | None:
-    """The first of the letters A to E, wherever it stands; None without one."""
+    """Return the first of the letters A to E, at any position; None without one."""
     found = _LETTER.search(text)
     return found[0] if found else None
 
 
 def is_right(kind: AnswerKind, text: str, reference: JSON) -> bool:
-    """Whether the answer that a text gives is the reference's.
+    """Return whether the answer in a text is the reference answer.
 
     Raises:
-        UserError: `reference_problem` has something to say, or the package for LaTeX is missing.
+        UserError: the reference has a `reference_problem`, or the package for LaTeX is missing.
     """
     if problem := reference_problem(kind, reference):
         raise UserError(problem, where=f"reference answer {reference!r}", remedy="Correct the row.")
@@ -43,12 +43,12 @@ def is_right(kind: AnswerKind, text: str, reference: JSON) -> bool:
 
 
 def reference_problem(kind: AnswerKind, reference: JSON) -> str | None:
-    """Why a value cannot be the reference answer of this kind; None where it can."""
+    """Return why a value cannot be a reference answer of this kind; None if it can."""
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
         return "is neither text nor a number"
     text = str(reference).replace(",", "").strip()
     if kind == "letter":
-        return None if _LETTER.fullmatch(text) else "is none of the letters A to E"
+        return None if _LETTER.fullmatch(text) else "is not one of the letters A to E"
     if kind == "number":
         try:
             return None if math.isfinite(float(text)) else "is not finite"
@@ -61,7 +61,7 @@ def check_references(kind: AnswerKind, column: str, prompts: Sequence[Prompt], w
     """Refuse prompts whose reference answer is missing or of another kind.
 
     Raises:
-        UserError: naming the first.
+        UserError: names the first such prompt.
     """
     for prompt in prompts:
         problem = reference_problem(kind, prompt.columns.get(column))
@@ -72,7 +72,7 @@ def check_references(kind: AnswerKind, column: str, prompts: Sequence[Prompt], w
             raise UserError(
                 f"a prompt has no reference answer of kind {kind}: {value}",
                 where=f"{where}, prompt of dialogue {prompt.dialogue[:60]!r}",
-                remedy="Give every row a field with its answer, and name the field in `column`.",
+                remedy="Add a field with the answer to every row, and name the field in `column`.",
             )
 
 
@@ -86,7 +86,7 @@ def _same_letter(text: str, reference: str) -> bool:
 
 
 def _same_latex(text: str, reference: str) -> bool:
-    """By the package math-verify, with its own time limit: 5 seconds, after which an answer is wrong."""
+    """Compare with the package math-verify, whose time limit is 5 seconds; after that an answer is wrong."""
     try:
         from math_verify import parse, verify
     except ImportError:

@@ -1,7 +1,7 @@
-"""Plain text as chats: a prompt is what a user says, a completion what the assistant answers.
+"""Converts plain text to chats: a prompt becomes a user turn, a completion an assistant turn.
 
-A chat model knows its chat format and little else: rows of plain text, as tables have them, reach it in that
-format under `data.chat: true`.
+Chat models expect their chat format. With `data.chat: true`, rows of plain text, such as those of tables, are put
+into it.
 """
 
 from dataclasses import replace
@@ -10,17 +10,17 @@ from perl.data.records import Context, Records, Speaker, Turn
 
 
 def asked(context: Context, chat: bool = True) -> Context:
-    """A context whose plain text is a user's, where that is to be a chat."""
+    """Return a context with its plain text as user turns, if `chat`."""
     return tuple(Turn("user", one.text.strip()) if chat and one.speaker == "text" else one for one in context)
 
 
 def answered(answer: Turn, chat: bool = True) -> Turn:
-    """An answer that is the assistant's, if it was plain text and is to be a chat's."""
+    """Return an answer as an assistant turn if it is plain text and `chat`."""
     return Turn("agent", answer.text.strip()) if chat and answer.speaker == "text" else answer
 
 
 def as_chats(records: Records) -> Records:
-    """All records, with plain text in their contexts and answers as chats."""
+    """Return all records, with plain text in contexts and answers converted to chats."""
     return replace(
         records,
         demonstrations=[
@@ -37,7 +37,7 @@ def as_chats(records: Records) -> Records:
 
 
 def speakers_of(records: Records) -> set[Speaker]:
-    """Who says something in any record."""
+    """Return the speakers that occur in any record."""
     answers = (one.answer for one in records.demonstrations)
     contexts = (one.context for one in records.rows())
     return {turn.speaker for turns in (*answers, *contexts) for turn in turns}

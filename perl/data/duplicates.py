@@ -1,13 +1,13 @@
-"""Duplicate and near-duplicate rows, so that splits do not leak and seen rows can be counted.
+"""Finds duplicate and near-duplicate rows, so that splits do not leak and seen rows can be counted.
 
-Rows are compared by their words: case, white space and punctuation do not count; digits and arithmetic signs do.
-Rows of the same words are the same. Longer ones are nearly the same if their sets of word pairs have a Jaccard
-overlap of 0.8, as when one word in twenty differs, both in all pairs and in the distinctive ones alone. A pair
-that many dialogues have, as those of a system prompt, is not distinctive.
+Rows are compared by their words: case, white space and punctuation are ignored; digits and arithmetic signs
+count. Rows with the same words are the same. Longer rows are nearly the same if their sets of word pairs have a
+Jaccard overlap of 0.8 (about one word in twenty differs), both for all pairs and for the distinctive pairs alone.
+A pair that many dialogues have, such as those of a system prompt, is not distinctive.
 
-The search is exact and does not compare all rows: of two sets that overlap by τ, the first n - ⌈τ n⌉ + 1 members
-of either, the rarest first, have one in common (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma & Srikant 2007). Of
-very much text only pairs with certain hashes are kept, whose overlap estimates that of the sets (Broder 1997).
+The search is exact without comparing all rows: if two sets overlap by τ, the first n - ⌈τ n⌉ + 1 members of each,
+the rarest first, have one in common (Chaudhuri, Ganti & Kaushik 2006; Bayardo, Ma & Srikant 2007). For very large
+texts only pairs with certain hashes are kept; their overlap estimates that of the sets (Broder 1997).
 """
 
 import hashlib
@@ -29,25 +29,25 @@ Numbers = NDArray[np.int64]
 
 OVERLAP = 0.8
 FEWEST_PAIRS = 12
-"""Rows with fewer distinctive pairs are alike only if their words are the same."""
+"""Rows with fewer distinctive pairs match only if their words are the same."""
 COMMON = (10, 0.01, 0.5)
-"""Dialogues that make a pair common: the larger of a number and a share, at most another share."""
+"""Dialogues from which a pair counts as common: the larger of a number and a share, at most another share."""
 CHARACTERS = 100_000_000
-"""Of more text, only a part of the pairs is kept."""
+"""If there is more text, only a sample of the pairs is kept."""
 _WORD = re.compile(r"-\d\w*|[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 """Numbers with their sign, Chinese and Japanese characters, words, and single signs."""
 _SIGNS = "*/%&@#"
-"""Punctuation in Unicode that counts as words."""
+"""Unicode punctuation that counts as words."""
 _SCATTER = np.uint64(0x9E3779B97F4A7C15)
-"""Of Knuth's multiplicative hash."""
+"""The constant of Knuth's multiplicative hash."""
 
 
 class Rows:
-    """Rows, compared with one another.
+    """Rows to compare with one another.
 
     Args:
-        rows: the turns of each; speakers do not count.
-        dialogues: of each row.
+        rows: the turns of each row; speakers are ignored.
+        dialogues: the dialogue of each row.
     """
 
     def __init__(self, rows: Sequence[Sequence[Turn]], dialogues: Sequence[str]) -> None:
@@ -55,13 +55,13 @@ class Rows:
         words = _Words(one_in=max(1, characters // CHARACTERS))
         turns = [[words.read(turn.text) for turn in row] for row in rows]
         self.words = [b"".join(digest for digest, _ in row) for row in turns]
-        """Of each row, the same bytes for the same words."""
+        """A key of each row, equal for equal words."""
         none = np.empty(0, dtype=np.uint64)
         pairs = [np.unique(np.concatenate([none, *(array for _, array in row)])) for row in turns]
         self._numbers, self._shared, self._distinctive = _numbered(pairs, self.words, dialogues)
 
     def clusters(self) -> list[int]:
-        """For each row, the leader of its cluster, which is like all other rows of it; often the row itself."""
+        """Return the leader of each row's cluster, which matches all its rows; often the row itself."""
         order = sorted(range(len(self.words)), key=lambda row: (-len(self._numbers[row]), self.words[row]))
         index, leaders = _Index(self), list(range(len(self.words)))
         for row in order:
@@ -73,19 +73,19 @@ class Rows:
         return leaders
 
     def like(self, rows: Iterable[int], known: Iterable[int]) -> list[bool]:
-        """Whether each of these rows is the same, or nearly, as one that is known."""
+        """Return whether each of these rows is the same, or nearly the same, as a known row."""
         index = _Index(self)
         for row in known:
             index.add(row)
         return [index.find(row) is not None for row in rows]
 
     def distinctive(self, row: int) -> Numbers:
-        """The row's distinctive pairs, the rarest first."""
+        """Return the row's distinctive pairs, the rarest first."""
         numbers = self._numbers[row]
         return numbers[: np.searchsorted(numbers, self._distinctive)]
 
     def first(self, row: int) -> list[int]:
-        """The prefix that shares a pair with every nearly equal row, without pairs of this row alone."""
+        """Return the prefix that shares a pair with every near-duplicate, without pairs that only this row has."""
         pairs = self.distinctive(row)
         if len(pairs) < FEWEST_PAIRS:
             return []
@@ -93,14 +93,14 @@ class Rows:
         return [int(pair) for pair in prefix[np.searchsorted(prefix, self._shared) :]]
 
     def nearly(self, one: int, other: int) -> bool:
-        """Whether two rows overlap, as a whole and in what is distinctive of them."""
+        """Return whether two rows overlap, in all pairs and in the distinctive ones."""
         return _overlap(self.distinctive(one), self.distinctive(other)) and _overlap(
             self._numbers[one], self._numbers[other]
         )
 
 
 class _Index:
-    """Rows by their words and by their rarest pairs."""
+    """Index of rows by their words and by their rarest pairs."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -109,14 +109,14 @@ class _Index:
         self._order: list[int] = []
 
     def add(self, row: int) -> None:
-        """Add a row, unless one of the same words is there."""
+        """Add a row, unless there is one with the same words."""
         if self._added.setdefault(self._rows.words[row], row) == row:
             for pair in self._rows.first(row):
                 self._places[pair].append(len(self._order))
             self._order.append(row)
 
     def find(self, row: int) -> int | None:
-        """The row of the same words, else the first added that is nearly the same, if any."""
+        """Return the row with the same words, else the first added row that is nearly the same, if any."""
         same = self._added.get(self._rows.words[row])
         if same is not None:
             return same
@@ -126,14 +126,14 @@ class _Index:
 
 
 class _Words:
-    """Turns as words; each text is read once, as the contexts of a dialogue are prefixes of one another."""
+    """Turns as words; each text is read once, because the contexts of a dialogue are prefixes of one another."""
 
     def __init__(self, one_in: int) -> None:
         self._one_in = np.uint64(one_in)
         self.read = cache(self._read)
 
     def _read(self, text: str) -> tuple[bytes, Pairs]:
-        """A digest of the words, and their pairs of neighbours, or one in so many of these."""
+        """Return a digest of the words, and their pairs of neighbours or a sample of these."""
         numbers = [_number(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
         words = np.array([number for number in numbers if number is not None], dtype=np.uint64)
         pairs = words[:-1] << np.uint64(32) | words[1:]
@@ -144,7 +144,7 @@ class _Words:
 
 @cache
 def _number(word: str) -> int | None:
-    """A hash of the word; None for punctuation."""
+    """Return a hash of the word; None for punctuation."""
     if unicodedata.category(word[0]).startswith("P") and len(word) == 1 and word not in _SIGNS:
         return None
     return zlib.crc32(word.encode())
@@ -153,16 +153,16 @@ def _number(word: str) -> int | None:
 def _numbered(
     pairs: Sequence[Pairs], words: Sequence[bytes], dialogues: Sequence[str]
 ) -> tuple[list[Numbers], int, int]:
-    """Each row's pairs as sorted numbers, which grow with the count of dialogues that have the pair.
+    """Return each row's pairs as sorted numbers, which increase with the number of dialogues that have the pair.
 
     Returns:
-        the rows, the first number of a pair in two dialogues or more, and the first of one that is not
+        The rows, the first number of a pair in two or more dialogues, and the first number of a pair that is not
         distinctive.
     """
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, dialogue in enumerate(dialogues):
         rows_of[dialogue].append(row)
-    # Copies of a dialogue under other names count once.
+    # Copies of a dialogue with other names count once.
     different = {frozenset(words[row] for row in rows): rows for rows in rows_of.values()}.values()
     each = [np.unique(np.concatenate([pairs[row] for row in rows])) for rows in different]
     known, counts = np.unique(np.concatenate(each), return_counts=True)

@@ -1,4 +1,4 @@
-"""Download the public data at a pinned commit; every file is checked against its pinned hash and size."""
+"""Downloads public data at a pinned commit; every file is checked against its pinned hash and size."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A file as it must be."""
+    """Expected hash and size of a file."""
 
     sha256: str
     size: int
@@ -31,7 +31,7 @@ class Repository:
     """A public repository on GitHub, `OWNER/NAME`, at a commit.
 
     Attributes:
-        listing: has a line a file as published then: SHA-256, bytes, path.
+        listing: a file with one line per published file: SHA-256, bytes, path.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Before the paths of its files."""
+        """Prefix of the URLs of its files."""
         return f"https://raw.githubusercontent.com/{self.name}/{self.commit}"
 
     @property
     def by_hand(self) -> str:
-        """What to do where a download fails."""
+        """Remedy if a download fails."""
         folder = self.name.rpartition("/")[2]
         return (
-            "Try again, or where there is no network clone the repository elsewhere and set data.path to the "
-            f"copy: git clone https://github.com/{self.name} && git -C {folder} checkout {self.commit}"
+            "Try again, or without a network clone the repository elsewhere and set data.path to the copy: "
+            f"git clone https://github.com/{self.name} && git -C {folder} checkout {self.commit}"
         )
 
 
@@ -64,32 +64,32 @@ LLM_ADAPTERS = Repository("AGI-Edgerunners/LLM-Adapters", "8166572", _HERE / "ma
 
 
 def cache_folder(repository: Repository) -> Path:
-    """Where a repository's fetched data goes."""
+    """Return the folder of a repository's fetched data."""
     return user_cache() / repository.name.rpartition("/")[2].lower()
 
 
 def pins(release: str, repository: Repository) -> list[Pin]:
-    """The pinned files of a release, which is a folder of the repository."""
+    """Return the pinned files of a release, which is a folder of the repository."""
     lines = (line.split(maxsplit=2) for line in repository.listing.read_text(encoding="utf-8").splitlines())
     pinned = [Pin(sha256, int(size), path) for sha256, size, path in lines if path.startswith(f"{release}/")]
     if outside := [pin.path for pin in pinned if ".." in pin.path.split("/")]:
-        what = f"{outside[0]!r} leads out of its folder"
+        what = f"{outside[0]!r} points outside its folder"
         raise UserError(what, where=str(repository.listing), remedy="Remove that line.")
     return pinned
 
 
 def fetch(release: str, repository: Repository) -> Path:
-    """Download a release's files, except those that are there already.
+    """Download a release's files, except those that have been fetched before.
 
     Args:
         release: a folder of the repository.
 
     Returns:
-        The cache's folder, which has them in the repository's layout.
+        The cache folder, in the repository's layout.
 
     Raises:
-        UserError: a file is not the one pinned.
-        MachineError: the network or the disk fails; whole files that were fetched are kept.
+        UserError: a file is not the pinned one.
+        MachineError: the network or the disk fails; complete files are kept.
     """
     root, needed = cache_folder(repository), pins(release, repository)
     with Progress(console=Console(stderr=True)) as progress:
@@ -113,7 +113,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _download(url: str, target: Path, pin: Pin, by_hand: str) -> None:
-    """Write beside the target and rename, so that the target is either whole or not there."""
+    """Download to a temporary file and rename it, so that the target is either complete or absent."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +122,12 @@ def _download(url: str, target: Path, pin: Pin, by_hand: str) -> None:
         size, sha256 = len(content), _sha256(content)
         if (size, sha256) != (pin.size, pin.sha256):
             actual = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
-            what = f"is not the file pinned: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
+            what = f"is not the pinned file: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"
             raise UserError(what, where=url, remedy=by_hand)
         part.write_bytes(content)
         part.replace(target)
     except (OSError, http.client.HTTPException) as error:
-        what = f"cannot be fetched into {target.parent}: {error or type(error).__name__}"
+        what = f"cannot be fetched to {target.parent}: {error or type(error).__name__}"
         raise machine_fault(error) or MachineError(what, where=url, remedy=by_hand) from error
     finally:
         with contextlib.suppress(OSError):

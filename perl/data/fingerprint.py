@@ -1,7 +1,7 @@
-"""Fingerprints of rows: whether data are those that a stage was trained on, and if not, how many rows changed.
+"""Fingerprints of rows, to tell whether data have changed since a stage was trained, and in how many rows.
 
-A row's fingerprint is 28 hexadecimal digits: 8 of its context, 8 of its answers and 12 of the whole row, all of
-BLAKE2b. A row whose context or answers are still there was edited; else it was added or removed.
+A row's fingerprint is 28 hexadecimal digits of BLAKE2b: 8 for its context, 8 for its answers and 12 for the whole
+row. A row whose context or answers are still there was edited; otherwise it was added or removed.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ _CONTEXT, _ANSWERS = slice(0, 8), slice(8, 16)
 
 
 def fingerprints(records: Records) -> dict[str, list[str]]:
-    """Of every row, by kind, in the data's order."""
+    """Return the fingerprint of every row, by kind, in the data's order."""
     return {kind: [_fingerprint(row) for row in rows] for kind, rows in records.by_kind().items()}
 
 
 def sha256_of(sides: Iterable[Records], kinds: Iterable[str]) -> str:
-    """SHA-256 of the rows of some kinds, in order, and of the side of the split that each is on."""
+    """Return the SHA-256 of the rows of these kinds, in order, including each row's side of the split."""
     found = hashlib.sha256()
     for side in sides:
         of_side = side.by_kind()
@@ -31,7 +31,7 @@ def sha256_of(sides: Iterable[Records], kinds: Iterable[str]) -> str:
 
 
 def difference(before: Sequence[str], now: Sequence[str]) -> str:
-    """What changed, as in `40 rows added, 1 row edited`; empty if the rows are the same, in whatever order."""
+    """Describe the changes, as in `40 rows added, 1 row edited`; empty if the rows are the same in any order."""
     gone, new = Counter(before) - Counter(now), Counter(now) - Counter(before)
     edited = 0
     for part in (_CONTEXT, _ANSWERS):
@@ -43,7 +43,7 @@ def difference(before: Sequence[str], now: Sequence[str]) -> str:
 
 
 def _without(rows: Counter[str], matched: Counter[str], part: slice) -> Counter[str]:
-    """The rows less as many of each context (or answers) as were matched."""
+    """Return the rows without those whose context (or answers) was matched, as many of each as were."""
     left, kept = Counter(matched), Counter[str]()
     for row in rows.elements():
         if left[row[part]]:
@@ -54,7 +54,7 @@ def _without(rows: Counter[str], matched: Counter[str], part: slice) -> Counter[
 
 
 def _fingerprint(row: Record) -> str:
-    # The answers are all of what is written after the context; the label and the like are of the whole row.
+    # The answers are everything after the context; labels, margins and columns count for the whole row only.
     whole = (row.context, answers_of(row), row.dialogue, _more(row))
     return _digest(row.context, 4) + _digest(answers_of(row), 4) + _digest(whole, 6)
 

@@ -1,4 +1,4 @@
-"""Data sets of the hub, or folders in such a repository's layout, by the datasets library."""
+"""Reads data sets of the hub, or folders in a hub repository's layout, with the datasets library."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,40 +10,40 @@ from perl.data.tables import numbered_rows
 from perl.errors import MachineError, UserError, machine_fault
 
 TEST = ("test", "validation", "valid", "dev", "eval")
-"""Splits that are held out, the first that there is, where `train` is there too."""
+"""Names of splits to hold out if there is a `train` split; the first that exists is used."""
 
 
 def load_splits(
     repository: str, remedy: str, part: str | None = None, revision: str | None = None
 ) -> dict[str, Any]:
-    """The splits of a data set, by name.
+    """Load the splits of a data set, by name.
 
     Args:
-        repository: an id of the hub, or a folder.
-        remedy: of what is said where it cannot be loaded.
-        part: a folder inside.
+        repository: a hub id or a folder.
+        remedy: the remedy in the message if it cannot be loaded.
+        part: a folder in the repository.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder cannot be read.
         MachineError: the hub cannot be reached.
     """
-    import datasets  # takes a second, which a file of lines should not wait for
+    import datasets  # takes a second, which readers of JSON Lines should not wait for
 
     try:
         return dict(datasets.load_dataset(repository, data_dir=part, revision=revision))
-    except Exception as error:  # hub, network, cache and file formats each have exceptions of their own
+    except Exception as error:  # hub, network, cache and file formats each have their own exceptions
         cause = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         refusal = UserError if Path(repository).is_dir() else MachineError
-        what = f"cannot be loaded by the datasets library: {cause}"
+        what = f"cannot be loaded with the datasets library: {cause}"
         where = f"{repository}/{part}" if part else repository
         raise machine_fault(error) or refusal(what, where=where, remedy=remedy) from error
 
 
 def read_hub(path: Path | None, columns: Mapping[str, str]) -> Records:
-    """The rows of `ID` or `ID:SPLIT`, in TRL's formats; without a split, the test split is held out.
+    """Read the rows of `ID` or `ID:SPLIT`, in TRL's formats; without a split, the test split is held out.
 
     Raises:
-        UserError: there is no id, or no such split.
+        UserError: no id is given, or there is no such split.
         MachineError: the hub cannot be reached.
     """
     if path is None:
@@ -53,7 +53,7 @@ def read_hub(path: Path | None, columns: Mapping[str, str]) -> Records:
     splits = load_splits(name, "Check data.path, an id or ID:SPLIT, and the network.")
     if split and split not in splits:
         known = ", ".join(splits)
-        raise UserError(f"there is no split {split!r}", where=f"{name}", remedy=f"There are {known}.")
+        raise UserError(f"there is no split {split!r}", where=f"{name}", remedy=f"Its splits are {known}.")
     held_out = next((one for one in TEST if one in splits and "train" in splits), None)
     chosen = [split] if split else ["train", held_out] if held_out else list(splits)
     return _together([_read(name, one, splits[one], columns) for one in chosen], test=bool(held_out and not split))
@@ -64,7 +64,7 @@ def _read(name: str, split: str, rows: Any, columns: Mapping[str, str]) -> Recor
 
 
 def _together(parts: list[Records], test: bool) -> Records:
-    """All rows; where the last part is for testing, its dialogues are held out, and left out of the others."""
+    """Combine all rows; the dialogues of a last part with test rows are held out, and removed from the others."""
     *_, last = parts
     held_out = frozenset(row.dialogue for row in last.rows()) if test else frozenset()
     kept = [*(part.where(lambda row: row.dialogue not in held_out) for part in parts[:-1]), last]

@@ -1,8 +1,8 @@
-"""Ratings exported by other programs, as rows of `perl.data.jsonl`.
+"""Converts ratings exported by other programs to rows of `perl.data.jsonl`.
 
 open-webui: the JSON of Admin Panel, Evaluations, Feedbacks, Export.
 gradio: the log.csv of a ChatInterface with flagging.
-csv, trl: a table, or any file that `perl.data.tables` reads, whose columns the user may name.
+csv, trl: a table, or any file that `perl.data.tables` reads; the user may map its columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +16,14 @@ from perl.errors import UserError, machine_fault
 
 
 def read_import(source: str, file: Path, columns: Mapping[str, str]) -> Iterator[Row | Problem]:
-    """The rows of a file, and what is wrong with those that cannot be used.
+    """Read the rows of a file, with a `Problem` in place of each row that cannot be used.
 
     Args:
-        source: in `FORMATS`.
-        columns: names in a table, by the names of TRL's formats.
+        source: a name in `FORMATS`.
+        columns: the table's column names, by the field names of TRL's formats.
 
     Raises:
-        UserError: the file is not of this format, or cannot be read.
+        UserError: the file does not have this format, or cannot be read.
     """
     form, convert = FORMATS[source]
     values = _gradio_cells(file) if source == "gradio" else numbered_values(file, columns, form)
@@ -31,27 +31,27 @@ def read_import(source: str, file: Path, columns: Mapping[str, str]) -> Iterator
         for number, value in values:
             yield parsed(f"{file}:{number}", _usable, convert, value)
     except OSError as error:
-        remedy = f"Name a file of the format {source}: data/README.md has them."
+        remedy = f"Name a file in the format {source}, see data/README.md."
         what = f"cannot be read: {error.strerror}"
         raise machine_fault(error) or UserError(what, where=str(file), remedy=remedy) from None
 
 
 def _usable(convert: Callable[[Row], Row], value: Value) -> Row:
-    """A row that `data.source: jsonl` takes. Raises `RowError`."""
+    """Return a row that `data.source: jsonl` accepts. Raises `RowError`."""
     row = convert(object_with(value()))
     parse_row(row)
     return row
 
 
 def _gradio_cells(file: Path) -> Iterator[tuple[int, Value]]:
-    """The rows of a log; its header has five names above the four cells: there never was a cell for `value`."""
+    """Read the rows of a log; its header has five names for four cells, because `value` never has a cell."""
     for number, header, cells in csv_rows(file):
         names = [name for name in header if name != "value" or len(cells) == len(header)]
         yield number, lambda names=names, cells=cells: row_of(names, cells)  # type: ignore[misc]
 
 
 def _open_webui(row: Row) -> Row:
-    """A thumb on a message: its conversation is the path to it in the tree of messages."""
+    """Convert a thumb on a message; its conversation is the path to it in the tree of messages."""
     feedback = object_with(row, ("data", "meta", "snapshot"))
     data, meta = (object_with(feedback[name], name=name) for name in ("data", "meta"))
     rating = str(data.get("rating"))
@@ -67,12 +67,12 @@ def _open_webui(row: Row) -> Row:
     identity = meta.get("message_id")
     while identity is not None:
         if not isinstance(identity, str) or identity not in messages or len(path) > len(messages):
-            raise RowError(f"history.messages lacks {shown(identity)}, or leads in a circle")
+            raise RowError(f"history.messages lacks {shown(identity)}, or has a cycle")
         message = object_with(messages[identity], ("role", "content"), f"message {identity}")
         path.append({"role": message["role"], "content": _content(message["content"])})
         identity = message.get("parentId")
     if not path or path[0]["role"] != "assistant":
-        raise RowError(f"meta.message_id is {shown(meta.get('message_id'))}; a message by the assistant expected")
+        raise RowError(f"meta.message_id is {shown(meta.get('message_id'))}; an assistant's message expected")
     answer, *before = path
     more = {name: data[name] for name in ("reason", "comment", "model_id") if data.get(name)}
     dialogue = {"dialogue": meta["chat_id"]} if isinstance(meta.get("chat_id"), str) else {}
@@ -81,7 +81,7 @@ def _open_webui(row: Row) -> Row:
 
 
 def _gradio(row: Row) -> Row:
-    """A thumb on a message of a chat; `index` is the message's, alone or twice in a list."""
+    """Convert a thumb on a message of a chat; `index` is the message's index, alone or twice in a list."""
     fields = ("conversation", "index", "flag")
     cells = {name: str(cell) for name, cell in object_with(row, fields).items()}
     turns = list_of(strict_json(cells["conversation"].removeprefix("'")), "conversation")
@@ -89,7 +89,7 @@ def _gradio(row: Row) -> Row:
     if isinstance(index, list) and index:
         index = index[0]
     if not isinstance(index, int) or not 0 < index < len(turns):
-        raise RowError(f"index is {shown(cells['index'])}; that of a message after the first expected")
+        raise RowError(f"index is {shown(cells['index'])}; the index of a message after the first expected")
     path = [object_with(turn, ("role", "content"), "a message") for turn in turns[: index + 1]]
     *before, answer = ({"role": turn["role"], "content": _content(turn["content"])} for turn in path)
     if answer["role"] != "assistant":
@@ -99,12 +99,12 @@ def _gradio(row: Row) -> Row:
 
 
 def _content(content: object) -> object:
-    """A message's text, from parts of text where chat programs divide it."""
+    """Return a message's text, joined if the chat program stores it in parts."""
     if not isinstance(content, list):
         return content
     parts = [object_with(part, ("type",), "a part of the content") for part in content]
     if any(part["type"] != "text" for part in parts):
-        raise RowError("the message holds more than text")
+        raise RowError("the message contains more than text")
     return "".join(usable_text(part.get("text"), "a part of the content") for part in parts)
 
 
@@ -114,4 +114,4 @@ FORMATS: dict[str, tuple[str, Callable[[Row], Row]]] = {
     "trl": ("", object_with),
     "csv": (".csv", object_with),
 }
-"""Each format's form of file, by the file's own name if empty, and what makes a row of ours of one."""
+"""For each format, its file suffix (empty: the file's own) and the function that converts a row."""

@@ -1,19 +1,19 @@
-"""The user's own files: rows in TRL's standard formats, as plain text or as chat messages.
+"""Reads the user's own files: rows in TRL's standard formats, as plain text or as chat messages.
 
     {"prompt": …, "completion": …}                    a demonstration
     {"messages": […]}                                 a demonstration: a whole conversation
     {"prompt": …, "completion": …, "label": true}     a rating
     {"prompt": …, "chosen": …, "rejected": …}         a comparison
-    {"chosen": …, "rejected": …}                      a comparison; what both share is the prompt
+    {"chosen": …, "rejected": …}                      a comparison; their common beginning is the prompt
     {"prompt": …}                                     a prompt
 
-A `label` between 0 and 1 is the probability that the answer is rated up. A comparison may have a `margin`, as
-TRL's do, or the `probability` that `chosen` is the better.
+A `label` between 0 and 1 is the probability that the answer is rated up. A comparison may have a `margin`, as in
+TRL, or the `probability` that `chosen` is better.
 
-Of rows that `perl-rlhf rate` has written only those in force are read (`perl.data.rated`).
+Of the rows that `perl-rlhf rate` has written, only those in force are read (`perl.data.rated`).
 
-Every row also yields a prompt: its context, with the row's further fields as columns. A row that fits no format is
-a `Problem` and is left out; only a file that cannot be used at all is an error.
+Every row also yields a prompt: its context, with the row's other fields as columns. A row that fits no format is a
+`Problem` and is left out; only a file that cannot be used at all is an error.
 """
 
 import json
@@ -61,38 +61,38 @@ FORMATS = (
     '{"prompt", "completion"}, {"prompt", "completion", "label"}, '
     '{"prompt", "chosen", "rejected"}, {"messages"} or {"prompt"}'
 )
-"""The fields of a row."""
+"""The fields of a row, for messages."""
 MAX_MARGIN = 1e6
-"""Margins are differences of scores; no larger one could be learned."""
+"""Maximum margin. Margins are differences of scores; larger ones cannot be learned."""
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
 _FIELDS = set[str]().union(*TRL_FORMATS)
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
 _CERTAINTY_FIELDS = ("margin", "probability")
-_HH_ANSWER = "\n\nAssistant:"  # hh-rlhf's text conversations: the last answer begins after this
+_HH_ANSWER = "\n\nAssistant:"  # in hh-rlhf's text conversations, the last answer begins after this
 
 
 def read_jsonl(path: Path, columns: Mapping[str, str] | None = None) -> Records:
-    """Read a file of rows (`perl.data.tables` has its forms); `problems` names the rows left out as `FILE:LINE`.
+    """Read a file of rows in a form of `perl.data.tables`; `problems` has the rows left out, as `FILE:LINE`.
 
-    Rows of one context and the same columns share a prompt; `notes` counts rows of a prompt alone that are copies.
+    Rows with the same context and columns share a prompt; `notes` counts copies among rows with only a prompt.
 
     Args:
-        columns: names in the file, by the names of the formats above.
+        columns: the file's column names, by the field names of the formats above.
 
     Raises:
-        UserError: it is of a form that is not read, or broken.
+        UserError: the file's form is not supported, or it is broken.
         OSError: it cannot be read.
     """
     return read_values(str(path), numbered_values(path, columns or {}), columns or {})
 
 
 def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mapping[str, str]) -> Records:
-    """The records of numbered rows.
+    """Return the records of numbered rows.
 
     Args:
-        where: they stand, before their number.
-        columns: what they are named by already, as of `read_jsonl`.
+        where: the place of the rows in messages, before their number.
+        columns: the mapping of `read_jsonl`, which has been applied already.
     """
     names: Counter[str] = Counter()
 
@@ -132,12 +132,12 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
     if hint:
         records.notes.append(hint)
     if copies:
-        records.notes.append(f"{counted(copies, 'row')} of a prompt alone: copies of earlier prompts, left out")
+        records.notes.append(f"{counted(copies, 'row')} with only a prompt: copies of earlier prompts, left out")
     return records
 
 
 def parse_row(value: object) -> list[Record]:
-    """The records of one row: what it is, and its context as a prompt.
+    """Return the records of one row: the row itself, and its context as a prompt.
 
     Raises:
         RowError: the row fits no format.
@@ -149,11 +149,11 @@ def parse_row(value: object) -> list[Record]:
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
     used |= {RATED} if rated_of(row) is not None else set()
     columns = {key: cast(JSON, value) for key, value in row.items() if key not in used}
-    usable_text(json.dumps(columns, ensure_ascii=False), "a further field")
+    usable_text(json.dumps(columns, ensure_ascii=False), "another field")
     prompt = Prompt(record.context, record.dialogue, columns)
     if isinstance(record, Prompt):
         return [prompt]
-    # A conversation that the assistant opens has no context that could be answered.
+    # A conversation that the assistant begins has no context to answer.
     return [record, prompt] if record.context else [record]
 
 
@@ -180,7 +180,7 @@ def _conversation(row: Row) -> Demonstration:
     context = tuple(takewhile(lambda turn: turn.speaker != "agent", turns))
     answer = turns[len(context) :]
     if not any(turn.text.strip() for turn in answer if turn.speaker == "agent"):
-        raise RowError('messages hold no text by the assistant; for prompts alone write {"prompt": [...]}')
+        raise RowError('messages have no text by the assistant; for prompts alone write {"prompt": [...]}')
     return Demonstration(context, answer, _dialogue(row, turns))
 
 
@@ -207,11 +207,11 @@ def _comparison(row: Row, context: Context, chosen: object, rejected: object) ->
             return replace(comparison, margin=number_to(MAX_MARGIN, row["margin"], "margin"))
         case ["probability"]:
             probability = number_to(1, row["probability"], "probability")
-            if probability < 0.5:  # the likelier answer comes first
+            if probability < 0.5:  # the more likely answer comes first
                 comparison, probability = replace(comparison, better=worse, worse=better), 1 - probability
             return replace(comparison, probability=probability)
         case [_, _]:
-            raise RowError("both margin and probability say how sure the comparison is; give one")
+            raise RowError("has both margin and probability, of which only one is allowed")
     return comparison
 
 
@@ -268,7 +268,7 @@ def _dialogue(row: Row, turns: Context) -> str:
     key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
     if key is None:
         return first_user_key(turns)
-    if isinstance(key, float) and key.is_integer():  # as pandas writes whole numbers of which some are missing
+    if isinstance(key, float) and key.is_integer():  # pandas writes columns with missing integers as floats
         key = int(key)
     if isinstance(key, bool) or not isinstance(key, str | int):
         raise RowError(f"dialogue is {kind(key)}; text or a whole number expected")
@@ -276,12 +276,12 @@ def _dialogue(row: Row, turns: Context) -> str:
 
 
 def _shared(one: Iterable[object], other: Iterable[object]) -> int:
-    """How many items two sequences share at their beginnings."""
+    """Return the length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """Where the prompt ends in two texts that begin alike.
+    """Return where the prompt ends in two texts with a common beginning.
 
     TRL cuts at the first character that differs, which may be inside a word or inside the answer. Here the cut is
     where hh-rlhf's last answer begins, else before the last space.

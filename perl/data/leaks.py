@@ -1,4 +1,4 @@
-"""Questions of test sets that a training set holds too."""
+"""Finds questions of test sets in a training set."""
 
 import re
 import unicodedata
@@ -10,16 +10,16 @@ from perl.data.records import Record, Records
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """Of so many distinct questions of a test set, how many and which are trained on."""
+    """The number of distinct questions in a test set, and those that are trained on."""
 
     questions: int
     found: tuple[str, ...]
 
 
 def find_leak(train: Records, test: Records) -> Leak:
-    """The test set's questions that are among the training set's, by their letters and digits alone.
+    """Return the test questions that are also in the training set, compared by letters and digits only.
 
-    Of a set that was published in two parts each side takes its own part.
+    Of a set that was published with a training and a test part, each side uses its own part.
     """
     asked = _questions(record for record in test.rows() if _is_test(record, test))
     known = _questions(
@@ -33,6 +33,6 @@ def _is_test(record: Record, records: Records) -> bool:
 
 
 def _questions(rows: Iterable[Record]) -> dict[str, str]:
-    """Distinct questions: their letters and digits, and as they stand."""
+    """Return the distinct questions by their letters and digits."""
     texts = ("\n".join(turn.text for turn in record.context) for record in rows)
     return {re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold()): text for text in texts}

@@ -1,7 +1,7 @@
-"""GSM8K and the test sets of LLM-Adapters (Hu et al. 2023), in their published formats.
+"""Reads GSM8K and the test sets of LLM-Adapters (Hu et al. 2023) in their published formats.
 
-Every row is a prompt whose column `answer` has the reference, and a demonstration where its own solution comes to
-that answer. The solutions of LLM-Adapters were written by a language model: many are wrong, and are listed.
+Every row is a prompt whose column `answer` has the reference, and also a demonstration if its own solution has
+that answer. The solutions of LLM-Adapters were written by a language model; many are wrong, and these are listed.
 """
 
 import json
@@ -21,7 +21,7 @@ _CALCULATOR = re.compile("<<[^>]*>>")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row: the question, the reference answer, and the row's own solution, empty where it has none."""
+    """A row: the question, the reference answer, and the row's own solution, empty if it has none."""
 
     text: str
     answer: str
@@ -29,7 +29,7 @@ class Question:
 
 
 def _gsm8k(row: Row) -> Question:
-    """Solutions lose the marks for a calculator, as in `48/2 = <<48/2=24>>24`."""
+    """Convert a row; calculator annotations, as in `48/2 = <<48/2=24>>24`, are removed from its solution."""
     solution = _CALCULATOR.sub("", usable_text(row["answer"], "answer"))
     return Question(usable_text(row["question"], "question"), solution.rpartition("#### ")[2], solution)
 
@@ -45,13 +45,13 @@ def _mawps(row: Row) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class MathSet:
-    """Where a set is published, and what its rows are.
+    """Where a set is published, and how to read its rows.
 
     Attributes:
-        folder: of the repository.
-        files: in that folder.
-        fields: that a row must have, which `question` reads.
-        kind: of its answers.
+        folder: its folder in the repository.
+        files: its files in that folder.
+        fields: the fields that a row must have, which `question` reads.
+        kind: the kind of its answers.
     """
 
     description: str
@@ -97,11 +97,11 @@ MATH_SETS = {
         _mawps,
     ),
 }
-"""By the names that `data.source` takes."""
+"""The sets by their names in `data.source`."""
 
 
 def read_math(chosen: MathSet, path: Path) -> Records:
-    """Read a set; where there is a training and a test file, the latter is `Records.published_test`.
+    """Read a set; if there is a training and a test file, the latter becomes `Records.published_test`.
 
     Args:
         path: a checkout of the repository, the folder with the files, or one file.
@@ -128,8 +128,8 @@ def read_math(chosen: MathSet, path: Path) -> Records:
             wrong.append(where)
     if wrong:
         records.notes.append(
-            f"{len(wrong):,} of {len(rows):,} rows have a solution that does not come to their own answer, and "
-            f"are no demonstrations: {', '.join(wrong)}"
+            f"{len(wrong):,} of {len(rows):,} rows have a solution whose answer is not the row's own, and are not "
+            f"used as demonstrations: {', '.join(wrong)}"
         )
     return records
 
@@ -142,7 +142,7 @@ def _files(chosen: MathSet, path: Path) -> list[Path]:
 
 
 def _questions(chosen: MathSet, file: Path) -> Iterator[tuple[str, Question] | Problem]:
-    """The rows of a file of lines, or of one that is a list, with their places."""
+    """Read the rows of a JSON Lines file or of a JSON list, with their places."""
     if file.suffix == ".jsonl":
         for number, line in numbered_lines(file):
             yield parsed(f"{file.name}:{number}", _question, chosen, f"{file.name}:{number}", line)
@@ -156,9 +156,9 @@ def _list_in(file: Path) -> Sequence[object]:
         values = json.loads(file.read_bytes())
     except ValueError as error:
         what = f"is not JSON: {error}"
-        raise UserError(what, where=str(file), remedy="Get the file again as published.") from None
+        raise UserError(what, where=str(file), remedy="Download the published file again.") from None
     if not isinstance(values, list):
-        raise UserError("is not a list of rows", where=str(file), remedy="Get the file again as published.")
+        raise UserError("is not a list of rows", where=str(file), remedy="Download the published file again.")
     return values
 
 

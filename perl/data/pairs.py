@@ -1,4 +1,4 @@
-"""Ratings that speak of one context: repeats, contradictions, and the preference pairs they make."""
+"""Ratings of the same context: repeats, contradictions, and the preference pairs they yield."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from perl.data.records import Comparison, Context, Rating, Turn
 
 
 def labels_by_answer(ratings: Iterable[Rating]) -> dict[tuple[Context, Turn], set[bool]]:
-    """The labels that each (context, answer) was given: two where raters contradict each other."""
+    """Return the labels of each (context, answer): two if raters contradict each other."""
     labels: dict[tuple[Context, Turn], set[bool]] = defaultdict(set)
     for rating in ratings:
         labels[rating.context, rating.answer].add(rating.label)
@@ -16,7 +16,7 @@ def labels_by_answer(ratings: Iterable[Rating]) -> dict[tuple[Context, Turn], se
 
 
 def without_repeats(ratings: Iterable[Rating]) -> list[Rating]:
-    """Each (context, answer) once, the first; those with both labels not at all."""
+    """Return the first rating of each (context, answer), and none of those with both labels."""
     ratings = list(ratings)
     labels = labels_by_answer(ratings)
     first = {(rating.context, rating.answer): rating for rating in reversed(ratings)}
@@ -24,11 +24,11 @@ def without_repeats(ratings: Iterable[Rating]) -> list[Rating]:
 
 
 def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison]:
-    """Comparisons from the contexts that have both an up and a down answer: each up × each down.
+    """Return comparisons from contexts with both an up and a down answer: each up × each down.
 
     Args:
-        ratings: in any order; repeats count once, answers with both labels not at all.
-        at_most: pairs of one context, so that none outweighs the others; they use as many answers as possible.
+        ratings: ratings in any order; repeats count once, answers with both labels not at all.
+        at_most: pairs per context, so that none outweighs the others; they use as many answers as possible.
     """
     by_context: dict[Context, list[Rating]] = defaultdict(list)
     for rating in without_repeats(ratings):
@@ -36,7 +36,7 @@ def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison
     comparisons = []
     for context, rated in by_context.items():
         ups, downs = ([rating for rating in rated if rating.label == label] for label in (True, False))
-        # The diagonal first, so that the first pairs share no answer where that is possible.
+        # The diagonal first, so that the first pairs share no answer if possible.
         count = max(len(ups), len(downs))
         pairs = sorted(product(range(len(ups)), range(len(downs))), key=lambda pair: (pair[1] - pair[0]) % count)
         for up, down in pairs[:at_most]:

@@ -1,10 +1,10 @@
-"""The rows of the public preference sets, in their published schemas, as comparisons.
+"""Converts rows of the public preference sets, in their published schemas, to comparisons.
 
-Anthropic HH (Bai et al. 2022): two dialogues as text, alike but for their last turn.
-SHP (Ethayarajh et al. 2022): a post of Reddit, and two of its comments.
-TL;DR comparisons (Stiennon et al. 2020): a post of Reddit, and two summaries.
+Anthropic HH (Bai et al. 2022): two dialogues as text that differ only in their last turn.
+SHP (Ethayarajh et al. 2022): a Reddit post and two of its comments.
+TL;DR comparisons (Stiennon et al. 2020): a Reddit post and two summaries.
 
-Each function also reads the set as TRL converted it, in the formats of `perl.data.jsonl`.
+Each function also reads TRL's conversion of the set, in the formats of `perl.data.jsonl`.
 """
 
 import re
@@ -20,9 +20,9 @@ _TLDR_FIELDS = ("info", "summaries", "choice")
 
 
 def hh_row(row: Row) -> Comparison:
-    r"""`{"chosen": "\n\nHuman: …\n\nAssistant: …", "rejected": …}`: what both share is the context.
+    r"""Convert `{"chosen": "\n\nHuman: …\n\nAssistant: …", "rejected": …}`; their common turns are the context.
 
-    The dialogue is known by its first turn, which all of its prefixes have too.
+    The dialogue is identified by its first turn, which all of its prefixes share.
 
     Raises:
         RowError: the row does not fit, or the two differ before their last turn.
@@ -38,9 +38,9 @@ def hh_row(row: Row) -> Comparison:
 
 
 def shp_row(row: Row) -> Comparison:
-    """`{"post_id", "history", "human_ref_A", "human_ref_B", "labels", …}`: of labels 1 means A, 0 means B.
+    """Convert `{"post_id", "history", "human_ref_A", "human_ref_B", "labels", …}`; label 1 prefers A, 0 prefers B.
 
-    Scores and their ratio are not read: they grow with a post's audience, not with how sure the preference is.
+    Scores and their ratio are not read: they grow with a post's audience, not with the preference's certainty.
 
     Raises:
         RowError: the row does not fit.
@@ -55,19 +55,19 @@ def shp_row(row: Row) -> Comparison:
 
 
 def tldr_row(row: Row) -> Comparison:
-    """`{"info": {"id", "subreddit", "title", "post", …}, "summaries": [{"text"}, {"text"}], "choice": 0, …}`.
+    """Convert `{"info": {"id", "subreddit", "title", "post", …}, "summaries": [{"text"}, {"text"}], "choice": 0}`.
 
     Prompt and answer are plain text in the authors' format, `SUBREDDIT: … TITLE: … POST: … TL;DR:`.
 
     Raises:
-        RowError: the row does not fit, or it is about a news article, as some in the published files are.
+        RowError: the row does not fit, or is about a news article, as some in the published files are.
     """
     if not row.keys() & set(_TLDR_FIELDS):
         return _own_format(row)
     object_with(row, _TLDR_FIELDS)
     info, summaries, choice = object_with(row["info"], ("id",), "info"), row["summaries"], row["choice"]
     if info.get("post") is None and info.get("article") is not None:
-        raise RowError("about a news article; a post of Reddit expected")
+        raise RowError("about a news article; a Reddit post expected")
     object_with(info, ("subreddit", "title", "post"), "info")
     if not isinstance(summaries, list) or len(summaries) != 2:
         raise RowError(f"summaries is {shown(summaries)}; a list of two expected")
@@ -79,13 +79,13 @@ def tldr_row(row: Row) -> Comparison:
         usable_text(object_with(summary, ("text",), f"summaries[{n}]")["text"], f"summaries[{n}].text")
         for n, summary in enumerate(summaries)
     ]
-    # As published, most texts begin with the space that follows "TL;DR:", and a few do not.
+    # Most published texts begin with the space that follows "TL;DR:", a few do not.
     better, worse = (Turn("text", f" {texts[index].strip()}") for index in (choice, 1 - choice))
     return _comparison((Turn("text", query),), better, worse, f"tldr:{usable_text(info['id'], 'info.id')}")
 
 
 def _hh_turns(text: object, name: str) -> Context:
-    """A dialogue as turns; the last is the assistant's."""
+    """Return a dialogue as turns; the last must be the assistant's."""
     before, *rest = _HH_TURN.split(usable_text(text, name))
     if before.strip() or not rest:
         raise RowError(f"{name} is {shown(text)}; a dialogue that begins with '\\n\\nHuman:' expected")
@@ -113,5 +113,5 @@ def _comparison(context: Context, better: Turn, worse: Turn, dialogue: str) -> C
 def _own_format(row: Row) -> Comparison:
     record = parse_row(row)[0]
     if not isinstance(record, Comparison):
-        raise RowError("the row is no comparison")
+        raise RowError("the row is not a comparison")
     return record

@@ -1,7 +1,7 @@
-"""The public preference sets, from their files in a folder, or from the hub by the `datasets` library.
+"""Reads the public preference sets from files in a folder, or from the hub with the `datasets` library.
 
-Where a set was published with a test part (or, having none, a validation part), that part is held out. Rows to
-train on that share a dialogue or post with it are left out, and so is a validation part beside a test part.
+If a set was published with a test part (or else a validation part), that part is held out. Training rows that
+share a dialogue or post with it are left out, and so is a validation part if there is a test part.
 """
 
 import re
@@ -20,20 +20,20 @@ Split = Literal["train", "validation", "test"]
 
 _SPLITS: dict[str, Split] = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
 _SPLIT = re.compile(f"({'|'.join(_SPLITS)})(?![a-z])")
-"""How names of files, folders and splits begin: `train.jsonl.gz`, `test-00000-of-00001.parquet`, `valid1`."""
+"""Beginning of names of files, folders and splits: `train.jsonl.gz`, `test-00000-of-00001.parquet`, `valid1`."""
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _PARQUET = ".parquet"
-REMEDY = "Set data.path to a folder with the files as published: data/README.md has the addresses and layouts."
+REMEDY = "Set data.path to a folder with the published files: data/README.md has their addresses and layouts."
 
 
 @dataclass(frozen=True, slots=True)
 class PublicSet:
-    """Where a set is published and what its rows are.
+    """Where a set is published and how to read its rows.
 
     Attributes:
-        repository: on the hub; the newest `revision` by default.
-        parts: the folders there that belong to the set.
-        comparison: a row as a record.
+        repository: its hub repository; the newest `revision` by default.
+        parts: the folders in the repository that belong to the set.
+        comparison: converts a row to a record.
     """
 
     description: str
@@ -52,7 +52,7 @@ _SHP = (
 )
 _SETS = {
     "hh-rlhf": PublicSet(
-        "pairs of answers by assistants, helpful and harmless", "MIT", "Anthropic/hh-rlhf", _HH, hh_row
+        "pairs of assistants' answers, helpful and harmless", "MIT", "Anthropic/hh-rlhf", _HH, hh_row
     ),
     "shp": PublicSet(
         "pairs of comments on posts of 18 subreddits",
@@ -62,12 +62,12 @@ _SETS = {
         shp_row,
     ),
     "tldr": PublicSet(
-        "pairs of summaries of Reddit's posts",
+        "pairs of summaries of Reddit posts",
         "see its card",
         "openai/summarize_from_feedback",
         ("comparisons",),
         tldr_row,
-        # Its main branch holds a script, which `datasets` no longer runs; the hub itself converts to this one.
+        # Its main branch has a script, which `datasets` no longer runs; this branch is the hub's own conversion.
         revision="refs/convert/parquet",
     ),
 }
@@ -77,12 +77,12 @@ PUBLIC_SETS = _SETS | {
     for part in public.parts
     if len(public.parts) > 1
 }
-"""By the names that `data.source` takes: each set, and each part as `SET/PART`."""
+"""The sets by their names in `data.source`: each set, and each part as `SET/PART`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a row stands, and what its file or folder says of it."""
+    """The place of a row, and the split and part that its file or folder names."""
 
     where: str
     split: Split | None = None
@@ -90,14 +90,14 @@ class _Place:
 
 
 def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -> Records:
-    """Read a set; `Records.published_test` says what is its test part.
+    """Read a set; `Records.published_test` has the dialogues of its test part.
 
     Args:
-        path: a folder in the layout published, a folder of one part, or a file; None: from the hub.
-        every_row: also the rows that training leaves out so that the test part does not leak.
+        path: a folder in the published layout, a folder of one part, or a file; None: from the hub.
+        every_row: include rows that training leaves out so that the test part does not leak.
 
     Raises:
-        UserError: there is no file with rows.
+        UserError: no file has rows.
         OSError: a file cannot be read.
         MachineError: the hub cannot be reached.
     """
@@ -117,7 +117,7 @@ def read_public(public: PublicSet, path: Path | None, every_row: bool = False) -
         ]
     prompts: dict[Context, Prompt] = {}
     for place, row in rows:
-        columns = {"source": place.part} if place.part else {}  # reward models are judged by source
+        columns = {"source": place.part} if place.part else {}  # reward models are evaluated by source
         prompts.setdefault(row.context, Prompt(row.context, row.dialogue, columns))
     comparisons = [row for _, row in rows]
     return Records(comparisons=comparisons, prompts=list(prompts.values()), problems=problems, published_test=test)
@@ -130,7 +130,7 @@ def _row(public: PublicSet, place: _Place, value: object) -> tuple[_Place, Compa
 
 
 def _values(public: PublicSet, path: Path | None) -> Iterator[tuple[_Place, object]]:
-    """All rows, those of files of lines still to be parsed."""
+    """Yield all rows; those of JSON Lines files are not parsed yet."""
     if path is None:
         yield from _from_datasets(public.repository, public.parts, public.revision)
         return
@@ -160,7 +160,7 @@ def _from_lines(file: Path, split: Split | None = None, part: str | None = None)
 def _from_datasets(
     repository: str, parts: Sequence[str | None], revision: str | None
 ) -> Iterator[tuple[_Place, object]]:
-    """Rows of a repository on the hub, or of a folder in such a repository's layout."""
+    """Yield the rows of a hub repository, or of a folder in such a repository's layout."""
     for part in parts:
         name = f"{repository}/{part}" if part else repository
         for split, rows in load_splits(repository, REMEDY, part, revision).items():

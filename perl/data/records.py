@@ -1,6 +1,6 @@
-"""The records every source yields: demonstrations, ratings, comparisons and prompts.
+"""The records that every source yields: demonstrations, ratings, comparisons and prompts.
 
-A record speaks of turns, never of tokens: `perl.backbones.chat` turns turns into tokens.
+Records consist of turns, never of tokens: `perl.backbones.chat` tokenizes turns.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 Speaker = Literal["system", "user", "agent", "api", "text"]
-"""Who says a turn. `text` is plain text outside any chat format, rendered as it stands."""
+"""The speaker of a turn. `text` is plain text outside any chat format, which is not changed."""
 
 CALL = "call "
-"""An agent turn that begins so is an API call: `call NAME {"argument": "value"}`."""
+"""Beginning of an agent turn that is an API call: `call NAME {"argument": "value"}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ Context = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A context and all turns after it, such as a whole dialogue; the agent's (and `text`) are trained on."""
+    """A context and all turns after it, such as a whole dialogue; agent turns (and `text`) are trained on."""
 
     context: Context
     answer: Context
@@ -48,9 +48,9 @@ class Rating:
     """Binary feedback on one answer: up (True) or down (False).
 
     Attributes:
-        gold: the judgement of a source that knows the truth; training never sees it.
-        probability: that the label is up, where the source has soft labels: the target of the loss. `label`, which
-            classes, pairs and metrics go by, is then true from 0.5.
+        gold: the verdict of a source that knows the truth; training never sees it.
+        probability: the probability of an up label, if the source has soft labels: the loss's target. `label`,
+            which classes, pairs and metrics use, is then true from 0.5.
     """
 
     context: Context
@@ -66,8 +66,8 @@ class Comparison:
     """Two answers to one context, of which the first was preferred.
 
     Attributes:
-        margin: by how much the better one's score should be higher, at least 0.
-        probability: that `better` is the better, from 0.5 to 1.
+        margin: by how much the better answer's score should be higher, at least 0.
+        probability: the probability that `better` is the better answer, from 0.5 to 1.
     """
 
     context: Context
@@ -80,7 +80,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A context to complete; `columns` are the row's further fields, for reward functions and the judge."""
+    """A context to complete; `columns` are the row's other fields, for reward functions and the judge."""
 
     context: Context
     dialogue: str
@@ -91,7 +91,7 @@ Record = Demonstration | Rating | Comparison | Prompt
 
 
 def answers_of(record: Record) -> list[Context]:
-    """What follows the context in a record: two answers in a comparison, none in a prompt."""
+    """Return what follows the context in a record: two answers in a comparison, none in a prompt."""
     match record:
         case Demonstration():
             return [record.answer]
@@ -104,7 +104,7 @@ def answers_of(record: Record) -> list[Context]:
 
 
 def content_of(record: Record) -> Hashable:
-    """What two rows that say the same share, whatever the dialogue; ratings with different labels do not."""
+    """Return a key of a record's content without its dialogue; ratings with different labels differ."""
     label = record.label if isinstance(record, Rating) else None
     columns = json.dumps(record.columns, sort_keys=True) if isinstance(record, Prompt) else None
     return (record.context, *answers_of(record), label, columns)
@@ -112,26 +112,26 @@ def content_of(record: Record) -> Hashable:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that was left out: where it stands and what is wrong with it."""
+    """A row that was left out: its place and what is wrong with it."""
 
     where: str
     what: str
 
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
-"""Gold scores in [0, 1] of one answer to each prompt."""
+"""Returns gold scores in [0, 1] for one answer to each prompt."""
 
 
 @dataclass(slots=True)
 class Records:
-    """All that a source holds, and the rows it could not read.
+    """All records of a source, and the rows that could not be read.
 
     Attributes:
         corpus: dialogues to train a tiny base on, which are in no other record.
         published_test: the dialogues of the published test part, which is held out instead of a share.
-        fingerprints: of all rows by kind, before they were split (`perl.data.fingerprint`).
-        notes: what a user should know of the source or the split.
-        incomplete: of held-out records, whether a kind or a class is missing, or only there as in training.
+        fingerprints: fingerprints of all rows by kind, before the split (`perl.data.fingerprint`).
+        notes: messages for the user about the source or the split.
+        incomplete: for held-out records, whether a kind or class is missing, or is also in the training records.
     """
 
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -147,14 +147,14 @@ class Records:
     incomplete: bool = False
 
     def by_kind(self) -> dict[str, Sequence[Record]]:
-        """The four kinds of records by their names, empty ones too."""
+        """Return the four kinds of records by name, including empty ones."""
         return {kind: getattr(self, kind) for kind in ("demonstrations", "ratings", "comparisons", "prompts")}
 
     def rows(self) -> Iterator[Record]:
-        """All records, a kind after another."""
+        """Iterate over all records, one kind after another."""
         return chain.from_iterable(self.by_kind().values())
 
     def where(self, keep: Callable[[Record], bool]) -> "Records":
-        """The records to keep, with the same judge."""
+        """Return the records to keep, with the same judge."""
         kept: dict[str, Any] = {kind: list(filter(keep, rows)) for kind, rows in self.by_kind().items()}
         return Records(**kept, judge=self.judge)

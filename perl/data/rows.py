@@ -1,6 +1,6 @@
-"""Rows of JSON, for all readers of files: numbered lines, strict parsing, and checks of fields.
+"""JSON rows for all readers of files: numbered lines, strict parsing, and checks of fields.
 
-A row that cannot be used raises `RowError`, which `parsed` turns into a `Problem`.
+A row that cannot be used raises `RowError`, which `parsed` converts to a `Problem`.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from perl.errors import UserError
 Row = Mapping[str, object]
 
 MAX_LINE_BYTES = 10_000_000
-"""Longer lines are a `Problem`: another kind of file, or one without its newlines."""
+"""Longer lines are a `Problem`: probably another kind of file, or one without newlines."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -29,7 +29,7 @@ class RowError(ValueError):
 
 
 def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Problem:
-    """The result of `parse`, or what is wrong with the row at this place."""
+    """Return the result of `parse`, or the problem of the row at this place."""
     try:
         return parse(*args, **kwargs)
     except RowError as error:
@@ -39,14 +39,14 @@ def parsed(where: str, parse: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwa
 
 
 def sifted(rows: Iterable[_T | Problem]) -> tuple[list[_T], list[Problem]]:
-    """The rows that can be used, and what is wrong with the others."""
+    """Return the usable rows and the problems of the others."""
     both = list(rows)
     usable = [row for row in both if not isinstance(row, Problem)]
     return usable, [row for row in both if isinstance(row, Problem)]
 
 
 def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserError:
-    """The error of a file or folder without any usable row."""
+    """Return the error for a file or folder without any usable row."""
     first = f"; the first: {problems[0].where}: {problems[0].what}" if problems else ": it is empty"
     return UserError(f"no usable row{first}", where=where, remedy=remedy)
 
@@ -55,10 +55,10 @@ def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserE
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1; of one that is too long only the beginning.
+    """Yield the lines that are not blank, numbered from 1; only the beginning of a line that is too long.
 
     Raises:
-        UserError: the file is not the gzip file that its name promises.
+        UserError: the file is not a complete gzip file although its name ends in .gz.
         OSError: it cannot be read.
     """
     try:
@@ -73,15 +73,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        remedy = "Get the file again, or take .gz off its name if it is not compressed."
-        raise UserError(f"is not a whole gzip file: {error}", where=str(path), remedy=remedy) from None
+        remedy = "Get the file again, or remove .gz from its name if it is not compressed."
+        raise UserError(f"is not a complete gzip file: {error}", where=str(path), remedy=remedy) from None
 
 
 def line_value(line: bytes) -> object:
-    """The JSON value of a line.
+    """Return the JSON value of a line.
 
     Raises:
-        RowError: it is too long, not UTF-8 or JSON, has a field twice, or is nested too deeply.
+        RowError: the line is too long, not UTF-8 or JSON, has a field twice, or is nested too deeply.
     """
     if len(line) > MAX_LINE_BYTES:
         raise RowError(f"the line is longer than {MAX_LINE_BYTES:,} bytes")
@@ -90,7 +90,7 @@ def line_value(line: bytes) -> object:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
     if "\0" in text:
-        raise RowError("the line holds NUL bytes")
+        raise RowError("the line contains NUL bytes")
     return strict_json(text, object_pairs_hook=_without_repeats)
 
 
@@ -98,7 +98,7 @@ def strict_json(text: str, **options: Any) -> object:
     """Parse JSON; NaN and infinities are refused.
 
     Args:
-        options: of `json.loads`, such as `strict=False`, which allows raw tabs and newlines inside strings.
+        options: options of `json.loads`, such as `strict=False`, which allows raw tabs and newlines in strings.
 
     Raises:
         RowError: not JSON, or nested too deeply.
@@ -119,20 +119,20 @@ def strict_json(text: str, **options: Any) -> object:
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> Row:
-    """The object, in which `json.loads` would let a later field overwrite an earlier one of the same name."""
+    """Return the object; refuse repeated fields, of which `json.loads` would keep the last."""
     row: dict[str, object] = {}
     for name, value in pairs:
         if name in row:
-            raise RowError(f"the field {shown(name)} stands there twice")
+            raise RowError(f"the field {shown(name)} occurs twice")
         row[name] = value
     return row
 
 
-# Fields of a row. Each raises `RowError` where the value is not what is expected.
+# Fields of a row. Each function raises `RowError` if the value is not what is expected.
 
 
 def object_with(value: object, fields: Iterable[str] = (), name: str = "the row") -> Row:
-    """The value if it is an object that has these fields."""
+    """Return the value if it is an object with these fields."""
     if not isinstance(value, dict):
         raise RowError(f"{name} is {kind(value)}; an object expected")
     if missing := [field for field in fields if field not in value]:
@@ -141,73 +141,73 @@ def object_with(value: object, fields: Iterable[str] = (), name: str = "the row"
 
 
 def list_of(value: object, name: str) -> list[object]:
-    """The value if it is a list."""
+    """Return the value if it is a list."""
     if not isinstance(value, list):
         raise RowError(f"{name} is {kind(value)}; a list expected")
     return value
 
 
 def usable_text(value: object, name: str) -> str:
-    """The value if it is text that every tokenizer takes: without NUL and halves of surrogate pairs."""
+    """Return the value if it is text that every tokenizer accepts: without NUL and unpaired surrogates."""
     if not isinstance(value, str):
         raise RowError(f"{name} is {kind(value)}; text expected")
     if "\0" in value:
-        raise RowError(f"{name} holds a NUL character")
+        raise RowError(f"{name} contains a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(f"{name} holds half a surrogate pair at character {error.start}") from None
+        raise RowError(f"{name} contains an unpaired surrogate at character {error.start}") from None
     return value
 
 
 def binary_label(value: object, name: str) -> bool:
-    """A binary label: true or 1 is up, false or 0 is down."""
+    """Return a binary label: true or 1 is up, false or 0 is down."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
 
 
-STARS = "of one to five stars make (stars - 1) / 4"
-"""What is said of a label above 1."""
+STARS = "convert one to five stars to (stars - 1) / 4"
+"""Advice for a label above 1."""
 MOST_STARS = 0.1
-"""Share of a file's rows that may have a label above 1: of more the others mean something else, too."""
+"""Maximum share of rows with a label above 1; with more, the other labels are on another scale too."""
 FEW_STARS = 3
-"""So many may, whatever their share."""
+"""Number of such rows that is always accepted."""
 
 
 def soft_label(value: object, name: str) -> float:
-    """A label that may be uncertain: as `binary_label`, or a number between, the probability of up."""
+    """Return a label as `binary_label` does, or a number between 0 and 1, the probability of up."""
     if isinstance(value, bool | int | float) and 0 <= value <= 1:
         return float(value)
-    if isinstance(value, int | float) and value == -1:  # a thumb down, beside 1 for up
+    if isinstance(value, int | float) and value == -1:  # a thumb down where 1 is up
         return 0.0
     stars = f"; {STARS}" if isinstance(value, int | float) and value > 1 else ""
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected{stars}")
 
 
 def refuse_stars(usable: int, problems: Sequence[Problem]) -> None:
-    """Refuse a file whose labels are on a scale, of which a 1 would count as a thumb up.
+    """Refuse a file whose labels are on a scale on which 1 is the lowest, because 1 would count as a thumb up.
 
     Args:
-        usable: how many of its rows were read.
+        usable: the number of rows that could be used.
     """
     stars = [one for one in problems if one.what.endswith(STARS)]
     if usable and len(stars) > max(FEW_STARS, MOST_STARS * (len(stars) + usable)):
-        what = "its labels are on a scale, as stars are, and of those a 1 would count as a thumb up"
-        raise UserError(what, where=stars[0].where, remedy=f"{STARS[0].upper()}{STARS[1:]}, or true and false.")
+        what = "its labels are on a scale, such as stars, on which a 1 would count as a thumb up"
+        raise UserError(what, where=stars[0].where, remedy=f"{STARS.capitalize()}, or to true and false.")
 
 
 def number_to(most: float, value: object, name: str) -> float:
-    """A number from 0 to `most`."""
+    """Return the value if it is a number from 0 to `most`."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
         return float(value)
     raise RowError(f"{name} is {shown(value)}; a number from 0 to {most:,.0f} expected")
 
 
 def first_user_key(turns: Iterable[Turn], domain: str = "") -> str:
-    """A dialogue's key where the data have none: its first user turn, case and spaces ignored.
+    """Return a dialogue's key if the data have none: its first user turn, ignoring case and spaces.
 
-    All contexts of a dialogue are prefixes of one another and share it, so a split by it does not leak.
+    All contexts of a dialogue are prefixes of one another and share this turn, so splitting by it does not leak.
     """
     first = next((turn.text for turn in turns if turn.speaker in ("user", "text")), "")
     key = " ".join(first.casefold().split())
@@ -215,7 +215,7 @@ def first_user_key(turns: Iterable[Turn], domain: str = "") -> str:
 
 
 def kind(value: object) -> str:
-    """The JSON type of a value, in words."""
+    """Return the JSON type of a value in words."""
     if value is None:
         return "null"
     types = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
@@ -223,4 +223,4 @@ def kind(value: object) -> str:
 
 
 shown = reprlib.repr
-"""A value for a message, cut to a readable length."""
+"""Formats a value for a message, shortened to a readable length."""

@@ -1,6 +1,6 @@
-"""The sources of data: every name that `data.source` and `--data` take, and what reads it.
+"""The data sources: every name that `data.source` and `--data` accept, and its reader.
 
-A plugin adds its own: `SOURCES["mine"] = Source(read_mine, "what it holds")`.
+A plugin can add sources: `SOURCES["mine"] = Source(read_mine, "what it contains")`.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from perl.data.taskmaster import RELEASES, Domain, read_taskmaster
 from perl.errors import UserError, machine_fault
 
 Reader = Callable[[Path | None, int], Records]
-"""Reads a folder or file, or the source's own data where the path is None; the seed is for data that are drawn.
+"""Reads a folder or file, or the source's own data if the path is None; the seed is for sources that sample.
 
-A row that cannot be used goes into `Records.problems`. An OSError becomes a message that names `data.path`.
+A row that cannot be used goes to `Records.problems`. An OSError becomes a message that names `data.path`.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source of data.
+    """A data source.
 
     Attributes:
-        read: reads what training should see.
-        every_row: reads also the rows that training leaves out, for `data check`; by default as `read`.
-        fetch: downloads it and returns the folder, where it has to be downloaded before it is read.
-        remedy: what to do if there is no usable row.
-        mapped: reads columns of other names, by the names of TRL's formats; absent where they are fixed.
+        read: reads the rows for training.
+        every_row: also reads the rows that training leaves out, for `data check`; by default `read`.
+        fetch: downloads the data and returns their folder, for sources that must be downloaded first.
+        remedy: the remedy if there is no usable row.
+        mapped: reads with a mapping of column names to TRL's fields; None if the columns are fixed.
     """
 
     read: Reader
@@ -55,12 +55,12 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """The source of this name; `UserError` with the nearest valid name if there is none."""
+    """Return the source with this name; `UserError` with the closest valid name if there is none."""
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         sets = ", ".join(name for name in SOURCES if "/" not in name)  # without their parts
-        remedy = f"{hint}There are {sets}; own data is a file that ends in .jsonl."
+        remedy = f"{hint}The sources are {sets}; for your own data, name a file that ends in .jsonl."
         raise UserError(f"there is no source {name!r}", where="data.source", remedy=remedy)
     return SOURCES[name]
 
@@ -73,35 +73,35 @@ def load_records(
     key: str = "data.path",
     chat: bool = False,
 ) -> Records:
-    """What a source holds, as training should see it.
+    """Load a source's records for training.
 
     Args:
-        name: in `SOURCES`.
+        name: a name in `SOURCES`.
         path: a folder or file that the source reads instead of its own data.
-        seed: for sources that draw their data.
-        columns: names in the file, by the names of TRL's formats.
-        key: of the recipe, which gives the path; for messages.
-        chat: whether plain text is made chats of.
+        seed: seed for sources that sample their data.
+        columns: the file's column names, by the field names of TRL's formats.
+        key: the recipe key of the path, for messages.
+        chat: whether to convert plain text to chats.
 
     Raises:
-        UserError: an unknown source, data that is missing, or nothing usable in it.
+        UserError: the source is unknown, its data are missing, or no row is usable.
     """
     records = _load(name, _reader(find_source(name), columns, find_source(name).read), path, seed, key)
     return as_chats(records) if chat else records
 
 
 def load_rows(name: str, path: str | None, seed: int, columns: Mapping[str, str] | None = None) -> Records:
-    """As `load_records`, with the rows that repeat or contradict others where training leaves them out."""
+    """Load records as `load_records` does, including rows that training leaves out, such as repeats."""
     source = find_source(name)
     return _load(name, _reader(source, columns, source.every_row or source.read), path, seed)
 
 
 def _reader(source: Source, columns: Mapping[str, str] | None, otherwise: Reader) -> Reader:
-    """What reads a source, with columns of other names if there are any."""
+    """Return the reader of a source, with a mapping of columns if there is one."""
     if not columns:
         return otherwise
     if source.mapped is None:
-        raise UserError("the columns of this source are fixed", where="data.columns", remedy="Leave it out.")
+        raise UserError("the columns of this source are fixed", where="data.columns", remedy="Remove it.")
     mapped = source.mapped
     return lambda path, seed: mapped(path, columns)
 
@@ -109,12 +109,12 @@ def _reader(source: Source, columns: Mapping[str, str] | None, otherwise: Reader
 def _load(name: str, read: Reader, path: str | None, seed: int, key: str = "data.path") -> Records:
     location = (
         None if path is None else Path(os.path.expanduser(path))
-    )  # Path's own raises for an unknown user's home
+    )  # Path.expanduser raises for an unknown user's home
     try:
         if location is not None:
             with contextlib.suppress(OSError):
                 location.lstat()
-    except ValueError as error:  # a NUL character, or half of a surrogate pair, which no file's name has
+    except ValueError as error:  # a NUL character or an unpaired surrogate, which no file name has
         raise UserError(f"cannot be read: {error}", where=str(location), remedy=f"Check {key}.") from None
     try:
         records = read(location, seed)
@@ -148,19 +148,19 @@ def fetch_source(name: str) -> Path:
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
-    """Name and path from the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
+    """Return name and path from the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
 
     Raises:
         UserError: neither a known source nor a file.
     """
     name, colon, path = text.partition(":")
-    # A file in own formats needs no name before it.
+    # A file in our own formats needs no source name.
     own = text.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet"))
     if name not in SOURCES and (own or os.path.isfile(os.path.expanduser(text))):
         return "jsonl", text
     find_source(name)
     if colon and not path:
-        raise UserError(f"{text!r} names no path", remedy=f"Write {name} or {name}:PATH.")
+        raise UserError(f"{text!r} has no path", remedy=f"Write {name} or {name}:PATH.")
     return name, path or None
 
 
@@ -169,8 +169,8 @@ def parse_source(text: str) -> tuple[str, str | None]:
 
 def _no_files(source: str, path: Path | None) -> None:
     if path is not None:
-        remedy = "Leave data.path out, or set data.source to jsonl to read a file."
-        raise UserError(f"{source} reads no files, but is given {path}", where="data.path", remedy=remedy)
+        remedy = "Remove data.path, or set data.source to jsonl to read a file."
+        raise UserError(f"{source} reads no files, but {path} is given", where="data.path", remedy=remedy)
 
 
 def _arithmetic_simulator(path: Path | None, seed: int) -> Records:
@@ -183,7 +183,7 @@ def _arithmetic_simulator(path: Path | None, seed: int) -> Records:
 def _coffee_simulator(path: Path | None, seed: int) -> Records:
     _no_files("coffee-simulator", path)
     records = simulate(seed=seed, dialogues=1250, ratings=8000, prompts=1500, noise=0.1)
-    # One corpus whatever the seed: the base is what all runs have in common.
+    # The same corpus for every seed: all runs have the same base.
     records.corpus = corpus(seed=0, dialogues=8_000)
     return records
 
@@ -219,11 +219,11 @@ def _taskmaster(domain: Domain, description: str) -> Source:
 
 
 def _fetched(source: str, release: str, repository: Repository) -> Path:
-    """The folder that `data fetch` fills."""
+    """Return the folder that `data fetch` fills."""
     folder = cache_folder(repository)
     if missing := [pin.path for pin in pins(release, repository) if not (folder / pin.path).is_file()]:
         remedy = f"Run `perl-rlhf data fetch {source}`, or set data.path to a checkout of the repository."
-        raise UserError(f"{source} is not fetched: there is no {missing[0]}", where=str(folder), remedy=remedy)
+        raise UserError(f"{source} has not been fetched: no {missing[0]}", where=str(folder), remedy=remedy)
     return folder
 
 
@@ -238,7 +238,7 @@ def _math(name: str) -> Source:
         chosen.licence,
         f"https://github.com/{chosen.repository.name}",
         fetch=partial(fetch, chosen.folder, chosen.repository),
-        remedy="Set data.path to the folder with the files as published: data/README.md.",
+        remedy="Set data.path to the folder with the published files, see data/README.md.",
     )
 
 
@@ -263,14 +263,14 @@ SOURCES: dict[str, Source] = {
     "jsonl": Source(
         _jsonl,
         "a file of your own in TRL's formats",
-        remedy=f"Write rows with the fields {FORMATS}, in .jsonl one JSON object a line; data.columns gives "
+        remedy=f"Write rows with the fields {FORMATS}, in .jsonl one JSON object per line; data.columns maps "
         "other names.",
         mapped=_file,
     ),
     "hub": Source(
         _hub,
-        "a data set of the hub in TRL's formats, by its id",
-        remedy=f"Its rows should have the fields {FORMATS}; data.columns gives other names.",
+        "a data set on the hub in TRL's formats, by its id",
+        remedy=f"Its rows should have the fields {FORMATS}; data.columns maps other names.",
         mapped=read_hub,
     ),
     **{name: _math(name) for name in MATH_SETS},

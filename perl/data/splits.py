@@ -1,8 +1,8 @@
 """Splits records by dialogue.
 
-Contexts of one dialogue are prefixes of one another, so rows are not split at random. Dialogues that have a row in
-common, the same or nearly (`perl.data.duplicates`), are on one side too. A published test part is held out as it
-is.
+Contexts of one dialogue are prefixes of one another, so rows are not split at random. Dialogues that share a row,
+or have nearly the same row (`perl.data.duplicates`), are on one side too. A published test part is held out as
+published.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from perl.data.records import Context, Record, Records, answers_of
 from perl.errors import UserError
 
 LARGEST_GROUP = 0.25
-"""Share of the dialogues; what more of them have in common, such as a greeting, does not group them."""
+"""Maximum share of the dialogues in a group; rows that more dialogues share, such as a greeting, are ignored."""
 TRIES = 16
-"""Draws, until one leaves on both sides all that both could have."""
+"""Maximum number of random splits, until one has every kind and class on both sides where possible."""
 Groups = Mapping[str, Sequence[str]]
-"""Dialogues that belong on one side, by the first of their names."""
+"""Dialogues that must be on the same side, by the first of their names."""
 
 
 class _Row(NamedTuple):
-    """A context with an answer, if there is one: what is compared. A comparison is two rows."""
+    """The unit that is compared: a context with an answer, if there is one. A comparison is two rows."""
 
     kind: str
     record: Record
@@ -31,18 +31,18 @@ class _Row(NamedTuple):
 
 
 def split(records: Records, held_out: float, seed: int) -> tuple[Records, Records]:
-    """Split into what is trained on and what is held out; no dialogue is on both sides.
+    """Split records into training and held-out records; no dialogue is on both sides.
 
     Both classes of ratings and every kind of record are on both sides, in about the same shares, if more than one
     group of dialogues has them; else they are trained on. Rows that are on both sides because too many dialogues
-    have them are removed from the held-out part, unless it would lose a kind or a class. `notes` of the held-out
+    share them are removed from the held-out part, unless it would lose a kind or a class. `notes` of the held-out
     records say what was done.
 
-    The same rows, share and seed always give the same split. The judge goes to both sides, the problems and the
-    corpus to the first.
+    The same rows, share and seed always give the same split. Both sides get the judge, only the first gets the
+    problems and the corpus.
 
     Args:
-        held_out: the share of dialogues, above 0 and below 1; at least one is held out. Unused where there is a
+        held_out: the share of dialogues, above 0 and below 1; at least one is held out. Ignored if there is a
             published test part.
 
     Raises:
@@ -98,7 +98,7 @@ def _counts(records: Records) -> dict[str, int]:
 
 
 def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
-    """Dialogues by the rows that they have in common, starting with rows that few have."""
+    """Group dialogues by the rows that they share, starting with rows that few dialogues share."""
     sharing: dict[int, set[str]] = defaultdict(set)
     for cluster, row in zip(clusters, rows, strict=True):
         sharing[cluster].add(row.record.dialogue)
@@ -117,7 +117,7 @@ def _groups(rows: Sequence[_Row], clusters: Sequence[int]) -> Groups:
 
 
 def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
-    """What both sides should have, and the groups with it."""
+    """Return what both sides should have, and the groups that have it."""
     group_of = {dialogue: group for group, dialogues in groups.items() for dialogue in dialogues}
     labels: dict[tuple[str, Context], set[bool]] = defaultdict(set)
     for rating in records.ratings:
@@ -133,7 +133,7 @@ def _properties(records: Records, groups: Groups) -> dict[str, set[str]]:
 
 
 def _drawn(groups: Groups, has: Mapping[str, set[str]], share: float, seed: int) -> set[str]:
-    """The dialogues to hold out; of several draws the first that leaves the least on one side only."""
+    """Return the dialogues to hold out: of several random splits, the first with the fewest one-sided kinds."""
 
     def one_sided(held: set[str]) -> int:
         return sum(len(of) > 1 and (of <= held or not of & held) for of in has.values())
@@ -148,12 +148,12 @@ def _drawn(groups: Groups, has: Mapping[str, set[str]], share: float, seed: int)
 
 
 def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt: str) -> set[str]:
-    """Groups to hold out: of each property its share, the rarest first (Sechidis, Tsoumakas & Vlahavas 2011).
+    """Return groups to hold out, a share of each property, rarest first (Sechidis, Tsoumakas & Vlahavas 2011).
 
     Args:
-        groups: at least two.
-        has: the groups with each property; a group has at least one.
-        salt: of the draw.
+        groups: at least two groups.
+        has: the groups with each property; each group has at least one property.
+        salt: salt of the random order.
     """
     order = _spread(groups, has, salt)
     held: set[str] = set()
@@ -162,7 +162,7 @@ def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt:
         free = [group for group in order if group in undecided and group in of]
         undecided -= of
         if len(of) == 1:
-            continue  # what a single group has is trained on
+            continue  # a property of a single group is trained on
         total = sum(len(groups[group]) for group in of)
         wanted = min(max(round(share * total), 1), total - 1)
         have = sum(len(groups[group]) for group in of & held)
@@ -176,8 +176,8 @@ def _stratified(groups: Groups, has: Mapping[str, set[str]], share: float, salt:
 
 
 def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]:
-    """The groups in an order in which every prefix has about its share of those with the same properties."""
-    # Ordered by a hash, so that a few more rows in the data leave most dialogues on their side.
+    """Order the groups so that every prefix has about its share of each combination of properties."""
+    # Ordered by a hash, so that most dialogues stay on their side if a few rows are added.
     like: dict[frozenset[str], list[str]] = defaultdict(list)
     for group in sorted(groups, key=lambda group: hashlib.sha256(f"{salt}:{group}".encode()).digest()):
         like[frozenset(name for name, of in has.items() if group in of)].append(group)
@@ -185,11 +185,11 @@ def _spread(groups: Groups, has: Mapping[str, set[str]], salt: str) -> list[str]
     return [group for _, group in sorted(places)]
 
 
-# What is on both sides nevertheless.
+# Rows that are on both sides nevertheless.
 
 
 def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: set[str]) -> None:
-    """Remove held-out rows that training has, the same or nearly, and note how many."""
+    """Remove held-out rows that are the same or nearly the same as training rows, and note how many."""
     before, removed = _counts(held), 0
     for kinds in (("demonstrations",), ("ratings", "comparisons"), ("prompts",)):
         trained, asked = (
@@ -205,8 +205,8 @@ def _leave_out_seen(held: Records, rows: Sequence[_Row], alike: Rows, chosen: se
                 setattr(held, kind, records)
                 held.incomplete = True
                 held.notes.append(
-                    f"{len(records) - len(kept)} of {len(records)} held-out {kind} are trained on too, under "
-                    "names of other dialogues; the rest alone would be too few to judge by"
+                    f"{len(records) - len(kept)} of {len(records)} held-out {kind} are also trained on, in other "
+                    "dialogues; they are kept, because the rest alone would be too few to evaluate on"
                 )
             else:
                 removed += len(records) - len(kept)

@@ -1,8 +1,8 @@
-"""The rows of a user's file, whatever its form: JSON Lines, a JSON array, CSV, TSV or Parquet.
+"""Reads the rows of a user's file of any form: JSON Lines, a JSON array, CSV, TSV or Parquet.
 
-In CSV and TSV all is text: a cell of `label`, `margin` or `probability` is read as a number or as one of the words
-for up and down, and an empty cell is none. Columns of other names than those of TRL's formats are read by names
-that the user gives, and these can be guessed.
+In CSV and TSV everything is text: a cell of `label`, `margin` or `probability` is read as a number or as one of
+the words for up and down, and an empty cell has no value. If the columns have other names than the fields of TRL's
+formats, the user maps them; a mapping can be suggested.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from perl.data.rows import (
 from perl.errors import UserError
 
 Value = Callable[[], object]
-"""The row; raises `RowError`."""
+"""Returns the row; raises `RowError`."""
 UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
 DOWN = (
     "false",
@@ -46,8 +46,8 @@ DOWN = (
 )
 NUMBERS = ("label", "margin", "probability")
 ANSWERS = ("completion", "chosen", "rejected")
-"""They may be JSON that is no chat, as a schema asks for."""
-READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are read"
+"""Fields whose text may be JSON without being a chat, for example if a schema asks for JSON."""
+READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are supported"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
 TRL_FORMATS = [
     {"prompt"},
@@ -57,9 +57,9 @@ TRL_FORMATS = [
     {"prompt", "chosen", "rejected"},
     {"chosen", "rejected"},
 ]
-"""The fields of each."""
+"""The fields of each format."""
 UNREAD = "These columns are not read"
-"""How a note begins of columns that have other names than those."""
+"""Beginning of the note on columns with other names."""
 SYNONYMS = {
     "prompt": ("question", "query", "instruction", "input", "request", "user"),
     "completion": ("response", "answer", "output", "reply", "generation"),
@@ -67,33 +67,33 @@ SYNONYMS = {
     "chosen": ("preferred", "better", "winner"),
     "rejected": ("dispreferred", "worse", "loser"),
 }
-"""Other names that the fields have in people's files."""
+"""Other common names of the fields."""
 
 
 def numbered_values(path: Path, columns: Mapping[str, str], form: str = "") -> Iterator[tuple[int, Value]]:
-    """Each row of a file, by its line or its number from 1.
+    """Yield each row of a file with its line number or its index from 1.
 
     Args:
-        columns: names in the file, by the names of TRL's formats.
-        form: such as .csv, whatever the file's name.
+        columns: the file's column names, by the field names of TRL's formats.
+        form: a suffix such as .csv that overrides the file's own.
 
     Raises:
-        UserError: the file is of a form that is not read, or broken.
+        UserError: the file's form is not supported, or it is broken.
         OSError: it cannot be read.
     """
     suffix = form or path.suffix.lower()
     if suffix in REFUSED:
-        raise UserError(f"{suffix} files are not read", where=str(path), remedy=f"Convert it: {READ}.")
+        raise UserError(f"{suffix} files are not supported", where=str(path), remedy=f"Convert it: {READ}.")
     read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet}.get(suffix, _json)
     for number, value in read(path):
         yield number, lambda value=value: _renamed(value(), columns)  # type: ignore[misc]
 
 
 def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> Iterator[tuple[int, Value]]:
-    """Each row of a table in memory, by its number from 1; a column that a row lacks is null in it.
+    """Yield each row of a table in memory with its number from 1; null means that the row lacks the column.
 
     Args:
-        columns: as of `numbered_values`.
+        columns: the mapping of `numbered_values`.
     """
     for number, row in enumerate(rows, 1):
         yield number, lambda row=row: _renamed(_with_values(row), columns)  # type: ignore[misc]
@@ -108,7 +108,7 @@ def _renamed(value: object, columns: Mapping[str, str]) -> object:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Value]]:
-    """JSON Lines, or a JSON array."""
+    """Read JSON Lines or a JSON array."""
     with path.open("rb") as file:
         first = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first != b"[":
@@ -118,7 +118,7 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
     try:
         rows = strict_json(path.read_text(encoding="utf-8-sig"))
     except (RowError, UnicodeDecodeError) as error:
-        remedy = "It begins with [ and so is read as one array: mend it, or write one object a line."
+        remedy = "It begins with [ and so is read as one array: correct it, or write one object per line."
         raise UserError(f"is not a JSON array: {error}", where=str(path), remedy=remedy) from None
     assert isinstance(rows, list)
     for number, row in enumerate(rows, 1):
@@ -126,7 +126,7 @@ def _json(path: Path) -> Iterator[tuple[int, Value]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
-    arrow: Any = import_module("pyarrow")  # it has no types
+    arrow: Any = import_module("pyarrow")  # untyped
     parquet: Any = import_module("pyarrow.parquet")
     try:
         rows = parquet.read_table(path).to_pylist()
@@ -136,13 +136,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
 
 
 def _with_values(row: Mapping[str, object]) -> Row:
-    """A row of a table without the columns that are null in it."""
+    """Return a row of a table without its null columns."""
     plain = {name: _plain(value) for name, value in row.items()}
     return {name: value for name, value in plain.items() if value is not None}
 
 
 def _plain(value: object) -> object:
-    """A value as JSON has it: dates, decimals and bytes as text; NaN, which tables have for no value, as null."""
+    """Return a value as JSON: dates, decimals and bytes as text; NaN, the missing value of tables, as null."""
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -162,10 +162,10 @@ def _values(row: Mapping[str, str]) -> Row:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """The header of a CSV or TSV file beside the cells of each row, by the row's last line.
+    """Yield the last line number, the header and the cells of each row of a CSV or TSV file.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not such a file.
         OSError: it cannot be read.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -173,12 +173,12 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             header = [name.strip() for name in next(rows, [])]
-            if len(header) == 1 and ";" in header[0]:  # as Excel has it in Europe
-                what, remedy = "its columns are divided by semicolons", "Save it with commas, or as TSV."
+            if len(header) == 1 and ";" in header[0]:  # as Excel writes in Europe
+                what, remedy = "its columns are separated by semicolons", "Save it with commas, or as TSV."
                 raise UserError(what, where=str(path), remedy=remedy)
             if twice := [name for name in header if name and header.count(name) > 1]:
                 what = f"has the column {twice[0]!r} twice"
-                raise UserError(what, where=str(path), remedy="Name every column once.")
+                raise UserError(what, where=str(path), remedy="Give every column a different name.")
             for cells in filter(None, rows):  # a blank line has no cells
                 yield rows.line_num, header, cells
         except csv.Error as error:
@@ -190,14 +190,14 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
 
 
 def row_of(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, str]:
-    """A row of text; an empty cell is none. Raises `RowError` if a column has no cell, or a cell no column."""
+    """Return a row without empty cells. Raises `RowError` if a column has no cell, or a cell no column."""
     if len(cells) != len(header):
-        raise RowError("has more cells than the header, or fewer: a text with commas has to be in quotes")
+        raise RowError("has more or fewer cells than the header: text with commas must be in quotes")
     return {name: text for name, text in zip(header, cells, strict=True) if text}
 
 
 def cell_value(name: str, cell: object) -> object:
-    """What a cell of text says, where a number or a label is expected; messages are JSON in a cell."""
+    """Convert a text cell to a number or label if its field has one, or to messages if it has them as JSON."""
     if not isinstance(cell, str):
         return cell
     word = cell.strip().casefold()
@@ -213,22 +213,22 @@ def cell_value(name: str, cell: object) -> object:
 
 
 def _are_messages(value: object) -> bool:
-    """Whether a list is of chat messages."""
+    """Return whether a value is a list of chat messages."""
     wanted = {"role", "content"}
     return isinstance(value, list) and all(isinstance(one, dict) and wanted <= set(one) for one in value)
 
 
-# What `data.columns` could say.
+# Suggestions for `data.columns`.
 
 
 def columns_in(path: Path) -> dict[str, str]:
-    """What `data.columns` could say of a file whose columns have other names than the formats'; mostly nothing.
+    """Suggest `data.columns` for a file whose columns have other names than the formats' fields; often empty.
 
     Raises:
-        UserError: it is of a form that is not read, or broken.
+        UserError: the file's form is not supported, or it is broken.
     """
     names, count = Counter[str](), 0
-    with contextlib.suppress(OSError):  # whoever reads its rows says so
+    with contextlib.suppress(OSError):  # reported when its rows are read
         for _, value in numbered_values(path, {}):
             row = parsed("", value)
             names.update(list(row) if isinstance(row, dict) else [])
@@ -237,11 +237,11 @@ def columns_in(path: Path) -> dict[str, str]:
 
 
 def mapping_of(names: Counter[str], rows: int) -> dict[str, str]:
-    """What `data.columns` could say of a file: the richest format that it then has, if any.
+    """Suggest `data.columns` for the format with the most fields that becomes possible; empty if there is none.
 
     Args:
-        names: its columns; those count that most of its rows have.
-        rows: how many it has.
+        names: number of rows with each column; columns that most rows have are used.
+        rows: number of rows.
     """
     most = [name for name, count in names.items() if 2 * count > rows]
     lower = {name.casefold(): name for name in most}
@@ -256,7 +256,7 @@ def mapping_of(names: Counter[str], rows: int) -> dict[str, str]:
 
 
 def mapping_hint(mapping: Mapping[str, str]) -> str:
-    """What to add to the recipe so that columns of other names are read; empty if there are none."""
+    """Return the note that suggests `data.columns`; empty without a mapping."""
     if not mapping:
         return ""
     said = ", ".join(f"{field}: {name}" for field, name in mapping.items())

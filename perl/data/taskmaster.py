@@ -1,6 +1,6 @@
-"""Taskmaster Coffee and Ticketing: the dialogues and rated turns released with the PERL paper.
+"""Reads Taskmaster Coffee and Ticketing: the dialogues and rated turns released with the PERL paper.
 
-A rated turn holds its context and its answer as JSON strings; a dialogue holds the API calls as annotations of the
+A rated turn has its context and its answer as JSON strings; a dialogue has API calls as annotations of the
 utterance that caused them. Both become the same turns: `call NAME {"argument": "value"}` by the agent,
 `{"NAME":{…}}` by the API.
 """
@@ -29,7 +29,7 @@ from perl.errors import UserError
 
 Domain = Literal["coffee", "ticketing"]
 RELEASES: dict[Domain, str] = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}
-"""The folder of the public repository that holds each domain."""
+"""The folder of each domain in the public repository."""
 
 _SPEAKERS: dict[str, Speaker] = {"user": "user", "agent": "agent", "assistant": "agent"}
 _R = TypeVar("_R", Rating, Demonstration)
@@ -38,14 +38,14 @@ _R = TypeVar("_R", Rating, Demonstration)
 def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Records:
     """Read a checkout of the repository, or its folder of this domain.
 
-    Coffee's demonstrations are its dialogues, Ticketing's its answers that are rated up. Prompts are the contexts
-    of the ratings.
+    Demonstrations are Coffee's dialogues, and those of Ticketing's answers that are rated up. Prompts are the
+    contexts of the ratings.
 
     Args:
-        every_row: also ratings that repeat a (context, answer), and those of answers rated both up and down.
+        every_row: include repeated ratings of a (context, answer), and answers rated both up and down.
 
     Raises:
-        UserError: a folder is missing, or it holds no usable row.
+        UserError: a folder is missing or has no usable row.
     """
     release = _release(folder, domain)
     ratings, problems = _read(release / "reward", rated_turn, domain)
@@ -57,7 +57,7 @@ def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Re
     else:
         liked = (rating for rating in ratings if rating.label and rating.answer.text)
         demonstrations = [Demonstration(rating.context, (rating.answer,), rating.dialogue) for rating in liked]
-    # An empty context, which a few rated turns have, cannot be answered.
+    # A few rated turns have an empty context, which cannot be a prompt.
     prompts = {rating.context: Prompt(rating.context, rating.dialogue) for rating in ratings if rating.context}
     return Records(
         demonstrations=demonstrations, ratings=ratings, prompts=list(prompts.values()), problems=problems
@@ -65,11 +65,11 @@ def read_taskmaster(folder: Path, domain: Domain, every_row: bool = False) -> Re
 
 
 def rated_turn(row: object, domain: Domain) -> Rating:
-    """One rated turn as published.
+    """Parse one rated turn in the published format.
 
     Args:
         row: an object with `context` and `generation`, both JSON strings, and `reward`, 1.0 or 0.0.
-        domain: prefixed to the dialogue's key.
+        domain: prefix of the dialogue's key.
 
     Raises:
         RowError: the row does not fit.
@@ -84,7 +84,9 @@ def rated_turn(row: object, domain: Domain) -> Rating:
 
 
 def whole_dialogue(row: object, domain: Domain) -> Demonstration:
-    """One dialogue as published: context up to the first user turn, then the answer. Invalid JSON is kept as text.
+    """Parse one dialogue in the published format: the context ends with the first user turn.
+
+    Invalid JSON in API calls and responses is kept as text.
 
     Raises:
         RowError: the row does not fit.
@@ -99,7 +101,7 @@ def whole_dialogue(row: object, domain: Domain) -> Demonstration:
 
 
 def _call_turn(name: str, arguments: object) -> Turn:
-    """An API call as a turn of the agent; arguments that are a string are kept."""
+    """Return an API call as an agent turn; arguments that are a string are kept as they are."""
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Turn("agent", usable_text(f"{CALL}{name} {text}", "call"))
 
@@ -109,7 +111,7 @@ def _compact(value: object) -> str:
 
 
 def _turn(turn: object, name: str) -> Turn:
-    """One turn of a rated row's context, or its generation."""
+    """Parse one turn of a rated row's context, or its generation."""
     if isinstance(turn, dict) and len(turn) == 2:
         match turn:
             case {"role": "agent", "api": dict(api)} if len(api) == 1:
@@ -124,7 +126,7 @@ def _turn(turn: object, name: str) -> Turn:
 
 
 def _utterance(utterance: object, name: str) -> Iterator[Turn]:
-    """What was said, then the calls and responses it caused."""
+    """Yield what was said, then the calls and responses that it caused."""
     fields = object_with(utterance, ("speaker", "text"), name)
     speaker, text = fields["speaker"], usable_text(fields["text"], f"{name}.text")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
@@ -136,7 +138,7 @@ def _utterance(utterance: object, name: str) -> Iterator[Turn]:
 
 
 def _calls(annotations: list[object], name: str) -> Iterator[Turn]:
-    """Runs of `api_call`, `request`, `api_response`, `response`; `request` may be missing: no arguments."""
+    """Yield the turns of `api_call`, `request` (absent without arguments), `api_response` and `response`."""
     call = response = None
     arguments: object = {}
     for annotation in annotations:
@@ -161,7 +163,7 @@ def _calls(annotations: list[object], name: str) -> Iterator[Turn]:
 
 
 def _json_or_text(value: str) -> object:
-    """The parsed value, or the string itself if it is not JSON, such as `{"id": ""latte-12""}`."""
+    """Return the parsed value, or the string itself if it is not JSON, such as `{"id": ""latte-12""}`."""
     try:
         return strict_json(value, strict=False)
     except RowError:
@@ -169,7 +171,7 @@ def _json_or_text(value: str) -> object:
 
 
 def _response_to(name: str, response: object) -> Turn:
-    text = response if isinstance(response, str) else _compact(response)  # not JSON: it stands as it is
+    text = response if isinstance(response, str) else _compact(response)  # text that is not JSON is kept
     return Turn("api", usable_text(f"{{{_compact(name)}:{text}}}", "response"))
 
 
@@ -177,7 +179,7 @@ def _response_to(name: str, response: object) -> Turn:
 
 
 def _release(folder: Path, domain: Domain) -> Path:
-    """The domain's folder: this one, or in this checkout."""
+    """Return the domain's folder: this one, or the one in this checkout."""
     name = RELEASES[domain]
     release = folder if name in (folder.name, folder.resolve().name) else folder / name
     for part in ("reward", "data") if domain == "coffee" else ("reward",):
@@ -191,7 +193,7 @@ def _release(folder: Path, domain: Domain) -> Path:
 
 
 def _read(folder: Path, parse: Callable[[object, Domain], _R], domain: Domain) -> tuple[list[_R], list[Problem]]:
-    """All rows of a folder's files, in the files' order."""
+    """Read all rows of a folder's files, in the files' order."""
     rows, problems = sifted(row for path in sorted(folder.glob("*.json")) for row in _rows(path, parse, domain))
     if not rows:
         raise no_usable_row(problems, str(folder), "Fetch the data again, or check data.path.")

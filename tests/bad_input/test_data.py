@@ -22,15 +22,15 @@ CASES = [
     Case("nobody's home", ("no such file", "~nobody-here", "data.path"), overrides=("data.path=~nobody-here/x",)),
     Case("no path", ("needs a file", "data.path", "Set data.path"), overrides=("data.path=",)),
     Case("a folder", ("is a folder", "a file expected", "Set data.path"), overrides=("data.path=.",)),
-    Case("empty data", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b""),
-    Case("only blank lines", ("it is empty", "own.jsonl", "one JSON object a line"), rows=b"\n \n"),
+    Case("empty data", ("it is empty", "own.jsonl", "one JSON object per line"), rows=b""),
+    Case("only blank lines", ("it is empty", "own.jsonl", "one JSON object per line"), rows=b"\n \n"),
     Case(
         "UTF-16",
         ("no usable row", "own.jsonl:1: not UTF-8", "Write rows with"),
         rows='{"prompt": "a"}'.encode("utf-16"),
     ),
     Case("a zip file", ("no usable row", "own.jsonl:1:", "Write rows with"), rows=b"PK\x03\x04\0\0\xff\n"),
-    Case("no JSON", ("no usable row", "own.jsonl:1", "one JSON object a line"), rows=b"prompt,label\n"),
+    Case("no JSON", ("no usable row", "own.jsonl:1", "one JSON object per line"), rows=b"prompt,label\n"),
     Case(
         "no fields",
         ("fit no format", "['text', 'stars']", "{"),
@@ -48,7 +48,7 @@ CASES = [
     ),
     Case(
         "copies of one prompt",
-        ("1 dialogue cannot be split", "29 rows of a prompt alone: copies of earlier prompts", "Use more data"),
+        ("1 dialogue cannot be split", "29 rows with only a prompt: copies of earlier prompts", "Use more data"),
         rows=[{"prompt": user("Hi")}] * 30,
         changes={"reward": None},
     ),
@@ -130,7 +130,7 @@ ROWS = {
     "a label in words": (b'{"prompt": "a", "completion": "b", "label": "up"}', "label is 'up'"),
     "both labels": (
         b'{"prompt": "a", "completion": "b", "label": true, "label": false}',
-        "the field 'label' stands there twice",
+        "the field 'label' occurs twice",
     ),
     "a thumb and a pair": (
         b'{"prompt": "a", "completion": "b", "label": true, "chosen": "b", "rejected": "c"}',
@@ -143,11 +143,11 @@ ROWS = {
     ),
     "a margin and a probability": (
         b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "probability": 0.9}',
-        "give one",
+        "only one is allowed",
     ),
     "10 MB in a line": (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', "longer than 10,000,000 bytes"),
     "Latin-1": ('{"prompt": "café"}'.encode("latin-1"), "not UTF-8: byte 0xe9"),
-    "half a surrogate pair": (b'{"prompt": "a\\ud800"}', "half a surrogate pair"),
+    "half a surrogate pair": (b'{"prompt": "a\\ud800"}', "unpaired surrogate"),
     "NUL bytes": (b'{"prompt": "a\0"}', "NUL"),
     "an empty prompt": (b'{"prompt": " ", "completion": "b"}', "prompt is empty"),
     "an empty answer": (b'{"prompt": "a", "completion": ""}', "completion is empty"),
@@ -174,7 +174,7 @@ ROWS = {
 def test_a_bad_row_is_refused_where_it_is_alone_and_named_where_it_is_not(
     line: bytes, says: str, refused: Refused, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    refused(Case("alone", (says, "own.jsonl:1: ", "one JSON object a line"), rows=line))
+    refused(Case("alone", (says, "own.jsonl:1: ", "one JSON object per line"), rows=line))
     good = b'{"prompt": "a", "completion": "b", "label": true}'
     (tmp_path / "own.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
     before = contents(tmp_path)
@@ -198,7 +198,7 @@ def test_a_gzip_file_that_is_none(
     file = tmp_path / "own.jsonl.gz"
     file.write_bytes(content)
     recipe = write_recipe(data={"source": "jsonl", "path": str(file)}, reward=None)
-    says = ("is not a whole gzip file", str(file), "Get the file again")
+    says = ("is not a complete gzip file", str(file), "Get the file again")
     refused_in(says, "run", recipe, "--out", tmp_path / "out")
 
 

@@ -244,7 +244,7 @@ def test_a_corrected_reward_function_goes_on_in_the_same_folder(
         (("report", "gone"), ("not a run", "gone", "perl-rlhf run")),
         (("data", "check", "cofee-simulator"), ("no source", "data.source", "coffee-simulator?")),
         (("data", "check", "gone.jsonl"), ("no such file", "gone.jsonl", "Check data.path")),
-        (("data", "check", "jsonl:"), ("names no path", "'jsonl:'", "jsonl:PATH")),
+        (("data", "check", "jsonl:"), ("has no path", "'jsonl:'", "jsonl:PATH")),
         (("data", "fetch", "taskmaster-cofee"), ("no source", "data.source", "mean taskmaster-coffee?")),
         (("data", "fetch", "jsonl"), ("nothing to fetch", "'jsonl'", "taskmaster-coffee")),
     ],

@@ -72,7 +72,7 @@ def test_copies_of_a_prompt_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     rated = [{"prompt": "c", "completion": "b", "label": label} for label in (True, False)]
     rows = [*({"prompt": text} for text in "aaab"), {"prompt": "a", "colour": "red"}, *rated]
     assert check(write(tmp_path, *map(json.dumps, rows))) == 0
-    assert "2 rows of a prompt alone: copies of earlier prompts, left out" in capsys.readouterr().out.splitlines()
+    assert "2 rows with only a prompt: copies of earlier prompts, left out" in capsys.readouterr().out.splitlines()
 
 
 def test_rows_that_say_how_sure_they_are_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

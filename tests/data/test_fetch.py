@@ -103,7 +103,7 @@ def test_a_wrong_file_is_refused_and_not_left_behind(
     server.files[SECOND] = served
     if announced:
         server.announced[SECOND] = announced
-    with pytest.raises(UserError, match="is not the file pinned") as error:
+    with pytest.raises(UserError, match="is not the pinned file") as error:
         fetch("TM-3-2020", repository)
     assert what in error.value.what
     assert error.value.where == f"{server.url}/{SECOND}"

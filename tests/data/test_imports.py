@@ -170,7 +170,7 @@ def test_a_row_with_a_cell_too_many_or_too_few_is_named(run_cli: RunCli, tmp_pat
     assert [rating.answer.text for rating in read.ratings] == ["b"]
     assert not read.demonstrations
     for line in (4, 5):
-        assert f":{line}: has more cells than the header, or fewer" in written
+        assert f":{line}: has more or fewer cells than the header" in written
 
 
 def test_trls_formats_from_parquet_and_json(run_cli: RunCli, tmp_path: Path) -> None:

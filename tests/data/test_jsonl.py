@@ -183,7 +183,7 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
         (b'{"prompt": "a\0"}', "NUL"),
         (b'{"prompt": "a\\u0000"}', "NUL"),
         (b'{"prompt": "a\\ud800"}', "surrogate"),
-        (b'{"prompt": "a", "x": ["\\ud800"]}', "a further field holds half a surrogate pair"),
+        (b'{"prompt": "a", "x": ["\\ud800"]}', "another field contains an unpaired surrogate"),
         (b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', "longer than 10,000,000 bytes"),
     ],
@@ -267,5 +267,5 @@ def test_stars_are_not_read_as_thumbs(tmp_path: Path) -> None:
     file = tmp_path / "stars.jsonl"
     rows = [{"prompt": f"q{n}", "completion": "a", "label": n % 5 + 1} for n in range(10)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="Of one to five stars make"):
+    with pytest.raises(UserError, match="Convert one to five stars"):
         read_jsonl(file)

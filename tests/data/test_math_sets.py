@@ -48,7 +48,7 @@ def test_the_sets_count_as_published_and_wrong_solutions_are_listed(real: dict[s
         assert (len(records.prompts), len(records.demonstrations)) == COUNTS[name], name
         rows, right = COUNTS[name]
         if name != "mawps" and right < rows:
-            assert f"{rows - right:,} of {rows:,} rows have a solution that does not come" in records.notes[0]
+            assert f"{rows - right:,} of {rows:,} rows have a solution whose answer is not" in records.notes[0]
             assert records.notes[0].count("[") == rows - right
     assert len(real["gsm8k"].published_test) == 1_319
 

@@ -198,8 +198,8 @@ BAD = {
     "a summary as text": ("tldr", {**tldr("x"), "summaries": ["a", "b"]}, "summaries[0] is text"),
     "a choice of 2": ("tldr", tldr("x", 2), "choice is 2; 0 or 1 expected"),
     "a choice that is true": ("tldr", tldr("x", True), "choice is True"),
-    "a rating": ("tldr", {"prompt": "a", "completion": "b", "label": True}, "the row is no comparison"),
-    "half a surrogate pair": ("shp", shp("x", a="\ud800"), "half a surrogate pair"),
+    "a rating": ("tldr", {"prompt": "a", "completion": "b", "label": True}, "the row is not a comparison"),
+    "half a surrogate pair": ("shp", shp("x", a="\ud800"), "unpaired surrogate"),
     "nested too deeply": ("shp", "[" * 100_000 + "]" * 100_000, "nested too deeply"),
 }
 
@@ -333,18 +333,18 @@ def test_files_and_folders_that_cannot_be_used_are_user_errors(tmp_path: Path) -
         load_records("shp", "x" * 5000, 0)
     cut = write(tmp_path / "hh" / "train.jsonl.gz", *(hh(f"{n}") for n in range(99)))
     cut.write_bytes(cut.read_bytes()[:-20])
-    with refused("not a whole gzip file", cut):
+    with refused("not a complete gzip file", cut):
         load_records("hh-rlhf", str(tmp_path / "hh"), 0)
     plain = tmp_path / "plain.jsonl.gz"
     plain.write_text(json.dumps(hh("a")))
-    with refused("not a whole gzip file", plain):
+    with refused("not a complete gzip file", plain):
         load_records("hh-rlhf", str(plain), 0)
     with refused("no usable row; the first: .*rows.json:1: the row has no post_id", tmp_path):
         load_records("shp", str(write(tmp_path / "rows.json", {"history": "a"})), 0)
     broken = tmp_path / "parquet" / "train.parquet"
     broken.parent.mkdir()
     broken.write_bytes(b"PAR1")
-    with refused("cannot be loaded by the datasets library", broken.parent):
+    with refused("cannot be loaded with the datasets library", broken.parent):
         load_records("tldr", str(broken.parent), 0)
 
 

@@ -89,7 +89,7 @@ def test_sources_and_files_of_the_command_line(tmp_path: Path) -> None:
     assert parse_source(str(own)) == ("jsonl", str(own))
     with pytest.raises(UserError, match="Did you mean taskmaster-ticketing"):
         parse_source("taskmaster-tickets:some/dir")
-    with pytest.raises(UserError, match="names no path"):
+    with pytest.raises(UserError, match="has no path"):
         parse_source("taskmaster-coffee:")
 
 

@@ -1,1 +1,1 @@
-"""What RL on a reward model is compared with: training on the same ratings without one."""
+"""Baselines for RL with a reward model: training on the same ratings without one."""

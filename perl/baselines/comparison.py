@@ -1,13 +1,13 @@
-"""RL on a reward model against a baseline on the same ratings, on the same held-out prompts at the same KL.
+"""Compares RL with a baseline trained on the same ratings, on the same held-out prompts at the same KL.
 
-Both are followed from the policy that they start from, at a KL of 0, over a few policies on the way to the last
-one: RL's over its checkpoints on disk. They are compared at the largest KL that both reached,
+Both are evaluated at their common starting policy (KL 0), at a few intermediate policies (for RL, its checkpoints
+on disk), and at their last policy. They are compared at the largest KL that both reached,
 
     K    = min over both of max over their policies i of k_i
     m(K) = (1 - w) m_{i-1} + w m_i,   w = (K - k_{i-1}) / (k_i - k_{i-1}),   i the first with k_i ≥ K
 
-for each prompt and metric m. That is what a mixture of the two policies next to K has, which draws a completion by
-the second with probability w: its KL is K at most (KL is convex). Intervals are over prompts, at these w.
+for each prompt and metric m. These are the metrics of a mixture of the two policies around K that samples from the
+second one with probability w; its KL is at most K (KL is convex). Intervals are over prompts, at these w.
 """
 
 import statistics
@@ -33,7 +33,7 @@ from perl.system.seeds import seed_everything
 
 @dataclass(frozen=True)
 class Point:
-    """A policy after so many steps: metrics of each held-out prompt."""
+    """A policy after a number of steps: metrics of each held-out prompt."""
 
     step: int
     metrics: Metrics
@@ -44,7 +44,7 @@ class Point:
 
 
 class Judging:
-    """Judges all policies of a finished run alike: by the sampler, reward and prompts of RL's own evaluation."""
+    """Evaluates all policies of a finished run in the same way: with RL's own sampler, reward and prompts."""
 
     def __init__(self, session: Session) -> None:
         assert isinstance(session.roles, SharedBase)
@@ -56,7 +56,7 @@ class Judging:
         self._rl = self._of_rl()
 
     def _anew(self) -> Collector:
-        """All roles are loaded again but the policy."""
+        """Load all roles except the policy again."""
         self.roles.clear()
         seed_everything(self.session.recipe.seed)
         self.session.load_reference()
@@ -69,11 +69,11 @@ class Judging:
 
     def _reference(self) -> Point:
         found = self._point(0, self.roles.reference)
-        zero = [0.0] * len(self._prompts)  # of the reference to itself, where rounding left a little
+        zero = [0.0] * len(self._prompts)  # the reference's KL to itself, without rounding errors
         return Point(0, {**found.metrics, "kl": zero})
 
     def _of_rl(self) -> list[Point]:
-        """The policy that both start from, those in RL's checkpoints, and the one that RL made."""
+        """Evaluate the policy that both start from, those in RL's checkpoints, and RL's final policy."""
         session, result = self.session, self.session.folder.results().rl
         assert result is not None
         checkpoints, last = session.checkpoints(Role.POLICY), result.eval.steps
@@ -87,14 +87,14 @@ class Judging:
         return [*found, final]
 
     def baseline(self, name: str, rate: float, belongs: str) -> BaselineResult:
-        """Train a baseline from where RL began, and compare it.
+        """Train a baseline from RL's starting policy, and compare it with RL.
 
         Args:
-            belongs: what names the run.
+            belongs: identifies what the comparison was made from.
         """
         self._collector = self._anew()
         self.roles.add(Role.POLICY, copy_of=self.roles.reference)
-        self.roles.eval()  # added adapters begin with dropout on
+        self.roles.eval()  # new adapters start with dropout on
         found = [self._start]
         trained = train_baseline(self.session, name, rate, lambda step: found.append(self._point(step)))
         kl = min(max(one.kl for one in curve) for curve in (found, self._rl))
@@ -117,14 +117,14 @@ class Judging:
 
 
 def reached(point: Point) -> Reached:
-    """The means of a policy's metrics."""
+    """Return the means of a policy's metrics."""
     gold = point.metrics.get("gold")
     reward = statistics.fmean(point.metrics["reward"])
     return Reached(point.step, point.kl, reward, None if gold is None else statistics.fmean(gold))
 
 
 def at_kl(policies: Sequence[Point], kl: float) -> Metrics:
-    """The metrics of each prompt where the KL, which one of the policies has, is first reached."""
+    """Return each prompt's metrics, interpolated to where a KL is first reached; one policy must reach it."""
     index = next(number for number, one in enumerate(policies) if one.kl >= kl)
     after = policies[index]
     if index == 0:
@@ -141,11 +141,11 @@ def check_baselines(session: Session, names: Sequence[str]) -> None:
     """Refuse what the baselines cannot use, before RL is run.
 
     Raises:
-        UserError: a base that TRL's trainers do not take, or no such ratings.
+        UserError: TRL's trainers do not support the base, or there are no suitable ratings.
     """
     assert session.recipe.reward is not None
     if session.roles.backbone.encodes_prompts:
-        what, remedy = "TRL's trainers for preferences are for decoders", "Leave --baselines out."
+        what, remedy = "TRL's trainers for preferences only support decoders", "Remove --baselines."
         raise UserError(what, where=f"base.model {session.base.name}", remedy=remedy)
     for name in names:
         BASELINES[name].rows(session, session.train, session.recipe.reward.batch_size)

@@ -1,4 +1,4 @@
-"""What a comparison of RL with a baseline came to: what compare.json holds, and the page reads."""
+"""Results of a comparison of RL with a baseline, which are written to compare.json and shown on the page."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from perl.measure.two_runs import Comparison
 
 @dataclass(frozen=True)
 class Reached:
-    """Means of a policy after so many steps; KL in nats per completion."""
+    """Mean metrics of a policy after a number of steps; KL in nats per completion."""
 
     step: int
     kl: float
@@ -17,15 +17,15 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """A baseline beside RL.
+    """A baseline compared with RL.
 
     Attributes:
-        rows, learns_from: how many of what it was trained on.
-        peak_memory_bytes: of its steps, as a stage's.
-        policies, rl_policies: of both, on the way, from the policy that they start from.
-        kl: at which they are compared.
-        matched: first the baseline, second RL.
-        belongs: what it was made from.
+        rows, learns_from: number and kind of the rows that it was trained on.
+        peak_memory_bytes: peak memory of its steps, measured as for a stage.
+        policies, rl_policies: the policies of both, from the common starting policy to the last.
+        kl: the KL at which they are compared.
+        matched: the comparison, with the baseline first and RL second.
+        belongs: identifies what the comparison was made from.
     """
 
     method: str

@@ -1,11 +1,11 @@
-"""KTO and DPO by TRL's own trainers, on the ratings that the reward model learns from.
+"""KTO and DPO with TRL's trainers, on the ratings that the reward model is trained on.
 
-What is trained is the role `policy` on the shared base, which begins as a copy of the reference, as in RL. Our
-adapters are not peft's: TRL takes base and adapter for a whole model, and would load another as the reference.
-With `precompute_ref_log_probs` it does not: it reads the reference's log-probs off the policy before the first
-step, when both are the same. One base is in memory, which the measured peak shows.
+They train the role `policy` on the shared base, which starts as a copy of the reference, as in RL. Our adapters
+are not peft's, so TRL would take base and adapter for a whole model and load another as the reference. With
+`precompute_ref_log_probs`, it instead computes the reference's log-probs with the policy before the first step,
+when both are the same. Only one base is in memory, as the measured peak shows.
 
-KTO: Ethayarajh et al. 2024, arXiv 2402.01306. DPO: Rafailov et al. 2023, arXiv 2305.18290. Both with TRL's β, 0.1.
+KTO: Ethayarajh et al. 2024, arXiv 2402.01306. DPO: Rafailov et al. 2023, arXiv 2305.18290. Both use TRL's β, 0.1.
 """
 
 import random
@@ -36,10 +36,10 @@ from perl.stages.training_run import optimizer_steps, trainer_arguments
 from perl.system.progress import Advance, console, counted, track
 
 SNAPSHOTS = 5
-"""A training is looked at after all its steps, a half, a quarter and so on."""
+"""Number of policies to evaluate: after all steps, half of them, a quarter and so on."""
 Row = dict[str, list[int] | bool]
-"""Of KTO `prompt_ids`, `completion_ids`, `KL_completion_ids` and `label`; of DPO `prompt_ids`, `chosen_ids` and
-`rejected_ids`. Completions have their end token."""
+"""For KTO `prompt_ids`, `completion_ids`, `KL_completion_ids` and `label`; for DPO `prompt_ids`, `chosen_ids` and
+`rejected_ids`. Completions include their end token."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a baseline's training had and cost."""
+    """The size and cost of a baseline's training."""
 
     rows: int
     steps: int
@@ -61,20 +61,20 @@ class Trained:
 
 
 def kto_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
-    """The ratings in an order that follows from the seed, which the trainer keeps.
+    """Return the ratings in an order that depends only on the seed and that the trainer keeps.
 
-    `KL_completion_ids` are the completion of another prompt of the batch, by which KTO estimates its KL. A last
-    batch of one row has no other: it is left out.
+    `KL_completion_ids` are the completion of another prompt in the batch, with which KTO estimates its KL. A last
+    batch of one row is left out, because it has no other prompt.
 
     Raises:
-        UserError: there are not ratings of both labels.
+        UserError: there are no ratings with both labels.
     """
     ratings = list(records.ratings)
     if len({one.label for one in ratings}) < 2:
         raise UserError(
-            f"{session.recipe.data.source} has no thumbs of both labels to train on",
+            f"{session.recipe.data.source} has no ratings with both labels to train on",
             where="--baselines kto",
-            remedy="Leave kto out, or add rows of prompt, completion and label.",
+            remedy="Leave kto out, or add rows with prompt, completion and label.",
         )
     random.Random(session.recipe.seed).shuffle(ratings)
     rows: list[Row] = []
@@ -91,7 +91,7 @@ def kto_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
 
 
 def dpo_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
-    """The comparisons, or the pairs that ratings of one context with both labels make.
+    """Return the comparisons, or the pairs from ratings of one context with both labels.
 
     Raises:
         UserError: there are none.
@@ -99,7 +99,7 @@ def dpo_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
     pairs = records.comparisons or pair_ratings(records.ratings)
     if not pairs:
         raise UserError(
-            f"{session.recipe.data.source} has no pairs to train on, nor ratings of one context with both labels",
+            f"{session.recipe.data.source} has neither pairs nor ratings of one context with both labels",
             where="--baselines dpo",
             remedy="Leave dpo out, or use data with chosen and rejected answers.",
         )
@@ -111,14 +111,14 @@ def dpo_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
 
 
 def _ids(session: Session, context: Context, answers: Sequence[Turn]) -> tuple[list[int], list[list[int]]]:
-    """A prompt as RL has it, cut so that each completion of it fits as in reward modelling; and these."""
+    """Return a prompt as in RL, truncated to fit its completions as in reward modelling, and the completions."""
     chat, length = session.base.chat, max_length(session)
     completions = [chat.completion(context, answer)[-length + 1 :] for answer in answers]
     return chat.context(context, length - max(map(len, completions))), completions
 
 
 def _kto(rows: Sequence[Row], arguments: dict[str, Any], **parts: Any) -> Trainer:
-    """With both labels of equal weight in all: the lower end of what the paper's equation 8 allows."""
+    """Create the trainer with equal total weight for both labels, the lower bound in the paper's equation 8."""
     ups = sum(bool(row["label"]) for row in rows)
     downs = len(rows) - ups
     weights = {"desirable_weight": max(1.0, downs / ups), "undesirable_weight": max(1.0, ups / downs)}
@@ -130,15 +130,15 @@ def _dpo(rows: Sequence[Row], arguments: dict[str, Any], **parts: Any) -> Traine
 
 
 BASELINES = {"kto": Baseline("thumbs", kto_rows, _kto), "dpo": Baseline("pairs", dpo_rows, _dpo)}
-"""By name; a line each."""
+"""The baselines by name; one line each."""
 
 
 def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[[int], None]) -> Trained:
-    """Train the role `policy`, which the session has, for as long as the reward model was trained.
+    """Train the session's role `policy` for as many epochs as the reward model.
 
     Args:
-        rate: the learning rate at its highest; all else is as in the section `reward`.
-        snapshot: called after some of the steps, with their number, the last among them.
+        rate: the peak learning rate; all other settings are those of the section `reward`.
+        snapshot: called with the step number after some of the steps, including the last.
 
     Raises:
         UserError: there is nothing to train on.
@@ -155,16 +155,16 @@ def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     steps, meter = optimizer_steps(len(rows), settings), session.meter()
-    console.print(f"{name}: the reference's log-probs of {counted(len(rows), 'row')} are computed before step 1")
+    console.print(f"{name}: computing the reference's log-probs of {counted(len(rows), 'row')} before step 1")
     with (
         tempfile.TemporaryDirectory() as scratch,
         trainable_model(roles, Role.POLICY) as model,
         track(name, steps) as bar,
-        patch_environment(TQDM_DISABLE="1"),  # TRL draws bars of its own
+        patch_environment(TQDM_DISABLE="1"),  # no progress bars by TRL
     ):
         arguments = trainer_arguments(settings, steps, session.recipe.seed, session.device.type, Path(scratch))
         arguments |= {"save_strategy": "no", "gradient_checkpointing": False, "precompute_ref_log_probs": True}
-        arguments |= {"disable_dropout": False, "max_length": None}  # the roles and the rows see to that
+        arguments |= {"disable_dropout": False, "max_length": None}  # handled by the roles and the rows
         trainer = baseline.trainer(
             rows,
             arguments,
@@ -180,7 +180,7 @@ def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[
 
 
 class _Steps(TrainerCallback):
-    """Measures the steps, and looks at the policy after some of them."""
+    """Measures the steps, and evaluates the policy after some of them."""
 
     def __init__(self, meter: Meter, bar: Advance, looked_at: set[int], snapshot: Callable[[int], None]) -> None:
         self._meter, self._bar, self._looked_at, self._snapshot = meter, bar, looked_at, snapshot

@@ -1,6 +1,6 @@
 """Simulated word problems of one to three steps, with solvers of any skill and an exact checker.
 
-A problem: what somebody has, what happens to it, and how much there is in the end.
+A problem says what somebody has and what happens to it, and asks how much there is in the end.
 """
 
 import re
@@ -22,7 +22,7 @@ BOXES = ("bags", "boxes", "bowls", "baskets")
 GAINS = ("{other} gives {name} {n} more.", "{name} buys {n} more.", "{name} finds {n} more.")
 LOSSES = ("{name} gives {n} to {other}.", "{name} loses {n}.", "{name} sells {n}.")
 LARGEST = 60
-"""No total is larger, and none is below 0."""
+"""Maximum total; the minimum is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Step:
 
     @property
     def result(self) -> int:
-        """What it comes to."""
+        """The result of the operation."""
         return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.sign]
 
     def __str__(self) -> str:
@@ -44,9 +44,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A problem: its facts in sentences, the question, and the steps to the answer; step i needs fact i + 1.
+    """A problem: its facts as sentences, the question, and the steps to the answer; step i needs fact i + 1.
 
-    Where something is packed in boxes the first fact alone makes a step.
+    If things are packed in boxes, the first fact alone is a step.
     """
 
     facts: tuple[str, ...]
@@ -55,7 +55,7 @@ class WordProblem:
 
     @property
     def text(self) -> str:
-        """As it is put to the solver."""
+        """The problem as text."""
         return " ".join((*self.facts, self.question))
 
     @property
@@ -65,7 +65,7 @@ class WordProblem:
 
 
 def problems(rng: Random) -> Iterator[WordProblem]:
-    """Problems without end."""
+    """Yield endless problems."""
     while True:
         yield _drawn(rng)
 
@@ -92,7 +92,7 @@ def _drawn(rng: Random) -> WordProblem:
     return WordProblem(tuple(facts), f"How many {things} does {name} have now?", tuple(steps))
 
 
-# Solvers who slip, and the checker that sees every slip.
+# Solvers that make mistakes, and the checker that finds every mistake.
 
 
 _EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (-?\d+)")
@@ -100,10 +100,10 @@ _OTHERS: dict[Sign, Sign] = {"+": "-", "-": "+", "*": "+"}
 
 
 def solution(problem: WordProblem, skill: float, rng: Random, wordy: float = 0.5) -> str:
-    """A solution in equations, as in "7 + 5 = 12. The answer is 12."
+    """Return a solution in equations, as in "7 + 5 = 12. The answer is 12."
 
     Args:
-        skill: the probability that a step is right; a wrong one is gone on from.
+        skill: the probability that a step is right; later steps continue from a wrong result.
         wordy: the probability that each fact is repeated before it is used.
     """
     repeats = rng.random() < wordy
@@ -122,7 +122,7 @@ def solution(problem: WordProblem, skill: float, rng: Random, wordy: float = 0.5
 
 
 def check(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """The gold judge: 1 where the answer is right and so is every equation, of which there is one; else 0."""
+    """Return gold scores: 1 if the answer and all equations, at least one, are right; else 0."""
     return [float(_sound(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
 
 
@@ -133,7 +133,7 @@ def _sound(prompt: Prompt, text: str) -> bool:
 
 
 def _slip(step: Step, rng: Random) -> tuple[Step, int]:
-    """The wrong operation, or a wrong result of the right one."""
+    """Return the wrong operation, or the right one with a wrong result."""
     other = Step(step.left, _OTHERS[step.sign], step.right)
     if rng.random() < 0.5 and other.result >= 0:
         return other, other.result
@@ -144,11 +144,11 @@ def _slip(step: Step, rng: Random) -> tuple[Step, int]:
 
 
 SHARE = 4
-"""One problem in so many goes into records; the corpus of a tiny base has none of these."""
+"""One problem in this many is used for records; the corpus of a tiny base has none of these."""
 
 
 def simulate(seed: int, demonstrations: int, prompts: int, skill: float = 0.6) -> Records:
-    """Demonstrations by a mediocre solver, and prompts, of problems of their own; the same for the same arguments.
+    """Return demonstrations by a mediocre solver, and prompts of other problems; deterministic in its arguments.
 
     Args:
         skill: the probability that a step of a demonstration is right.
@@ -166,14 +166,14 @@ def simulate(seed: int, demonstrations: int, prompts: int, skill: float = 0.6) -
 
 
 def corpus(seed: int, count: int) -> list[Demonstration]:
-    """Solutions by solvers of all skills, to pretrain a tiny language model on."""
+    """Return solutions by solvers of all skills, to pretrain a tiny language model on."""
     rng = Random(f"arithmetic corpus {seed}")
     chosen = islice(_distinct(rng, in_corpus=True), count)
     return [_demonstration(one, rng.uniform(0.4, 1.0), rng) for one in chosen]
 
 
 def _distinct(rng: Random, in_corpus: bool) -> Iterator[WordProblem]:
-    """Problems of one side, each once."""
+    """Yield the distinct problems of one side."""
     seen = set[str]()
     for problem in problems(rng):
         if (zlib.crc32(problem.text.encode()) % SHARE > 0) == in_corpus and problem.text not in seen:

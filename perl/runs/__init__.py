@@ -1,1 +1,1 @@
-"""What a run writes: its folder and checkpoints."""
+"""The files of a run: its folder and its checkpoints."""

@@ -1,10 +1,10 @@
-"""Checkpoints on disk: a folder a step, written whole or not there, and the newest few of them.
+"""Checkpoints on disk: one folder per step, either complete or absent; only the newest few are kept.
 
 checkpoints/step-00000040/
     state.safetensors    all tensors
     state.json           everything else, what the state belongs to, and the SHA-256 of state.safetensors
 
-Nothing in them can run code when it is read: no pickle.
+Reading them cannot run code: there are no pickles.
 """
 
 import json
@@ -23,30 +23,30 @@ from perl.parallel.processes import ALONE, Processes
 from perl.system.files import file_sha256, whole_folder, write_json, write_tensors
 
 KEPT = 2
-"""The newest checkpoints that stay on disk, besides those that `write` is told to keep."""
+"""Number of newest checkpoints to keep, besides those that `write` is told to keep."""
 TENSORS, VALUES = "state.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """All state of a stage after so many steps."""
+    """The complete state of a stage after a step."""
 
     step: int
     tensors: dict[str, Tensor]
     """Weights, optimizer state and generators, on any device."""
     values: dict[str, Any]
-    """All else, as JSON."""
+    """Everything else, as JSON."""
 
 
 class Checkpoints:
     """The checkpoints of one stage.
 
     Args:
-        folder: made when the first is written. What an interrupted write left there is removed.
-        every: steps from one to the next.
+        folder: created when the first checkpoint is written. Incomplete checkpoints in it are removed.
+        every: steps between checkpoints.
         belongs: hashes of what the state depends on, by name: the base, the recipe, roles.
-        processes: the main one writes; all can read the folder.
-        written: called by the main process when one has been written.
+        processes: the main process writes; all must be able to read the folder.
+        written: called by the main process after each checkpoint.
     """
 
     def __init__(
@@ -63,18 +63,21 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be written."""
+        """Return whether the state after this step is to be written."""
         return step % self._every == 0
 
     def steps(self) -> list[int]:
-        """The steps on disk, oldest first."""
+        """Return the steps on disk, oldest first."""
         return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-*"))
 
     def write(self, state: State, keep: Collection[int] = ()) -> None:
-        """Write a state, and only then remove the oldest; `keep` are steps that stay whatever their age.
+        """Write a state, and only then remove the oldest ones.
+
+        Args:
+            keep: steps that are kept whatever their age.
 
         Raises:
-            OSError: no room; earlier checkpoints are as they were.
+            OSError: the disk is full; earlier checkpoints are unchanged.
         """
         if self._processes.main:
             with whole_folder(self._of(state.step)) as unfinished:
@@ -87,19 +90,19 @@ class Checkpoints:
         self._processes.barrier()
 
     def newest(self) -> State | None:
-        """The state to go on from; None if there is none.
+        """Return the state to resume from; None if there is none.
 
         Raises:
-            UserError: it is damaged, or belongs elsewhere.
+            UserError: it is damaged, or belongs to another run.
         """
         steps = self.steps()
         return self.read(steps[-1]) if steps else None
 
     def read(self, step: int) -> State:
-        """The state after so many steps.
+        """Return the state after a step.
 
         Raises:
-            UserError: its files are missing or damaged, or it belongs elsewhere.
+            UserError: its files are missing or damaged, or it belongs to another run.
         """
         folder = self._of(step)
         try:
@@ -120,7 +123,7 @@ class Checkpoints:
             raise UserError(
                 f"this checkpoint belongs to another {', another '.join(differs)}",
                 where=str(folder),
-                remedy=f"Put back what it was made with, or remove {self.folder} to start this stage again.",
+                remedy=f"Restore what it was made with, or remove {self.folder} to start this stage again.",
             )
         return state
 

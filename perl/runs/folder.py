@@ -1,18 +1,18 @@
-"""The run folder: where every stage reads what the one before it wrote.
+"""The run folder, in which every stage reads what the earlier stages wrote.
 
 recipe.yaml                              the recipe as resolved
 sft/ reward/ policy/ critic/
     identity.json                        what the stage depends on, see perl.stages.identity; not in critic/
     adapter/ (or model/: full tuning)    see perl.roles.saved
-    checkpoints/                         all state of the stage between two steps, the newest few
-    metrics.jsonl                        a line a step
+    checkpoints/                         the stage's complete state between two steps, the newest few
+    metrics.jsonl                        one line per step
     member-2/ ...                        reward/ only: further members of an ensemble, each with the three above
     samples.jsonl                        policy/ only: completions of base, SFT and policy side by side
     samples-by-step.jsonl                policy/ only: the policy's during training, every rl.sample_every steps
-    waited.json                          seconds that people have waited for the stage, up to its last checkpoint
-    result.json                          the stage's result; there when the stage is finished
+    waited.json                          seconds that the user has waited for the stage until its last checkpoint
+    result.json                          the stage's result; exists once the stage is finished
 report.json  report.html  tensorboard/
-progress.json                            in the place of report.json until the run is finished
+progress.json                            instead of report.json until the run is finished
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import as_json, made, parse
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
-"""The role that each stage trains; its folder bears the role's name."""
+"""The role that each stage trains; the stage's folder has the role's name."""
 RERUN = "Remove it to run the stage again."
 
 
@@ -44,8 +44,8 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: readable by all processes.
-        processes: the main one writes.
+        path: a folder that all processes can read.
+        processes: the main process writes.
     """
 
     def __init__(self, path: Path, processes: Processes = ALONE) -> None:
@@ -53,19 +53,19 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(self, recipe: Recipe) -> Iterator[None]:
-        """Inside, the folder is this recipe's, and no other run can claim it.
+        """Claim the folder for this recipe's run inside the context; no other run can claim it meanwhile.
 
         Raises:
-            UserError: it cannot be written, holds another recipe's run, or another run is using it; or a process
+            UserError: it cannot be written, has another recipe's run, or is in use by another run; or a process
                 on another host does not see it.
         """
         with self._locked(recipe) if self._processes.main else contextlib.nullcontext():
             self._processes.barrier()
             if not (self.path / "recipe.yaml").exists():
                 raise UserError(
-                    f"process {self._processes.rank} does not see what the first one has written there",
+                    f"process {self._processes.rank} does not see what the main process has written there",
                     where=str(self.path.absolute()),
-                    remedy="Give an --out that all hosts share.",
+                    remedy="Use an --out that all hosts share.",
                 )
             yield
 
@@ -76,7 +76,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(open(self.path / ".lock", "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.check(recipe)  # now that no other run can write it
+                self.check(recipe)  # again, now that no other run can write it
                 write_whole(self.path / "recipe.yaml", recipe.to_yaml())
             except BlockingIOError:
                 raise UserError(
@@ -91,10 +91,10 @@ class RunFolder:
             yield
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds another recipe's run; a section whose stage was not begun may change.
+        """Refuse a folder with another recipe's run; a section whose stage has not been started may change.
 
         Raises:
-            UserError: naming the first key that differs.
+            UserError: names the first key that differs.
         """
         if not (self.path / "recipe.yaml").exists():
             return
@@ -105,28 +105,28 @@ class RunFolder:
             begun = any(self.begun(stage) for stage in stages)
             if begun and new.get(key) != old.get(key) and not changes_nothing(key):
                 raise UserError(
-                    f"holds another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
+                    f"contains another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
-                    remedy=f"Use another --out; with --from {self.path} the new run takes the stages that still "
+                    remedy=f"Use another --out; with --from {self.path} the new run reuses the stages that still "
                     "fit.",
                 )
 
     def begun(self, stage: StageName) -> bool:
-        """Whether a stage has come to anything here: it is finished, or has a checkpoint."""
+        """Return whether a stage is finished or has a checkpoint."""
         return (self.role(STAGE_ROLE[stage]) / "result.json").exists() or self.has_checkpoint(stage)
 
     def has_checkpoint(self, stage: StageName) -> bool:
         return any((self.role(STAGE_ROLE[stage]) / "checkpoints").glob("step-*"))
 
     def recipe(self) -> Recipe:
-        """The recipe of a run that was started.
+        """Load the recipe of a run that was started.
 
         Raises:
-            UserError: this is no run folder.
+            UserError: this is not a run folder.
         """
         file = self.path / "recipe.yaml"
         if not file.exists():
-            remedy = "Give the --out of a `perl-rlhf run`."
+            remedy = "Name the --out of a `perl-rlhf run`."
             raise UserError("not a run folder", where=str(self.path), remedy=remedy)
         return load_recipe(file, resolved=True)
 
@@ -134,22 +134,22 @@ class RunFolder:
         return self.path / role.folder
 
     def metrics(self, role: Role, done: int = 0, send: Send | None = None) -> "MetricsLog":
-        """The metrics of a role's training by step; lines after the steps that are done are removed.
+        """Open the metrics log of a role's training; lines after step `done` are removed.
 
         Args:
-            send: is given them too.
+            send: also called with each step's metrics.
         """
         file = self.role(role) / "metrics.jsonl" if self._processes.main else None
         return MetricsLog(file, done, send)
 
     def write_samples(self, samples: Sequence[Sample]) -> None:
-        """Write completions for people to read, a line a prompt."""
+        """Write completions for people to read, one line per prompt."""
         if self._processes.main:
             lines = (json.dumps(as_json(sample), ensure_ascii=False) + "\n" for sample in samples)
             write_whole(self.role(Role.POLICY) / "samples.jsonl", "".join(lines))
 
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Add completions of the policy after so many steps; those of later steps are of a run that was left."""
+        """Add completions of the policy after a step, and remove those of later steps, left by an interruption."""
         if self._processes.main:
             file = self.role(Role.POLICY) / "samples-by-step.jsonl"
             found = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
@@ -158,14 +158,14 @@ class RunFolder:
             write_whole(file, "".join(f"{line}\n" for line in [*kept, *added]))
 
     def results(self) -> Stages:
-        """The results of the finished stages; raises as `result`."""
+        """Return the results of the finished stages; raises as `result`."""
         return made(Stages, {stage: self.result(stage) for stage in RESULTS})
 
     def result(self, stage: StageName) -> StageResult | None:
-        """The result of a finished stage; None if it is not finished.
+        """Return the result of a finished stage; None if it is not finished.
 
         Raises:
-            UserError: its result.json cannot be read, or is not a result of this stage; the field is named.
+            UserError: its result.json cannot be read, or is not a result of this stage; names the field.
         """
         file = self.role(STAGE_ROLE[stage]) / "result.json"
         try:
@@ -180,7 +180,7 @@ class RunFolder:
         return parse(RESULTS[stage], text, str(file), RERUN)
 
     def waited(self, stage: StageName) -> float:
-        """Seconds that people have waited for a stage up to its last checkpoint; 0 if it was not begun."""
+        """Return the seconds that the user has waited for a stage until its last checkpoint; 0 if not started."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return float(json.loads((self.role(STAGE_ROLE[stage]) / "waited.json").read_text(encoding="utf-8")))
         return 0.0
@@ -189,19 +189,19 @@ class RunFolder:
         write_json(self.role(STAGE_ROLE[stage]) / "waited.json", round(seconds, 2))
 
     def finish(self, stage: StageName, result: StageResult) -> None:
-        """Write a stage's result, which makes it finished."""
+        """Write a stage's result, which marks the stage as finished."""
         if self._processes.main:
             write_json(self.role(STAGE_ROLE[stage]) / "result.json", as_json(result))
         self._processes.barrier()
 
 
 class MetricsLog:
-    """A file of JSON lines, one a step.
+    """A JSON Lines file with one line per step.
 
     Args:
-        file: None: nothing is written.
-        done: steps whose lines stay; what an interrupted run wrote beyond its checkpoint is removed.
-        send: is given the finite metrics of each step too.
+        file: the file; None: write nothing.
+        done: number of steps whose lines are kept; lines after the checkpoint are removed.
+        send: also called with the finite metrics of each step.
     """
 
     def __init__(self, file: Path | None, done: int = 0, send: Send | None = None) -> None:
@@ -214,10 +214,10 @@ class MetricsLog:
             self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
 
     def write(self, step: int, metrics: dict[str, float], served: Mapping[str, str] | None = None) -> None:
-        """Add a line, flushed for readers who follow the run; values that are not finite become null.
+        """Add a line and flush it, so that the run can be followed; values that are not finite become null.
 
         Args:
-            served: which weights others have: what completions were drawn with, and scored by.
+            served: identifies the weights on servers with which completions were sampled and scored.
         """
         if self._file is not None:
             line: dict[str, float | str | None] = {"step": step, **(served or {})}

@@ -1,6 +1,7 @@
-"""All state of training between two steps as a `State`, and back: what does not follow from the recipe.
+"""Captures the state of training between two steps as a `State`, and restores it.
 
-That is the weights and heads of the roles that learn, the optimizer and its schedule, and the random generators.
+The state is what does not follow from the recipe: the weights and heads of the trained roles, the optimizer and
+its schedule, and the random generators.
 """
 
 import random
@@ -21,7 +22,7 @@ from perl.runs.checkpoint import State
 
 
 def trained_state(roles: Roles, learners: Sequence[Role]) -> dict[str, Tensor]:
-    """The weights and heads of the roles that learn, by role and name."""
+    """Return the weights and heads of the trained roles, by role and name."""
     named: dict[str, Tensor] = {}
     for role in learners:
         named |= {f"{role}.{name}": parameter for name, parameter in roles.weights(role).items()}
@@ -31,13 +32,13 @@ def trained_state(roles: Roles, learners: Sequence[Role]) -> dict[str, Tensor]:
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer itself, in accelerate's wrapping or without."""
+    """Return the optimizer itself, without accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
 def take(step: int, roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer) -> State:
-    """The state after so many steps; its tensors are those in use, to be written before the next step."""
+    """Return the state after a step; its tensors are not copied, so write them before the next step."""
     moments = optimizer.state_dict()
     generator_tensors, generator_values = generators(roles.engine.processes)
     tensors = trained_state(roles, learners) | generator_tensors
@@ -55,13 +56,13 @@ def take(step: int, roles: Roles, learners: Sequence[Role], optimizer: torch.opt
 def restore(
     roles: Roles, learners: Sequence[Role], optimizer: torch.optim.Optimizer, state: State, where: str
 ) -> None:
-    """Put a state back, the generators excepted.
+    """Restore a state except the generators.
 
     Args:
         where: the checkpoint, for messages.
 
     Raises:
-        UserError: it is of other roles, or of other shapes.
+        UserError: the state has other roles or other shapes.
     """
     load_trained_state(roles, learners, state.tensors, where)
     moments: dict[int, dict[str, Any]] = defaultdict(dict)
@@ -77,10 +78,10 @@ def restore(
 
 
 def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str, Tensor], where: str) -> None:
-    """Put back the weights and heads of the roles, and nothing else.
+    """Restore the weights and heads of the roles, and nothing else.
 
     Raises:
-        UserError: the tensors are of other roles, or of other shapes.
+        UserError: the tensors have other roles or other shapes.
     """
     with torch.no_grad():
         for name, parameter in trained_state(roles, learners).items():
@@ -88,7 +89,7 @@ def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str
             if saved is None or saved.shape != parameter.shape:
                 there = "is missing" if saved is None else f"is {tuple(saved.shape)}"
                 raise UserError(
-                    f"this checkpoint is of other adapters: {name} {there}, here it is {tuple(parameter.shape)}",
+                    f"this checkpoint has other adapters: {name} {there}, here it is {tuple(parameter.shape)}",
                     where=where,
                     remedy="Remove that folder, or use another --out.",
                 )
@@ -96,7 +97,7 @@ def load_trained_state(roles: Roles, learners: Sequence[Role], tensors: dict[str
 
 
 def generators(processes: Processes = ALONE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every global generator, as tensors and JSON; torch's, which draw dropout, of every process."""
+    """Return the state of every global generator, as tensors and JSON; torch's, used for dropout, per process."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -115,7 +116,7 @@ def _generator(name: str, rank: int) -> str:
 
 
 def set_generators(state: State, processes: Processes = ALONE) -> None:
-    """Put the global generators back; a process that was not there before draws numbers of its own."""
+    """Restore the global generators; an additional process gets its own seed."""
     tensors = state.tensors
     version, words, gauss = state.values["generators"]["python"]
     random.setstate((version, tuple(words), gauss))

@@ -1,7 +1,7 @@
-"""Metrics in TensorBoard, Weights & Biases and trackio too, by accelerate's trackers.
+"""Sends metrics to TensorBoard, Weights & Biases and trackio with accelerate's trackers.
 
 All of them work without a network. TensorBoard's files are in the run folder. wandb writes there too, for `wandb
-sync`, where no key of it is found on this machine or WANDB_MODE=offline is set. trackio has its own folder.
+sync`, if it has no API key on this machine or WANDB_MODE=offline is set. trackio has its own folder.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from perl.errors import UserError
 
 Send = Callable[[int, Mapping[str, float]], None]
-"""Is given a step and its metrics."""
+"""Called with a step and its metrics."""
 
 
 def require(names: Sequence[str]) -> None:
     """Refuse trackers whose package is not installed.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: names the command that installs it.
     """
     for name in names:
         if find_spec(name) is None:
-            remedy = f"pip install {name}, or leave it out of report_to."
+            remedy = f"Run `pip install {name}`, or remove it from report_to."
             raise UserError(f"{name} is not installed", where="report_to", remedy=remedy)
 
 
@@ -35,13 +35,13 @@ def require(names: Sequence[str]) -> None:
 def sending(
     names: Sequence[str], run: str, stage: str, folder: Path, settings: Mapping[str, object], done: int
 ) -> Iterator[Send]:
-    """Inside, what is given is sent to these trackers, as `STAGE/METRIC`.
+    """Yield a function that sends metrics to these trackers as `STAGE/METRIC`.
 
     Args:
-        run: the name of the run: the project of wandb and trackio.
-        folder: of the run.
+        run: the name of the run, used as the project in wandb and trackio.
+        folder: the run folder.
         settings: the recipe's keys.
-        done: steps that an earlier process has sent.
+        done: number of steps that an earlier process has sent.
     """
     trackers: list[GeneralTracker] = []
     own: dict[str, dict[str, object]] = {
@@ -50,14 +50,14 @@ def sending(
         "trackio": {"name": stage},
     }
     if names:
-        PartialState()  # without it accelerate's trackers cannot log that they begin
+        PartialState()  # accelerate's trackers need it to log their start
     with contextlib.ExitStack() as stack:
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name](stage if name == "tensorboard" else run, **own[name])
             tracker.start()
             stack.callback(tracker.finish)
             plain = {key: _plain(value) for key, value in settings.items()}
-            if name == "tensorboard":  # which would make two folders more of them
+            if name == "tensorboard":  # its store_init_configuration would create two more folders
                 tracker.log({"recipe": "\n".join(f"    {key}: {value}" for key, value in plain.items())}, step=0)
             else:
                 tracker.store_init_configuration(plain)
@@ -75,7 +75,7 @@ def _plain(value: object) -> object:
 
 
 def _wandb_mode() -> str:
-    """Offline where nobody is logged in: wandb would stop to ask."""
+    """Return offline if nobody is logged in, because wandb would stop to ask."""
     known = "WANDB_API_KEY" in os.environ
     with contextlib.suppress(OSError):
         known = known or "wandb" in Path("~/.netrc").expanduser().read_text(encoding="utf-8")

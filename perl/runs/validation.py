@@ -1,4 +1,4 @@
-"""Best, not last: what validations found, which step's weights stay, and when to stop."""
+"""Validation during training: its values, the best step, and early stopping."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from perl.system.progress import counted
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Which weights a stage kept, the best by its validations.
+    """Which weights a stage kept: those with the best validation.
 
     Attributes:
-        step: after which they were those of the training.
-        taken, steps: how many it took, and was to take.
-        by: what was measured, on how many `rows`.
-        values: by step.
+        step: the step after which the weights were these.
+        taken, steps: number of steps taken, and number planned.
+        by, rows: what was measured, and on how many rows.
+        values: the validation values by step.
     """
 
     step: int
@@ -28,11 +28,11 @@ class Kept:
 
     @property
     def words(self) -> str:
-        """Which, and why."""
-        text = f"Kept are the weights of step {self.step} of {self.steps}"
+        """Which weights were kept, and why."""
+        text = f"The kept weights are those of step {self.step} of {self.steps}"
         value = dict(self.values).get(self.step)
-        if value is None:  # a guard stopped RL, and the best step is later than the trouble's beginning
-            return f"{text}, the last from before the trouble, which no validation was of."
+        if value is None:  # a guard stopped RL, and the best step is later than the beginning of the trouble
+            return f"{text}, the last checkpoint before the trouble, for which there is no validation."
         text += f", the best of {counted(len(self.values), 'validation')} by {self.by} ({value:.4g})"
         text += f" on {counted(self.rows, 'row')}"
         return f"{text}; it stopped early, at step {self.taken}." if self.taken < self.steps else f"{text}."
@@ -43,13 +43,13 @@ class Validation:
     """The validations of one training so far.
 
     Attributes:
-        every: steps from one to the next; the last step has one too.
-        patience: so many without a better one end the training; None: nothing does.
-        by: what is measured, for people.
-        rows: how many it is measured on.
-        sign: 1 where more is better, -1 where less is.
-        values: by step.
-        unit: what a penalty is measured in, once it is known.
+        every: steps between validations; the last step has one too.
+        patience: validations without improvement after which training stops; None: never.
+        by: name of what is measured, for messages.
+        rows: number of rows that it is measured on.
+        sign: 1 if higher is better, -1 if lower is better.
+        values: the validation values by step.
+        unit: the unit of a penalty, once it is known.
     """
 
     every: int
@@ -61,11 +61,11 @@ class Validation:
     unit: float | None = None
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether there is one after so many of all steps."""
+        """Return whether there is a validation after this step of `steps`."""
         return step % self.every == 0 or step == steps
 
     def best(self, until: int | None = None) -> int | None:
-        """The first step with the best value, none of them later than `until`; None without a finite value."""
+        """Return the first step with the best value, at most `until`; None without a finite value."""
         known = [
             (-self.sign * value, step)
             for step, value in self.values.items()
@@ -83,12 +83,12 @@ class Validation:
         return {"values": list(self.values.items()), "unit": self.unit}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Of a run of so many steps; the last validation of a shorter one, which this one has not, is left out."""
+        """Load the state for a run of `steps` steps, without a shorter run's extra validation at its last step."""
         self.values = {step: value for step, value in dict(state["values"]).items() if self.due(step, steps)}
         self.unit = state["unit"]
 
     def kept(self, step: int, steps: int) -> Kept:
-        """For the report: the step whose weights were kept, of so many that were meant."""
+        """Return a description, for the report, of the step whose weights were kept, of `steps` planned."""
         taken = max(self.values)
         return Kept(
             step=step, taken=taken, steps=steps, by=self.by, rows=self.rows, values=list(self.values.items())

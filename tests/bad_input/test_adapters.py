@@ -279,7 +279,7 @@ def doubled_rank(step: Path) -> None:
         (no_values, "this checkpoint is damaged"),
         (half_the_values, "this checkpoint is damaged"),
         (cut_tensors, "state.safetensors is not the file that was written"),
-        (doubled_rank, "this checkpoint is of other adapters"),
+        (doubled_rank, "this checkpoint has other adapters"),
     ],
 )
 @pytest.mark.parametrize("role", ["reward", "policy"])

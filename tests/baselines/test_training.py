@@ -163,7 +163,7 @@ def test_reference_is_the_sft_policy(session: Session, monkeypatch: pytest.Monke
 
 def test_ratings_that_cannot_be_used_are_refused(session: Session) -> None:
     session.train.ratings = [one for one in session.train.ratings if one.label]
-    with pytest.raises(UserError, match="no thumbs of both labels"):
+    with pytest.raises(UserError, match="no ratings with both labels"):
         kto_rows(session, session.train, BATCH)
-    with pytest.raises(UserError, match="no pairs to train on, nor ratings of one context with both labels"):
+    with pytest.raises(UserError, match="neither pairs nor ratings of one context with both labels"):
         dpo_rows(session, session.train, BATCH)

@@ -146,7 +146,7 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
     assert all(np.isfinite(row["reward at KL"]["mean"]) for row in rows)
     code, text = run_cli("sweep", recipe, "--stage", "rl", "sft.epochs=2", "--kinds", "ia3", "--out", out)
     assert code == 2, text
-    assert "earlier-0: holds another run: there sft.epochs is 1, here 2" in " ".join(text.split())
+    assert "earlier-0: contains another run: there sft.epochs is 1, here 2" in " ".join(text.split())
 
 
 @pytest.mark.usefixtures("drawn_plots")

@@ -71,7 +71,7 @@ def test_supervised_stages_keep_the_best_weights_and_stop_early(
         assert values == {one["step"]: one["validation_loss"] for one in metrics if "validation_loss" in one}
         assert kept["step"] == min(values, key=lambda step: (values[step], step))
         assert kept["taken"] == len(metrics) < kept["steps"], "it stopped early"
-        assert f"Kept are the weights of step {kept['step']} of" in " ".join(text.split())
+        assert f"The kept weights are those of step {kept['step']} of" in " ".join(text.split())
         # What was saved is what the best step's checkpoint holds.
         state = load_file(out / role / "checkpoints" / f"step-{kept['step']:08}" / "state.safetensors")
         saved = load_file(out / role / "adapter" / WEIGHTS)

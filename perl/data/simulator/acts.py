@@ -1,6 +1,6 @@
-"""What an agent can say: acts, their wordings, and the strict way back from words to an act.
+"""What an agent can say: acts, their wordings, and the strict parser from text to acts.
 
-The same wordings serve `render` and `parse`, so whatever the agent says can be read, and nothing else.
+`render` and `parse` use the same wordings, so `parse` accepts exactly what an agent can say.
 """
 
 import json
@@ -73,7 +73,7 @@ class Act:
 
 
 def describe(order: Order) -> str:
-    """An order in words, however incomplete: `a large drink with oat milk and vanilla`."""
+    """Return an order, complete or not, in words: `a large drink with oat milk and vanilla`."""
     size, milk, extra = (order.get(slot, "") for slot in ("size", "milk", "extra"))
     additions = " and ".join(filter(None, (milk and f"{milk} milk", extra)))
     words = ("a", size, order.get("drink", "drink"), additions and f"with {additions}")
@@ -81,13 +81,13 @@ def describe(order: Order) -> str:
 
 
 def call_text(order: Mapping[str, str]) -> str:
-    """The API call as a turn's text, arguments in the menu's order and unknown ones last."""
+    """Return the API call as a turn's text, arguments in the menu's order and unknown ones last."""
     known = {slot: order[slot] for slot in SLOTS if slot in order}
     return f"{CALL}{API} {json.dumps({**known, **order})}"
 
 
 def render(act: Act, rng: Random) -> str:
-    """An act in one of its wordings."""
+    """Return an act in one of its wordings."""
     if act.kind == "call":
         return call_text(act.order)
     return rng.choice(WORDINGS[act.kind]).format(
@@ -101,16 +101,16 @@ def render(act: Act, rng: Random) -> str:
 
 
 def _pattern(wording: str) -> re.Pattern[str]:
-    pieces = re.split(r"\{(\w+)\}", wording)  # literal text and names of parts, by turns
+    pieces = re.split(r"\{(\w+)\}", wording)  # literal text and names of parts alternate
     return re.compile("".join(_PARTS[p] if i % 2 else re.escape(p) for i, p in enumerate(pieces)))
 
 
 _PATTERNS = [(kind, _pattern(wording)) for kind, wordings in WORDINGS.items() for wording in wordings]
 
 
-@lru_cache(4096)  # a shop says the same things again and again
+@lru_cache(4096)  # the same texts occur again and again
 def parse(text: str) -> Act | None:
-    """The act that a text performs, or None where it is not exactly in one of the wordings."""
+    """Return the act that a text performs, or None if it is not exactly one of the wordings."""
     if text.startswith(CALL):
         arguments = parse_call(text)
         return None if arguments is None else Act("call", order=arguments)
@@ -123,13 +123,13 @@ def parse(text: str) -> Act | None:
 def _act(kind: Kind, found: dict[str, str]) -> Act:
     options, extra = found.pop("options", ""), found.pop("only_extra", "")
     order = {slot: found.pop(slot) for slot in SLOTS if slot in found} | ({"extra": extra} if extra else {})
-    if order.get("drink") == "drink":  # the word that stands for a drink not said
+    if order.get("drink") == "drink":  # the placeholder for an unspecified drink
         del order["drink"]
     return Act(kind, options=tuple(re.split(", | or ", options)) if options else (), order=order, **found)
 
 
 def parse_call(text: str) -> dict[str, str] | None:
-    """The arguments of a call, or None where it is malformed: other name, bad JSON, unknown argument."""
+    """Return the arguments of a call, or None if it is malformed: other name, bad JSON, unknown argument."""
     prefix = f"{CALL}{API} "
     if not text.startswith(prefix + "{"):
         return None

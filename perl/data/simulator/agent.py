@@ -1,4 +1,4 @@
-"""An agent of mediocre skill: it knows the right act, and often makes a mistake instead."""
+"""An agent of limited skill: it knows the right act, but often makes a mistake."""
 
 from random import Random
 
@@ -16,14 +16,14 @@ _MISTAKES: dict[Kind, str] = {
     "bye": "ALREADY_SAID UNCLEAR",
 }
 MISTAKES = {kind: tuple(Mistake[name] for name in names.split()) for kind, names in _MISTAKES.items()}
-"""The mistakes made in place of each right act; one named twice is made twice as often."""
+"""The mistakes made instead of each right act; one listed twice is made twice as often."""
 
 MISNAMED = {"drink": "item", "size": "cup", "milk": "cream"}
 """Argument names that the API does not know."""
 
 
 def speak(state: State, skill: float, rng: Random) -> tuple[str, Mistake | None]:
-    """The agent's next turn, and the mistake it makes on purpose, with probability `1 - skill`."""
+    """Return the agent's next turn, and the deliberate mistake in it, with probability `1 - skill`."""
     if rng.random() < skill:
         return render(right_act(state, rng), rng), None
     mistake = rng.choice(MISTAKES[state.due])
@@ -31,7 +31,7 @@ def speak(state: State, skill: float, rng: Random) -> tuple[str, Mistake | None]
 
 
 def right_act(state: State, rng: Random) -> Act:
-    """What a perfect agent does: one of the right acts, where there are several."""
+    """Return what a perfect agent does: a random one of the right acts."""
     match state.due:
         case "ask":
             return _ask(state, rng.choice(state.missing), rng)
@@ -47,7 +47,7 @@ def right_act(state: State, rng: Random) -> Act:
 
 
 def mistaken(state: State, mistake: Mistake, rng: Random) -> str:
-    """A turn with exactly this mistake, which must be one of those made in this state."""
+    """Return a turn with exactly this mistake, which must be possible in this state."""
     if mistake is Mistake.UNCLEAR:
         words = render(right_act(state, rng), rng).split()
         return " ".join(words[: rng.randrange(1, len(words))])  # broken off in the middle
@@ -59,11 +59,11 @@ def mistaken(state: State, mistake: Mistake, rng: Random) -> str:
 def _wrong_act(state: State, mistake: Mistake, rng: Random) -> Act:
     if mistake is Mistake.ALREADY_SAID:
         return _again(state, rng)
-    if mistake is Mistake.TOO_EARLY:  # reads back or calls with what little is known
+    if mistake is Mistake.TOO_EARLY:  # reads back or calls with an incomplete order
         early: Kind = "read" if state.missing and rng.random() < 0.5 else "call"
         return Act(early, order=state.said)
     if mistake is Mistake.OUT_OF_PLACE:
-        if state.due == "call" and rng.random() < 0.5:  # makes up that something is sold out
+        if state.due == "call" and rng.random() < 0.5:  # falsely says that something is sold out
             slot = rng.choice(("drink", "milk"))
             return Act("offer", word=state.said[slot], options=_some(state, slot, rng, state.said[slot]))
         return Act("bye")
@@ -79,7 +79,7 @@ def _ask(state: State, slot: str, rng: Random) -> Act:
 
 
 def _some(state: State, slot: str, rng: Random, but: str = "") -> tuple[str, ...]:
-    """All that there is of a slot, or three of it where that is long, in the menu's order."""
+    """Return all available values of a slot, or three of them if there are many, in the menu's order."""
     options = [value for value in state.available(slot) if value != but]
     if len(options) > 4:
         options = [options[n] for n in sorted(rng.sample(range(len(options)), 3))]
@@ -87,14 +87,14 @@ def _some(state: State, slot: str, rng: Random, but: str = "") -> tuple[str, ...
 
 
 def _again(state: State, rng: Random) -> Act:
-    """Asks for, or reads back, what the customer has already said or confirmed."""
+    """Ask for, or read back, what the customer has already said or confirmed."""
     if state.phase in ("confirmed", "closing") and rng.random() < 0.5:
         return Act("read", order=state.said)
     return _ask(state, rng.choice([slot for slot in NEEDED if slot in state.said]), rng)
 
 
 def _spoilt(said: Order, mistake: Mistake, rng: Random) -> dict[str, str]:
-    """What was said with one thing forgotten, changed, or replaced by what is not on the menu."""
+    """Return what was said with one thing forgotten, changed, or replaced with something not on the menu."""
     order, slot = dict(said), rng.choice(list(said))
     if mistake is Mistake.FORGOTTEN:
         order.pop(rng.choice([s for s in said if s != "drink"]))  # nobody forgets the drink itself
@@ -106,7 +106,7 @@ def _spoilt(said: Order, mistake: Mistake, rng: Random) -> dict[str, str]:
 
 
 def _bad_offer(state: State, mistake: Mistake, rng: Random) -> Act:
-    """An ask or offer that names the wrong thing as sold out, or offers what there is not."""
+    """Return an ask or offer that names the wrong thing as sold out, or offers something unavailable."""
     slot, word = state.lacking if state.due == "offer" else (rng.choice(state.missing), "")
     if mistake is Mistake.WRONG_ITEM:
         word = rng.choice([value for value in MENU[slot] if value != word])
@@ -119,7 +119,7 @@ def _bad_offer(state: State, mistake: Mistake, rng: Random) -> Act:
 
 
 def _misquoted(state: State, rng: Random) -> Act:
-    """Tells another price, or another number of minutes, than the API's."""
+    """Tell a price or number of minutes that differs from the API's."""
     price, minutes = state.response["price"], state.response["minutes"]
     if rng.random() < 0.5:
         price = rng.choice([p for p in ("3.00", "3.50", "4.00", "4.50", "5.00", "5.50") if p != price])
@@ -129,7 +129,7 @@ def _misquoted(state: State, rng: Random) -> Act:
 
 
 def _malformed(said: Order, rng: Random) -> str:
-    """A call that the API cannot read."""
+    """Return a call that the API cannot read."""
     if rng.random() < 0.5:
         slot = rng.choice(list(MISNAMED))
         return call_text({MISNAMED[name] if name == slot else name: said[name] for name in SLOTS if name in said})

@@ -46,13 +46,13 @@ LEFT_ALONE = ("wait, what about my order?", "wait, we are not done.")
 EXTRAS = 0.4
 """Probability that an order has an extra."""
 CHANGES_MIND = 0.12
-"""Probability that another order is wanted when it is read back."""
+"""Probability that the customer changes the order when it is read back."""
 
 Said = dict[str, str]
 
 
 def thing(slot: str, value: str) -> str:
-    """A value as customers name it."""
+    """Return a value as customers name it."""
     return {"drink": f"a {value}", "milk": f"{value} milk"}.get(slot, value)
 
 
@@ -65,7 +65,7 @@ class Customer:
 
     @staticmethod
     def arrived(rng: Random) -> Customer:
-        """A customer with a random goal, an extra in it with probability `EXTRAS`."""
+        """Return a customer with a random goal, which has an extra with probability `EXTRAS`."""
         slots = [slot for slot in SLOTS if slot in NEEDED or rng.random() < EXTRAS]
         return Customer({slot: rng.choice(MENU[slot]) for slot in slots}, rng)
 
@@ -76,7 +76,7 @@ class Customer:
         return thing(slot, self.goal[slot])
 
     def open(self) -> tuple[str, Said]:
-        """The first turn: part of the goal, and the extra if there is one."""
+        """Return the first turn: part of the goal, and the extra if there is one."""
         odds = {"drink": 0.85, "size": 0.6, "milk": 0.55, "extra": 1.0}
         said = {slot: self.goal[slot] for slot in self.goal if self.rng.random() < odds[slot]}
         if not any(slot in said for slot in NEEDED):
@@ -84,7 +84,7 @@ class Customer:
         return self._pick(OPENINGS, order=describe(said)), said
 
     def answer(self, slot: str, state: State) -> tuple[str, Said]:
-        """Says what was asked for, and now and then one thing more."""
+        """Say what was asked for, and sometimes one more thing."""
         said = {slot: self.goal[slot]}
         others = [other for other in state.missing if other != slot]
         if not others or self.rng.random() < 0.7:
@@ -94,7 +94,7 @@ class Customer:
         return self._pick(ANSWERS_WITH_MORE, thing=self._thing(slot), more=self._thing(other)), said
 
     def confirm(self) -> tuple[str, Said]:
-        """Says yes to the order as read back; with probability `CHANGES_MIND` wants something else now."""
+        """Say yes to the order as read back, or change it with probability `CHANGES_MIND`."""
         if self.rng.random() >= CHANGES_MIND:
             return self._pick(YES), {}
         slot = self.rng.choice(SLOTS)
@@ -103,16 +103,16 @@ class Customer:
         return self._pick(wordings, thing=self._thing(slot)), {slot: self.goal[slot]}
 
     def choose(self, slot: str, options: tuple[str, ...]) -> tuple[str, Said]:
-        """Takes one of the options in place of what is sold out, and wants it ordered."""
+        """Choose one of the options instead of what is sold out, and ask to order it."""
         self.goal[slot] = self.rng.choice(options)
         return self._pick(PICKS, thing=self._thing(slot)), {slot: self.goal[slot]}
 
     def thank(self) -> tuple[str, Said]:
-        """Is content with price and minutes."""
+        """Accept price and minutes."""
         return self._pick(THANKS), {}
 
     def notice(self, verdict: Verdict, state: State) -> tuple[str, Said]:
-        """Reacts to a mistake, and at times helps on by saying what is still missing."""
+        """React to a mistake, and sometimes say what is still missing."""
         mistake, slot, word = verdict.mistake, verdict.slot, verdict.word
         assert mistake is not None, "only mistakes are noticed"
         if mistake is Mistake.TOO_EARLY:

@@ -1,4 +1,4 @@
-"""Dialogues of agent and customer, points in them where the agent is to speak, and rated turns."""
+"""Dialogues of agent and customer, points in them where the agent speaks next, and rated turns."""
 
 import json
 from collections import Counter
@@ -16,15 +16,15 @@ from perl.data.simulator.shop import Shop
 from perl.data.simulator.state import KINDS, Kind, State
 
 LONGEST = 8
-"""Agent turns after which a dialogue ends, however far it has come."""
+"""Maximum number of agent turns in a dialogue."""
 
 SPAN = 1_000_000
-"""Dialogue seeds set aside for each seed of a collection of dialogues."""
+"""Dialogue seeds reserved for each seed of a collection of dialogues."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One agent turn: where it stands among the turns, the state before it, its deliberate mistake."""
+    """One agent turn: its index among the turns, the state before it, and its deliberate mistake."""
 
     at: int
     state: State
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A played dialogue: it begins with the customer and ends with the agent."""
+    """A dialogue, which begins with the customer and ends with the agent."""
 
     key: str
     turns: Context
@@ -41,7 +41,7 @@ class Dialogue:
 
 
 def play(seed: int, skill: float) -> Dialogue:
-    """One dialogue of an agent of this skill, the same for the same seed."""
+    """Return one dialogue of an agent with this skill; the same for the same seed."""
     rng = Random(seed)
     shop, customer = Shop.opened(rng), Customer.arrived(rng)
     opening, said = customer.open()
@@ -63,7 +63,7 @@ def play(seed: int, skill: float) -> Dialogue:
 
 
 def _after_words(state: State, text: str, verdict: Verdict, customer: Customer) -> tuple[list[Turn], State]:
-    """The customer's reply to what the agent said. A mistake leaves the dialogue where it was."""
+    """Return the customer's reply to what the agent said. A mistake does not change the dialogue's phase."""
     act = parse(text)
     if not verdict.right or act is None:
         words, said = customer.notice(verdict, state)
@@ -84,32 +84,32 @@ def _after_words(state: State, text: str, verdict: Verdict, customer: Customer) 
 def _after_call(
     state: State, text: str, verdict: Verdict, shop: Shop, customer: Customer
 ) -> tuple[list[Turn], State]:
-    """The API's answer, and the customer's word where the order that went through is not theirs."""
+    """Return the API's response, and the customer's complaint if the order that went through is wrong."""
     response = shop.order(parse_call(text))
     replies = [Turn("api", json.dumps(response))]
     if response["status"] == "sold out":
         named = replace(state, phase="answered", response=response)
         slot, word = named.lacking
         state = replace(state, sold_out=(*state.sold_out, word))
-        if state.said.get(slot) == word:  # true news even where the call was wrong: it is passed on
+        if state.said.get(slot) == word:  # correct information, even if the call was wrong
             return replies, replace(state, phase="answered", response=response)
     if verdict.right:
         return replies, replace(state, phase="answered", response=response)
     if response["status"] == "error" and verdict.mistake is not Mistake.TOO_EARLY:
-        return replies, state  # the API has complained already
+        return replies, state  # the API has already reported an error
     words, said = customer.notice(verdict, state)
     return [*replies, Turn("user", words)], replace(state, said={**state.said, **said})
 
 
 def played(seed: int, skill: float) -> Iterator[Dialogue]:
-    """Endless dialogues; those of two seeds differ as long as fewer than `SPAN` are taken."""
+    """Return endless dialogues; those of two seeds differ as long as fewer than `SPAN` are taken."""
     return (play(n, skill) for n in count(seed * SPAN))
 
 
 def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
-    """A point where the agent is to speak in each of endless dialogues: key, context and state.
+    """Yield a point where the agent speaks next from each of endless dialogues: key, context and state.
 
-    Every kind of due act comes about equally often.
+    Every kind of due act occurs about equally often.
     """
     rng = Random(seed)
     taken: Counter[Kind] = Counter({kind: 0 for kind in KINDS})
@@ -121,17 +121,17 @@ def moments(seed: int, skill: float) -> Iterator[tuple[str, Context, State]]:
 
 
 def rated(seed: int, ratings: int, skill: float, noise: float) -> list[Rating]:
-    """Rated agent turns, two to a context, as in the real data: one rated up and one down make a pair.
+    """Return rated agent turns, two per context, as in the real data: one rated up and one down make a pair.
 
     Args:
-        seed: picks the dialogues.
-        noise: the probability that a rating is not the gold judgement.
+        seed: selects the dialogues.
+        noise: the probability that a rating differs from the gold verdict.
     """
     rng = Random(f"ratings {seed}")
     rows: list[Rating] = []
     for key, context, state in islice(moments(seed, skill), (ratings + 1) // 2):
         for _ in range(2):
-            # Not a turn of the dialogue itself, of which the last at each stage is always right.
+            # Not a turn of the dialogue itself, because its last turn in each phase is always right.
             text, _ = speak(state, skill, rng)
             gold = judge_turn(state, text).right
             label = gold != (rng.random() < noise)

@@ -1,7 +1,7 @@
-"""The gold judge: whether a text is a right agent turn in the visible state of a dialogue.
+"""The gold judge: decides whether a text is a right agent turn in the visible state of a dialogue.
 
-Faults of timing come before faults of content: a call before the customer said yes is too early, whatever it
-holds.
+Mistakes of timing take precedence over mistakes of content: a call before the customer said yes is too early,
+whatever its arguments.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Mistake(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Right (no mistake), or which mistake, in which act, over which slot and word."""
+    """The mistake (None: right), and its act, slot and word."""
 
     mistake: Mistake | None = None
     kind: Kind | None = None
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def judge_turn(state: State, text: str) -> Verdict:
-    """The verdict on any text as the agent's turn in this state."""
+    """Return the verdict on any text as the agent's turn in this state."""
     text = text.strip()
     act = parse(text)
     if act is None:
@@ -55,7 +55,7 @@ def judge_turn(state: State, text: str) -> Verdict:
 
 
 def _timing(state: State, act: Act) -> Verdict:
-    """Whether this kind of act may come now."""
+    """Check whether this kind of act is allowed now."""
     kind, due = act.kind, state.due
     if kind == "ask" and act.slot in state.said:
         return Verdict(Mistake.ALREADY_SAID, kind, act.slot)
@@ -69,7 +69,7 @@ def _timing(state: State, act: Act) -> Verdict:
 
 
 def _content(state: State, act: Act) -> Verdict:
-    """Whether an act that may come now says the right thing."""
+    """Check the content of an act that is allowed now."""
     if act.kind == "ask":
         return _options(state, act, act.slot)
     if act.kind in ("read", "call"):
@@ -89,13 +89,13 @@ def _content(state: State, act: Act) -> Verdict:
 def _options(state: State, act: Act, slot: str) -> Verdict:
     available = state.available(slot)
     for n, word in enumerate(act.options):
-        if word not in available or word in act.options[:n]:  # naming one twice is no second option
+        if word not in available or word in act.options[:n]:  # a repeated option is not a second one
             return Verdict(Mistake.NOT_OFFERED, act.kind, slot, word)
     return Verdict(kind=act.kind)
 
 
 def _order(kind: Kind, order: Order, said: Order) -> Verdict:
-    """Whether an order is what was said: the worst fault first."""
+    """Check whether an order is what was said, the worst mistake first."""
     for slot, word in order.items():
         if word not in MENU[slot]:
             return Verdict(Mistake.NOT_OFFERED, kind, slot, word)
@@ -109,6 +109,6 @@ def _order(kind: Kind, order: Order, said: Order) -> Verdict:
 
 
 def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """Gold scores, 1.0 right and 0.0 wrong: a `Judge` that reads each prompt's column `state`."""
+    """Return gold scores, 1.0 right and 0.0 wrong: a `Judge` that reads each prompt's column `state`."""
     states = [State.from_json(prompt.columns["state"]) for prompt in prompts]
     return [float(judge_turn(state, answer).right) for state, answer in zip(states, answers, strict=True)]

@@ -20,11 +20,11 @@ OFF_MENU: dict[str, tuple[str, ...]] = {
     "milk": ("almond", "rice", "coconut"),
     "extra": ("pumpkin", "honey", "mint"),
 }
-"""What customers may know from elsewhere, and careless agents offer."""
+"""Values that are not on the menu, which careless agents offer."""
 
 SLOTS = tuple(MENU)
 NEEDED = ("drink", "size", "milk")
-"""Slots without which nothing can be ordered. An extra is only ordered when asked for."""
+"""Slots that every order needs. An extra is only ordered if the customer asks for it."""
 
 SELLS_OUT = ("drink", "milk", "extra")
 BASE_CENTS = {"latte": 350, "mocha": 400, "cappuccino": 350, "macchiato": 400}  # all others: 300
@@ -42,15 +42,15 @@ class Shop:
 
     @staticmethod
     def opened(rng: Random, shortage: float = 0.5) -> Shop:
-        """A shop in which each kind of ware has one sold-out value with probability `shortage`."""
+        """Return a shop in which each slot in `SELLS_OUT` lacks one value with probability `shortage`."""
         sold_out = [rng.choice(MENU[slot]) for slot in SELLS_OUT if rng.random() < shortage]
         return Shop(frozenset(sold_out), rng.randint(2, 9))
 
     def order(self, arguments: Order | None) -> dict[str, str]:
-        """The order API: an error, the first thing that is sold out, or price and minutes.
+        """Call the order API; return an error, the first thing that is sold out, or price and minutes.
 
         Args:
-            arguments: the call's arguments, or None where the call could not be read.
+            arguments: the call's arguments, or None if the call could not be read.
         """
         if arguments is None or any(slot not in arguments for slot in NEEDED):
             return {"status": "error"}

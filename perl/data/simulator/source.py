@@ -1,4 +1,4 @@
-"""The source `coffee-simulator`: played dialogues as records."""
+"""The source `coffee-simulator`: simulated dialogues as records."""
 
 from itertools import islice
 from random import Random
@@ -8,7 +8,7 @@ from perl.data.simulator.dialogues import SPAN, Dialogue, moments, play, played,
 from perl.data.simulator.judge import judge
 
 DEMONSTRATIONS, RATINGS, PROMPTS, CORPUS = range(4)
-"""What dialogues are played for; each purpose has seeds, and so dialogues, of its own."""
+"""Purposes of dialogues; each has its own seeds, and so its own dialogues."""
 
 
 def simulate(
@@ -19,14 +19,14 @@ def simulate(
     skill: float = 0.4,
     noise: float = 0.1,
 ) -> Records:
-    """All records of the simulated shop, the same for the same arguments.
+    """Return all records of the simulated shop, the same for the same arguments.
 
     Args:
-        dialogues: demonstrations, which are whole dialogues.
-        ratings: rated turns, two to a context.
-        prompts: contexts that end where the agent is to speak, one to a dialogue.
+        dialogues: number of demonstrations, which are whole dialogues.
+        ratings: number of rated turns, two per context.
+        prompts: number of contexts that end where the agent speaks next, one per dialogue.
         skill: the probability that an agent's turn is right.
-        noise: the probability that a rating is not the gold judgement.
+        noise: the probability that a rating differs from the gold verdict.
     """
     demonstrations = islice(played(_seed(seed, DEMONSTRATIONS), skill), dialogues)
     return Records(
@@ -41,13 +41,13 @@ def simulate(
 
 
 def corpus(seed: int, dialogues: int) -> list[Demonstration]:
-    """Dialogues of agents of all skills, bad to perfect, to pretrain a tiny language model on."""
+    """Return dialogues of agents of all skills, bad to perfect, to pretrain a tiny language model on."""
     first, rng = _seed(seed, CORPUS) * SPAN, Random(f"corpus {seed}")
     return [_demonstration(play(first + n, rng.uniform(0.3, 1.0))) for n in range(dialogues)]
 
 
 def _demonstration(dialogue: Dialogue) -> Demonstration:
-    """A whole dialogue: the customer's first turn, and how it went on."""
+    """Return a whole dialogue with the customer's first turn as context."""
     return Demonstration(dialogue.turns[:1], dialogue.turns[1:], dialogue.key)
 
 

@@ -1,4 +1,4 @@
-"""The state of a dialogue that its visible turns show, without the customer's hidden goal."""
+"""The state of a dialogue as far as its visible turns show it, without the customer's hidden goal."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class State:
     """What the turns so far have established.
 
     Args:
-        phase: how far the dialogue has come.
-        said: what the customer has asked for, corrections included.
+        phase: the phase of the dialogue.
+        said: what the customer has asked for, including corrections.
         sold_out: what the API has named as sold out.
-        response: the API's answer that the agent has still to pass on; empty otherwise.
+        response: the API's response that the agent still has to pass on; empty otherwise.
     """
 
     phase: Phase = "gather"
@@ -51,22 +51,22 @@ class State:
 
     @property
     def lacking(self) -> tuple[str, str]:
-        """The slot and value that the API's answer names as sold out; empty words if it names none."""
+        """The slot and value that the API's response names as sold out; empty strings if it names none."""
         named = [(slot, self.response[slot]) for slot in SLOTS if slot in self.response]
         return named[0] if named else ("", "")
 
     def available(self, slot: str) -> list[str]:
-        """What can be offered for a slot, as far as the dialogue tells."""
+        """Return the values of a slot that can be offered, as far as the dialogue tells."""
         return [value for value in MENU[slot] if value not in self.sold_out]
 
     def to_json(self) -> JSON:
-        """The state as plain JSON values."""
+        """Return the state as plain JSON values."""
         said, response = dict(self.said), dict(self.response)
         return {"phase": self.phase, "said": said, "sold_out": list(self.sold_out), "response": response}
 
     @staticmethod
     def from_json(value: JSON) -> State:
-        """The state of `to_json`, also after a trip through Arrow, which fills absent keys with None."""
+        """Return the state of `to_json`, also after a round trip through Arrow, which adds absent keys as None."""
         row = cast(Mapping[str, Any], value)
         said, response = (
             {key: word for key, word in (row.get(name) or {}).items() if word} for name in ("said", "response")

@@ -30,7 +30,7 @@ def test_best_of_n_the_ensemble_and_the_kept_weights_are_told(tmp_path: Path) ->
     assert "Crosses: the best of so many completions" in text
     assert "its 2 members alone have AUROC 0.810, 0.800" in text
     assert "member 2: Scores are the sum of the model's and TF-IDF's of the words" in html.unescape(text)
-    assert "The kept weights are those of step 40 of 100, the best of 3 validations by loss (0.4) on 160 rows" in text
+    assert "kept weights are those of step 40 of 100, the best of 3 validations by loss (0.4) on 160 rows" in text
 
 
 def test_a_single_reward_has_no_parts(tmp_path: Path) -> None:

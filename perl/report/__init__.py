@@ -1,1 +1,1 @@
-"""The report: report.json, and the page and the tables that are made of finished runs."""
+"""Pages, tables and plots made from runs."""

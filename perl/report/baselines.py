@@ -1,4 +1,4 @@
-"""RL beside its baselines at the same KL: the table of `compare --baselines`, for the page and the terminal."""
+"""The table of `compare --baselines`, which compares RL with baselines at the same KL, for page and terminal."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from perl.report.numbers import NONE, bytes_text, decimal, interval_text, joined
 from perl.report.outcome import interval_of_mean
 from perl.system.progress import counted
 
-COLUMNS = ("Method", "Seed", "KL", "Metric", "Baseline", "RL", "RL less baseline (95 %)", "")
+COLUMNS = ("Method", "Seed", "KL", "Metric", "Baseline", "RL", "RL minus baseline (95 %)", "")
 METRICS = ("gold", "reward")
-VERDICT = ("no difference is shown", "the baseline is higher", "RL is higher")
+VERDICT = ("no difference shown", "the baseline is higher", "RL is higher")
 
 
 def table_rows(results: Sequence[BaselineResult]) -> list[tuple[str, ...]]:
-    """A row a baseline, metric and seed; of several seeds one more, of their mean."""
+    """Return one row per baseline, metric and seed, and with several seeds one more for their mean."""
     rows: list[tuple[str, ...]] = []
     for method, of_method in _by_method(results):
         for metric in METRICS:
@@ -30,7 +30,7 @@ def table_rows(results: Sequence[BaselineResult]) -> list[tuple[str, ...]]:
 
 
 def trainings(results: Sequence[BaselineResult]) -> list[str]:
-    """What each baseline was trained on, what that cost, and how far both went."""
+    """Return a sentence per baseline: what it was trained on, its cost, and how far both policies went."""
     lines = []
     for method, of_method in _by_method(results):
         one = of_method[0]
@@ -44,7 +44,7 @@ def trainings(results: Sequence[BaselineResult]) -> list[str]:
 
 
 def _ends(policies: Sequence[Sequence[Reached]]) -> str:
-    """The last policy of each seed."""
+    """Describe the last policy of each seed."""
     last = [of_seed[-1] for of_seed in policies]
     golds = [one.gold for one in last if one.gold is not None]
     figures = [("KL", [one.kl for one in last]), ("reward", [one.reward for one in last]), ("gold", golds)]

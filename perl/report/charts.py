@@ -1,4 +1,4 @@
-"""The plots of any stage by step, of the reward model, of costs, and of a sweep's qualities by trained weights."""
+"""Plots of metrics by step, of the reward model, of costs, and of a sweep's quality by trained weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -27,14 +27,14 @@ KINDS = {
     "kv_cache": "KV cache",
 }
 LABEL_ROOM = 0.0235
-"""A segment is labelled if it has this share of the widest bar for each letter."""
+"""A segment is labelled if its share of the widest bar is at least this per letter."""
 MOST_HOVERS = 60
-"""Steps of a plot that have words to point at."""
+"""Maximum number of steps of a plot with hover text."""
 MARKERS = ("o", "s", "^", "D")
 NORMAL_95 = 1.96
-"""Standard errors on either side of a mean."""
+"""Standard errors on each side of a mean."""
 Bar = tuple[str, Mapping[str, float], str]
-"""A row's label, its segments by name, and what they come to."""
+"""A row's label, its segments by name, and their total as text."""
 
 
 def step_plot(
@@ -46,11 +46,11 @@ def step_plot(
     ends: Sequence[Spread | None] = (),
     scale: float = 1.0,
 ) -> Plot | None:
-    """A metric over training steps; None if no run has it.
+    """Plot a metric over training steps; None if no run has it.
 
     Args:
-        ends: the held-out means before and after training, drawn as lines across.
-        scale: what the metric and the ends are multiplied by.
+        ends: the held-out means before and after training, drawn as horizontal lines.
+        scale: factor for the metric and the ends.
     """
     known = [scale * values for run in group.runs if (values := run.metrics[role].get(metric)) is not None]
     series = [values for values in known if np.isfinite(values).any()]
@@ -83,17 +83,17 @@ def step_plot(
 
 
 def _end_lines(axes: Axes, ends: Sequence[float | None]) -> None:
-    """Lines across at the values before and after; their names stand beside the axes, where no curve runs."""
+    """Draw horizontal lines at the values before and after, with their names outside the axes."""
     known = [(value, name) for value, name in zip(ends, ("before", "after"), strict=False) if value is not None]
     for value, name in known:
-        above = value == max(value for value, _ in known)  # so that the names of near values do not meet
+        above = value == max(value for value, _ in known)  # so that the names of close values do not overlap
         axes.axhline(value, color=FG, linewidth=1.0, linestyle=(0, (4, 3)))
         text = axes.annotate(name, (1, value), (4, 0), ("axes fraction", "data"), "offset points")
         text.set(va="bottom" if above else "top", fontsize=8.5)
 
 
 def step_hovers(axes: Axes, label: str, values: Series) -> list[Hover]:
-    """A value a step over its part of the axes; of some steps, evenly, where there are many."""
+    """Return hover text for each step's part of the axes; for evenly spaced steps if there are many."""
     shown = np.unique(np.linspace(0, len(values) - 1, MOST_HOVERS).astype(int))
     edges = [0.5, *((shown[1:] + shown[:-1]) / 2 + 1), len(values) + 0.5]
     places = [one for one in zip(shown, pairwise(edges), strict=True) if np.isfinite(values[one[0]])]
@@ -101,26 +101,26 @@ def step_hovers(axes: Axes, label: str, values: Series) -> list[Hover]:
 
 
 def _spread_of_steps(values: Series) -> Series:
-    """The standard deviation of the steps around their moving mean."""
+    """Return the standard deviation of the steps around their moving mean."""
     centred: Series = np.sqrt(np.maximum(smooth((values - smooth(values)) ** 2), 0.0))
     return centred
 
 
 def reliability_plot(card: RewardModelCard) -> Plot:
-    """Observed share against the probability given, a point a bin; as it is, and scaled where that is known."""
+    """Plot the observed share against the predicted probability by bin, unscaled and, if known, scaled."""
     scaling = card.calibration
     before, after = scaling.reliability_before, scaling.reliability_after
     with drawing(height=2.9) as drawn:
-        axes = titled(drawn.subplots(), "Reliability", f"probability given of {scaling.of}", "share observed")
+        axes = titled(drawn.subplots(), "Reliability", f"predicted probability of {scaling.of}", "observed share")
         axes.plot([0, 1], [0, 1], linestyle=(0, (4, 3)), color=MUTED, linewidth=1.2)
         axes.text(0.98, 0.06, "dashed: perfectly calibrated", ha="right", color=MUTED, fontsize=8.5)
-        _points(axes, before, MUTED, "o", "as it is")
+        _points(axes, before, MUTED, "o", "unscaled")
         if after is not None:
             _points(axes, after, SERIES[0], "D", "scaled")
         axes.legend(loc="upper left")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         bins = after or before
-        told = [f"{one.probability:.2f} given, {one.share:.2f} observed" for one in bins]
+        told = [f"{one.probability:.2f} predicted, {one.share:.2f} observed" for one in bins]
         hovers = [
             Hover(axes, (one.probability,) * 2, (one.share,) * 2, f"{words}, {counted(one.n, 'answer')}")
             for one, words in zip(bins, told, strict=True)
@@ -129,8 +129,8 @@ def reliability_plot(card: RewardModelCard) -> Plot:
         svg = to_svg(drawn, "reliability", spoken, hovers)
     fewest, most = min(one.n for one in before), max(one.n for one in before)
     each = f"{most}" if fewest == most else f"{fewest} to {most}"
-    sure = f"Below the dashed line the model is too sure of {scaling.of}, above it not sure enough."
-    return Plot(svg, f"A point for {each} answers of like probability. {sure}")
+    sure = f"Below the dashed line the model is too confident of {scaling.of}, above it not confident enough."
+    return Plot(svg, f"Each point is {each} answers with similar probability. {sure}")
 
 
 def _points(axes: Axes, bins: Sequence[ReliabilityBin], colour: str, marker: str, label: str) -> None:
@@ -139,7 +139,7 @@ def _points(axes: Axes, bins: Sequence[ReliabilityBin], colour: str, marker: str
 
 
 def scores_plot(card: RewardModelCard) -> Plot | None:
-    """How the scores of answers rated up and down are spread; None of a histogram that does not fit together."""
+    """Plot histograms of the scores of answers rated up and down; None if the card's counts are inconsistent."""
     counts = card.score_histogram
     if not len(counts.edges) - 1 == len(counts.up) == len(counts.down) > 0:
         return None
@@ -158,11 +158,11 @@ def scores_plot(card: RewardModelCard) -> Plot | None:
         told = [f"{up} rated up, {down} down" for up, down in zip(counts.up, counts.down, strict=True)]
         spoken = "Histogram of scores: answers rated up above the line, rated down below"
         svg = to_svg(drawn, "scores", spoken, bin_hovers(axes, counts.edges, told))
-    return Plot(svg, "The less the two heaps overlap sideways, the better the model tells good answers from bad.")
+    return Plot(svg, "The less the two overlap horizontally, the better the model tells good answers from bad.")
 
 
 def bin_hovers(axes: Axes, edges: Sequence[float], words: Sequence[str]) -> list[Hover]:
-    """The words of each bin of a histogram over its part of the axes."""
+    """Return hover text for each bin of a histogram."""
     return [
         Hover(axes, ends, None, f"{decimal(ends[0])} to {decimal(ends[1])}: {said}")
         for ends, said in zip(pairwise(edges), words, strict=True)
@@ -170,7 +170,7 @@ def bin_hovers(axes: Axes, edges: Sequence[float], words: Sequence[str]) -> list
 
 
 def cost_plots(groups: Sequence[Group]) -> list[Plot]:
-    """Of each group's first run: peak memory by stage and phase, on one scale; time by stage and phase."""
+    """Plot each group's first run: peak memory by stage and phase, on one scale, and time by stage and phase."""
     runs = [(group, group.first.stages) for group in groups if group.first.stages]
     widest = max(
         (one.peak for _, stages in runs for stage in stages.values() for one in stage.memory.values()), default=1
@@ -199,7 +199,7 @@ def cost_plots(groups: Sequence[Group]) -> list[Plot]:
 
 
 def _shares(seconds: Mapping[str, float]) -> str:
-    """As in generate 41 %, update 50 %."""
+    """Format as in generate 41 %, update 50 %."""
     total = max(sum(seconds.values()), 1e-9)
     return ", ".join(f"{name} {percent(value / total)}" for name, value in seconds.items() if value > 0)
 
@@ -219,7 +219,7 @@ def _bars(
         starts = np.zeros(len(bars))
         for name in names:
             widths = np.array([segments.get(name, 0.0) for _, segments, _ in bars])
-            colour = SERIES[order.index(name)]  # the same in all plots
+            colour = SERIES[order.index(name)]  # the same colour in all plots
             axes.barh(range(len(bars)), widths, 0.72, left=starts, color=colour, edgecolor=BG, label=name)
             for row, width in enumerate(widths):
                 if width > 0:
@@ -242,7 +242,7 @@ def _bars(
 
 
 def weights_plot(label: str, lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> Markup:
-    """A quality by the number of trained weights, with 95 % intervals; a line for what differs in size alone."""
+    """Plot quality by trained weights, with 95 % intervals; one line for settings that differ only in size."""
     with drawing(width=8.0, height=3.6) as drawn:
         axes = titled(drawn.subplots(), f"{label} by trained weights", "trained weights", label)
         for number, (what, points) in enumerate(lines.items()):

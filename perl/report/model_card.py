@@ -1,4 +1,4 @@
-"""The model card of an exported role: what it is, how to load it, its metrics, and on what terms."""
+"""The model card of an exported role: what it is, how to load it, its metrics, and its licence."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,21 @@ TITLES = {
     Role.CRITIC: "critic of RL",
 }
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be in every version (vllm/config/lora.py, `MaxLoRARanks`)."""
+"""Values of `--max-lora-rank` that every version accepts (vllm/config/lora.py, `MaxLoRARanks`)."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """Description of an export.
 
     Attributes:
-        whole: a whole model; else an adapter.
-        scores: a sequence classifier; else a language model.
-        text: the run's rows are plain text, without a chat format.
-        text_end: what plain text needs after it, as Python.
-        start_ids: what the decoder of an encoder-decoder is given before an answer; else nothing.
-        difference: the largest between scores by transformers and the run's own, on held-out rows.
-        conversion: what it cost to write the adapter as LoRA; None: it is as it was trained.
+        whole: whether it is a whole model; else an adapter.
+        scores: whether it is a sequence classifier; else a language model.
+        text: whether the run's rows are plain text, without a chat format.
+        text_end: what has to be appended to plain text, as Python code.
+        start_ids: tokens that an encoder-decoder's decoder starts with; empty for other models.
+        difference: largest difference of transformers' scores from the run's own, on held-out rows.
+        conversion: the loss of converting the adapter to LoRA; None: the adapter as it was trained.
     """
 
     role: Role
@@ -47,13 +47,13 @@ class Exported:
 
 
 def model_card(session: Session, exported: Exported) -> str:
-    """The card in Markdown, with the metadata that the hub reads on top."""
+    """Return the card in Markdown, with the hub's metadata on top."""
     recipe, base = session.recipe, session.base
     local = Path(base.name).exists()
     origin = f"`{Path(base.name).name if local else base.name}`"
     if recipe.base.build is not None:
         origin = f"a tiny {type(session.roles.models()[0]).__name__} that the recipe trained on the same source"
-    form = "trained whole"
+    form = "all weights trained"
     if isinstance(session.roles, SharedBase):
         form = f"{session.roles.adapter}" + (", merged into the base" if exported.whole else "")
     biases = False
@@ -97,7 +97,7 @@ def model_card(session: Session, exported: Exported) -> str:
 
 
 def _starts(session: Session, stage: StageName) -> list[str]:
-    """The adapters, trained elsewhere, that the stage started from, or SFT before it."""
+    """Return the adapters, trained elsewhere, that the stage (or the SFT stage before RL) started from."""
     finished = session.folder.results().finished
     stages = [finished[name] for name in ("sft", "rl") if name in finished] if stage == "rl" else [finished[stage]]
     starts = [one.started_from for one in stages if one.started_from is not None]
@@ -105,7 +105,7 @@ def _starts(session: Session, stage: StageName) -> list[str]:
 
 
 def _metrics(session: Session, exported: Exported) -> dict[str, str]:
-    """The single values of the stage's evaluation on held-out data."""
+    """Return the scalar values of the stage's evaluation on held-out data."""
     result = session.folder.result(exported.stage)
     assert result is not None
     values = {name: value for name, value in vars(result.eval).items() if isinstance(value, int | float | str)}

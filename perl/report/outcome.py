@@ -1,15 +1,15 @@
 """The outcome of RL: changes over seeds with their intervals, and reward and gold at the same KL.
 
-Two ways of training are compared at the same KL, as a policy further from the reference has had more room to raise
-its reward (Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", plot all against √KL).
-With k_s and r_s the KL and reward of step s, both smoothed:
+Two ways of training are compared at the same KL, because a policy farther from the reference had more room to
+raise its reward (Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", plot everything
+against √KL). With k_s and r_s the KL and reward of step s, both smoothed:
 
     K    = min over runs of max over s of k_s           the largest KL that all runs reached
     s*   = the first step with k_s ≥ K
     r(K) = r_{s*-1} + (K - k_{s*-1}) / (k_{s*} - k_{s*-1}) · (r_{s*} - r_{s*-1})
 
-and likewise for gold. If the first step has K already, r(K) is its reward. These are rewards of completions
-sampled in training, not of held-out prompts.
+and likewise for gold. If the first step already has a KL of K, r(K) is its reward. These are rewards of
+completions sampled in training, not for held-out prompts.
 """
 
 import math
@@ -25,12 +25,12 @@ from perl.report.runs import Group, Series
 from perl.rl.results import Change, PairedMetric, RlEval
 
 MIN_STEPS = 5
-"""Of a curve."""
+"""Minimum number of steps of a curve."""
 
 
 @dataclass(frozen=True)
 class MeanChange:
-    """A metric before and after a stage over runs, and the 95 % interval of its mean rise where one is known."""
+    """A metric before and after a stage over runs, and the 95 % interval of its mean change if known."""
 
     before: Spread
     after: Spread
@@ -40,29 +40,29 @@ class MeanChange:
 
     @property
     def rise(self) -> float:
-        """Mean after less mean before."""
+        """Mean after minus mean before."""
         return self.after.mean - self.before.mean
 
     @property
     def places(self) -> int:
-        """Decimal places that show the change: two at least."""
+        """Decimal places that show the change, at least two."""
         width = 0.0 if self.interval is None else self.interval[1] - self.interval[0]
         return max(2, places_of(width or max(abs(self.before.mean), abs(self.after.mean))))
 
     @property
     def clear(self) -> bool | None:
-        """Whether the interval leaves 0 out; None without an interval."""
+        """Whether the interval excludes 0; None without an interval."""
         return None if self.interval is None else self.interval[0] > 0 or self.interval[1] < 0
 
 
 def mean_change(evals: Sequence[RlEval], metric: PairedMetric) -> MeanChange | None:
-    """A metric's change over runs, with an interval where every run has one; None if any run lacks the metric."""
+    """Return a metric's change over runs, with an interval if all have one; None if a run lacks the metric."""
     changes = [change for one in evals if (change := one.change(metric)) is not None]
     return mean_of(changes) if len(changes) == len(evals) else None
 
 
 def mean_of(changes: Sequence[Change]) -> MeanChange | None:
-    """Changes over runs, with an interval where every run has one; None of no runs."""
+    """Return the mean change over runs, with an interval if all runs have one; None without runs."""
     before, after = spread(one.before for one in changes), spread(one.after for one in changes)
     if before is None or after is None:
         return None
@@ -72,7 +72,7 @@ def mean_of(changes: Sequence[Change]) -> MeanChange | None:
 
 
 def interval_of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
-    """The interval of the mean of independent changes; None if one is not known."""
+    """Return the interval of the mean of independent changes; None if one is unknown."""
     known = [interval for interval in intervals if interval is not None]
     if len(known) < len(intervals):
         return None
@@ -82,12 +82,12 @@ def interval_of_mean(intervals: Sequence[Interval | None]) -> Interval | None:
 
 
 def window(steps: int) -> int:
-    """Steps in the moving mean: a tenth of all, odd, and at least three."""
+    """Return the number of steps in the moving mean: a tenth of all, odd, and at least three."""
     return max(3, steps // 10 | 1)
 
 
 def smooth(values: Series) -> Series:
-    """The centred moving mean over `window` steps, fewer at either end; NaN is left out."""
+    """Return the centred moving mean over `window` steps, fewer at the ends; NaN is ignored."""
     half, known = window(len(values)) // 2, np.isfinite(values)
     kernel = np.ones(2 * half + 1)
     total = np.convolve(np.where(known, values, 0.0), kernel)[half : half + len(values)]
@@ -98,7 +98,7 @@ def smooth(values: Series) -> Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """KL, reward and gold (NaN where there is none) of each step, smoothed."""
+    """KL, reward and gold (NaN if unknown) of each step, smoothed."""
 
     kl: Series
     reward: Series
@@ -106,7 +106,7 @@ class Curve:
 
 
 def curve(metrics: Mapping[str, Series]) -> Curve | None:
-    """The smoothed curve of a policy's metrics; None with fewer than five steps that have KL and reward."""
+    """Return the smoothed curve of a policy's metrics; None with fewer than five steps that have KL and reward."""
     if "kl" not in metrics or "reward" not in metrics:
         return None
     kl, reward = metrics["kl"], metrics["reward"]
@@ -118,7 +118,7 @@ def curve(metrics: Mapping[str, Series]) -> Curve | None:
 
 
 def at_kl(kl: Series, values: Series, target: float) -> float | None:
-    """The value where the KL first reaches the target, between steps by a straight line; None if it never does."""
+    """Return the value where the KL first reaches the target, interpolated linearly; None if it never does."""
     known = np.isfinite(values)
     kl, values = kl[known], values[known]
     if not (kl >= target).any():
@@ -138,7 +138,7 @@ class Matched:
 
 
 def match(curves: Sequence[Curve | None]) -> Matched | None:
-    """Reward and gold of all runs at the largest KL that all reached; None if a curve is missing."""
+    """Return reward and gold of all runs at the largest KL that all reached; None if a curve is missing."""
     known = [one for one in curves if one is not None]
     if not known or len(known) < len(curves):
         return None
@@ -150,5 +150,5 @@ def match(curves: Sequence[Curve | None]) -> Matched | None:
 
 
 def match_all(groups: Sequence[Group]) -> Matched | None:
-    """Of all runs, in the groups' order."""
+    """Return `match` of all runs, in the groups' order."""
     return match([curve(run.metrics["policy"]) for group in groups for run in group.runs])

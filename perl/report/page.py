@@ -1,4 +1,4 @@
-"""The page: findings, plots and tables in one HTML file that loads nothing from a network."""
+"""Writes the page: findings, plots and tables in one HTML file that loads nothing from a network."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from perl.rl.results import PairedMetric
 from perl.system.files import user_named, write_whole
 
 SHOWN_SAMPLES = 3
-"""Further samples are folded away, and so are those that did not change, and further metrics."""
+"""Number of samples shown; the others, and those that did not change, are collapsed."""
 SHOWN_METRICS = 4
 Row = tuple[str, ...]
 POLICY: list[tuple[str, PairedMetric, int, int]] = [
@@ -41,7 +41,7 @@ POLICY: list[tuple[str, PairedMetric, int, int]] = [
     ("Completion length, tokens", "answer_tokens", 1, 1),
     ("Completions that end by themselves, %", "ended", 1, 100),
 ]
-"""Label, metric, decimal places at least, and scale."""
+"""Label, metric, minimum decimal places, and scale."""
 CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval | None]]]] = [
     ("AUROC", lambda card: (card.auroc, card.intervals.get("auroc"))),
     ("Pairwise accuracy", lambda card: (card.pairwise_accuracy, card.intervals.get("pairwise_accuracy"))),
@@ -57,22 +57,22 @@ CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval |
         lambda card: (card.length.auroc_within, card.length.auroc_within_interval),
     ),
     ("Correlation with length (Spearman)", lambda card: (card.length.correlation, None)),
-    ("Calibration error (ECE), as it is", lambda card: (card.calibration.ece_before, None)),
+    ("Calibration error (ECE), unscaled", lambda card: (card.calibration.ece_before, None)),
     ("… with a temperature", lambda card: (card.calibration.ece_temperature, None)),
     ("… with slope and intercept", lambda card: (card.calibration.ece_after, None)),
 ]
-"""Label; value and interval."""
+"""Label, and a function that returns value and interval."""
 
 
 def write_page(runs: Sequence[Path], file: Path, baselines: Sequence[BaselineResult] = ()) -> Path:
-    """Write the page of finished runs; return the file.
+    """Write the page of one or more runs; return the file.
 
     Args:
         runs: run folders: seeds of one recipe, under one tuning or both.
-        baselines: what RL is shown beside.
+        baselines: baselines that RL is compared with.
 
     Raises:
-        UserError: there are no runs, one is not finished or is broken, they are of different recipes, or the file
+        UserError: there are no runs, one was not started or is damaged, they have different recipes, or the file
             cannot be written.
     """
     beside = {"head": COLUMNS, "rows": table_rows(baselines), "words": trainings(baselines)} if baselines else None
@@ -84,7 +84,7 @@ def write_page(runs: Sequence[Path], file: Path, baselines: Sequence[BaselineRes
 
 
 def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
-    """All that the template shows."""
+    """Return everything that the template shows."""
     main = by_tuning[0]
     runs = [run for group in by_tuning for run in group.runs]
     rl = main.first.report.stages.rl
@@ -102,7 +102,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
         "sft": words.sft_words(main),
         "sft_plot": charts.step_plot(main, "sft", "loss", "Loss in SFT", "loss"),
         "cost_head": ["stage", *(name for name, _, _ in COSTS)],
-        # Of one run: seeds cost about the same.
+        # Of one run, because seeds cost about the same.
         "cost_rows": [
             [
                 words.STAGE[name],
@@ -125,7 +125,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
 
 
 def _unfinished(group: Group) -> dict[str, object] | None:
-    """How far the stage is that is being trained, with its plots; None of finished runs."""
+    """Return the progress of the stage in training, with its plots; None for finished runs."""
     stage = group.first.report.unfinished
     if stage is None:
         return None
@@ -138,13 +138,13 @@ def _unfinished(group: Group) -> dict[str, object] | None:
 
 
 def _checks(rl: RlStage) -> list[Row]:
-    """The checks before the first update and after it: what, the value, and what it may be at most."""
+    """Return the checks before and after the first update: description, value and limit."""
     checks = [*(("", one) for one in rl.preflight), *(("after the first update: ", one) for one in rl.liveness)]
     return [(when + one.words, f"{one.figure:.2g}", f"{one.limit:.2g}") for when, one in checks]
 
 
 def _tiles(group: Group) -> list[Row]:
-    """Key metrics: label, value, note."""
+    """Return the key metrics: label, value, note."""
     tiles: list[Row] = []
     reward, gold = mean_change(group.rl, "reward"), mean_change(group.rl, "gold")
     if gold is not None:
@@ -158,21 +158,21 @@ def _tiles(group: Group) -> list[Row]:
         note = f"nats per completion {plus_minus(kl)}".strip()
         tiles.append(("KL from the reference", decimal(kl.mean), note))
     if auroc is not None:
-        note = plus_minus(auroc) or "0.5 is a coin, 1 perfect"
+        note = plus_minus(auroc) or "0.5 is a coin flip, 1 is perfect"
         tiles.append(("Reward model AUROC", decimal(auroc.mean), note))
     seconds = group.over_runs(lambda run: sum(one.waited_seconds or one.seconds for one in run.stages.values()))
     of_runs = [list(run.stages.values()) for run in group.runs]
     peak = spread(max((stage.peak_memory_bytes for stage in one), default=None) for one in of_runs)
     held = spread(max((stage.peak_rss_bytes for stage in one), default=None) for one in of_runs)
     if seconds is not None and peak is not None and held is not None:
-        label = "Time a seed" if len(group.runs) > 1 else "Time"
-        note = f"at the peak {bytes_text(peak.mean)} of tensors; the process held {bytes_text(held.mean)}"
+        label = "Time per seed" if len(group.runs) > 1 else "Time"
+        note = f"peak memory: {bytes_text(peak.mean)} of tensors, {bytes_text(held.mean)} of the process"
         tiles.append((label, seconds_text(seconds.mean), note))
     return tiles
 
 
 def _policy(group: Group) -> dict[str, object]:
-    """The policy's table and plots."""
+    """Return the policy's table and plots."""
     rows, alone = [], len(group.rl) == 1
     for label, metric, places, scale in POLICY:
         changes = [change for one in group.rl if (change := one.change(metric)) is not None]
@@ -202,7 +202,7 @@ def _policy(group: Group) -> dict[str, object]:
 def _policy_row(
     label: str, ends: Sequence[Spread | None], interval: Interval | None = None, places: int = 2, scale: int = 1
 ) -> Row:
-    """The means before and after, with as many places as show the change."""
+    """Return a row with the means before and after, with enough decimal places to show the change."""
     known = [abs(end.mean) for end in ends if end is not None]
     if interval is not None:
         interval = (scale * interval[0], scale * interval[1])
@@ -213,7 +213,7 @@ def _policy_row(
 
 
 def _part_rows(group: Group) -> list[Row]:
-    """A row for each part of the reward, where it has several."""
+    """Return a row for each part of the reward, if it has several."""
     pairs = [(one.reward_parts_before or {}, one.reward_parts_after or {}) for one in group.rl]
     names = dict.fromkeys(name for before, after in pairs for name in (*before, *after))
     if len(names) == 1 and all(before and after for before, after in pairs):
@@ -226,7 +226,7 @@ def _part_rows(group: Group) -> list[Row]:
 
 
 def _pass_rows(group: Group) -> list[Row]:
-    """pass@k for each k that all runs measured; of a single run with the intervals of both ends."""
+    """Return pass@k for each k that all runs measured; for a single run with the intervals of both values."""
     measured = [{row.k: row for row in one.pass_at or []} for one in group.rl]
     rows = []
     for k in sorted(set[int].intersection(*map(set, measured))):
@@ -241,7 +241,7 @@ def _pass_rows(group: Group) -> list[Row]:
 
 
 def _card(by_tuning: Sequence[Group]) -> dict[str, object]:
-    """The reward model card of the first tuning's runs, and the other tuning in a line."""
+    """Return the reward model card of the first tuning's runs, with one line on the other tuning."""
     group = by_tuning[0]
     cards, first = group.reward, group.reward[0]
     rows = []
@@ -261,8 +261,8 @@ def _card(by_tuning: Sequence[Group]) -> dict[str, object]:
         "first": first,
         "slices": [_slice_row(one) for one in first.slices],
         "mistakes": [
-            ("Bad answers that score high", first.mistakes.downs_scored_high),
-            ("Good answers that score low", first.mistakes.ups_scored_low),
+            ("Bad answers with high scores", first.mistakes.downs_scored_high),
+            ("Good answers with low scores", first.mistakes.ups_scored_low),
         ],
         "plots": [plot for plot in plots if plot is not None],
     }
@@ -274,14 +274,14 @@ def _slice_row(one: Slice) -> Row:
 
 
 def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, object]:
-    """A table without its last column if that is empty; the rows after the first are folded away."""
+    """Return a table without its last column if that is empty; rows after the first `shown` are collapsed."""
     width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
     cut = [row[:width] for row in rows]
     return {"head": head[:width], "rows": cut[:shown], "further": cut[shown:]}
 
 
 def _tunings(by_tuning: Sequence[Group]) -> dict[str, object]:
-    """LoRA beside full tuning."""
+    """Return the comparison of LoRA with full tuning."""
     lora, full = by_tuning
     matched = match_all(by_tuning)
     costs, qualities = cost_rows(lora, full), quality_rows(lora, full, matched)

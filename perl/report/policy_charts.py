@@ -1,4 +1,4 @@
-"""The plots of a policy: reward and gold by √KL, the spread of rewards, and the trust region's steps."""
+"""Plots of a policy: reward and gold by √KL, the distribution of rewards, and the trust region's steps."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,22 +14,21 @@ from perl.report.svg import FG, MUTED, SERIES, Hover, Plot, drawing, titled, to_
 from perl.rl.results import RlEval
 
 POINTS = 80
-"""Steps of a run that are drawn against √KL, at most."""
-BEST_OF_N = " Crosses: the best of so many completions by the policy before RL, which takes no training."
-ROOT_KL = "How far the policy has moved from where it began, and what it gained by that (as in Gao et al. 2022)."
+"""Maximum number of steps of a run that are drawn against √KL."""
+BEST_OF_N = " Crosses: best of n completions of the policy before RL, which needs no training."
+ROOT_KL = "How far the policy has moved from its start, and what it gained (as in Gao et al. 2022)."
 WITH_GOLD = (
-    "While both rise the reward leads the right way; where the reward rises and gold falls, the policy exploits "
-    "mistakes of its reward."
+    "While both rise, the reward is a good guide; where the reward rises and gold falls, the policy exploits "
+    "errors in its reward."
 )
-WITHOUT_GOLD = "There is no gold judge in this data, so only the reward is drawn."
+WITHOUT_GOLD = "These data have no gold judge, so only the reward is drawn."
 ROOT_KL_MARKS = (
-    "Points: steps of training, smoothed, later ones stronger. Diamonds: held-out prompts, before RL (left) and "
-    "after it."
+    "Points: training steps, smoothed, later ones darker. Diamonds: held-out prompts, before RL (left) and after."
 )
 
 
 def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = None) -> Plot | None:
-    """Reward, and the gold judge's share under it, against √KL; None unless each group has a curve."""
+    """Plot reward and, below it, the gold judge's share against √KL; None unless each group has a curve."""
     curves = [[one for run in group.runs if (one := curve(run.metrics["policy"]))] for group in groups]
     if not all(curves):
         return None
@@ -48,7 +47,7 @@ def root_kl_plot(groups: Sequence[Group], name: str, matched_kl: float | None = 
                     hovers += _held_out(panels[1], rl.kl, 100 * rl.gold_before, 100 * rl.gold_after, colour)
                 hovers += _best_of_n(panels, rl)
         for axes in panels:
-            axes.margins(y=0.12)  # room for the numbers of best-of-n
+            axes.margins(y=0.12)  # room for the labels of best-of-n
         titled(panels[0], "Reward (what RL raised)", "", "reward")
         if has_gold:
             titled(panels[1], "Gold judge (never seen in training)", "", "completions found right, %")
@@ -81,7 +80,7 @@ def _scatter(axes: Axes, curves: Sequence[tuple[Curve, Series]], colour: str, ma
 
 
 def _best_of_n(panels: Iterable[Axes], rl: RlEval) -> Iterator[Hover]:
-    """Best-of-n by the policy before RL, a number a point."""
+    """Draw best-of-n of the policy before RL, each point labelled with its n."""
     for one in rl.best_of_n or ():
         x, values = one.kl**0.5, [one.reward, None if one.gold is None else 100 * one.gold]
         for axes, y in zip(panels, values, strict=False):
@@ -102,7 +101,7 @@ def _held_out(
 
 
 def reward_histogram_plot(group: Group) -> Plot | None:
-    """How the held-out prompts' mean rewards are spread, before and after RL, of all runs; None if none has it."""
+    """Plot histograms of the held-out prompts' mean rewards before and after RL, of all runs; None if unknown."""
     known = [one.reward_histogram for one in group.rl if one.reward_histogram is not None]
     if not known or any(one.edges != known[0].edges for one in known):
         return None
@@ -114,17 +113,17 @@ def reward_histogram_plot(group: Group) -> Plot | None:
             axes.stairs(counts, known[0].edges, color=colour, linewidth=1.8, label=f"{end} RL")
             axes.stairs(counts, known[0].edges, color=colour, alpha=0.18, fill=True)
             told.append(counts)
-        axes.set_ylim(0, 1.3 * max(1, *np.ravel(told)))  # with room for the legend
+        axes.set_ylim(0, 1.3 * max(1, *np.ravel(told)))  # room for the legend
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="upper left")
         words = [f"{before} before RL, {after} after" for before, after in zip(*told, strict=True)]
         spoken = "Histogram of the held-out prompts' mean rewards, before and after RL"
         svg = to_svg(drawn, "rewards", spoken, bin_hovers(axes, known[0].edges, words))
-    return Plot(svg, "Where the change came from: all prompts a little, or some prompts much.")
+    return Plot(svg, "Whether all prompts changed a little, or some changed a lot.")
 
 
 def trust_region_plot(group: Group) -> Plot | None:
-    """The KL of each step against δ; None of runs without a trust region."""
+    """Plot the KL of each step and its limit δ; None for runs without a trust region."""
     runs = [run.metrics["policy"] for run in group.runs if "step_kl" in run.metrics["policy"]]
     if not runs:
         return None
@@ -137,7 +136,7 @@ def trust_region_plot(group: Group) -> Plot | None:
         axes = titled(drawn.subplots(), "KL of each step, and its limit δ", "step", "nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for chosen, colour, marker, words in (
-            (backtracks == 0, SERIES[0], "o", "whole"),
+            (backtracks == 0, SERIES[0], "o", "full step"),
             (backtracks > 0, SERIES[1], "^", "shortened"),
         ):
             axes.plot(steps[chosen], kl[chosen], marker, color=colour, markersize=4, label=words)
@@ -147,7 +146,7 @@ def trust_region_plot(group: Group) -> Plot | None:
         spoken = f"KL of each step: at most {decimal(np.nanmax(kl))} nats per token, δ {decimal(np.nanmax(limit))}"
         hovers = step_hovers(axes, "KL", runs[0]["step_kl"])
         svg = to_svg(drawn, "steps-policy-step_kl", spoken, hovers)
-    tried = f"{int(np.nansum(backtracks))} backtracks in all"
+    tried = f"{int(np.nansum(backtracks))} backtracks in total"
     return Plot(
         svg, f"Over the whole vocabulary. {shortened} of {int(taken.sum())} steps were shortened, {tried}."
     )

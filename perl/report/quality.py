@@ -1,4 +1,4 @@
-"""What a stage is judged by, in a sweep and in the search of learning rates: measures of one run."""
+"""The quality metrics by which a sweep and the learning-rate search compare runs of a stage."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from perl.report.runs import Run
 
 @dataclass(frozen=True)
 class Quality:
-    """A measure of what a stage has come to.
+    """A quality metric of a stage.
 
     Attributes:
-        value: of a run, and for RL of a KL in nats per completion; None: the run has none.
-        is_gold: by a judge that training does not see; neither does a search of learning rates.
+        value: returns the value of a run, for RL at a KL in nats per completion; None if the run has none.
+        is_gold: from a judge that neither training nor the learning-rate search uses.
     """
 
     name: str
@@ -41,7 +41,7 @@ def _of_card(key: str) -> Callable[[Run, float], float | None]:
 
 def _at_kl(key: str) -> Callable[[Run, float], float | None]:
     def value(run: Run, kl: float) -> float | None:
-        """In training where the KL is first reached; at the end of a run that stays below it."""
+        """Return the training metric where the KL is first reached, or at the end of a run that stays below it."""
         if (found := curve(run.metrics["policy"])) is None:
             return None
         values = getattr(found, key)
@@ -75,7 +75,7 @@ QUALITIES: dict[StageName, tuple[Quality, ...]] = {
 
 
 def qualities(stage: StageName, run: Run) -> list[Quality]:
-    """Those that a run has; first what settings are judged by, which is what a reward model was trained for."""
+    """Return the metrics that a run has, the decisive one first, which depends on a reward model's loss."""
     found = [one for one in QUALITIES[stage] if one.value(run, math.inf) is not None]
     reward = run.report.stages.reward
     compared = stage == "reward" and reward is not None and reward.eval.compared

@@ -1,4 +1,4 @@
-"""Finished run folders, of which only report.json is required, read into typed values and grouped."""
+"""Reads run folders, of which only report.json or progress.json is required, and groups them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ T = TypeVar("T")
 DAMAGED = "Remove the damaged part and run the stage again."
 TUNINGS = ("lora", "full")
 SHARED = ("name", "base.", "data.")
-"""Keys of a recipe that are the same under both tunings."""
+"""Recipe keys that must be the same under both tunings."""
 Series = NDArray[np.float64]
-"""A metric a step; NaN where a step has none."""
+"""A metric by step; NaN if a step has none."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, finished or not.
+    """A finished or unfinished run.
 
     Attributes:
-        recipe_yaml: the recipe as resolved; empty if the folder has none.
-        metrics: of sft, reward and policy: a series a metric.
+        recipe_yaml: the resolved recipe; empty if the folder has none.
+        metrics: a series per metric, for sft, reward and policy.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The recipe's keys; none if it cannot be read."""
+        """The recipe's keys; empty if it cannot be read."""
         try:
             recipe = yaml.safe_load(self.recipe_yaml)
         except yaml.YAMLError:
@@ -56,38 +56,38 @@ class Run:
         return recipe if isinstance(recipe, dict) else {}
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the recipe; empty if it has none."""
+        """Return a section of the recipe; empty if there is none."""
         section = self.recipe.get(name)
         return section if isinstance(section, dict) else {}
 
     @property
     def stages(self) -> dict[StageName, StageResult]:
-        """The stages that were run, in order."""
+        """The finished stages, in order."""
         return self.report.stages.finished
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read finished runs.
+    """Read runs.
 
     Raises:
-        UserError: there are none, one is not finished, or a file in it is broken.
+        UserError: there are none, one was not started, or a file in it is damaged.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs:
-        raise UserError("no runs given", where="RUN", remedy="Name one or several run folders.")
+        raise UserError("no runs given", where="RUN", remedy="Name one or more run folders.")
     return runs
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run, as far as it has come.
+    """Read one run, finished or not.
 
     Raises:
-        UserError: it was never begun, or a file in it is broken.
+        UserError: it was not started, or a file in it is damaged.
     """
     file = next((one for one in (folder / "progress.json", folder / "report.json") if one.exists()), folder)
     text = _text(file) if file != folder else None
     if text is None:
-        remedy = "Begin it with `perl-rlhf run RECIPE --out` and this folder."
+        remedy = "Start it with `perl-rlhf run RECIPE --out` and this folder."
         raise UserError(
             "not a run: it has neither report.json nor progress.json", where=str(folder), remedy=remedy
         )
@@ -108,7 +108,7 @@ def _metrics(file: Path) -> dict[str, Series]:
 
 
 def _lines(kind: type[T], file: Path) -> list[T]:
-    """The values in the lines that are not empty; none if there is no such file."""
+    """Return the values of the non-empty lines; none if there is no such file."""
     lines = enumerate((_text(file) or "").split("\n"), start=1)
     return [parse(kind, line, f"{file}, line {number}", DAMAGED) for number, line in lines if line.strip()]
 
@@ -124,21 +124,21 @@ def _text(file: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one tuning, one a seed."""
+    """The runs of one tuning, one per seed."""
 
     tuning: str
     runs: tuple[Run, ...]
 
     @property
     def label(self) -> str:
-        """The tuning in words: the kind of adapters, or full tuning."""
+        """The tuning in words: the kind of adapter, or full tuning."""
         if self.tuning == "full":
             return "Full tuning"
         return adapter_label(self.first.section("adapter").get("kind", LORA))
 
     @property
     def first(self) -> Run:
-        """The run of the smallest seed."""
+        """The run with the smallest seed."""
         return self.runs[0]
 
     @property
@@ -157,16 +157,16 @@ class Group:
         return [run.report.stages.rl.eval for run in self.runs if run.report.stages.rl is not None]
 
     def over_runs(self, metric: Callable[[Run], float | None]) -> Spread | None:
-        """A metric's mean and spread over the runs that have it."""
+        """Return a metric's mean and standard deviation over the runs that have it."""
         return spread(metric(run) for run in self.runs)
 
 
 def groups(runs: Iterable[Run]) -> list[Group]:
-    """The runs by tuning, LoRA first, by seed within each.
+    """Group the runs by tuning, LoRA first, sorted by seed.
 
     Raises:
-        UserError: runs under one tuning differ in more than their seed, or have the same one; or the two tunings
-            were not run on the same base and data.
+        UserError: runs under one tuning differ in more than their seed, or have the same seed; or the two tunings
+            do not have the same base and data.
     """
     ordered = sorted(runs, key=lambda run: run.report.seed)
     for other in ordered[1:]:
@@ -176,9 +176,9 @@ def groups(runs: Iterable[Run]) -> list[Group]:
         for one, other in pairwise(members):
             _check_same(one, other, lambda key: key != "seed")
             if one.report.seed == other.report.seed:
-                what = f"both are of seed {one.report.seed}: they are no two samples of what the recipe comes to"
+                what = f"both have seed {one.report.seed}, so they are not independent samples of the recipe"
                 where = f"{one.path} and {other.path}"
-                raise UserError(what, where=where, remedy="Name one run of each seed.")
+                raise UserError(what, where=where, remedy="Name one run per seed.")
     return [Group(tuning, members) for tuning, members in by_tuning.items() if members]
 
 
@@ -189,12 +189,12 @@ def _check_same(one: Run, other: Run, matters: Callable[[str], bool]) -> None:
         raise UserError(
             f"they are runs of different recipes, which differ in {joined(keys)}",
             where=f"{one.path} and {other.path}",
-            remedy=f"`perl-rlhf compare-runs {one.path} {other.path}` compares two models; one page is "
-            "of runs that differ in their seed, or in tuning alone.",
+            remedy=f"`perl-rlhf compare-runs {one.path} {other.path}` compares two models; the runs on one page "
+            "may differ only in seed and tuning.",
         )
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """The recipe's keys; of a run without a recipe, what its report says."""
+    """Return the recipe's keys; for a run without a recipe, those that its report has."""
     report = run.report
     return flat_keys(run.recipe) if run.recipe else {"name": report.name, "base.model": report.base.model}

@@ -1,4 +1,4 @@
-"""Completions beside one another: what RL changed, word by word, and whether that is better."""
+"""Completions side by side: what RL changed, word by word, and whether it is better."""
 
 import difflib
 import re
@@ -11,23 +11,23 @@ from perl.report.numbers import joined
 from perl.results import Completion, Sample, Turn
 
 Outcome = Literal["better", "worse", "alike", "same"]
-"""Of a completion after RL beside the one before: `alike` differs in words alone, `same` not even in those."""
+"""Of a completion after RL compared with the one before: `alike` differs only in its words, `same` not at all."""
 OUTCOMES: dict[Outcome, str] = {
     "better": "better",
     "worse": "worse",
-    "alike": "changed, judged alike",
+    "alike": "changed, judged equal",
     "same": "unchanged",
 }
 ROLES = {"base": "Base", "sft": "After SFT", "policy": "After RL"}
 SHOWN_TURNS = 3
-"""Earlier ones are folded away."""
+"""Number of last turns shown; earlier ones are collapsed."""
 LEAST_IN_COMMON = 0.3
-"""Texts that share less of their words differ as a whole, and no word of them is marked."""
+"""If two texts share a smaller part of their words, they differ as a whole, and no word is marked."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some words of a completion, and whether they stand in this one alone."""
+    """Some words of a completion, and whether only this completion has them."""
 
     text: str
     marked: bool
@@ -44,7 +44,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions in the order of training; no outcome where there is one policy alone."""
+    """A prompt with its completions in the order of training; no outcome if there is only one policy."""
 
     earlier: list[Turn]
     turns: list[Turn]
@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Those that changed and those that did not, in the order of the file; and how many, in a sentence."""
+    """The changed and the unchanged examples, in the order of the file, and their numbers in a sentence."""
 
     changed: list[Example]
     same: list[Example]
@@ -67,7 +67,7 @@ class Examples:
 
 
 def examples(samples: Sequence[Sample]) -> Examples:
-    """The completions of a run's prompts, for its page."""
+    """Return the completions of a run's prompts, for its page."""
     every = [_example(sample) for sample in samples]
     counts = Counter(one.outcome for one in every if one.outcome)
     if not counts:
@@ -76,11 +76,11 @@ def examples(samples: Sequence[Sample]) -> Examples:
     judged = "by the gold judge" if any(_gold(sample) for sample in samples) else "by the reward that RL raised"
     same = [one for one in every if one.outcome == "same"]
     changed = [one for one in every if one.outcome != "same"]
-    return Examples(changed, same, f"After RL beside before it, {judged}: {said}.")
+    return Examples(changed, same, f"After RL compared with before, {judged}: {said}.")
 
 
 def during_training(samples: Sequence[Sample]) -> list[Example]:
-    """The prompts that were completed at intervals in RL, each with its completions by step."""
+    """Return the prompts that were completed at intervals during RL, each with its completions by step."""
     shown: dict[str, Example] = {}
     for sample in samples:
         one = shown.setdefault(repr(sample.prompt), Example(*_turns(sample), completions=[], outcome=None))
@@ -91,7 +91,7 @@ def during_training(samples: Sequence[Sample]) -> list[Example]:
 
 
 def _turns(sample: Sample) -> tuple[list[Turn], list[Turn]]:
-    """The earlier turns, and the last ones."""
+    """Return the earlier turns, and the last ones."""
     turns = [Turn(role="prompt", content=sample.prompt)] if isinstance(sample.prompt, str) else sample.prompt
     cut = max(0, len(turns) - SHOWN_TURNS)
     return turns[:cut], turns[cut:]
@@ -115,7 +115,7 @@ def _gold(sample: Sample) -> bool:
 
 
 def _outcome(old: Completion, new: Completion) -> Outcome:
-    """By the gold judge where there is one, else by the reward."""
+    """Return the outcome by the gold judge if there is one, else by the reward."""
     if old.text == new.text:
         return "same"
     judged = old.gold is not None and new.gold is not None
@@ -124,7 +124,7 @@ def _outcome(old: Completion, new: Completion) -> Outcome:
 
 
 def _compared(old: str, new: str) -> tuple[list[Piece], list[Piece]]:
-    """Both texts in pieces; what is not in the other is marked, unless they have hardly a word in common."""
+    """Split both texts into pieces and mark what the other lacks, unless they have hardly a word in common."""
     words = [re.findall(r"\S+\s*|\s+", text) for text in (old, new)]
     matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
     if matcher.ratio() < LEAST_IN_COMMON:

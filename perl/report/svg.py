@@ -1,7 +1,7 @@
 """Plots as inline SVG in the page's colours.
 
-matplotlib draws with placeholder colours, which become CSS variables, for light and dark. Text stays text, and the
-same metrics give the same bytes.
+matplotlib draws with placeholder colours, which are replaced with CSS variables for light and dark mode. Text
+stays text, and the same metrics give the same bytes.
 """
 
 import io
@@ -25,14 +25,14 @@ VARIABLES = {
     BG: "--card",
     **{colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)},
 }
-"""The placeholder colours, and what the page calls them."""
+"""The placeholder colours and the page's CSS variables."""
 
 LEAST_AREA = 5.0
-"""Points of a drawing that a part is wide and high at least, for a pointer to hit it."""
+"""Minimum width and height of a hover area in points, so that a pointer can hit it."""
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with $ in it is a name
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
+    "text.parse_math": False,  # names may contain $
+    "font.family": "DejaVu Sans",  # bundled with matplotlib, so the layout is the same everywhere
     "font.size": 10.0,
     "axes.titlesize": 10.0,
     "axes.labelsize": 9.0,
@@ -61,7 +61,7 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing and the words under it; a tall one stands beside two others."""
+    """A drawing and its caption; a tall one is placed next to two others."""
 
     svg: Markup
     caption: str
@@ -70,11 +70,11 @@ class Plot:
 
 @dataclass(frozen=True)
 class Hover:
-    """Words for whoever points at a part of a plot.
+    """Hover text for a part of a plot.
 
     Attributes:
-        x: from and to, in the axes' data, as is `y`; a point is widened to what a pointer can hit.
-        y: None: the axes' whole height.
+        x: from and to, in data coordinates of the axes, as is `y`; a point is enlarged for the pointer.
+        y: from and to; None: the whole height of the axes.
     """
 
     axes: Axes
@@ -85,45 +85,45 @@ class Hover:
 
 @contextmanager
 def drawing(width: float = 4.0, height: float = 2.75) -> Iterator[Figure]:
-    """A figure in the page's style; width and height in inches."""
+    """Yield a figure in the page's style; width and height in inches."""
     with matplotlib.rc_context(SETTINGS):
         yield Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def titled(axes: Axes, title: str, x: str, y: str) -> Axes:
-    """The axes with a title and labels."""
+    """Set title and labels of the axes; return the axes."""
     axes.set(title=title, xlabel=x, ylabel=y)
     return axes
 
 
 def to_svg(figure: Figure, name: str, title: str, hovers: Sequence[Hover] = ()) -> Markup:
-    """A figure drawn inside `drawing` as an <svg> element.
+    """Convert a figure drawn inside `drawing` to an <svg> element.
 
     Args:
-        name: unique on the page.
-        title: what the plot shows, for screen readers.
-        hovers: later ones lie above earlier ones.
+        name: a name that is unique on the page.
+        title: description of the plot for screen readers.
+        hovers: hover texts; later ones are above earlier ones.
     """
     written = io.StringIO()
-    # Ids that are referred to are hashes salted with the plot's name, so that no two plots share one.
+    # Referenced ids are hashes salted with the plot's name, so that plots do not share ids.
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(written, format="svg", metadata=metadata)
     head, _, body = written.getvalue().partition("<svg")[2].partition(">")
     view = re.findall(r'viewBox="[^"]*"', head)[0]
-    # HTML needs no namespaces; metadata, and styles for the whole page, do not belong in it.
+    # HTML needs no namespaces; metadata and styles that would apply to the whole page are removed.
     body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', body))
     body = re.sub(r'(<[^>]*?) id="([^"]+)"', lambda tag: tag[0] if tag[2] in used else tag[1], body)
     body = re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), body)
     title, (width, height) = escape(title), map(float, view.strip('"').split()[-2:])
     body = body.replace("</svg>", f"{''.join(_area(figure, one, width, height) for one in hovers)}</svg>")
-    # matplotlib has escaped the text in the drawing.
+    # matplotlib has already escaped the text in the drawing.
     return Markup(f'<svg class="plot" {view} role="img" aria-label="{title}"><title>{title}</title>\n{body}')
 
 
 def _area(figure: Figure, hover: Hover, width: float, height: float) -> str:
-    """A rectangle with words, in a drawing of this size."""
+    """Return a rectangle with hover text, in a drawing of this size."""
     corners = list(zip(hover.x, hover.y or hover.axes.get_ylim(), strict=True))
     ends = figure.transFigure.inverted().transform(hover.axes.transData.transform(corners))
     left, wide = _extent(width * ends[:, 0])
@@ -133,14 +133,14 @@ def _area(figure: Figure, hover: Hover, width: float, height: float) -> str:
 
 
 def _extent(ends: Iterable[float]) -> tuple[float, float]:
-    """Where it begins and how far it reaches, at least `LEAST_AREA`."""
+    """Return start and length of an interval, which is at least `LEAST_AREA` long."""
     low, high = sorted(ends)
     reach = max(LEAST_AREA, high - low)
     return (low + high - reach) / 2, reach
 
 
 def _themed(style: str) -> str:
-    """Placeholder colours become variables, and fonts are the page's."""
+    """Replace placeholder colours with CSS variables, and fonts with the page's."""
     for colour, variable in VARIABLES.items():
         style = style.replace(colour, f"var({variable})")
     return re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", style)

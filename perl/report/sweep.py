@@ -1,4 +1,4 @@
-"""A sweep: one stage under several settings; quality, weights, memory and time of each, and what they show."""
+"""A sweep of one stage over several settings: quality, weights, memory and time of each, and the findings."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +31,14 @@ from perl.sweep.setting import Setting
 from perl.system.files import write_whole
 
 PLACES = 3
-"""Of a quality."""
+"""Decimal places of a quality metric."""
 DIRECTIONS = ("higher", "lower", "no difference shown", "one seed, may be chance")
-"""What an interval of a difference allows to say."""
+"""What can be concluded from the interval of a difference."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one setting by their seeds; `searched`: its rates, if they were searched."""
+    """The runs of one setting by seed, and its best learning rates if they were searched."""
 
     setting: Setting
     runs: Mapping[int, Run]
@@ -46,22 +46,22 @@ class Cell:
 
     @property
     def searched_at_edge(self) -> bool:
-        """Whether the best rate may lie beyond what was tried."""
+        """Whether the best rate may be outside the range that was tried."""
         return self.searched is not None and self.searched.edge
 
     def mean(self, stage: StageName, cost: Callable[[StageResult], float]) -> float:
-        """Of a cost, over the seeds."""
+        """Return the mean of a cost over the seeds."""
         return sum(cost(run.stages[stage]) for run in self.runs.values()) / len(self.runs)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All settings of a sweep, none without a run; the others are compared with the first one, seed by seed.
+    """All settings of a sweep that have runs; the others are compared with the first one, seed by seed.
 
     Attributes:
-        seeds: that were run of each setting, but for those that diverged.
-        searched_on: the seeds that learning rates were searched on; none: they were not.
-        at: the KL that RL is judged at; None: the largest that all runs reached.
+        seeds: the seeds of each setting, except for runs that diverged.
+        searched_on: the seeds that learning rates were searched on; empty: no search.
+        at: the KL at which RL is evaluated; None: the largest that all runs reached.
     """
 
     name: str
@@ -73,23 +73,23 @@ class Sweep:
 
     @property
     def qualities(self) -> list[Quality]:
-        """Those of the first run; settings are judged by the first of them."""
+        """The quality metrics of the first run; the first of them decides between settings."""
         return qualities(self.stage, next(iter(self.cells[0].runs.values())))
 
     @cached_property
     def kl(self) -> float:
-        """In nats per completion; 0 where nothing depends on it."""
+        """KL for the comparison in nats per completion; 0 if nothing depends on it."""
         runs = [run for cell in self.cells for run in cell.runs.values()]
         matched = match([curve(run.metrics["policy"]) for run in runs]) if self.at is None else None
         return matched.kl if matched is not None else self.at or 0.0
 
     def quality(self, cell: Cell, quality: Quality) -> Spread | None:
-        """Over the seeds."""
+        """Return a quality metric over the seeds."""
         kl = self.kl
         return spread(quality.value(run, kl) for run in cell.runs.values())
 
     def difference(self, cell: Cell) -> Spread | None:
-        """The first quality less the first setting's, seed by seed; None of the first setting itself."""
+        """Return the first quality minus the first setting's, seed by seed; None for the first setting itself."""
         first, quality, kl = self.cells[0], self.qualities[0], self.kl
         if cell is first:
             return None
@@ -100,7 +100,7 @@ class Sweep:
         return [(seed, run) for seed, run in cell.runs.items() if seed in self.cells[0].runs]
 
     def rate_ratio(self, cell: Cell) -> Spread | None:
-        """Of the best rate to the first setting's, as a logarithm to base 10, over the seeds of the search."""
+        """Return log10 of the ratio of the best rate to the first setting's, over the seeds of the search."""
         own, first = cell.searched, self.cells[0].searched
         if cell is self.cells[0] or own is None or first is None:
             return None
@@ -108,24 +108,25 @@ class Sweep:
 
     @property
     def sentences(self) -> list[str]:
-        """What the runs show beside the first setting: a direction only where its interval leaves it."""
+        """What the runs show compared with the first setting: a direction only if the interval supports it."""
         name, first = self.qualities[0].name, self.cells[0].setting.words
-        said = _grouped(f"{_capital(name)}, beside {first}", self.difference, self.cells[1:], _difference_text)
-        return said + _grouped(f"Best learning rate, beside {first}", self.rate_ratio, self.cells[1:], _ratio_text)
+        cells = self.cells[1:]
+        said = _grouped(f"{_capital(name)} compared with {first}", self.difference, cells, _difference_text)
+        return said + _grouped(f"Best learning rate compared with {first}", self.rate_ratio, cells, _ratio_text)
 
     @property
     def columns(self) -> dict[str, Callable[[Cell], str]]:
-        """Of the table: each head and the text of its cells."""
+        """The columns of the table: each heading, and a function for the text of its cells."""
         shown: dict[str, Callable[[Cell], str]] = {"setting": lambda cell: cell.setting.words}
         shown["rate"] = self._rate_text
         for quality in self.qualities:
             shown[quality.name] = lambda cell, quality=quality: mean_text(self.quality(cell, quality), PLACES)  # type: ignore[misc]
             if quality is self.qualities[0]:
-                shown["less the first's"] = lambda cell: mean_text(self.difference(cell), PLACES, sign=True)
+                shown["minus the first's"] = lambda cell: mean_text(self.difference(cell), PLACES, sign=True)
         return shown | {
             "trained": lambda cell: count_text(self.weights(cell)),
             "peak": lambda cell: bytes_text(cell.mean(self.stage, lambda stage: stage.peak_memory_bytes)),
-            "a step": lambda cell: seconds_text(self.seconds(cell)),
+            "per step": lambda cell: seconds_text(self.seconds(cell)),
         }
 
     def _rate_text(self, cell: Cell) -> str:
@@ -134,29 +135,29 @@ class Sweep:
         return f"{rate:.2g}{edge}" if isinstance(rate, float) else f"{rate}"
 
     def weights(self, cell: Cell) -> int:
-        """Trainable ones, a head's among them."""
+        """Return the number of trainable weights, including a head's."""
         return round(cell.mean(self.stage, lambda stage: stage.trainable_parameters))
 
     def seconds(self, cell: Cell) -> float:
-        """Of a step."""
+        """Return the mean seconds per step."""
         role = STAGE_ROLE[self.stage]
         steps = [max(map(len, run.metrics[role].values()), default=1) for run in cell.runs.values()]
         return cell.mean(self.stage, lambda stage: stage.seconds) * len(steps) / sum(steps)
 
     @property
     def reached(self) -> str:
-        """How many runs reached the KL; empty where nothing depends on it."""
+        """A sentence on how many runs reached the KL; empty if nothing depends on it."""
         if self.stage != "rl":
             return ""
         curves = [
             found for cell in self.cells for run in cell.runs.values() if (found := curve(run.metrics["policy"]))
         ]
         below = sum(float(found.kl.max()) < self.kl for found in curves)
-        ends = f"; {below} of {len(curves)} runs stay below it and are judged at their end" if below else ""
-        return f"RL is judged at a KL of {decimal(self.kl)} nats per completion{ends}."
+        ends = f"; {below} of {len(curves)} runs stay below it and are evaluated at their end" if below else ""
+        return f"RL is evaluated at a KL of {decimal(self.kl)} nats per completion{ends}."
 
     def as_json(self) -> dict[str, object]:
-        """The table's metrics."""
+        """Return the table's metrics."""
         return {
             "name": self.name,
             "stage": self.stage,
@@ -187,11 +188,11 @@ class Sweep:
 def _grouped(
     what: str, value: Callable[[Cell], Spread | None], cells: Sequence[Cell], text: Callable[[Spread], str]
 ) -> list[str]:
-    """A sentence for each direction that is shown, one for those where none is, one for single runs."""
+    """Return a sentence for each direction that is shown, one for no difference, and one for single runs."""
     groups: dict[str, list[str]] = {}
     for cell in cells:
         if (found := value(cell)) is not None:
-            edge = ", at the edge of what was tried" if text is _ratio_text and cell.searched_at_edge else ""
+            edge = ", at the edge of the search" if text is _ratio_text and cell.searched_at_edge else ""
             groups.setdefault(_direction(found), []).append(f"{cell.setting.words} ({text(found)}{edge})")
     return [
         f"{what}, {direction}: {'; '.join(groups[direction])}." for direction in DIRECTIONS if direction in groups
@@ -217,7 +218,7 @@ def _difference_text(value: Spread) -> str:
 
 
 def _ratio_text(value: Spread) -> str:
-    """Of a logarithm to base 10."""
+    """Format a ratio that is given as a logarithm to base 10."""
     if value.interval is None:
         return f"{10**value.mean:.2g} times"
     low, high = (f"{10**end:.2g}" for end in value.interval)

@@ -1,4 +1,4 @@
-"""The package's templates, filled in."""
+"""Renders the package's templates."""
 
 import base64
 import functools
@@ -13,13 +13,13 @@ from perl.system.progress import counted
 
 
 def filled(template: str, content: Mapping[str, object]) -> str:
-    """A template's text, escaped where it is HTML: the same content gives the same text."""
+    """Render a template, escaped if it is HTML; the same content gives the same text."""
     return _environment(".html" in template).get_template(template).render(**content)
 
 
-@functools.cache  # it keeps the compiled templates
+@functools.cache  # keeps the compiled templates
 def _environment(escaped: bool) -> Environment:
-    """The templates and what they can call, with the page's style."""
+    """Return the templates' environment, with their filters and the page's style and script."""
     loader = PackageLoader("perl", "report")
     environment = Environment(
         loader=loader,
@@ -33,7 +33,7 @@ def _environment(escaped: bool) -> Environment:
         signed=signed, decimal=decimal, number=number, counted=counted, true_minus=true_minus
     )
     style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "copy.js"))
-    # The browser runs a script with this hash, and no other.
+    # The browser only runs a script with this hash.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
     environment.globals.update(style=style, script=script, script_sha256=digest)
     return environment

@@ -1,4 +1,4 @@
-"""LoRA beside full tuning: cost by stage, quality at the end and at matched KL, and what both come to in words."""
+"""Compares LoRA with full tuning: cost by stage, quality at the end and at matched KL, and a conclusion."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ from perl.report.words import STAGE
 from perl.results import StageResult
 
 SMALL = 0.005
-"""A spread of costs below this share of the mean is left out."""
+"""A standard deviation of a cost below this share of its mean is not shown."""
 SAME = 0.02
-"""Costs within this share of one another are called the same."""
+"""Costs that differ by less than this share count as the same."""
 STANDARD_ERRORS = 2.0
-"""A difference is called clear beyond so many standard errors."""
+"""A difference of more than this many standard errors counts as clear."""
 COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], str]]] = [
     ("trainable parameters", lambda stage: stage.trainable_parameters, count_text),
     ("time", lambda stage: stage.seconds, seconds_text),
@@ -41,14 +41,14 @@ COSTS: list[tuple[str, Callable[[StageResult], float | None], Callable[[float], 
     ("compute", lambda stage: stage.flops, flops_text),
     ("useful", lambda stage: stage.useful_flops_share, percent),
 ]
-"""What a stage cost: name, value, and how it is written."""
+"""The costs of a stage: name, value and format."""
 COMPARED = 5
-"""Of these, as many are set side by side."""
+"""Number of these that are compared between tunings."""
 BALANCED = (
     ("peak memory", "Less memory", "More memory", True),
-    ("tokens per second", "Slower, by tokens per second", "Faster, by tokens per second", False),
+    ("tokens per second", "Slower, in tokens per second", "Faster, in tokens per second", False),
 )
-"""Cost, how to call it where LoRA's is less and where it is more, and whether less is better."""
+"""Cost, its description if LoRA's is lower and if it is higher, and whether lower is better."""
 DECISIVE = (
     "Gold judge at matched",
     "Gold judge at the end",
@@ -56,7 +56,7 @@ DECISIVE = (
     "Reward at the end",
     "Reward model",
 )
-"""How the names of the measures begin that the bottom line goes by, the first that there is."""
+"""Beginnings of metric names; the first one that exists decides the bottom line."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CostRow:
 
     @property
     def ratio(self) -> float:
-        """LoRA's as a multiple of full tuning's; NaN where that is 0."""
+        """LoRA's cost as a multiple of full tuning's; NaN if that is 0."""
         return self.lora.mean / self.full.mean if self.full.mean else math.nan
 
     @property
@@ -86,7 +86,7 @@ class CostRow:
 
 
 def cost_rows(lora: Group, full: Group) -> list[CostRow]:
-    """Parameters, memory, speed and time of each stage that both tunings have."""
+    """Return parameters, memory, speed and time of each stage that both tunings have."""
     rows = []
     for name, label in STAGE.items():
         sides = [[stage for run in group.runs if (stage := run.stages.get(name))] for group in (lora, full)]
@@ -99,7 +99,7 @@ def cost_rows(lora: Group, full: Group) -> list[CostRow]:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """A measure of quality under both tunings."""
+    """A quality metric under both tunings."""
 
     metric: str
     lora: Spread
@@ -107,12 +107,12 @@ class QualityRow:
 
     @property
     def difference(self) -> float:
-        """LoRA less full tuning."""
+        """LoRA minus full tuning."""
         return self.lora.mean - self.full.mean
 
     @property
     def clear(self) -> bool | None:
-        """Whether the difference is more than two standard errors; None with a single run on either side.
+        """Whether the difference is more than two standard errors; None if either side has a single run.
 
         The standard error of the difference is √(sd₁²/n₁ + sd₂²/n₂) (Welch 1947).
         """
@@ -128,7 +128,7 @@ class QualityRow:
 
 
 def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[QualityRow]:
-    """What the reward model and the policy came to, at the end and at matched KL."""
+    """Return the quality of reward model and policy, at the end and at matched KL."""
     both = (lora, full)
     sides = {
         "Reward model's AUROC": [spread(card.auroc for card in group.reward) for group in both],
@@ -149,7 +149,7 @@ def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[Qual
 
 @dataclass(frozen=True)
 class Balance:
-    """Sentences on where LoRA is ahead, where it is behind, and what the runs cannot tell."""
+    """Sentences on where LoRA is ahead, where it is behind, and what the runs cannot show."""
 
     ahead: list[str]
     behind: list[str]
@@ -157,7 +157,7 @@ class Balance:
 
 
 def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balance:
-    """Gains and losses of LoRA."""
+    """Return the advantages and disadvantages of LoRA."""
     sides = Balance([], [], [])
     for metric, less, more, less_is_better in BALANCED:
         ratios = [(row.stage, row.ratio) for row in costs if row.metric == metric]
@@ -174,7 +174,7 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
             (sides.ahead if row.difference > 0 else sides.behind).append(f"{words}.")
         else:
             why = (
-                "with one run on a side this may be chance"
+                "with a single run this may be chance"
                 if row.clear is None
                 else "that is within two standard errors"
             )
@@ -183,14 +183,14 @@ def balance(costs: Sequence[CostRow], qualities: Sequence[QualityRow]) -> Balanc
 
 
 def bottom_line(rows: Sequence[QualityRow], label: str) -> str:
-    """Whether full tuning would have been better, by the first measure of `DECISIVE`."""
+    """Return whether full tuning would have been better, by the first metric in `DECISIVE`."""
     best = next((row for start in DECISIVE for row in rows if row.metric.startswith(start)), None)
     if best is None:
-        return "These runs hold no measure of quality under both tunings."
+        return "These runs have no quality metric under both tunings."
     metric = best.metric[0].lower() + best.metric[1:]
     evidence = f"({metric}: {label} {decimal(best.lora.mean)}, full tuning {decimal(best.full.mean)})"
     if best.clear is None:
-        return f"Not known: with one run on a side, a difference may be chance {evidence}."
+        return f"Not known: with a single run, a difference may be chance {evidence}."
     if not best.clear:
         return f"No difference shown: the two are within two standard errors {evidence}."
     return (
@@ -199,25 +199,25 @@ def bottom_line(rows: Sequence[QualityRow], label: str) -> str:
 
 
 def reward_line(by_tuning: Sequence[Group]) -> str:
-    """The reward model under LoRA beside that under full tuning."""
+    """Return one line that compares the reward model under LoRA with the one under full tuning."""
     rows = quality_rows(by_tuning[0], by_tuning[1], None)
     sides = balance([], [row for row in rows if row.metric.startswith("Reward model")])
-    for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("beside", sides.open)):
+    for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("and", sides.open)):
         if lines:
             return f"{by_tuning[0].label} {how} full tuning. {lines[0]}"
-    return f"{by_tuning[0].label} against full tuning: not known, as one of them has no AUROC."
+    return f"{by_tuning[0].label} and full tuning cannot be compared: one of them has no AUROC."
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Memory as estimated and as measured, a row a tuning, stage and phase; and in a sentence."""
+    """Estimated and measured memory, one row per tuning, stage and phase, and a summary in one sentence."""
 
     rows: Sequence[tuple[str, ...]]
     words: str
 
 
 def predictions(groups: Sequence[Group]) -> Predictions | None:
-    """Of each first run; None if nothing was estimated."""
+    """Return the predictions of each group's first run; None if nothing was estimated."""
     peaks = [
         ((group.label, STAGE[name], phase), predicted.peak, measured.peak)
         for group in groups
@@ -231,4 +231,4 @@ def predictions(groups: Sequence[Group]) -> Predictions | None:
     rows = [(*where, bytes_text(one), bytes_text(other), percent(errors[where], 1)) for where, one, other in peaks]
     worst = max(errors, key=lambda where: abs(errors[where]))
     within = f"within {percent(abs(errors[worst]), 1)} of the measurement everywhere (worst: {', '.join(worst)})"
-    return Predictions(rows, f"The estimate of memory was {within}.")
+    return Predictions(rows, f"The memory estimate was {within}.")

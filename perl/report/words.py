@@ -1,4 +1,4 @@
-"""What the page says: the verdict and its evidence, what was done, and what went wrong on the way."""
+"""The text of the page: the verdict and its evidence, what was done, and what went wrong."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ STAGE: dict[StageName, str] = {"sft": "SFT", "reward": "Reward", "rl": "RL"}
 STAGE_WORDS = {"sft": "supervised fine-tuning (SFT)", "reward": "reward modelling", "rl": "RL"}
 NO_RL = "There was no RL."
 NO_JUDGE = (
-    "That is the judgement of the reward that RL itself raised. The data have no gold judge, so nothing "
+    "This is measured with the reward that RL itself raised. The data have no gold judge, so nothing "
     "independent confirms it: read the samples."
 )
 NO_INTERVAL = "The report has no interval of the change, so it may be chance."
-EXPLOITS = "It exploits mistakes of its reward: stop earlier, or raise kl_coef."
+EXPLOITS = "It exploits errors in its reward: stop earlier, or raise kl_coef."
 SHOWN_STEPS = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A headline, the sentences that bear it out, and its kind: good, bad or open."""
+    """A headline, the sentences that support it, and its kind: good, bad or open."""
 
     headline: str
     lines: list[str]
@@ -37,7 +37,7 @@ class Finding:
 
 
 def verdict(group: Group) -> Finding:
-    """Whether the policy is better, by the gold judge; without RL, the verdict on what there is."""
+    """Return whether the policy is better, by the gold judge if any; without RL, a verdict on the other stages."""
     reward, gold = mean_change(group.rl, "reward"), mean_change(group.rl, "gold")
     if reward is None:
         return _without_policy(group)
@@ -45,7 +45,7 @@ def verdict(group: Group) -> Finding:
     if gold is not None:
         lines, decisive = [_gold_words(gold), *lines], gold
     if _nothing_remains(group):
-        return Finding("The policy is the one that RL began with.", lines, "open")
+        return Finding("The policy is the one that RL started from.", lines, "open")
     if decisive.clear is None:
         return Finding("The policy cannot be judged.", [*lines, NO_INTERVAL], "open")
     if not decisive.clear:
@@ -62,7 +62,7 @@ def verdict(group: Group) -> Finding:
 
 
 def _nothing_remains(group: Group) -> bool:
-    """Whether RL was stopped in every run before there was a policy to keep."""
+    """Return whether RL was stopped in every run before there was a policy to keep."""
     stages = [run.report.stages.rl for run in group.runs if run.report.stages.rl is not None]
     return bool(stages) and all(
         any(one.action == "stopped" and not one.remains for one in rl.incidents) for rl in stages
@@ -80,7 +80,7 @@ def _reward_words(reward: MeanChange) -> str:
 
 
 def _evidence(change: MeanChange, scale: float, places: int, unit: str = "") -> str:
-    """The interval, and how many seeds agree; of several seeds."""
+    """Return the interval, and with several seeds how many agree."""
     moved = ("up", change.rose_in) if change.rise >= 0 else ("down", change.fell_in)
     seeds = "" if change.after.n == 1 else f"; {moved[0]} in {moved[1]} of {change.after.n} seeds"
     if change.interval is None:
@@ -95,7 +95,7 @@ def _too_few(group: Group) -> str:
     few = f"{n} prompt is" if most == 1 else f"{n} prompts are"
     allowed = [run.section("rl").get("eval_prompts") for run in group.runs]
     more = "Raise rl.eval_prompts"
-    if any(isinstance(one, int) and most < one for one in allowed):  # there are no more
+    if any(isinstance(one, int) and most < one for one in allowed):  # all held-out prompts were used
         more = "Use more prompts or a larger data.held_out"
     return f"The interval includes 0: {few} too few to tell. {more}, or run more seeds."
 
@@ -105,7 +105,7 @@ def _without_policy(group: Group) -> Finding:
         fit = fitness(group.reward)
         return Finding(f"The reward model is {fit.headline.lower()[:-3]}RL.", [*fit.lines, NO_RL], fit.kind)
     if not group.sft:
-        return Finding("No stage is finished.", ["The report holds no results."], "open")
+        return Finding("No stage is finished.", ["The report has no results."], "open")
     loss = _loss_change(group)
     if loss.interval is None:
         return Finding("The loss cannot be judged.", [sft_words(group), NO_INTERVAL, NO_RL], "open")
@@ -115,7 +115,7 @@ def _without_policy(group: Group) -> Finding:
 
 
 def fitness(cards: Sequence[RewardModelCard]) -> Finding:
-    """Whether the reward model is fit for RL, in how many seeds, and the reasons of the first that is not fit."""
+    """Return whether the reward model is fit for RL, in how many seeds, and the reasons of the first unfit one."""
     verdicts = [card.verdict for card in cards]
     count, fit = len(verdicts), sum(verdict.fit for verdict in verdicts)
     reasons = next((verdict.reasons for verdict in verdicts if not verdict.fit), verdicts[0].reasons)
@@ -125,27 +125,27 @@ def fitness(cards: Sequence[RewardModelCard]) -> Finding:
 
 
 def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
-    """The AUROC as odds, and whether the model is of use as a classifier."""
+    """Return the AUROC in words, and whether the model is useful as a classifier."""
     auroc = spread(card.auroc for card in cards)
     if auroc is None:
-        return ["The AUROC is undefined: all held-out answers bear the same label."]
+        return ["The AUROC is undefined: all held-out answers have the same label."]
     judge = "the gold judge calls" if cards[0].against == "gold" else "people rated"
     lines = [
         f"Given an answer that {judge} good and one bad, the reward model scores the good one higher "
-        f"{100 * auroc.mean:.0f} times in 100; a coin would do so 50 times."
+        f"{100 * auroc.mean:.0f} times in 100; a coin flip would do so 50 times."
     ]
     if cards[0].ensemble is not None:
         lines += cards[0].ensemble.words
     if np.mean([card.accuracy for card in cards]) <= np.mean([card.majority_accuracy for card in cards]):
         lines.append(
-            "As a classifier it is worth nothing here: always giving the more frequent label is right as often. "
-            "Its ranking may still be worth something."
+            "As a classifier it is useless here: always giving the more frequent label is right as often. Its "
+            "ranking may still be useful."
         )
     return lines
 
 
 def sft_words(group: Group) -> str:
-    """What SFT did to the loss on held-out answers; empty without SFT."""
+    """Return how SFT changed the loss on held-out answers; empty without SFT."""
     if not group.sft:
         return ""
     loss = _loss_change(group)
@@ -161,7 +161,11 @@ def _loss_change(group: Group) -> MeanChange:
 
 
 def summary(group: Group, runs: Sequence[Run]) -> list[str]:
-    """What was run, on what, and what its reward means, a sentence each; `runs` are all on the page."""
+    """Return what was run, on what, and what its reward means, one sentence each.
+
+    Args:
+        runs: all runs on the page.
+    """
     seeds = [str(run.report.seed) for run in group.runs]
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({joined(seeds)})"
     done = joined([STAGE_WORDS[name] for name in group.first.stages]) or "no stage"
@@ -180,7 +184,7 @@ def summary(group: Group, runs: Sequence[Run]) -> list[str]:
 
 
 def _starts(run: Run) -> Iterator[str]:
-    """The adapters, trained elsewhere, that stages started from."""
+    """Yield a sentence for each adapter, trained elsewhere, that a stage started from."""
     for name, stage in run.stages.items():
         if (start := stage.started_from) is not None:
             yield f"{STAGE[name]} started from the adapter in {start.folder} (SHA-256 {start.sha256[:16]}…)."
@@ -193,7 +197,7 @@ def _machine(run: Run) -> str:
 
 
 def _reward_meaning(run: Run) -> str:
-    """What the reward's scale is; empty without RL or recipe, and where several rewards add up."""
+    """Return what the reward's scale is; empty without RL or recipe, and for a sum of several rewards."""
     source = run.section("rl").get("reward")
     if run.report.stages.rl is None or not run.recipe or isinstance(source, list):
         return ""
@@ -210,50 +214,54 @@ def _reward_meaning(run: Run) -> str:
 
 def _base_unchanged(run: Run) -> str:
     before, after = run.report.base.sha256_before, run.report.base.sha256_after
-    if run.report.unfinished:  # it is hashed when all stages are done
+    if run.report.unfinished:  # the base is hashed when all stages are finished
         return ""
     if after is None:
-        return "Under full tuning every role has weights of its own; there is no shared base to keep."
+        return "Under full tuning every role has its own weights; there is no shared base to check."
     if before == after:
-        return f"The base is unchanged: its weights' SHA-256 is {before[:16]}… before and after."
+        return f"The base is unchanged: the SHA-256 of its weights is {before[:16]}… before and after."
     return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
 
 
 def next_steps(group: Group, compared: bool) -> list[tuple[str, str]]:
-    """What may be done with these runs, of one tuning or compared: the purpose and the command."""
+    """Return what can be done with these runs, as pairs of purpose and command.
+
+    Args:
+        compared: whether the page compares two tunings.
+    """
     run, recipe = group.first, group.first.section
     folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
     again = f"perl-rlhf run {folder}/recipe.yaml"
     steps = []
     if group.rl:
         steps += [
-            ("Talk to the policy, beside base and SFT", f"perl-rlhf chat {folder}"),
-            ("Take it with you, for peft and vLLM", f"perl-rlhf export {folder} policy exported/policy"),
+            ("Chat with the policy, side by side with base and SFT", f"perl-rlhf chat {folder}"),
+            ("Export it for peft and vLLM", f"perl-rlhf export {folder} policy exported/policy"),
         ]
     elif group.reward:
         steps += [
-            ("Score completions of your own", f"perl-rlhf score {folder} FILE --out scores.jsonl"),
-            ("Take the reward model with you", f"perl-rlhf export {folder} reward exported/reward"),
+            ("Score your own completions", f"perl-rlhf score {folder} FILE --out scores.jsonl"),
+            ("Export the reward model", f"perl-rlhf export {folder} reward exported/reward"),
         ]
     elif group.sft:
-        steps += [("Take the model with you, for peft and vLLM", f"perl-rlhf export {folder} sft exported/sft")]
+        steps += [("Export the model for peft and vLLM", f"perl-rlhf export {folder} sft exported/sft")]
     if not run.recipe:
         return steps
     if group.rl:
         rl_steps = recipe("rl").get("steps")
         longer = f"rl.steps={2 * rl_steps}" if isinstance(rl_steps, int) else "rl.kl_coef=0.1"
-        words = "Train RL alone again, with another setting"
+        words = "Train only RL again, with another setting"
         steps += [(words, f"{again} {longer} --from {folder} --out {folder}-2")]
     if len(group.runs) == 1:
         seed = run.report.seed + 1
         steps += [("See whether another seed agrees", f"{again} seed={seed} --out {folder}-seed-{seed}")]
     if run.stages and not compared:
-        steps += [("See what full tuning would come to", f"perl-rlhf compare {folder}/recipe.yaml")]
+        steps += [("Compare with full tuning", f"perl-rlhf compare {folder}/recipe.yaml")]
     return steps
 
 
 def incidents(runs: Sequence[Run]) -> list[Finding]:
-    """All that went wrong in these runs; what ended one of them is bad, and comes first."""
+    """Return everything that went wrong in these runs; what ended a run is bad, and comes first."""
     findings = [one for run in runs for one in _of_run(run, f" (seed {run.report.seed})" if runs[1:] else "")]
     return sorted(findings, key=lambda one: one.kind != "bad")
 
@@ -268,7 +276,7 @@ def _of_run(run: Run, which: str) -> Iterator[Finding]:
             count = f"{len(steps)} of {counted(len(refused), 'update')}"
             yield Finding(
                 f"{label}: {count} {'was' if len(steps) == 1 else 'were'} refused{which}.",
-                [f"At steps {named}{more} the loss or its gradient was not finite; these updates were not made."],
+                [f"At steps {named}{more} the loss or its gradient was not finite; these updates were skipped."],
                 "open",
             )
     for incident in run.report.stages.rl.incidents if run.report.stages.rl is not None else []:
@@ -280,10 +288,10 @@ def _of_guard(incident: Incident, which: str) -> Finding:
     lines = [f"{incident.what[0].upper()}{incident.what[1:]}.{shown}", incident.causes, incident.remedy]
     if incident.action == "warned":
         return Finding(f"RL, step {incident.step}{which}.", lines, "open")
-    remains = "No checkpoint is older than that: what remains is the policy that RL began with."
+    remains = "No checkpoint is older than that, so the result is the policy that RL started from."
     if incident.remains:
         remains = (
-            "What remains, and is judged on this page, is the policy after "
+            "The result, which this page evaluates, is the policy after "
             f"{counted(incident.remains, 'update')}, from the last checkpoint before that."
         )
     return Finding(f"RL was stopped at step {incident.step}{which}.", [*lines, remains], "bad")

@@ -151,7 +151,7 @@ def test_a_pipeline_gives_the_score_or_what_the_card_says(name: str, runs: dict[
     # Of thumbs the probability, of pairs the score: see the card.
     assert_same(given(), expected if name == "text" else expected.sigmoid())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("returns the raw score" if name == "text" else "returns σ(score)") in card
+    assert ("returns the score;" if name == "text" else "returns σ(score)") in card
 
 
 @pytest.mark.parametrize(("name", "merged"), [("lora", False), ("lora", True), ("full", False)])

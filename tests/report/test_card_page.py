@@ -57,7 +57,7 @@ def test_a_fit_model(tmp_path: Path, metrics: dict[str, Any]) -> None:
     assert f'<td class="number">{metrics["tfidf_baseline"]["value"]:.2f}</td>' in text
     after = metrics["calibration"]["ece_after"]
     assert f'… with slope and intercept</th><td class="number">{after:.2f}</td>' in text
-    assert "on dialogues that this was not fitted to" in text
+    assert "on dialogues that it was not fitted to" in text
     assert "of the model among similar lengths" in text
     for one in metrics["slices"]:
         assert f'<th scope="row">{one["by"]}</th><td data-head="Slice">{one["name"]}</td>' in text
@@ -101,7 +101,7 @@ def test_lora_beside_full_tuning(tmp_path: Path, metrics: dict[str, Any]) -> Non
     found = reward_line(groups(read_runs(folders)))
     assert found == "LoRA is ahead of full tuning. Reward model's AUROC: 0.91 against 0.81."
     one_each = reward_line(groups(read_runs([folders[0], folders[2]])))
-    assert "0.90 against 0.80; with one run on a side this may be chance" in one_each
+    assert "0.90 against 0.80; with a single run this may be chance" in one_each
     assert "LoRA is ahead of full tuning" in page(tmp_path, *folders)
 
 
@@ -130,5 +130,5 @@ def test_cards_with_little_in_them(tmp_path: Path) -> None:
     assert "The reward model is not fit for RL." in text
     assert "Too few to tell" in text
     assert "None" not in text
-    assert "Good answers that score low" in text
-    assert "Bad answers that score high" not in text
+    assert "Good answers with low scores" in text
+    assert "Bad answers with high scores" not in text

@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_says_so_before_any_figure(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("incident", "words"),
     [
-        (STOPPED | {"remains": 0}, "what remains is the policy that RL began with"),
+        (STOPPED | {"remains": 0}, "the result is the policy that RL started from"),
         (STOPPED, "policy after 20 updates"),
         (WARNED, "Lower rl.learning_rate."),
     ],
@@ -99,7 +99,7 @@ def test_the_checks_before_rl_have_their_metrics(tmp_path: Path) -> None:
 
 
 def test_where_no_update_remains_the_verdict_says_so(tmp_path: Path) -> None:
-    begun = "The policy is the one that RL began with"
+    begun = "The policy is the one that RL started from"
     assert begun in page(change(make_run(tmp_path / "a"), incidents=[STOPPED | {"remains": 0}]))
     assert begun not in page(change(make_run(tmp_path / "b"), incidents=[STOPPED]))
 

@@ -36,7 +36,7 @@ def test_unchanged_come_last() -> None:
     assert _outcomes(shown) == ["better", "worse", "same"]
     assert (
         shown.words
-        == "After RL beside before it, by the reward that RL raised: 1 better, 1 worse and 1 unchanged."
+        == "After RL compared with before, by the reward that RL raised: 1 better, 1 worse and 1 unchanged."
     )
 
 

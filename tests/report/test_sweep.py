@@ -62,8 +62,8 @@ def test_a_direction_is_said_only_where_the_interval_excludes_zero(run: Run) -> 
     assert shown == f"AUROC, beside lora, higher: dora ({difference.low:+.3f} to {difference.high:+.3f})."
     assert unclear.startswith("AUROC, beside lora, no difference shown: lora on mlp, rank 4 (−")
     ends = 10 ** np.array(stats.ttest_1samp(np.log10([8, 10, 12.5]), 0).confidence_interval(0.95))
-    words = f"10 times, {ends[0]:.2g} to {ends[1]:.2g}, at the edge of what was tried"
-    assert rate == f"Best learning rate, beside lora, higher: dora ({words})."
+    words = f"10 times, {ends[0]:.2g} to {ends[1]:.2g}, at the edge of the search"
+    assert rate == f"Best learning rate compared with lora, higher: dora ({words})."
     assert "no difference shown: lora on mlp, rank 4 (1 times" in rate_unclear
     assert json.loads(json.dumps(sweep.as_json()))["rows"][1]["difference"]["mean"] == pytest.approx(0.031 / 3)
 

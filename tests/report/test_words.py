@@ -186,14 +186,14 @@ def test_balance() -> None:
     sides = balance(costs, qualities)
     assert sides.ahead == [f"Less memory: RL (×{GAP}0.50)."]
     assert sides.behind == [
-        f"Slower, by tokens per second: RL (×{GAP}0.90).",
+        f"Slower, in tokens per second: RL (×{GAP}0.90).",
         "Reward at the end: 0.50 against 0.70.",
     ]
     assert len(sides.open) == 1
     assert bottom_line(qualities, "LoRA").startswith("No difference shown")
     assert bottom_line(qualities[:1], "LoRA").startswith("Yes, full tuning is better")
     alone = QualityRow("Reward at the end", Spread(1, None, 1), Spread(2, None, 1))
-    assert bottom_line([alone], "dora").startswith("Not known: with one run on a side, a difference may be chance")
+    assert bottom_line([alone], "dora").startswith("Not known: with a single run, a difference may be chance")
     assert "dora 1.00, full tuning 2.00" in bottom_line([alone], "dora")
 
 

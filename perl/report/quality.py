@@ -75,7 +75,7 @@ QUALITIES: dict[StageName, tuple[Quality, ...]] = {
 
 
 def qualities(stage: StageName, run: Run) -> list[Quality]:
-    """Return the metrics that a run has, the decisive one first, which depends on a reward model's loss."""
+    """Return the metrics that a run has, the decisive one first: for models of pairs, pairwise accuracy."""
     found = [one for one in QUALITIES[stage] if one.value(run, math.inf) is not None]
     reward = run.report.stages.reward
     compared = stage == "reward" and reward is not None and reward.eval.compared

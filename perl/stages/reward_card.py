@@ -60,7 +60,7 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
     intervals, scaled, length = card.intervals, card.calibration, card.length
     against = "the gold judge's verdict" if card.against == "gold" else "the labels"
     if card.auroc is None:
-        auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated alike by {against}"
+        auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated the same by {against}"
     else:
         auroc = f"AUROC {told(card.auroc, intervals['auroc'])} against {against}"
     if card.auroc_labels is not None:

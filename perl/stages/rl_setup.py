@@ -104,7 +104,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     limits = Limits(
         kl=settings.kl_limit,
         penalized=penalty > 0,
-        # If the sampler lags, the difference is the policy's own movement; another check covers that case.
+        # A lagging sampler differs by the policy's movement, and is checked with the weights it sampled with.
         mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
@@ -136,7 +136,7 @@ def _validation(session: Session, collector: Collector, prompts: Sequence[Prompt
     """Return the validation that chooses between policies, as set in the recipe."""
     settings, parts = settings_of(session), settings_of(session).eval_reward_parts
     assert settings.eval_steps is not None
-    by, kl_weight, kl, beta = "the reward less the KL penalty", 0.0, settings.row.kl, settings.kl_coef
+    by, kl_weight, kl, beta = "the reward minus the KL penalty", 0.0, settings.row.kl, settings.kl_coef
     if settings.eval_reward is None and kl != "none":  # a KL in the loss does not scale r by 1 - β
         kl_weight = beta / (1 - beta) if kl == "reward-k1" else beta
     if settings.eval_reward == "gold":

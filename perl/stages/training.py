@@ -33,7 +33,7 @@ SHARE = "share"
 
 
 class NotFiniteError(UserError):
-    """Losses or gradients are not finite, and training cannot continue."""
+    """Error for losses or gradients that are not finite, with which training cannot continue."""
 
     status = 1
 

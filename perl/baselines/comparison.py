@@ -51,11 +51,11 @@ class Judging:
         self.session, self.roles = session, session.roles
         self._prompts: EncodedPrompts = eval_prompts(session)
         self._judge: Judge | None = session.held_out.judge
-        self._collector = self._anew()
+        self._collector = self._reloaded_collector()
         self._start = self._reference()
         self._rl = self._of_rl()
 
-    def _anew(self) -> Collector:
+    def _reloaded_collector(self) -> Collector:
         """Load all roles except the policy again."""
         self.roles.clear()
         seed_everything(self.session.recipe.seed)
@@ -92,7 +92,7 @@ class Judging:
         Args:
             belongs: identifies what the comparison was made from.
         """
-        self._collector = self._anew()
+        self._collector = self._reloaded_collector()
         self.roles.add(Role.POLICY, copy_of=self.roles.reference)
         self.roles.eval()  # new adapters start with dropout on
         found = [self._start]

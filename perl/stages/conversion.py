@@ -19,7 +19,7 @@ from perl.system.seeds import derived_seed
 
 ROWS = 64
 """Maximum number of held-out rows that are scored, or prompts that are completed."""
-AT_ONCE = 4
+BATCH_SIZE = 4
 """Rows per forward pass."""
 MAX_NEW_TOKENS = 64
 """Maximum length of a completion if the recipe has no section rl; also used in the model card's code."""
@@ -104,14 +104,14 @@ def _completed(session: Session, role: Role, trunk: Role) -> tuple[int, Read]:
     records = session.held_out.prompts or session.held_out.demonstrations
     contexts = [one.context for one in records[:ROWS]]
     prompts = [chat.context(context, session.base.context_length - length) for context in contexts]
-    sampling = Sampling(length, _temperature(session), chat.ends(contexts[0]), chat.pad_id, AT_ONCE)
+    sampling = Sampling(length, _temperature(session), chat.ends(contexts[0]), chat.pad_id, BATCH_SIZE)
     generator = torch.Generator(session.device).manual_seed(derived_seed(session.recipe.seed, "conversion", 0))
     samples = LocalSampler(session.roles).draw(role, prompts, sampling, generator)
 
     def read(roles: SharedBase) -> Tensor:
         found = []
-        for start in range(0, len(prompts), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
+        for start in range(0, len(prompts), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
             batch = samples.ids_BL[part], samples.mask_BL[part]
             states = roles(trunk, *batch, completion_length=samples.completion_length, states=True).states_BTD
             assert states is not None

@@ -38,7 +38,7 @@ from perl.stages.conversion import answered, convert
 from perl.stages.session import Session
 from perl.system.files import whole_folder, write_whole
 
-COMPARED = 16
+COMPARED_ROWS = 16
 """Held-out rows on which an exported model's scores are compared with the run's."""
 
 
@@ -150,7 +150,7 @@ def _largest_difference(
 ) -> float | None:
     """Return the largest difference of transformers' scores of held-out text from the run's; None without rows."""
     chat, differences = session.base.chat, []
-    for context, answer in answered(session)[:COMPARED]:
+    for context, answer in answered(session)[:COMPARED_ROWS]:
         ids = chat.row(context, answer).ids
         if len(ids) > session.base.context_length:
             continue

@@ -23,7 +23,7 @@ from perl.system.progress import console, doing
 from perl.system.seeds import seed_everything
 
 
-def _of_sft(name: str) -> Callable[[Any], Any]:
+def _from_sft(name: str) -> Callable[[Any], Any]:
     """Return a function of `perl.stages.sft` that is imported when called; the other stages do not need TRL."""
 
     def call(argument: Any) -> Any:
@@ -35,19 +35,19 @@ def _of_sft(name: str) -> Callable[[Any], Any]:
 
 
 TRAIN: dict[StageName, Callable[[Session], StageResult]] = {
-    "sft": _of_sft("train_sft"),
+    "sft": _from_sft("train_sft"),
     "reward": reward.train_reward,
     "rl": rl.train_rl,
 }
 """Functions that train a stage's roles and save them."""
 CHECK: dict[StageName, Callable[[Session], None]] = {
-    "sft": _of_sft("check"),
+    "sft": _from_sft("check"),
     "reward": reward.check,
     "rl": rl.check,
 }
 """Functions that refuse what a stage cannot use, before anything is trained or written."""
 SUMMARIZE: dict[StageName, Callable[[Any], None]] = {
-    "sft": _of_sft("summary"),
+    "sft": _from_sft("summary"),
     "reward": reward.summary,
     "rl": rl.summary,
 }
@@ -142,10 +142,10 @@ def _train(session: Session, stage: StageName, since: float) -> StageResult:
     Args:
         since: when the user began to wait for it, on the monotonic clock.
     """
-    here, folder = session.identities[stage], session.folder
+    current, folder = session.identities[stage], session.folder
     earlier = folder.waited(stage)
     if session.processes.main:
-        identity.record(folder, stage, here)
+        identity.record(folder, stage, current)
         page = LivePage(session, stage)
 
         def after_checkpoint() -> None:
@@ -156,7 +156,7 @@ def _train(session: Session, stage: StageName, since: float) -> StageResult:
     seed_everything(session.recipe.seed)  # so that a stage's random draws do not depend on what ran before it
     with doing(stage):
         result = replace(
-            TRAIN[stage](session), data_sha256=here.data_sha256, started_from=session.starts.get(stage)
+            TRAIN[stage](session), data_sha256=current.data_sha256, started_from=session.starts.get(stage)
         )
     result = replace(result, waited_seconds=round(earlier + time.monotonic() - since, 2))
     folder.finish(stage, result)

@@ -43,9 +43,9 @@ from perl.stages.training_run import loss_validation, optimizer_steps, training_
 from perl.stages.validation_rows import validation_split
 from perl.system.seeds import derived_seed, seed_everything
 
-RECORDED = 8
+RECORDED_ROWS = 8
 """Held-out rows whose scores are recorded, so that RL can check that it computes the same scores."""
-VALIDATED = 32
+VALIDATION_BATCH_SIZE = 32
 """Validation examples per forward pass."""
 SCALE_ROWS = 512
 """Training rows whose scores give the mean and standard deviation that RL normalises with."""
@@ -54,7 +54,7 @@ SCALE_ROWS = 512
 def check(session: Session) -> None:
     """Refuse data that the reward stage cannot use."""
     training_rows(session)
-    _sides(session)
+    _train_and_validation_rows(session)
     held_out_rows(session)
 
 
@@ -63,12 +63,12 @@ def train_reward(session: Session) -> RewardStage:
     settings, members = session.recipe.reward, session.reward_members
     assert settings is not None
     everything, held_out = training_rows(session), held_out_rows(session)
-    train, validation = _sides(session)
+    train, validation = _train_and_validation_rows(session)
     rows, cut = len(everything.tokens) + len(held_out.tokens), everything.cut + held_out.cut
     say_cut(cut, rows, max_length(session), "reward.max_length")
     with tempfile.TemporaryDirectory() as scratch:
-        again = settings.epochs > 1 or len(members) > 1
-        lower_layers = lower_layer_cache(session, train, Path(scratch)) if again else None
+        reused = settings.epochs > 1 or len(members) > 1
+        lower_layers = lower_layer_cache(session, train, Path(scratch)) if reused else None
         stages, blends = [], []
         for role in members:
             stages.append(_train_member(session, role, train, validation, lower_layers))
@@ -80,7 +80,7 @@ def train_reward(session: Session) -> RewardStage:
         parameters = sum(one.trainable_parameters for one in stages)
         kept = [one for trained in stages for one in trained.kept or ()] or None
         stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
-    chosen = range(0, len(held_out.tokens), -(-len(held_out.tokens) // RECORDED))
+    chosen = range(0, len(held_out.tokens), -(-len(held_out.tokens) // RECORDED_ROWS))
     recorded = recorded_scores(session, held_out, chosen)
     session.answer_tokens.clear()
     session.roles.eval()
@@ -93,7 +93,7 @@ def train_reward(session: Session) -> RewardStage:
     )
 
 
-def _sides(session: Session) -> tuple[Rows, Rows | None]:
+def _train_and_validation_rows(session: Session) -> tuple[Rows, Rows | None]:
     """Return the rows to train on, and the rows to validate on if the recipe has validation."""
     if "likelihood" in session.roles.asked_score_terms:
         session.roles.backbone.require("likelihood", "reward.likelihood")
@@ -136,7 +136,7 @@ def reward_trainer(
     Args:
         steps: total optimizer steps; by default those of the recipe's epochs.
     """
-    from datasets import Dataset  # not installed where RL uses another reward
+    from datasets import Dataset  # RL with another reward does not need it
 
     settings, seed = session.recipe.reward, _seed(session, role)
     assert settings is not None
@@ -174,8 +174,8 @@ class RewardTrainer(ResumableTrainer):
         """
         role, roles, batches = self.run.learner, self.run.session.roles, []
         roles.eval()
-        for start in range(0, len(self.validation_examples), VALIDATED):
-            examples = self.validation_examples[start : start + VALIDATED]
+        for start in range(0, len(self.validation_examples), VALIDATION_BATCH_SIZE):
+            examples = self.validation_examples[start : start + VALIDATION_BATCH_SIZE]
             batch = {name: tensor.to(roles.device) for name, tensor in self.data_collator(examples).items()}
             outputs = roles(role, batch["ids_BL"], batch["mask_BL"], head=role, answers_BL=batch["answers_BL"])
             batches.append((outputs.scores_B.cpu(), {name: tensor.cpu() for name, tensor in batch.items()}))
@@ -215,7 +215,7 @@ def checksum(ids: list[int]) -> int:
 
 def recorded_scores(session: Session, rows: Rows, chosen: Sequence[int]) -> list[Recorded]:
     """Return the reward model's scores of these rows, computed as one batch to be reproducible bit by bit."""
-    scores = run_scores(session, [rows.tokens[index] for index in chosen], RECORDED)
+    scores = run_scores(session, [rows.tokens[index] for index in chosen], RECORDED_ROWS)
     return [
         Recorded(row=index, score=float(score), tokens=checksum(rows.tokens[index].ids))
         for index, score in zip(chosen, scores, strict=True)

@@ -23,9 +23,9 @@ from perl.stages.session import Session
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
-SAMPLES_OF_A_STEP = 4
+SAMPLES_PER_STEP = 4
 """Held-out prompts for which completions are sampled every `rl.sample_every` steps."""
-FEWEST_TRIES = 4
+MIN_ATTEMPTS = 4
 """Minimum number of completions per prompt for measuring its difficulty."""
 SAMPLES = 12
 """Held-out prompts whose completions are saved for people to read."""
@@ -69,10 +69,10 @@ def train_rl(session: Session) -> RlStage:
     with session.metrics(Role.POLICY, done) as log:
         stopped_by = train(loop, initial, done, partial(_log, session, loop, held_out, log))
     trained = session.roles.parameters_of(*loop.learner.trained)
-    remains = choose(loop, stopped_by)
+    kept_step = choose(loop, stopped_by)
     found = None if loop.validation is None else loop.validation.found
     # A guard can stop RL before the first validation.
-    kept = found.kept(remains, settings.steps) if found is not None and found.values else None
+    kept = found.kept(kept_step, settings.steps) if found is not None and found.values else None
     stage = session.stage(loop.meter, trained, rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     best = None
@@ -87,12 +87,12 @@ def train_rl(session: Session) -> RlStage:
         preflight=initial.preflight,
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,
-        incidents=loop.guarding.incidents(stopped_by, remains),
+        incidents=loop.guarding.incidents(stopped_by, kept_step),
         eval=RlEval(
             **vars(change),
             algorithm=settings.algorithm,
             critic=session.recipe.critic,
-            steps=remains,
+            steps=kept_step,
             best_of_n=best,
         ),
     )
@@ -110,7 +110,7 @@ def _log(
     """Write a step's metrics and, every `rl.sample_every` steps, samples of the policy."""
     log.write(step, metrics, served)
     if step % settings_of(session).sample_every == 0:
-        shown = held_out.take(range(min(SAMPLES_OF_A_STEP, len(held_out))))
+        shown = held_out.take(range(min(SAMPLES_PER_STEP, len(held_out))))
         judge = session.held_out.judge
         session.folder.add_samples(step, draw_samples(loop.collector, [Role.POLICY], shown, judge))
 
@@ -119,7 +119,7 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
     """Order the prompts of a curriculum without given difficulties by the reference's success rates."""
     choice = loop.prompt_choice
     if choice.must_measure:
-        each, success = max(FEWEST_TRIES, loop.samples_per_prompt), loop.objective.success_reward
+        each, success = max(MIN_ATTEMPTS, loop.samples_per_prompt), loop.objective.success_reward
         rates = success_rates(loop.collector, session.roles.reference, loop.prompts, each, success)
         choice.easiest_first = sorted(range(len(rates)), key=lambda prompt: -rates[prompt])
 

@@ -71,31 +71,31 @@ def _compare(session: Session, source: ServedModel, server: Server) -> None:
     session.load(Role.REWARD)
     ours_N = _scores(session, Role.REWARD, rows)
     theirs_N = torch.tensor(source.scores(server, rows), dtype=torch.float64)
-    off = _off(ours_N, theirs_N)
+    difference = _largest_difference(ours_N, theirs_N)
     words = f"scores of {len(rows)} held-out rows from {server.url} and from this process, largest difference"
-    if not off <= source.limit:
-        fits = {SIGMOID: ours_N.sigmoid()}
+    if not difference <= source.limit:
+        candidates = {SIGMOID: ours_N.sigmoid()}
         if Role.BASE in session.roles.roles:
-            fits[BASE] = _scores(session, Role.BASE, rows)
+            candidates[BASE] = _scores(session, Role.BASE, rows)
         raise ServerError(
-            f"{words}: {off:.2g} (at most {source.limit:.2g})",
+            f"{words}: {difference:.2g} (at most {source.limit:.2g})",
             where=f"{SECTION}.url",
-            remedy=f"Likely cause: {_cause(ours_N, theirs_N, fits)}",
+            remedy=f"Likely cause: {_cause(ours_N, theirs_N, candidates)}",
         )
     session.roles.keep(*found)
-    console.print(f"[green]✓[/] {words}: {off:.2g} (at most {source.limit:.2g})", highlight=False)
+    console.print(f"[green]✓[/] {words}: {difference:.2g} (at most {source.limit:.2g})", highlight=False)
 
 
-def _cause(ours_N: Tensor, theirs_N: Tensor, fits: dict[str, Tensor]) -> str:
-    nearest = min(fits, key=lambda words: _off(fits[words], theirs_N))
-    if _off(fits[nearest], theirs_N) < _off(ours_N, theirs_N) / 10:
+def _cause(ours_N: Tensor, theirs_N: Tensor, candidates: dict[str, Tensor]) -> str:
+    nearest = min(candidates, key=lambda words: _largest_difference(candidates[words], theirs_N))
+    if _largest_difference(candidates[nearest], theirs_N) < _largest_difference(ours_N, theirs_N) / 10:
         return nearest
     if float(theirs_N.std(correction=0)) < 1e-6:
         return ALIKE
     return SCALED if float(torch.corrcoef(torch.stack([ours_N, theirs_N]))[0, 1]) > 0.99 else OTHER
 
 
-def _off(one_N: Tensor, other_N: Tensor) -> float:
+def _largest_difference(one_N: Tensor, other_N: Tensor) -> float:
     return float((one_N - other_N).abs().max())
 
 

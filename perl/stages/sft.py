@@ -30,7 +30,7 @@ from perl.stages.training_run import loss_validation, optimizer_steps, training_
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
-NOT_READ = ["cut", "dialogue"]
+METADATA_COLUMNS = ["cut", "dialogue"]
 """Columns that describe a row and are not part of a batch."""
 
 
@@ -46,8 +46,8 @@ def train_sft(session: Session) -> SftStage:
     own, held_back = validation_split(session, "sft")
     train, held_out = (tokenized(session, one.demonstrations) for one in (own, session.held_out))
     validation = None if held_back is None else tokenized(session, held_back.demonstrations)
-    every = [train, held_out] if validation is None else [train, validation, held_out]
-    rows, cut = sum(map(len, every)), sum(sum(one["cut"]) for one in every)
+    all_rows = [train, held_out] if validation is None else [train, validation, held_out]
+    rows, cut = sum(map(len, all_rows)), sum(sum(one["cut"]) for one in all_rows)
     _say_rows(session, rows, cut)
     trained = session.add_trained(Role.SFT)
     with sft_trainer(session, train, validation) as trainer:
@@ -101,7 +101,7 @@ def sft_trainer(
                 dataset_kwargs={"skip_prepare_dataset": True},
                 **run.arguments(settings),
             ),
-            train_dataset=train.remove_columns(NOT_READ),
+            train_dataset=train.remove_columns(METADATA_COLUMNS),
             processing_class=session.base.tokenizer,
         )
         trainer.validation_rows = validation
@@ -123,7 +123,7 @@ class RoleTrainer(ResumableTrainer, SFTTrainer):
         """Return the losses of rows from `tokenized`, in their order, computed with TRL's own forward."""
         self.model.eval()
         sums, tokens = [], []
-        for batch in self.get_eval_dataloader(rows.remove_columns(NOT_READ)):
+        for batch in self.get_eval_dataloader(rows.remove_columns(METADATA_COLUMNS)):
             outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
             sums.append(-outputs.log_probs.sum(1))
             tokens.append(outputs.label_mask.sum(1))

@@ -187,7 +187,7 @@ class ResumableTrainer(HookedTrainer):
             by_rate = {self._full.layer_decay**-depth: layer for depth, layer in enumerate(self._layers)}
         for ratio, weights in by_rate.items():
             if ratio != 1.0:
-                set_apart(optimizer, weights, ratio)
+                scale_learning_rate(optimizer, weights, ratio)
         self.optimizer = self.run.session.engine.optimizer(optimizer)
         return self.optimizer
 
@@ -261,7 +261,7 @@ class ResumableTrainer(HookedTrainer):
             snapshot.set_generators(state, self.run.processes)
 
 
-def set_apart(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], ratio: float) -> None:
+def scale_learning_rate(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], ratio: float) -> None:
     """Move weights to separate parameter groups, whose learning rate is multiplied by a ratio."""
     chosen = {id(weight) for weight in weights}
     for group in list(optimizer.param_groups):

@@ -31,7 +31,7 @@ from perl.roles.role import Role
 from perl.roles.saved import load_role, save_role, stamp_for
 from perl.roles.shared_base import SharedBase
 from perl.stages.opening import open_run
-from perl.stages.training import set_apart
+from perl.stages.training import scale_learning_rate
 from tests.conftest import RunCli, WriteRecipe
 from tests.tiny import KINDS, adapter_of_kind, random_llama
 
@@ -443,7 +443,7 @@ def test_b_learns_at_a_rate_of_its_own() -> None:
         optimizer = torch.optim.SGD(parameters, lr=0.01)
         for factor, weights in roles.by_learning_rate(Role.SFT).items():
             if factor != 1.0:
-                set_apart(optimizer, weights, factor)
+                scale_learning_rate(optimizer, weights, factor)
         before = {name: weight.detach().clone() for name, weight in roles.weights(Role.SFT).items()}
         log_probs(roles, Role.SFT).sum().backward()
         optimizer.step()

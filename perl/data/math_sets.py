@@ -88,7 +88,7 @@ MATH_SETS = {
     "singleeq": _test_set("SingleEq", "word problems of one equation"),
     "svamp": _test_set("SVAMP", "word problems with varied wording"),
     "mawps": MathSet(
-        "a training set that holds most of addsub, multiarith and singleeq",
+        "a training set that contains most of addsub, multiarith and singleeq",
         "ODC-By",
         LLM_ADAPTERS,
         "dataset/mawps",

@@ -23,7 +23,7 @@ WITH_GOLD = (
 )
 WITHOUT_GOLD = "These data have no gold judge, so only the reward is drawn."
 ROOT_KL_MARKS = (
-    "Points: training steps, smoothed, later ones darker. Diamonds: held-out prompts, before RL (left) and after."
+    "Points: training steps, smoothed, later ones more opaque. Diamonds: held-out prompts before and after RL."
 )
 
 

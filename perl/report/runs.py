@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
     file = next((one for one in (folder / "progress.json", folder / "report.json") if one.exists()), folder)
     text = _text(file) if file != folder else None
     if text is None:
-        remedy = "Start it with `perl-rlhf run RECIPE --out` and this folder."
+        remedy = f"Start it with `perl-rlhf run RECIPE --out {folder}`."
         raise UserError(
             "not a run: it has neither report.json nor progress.json", where=str(folder), remedy=remedy
         )

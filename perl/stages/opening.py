@@ -73,7 +73,7 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
         raise UserError(
             f"{engine.name} shards a frozen base and the optimizer of adapters; full tuning has neither",
             where="tuning: full",
-            remedy="Set tuning: lora, or launch plainly (recipes/engines/ddp.yaml).",
+            remedy="Set tuning: lora, or launch with recipes/engines/ddp.yaml.",
         )
     if recipe.base.quantization != "none" and engine.shards_base:
         raise UserError(

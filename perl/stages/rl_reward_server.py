@@ -59,7 +59,7 @@ def _check_tokens(session: Session, source: ServedModel, server: Server) -> None
     theirs = source.tokens(server, text)
     if theirs is not None and theirs != ours:
         raise ServerError(
-            f"the server's tokens differ: a prompt has {len(ours)} tokens here and {len(theirs)} there",
+            f"the server tokenizes a prompt differently: {len(ours)} tokens here, {len(theirs)} there",
             where=f"{SECTION}.url: {server.url}",
             remedy="Its base must have the same tokenizer as this base.",
         )

@@ -154,7 +154,7 @@ NAMED = {
     "all its scores are equal": "softmax",
     "another dtype, LoRA scale or rank": "wrong scale",
     "a different adapter or head": "another head",
-    "the server's tokens differ": "other tokens",
+    "the server tokenizes a prompt differently": "other tokens",
 }
 
 

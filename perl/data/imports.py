@@ -72,7 +72,7 @@ def _open_webui(row: Row) -> Row:
         path.append({"role": message["role"], "content": _content(message["content"])})
         identity = message.get("parentId")
     if not path or path[0]["role"] != "assistant":
-        raise RowError(f"meta.message_id is {shown(meta.get('message_id'))}; an assistant's message expected")
+        raise RowError(f"meta.message_id is {shown(meta.get('message_id'))}; a message by the assistant expected")
     answer, *before = path
     more = {name: data[name] for name in ("reason", "comment", "model_id") if data.get(name)}
     dialogue = {"dialogue": meta["chat_id"]} if isinstance(meta.get("chat_id"), str) else {}

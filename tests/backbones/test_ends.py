@@ -55,7 +55,7 @@ def test_what_is_exported_ends_where_the_model_did(
         export(folder, "policy", out := tmp_path / f"out-{merged}", merged)
         assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 3, 4]
     card = (out / "README.md").read_text()
-    assert "An answer ends with `<|im_end|>` or `<|im_start|>` or `!`" in card
+    assert "A completion ends with `<|im_end|>` or `<|im_start|>` or `!`" in card
 
 
 def reward(folder: Path) -> Path:

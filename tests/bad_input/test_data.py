@@ -56,7 +56,7 @@ CASES = [
         "one demonstration for SFT",
         (
             "its demonstrations (1) all come from dialogues that belong together",
-            "nothing to judge sft on",
+            "nothing to evaluate sft on",
             "Use more data",
         ),
         rows=[
@@ -72,13 +72,13 @@ CASES = [
     ),
     Case(
         "no pairs",
-        ("no pairs", "reward.loss", "reward.loss: thumbs"),
+        ("neither pairs nor", "reward.loss", "reward.loss: thumbs"),
         rows=[{"prompt": user(f"{n}"), "completion": "Yes.", "label": n % 2} for n in range(20)],
         overrides=("reward.loss=pairs",),
     ),
     Case(
         "ratings for SFT",
-        ("no demonstrations", "which sft needs", "add rows of prompt and completion"),
+        ("no demonstrations", "which sft needs", "add rows with prompt and completion"),
         changes={"sft": {}},
     ),
     Case(

@@ -104,7 +104,7 @@ def test_open_webui(run_cli: RunCli, tmp_path: Path) -> None:
         3: "data.rating is None",
         4: "lacks 'gone'",
         5: "by the assistant",
-        6: "a circle",
+        6: "a cycle",
     }.items():
         assert any(f":{number}:" in line and what in line for line in written.splitlines()), what
 

@@ -108,10 +108,10 @@ def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("own.xlsx", b"PK", ".xlsx files are not read"),
+        ("own.xlsx", b"PK", ".xlsx files are not supported"),
         ("own.parquet", b"nothing", "is not a Parquet file"),
-        ("own.json", b"[1, 2", "is no JSON array"),
-        ("own.csv", b'prompt,completion\n"a,b\n', "is no CSV"),
+        ("own.json", b"[1, 2", "is not a JSON array"),
+        ("own.csv", b'prompt,completion\n"a,b\n', "is not valid CSV"),
         ("own.csv", b"prompt;label\na;1\n", "separated by semicolons"),
         ("own.csv", b"prompt\ncaf\xe9\n", "is not UTF-8: byte 0xe9"),
     ],

@@ -102,7 +102,7 @@ def test_runs_of_different_recipes_are_not_pooled(tmp_path: Path) -> None:
     more = make_run(tmp_path / "more", 1, steps=61, rich=False)
     with pytest.raises(UserError, match=r"different recipes, which differ in rl\.steps"):
         groups(read_runs([one, more]))
-    with pytest.raises(UserError, match="both are of seed 0"):
+    with pytest.raises(UserError, match="both have seed 0"):
         groups(read_runs([one, make_run(tmp_path / "again", rich=False)]))
     full = make_run(tmp_path / "full", tuning="full", rich=False)
     assert [group.tuning for group in groups(read_runs([full, one]))] == ["lora", "full"]

@@ -168,7 +168,7 @@ def test_reward_model_words() -> None:
     assert "gold judge calls" in words.reward_model_words([_card(against="gold")])[0]
     assert "people rated" in words.reward_model_words([_card(against="labels")])[0]
     assert "undefined" in words.reward_model_words([_card(auroc=None)])[0]
-    assert "worth nothing" in words.reward_model_words([_card(accuracy=0.68, majority_accuracy=0.8)])[1]
+    assert "useless here" in words.reward_model_words([_card(accuracy=0.68, majority_accuracy=0.8)])[1]
     assert len(words.reward_model_words([_card()])) == 1
 
 

@@ -210,7 +210,7 @@ def test_the_supervised_stages_refuse_too(
     assert found == code, text
     assert text.count("the update was refused") == len(wrong)
     if code:
-        assert "not finite 3 steps in a row, up to step 5" in text
+        assert "not finite in 3 consecutive steps, up to step 5" in text
         assert not (tmp_path / "out" / stage / "adapter").exists()
         return
     assert [line["step"] for line in steps_of(tmp_path / "out", stage) if line.get("refused")] == [3]

@@ -25,7 +25,7 @@ def test_what_cannot_score_is_refused_before_anything_is_trained(
     recipe = write_recipe(reward=None, rl={**RL, "reward": {"kind": "run", "run": str(trained)}})
     for overrides, expected in (
         (["rl.anyway=false"], "the reward model is not fit for RL"),
-        ([f"base.model={tiny_gpt2}"], "reads other tokens"),
+        ([f"base.model={tiny_gpt2}"], "has a different tokenizer"),
         ([f"rl.reward.run={tmp_path}"], "this run has no reward model"),
         (["rl.reward.run=nowhere"], "not a run folder"),
     ):

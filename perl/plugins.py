@@ -55,7 +55,7 @@ def load_plugins(files: Sequence[str], where: str) -> None:
 
 
 def plugin_sha256(file: str) -> str:
-    """Of the bytes that were loaded."""
+    """Return the SHA-256 of the file as it was loaded."""
     return _loaded[file].sha256
 
 

@@ -11,7 +11,7 @@ from perl.report.numbers import joined
 from perl.results import Completion, Sample, Turn
 
 Outcome = Literal["better", "worse", "alike", "same"]
-"""Of a completion after RL compared with the one before: `alike` differs only in its words, `same` not at all."""
+"""Compares completions after and before RL: `alike` differs only in wording, `same` not at all."""
 OUTCOMES: dict[Outcome, str] = {
     "better": "better",
     "worse": "worse",

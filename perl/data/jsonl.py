@@ -44,6 +44,7 @@ from perl.data.rows import (
     Row,
     RowError,
     first_user_key,
+    has_prompt_twice,
     kind,
     number_to,
     object_with,
@@ -143,7 +144,7 @@ def parse_row(value: object) -> list[Record]:
         RowError: the row fits no format.
     """
     row = object_with(value)
-    if _FIELDS.intersection(row) not in TRL_FORMATS:
+    if _FIELDS.intersection(row) - ({"messages"} if "chosen" in row else set()) not in TRL_FORMATS:
         raise RowError(f"the fields {shown(list(row))} fit no format")
     record = _record(row)
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
@@ -158,9 +159,9 @@ def parse_row(value: object) -> list[Record]:
 
 
 def _record(row: Row) -> Record:
-    if "messages" in row:
+    if "messages" in row and "chosen" not in row:
         return _conversation(row)
-    if "prompt" not in row:
+    if "prompt" not in row or has_prompt_twice(row):
         return _comparison_without_prompt(row)
     context = _context(row["prompt"])
     if "chosen" in row:

@@ -3,11 +3,13 @@
 A row that cannot be used raises `RowError`, which `parsed` converts to a `Problem`.
 """
 
+import contextlib
 import gzip
 import json
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -54,8 +56,9 @@ def no_usable_row(problems: Sequence[Problem], where: str, remedy: str) -> UserE
 # Lines of a file.
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank, numbered from 1; only the beginning of a line that is too long.
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
+    """Open a file for reading bytes, decompressed if its name ends in .gz.
 
     Raises:
         UserError: the file is not a complete gzip file although its name ends in .gz.
@@ -63,18 +66,29 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number in count(1):
-                line = rest = file.readline(MAX_LINE_BYTES + 1)
-                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE_BYTES + 1)
-                if not line:
-                    return
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
+            yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         remedy = "Get the file again, or remove .gz from its name if it is not compressed."
         raise UserError(f"is not a complete gzip file: {error}", where=str(path), remedy=remedy) from None
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank, numbered from 1; only the beginning of a line that is too long.
+
+    Raises:
+        UserError: the file is not a complete gzip file although its name ends in .gz.
+        OSError: it cannot be read.
+    """
+    with opened(path) as file:
+        for number in count(1):
+            line = rest = file.readline(MAX_LINE_BYTES + 1)
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, line
 
 
 def line_value(line: bytes) -> object:
@@ -138,6 +152,16 @@ def object_with(value: object, fields: Iterable[str] = (), name: str = "the row"
     if missing := [field for field in fields if field not in value]:
         raise RowError(f"{name} has no {', '.join(missing)}")
     return value
+
+
+def has_prompt_twice(row: Row) -> bool:
+    """Return whether a comparison's messages repeat its prompt, given as text, as in UltraFeedback."""
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if not isinstance(prompt, str) or not isinstance(chosen, list):
+        return False
+    return any(
+        isinstance(one, dict) and one.get("role") == "user" and one.get("content") == prompt for one in chosen
+    )
 
 
 def list_of(value: object, name: str) -> list[object]:

@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from perl.data.rows import (
     line_value,
     numbered_lines,
     object_with,
+    opened,
     parsed,
     strict_json,
 )
@@ -29,10 +31,11 @@ from perl.errors import UserError
 
 Value = Callable[[], object]
 """Returns the row; raises `RowError`."""
-UP = ("true", "yes", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
+UP = ("true", "yes", "y", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
 DOWN = (
     "false",
     "no",
+    "n",
     "down",
     "thumbs down",
     "thumbs_down",
@@ -82,6 +85,10 @@ def numbered_values(path: Path, columns: Mapping[str, str], form: str = "") -> I
         OSError: it cannot be read.
     """
     suffix = form or path.suffix.lower()
+    if suffix == ".gz" and (packed := Path(path.stem).suffix.lower()) in (".csv", ".tsv", ".parquet"):
+        raise UserError(
+            f"compressed {packed} files are not supported", where=str(path), remedy="Unpack it with gunzip."
+        )
     if suffix in REFUSED:
         raise UserError(f"{suffix} files are not supported", where=str(path), remedy=f"Convert it: {READ}.")
     read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet}.get(suffix, _json)
@@ -109,14 +116,15 @@ def _renamed(value: object, columns: Mapping[str, str]) -> object:
 
 def _json(path: Path) -> Iterator[tuple[int, Value]]:
     """Read JSON Lines or a JSON array."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         first = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first != b"[":
         for number, line in numbered_lines(path):
             yield number, lambda line=line: line_value(line)  # type: ignore[misc]
         return
     try:
-        rows = strict_json(path.read_text(encoding="utf-8-sig"))
+        with opened(path) as file:
+            rows = strict_json(file.read().decode("utf-8-sig"))
     except (RowError, UnicodeDecodeError) as error:
         remedy = "It begins with [ and so is read as one array: correct it, or write one object per line."
         raise UserError(f"is not a JSON array: {error}", where=str(path), remedy=remedy) from None
@@ -138,17 +146,21 @@ def _parquet(path: Path) -> Iterator[tuple[int, Value]]:
 def _with_values(row: Mapping[str, object]) -> Row:
     """Return a row of a table without its null columns."""
     plain = {name: _plain(value) for name, value in row.items()}
+    plain |= {name: float(value) for name, value in row.items() if name in NUMBERS and isinstance(value, Decimal)}
     return {name: value for name, value in plain.items() if value is not None}
 
 
 def _plain(value: object) -> object:
-    """Return a value as JSON: dates, decimals and bytes as text; NaN, the missing value of tables, as null."""
+    """Return a value as JSON: dates and decimals as text, bytes as UTF-8 if possible, NaN (missing) as null."""
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
@@ -247,7 +259,7 @@ def mapping_of(names: Counter[str], rows: int) -> dict[str, str]:
     lower = {name.casefold(): name for name in most}
     found = {}
     for field, others in SYNONYMS.items():
-        if field not in most and (other := next((lower[one] for one in others if one in lower), None)):
+        if field not in most and (other := next((lower[one] for one in (field, *others) if one in lower), None)):
             found[field] = other
     for fields in sorted(TRL_FORMATS, key=len, reverse=True):
         if fields <= {*most, *found} and not fields <= set(most):

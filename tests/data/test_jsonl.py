@@ -79,6 +79,14 @@ def test_implicit_prompts_of_conversations() -> None:
     assert prompt.context == comparison.context
 
 
+def test_a_prompt_that_the_messages_repeat_is_read_once() -> None:
+    """Rows of UltraFeedback repeat the prompt, and their `messages` are those of `chosen`."""
+    text, other = USER["content"], {"role": "assistant", "content": "go away"}
+    row = {"prompt": text, "chosen": [USER, AGENT], "rejected": [USER, other], "messages": [USER, AGENT]}
+    assert parse({**row, "score_chosen": 8})[0] == parse({"chosen": [USER, AGENT], "rejected": [USER, other]})[0]
+    assert parse({**row, "score_chosen": 8})[1].columns == {"score_chosen": 8}
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt", "answers"),
     [

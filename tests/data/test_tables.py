@@ -1,5 +1,6 @@
 """Files of rows in other forms and under other names."""
 
+import gzip
 import json
 from datetime import datetime
 from decimal import Decimal
@@ -59,6 +60,26 @@ def test_what_json_has_no_form_for_is_text_in_the_rows_of_parquet(run_cli: RunCl
     assert '"price": "1.5"' in written
 
 
+def test_text_in_bytes_and_decimal_labels_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    row = {"prompt": "ä".encode(), "completion": b"b", "label": Decimal("1.0"), "image": b"\xff\xd8"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    found = read_jsonl(file)
+    assert found.problems == []
+    (rating,) = found.ratings
+    assert (rating.context[0].text, rating.answer.text, rating.label) == ("ä", "b", True)
+    assert found.prompts[0].columns == {"image": r"b'\xff\xd8'"}
+
+
+def test_a_compressed_array_is_read_and_a_broken_one_reported(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json.gz"
+    file.write_bytes(gzip.compress(b'[{"prompt": "a", "completion": "b"}]'))
+    assert len(read_jsonl(file).demonstrations) == 1
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is not a complete gzip file"):
+        read_jsonl(file)
+
+
 def test_labels_in_cells(tmp_path: Path) -> None:
     words = {"up": True, "👎": False, "1": True, "0": False, "TRUE": True, "no": False, "0.7": True}
     lines = [f"p{n},c,{word}" for n, word in enumerate(words)]
@@ -77,6 +98,7 @@ def test_labels_in_cells(tmp_path: Path) -> None:
         ({"prompt": "a", "response": "b", "rating": 1}, "{completion: response, label: rating}"),
         ({"question": "a", "answer": "b", "thumbs": 1}, "{prompt: question, completion: answer, label: thumbs}"),
         ({"prompt": "a", "completion": "b", "score": 1}, "{label: score}"),
+        ({"Prompt": "a", "Completion": "b", "Label": 1}, "{prompt: Prompt, completion: Completion, label: Label}"),
     ],
 )
 def test_ratings_under_other_names_are_recognised(
@@ -114,6 +136,7 @@ def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
         ("own.csv", b'prompt,completion\n"a,b\n', "is not valid CSV"),
         ("own.csv", b"prompt;label\na;1\n", "separated by semicolons"),
         ("own.csv", b"prompt\ncaf\xe9\n", "is not UTF-8: byte 0xe9"),
+        ("own.csv.gz", b"", "compressed .csv files are not supported"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(name: str, content: bytes, says: str, tmp_path: Path) -> None:

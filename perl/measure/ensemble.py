@@ -15,6 +15,7 @@ import numpy as np
 from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval
 from perl.measure.change import told
 from perl.measure.metrics import Labels, auroc, equal_mass, probabilities
+from perl.measure.ranking import Metric, Ranking
 
 Combine = Literal["mean", "mean_minus_std", "min"]
 """How the members' rewards are combined into RL's reward."""
@@ -32,11 +33,11 @@ class DisagreementBin:
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """An ensemble compared with its members, on the completions of its card.
+    """An ensemble compared with its members, on the completions or pairs of its card.
 
     Attributes:
-        auroc: the AUROC of each member.
-        ahead: the ensemble's AUROC minus the mean of its members'.
+        auroc: the AUROC of each member; for pairs, the pairwise accuracy.
+        ahead: the ensemble's value minus the mean of its members'.
         by_disagreement: bins of equal size; a score is wrong if it is on the other side of 0 than the truth.
         auroc_of_disagreement: how often a wrong score has more disagreement than a right one.
     """
@@ -48,14 +49,13 @@ class Ensemble:
     auroc_of_disagreement: float | None
     auroc_of_disagreement_interval: Interval | None
 
-    @property
-    def words(self) -> list[str]:
-        """The value of the ensemble and its disagreement, in sentences."""
+    def words(self, metric: Metric) -> list[str]:
+        """Return the value of the ensemble and its disagreement, in sentences."""
         members = ", ".join("unknown" if one is None else f"{one:.3f}" for one in self.auroc)
         wrong = ", ".join(f"{100 * one.error:.0f} %" for one in self.by_disagreement)
         return [
-            f"An ensemble: its {len(self.auroc)} members alone have AUROC {members}; it is ahead of their mean by "
-            f"{told(self.ahead, self.ahead_interval, 3)}.",
+            f"An ensemble: its {len(self.auroc)} members alone have {metric} {members}; it is ahead of their mean "
+            f"by {told(self.ahead, self.ahead_interval, 3)}.",
             f"Share scored wrongly, from the least to the most disagreement of the members: {wrong} (AUROC "
             f"of the disagreement {told(self.auroc_of_disagreement, self.auroc_of_disagreement_interval, 2)}).",
         ]
@@ -74,20 +74,11 @@ def disagreement(scores_MN: Floats, log_odds: bool) -> Floats:
     return np.asarray((probabilities(scores_MN) if log_odds else scores_MN).std(0))
 
 
-def ensemble_metrics(
-    score_N: Floats,
-    scores_MN: Floats,
-    disagreement_N: Floats,
-    truth_N: Labels,
-    bootstrap: ClusterBootstrap,
-) -> Ensemble:
-    """Measure an `Ensemble`.
-
-    Args:
-        score_N: scores of the ensemble.
-        scores_MN: scores of its members.
-    """
-    whole, members = auroc(score_N, truth_N), [auroc(scores_N, truth_N) for scores_N in scores_MN]
+def ensemble_metrics(ranking: Ranking, disagreement_N: Floats, bootstrap: ClusterBootstrap) -> Ensemble:
+    """Measure an `Ensemble`."""
+    score_N, truth_N = ranking.score_N, ranking.truth_N
+    whole = ranking.statistic(score_N, truth_N)
+    members = [ranking.statistic(scores_N, truth_N) for scores_N in ranking.members_MN]
 
     def ahead(weights_SN: Floats) -> Floats:
         return np.asarray(whole(weights_SN) - np.mean([member(weights_SN) for member in members], axis=0))

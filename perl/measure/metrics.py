@@ -104,13 +104,14 @@ def balanced_accuracy(scores: Floats, labels: Labels) -> Statistic:
 def pairwise_accuracy(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Statistic:
     """Return the share of pairs whose better completion scores higher, ties half; its weight is the pair's."""
     better_P, worse_P = np.asarray(pairs, dtype=np.int64).T
-    right_P = np.heaviside(scores[better_P] - scores[worse_P], 0.5)
+    of_pairs = share_right(scores[better_P] - scores[worse_P])
+    return lambda weights_SN: of_pairs(weights_SN[:, better_P])
 
-    def statistic(weights_SN: Floats) -> Floats:
-        weights_SP = weights_SN[:, better_P]
-        return ratio(weights_SP @ right_P, weights_SP.sum(axis=1))
 
-    return statistic
+def share_right(differences_P: Floats) -> Statistic:
+    """Return the weighted share of pairs whose score difference, better minus worse, is positive, ties half."""
+    right_P = np.heaviside(differences_P, 0.5)
+    return lambda weights_SP: ratio(weights_SP @ right_P, weights_SP.sum(axis=1))
 
 
 def calibration_error(scores: Floats, labels: Labels) -> float:

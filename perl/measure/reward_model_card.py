@@ -10,7 +10,7 @@ from perl.data.records import Context
 from perl.measure.bootstrap import ClusterBootstrap, Estimate, Floats, Interval, Statistic
 from perl.measure.calibration import Calibration, calibrate, predictions
 from perl.measure.ensemble import Ensemble, disagreement, ensemble_metrics, ensemble_scores
-from perl.measure.length import LengthBias, length_bias
+from perl.measure.length import LengthBias, length_bias, length_bias_of_pairs
 from perl.measure.metrics import (
     Labels,
     ReliabilityBin,
@@ -25,6 +25,7 @@ from perl.measure.metrics import (
     reliability,
     score_histogram,
 )
+from perl.measure.ranking import Metric, Ranking, ranking_of
 from perl.measure.rated_rows import RatedRows
 from perl.measure.slices import Slice, slices
 from perl.measure.tfidf_baseline import TfidfBaseline, TfidfScores, tfidf_baseline
@@ -37,7 +38,12 @@ SHOWN_CHARACTERS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """A completion that was scored wrongly."""
+    """A completion that was scored wrongly.
+
+    Attributes:
+        score: for pairs, the score minus that of the other completion.
+        probability: probability of a thumb up; for pairs, of being the better completion.
+    """
 
     context: str
     answer: str
@@ -59,6 +65,8 @@ class RewardMetrics:
 
     Rankings and accuracies are measured against the gold judgement if there is one, probabilities always against
     the thumbs. If there are ratings and pairs, the pairs are used only for the pairwise accuracy.
+    If there are only pairs (`compared`), only differences of scores are meaningful (`perl.measure.ranking`): there
+    is no AUROC, and a completion is scored correctly if it is on the right side of its pair's mean.
 
     Attributes:
         ensemble: the members and their disagreement, if there are several.
@@ -90,6 +98,17 @@ class RewardMetrics:
     mistakes: Mistakes
     ensemble: Ensemble | None = None
 
+    @property
+    def metric(self) -> Metric:
+        """The metric of the ranking."""
+        return "pairwise accuracy" if self.compared else "AUROC"
+
+    @property
+    def ranked(self) -> tuple[float | None, Interval | None]:
+        """The value and interval of that metric."""
+        value, name = (self.pairwise_accuracy, "pairwise_accuracy") if self.compared else (self.auroc, "auroc")
+        return value, self.intervals.get(name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelCard(RewardMetrics):
@@ -119,17 +138,17 @@ def reward_model_card(
     rows, scores_MN = all_rows.labelled(), np.atleast_2d(np.asarray(scores, dtype=np.float64))
     scores = ensemble_scores(scores_MN, log_odds)
     score_N, truth_N = checked(scores[: len(rows.labels)], rows.truth)
-    bootstrap = ClusterBootstrap(rows.dialogues, seed=0)
-    pairs = all_rows.ranked_pairs()
+    ranking = ranking_of(scores_MN[:, : len(score_N)], score_N, truth_N, rows)
+    bootstrap, pairs = ClusterBootstrap(rows.dialogues, seed=0), all_rows.ranked_pairs()
+    of_words = tfidf_baseline(score_N, rows, baseline, truth_N, bootstrap)
+    calibration, log_odds_N = calibrate(predictions(score_N, rows))
+    of_ranked = bootstrap
+    if rows.compared:
+        of_ranked = ClusterBootstrap(ranking.rows.dialogues, seed=0)
+        log_odds_N, log_odds = None, False
+        score_N = _score_differences(score_N, rows.pairs)
     estimates = _estimates(score_N, truth_N, rows, bootstrap) | _pairwise(scores, pairs, all_rows.dialogues)
     values = {name: estimate.value for name, estimate in estimates.items()}
-    calibration, log_odds_N = calibrate(predictions(score_N, rows))
-    ranking_N, length_N = score_N, np.array([len(answer.text) for answer in rows.answers], dtype=np.float64)
-    members_MN = scores_MN[:, : len(score_N)]
-    if rows.compared:  # only differences of two completions of one context are meaningful
-        log_odds_N, log_odds = None, False
-        ranking_N, length_N = (_less_pair_mean(one, rows.pairs) for one in (score_N, length_N))
-        members_MN = np.stack([_less_pair_mean(one, rows.pairs) for one in members_MN])
     up = int(truth_N.sum())
     metrics = RewardMetrics(
         n=len(score_N),
@@ -137,24 +156,24 @@ def reward_model_card(
         dialogues=len(set(rows.dialogues)),
         seen_in_training=seen,
         against="labels" if rows.gold is None else "gold",
-        auroc=values["auroc"],
+        auroc=values.get("auroc"),
         auroc_labels=values.get("auroc_labels"),
         pairwise_accuracy=values.get("pairwise_accuracy"),
         balanced_accuracy=_known(values["balanced_accuracy"]),
         accuracy=_known(values["accuracy"]),
         majority_accuracy=max(up, len(score_N) - up) / len(score_N),
-        ece=calibration_error(score_N, truth_N),
+        ece=calibration.ece_before if rows.compared else calibration_error(score_N, truth_N),
         compared=rows.compared,
         pairs=len(pairs),
         intervals={name: estimate.interval for name, estimate in estimates.items()},
-        reliability=reliability(score_N, truth_N),
+        reliability=calibration.reliability_before if rows.compared else reliability(score_N, truth_N),
         score_histogram=score_histogram(score_N, truth_N),
         calibration=calibration,
-        slices=slices(ranking_N, truth_N, log_odds_N, rows, bootstrap),
-        length=length_bias(ranking_N, length_N, truth_N, bootstrap),
-        tfidf_baseline=tfidf_baseline(score_N, rows, baseline, truth_N, bootstrap),
+        slices=slices(ranking, log_odds_N, of_ranked),
+        length=_length(ranking, of_ranked),
+        tfidf_baseline=of_words,
         mistakes=_mistakes(score_N, truth_N, rows),
-        ensemble=_ensemble(members_MN, log_odds, ranking_N, truth_N, bootstrap),
+        ensemble=_ensemble(ranking, log_odds, of_ranked),
     )
     return RewardModelCard(**vars(metrics), verdict=verdict(metrics))
 
@@ -163,10 +182,11 @@ def _estimates(
     score_N: Floats, truth_N: Labels, rows: RatedRows, bootstrap: ClusterBootstrap
 ) -> dict[str, Estimate]:
     statistics: dict[str, Statistic] = {
-        "auroc": auroc(score_N, truth_N),
         "balanced_accuracy": balanced_accuracy(score_N, truth_N),
         "accuracy": accuracy(score_N, truth_N),
     }
+    if not rows.compared:
+        statistics["auroc"] = auroc(score_N, truth_N)
     if rows.gold is not None:
         statistics["auroc_labels"] = auroc(score_N, np.asarray(rows.labels, dtype=np.int64))
     return {name: bootstrap.estimate(statistic) for name, statistic in statistics.items()}
@@ -180,13 +200,17 @@ def _pairwise(scores: Floats, pairs: Sequence[tuple[int, int]], dialogues: Seque
     return {"pairwise_accuracy": bootstrap.estimate(pairwise_accuracy(scores, pairs))}
 
 
-def _ensemble(
-    members_MN: Floats, log_odds: bool, ranking_N: Floats, truth_N: Labels, bootstrap: ClusterBootstrap
-) -> Ensemble | None:
+def _length(ranking: Ranking, bootstrap: ClusterBootstrap) -> LengthBias:
+    if ranking.compared:
+        return length_bias_of_pairs(ranking.score_N, ranking.length_N, bootstrap)
+    return length_bias(ranking.score_N, ranking.length_N, ranking.truth_N, bootstrap)
+
+
+def _ensemble(ranking: Ranking, log_odds: bool, bootstrap: ClusterBootstrap) -> Ensemble | None:
     """Return the metrics of an ensemble; None for a single model."""
-    if len(members_MN) < 2:
+    if len(ranking.members_MN) < 2:
         return None
-    return ensemble_metrics(ranking_N, members_MN, disagreement(members_MN, log_odds), truth_N, bootstrap)
+    return ensemble_metrics(ranking, disagreement(ranking.members_MN, log_odds), bootstrap)
 
 
 def _known(value: float | None) -> float:
@@ -194,16 +218,16 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _less_pair_mean(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """Return each value of a pair minus the mean of the two."""
+def _score_differences(scores: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
+    """Return each completion's score minus that of the other completion of its pair."""
     better, worse = np.asarray(pairs, dtype=np.int64).T
-    half, centred = (values[better] - values[worse]) / 2, np.zeros_like(values)
-    centred[better], centred[worse] = half, -half
-    return centred
+    difference, differences = scores[better] - scores[worse], np.zeros_like(scores)
+    differences[better], differences[worse] = difference, -difference
+    return differences
 
 
 def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
-    """Return the worst mistakes, for people to read."""
+    """Return the worst mistakes, for people to read; for pairs, both completions of each."""
     order, p = np.argsort(scores, kind="stable"), probabilities(scores)
 
     def mistake(index: int) -> Mistake:
@@ -215,6 +239,13 @@ def _mistakes(scores: Floats, truth: Labels, rows: RatedRows) -> Mistakes:
             probability=float(p[index]),
         )
 
+    if rows.compared:  # both lists in the same order; a pair in the right order is not a mistake
+        wrong = [pair for pair in rows.pairs if scores[pair[0]] < 0]
+        worst = sorted(wrong, key=lambda pair: float(scores[pair[0]]))[:MISTAKES]
+        return Mistakes(
+            downs_scored_high=[mistake(worse) for _, worse in worst],
+            ups_scored_low=[mistake(better) for better, _ in worst],
+        )
     return Mistakes(
         downs_scored_high=[mistake(index) for index in order[::-1][truth[order[::-1]] == 0][:MISTAKES]],
         ups_scored_low=[mistake(index) for index in order[truth[order] == 1][:MISTAKES]],

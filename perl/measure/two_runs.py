@@ -58,8 +58,9 @@ def compare_scores(first: Sequence[float], second: Sequence[float], rows: RatedR
     rated, count = rows.labelled(), len(rows.labels)
     scores = [np.asarray(one, dtype=np.float64) for one in (first, second)]
     labelled = [checked(one[:count], rated.truth) for one in scores]
-    found = [_difference("AUROC", rated.dialogues, [auroc(*one) for one in labelled])]
+    found = []
     if not rows.compared:  # the score of one completion of a pair is meaningless by itself
+        found.append(_difference("AUROC", rated.dialogues, [auroc(*one) for one in labelled]))
         found.append(_difference("accuracy", rated.dialogues, [accuracy(*one) for one in labelled]))
     pairs = rows.ranked_pairs()
     if pairs:

@@ -80,18 +80,15 @@ def _unseen(metrics: "RewardMetrics") -> _Criterion:
 
 def _ranks(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     """Check that it is better than chance; if so, better than counting words and than counting characters."""
-    name, value = "AUROC", metrics.auroc
-    if metrics.tfidf_baseline.metric == "pairwise_accuracy":
-        name, value = "pairwise accuracy", metrics.pairwise_accuracy
+    name, (value, interval) = metrics.metric, metrics.ranked
     assert value is not None
-    interval = metrics.intervals[metrics.tfidf_baseline.metric]
     against = " against the gold judge" if metrics.against == "gold" else ""
     better = _above(interval, 0.5)
     how = "better" if better else "no better"
     yield better, f"It ranks {how} than chance: {name}{against} {fixed(value, 2)} ({_ends(interval)})."
     yield _beats_words(metrics.tfidf_baseline, name)
     if better:
-        yield _beats_length(metrics.length)
+        yield _beats_length(metrics.length, name)
 
 
 def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
@@ -111,7 +108,7 @@ def _beats_words(baseline: TfidfBaseline, name: str) -> _Criterion:
     )
 
 
-def _beats_length(length: LengthBias) -> _Criterion:
+def _beats_length(length: LengthBias, name: str) -> _Criterion:
     if length.ahead_interval is None:
         return False, "Length explains everything: no two answers of similar length are rated differently."
     more, correlation = _above(length.ahead_interval, 0), length.correlation or 0.0
@@ -119,7 +116,7 @@ def _beats_length(length: LengthBias) -> _Criterion:
     if not more and abs(correlation) >= MOSTLY_LENGTH:
         what = f"It only counts length (correlation {correlation:+.2f}, Spearman)"
     assert length.auroc_within is not None
-    within = f"AUROC {fixed(length.auroc_within, 2)} ({_ends(length.auroc_within_interval)})"
+    within = f"{name} {fixed(length.auroc_within, 2)} ({_ends(length.auroc_within_interval)})"
     return more, f"{what}: among answers of similar length it has {within}."
 
 

@@ -145,18 +145,20 @@ def scores_plot(card: RewardModelCard) -> Plot | None:
         return None
     edges = np.asarray(counts.edges)
     with drawing(height=2.9) as drawn:
-        axes = titled(drawn.subplots(), "Scores", "score (log-odds of a thumb up)", "answers")
+        score, kinds = "score (log-odds of a thumb up)", ("rated up", "rated down")
+        if card.compared:
+            score, kinds = "score minus that of the other answer of the pair", ("better", "worse")
+        axes = titled(drawn.subplots(), "Scores", score, "answers")
         for sign, values, colour, y in ((1, counts.up, SERIES[0], 0.92), (-1, counts.down, SERIES[1], 0.03)):
             heights = sign * np.asarray(values)
             axes.bar(edges[:-1], heights, np.diff(edges), align="edge", color=colour, edgecolor=BG)
-            words = f"rated {'up' if sign > 0 else 'down'}"
-            axes.text(0.02, y, words, transform=axes.transAxes, fontweight="bold", fontsize=9)
+            axes.text(0.02, y, kinds[sign < 0], transform=axes.transAxes, fontweight="bold", fontsize=9)
         axes.axhline(0, color=FG, linewidth=1.0)
         top = 1.25 * max(*counts.up, *counts.down, 1)
         axes.set_ylim(-top, top)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-        told = [f"{up} rated up, {down} down" for up, down in zip(counts.up, counts.down, strict=True)]
-        spoken = "Histogram of scores: answers rated up above the line, rated down below"
+        told = [f"{up} {kinds[0]}, {down} {kinds[1]}" for up, down in zip(counts.up, counts.down, strict=True)]
+        spoken = f"Histogram of the scores of answers: {kinds[0]} above the line, {kinds[1]} below"
         svg = to_svg(drawn, "scores", spoken, bin_hovers(axes, counts.edges, told))
     return Plot(svg, "The less the two overlap horizontally, the better the model tells good answers from bad.")
 

@@ -1,15 +1,14 @@
 """Writes the page: findings, plots and tables in one HTML file that loads nothing from a network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from perl.baselines.results import BaselineResult
 from perl.measure.bootstrap import Interval
 from perl.measure.change import places_of
-from perl.measure.reward_model_card import RewardModelCard
-from perl.measure.slices import Slice
 from perl.report import charts, policy_charts, words
 from perl.report.baselines import COLUMNS, table_rows, trainings
+from perl.report.card import Row, card, folded
 from perl.report.numbers import (
     NONE,
     Spread,
@@ -26,15 +25,13 @@ from perl.report.outcome import match_all, mean_change
 from perl.report.runs import Group, groups, read_runs
 from perl.report.samples import during_training, examples
 from perl.report.templates import filled
-from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows, reward_line
+from perl.report.tunings import COSTS, balance, bottom_line, cost_rows, predictions, quality_rows
 from perl.results import RlStage
 from perl.rl.results import PairedMetric
 from perl.system.files import user_named, write_whole
 
 SHOWN_SAMPLES = 3
 """Number of samples shown; the others, and those that did not change, are collapsed."""
-SHOWN_METRICS = 4
-Row = tuple[str, ...]
 POLICY: list[tuple[str, PairedMetric, int, int]] = [
     ("Reward", "reward", 2, 1),
     ("Gold judge: right, %", "gold", 1, 100),
@@ -42,26 +39,6 @@ POLICY: list[tuple[str, PairedMetric, int, int]] = [
     ("Completions that end by themselves, %", "ended", 1, 100),
 ]
 """Label, metric, minimum decimal places, and scale."""
-CARD: list[tuple[str, Callable[[RewardModelCard], tuple[float | None, Interval | None]]]] = [
-    ("AUROC", lambda card: (card.auroc, card.intervals.get("auroc"))),
-    ("Pairwise accuracy", lambda card: (card.pairwise_accuracy, card.intervals.get("pairwise_accuracy"))),
-    ("Accuracy", lambda card: (card.accuracy, card.intervals.get("accuracy"))),
-    ("… of the majority label alone", lambda card: (card.majority_accuracy, None)),
-    ("AUROC against the labels", lambda card: (card.auroc_labels, card.intervals.get("auroc_labels"))),
-    ("Balanced accuracy", lambda card: (card.balanced_accuracy, card.intervals.get("balanced_accuracy"))),
-    ("TF-IDF + logistic regression", lambda card: (card.tfidf_baseline.value, card.tfidf_baseline.value_interval)),
-    ("… the model is ahead by", lambda card: (card.tfidf_baseline.ahead, card.tfidf_baseline.ahead_interval)),
-    ("AUROC of length alone", lambda card: (card.length.auroc_of_length, None)),
-    (
-        "… of the model among similar lengths",
-        lambda card: (card.length.auroc_within, card.length.auroc_within_interval),
-    ),
-    ("Correlation with length (Spearman)", lambda card: (card.length.correlation, None)),
-    ("Calibration error (ECE), unscaled", lambda card: (card.calibration.ece_before, None)),
-    ("… with a temperature", lambda card: (card.calibration.ece_temperature, None)),
-    ("… with slope and intercept", lambda card: (card.calibration.ece_after, None)),
-]
-"""Label, and a function that returns value and interval."""
 
 
 def write_page(runs: Sequence[Path], file: Path, baselines: Sequence[BaselineResult] = ()) -> Path:
@@ -98,7 +75,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
         "preflight": _checks(rl) if rl else [],
         "runs": [(r.path.name, r.report.name, one.label, r.report.seed) for one in by_tuning for r in one.runs],
         "policy": _policy(main) if main.rl else None,
-        "card": _card(by_tuning) if main.reward else None,
+        "card": card(by_tuning) if main.reward else None,
         "sft": words.sft_words(main),
         "sft_plot": charts.step_plot(main, "sft", "loss", "Loss in SFT", "loss"),
         "cost_head": ["stage", *(name for name, _, _ in COSTS)],
@@ -153,13 +130,13 @@ def _tiles(group: Group) -> list[Row]:
     if reward is not None:
         ends = f"{decimal(reward.before.mean, reward.places)} → {decimal(reward.after.mean, reward.places)}"
         tiles.append(("Reward", ends, "on held-out prompts, before → after RL"))
-    kl, auroc = spread(one.kl for one in group.rl), spread(card.auroc for card in group.reward)
+    kl, ranked = spread(one.kl for one in group.rl), spread(card.ranked[0] for card in group.reward)
     if kl is not None:
         note = f"nats per completion {plus_minus(kl)}".strip()
         tiles.append(("KL from the reference", decimal(kl.mean), note))
-    if auroc is not None:
-        note = plus_minus(auroc) or "0.5 is a coin flip, 1 is perfect"
-        tiles.append(("Reward model AUROC", decimal(auroc.mean), note))
+    if ranked is not None:
+        note = plus_minus(ranked) or "0.5 is a coin flip, 1 is perfect"
+        tiles.append((f"Reward model {group.reward[0].metric}", decimal(ranked.mean), note))
     seconds = group.over_runs(lambda run: sum(one.waited_seconds or one.seconds for one in run.stages.values()))
     of_runs = [list(run.stages.values()) for run in group.runs]
     peak = spread(max((stage.peak_memory_bytes for stage in one), default=None) for one in of_runs)
@@ -195,7 +172,7 @@ def _policy(group: Group) -> dict[str, object]:
         policy_charts.reward_histogram_plot(group),
         policy_charts.trust_region_plot(group),
     ]
-    table = _folded(["Metric", "Before RL", "After RL", "Change, 95 %"], rows, shown=len(rows))
+    table = folded(["Metric", "Before RL", "After RL", "Change, 95 %"], rows, shown=len(rows))
     return {**table, "plots": [plot for plot in plots if plot is not None]}
 
 
@@ -238,46 +215,6 @@ def _pass_rows(group: Group) -> list[Row]:
             cells = [f"{cell} ({interval_text(one)})" for cell, one in zip(cells, intervals, strict=True)]
         rows.append((label, *cells, change))
     return rows
-
-
-def _card(by_tuning: Sequence[Group]) -> dict[str, object]:
-    """Return the reward model card of the first tuning's runs, with one line on the other tuning."""
-    group = by_tuning[0]
-    cards, first = group.reward, group.reward[0]
-    rows = []
-    for label, estimate in CARD:
-        value, interval = spread(estimate(card)[0] for card in cards), estimate(first)[1]
-        if value is not None:
-            rows.append((label, spread_text(value), interval_text(interval if len(cards) == 1 else None)))
-    plots = [
-        charts.reliability_plot(first),
-        charts.scores_plot(first),
-        charts.step_plot(group, "reward", "loss", "Loss in training", "loss"),
-    ]
-    return {
-        **_folded(["Metric", "Value", "95 % interval"], rows),
-        "fitness": words.fitness(cards),
-        "words": words.reward_model_words(cards) + ([reward_line(by_tuning)] if by_tuning[1:] else []),
-        "first": first,
-        "slices": [_slice_row(one) for one in first.slices],
-        "mistakes": [
-            ("Bad answers with high scores", first.mistakes.downs_scored_high),
-            ("Good answers with low scores", first.mistakes.ups_scored_low),
-        ],
-        "plots": [plot for plot in plots if plot is not None],
-    }
-
-
-def _slice_row(one: Slice) -> Row:
-    auroc, ece = (NONE if value is None else decimal(value) for value in (one.auroc, one.ece))
-    return one.by, one.name, f"{one.n:,}", percent(one.share_up), auroc, interval_text(one.interval), ece
-
-
-def _folded(head: list[str], rows: Sequence[Row], shown: int = SHOWN_METRICS) -> dict[str, object]:
-    """Return a table without its last column if that is empty; rows after the first `shown` are collapsed."""
-    width = len(head) if any(row[-1] != NONE for row in rows) else len(head) - 1
-    cut = [row[:width] for row in rows]
-    return {"head": head[:width], "rows": cut[:shown], "further": cut[shown:]}
 
 
 def _tunings(by_tuning: Sequence[Group]) -> dict[str, object]:

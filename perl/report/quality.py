@@ -34,7 +34,10 @@ def _sft_loss(run: Run, kl: float) -> float | None:
 def _of_card(key: str) -> Callable[[Run, float], float | None]:
     def value(run: Run, kl: float) -> float | None:
         stage = run.report.stages.reward
-        return None if stage is None else getattr(stage.eval, key)
+        if stage is None or (key != "pairwise_accuracy" and stage.eval.compared):
+            return None  # a model of pairs is measured only by pairwise accuracy
+        found: float | None = getattr(stage.eval, key)
+        return found
 
     return value
 
@@ -76,7 +79,4 @@ QUALITIES: dict[StageName, tuple[Quality, ...]] = {
 
 def qualities(stage: StageName, run: Run) -> list[Quality]:
     """Return the metrics that a run has, the decisive one first: for models of pairs, pairwise accuracy."""
-    found = [one for one in QUALITIES[stage] if one.value(run, math.inf) is not None]
-    reward = run.report.stages.reward
-    compared = stage == "reward" and reward is not None and reward.eval.compared
-    return sorted(found, key=lambda one: one.name != "pairwise accuracy") if compared else found
+    return [one for one in QUALITIES[stage] if one.value(run, math.inf) is not None]

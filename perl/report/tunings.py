@@ -131,7 +131,7 @@ def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[Qual
     """Return the quality of reward model and policy, at the end and at matched KL."""
     both = (lora, full)
     sides = {
-        "Reward model's AUROC": [spread(card.auroc for card in group.reward) for group in both],
+        f"Reward model's {ranked_by(both)}": [spread(card.ranked[0] for card in group.reward) for group in both],
         "Reward at the end": [spread(one.reward_after for one in group.rl) for group in both],
         "Gold judge at the end": [spread(one.gold_after for one in group.rl) for group in both],
         "KL at the end": [spread(one.kl for one in group.rl) for group in both],
@@ -145,6 +145,11 @@ def quality_rows(lora: Group, full: Group, matched: Matched | None) -> list[Qual
         for name, (of_lora, of_full) in sides.items()
         if of_lora is not None and of_full is not None
     ]
+
+
+def ranked_by(groups: Sequence[Group]) -> str:
+    """Return the metric of these runs' reward models."""
+    return next((card.metric for group in groups for card in group.reward), "AUROC")
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ def reward_line(by_tuning: Sequence[Group]) -> str:
     for how, lines in (("is ahead of", sides.ahead), ("is behind", sides.behind), ("and", sides.open)):
         if lines:
             return f"{by_tuning[0].label} {how} full tuning. {lines[0]}"
-    return f"{by_tuning[0].label} and full tuning cannot be compared: one of them has no AUROC."
+    return f"{by_tuning[0].label} and full tuning cannot be compared: one of them has no {ranked_by(by_tuning)}."
 
 
 @dataclass(frozen=True)

@@ -125,17 +125,19 @@ def fitness(cards: Sequence[RewardModelCard]) -> Finding:
 
 
 def reward_model_words(cards: Sequence[RewardModelCard]) -> list[str]:
-    """Return the AUROC in words, and whether the model is useful as a classifier."""
-    auroc = spread(card.auroc for card in cards)
-    if auroc is None:
+    """Return the ranking in words, and whether the model is useful as a classifier."""
+    ranked, compared = spread(card.ranked[0] for card in cards), cards[0].compared
+    if ranked is None:
         return ["The AUROC is undefined: all held-out answers have the same label."]
     judge = "the gold judge calls" if cards[0].against == "gold" else "people rated"
-    lines = [
-        f"Given an answer that {judge} good and one bad, the reward model scores the good one higher "
-        f"{100 * auroc.mean:.0f} times in 100; a coin flip would do so 50 times."
-    ]
+    given = f"Given an answer that {judge} good and one bad, the reward model scores the good one higher"
+    if compared:
+        given = "Given two answers to one prompt, the reward model scores the one that people preferred higher"
+    lines = [f"{given} {100 * ranked.mean:.0f} times in 100; a coin flip would do so 50 times."]
     if cards[0].ensemble is not None:
-        lines += cards[0].ensemble.words
+        lines += cards[0].ensemble.words(cards[0].metric)
+    if compared:
+        return lines
     if np.mean([card.accuracy for card in cards]) <= np.mean([card.majority_accuracy for card in cards]):
         lines.append(
             "As a classifier it is useless here: always giving the more frequent label is right as often. Its "

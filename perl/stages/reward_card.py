@@ -52,12 +52,42 @@ def print_card(title: str, card: RewardModelCard) -> None:
     console.print(f"[bold]{escape(title)}[/]: [bold {colour}]{fit}[/].")
     for reason in verdict.reasons:
         console.print(f"  {'+' if verdict.fit else '-'} {reason}", markup=False)
-    for line in _lines(card):
+    for line in card_lines(card):
         console.print(f"  {line}", markup=False)
 
 
-def _lines(card: RewardModelCard) -> Iterator[str]:
-    intervals, scaled, length = card.intervals, card.calibration, card.length
+def card_lines(card: RewardModelCard) -> Iterator[str]:
+    """Yield the metrics behind the verdict, in sentences."""
+    scaled, length, metric = card.calibration, card.length, card.metric
+    yield from _ranking(card)
+    yield (
+        f"Calibration error (ECE) {told(scaled.ece_before)}; with a temperature {told(scaled.ece_temperature)}; "
+        f"as σ({scaled.slope:.2f} · {'difference' if card.compared else 'score'} {scaled.intercept:+.2f}) "
+        f"{told(scaled.ece_after)}."
+    )
+    if card.ensemble is not None:
+        yield from card.ensemble.words(metric)
+    yield (
+        f"Length: correlation with the score {told(length.correlation)}; {metric} of length alone "
+        f"{told(length.auroc_of_length)}, of the model among similar lengths {told(length.auroc_within)}."
+    )
+    if judged := [(one.auroc, one) for one in card.slices if one.auroc is not None]:
+        value_of_worst, worst = min(judged, key=lambda pair: pair[0])
+        words = told(value_of_worst, worst.interval)
+        yield f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): {metric} {words}."
+    yield "LoRA and full tuning: not compared (use perl-rlhf compare); worst mistakes: in the report."
+
+
+def _ranking(card: RewardModelCard) -> Iterator[str]:
+    """Yield the quality as a ranking and, except for a model of pairs, as a classifier."""
+    intervals = card.intervals
+    pairwise = ""
+    if card.pairwise_accuracy is not None:
+        pairwise = f"pairwise accuracy {told(card.pairwise_accuracy, intervals['pairwise_accuracy'])}"
+        pairwise += f", {counted(card.pairs, 'pair')}"
+    if card.compared:
+        yield f"{pairwise[0].upper()}{pairwise[1:]}."
+        return
     against = "the gold judge's verdict" if card.against == "gold" else "the labels"
     if card.auroc is None:
         auroc = f"AUROC cannot be computed: all {card.n:,} answers are rated the same by {against}"
@@ -65,27 +95,9 @@ def _lines(card: RewardModelCard) -> Iterator[str]:
         auroc = f"AUROC {told(card.auroc, intervals['auroc'])} against {against}"
     if card.auroc_labels is not None:
         auroc += f", {told(card.auroc_labels, intervals['auroc_labels'])} against the labels"
-    if card.pairwise_accuracy is not None:
-        pairwise = told(card.pairwise_accuracy, intervals["pairwise_accuracy"])
-        auroc += f"; pairwise accuracy {pairwise}, {counted(card.pairs, 'pair')}"
-    yield f"{auroc}."
+    yield f"{auroc}; {pairwise}." if pairwise else f"{auroc}."
     balanced = told(card.balanced_accuracy, intervals["balanced_accuracy"])
     yield (
         f"Accuracy {told(card.accuracy, intervals['accuracy'])}, always giving the more common label "
         f"{card.majority_accuracy:.2f}; balanced {balanced}."
     )
-    yield (
-        f"Calibration error (ECE) {told(scaled.ece_before)}; with a temperature {told(scaled.ece_temperature)}; "
-        f"as σ({scaled.slope:.2f} · score {scaled.intercept:+.2f}) {told(scaled.ece_after)}."
-    )
-    if card.ensemble is not None:
-        yield from card.ensemble.words
-    yield (
-        f"Length: correlation with the score {told(length.correlation)}; AUROC of length alone "
-        f"{told(length.auroc_of_length)}, of the model among similar lengths {told(length.auroc_within)}."
-    )
-    if judged := [(one.auroc, one) for one in card.slices if one.auroc is not None]:
-        auroc_of_worst, worst = min(judged, key=lambda pair: pair[0])
-        words = told(auroc_of_worst, worst.interval)
-        yield f"Weakest slice: {worst.by}, {worst.name} (n = {worst.n:,}): AUROC {words}."
-    yield "LoRA and full tuning: not compared (use perl-rlhf compare); worst mistakes: in the report."

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perl.measure.bootstrap import ClusterBootstrap, Floats, value_of
-from perl.measure.length import length_bias, spearman
+from perl.measure.length import length_bias, length_bias_of_pairs, spearman
 from perl.measure.metrics import Labels, auroc
 
 
@@ -59,6 +59,33 @@ def test_reading_is_seen_beside_length() -> None:
     assert bias.correlation > 0.5
     assert bias.auroc_within > 0.75
     assert bias.ahead_interval[0] > 0.2
+
+
+def test_pairs_are_compared_among_similar_differences_in_length() -> None:
+    """A function of length, even nonlinear or noisy, is right half of the time; a model that reads is not."""
+    random = np.random.default_rng(0)
+    lengths, quality = random.integers(10, 200, size=(2, 3000)).astype(np.float64), random.normal(size=(2, 3000))
+    liked = lengths / 50 + quality + 0.5 * random.normal(size=(2, 3000))
+    better = liked.argmax(0)
+
+    def differences(of_both: Floats) -> Floats:
+        one, other = of_both[better, range(3000)], of_both[1 - better, range(3000)]
+        return np.asarray(one - other)
+
+    bootstrap = ClusterBootstrap(range(3000), seed=0)
+    for count in (lengths, np.log(lengths), lengths / 50 + 0.3 * random.normal(size=(2, 3000))):
+        bias = length_bias_of_pairs(differences(count), differences(lengths), bootstrap)
+        assert bias.auroc_of_length > 0.7
+        assert bias.auroc_within == pytest.approx(0.5, abs=0.02)
+        assert bias.ahead_interval[0] < 0.005
+    reading = length_bias_of_pairs(differences(quality), differences(lengths), bootstrap)
+    assert reading.auroc_within > 0.7
+    assert reading.ahead == pytest.approx(reading.auroc_within - 0.5)
+    assert reading.ahead_interval[0] > 0.15
+    # Pairs of equal length count as half longer and half shorter.
+    alike = length_bias_of_pairs(differences(quality), np.zeros(3000), bootstrap)
+    assert alike.auroc_within == pytest.approx((differences(quality) > 0).mean())
+    assert alike.auroc_of_length == 0.5
 
 
 def test_nothing_to_compare() -> None:

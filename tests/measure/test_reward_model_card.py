@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score
 
 from perl.data.records import Turn
 from perl.measure.bootstrap import Floats
@@ -273,7 +274,6 @@ def test_pairs_alone() -> None:
     assert card.compared
     assert card.calibration.intercept == 0.0
     far = reward_model_card(moved.tolist(), answers, baseline)
-    assert far.auroc < 0.7
     assert far.pairwise_accuracy == 1.0
     assert far.verdict.fit, far.verdict
     counting = reward_model_card((lengths(answers) / 10).tolist(), answers, baseline)
@@ -286,6 +286,60 @@ def test_pairs_alone() -> None:
     few = RatedRows(**{name: getattr(few, name)[:40] if name != "gold" else None for name in vars(few)})
     card = reward_model_card([0.0] * 40, few, TfidfScores(np.zeros(40), 1, 1))
     assert "there are 20 pairs" in card.verdict.reasons[0]
+
+
+def test_pairs_are_measured_by_pairwise_accuracy() -> None:
+    """No metric depends on a constant added to the scores of a context; slices add up to the whole."""
+    answers, quality = compared()
+    answers = replace(answers, sources=["shop" if n % 3 else "cinema" for n in range(600)] * 2)
+    random = np.random.default_rng(4)
+    members = quality + random.normal(size=(3, 1200))
+    scores = members.mean(0)
+    moved = members + np.tile(random.normal(scale=50.0, size=600), 2)
+    baseline = TfidfScores(random.normal(size=1200), 1, 1)
+    card = reward_model_card(members, answers, baseline, log_odds=False)
+    assert as_json(reward_model_card(moved, answers, baseline, log_odds=False)) == near(as_json(card))
+    right = scores[:600] > scores[600:]
+    assert card.auroc is None
+    assert "auroc" not in card.intervals
+    assert card.metric == "pairwise accuracy"
+    assert card.ranked == (card.pairwise_accuracy, card.intervals["pairwise_accuracy"])
+    assert card.accuracy == card.balanced_accuracy == card.pairwise_accuracy == accuracy_score([1] * 600, right)
+    for by in ("kind of better answer", "depth of dialogue", "length of better answer", "source"):
+        parts = [one for one in card.slices if one.by == by]
+        assert sum(one.n for one in parts) == 600
+        assert sum(one.n * one.auroc for one in parts) == pytest.approx(right.sum())
+        assert all(one.interval[0] < one.auroc < one.interval[1] for one in parts)
+        assert all(one.share_up is None and one.ece is None for one in parts)
+    cinema = next(one for one in card.slices if one.name == "cinema")
+    assert cinema.auroc == pytest.approx(right[::3].mean())
+    assert card.ensemble.auroc == pytest.approx((members[:, :600] > members[:, 600:]).mean(1))
+    assert card.ensemble.ahead == pytest.approx(card.pairwise_accuracy - np.mean(card.ensemble.auroc))
+    longer = lengths(answers)[:600] - lengths(answers)[600:]
+    assert card.length.auroc_of_length == pytest.approx(np.heaviside(longer, 0.5).mean())
+    assert abs(card.length.auroc_within - card.pairwise_accuracy) < 0.03
+    high, low = card.mistakes.downs_scored_high, card.mistakes.ups_scored_low
+    worst = np.argsort(scores[:600] - scores[600:])[:5]
+    assert [one.answer for one in high] == [answers.answers[600 + n].text for n in worst]
+    assert [one.answer for one in low] == [answers.answers[n].text for n in worst]
+    assert high[0].score == pytest.approx(scores[600 + worst[0]] - scores[worst[0]])
+    assert high[0].probability == pytest.approx(1 - low[0].probability)
+
+
+def test_pairs_in_the_right_order_are_no_mistakes() -> None:
+    answers, quality = compared()
+    card = reward_model_card(quality.tolist(), answers, TfidfScores(np.zeros(1200), 1, 1))
+    assert not card.mistakes.downs_scored_high
+    assert not card.mistakes.ups_scored_low
+
+
+def near(value: Any) -> Any:
+    """Return the value with floats that compare equal up to rounding."""
+    if isinstance(value, dict):
+        return {key: near(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [near(one) for one in value]
+    return pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
 
 
 def test_pairs_beside_ratings(data: Made, baseline: TfidfScores) -> None:

@@ -1,5 +1,6 @@
 """The reward model's card on the page: verdict, every figure, the other tuning, and no markup from the data."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from perl.report.page import write_page
 from perl.report.runs import groups, read_runs
 from perl.report.tunings import reward_line
 from perl.report.words import fitness
+from perl.stages.reward_card import card_lines
 from perl.system.typed_json import as_json
 from perl.system.typed_json import made as made_of
 from tests.measure.rated import made
@@ -103,6 +105,42 @@ def test_lora_beside_full_tuning(tmp_path: Path, metrics: dict[str, Any]) -> Non
     one_each = reward_line(groups(read_runs([folders[0], folders[2]])))
     assert "0.90 against 0.80; with a single run this may be chance" in one_each
     assert "LoRA is ahead of full tuning" in page(tmp_path, *folders)
+
+
+def test_pairs_are_measured_by_pairwise_accuracy(tmp_path: Path) -> None:
+    """There is no AUROC and no accuracy of single answers; the tunings are compared by pairwise accuracy."""
+    count, random = 200, np.random.default_rng(0)
+    answers = RatedRows(
+        contexts=[(Turn("user", f"question {n}"),) for n in range(count)] * 2,
+        answers=[Turn("agent", f"answer {'so ' * random.integers(9)}{n}") for n in range(2 * count)],
+        dialogues=[str(n) for n in range(count)] * 2,
+        sources=["shop"] * (2 * count),
+        labels=[True] * count + [False] * count,
+        gold=None,
+        pairs=[(n, count + n) for n in range(count)],
+    )
+    baseline = TfidfScores(random.normal(size=2 * count), 1, 1)
+    folders = []
+    for tuning, better in (("lora", 2.0), ("full", 1.0)):
+        members = random.normal(size=(2, 2 * count)) + better * np.repeat([1, 0], count)
+        found = reward_model_card(members, answers, baseline, log_odds=False)
+        console_lines = [*card_lines(found)]
+        assert "AUROC" not in "".join(console_lines[:1] + console_lines[-3:])
+        assert f"Pairwise accuracy {found.pairwise_accuracy:.2f}" in console_lines[0]
+        folders.append(run(tmp_path / tuning, as_json(found), 0, tuning, only=True))
+    text = page(tmp_path, *folders)
+    section = text[text.index('<section id="reward">') :].split("</section>")[0]
+    assert "AUROC" not in section.replace("AUROC of the disagreement", "")
+    assert "Accuracy</th>" not in section
+    for words in (
+        "Pairwise accuracy of length alone",
+        "length of better answer",
+        "Given two answers",
+    ):
+        assert words in section
+    assert "LoRA and full tuning. Reward model's pairwise accuracy: 0." in html.unescape(section)
+    assert "Reward model pairwise accuracy" in text
+    assert "Worse answers that score higher than the better one" in section
 
 
 def test_what_the_data_say_is_text(tmp_path: Path, metrics: dict[str, Any]) -> None:

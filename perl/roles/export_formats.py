@@ -11,10 +11,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from perl.backbones.chat import ChatFormat
 from perl.backbones.template import ASKED, scoring_template
+from perl.errors import UserError
+from perl.private.transformers import has_classifier
 from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
@@ -56,6 +63,33 @@ def text_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the suffix for a plain text: the end token, unless the tokenizer adds it."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return "" if ids[-1:] == [tokenizer.eos_token_id] else str(tokenizer.eos_token)
+
+
+def check_classifier(roles: Roles, base: str, trust_remote_code: bool) -> None:
+    """Check that a classifier can load the whole trunk from the base's files; only names of weights are read.
+
+    Some store tied embeddings only under the name of the language model's head, which a classifier lacks. Its
+    embeddings are then initialized at random, and transformers only logs a warning.
+
+    Args:
+        base: name or folder of the base.
+
+    Raises:
+        UserError: weights of the trunk are missing.
+    """
+    if roles.backbone.auto_class is not AutoModelForCausalLM or not has_classifier(roles.backbone.config):
+        return
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    absent = sorted(key for key in found["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if absent:
+        raise UserError(
+            f"its files lack {', '.join(absent[:3])}, which a classifier would initialize at random: scores with "
+            "the adapter would be meaningless",
+            where=f"base.model {base}",
+            remedy="Export the whole model with --merge.",
+        )
 
 
 def save_adapter(roles: SharedBase, role: Role, trunk: Role, base: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ from perl.report.model_card import Exported, model_card
 from perl.rl.rewards.function import messages
 from perl.roles.as_lora import check_convertible
 from perl.roles.export_formats import (
+    check_classifier,
     classifier,
     generating_tokenizer,
     merge,
@@ -66,6 +67,8 @@ def export_role(
             where=f"reward.{term}",
             remedy="Use perl-rlhf score or serve, or train the reward model without it.",
         )
+    if scores and not whole:
+        check_classifier(session.roles, session.base.name, session.recipe.base.trust_remote_code)
     chat = session.base.chat
     tokenizer = scoring_tokenizer(chat) if scores else generating_tokenizer(chat)
     end = "tokenizer.eos_token" if text_end(tokenizer) else ""

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -358,6 +360,29 @@ def test_what_cannot_be_exported_is_said_in_one_message(
         RunFolder(tmp_path / "run").finish("sft", made_up("sft"))
     assert "trained on 4-bit weights" in refused(tmp_path / "run", "sft", out, "--merge")
     assert not out.exists()
+
+
+def test_an_adapter_on_a_base_that_a_classifier_cannot_load_completely_is_refused(
+    tiny_llama: Path, mixed_data: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    """Its files store tied embeddings only as the language model's head; the merged model has them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    out = make(tmp_path / "run", recipe_on(base, mixed_data, rl=None))
+    code, written = run_cli("export", out, "reward", tmp_path / "adapter")
+    assert code == 2
+    assert "lack model.embed_tokens.weight" in " ".join(written.split())
+    assert not (tmp_path / "adapter").exists()
+    code, written = run_cli("export", out, "reward", tmp_path / "whole", "--merge")
+    assert code == 0, written
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    assert_same(scores(model, tokenizer, DIALOGUES), Run(out).scores(Role.REWARD, DIALOGUES))
 
 
 def test_an_unfinished_stage_and_a_missing_critic_are_refused(

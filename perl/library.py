@@ -22,7 +22,7 @@ from perl.rl.samplers.local import LocalSampler
 from perl.roles.role import Role
 from perl.stages import pipeline
 from perl.stages.opening import open_run
-from perl.stages.reward_scores import run_disagreement, run_member_scores, scores_are_log_odds
+from perl.stages.reward_scores import run_disagreement, run_member_scores, scores_are_log_odds, zero_points
 from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
@@ -60,7 +60,8 @@ class Score:
 
     Attributes:
         score: log-odds if trained on thumbs, else a Bradley-Terry score.
-        probability: calibrated probability of a thumb up (for a model of pairs, of being the better one).
+        probability: calibrated probability of a thumb up (for a model of pairs, of being better than an average
+            training completion).
         disagreement: for an ensemble, the standard deviation of its members' probabilities of a thumb up (for a
             model of pairs, of their scores minus their means); the larger it is, the likelier the score is wrong.
     """
@@ -258,7 +259,8 @@ class LoadedRun:
         Args:
             prompts: texts or chat messages.
             probability: return the calibrated probability of a thumb up instead (for a model of pairs, of being
-                the better one): σ(slope · score + intercept), fitted on the run's held-out ratings.
+                better than an average training completion): σ(slope · score + intercept), fitted on the run's
+                held-out ratings.
 
         Raises:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
@@ -282,7 +284,8 @@ class LoadedRun:
         scores_MN = run_member_scores(self.session, rows, MICRO_BATCH_SIZE)
         fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)
         scores_N = ensemble_scores(scores_MN, log_odds)
-        probabilities_N = probabilities(fitted.slope * scores_N + fitted.intercept)
+        average = float(zero_points(self.session).mean()) if self.results.reward.eval.compared else 0.0
+        probabilities_N = probabilities(fitted.slope * (scores_N - average) + fitted.intercept)
         several = len(scores_MN) > 1
         differ = run_disagreement(self.session, scores_MN).tolist() if several else [None] * len(rows)
         return [Score(*one) for one in zip(scores_N.tolist(), probabilities_N.tolist(), differ, strict=True)]

@@ -1,5 +1,6 @@
 """`import perl`: what the README shows runs, and a run that is loaded generates and scores."""
 
+import json
 import math
 import re
 import subprocess
@@ -83,6 +84,22 @@ def test_scores_are_the_reward_models(folder: Path, loaded: perl.LoadedRun) -> N
     chances = loaded.score([CHAT, CHAT], [answer, "No."], probability=True)
     for score, chance in zip(scores, chances, strict=True):
         assert chance == pytest.approx(1 / (1 + math.exp(-(fitted.slope * score + fitted.intercept))))
+
+
+def test_the_probability_of_a_model_of_pairs_is_relative_to_an_average_answer(
+    tiny_llama: Path, mixed_data: Path, tmp_path: Path
+) -> None:
+    """Only differences of its scores are meaningful; 0.25 is the mean score that `make` writes."""
+    recipe = recipe_on(tiny_llama, mixed_data, reward={"loss": "pairs"}, rl=None)
+    file = make(tmp_path / "out", recipe) / "reward" / "result.json"
+    result = json.loads(file.read_text())
+    result["eval"] |= {"compared": True, "pairwise_accuracy": 0.8}
+    file.write_text(json.dumps(result))
+    pairs = perl.load_run(tmp_path / "out")
+    assert pairs.results.reward is not None
+    fitted = pairs.results.reward.eval.calibration
+    (score,), (chance,) = (pairs.score([CHAT], ["What size?"], probability=one) for one in (False, True))
+    assert chance == pytest.approx(1 / (1 + math.exp(-(fitted.slope * (score - 0.25) + fitted.intercept))))
 
 
 def test_what_cannot_be_read_is_named(loaded: perl.LoadedRun) -> None:

@@ -34,11 +34,14 @@ def run_disagreement(session: Session, scores_MN: Floats) -> Floats:
     Bradley-Terry determines a member's scores only up to a constant, so for a model of pairs each member's mean
     over the training rows is subtracted first.
     """
-    log_odds = scores_are_log_odds(session)
-    if not log_odds:
-        means_M = np.array([session.stamp(role).reward_mean for role in session.reward_members])
-        scores_MN = scores_MN - means_M[:, None]
-    return disagreement(scores_MN, log_odds)
+    return disagreement(scores_MN - zero_points(session)[:, None], scores_are_log_odds(session))
+
+
+def zero_points(session: Session) -> Floats:
+    """Return the zero point of each member's scores, (M): 0 for log-odds, else the mean over the training rows."""
+    if scores_are_log_odds(session):
+        return np.zeros(len(session.reward_members))
+    return np.array([session.stamp(role).reward_mean for role in session.reward_members])
 
 
 def scores_are_log_odds(session: Session) -> bool:

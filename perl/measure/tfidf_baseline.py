@@ -16,6 +16,13 @@ CONTEXT_CHARACTERS = 400
 MAX_TRAINING_ROWS = 20_000
 """Training rows are subsampled evenly to this number, so that training takes seconds."""
 
+_SINGLE = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\u2600-\u27bf\u2b00-\u2bff\U0001f300-\U0001faff"
+)
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters, and emoji."""
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]{{2,}}")
+
 
 @dataclass(frozen=True)
 class TfidfScores:
@@ -62,8 +69,12 @@ def _texts(rows: RatedRows) -> NDArray[np.object_]:
 
 
 def _words(text: str) -> list[str]:
-    """Return words of two letters or more, as in scikit-learn; [""] for a text without any."""
-    return re.findall(r"\w\w+", text.lower()) or [""]
+    """Return words of two letters or more, as in scikit-learn; [""] for a text without any.
+
+    In scripts without spaces between words each character is a word, and so is each emoji. As whole sentences,
+    words would be useless, and any model would be ahead of the baseline.
+    """
+    return _WORD.findall(text.lower()) or [""]
 
 
 def tfidf_baseline(

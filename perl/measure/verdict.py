@@ -71,7 +71,7 @@ def _unseen(metrics: "RewardMetrics") -> _Criterion:
         of_dialogues = f"{'is' if seen == 1 else 'are'} from dialogues it was trained on"
         return False, (
             f"{seen:,} of these {counted(n, 'answer')} {of_dialogues}, or nearly equal to answers it was "
-            "trained on, which flatters it; without --data the run's own held-out part is used."
+            "trained on, which flatters it: evaluate it on other data (data.eval_path or --data), or set neither."
         )
     dialogues = counted(metrics.dialogues, "dialogue")
     reason = f"Evaluated on {counted(n, 'answer')} from {dialogues} it was not trained on"

@@ -50,6 +50,19 @@ def test_words_of_the_answer_and_of_the_contexts_end_count(by: str, found: float
     assert ranked(tfidf_scores(train, held_out).scores, held_out) == pytest.approx(found, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("good", "bad", "more"), [("好", "坏", "猫狗花"), ("ดี", "เลว", "กขค"), ("😀", "💀", "🌸🎉⭐")]
+)
+def test_scripts_without_spaces_are_read_by_character(good: str, bad: str, more: str) -> None:
+    """If a whole sentence were one word, the baseline would be useless, and any model would be ahead."""
+    train, held_out = told_apart("answer")
+    random, sides = np.random.default_rng(0), []
+    for side in (train, held_out):
+        texts = ["".join(random.choice([*more], 8)) + (good if up else bad) for up in side.labels]
+        sides.append(replace(side, answers=[Turn("agent", text) for text in texts]))
+    assert ranked(tfidf_scores(*sides).scores, sides[1]) == pytest.approx(1.0, abs=0.01)
+
+
 def test_shuffled_labels_teach_nothing() -> None:
     data = made()
     assert ranked(tfidf_scores(data.train, data.held_out).scores, data.held_out) > 0.7

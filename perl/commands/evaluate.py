@@ -44,7 +44,9 @@ def evaluate(
 def _open(run: Path, role: str, data: str | None) -> "Session":
     """Open the run's session, with the evaluation data as its held-out data."""
     from perl.data.sources import load_records, parse_source
+    from perl.data.tables import columns_present
     from perl.runs.folder import RunFolder
+    from perl.stages.material import print_left_out
     from perl.stages.opening import open_session
 
     recipe, stage = RunFolder(run).recipe(), "rl" if role == "policy" else role
@@ -53,7 +55,10 @@ def _open(run: Path, role: str, data: str | None) -> "Session":
         raise UserError(f"the run has no {role}", where=str(run), remedy=remedy)
     session = open_session(recipe, run)
     if data is not None:
-        session.held_out = load_records(*parse_source(data), recipe.seed, chat=recipe.data.chat)
+        name, path = parse_source(data)
+        columns = columns_present(Path(path), recipe.data.columns) if name == "jsonl" and path is not None else {}
+        session.held_out = load_records(name, path, recipe.seed, columns, "--data", recipe.data.chat)
+        print_left_out(session.held_out.problems)
     return session
 
 

@@ -23,9 +23,12 @@ def read_records(file: Path) -> list[tuple[str, Row, Record]]:
     """Read the lines of a file: the place of each, its fields, and its record.
 
     Raises:
-        UserError: a line fits no format, or the file is empty or missing.
+        UserError: a line fits no format, or the file is empty, missing or a table.
     """
     records = []
+    if file.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        remedy = f"Convert it: perl-rlhf data import trl {file} --out {file.with_suffix('.jsonl').name}"
+        raise UserError(f"{file.suffix} files are not supported here", where=str(file), remedy=remedy)
     try:
         for number, line in numbered_lines(file):
             where = f"{file}:{number}"

@@ -239,13 +239,28 @@ def columns_in(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file's form is not supported, or it is broken.
     """
+    return mapping_of(*_counted(path))
+
+
+def columns_present(path: Path, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of a recipe's `data.columns` whose column a file has; it may use the fields' names.
+
+    Raises:
+        UserError: the file's form is not supported, or it is broken.
+    """
+    names, _ = _counted(path) if columns else (Counter[str](), 0)
+    return {field: name for field, name in columns.items() if name in names}
+
+
+def _counted(path: Path) -> tuple[Counter[str], int]:
+    """Return the number of a file's rows that have each column, and the number of rows."""
     names, count = Counter[str](), 0
     with contextlib.suppress(OSError):  # reported when its rows are read
         for _, value in numbered_values(path, {}):
             row = parsed("", value)
             names.update(list(row) if isinstance(row, dict) else [])
             count += 1
-    return mapping_of(names, count)
+    return names, count
 
 
 def mapping_of(names: Counter[str], rows: int) -> dict[str, str]:

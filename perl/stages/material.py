@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from perl.backbones.loading import load_base, random_base
 from perl.backbones.template import PLAIN_TEMPLATE
 from perl.data.chats import speakers_of
 from perl.data.fingerprint import fingerprints, sha256_of
-from perl.data.records import Demonstration, Records
+from perl.data.records import Demonstration, Problem, Records
 from perl.data.sources import load_records
 from perl.data.splits import split
 from perl.errors import UserError
@@ -100,13 +100,7 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     own = None
     if data.eval_path is not None:
         own = load_records(data.source, data.eval_path, recipe.seed, data.columns, "data.eval_path", data.chat)
-    if problems := [*records.problems, *(own.problems if own is not None else ())]:
-        first = problems[0]
-        quoted = escape(f"{first.where}: {first.what}")
-        console.print(
-            f"[yellow]{counted(len(problems), 'row')} left out[/]; the first: {quoted} "
-            "(`perl-rlhf data check` lists them all)"
-        )
+    print_left_out([*records.problems, *(own.problems if own is not None else ())])
     _print_notes(records.notes)
     train, held_out = (records, own) if own is not None else split(records, data.held_out, recipe.seed)
     for note in held_out.notes:
@@ -116,6 +110,16 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     if own is not None:
         train.fingerprints = {kind: [*rows, *fingerprints(own)[kind]] for kind, rows in train.fingerprints.items()}
     return train, held_out
+
+
+def print_left_out(problems: Sequence[Problem]) -> None:
+    """Print the number of rows that cannot be used, and why the first cannot."""
+    if problems:
+        quoted = escape(f"{problems[0].where}: {problems[0].what}")
+        console.print(
+            f"[yellow]{counted(len(problems), 'row')} left out[/]; the first: {quoted} "
+            "(`perl-rlhf data check` lists them all)"
+        )
 
 
 def open_base(recipe: Recipe, train: Records, device: torch.device) -> tuple[Base, PreTrainedModel]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import RunCli, WriteRecipe, command, recipe_file, write_rows
 
 DISHES = ["soup", "rice", "bread", "cake", "pie", "stew", "toast", "salad", "curry", "pasta", "beans", "eggs"]
+COLUMNS = {"prompt": "asked", "completion": "said", "label": "thumb"}
 
 
 def rows(dishes: list[str], **more: Any) -> list[dict[str, Any]]:
@@ -24,16 +25,21 @@ def rows(dishes: list[str], **more: Any) -> list[dict[str, Any]]:
     ]
 
 
+def named(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the column names in COLUMNS."""
+    return [{COLUMNS.get(name, name): value for name, value in one.items()} for one in some]
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_llama: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that learned to tell these apart, to be read; beside it, what it learned from."""
     folder = tmp_path_factory.mktemp("trained")
-    file = write_rows(folder / "learn.jsonl", rows(DISHES))
+    file = write_rows(folder / "learn.jsonl", named(rows(DISHES)))
     recipe = recipe_file(
         folder,
         tiny_llama,
         small_data,
-        data={"source": "jsonl", "path": str(file), "held_out": 0.2},
+        data={"source": "jsonl", "path": str(file), "held_out": 0.2, "columns": COLUMNS},
         reward={"loss": "thumbs", "epochs": 8, "batch_size": 8, "learning_rate": 0.01, "max_length": 64},
         rl=None,
     )
@@ -42,6 +48,16 @@ def trained(tiny_llama: Path, small_data: Path, tmp_path_factory: pytest.TempPat
     assert "Not fit for RL" in written  # of a dozen held-out answers nothing can be told
     assert "Too few to tell" in written
     return folder / "out"
+
+
+def test_columns_are_named_as_in_the_recipe(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    """The other tests use the names of the formats. Unusable rows are reported."""
+    empty = {"prompt": "?", "completion": "", "label": True}
+    file = write_rows(tmp_path / "named.jsonl", named([*rows(DISHES[:4]), empty]))
+    status, written = run_cli("evaluate", trained, "reward", "--data", file, "--json", tmp_path / "card.json")
+    assert status == 0, written
+    assert json.loads((tmp_path / "card.json").read_text())["n"] == 24
+    assert "1 row left out; the first" in written
 
 
 def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ def test_what_is_no_file_is_an_error(run_cli: RunCli, folder: Path, tmp_path: Pa
     status, written = run_cli("generate", folder, tmp_path / "empty.jsonl")
     assert status == 2
     assert "it is empty" in written
+    (tmp_path / "table.csv").write_text("prompt,completion\na,b\n")
+    status, written = run_cli("score", folder, tmp_path / "table.csv")
+    assert status == 2
+    assert ".csv files are not supported here" in written
     file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}])
     status, written = run_cli("generate", folder, "critic", file)
     assert status == 2

@@ -50,7 +50,8 @@ def test_it_learns_and_leaves_what_others_load(
     run(recipe, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["base"]["sha256_before"] == report["base"]["sha256_after"] or tuning == "full"
-    assert report["stages"]["reward"]["eval"]["auroc"] == 1.0  # "No." or not: the first word says it
+    metric = "pairwise_accuracy" if loss == "pairs" else "auroc"
+    assert report["stages"]["reward"]["eval"][metric] == 1.0  # "No." or not: the first word says it
     code, said = run_cli("evaluate", tmp_path / "run", "reward", "--json", tmp_path / "card.json")
     assert code == 0, said
     assert json.loads((tmp_path / "card.json").read_text())["auroc"] == 1.0

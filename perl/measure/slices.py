@@ -36,7 +36,7 @@ class Slice:
     by: str
     name: str
     n: int
-    share_up: float | None = None
+    share_up: float | None
     auroc: float | None = None
     interval: Interval | None = None
     ece: float | None = None

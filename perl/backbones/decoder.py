@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from perl.backbones.backbone import Backbone, has_own_code
+from perl.backbones.backbone import Backbone, Use, has_own_code
 from perl.backbones.chat import ChatFormat
 from perl.backbones.logits import logits_transform
-from perl.backbones.padding import positions
-from perl.errors import UserError
-from perl.private.transformers import is_derived
+from perl.backbones.padding import left_pad, positions
+from perl.errors import LOADING, UserError, machine_fault
+from perl.private.transformers import caches_keys_and_values, is_derived
 
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Suffixes of architectures that generate text."""
@@ -37,29 +37,61 @@ class Decoder(Backbone):
         """Return True, as other backbones take precedence; a subclass with a model type matches only this type."""
         return cls.model_type in (None, config.model_type)
 
+    def refusal(self, use: Use, where: str) -> UserError | None:
+        """Also refuse generation without a cache of attention keys and values."""
+        if use == "generation" and not caches_keys_and_values(self.config):
+            return UserError(
+                "sampling requires a cache of attention keys and values, but models of type "
+                f"{self.config.model_type} have a recurrent or convolutional state, or no cache",
+                where=where,
+                remedy="Use a causal LM of attention layers only (docs/models.md), or train only a reward model.",
+            )
+        return super().refusal(use, where)
+
     def prepare(self, where: str) -> None:
         """Refuse a configuration that names an architecture without a language-model head."""
         architectures = self.config.architectures or []
         if any(not name.endswith(GENERATES) for name in architectures):
             raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=REMEDY)
 
-    @torch.no_grad()
     def check(self, lm: PreTrainedModel, where: str) -> None:
-        """Refuse a model that is not causal, or that transforms its logits in an unsupported way."""
+        """Refuse a model that is not causal, reads padding, or transforms its logits in an unsupported way."""
+        name, remedy = type(lm).__name__, "This architecture is not supported yet."
         embedding = lm.get_output_embeddings()
         if embedding is None:
             raise UserError("the model has no language-model head", where=where, remedy="Use a causal LM.")
-        ids_BL = torch.tensor(self.tried, device=embedding.weight.device)
-        logits_BNV = self.own_logits(lm.eval(), ids_BL).float()
-        name = type(lm).__name__
+        try:
+            logits_BNV, hidden_BND = self._try(lm.eval())
+            padded = [self._padded(lm, pad_id).float() for pad_id in (self.tried[0][0], self.tried[0][-1])]
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if machine_fault(error, LOADING):
+                raise
+            what = f"{name} does not work like the causal LMs of transformers: {error!r:.200}"
+            raise UserError(what, where=where, remedy=remedy) from None
         if not _close(logits_BNV[0, :-1], logits_BNV[1, :-1]):
             what = f"{name} is not causal: its output for a token depends on later ones"
             raise UserError(what, where=where, remedy="Use a causal LM.")
-        hidden_BLD = self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
-        product_BNV = embedding(hidden_BLD[:, -logits_BNV.shape[1] :]).float()
+        if not _close(*padded):
+            what = f"{name} reads padding: its output for a row depends on the padding token"
+            raise UserError(what, where=where, remedy=remedy)
+        product_BNV = embedding(hidden_BND).float()
         if not _close(logits_transform(lm.config).apply_(product_BNV, temperature=1.0), logits_BNV):
             what = f"{name} transforms its logits after the output embedding in an unknown way"
-            raise UserError(what, where=where, remedy="This architecture is not supported yet.")
+            raise UserError(what, where=where, remedy=remedy)
+
+    @torch.no_grad()
+    def _try(self, lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """Return transformers' logits (B, N, V), float32, and hidden states (B, N, D) of the last N tokens."""
+        ids_BL = torch.tensor(self.tried, device=lm.get_output_embeddings().weight.device)
+        logits_BNV = self.own_logits(lm, ids_BL).float()
+        hidden_BLD = self.hidden(lm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
+        return logits_BNV, hidden_BLD[:, -logits_BNV.shape[1] :]
+
+    @torch.no_grad()
+    def _padded(self, lm: PreTrainedModel, pad_id: int) -> Tensor:
+        """Return the hidden states (B, L, D) of rows padded on the left with this token, without the padding."""
+        ids_BL, mask_BL = left_pad(self.tried, pad_id, lm.get_output_embeddings().weight.device)
+        return self.hidden(lm, ids_BL, mask_BL)[:, -len(self.tried[0]) :]
 
     def own_logits(self, lm: PreTrainedModel, ids_BL: Tensor) -> Tensor:
         """Return transformers' logits (B, N, V) of the last N positions of rows without padding."""

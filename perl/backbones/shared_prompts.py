@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perl.backbones.backbone import Backbone
@@ -224,4 +224,38 @@ def unsupported_reason(
     rounding = 8 * torch.finfo(plain_BLD.dtype).eps
     if not float((shared_ND - plain_ND).norm()) <= rounding * float(plain_ND.norm()):
         return f"{name} gives other results for several completions in one row than for each alone"
+    if not _attends_to_cache(backbone, lm):
+        return f"{name}'s attention does not use the keys and values exactly as the cache returns them"
     return None
+
+
+class _RecordingCache(DynamicCache):
+    """A cache that records the keys and values that it returned last."""
+
+    last: tuple[Tensor, Tensor]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.last = super().update(*args, **kwargs)
+        return self.last
+
+
+def _attends_to_cache(backbone: Backbone, lm: PreTrainedModel) -> bool:
+    """Return whether attention receives the cache's keys and values unchanged.
+
+    Only then does it find the prompts, which the cache stores once. Latent attention (DeepSeek) expands the
+    cached values first; differential attention (DiffLlama) rearranges them.
+    """
+    cache, kernel, cached = _RecordingCache(config=lm.config), ALL_ATTENTION_FUNCTIONS[KERNEL], list[bool]()
+
+    def recording(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any) -> Any:
+        cached.append(key is cache.last[0] and value is cache.last[1])
+        return kernel(module, query, key, value, *args, **rest)
+
+    ids_BN = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    mask_BL = torch.ones_like(ids_BN)
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = recording
+    try:
+        backbone.extend(lm, ids_BN, mask_BL, mask_BL, cache)
+    finally:
+        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
+    return all(cached)

@@ -1,17 +1,24 @@
 """The private interfaces of transformers that PERL uses."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import moe
 from transformers.models.auto import modeling_auto
 
 from perl.private.checked import need
 
-need(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING")
+need(
+    modeling_auto,
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+)
 need(GenerationConfig(), "_from_model_config")
-need(PreTrainedModel, "_can_compile_fullgraph")
+need(PreTrainedModel, "_can_compile_fullgraph", "_is_stateful")
 need(moe, "_default_apply_gate")  # the default `_apply_gate` of a class of experts
 
 
@@ -39,3 +46,17 @@ def gated(experts: Any, gate_up: Tensor) -> Tensor:
 def is_derived(generation: GenerationConfig) -> bool:
     """Return whether a generation configuration was derived from the model's because it had no file."""
     return bool(generation._from_model_config)
+
+
+def caches_keys_and_values(config: Any) -> bool:
+    """Return whether a causal LM of this configuration caches attention keys and values, and nothing else.
+
+    Recurrent and convolutional layers carry a state from token to token; some old models have no cache.
+    """
+    model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is not None and (
+        model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters
+    ):
+        return False
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    return layers <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}

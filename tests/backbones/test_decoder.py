@@ -1,9 +1,11 @@
 """Decoders: models that compute in a way that is not known are refused, and blocks are found."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from perl.backbones import backbone_of
 from perl.errors import UserError
@@ -40,3 +42,36 @@ def test_blocks_are_found_wherever_the_trunk_has_them() -> None:
     lm.model.decoder.layers = nn.ModuleList(list(lm.model.decoder.layers)[:2])
     with pytest.raises(UserError, match="OPTForCausalLM has no list of 3 blocks"):
         backbone_of(config).blocks(lm)
+
+
+RECURRENT: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "lfm2", "openai-gpt"])
+def test_generation_without_a_cache_of_keys_and_values_is_refused(name: str) -> None:
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2} if name == "lfm2" else {}
+    config = AutoConfig.for_model(name, **layers)
+    with pytest.raises(UserError, match=f"base.model tiny: .* but models of type {name} have a recurrent"):
+        backbone_of(config).require("generation", "base.model tiny")
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    """Rows are padded on the left: a recurrent model without a mask would begin with the padding."""
+    config = AutoConfig.for_model(
+        "recurrent_gemma", **RECURRENT, intermediate_size=96, num_attention_heads=4, lru_width=32
+    )
+    backbone = backbone_of(config)
+    torch.manual_seed(0)
+    lm = backbone.new_model(torch.float32)
+    with pytest.raises(UserError, match=r"base\.model tiny: RecurrentGemmaForCausalLM reads padding"):
+        backbone.check(lm, "base.model tiny")
+
+
+def test_a_model_that_fails_when_it_is_tested_is_refused() -> None:
+    class Failing(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)[0].logits
+
+    lm = Failing(random_llama(torch.float32).config)
+    with pytest.raises(UserError, match=r"Failing does not work like the causal LMs of transformers: Attr"):
+        backbone_of(lm.config).check(lm, "base.model tiny")

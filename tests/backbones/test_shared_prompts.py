@@ -186,6 +186,14 @@ def test_a_model_that_computes_otherwise_is_refused_with_the_reason(
     assert expected in str(reason(lm))
 
 
+def test_a_model_whose_attention_changes_the_cached_values_is_refused() -> None:
+    """DiffLlama rearranges the values after caching them, so shared prompts would have the old order."""
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("diffllama", **shape, num_attention_heads=4, num_key_value_heads=2)
+    lm = AutoModelForCausalLM.from_config(config)
+    assert str(reason(lm)).endswith("attention does not use the keys and values exactly as the cache returns them")
+
+
 def test_a_window_longer_than_the_rows_is_no_obstacle() -> None:
     torch.manual_seed(0)
     shape = SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "sliding_window": 64}

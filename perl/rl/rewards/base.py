@@ -4,7 +4,7 @@ import math
 import reprlib
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,6 +89,8 @@ class RewardSource(ABC):
         """Return the checked rewards; arrays, tensors and booleans are accepted as numbers."""
         try:
             returned = self.rewards(prompts, samples, texts)
+            if isinstance(returned, Iterator):  # a generator runs only when it is read
+                returned = list(returned)
         except (Exception, SystemExit) as error:  # the user's own code
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
@@ -102,7 +104,7 @@ class RewardSource(ABC):
     def _check(self, returned: Any, count: int) -> list[float]:
         """Return the numbers of a list of `count` scores."""
         try:
-            scores = None if isinstance(returned, str | bytes | Mapping) else list(returned)
+            scores = None if isinstance(returned, str | bytes | Mapping | Set) else list(returned)
         except TypeError:  # not iterable
             scores = None
         if scores is None:

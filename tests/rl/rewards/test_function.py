@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from perl.data.records import Prompt, Turn
+from perl.errors import UserError
 from perl.rl.rewards.function import RewardFunction
 from perl.rl.samplers.base import Samples
 
@@ -48,3 +49,28 @@ def test_numbers_of_every_kind_are_taken_and_columns_of_other_rows_too(
     reward = RewardFunction(f"{tmp_path}/own.py:{name}", [*prompts, reddish])
     samples = cast(Any, SimpleNamespace(completions=lambda: [[1], [2]]))
     assert reward(prompts, cast(Samples, samples), ["a", "b"]) == expected
+
+
+FAILING = """
+def divides(completions, **columns):
+    yield 1.0
+    yield 1 / 0
+def unordered(completions, **columns):
+    return {0.5, 1.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("divides", r"own\.py:4: the reward function failed: ZeroDivisionError"),
+        ("unordered", r"must return 2 finite numbers, one per completion; it returned set"),
+    ],
+)
+def test_generators_that_fail_and_sets_are_refused(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FAILING)
+    prompts = [Prompt((Turn("text", text),), text, {}) for text in ("one", "two")]
+    reward = RewardFunction(f"{tmp_path}/own.py:{name}", prompts)
+    samples = cast(Any, SimpleNamespace(completions=lambda: [[1], [2]]))
+    with pytest.raises(UserError, match=what):
+        reward(prompts, cast(Samples, samples), ["a", "b"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from perl.completion import Completion
 from perl.data.chats import answered, asked
 from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
@@ -17,7 +18,7 @@ from perl.measure.metrics import probabilities
 from perl.parallel.process_group import process_group
 from perl.recipe import Recipe, StageName
 from perl.results import Stages
-from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.base import Sampling, Share
 from perl.rl.samplers.local import LocalSampler
 from perl.roles.role import Role
 from perl.stages import pipeline
@@ -33,25 +34,10 @@ POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 COLDEST = 1e-4
 """Lowest temperature: the most likely token is sampled, unless two are almost equal. Below it, logits overflow."""
 MICRO_BATCH_SIZE = 32
+BATCH = 64
+"""Prompts that `LoadedRun.generate` samples at a time."""
 PIECE = 16
 """Tokens that `LoadedRun.pieces` samples at a time."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A sampled completion.
-
-    Attributes:
-        text: the completion without its end token.
-        ended: whether the role ended it; otherwise it was cut off at `max_new_tokens`.
-        tokens: number of tokens sampled, including the end token.
-        prompt_tokens: number of tokens of the prompt, after cutting it to the base's context.
-    """
-
-    text: str
-    ended: bool
-    tokens: int
-    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -183,8 +169,13 @@ class LoadedRun:
         sampling = self._sampling(contexts, role, max_new_tokens, temperature)
         if not contexts:
             return []
-        prompts = [self._prompt(one, sampling) for one in contexts]
-        return self._draw(prompts, role, sampling, self._generator(seed))[0]
+        prompts, text = [self._prompt(one, sampling) for one in contexts], contexts[0][-1].speaker == "text"
+        drawn: list[Completion] = []
+        for start in range(0, len(prompts), BATCH):  # a prompt gets the same random numbers in any batch
+            rows = [*range(start, min(start + BATCH, len(prompts)))]
+            some, share = [prompts[row] for row in rows], Share(rows, len(prompts))
+            drawn += self._draw(some, role, sampling, self._generator(seed), text, share)[0]
+        return drawn
 
     def pieces(
         self,
@@ -198,12 +189,13 @@ class LoadedRun:
         context = asked(context, self.recipe.data.chat)
         sampling = self._sampling([context], role, max_new_tokens, temperature)
         prompt, generator = self._prompt(context, sampling), self._generator(seed)
-        drawn, ended = list[int](), False
+        drawn, ended, text = list[int](), False, context[-1].speaker == "text"
         while not ended and len(drawn) < sampling.max_new_tokens:
             piece = replace(sampling, max_new_tokens=min(PIECE, sampling.max_new_tokens - len(drawn)))
-            ((last,), (ids,)) = self._draw([prompt + drawn], role, piece, generator)
+            ((last,), (ids,)) = self._draw([prompt + drawn], role, piece, generator, text)
             drawn, ended = drawn + ids, last.ended
-            yield Completion(self.session.base.chat.decode(drawn), ended, len(drawn), len(prompt))
+            decoded = self.session.base.chat.decode(drawn, prompt if text else ())
+            yield Completion(decoded, ended, len(drawn), len(prompt))
 
     def _sampling(
         self, contexts: Sequence[Context], role: str, max_new_tokens: int | None, temperature: float | None
@@ -225,15 +217,24 @@ class LoadedRun:
         return torch.Generator(self.session.device).manual_seed(derived_seed(seed, "generate", 0))
 
     def _draw(
-        self, prompts: Sequence[list[int]], role: str, sampling: Sampling, generator: torch.Generator
+        self,
+        prompts: Sequence[list[int]],
+        role: str,
+        sampling: Sampling,
+        generator: torch.Generator,
+        text: bool,
+        share: Share | None = None,
     ) -> tuple[list[Completion], list[list[int]]]:
-        """Sample a completion of each prompt; return the completions and their tokens."""
+        """Sample a completion of each prompt, plain text or a chat; return the completions and their tokens."""
         self.session.load(Role(role))
         self.session.roles.eval()
-        samples = LocalSampler(self.session.roles).draw(Role(role), prompts, sampling, generator)
+        samples = LocalSampler(self.session.roles).draw(Role(role), prompts, sampling, generator, share)
         ids, chat = samples.completions(), self.session.base.chat
-        drawn = zip(ids, samples.ended_B.tolist(), prompts, strict=True)
-        return [Completion(chat.decode(one), end, len(one), len(prompt)) for one, end, prompt in drawn], ids
+        drawn = [
+            Completion(chat.decode(one, prompt if text else ()), end, len(one), len(prompt))
+            for one, end, prompt in zip(ids, samples.ended_B.tolist(), prompts, strict=True)
+        ]
+        return drawn, ids
 
     def _check(self, role: str, kinds: int, max_new_tokens: int, temperature: float) -> None:
         """Refuse requests that cannot be fulfilled."""

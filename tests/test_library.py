@@ -5,11 +5,14 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import perl
+from perl.backbones.chat import ChatFormat
 from perl.roles.role import Role
 from tests.conftest import WriteRecipe
 from tests.exported import Run, make, recipe_on
@@ -71,6 +74,33 @@ def test_each_role_generates_and_draws_repeat(loaded: perl.LoadedRun) -> None:
     assert loaded.generate([CHAT, CHAT], max_new_tokens=8, seed=1) != drawn["policy"]
     assert len(loaded.generate(["A latte"])) == 1
     assert loaded.generate([]) == []
+
+
+def test_several_batches_give_the_same_completions_as_one(
+    loaded: perl.LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Once upon", "a time", "there", "was a cat that"]
+    whole = loaded.generate(prompts, max_new_tokens=8)
+    monkeypatch.setattr("perl.library.BATCH", 3)
+    assert loaded.generate(prompts, max_new_tokens=8) == whole
+    assert len(set(whole)) > 1
+
+
+def test_completions_of_plain_text_keep_their_whitespace(loaded: perl.LoadedRun) -> None:
+    """A completion appended to its prompt is the text of the tokens of both."""
+    prompts = ["Once upon", "there was"]
+    decode, chat = ChatFormat.decode, loaded.session.base.chat
+    seen: list[tuple[list[int], str]] = []
+
+    def watched(self: ChatFormat, ids: Sequence[int], continued: Sequence[int] = ()) -> str:
+        seen.append(([*continued, *ids], text := decode(self, ids, continued)))
+        return text
+
+    with mock.patch.object(ChatFormat, "decode", watched):
+        texts = loaded.generate(prompts, max_new_tokens=8)
+    for prompt, text, (ids, decoded) in zip(prompts, texts, seen, strict=True):
+        assert text == decoded
+        assert prompt + text == chat.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_scores_are_the_reward_models(folder: Path, loaded: perl.LoadedRun) -> None:

@@ -118,11 +118,23 @@ class ChatFormat:
             return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
         return self.end_ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a completion, without its end token."""
+    def decode(self, ids: Sequence[int], continued: Sequence[int] = ()) -> str:
+        """Return the text of a completion, without its end token.
+
+        Args:
+            continued: tokens of the plain text that the completion continues; its leading and trailing whitespace
+                is then kept. Without it, as in chats, whitespace is stripped, as templates do.
+        """
         kept = list(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
-        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return text.strip()
+        if not continued:
+            return self._decoded(kept).strip()
+        # Some tokenizers drop a leading space, so the completion is decoded together with the token before it.
+        before, both = self._decoded(continued[-1:]), self._decoded([*continued[-1:], *kept])
+        return both.removeprefix(before) if both.startswith(before) else self._decoded(kept)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def probe(self, speakers: Iterable[Speaker]) -> list[str]:
         """Compare a dialogue of these speakers with the output of the tokenizer's own `apply_chat_template`.

@@ -74,6 +74,10 @@ class EncoderDecoderFormat(ChatFormat):
         row = Tokens.joined(prompt, completion)
         return Tokens(row.ids, row.spoken, cut=len(prompt) < len(whole))
 
+    def decode(self, ids: Sequence[int], continued: Sequence[int] = ()) -> str:
+        """Strip whitespace in any case: the decoder always begins a new text."""
+        return super().decode(ids)
+
     def probe(self, speakers: Iterable[Any]) -> list[str]:
         """Refuse a template that omits a speaker; there are no server's tokens to compare with."""
         self.template.check_written(self.probe_turns(set(speakers))[:-1])

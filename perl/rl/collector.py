@@ -109,7 +109,7 @@ class Collector:
         shared = critic if critic is not None and not self.roles.weights(critic) else None
         with phase("generate"):
             samples = self.draw(role, local, generator, Share(rows, len(prompts)), shared)
-            texts = [self.chat.decode(ids) for ids in samples.completions()]
+            texts = self._texts(local, samples)
         with phase("score"):
             samples = self._with_lower_hidden(samples)
             scores = self.reward(local.prompts, samples, texts)
@@ -133,6 +133,14 @@ class Collector:
             reference_log_probs_BT=reference_BT,
             values_BT=values_BT,
         )
+
+    def _texts(self, prompts: EncodedPrompts, samples: Samples) -> list[str]:
+        """Return the completions as text; completions of plain text keep their whitespace."""
+        rows = zip(prompts.prompts, prompts.ids, samples.completions(), strict=True)
+        return [
+            self.chat.decode(ids, before if prompt.context[-1].speaker == "text" else ())
+            for prompt, before, ids in rows
+        ]
 
     def _with_lower_hidden(self, samples: Samples) -> Samples:
         """Add the shared blocks' hidden states of the rows, if the sampler has not returned them."""

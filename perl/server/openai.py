@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from perl.completion import Completion
 from perl.data.records import Context
 from perl.errors import UserError
-from perl.library import Completion, LoadedRun
+from perl.library import LoadedRun
 from perl.server.bodies import body_of
 from perl.server.openai_requests import MAX_ROWS, ChatRequest, CompletionRequest, Generation, ScoreRequest
 from perl.server.worker import BusyError, Worker

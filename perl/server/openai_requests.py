@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from perl.completion import Completion
 from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.library import COLDEST, Completion
+from perl.library import COLDEST
 
 MAX_ROWS = 64
 """Largest number of completions or scores per request."""

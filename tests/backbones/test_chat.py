@@ -145,6 +145,7 @@ def test_plain_text_is_tokenized_as_it_stands(chat: ChatFormat) -> None:
     assert tokens.ids[-1] == chat.eos_id
     assert before[-1] != chat.eos_id
     assert chat.decode(tokens.ids) == "Once upon a time."
+    assert chat.decode(tokens.ids[len(before) :], before) == answer.text
 
 
 def test_plain_text_does_not_end_before_the_answer() -> None:

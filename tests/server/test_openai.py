@@ -10,8 +10,9 @@ import pytest
 from starlette.testclient import TestClient
 
 import perl
+from perl.completion import Completion
 from perl.data.records import Turn
-from perl.library import Completion, LoadedRun
+from perl.library import LoadedRun
 from perl.server import openai
 from perl.server.guard import Guard
 from perl.server.openai import openai_app

@@ -36,7 +36,7 @@ class Math(RewardSource):
 
 
 class Regex(RewardSource):
-    """Whether the completion contains a match of the pattern."""
+    """Whether the completion, without leading and trailing whitespace, contains a match of the pattern."""
 
     name = "regex"
     is_rule = True
@@ -45,7 +45,7 @@ class Regex(RewardSource):
         self._pattern = re.compile(pattern)
 
     def rewards(self, prompts: object, samples: object, texts: Sequence[str]) -> list[float]:
-        return [float(self._pattern.search(text) is not None) for text in texts]
+        return [float(self._pattern.search(text.strip()) is not None) for text in texts]
 
 
 class JsonSchema(RewardSource):

@@ -140,8 +140,8 @@ def test_an_override_reaches_the_adapters_by_either_name(section: dict[str, Any]
         ({"adapter": {"rank": 4}}, "adapter.kind: missing"),
         ({"adapter": "lora"}, "adapter: a section with keys and values is expected"),
         ({"adapter": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
-        ({"adapter": {"kind": "lora"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
-        ({"adapter": {"kind": "scale"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give one"),
+        ({"adapter": {"kind": "lora"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give only one"),
+        ({"adapter": {"kind": "scale"}, "lora": {}}, "lora is short for adapter with kind lora\n  Give only one"),
     ],
 )
 def test_an_impossible_adapter_is_refused(section: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def _conflicts(row: Algorithm) -> Iterator[str]:
     if 0 < row.dual_clip <= 1:
         yield "dual_clip of at most 1 removes the gradient of everything worse than expected: raise it"
     if row.direction == "natural" and row.trust_region is None:
-        yield "direction natural needs trust_region, which sets the length of its step: set it, such as to 0.01"
+        yield "direction natural has no step length without trust_region: set trust_region, such as to 0.01"
     if row.direction == "natural" and row.epochs > 1:
         yield "direction natural takes one step from a rollout: set epochs to 1, or direction to adam"
     if row.direction == "natural" and row.value_coef > 0:

@@ -163,5 +163,5 @@ def test_no_step_of_a_run_leaves_the_region(
 
 def test_full_tuning_has_no_trust_region(write_recipe: WriteRecipe) -> None:
     rl = {"algorithm": "trpo", "reward": {"function": "rewards.py:length"}}
-    with pytest.raises(UserError, match="a whole model more"):
+    with pytest.raises(UserError, match="another whole model"):
         load_recipe(write_recipe(reward=None, rl=rl, tuning="full"))

@@ -139,7 +139,7 @@ def test_scores_are_the_reward_models(path: str, client: TestClient, run: Loaded
 @pytest.mark.parametrize(
     ("path", "change", "status", "what"),
     [
-        ("/v1/completions", {"model": "gpt-4"}, 404, "there is base, sft, policy"),
+        ("/v1/completions", {"model": "gpt-4"}, 404, "models: base, sft, policy"),
         ("/v1/completions", {"model": "reward"}, 404, "no model 'reward'"),
         ("/v1/completions", {"prompt": [1, 2]}, 400, "prompt"),
         ("/v1/completions", {"prompt": ""}, 400, "prompt is empty"),

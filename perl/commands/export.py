@@ -95,7 +95,7 @@ def _check_form(recipe: Recipe, whole: bool, rank: int | None) -> None:
         )
     if not whole and recipe.base.random_init:
         raise UserError(
-            "the base's weights were drawn at random for this run: no name or folder leads others to them",
+            "the base's weights were initialized at random for this run: others cannot load them by any name",
             where="base.random_init",
             remedy="Export with --merge: the whole model.",
         )

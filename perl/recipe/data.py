@@ -17,7 +17,8 @@ class Data(Section):
     source: str = "coffee-simulator"
     """A name in `SOURCES` in perl/data/sources.py."""
     path: str | None = None
-    """A folder or file that the source reads instead of its own data. If no source is given, it is then jsonl."""
+    """A folder or file that the source reads instead of its own data. The source is then jsonl unless one is
+    given."""
     eval_path: str | None = None
     """A file in the same format to use as the held-out data; all of `path` is then used for training."""
     columns: dict[str, str] = Field(default={})

@@ -55,7 +55,7 @@ class Rl(Validation):
     drop_equal_groups: bool | None = None
     """Whether groups whose rewards are all equal are left out of the averages."""
     redraws: Annotated[int, Field(ge=0)] | None = None
-    """How many times at most other prompts are drawn to replace dropped groups."""
+    """Largest number of times that other prompts are drawn to replace dropped groups."""
     reset_optimizer: bool | None = None
     """Whether the optimizer's state is reset for each rollout."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -107,7 +107,8 @@ class Rl(Validation):
     epochs: Annotated[Positive, DOCUMENTED_UNSET] = 1
     """Passes over each rollout, with one update per minibatch. Unset: 2; 1 for reinforce, which is on-policy."""
     micro_batch_size: Positive = 4
-    """Completions per forward and backward pass: more are faster and take more memory; the result is the same."""
+    """Completions per forward and backward pass: a larger value is faster and takes more memory; results do not
+    change."""
     max_prompt_length: Positive | None = None
     """Cut off older context so that prompts have at most this many tokens. Unset: a prompt that is too long is
     refused."""

@@ -400,7 +400,7 @@ def test_an_unfinished_stage_and_a_missing_critic_are_refused(
     assert "the run has no critic: rloo needs none" in text
     code, text = run_cli("export", folder, "policy", tmp_path / "out")
     assert code == 2
-    assert "drawn at random" in " ".join(text.split())
+    assert "initialized at random" in " ".join(text.split())
     (tmp_path / "out").mkdir()  # empty: as good as new
     code, text = run_cli("export", folder, "policy", tmp_path / "out", "--merge")
     assert code == 0, text

@@ -33,7 +33,7 @@ def test_what_cannot_be_served_is_an_error(
     assert not (tmp_path / "ratings.jsonl").exists()
 
 
-@pytest.mark.parametrize(("command", "what"), [("rate", "is in the file"), ("serve", "no more requests")])
+@pytest.mark.parametrize(("command", "what"), [("rate", "are in the file"), ("serve", "no more requests")])
 def test_ctrl_c_says_what_is_left(
     command: str, what: str, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

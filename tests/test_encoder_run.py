@@ -142,7 +142,7 @@ def test_a_stage_that_writes_is_refused(
 @pytest.mark.parametrize(
     ("spoilt", "expected"),
     [
-        ({"positions": 8}, ("a completion has", "a row may have 8", "takes longer texts")),
+        ({"positions": 8}, ("a completion has", "a row may have 8", "with a longer context")),
         ({"without": ("sep_token",)}, ("has no sep_token", "spoilt-bert", "Set sep_token")),
     ],
     ids=["no room", "no [SEP]"],

@@ -179,7 +179,7 @@ def test_a_random_base_has_a_tokenizer_of_its_size(size: int) -> None:
 def test_a_configuration_that_makes_no_model_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"base\.config") as caught:
         random_base(config, torch.float32, CPU, 0)
-    assert "Give model_type" in str(caught.value)
+    assert "Set model_type" in str(caught.value)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
@@ -195,7 +195,7 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     for named, what in (
         ({}, "bert is an encoder"),
         ({"architectures": ["BertLMHeadModel"]}, "is not causal"),
-        ({"is_decoder": True}, "changes its logits after the output embedding"),
+        ({"is_decoder": True}, "transforms its logits after the output embedding"),
     ):
         with pytest.raises(UserError, match=what):
             random_base({**config, **named}, torch.float32, CPU, 0)

@@ -24,7 +24,7 @@ def test_a_model_that_changes_its_logits_is_refused() -> None:
     lm.load_state_dict(plain.state_dict())
     backbone = backbone_of(lm.config)
     backbone.check(plain, "base.model tiny")
-    with pytest.raises(UserError, match=r"base\.model tiny: Capped changes its logits"):
+    with pytest.raises(UserError, match=r"base\.model tiny: Capped transforms its logits"):
         backbone.check(lm, "base.model tiny")
 
 

@@ -190,12 +190,12 @@ CASES = [
     Case("no such layer", ("no layer 9", "lora.layers", "layers 0 to 1"), overrides=("lora.layers=[9]",)),
     Case(
         "no model configured",
-        ("not the configuration of a causal LM", "base.config", "Give model_type"),
+        ("not the configuration of a causal LM", "base.config", "Set model_type"),
         changes={"base": {"config": {"model_type": "xyzzy"}, "random_init": True}},
     ),
     Case(
         "impossible configuration",
-        ("not the configuration of a causal LM", "base.config", "Give model_type"),
+        ("not the configuration of a causal LM", "base.config", "Set model_type"),
         changes={"base": {"config": {"model_type": "llama", "hidden_size": "x"}, "random_init": True}},
     ),
 ]

@@ -135,10 +135,10 @@ def test_training_dialogues_are_not_held_out(data: Made, baseline: TfidfScores) 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"labels": [True] * 1000}, "of 1,000 answers 0 are rated down, and 30 are needed"),
-        ({"labels": [n >= 29 for n in range(1000)]}, "of 1,000 answers 29 are rated down"),
-        ({"labels": [n < 29 for n in range(1000)]}, "of 1,000 answers 29 are rated up"),
-        ({"dialogues": [str(n % 9) for n in range(1000)]}, "of 9 dialogues, and 10 are needed"),
+        ({"labels": [True] * 1000}, "0 of 1,000 answers are rated down, and 30 are needed"),
+        ({"labels": [n >= 29 for n in range(1000)]}, "29 of 1,000 answers are rated down"),
+        ({"labels": [n < 29 for n in range(1000)]}, "29 of 1,000 answers are rated up"),
+        ({"dialogues": [str(n % 9) for n in range(1000)]}, "from 9 dialogues, and 10 are needed"),
     ],
 )
 def test_too_few_to_tell(changes: dict[str, Any], reason: str, data: Made, baseline: TfidfScores) -> None:

@@ -112,7 +112,7 @@ def adapters_for(recipe: Recipe, lm: PreTrainedModel) -> AdapterKind:
             raise
         stage, folder = next(iter(recipe.starts.items()))  # the settings are this adapter's
         raise UserError(
-            f"the adapter there does not fit the base: {error.what} ({error.where})",
+            f"the adapter does not fit the base: {error.what} ({error.where})",
             where=f"{stage}.adapter: {folder}",
-            remedy="Name the base that it was trained on, or an adapter of this base.",
+            remedy="Use the base that it was trained on, or an adapter of this base.",
         ) from None

@@ -65,8 +65,8 @@ class RewardMetrics:
 
     Rankings and accuracies are measured against the gold judgement if there is one, probabilities always against
     the thumbs. If there are ratings and pairs, the pairs are used only for the pairwise accuracy.
-    If there are only pairs (`compared`), only differences of scores are meaningful (`perl.measure.ranking`): there
-    is no AUROC, and a completion is scored correctly if it is on the right side of its pair's mean.
+    If there are only pairs (`compared`), only differences of scores are meaningful (`perl.measure.ranking`): the
+    score of a completion is the difference from the other one of its pair, and the AUROC is of these differences.
 
     Attributes:
         ensemble: the members and their disagreement, if there are several.
@@ -156,7 +156,7 @@ def reward_model_card(
         dialogues=len(set(rows.dialogues)),
         seen_in_training=seen,
         against="labels" if rows.gold is None else "gold",
-        auroc=values.get("auroc"),
+        auroc=values["auroc"],
         auroc_labels=values.get("auroc_labels"),
         pairwise_accuracy=values.get("pairwise_accuracy"),
         balanced_accuracy=_known(values["balanced_accuracy"]),
@@ -182,11 +182,10 @@ def _estimates(
     score_N: Floats, truth_N: Labels, rows: RatedRows, bootstrap: ClusterBootstrap
 ) -> dict[str, Estimate]:
     statistics: dict[str, Statistic] = {
+        "auroc": auroc(score_N, truth_N),
         "balanced_accuracy": balanced_accuracy(score_N, truth_N),
         "accuracy": accuracy(score_N, truth_N),
     }
-    if not rows.compared:
-        statistics["auroc"] = auroc(score_N, truth_N)
     if rows.gold is not None:
         statistics["auroc_labels"] = auroc(score_N, np.asarray(rows.labels, dtype=np.int64))
     return {name: bootstrap.estimate(statistic) for name, statistic in statistics.items()}

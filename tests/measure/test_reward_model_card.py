@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, roc_auc_score
 
 from perl.data.records import Turn
 from perl.measure.bootstrap import Floats
@@ -301,8 +301,8 @@ def test_pairs_are_measured_by_pairwise_accuracy() -> None:
     card = reward_model_card(members, answers, baseline, log_odds=False)
     assert as_json(reward_model_card(moved, answers, baseline, log_odds=False)) == near(as_json(card))
     right = scores[:600] > scores[600:]
-    assert card.auroc is None
-    assert "auroc" not in card.intervals
+    differences = np.concatenate([scores[:600] - scores[600:], scores[600:] - scores[:600]])
+    assert card.auroc == pytest.approx(roc_auc_score([1] * 600 + [0] * 600, differences))
     assert card.metric == "pairwise accuracy"
     assert card.ranked == (card.pairwise_accuracy, card.intervals["pairwise_accuracy"])
     assert card.accuracy == card.balanced_accuracy == card.pairwise_accuracy == accuracy_score([1] * 600, right)

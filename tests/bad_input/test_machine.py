@@ -48,7 +48,7 @@ def broken_result(out: Path) -> None:
 TINY = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
 FOLDERS = [
     Case("another run", ("contains another run", "seed is 7, here 0", "Use another --out"), out=another_recipe),
-    Case("a broken run", ("not valid YAML", "recipe.yaml", "Mend the line"), out=broken_recipe),
+    Case("a broken run", ("not valid YAML", "recipe.yaml", "Fix this line"), out=broken_recipe),
     Case("a broken result", ("not JSON", "result.json", "Remove it"), out=broken_result),
     Case("out is a file", ("cannot be written", "out", "another --out"), out=lambda out: out.write_text("x")),
     Case(

@@ -39,14 +39,15 @@ class Decoder(Backbone):
 
     def refusal(self, use: Use, where: str) -> UserError | None:
         """Also refuse generation without a cache of attention keys and values."""
-        if use == "generation" and not caches_keys_and_values(self.config):
+        refused = super().refusal(use, where)
+        if refused is None and use == "generation" and not caches_keys_and_values(self.config):
             return UserError(
                 "sampling requires a cache of attention keys and values, but models of type "
                 f"{self.config.model_type} have a recurrent or convolutional state, or no cache",
                 where=where,
                 remedy="Use a causal LM of attention layers only (docs/models.md), or train only a reward model.",
             )
-        return super().refusal(use, where)
+        return refused
 
     def prepare(self, where: str) -> None:
         """Refuse a configuration that names an architecture without a language-model head."""

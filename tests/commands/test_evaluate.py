@@ -105,7 +105,7 @@ def test_answers_that_say_nearly_what_it_learned_from_do_not_count(
     assert status == 0
     card = json.loads((tmp_path / "card.json").read_text())
     assert (card["n"], card["seen_in_training"]) == (72, 60)
-    assert "or nearly the same as answers it was trained on" in card["verdict"]["reasons"][0]
+    assert "or nearly equal to answers it was trained on" in card["verdict"]["reasons"][0]
 
 
 def test_one_thumb_down_in_all_is_learned_from_and_judged_less(

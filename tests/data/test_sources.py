@@ -57,7 +57,7 @@ def test_a_cache_that_lacks_a_file_is_not_used_in_part(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = rows_of(tmp_path / "perl-rlhf" / "taskmaster")
     (folder / "TM-3-2020" / "reward" / "reward_07.json").unlink()
-    with pytest.raises(UserError, match=r"there is no TM-3-2020/reward/reward_07\.json"):
+    with pytest.raises(UserError, match=r"no TM-3-2020/reward/reward_07\.json"):
         load_records("taskmaster-ticketing", None, seed=0)
 
 

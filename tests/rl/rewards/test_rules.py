@@ -89,7 +89,7 @@ def test_pass_at_k_is_the_policys_and_shown(write_recipe: WriteRecipe, run_cli: 
         ([{"kind": "math", "column": "result"}], "it has no column 'result'"),
         ([{"kind": "math", "answer": "word"}], "rl.reward"),
         ([{"kind": "regex", "pattern": "("}], "is not a regular expression"),
-        ([{"kind": "json_schema", "json_schema": {"type": "colour"}}], "is no JSON schema"),
+        ([{"kind": "json_schema", "json_schema": {"type": "colour"}}], "is not a JSON schema"),
     ],
 )
 def test_a_rule_that_cannot_be_used_is_refused_before_training(

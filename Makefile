@@ -32,7 +32,7 @@ check: develop
 	$(BIN)/shellcheck docker/*.sh .ci/run
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 
-# For `pytest -m vllm -n 0`.
+# vLLM for `pytest -m vllm -n 0`.
 VLLM_VENV ?= .venv-vllm
 vllm: $(VLLM_VENV)/ready
 
@@ -40,7 +40,7 @@ $(VLLM_VENV)/ready:
 	PYTHON="$(PYTHON)" docker/vllm.sh $(VLLM_VENV)
 	touch $@
 
-# What benchmarks/gpu needs on a machine with torch, transformers and peft but no network: at most 64 MiB.
+# Wheels that benchmarks/gpu needs on a machine with torch, transformers and peft but no network: at most 64 MiB.
 GPU_WHEELS ?= .gpu-wheels
 GPU_PYTHON ?= 3.12
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
@@ -50,7 +50,7 @@ gpu-wheels: setup
 		--constraint constraints.txt --requirement benchmarks/gpu/wheels.txt --dest $(GPU_WHEELS)
 	test "$$(du -sm $(GPU_WHEELS) | cut -f1)" -le 64
 
-# The commands of both Dockerfiles in a clean root, without an engine: needs root on Linux, and minutes.
+# Runs both Dockerfiles' commands in a clean root without a container engine: needs root on Linux and some minutes.
 docker-steps: develop
 	$(BIN)/python -m tests.docker_steps docker/cpu.Dockerfile docker/cuda.Dockerfile
 

@@ -1,4 +1,4 @@
-"""The coffee shop with 5,000 ratings, so that judging costs less than training: a plugin of `benchmarks.kinds`."""
+"""Plugin of `benchmarks.kinds`: the coffee shop with 5,000 ratings, so that evaluation is cheaper than training."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from perl.data.sources import SOURCES, Source
 
 
 def read_few(path: Path | None, seed: int) -> Records:
-    """The shop's records of a seed; it has no file."""
+    """Return the shop's records for a seed; there is no file."""
     return simulate(seed, ratings=5_000)
 
 

@@ -1,10 +1,10 @@
-"""Every kind of adapters on one recipe: its reward model and its RL, each at its best learning rate, as one table.
+"""Every kind of adapter on one recipe: reward model and RL, each at its best learning rate, in one table.
 
     python -m benchmarks.kinds benchmarks/kinds.yaml --out DIR
 
-Each row is two `perl-rlhf sweep --search-rates`, of the reward model and of RL. They are run kind by kind, so that
-the table, DIR/table.md, has whole rows whenever it is stopped; started again, it goes on. A kind that cannot be
-trained is left out.
+Each row takes two `perl-rlhf sweep --search-rates`, one of the reward model and one of RL. They run kind by kind,
+so that DIR/table.md has whole rows whenever the benchmark is stopped; started again, it resumes. A kind that
+cannot be trained is left out.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from typing import Any
 KINDS = "lora full dora ia3 prefix:10 parallel:32 series:32 vera:256 miss:16 rslora tinylora:64".split()  # noqa: SIM905
 STAGES: dict[str, tuple[str, list[str]]] = {
     "reward": ("AUROC", []),
-    # All kinds share the reward model: the best there is.
+    # All kinds share one reward model, the best known.
     "rl": ("gold at KL", ["--kl", "0.3", "reward.likelihood=true"]),
 }
-"""What each is judged by, and further options of its sweep."""
+"""By stage: the metric in its sweep's rows, and further options of that sweep."""
 HEAD = "| kind | weights | AUROC | less LoRA's | gold | less LoRA's | rates | memory, MB | a step, s |"
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def swept(recipe: Path, stage: str, kinds: list[str], out: Path) -> bool:
-    """Sweep a stage over these kinds; whether it came to its end."""
+    """Sweep a stage over these kinds; return whether the sweep succeeded."""
     options = [
         "--kinds",
         ",".join(kinds),
@@ -60,7 +60,7 @@ def swept(recipe: Path, stage: str, kinds: list[str], out: Path) -> bool:
 
 
 def table_of(*sweeps: dict[str, Any]) -> str:
-    """A row for each kind that every sweep has; pairs of figures are of the reward model and of RL."""
+    """Return one row per kind that every sweep has; pairs of values belong to the reward model and to RL."""
     rows = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     by_name = [{row["name"]: row for row in sweep["rows"]} for sweep in sweeps]
     for name, reward in by_name[0].items():
@@ -81,7 +81,7 @@ def table_of(*sweeps: dict[str, Any]) -> str:
 
 
 def interval(value: dict[str, Any] | None, sign: str = "") -> str:
-    """A mean and its 95 % interval."""
+    """Format a mean and its 95 % interval."""
     if value is None:
         return ""
     ends = value["interval"]
@@ -91,7 +91,7 @@ def interval(value: dict[str, Any] | None, sign: str = "") -> str:
 
 
 def rate(row: dict[str, Any]) -> str:
-    """The best learning rate; marked where it is at the edge of what was tried."""
+    """Format the best learning rate, with a mark if it is the lowest or highest tried."""
     return f"{row['rate']:g}" + ("*" if row["rate_at_edge"] else "")
 
 

@@ -1,9 +1,9 @@
-"""Does long work grow as it should? Prompts of 256 to 2,048 tokens, 1,250 to 10,000 ratings, 250 to 1,000 steps.
+"""How cost grows with size: prompts of 256 to 2,048 tokens, 1,250 to 10,000 ratings, 250 to 1,000 steps.
 
     OMP_NUM_THREADS=1 python -m benchmarks.long_work --figure docs/long_work.svg
 
-CPU seconds of one thread: PPO's steps on small Llamas of random weights; reading and splitting rated turns of the
-coffee shop; and whole runs, from the recipe to the report, of a reward model and of RL.
+Measures CPU seconds of one thread for PPO steps on small Llamas with random weights, for reading and splitting
+rated turns of the coffee shop, and for whole runs (from recipe to report) of a reward model and of RL.
 """
 
 import argparse
@@ -39,16 +39,16 @@ Lines = dict[str, dict[int, float]]
 
 
 class _CpuClock:
-    """In the place of `time` where phases are timed."""
+    """Replaces the module `time` where phases are timed."""
 
     perf_counter = staticmethod(time.process_time)
 
 
 def main() -> None:
-    """Print a line a kind of work, and draw all."""
+    """Measure each kind of work, print the results as JSON and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--figure", type=Path, help="an SVG")
-    parser.add_argument("--shrink", type=int, default=1, help="every size divided by this, to try it")
+    parser.add_argument("--shrink", type=int, default=1, help="divisor of all sizes, for a quick trial")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def prompts(sizes: list[int], folder: Path) -> Lines:
-    """The second step of four prompts and 16 new tokens each, two rows at a time."""
+    """Measure the second step on four prompts with 16 new tokens each, two rows per micro-batch."""
     found: Lines = {}
     for size in sizes:
         tried = _trial(SMALL, 2, folder, max_prompt_length=size, max_new_tokens=16, micro_batch_size=2)
@@ -77,7 +77,7 @@ def prompts(sizes: list[int], folder: Path) -> Lines:
 
 
 def ratings(sizes: list[int], folder: Path) -> Lines:
-    """Reading and splitting a file of so many."""
+    """Time reading and splitting a file of each number of ratings."""
     rated, found = _rated(max(sizes)), Lines()
     for size in sizes:
         begin = time.process_time()
@@ -90,7 +90,7 @@ def ratings(sizes: list[int], folder: Path) -> Lines:
 
 
 def steps(count: int, folder: Path) -> Lines:
-    """Steps of four prompts of 32 tokens, with 4 new ones each; the process's memory before them and after."""
+    """Time `count` steps on four prompts of 32 tokens with 4 new tokens each; also memory before and after."""
     before = psutil.Process().memory_info().rss / 1e6
     tried = _trial(TINY, count, folder, measured=False, max_prompt_length=32, max_new_tokens=4)
     found: Lines = {"so far, s": {}, "resident, MB": {0: before, count: psutil.Process().memory_info().rss / 1e6}}
@@ -103,7 +103,7 @@ def steps(count: int, folder: Path) -> Lines:
 
 
 def reward_runs(sizes: list[int], folder: Path) -> Lines:
-    """A reward model of so many ratings on the base in data/, one epoch, from the recipe to the report."""
+    """Measure whole runs of a reward model for one epoch on each number of ratings, on the base in data/."""
     rated, found = _rated(max(sizes)), Lines()
     for size in sizes:
         file = _written(folder / "rated.jsonl", rated[:size])
@@ -116,7 +116,7 @@ def reward_runs(sizes: list[int], folder: Path) -> Lines:
 
 
 def rl_runs(sizes: list[int], folder: Path) -> Lines:
-    """So many steps of four short prompts, with all checks, checkpoints, the evaluation and the report."""
+    """Measure whole runs of RL with each number of steps on four short prompts."""
     found = Lines()
     for size in sizes:
         content = _rl_recipe(TINY, folder, max_prompt_length=32, max_new_tokens=4, steps=size)
@@ -135,7 +135,7 @@ def _whole_run(content: dict[str, Any], size: int, folder: Path, found: Lines) -
 
 
 def _rated(count: int) -> list[dict[str, Any]]:
-    """Rows of rated turns, in plain text."""
+    """Return rows of rated turns as plain text."""
     return [
         {
             "prompt": "\n".join(turn.text for turn in one.context),
@@ -153,7 +153,7 @@ def _trial(shape: dict[str, int], count: int, folder: Path, measured: bool = Tru
 
 
 def _rl_recipe(shape: dict[str, int], folder: Path, **rl: Any) -> dict[str, Any]:
-    text = "coffee milk large please sugar cold " * 700  # longer than any limit: the last tokens are taken
+    text = "coffee milk large please sugar cold " * 700  # longer than any limit, so that it is truncated
     file = _written(folder / "prompts.jsonl", [{"prompt": f"{row} {text}"} for row in range(16)])
     content = work.recipe("100m", "lora", "all", 1, checkpointing=False)
     content["base"]["config"] |= shape | {"num_key_value_heads": shape["num_attention_heads"]}
@@ -170,7 +170,7 @@ def _written(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def draw(found: dict[str, Lines], file: Path) -> None:
-    """Seconds above, memory below, a column a kind of work."""
+    """Draw seconds above memory, in one column per kind of work."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(2, len(found))
     for column, (kind, lines) in enumerate(found.items()):

@@ -1,4 +1,4 @@
-"""The coffee shop with few ratings of its own, and those in a file: a plugin of `benchmarks.rating_loop`."""
+"""Plugin of `benchmarks.rating_loop`: the coffee shop with few ratings of its own and those in a file."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from perl.data.records import Records
 from perl.data.sources import SOURCES, Source
 
 FIRST = 100
-"""Ratings of the shop's own, so that the first round has a reward model."""
+"""Number of the shop's own ratings, which train the first reward model."""
 
 
 def read_rated(path: Path | None, seed: int) -> Records:
-    """The shop's records, of whose ratings only the first are kept; the file's are added.
+    """Return the shop's records with only its first ratings and those in the file.
 
-    Every fifth dialogue of the shop's is held out, whatever the file adds: the split, and with it SFT, stays.
+    Every fifth of the shop's dialogues is held out whatever the file adds, so the split and SFT do not change.
     """
     records = SOURCES["coffee-simulator"].read(None, seed)
     records.ratings = records.ratings[:FIRST]

@@ -1,16 +1,16 @@
-"""Rate, train a reward model, train a policy, rate again: what are ratings worth that are chosen by uncertainty?
+"""Rate, train a reward model and a policy, rate again: does it help to choose what to rate by uncertainty?
 
     python -m benchmarks.rating_loop --seeds 3 --out runs/rating-loop
 
-The coffee shop's gold judge is the rater, without noise. A run has SFT, a reward model and a policy of 100
-ratings; then, in each of two rounds, 200 completions of the last run's roles on training prompts are rated as
-`perl-rlhf rate` asks for them and writes them, and reward model and policy are trained again on all ratings so
-far, from the same SFT policy. Both arms start from the same run and differ in `--choose` alone. All is judged on
-prompts and turns that no run has: gold is the share of the policy's completions that the judge finds right, AUROC
-that of the reward model against the judge. Differences have 95 % intervals over these prompts and turns, of all
-seeds together; what another seed would give, only the differences by seed beside them tell.
+The coffee shop's gold judge is the rater, without noise. The first run trains SFT, a reward model and a policy on
+100 ratings. In each of two rounds, 200 completions by the last run's roles on training prompts are then rated,
+with the questions and log of `perl-rlhf rate`, and reward model and policy are trained again on all ratings, from
+the same SFT policy. Both arms start from the same run and differ only in `--choose`. Evaluation uses prompts
+and turns that no run has: gold is the share of the policy's completions that the judge finds right, AUROC is the
+reward model's against the judge. Differences have 95 % intervals over these prompts and turns for all seeds
+together; variation between seeds shows only in the differences by seed printed next to them.
 
-Called again, it goes on where it stopped. In --out: a run folder each, ratings.jsonl, and loop.json.
+Called again, it resumes where it stopped. --out has a folder for each run, ratings.jsonl and loop.json.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from perl.system.files import write_json
 ROOT = Path(__file__).parent.parent
 ROUNDS = 2
 UNSEEN = simulate(1_000, dialogues=0, ratings=1_000, prompts=512, noise=0.0)
-"""What is judged on: no run has its seed."""
+"""Prompts and rated turns for evaluation, with a seed that no run has."""
 KEYS = [
     "data.source=rated-shop",
     "reward.epochs=8",
     "reward.batch_size=16",
     "rl.anyway=true",
-    "rl.guard=warn",  # to stop, or to go back, by the judge would be to train by it
+    "rl.guard=warn",  # to stop or roll back by the judge would be training on it
     "rl.eval_prompts=16",
     "rl.eval_samples=1",
     "rl.best_of_n=0",
@@ -51,7 +51,7 @@ KEYS = [
 
 @dataclass(frozen=True)
 class Judged:
-    """A run on `UNSEEN`: what the judge finds of each prompt's completion, and each turn's score."""
+    """A run's results on `UNSEEN`: the judge's grade of each prompt's completion, and each turn's score."""
 
     gold: list[float]
     scores: list[float]
@@ -63,12 +63,12 @@ class Judged:
 
 
 def main() -> None:
-    """Run the loop for each seed and arm, print a line a round, and the differences at the end."""
+    """Run the loop for each seed and arm; print one line per round, and the differences at the end."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ratings", type=int, default=200, help="a round")
+    parser.add_argument("--ratings", type=int, default=200, help="ratings per round")
     parser.add_argument("--out", type=Path, default=Path("runs/rating-loop"))
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of every run's recipe")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="set in every run's recipe")
     asked = parser.parse_args()
     rows: list[dict[str, object]] = []
     found: dict[tuple[str, int], list[Judged]] = {}
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def differences(first: list[Judged], second: list[Judged]) -> list[tuple[str, list[float], tuple[float, float]]]:
-    """Of gold and AUROC, the second arm's less the first's: by seed, and the interval of their mean."""
+    """Return the second arm's gold and AUROC minus the first's: by seed, and the interval of their mean."""
     gold = [
         [statistics.fmean(of_prompt) for of_prompt in zip(*(one.gold for one in arm), strict=True)]
         for arm in (first, second)
@@ -116,7 +116,7 @@ def differences(first: list[Judged], second: list[Judged]) -> list[tuple[str, li
 
 
 def loop(out: Path, seed: int, choose: str, ratings: int, keys: list[str]) -> list[Judged]:
-    """The rounds of one arm, the run before them included."""
+    """Return the results of one arm's rounds, after those of the first run."""
     log, folder = out / choose / "ratings.jsonl", out / "start"
     log.parent.mkdir(parents=True, exist_ok=True)
     found = [judged(folder, seed, None, keys)]
@@ -131,9 +131,9 @@ def loop(out: Path, seed: int, choose: str, ratings: int, keys: list[str]) -> li
 
 
 def rate(folder: Path, file: Path, choose: str, seed: int, until: int) -> None:
-    """Let the judge rate what `perl-rlhf rate` would ask, until the file has so many ratings."""
+    """Let the judge answer the questions of `perl-rlhf rate` until the file has `until` ratings."""
     run, log = perl.load_run(folder), RatingLog(file)
-    run.session.held_out = run.session.train  # what is judged on later has nothing to do with the run
+    run.session.held_out = run.session.train  # evaluation uses none of the run's prompts
     prompts = {prompt.context: prompt for prompt in run.session.train.prompts}
     judge = run.session.train.judge
     assert judge is not None
@@ -147,7 +147,7 @@ def rate(folder: Path, file: Path, choose: str, seed: int, until: int) -> None:
 
 
 def judged(folder: Path, seed: int, ratings: Path | None, keys: list[str], sft_of: Path | None = None) -> Judged:
-    """A run of all stages, whose SFT is that of another run if one is named, judged on what it has not seen."""
+    """Run all stages, with SFT taken from the run `sft_of` if given, and evaluate them on `UNSEEN`."""
     file = folder / "judged.json"
     if not file.exists():
         path = [] if ratings is None else [f"data.path={ratings.absolute()}"]

@@ -1,6 +1,6 @@
-"""Reward functions of the grid, called as TRL calls its own.
+"""Reward functions of the grid, with TRL's signature.
 
-Each takes `completions`, text or chat messages, and further columns that it does not read; it returns a float a
+Each takes `completions` (text or chat messages) and further columns, which it ignores, and returns one float per
 completion.
 """
 
@@ -20,12 +20,12 @@ CHEERFUL = re.compile(
 
 
 def texts_of(completions: Sequence[Completion]) -> list[str]:
-    """What was said, of text or of chat messages."""
+    """Return the completions' text, whether they are text or chat messages."""
     return [one if isinstance(one, str) else one[-1]["content"] for one in completions]
 
 
 def animals(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """Dense: one point for each kind of animal, three at most."""
+    """Dense: one point for each kind of animal, at most three."""
     return [float(min(3, len(set(ANIMALS.findall(text.lower()))))) for text in texts_of(completions)]
 
 
@@ -36,17 +36,17 @@ def mentions(completions: Sequence[Completion], *, word: str, **columns: Any) ->
 
 
 def near_length(completions: Sequence[Completion], *, characters: int, **columns: Any) -> list[float]:
-    """Shaped by length: 0 at so many characters, -1 at none and at twice as many."""
+    """Shaped by length: 0 at `characters` characters, -1 at none and at twice as many."""
     return [-abs(len(text) - characters) / characters for text in texts_of(completions)]
 
 
 def cheerful_words(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """How many words are cheerful: what the grid's simulated raters like."""
+    """Number of cheerful words, which the grid's simulated raters prefer."""
     return [float(len(CHEERFUL.findall(text.lower()))) for text in texts_of(completions)]
 
 
 def scaled(reward: RewardFunction, scale: float, shift: float = 0.0) -> RewardFunction:
-    """The same reward in other units: times `scale`, plus `shift`."""
+    """Return the same reward in other units: times `scale`, plus `shift`."""
 
     def in_other_units(completions: Sequence[Completion], **columns: Any) -> list[float]:
         return [scale * value + shift for value in reward(completions, **columns)]

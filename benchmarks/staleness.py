@@ -1,8 +1,8 @@
-"""What it costs to learn from completions that are one update old: staleness 0 beside 1, over seeds.
+"""Cost of training on completions that are one update old: staleness 0 and 1, over seeds.
 
-`python -m benchmarks.staleness --out DIR` runs TinyStories-656K under the grid's dense reward. A sampler in the
-run's own process, which this file adds as a plugin, draws as `rl.sampler.staleness: 1` lets servers draw: a step's
-completions before the update of the step before. It computes no faster; only the order is that of a server.
+`python -m benchmarks.staleness --out DIR` trains TinyStories-656K on the grid's dense reward. A local sampler,
+which this file adds as a plugin, imitates the order of servers under `rl.sampler.staleness: 1`: it draws a step's
+completions before the previous step's update. It is not faster.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from perl.roles.role import Role
 
 Prompts = Sequence[Sequence[int]]
 WINDOW = 10
-"""Steps that a figure is the mean of."""
+"""Steps that each metric is averaged over."""
 METRICS = ("reward", "kl")
 
 
 class OneStepAhead(LocalSampler):
-    """Draws when it is told what comes next, as a server does meanwhile; log-probs of the policy are then read."""
+    """Draws as soon as the next prompts are known, as a server does; the policy's log-probs are computed later."""
 
     exact, lags = False, True
     _begun: tuple[list[list[int]], Samples] | None = None
@@ -66,7 +66,7 @@ SAMPLERS["one-step-ahead"] = OneStepAhead
 
 
 def run(seed: int, staleness: int, out: Path, given: Sequence[str]) -> Path:
-    """A run's folder; one that is finished is left as it is."""
+    """Run a recipe unless it is finished, and return its folder."""
     folder = out / f"staleness-{staleness}-seed-{seed}"
     changes = [f"seed={seed}", *given]
     if staleness:
@@ -79,7 +79,7 @@ def run(seed: int, staleness: int, out: Path, given: Sequence[str]) -> Path:
 
 
 def found(folder: Path) -> dict[str, dict[str, float]]:
-    """A run's reward and KL, as means of `WINDOW` steps, and of its last evaluation."""
+    """Return a run's reward and KL: means over each `WINDOW` steps, and the final evaluation."""
     lines = (folder / "policy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     evaluation = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"]["rl"]["eval"]
@@ -93,10 +93,10 @@ def found(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def table(runs: dict[int, list[dict[str, dict[str, float]]]]) -> str:
-    """Means over seeds, and the paired differences with Student's 95 % interval.
+    """Return means over seeds, and the paired differences with Student's 95 % interval.
 
     Args:
-        runs: of each staleness, by seed in the same order.
+        runs: metrics of the runs by staleness, with the seeds in the same order.
     """
     columns = [f"{name}, {words}" for name in METRICS for words in ("0", "1", "1 less 0")]
     lines = [markdown_row(["", *columns]), "|" + "---|" * (1 + len(columns))]
@@ -111,11 +111,11 @@ def table(runs: dict[int, list[dict[str, dict[str, float]]]]) -> str:
 
 
 def main() -> None:
-    """Run what is not finished, and print the table."""
+    """Run all that is not finished, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.staleness", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"), metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N - 1; 3 by default.")
-    parser.add_argument("given", nargs="*", metavar="KEY=VALUE", help="For all runs.")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="Seeds 0 to N - 1; 3 by default.")
+    parser.add_argument("given", nargs="*", metavar="KEY=VALUE", help="Set in all runs' recipes.")
     asked = parser.parse_args()
     runs: dict[int, list[dict[str, dict[str, float]]]] = {0: [], 1: []}
     for seed in range(asked.seeds):

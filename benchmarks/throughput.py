@@ -1,7 +1,7 @@
-"""Throughput of each process beside one alone: python -m benchmarks.throughput [--processes N]
+"""Throughput per process of several compared with one: python -m benchmarks.throughput [--processes N]
 
-One thread each, the same rows a process: the global batch grows with the processes. PPO with a shared critic on a
-random Llama of 22M parameters; tokens per second and process, as reports say them.
+One thread and the same number of rows per process, so the global batch grows with the processes. PPO with a shared
+critic on a random Llama of 22M parameters; tokens per second and process, as in reports.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHAPE = {
 
 
 def recipe(folder: Path, processes: int) -> Path:
-    """RL in the coffee shop, as many prompts a process whatever their number."""
+    """Write a recipe of RL in the coffee shop, with 16 prompts per process."""
     (folder / "rewards.py").write_text("def one(completions, **rest):\n    return [1.0 for _ in completions]\n")
     content = {
         "name": "throughput",
@@ -51,7 +51,7 @@ def recipe(folder: Path, processes: int) -> Path:
 
 
 def measure(engine: str, processes: int) -> float:
-    """Tokens a second and process."""
+    """Return tokens per second and process."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         command = ["-m", "perl", "run", recipe(Path(scratch), processes), "--out", out]
@@ -62,7 +62,7 @@ def measure(engine: str, processes: int) -> float:
 
 
 def main() -> None:
-    """Measure in turn, and print medians."""
+    """Measure one process and several in alternation, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="ddp")
     parser.add_argument("--processes", type=int, default=2)
@@ -74,8 +74,8 @@ def main() -> None:
             metrics.append(measure(arguments.engine, processes))
             print(f"{processes} processes: {metrics[-1]:.0f} tokens/s each", flush=True)
     one, each = statistics.median(found[1]), statistics.median(found[arguments.processes])
-    words = f"{arguments.engine}: one {one:.0f}, each of {arguments.processes} {each:.0f} tokens/s"
-    print(f"{words}, {each / one:.2f} of it; all: {found}")
+    words = f"{arguments.engine}: one process {one:.0f}, each of {arguments.processes} {each:.0f} tokens/s"
+    print(f"{words}, ratio {each / one:.2f}; all: {found}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One measurement of the installed TRL's RLOO or GRPO trainer, on the same work.
 
-`python benchmarks/trl_groups.py ALGORITHM MODEL TUNING EPOCHS STEPS`. The reward model is a model of its own, as
-its examples have it; the reference is the base without the adapter, under full tuning a second model.
+`python benchmarks/trl_groups.py ALGORITHM MODEL TUNING EPOCHS STEPS`. The reward model is a separate model, as in
+TRL's examples; the reference is the base without the adapter or, under full tuning, a second model.
 """
 
 import sys
@@ -25,7 +25,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A word for each id: these trainers take prompts as text, and give the reward model text."""
+    """Return a tokenizer with one word per id, because these trainers pass prompts and completions as text."""
     words = {"<pad>": 0, "<eos>": 1, **{f"w{number}": number for number in range(2, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -35,13 +35,13 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> Any:
-    """TRL's trainer, ready to take so many steps; it calls each update one, so they are `epochs` times as many."""
+    """Return TRL's trainer for `steps` rollouts; it counts updates, so its `max_steps` is `steps * epochs`."""
     vocabulary = work.MODELS[model]["vocab_size"]
     tokenizer = _tokenizer(vocabulary)
     ids = torch.randint(5, vocabulary, (work.PROMPTS * 4, work.PROMPT_TOKENS)).tolist()
     policy = made(LlamaForCausalLM, model)
     policy.generation_config.eos_token_id = None  # no completion ends early
-    if tuning == "full":  # TRL reads the reference from where the policy's weights are said to lie
+    if tuning == "full":  # TRL loads the reference from the policy's path
         policy.config._name_or_path = tempfile.mkdtemp()
         policy.save_pretrained(policy.config._name_or_path)
     make_config, make_trainer = TRAINERS[algorithm]

@@ -1,8 +1,7 @@
-"""One measurement of TRL's PPO trainer, whose last release with one is 1.12, on the same work.
+"""One measurement of TRL's PPO trainer (last released in TRL 1.12), on the same work.
 
-`python benchmarks/trl_ppo.py MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. Its LoRA
-run adapts the policy and trains the value model whole, as its own example does; the reward model is a model of its
-own.
+`python benchmarks/trl_ppo.py MODEL TUNING EPOCHS STEPS`, with that release's folder first on PYTHONPATH. With LoRA
+it adapts the policy and trains the whole value model, as in TRL's example; the reward model is a separate model.
 """
 
 import sys
@@ -25,7 +24,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> Any:
-    """TRL's trainer, ready to take so many steps."""
+    """Return TRL's trainer for `steps` steps."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     vocabulary = work.MODELS[model]["vocab_size"]

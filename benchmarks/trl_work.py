@@ -1,4 +1,4 @@
-"""The work of `perl.bench.work` as TRL's trainers take it, and how their steps are measured."""
+"""The work of `perl.bench.work` for TRL's trainers, and the measurement of their steps."""
 
 import contextlib
 import itertools
@@ -19,29 +19,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Clock(TrainerCallback):
-    """Notes when every step ends."""
+    """Records the time at which each step ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start counting."""
+        """Record the start."""
         self.times.append(time.perf_counter())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         self.times.append(time.perf_counter())
 
 
 def made(kind: Any, model: str) -> Any:
-    """A model of this class and of one of `work.MODELS`, with random weights."""
+    """Return a model of this class with the shape `work.MODELS[model]` and random weights."""
     shape = {"tie_word_embeddings": False, **work.MODELS[model]}
     config = LlamaConfig(num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape)
     return kind(config).to(device=DEVICE, dtype=torch.bfloat16)
 
 
 def adapters(tuning: str) -> dict[str, LoraConfig]:
-    """The trainer's argument that makes it adapt the policy, under LoRA."""
+    """Return the trainer's argument for LoRA on the policy; none under full tuning."""
     if tuning != "lora":
         return {}
     shape = {"r": work.RANK, "lora_alpha": work.ALPHA, "target_modules": "all-linear"}
@@ -49,10 +49,10 @@ def adapters(tuning: str) -> dict[str, LoraConfig]:
 
 
 def measure(trainer: Callable[[Clock], Any], ticks: int = 1) -> Measurement:
-    """Make a trainer and let it train; the seconds of each step and the peak memory.
+    """Run a trainer and measure the seconds of each step and the peak memory.
 
     Args:
-        ticks: what the trainer calls a step, in one of ours.
+        ticks: number of the trainer's steps in one of ours.
     """
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-# PERL on the CPU; docs/containers.md has how to build and run it. cuda.Dockerfile is this but where it says CUDA.
+# PERL on the CPU; docs/containers.md says how to build and run it. cuda.Dockerfile differs where it says CUDA.
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
@@ -11,11 +11,11 @@ RUN useradd --no-log-init --uid 10001 --user-group --create-home perl \
     && python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# A layer for torch, one for the other libraries, one for PERL: a change in one leaves those before it as they are.
+# Separate layers for torch, the other libraries and PERL: a change in one does not rebuild those before it.
 WORKDIR /opt/install
 COPY constraints.txt ./
 COPY docker/install.sh docker/
-# A package index that has torch's CPU build, beside the usual one.
+# An additional package index that has torch's CPU build.
 ARG TORCH_INDEX=""
 RUN --mount=type=cache,target=/root/.cache/pip PIP_EXTRA_INDEX_URL="$TORCH_INDEX" docker/install.sh torch cpu
 COPY pyproject.toml ./

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Healthy if all three stages run and write a report: recipes/health.yaml, some ten seconds of one core.
+# Healthy if all three stages of recipes/health.yaml run and write a report: about ten seconds on one core.
 #
-#   healthcheck [DEVICE]    with cuda, a GPU must have done it
+#   healthcheck [DEVICE]    with cuda, it must have run on a GPU
 #
-# It trains its own tiny base, so every check does the same work and none touches the volumes.
+# It trains its own tiny base, so all checks do the same work and none touches the volumes.
 set -eu
 
 for folder in runs "$XDG_CACHE_HOME"; do
@@ -15,7 +15,7 @@ done
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# One thread at a lower priority: the run beside it goes first, but where it keeps all cores busy the lowest gets none.
+# One thread at a lower priority, so that the main run goes first; at the lowest, busy cores would give it no time.
 TMPDIR="$scratch" XDG_CACHE_HOME="$scratch" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout 280 nice -n 5 \
     perl-rlhf run recipes/health.yaml --out "$scratch/health"
 if ! grep -q "\"device\": \"${1:-}" "$scratch/health/report.json"; then

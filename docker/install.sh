@@ -1,9 +1,9 @@
 #!/bin/sh
-# The installation, the same for `make` and both images: run where constraints.txt is, with the pip on PATH.
+# Installation for `make` and both images: run it in the folder of constraints.txt, with the right pip on PATH.
 #
-#   docker/install.sh torch [BUILD]    torch at the version of constraints.txt; with BUILD (cpu), that build or none
-#   docker/install.sh requirements     what pyproject.toml names, at the versions of constraints.txt
-#   docker/install.sh ARGUMENT...      whatever else `pip install` takes, at those versions
+#   docker/install.sh torch [BUILD]    torch at the version in constraints.txt; with BUILD (cpu), only that build
+#   docker/install.sh requirements     the dependencies in pyproject.toml, at the versions in constraints.txt
+#   docker/install.sh ARGUMENT...      any other arguments of `pip install`, at those versions
 set -eu
 
 install() {

@@ -1,12 +1,12 @@
 #!/bin/bash
-# One recipe under three seeds, each a job of its own on one GPU of one node:
+# One recipe with three seeds, each a separate job on one GPU of one node:
 #
 #   sbatch docker/slurm.sh RECIPE [KEY=VALUE...]
-#   sbatch --array=0 --nodes=2 --gres=gpu:8 docker/slurm.sh RECIPE      one seed, on all of sixteen GPUs together
+#   sbatch --array=0 --nodes=2 --gres=gpu:8 docker/slurm.sh RECIPE      one seed on sixteen GPUs
 #
-# Submit it from a folder that all nodes see: runs/NAME-seedN is written there. Adapt the lines below to the cluster
-# (partition, account, --gres), and PERL to how it is installed. A job that meets its time limit saves, asks to be
-# queued again, and goes on from there.
+# Submit it from a folder that all nodes share: runs/NAME-seedN is written there. Adapt the lines below to the
+# cluster (partition, account, --gres) and PERL to the installation. A job that reaches its time limit saves,
+# requeues itself and resumes from there.
 #SBATCH --job-name=perl-rlhf
 #SBATCH --array=0-2
 #SBATCH --nodes=1
@@ -33,10 +33,10 @@ if [ "$((SLURM_NNODES * DEVICES))" -gt 1 ]; then
     HOST0=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     PERL=(torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$DEVICES" --rdzv-backend c10d
         --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HOST0:29500" -m perl)
-    INTERRUPTED=1  # torchrun's own, whatever its processes leave with
+    INTERRUPTED=1  # torchrun's exit code, whatever those of its processes are
 fi
 
-# Slurm warns 300 s before the limit. SIGTERM lets a step end and be saved.
+# Slurm signals 300 s before the limit. After SIGTERM, a run finishes and saves its step.
 at_limit=
 trap 'at_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
@@ -45,7 +45,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" \
 wait $!
 status=$?
 if [ -n "$at_limit" ]; then
-    wait $!  # the warning ended the first wait
+    wait $!  # the signal ended the first wait
     status=$?
 fi
 if [ -n "$at_limit" ] && [ "$status" = "$INTERRUPTED" ]; then

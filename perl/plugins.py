@@ -1,9 +1,9 @@
-"""A user's own files, which add rows to the registries: a recipe names them in `plugins`.
+"""Plugins: a user's own files, named in a recipe's `plugins`, that add rows to the registries.
 
     from perl.rl.rewards import REWARDS
     REWARDS["keywords"] = Keywords
 
-Each process imports a file once, before the recipe is checked: its other keys may name what the file adds.
+Each process imports a file once, before the recipe is checked, so that its other keys may name the added rows.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ REGISTRIES = {
 class _Plugin(NamedTuple):
     sha256: str
     rows: list[tuple[str, str]]
-    """The registry and the name of each."""
+    """Registry and name of each row."""
 
 
 _loaded: dict[str, _Plugin] = {}
 
 
 def load_plugins(files: Sequence[str], where: str) -> None:
-    """Import the files that are not loaded, and those that have changed since.
+    """Import the files that are not loaded yet or have changed since.
 
     Args:
         files: absolute paths.
@@ -60,12 +60,12 @@ def plugin_sha256(file: str) -> str:
 
 
 def adds_to(file: str) -> set[str]:
-    """The registries that a plugin has added to."""
+    """Return the registries that a plugin has added rows to."""
     return {registry for registry, _ in _loaded[file].rows}
 
 
 def _add_rows(file: str) -> list[tuple[str, str]]:
-    """Import a file and say what it has added, in place of what an earlier version of it had."""
+    """Import a file and return the rows that it adds, after removing those of its earlier version."""
     registries: dict[str, dict[str, Any]] = {
         name: getattr(import_module(module), name) for name, module in REGISTRIES.items()
     }
@@ -80,7 +80,7 @@ def _add_rows(file: str) -> list[tuple[str, str]]:
                     raise UserError(
                         f"{name!r} in {registry} is taken by {_owner(registry, name)}",
                         where=file,
-                        remedy="Give yours another name, and use that in the recipe.",
+                        remedy="Give your row another name, and use that in the recipe.",
                     )
     except BaseException:
         for registry, rows in registries.items():
@@ -91,5 +91,5 @@ def _add_rows(file: str) -> list[tuple[str, str]]:
 
 
 def _owner(registry: str, name: str) -> str:
-    """Whose a row is."""
+    """Return the plugin file that a row comes from, or `a built-in`."""
     return next((file for file, plugin in _loaded.items() if (registry, name) in plugin.rows), "a built-in")

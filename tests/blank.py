@@ -1,4 +1,4 @@
-"""Plots that are not drawn: to draw them takes most of a page's time."""
+"""A stand-in for plots, because drawing them takes most of a page's time."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class Blank:
-    """In the place of a figure and of its axes: whatever is drawn on it, it stays blank."""
+    """Replaces a figure and its axes, and ignores all that is drawn on it."""
 
     def __init__(self, **_: object) -> None: ...
 
@@ -27,7 +27,7 @@ class Blank:
         return iter((self, self))
 
     def transform(self, points: Iterable[object]) -> NDArray[np.float64]:
-        """Where points of the axes are on the figure: all in its corner."""
+        """Map all points of the axes to the figure's corner."""
         return np.zeros((len(list(points)), 2))
 
     def savefig(self, file: IO[str], **_: object) -> None:
@@ -36,7 +36,7 @@ class Blank:
 
 @contextlib.contextmanager
 def drawn() -> Iterator[None]:
-    """Inside, plots are drawn."""
+    """Draw real plots inside this context."""
     from matplotlib.figure import Figure
 
     with mock.patch("perl.report.svg.Figure", Figure):

@@ -1,4 +1,4 @@
-"""A headless Chromium with a profile of its own; tests that need it are skipped where there is none."""
+"""A headless Chromium with its own profile; tests that need it are skipped where it is not installed."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Its driver."""
+    """Yield the browser's driver."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
@@ -34,7 +34,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def screen(browser: Any, width: int, scheme: str) -> None:
-    """Show what follows on a screen of this width, `light` or `dark`."""
+    """Set the screen's width and its color scheme, `light` or `dark`."""
     metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -1,4 +1,4 @@
-"""What all tests share: tiny models, small files of every kind of record, and the command line in-process.
+"""Fixtures of all tests: tiny models, small files of every kind of record, and the command line in-process.
 
 torch and the libraries on it are imported where they are used: the process that hands out tests needs none.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the network
-os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may use the network
+os.environ["OMP_NUM_THREADS"] = "1"  # read at import: tests run in parallel
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing compiles; else bitsandbytes imports the compiler for a second
 
 import pytest
@@ -45,7 +45,7 @@ def leaves(completions, **columns):
         os.kill(os.getpid(), signal.SIGTERM)
     return [float(len(str(text))) for text in completions]
 """
-"""A reward function that asks its own run to leave, at the call whose number the environment has."""
+"""A reward function that sends its own run a stop signal, at the call whose number is in the environment."""
 DRINKS = ["latte", "mocha", "espresso", "cappuccino", "tea", "juice", "water", "cocoa", "cider", "milk"]
 
 RunCli = Callable[..., tuple[int, str]]
@@ -53,7 +53,7 @@ WriteRecipe = Callable[..., Path]
 
 
 def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE of 300 tokens, the special ones among them."""
+    """Return a byte-level BPE of 300 tokens, including the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> "
 
 
 def pytest_collection_finish() -> None:
-    """Before any test: all that is imported is out of the garbage collector's sight, and ready to be forked.
+    """Hide all imported objects from the garbage collector before the first test, and prepare to fork.
 
     A measured stage collects at several points, and each time would walk the objects of all modules.
     """
@@ -86,7 +86,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Without a GPU what needs one is skipped."""
+    """Skip tests that need a GPU where there is none."""
     if item.get_closest_marker("gpu") is not None:
         import torch
 
@@ -96,28 +96,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_plots() -> Iterator[None]:
-    """Leave the page's plots undrawn where the test is of something else: they take most of a page's time."""
+    """Do not draw the page's plots in tests of other things, because that takes most of a page's time."""
     with mock.patch("perl.report.svg.Figure", Blank):
         yield
 
 
 @pytest.fixture
 def drawn_plots() -> Iterator[None]:
-    """Plots are drawn."""
+    """Draw real plots."""
     with drawn():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
-    """What earlier files left, such as modules that are imported late, is out of the collector's sight too."""
+    """Hide objects of earlier test files, such as late imports, from the garbage collector too."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _unflushed() -> Iterator[None]:
-    """No file of a test is to outlive a power cut."""
+    """Skip fsync: no test's file has to survive a power cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
         yield
@@ -125,7 +125,7 @@ def _unflushed() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches of a session of tests are its own."""
+    """Give each test session its own caches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -133,7 +133,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process: no plugin is loaded; what the test's plugins add is gone afterwards."""
+    """Start without plugins, as a new process does, and remove afterwards what the test's plugins add."""
     from perl import plugins
 
     monkeypatch.setattr(plugins, "_loaded", {})
@@ -147,7 +147,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama (context 256), its tokenizer and a ChatML template."""
+    """Return a folder with a random Llama (context 256), its tokenizer and a ChatML template."""
     import torch
 
     from tests.tiny import random_llama
@@ -169,7 +169,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random GPT-2 (context 256) and a tokenizer that has no chat template and no padding."""
+    """Return a folder with a random GPT-2 (context 256) and a tokenizer without chat template or padding."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -193,14 +193,14 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(file: Path, rows: list[Any]) -> Path:
-    """A JSON Lines file."""
+    """Write rows as a JSON Lines file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demonstrations, ratings, pairs and prompts of ten dialogues, as JSON Lines."""
+    """Return a folder with demonstrations, ratings, pairs and prompts of ten dialogues, as JSON Lines."""
     folder = tmp_path_factory.mktemp("data")
     asked = [[{"role": "user", "content": f"A {drink}, please."}] for drink in DRINKS]
     good = [f"One {drink}. What size?" for drink in DRINKS]
@@ -229,7 +229,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Demonstrations and ratings in one file."""
+    """Return one file with demonstrations and ratings."""
     file = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
     names = ("demonstrations.jsonl", "ratings.jsonl")
     file.write_text("".join((small_data / name).read_text() for name in names))
@@ -237,11 +237,11 @@ def mixed_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 BRIEF = {"anyway": True, "eval_samples": 16, "best_of_n": 0}
-"""Of `rl`: few ratings make no reward model fit for it, and by default a policy is judged on 768 completions."""
+"""Keys of `rl`: a reward model trained on few ratings is not good enough, and the default is 768 completions."""
 
 
 def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Path:
-    """Write a recipe that runs in a second; what is given replaces its keys, and None removes them."""
+    """Write a recipe that runs in a second; `changes` replace its keys, and None removes them."""
     (folder / "rewards.py").write_text(
         "def length(completions, **columns):\n    return [float(len(str(text))) for text in completions]\n"
     )
@@ -272,12 +272,12 @@ def recipe_file(folder: Path, model: Path, data: Path, /, **changes: Any) -> Pat
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, small_data: Path) -> WriteRecipe:
-    """`recipe_file` for this test."""
+    """Return `recipe_file` for this test's folder, model and data."""
     return partial(recipe_file, tmp_path, tiny_llama, small_data)
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """Run `perl-rlhf ARGUMENTS` in this process; its exit status, and what it wrote to stdout and stderr."""
+    """Run `perl-rlhf ARGUMENTS` in this process; return its exit status and its output (stdout and stderr)."""
     from perl import cli
 
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -299,5 +299,5 @@ def command(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture
 def run_cli() -> RunCli:
-    """`command`."""
+    """Return `command`."""
     return command

@@ -1,4 +1,4 @@
-"""The steps of the Dockerfiles without an engine: their own commands, in a clean root folder, as their users.
+"""Run the Dockerfiles' steps without an engine: their own commands, in a clean root folder, as their users.
 
     python -m tests.docker_steps docker/cpu.Dockerfile docker/cuda.Dockerfile
 
@@ -28,7 +28,7 @@ PROJECT = Path(__file__).parent.parent
 GPU = Path("/dev/nvidia0")
 LIBRARIES = Path(sysconfig.get_path("purelib"))
 OWN = ("perl_rlhf", "__editable__")
-"""What of this project may be among `LIBRARIES`."""
+"""Prefixes of this project's own entries in `LIBRARIES`."""
 
 
 class Root:
@@ -61,17 +61,17 @@ class Root:
             self._show_libraries()
 
     def inside(self, place: str) -> Path:
-        """Where a path of the image, relative to the working directory, lies on this machine."""
+        """Return the place on this machine of a path of the image, relative to the working directory."""
         return self.path / os.path.normpath(os.path.join(self.directory, place)).lstrip("/")
 
     def bind(self, source: Path, place: str) -> None:
-        """Show a folder of this machine."""
+        """Make a folder of this machine visible in the root."""
         self.inside(place).mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "--rbind", source, self.inside(place)], check=True)
         self.shown.append(self.inside(place))
 
     def megabytes(self) -> float:
-        """What the instructions so far have put there, but for changes to /usr and /etc."""
+        """Return the size of all that the instructions so far have written, except in /usr and /etc."""
         others = [f"--exclude={place}" for place in self.shown]
         told = subprocess.run(
             ["du", "-sx", "-B1000", *others, self.path], capture_output=True, text=True, check=True
@@ -79,7 +79,7 @@ class Root:
         return int(told.stdout.split()[0]) / 1000
 
     def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as the current user, in the working directory and environment."""
+        """Run a command as the current user in the current working directory and environment."""
         enter = ["chroot", f"--userspec={self.user}", "--groups=", str(self.path)]
         into = ["sh", "-c", 'cd "$0" && exec "$@"', self.directory]
         settings = [f"{name}={value}" for name, value in {**self.environment, **more}.items()]
@@ -88,7 +88,7 @@ class Root:
         )
 
     def _over(self, folder: Path) -> None:
-        """Show a folder of this machine, changes to which go to folders beside the root."""
+        """Make a folder of this machine visible; changes to it are written outside it, next to the root."""
         place = self.inside(str(folder))
         changed, work = (
             self.path.with_name(f"{self.path.name}-{folder.name}-{name}") for name in ("upper", "work")
@@ -100,7 +100,7 @@ class Root:
         self.shown.append(place)
 
     def _show_libraries(self) -> None:
-        """Let every Python see the libraries of this one, but not this project."""
+        """Make this Python's libraries, but not this project, importable in every Python."""
         self.bind(LIBRARIES, str(LIBRARIES))
         seen = self.inside("/seen/site-packages")  # dill goes by that name
         seen.mkdir(parents=True)
@@ -115,7 +115,7 @@ class Root:
 
 
 def _packages() -> Iterator[Path]:
-    """Folders of this machine where pip is told to look for packages."""
+    """Yield the folders of this machine in which pip is configured to look for packages."""
     told = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -125,7 +125,7 @@ def _packages() -> Iterator[Path]:
 
 
 def make_context(folder: Path) -> Path:
-    """A copy of what an engine would be sent."""
+    """Copy the build context that an engine would receive."""
     for name in context_files(PROJECT):
         source, target = PROJECT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def make_context(folder: Path) -> Path:
 
 
 def do(step: Instruction, root: Root, roots: dict[str, Root]) -> None:
-    """One instruction; those that only describe the image do nothing here."""
+    """Execute one instruction; those that only describe the image do nothing here."""
     match step.keyword:
         case "RUN":
             for mount in step.flags.get("mount", []):
@@ -186,7 +186,7 @@ def _copy(step: Instruction, root: Root, roots: dict[str, Root]) -> None:
 
 
 def build(file: Path, folder: Path, installed: bool) -> tuple[Root, Stage]:
-    """Do all steps of a Dockerfile, telling how long each RUN took and how large the root is then."""
+    """Execute all steps of a Dockerfile, printing each RUN's time and the size of the root after it."""
     context = make_context(folder / "context")
     roots: dict[str, Root] = {}
     for stage in read_dockerfile(file):
@@ -202,7 +202,7 @@ def build(file: Path, folder: Path, installed: bool) -> tuple[Root, Stage]:
 
 
 def use(root: Root, stage: Stage) -> None:
-    """What a user and an engine do with the image: its command, and its health check."""
+    """Run the image's command and its health check, as a user and an engine do."""
     entry = root.run([*stage.last("ENTRYPOINT").words, *stage.last("CMD").words])
     if entry.returncode or "Usage: perl-rlhf" not in entry.stdout:
         sys.exit(f"the entry point left with status {entry.returncode}:\n{entry.stdout}{entry.stderr}")
@@ -216,19 +216,19 @@ def use(root: Root, stage: Stage) -> None:
         wanted, said = check.returncode == 0, "healthy"
     if not wanted or said not in check.stdout + check.stderr:
         sys.exit(f"the health check left with status {check.returncode}:\n{check.stdout}{check.stderr}")
-    shown = [place for mount in root.shown for place in (mount, *mount.parents)]  # this project may stand in /tmp
+    shown = [place for mount in root.shown for place in (mount, *mount.parents)]  # this project may be in /tmp
     if left := [entry.name for entry in root.inside("/tmp").iterdir() if entry not in shown]:
         sys.exit(f"the health check left in /tmp: {left}")
 
 
 def main() -> None:
-    """Try each Dockerfile in mounts that end with the process."""
+    """Build each Dockerfile in mounts that end with the process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--installed", action="store_true", help="use the libraries of this Python")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.folder:  # within mounts of its own
+    if arguments.folder:  # in its own mount namespace
         use(*build(arguments.files[0], arguments.folder, arguments.installed))
         return
     if sys.platform != "linux" or os.getuid() != 0:

@@ -1,4 +1,4 @@
-"""Reads a Dockerfile: stages of instructions. Enough of the format for those in docker/; heredocs are not."""
+"""Parser of Dockerfiles into stages of instructions; supports those in docker/, but no heredocs."""
 
 import json
 import re
@@ -8,51 +8,51 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, its continuation lines joined."""
+    """One instruction, with its continuation lines joined."""
 
     keyword: str
-    """In capitals."""
+    """Keyword in capitals."""
     flags: dict[str, list[str]]
-    """`--NAME=VALUE` before the text; a name may come several times."""
+    """Values of `--NAME=VALUE` before the text; a name may occur several times."""
     text: str
 
     @property
     def words(self) -> list[str]:
-        """The text as a list: JSON where it is, else split at blanks."""
+        """Return the text as a list: parsed if it is JSON, else split at whitespace."""
         parsed: list[str] = json.loads(self.text) if self.text.startswith("[") else self.text.split()
         return parsed
 
     def __str__(self) -> str:
-        """On one line."""
+        """Return the instruction on one line."""
         flags = [f"--{name}={value}" for name, values in self.flags.items() for value in values]
         return " ".join([self.keyword, *flags, self.text])
 
 
 @dataclass
 class Stage:
-    """What stands between one FROM and the next."""
+    """The instructions from one FROM to the next."""
 
     base: str
     name: str
     instructions: list[Instruction] = field(default_factory=list)
 
     def last(self, keyword: str) -> Instruction:
-        """The instruction that counts where a later one overrides an earlier."""
+        """Return the last instruction with this keyword, which overrides earlier ones."""
         return [one for one in self.instructions if one.keyword == keyword][-1]
 
     def environment(self) -> dict[str, str]:
-        """What ENV sets, as written."""
+        """Return the variables that ENV sets, not expanded."""
         pairs = [word for one in self.instructions if one.keyword == "ENV" for word in one.words]
         return dict(pair.split("=", 1) for pair in pairs)
 
     def health_check(self) -> list[str]:
-        """The command of HEALTHCHECK."""
+        """Return the command of HEALTHCHECK."""
         parsed: list[str] = json.loads(self.last("HEALTHCHECK").text.removeprefix("CMD "))
         return parsed
 
 
 def read_dockerfile(file: Path) -> list[Stage]:
-    """The stages of a Dockerfile in order; the last one is the image."""
+    """Return the stages of a Dockerfile in order; the last one is the image."""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     stages: list[Stage] = []
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
@@ -74,7 +74,7 @@ def read_dockerfile(file: Path) -> list[Stage]:
 
 
 def context_files(root: Path) -> list[str]:
-    """What .dockerignore lets into the build context: it excludes everything and names exceptions."""
+    """Return the files in the build context: .dockerignore excludes everything except the names it lists."""
     first, *rest = (
         line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
     )

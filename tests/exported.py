@@ -1,4 +1,4 @@
-"""Runs on tiny models, and what their roles say: the measure of what is exported."""
+"""Runs on tiny models and their roles' outputs, with which exported models are compared."""
 
 import random
 from pathlib import Path
@@ -22,7 +22,7 @@ SPEAKERS = {"user": "user", "assistant": "agent"}
 
 
 def recipe_on(model: Path, data: Path, **changes: Any) -> Recipe:
-    """All three stages on a base; what is given replaces keys of the recipe, and None removes them."""
+    """Return a recipe of all three stages on a base; `changes` replace its keys, and None removes them."""
     recipe: dict[str, Any] = {
         "name": "tiny-run",
         "base": {"model": str(model), "dtype": "float32"},
@@ -45,7 +45,7 @@ def recipe_on(model: Path, data: Path, **changes: Any) -> Recipe:
 
 
 def make(out: Path, recipe: Recipe) -> Path:
-    """The folder of a run, written as its stages write it, with weights drawn instead of learned."""
+    """Write a run folder as its stages do, with random instead of trained weights."""
     session = open_session(recipe, out)
     generator = torch.Generator().manual_seed(1)
     with session.folder.claim(recipe):
@@ -63,20 +63,20 @@ def make(out: Path, recipe: Recipe) -> Path:
 
 
 def made_up(stage: StageName) -> StageResult:
-    """What a stage might have come to."""
+    """Return a plausible result of a stage."""
     report = make_report(random.Random(0), seed=0, tuning="lora", steps=2)
     return made(RESULTS[stage], report["stages"][stage])
 
 
 class Run:
-    """A finished run, computing as itself."""
+    """A finished run that computes with its own roles."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.session = open_run(folder)
 
     def ids(self, dialogue: list[dict[str, str]] | tuple[str, str]) -> list[int]:
-        """The tokens of chat messages, or of a text and its answer."""
+        """Return the tokens of chat messages, or of a text and its answer."""
         if isinstance(dialogue, tuple):
             turns = [Turn("text", text) for text in dialogue]
         else:
@@ -85,7 +85,7 @@ class Run:
 
     @torch.no_grad()
     def scores(self, role: Role, dialogues: list[Any], trunk: Role | None = None) -> Tensor:
-        """What a role's head says of whole dialogues, in one batch."""
+        """Return a role's head's outputs for whole dialogues, in one batch."""
         for needed in (role, trunk or role):
             self.session.load(needed)
         batch = left_pad([self.ids(one) for one in dialogues], self.session.base.chat.pad_id, torch.device("cpu"))
@@ -95,7 +95,7 @@ class Run:
 
     @torch.no_grad()
     def log_probs(self, role: Role, ids: list[int]) -> Tensor:
-        """Log-probabilities of all tokens but the first."""
+        """Return the log-probs of all tokens but the first."""
         self.session.load(role)
         ids_BL = torch.tensor([ids])
         outputs = self.session.roles(

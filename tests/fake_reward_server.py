@@ -1,4 +1,4 @@
-"""A server with vLLM's endpoints for a reward model, over transformers' classifier and peft; with faults."""
+"""A server with vLLM's reward-model endpoints, on transformers' classifier and peft, with faults to switch on."""
 
 import math
 from pathlib import Path
@@ -34,9 +34,9 @@ FAULTS = (
 
 
 class FakeRewardServer(FakeVllm):
-    """One server with one adapter, called reward, from its start.
+    """One server with one adapter, named reward, from the start.
 
-    It scores row by row, from the bytes that peft reads in the adapter's folder.
+    It scores row by row with the weights that peft loads from the adapter's folder.
     """
 
     def __init__(self, folder: Path, adapter: Path) -> None:
@@ -44,7 +44,7 @@ class FakeRewardServer(FakeVllm):
         super().__init__(folder)
 
     def restart(self) -> None:
-        """As a new process."""
+        """Restart with the state of a new process."""
         self.loaded = {"reward": str(self._adapter)}
         base = AutoModelForSequenceClassification.from_pretrained(
             self._folder, num_labels=1, pad_token_id=-1, dtype=torch.float32
@@ -52,7 +52,7 @@ class FakeRewardServer(FakeVllm):
         self._peft = PeftModel.from_pretrained(base, str(self._adapter)).eval()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """The status, and what is sent."""
+        """Return the HTTP status and the response body."""
         if path == "/tokenize":
             tokenizer = AutoTokenizer.from_pretrained(self._folder)
             ids = tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""A server with vLLM's endpoints over transformers and peft, in a thread, whose faults can be switched on.
+"""A server with vLLM's endpoints on transformers and peft, in a thread, with faults to switch on.
 
 It samples one request after the other, without a cache, from the bytes that peft reads in the adapter's folder: it
 shares no code with the sampler that asks it.
@@ -42,7 +42,7 @@ class FakeVllm:
 
     Attributes:
         fault: one of `FAULTS`, or none.
-        loaded: names and folders of the adapters that it has.
+        loaded: names and folders of the loaded adapters.
         asked: the bodies of all requests for completions.
     """
 
@@ -56,7 +56,7 @@ class FakeVllm:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all adapters, as a new process has."""
+        """Forget all adapters, as a new process does."""
         self.loaded: dict[str, str] = {}
         self._base = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
         self._peft: PeftModel | None = None
@@ -67,7 +67,7 @@ class FakeVllm:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, it answers."""
+        """Serve requests inside this context."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -102,7 +102,7 @@ class FakeVllm:
             request_queue_size = 128
 
             def handle_error(self, *_: object) -> None:
-                """A client that left."""
+                """Ignore clients that disconnect."""
 
         with Listener(("127.0.0.1", self.port), Handler) as server:
             self.port = server.server_port
@@ -176,7 +176,7 @@ class FakeVllm:
         return drawn, log_probs
 
     def _logits(self, name: str, ids: list[int]) -> torch.Tensor:
-        """Of the next token, as an adapter computes it, or as a fault has it."""
+        """Return the next token's logits from an adapter, or from the switched-on fault."""
         earlier = next((one for one in reversed(self._of_the_policy()) if one != name), name)
         stale = self.fault == "stale" or (self.fault == "stale cache" and len(ids) % 2)
         name = earlier if stale else name

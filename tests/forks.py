@@ -1,4 +1,4 @@
-"""Processes for runs, forked from one that has imported all libraries: the import takes longer than a run.
+"""Processes for runs, forked from one that has imported all libraries, because the import takes longer than a run.
 
 The parent of the forks is itself a fork of the test process, made before any test: torch refuses to compute
 gradients in a fork of a process that has computed some.
@@ -30,7 +30,7 @@ _server: Connection | None = None
 
 @dataclass(frozen=True)
 class _Start:
-    """Call a main function with arguments; `terminal` is a terminal's path, standard input, output and error."""
+    """A call of a main function; `terminal` is the path of a terminal for standard input, output and error."""
 
     main: Callable[[], object]
     arguments: tuple[str, ...]
@@ -41,20 +41,20 @@ class _Start:
 
 @dataclass
 class Fork:
-    """A process that has been started, in a session of its own."""
+    """A started process in its own session."""
 
     pid: int
     log: Path
     status: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status, or minus the signal that ended it; None while it runs."""
+        """Return the exit status, or minus the signal that ended the process; None while it runs."""
         if self.status is None:
             self.status = _ask(self.pid)
         return self.status
 
     def wait(self, seconds: float) -> int:
-        """The exit status, within so many seconds."""
+        """Return the exit status; fail if the process runs longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
             assert time.monotonic() < deadline, f"still running: {self.said()}"
@@ -62,7 +62,7 @@ class Fork:
         return status
 
     def said(self) -> str:
-        """What it has written to standard output and error."""
+        """Return its standard output and error so far."""
         return self.log.read_text(encoding="utf-8")
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -70,17 +70,17 @@ class Fork:
 
 
 def begin() -> None:
-    """Fork the parent of all forks."""
+    """Fork the process that is the parent of all forks."""
     global _server
     _server, its = Pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the fork uses nothing of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, none of which the fork uses
         child = os.fork()
     if child:
         its.close()
         return
     _server.close()
-    svg.Figure = Blank  # type: ignore[assignment,misc]  # what is forked draws no plots
+    svg.Figure = Blank  # type: ignore[assignment,misc]  # forks draw no plots
     running: set[int] = set()
     with contextlib.suppress(EOFError):
         while True:
@@ -91,19 +91,19 @@ def begin() -> None:
                 running.add(answer or 0)
             elif answer is not None:
                 running.remove(question)
-    for pid in running:  # of a test that failed
+    for pid in running:  # left by a failed test
         os.kill(pid, signal.SIGKILL)
     os._exit(0)
 
 
 def begin_forkserver() -> None:
-    """Fork the parent of multiprocessing's processes of the method "forkserver": else it imports all again."""
+    """Fork the server of multiprocessing's method "forkserver", which would otherwise import everything again."""
 
     def fork(_path: bytes, arguments: Sequence[str], passed: Sequence[int]) -> int:
         if pid := os.fork():
             return pid
         try:
-            for number in range(3, 256):  # it ends when nobody else has the other end of the last pipe
+            for number in range(3, 256):  # it ends when no other process holds the other end of the last pipe
                 with contextlib.suppress(OSError):
                     if number not in passed and os.path.sameopenfile(number, passed[1]):
                         os.close(number)
@@ -124,10 +124,10 @@ def start(
     terminal: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Fork:
-    """Call a main function as a program: `sys.argv` has these arguments, and hangups are heeded.
+    """Call a main function as a program: `sys.argv` has these arguments, and SIGHUP has its default effect.
 
     Args:
-        log: where its output goes; with `terminal`, a terminal that controls it.
+        log: file for its output; with `terminal`, its controlling terminal.
         environment: added to this process's.
     """
     words = tuple(map(str, arguments))
@@ -139,7 +139,7 @@ def start(
 def run(
     command: Sequence[str], env: Mapping[str, str] | None = None, check: bool = False, **_: object
 ) -> subprocess.CompletedProcess[str]:
-    """In the place of `subprocess.run` of this Python with one of our modules; stdout has stderr's lines too."""
+    """Replace `subprocess.run` of this Python with one of our modules; stdout includes stderr."""
     python, flag, module, *arguments = command
     assert (python, flag, check) == (sys.executable, "-m", False)
     main = import_module("perl.cli" if module == "perl" else module).main
@@ -179,8 +179,8 @@ def _answer(question: "_Start | int") -> int | None:
 
 
 def _become(program: _Start) -> None:
-    """As a new process is: its session, environment, output and signals."""
-    os.setsid()  # a terminal that is opened now controls it
+    """Set session, environment, output and signals as in a new process."""
+    os.setsid()  # so that the terminal opened next becomes the controlling one
     flags = os.O_RDWR if program.terminal else os.O_WRONLY | os.O_CREAT | os.O_APPEND
     opened = os.open(program.log, flags, 0o600)
     for number in (0, 1, 2) if program.terminal else (1, 2):

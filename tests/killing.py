@@ -1,4 +1,4 @@
-"""Kill runs at random moments with SIGKILL, resume them, and compare what they learned with a run left in peace.
+"""Kill runs at random moments with SIGKILL, resume them, and compare their weights with an uninterrupted run's.
 
     python -m tests.killing --count 20 --seed 0
 
@@ -54,7 +54,7 @@ RECIPE: dict[str, Any] = {
 
 
 def shorter() -> dict[str, Any]:
-    """The recipe with a third of the steps, and a checkpoint after every second one."""
+    """Return the recipe with a third of the steps and a checkpoint after every second one."""
     stages = {
         "sft": RECIPE["sft"] | {"epochs": 2},
         "reward": RECIPE["reward"] | {"epochs": 1},
@@ -64,7 +64,7 @@ def shorter() -> dict[str, Any]:
 
 
 def prepare(folder: Path, content: dict[str, Any]) -> Path:
-    """A recipe of all stages on few rows, and the caches beside it."""
+    """Write a recipe of all stages on few rows, and its caches next to it."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     rows = []
     for good in GOODS:
@@ -80,7 +80,7 @@ def prepare(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def start(recipe: Path, stage: str, out: Path) -> int:
-    """Fork a process that runs one stage; its number."""
+    """Fork a process that runs one stage, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -97,7 +97,7 @@ def start(recipe: Path, stage: str, out: Path) -> int:
 
 
 def finish(recipe: Path, stage: str, out: Path) -> float:
-    """Run a stage in peace; its seconds."""
+    """Run a stage without interruption, and return its seconds."""
     begin = time.perf_counter()
     _, status = os.waitpid(start(recipe, stage, out), 0)
     assert status == 0, out.with_suffix(".log").read_text(encoding="utf-8")
@@ -105,18 +105,18 @@ def finish(recipe: Path, stage: str, out: Path) -> float:
 
 
 def learned(out: Path) -> dict[str, bytes]:
-    """The bytes of all that was learned."""
+    """Return the bytes of all trained weights."""
     return {
         str(file.relative_to(out)): file.read_bytes() for file in out.glob("*/adapter/adapter_model.safetensors")
     }
 
 
 def killed(child: int, folder: Path, seconds: float, saving: bool, rng: random.Random) -> str | None:
-    """Kill a process at a random moment within so many seconds; what it was doing, None if it had ended by itself.
+    """Kill a process at a random moment within `seconds`; return what it was doing, None if it had ended.
 
     Args:
-        folder: of its checkpoints.
-        saving: wait for the first unfinished checkpoint after that moment.
+        folder: folder of its checkpoints.
+        saving: whether to wait for the first unfinished checkpoint after that moment.
     """
     moment, unfinished = time.perf_counter() + rng.uniform(0, seconds), False
     while time.perf_counter() < moment or (saving and not unfinished):
@@ -133,10 +133,10 @@ def killed(child: int, folder: Path, seconds: float, saving: bool, rng: random.R
 def kill_stage(
     recipe: Path, stage: StageName, peaceful: Path, seconds: float, count: int, rng: random.Random
 ) -> dict[str, int]:
-    """Kill one stage so often; how often it was running, saving, and compared with the run left in peace.
+    """Kill one stage repeatedly; return how often it was running, saving, and compared with the uninterrupted run.
 
     Args:
-        seconds: what the stage takes in peace.
+        seconds: seconds that the stage takes without interruption.
     """
     out = peaceful.with_name(f"killed-{stage}")
     told = {"running": 0, "saving": 0, "compared": 0}
@@ -174,7 +174,7 @@ def kill_stage(
 
 
 def main() -> None:
-    """Kill every stage, and say what came of it."""
+    """Kill every stage and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="kills of each stage")
     parser.add_argument("--seed", type=int, default=0)

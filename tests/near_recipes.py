@@ -1,4 +1,4 @@
-"""Recipes that are nearly right, and texts that are hardly recipes: what fuzzing draws from."""
+"""Strategies for fuzzing: nearly valid recipes, and texts that are hardly recipes."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ CONTENT = st.recursive(
 
 @st.composite
 def near_recipes(draw: st.DrawFn) -> str:
-    """A good recipe with a few keys renamed, removed, put elsewhere or given other values."""
+    """Draw a valid recipe with a few keys renamed, removed, moved or given other values."""
     recipe = copy.deepcopy(GOOD)
     for _ in range(draw(st.integers(0, 3))):
         section = recipe

@@ -1,4 +1,4 @@
-"""A GPU that the CPU plays: tensors on `cuda` whose contents are on the CPU, and what the host waits for.
+"""A GPU simulated on the CPU: tensors on `cuda` with their contents on the CPU, and a count of the host's waits.
 
 Real values, so a whole run goes as on a CPU and ends with the same; what is on one device only is refused as CUDA
 does. To torch's C++ the tensors are on `meta`, the only device besides the CPU that a build without CUDA can take
@@ -33,28 +33,28 @@ COUNTS = frozenset(
         aten.unique_dim.default,
     }
 )
-"""The host must have their result, or its size, before it goes on."""
+"""Operators whose result, or its size, the host must have before it continues."""
 INDEX = frozenset(
     {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 )
 
 
 class Waits(Counter[str]):
-    """Where the host waited for the GPU, and how often."""
+    """How often the host waited for the GPU, by place."""
 
     def note(self, what: str) -> None:
-        """Count one, at the line of a file of the package or else of the library that asked."""
+        """Count a wait at the line of the package, or else of the library, that caused it."""
         frames = [one for one in reversed(traceback.extract_stack()) if "/torch/" not in one.filename]
         at = next((one for one in frames if "/perl/" in one.filename), frames[-1])
         self[f"{what} at {at.filename.rpartition('/perl/')[2]}:{at.lineno}: {at.line}"] += 1
 
 
 _waits: list[Waits] = []
-"""Those that are counted now."""
+"""The current count."""
 
 
 class OnGpu(Tensor):
-    """A tensor on the GPU; `held` has its contents."""
+    """A tensor on the simulated GPU, with its contents in `held`."""
 
     held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -117,7 +117,7 @@ class OnGpu(Tensor):
 
 
 def _listed(places: Any) -> Any:
-    """Lists as the tensors that torch makes of them; on meta these would have no contents."""
+    """Convert lists to tensors as torch does; on meta these would have no contents."""
     if isinstance(places, list | range):
         return torch.tensor(list(places), dtype=None if len(places) else torch.int64)
     return tuple(map(_listed, places)) if isinstance(places, tuple) else places
@@ -129,7 +129,7 @@ def note(what: str) -> None:
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operator on what is held; its results are on the GPU where CUDA's would be.
+    """Run an operator on the contents; its results are on the GPU where CUDA's would be.
 
     Raises:
         RuntimeError: its tensors are on two devices.
@@ -162,7 +162,7 @@ def _lowered(value: Any) -> Any:
 
 
 def _check_devices(func: Any, args: Any, tensors: list[Tensor]) -> None:
-    """As CUDA does: numbers may come from the CPU, indices and copies too, and then the host waits."""
+    """Allow the CPU tensors that CUDA allows: scalars, indices and copies, for which the host waits."""
     here = [one for one in tensors if not isinstance(one, OnGpu) and one.dim()]
     if func is aten.copy_.default:
         if here or not isinstance(args[0], OnGpu):
@@ -190,7 +190,7 @@ def _is_cuda(value: Any) -> bool:
 
 
 class _Names(TorchFunctionMode):
-    """What Python calls `cuda` is `meta` below."""
+    """Replaces the device `cuda` in Python by `meta` underneath."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -204,7 +204,7 @@ class _Names(TorchFunctionMode):
 
 
 class _Generator(torch.Generator):
-    """Of the GPU, with the CPU's numbers: what is drawn is the same."""
+    """The GPU's generator, which draws the same numbers as the CPU's."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
         return super().__new__(cls, "cpu")
@@ -221,7 +221,7 @@ class _Generator(torch.Generator):
 
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[Waits]:
-    """Inside there is a GPU; yields where the host waits for it."""
+    """Simulate a GPU inside this context; yield the count of the host's waits."""
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,

@@ -9,7 +9,7 @@ import pytest
 
 @contextmanager
 def stopped_after(trainer: type, calls: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, a run is interrupted when this trainer has computed so many losses; it has to be."""
+    """Interrupt a run inside this context after `calls` losses of this trainer; fail if that does not happen."""
     compute, done = vars(trainer)["compute_loss"], 0
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:

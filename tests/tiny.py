@@ -1,4 +1,4 @@
-"""A Llama too small to know anything: its shape, and weights that repeat."""
+"""A tiny Llama: its shape, and reproducible random weights."""
 
 from typing import Any
 
@@ -23,21 +23,21 @@ LLAMA: dict[str, Any] = {
 
 
 def random_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
-    """The same weights at every call; what is given replaces keys of the shape or adds to them.
+    """Return a Llama with the same weights at every call; `changes` replace or add keys of the shape.
 
-    Weights are larger than transformers' own, so that what two of them say differs. It seeds the global generator.
+    Weights are larger than transformers' default, so that outputs of models differ. It seeds torch's generator.
     """
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.2, **changes})).to(dtype)
 
 
 def lora(lm: PreTrainedModel, rank: int = 4, alpha: float = 8, **settings: Any) -> Lora:
-    """LoRA on all linear layers, unless other settings are given."""
+    """Return LoRA on all linear layers, unless other settings are given."""
     return Lora(lm, LoraSettings(rank=rank, alpha=alpha, **settings))
 
 
 def policy_and_critic(lm: PreTrainedModel, layers: str | list[int] = "all") -> SharedBase:
-    """A policy and a critic with a head, both being trained, whose adapters are not where they began."""
+    """Return a policy and a critic with a head, both trainable, with adapters that differ from the initial ones."""
     roles = SharedBase(lora(lm, 4, 8, layers=layers))
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, head=True)
@@ -60,11 +60,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "tinylora": {"size": 5},
     "prefix": {"length": 3},
 }
-"""Settings of every kind of adapters for models of this size."""
+"""Settings of every kind of adapter for models of this size."""
 
 
 def adapter_of_kind(lm: PreTrainedModel, kind: str, **settings: Any) -> AdapterKind:
-    """Adapters of a kind, small; what is given replaces settings or adds to them."""
+    """Return small adapters of a kind; `settings` replace or add to the defaults."""
     row = ADAPTERS[kind]
     named = {} if kind == "lora" else {"kind": kind}
     return row(lm, row.settings_type.model_validate({**named, **KINDS[kind], **settings}))

@@ -1,1 +1,1 @@
-"""All that is measured on a GPU, by one command that a lease of ten minutes is enough for."""
+"""All GPU measurements, in one command that takes at most ten minutes."""

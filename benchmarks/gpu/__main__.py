@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu --out DIR`: every part in turn; results.json and table.md are written after each."""
+"""`python -m benchmarks.gpu --out DIR` measures every part and writes results.json and table.md after each."""
 
 import argparse
 import json
@@ -16,18 +16,18 @@ from typing import Any
 from benchmarks.gpu.table import markdown
 
 PATIENCE = 10
-"""The limits of parts on the slow and shared CPUs that toys run on, as a multiple."""
+"""Factor on the time limits of parts with --toy, which runs on slow and shared CPUs."""
 SECONDS = 570
-"""For everything: a part that has no time left is not begun."""
+"""Time limit for all parts together; a part is not started if no time is left."""
 
 
 class Measuring:
-    """Measures parts and keeps what they found.
+    """Measures parts and keeps their results.
 
     Args:
-        out: the folder for the results.
-        command: that a part's name is added to.
-        seconds: for everything.
+        out: folder for the results.
+        command: command to which a part's name is appended.
+        seconds: time limit for all parts together.
     """
 
     def __init__(self, out: Path, command: Sequence[str], seconds: float) -> None:
@@ -37,7 +37,7 @@ class Measuring:
         out.mkdir(parents=True, exist_ok=True)
 
     def measure(self, name: str, limit: float) -> None:
-        """Measure one part in a process of its own; whatever becomes of it, the others go on."""
+        """Measure one part in its own process, whose failure does not affect the others."""
         begin = time.monotonic()
         left = min(limit, self._until - begin)
         found = {"failed": "no time was left"} if left < 1 else self._measured(name, left)
@@ -59,7 +59,7 @@ class Measuring:
                 return {"failed": f"not finished after {seconds:.0f} s"}
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                    os.killpg(process.pid, signal.SIGKILL)  # with its child processes
                     process.communicate()
         if process.returncode == 0 and printed.strip():
             return {"found": json.loads(printed.strip().splitlines()[-1])}
@@ -68,7 +68,7 @@ class Measuring:
 
 
 def measure_all(measuring: Measuring, limits: dict[str, int], on_host: dict[str, int]) -> None:
-    """Measure the parts that need the GPU in turn, and beside them the others, some at a time."""
+    """Measure the parts that need the GPU one after another, and the others concurrently in a thread pool."""
     with ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 1) // 4))) as pool:
         beside = [pool.submit(measuring.measure, name, limit) for name, limit in on_host.items()]
         for name, limit in limits.items():
@@ -78,14 +78,14 @@ def measure_all(measuring: Measuring, limits: dict[str, int], on_host: dict[str,
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Measure the parts given on the command line."""
     from benchmarks.gpu.parts import PARTS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--toy", action="store_true", help="tiny models, to see that everything runs")
+    parser.add_argument("--toy", action="store_true", help="tiny models, to check that everything runs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for all parts together")
     asked = parser.parse_args()
     command = [sys.executable, "-m", "benchmarks.gpu.parts", *(["--toy"] if asked.toy else [])]
     patience = PATIENCE if asked.toy else 1

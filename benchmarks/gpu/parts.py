@@ -1,6 +1,6 @@
-"""The parts, each in a process of its own: `python -m benchmarks.gpu.parts NAME [--toy]` prints metrics as JSON.
+"""The parts, each in its own process: `python -m benchmarks.gpu.parts NAME [--toy]` prints metrics as JSON.
 
-Libraries are imported where a part needs them: without one only that part fails.
+Each part imports the libraries that it needs, so that only that part fails if one is missing.
 """
 
 import json
@@ -26,20 +26,20 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a step is."""
+    """Amount of work in a step."""
 
     models: dict[str, str]
-    """The shapes in `work.MODELS` that stand for 1B and 8B."""
+    """Names in `work.MODELS` of the shapes used as 1B and 8B."""
     prompts: int
     prompt_tokens: int
     answer_tokens: int
     micro_batch: int
     steps: int
-    """The first two are measured, the rest timed."""
+    """Memory is measured in the first two, time in the others."""
     product: int
-    """Rows of the matrices whose product shows the chip's peak."""
+    """Rows of the square matrices whose product measures the chip's peak FLOP/s."""
     demo: str
-    """The recipe of a run of all stages."""
+    """Recipe of a run with all stages."""
 
 
 GPU = Size({"1b": "1b", "8b": "8b"}, 64, 256, 128, 16, 6, 8192, "recipes/quickstart.yaml")
@@ -56,14 +56,14 @@ TOY_MODEL = {
 
 
 def set_work(size: Size) -> None:
-    """Let the work that both sides do be of this size."""
+    """Set the size of the work that PERL and TRL both do."""
     work.MODELS["toy"] = TOY_MODEL
     work.PROMPTS, work.PROMPT_TOKENS, work.ANSWER_TOKENS = size.prompts, size.prompt_tokens, size.answer_tokens
     work.MICRO_BATCH = size.micro_batch
 
 
 def _seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Of one call, the mean of several after three that warm up."""
+    """Return the mean seconds of a call over `repeats`, after three warm-up calls."""
     for count in (3, repeats):
         if CUDA:
             torch.cuda.synchronize()
@@ -76,7 +76,7 @@ def _seconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 def machine(size: Size) -> Metrics:
-    """The chip, and what it reaches: FLOP/s of a product in bf16, bytes/s of a copy, read and written."""
+    """Measure the device: FLOP/s of a matrix product in bf16, and bytes/s read and written in a copy."""
     device = "cuda" if CUDA else "cpu"
     a, b = (torch.randn(size.product, size.product, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(size.product**2 * 32, device=device, dtype=torch.uint8)
@@ -90,12 +90,12 @@ def machine(size: Size) -> Metrics:
 
 
 def recipe_of(size: Size, algorithm: str, model: str) -> dict[str, Any]:
-    """The content of a recipe: LoRA on all blocks, activations checkpointed."""
+    """Return a recipe's content: LoRA on all blocks; 8B checkpoints activations."""
     return work.recipe(size.models[model], "lora", "all", 1, checkpointing=model == "8b", algorithm=algorithm)
 
 
 def step(size: Size, algorithm: str, model: str, four_bit: bool = False) -> Metrics:
-    """Seconds, tokens per second and memory of a step of ours, by phase."""
+    """Measure seconds, tokens per second and memory of a step of PERL, by phase."""
     with tempfile.TemporaryDirectory() as scratch:
         content = recipe_of(size, algorithm, model)
         if four_bit:
@@ -105,7 +105,7 @@ def step(size: Size, algorithm: str, model: str, four_bit: bool = False) -> Metr
 
 
 def tried(size: Size, content: dict[str, Any]) -> Metrics:
-    """A recipe's steps of RL, as `step` gives them."""
+    """Run a recipe's RL steps and return the metrics of `step`."""
     from perl.measure.meter import MEASURED_STEPS
     from perl.predict import TRY, Trial, trial_session
     from perl.recipe import Recipe
@@ -126,7 +126,7 @@ def tried(size: Size, content: dict[str, Any]) -> Metrics:
 
 
 def save_random(model: str, folder: Path) -> None:
-    """Random weights on disk, for what is quantized as it is loaded."""
+    """Save a model with random weights, because quantization happens while loading from disk."""
     from transformers import LlamaForCausalLM
 
     from benchmarks.trl_work import made
@@ -138,7 +138,7 @@ def save_random(model: str, folder: Path) -> None:
 
 
 def estimate(size: Size, algorithm: str, model: str, four_bit: bool = False) -> Metrics:
-    """What `estimate` says of the memory of a step, by phase."""
+    """Return the memory of a step that `estimate` predicts, by phase."""
     from perl.predict import predict, read_subject
     from perl.recipe import Recipe
 
@@ -152,14 +152,14 @@ def estimate(size: Size, algorithm: str, model: str, four_bit: bool = False) -> 
 
 
 def generate(size: Size) -> Metrics:
-    """Tokens a second of our sampler and of `generate`, under LoRA."""
+    """Measure tokens per second of our sampler and of `generate`, under LoRA."""
     from benchmarks.parts.rollout import measure
 
     return measure(size.models["1b"], 3)
 
 
 def continuous_batching(size: Size) -> Metrics:
-    """Tokens a second of transformers' continuous batching, on the same model and prompts."""
+    """Measure tokens per second of transformers' continuous batching on the same model and prompts."""
     from peft import get_peft_model
     from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
@@ -170,10 +170,10 @@ def continuous_batching(size: Size) -> Metrics:
     vocabulary = model.config.vocab_size
     prompts = torch.randint(5, vocabulary, (size.prompts, size.prompt_tokens)).tolist()
     settings = GenerationConfig(max_new_tokens=size.answer_tokens, do_sample=True, eos_token_id=-1, pad_token_id=0)
-    # By itself it takes what memory there is, which on a CPU is written to for minutes.
+    # By default it takes all free memory, which takes minutes to initialize on a CPU.
     cache = None if CUDA else ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
     seconds = []
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first is a warm-up
         begin = time.perf_counter()
         outputs = model.generate_batch(prompts, settings, cache)
         seconds.append(time.perf_counter() - begin)
@@ -182,7 +182,7 @@ def continuous_batching(size: Size) -> Metrics:
 
 
 def peer(size: Size, algorithm: str) -> Metrics:
-    """Seconds of a step of TRL's trainer, and its peak memory."""
+    """Measure seconds per step and peak memory of TRL's trainer."""
     from benchmarks.trl_groups import trainer
     from benchmarks.trl_work import measure
 
@@ -195,10 +195,10 @@ def peer(size: Size, algorithm: str) -> Metrics:
 
 
 def _said(*command: object) -> Metrics:
-    """The last lines of a command, and the seconds that it took.
+    """Run a command and return its last lines and the seconds that it took.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     begin = time.perf_counter()
     done = subprocess.run(
@@ -211,27 +211,27 @@ def _said(*command: object) -> Metrics:
 
 
 def tests(size: Size) -> Metrics:
-    """The tests that need a GPU."""
+    """Run the tests that need a GPU."""
     return _said(
         "-m", "pytest", "-m", "gpu", "-n", 0, "-W", "default", "-p", "no:cacheprovider", "tests/test_gpu.py"
     )
 
 
 def demo(size: Size) -> Metrics:
-    """A run of all stages, from a base that it builds to its page."""
+    """Run all stages, from building the base to the report page."""
     with tempfile.TemporaryDirectory() as scratch:
         return _said("-m", "perl", "run", size.demo, "--out", scratch)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured, and how long it may take."""
+    """A measurement and its time limit."""
 
     run: Callable[[Size], Metrics]
     limit: int
     """Seconds."""
     on_host: bool = False
-    """Whether it needs no GPU: it is computed beside the others."""
+    """Whether it needs no GPU and runs concurrently with the others."""
 
 
 STEPS: dict[str, tuple[str, str, bool]] = {
@@ -271,7 +271,7 @@ PARTS: dict[str, Part] = {
     "demo": Part(demo, 180),
     **{f"estimate-{name}": _estimate_part(name) for name in STEPS},
 }
-"""In the order that they are measured in: what tells most comes first, as time may run out."""
+"""Parts in the order of measurement: the most informative come first, because time may run out."""
 
 
 def main() -> None:

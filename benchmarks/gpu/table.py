@@ -1,4 +1,4 @@
-"""What was found, as the tables of the docs."""
+"""The results as the tables of the docs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ PHASES = ("generate", "score", "update")
 
 
 def markdown(results: Results) -> str:
-    """All tables; a part that failed is named with its reason."""
+    """Return all tables, and each failed part with its reason."""
     found = {name: one["found"] for name, one in results.items() if "found" in one}
     lines = [*_machine(found), *_steps(found), *_generation(found), *_peers(found), *_commands(found)]
     failed = [f"- {name}: {one['failed']}" for name, one in results.items() if "failed" in one]
@@ -27,7 +27,7 @@ def _machine(found: Mapping[str, Any]) -> list[str]:
 
 
 def _steps(found: Mapping[str, Any]) -> list[str]:
-    """A row a step: its phases, its share of the chip's peak, its memory beside the estimate."""
+    """Return one row per step: phases, share of the chip's peak FLOP/s, measured and estimated memory."""
     rows = {name: one for name, one in found.items() if "peak_bytes" in one and "flops_per_second" in one}
     if not rows:
         return []

@@ -1,1 +1,1 @@
-"""Models × rewards × scales under default settings: does RL work for what nobody here has tuned to?"""
+"""Models × rewards × scales under default settings: does RL work for models and rewards it was not tuned on?"""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.grid`: run the cells that are not finished, and write the tables."""
+"""`python -m benchmarks.grid` runs the cells that are not finished and writes the tables."""
 
 import argparse
 import itertools
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid", description="See benchmarks/README.md.")
 
     def several(option: str, default: str, known: Sequence[str] | None = None) -> None:
-        words = f"Of {', '.join(known)}; {default} by default." if known else f"{default} by default."
+        words = f"Any of {', '.join(known)}; {default} by default." if known else f"{default} by default."
         parser.add_argument(option, default=default, metavar="A,B", type=str, help=words)
 
     several("--models", ",".join(MODELS), MODELS)
@@ -34,13 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     several("--scales", "0.01,1,100")
     several("--algorithms", "default", list(ALGORITHMS))
     several("--seeds", "0")
-    parser.add_argument("--steps", type=int, default=80, metavar="N", help="Of RL; 80 by default.")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="RL steps; 80 by default.")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="48 by default.")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="For every recipe.")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Cells at a time; 1 by default.")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="Set in every recipe.")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Concurrent cells; 1 by default.")
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="runs/grid by default.")
     parser.add_argument(
-        "--cache", type=Path, default=Path("runs/grid-cache"), metavar="DIR", help="Of models and ratings."
+        "--cache", type=Path, default=Path("runs/grid-cache"), metavar="DIR", help="Models and ratings."
     )
     parser.add_argument("--llama", type=Path, default=LLAMA, metavar="DIR", help="The 656K Llama.")
     return parser
@@ -50,12 +50,12 @@ def _split(parser: argparse.ArgumentParser, option: str, text: str, known: Seque
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if known is not None and part not in known:
-            parser.error(f"{option} has {part!r}: it is none of {', '.join(known)}")
+            parser.error(f"{option} has {part!r}, which is not one of {', '.join(known)}")
     return parts
 
 
 def main() -> None:
-    """Plan, run, and write."""
+    """Plan the cells, run those that are not finished, and write the tables."""
     parser = _parser()
     given = parser.parse_args()
     models = _split(parser, "--models", given.models, MODELS)
@@ -67,7 +67,7 @@ def main() -> None:
         parser.error(f"--llama {given.llama}: no such folder")
 
     keep_freed_memory()
-    torch.set_num_threads(1)  # threads that wait for one another are slow where other work runs beside
+    torch.set_num_threads(1)  # several threads that wait for each other are slow on a shared machine
     facts = {}
     for model in models:
         folder = model_folder(model, given.cache, given.llama).resolve()
@@ -86,7 +86,7 @@ def main() -> None:
             ratings=str(facts[model][2].resolve()),
             facts=asdict(facts[model][1]),
         )
-        # Scales last: what belongs together is there early.
+        # Scales vary fastest, so that cells to be compared finish early.
         for model, reward, algorithm, seed, scale in itertools.product(models, rewards, algorithms, seeds, scales)
     ]
     _run_all(plans, given.out, given.jobs)
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _run_all(plans: list[Plan], out: Path, jobs: int) -> None:
-    """Run the cells that are not finished, so many at a time, and print a line for each as it ends."""
+    """Run the cells that are not finished, `jobs` at a time, and print one line for each when it ends."""
     todo = [plan for plan in plans if _finished(plan, out) is None]
     print(f"{len(plans)} cells, {len(plans) - len(todo)} of them finished before", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -105,10 +105,10 @@ def _run_all(plans: list[Plan], out: Path, jobs: int) -> None:
 
 
 def _finished(plan: Plan, out: Path) -> dict[str, Any] | None:
-    """What a finished cell came to; None if it is not finished.
+    """Return the result of a finished cell; None if it is not finished.
 
     Raises:
-        SystemExit: the folder has the cell under another plan.
+        SystemExit: the cell in the folder was run with another plan.
     """
     file = out / "cells" / plan.name / "cell.json"
     if not file.exists():
@@ -118,18 +118,18 @@ def _finished(plan: Plan, out: Path) -> dict[str, Any] | None:
     if differs:
         key = differs[0]
         sys.exit(
-            f"error: {file}: was run with another {key}, {result[key]!r}, than {asdict(plan)[key]!r}: "
-            "use another --out, or remove it"
+            f"error: {file}: was run with {key} {result[key]!r}, not {asdict(plan)[key]!r}: "
+            "use another --out, or remove the file"
         )
     return result
 
 
 def _run_one(plan: Plan, out: Path) -> dict[str, Any]:
     folder = (out / "cells" / plan.name).resolve()
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted cell left
+    shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted cell
     folder.mkdir(parents=True)
     plan.write(folder)
-    # The checkout that this grid belongs to comes first: it is what is measured.
+    # This checkout comes first on the path, because it is the one to measure.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(folder / "log.txt", "wb") as log:

@@ -1,4 +1,4 @@
-"""One cell of the grid: a run of the package under default settings, and what it came to.
+"""One cell of the grid: a run of the package under default settings, and its result.
 
 `python -m benchmarks.grid.cell FOLDER` runs the cell that FOLDER/plan.json describes, and writes FOLDER/cell.json.
 """
@@ -25,15 +25,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {"default": {}} | {
     name: {"algorithm": name} | ({"prompts_per_step": 4} if row.samples_per_prompt > 1 else {})
     for name, row in ROWS.items()
 }
-"""The keys of each; `default` says nothing. All draw 16 completions a step: 4 a prompt where they are compared."""
+"""Keys that each sets; `default` sets none. All draw 16 completions per step, those with groups in groups of 4."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what a cell does.
+    """All settings of a cell.
 
     Attributes:
-        scale: a factor, and where wanted a shift: `100`, `1+1000`.
+        scale: a factor, optionally with a shift: `100`, `1+1000`.
         base: folder of the model.
         ratings: file of the model's ratings.
         overrides: `KEY=VALUE` for the recipe.
@@ -53,17 +53,17 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Of the cell, and of its folder."""
+        """Name of the cell and of its folder."""
         return f"{self.model}-{self.reward}-{self.scale}-{self.algorithm}-{self.seed}".replace("+", "p")
 
     @property
     def factor(self) -> float:
-        """What the raw reward is multiplied by."""
+        """Factor on the raw reward."""
         return float(self.scale.partition("+")[0])
 
     @property
     def shift(self) -> float:
-        """What is then added to it."""
+        """Constant added to the scaled reward."""
         return float(self.scale.partition("+")[2] or 0)
 
     def write(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class Plan:
 
 
 def run_cell(folder: Path) -> dict[str, Any]:
-    """Train, judge, and write cell.json."""
+    """Train and judge a cell, and write cell.json."""
     plan = Plan(**json.loads((folder / "plan.json").read_text(encoding="utf-8")))
     started = time.monotonic()
     status = _train(plan, folder)
@@ -87,12 +87,12 @@ def run_cell(folder: Path) -> dict[str, Any]:
 
 
 def write_recipe(plan: Plan, folder: Path) -> Path:
-    """The recipe that a stranger would write, with its data and its reward function beside it."""
+    """Write the recipe of a new user, with its data and its reward function in the same folder."""
     rl: dict[str, Any] = {**ALGORITHMS[plan.algorithm], "steps": plan.steps, "max_new_tokens": plan.max_new_tokens}
     recipe: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "base": {"model": plan.base}}
     if plan.reward == "model":
         recipe |= {"data": {"source": "jsonl", "path": plan.ratings}, "reward": {}}
-        rl["anyway"] = True  # what it comes to is judged from outside
+        rl["anyway"] = True  # the judge evaluates the policy anyway
     else:
         kind = kind_of(plan.model)
         rows = ({"prompt": written(prompt, kind)} for prompt in prompts.training(kind))
@@ -116,7 +116,7 @@ def _function_source(plan: Plan) -> str:
 
 
 def _function(plan: Plan) -> tuple[RewardFunction, dict[str, Any]]:
-    """A reward function of benchmarks/rewards.py, and its own arguments."""
+    """Return a reward function of benchmarks/rewards.py and its arguments."""
     facts = Facts(**plan.facts)
     of: dict[str, tuple[RewardFunction, dict[str, Any]]] = {
         "dense": (animals, {}),
@@ -127,7 +127,7 @@ def _function(plan: Plan) -> tuple[RewardFunction, dict[str, Any]]:
 
 
 def _train(plan: Plan, folder: Path) -> int:
-    """The exit status of the package's own command, or of the first that failed."""
+    """Run the package's own commands; return the exit status of the last one that ran."""
     recipe = write_recipe(plan, folder)
     if plan.reward != "model":
         return _perl("run", recipe, *plan.overrides, "--out", folder / "run")
@@ -139,7 +139,7 @@ def _train(plan: Plan, folder: Path) -> int:
 
 
 def _scale_reward_model(plan: Plan, stamp: Path) -> None:
-    """Put the reward model's scores into other units: RL takes off the stamp's mean and divides by its spread."""
+    """Rescale the reward model's scores: RL subtracts this file's mean and divides by its standard deviation."""
     content = json.loads(stamp.read_text(encoding="utf-8"))
     spread = content["reward_std"] / plan.factor
     content |= {"reward_mean": content["reward_mean"] - plan.shift * spread, "reward_std": spread}
@@ -147,7 +147,7 @@ def _scale_reward_model(plan: Plan, stamp: Path) -> None:
 
 
 def _perl(*arguments: object) -> int:
-    """Run a `perl-rlhf` command in this process; its exit status."""
+    """Run a `perl-rlhf` command in this process and return its exit status."""
     from perl import cli
 
     sys.argv = ["perl-rlhf", *map(str, arguments)]
@@ -159,7 +159,7 @@ def _perl(*arguments: object) -> int:
 
 
 def _reported(run: Path) -> dict[str, Any]:
-    """What the run itself says of its RL stage."""
+    """Return the evaluation, time and incidents that the run itself reports for RL."""
     stage = json.loads((run / "report.json").read_text(encoding="utf-8"))["stages"]["rl"]
     incidents = [
         {key: one[key] for key in ("name", "step", "action", "what")} for one in stage.get("incidents", [])
@@ -180,7 +180,7 @@ def _judged(plan: Plan, run: Path) -> dict[str, Any]:
 
 
 def _liked(plan: Plan, texts: list[str]) -> list[float]:
-    """Whether the simulated raters would give a thumb up, were they never wrong."""
+    """Return 1 where simulated raters without noise would give a thumb up, else 0."""
     at_least = Facts(**plan.facts).cheerful_at_least
     return [float(count >= at_least) for count in cheerful_words(texts)]
 

@@ -1,4 +1,4 @@
-"""What each model's own completions decide: the word, the length and the ratings that its rewards are made of."""
+"""Settings of the rewards that depend on a model's own completions: the word, the length and the ratings."""
 
 import json
 import random
@@ -19,35 +19,35 @@ from benchmarks.grid.stories import complete
 from benchmarks.rewards import cheerful_words
 
 SAMPLES = 8
-"""Completions of a training prompt."""
+"""Completions per training prompt."""
 RARE = 0.05
-"""The word of the sparse reward occurs in about so many completions of the base."""
+"""Approximate share of the base's completions that contain the word of the sparse reward."""
 SHORTER = 0.6
-"""The length asked for, as a share of the base's mean."""
+"""Target length as a share of the base's mean length."""
 NOISE = 0.1
-"""Ratings that are wrong."""
+"""Share of the ratings that are wrong."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was chosen, and how the base stands to it."""
+    """The chosen settings, and the base's statistics for them."""
 
     word: str
     word_share: float
     characters: int
     mean_characters: float
     cheerful_at_least: int
-    """A simulated rater gives a thumb up from so many cheerful words on."""
+    """Smallest number of cheerful words for which a simulated rater gives a thumb up."""
     cheerful_share: float
 
 
 def written(prompt: str, kind: Kind) -> str | list[dict[str, str]]:
-    """A prompt as TRL writes it."""
+    """Return a prompt in TRL's format."""
     return prompt if kind == "text" else [{"role": "user", "content": prompt}]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], kind: Kind) -> list[list[int]]:
-    """Prompts as tokens, as transformers itself makes them."""
+    """Tokenize prompts with plain transformers."""
     if kind == "chat":
         texts = [
             tokenizer.apply_chat_template(written(prompt, kind), tokenize=False, add_generation_prompt=True)
@@ -58,11 +58,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], kind: K
 
 
 def learn_facts(model: str, folder: Path, cache: Path, max_new_tokens: int) -> tuple[Facts, Path]:
-    """The facts of a model, and the file of its ratings; made once and kept.
+    """Return the facts of a model and the file of its ratings, both computed once and cached.
 
     Args:
-        folder: of the model.
-        max_new_tokens: of a completion.
+        folder: folder of the model.
+        max_new_tokens: largest length of a completion.
     """
     kept = cache / "facts" / f"{model}-{max_new_tokens}.json"
     ratings = kept.with_suffix(".jsonl")
@@ -105,7 +105,7 @@ def _words(text: str) -> set[str]:
 
 
 def _rated(asked: Sequence[str], texts: Sequence[str], kind: Kind, at_least: int) -> list[dict[str, object]]:
-    """Ratings of what people see of the completions, which is what comes after the thinking."""
+    """Rate the part of the completions that people see, which is the text after the thinking."""
     rng, seen = random.Random(0), [text.rpartition("</think>")[2].strip() for text in texts]
     return [
         {
@@ -119,5 +119,5 @@ def _rated(asked: Sequence[str], texts: Sequence[str], kind: Kind, at_least: int
 
 
 def written_answer(text: str, kind: Kind) -> str | list[dict[str, str]]:
-    """A completion as TRL hands it to reward functions."""
+    """Return a completion in the format in which TRL passes it to reward functions."""
     return text if kind == "text" else [{"role": "assistant", "content": text}]

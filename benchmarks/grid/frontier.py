@@ -1,9 +1,9 @@
 """Reward at equal KL: `python -m benchmarks.grid.frontier --out DIR` reads a grid's finished cells.
 
-Algorithms differ in how far they have moved after as many steps, so their last rewards do not compare them. A
-run's own curve does: reward and KL of each step's completions, both averaged over `WINDOW` steps, and of that
-curve the reward where the KL first reaches a given size (linear between steps). Over seeds: mean, and against the
-default algorithm the paired difference with Student's 95 % interval.
+After the same number of steps, algorithms differ in KL, so their last rewards cannot be compared. Each run's curve
+can: reward and KL of each step's completions, both averaged over `WINDOW` steps. The table gives the reward where
+the KL first reaches a given value (interpolated linearly between steps): its mean over seeds, and the paired
+difference from the default algorithm with Student's 95 % interval.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from benchmarks.grid.verdict import collapsed, incidents, verdict
 
 Floats = NDArray[np.float64]
 WINDOW = 9
-"""Steps; of 16 completions each."""
+"""Steps, of 16 completions each."""
 BESIDE = "ppo"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished cell: its curve over steps (S), and what the judge found at the end."""
+    """A finished cell: its curve over steps (S), and the judge's metrics at the end."""
 
     reward_S: Floats
     kl_S: Floats
@@ -37,7 +37,7 @@ class Run:
     incidents: list[str]
 
     def reached(self, kl: float) -> tuple[float, float] | None:
-        """Step and reward where the curve's KL, first reaches `kl`; None if it never does."""
+        """Return step and reward where the curve first reaches `kl`; None if it never does."""
         above = np.flatnonzero(self.kl_S >= kl)
         if not above.size:
             return None
@@ -51,10 +51,10 @@ class Run:
 
 
 def read_run(cell: Path) -> Run:
-    """A finished cell's run.
+    """Read the run of a finished cell.
 
     Args:
-        cell: its folder.
+        cell: folder of the cell.
     """
     result = json.loads((cell / "cell.json").read_text(encoding="utf-8"))
     lines = (cell / "run" / "policy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -66,13 +66,13 @@ def read_run(cell: Path) -> Run:
 
 
 def _smooth(values_S: Floats) -> Floats:
-    """Centred means over `WINDOW` steps; of what there is of them at the ends."""
+    """Return centred means over `WINDOW` steps, or over those that exist at the ends."""
     ones_W = np.ones(WINDOW)
     return np.convolve(values_S, ones_W, "same") / np.convolve(np.ones_like(values_S), ones_W, "same")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Half-width of Student's 95 % interval around the mean, after it; infinite for fewer than two values."""
+    """Return the mean and the half-width of Student's 95 % interval, infinite for fewer than two values."""
     found = np.array(values)
     if found.size < 2:
         return float(found.mean()), float("inf")
@@ -80,10 +80,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(runs: dict[str, dict[int, Run]], kls: list[float]) -> list[str]:
-    """A row an algorithm.
+    """Return the table, with one row per algorithm.
 
     Args:
-        runs: of each algorithm, by seed.
+        runs: runs by algorithm and seed.
         kls: sizes at which the curves are compared, in nats per completion.
     """
     at = [f"{what} at KL {kl:g}" for kl in kls for what in ("reward", f"less {BESIDE}'s")]
@@ -112,7 +112,7 @@ def table(runs: dict[str, dict[int, Run]], kls: list[float]) -> list[str]:
 
 
 def _compared(runs: dict[int, Run], beside: dict[int, Run], kl: float) -> tuple[str, str]:
-    """The mean reward at this KL, with how many of the seeds reached it, and the paired difference by seed."""
+    """Format the mean reward at this KL, with the number of seeds that reached it, and the paired difference."""
     found = {seed: at[1] for seed, run in runs.items() if (at := run.reached(kl)) is not None}
     if not found:
         return "not reached", ""
@@ -131,7 +131,7 @@ def _compared(runs: dict[int, Run], beside: dict[int, Run], kl: float) -> tuple[
 
 
 def main() -> None:
-    """Write frontier.md, and print it."""
+    """Write frontier.md and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid.frontier", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="The grid's folder.")
     parser.add_argument("--kl", default="3,8", metavar="A,B", help="Nats per completion; 3,8 by default.")

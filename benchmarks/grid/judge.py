@@ -1,6 +1,6 @@
-"""Judging a cell from outside: base and policy by plain transformers and peft, on prompts that no recipe saw.
+"""Independent evaluation of a cell: base and policy in plain transformers and peft, on prompts that no recipe saw.
 
-Nothing here is the package's own, so a mistake of its sampler, its adapters on disk or its evaluation shows.
+It uses none of the package's code, so it reveals errors in the sampler, the saved adapters and the evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ from benchmarks.grid.prompts import Kind
 from benchmarks.grid.stories import complete
 
 SAMPLES = 4
-"""Completions of a prompt."""
+"""Completions per prompt."""
 RESAMPLES = 2000
 CHUNK = 64
 """Rows whose log-probs are computed at once."""
 
 Score = Callable[[list[list[int]], list[list[int]], list[str]], list[float]]
-"""Rewards of completions: of prompts as tokens, completions as tokens, and completions as text."""
+"""Computes rewards from prompts as tokens, completions as tokens, and completions as text."""
 
 
 class Told(NamedTuple):
-    """Completions of one policy, `SAMPLES` of a prompt side by side."""
+    """Completions of one policy; the `SAMPLES` of a prompt are adjacent."""
 
     ids: list[list[int]]
     texts: list[str]
@@ -52,18 +52,18 @@ def judge(
     score: Score,
     gold: Callable[[list[str]], list[float]] | None = None,
 ) -> dict[str, Any]:
-    """Base against policy on the judged prompts, with a paired interval of the change.
+    """Compare base and policy on the judge's prompts, with a paired interval of the change.
 
     Args:
         base: folder of the base.
         adapter: folder of the policy's adapter.
-        score: the raw reward, whatever unit it was trained in.
-        gold: what the reward only stands for, where that is known, of completions as text.
+        score: the raw reward, without the scale used in training.
+        gold: the true reward of completions as text, where it is known.
 
     Returns:
-        reward_before, reward_after, interval (95 %, of the change), kl (nats per completion, of the policy's own
-        completions), and for both: tokens, ended (share that ended by itself), distinct (share of different
-        texts), gold where it is known; rewards_before and rewards_after, a mean a prompt.
+        reward_before, reward_after, interval (95 %, of the change), kl (nats per completion, on the policy's own
+        completions), and for both: tokens, ended (share with an end token), distinct (share of different texts),
+        gold where it is known; rewards_before and rewards_after, the mean for each prompt.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -102,13 +102,13 @@ def _told(
 
 
 def by_prompt(values: Sequence[float]) -> list[float]:
-    """The mean of each prompt's completions."""
+    """Return the mean over each prompt's completions."""
     means: list[float] = np.reshape(values, (-1, SAMPLES)).mean(1).tolist()
     return means
 
 
 def paired_interval(changes: Any) -> list[float]:
-    """Between which values 95 % of the means lie, when prompts are drawn with replacement."""
+    """Return the 95 % bootstrap interval of the mean, resampling prompts."""
     drawn = np.random.default_rng(0).integers(len(changes), size=(RESAMPLES, len(changes)))
     low, high = np.percentile(np.asarray(changes)[drawn].mean(1), (2.5, 97.5))
     return [float(low), float(high)]
@@ -116,12 +116,12 @@ def paired_interval(changes: Any) -> list[float]:
 
 @torch.no_grad()
 def _log_ratios(policy: PeftModel, asked_ids: list[list[int]], ids: list[list[int]]) -> list[float]:
-    """Log π(completion) less log base(completion) of each, in nats."""
+    """Return log π(completion) - log base(completion) for each completion, in nats."""
     ratios: list[float] = []
     for start in range(0, len(ids), CHUNK):
         some = slice(start, start + CHUNK)
         rows = list(zip(asked_ids[some], ids[some], strict=True))
-        # Padded on the right: causal attention never looks there, and positions count from the first token.
+        # Right padding needs no mask: attention is causal, and positions count from the first token.
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids_BL = torch.zeros(len(rows), length, dtype=torch.long)
         said_BL = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -136,14 +136,14 @@ def _log_ratios(policy: PeftModel, asked_ids: list[list[int]], ids: list[list[in
 
 
 def _log_probs(model: PeftModel, ids_BL: Tensor) -> Tensor:
-    """Of each token but the first, given those before it."""
+    """Return the log-prob of each token but the first, given the tokens before it."""
     log_probs_BLV = model(input_ids=ids_BL).logits[:, :-1].float().log_softmax(-1)
     log_probs_BL: Tensor = log_probs_BLV.gather(2, ids_BL[:, 1:, None])[:, :, 0]
     return log_probs_BL
 
 
 def by_function(reward: Callable[..., list[float]], kind: Kind) -> Score:
-    """The score of a reward function."""
+    """Return a score that calls a reward function."""
 
     def score(asked_ids: list[list[int]], ids: list[list[int]], texts: list[str]) -> list[float]:
         return reward([written_answer(text, kind) for text in texts])
@@ -152,13 +152,13 @@ def by_function(reward: Callable[..., list[float]], kind: Kind) -> Score:
 
 
 def by_model(base: Path, adapter: Path, dtype: torch.dtype) -> Score:
-    """The score of a reward model of thumbs: the probability of a thumb up."""
+    """Return the score of a reward model trained on binary feedback: the probability of a thumb up."""
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
     scorer = PeftModel.from_pretrained(classifier, str(adapter)).eval()
 
     @torch.no_grad()
     def score(asked_ids: list[list[int]], ids: list[list[int]], texts: list[str]) -> list[float]:
-        # One at a time: without padding there is no question which token is the last.
+        # One row at a time: without padding the last token is unambiguous.
         rows = (torch.tensor([prompt + completion]) for prompt, completion in zip(asked_ids, ids, strict=True))
         return [float(scorer(input_ids=row).logits.float().sigmoid()) for row in rows]
 

@@ -1,6 +1,6 @@
-"""The grid's models: one that was here before, and three strangers with tokenizers of their own.
+"""The grid's models: the 656K Llama, and three other architectures, each with its own tokenizer.
 
-They are built once and kept: `python -m benchmarks.grid.models --cache DIR`, a CPU minute or two each.
+They are built once and cached: `python -m benchmarks.grid.models --cache DIR`, one or two CPU minutes each.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from perl.system.allocator import keep_freed_memory
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT.parent / "shared" / "models" / "tinystories-656k"
 STEPS, LENGTH = 500, 112
-"""Optimizer steps of pretraining, and tokens of a story at most."""
+"""Optimizer steps of pretraining, and largest number of tokens of a story."""
 BATCH_TOKENS = 16 * LENGTH
-"""Of a step, about."""
+"""Approximate number of tokens per step."""
 LEARNING_RATE = 3e-3
 INITIALIZER_RANGE = 0.06
-"""Standard deviation of the first weights: at transformers' 0.02 models this narrow learn later."""
+"""Standard deviation of the initial weights; with transformers' 0.02, models this narrow start to learn later."""
 
 
 @dataclass(frozen=True)
 class Stranger:
-    """A model to be built.
+    """A model to build.
 
     Attributes:
-        special: tokens beside those of the byte-level BPE, the first of them the padding of pretraining.
-        vocabulary: tokens in all.
-        config: of a vocabulary and an end token.
+        special: tokens in addition to those of the byte-level BPE; the first is the padding in pretraining.
+        vocabulary: total number of tokens.
+        config: makes the configuration from the vocabulary's size and the end token.
     """
 
     kind: Kind
@@ -110,12 +110,12 @@ MODELS = ("llama", *STRANGERS)
 
 
 def kind_of(model: str) -> Kind:
-    """Whether it is asked in plain text or in chat messages."""
+    """Return whether the model takes plain text or chat messages."""
     return STRANGERS[model].kind if model in STRANGERS else "text"
 
 
 def model_folder(model: str, cache: Path, llama: Path) -> Path:
-    """The folder of a model, built where the cache has none."""
+    """Return the folder of a model, which is built if it is not cached."""
     if model == "llama":
         return llama
     folder = cache / "models" / model
@@ -130,7 +130,7 @@ def _build(stranger: Stranger, rows: list[stories.Row], folder: Path) -> None:
     end = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(stranger.config(len(tokenizer), end), dtype=torch.float32)
     texts = [_row(stranger, tokenizer, row, short=index % 2 == 1)[:LENGTH] for index, row in enumerate(rows)]
-    # Without a cache of the weights in bf16, which would outlive a step.
+    # Without autocast's cache of bf16 weights, which would outlive a step.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         pretrain(model, texts, STEPS, BATCH_TOKENS, LEARNING_RATE, seed=0)
     if stranger.kind == "chat":  # as Qwen3's own generation_config.json
@@ -168,7 +168,7 @@ def _tokenizer(stranger: Stranger, rows: list[stories.Row]) -> PreTrainedTokeniz
 
 
 def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: stories.Row, short: bool) -> list[int]:
-    """A chat; or, as plain text, a story told to its end, long or short."""
+    """Return the tokens of a chat or, for text models, of a long or short story."""
     if stranger.kind == "text":
         text, ended = (row["answer"], True) if short else (row["text"], row["ended"])
         return [*tokenizer(text)["input_ids"], *[tokenizer.eos_token_id] * ended]
@@ -179,13 +179,13 @@ def _row(stranger: Stranger, tokenizer: PreTrainedTokenizerBase, row: stories.Ro
 
 
 def main() -> None:
-    """Build all models that are not there."""
+    """Build all models that are not cached."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid.models", description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="Where they are kept.")
+    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="Folder for the models.")
     parser.add_argument("--llama", type=Path, default=LLAMA, metavar="DIR", help="The 656K Llama.")
     arguments = parser.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(1)  # threads that wait for one another are slow where other work runs beside
+    torch.set_num_threads(1)  # several threads that wait for each other are slow on a shared machine
     for model in MODELS:
         print(model_folder(model, arguments.cache, arguments.llama))
 

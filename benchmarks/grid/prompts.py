@@ -1,6 +1,6 @@
-"""What the grid's models are asked for: openings of stories as plain text, and requests for stories as chat.
+"""Prompts for the grid's models: openings of stories as plain text, and requests for stories as chat.
 
-No prompt names an animal, so that the animals of a completion are the policy's own.
+No prompt names an animal, so all animals in a completion come from the policy.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import Literal
 Kind = Literal["text", "chat"]
 
 TRAINING, JUDGED = 200, 64
-"""Prompts of a recipe's data file, a fifth of which it holds out itself; and prompts that only the judge sees."""
+"""Prompts in a recipe's data file, a fifth of which the run holds out; and prompts that only the judge sees."""
 
 TIMES = (
     "Once upon a time", "One day", "Long ago", "Yesterday", "One sunny morning", "Last winter", "After lunch",
@@ -42,27 +42,27 @@ REQUESTS = (
 
 
 def everything(kind: Kind) -> list[tuple[str, str]]:
-    """All prompts in one fixed random order, each with an initial_eval that answers it."""
+    """Return all prompts in one fixed random order, each with the opening of a story that answers it."""
     pairs, rng = [], random.Random(0)
     for when, who, did in itertools.product(TIMES, PEOPLE, DEEDS):
-        initial_eval = f"{when}, {who} {did}"
+        opening = f"{when}, {who} {did}"
         request = rng.choice(REQUESTS).format(when=when, who=who, did=did)
-        pairs.append((initial_eval if kind == "text" else request[0].upper() + request[1:], initial_eval))
+        pairs.append((opening if kind == "text" else request[0].upper() + request[1:], opening))
     unique = list(dict(pairs).items())
     rng.shuffle(unique)
     return unique
 
 
 def training(kind: Kind) -> list[str]:
-    """The prompts of a recipe's data file."""
+    """Return the prompts of a recipe's data file."""
     return [prompt for prompt, _ in everything(kind)[:TRAINING]]
 
 
 def judged(kind: Kind) -> list[str]:
-    """The prompts that the policy is judged on, none of which a recipe sees."""
+    """Return the prompts that the policy is judged on; no recipe sees them."""
     return [prompt for prompt, _ in everything(kind)[TRAINING : TRAINING + JUDGED]]
 
 
 def others(kind: Kind) -> list[tuple[str, str]]:
-    """The rest, for pretraining: prompts with their openings."""
+    """Return the remaining prompts, with their openings, for pretraining."""
     return everything(kind)[TRAINING + JUDGED :]

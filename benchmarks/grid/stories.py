@@ -1,4 +1,4 @@
-"""The text that the grid's models are pretrained on: stories that the 656K Llama tells."""
+"""Pretraining text of the grid's models: stories sampled from the 656K Llama."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from benchmarks.grid import prompts
 
 STORIES = 3000
-"""Of each kind: plain text, and answers to requests."""
+"""Number of stories of each kind: plain text, and answers to requests."""
 LENGTH = 160
-"""Tokens of the Llama at most."""
+"""Largest number of new tokens of a story."""
 TEMPERATURE = 0.7
 BATCH = 256
 END = "<|"
 """The Llama writes `<|end_story|>` in pieces before its end token."""
 SENTENCES = (2, 3, 4)
-"""Of an answer to a request, in turn: a chat model's answers come to an end."""
+"""Sentences of an answer to a request, in rotation; short, so that a chat model's answers end."""
 
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ def complete(
     length: int,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """One completion of each row of tokens, by transformers' `generate`; its end token belongs to it.
+    """Sample one completion per row of tokens with transformers' `generate`, including its end token.
 
     Draws from torch's global generator.
     """
@@ -63,7 +63,7 @@ def complete(
 
 
 def tell(llama: Path, file: Path) -> list[Row]:
-    """Rows of `text`, a story of the Llama, whether it `ended`, `request` and `answer`; kept as JSON lines."""
+    """Return rows of `text` (a story), whether it `ended`, `request` and `answer`, cached as JSON lines."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = _tell(llama)
@@ -76,14 +76,14 @@ def tell(llama: Path, file: Path) -> list[Row]:
 def _tell(llama: Path) -> list[Row]:
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
-    openings = [initial_eval for _, initial_eval in prompts.others("text")[: STORIES // 2]]
-    begun = [tokenizer(initial_eval)["input_ids"] for initial_eval in openings]
+    openings = [opening for _, opening in prompts.others("text")[: STORIES // 2]]
+    begun = [tokenizer(opening)["input_ids"] for opening in openings]
     begun += [[tokenizer.bos_token_id]] * (STORIES - len(begun))
     told = complete(model, tokenizer, begun, LENGTH, TEMPERATURE)
     texts = [_decode(tokenizer, start + rest).partition(END) for start, rest in zip(begun, told, strict=True)]
 
     asked = prompts.others("chat")[:STORIES]
-    begun = [tokenizer(initial_eval)["input_ids"] for _, initial_eval in asked]
+    begun = [tokenizer(opening)["input_ids"] for _, opening in asked]
     told = complete(model, tokenizer, begun, LENGTH // 2, TEMPERATURE)
     rows = []
     for index, ((request, _), start, rest) in enumerate(zip(asked, begun, told, strict=True)):
@@ -106,6 +106,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _sentences(text: str, count: int) -> str:
-    """The first sentences of a text."""
+    """Return the first `count` sentences of a text."""
     ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s|$)', text)]
     return text[: ends[min(count, len(ends)) - 1]] if ends else text.strip()

@@ -1,4 +1,4 @@
-"""The grid's tables: cells, and whether scales agree."""
+"""The grid's tables: cells, and agreement between scales."""
 
 import itertools
 import json
@@ -13,17 +13,17 @@ from benchmarks.grid.judge import paired_interval
 from benchmarks.grid.verdict import collapsed, incidents, verdict
 
 ROUNDING = 1e-3
-"""Relative difference of metrics that rounding may make."""
+"""Largest relative difference of metrics that rounding may cause."""
 KEYS = ("model", "reward", "scale", "algorithm", "seed")
 
 
 def name(result: dict[str, Any]) -> str:
-    """Of a cell, for people."""
+    """Return a cell's name in tables and lines."""
     return " ".join(str(result[key]) for key in KEYS)
 
 
 def line(result: dict[str, Any]) -> str:
-    """A finished cell in one line."""
+    """Format a finished cell as one line."""
     word = verdict(result)
     if word == "failed":
         return f"{name(result)}: failed, status {result['exit']}, see its log.txt"
@@ -37,7 +37,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def write_tables(results: list[dict[str, Any]], out: Path) -> str:
-    """Write grid.json and grid.md; return what they come to."""
+    """Write grid.json and grid.md; return the summary and their paths."""
     scales = [scale_row(group) for group in _groups(results)]
     summary = _summary(results, scales)
     content = {"summary": summary, "scales": scales, "cells": results}
@@ -62,7 +62,7 @@ def _summary(results: list[dict[str, Any]], scales: list[dict[str, Any]]) -> str
 
 
 def _groups(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Cells that differ in scale alone, where there are several that did not fail."""
+    """Group the cells that differ only in scale, without failed cells and groups of one."""
 
     def key(result: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(result[part] for part in KEYS if part != "scale")
@@ -73,10 +73,10 @@ def _groups(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def scale_row(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far apart cells are that differ in scale alone, the judge's metrics being free of it.
+    """Compare cells that differ only in scale, which the judge's metrics do not depend on.
 
-    `agree` is `to rounding`: no figure differs by more than `ROUNDING` of itself; `within noise`: of no two
-    policies does the paired interval of the difference exclude 0; else `no`.
+    `agree` is `to rounding` if no metric differs by more than `ROUNDING` (relative), `within noise` if the paired
+    interval of the difference includes 0 for every two policies, else `no`.
     """
     metrics = ("reward_after", "kl", "tokens_after")
     apart = max(_relative([result[figure] for result in group]) for figure in metrics)
@@ -114,12 +114,12 @@ def _cells(results: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown_row(entries: Sequence[object]) -> str:
-    """A row of a table in Markdown."""
+    """Format a table row in Markdown."""
     return f"| {' | '.join(map(str, entries))} |"
 
 
 def _cell(result: dict[str, Any]) -> list[object]:
-    """A cell's entries, one a column."""
+    """Return a cell's entries, one per column."""
     start, seconds = [result[key] for key in KEYS], f"{result['seconds']:.0f}"
     if "interval" not in result:
         return [*start, f"failed ({result['exit']})", *[""] * (len(COLUMNS) - len(KEYS) - 2), seconds]

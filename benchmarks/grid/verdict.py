@@ -1,15 +1,15 @@
-"""What a cell's metrics say, in a word."""
+"""Verdict on a cell's metrics, in one word."""
 
 from typing import Any, Literal
 
 Verdict = Literal["up", "flat", "down", "failed"]
 
 SHRUNK = 0.5
-"""Share of the base's length, or of its different completions; with less and no gain a policy has collapsed."""
+"""A policy without gain has collapsed below this share of the base's length or of its distinct completions."""
 
 
 def verdict(result: dict[str, Any]) -> Verdict:
-    """Whether the reward rose: `up` and `down` where the paired interval excludes 0."""
+    """Return whether the reward rose: `up` or `down` if the paired interval excludes 0."""
     if "interval" not in result:
         return "failed"
     low, high = result["interval"]
@@ -17,7 +17,7 @@ def verdict(result: dict[str, Any]) -> Verdict:
 
 
 def collapsed(result: dict[str, Any]) -> bool:
-    """Whether the run made the policy worse: less reward; or no more, of completions that shrank or became one."""
+    """Return whether the policy got worse: less reward; or no gain, and far shorter or less varied completions."""
     word = verdict(result)
     if word in ("up", "failed"):
         return False
@@ -27,6 +27,6 @@ def collapsed(result: dict[str, Any]) -> bool:
 
 
 def incidents(result: dict[str, Any]) -> list[str]:
-    """The run's own alarms, such as `length (stopped at 43)`."""
+    """Return the run's own incidents, such as `length (stopped at 43)`."""
     found = result.get("run", {}).get("incidents", [])
     return [f"{one['name']} ({one['action']} at {one['step']})" for one in found]

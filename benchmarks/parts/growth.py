@@ -1,4 +1,4 @@
-"""How cost grows: time with batch and answers, memory with the batch, log-probs' memory with the vocabulary."""
+"""How cost grows: time with batch and completion length, memory with batch and (log-probs) vocabulary."""
 
 import statistics
 from pathlib import Path
@@ -22,7 +22,7 @@ TOKENS, WIDTH = 1024, 64
 
 
 def measure(figure: Path | None) -> dict[str, Any]:
-    """Seconds and bytes at each size; drawn into an SVG if asked to."""
+    """Measure seconds and bytes at each size; draw them into an SVG if `figure` is given."""
     found: dict[str, Any] = {
         "seconds by batch": {size: _seconds(size, 64) for size in BATCHES},
         "seconds by answer tokens": {length: _seconds(16, length) for length in ANSWERS},
@@ -53,7 +53,7 @@ def _update_peak(batch: int) -> int:
 
 
 def _log_probs_peak(vocabulary: int) -> int:
-    """Beyond the head's weight and the hidden states, forward and backward."""
+    """Return the peak bytes of forward and backward, without the head's weight and the hidden states."""
     weight_VD = torch.randn(vocabulary, WIDTH)
     hidden_ND = torch.randn(TOKENS, WIDTH, requires_grad=True)
     targets_N = torch.randint(vocabulary, (TOKENS,))

@@ -1,4 +1,4 @@
-"""How near an RL step's peak is to what the method cannot do without."""
+"""An RL step's peak memory compared with the minimum that the method needs."""
 
 from collections import Counter
 from typing import Any
@@ -14,13 +14,13 @@ from perl.stages.session import Session
 
 
 def measure(model: str, layers: str) -> dict[str, Any]:
-    """The measured peak in bytes, and the sum of what is needed: weights, one micro-batch, the KV cache."""
+    """Return the measured peak in bytes, the bytes needed by kind of tensor, and the peak divided by their sum."""
     recipe = Recipe.model_validate(work.recipe(model, "lora", layers, 1, checkpointing=True))
     with trial_session(recipe, Trial(2)) as session:
         memory = TRY["rl"](session).memory
         kinds: Counter[str] = Counter()
         for phase in memory.values():
-            kinds |= Counter(phase.kinds)  # of each kind the most
+            kinds |= Counter(phase.kinds)  # the largest of each kind
         needed = {
             "base weights": kinds["base_weights"],
             "adapters and their optimizer": kinds["adapters"] + kinds["gradients"] + kinds["optimizer"],
@@ -32,7 +32,7 @@ def measure(model: str, layers: str) -> dict[str, Any]:
 
 
 def _micro_batch(session: Session) -> int:
-    """Live bytes at the most, of one micro-batch forward and backward, beyond what was there and its gradients."""
+    """Return the peak bytes that one micro-batch adds in forward and backward, without the gradients."""
     length = work.PROMPT_TOKENS + work.ANSWER_TOKENS
     ids_BL = torch.randint(5, 250, (work.MICRO_BATCH, length), device=session.device)
     mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)

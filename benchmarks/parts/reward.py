@@ -1,4 +1,4 @@
-"""Reward training over several epochs: full tuning, LoRA on all blocks, LoRA on the upper half, the lower kept."""
+"""Reward training over several epochs: full tuning, LoRA on all blocks, LoRA on the upper half (lower cached)."""
 
 import statistics
 from dataclasses import replace
@@ -13,7 +13,7 @@ CASES = {"full": ("full", "all"), "LoRA, all blocks": ("lora", "all"), "LoRA, up
 
 
 def measure(model: str, repeats: int) -> dict[str, Any]:
-    """Seconds of all epochs, and of one after the first; medians over repeats, the cases in turn."""
+    """Measure the seconds of all epochs and of one after the first: medians over interleaved repeats."""
     runs: dict[str, list[list[float]]] = {name: [] for name in CASES}
     for _ in range(repeats):
         for name, (tuning, layers) in CASES.items():

@@ -1,4 +1,4 @@
-"""Tokens a second of answers: ours, and `generate` on an unmerged LoRA model of the same weights."""
+"""Generated tokens per second: our sampler, and `generate` on an unmerged LoRA model with the same weights."""
 
 import statistics
 import time
@@ -26,12 +26,12 @@ GROUPS = {"one answer a prompt": 1, "four answers a prompt": 4}
 
 
 def measure(model: str, repeats: int) -> dict[str, Any]:
-    """Medians over repeats, ours and `generate` in turn; the first round warms up and does not count."""
+    """Return medians over repeats, with both alternating; the first round is a warm-up and does not count."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = {"model_type": "llama", "tie_word_embeddings": False, **work.MODELS[model]}
     base, lm = random_base(config, torch.bfloat16, device, seed=0)
     plain = base.load()
-    # A configuration for each: peft rewrites the target names of the one that it is given.
+    # Two configurations, because peft rewrites the target names of the one that it is given.
     ours, theirs = (Lora(model, LoraSettings(rank=work.RANK, alpha=work.ALPHA)) for model in (lm, plain))
     peer = get_peft_model(plain, theirs.config, autocast_adapter_dtype=False).to(torch.bfloat16).eval()
     roles = SharedBase(ours).eval()

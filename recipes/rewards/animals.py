@@ -1,4 +1,4 @@
-"""A reward function, called as TRL calls its own: how many different animals a story mentions."""
+"""A reward function with TRL's signature: the number of different animals that a story mentions."""
 
 import re
 from typing import Any
@@ -9,5 +9,5 @@ ANIMALS = re.compile(
 
 
 def animals(completions: list[str], **columns: Any) -> list[float]:
-    """One point for each kind of animal, three at most."""
+    """Return one point for each kind of animal, at most three."""
     return [float(min(3, len(set(ANIMALS.findall(text.lower()))))) for text in completions]

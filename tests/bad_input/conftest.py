@@ -1,4 +1,4 @@
-"""The one check that every case goes through."""
+"""The check that every case must pass."""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +25,7 @@ REWARDS["length"] = None
 
 @pytest.fixture
 def refused_in(run_cli: RunCli, tmp_path: Path) -> RefusedIn:
-    """Run a command that has to be refused in one message, all files as they were; what it wrote."""
+    """Run a command that must fail with one message and change no file; return its output."""
 
     def check(says: tuple[str, ...], *arguments: object, status: int = 2) -> str:
         before = contents(tmp_path)
@@ -49,7 +49,7 @@ def refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Refused:
-    """Run a case from its folder; the run has to be refused."""
+    """Run a case in its folder; the run must be refused."""
 
     def check(case: Case) -> None:
         monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What is drawn once for several tests."""
+"""Records that several tests share."""
 
 import pytest
 
@@ -8,5 +8,5 @@ from perl.data.sources import load_records
 
 @pytest.fixture(scope="session")
 def simulated() -> Records:
-    """All records of the coffee simulator under seed 1, to be read."""
+    """Return all records of the coffee simulator with seed 1; tests must not change them."""
     return load_records("coffee-simulator", None, seed=1)

@@ -1,4 +1,4 @@
-"""A small recipe for every kind of stage and algorithm, each run by one process alone to compare with."""
+"""A small recipe for every kind of stage and algorithm, with runs in a single process for comparison."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ RL: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 SHARDED_KINDS = ("ia3", "vera", "miss", "series", "parallel")
-"""The kinds of adapters beside LoRA that go with engines that spread the base over the processes."""
+"""Kinds of adapters other than LoRA that work with engines that shard the base."""
 FUNCTION = """
 def length(completions, **columns):
     return [float(len(str(text))) for text in completions]
@@ -85,7 +85,7 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="session")
 def alone(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run folders of one process, each made when it is first asked for."""
+    """Return the run folders of a single process, each created on first access."""
     folder = tmp_path_factory.mktemp("alone")
 
     class Runs(dict[str, Path]):
@@ -99,6 +99,6 @@ def alone(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def result(out: Path, role: str) -> dict[str, Any]:
-    """What a stage came to."""
+    """Return a stage's result."""
     content: dict[str, Any] = json.loads((out / role / "result.json").read_text())
     return content

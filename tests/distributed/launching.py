@@ -1,4 +1,4 @@
-"""Launch runs in several processes, and read what they came to.
+"""Launch runs in several processes and read their results.
 
 `torchrun` does it as users do: each process imports the libraries, which takes longer than a tiny run. `fork` has
 processes that have them, and does for them what torchrun does.
@@ -26,11 +26,11 @@ from tests import forks
 ENGINES = Path("recipes/engines")
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
-"""Seconds for a launch: a hang is a failure."""
+"""Time limit of a launch in seconds, so that a hang is a failure."""
 
 
 def engine_environment(engine: str) -> dict[str, str]:
-    """What `accelerate launch` sets for one of our configs: it only writes the config into the environment."""
+    """Return the environment variables that `accelerate launch` sets for one of our configs, all that it does."""
     config = yaml.safe_load((ROOT / ENGINES / f"{engine}.yaml").read_text())
     if config["distributed_type"] == "DEEPSPEED":
         names = {name: str(value) for name, value in config["deepspeed_config"].items()}
@@ -45,12 +45,12 @@ def engine_environment(engine: str) -> dict[str, str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, with one thread for each."""
+    """Return this process's environment with one thread per process."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
 
 
 def torchrun(count: int, *arguments: object, engine: str = "ddp", **options: Any) -> subprocess.Popen[str]:
-    """Start so many processes with torchrun."""
+    """Start `count` processes with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return start([*command, *arguments], engine_environment(engine), **options)
 
@@ -71,14 +71,14 @@ def start(command: list[object], more: dict[str, str], **options: Any) -> subpro
 
 @dataclass
 class ForkedLaunch:
-    """The processes of one launch, by rank, and the store that they meet at."""
+    """The processes of one launch, by rank, and their rendezvous store."""
 
     processes: list[forks.Fork]
     log: Path
     store: dist.TCPStore
 
     def finished(self, limit: float = LIMIT) -> tuple[int, str]:
-        """Wait for them, so many seconds at most; when one fails, the others are told to leave, as torchrun does.
+        """Wait at most `limit` seconds; when a process fails, stop the others, as torchrun does.
 
         Returns:
             the exit status of the first that failed, 0 if none did; and what they all said.
@@ -98,7 +98,7 @@ class ForkedLaunch:
 def fork(
     count: int, main: Callable[[], object], *arguments: object, log: Path, engine: str = "ddp"
 ) -> ForkedLaunch:
-    """Start a main function in so many processes."""
+    """Start a main function in `count` processes."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
     common |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -112,7 +112,7 @@ def fork(
 
 
 def finished(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, str]:
-    """Wait for it, so many seconds at most; its exit status and what it said."""
+    """Wait at most `limit` seconds; return the exit status and the output."""
     try:
         said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -124,7 +124,7 @@ def finished(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int,
 
 
 def learned(out: Path) -> dict[str, Tensor]:
-    """All tensors that a run has learned, by role and name."""
+    """Return all tensors that a run has trained, by role and name."""
     return {
         f"{file.parents[1].name} {name}": tensor
         for file in (*out.glob("*/adapter/*.safetensors"), *out.glob("*/model/*.safetensors"))
@@ -133,5 +133,5 @@ def learned(out: Path) -> dict[str, Tensor]:
 
 
 def steps(out: Path, role: str) -> list[dict[str, float]]:
-    """What a stage logged of each step."""
+    """Return the metrics that a stage logged for each step."""
     return [json.loads(line) for line in (out / role / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Runs in each process of one launch: imports and the process group cost more than what tiny runs compute.
+"""Runs in each process of one launch, because imports and the process group cost more than tiny runs.
 
 Arguments, in order: an engine's name, of which what follows is; RECIPE=DIR, a recipe to run; the name of a check.
 What a check found, in every process, is printed by the main one as `NAME: JSON`.
@@ -28,11 +28,11 @@ from tests.distributed.launching import engine_environment
 from tests.tiny import lora, random_llama
 
 SAMPLED = 10
-"""Times that `lengths` samples, for each process."""
+"""Number of times that `lengths` samples in each process."""
 
 
 def roles_on(engine: Engine | None) -> SharedBase:
-    """A policy on a random base, its adapter not zero."""
+    """Return a policy on a random base, with a nonzero adapter."""
     lm = random_llama(initializer_range=0.15, vocab_size=8)
     roles = SharedBase(lora(lm, 2, 4), engine)
     torch.manual_seed(1)
@@ -44,7 +44,7 @@ def roles_on(engine: Engine | None) -> SharedBase:
 
 
 def lengths(engine: Engine) -> int:
-    """Sample completions of very different lengths beside the other processes, and sometimes alone.
+    """Sample completions of very different lengths together with the other processes, and sometimes alone.
 
     Returns:
         how often this process's completions ended before those of another.
@@ -69,20 +69,20 @@ def lengths(engine: Engine) -> int:
 
 
 def weights() -> list[torch.nn.Parameter]:
-    """Of four shapes."""
+    """Return parameters of four shapes."""
     draw = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((4, 8), (8, 3), (5,), (1, 7))]
 
 
 def adamw(learning: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """Two groups, as adapters and heads are."""
+    """Return AdamW with two groups, like those of adapters and heads."""
     return torch.optim.AdamW(
         [{"params": learning[:3], "lr": 1e-2}, {"params": learning[3:], "lr": 1e-1}], weight_decay=0.0
     )
 
 
 def train(optimizer: torch.optim.Optimizer, learning: list[torch.nn.Parameter], steps: range) -> None:
-    """As a loop does, with a schedule."""
+    """Train with a schedule, as a training loop does."""
     for step in steps:
         draw = torch.Generator().manual_seed(step)
         for weight in learning:
@@ -94,12 +94,12 @@ def train(optimizer: torch.optim.Optimizer, learning: list[torch.nn.Parameter], 
 
 
 def difference(one: list[torch.nn.Parameter], other: list[torch.nn.Parameter]) -> float:
-    """The largest."""
+    """Return the largest absolute difference."""
     return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
 
 
 def optimizer(engine: Engine) -> dict[str, float]:
-    """The engine's optimizer beside plain AdamW: differences after steps, of the state, and after resuming."""
+    """Return the engine's optimizer's differences from AdamW: after steps, in the state, and after resuming."""
     plain, ours = weights(), weights()
     reference, sharded = adamw(plain), engine.optimizer(adamw(ours))
     train(reference, plain, range(3))
@@ -126,7 +126,7 @@ CHECKS: dict[str, Callable[[Engine], object]] = {"lengths": lengths, "optimizer"
 
 @skips_finalization
 def main() -> None:
-    """Do in order what the arguments say."""
+    """Run the tasks given as arguments, in order."""
     with process_group() as engine:
         processes = engine.processes
         for argument in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Rated answers made up: 85 % thumbs up, longer answers better liked, and some words more than others."""
+"""Synthetic rated answers: 85 % thumbs up, with a preference for longer answers and for certain words."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ ANSWERS_A_DIALOGUE = 4
 
 @dataclass(frozen=True)
 class Made:
-    """Answers to learn from and held-out ones, and how good each of these really is, in standard deviations."""
+    """Training and held-out answers, with each held-out answer's true quality in standard deviations."""
 
     train: RatedRows
     held_out: RatedRows
@@ -21,7 +21,7 @@ class Made:
 
 
 def made(seed: int = 0, dialogues: int = 250, up: float = 0.85, length_matters: float = 1.0) -> Made:
-    """So many dialogues to learn from and as many held out, of four answers each."""
+    """Make `dialogues` dialogues for training and as many held out, with four answers each."""
     random = np.random.default_rng(seed)
     train, _ = _answers(random, dialogues, up, length_matters)
     return Made(train, *_answers(random, dialogues, up, length_matters))
@@ -56,11 +56,11 @@ def _answers(
 
 
 def shuffled(answers: RatedRows, seed: int = 0) -> RatedRows:
-    """The same answers, each with another's label."""
+    """Return the same answers with shuffled labels."""
     labels = np.random.default_rng(seed).permutation(answers.labels).tolist()
     return replace(answers, labels=labels)
 
 
 def lengths(answers: RatedRows) -> Floats:
-    """Characters."""
+    """Return the answers' lengths in characters."""
     return np.array([len(answer.text) for answer in answers.answers], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Questions without a model, and a page's requests without a browser."""
+"""Questions made without a model, and a page's requests made without a browser."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ HOST = "127.0.0.1:8010"
 
 
 def drawn(text: str, role: str = "policy") -> Drawn:
-    """A completion of a role, at made-up settings."""
+    """Return a completion of a role with made-up sampling settings."""
     return Drawn(text, role, "base", None if role == "base" else "adapter", 1.0, 8, 5, 0, 1)
 
 
@@ -30,7 +30,7 @@ def two(first: str = "What size?", second: str = "No.") -> Question:
 
 
 class Made:
-    """Stands for `Questions`: gives these, one draw each."""
+    """Replaces `Questions`: returns the given questions, one per draw."""
 
     roles = ("base", "sft", "policy")
     is_text = False
@@ -46,7 +46,7 @@ class Made:
 
 
 def page(file: Path | RatingLog, questions: Any, raters: tuple[str, ...] = ()) -> TestClient:
-    """What a page in a browser sends: with the cookie, and an Origin."""
+    """Return a client whose requests have the cookie and the Origin of a page in a browser."""
     log = RatingLog(file) if isinstance(file, Path) else file
     app = RatingApp(questions, log, raters, "runs/tiny").routes()
     client = TestClient(Guard(app, token=TOKEN), f"http://{HOST}", headers={"Origin": f"http://{HOST}"})

@@ -1,4 +1,4 @@
-"""Tests of the page draw its plots."""
+"""Draws real plots in the tests of the page."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Run folders made up whole, with plausible metrics and every optional key, for tests of the report."""
+"""Made-up run folders with plausible metrics and every optional key, for tests of the report."""
 
 import json
 import math
@@ -30,11 +30,11 @@ def make_run(folder: Path, seed: int = 0, tuning: str = "lora", steps: int = 60,
     """Write a finished run of all three stages.
 
     Args:
-        folder: where it goes.
-        seed: of its noise.
-        tuning: full tuning is made to need more memory, and to gain slightly more.
-        steps: of RL.
-        rich: with every optional key and with samples; else only with what every run has.
+        folder: folder of the run.
+        seed: seed of its noise.
+        tuning: with full tuning, memory is larger and the gain slightly larger.
+        steps: RL steps.
+        rich: whether to add every optional key and samples to what every run has.
     """
     noise = random.Random(f"{seed} {tuning}")
     report = make_report(noise, seed, tuning, steps)
@@ -49,14 +49,14 @@ def make_run(folder: Path, seed: int = 0, tuning: str = "lora", steps: int = 60,
 
 
 def write(folder: Path, report: dict[str, Any]) -> Path:
-    """Write report.json alone."""
+    """Write only report.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
 def make_recipe(seed: int, tuning: str, steps: int) -> dict[str, Any]:
-    """A recipe that could have led there."""
+    """Return a recipe that fits such a run."""
     return {
         "name": "coffee-qwen",
         "seed": seed,
@@ -70,7 +70,7 @@ def make_recipe(seed: int, tuning: str, steps: int) -> dict[str, Any]:
 
 
 def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dict[str, Any]:
-    """A report with what every run has."""
+    """Return a report with the keys that every run has."""
     full = tuning == "full"
     gain = noise.gauss(0.06 if full else 0.03, 0.015)
 
@@ -141,7 +141,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
 
 
 def make_reward_model_card() -> dict[str, Any]:
-    """That of a good reward model."""
+    """Return the card of a good reward model."""
     edges = [-6 + 0.5 * step for step in range(25)]
     centres = [edge + 0.25 for edge in edges[:-1]]
     bins = [
@@ -321,7 +321,7 @@ def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_samples() -> list[dict[str, Any]]:
-    """Prompts as turns and as text, and a role missing."""
+    """Return samples with prompts as turns and as text, and one without a role."""
     dialogue = [
         {"role": "user", "content": "Hi, can I get something warm? It is freezing outside."},
         {"role": "assistant", "content": "Of course! What would you like to drink?"},

@@ -1,4 +1,4 @@
-"""A rollout of four completions, of which a test says what it is about."""
+"""A rollout of four completions, of which tests change the parts that matter to them."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
 
 
 def rollout(values: torch.Tensor | None = None, each: int = 2, **changes: Any) -> Rollout:
-    """`each` completions of a prompt; what the policy and its reference say of them is the same."""
+    """Return `each` completions per prompt; policy and reference have equal log-probs."""
     ones_BL = torch.cat([torch.ones(4, 1).bool(), MASK], 1)
     made = Rollout(
         ids_BL=ones_BL.long(),

@@ -9,7 +9,7 @@ from perl.server.listen import address_of, open_port, server_of
 
 @contextlib.contextmanager
 def serving(app: Callable[..., object], port: int = 0) -> Iterator[str]:
-    """Inside, it answers at the address yielded."""
+    """Run the server inside this context; yield its address."""
     listening, server = open_port("127.0.0.1", port), server_of(app)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

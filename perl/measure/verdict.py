@@ -47,9 +47,11 @@ def verdict(metrics: "RewardMetrics") -> Verdict:
     Accuracy is not a criterion: with 86 % thumbs up, a constant has 86 %. AUROC and its differences do not depend
     on the share of ups.
     """
-    criteria = list(_enough(metrics))
+    criteria, unseen = list(_enough(metrics)), _unseen(metrics)
     if all(met for met, _ in criteria):
-        criteria = [_unseen(metrics), *_ranks(metrics), _calibrated(metrics.calibration)]
+        criteria = [unseen, *_ranks(metrics), _calibrated(metrics.calibration)]
+    else:  # the metrics are also read if there are only a few completions
+        criteria.append(unseen)
     failed = [reason for met, reason in criteria if not met]
     return Verdict(not failed, failed or [reason for _, reason in criteria])
 

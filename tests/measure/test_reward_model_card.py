@@ -149,6 +149,13 @@ def test_too_few_to_tell(changes: dict[str, Any], reason: str, data: Made, basel
     assert [reason in one for one in card.verdict.reasons] == [True]
 
 
+def test_few_answers_seen_in_training_are_reported_as_both(data: Made, baseline: TfidfScores) -> None:
+    card = card_of(2 * data.quality, data, baseline, seen=1000)
+    few, seen = verdict(replace(card, up=29)).reasons
+    assert few.startswith("Too few to tell")
+    assert seen.startswith("1,000 of these 1,000 answers are from dialogues it was trained on")
+
+
 def test_few_answers_may_be_off_by_chance(data: Made, baseline: TfidfScores) -> None:
     """The bar of 0.05 cannot be asked of a hundred answers: perfect probabilities miss it there."""
     card = card_of(2 * data.quality, data, baseline)

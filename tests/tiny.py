@@ -37,7 +37,7 @@ def lora(lm: PreTrainedModel, rank: int = 4, alpha: float = 8, **settings: Any) 
 
 
 def policy_and_critic(lm: PreTrainedModel, layers: str | list[int] = "all") -> SharedBase:
-    """Return a policy and a critic with a head, both trainable, with adapters that differ from the initial ones."""
+    """Return a policy and a critic with a head, both trainable; their adapters differ from the initial ones."""
     roles = SharedBase(lora(lm, 4, 8, layers=layers))
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, head=True)

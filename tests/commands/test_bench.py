@@ -66,7 +66,7 @@ def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None
     for wrong, expected in (
         (["--layers", "some"], "--layers: 'some' is not one of all, top-half"),
         (["--model", "2b"], "--model: '2b' is not one of 100m, 1b, 8b"),
-        (["limit", "--epochs", "1"], "--epochs: bench limit does not read it"),
+        (["limit", "--epochs", "1"], "--epochs: bench limit does not use this option"),
         (["--figure", "x.svg"], "it is for bench growth"),
         (["--algorithm", "dpo"], "--algorithm: 'dpo' is not one of ppo, rloo, grpo"),
         (["--algorithm", "rloo", "--peer-trl", str(tmp_path)], "for rloo the installed TRL is the peer"),
@@ -80,10 +80,14 @@ def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("part", "option", "expected"),
     [
-        ("step", "figure", "--figure: bench step does not read it Leave it out; it is for bench growth."),
-        ("limit", "epochs", "--epochs: bench limit does not read it Leave it out; it is for bench step."),
-        ("rollout", "peer_trl", "--peer-trl: bench rollout does not read it"),
-        ("reward", "layers", "--layers: bench reward does not read it Leave it out; it is for bench step, limit."),
+        ("step", "figure", "--figure: bench step does not use this option Leave it out; it is for bench growth."),
+        ("limit", "epochs", "--epochs: bench limit does not use this option Leave it out; it is for bench step."),
+        ("rollout", "peer_trl", "--peer-trl: bench rollout does not use this option"),
+        (
+            "reward",
+            "layers",
+            "--layers: bench reward does not use this option Leave it out; it is for bench step, limit.",
+        ),
         ("growth", "repeats", "it is for bench step, rollout, reward."),
     ],
 )

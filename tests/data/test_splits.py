@@ -181,7 +181,9 @@ def test_copies_that_tie_all_dialogues_together_are_left_out_and_that_is_said() 
 def test_where_nothing_would_be_left_copies_stay_and_that_is_said() -> None:
     train, held = split(drawn(20, 400, rows_a_dialogue=3), 0.2, seed=0)
     assert seen(train, held) == len(held.ratings) > 50
-    assert held.notes[0].startswith(f"{len(held.ratings)} of {len(held.ratings)} held-out ratings are also trained on")
+    assert held.notes[0].startswith(
+        f"{len(held.ratings)} of {len(held.ratings)} held-out ratings are also trained on"
+    )
 
 
 def test_a_greeting_that_most_dialogues_open_with_does_not_make_them_one_group() -> None:

@@ -1,4 +1,4 @@
-"""Plugin of `benchmarks.kinds`: the coffee shop with 5,000 ratings, so that evaluation costs less than training."""
+"""Plugin of `benchmarks.kinds`: the coffee shop with 5,000 ratings, to make evaluation cheap."""
 
 from pathlib import Path
 

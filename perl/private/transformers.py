@@ -18,7 +18,7 @@ need(
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
 )
 need(GenerationConfig(), "_from_model_config")
-need(PreTrainedModel, "_can_compile_fullgraph", "_is_stateful")
+need(PreTrainedModel, "_can_compile_fullgraph")
 need(moe, "_default_apply_gate")  # the default `_apply_gate` of a class of experts
 
 
@@ -51,12 +51,10 @@ def is_derived(generation: GenerationConfig) -> bool:
 def caches_keys_and_values(config: Any) -> bool:
     """Return whether a causal LM of this configuration caches attention keys and values, and nothing else.
 
-    Recurrent and convolutional layers carry a state from token to token; some old models have no cache.
+    Recurrent and convolutional layers carry a state from token to token; some models have another cache, or none.
     """
     model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is not None and (
-        model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters
-    ):
+    if model is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     return layers <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}

@@ -47,12 +47,21 @@ def test_blocks_are_found_wherever_the_trunk_has_them() -> None:
 RECURRENT: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "initializer_range": 0.2}
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "lfm2", "openai-gpt"])
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "xlstm", "jamba", "lfm2", "openai-gpt"])
 def test_generation_without_a_cache_of_keys_and_values_is_refused(name: str) -> None:
     layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2} if name == "lfm2" else {}
     config = AutoConfig.for_model(name, **layers)
     with pytest.raises(UserError, match=f"base.model tiny: .* but models of type {name} have a recurrent"):
         backbone_of(config).require("generation", "base.model tiny")
+
+
+def test_the_layers_of_a_hybrid_decide_whether_it_can_generate() -> None:
+    """Granite 4 exists with and without Mamba layers."""
+    shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    attending = AutoConfig.for_model("granitemoehybrid", **shape, layer_types=["attention", "attention"])
+    assert backbone_of(attending).refusal("generation", "base.model tiny") is None
+    mixed = AutoConfig.for_model("granitemoehybrid", **shape, layer_types=["attention", "mamba"])
+    assert backbone_of(mixed).refusal("generation", "base.model tiny") is not None
 
 
 def test_a_model_that_reads_padding_is_refused() -> None:

@@ -259,9 +259,8 @@ class LoadedRun:
 
         Args:
             prompts: texts or chat messages.
-            probability: return the calibrated probability of a thumb up instead (for a model of pairs, of being
-                better than an average training completion): σ(slope · score + intercept), fitted on the run's
-                held-out ratings.
+            probability: return the calibrated probability of `Score` instead: σ(slope · score + intercept),
+                fitted on the run's held-out ratings; a model of pairs subtracts its mean training score first.
 
         Raises:
             UserError: the run has no finished reward model, or a prompt or a completion cannot be read.

@@ -1,4 +1,4 @@
-"""The command line: help, usage errors, `data check`, and a run that is interrupted and goes on."""
+"""The command line: help, usage errors, `data check`, and a run that is interrupted and resumed."""
 
 import contextlib
 import io
@@ -246,7 +246,7 @@ ONE_BY_ONE = {
 
 
 def wait_for(metrics: Path, process: forks.Fork, meanwhile: Callable[[], object]) -> None:
-    """Return when the first step is in the metrics."""
+    """Wait until the metrics have the first step."""
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None

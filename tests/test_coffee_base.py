@@ -1,4 +1,4 @@
-"""The base in `data/coffee-base`: small, whole, where the recipes look for it, and able to copy an order."""
+"""The base in `data/coffee-base`: small, complete, where the recipes expect it, and able to copy an order."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Both images come from the pins and run as nobody special; their steps and their health check really run."""
+"""Both images use the pinned versions and an unprivileged user; their steps and health check run."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def kubernetes() -> dict[str, Any]:
 
 @pytest.mark.skipif(not MOUNTS, reason="mounts folders and changes users, which needs root on Linux")
 def test_the_steps_and_the_health_check_run() -> None:
-    """In a clean root, with the libraries of this Python instead of downloads (`make docker-steps` is with)."""
+    """They run in a clean root with this Python's libraries instead of downloads (`make docker-steps` downloads)."""
     name = "cpu" if version("torch").endswith("+cpu") else "cuda"
     steps = [sys.executable, "-m", "tests.docker_steps", "--installed", str(FILES[name])]
     done = subprocess.run(steps, cwd=PROJECT, capture_output=True, text=True, timeout=600, check=False)

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, and commands and their options exist."""
+"""The documentation: link targets, commands and options exist."""
 
 import re
 import shlex
@@ -17,14 +17,14 @@ COMMAND = re.compile(r"perl-rlhf [a-z][^`\n]*")
 
 
 def _anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes of headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    """Files exist, and headings where an address names one."""
+    """Linked files exist, and so do headings in addresses."""
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for link in (link for link in links if "://" not in link):
         file, _, anchor = link.partition("#")
@@ -41,7 +41,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_exist(page: Path) -> None:
-    """Each command that a page names, with the options that it gives there."""
+    """Every command that a page names exists, with the options given there."""
     for words in _commands(page):
         command: Any = typer.main.get_command(cli.app)
         while words and hasattr(command, "commands"):

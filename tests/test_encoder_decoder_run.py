@@ -1,4 +1,4 @@
-"""All three stages on a tiny T5 and a tiny BART, from their recipe to folders that peft and transformers load."""
+"""All three stages on a tiny T5 and a tiny BART, from the recipe to folders that peft and transformers load."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def tiny_recipe(base: Path, data: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of whole runs under LoRA: on T5 the critic has weights of its own, and roles share a block."""
+    """Return the folders of whole runs with LoRA; on T5, the critic has its own weights and roles share a block."""
     found = {}
     for name, maker in MAKERS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -174,7 +174,7 @@ def test_of_a_deep_one_it_is_extrapolated(dialogues: Path) -> None:
 
 
 def random_t5(rows: Path, layers: int, **changes: Any) -> Recipe:
-    """A recipe on a T5 of a configuration alone."""
+    """Return a recipe on a random T5 given by its configuration."""
     config = {"model_type": "t5", **T5, "num_layers": layers, "num_decoder_layers": layers}
     recipe = recipe_of(rows, layers, SHORT, dtype="float32", **changes)
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"config": config})})

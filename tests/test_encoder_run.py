@@ -1,4 +1,4 @@
-"""A reward model on an encoder, from its recipe to a folder that transformers loads."""
+"""A reward model on an encoder, from the recipe to a folder that transformers loads."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: complete, short, and run from the command line as they stand there."""
+"""The examples of docs/extending.md: complete, short, and run from the command line as printed there."""
 
 import json
 import re
@@ -27,7 +27,7 @@ RL: dict[str, Any] = {
 class Example(NamedTuple):
     title: str
     keys: dict[str, Any]
-    """Of the recipe."""
+    """The recipe's section."""
     code: str
 
 

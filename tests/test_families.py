@@ -1,4 +1,4 @@
-"""One model of each family that transformers has as a common base: every role computes and learns, the base stays.
+"""One model of each common family in transformers: every role computes and trains, and the base does not change.
 
 A test holds the table of docs/models.md against them.
 """
@@ -83,11 +83,11 @@ OPTS: dict[str, Any] = {
 }
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [7, 8, 9, 10, 11]]
 LENGTH = 6
-"""Of completions."""
+"""Number of completions."""
 
 
 def made(name: str) -> tuple[Backbone, PreTrainedModel]:
-    """A model of a family, of random weights."""
+    """Return a model of a family with random weights."""
     backbone = backbone_of(FAMILIES[name]())
     backbone.prepare(name)
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def made(name: str) -> tuple[Backbone, PreTrainedModel]:
 
 
 def opened(name: str) -> tuple[SharedBase, Backbone, PreTrainedModel]:
-    """All roles of a family."""
+    """Return all roles on a model of a family."""
     backbone, lm = made(name)
     roles = SharedBase(lora(lm, 2, 4))
     roles.add(Role.REWARD, head=True)
@@ -109,7 +109,7 @@ def opened(name: str) -> tuple[SharedBase, Backbone, PreTrainedModel]:
 
 
 def learns(roles: SharedBase, role: Role, loss: Callable[[], torch.Tensor]) -> None:
-    """A few updates of a role lower its loss, and move no other role's parameters."""
+    """Check that a few updates of a role lower its loss and change no other role's parameters."""
     others = [one for other in roles.roles - {Role.BASE, role} for one in roles.parameters_of(other)]
     before = [parameter.detach().clone() for parameter in others]
     optimizer = torch.optim.AdamW(roles.train_only(role), lr=0.01)
@@ -144,7 +144,7 @@ def test_every_role_computes_and_learns_and_the_base_stays(name: str) -> None:
 
 
 def generates(roles: SharedBase, prompts: list[list[int]]) -> None:
-    """The policy samples what a pass says; it, the SFT policy and the critic learn from the completions."""
+    """Check sampling against a forward pass; train policy, SFT policy and critic on the completions."""
     sampling = Sampling(LENGTH, 1.0, (), pad_id=0, prompts_at_once=2)
     samples = LocalSampler(roles).draw(Role.POLICY, prompts, sampling, torch.Generator().manual_seed(0))
 
@@ -171,7 +171,7 @@ def generates(roles: SharedBase, prompts: list[list[int]]) -> None:
 
 
 def row_of(name: str) -> list[str]:
-    """What a family is fit for."""
+    """Return a family's row in the table of supported uses."""
     backbone, lm = made(name)
     writes = backbone.refusal("generation", name) is None
     once = backbone.encodes_prompts or (

@@ -1,4 +1,4 @@
-"""Fuzzing: whatever stands in a data file or a recipe, it is read or refused in words.
+"""Fuzzing: any content of a data file or a recipe is read, or refused with a message.
 
 10,000 cases, of which `make test` draws a fifth.
 
@@ -33,17 +33,17 @@ from tests.near_recipes import GOOD, OVERRIDES, YAML, near_recipes
 TIMES = int(os.environ.get("PERL_FUZZ", "1"))
 Cases = st.SearchStrategy[Any]
 _share = 1.0
-"""Of the cases, that are drawn."""
+"""Share of the cases that are drawn."""
 
 
 @pytest.fixture(params=[0.2, pytest.param(1.0, marks=pytest.mark.slow)], ids=["a fifth", "all"], autouse=True)
 def _some(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All cases where time is no matter."""
+    """Draw all cases if time does not matter."""
     monkeypatch.setattr(sys.modules[__name__], "_share", request.param)
 
 
 def fuzz(count: int, cases: Cases, read: Callable[[Any], bool], least: float) -> None:
-    """Read so many cases. `read` says whether a case was accepted; at least this share has to be, and not all."""
+    """Read `count` cases. `read` returns whether a case was accepted; at least `least` must be, and not all."""
     count = round(count * _share * TIMES)
     seen = accepted = 0
 
@@ -76,7 +76,7 @@ VALUES = st.recursive(
 
 @st.composite
 def damaged(draw: st.DrawFn, texts: Cases) -> bytes:
-    """A text's bytes with a part cut out and others put in its place."""
+    """Draw a text's bytes with a part replaced by other bytes."""
     content: bytes = draw(texts).encode("utf-8", "surrogatepass")
     ends = st.integers(0, len(content))
     begin, end = sorted((draw(ends), draw(ends)))
@@ -161,7 +161,7 @@ def test_any_file_is_described_or_refused(tmp_path: Path) -> None:
 
 
 def refused(error: UserError) -> bool:
-    """False, after a look at the message."""
+    """Check the message and return False."""
     assert error.status == 2
     assert error.what
     assert error.remedy
@@ -175,7 +175,7 @@ OBJECTS = st.dictionaries(WORDS, VALUES, max_size=2)
 
 
 def mostly(good: Cases) -> Cases:
-    """One value in fifty is anything at all: most rows are right but for one place, or wholly right."""
+    """Draw an arbitrary value one time in fifty, so that most rows have at most one error."""
     return st.integers(0, 49).flatmap(lambda n: good if n else VALUES)
 
 

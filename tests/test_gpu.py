@@ -1,4 +1,4 @@
-"""On a GPU the host does not wait for every token, and every tensor is where it should be."""
+"""On a GPU the host does not wait for every token, and every tensor is on the right device."""
 
 import warnings
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def tried(write_recipe: WriteRecipe, mixed_data: Path, **rl: Any) -> Any:
 
 
 def watched(update: Callable[..., Any], waits: Waits, found: list[int]) -> Callable[..., Any]:
-    """An update that notes how often the host waited in it."""
+    """Wrap an update to record how often the host waits in it."""
 
     def watching(*arguments: Any) -> Any:
         before = waits.total()
@@ -85,7 +85,7 @@ def watched(update: Callable[..., Any], waits: Waits, found: list[int]) -> Calla
 def test_a_step_of_rl_waits_a_few_times_and_an_update_three_at_most(
     rl: dict[str, Any], write_recipe: WriteRecipe, mixed_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two micro-batches or more, under a reward model: as many as of one."""
+    """With a reward model, two or more micro-batches have as many waits as one."""
     updates: list[int] = []
     recipe, trial = tried(write_recipe, mixed_data, **rl), Trial(1, measured=False)
 
@@ -104,7 +104,7 @@ def test_a_step_of_rl_waits_a_few_times_and_an_update_three_at_most(
 
 
 def learned(recipe: Recipe, stage: StageName) -> dict[str, torch.Tensor]:
-    """The weights after two steps of a stage."""
+    """Return the weights after two steps of a stage."""
     with trial_session(recipe, Trial(2)) as session:
         TRY[stage](session)
         of = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}[stage]

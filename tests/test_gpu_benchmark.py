@@ -1,4 +1,4 @@
-"""`benchmarks.gpu` keeps what it has found whatever fails, and writes it as the docs' tables."""
+"""`benchmarks.gpu` keeps its results whatever fails, and writes them as the docs' tables."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ print("a note")
 {"good": lambda: print('{"seconds": 1}'), "bad": lambda: sys.exit("out of memory"), "slow": lambda: time.sleep(60),
  "late": lambda: print("{}")}[sys.argv[1]]()
 """
-"""In the place of the parts."""
+"""A program that replaces the parts."""
 GB = 10**9
 STEP = {
     "seconds": {"generate": 2.0, "score": 0.5, "update": 1.0},

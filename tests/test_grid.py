@@ -1,4 +1,4 @@
-"""The grid: a cell from plan to metrics, what metrics are called, and whether scales agree."""
+"""The grid: a cell from plan to metrics, verdicts on metrics, and agreement between scales."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def plan(base: Path, model: str, reward: str, **changes: Any) -> Plan:
 
 
 def ended(low: float, high: float, **metrics: Any) -> dict[str, Any]:
-    """A cell that ended with this interval."""
+    """Return a cell that ended with this interval."""
     same = {f"{name}_{when}": 1.0 for name in ("reward", "tokens", "distinct") for when in ("before", "after")}
     place = {"model": "gpt2", "reward": "dense", "scale": "1", "algorithm": "default", "seed": 0}
     return {**place, "exit": 0, "kl": 1.0, "seconds": 1.0, "interval": [low, high], **same, **metrics}

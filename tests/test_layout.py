@@ -1,4 +1,4 @@
-"""What keeps the package readable: short files, and functions that fit a screen."""
+"""Limits that keep the package readable: short files, and functions that fit a screen."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import perl
 
 FILE, FUNCTION = 300, 60
-"""Lines at most."""
+"""Largest numbers of lines."""
 
 
 def test_files_and_functions_are_short() -> None:

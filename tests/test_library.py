@@ -1,4 +1,4 @@
-"""`import perl`: what the README shows runs, and a run that is loaded generates and scores."""
+"""`import perl`: the README's code runs, and a loaded run generates and scores."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_importing_it_imports_no_torch() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose roles have weights drawn at random."""
+    """Return a run whose roles have random weights."""
     return make(tmp_path_factory.mktemp("runs") / "out", recipe_on(tiny_llama, mixed_data))
 
 
@@ -87,7 +87,7 @@ def test_several_batches_give_the_same_completions_as_one(
 
 
 def test_completions_of_plain_text_keep_their_whitespace(loaded: perl.LoadedRun) -> None:
-    """A completion appended to its prompt is the text of the tokens of both."""
+    """A completion appended to its prompt equals the text of both token sequences."""
     prompts = ["Once upon", "there was"]
     decode, chat = ChatFormat.decode, loaded.session.base.chat
     seen: list[tuple[list[int], str]] = []
@@ -119,7 +119,7 @@ def test_scores_are_the_reward_models(folder: Path, loaded: perl.LoadedRun) -> N
 def test_the_probability_of_a_model_of_pairs_is_relative_to_an_average_answer(
     tiny_llama: Path, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """Only differences of its scores are meaningful; 0.25 is the mean score that `make` writes."""
+    """Only differences of its scores have a meaning; 0.25 is the mean score that `make` writes."""
     recipe = recipe_on(tiny_llama, mixed_data, reward={"loss": "pairs"}, rl=None)
     file = make(tmp_path / "out", recipe) / "reward" / "result.json"
     result = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""RL under a reward function does without the libraries that SFT, the hub and engines need."""
+"""RL with a reward function works without the libraries that SFT, the hub and engines need."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ NEEDY = {
     *("perl.baselines.comparison", "perl.baselines.training", "perl.private.deepspeed", "perl.private.trl"),
     *("perl.stages.sft", "perl.stages.sft_encoder_decoder"),
 }
-"""Modules that need one of them, and are imported inside functions."""
+"""Modules that need one of them and are imported inside functions."""
 RUN = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv.pop().split()))
@@ -27,7 +27,7 @@ main()
 
 
 def imported_at_once(module: Path) -> Iterator[str]:
-    """The modules that are imported as soon as this one is."""
+    """Return the modules that are imported together with this one."""
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (one.name for one in node.names)

@@ -1,4 +1,4 @@
-"""Plugins: imported before the recipe is checked, part of its hash, found again by every command."""
+"""Plugins: imported before the recipe is checked, part of its hash, and found by every command."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def write(folder: Path, *names: str, kind: str = "mine", **settings: object) -> Path:
-    """A recipe with these plugins whose reward is of a kind with these settings."""
+    """Write a recipe with these plugins and a reward of a kind with these settings."""
     content = {
         "name": "x",
         "plugins": list(names),
@@ -50,7 +50,7 @@ def plugin(file: Path, name: str = "mine", setting: str = "low") -> Path:
 
 
 def forget(name: str) -> None:
-    """As in a new process."""
+    """Forget the plugin, as a new process does."""
     plugins._loaded.clear()
     REWARDS.pop(name, None)
 
@@ -133,7 +133,7 @@ def test_a_validator_without_a_remedy_is_explained_too(tmp_path: Path) -> None:
 def test_a_run_of_another_version_of_a_plugin_is_refused(
     tiny_llama: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """Its results are not this plugin's."""
+    """The run's results do not come from this version."""
     for file in (EXAMPLE.with_suffix(".py"), EXAMPLE):
         (tmp_path / file.name).write_text(file.read_text().replace("../../../", f"{PROJECT}/"))
     out = tmp_path / "out"

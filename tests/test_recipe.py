@@ -1,4 +1,4 @@
-"""Recipes: round trip, overrides, paths and messages; any text gives a Recipe or a UserError, nothing else."""
+"""Recipes: round trip, overrides, paths and messages; any text gives a Recipe or a UserError."""
 
 import os
 from pathlib import Path
@@ -260,7 +260,7 @@ def test_two_origins_in_overrides_are_refused(tmp_path: Path) -> None:
 def test_an_override_of_the_adapters_replaces_the_other_section(
     found: str, overrides: list[str], left: dict[str, object], tmp_path: Path
 ) -> None:
-    """All of it, if it is the whole section; `lora` is short for `adapter`, so their keys are the same."""
+    """A whole section replaces it completely; `lora` is short for `adapter`, so their keys are the same."""
     recipe = load_recipe(write(tmp_path, f"name: x\nbase: {{model: org/m}}\n{found}\nreward: {{}}\n"), overrides)
     assert recipe.adapter_settings.model_dump(include={"kind", "rank", "alpha"} & set(left)) == left
     assert recipe.adapter_kind == left.get("kind", "lora")
@@ -328,7 +328,7 @@ def test_any_near_recipe_is_a_recipe_or_refused(folder: Path, text: str, overrid
 
 
 def test_bytes_in_a_recipe(folder: Path) -> None:
-    """They are no text, and no path."""
+    """They are neither text nor a path."""
     (folder / "binary.yaml").write_text("name: x\nplugins: [!!binary '']\n")
     with pytest.raises(UserError, match="write it as text"):
         load_recipe(folder / "binary.yaml")

@@ -1,4 +1,4 @@
-"""What stages return is what report.json holds and the page reads: one set of types, whole and nothing else."""
+"""Stages' results, report.json and the page share one set of types, completely and exclusively."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ SLICE = {"by": "source", "name": "shop", "n": 9, "share_up": 0.5}
 
 
 def test_optional_fields_without_a_value_are_left_out() -> None:
-    """What is always there and not known is null."""
+    """Required fields with unknown values are null."""
     assert as_json(made(Slice, SLICE)) == SLICE
     assert as_json(made(Slice, SLICE | {"auroc": 0.5, "interval": (0.4, 0.6)})) == SLICE | {
         "auroc": 0.5,
@@ -76,7 +76,7 @@ def test_a_broken_result_is_named(content: bytes, said: str, tmp_path: Path) -> 
 
 
 def test_no_field_is_without_a_run_that_has_it(tmp_path: Path) -> None:
-    """The runs that the page is tested on have every field; those of real runs are checked when they are made."""
+    """The page's test runs have every field; the fields of real runs are checked when they are created."""
     report = parse(Report, (make_run(tmp_path / "a") / "report.json").read_text(), "report.json", "")
     stages = report.stages
     for stage, kind in ((stages.sft, SftStage), (stages.reward, RewardStage), (stages.rl, RlStage)):
@@ -103,7 +103,7 @@ def test_the_change_of_a_metric_is_made_of_its_flat_keys() -> None:
 
 
 def test_results_are_read_without_the_libraries_that_make_them() -> None:
-    """They take seconds to import."""
+    """The libraries take seconds to import."""
     code = "import sys, perl.results; print({'torch', 'sklearn', 'scipy'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"

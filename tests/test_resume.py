@@ -1,4 +1,4 @@
-"""A run that was interrupted ends in the same bytes as one that was not."""
+"""An interrupted run ends with the same bytes as an uninterrupted one."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def learned(out: Path) -> dict[str, bytes]:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """The harness itself, once a stage; `python -m tests.killing --count 20` is the long form."""
+    """The harness itself runs once per stage; `python -m tests.killing --count 20` is the long form."""
     done = forks.start(killing.main, "--count", "1", "--seed", "3", "--short", log=tmp_path / "log")
     assert done.wait(600) == 0, done.said()
     assert done.said().count("ended in the same bytes") == 3, done.said()
@@ -38,7 +38,7 @@ SELDOM = """
 def seldom(completions, **columns):
     return [float(length % 4 == 0) for length in leaves(completions)]
 """
-"""A reward of which many groups are equal."""
+"""A reward with which many groups have equal rewards."""
 REMEMBERS: dict[str, dict[str, Any]] = {
     "trpo": {"algorithm": "trpo", "critic": "adapter", "kl_target": 0.1},
     "kimi": {
@@ -77,7 +77,7 @@ def interrupted_and_resumed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[dict[str, Any]]:
-    """Compare a run that was asked to leave, and went on, with one in peace; the metrics of its steps."""
+    """Compare a run that was stopped and resumed with an uninterrupted one; return the metrics of its steps."""
     (tmp_path / "leaves.py").write_text(LEAVES + SELDOM)
     rl = RL | {"reward": {"function": "leaves.py:leaves"}, "best_of_n": 0} | changes
     recipe = str(write_recipe(rl=rl, reward=None, checkpoint_every=100))
@@ -110,7 +110,7 @@ def interrupted_and_resumed(
 def test_the_supervised_stages_go_on_in_the_middle_of_an_epoch(
     tuning: str, run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """What came after a checkpoint is lost as after a power cut: the stages compute it again."""
+    """All results after a checkpoint are lost, as in a power cut, and the stages compute them again."""
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     lora = {"rank": 2, "alpha": 4, "dropout": 0.2}
     recipe = write_recipe(data=data, sft=SFT, reward=REWARD, rl=None, lora=lora, tuning=tuning, checkpoint_every=3)

@@ -1,4 +1,4 @@
-"""Nothing that comes with a model, an adapter, a checkpoint, data or a recipe runs, escapes or is told on."""
+"""Content of a model, an adapter, a checkpoint, data or a recipe cannot run code, leave its folder or leak."""
 
 import json
 import re
@@ -34,7 +34,7 @@ PACKAGE = Path(__file__).parent.parent / "perl"
 
 
 class Mine:
-    """What unpickling would run: it creates a file."""
+    """An object whose unpickling runs code, which creates a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -45,7 +45,7 @@ class Mine:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file that is there only if code ran that should not have."""
+    """Return a file that exists only if forbidden code has run."""
     yield tmp_path / "canary"
     assert not (tmp_path / "canary").exists(), "code that came with a file has run"
 
@@ -165,7 +165,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """Give the model Python code of its own under a model type; the file that it makes when it runs."""
+    """Give the model its own Python code for a model type; return the file that the code creates."""
     cache = tmp_path / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
     monkeypatch.syspath_prepend(cache)  # transformers does so too: here it is taken back

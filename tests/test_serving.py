@@ -1,4 +1,4 @@
-"""What is exported meets what vLLM and TGI publish; the commands and the code of docs/serving.md work.
+"""Exports satisfy the published requirements of vLLM and TGI; commands and code of docs/serving.md work.
 
 No engine runs here. Each requirement stands beside where it is published, in the repositories vllm-project/vllm
 and huggingface/text-generation-inference.
@@ -43,7 +43,7 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Runs with adapters of different ranks on different modules."""
+    """Return runs with adapters of different ranks on different modules."""
     folder = tmp_path_factory.mktemp("runs")
     return {
         name: Run(make(folder / name, recipe_on(tiny_llama, mixed_data, name=name, lora=lora)))
@@ -146,7 +146,7 @@ def test_a_rank_that_vllm_does_not_take_is_said(tiny_llama: Path, mixed_data: Pa
 def test_the_commands_and_the_code_of_the_docs(
     runs: dict[str, Run], run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From top to bottom, in one folder where runs/quickstart and runs/my are runs."""
+    """They run from top to bottom, in one folder with the runs runs/quickstart and runs/my."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("quickstart", "my"):

@@ -1,4 +1,4 @@
-"""What holds for every kind of adapters: the roles on one base, what they learn, and their way to disk and out."""
+"""Properties of every kind of adapter: roles on one base, training, saving and export."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 def roles_of(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> SharedBase:
-    """Of a model with biases, of which nothing is random but its weights."""
+    """Return roles on a model with biases, whose only randomness is its weights."""
     lm = random_llama(dtype, attention_bias=True, mlp_bias=True)
     for name, parameter in lm.named_parameters():
         if name.endswith("bias"):
@@ -63,7 +63,7 @@ def roles_of(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> 
 
 
 def learned(roles: SharedBase, *roles_added: Role, **add: Any) -> SharedBase:
-    """With roles that are far from the base and from one another."""
+    """Move the roles far from the base and from one another."""
     generator = torch.Generator().manual_seed(1)
     for role in roles_added:
         roles.add(role, **add)
@@ -86,7 +86,7 @@ def log_probs(
 
 
 def test_no_kind_is_left_out() -> None:
-    """Neither here nor where names and settings are checked without torch."""
+    """The tests' settings and the recipe's schema, which works without torch, have all kinds."""
     assert set(KINDS) == set(OTHERWISE) == {"lora", *BUILT_IN} == set(ADAPTERS)
     assert all(ADAPTERS[kind].settings_type is settings for kind, settings in BUILT_IN.items())
 
@@ -94,7 +94,7 @@ def test_no_kind_is_left_out() -> None:
 @both_dtypes
 @every_kind
 def test_roles_are_trained_one_after_the_other(kind: str, dtype: torch.dtype) -> None:
-    """As the stages do: SFT, then a reward model with its head, then a policy that starts from SFT."""
+    """The order is that of stages: SFT, then a reward model with its head, then a policy that starts from SFT."""
     roles = roles_of(kind, dtype)
     modules = [type(module) for module in roles.lm.modules()]
     before, bare = roles.base_sha256(), log_probs(roles, Role.BASE)
@@ -219,7 +219,7 @@ def test_the_side_of_padding_does_not_matter(kind: str) -> None:
 @both_dtypes
 @every_kind
 def test_the_sampler_says_what_a_forward_pass_says(kind: str, dtype: torch.dtype) -> None:
-    """Whatever is made ready for sampling, and with the blocks below the adapters computed once."""
+    """This holds with weights prepared for sampling, and with the blocks below the adapters computed once."""
     roles = learned(roles_of(kind, dtype, layers="top-half"), Role.POLICY).eval()
     assert isinstance(roles, SharedBase)
     assert roles.shared_blocks == 1
@@ -322,7 +322,7 @@ def test_weights_that_stand_the_other_way_round(kind: str) -> None:
 
 
 WHOLE_RUNS = ("dora", "ia3", "series", "tinylora", "prefix")
-"""One of each structure; other tests run LoRA, and the engines' tests PPO with VeRA."""
+"""One kind of each structure; other tests run LoRA, and the engines' tests run PPO with VeRA."""
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ WHOLE_RUNS = ("dora", "ia3", "series", "tinylora", "prefix")
 def test_a_run_of_sft_and_ppo_passes_all_checks(
     kind: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """With a critic that has an adapter of its own, and lower blocks computed once; and it is resumed."""
+    """The critic has its own adapter, the lower blocks are computed once, and the run is resumed."""
     file = write_recipe(
         lora=None,
         adapter={"kind": kind, "layers": "top-half", **KINDS[kind]},
@@ -435,7 +435,7 @@ def test_dropout_of_dora_is_on_only_in_training() -> None:
 
 
 def test_b_learns_at_a_rate_of_its_own() -> None:
-    """LoRA+: after one step of SGD, B has moved by the ratio as far as at the plain rate, and A as far."""
+    """LoRA+: one step of SGD moves B by the ratio times its change at the plain rate, and A by the same change."""
     moved = []
     for ratio in (1.0, 4.0):
         roles = learned(roles_of("lora", b_learning_rate_ratio=ratio), Role.SFT)

@@ -1,4 +1,4 @@
-"""Adapters on experts, on random Mixtral, Qwen3-MoE and gpt-oss: exact beside weights that are merged."""
+"""Adapters on experts of random Mixtral, Qwen3-MoE and gpt-oss equal merged weights exactly."""
 
 import copy
 from pathlib import Path
@@ -41,7 +41,7 @@ SHAPE: dict[str, Any] = {
     "num_experts_per_tok": 2,
 }
 RANK = 3
-"""One that the kernels for experts cannot take as it is."""
+"""A rank that the kernels for experts do not support directly."""
 
 
 def mixtral() -> PreTrainedModel:
@@ -53,7 +53,7 @@ def qwen3_moe() -> PreTrainedModel:
 
 
 def gpt_oss() -> PreTrainedModel:
-    """Its experts have biases, and their matrices stand the other way round."""
+    """Return a gpt-oss, whose experts have biases and transposed matrices."""
     lm = GptOssForCausalLM(GptOssConfig(**SHAPE, num_local_experts=4, head_dim=8))
     for name, parameter in lm.named_parameters():
         if name.endswith("bias"):
@@ -62,7 +62,7 @@ def gpt_oss() -> PreTrainedModel:
 
 
 def odd_mixtral() -> PreTrainedModel:
-    """Widths that torch's kernel for experts does not take."""
+    """Return a Mixtral with widths that torch's kernel for experts does not support."""
     return MixtralForCausalLM(MixtralConfig(**SHAPE | {"intermediate_size": 50}, num_local_experts=4))
 
 
@@ -76,7 +76,7 @@ def lm(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def roles_on(lm: PreTrainedModel, targets: str | list[str] = "all-linear") -> SharedBase:
-    """Two roles with adapters drawn at random."""
+    """Return two roles with random adapters."""
     roles = SharedBase(lora(lm, RANK, 6, targets=targets))
     for role in (Role.SFT, Role.POLICY):
         roles.add(role)
@@ -114,7 +114,7 @@ def test_every_role_computes_as_its_merged_weights(lm: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 def test_gradients_are_those_of_the_merged_weights(lm: PreTrainedModel, checkpointing: bool) -> None:
-    """dL/dA and dL/dB follow from dL/dW of the weights W + s B A that they add up to, and other roles get none."""
+    """dL/dA and dL/dB follow from dL/dW of the merged weights W + s B A, and other roles get no gradients."""
     merged = copy.deepcopy(lm)
     roles = roles_on(lm)
     roles.train_only(Role.POLICY)
@@ -143,7 +143,7 @@ def test_gradients_are_those_of_the_merged_weights(lm: PreTrainedModel, checkpoi
 
 
 def test_what_is_learned_is_not_rounded_to_the_weights_of_a_bf16_base() -> None:
-    """Changes below every weight's last bit, which add up over the inputs: written into W they would be none."""
+    """The changes are below each weight's last bit but add up over the inputs; merged into W they would vanish."""
     width = 1024
     lm = MixtralForCausalLM(MixtralConfig(**SHAPE | {"hidden_size": width}, num_local_experts=4)).bfloat16()
     experts = lm.model.layers[0].mlp.experts
@@ -208,7 +208,7 @@ def test_coverage(targets: str | list[str], share: float, without: list[str]) ->
 
 
 def glm4_moe() -> PreTrainedModel:
-    """Its shared experts are linear layers, which peft would take for experts in an older layout."""
+    """Return a GLM-4 MoE, whose shared experts are linear layers that peft would take for older experts."""
     return Glm4MoeForCausalLM(
         Glm4MoeConfig(
             **SHAPE, n_routed_experts=4, moe_intermediate_size=16, head_dim=8, n_group=1, first_k_dense_replace=1

@@ -1,4 +1,4 @@
-"""The seam: a kind of adapters from outside the package, variants of LoRA, and who may say which kind it is."""
+"""Kinds of adapters from outside the package, variants of LoRA, and where the kind may be given."""
 
 import copy
 import json
@@ -33,13 +33,13 @@ ADAPTERS.pop("bias")  # importing the example has registered it, for all tests
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example is a kind that a recipe can name."""
+    """Register the example as a kind that a recipe can name."""
     monkeypatch.setitem(ADAPTERS, "bias", Bias)
 
 
 @pytest.fixture
 def plugin(own_registries: None) -> str:
-    """The example's file."""
+    """Return the example's file as a plugin."""
     return str(Path(__file__).parent / "example_bias.py")
 
 
@@ -129,7 +129,7 @@ def test_what_a_recipe_says_of_it_is_checked(settings: dict[str, Any], says: str
 def test_all_stages_run_with_it(
     plugin: str, write_recipe: WriteRecipe, run_cli: RunCli, mixed_data: Path, tmp_path: Path
 ) -> None:
-    """From the bare base to the report and evaluated; a kind that does not say how is not exported."""
+    """It goes from the base to the report and its evaluation; a kind without export support is not exported."""
     code_lines = Path(plugin).read_text().rpartition('"""')[2].split("\n")
     assert sum(bool(line.strip()) for line in code_lines) <= 40
     file = write_recipe(
@@ -171,7 +171,7 @@ VARIANTS = {
 
 
 class Variant(Lora):
-    """As somebody would add one of peft's variants."""
+    """A kind that uses one of peft's variants, as a user would add it."""
 
     changes: dict[str, Any]
 
@@ -190,7 +190,7 @@ def variant(**changes: Any) -> SharedBase:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_variant_of_lora_computes_as_peft_has_it(changes: dict[str, Any]) -> None:
-    """Whether by the fast path or by peft's own forward: never as plain LoRA."""
+    """It uses the fast path or peft's own forward, but never computes plain LoRA."""
     roles = randomized(variant(**changes), Role.POLICY)
     plain = SharedBase(lora(random_llama(attention_bias=True, mlp_bias=True)))
     plain.add(Role.POLICY)

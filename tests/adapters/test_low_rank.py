@@ -1,4 +1,4 @@
-"""A LoRA layer computes what peft's own does, whatever path it takes; kept factors are those of now."""
+"""A LoRA layer computes the same as peft's on every path, and cached factors are up to date."""
 
 import copy
 
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def adapted(kind: str, dtype: torch.dtype) -> tuple[LoraLayer, LoraLayer]:
-    """A layer with an adapter, as peft computes it and as we do."""
+    """Return a layer with an adapter, once as peft computes it and once as PERL does."""
     from peft import LoraConfig
     from peft.functional import inject_adapter_in_model
 
@@ -73,7 +73,7 @@ def test_results_and_gradients_are_those_of_peft(kind: str, learns: bool) -> Non
 
 
 def test_a_watched_layer_is_called() -> None:
-    """Whoever hooks into the layer (to gather its weight, to count) is heard."""
+    """Hooks on the layer (to gather its weight, to count operations) are called."""
     theirs, ours = adapted("linear", torch.float32)
     calls = []
     ours.base_layer.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -1,4 +1,4 @@
-"""The base: what is refused, what its hash covers, and random weights that repeat."""
+"""The base: models that are refused, the content of its hash, and reproducible random weights."""
 
 import itertools
 import json
@@ -129,7 +129,7 @@ def test_what_is_no_language_model_is_refused(tiny_llama: Path, copy_of: Callabl
 
 
 def test_a_configuration_of_no_causal_lm_is_refused(tiny_llama: Path, copy_of: Callable[[Path], Path]) -> None:
-    """One that does not say what it is for: ViT has no causal head."""
+    """The configuration names no architecture: ViT has no causal head."""
     folder = copy_of(tiny_llama)
     (folder / "config.json").write_text(
         json.dumps({"model_type": "vit", "hidden_size": 32, "num_attention_heads": 2})

@@ -1,4 +1,4 @@
-"""The tiny encoder-decoder: an ordinary folder, which has learned what the agent says to what was said before."""
+"""The tiny encoder-decoder: an ordinary model folder, pretrained on the agent's replies given their contexts."""
 
 from pathlib import Path
 

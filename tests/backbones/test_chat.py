@@ -1,4 +1,4 @@
-"""Chat formats: prefixes, which tokens the agent said, and where its turn ends, for several templates."""
+"""Chat formats for several templates: prefixes, the agent's tokens, and the end of its turn."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def end_is_pad() -> PreTrainedTokenizerFast:
-    """As many published tokenizers are: padding with the end token."""
+    """Return a tokenizer that pads with the end token, as many published ones do."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return make_tokenizer(special, CHATML, pad_token="<|im_end|>", eos_token="<|im_end|>", bos_token="<|im_end|>")
 
@@ -149,7 +149,7 @@ def test_plain_text_is_tokenized_as_it_stands(chat: ChatFormat) -> None:
 
 
 def test_plain_text_does_not_end_before_the_answer() -> None:
-    """T5's and others' tokenizers close every text with the end token."""
+    """Tokenizers such as T5's append the end token to every text."""
     from tokenizers import processors
 
     tokenizer = plain()

@@ -1,4 +1,4 @@
-"""Dialogues that are too long: what stays, what goes first, and that it is known."""
+"""Dialogues that are too long: what is kept, what is cut first, and how it is reported."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def chat(request: pytest.FixtureRequest) -> ChatFormat:
 
 
 def test_whole_turns_go_first_and_the_oldest_of_them(chat: ChatFormat) -> None:
-    """A dialogue that is cut begins with a turn of the user's, after the system's."""
+    """A truncated dialogue begins with a user turn, after the system turn."""
     kept = [[SYSTEM, *LONG[start:]] for start in (1, 3, 7)]
     sizes = [len(chat.context(turns)) for turns in kept]
     assert sizes == sorted(sizes, reverse=True)
@@ -88,7 +88,7 @@ def test_a_demonstration_loses_its_oldest_turns(chat: ChatFormat) -> None:
 
 
 def test_rows_of_a_template_that_rewrites_history_are_cut_one_by_one() -> None:
-    """Every answer keeps a row, with as much of what was said before as there is room for."""
+    """Every answer keeps a row, with as much of its context as fits."""
     template = LLAMA_3.replace("{{ m.content | trim }}", "{{ '' if loop.last else '~' }}{{ m.content | trim }}")
     special = ["<|begin|>", "<|end|>", "<|start|>", "<|mid|>", "<|eot|>"]
     chat = ChatFormat(make_tokenizer(special, template, bos_token="<|begin|>", eos_token="<|end|>"))

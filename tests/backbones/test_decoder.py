@@ -1,4 +1,4 @@
-"""Decoders: models that compute in a way that is not known are refused, and blocks are found."""
+"""Decoders: models whose computation is not supported are refused, and blocks are found."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_the_layers_of_a_hybrid_decide_whether_it_can_generate() -> None:
 
 
 def test_a_model_that_reads_padding_is_refused() -> None:
-    """Rows are padded on the left: a recurrent model without a mask would begin with the padding."""
+    """Rows are padded on the left, so a recurrent model without a mask would read the padding first."""
     config = AutoConfig.for_model(
         "recurrent_gemma", **RECURRENT, intermediate_size=96, num_attention_heads=4, lru_width=32
     )

@@ -1,4 +1,4 @@
-"""Encoders: which models they are, how their rows are cut, and that their scores are transformers' own."""
+"""Encoders: which models are encoders, how rows are truncated, and scores equal to those of transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ MAKERS = {"bert": tiny_bert, "roberta": tiny_roberta}
 
 
 def opened(folder: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32) -> tuple[Any, Roles]:
-    """A base and, on it, a reward role that says something."""
+    """Return a base with a reward role whose scores are not all equal."""
     base, lm = load_base(str(folder), dtype, CPU, generates=False)
     if tuning == "full":
         roles: Roles = SeparateModels(lm, base.load)

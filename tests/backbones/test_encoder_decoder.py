@@ -1,4 +1,4 @@
-"""Encoder-decoders compute as transformers' own do, whoever computes and however a batch is padded."""
+"""Encoder-decoders equal those of transformers, in every role and with any padding."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ SHORT = [Turn("user", "Tea?")]
 
 
 def opened(folder: Path, **settings: Any) -> tuple[Base, SharedBase]:
-    """A base with a policy and a reward model whose adapters are not where they began."""
+    """Return a base with a policy and a reward model whose adapters are not in their initial state."""
     base, lm = load_base(str(folder), torch.float32, CPU)
     torch.manual_seed(0)
     roles = SharedBase(lora(lm, 2, 4, **settings))
@@ -41,7 +41,7 @@ def opened(folder: Path, **settings: Any) -> tuple[Base, SharedBase]:
 
 
 def rows_of(base: Base) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of several lengths, two of them alike, and their completions."""
+    """Return prompts of several lengths, two of them equal, and their completions."""
     rows = [base.chat.row(context, answer) for context in (CONTEXT, SHORT) for answer in ANSWERS]
     cut = [row.prompt_length() for row in rows]
     return (
@@ -51,7 +51,7 @@ def rows_of(base: Base) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def own_inputs(base: Base, prompt: list[int], completion: list[int]) -> dict[str, torch.Tensor]:
-    """What transformers is given for a row: the encoder's ids, and labels with what the tokenizer puts before."""
+    """Return transformers' inputs for a row: the encoder's ids, and labels with the tokenizer's prefix."""
     at = prompt.index(START)
     return {
         "input_ids": torch.tensor([prompt[:at]]),

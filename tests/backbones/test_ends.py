@@ -1,4 +1,4 @@
-"""Which tokens end an answer: the template's, the tokenizer's and the generation configuration's."""
+"""End tokens of an answer: those of the template, the tokenizer and the generation configuration."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ TEXT = [Turn("text", "Once")]
 
 
 def configured(model: Path, folder: Path, **settings: Any) -> Path:
-    """A copy of a model with these generation settings."""
+    """Return a copy of a model with these generation settings."""
     shutil.copytree(model, folder)
     GenerationConfig(**settings).save_pretrained(folder)
     return folder
 
 
 def test_a_models_other_end_ends_answers_too(tiny_llama: Path, tmp_path: Path) -> None:
-    """Its template says one, its generation configuration the other."""
+    """The template has one end token, the generation configuration another."""
     names = ["<|im_end|>", "<|endoftext|>"]
     tokenizer = load_base(str(tiny_llama), torch.float32, CPU)[0].tokenizer
     end, other = tokenizer.convert_tokens_to_ids(names)
@@ -71,7 +71,7 @@ def test_what_is_not_in_the_vocabulary_ends_nothing(settings: Any, tiny_llama: P
 
 
 def test_the_default_of_an_architecture_is_no_end(tiny_llama: Path, tmp_path: Path) -> None:
-    """Llama's configuration says 2 where nothing is said; here that is a letter."""
+    """Llama's configuration has 2 as its default, which is a letter in this vocabulary."""
     base, lm = random_base(
         {
             "model_type": "llama",
@@ -97,7 +97,7 @@ def test_the_default_of_an_architecture_is_no_end(tiny_llama: Path, tmp_path: Pa
 
 
 def test_what_a_template_writes_inside_an_answer_does_not_end_it() -> None:
-    """As gpt-oss writes the channel of an answer."""
+    """gpt-oss writes an answer's channel in this way."""
     tokenizer = llama_3()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|mid|>\n\n{{", "<|mid|>\n\n<|end|>{{")
     tokenizer.eos_token = "<|eot|>"

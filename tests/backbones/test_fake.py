@@ -1,4 +1,4 @@
-"""Fake models: the shapes of real ones, and what they leave alone."""
+"""Fake models have the shapes of real ones and no side effects."""
 
 import pytest
 import torch

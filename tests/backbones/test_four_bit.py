@@ -1,4 +1,4 @@
-"""4-bit bases: what they compute and learn, told by their weights written out, and whole runs on them."""
+"""4-bit bases: computation and training compared with their dequantized weights, and whole runs."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def four_bit_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def written_out(folder: Path, four_bit: PreTrainedModel) -> PreTrainedModel:
-    """A plain model whose weights are those of the 4-bit one."""
+    """Return a plain model with the dequantized weights of the 4-bit one."""
     _, plain = load_base(str(folder), torch.float32, CPU)
     for name, module in four_bit.named_modules():
         if isinstance(module, Linear4bit):
@@ -57,7 +57,7 @@ def written_out(folder: Path, four_bit: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_roles(lm: PreTrainedModel, layers: str = "all", kind: str = "lora") -> SharedBase:
-    """Roles whose adapters and heads are the same whatever the base."""
+    """Add roles whose adapters and heads are the same on every base."""
     roles = SharedBase(adapter_of_kind(lm, kind, layers=layers))
     generator = torch.Generator().manual_seed(3)
     for role in (Role.POLICY, Role.REWARD, Role.CRITIC):
@@ -76,7 +76,7 @@ CASES += [(kind, "tiny", "all") for kind in KINDS if kind not in REFUSED]
 def test_every_role_computes_and_learns_as_on_the_weights_written_out(
     tiny_llama: Path, kind: str, model: str, layers: str
 ) -> None:
-    """Forward and backward, after bitsandbytes had the chance to pack the weights for inference."""
+    """Forward and backward run after bitsandbytes could have packed the weights for inference."""
     if model == "tinystories" and not TINYSTORIES.exists():
         pytest.skip("the real small model is not there")
     folder = tiny_llama if model == "tiny" else TINYSTORIES
@@ -154,7 +154,7 @@ def test_all_stages_on_one_4_bit_base(
 
 
 def _check_it_goes_on(run_cli: RunCli, recipe: Path, out: Path, before: dict[str, bytes]) -> None:
-    """From checkpoints, to the same bytes."""
+    """Check that the run resumes from checkpoints with identical bytes."""
     for role in ("reward", "policy"):
         (out / role / "result.json").unlink()
         for late in sorted((out / role / "checkpoints").iterdir())[1:]:
@@ -165,7 +165,7 @@ def _check_it_goes_on(run_cli: RunCli, recipe: Path, out: Path, before: dict[str
 
 
 def _check_what_leaves_it(run_cli: RunCli, recipe: Path, out: Path, tmp_path: Path) -> None:
-    """The other commands; peft on bitsandbytes says of the exported adapter what the run does."""
+    """Check the other commands, and that peft on bitsandbytes gives the exported adapter's outputs."""
     for arguments in (("evaluate", out, "reward"), ("evaluate", out, "policy"), ("estimate", recipe)):
         code, text = run_cli(*arguments)
         assert code == 0, text

@@ -1,4 +1,4 @@
-"""A prompt computed once for all its completions gives what it gives when computed for each."""
+"""A prompt computed once for all its completions gives the same results as when computed for each."""
 
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ P, T = 8, 6
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Prompts of 8, 3 and 5 tokens, completions of 1 to 6."""
+    """Return prompts of 8, 3 and 5 tokens and completions of 1 to 6."""
     ids_BL = torch.randint(3, 50, (6, P + T), generator=torch.Generator().manual_seed(2))
     ids_BL[1:3, :P], ids_BL[4, :P] = ids_BL[0, :P], ids_BL[3, :P]
     mask_BL = torch.ones(6, P + T, dtype=torch.bool)
@@ -46,7 +46,7 @@ def roles_on(lm: PreTrainedModel, layers: str = "all") -> SharedBase:
 def outputs_and_gradients(
     roles: SharedBase, prompts: SharedPrompts | None, checkpointed: bool = False
 ) -> list[Tensor]:
-    """Log-probs, entropies, values and scores, then the gradients of a loss of all of them."""
+    """Return log-probs, entropies, values and scores, then the gradients of a loss of all of them."""
     ids_BL, mask_BL = batch()
     read = partial(
         roles,
@@ -75,7 +75,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def qwen3() -> Qwen3ForCausalLM:
-    """Grouped queries, normalised queries and keys."""
+    """Return a Qwen3, with grouped queries and normalized queries and keys."""
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2}
@@ -107,7 +107,7 @@ def test_above_shared_blocks_too(checkpointed: bool) -> None:
 
 
 def test_in_bf16_the_difference_is_rounding() -> None:
-    """Beside fp32 it is as near as the plain pass is."""
+    """It is as close to fp32 as the plain pass is."""
     exact = outputs_and_gradients(roles_on(random_llama()), None)
     roles = roles_on(random_llama(torch.bfloat16))
     shared, plain = outputs_and_gradients(roles, SharedPrompts.of(GROUPS, T)), outputs_and_gradients(roles, None)
@@ -140,7 +140,7 @@ def test_what_is_packed_is_unpacked() -> None:
 
 
 def test_masked_completions_do_not_change_what_others_are_given() -> None:
-    """No completion sees another: other tokens in one leave the rest as it was."""
+    """No completion attends to another: different tokens in one do not change the others."""
     roles = roles_on(random_llama())
     ids_BL, mask_BL = batch()
     read = partial(roles, Role.POLICY, mask_BL=mask_BL, completion_length=T, temperature=1.0)

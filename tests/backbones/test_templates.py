@@ -1,4 +1,4 @@
-"""All chat templates that TRL ships, on a byte-level BPE that has their special tokens."""
+"""All chat templates that TRL ships, on a byte-level BPE with their special tokens."""
 
 import re
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ THREE_TURNS = [
 ]
 NO_SYSTEM = {"gemma", "gemma_training"}
 OPEN_THOUGHTS = re.compile("deepseek|nemotron")
-"""Their prompts open reasoning that their finished dialogues have no trace of, or write otherwise."""
+"""Templates whose prompts open reasoning that finished dialogues omit or write differently."""
 OWN_ROWS = re.compile("deepseek|nemotron|gptoss|^qwen3$|qwen3_5_(no)?think$|qwen3_6$")
-"""They write earlier answers otherwise than the last one."""
+"""Templates that write earlier answers differently from the last one."""
 NO_TOOLS = {
     *("cohere", "cohere_training", "cohere2", "cohere2_training", "gemma", "gemma_training", "gemma3"),
     *("gemma3_training", "gptoss", "gptoss_training", "llava_next", "llava_next_training"),
@@ -43,7 +43,7 @@ TOOLS_LEFT_OUT = {
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer with this template and the special tokens that are written in it."""
+    """Return a tokenizer with this template and the special tokens that occur in it."""
     template = file.read_text(encoding="utf-8")
     tokenizer = make_tokenizer(list(FRAME), template, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     found = sorted(set(SPECIAL.findall(template)) - set(FRAME))
@@ -58,7 +58,7 @@ def named(request: pytest.FixtureRequest) -> tuple[str, ChatFormat]:
 
 
 def sent(chat: ChatFormat, turns: Sequence[Turn], **options: Any) -> list[int]:
-    """What a server makes of a dialogue."""
+    """Return the tokens that a server makes of a dialogue."""
     messages = chat.template.messages(turns)
     return list(chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
@@ -105,7 +105,7 @@ def test_reasoning_is_learned_where_it_is_said(named: tuple[str, ChatFormat]) ->
 
 
 def test_reasoning_of_earlier_answers_is_as_the_template_has_it(named: tuple[str, ChatFormat]) -> None:
-    """Many drop it; what a server sends has none of it then, and no more has what is learned from."""
+    """Many templates drop it; then neither a server's prompts nor the training rows have it."""
     _, chat = named
     earlier = Turn("agent", "<think>\nIt is small.\n</think>\n\nOne latte.")
     turns = [SINGLE[0], earlier, *THREE_TURNS[2:4]]

@@ -1,4 +1,4 @@
-"""Where prompt and answer meet in tokens: SentencePiece-like tokenizers, merges across it, slow tokenizers."""
+"""The boundary of prompt and answer in tokens: SentencePiece-like and slow tokenizers, merges across it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ MISTRAL = (
 )
 QWEN3_5 = (Path(trl.__file__).parent / "chat_templates" / "qwen3_5_think.jinja").read_text(encoding="utf-8")
 LINES = ["a\n\nb\n\nc", "\n\n", "yes\n\nno", "one\n\ntwo"]
-"""From these a tokenizer learns that two line breaks are one token."""
+"""Texts from which a tokenizer learns to merge two line breaks into one token."""
 TURNS = [
     Turn("user", "A latte, please."),
     Turn("agent", "What size would you like?"),
@@ -46,7 +46,7 @@ def trained(tokenizer: Tokenizer, template: str, alphabet: Sequence[str] = ()) -
 
 
 def metaspace(scheme: str, template: str) -> PreTrainedTokenizerFast:
-    """As tokenizers of SentencePiece models are written today: a space before the first piece, or each."""
+    """Return a tokenizer in today's SentencePiece format: with a space before the first piece, or before each."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -54,7 +54,7 @@ def metaspace(scheme: str, template: str) -> PreTrainedTokenizerFast:
 
 
 def llama(template: str) -> PreTrainedTokenizerFast:
-    """As those of Llama 2, TinyLlama and Zephyr are: a normalizer writes the space."""
+    """Return a tokenizer like those of Llama 2, TinyLlama and Zephyr, whose normalizer adds the space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -62,7 +62,7 @@ def llama(template: str) -> PreTrainedTokenizerFast:
 
 
 def byte_level(template: str, prefix_space: bool = False) -> PreTrainedTokenizerFast:
-    """As GPT-2's and Qwen's are; with the merge of two line breaks that all of them have."""
+    """Return a tokenizer like GPT-2's and Qwen's, including their merge of two line breaks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +100,7 @@ def chat(request: pytest.FixtureRequest) -> ChatFormat:
 
 
 def sent(chat: ChatFormat, turns: Sequence[Turn], asks: bool = False) -> list[int]:
-    """What a server makes of a dialogue."""
+    """Return the tokens that a server makes of a dialogue."""
     messages = chat.template.messages(turns)
     return list(
         chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=asks)
@@ -145,7 +145,7 @@ def test_what_would_merge_across_the_cut_stays_apart(make: Callable[[str], PreTr
 
 
 def test_the_prompt_keeps_its_own_tokens_where_what_follows_would_change_them() -> None:
-    """GPT-2 splits line breaks otherwise before a word than at the end of a text."""
+    """GPT-2 splits line breaks before a word differently from those at the end of a text."""
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n\n{% endif %}").replace(
         "{{ m.role }}\n", "{{ m.role }}\n\n"
     )
@@ -176,7 +176,7 @@ BYTES, SPACES = ChatFormat(byte_level(CHATML)), ChatFormat(llama(ZEPHYR))
 
 
 def test_a_dialogue_in_one_go_is_what_it_is_one_by_one(chat: ChatFormat) -> None:
-    """The fast way over offsets gives what tokenizing every prompt and every answer gives."""
+    """The fast path with offsets equals tokenizing every prompt and answer separately."""
     rows = RowTokenizer(chat.tokenizer, chat.template.end)
     pairs = [chat.template.row(TURNS[:end]) for end in (2, 4)]
     (expected,) = rows._one_by_one(pairs)

@@ -1,4 +1,4 @@
-"""Adapters and checkpoints that are damaged, or that belong elsewhere: refused, with all that differs."""
+"""Adapters and checkpoints that are damaged or belong to another run are refused, with all differences named."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ RL = {
 
 
 def run_recipe(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
-    """Run all three stages in a second; the run folder."""
+    """Run all three stages in a second and return the run folder."""
     recipe = {
         "name": "tiny",
         "checkpoint_every": 1,
@@ -57,7 +57,7 @@ def finished(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
+    """Return a copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
@@ -106,7 +106,7 @@ def weights(out: Path, role: str) -> Path:
 
 
 def edit(file: str, **changes: Any) -> Callable[[Path], None]:
-    """Change keys of a JSON file in the reward model's adapter; None takes one out."""
+    """Change keys of a JSON file in the reward model's adapter; None removes one."""
 
     def change(out: Path) -> None:
         path = out / "reward" / "adapter" / file
@@ -264,7 +264,7 @@ def cut_tensors(step: Path) -> None:
 
 
 def doubled_rank(step: Path) -> None:
-    """As an honest checkpoint of adapters of twice the rank would be."""
+    """Change a checkpoint into a valid one of adapters with twice the rank."""
     file = step / "state.safetensors"
     tensors = load_file(file)
     save_file({name: torch.cat([t, t]) if "lora_A" in name else t for name, t in tensors.items()}, file)
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 def test_damaged_adapters_come_back_from_their_checkpoints(out: Path, run_cli: RunCli) -> None:
-    """As the messages say: remove what is damaged, and run again."""
+    """The messages' remedy works: remove the damaged files and run again."""
     learned = {role: weights(out, role).read_bytes() for role in ("sft", "reward", "policy", "critic")}
     weights(out, "reward").write_bytes(learned["reward"][:-100])
     (out / "reward" / "result.json").unlink()

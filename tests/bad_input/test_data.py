@@ -1,4 +1,4 @@
-"""Data that cannot be used: whole files, and single rows of them."""
+"""Data that cannot be used: whole files, and single rows."""
 
 import gzip
 from pathlib import Path

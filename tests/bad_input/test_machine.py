@@ -1,4 +1,4 @@
-"""Faults of the machine, and run folders that cannot be used: one message, and what was finished stays."""
+"""Machine faults and unusable run folders give one message and leave finished work intact."""
 
 import contextlib
 import errno
@@ -68,7 +68,7 @@ def test_one_message_and_nothing_lost(case: Case, refused: Refused) -> None:
 def test_a_folder_in_use_is_refused(refused_in: RefusedIn, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", write_recipe()
     out.mkdir()
-    with open(out / ".lock", "a") as lock:  # another initial_eval of the file is what another process has
+    with open(out / ".lock", "a") as lock:  # a second open file description acts like another process
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused_in(("another run is using this folder", str(out), "Wait for it"), "run", recipe, "--out", out)
 
@@ -78,7 +78,7 @@ def test_a_folder_in_use_is_refused(refused_in: RefusedIn, write_recipe: WriteRe
 
 @contextlib.contextmanager
 def limit(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: what a full disk is to whoever writes, for any user."""
+    """Limit the size of files to `size` bytes, which has the effect of a full disk for any user."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -89,7 +89,7 @@ def limit(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MB of its own."""
+    """Mount a disk of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
@@ -205,7 +205,7 @@ def test_a_terminal_of_ascii_is_written_to(small_data: Path) -> None:
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nobody may write, root neither."""
+    """Return a folder that nobody can write to, not even root."""
     folder = tmp_path / "read-only"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -253,7 +253,7 @@ def test_a_cache_that_is_a_file(
 
 
 def with_little_memory() -> None:
-    """The command line, with 300 MiB more than the process has."""
+    """Return the command line, limited to 300 MiB more memory than the process has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
     cli.main()
@@ -284,7 +284,7 @@ def test_out_of_memory_in_a_stage_is_told(write_recipe: WriteRecipe, small_data:
 def test_out_of_memory_in_loading_is_not_about_batches(
     place: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the weights are read or moved to the device."""
+    """This holds for reading the weights and for moving them to the device."""
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

@@ -56,7 +56,7 @@ def pickled_weights(folder: Path) -> None:
 
 
 def pickled_shards(folder: Path) -> None:
-    """A pickle that the index calls for, out of sight of whoever only looks at the names of files."""
+    """Write a pickle that the index refers to, which a check of file names alone would miss."""
     shards = dict.fromkeys(load_file(folder / "model.safetensors"), "shard.bin")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     torch.save({}, folder / "shard.bin")

@@ -1,4 +1,4 @@
-"""What is compared of policies on the way: interpolated where the KL is reached, by numbers worked by hand."""
+"""Comparison of policies during training, interpolated at a given KL, against numbers worked by hand."""
 
 from perl.baselines.comparison import Point, at_kl
 

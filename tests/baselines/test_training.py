@@ -1,4 +1,4 @@
-"""KTO and DPO on the shared base: TRL's rows, TRL's loss, the SFT policy as reference, one base."""
+"""KTO and DPO on the shared base: TRL's rows and loss, with the SFT policy as the reference."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ BATCH = 4
 
 @pytest.fixture
 def session(write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path) -> Session:
-    """With an SFT policy that is not the base, and a policy that is its copy."""
+    """Yield a session with an SFT policy that differs from the base, and a policy that is its copy."""
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     reward = {"batch_size": BATCH, "epochs": 4, "max_length": 64}
     recipe = load_recipe(write_recipe(data=data, reward=reward, sft={"batch_size": BATCH}))
@@ -44,7 +44,7 @@ def messages(turns: Any) -> list[dict[str, str]]:
 
 
 def test_rows_are_those_that_trl_makes_of_the_same_ratings(session: Session) -> None:
-    """TRL's own preparation is the oracle: the same tokens, and the same other completion for the KL."""
+    """TRL's own preparation is the oracle: the same tokens, and the same mismatched completion for the KL."""
     rows = kto_rows(session, session.train, BATCH)
     ratings = {
         (tuple(session.base.chat.context(one.context)), one.answer.text): one for one in session.train.ratings
@@ -79,7 +79,7 @@ def test_rows_are_those_that_trl_makes_of_the_same_ratings(session: Session) -> 
 
 
 def to_end(session: Session, expected: Dataset, like: Sequence[Row]) -> list[dict[str, Any]]:
-    """TRL's rows, without what the template writes after a completion's end token: nobody generates that."""
+    """Return TRL's rows without the template's text after a completion's end token, which is never generated."""
     end = session.base.chat.end_id
 
     def cut(key: str, value: Any) -> Any:
@@ -105,7 +105,7 @@ def no_second_base(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_second_base")
 @pytest.mark.parametrize("name", ["kto", "dpo"])
 def test_the_policy_alone_moves_towards_what_was_rated_up(session: Session, name: str) -> None:
-    """From the SFT policy, by which thumbs up become likelier than thumbs down; nothing else changes."""
+    """It starts from the SFT policy, thumbs up become likelier than thumbs down, and nothing else changes."""
     roles = session.roles
     assert isinstance(roles, SharedBase)
     sft = {key: weight.clone() for key, weight in roles.weights(Role.SFT).items()}
@@ -124,7 +124,7 @@ def test_the_policy_alone_moves_towards_what_was_rated_up(session: Session, name
 
 @torch.no_grad()
 def margin(session: Session) -> float:
-    """The mean log-probability of thumbs up less that of thumbs down, by the policy."""
+    """Return the policy's mean log-prob of thumbs up minus that of thumbs down."""
     by_label: dict[bool, list[float]] = {True: [], False: []}
     for one in session.train.ratings:
         row = session.base.chat.row(one.context, one.answer)
@@ -138,7 +138,7 @@ def margin(session: Session) -> float:
 
 
 def test_reference_is_the_sft_policy(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What TRL compares with before the first step are the SFT policy's log-probs, not the base's."""
+    """Before the first step, TRL's reference log-probs are those of the SFT policy, not of the base."""
     kept: list[Dataset] = []
     ours = KTOTrainer._precompute_ref_logps
 

@@ -1,4 +1,4 @@
-"""What was trained stays of use: after its reward's file has changed, in `chat`, and after a start that failed."""
+"""Trained roles stay usable: after their reward's file has changed, in `chat`, and after a failed start."""
 
 import io
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_finished_policy_is_of_use_after_the_reward_has_changed(
 def test_chat_fits_into_a_short_context(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And plain text is completed as it stands."""
+    """Plain text is completed unchanged."""
     prompts = write_rows(tmp_path / "plain.jsonl", [{"prompt": f"Tea {number}"} for number in range(8)])
     out, data = tmp_path / "out", {"source": "jsonl", "path": str(prompts), "held_out": 0.3}
     status, text = run_cli("run", write_recipe(data=data, reward=None, rl=RL), "--out", out)

@@ -1,4 +1,4 @@
-"""The benchmark runs, and refuses what it cannot run. TRL's side needs a release that is not installed here."""
+"""The benchmark runs, and refuses what it cannot run. TRL's part needs a release that is not installed here."""
 
 import json
 from inspect import signature
@@ -17,7 +17,7 @@ from tests.tiny import LLAMA
 
 
 def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in a process of its own, here a fork."""
+    """Each tuning runs in its own process, here a fork."""
     monkeypatch.setattr("perl.commands.bench.subprocess", SimpleNamespace(run=forks.run))
     monkeypatch.setitem(work.MODELS, "100m", LLAMA)
     file = tmp_path / "bench.json"
@@ -34,7 +34,7 @@ def test_it_measures_both_tunings(run_cli: RunCli, tmp_path: Path, monkeypatch: 
 
 
 def test_trl_is_measured_beside_ours(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what the processes of both sides print: TRL's side has the steps of ours."""
+    """The output of both sides' processes is faked: TRL's has our steps."""
     commands = []
 
     def measured(side: str, command: list[object], library: Path | None = None) -> Measurement:
@@ -57,7 +57,7 @@ def test_trl_is_measured_beside_ours(run_cli: RunCli, tmp_path: Path, monkeypatc
 
 
 def test_the_work_is_as_long_as_it_says(run_cli: RunCli, tmp_path: Path) -> None:
-    """Prompts of 128 tokens, answers of 64, 16 of them: both sides do the same."""
+    """16 prompts of 128 tokens, with answers of 64: both sides do the same work."""
     content = work.recipe("100m", "lora", "all", 4, checkpointing=False)
     assert (content["rl"]["max_prompt_length"], content["rl"]["max_new_tokens"]) == (128, 64)
     assert content["rl"]["epochs"] == 4

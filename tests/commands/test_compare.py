@@ -1,4 +1,4 @@
-"""`compare` and `report`: both tunings of one recipe side by side, and what they refuse."""
+"""`compare` and `report`: both tunings of one recipe side by side, and refused inputs."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def recipe(write_recipe: WriteRecipe, mixed_data: Path) -> Path:
 
 
 def test_full_tuning_is_the_same_recipe_conventionally(recipe: Path) -> None:
-    """A tenth of the learning rates, a critic of its own; the same data, batches, seeds and losses."""
+    """It has a tenth of the learning rates and a separate critic; data, batches, seeds and losses are the same."""
     lora = load_recipe(recipe, ["rl.critic=shared", "rl.learning_rate=0.01"])
     full = variant(lora, "full", 3)
     assert (full.tuning, full.seed, full.critic) == ("full", 3, "adapter")
@@ -57,7 +57,7 @@ def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def test_both_tunings_are_run_and_compared(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each in a process of its own, here a fork."""
+    """Each tuning runs in its own process, here a fork."""
     monkeypatch.setattr("perl.commands.compare_baselines.subprocess", SimpleNamespace(run=forks.run))
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--out", str(out))
@@ -78,7 +78,7 @@ def test_both_tunings_are_run_and_compared(
 def test_rates_are_searched_on_both_sides(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the seed after the last; the runs have them, and the output says so. In this process, for its time."""
+    """The search uses the seed after the last; runs use its rates; the output says so. In-process for speed."""
     monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
     monkeypatch.setattr("perl.commands.compare.run_apart", run)
     out = tmp_path / "out"
@@ -121,7 +121,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
 def test_rl_is_compared_with_baselines_at_the_same_kl(
     run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ends are on the same prompts; called again, nothing is trained again."""
+    """Both are evaluated on the same prompts; a second call trains nothing again."""
     monkeypatch.setattr("perl.commands.compare_baselines.run_apart", run)
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     rl = {**STAGES["rl"], "reward": {}, "learning_rate": 0.02}

@@ -17,7 +17,7 @@ DISHES = ["soup", "rice", "bread", "cake", "pie", "stew", "toast", "salad", "cur
 
 
 def rated(dishes: list[str]) -> list[dict[str, Any]]:
-    """A good and a bad answer for each dish; of every third the labels are changed round."""
+    """Return a good and a bad answer for each dish, with swapped labels for every third."""
     return [
         {
             "prompt": [{"role": "user", "content": f"Some {dish}."}],
@@ -30,7 +30,7 @@ def rated(dishes: list[str]) -> list[dict[str, Any]]:
 
 
 def test_two_runs_of_all_kinds(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
-    """Each end is what the run's own report has; what differs in the recipes is said; `report` refuses them."""
+    """Results equal those in the reports; differences of the recipes are shown; `report` refuses these runs."""
     dishes = [f"{size} {dish}" for size in ("big", "old") for dish in DISHES]
     file = write_rows(tmp_path / "rated.jsonl", rated(dishes))
     recipe = write_recipe(
@@ -96,7 +96,7 @@ def test_runs_with_nothing_in_common(write_recipe: WriteRecipe, run_cli: RunCli,
 
 
 def rows(labels: list[bool]) -> RatedRows:
-    """Rated answers, four a dialogue."""
+    """Return rated answers, four per dialogue."""
     context = (Turn("user", "?"),)
     answers = [Turn("agent", str(number)) for number in range(len(labels))]
     dialogues = [str(number // 4) for number in range(len(labels))]
@@ -104,7 +104,7 @@ def rows(labels: list[bool]) -> RatedRows:
 
 
 def test_a_difference_is_found_where_there_is_one_and_only_there() -> None:
-    """Scores that know the labels beside such that hardly do, and beside a copy with other noise."""
+    """Informative scores are compared with nearly uninformative ones, and with a copy that has other noise."""
     draw = np.random.default_rng(0)
     labels = [bool(one) for one in draw.integers(0, 2, 400)]
     truth = np.array(labels, dtype=float)
@@ -132,7 +132,7 @@ def test_pairs_alone_have_no_metric_of_single_answers() -> None:
 
 
 def test_policies_are_compared_by_prompt() -> None:
-    """What every prompt gains alike has no spread, however the prompts differ."""
+    """An equal gain on every prompt has no spread, however much the prompts differ."""
     first = {"reward": [0.0, 1.0, 5.0, 2.0], "gold": [0.0] * 4}
     second = {"reward": [0.5, 1.5, 5.5, 2.5]}
     (found,) = compare_metrics(first, second, list("abcd")).differences

@@ -1,4 +1,4 @@
-"""`estimate`: whether it fits, what would make it fit, and sizes as people write them."""
+"""`estimate`: whether a recipe fits, changes that make it fit, and sizes as people write them."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_devices_share_weights_and_batches(run_cli: RunCli, write_recipe: WriteR
 
 
 def test_a_device_may_have_a_single_completion() -> None:
-    """A recipe of one is refused, as it has nothing to be compared with; that of 64 devices is not."""
+    """A single completion is refused because it cannot be compared; one per device on 64 devices is not."""
     rl = share(load_recipe("recipes/measure-8b.yaml"), 64).rl
     assert rl is not None
     assert (rl.prompts_per_step, rl.micro_batch_size) == (1, 1)

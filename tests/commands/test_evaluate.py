@@ -16,7 +16,7 @@ COLUMNS = {"prompt": "asked", "completion": "said", "label": "thumb"}
 
 
 def rows(dishes: list[str], **more: Any) -> list[dict[str, Any]]:
-    """Ratings of three good and three bad answers for each dish."""
+    """Return ratings of three good and three bad answers for each dish."""
     return [
         {"prompt": [{"role": "user", "content": f"Some {dish}."}], "completion": text, "label": label, **more}
         for dish in dishes
@@ -32,7 +32,7 @@ def named(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_llama: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that learned to tell these apart, to be read; beside it, what it learned from."""
+    """Return the read-only folder of a run trained on these ratings, and the ratings themselves."""
     folder = tmp_path_factory.mktemp("trained")
     file = write_rows(folder / "learn.jsonl", named(rows(DISHES)))
     recipe = recipe_file(
@@ -95,7 +95,7 @@ def test_answers_that_it_learned_from_do_not_count(trained: Path, run_cli: RunCl
 def test_answers_that_say_nearly_what_it_learned_from_do_not_count(
     trained: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """Copies in capitals, under names of dialogues that are new."""
+    """The answers are copies in capitals, in dialogues with new names."""
     copies = [
         {**row, "completion": f"{row['completion'].upper()} !!", "dialogue": f"copy {number}"}
         for number, row in enumerate(rows(DISHES))
@@ -124,7 +124,7 @@ def test_one_thumb_down_in_all_is_learned_from_and_judged_less(
 
 
 def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:
-    """Ratings of answers that differ in nothing but length: four in five are up, the longer ones, or anybody's."""
+    """Return ratings of answers that differ only in length: four in five are up, the longer or (shuffled) any."""
     draw = random.Random(0)
     words = [draw.randrange(1, 13) for _ in range(count)]
     labels = [(length > 2) != (draw.random() < 0.05) for length in words]
@@ -151,7 +151,7 @@ def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:
 def test_impostors_are_told_from_reward_models(
     name: str, reason: str, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """Trained and judged by the commands, on data where always saying up is right four times in five."""
+    """The commands train and judge on data where a constant thumb up is right four times in five."""
     file = write_rows(tmp_path / "rated.jsonl", liked_by_length(450, shuffle=name != "length"))
     recipe = write_recipe(
         data={"source": "jsonl", "path": str(file), "held_out": 0.5},

@@ -1,4 +1,4 @@
-"""What is exported loads without PERL and says what the run's own roles say, to 1e-5."""
+"""Exported models load without PERL and give the outputs of the run's own roles, to 1e-5."""
 
 import json
 import re
@@ -40,7 +40,7 @@ DIALOGUES = [
         {"role": "assistant", "content": "One large tea."},
     ],
 ]
-"""Of different lengths."""
+"""Dialogues of different lengths."""
 TEXTS = [("Q: a latte?", " Yes, one latte."), ("Q: tea?", " No."), ("Q: " + "milk, water, " * 5, " Yes.")]
 CLASSIFIERS = {False: AutoPeftModelForSequenceClassification, True: AutoModelForSequenceClassification}
 LANGUAGE_MODELS = {False: AutoPeftModelForCausalLM, True: AutoModelForCausalLM}
@@ -50,7 +50,7 @@ LANGUAGE_MODELS = {False: AutoPeftModelForCausalLM, True: AutoModelForCausalLM}
 def runs(
     tiny_llama: Path, tiny_gpt2: Path, mixed_data: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """A run of all stages under LoRA; under full tuning, on a base without a token for padding, on plain text."""
+    """Return runs of all stages: with LoRA; with full tuning on plain text, on a base without a padding token."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [
         {"prompt": prompt.replace("?", f"{number}?"), "chosen": " Yes.", "rejected": f" No {number}."}
@@ -78,7 +78,7 @@ def runs(
 
 
 def classifier(folder: Path, merged: bool) -> tuple[Any, Any]:
-    """An exported reward model or critic and its tokenizer, loaded as its card says."""
+    """Load an exported reward model or critic and its tokenizer as its card says."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {} if merged else {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
     return CLASSIFIERS[merged].from_pretrained(folder, **options).eval(), tokenizer
@@ -93,7 +93,7 @@ def texts_of(dialogues: list[Any], tokenizer: Any) -> list[str]:
 
 @torch.no_grad()
 def scores(model: Any, tokenizer: Any, dialogues: list[Any], **options: Any) -> Tensor:
-    """As anyone would score dialogues: the text, padded, through the model."""
+    """Score dialogues in the usual way: as padded text in one batch."""
     texts = texts_of(dialogues, tokenizer)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", **options)
     found: Tensor = model(**batch).logits[:, 0]
@@ -130,7 +130,7 @@ def test_a_reward_model_scores_as_in_the_run(
 
 
 def card_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the Python of a card in its folder; its variables."""
+    """Run a card's Python code in its folder and return its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     variables: dict[str, Any] = {}
@@ -365,7 +365,7 @@ def test_what_cannot_be_exported_is_said_in_one_message(
 def test_an_adapter_on_a_base_that_a_classifier_cannot_load_completely_is_refused(
     tiny_llama: Path, mixed_data: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """Its files store tied embeddings only as the language model's head; the merged model has them."""
+    """Its files store tied embeddings only as the language model's head; the merged model includes them."""
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     config = json.loads((base / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""`generate` and `score`: a file in, a line for each line out, by the same numbers as the library's."""
+"""`generate` and `score`: one output line per input line, with the same values as the library."""
 
 import json
 import math
@@ -16,7 +16,7 @@ CHAT = [{"role": "user", "content": "A latte, please."}]
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose roles have weights drawn at random."""
+    """Return the folder of a run whose roles have random weights."""
     return make(tmp_path_factory.mktemp("runs") / "out", recipe_on(tiny_llama, mixed_data))
 
 

@@ -1,4 +1,4 @@
-"""`init`: from one's own file to a recipe, and with it to a verdict and a policy."""
+"""`init`: from a user's file to a recipe, and with it to a verdict and a policy."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ SHORT = (
 
 
 def thumbs(file: Path) -> Path:
-    """A CSV as people have it: columns of other names, and ratings in words."""
+    """Write a CSV as users have it: with other column names and ratings in words."""
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["question", "response", "rating"])
@@ -40,7 +40,7 @@ def thumbs(file: Path) -> Path:
 def test_the_readmes_first_run_on_ones_own_data(
     run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lines as they stand, on a tiny base, RL one step long: a verdict after two, a policy after three."""
+    """The README's lines unchanged, on a tiny base with one RL step: a verdict after two, a policy after three."""
     monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)  # see below
     monkeypatch.chdir(tmp_path)
     thumbs(tmp_path / "thumbs.csv")
@@ -68,7 +68,7 @@ def test_the_readmes_first_run_on_ones_own_data(
 def test_the_whole_recipe_on_ones_own_data(
     run_cli: RunCli, tiny_llama: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Demonstrations and thumbs in one file: two commands and no edit to a policy and its report."""
+    """Demonstrations and thumbs in one file: two commands without edits give a policy and its report."""
     monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)
     monkeypatch.chdir(tmp_path)
     status, written = run_cli("init", "mine.yaml", "--data", mixed_data, "--base", tiny_llama)

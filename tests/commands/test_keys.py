@@ -1,4 +1,4 @@
-"""`keys`: what a recipe may say, from the definitions that check it."""
+"""`keys`: a recipe's keys, from the definitions that validate it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`rate` and `serve` as commands: what they refuse before anything is loaded."""
+"""`rate` and `serve` as commands: inputs that they refuse before loading anything."""
 
 import socket
 from pathlib import Path

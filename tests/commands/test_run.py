@@ -1,4 +1,4 @@
-"""All three stages on one base: what `run` writes, and that stages meet only through adapter folders."""
+"""All three stages on one base: the files that `run` writes; stages share only adapter folders."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ RL = {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens"
 def finished(
     tiny_llama: Path, small_data: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a run of all three stages, to be read; its page has its plots."""
+    """Return the read-only folder of a run of all three stages, with a page that has its plots."""
     folder = tmp_path_factory.mktemp("finished")
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     stages = {"sft": SFT, "reward": REWARD, "rl": RL | {"reward": {}}}
@@ -87,7 +87,7 @@ def test_adapters_load_into_plain_peft(finished: Path, tiny_llama: Path) -> None
 
 
 def test_the_loss_of_sft_is_that_of_transformers_over_all_tokens(finished: Path, tmp_path: Path) -> None:
-    """Rows are of several lengths: a mean over batches would be another."""
+    """Rows have several lengths, so a mean over batches would differ."""
     policy = AutoPeftModelForCausalLM.from_pretrained(finished / "sft" / "adapter").eval()
     session = open_session(load_recipe(finished / "recipe.yaml"), tmp_path / "out")
     rows = tokenized(session, session.held_out.demonstrations)
@@ -123,7 +123,7 @@ def test_a_stamp_names_the_parent_and_refuses_another_base(
 def test_stages_run_one_by_one_come_to_the_same(
     finished: Path, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """The RL stage that reads SFT and reward adapters from disk equals the one that has them in memory."""
+    """RL with SFT and reward adapters read from disk equals RL with those in memory."""
     recipe, apart = str(finished / "recipe.yaml"), tmp_path / "apart"
     code, text = run_cli("rl", recipe, "--out", str(apart))
     assert code == 2

@@ -1,4 +1,4 @@
-"""`perl-rlhf sampler` prints a command that a shell takes apart as it is meant."""
+"""`perl-rlhf sampler` prints a command that is quoted correctly for a shell."""
 
 import itertools
 import json
@@ -74,7 +74,7 @@ def test_what_no_server_can_do_is_refused(
 
 
 def test_the_server_of_a_reward_adapter(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
-    """It is told that the base is a classifier; the rank and the base are the adapter's."""
+    """The command says that the base is a classifier; rank and base are those of the adapter."""
     out, adapter = tmp_path / "out", tmp_path / "adapter"
     assert run_cli("reward", write_recipe(lora={"rank": 9, "alpha": 4}), "--out", out)[0] == 0
     assert run_cli("export", out, "reward", adapter)[0] == 0

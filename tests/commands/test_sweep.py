@@ -1,4 +1,4 @@
-"""`sweep`: one stage under several settings, on one base; what it writes, and what it refuses."""
+"""`sweep`: one stage with several settings on one base; the files it writes, and refused inputs."""
 
 import html
 import json
@@ -31,7 +31,7 @@ RL = {
 
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe) -> Path:
-    """SFT and RL are left out by a sweep of the reward model."""
+    """Write a recipe with all stages; a sweep of the reward model skips SFT and RL."""
     reward = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "max_length": 64}
     return write_recipe(sft={"batch_size": 4, "max_length": 64}, reward=reward)
 
@@ -43,7 +43,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_setting_is_trained_and_told(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
-    """The last of several runs on one base has the scores of a run in a folder of its own."""
+    """The last of several runs on one base has the same scores as a separate run."""
     out = tmp_path / "out"
     kinds = ("--kinds", "lora,miss:2@mlp,full", "--ranks", "1,2", "--targets", "attention")
     code, text = run_cli("sweep", recipe, *kinds, "--seeds", "0,3", "--out", out)
@@ -93,7 +93,7 @@ def _check_table(out: Path) -> None:
 def test_rates_are_searched_on_seeds_that_are_not_reported(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The grid is cut to its first three rates: nothing here is of how far it goes."""
+    """The grid is cut to its first three rates, because its range does not matter here."""
     monkeypatch.setattr("perl.measure.rate_search.MOST", 1)
     out = tmp_path / "out"
     narrow = ("--ranks", "1", "--targets", "attention", "--seeds", "0", "--search-rates", "--out", out)
@@ -116,7 +116,7 @@ def test_rates_are_searched_on_seeds_that_are_not_reported(
 
 
 def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path) -> None:
-    """One SFT policy, merged into the base, and one reward model, under adapters of any kind and full tuning."""
+    """All kinds of adapters and full tuning share one SFT policy, merged into the base, and one reward model."""
     data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
     supervised = {"batch_size": 4, "max_length": 64, "learning_rate": 0.01}
     recipe = write_recipe(data=data, sft=supervised, reward={**supervised}, rl=RL)
@@ -151,7 +151,7 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
 
 @pytest.mark.usefixtures("drawn_plots")
 def test_settings_of_equal_weights(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:
-    """A rank of attention has 4 · 64 weights a block, one of the MLP 3 · 96: 9 and 8 are equal."""
+    """One rank on attention has 4 · 64 weights per block, one on the MLP 3 · 96, so ranks 9 and 8 are equal."""
     out = tmp_path / "out"
     kinds = ("--kinds", "lora", "--ranks", "9", "--targets", "attention,mlp")
     code, text = run_cli("sweep", recipe, *kinds, "--equal-weights", "--seeds", "0", "--out", out)

@@ -1,4 +1,4 @@
-"""The rule for answers, against values by hand and the published sets."""
+"""Answer checking, against values worked by hand and the published sets."""
 
 import pytest
 

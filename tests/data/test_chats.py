@@ -14,7 +14,7 @@ NOTE = "to which the base's chat format is not applied"
 
 
 def rated(folder: Path) -> tuple[Path, Path]:
-    """The same rows as plain text and as messages: thumbs, a pair and a demonstration."""
+    """Write the same rows as plain text and as messages: thumbs, a pair and a demonstration."""
     files = []
     for name in ("plain", "messages"):
         rows = []

@@ -1,4 +1,4 @@
-"""Rows that say the same, or nearly, are found; rows that only share a template are not."""
+"""Equal and nearly equal rows are found; rows that only share a template are not."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def text(draw: random.Random, words: int) -> str:
 
 
 def rows_of(texts: Sequence[str], more: int = 40) -> Rows:
-    """Each text in a dialogue of its own, beside as many others as is given."""
+    """Return each text in its own dialogue, followed by `more` other texts."""
     draw = random.Random(1)
     others = [text(draw, 30) for _ in range(more)]
     everything = [*texts, *others]
@@ -78,7 +78,7 @@ def test_the_same_template_with_nearly_the_same_text_is_alike() -> None:
 
 
 def test_a_chain_of_changes_is_no_cluster() -> None:
-    """Each text differs from the next by five words in 200, the first from the last by nearly all."""
+    """Each text differs from the next in five of 200 words, the first from the last in nearly all."""
     words, texts = text(random.Random(2), 200).split(), []
     for place in range(0, 200, 5):
         texts.append(" ".join(words))

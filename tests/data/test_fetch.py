@@ -1,4 +1,4 @@
-"""The downloader, against a server on this machine: whole files, wrong files, and no network."""
+"""The downloader, against a local server: complete files, wrong files, and no network."""
 
 import hashlib
 import threading
@@ -61,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def repository(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """Taskmaster's with these files, on that server."""
+    """Yield Taskmaster's repository with these files on the local server."""
     path = tmp_path / "pins.sha256"
     lines = [f"{hashlib.sha256(data).hexdigest()}  {len(data)}  {name}\n" for name, data in FILES.items()]
     path.write_text("".join(lines))

@@ -25,7 +25,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """With a training and a test split, which share a row."""
+    """Return a repository with a training and a test split that share a row."""
     folder = tmp_path / "thumbs"
     folder.mkdir()
     for name, rows in (("train", ROWS[:6]), ("test", ROWS[5:])):
@@ -34,7 +34,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_the_test_split_is_held_out(repository: Path) -> None:
-    """With what it shares with the others."""
+    """Rows that it shares with other splits are held out too."""
     records = load_records("hub", str(repository), 0, COLUMNS)
     train, held_out = split(records, 0.2, 0)
     assert (len(train.ratings), len(held_out.ratings)) == (5, 3)
@@ -42,7 +42,7 @@ def test_the_test_split_is_held_out(repository: Path) -> None:
 
 
 def test_a_split_by_name(repository: Path) -> None:
-    """Is all there is, and a share of it is held out."""
+    """It is the only data, and a share of it is held out."""
     records = load_records("hub", f"{repository}:train", 0, COLUMNS)
     assert len(records.ratings) == 6
     assert not records.published_test
@@ -53,12 +53,12 @@ def test_a_split_by_name(repository: Path) -> None:
     [("{}:dev", "there is no split 'dev'"), ("{}", "data.columns"), (None, "hub needs a data set")],
 )
 def test_what_cannot_be_read(repository: Path, path: str | None, words: str) -> None:
-    """No such split, columns of other names, no id."""
+    """Unknown split, other column names, invalid id."""
     with pytest.raises(UserError, match=words):
         load_records("hub", path and path.format(repository), 0)
 
 
 def test_an_id_without_a_network() -> None:
-    """Is no mistake of the user's, and says where to look."""
+    """It is not a user's error, and the message says where to look."""
     with pytest.raises(MachineError, match=r"Check data\.path, an id or ID:SPLIT, and the network"):
         load_records("hub", "nobody/no-such-data-set", 0)

@@ -1,4 +1,4 @@
-"""`data import`: files of exactly the shapes that other programs write."""
+"""`data import`: files in exactly the formats that other programs write."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ CHATS = [
 
 
 def feedback(rating: object, message: str = ANSWER, **data: Any) -> dict[str, Any]:
-    """A record of Open WebUI's export: the user's message was answered twice, and the second time rated."""
+    """Return a record of Open WebUI's export: the user's message has two answers, the second of them rated."""
     messages = {
         USER: {
             "id": USER,
@@ -62,7 +62,7 @@ def feedback(rating: object, message: str = ANSWER, **data: Any) -> dict[str, An
 
 
 def imported(run_cli: RunCli, source: str, file: Path, *options: str) -> tuple[Any, str]:
-    """The records of what is written, and what is said."""
+    """Import a file; return the records written and the console output."""
     out = file.with_name("out.jsonl")
     status, written = run_cli("data", "import", source, file, *options, "--out", out)
     assert status == 0, written
@@ -131,7 +131,7 @@ def test_gradio_whose_header_has_a_name_too_many(run_cli: RunCli, tmp_path: Path
 
 
 def test_a_table_with_named_columns(run_cli: RunCli, tmp_path: Path) -> None:
-    """As gradio's Interface writes it too: the components' labels, then flag, username and timestamp."""
+    """The format of gradio's Interface: the components' labels, then flag, username and timestamp."""
     file = table(
         tmp_path / "log.csv",
         ["Question", "component 1", "flag", "username", "timestamp"],
@@ -163,7 +163,7 @@ def test_a_column_that_is_named_takes_the_place_of_one_of_the_formats_own(run_cl
 
 
 def test_a_row_with_a_cell_too_many_or_too_few_is_named(run_cli: RunCli, tmp_path: Path) -> None:
-    """Its cells would stand under other names, and without its label it would be a demonstration."""
+    """Its cells would be read under wrong names, and without its label it would be a demonstration."""
     file = tmp_path / "x.csv"
     file.write_text("prompt,completion,label\na,b,1\n\nc,d\ne,f,0,and more\n")
     read, written = imported(run_cli, "csv", file)

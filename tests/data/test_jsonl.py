@@ -1,4 +1,4 @@
-"""Own files: every format, every kind of bad row, and files that cannot be used."""
+"""Users' files: every format, every kind of bad row, and files that cannot be used."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ AGENT = {"role": "assistant", "content": "hello"}
 
 
 def parse_line(line: bytes) -> list[Record] | Problem:
-    """The records of one line, or what is wrong with it."""
+    """Return the records of one line, or its error."""
     records = read_values("f", [(1, lambda: line_value(line))], {})
     return records.problems[0] if records.problems else list(records.rows())
 
@@ -80,7 +80,7 @@ def test_implicit_prompts_of_conversations() -> None:
 
 
 def test_a_prompt_that_the_messages_repeat_is_read_once() -> None:
-    """Rows of UltraFeedback repeat the prompt, and their `messages` are those of `chosen`."""
+    """Rows of UltraFeedback repeat the prompt, and their `messages` equal `chosen`."""
     text, other = USER["content"], {"role": "assistant", "content": "go away"}
     row = {"prompt": text, "chosen": [USER, AGENT], "rejected": [USER, other], "messages": [USER, AGENT]}
     assert parse({**row, "score_chosen": 8})[0] == parse({"chosen": [USER, AGENT], "rejected": [USER, other]})[0]
@@ -271,7 +271,7 @@ def test_repeats_are_kept_once_in_order() -> None:
 
 
 def test_stars_are_not_read_as_thumbs(tmp_path: Path) -> None:
-    """Of five stars one is the worst, and 1 is a thumb up: such a file is refused whole."""
+    """One of five stars is the worst rating, but 1 is a thumb up, so the whole file is refused."""
     file = tmp_path / "stars.jsonl"
     rows = [{"prompt": f"q{n}", "completion": "a", "label": n % 5 + 1} for n in range(10)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""The math sets: rows in each published format, and the real files where they lie beside the checkout."""
+"""The math sets: rows in each published format, and the real files if they are next to the checkout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The public preference sets: small files in exactly the schemas and layouts published, read both ways."""
+"""The public preference sets: small files in exactly the published schemas and layouts, read in both ways."""
 
 import contextlib
 import gzip
@@ -28,13 +28,13 @@ def _quiet() -> Iterator[None]:
 
 
 def hh(question: str, chosen: str = "Yes, gladly.", rejected: str = "No.", more: str = "") -> Row:
-    """A row of Anthropic/hh-rlhf."""
+    """Return a row of Anthropic/hh-rlhf."""
     begin = f"\n\nHuman: {question}{more}\n\nAssistant: "
     return {"chosen": begin + chosen, "rejected": begin + rejected}
 
 
 def shp(post: str, label: int = 1, a: str = "Salt it.", b: str = "Dunno.") -> Row:
-    """A row of stanfordnlp/SHP, with all of its fields."""
+    """Return a row of stanfordnlp/SHP with all its fields."""
     return {
         "post_id": post,
         "domain": "askculinary_train",
@@ -55,7 +55,7 @@ def shp(post: str, label: int = 1, a: str = "Salt it.", b: str = "Dunno.") -> Ro
 
 
 def tldr(key: str, choice: int = 1, part: str = "train", **info: Any) -> Row:
-    """A row of the comparisons of openai/summarize_from_feedback, with all of its fields."""
+    """Return a row of the comparisons of openai/summarize_from_feedback with all its fields."""
     return {
         "info": {
             "id": key,
@@ -97,7 +97,7 @@ EXPECTED = {
 
 
 def write(file: Path, *rows: Row | str) -> Path:
-    """JSON Lines, gzipped if the name says so."""
+    """Write JSON Lines, gzipped if the file name ends in .gz."""
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
@@ -105,7 +105,7 @@ def write(file: Path, *rows: Row | str) -> Path:
 
 
 def hh_folder(folder: Path, *parts: str) -> Path:
-    """As on the hub: a folder a part, and one that is no part of the preference data."""
+    """Write the hub's layout: one folder per part, and one that does not belong to the preference data."""
     for part in parts:
         write(folder / part / "train.jsonl.gz", *(hh(f"{part} {n}") for n in range(3)))
         write(folder / part / "test.jsonl.gz", *(hh(f"{part} {n}", "Ask again.") for n in range(2, 4)))
@@ -279,7 +279,7 @@ def test_prefixes_of_a_dialogue_of_hh_are_on_one_side(tmp_path: Path) -> None:
 def test_the_datasets_library_reads_a_repository_as_the_files_are_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call that goes to the hub, on a folder in the repository's layout."""
+    """The test makes the same call as for the hub, on a folder in the repository's layout."""
     public, repository = PUBLIC_SETS[name], tmp_path / "repository"
     part = repository / public.parts[0]
     if name == "tldr":  # the hub's own conversion to Parquet

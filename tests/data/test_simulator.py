@@ -1,4 +1,4 @@
-"""The coffee simulator: agent and judge agree, ratings are noisy as asked, all repeats by seed."""
+"""The coffee simulator: agent and judge agree, ratings have the given noise, and a seed reproduces everything."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The registry: every source by its name, and names and paths that are wrong."""
+"""The registry: every source by its name, and wrong names and paths."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from tests.conftest import WriteRecipe
 
 
 def rows_of(folder: Path) -> Path:
-    """A release of ticketing with one rated turn, twice."""
+    """Write a release of Ticketing with one rated turn, twice."""
     context = json.dumps([{"role": "user", "text": "a"}])
     row = {"context": context, "generation": json.dumps({"role": "agent", "text": "b"}), "reward": 1.0}
     for pin in pins("TM-3-2020", TASKMASTER):
@@ -95,7 +95,7 @@ def test_sources_and_files_of_the_command_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The example of a source outside the package, registered for one test, and a file that it reads."""
+    """Register the example of a source outside the package for one test, and return a file that it reads."""
     monkeypatch.setattr("perl.data.sources.SOURCES", dict(SOURCES))
     runpy.run_path(str(Path(__file__).with_name("example_source.py")))
     rows = "".join(f"Question {n}?,Answer {n}.,{n % 5 + 1}\n" for n in range(40))

@@ -1,4 +1,4 @@
-"""Splits: by dialogue and by text over all kinds, repeatable, with both classes on both sides."""
+"""Splits: by dialogue and by text across all kinds of rows, reproducible, with both classes on both sides."""
 
 import hashlib
 import random
@@ -91,7 +91,7 @@ def test_what_a_single_dialogue_has_is_trained_on_and_that_is_said(kind: str) ->
 
 
 def small(count: int, down: int) -> Records:
-    """Ratings of as many dialogues, and their prompts."""
+    """Return ratings of `count` dialogues and their prompts."""
     ratings = [
         Rating((Turn("user", f"Question {n}?"),), Turn("agent", f"Answer {n}."), n >= down, f"d{n}")
         for n in range(count)
@@ -105,7 +105,7 @@ def classes(side: Records) -> set[bool]:
 
 @pytest.mark.parametrize("down", [2, 4])
 def test_both_classes_are_on_both_sides_of_few_ratings(down: int) -> None:
-    """Of 40 ratings with 90 % thumbs up, 75 of 200 seeds were refused."""
+    """For 40 ratings with 90 % thumbs up, 75 of 200 seeds used to be refused."""
     for seed in range(200):
         train, held = split(small(40, down), 0.2, seed)
         assert classes(train) == classes(held) == {True, False}
@@ -122,7 +122,7 @@ def test_one_thumb_down_in_all_is_trained_on() -> None:
 
 
 def test_kinds_in_dialogues_of_their_own_are_on_both_sides() -> None:
-    """Two dialogues of each kind among many ratings."""
+    """There are two dialogues of each kind among many ratings."""
     whole = small(60, 6)
     whole.demonstrations = [Demonstration((Turn("user", f"Do {n}"),), (YES,), f"s{n}") for n in range(2)]
     whole.comparisons = [Comparison((Turn("user", f"Which {n}"),), YES, NO, f"c{n}") for n in range(2)]
@@ -141,7 +141,7 @@ def text(draw: random.Random, words: int) -> str:
 
 
 def drawn(texts: int, rows: int, rows_a_dialogue: int = 1) -> Records:
-    """Ratings drawn with replacement from so many different ones, under new names of dialogues."""
+    """Return ratings sampled with replacement from `texts` different ones, with new dialogue names."""
     draw = random.Random(0)
     different = [
         (text(draw, draw.randint(3, 30)), text(draw, draw.randint(2, 30)), draw.random() < 0.7)
@@ -157,13 +157,13 @@ def drawn(texts: int, rows: int, rows_a_dialogue: int = 1) -> Records:
 
 
 def seen(train: Records, held: Records) -> int:
-    """Held-out ratings that are word for word trained on."""
+    """Return the number of held-out ratings that the training side has word for word."""
     known = {(rating.context, rating.answer) for rating in train.ratings}
     return sum((rating.context, rating.answer) in known for rating in held.ratings)
 
 
 def test_copies_under_other_names_are_on_one_side() -> None:
-    """By dialogue alone, 649 of the 1,000 held-out rows were among the 4,000 that are trained on."""
+    """With splits only by dialogue, 649 of the 1,000 held-out rows were among the 4,000 training rows."""
     train, held = split(drawn(3500, 5000), 0.2, seed=0)
     assert (len(train.ratings), len(held.ratings), seen(train, held)) == (4000, 1000, 0)
     assert not {prompt.context for prompt in train.prompts} & {prompt.context for prompt in held.prompts}
@@ -171,7 +171,7 @@ def test_copies_under_other_names_are_on_one_side() -> None:
 
 
 def test_copies_that_tie_all_dialogues_together_are_left_out_and_that_is_said() -> None:
-    """Dialogues of three rows drawn at random: no groups of them could be told apart."""
+    """Dialogues have three random rows, so they cannot be separated into groups."""
     train, held = split(drawn(3500, 5000, rows_a_dialogue=3), 0.2, seed=0)
     assert seen(train, held) == 0
     assert len(held.ratings) > 500
@@ -207,7 +207,7 @@ def test_a_published_test_part_is_left_as_it_is() -> None:
 
 
 def test_the_simulators_split_hardly_changes(simulated: Records) -> None:
-    """As it was by dialogue alone: the first fifth by hash."""
+    """It equals the split only by dialogue: the first fifth by hash."""
     train, held = split(simulated, 0.2, seed=0)
     now = set().union(*keys(held))
     names = sorted(now.union(*keys(train)), key=lambda name: hashlib.sha256(f"0:{name}".encode()).digest())

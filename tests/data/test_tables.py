@@ -1,4 +1,4 @@
-"""Files of rows in other forms and under other names."""
+"""Files of rows in other formats and with other column names."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ COLUMNS = {"prompt": "question", "completion": "response", "label": "rating"}
 
 
 def test_every_form_gives_the_same_records(tmp_path: Path) -> None:
-    """As pandas writes the forms that people have."""
+    """The files are written by pandas, in the formats that users have."""
     table = pandas.DataFrame(ROWS)
     table.to_csv(tmp_path / "rows.csv", index=False)
     table.to_csv(tmp_path / "rows.tsv", index=False, sep="\t")
@@ -111,7 +111,7 @@ def test_ratings_under_other_names_are_recognised(
 
 
 def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
-    """A name that is mistyped would make ratings demonstrations without a word."""
+    """A mistyped name would silently turn ratings into demonstrations."""
     file = tmp_path / "own.csv"
     file.write_text("question,response,rating\na,b,up\n")
     found = read_jsonl(file, COLUMNS | {"label": "Rating"})
@@ -152,7 +152,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_with_spaces_long_cells_and_labels_of_minus_one(tmp_path: Path) -> None:
-    """As people and pandas write tables."""
+    """Such tables are written by people and by pandas."""
     text = "x " * 100_000
     (file := tmp_path / "own.csv").write_text(f"prompt, completion, label\na,b,1.0\nc,d,-1.0\n{text},e,-1\n")
     assert [rating.label for rating in read_jsonl(file).ratings] == [True, False, False]

@@ -1,4 +1,4 @@
-"""Taskmaster: rendering of turns, odd rows, and the real files where they lie beside the checkout."""
+"""Taskmaster: rendering of turns, odd rows, and the real files if they are next to the checkout."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_a_broken_file_is_a_problem_and_the_others_are_read(tmp_path: Path) -> N
 
 
 whole = cache(read_taskmaster)
-"""It takes seconds; to be read."""
+"""Computed once because it takes seconds; tests must not change it."""
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ OBJECTS = st.dictionaries(WORDS, JSON_VALUES, max_size=2)
 
 
 def mostly(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """One value in fifty is anything at all: most rows are right but for one place, or wholly right."""
+    """Draw an arbitrary value one time in fifty, so that most rows have at most one error."""
     return st.integers(0, 49).flatmap(lambda n: good if n else JSON_VALUES)
 
 

@@ -1,4 +1,4 @@
-"""Processes that end early: the others stop and say why, and the run goes on under any engine, with any number.
+"""Processes that end early: the others stop and say why; any engine and number of processes can resume the run.
 
 What accelerate's launcher says of an engine is compared for each; the last part of the run is launched by it.
 """
@@ -38,7 +38,7 @@ STEPS = 14
 
 @pytest.fixture
 def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
-    """PPO with both roles learning, for so many steps."""
+    """Write a recipe of PPO with both roles trained, for many steps."""
     content = yaml.safe_load(recipes["adapter"].read_text())
     content["checkpoint_every"] = 2
     content["rl"] |= {"steps": STEPS, "reward": {"function": f"{recipes['adapter'].parent}/rewards.py:length"}}
@@ -49,13 +49,13 @@ def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def accelerate(engine: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start what a config of recipes/engines says."""
+    """Start a run with a config of recipes/engines."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ENGINES / f"{engine}.yaml"]
     return start([*command, *arguments], {})
 
 
 def wait_for_steps(out: Path, count: int) -> None:
-    """Wait until so many steps are done."""
+    """Wait until `count` steps are done."""
     for _ in range(10 * LIMIT):
         if (out / "policy" / "metrics.jsonl").exists() and len(steps(out, "policy")) >= count:
             return

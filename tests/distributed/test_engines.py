@@ -1,4 +1,4 @@
-"""Several processes under every engine: the losses, gradients and final adapters of one, on the same batches."""
+"""Several processes with every engine: losses, gradients and final adapters of one process, on equal batches."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ FEW = {
     "zero3": ("all", "adapter", "lengths", "vera"),
     "zero3-offload": ("adapter",),
 }
-"""What two processes do: recipes and checks, by engine. DeepSpeed comes last: it changes what torch warns of."""
+"""Recipes and checks of two processes, by engine. DeepSpeed is last because it changes torch's warnings."""
 MANY = {
     "ddp": ("all", "adapter"),
     "fsdp2": (*LORA, "lengths", "miss"),
@@ -31,7 +31,7 @@ MANY = {
     "zero3": (*LORA, "lengths", "ia3", "parallel"),
     "zero3-offload": LORA,
 }
-"""What four do."""
+"""Recipes and checks of four processes."""
 CHECKS = ("lengths", "optimizer")
 CASES = [
     *(pytest.param(2, engine, id=f"{engine}-2") for engine in FEW),
@@ -41,14 +41,14 @@ CASES = [
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch left."""
+    """Results of a launch."""
 
     folder: Path
     status: int
     said: str
 
     def found(self, engine: str, check: str) -> list[Any]:
-        """What a check found in each process."""
+        """Return the results of a check in each process."""
         (line,) = (line for line in self.said.splitlines() if line.startswith(f"{engine} {check}: "))
         values: list[Any] = json.loads(line.partition(": ")[2])
         return values
@@ -56,7 +56,7 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
-    """Launches by their number of processes, made when first asked for; each runs all engines.
+    """Return launches by their number of processes, started on first access; each runs all engines.
 
     Of four processes, torchrun makes them. The last recipe of each has batches that cannot be divided.
     """
@@ -134,7 +134,7 @@ def test_a_batch_that_the_processes_cannot_divide_is_refused_once(launches: dict
 
 
 def _same_steps(one: list[dict[str, float]], several: list[dict[str, float]], where: str) -> None:
-    """Every figure of every step: losses, the gradient's norm, rewards and KL among them."""
+    """Compare all metrics of all steps, such as losses, gradient norm, rewards and KL."""
     assert len(one) == len(several)
     for before, after in zip(one, several, strict=True):
         assert before.keys() == after.keys()

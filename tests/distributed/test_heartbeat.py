@@ -1,4 +1,4 @@
-"""Who is dead, who has failed and who is well, as one process sees the others in the launcher's store."""
+"""Detection of dead, failed and healthy processes, as seen by one process through the launcher's store."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from perl.parallel.heartbeat import Heartbeat
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
-    """A store of this process's own; hearts beat fast, and nobody is ended."""
+    """Yield a store local to this process, with fast heartbeats; no process is ended."""
     monkeypatch.setattr(heartbeat, "BEAT", 0.02)
     monkeypatch.setattr(heartbeat, "SILENCE", 0.3)
     monkeypatch.setattr(heartbeat, "LEAVE", 60.0)
@@ -22,7 +22,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
 
 
 def place(store: dist.TCPStore, rank: int, host: str, pid: int) -> None:
-    """Say where a process is, as that process would."""
+    """Publish a process's place in the store, as that process would."""
     store.set(f"perl/process/{rank}", json.dumps([host, "its own", pid]))
 
 

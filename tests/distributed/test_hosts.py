@@ -1,4 +1,4 @@
-"""Two hosts run one recipe together: two network namespaces, joined by a cable, each with its own launcher."""
+"""Two hosts run one recipe: two network namespaces connected by a virtual cable, each with its own launcher."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[None]:
-    """Two namespaces with a network of their own, 10.213.7.0/24."""
+    """Yield two namespaces on a private network, 10.213.7.0/24."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     try:

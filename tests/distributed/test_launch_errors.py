@@ -1,4 +1,4 @@
-"""What a launcher asks for and cannot be had is refused once, with the remedy."""
+"""Impossible requests of a launcher are refused once, with the remedy."""
 
 import json
 import sys

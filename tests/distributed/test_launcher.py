@@ -1,4 +1,4 @@
-"""How a launched process ends: with its own status, after everything that was to happen at exit."""
+"""A launched process ends with its own exit status, after all its exit handlers."""
 
 import subprocess
 import sys

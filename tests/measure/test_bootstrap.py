@@ -53,7 +53,7 @@ def test_the_seed_decides_and_what_has_no_value_is_left_out(monkeypatch: pytest.
 
 
 def test_differences_are_paired() -> None:
-    """Two noisy metrics that differ by the same amount in every resample differ by that for sure."""
+    """Two noisy metrics with the same difference in every resample have an interval of width 0."""
     random = np.random.default_rng(0)
     values = random.normal(size=50)
     resampled = ClusterBootstrap(range(50), seed=0)

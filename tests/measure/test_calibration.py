@@ -1,4 +1,4 @@
-"""Scaling: the fit, what it makes of the error, and that no answer is judged by a fit that saw its dialogue."""
+"""Scaling: the fit, the error after it, and no answer evaluated with a fit on its own dialogue."""
 
 import math
 
@@ -13,7 +13,7 @@ from perl.measure.rated_rows import RatedRows
 
 
 def drawn(count: int, slope: float, intercept: float, seed: int = 0) -> tuple[Floats, Labels]:
-    """Scores whose true log-odds are slope · score + intercept."""
+    """Return scores whose true log-odds are slope · score + intercept."""
     random = np.random.default_rng(seed)
     scores = 2 * random.normal(size=count)
     return scores, (random.random(count) < probabilities(slope * scores + intercept)).astype(np.int64)
@@ -67,7 +67,7 @@ def answers(labels: Labels, dialogues: list[str], pairs: list[tuple[int, int]] |
 
 
 def test_balanced_weights_and_overconfidence_are_mended() -> None:
-    """Twice too sure, and centred as if there were as many downs: only slope and intercept mend both."""
+    """Scores are twice too confident and centred as for balanced labels: only slope and intercept correct both."""
     scores, labels = drawn(4000, slope=0.5, intercept=1.7)
     calibration, after = calibrate(predictions(scores, answers(labels, [str(n // 4) for n in range(4000)])))
     assert calibration.ece_before > 0.2
@@ -80,7 +80,7 @@ def test_balanced_weights_and_overconfidence_are_mended() -> None:
 
 
 def test_nothing_leaks_from_the_dialogue_judged() -> None:
-    """Five dialogues, each with scores and a share of ups of its own that say nothing of the others.
+    """Each of five dialogues has its own scores and share of ups, which are not informative about the others.
 
     One fit on all five follows them; fitted on the other four, the line points elsewhere, and the error that a
     new dialogue would meet shows.
@@ -132,7 +132,7 @@ def test_pairs_are_judged_by_differences() -> None:
 
 
 def test_pairs_have_a_temperature_alone() -> None:
-    """Differences twice too sure: half the slope, no intercept, whatever the contexts add to their scores."""
+    """Differences are twice too confident: half the slope, no intercept, whatever contexts add to their scores."""
     random = np.random.default_rng(0)
     differences = 2 * random.normal(size=3000)
     first = random.random(3000) < probabilities(0.5 * differences)

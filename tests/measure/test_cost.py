@@ -1,4 +1,4 @@
-"""What several processes cost together."""
+"""The joint cost of several processes."""
 
 from dataclasses import replace
 

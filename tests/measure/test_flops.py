@@ -1,4 +1,4 @@
-"""Operations counted against numbers worked by hand: a multiply and an add are two."""
+"""Counted operations against numbers worked by hand: a multiply and an add are two."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_nothing_counts_outside() -> None:
 
 
 class Trunk(nn.Module):
-    """One product of 4 x 4 at each position."""
+    """One 4 x 4 product at each position."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the bytes of each phase's peak were for, worked by hand: a float is 4 bytes."""
+"""Bytes by kind at each phase's peak, against numbers worked by hand: a float is 4 bytes."""
 
 from collections.abc import Iterator
 
@@ -45,7 +45,7 @@ def test_a_phase_begins_with_what_is_there_and_peaks_by_itself() -> None:
 
 
 def test_what_is_named_late_was_that_from_its_birth_on() -> None:
-    """A gradient is a temporary when the peak comes, and the optimizer's state is found after the step."""
+    """A gradient is a temporary at the time of the peak, and optimizer states are identified after the step."""
     timeline = Timeline({})
     with timeline:
         timeline.phase("update")
@@ -177,7 +177,7 @@ def test_kinds_sum_to_the_peak_and_training_repeats_exactly() -> None:
 
 
 class Card:
-    """A CUDA device of which only the statistics exist."""
+    """A CUDA device of which only the memory statistics exist."""
 
     allocated = peak = 0
 

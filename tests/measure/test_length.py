@@ -1,4 +1,4 @@
-"""A scorer that counts is caught, however it bends the count; one that reads is not."""
+"""A scorer that depends on length alone is detected, whatever its function of length; one that reads is not."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from perl.measure.metrics import Labels, auroc
 
 
 def liked_for_length(count: int = 2000) -> tuple[Floats, Floats, Labels]:
-    """Lengths, and how good answers are beside that; longer and better ones are liked."""
+    """Return lengths and qualities of answers, and labels that prefer longer and better ones."""
     random = np.random.default_rng(0)
     lengths, quality = random.integers(10, 200, size=count).astype(np.float64), random.normal(size=count)
     return lengths, quality, (lengths / 50 + quality + random.normal(size=count) > 1.5).astype(np.int64)
@@ -62,7 +62,7 @@ def test_reading_is_seen_beside_length() -> None:
 
 
 def test_pairs_are_compared_among_similar_differences_in_length() -> None:
-    """A function of length, even nonlinear or noisy, is right half of the time; a model that reads is not."""
+    """A function of length, even nonlinear or noisy, is right half of the time; a model that reads is better."""
     random = np.random.default_rng(0)
     lengths, quality = random.integers(10, 200, size=(2, 3000)).astype(np.float64), random.normal(size=(2, 3000))
     liked = lengths / 50 + quality + 0.5 * random.normal(size=(2, 3000))
@@ -89,7 +89,7 @@ def test_pairs_are_compared_among_similar_differences_in_length() -> None:
 
 
 def test_nothing_to_compare() -> None:
-    """Length tells the labels: no two of like length bear different ones."""
+    """Length determines the labels: no two answers of similar length have different ones."""
     lengths, labels = np.repeat([10.0, 20.0], 20), np.repeat([0, 1], 20)
     bias = length_bias(lengths, lengths, labels, ClusterBootstrap(range(40), seed=0))
     assert bias.auroc_within is None

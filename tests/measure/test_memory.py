@@ -1,4 +1,4 @@
-"""Peaks of live tensor bytes, worked by hand: a float is 4 bytes."""
+"""Peaks of live tensor bytes against numbers worked by hand: a float is 4 bytes."""
 
 import gc
 import resource
@@ -130,7 +130,7 @@ def three_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def layers(count: int, checkpointed: bool) -> int:
-    """Peak of forward and backward through `count` layers of three tanh of 1000 floats each."""
+    """Return the peak of forward and backward through `count` layers of three tanh of 1000 floats each."""
     x = torch.zeros(1000, requires_grad=True)
     with LiveBytes([x]) as live:
         y = x

@@ -1,4 +1,4 @@
-"""The meter: whose time, tokens, bytes and operations a stage's metrics are."""
+"""The meter: attribution of time, tokens, bytes and operations to stages."""
 
 import contextlib
 import time
@@ -26,7 +26,7 @@ def _nothing_stays() -> Iterator[None]:
 
 
 class Work:
-    """A linear layer that learns under a meter."""
+    """A linear layer in training under a meter."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

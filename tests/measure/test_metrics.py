@@ -1,4 +1,4 @@
-"""The metrics of a reward model against metrics worked by hand, and against scikit-learn's."""
+"""The metrics of a reward model against values worked by hand and against scikit-learn's."""
 
 import math
 
@@ -69,13 +69,13 @@ def test_one_class() -> None:
 
 
 def copied(statistic_of: object, times: np.ndarray) -> float | None:
-    """The value of the answers copied so many times."""
+    """Return the statistic of the answers with each copied `times` times."""
     places = np.repeat(np.arange(len(times)), times)
     return value_of(statistic_of(places), len(places))  # type: ignore[operator]
 
 
 def test_weights_count_like_copies() -> None:
-    """Every statistic of weighted answers is that of the answers copied so often; and scikit-learn's."""
+    """Every statistic with weights equals that with copied answers, and scikit-learn's."""
     random = np.random.default_rng(0)
     scores = random.integers(-6, 7, size=80) / 3
     labels = random.integers(0, 2, size=80)

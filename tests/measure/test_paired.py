@@ -1,4 +1,4 @@
-"""Intervals of a change: right about 95 times in 100, also of few prompts."""
+"""Intervals of a change cover the truth about 95 times in 100, also for few prompts."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_an_interval_holds_the_true_change_about_95_times_in_100(prompts: int) -
 
 
 def test_pairs_count_not_the_spread_of_prompts() -> None:
-    """Prompts differ by 5, the change by 0.1: the interval is that of the change."""
+    """The spread of prompts is 5, that of the change 0.1, which determines the interval."""
     low, high = interval((0.2 + 0.1 * np.random.default_rng(1).normal(size=100)).tolist()) or (0.0, 0.0)
     assert 0.15 < low < high < 0.25
     assert high - low == pytest.approx(2 * 1.96 * 0.1 / 10, rel=0.25)
@@ -44,7 +44,7 @@ def test_of_one_dialogue_nothing_can_be_said() -> None:
 
 
 def test_a_loss_is_over_tokens_and_its_interval_that_of_a_ratio() -> None:
-    """Beside the delta method's standard error of a ratio of sums, of rows of very different lengths."""
+    """Reference: the delta method's standard error of a ratio of sums, for rows of very different lengths."""
     draw = np.random.default_rng(3)
     tokens = draw.integers(1, 40, size=300)
     before, change = draw.gamma(2.0, tokens), -0.05 * tokens + draw.normal(size=300)

@@ -1,4 +1,4 @@
-"""The search of a learning rate, on curves whose best rate is known."""
+"""The search for a learning rate, on curves whose best rate is known."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The card and its verdict: impostors are caught where 85 % of the answers are rated up; good models pass."""
+"""The card and its verdict: impostors are detected where 85 % of answers are rated up; good models pass."""
 
 import json
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from tests.measure.rated import Made, lengths, made, shuffled
 
 @pytest.fixture(scope="module")
 def data() -> Made:
-    """A thousand answers to learn from and a thousand held out."""
+    """Return a thousand answers for training and a thousand held out."""
     return made()
 
 
 @pytest.fixture(scope="module")
 def baseline(data: Made) -> TfidfScores:
-    """Of these."""
+    """Return the TF-IDF baseline on these answers."""
     return tfidf_scores(data.train, data.held_out)
 
 
 def card_of(scores: Floats, data: Made, baseline: TfidfScores, **more: Any) -> RewardModelCard:
-    """The card, which is JSON."""
+    """Return the card after checking that it is JSON."""
     card = reward_model_card(scores.tolist(), data.held_out, baseline, **more)
     json.dumps(as_json(card), allow_nan=False)
     assert card.majority_accuracy == pytest.approx(0.85)
@@ -97,7 +97,7 @@ def test_what_may_be_chance_is_said_to_be_no_more(
 
 
 def test_the_majority_cannot_fool_it(data: Made, baseline: TfidfScores) -> None:
-    """Always up is as accurate as the majority, calibrated once scaled, and no reward model."""
+    """A constant thumb up is as accurate as the majority and calibrated after scaling, but not a reward model."""
     card = card_of(np.full(1000, 1.7), data, baseline)
     assert card.accuracy == card.majority_accuracy == pytest.approx(0.85)
     assert card.balanced_accuracy == card.auroc == 0.5
@@ -115,7 +115,7 @@ def test_length_ranks_all_but_not_among_like_lengths(data: Made, baseline: Tfidf
 
 
 def test_scores_bent_out_of_shape_are_not_calibrated(data: Made, baseline: TfidfScores) -> None:
-    """A ranking as good as ever, but all worse answers score nearly alike."""
+    """The ranking is as good as before, but all worse answers have nearly the same score."""
     card = card_of(np.exp(3 * data.quality), data, baseline)
     assert card.auroc > 0.9
     assert any(reason.startswith("Not calibrated") for reason in card.verdict.reasons), card.calibration
@@ -157,7 +157,7 @@ def test_few_answers_seen_in_training_are_reported_as_both(data: Made, baseline:
 
 
 def test_few_answers_may_be_off_by_chance(data: Made, baseline: TfidfScores) -> None:
-    """The bar of 0.05 cannot be asked of a hundred answers: perfect probabilities miss it there."""
+    """The limit of 0.05 is too strict for a hundred answers: even perfect probabilities exceed it."""
     card = card_of(2 * data.quality, data, baseline)
     off = replace(card.calibration, ece_after=0.07, ece_by_chance=0.08)
     assert verdict(replace(card, calibration=off)).fit
@@ -190,7 +190,7 @@ def card_of_gold(scores: Floats, data: Made, baseline: TfidfScores, gold: list[b
 
 
 def test_slices(data: Made, baseline: TfidfScores) -> None:
-    """By kind, depth, length and source; each adds up, and small ones are only counted."""
+    """Slices are by kind, depth, length and source; each set adds up to the whole; small ones are only counted."""
     answers = replace(data.held_out, sources=["tiny" if n < 29 else "shop" for n in range(1000)])
     card = reward_model_card((2 * data.quality).tolist(), answers, baseline)
     found = {(one.by, one.name): one for one in card.slices}
@@ -235,7 +235,7 @@ def test_mistakes_are_the_worst_and_cut() -> None:
 
 
 def test_answers_to_one_context_are_paired() -> None:
-    """Up and down of one context: (5 > 1), (0 < 1) of the first, none of the second; (2 = 2) of the third."""
+    """Up and down in one context: (5 > 1), (0 < 1) in the first, none in the second, (2 = 2) in the third."""
     contexts = [(Turn("user", name),) for name in "aaabcc"]
     answers = RatedRows(
         contexts=contexts,
@@ -253,7 +253,7 @@ def test_answers_to_one_context_are_paired() -> None:
 
 
 def compared(count: int = 600) -> tuple[RatedRows, Floats]:
-    """Pairs of answers, the better first, the longer a little more often; and how good each is."""
+    """Return pairs of answers, the better first and slightly more often the longer, with their qualities."""
     random = np.random.default_rng(0)
     quality = np.sort(random.normal(size=(count, 2)), axis=1)[:, ::-1].T.ravel()
     words = 5 + random.poisson(np.clip(10 + 2 * quality, 1, None))
@@ -270,7 +270,7 @@ def compared(count: int = 600) -> tuple[RatedRows, Floats]:
 
 
 def test_pairs_alone() -> None:
-    """Whatever a context adds to both of its answers changes nothing that the verdict rests on."""
+    """A constant that a context adds to both answers does not affect the verdict."""
     answers, quality = compared()
     baseline = tfidf_scores(answers, answers)
     baseline = replace(baseline, scores=np.random.default_rng(1).normal(size=1200))
@@ -351,7 +351,7 @@ def near(value: Any) -> Any:
 
 
 def test_pairs_beside_ratings(data: Made, baseline: TfidfScores) -> None:
-    """They give the pairwise accuracy, and nothing else."""
+    """They provide only the pairwise accuracy."""
     pairs, quality = compared(50)
     both = RatedRows(
         contexts=data.held_out.contexts + pairs.contexts,

@@ -1,4 +1,4 @@
-"""The TF-IDF baseline: what counting words comes to, on made-up answers and on the real ratings where they are."""
+"""The TF-IDF baseline, on synthetic answers and on the real ratings where available."""
 
 import time
 from dataclasses import replace
@@ -28,7 +28,7 @@ def ranked(scores: Floats, answers: RatedRows) -> float:
 
 
 def told_apart(by: str) -> tuple[RatedRows, RatedRows]:
-    """Answers whose label is the word `yes` in the answer, in the end of the context, or before that."""
+    """Return answers whose label depends on the word `yes` in the answer, at the context's end or before that."""
     contexts, answers, labels = [], [], []
     for number in range(80):
         word = "yes" if number % 2 else "no"
@@ -54,7 +54,7 @@ def test_words_of_the_answer_and_of_the_contexts_end_count(by: str, found: float
     ("good", "bad", "more"), [("好", "坏", "猫狗花"), ("ดี", "เลว", "กขค"), ("😀", "💀", "🌸🎉⭐")]
 )
 def test_scripts_without_spaces_are_read_by_character(good: str, bad: str, more: str) -> None:
-    """If a whole sentence were one word, the baseline would be useless, and any model would be ahead."""
+    """If a whole sentence were one word, the baseline would be useless and any model would beat it."""
     train, held_out = told_apart("answer")
     random, sides = np.random.default_rng(0), []
     for side in (train, held_out):
@@ -92,7 +92,7 @@ def test_texts_without_words_are_scored() -> None:
 def test_the_baseline_of_the_real_ratings(
     domain: Domain, low: tuple[float, float], high: tuple[float, float]
 ) -> None:
-    """Splits by dialogue differ: from 0.61 to 0.78 on Coffee, from 0.61 to 0.75 on Ticketing, over three seeds."""
+    """The AUROC depends on the split: 0.61 to 0.78 on Coffee, 0.61 to 0.75 on Ticketing, over three seeds."""
     if not REAL.is_dir():
         pytest.skip("the real Taskmaster files are not beside the checkout, in shared/taskmaster")
     records = read_taskmaster(REAL, domain)

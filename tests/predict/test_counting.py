@@ -1,4 +1,4 @@
-"""Operations counted by hand, and on fake tensors of a part of a step as on real ones of the whole."""
+"""Counted operations against numbers worked by hand; fake tensors for part of a step equal real ones for all."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def rl_recipe(data: Path, **changes: Any) -> Recipe:
 
 
 def on_real_tensors(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[Phase, Work]:
-    """Of a whole step: every token, row and micro-batch."""
+    """Count a whole step: every token, row and micro-batch."""
     monkeypatch.setattr(TrialSession, "meter", lambda self: CountingMeter(self.device, self.resident(), [], 2))
     with trial_session(recipe, Trial(2)) as session:
         return TRY["rl"](session).work

@@ -20,7 +20,7 @@ Memory = dict[str, dict[str, tuple[int, dict[str, int]]]]
 
 @pytest.fixture(scope="module")
 def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Demonstrations and ratings longer than any length here."""
+    """Return demonstrations and ratings longer than any limit here."""
     rows: list[dict[str, Any]] = []
     for index in range(6):
         prompt = [{"role": "user", "content": f"{index} " + "A latte, please. " * 12}]
@@ -59,7 +59,7 @@ def recipe(dialogues: Path, layers: int, length: int, stages: str = "sft reward 
 
 
 def measured(tried: Recipe) -> Memory:
-    """What the stages take, each by itself on real tensors."""
+    """Return the memory of each stage alone on real tensors."""
     found: Memory = {}
     for stage in tried.stages:
         with trial_session(tried, Trial(2)) as session:
@@ -123,7 +123,7 @@ def test_what_a_score_depends_on_besides_is_predicted(dialogues: Path) -> None:
 
 
 def test_groups_that_micro_batches_cut_are_tried_whole(dialogues: Path) -> None:
-    """Of 15 completions in groups of five the last two micro-batches of seven would be 14."""
+    """With 15 completions in groups of five, the last two micro-batches of seven would have 14."""
     tried = recipe(dialogues, 2, SHORT, "rl", algorithm="rloo", critic=None)
     assert tried.rl is not None
     settings = tried.rl.model_copy(update={"samples_per_prompt": 5, "micro_batch_size": 7})
@@ -147,7 +147,7 @@ def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, An
 
 
 def test_the_peak_of_a_deeper_base_may_be_at_another_moment(dialogues: Path) -> None:
-    """Few layers: in the loss. More: at the optimizer's step, with all gradients."""
+    """With few layers it is in the loss, with more in the optimizer's step, with all gradients."""
     wide = {"hidden_size": 256, "intermediate_size": 1024}
     changes = {"tuning": "full", "checkpoint_activations": True}
     shallow, deep = (recipe(dialogues, layers, SHORT, "sft", config=wide, **changes) for layers in (DEPTHS[0], 24))
@@ -168,7 +168,7 @@ def test_the_peak_of_a_deeper_base_may_be_at_another_moment(dialogues: Path) -> 
     ],
 )
 def test_every_kind_of_adapters_is_predicted(kind: str, dialogues: Path) -> None:
-    """As measured where all layers are tried, and deeper bases on the line through two depths."""
+    """Predictions equal measurements where all layers are tried; deeper bases are extrapolated from two depths."""
     adapter = {"lora": None, "adapter": {"kind": kind, "layers": "top-half", **KINDS[kind]}}
     tried = recipe(dialogues, 2, SHORT, "sft rl", algorithm="ppo", critic="adapter", **adapter)
     assert_close(predicted(tried), measured(tried), 0.001)
@@ -197,7 +197,7 @@ def test_what_a_prediction_is_made_of(dialogues: Path) -> None:
 
 
 def peak_rss() -> int:
-    """The most physical memory since `clear_refs` was last written to, in bytes."""
+    """Return the peak of physical memory since the last write to `clear_refs`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 

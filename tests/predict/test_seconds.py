@@ -1,4 +1,4 @@
-"""Seconds from operations: the roofline, calls, rows of the usual length, and steps."""
+"""Seconds predicted from operations: the roofline, calls, rows of typical length, and steps."""
 
 from pathlib import Path
 

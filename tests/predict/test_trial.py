@@ -1,4 +1,4 @@
-"""Stages tried for what they cost."""
+"""Trials that measure the cost of stages."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_trials_answers_are_as_long_as_they_can_get(write_recipe: WriteRecipe,
 
 
 def test_a_stage_can_be_tried_without_those_before_it(write_recipe: WriteRecipe, mixed_data: Path) -> None:
-    """RL alone, though its SFT policy and its reward model were never trained."""
+    """RL runs alone although its SFT policy and reward model were never trained."""
     with trial_session(recipe(write_recipe, mixed_data, "full"), Trial(2)) as session:
         result = TRY["rl"](session)
     assert session.roles.roles == {Role.SFT, Role.REWARD, Role.POLICY, Role.CRITIC}

@@ -1,4 +1,4 @@
-"""Private interfaces: those used are there, and one that is not is refused by its name."""
+"""Private interfaces: all that are used exist, and a missing one is refused by name."""
 
 import ast
 import importlib
@@ -15,11 +15,11 @@ from perl.private.checked import TESTED, need
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {"_replace", "_exit"}
-"""Documented though they begin with an underscore: `NamedTuple._replace`, `os._exit`."""
+"""Public interfaces with a leading underscore: `NamedTuple._replace`, `os._exit`."""
 
 
 def _sources(*without: str) -> Iterator[Path]:
-    """The package's files, without those in some folders."""
+    """Yield the package's files, without those in some folders."""
     for file in sorted((ROOT / "perl").rglob("*.py")):
         if file.relative_to(ROOT / "perl").parts[0] not in without:
             yield file

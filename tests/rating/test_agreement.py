@@ -1,4 +1,4 @@
-"""Agreement, by the worked examples of Krippendorff's own paper."""
+"""Agreement, against the worked examples in Krippendorff's paper."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The page's server: who may ask, what is saved, and what comes next."""
+"""The page's server: access, saved ratings, and the next question."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The page in a browser: by keyboard, with hostile texts, closed in the middle, on a screen and on a phone."""
+"""The page in a browser: keyboard, hostile texts, closing in the middle, on a screen and on a phone."""
 
 import itertools
 from dataclasses import replace
@@ -27,7 +27,7 @@ HOSTILE = (
 
 
 class Page:
-    """The page as its user has it: keys, and what is to be seen."""
+    """The page as its user has it: key presses and visible text."""
 
     def __init__(self, browser: Any, address: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
@@ -37,14 +37,14 @@ class Page:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until what was asked for is done."""
+        """Wait until pending requests are done."""
         self._wait.until(lambda _: self.of("card").get_attribute("aria-busy") == "false")
 
     def of(self, name: str) -> Any:
         return self.browser.find_element("id", name)
 
     def press(self, *keys: str) -> str:
-        """Press keys; what the page then says."""
+        """Press keys and return the page's text after that."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         self.settle()
@@ -67,7 +67,7 @@ class Page:
 
 @pytest.fixture
 def keys() -> Any:
-    """Selenium's names of keys; a test that asks for the browser first is skipped where there is none."""
+    """Return Selenium's key names; a test that requests the browser first is skipped where there is none."""
     from selenium.webdriver.common.keys import Keys
 
     return Keys

@@ -1,4 +1,4 @@
-"""The file of ratings: what it says, who wins, and that what was saved is there whatever happens."""
+"""The file of ratings: its content, which rating counts, and durability of saved ratings."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def read(file: Path) -> Records:
-    """As `data.source: jsonl` reads it."""
+    """Read the file as `data.source: jsonl` does."""
     return read_jsonl(file)
 
 

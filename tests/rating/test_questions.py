@@ -1,4 +1,4 @@
-"""What is asked: drawn from the run's roles, recorded so that it can be drawn again, chosen as was said."""
+"""Questions: sampled from the run's roles, recorded reproducibly, chosen as configured."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.exported import make, recipe_on
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
-    """A run whose roles have weights drawn at random."""
+    """Return a run whose roles have random weights."""
     return perl.load_run(make(tmp_path_factory.mktemp("runs") / "out", recipe_on(tiny_llama, mixed_data)))
 
 

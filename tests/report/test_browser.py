@@ -1,4 +1,4 @@
-"""The page in a browser: everything drawn, nothing fetched, nothing wider than the screen, in light and dark."""
+"""The page in a browser: all drawn, nothing fetched, nothing wider than the screen, in light and dark."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ LINE = "return getComputedStyle(document.querySelector('svg.plot path[style*=\"-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page with everything on it, one with little, and that of a sweep."""
+    """Return a full page, a minimal one, and that of a sweep."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [make_run(folder / f"{tuning}{seed}", seed, tuning) for tuning in ("lora", "full") for seed in (0, 1)]
     lora, full = (tuple(read_runs(some)) for some in (runs[:2], runs[2:]))
@@ -47,7 +47,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(browser: Any, pages: dict[str, Path], page: str, width: int, scheme: str) -> None:
-    """As a reader on a laptop or a phone sees it."""
+    """The page is shown as on a laptop and on a phone."""
     screen(browser, width, scheme)
     browser.get(pages[page].as_uri())
     assert browser.get_log("browser") == []

@@ -1,4 +1,4 @@
-"""The reward model's card on the page: verdict, every figure, the other tuning, and no markup from the data."""
+"""The reward model's card on the page: verdict, every metric, the other tuning, and no markup from the data."""
 
 import html
 import json
@@ -28,7 +28,7 @@ EVIL = "<script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def metrics() -> dict[str, Any]:
-    """The card of a good model, as it stands in report.json."""
+    """Return the card of a good model as in report.json."""
     data = made(dialogues=100)
     baseline = tfidf_scores(data.train, data.held_out)
     card = reward_model_card((2 * data.quality).tolist(), data.held_out, baseline)
@@ -37,7 +37,7 @@ def metrics() -> dict[str, Any]:
 
 
 def run(folder: Path, metrics: dict[str, Any], seed: int = 0, tuning: str = "lora", only: bool = False) -> Path:
-    """A finished run with this card, and with nothing but the reward stage if so asked."""
+    """Return a finished run with this card and, if `only`, no stage but the reward stage."""
     made_run = make_run(folder, seed, tuning)
     report = json.loads((made_run / "report.json").read_text())
     report["stages"]["reward"]["eval"] = metrics
@@ -153,7 +153,7 @@ def test_what_the_data_say_is_text(tmp_path: Path, metrics: dict[str, Any]) -> N
 
 
 def test_cards_with_little_in_them(tmp_path: Path) -> None:
-    """One class, one dialogue, no slice large enough: whatever is unknown is left out or a dash."""
+    """One class, one dialogue, no slice large enough: unknown values are omitted or shown as a dash."""
     answers = RatedRows(
         contexts=[(Turn("user", "hi"),)] * 8,
         answers=[Turn("agent", f"answer {n}") for n in range(8)],

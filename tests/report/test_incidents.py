@@ -1,4 +1,4 @@
-"""What went wrong stands on the page, prominently, in words, and only if something did."""
+"""Incidents are shown prominently on the page, in words, and only if there are any."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ FINDING = {"name": "sampled as read", "words": "the sampler's log-probs", "figur
 
 
 def change(run: Path, **more: Any) -> Path:
-    """Add keys to what the report says of RL."""
+    """Add keys to the report's RL stage."""
     report = json.loads((run / "report.json").read_text())
     report["stages"]["rl"] |= more
     (run / "report.json").write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""Matched KL, from numbers worked by hand."""
+"""Matched KL against numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def _metrics(kl: list[float], reward: list[float], **more: list[float]) -> dict[
 
 
 def test_smooth() -> None:
-    """The mean of three, of two at the ends, and of those that are there."""
+    """Means are over three values, over two at the ends, and over those that exist."""
     assert smooth(np.array([0.0, 3.0, 6.0, 0.0])).tolist() == [1.5, 3.0, 3.0, 3.0]
     assert smooth(np.array([1.0, np.nan, 3.0])).tolist() == [1.0, 2.0, 3.0]
     assert np.isnan(smooth(np.array([np.nan, np.nan, np.nan, 1.0]))).tolist() == [True, True, False, False]
@@ -20,12 +20,12 @@ def test_smooth() -> None:
 
 @pytest.mark.parametrize(("steps", "wide"), [(5, 3), (55, 5), (80, 9), (100, 11)])
 def test_window(steps: int, wide: int) -> None:
-    """A tenth, odd, three at least."""
+    """The window is a tenth of the steps, odd, and at least three."""
     assert window(steps) == wide
 
 
 def test_at_kl() -> None:
-    """Where the KL first gets there, on the line between two steps; steps without a value do not count."""
+    """Interpolated between two steps where the KL first reaches the value; steps without a value do not count."""
     kl, values = np.array([0.0, 2.0, 1.0, 4.0]), np.array([10.0, 20.0, 0.0, 40.0])
     assert at_kl(kl, values, 1.0) == 15.0
     assert at_kl(kl, values, 3.0) == pytest.approx(40 * 2 / 3)
@@ -35,7 +35,7 @@ def test_at_kl() -> None:
 
 
 def test_match() -> None:
-    """Smoothed: the first has KL .5 1 2 3 3.5 and reward 1 2 4 6 7, the second KL .25 .5 1 1.5 1.75.
+    """After smoothing, the first run has KL .5 1 2 3 3.5 and reward 1 2 4 6 7, the second KL .25 .5 1 1.5 1.75.
 
     All reached 1.75. The first passes it three quarters of the way from its second step to its third.
     """
@@ -49,7 +49,7 @@ def test_match() -> None:
 
 
 def test_too_short() -> None:
-    """Fewer than five steps with both metrics are no curve, and then nothing is matched."""
+    """Nothing is matched with fewer than five steps that have both metrics."""
     nan = float("nan")
     long, short = curve(_metrics([0, 1, 2, 3, 4], [0] * 5)), curve(_metrics([0, 1, 2, nan, 4], [0] * 5))
     assert long is not None

@@ -1,4 +1,4 @@
-"""The page: whole with any part missing, nothing unescaped, nothing fetched, the same bytes twice."""
+"""The page: complete with any part missing, nothing unescaped, nothing fetched, reproducible bytes."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ class _Outline(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
 
     def handle_endtag(self, tag: str) -> None:
-        """It closes the last one opened."""
+        """Check that it closes the last open tag."""
         assert self.open.pop() == tag
 
 
@@ -56,7 +56,7 @@ def _both(folder: Path) -> list[Path]:
 
 
 def _check(text: str) -> _Outline:
-    """Well formed, ids unique, every address inside the page."""
+    """Check that the page is well-formed, ids are unique, and every address is inside the page."""
     outline = _Outline(text)
     assert outline.open == []
     assert len(set(outline.ids)) == len(outline.ids)
@@ -73,7 +73,7 @@ def _check(text: str) -> _Outline:
 
 
 def test_everything(tmp_path: Path) -> None:
-    """Two tunings, two seeds each, every optional key: every section and plot is there."""
+    """Two tunings with two seeds each and every optional key give every section and plot."""
     text = _page(tmp_path, *_both(tmp_path))
     outline = _check(text)
     sections = {"summary", "policy", "reward", "sft", "cost", "tunings", "samples", "next", "repeat"}
@@ -104,7 +104,7 @@ def test_only_the_report(tmp_path: Path, kept: list[str]) -> None:
 
 
 def test_full_tuning_alone(tmp_path: Path) -> None:
-    """There is no shared base; LoRA is what could be compared."""
+    """There is no shared base, and the page suggests LoRA for comparison."""
     text = _page(tmp_path, make_run(tmp_path / "a", tuning="full", rich=False))
     _check(text)
     assert "its own weights" in text
@@ -126,7 +126,7 @@ def test_few_steps(tmp_path: Path) -> None:
 
 
 def test_escaped(tmp_path: Path) -> None:
-    """What comes from models, data and machines is text, never markup."""
+    """Content from models, data and machines is always text, never markup."""
     folder = make_run(tmp_path / "a")
     report = json.loads((folder / "report.json").read_text())
     report["name"] = report["hardware"]["name"] = report["base"]["model"] = EVIL
@@ -146,14 +146,14 @@ def test_escaped(tmp_path: Path) -> None:
 
 
 def test_same_bytes(tmp_path: Path) -> None:
-    """The same runs give the same page, whatever stood there before."""
+    """The same runs give the same page, whatever the file contained before."""
     run = make_run(tmp_path / "a")
     first = _page(tmp_path, run)
     assert _page(tmp_path, run) == first
 
 
 def test_policy_of_content(tmp_path: Path) -> None:
-    """The browser itself is told to load nothing."""
+    """The page's policy forbids the browser to load anything."""
     text = _page(tmp_path, write(tmp_path / "a", make_report(random.Random(0), 0, "lora", 8)))
     script = text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -9,7 +9,7 @@ from tests.report.made import make_run
 
 
 def rows(run: Path) -> str:
-    """The table as HTML."""
+    """Return the table as HTML."""
     text = write_page([run], run / "report.html").read_text(encoding="utf-8")
     section = text[text.index('id="policy"') :]
     return section[: section.index("</table>")]

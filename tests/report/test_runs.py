@@ -1,4 +1,4 @@
-"""Run folders are read whole, what is optional may be missing, and what is broken is named."""
+"""Run folders are read completely; optional parts may be missing, and broken ones are named."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from tests.report.made import make_report, make_run, write
 
 
 def test_rich_run(tmp_path: Path) -> None:
-    """Every key comes through."""
+    """Every key is read."""
     run = read_run(make_run(tmp_path / "a"))
     rl, reward = run.report.stages.rl, run.report.stages.reward
     assert rl is not None
@@ -29,14 +29,14 @@ def test_rich_run(tmp_path: Path) -> None:
 
 
 def test_nulls_in_metrics_are_nan(tmp_path: Path) -> None:
-    """A step without a value keeps its place."""
+    """A step without a value stays in the curve."""
     norms = read_run(make_run(tmp_path / "a")).metrics["policy"]["grad_norm"]
     assert np.flatnonzero(np.isnan(norms)).tolist() == [2]
 
 
 @pytest.mark.parametrize("kept", [[], ["sft"], ["reward"], ["rl"]])
 def test_report_alone(tmp_path: Path, kept: list[str]) -> None:
-    """Only report.json, only some stages, and the AUROC null, which a model of one class has."""
+    """Only report.json with some stages, and a null AUROC, as for a model of one class."""
     report = make_report(random.Random(0), 0, "lora", 8)
     report["stages"]["reward"]["eval"]["auroc"] = None
     report["stages"] = {name: stage for name, stage in report["stages"].items() if name in kept}
@@ -48,7 +48,7 @@ def test_report_alone(tmp_path: Path, kept: list[str]) -> None:
 
 
 def test_unknown_keys_are_passed_over(tmp_path: Path) -> None:
-    """What a newer version wrote can be read."""
+    """Files of a newer version can be read."""
     report = make_report(random.Random(0), 0, "lora", 8)
     report["more"] = report["stages"]["rl"]["eval"]["more"] = report["stages"]["rl"]["memory"]["load"]["more"] = 1
     assert read_run(write(tmp_path / "a", report)).stages.keys() == {"sft", "reward", "rl"}
@@ -97,7 +97,7 @@ def test_broken_files(tmp_path: Path, file: str, text: str | bytes, said: str) -
 
 
 def test_runs_of_different_recipes_are_not_pooled(tmp_path: Path) -> None:
-    """Two models with one seed are no two seeds of one model; another base is not the other tuning."""
+    """Two models with one seed are not two seeds of one model; another base is not the other tuning."""
     one = make_run(tmp_path / "one", rich=False)
     more = make_run(tmp_path / "more", 1, steps=61, rich=False)
     with pytest.raises(UserError, match=r"different recipes, which differ in rl\.steps"):

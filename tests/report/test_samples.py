@@ -1,4 +1,4 @@
-"""Completions beside one another: what is better, and which words are marked."""
+"""Completions side by side: which is better, and which words are marked."""
 
 import pytest
 
@@ -25,12 +25,12 @@ def _outcomes(shown: Examples) -> list[str | None]:
     ],
 )
 def test_outcome(before: Completion, after: Completion, outcome: str) -> None:
-    """The gold judge's verdict comes before the reward; equal words are the same whatever they score."""
+    """The gold judge's verdict takes precedence over the reward; equal texts are equal whatever their scores."""
     assert _outcomes(examples([_sample(before, after)])) == [outcome]
 
 
 def test_unchanged_come_last() -> None:
-    """And are counted with the others; the order of the file remains among them."""
+    """They are counted with the others and keep the order of the file."""
     same, better = Completion(text="a", reward=0.0), Completion(text="c", reward=2.0)
     shown = examples([_sample(same, same), _sample(same, better), _sample(better, same)])
     assert _outcomes(shown) == ["better", "worse", "same"]
@@ -41,7 +41,7 @@ def test_unchanged_come_last() -> None:
 
 
 def test_words_that_differ_are_marked() -> None:
-    """In both texts, which remain what they are; texts with nothing in common are not marked."""
+    """Both texts are marked without changing them; texts with nothing in common are not marked."""
     before = Completion(text="One large latte with whole milk.", reward=0.0)
     after = Completion(text="One large latte with oat milk, right?", reward=1.0)
     completions = {one.label: one for one in examples([_sample(before, after)]).changed[0].completions}
@@ -55,7 +55,7 @@ def test_words_that_differ_are_marked() -> None:
 
 
 def test_beside_the_base() -> None:
-    """Without SFT RL began with the base; a policy alone is not compared."""
+    """Without SFT, RL starts from the base; a policy alone is not compared."""
     old, new = Completion(text="a", reward=0.0), Completion(text="b", reward=1.0)
     assert _outcomes(examples([_sample(old, new, role="base")])) == ["better"]
     alone = examples([Sample(prompt="A mocha.", answers={"policy": new})])

@@ -1,4 +1,4 @@
-"""What a sweep says of its settings: intervals over seeds, and a direction only where they allow one."""
+"""A sweep's statements on its settings: intervals over seeds, and a direction only if they exclude zero."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def of_auroc(run: Run, auroc: float) -> Run:
-    """The run with another AUROC, of a reward model that was trained on thumbs."""
+    """Return the run with another AUROC, for a reward model trained on thumbs."""
     stages = run.report.stages
     assert stages.reward is not None
     card = replace(stages.reward.eval, auroc=auroc, compared=False)
@@ -52,7 +52,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 
 def test_a_direction_is_said_only_where_the_interval_excludes_zero(run: Run) -> None:
-    """Paired by seed: one setting is ahead on every seed by less than seeds differ among themselves."""
+    """Pairing by seed: one setting is ahead on every seed by less than the spread between seeds."""
     first = cell(run, FIRST, [0.80, 0.85, 0.90], (1e-3, 1e-3, 1e-3))
     better = cell(run, BETTER, [0.81, 0.862, 0.909], (8e-3, 1e-2, 1.25e-2), edge=True)
     same = cell(run, SAME, [0.83, 0.84, 0.88], (5e-4, 1e-3, 2e-3))
@@ -77,7 +77,7 @@ def test_a_seed_that_diverged_is_left_out_of_the_pairs(run: Run) -> None:
 
 
 def test_rl_is_judged_where_its_kl_is_first_reached_or_at_its_end(run: Run, tmp_path: Path) -> None:
-    """The gold judge rises as the step's number, the KL as a hundredth of it; both are smoothed."""
+    """The gold score rises with the step number, the KL with a hundredth of it; both are smoothed."""
     steps = np.arange(1.0, 41.0)
     made = replace(run, metrics={"policy": {"kl": steps / 100, "reward": steps, "gold": 2 * steps}})
     gold, reward, _ = QUALITIES["rl"]

@@ -1,4 +1,4 @@
-"""Verdicts say what the metrics bear, no more; numbers read as people write them."""
+"""Verdicts claim no more than the metrics support; numbers are formatted as people write them."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def _rl(**metrics: Any) -> RlEval:
 
 
 class _Group:
-    """As much of a group as a verdict reads."""
+    """The part of a group that a verdict reads."""
 
     def __init__(
         self, *rl: RlEval, reward: list[RewardModelCard] | None = None, sft: list[SftEval] | None = None
@@ -68,7 +68,7 @@ WORSE = {"gold_before": 0.75, "gold_after": 0.5, "gold_interval": (-0.35, -0.15)
     ],
 )
 def test_verdict(metrics: dict[str, Any], headline: str, kind: str) -> None:
-    """By the gold judge if there is one; else the reward, and that nothing else has checked it."""
+    """It uses the gold judge if there is one, else the reward, with a note that nothing else has checked it."""
     found = _verdict(_rl(**metrics))
     assert (found.headline, found.kind) == (headline, kind)
 
@@ -118,7 +118,7 @@ def test_the_loss_of_several_seeds_has_the_interval_of_their_mean() -> None:
 
 
 def test_verdict_evidence() -> None:
-    """Both ends, the interval in points, and how many seeds agree."""
+    """The evidence has both values, the interval in points, and the number of seeds that agree."""
     seeds = [_rl(gold_before=0.5, gold_after=0.75, gold_interval=(0.15, 0.35))] * 2
     evidence = " ".join(_verdict(*seeds).lines).replace(GAP, " ")
     assert "50 % of the completions right before RL and 75 % after" in evidence
@@ -126,7 +126,7 @@ def test_verdict_evidence() -> None:
 
 
 def test_the_interval_over_runs() -> None:
-    """Of several runs it is that of the mean; there is none where a run has none."""
+    """For several runs it is the interval of the mean; there is none if a run has none."""
     narrow = _rl(gold_before=0.5, gold_after=0.55, gold_interval=(0.01, 0.09))
     assert _verdict(narrow).headline == "The policy is better."
     assert "+1.0 to +9.0 points" in _verdict(narrow).lines[0]
@@ -139,7 +139,7 @@ def test_the_interval_over_runs() -> None:
 
 
 def test_gold_needs_every_run() -> None:
-    """A mean over some of the runs would not be that of the reward beside it."""
+    """A mean over only some runs would not be comparable with the mean reward."""
     assert mean_change([_rl(gold_before=0.5, gold_after=0.6), _rl()], "gold") is None
     assert mean_change([], "reward") is None
 
@@ -156,14 +156,14 @@ def _card(**metrics: Any) -> RewardModelCard:
     ],
 )
 def test_reward_model_alone(fit: bool, headline: str, kind: str) -> None:
-    """Without RL the reward model is judged, and the reasons are given."""
+    """Without RL, the verdict is on the reward model, with its reasons."""
     found = _verdict(reward=[_card(verdict={"fit": fit, "reasons": ["Because."]})])
     assert (found.headline, found.kind) == (headline, kind)
     assert found.lines == ["Because.", "There was no RL."]
 
 
 def test_reward_model_words() -> None:
-    """AUROC as odds, and a classifier that is no better than the majority's label called so."""
+    """The AUROC is given as odds, and a classifier no better than the majority label is called that."""
     assert "91 times in 100" in words.reward_model_words([_card(auroc=0.913)])[0]
     assert "gold judge calls" in words.reward_model_words([_card(against="gold")])[0]
     assert "people rated" in words.reward_model_words([_card(against="labels")])[0]
@@ -173,7 +173,7 @@ def test_reward_model_words() -> None:
 
 
 def test_balance() -> None:
-    """Losses are as value_of as gains, and what seeds cannot tell is said."""
+    """Losses are stated like gains, and differences that the seeds cannot show are said to be unknown."""
     costs = [
         CostRow("RL", "peak memory", Spread(1.0, None, 1), Spread(2.0, None, 1), bytes_text),
         CostRow("RL", "tokens per second", Spread(90.0, None, 1), Spread(100.0, None, 1), str),
@@ -235,5 +235,5 @@ def test_balance() -> None:
     ],
 )
 def test_numbers(found: str, text: str) -> None:
-    """As people write them."""
+    """They are formatted as people write them."""
     assert found.replace(GAP, " ") == text

@@ -1,4 +1,4 @@
-"""The rows of the table: what each makes of a rollout, worked by hand."""
+"""The table's rows: each algorithm's advantages and losses for a rollout, worked by hand."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ BY_GROUPS = [name for name, row in ALGORITHMS.items() if row.compares_groups]
 
 
 def test_rloo_keeps_the_baseline_and_the_spread_of_its_groups() -> None:
-    """Leave-one-out's own mean is its baseline: shifted over the batch it would be another estimator."""
+    """The leave-one-out mean is the baseline; with whitening over the batch it would be another estimator."""
     rewards_B = torch.tensor([3.0, 1.0, 10.0, 10.0])
     advantages_BT = ALGORITHMS["rloo"].estimate(rollout(), rewards_B, kl_coef=0.0).advantages_BT
     assert advantages_BT.tolist() == [[2.0, 2.0], [-2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
@@ -24,7 +24,7 @@ def test_rloo_keeps_the_baseline_and_the_spread_of_its_groups() -> None:
 
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_actor_critic_advantages_are_whitened_returns_less_values(name: str) -> None:
-    """With λ = 1 both are the return to go less the value; here the returns are the scores."""
+    """With λ = 1 both are the return to go minus the value; here the returns are the scores."""
     values_BT = torch.tensor([[1.0, 1.0], [0.0, 9.0], [1.0, 3.0], [0.0, 9.0]])
     targets = ALGORITHMS[name].estimate(rollout(values_BT), torch.tensor([2.0, 0.0, 4.0, -2.0]), kl_coef=0.0)
     assert targets.returns_BT is not None
@@ -35,7 +35,7 @@ def test_actor_critic_advantages_are_whitened_returns_less_values(name: str) -> 
 
 
 def test_gae_lambda_is_the_recipes() -> None:
-    """λ = 0 leaves the one-step difference: values of the next state less those of this one."""
+    """λ = 0 leaves the one-step difference: the value of the next state minus that of this one."""
     values_BT = torch.tensor([[1.0, 4.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     ppo = replace(ALGORITHMS["ppo"], gae_lambda=0.0, whiten=False)
     rewards_B = torch.tensor([2.0, 0.0, 0.0, 0.0])
@@ -62,7 +62,7 @@ def test_equal_scores_carry_no_signal(name: str, scores: list[float], signal: bo
 
 
 def test_the_clip_fraction_counts_tokens_whose_gradient_is_gone() -> None:
-    """Ratio 1.5 with a positive advantage is clipped, with a negative one it is not; one of six tokens."""
+    """Ratio 1.5 is clipped with a positive advantage and not with a negative one; one of six tokens."""
     log_probs_BT = torch.zeros(4, 2)
     log_probs_BT[0, 0] = log_probs_BT[1, 0] = torch.tensor(1.5).log()
     advantages_BT = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
@@ -88,14 +88,14 @@ def loss_of(row: Algorithm, log_probs_BT: torch.Tensor, targets: Targets, **chan
     ],
 )
 def test_advantages_of_groups_by_hand(name: str, expected: list[float]) -> None:
-    """Groups of 3 and 1, and of 6 and 2: means 2 and 4, standard deviations √2 and √8."""
+    """Groups with rewards 3 and 1, and 6 and 2: means 2 and 4, standard deviations √2 and √8."""
     targets = ALGORITHMS[name].estimate(rollout(), torch.tensor([3.0, 1.0, 6.0, 2.0]), kl_coef=0.0)
     torch.testing.assert_close(targets.advantages_BT, torch.tensor(expected)[:, None] * MASK)
     assert targets.returns_BT is None
 
 
 def test_reinforce_plus_plus_by_hand() -> None:
-    """β = ½, k1 = 1 on the first token: returns to go are r/2 less the KL from there on, whitened over tokens."""
+    """β = ½, k1 = 1 on the first token: returns to go are r/2 minus the KL from there on, whitened over tokens."""
     k1_BT = torch.tensor([[1.0, 0.0]] * 4)
     given = rollout(policy_log_probs_BT=k1_BT - 1.0, reference_log_probs_BT=torch.full((4, 2), -1.0))
     row = ALGORITHMS["reinforce++"]
@@ -113,7 +113,7 @@ def test_reinforce_plus_plus_with_a_baseline_by_hand() -> None:
 
 @pytest.mark.parametrize("name", BY_GROUPS)
 def test_a_group_of_equal_rewards_has_no_advantage(name: str) -> None:
-    """Not even rounding's, blown up by a spread of nearly 0; nor the mean's that whitening takes off."""
+    """Neither rounding errors, divided by a spread near 0, nor the mean that whitening subtracts give it one."""
     row = ALGORITHMS[name]
     noise = 0.0 if row.kl == "reward-k1" else 3e-7  # a KL in the reward may differ by as little
     rewards_B = torch.tensor([0.1 + noise, 0.1, 6.0, 2.0])
@@ -123,7 +123,7 @@ def test_a_group_of_equal_rewards_has_no_advantage(name: str) -> None:
 
 
 def test_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both() -> None:
-    """Here log π - log π_ref is 1 on all tokens; rewards that are equal leave the KL alone."""
+    """Here log π - log π_ref is 1 on all tokens; with equal rewards, only the KL remains."""
     given = {"policy_log_probs_BT": torch.zeros(4, 2), "reference_log_probs_BT": torch.full((4, 2), -1.0)}
     rewards_B = torch.zeros(4)
     expected = {"reward-k1": (-0.5, 0.0), "loss-k2": (0.0, 0.5), "loss-k3": (0.0, torch.e**-1), "none": (0.0, 0.0)}
@@ -150,7 +150,7 @@ def test_the_entropy_bonus_is_a_mean_over_tokens() -> None:
 
 
 def test_groups_that_are_dropped_count_nowhere() -> None:
-    """Their tokens have neither a share of the KL nor one of the sizes that losses are divided by."""
+    """Their tokens count neither in the KL nor in the sizes that losses are divided by."""
     row = replace(ALGORITHMS["dapo"], kl="loss-k2")
     targets = row.estimate(rollout(), torch.tensor([1.0, 1.0, 6.0, 2.0]), kl_coef=1.0)
     assert targets.learned_BT is not None

@@ -1,4 +1,4 @@
-"""Best-of-n as a baseline: its estimator against all subsets, and its place in a run's report."""
+"""Best-of-n as a baseline: its estimator against all subsets, and its entry in a run's report."""
 
 import itertools
 import json

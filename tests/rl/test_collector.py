@@ -13,7 +13,7 @@ NOTHING = cast(Any, None)
 
 
 def test_completions_of_plain_text_keep_their_whitespace_and_those_of_chats_do_not() -> None:
-    """A reward function can append a completion to its prompt: code keeps its indentation."""
+    """A reward function can append a completion to its prompt, so code must keep its indentation."""
     chat = ChatFormat(numbered_tokens(300))
     collector = Collector(NOTHING, NOTHING, NOTHING, NOTHING, chat, micro_batch_size=1, seed=0)
     contexts = [(Turn("text", "def f():"),), (Turn("user", "hi"),)]

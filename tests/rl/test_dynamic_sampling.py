@@ -1,4 +1,4 @@
-"""Rollouts whose groups are all equal are replaced from others."""
+"""Groups with equal rewards are replaced by groups of further rollouts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The evaluation of a policy: enough completions, the same draws for all, and claims that the interval bears."""
+"""The evaluation of a policy: enough completions, equal draws for all, and claims that the interval supports."""
 
 import json
 import statistics
@@ -36,7 +36,7 @@ def run(run_cli: RunCli, recipe: Path, out: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """24 held-out prompts, and a reward that training at this rate does not change."""
+    """Write a recipe with 24 held-out prompts, and a reward that training at this rate does not change."""
     (tmp_path / "flip.py").write_text(REWARD)
     file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Number {n} is"} for n in range(48)])
     return write_recipe(

@@ -1,4 +1,4 @@
-"""An algorithm and a sampler from a user's own files take part in a run as those of the package do."""
+"""An algorithm and a sampler from a user's files work in a run like those of the package."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_an_algorithm_of_a_users_own(write_recipe: WriteRecipe, tmp_path: Path) 
 def test_a_sampler_of_a_users_own(
     critic: str, exact: bool, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it does not say, the policy's log-probs and a shared critic's values, is read by a forward pass."""
+    """A forward pass computes what it does not return: the policy's log-probs and a shared critic's values."""
     rl = RL | {"sampler": {"kind": "generate"}, "algorithm": "ppo", "critic": critic}
     recipe = write_recipe(plugins=[str(SAMPLER)], reward=None, rl=rl)
     load_recipe(recipe)

@@ -1,4 +1,4 @@
-"""What RL is made of takes plain values: it knows no recipe, no session and no command."""
+"""Layers of RL: its core takes plain values and does not import recipes, sessions or commands."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ from perl.plugins import REGISTRIES
 
 ABOVE = ("perl.baselines", "perl.cli", "perl.commands", "perl.predict", "perl.recipe", "perl.stages", "perl.sweep")
 REWARD_SECTIONS = Path("rewards/__init__.py")
-"""The registry of rewards is of sections of the recipe, for those who add to it."""
+"""The exception: the registry of rewards refers to recipe sections, for users who add to it."""
 
 
 def test_nothing_in_rl_imports_what_uses_it() -> None:

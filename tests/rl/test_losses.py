@@ -1,4 +1,4 @@
-"""The losses against numbers worked by hand; `test_oracles` has TRL's and torchrl's."""
+"""The losses against numbers worked by hand; `test_oracles` compares them with TRL and torchrl."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def close(actual: Tensor, expected: object) -> None:
 
 
 def one_row(ratios: list[float], advantages: list[float]) -> Tokens:
-    """Tokens of these ratios, π_old = ½ for each, and one in the padding that is not a number."""
+    """Return tokens with these ratios and π_old = ½, and a NaN in the padding."""
     log_probs_BT = (torch.tensor([[*ratios, NAN]]) * 0.5).log().requires_grad_()
     old_BT = torch.full_like(log_probs_BT, math.log(0.5)).detach()
     mask_BT = torch.arange(len(ratios) + 1)[None] < len(ratios)
@@ -52,7 +52,7 @@ def test_clip() -> None:
 
 
 def test_dual_clip() -> None:
-    """From a ratio of 3 on a negative advantage has no gradient; a positive one is as without."""
+    """From a ratio of 3 on, a negative advantage has no gradient; a positive one is not affected."""
     tokens = one_row([2.0, 4.0, 4.0], [-1.0, -1.0, 1.0])
     terms_BT, clipped_BT = losses.clip(tokens, Constants(dual=3.0))
     close(terms_BT, [[2.0, 3.0, -1.2, 0.0]])
@@ -95,7 +95,7 @@ def test_mirror() -> None:
 
 
 def test_averages() -> None:
-    """Completions of three tokens and of one: by tokens (6 + 4) / 4, by completions (6/3 + 4) / 2, over 2 · 8."""
+    """Completions of three and one tokens: by tokens (6 + 4) / 4, by completions (6/3 + 4) / 2, over 2 · 8."""
     terms_BT = torch.tensor([[1.0, 2.0, 3.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
     found = {name: float(average(terms_BT, MASK_BT, FOUR)) for name, average in AVERAGES.items()}
     assert found == {"tokens": 2.5, "answers": 3.0, "constant": 0.625}
@@ -161,7 +161,7 @@ LOSSES: dict[str, Loss] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_add_up(name: str) -> None:
-    """Completions of unequal lengths: averaging per micro-batch instead would not give the same gradient."""
+    """Completions have unequal lengths, so averaging per micro-batch would give another gradient."""
     generator = torch.Generator().manual_seed(0)
     x_BT, target_BT, noise_BT = torch.randn(3, 6, 5, generator=generator)
     x_BT.requires_grad_()

@@ -1,4 +1,4 @@
-"""KL, rewards of tokens and advantages against numbers worked by hand, and against torchrl."""
+"""KL, token rewards and advantages against numbers worked by hand and against torchrl."""
 
 import math
 

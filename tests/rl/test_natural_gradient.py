@@ -1,4 +1,4 @@
-"""Fisher-vector products and conjugate gradients against matrices that are written out."""
+"""Fisher-vector products and conjugate gradients against explicit matrices."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ VECTORS = torch.randn(3, 12, dtype=torch.float64)
 
 
 def explicit_fisher(p_NV: Tensor = P_NV) -> Tensor:
-    """1/N Σ (diag(p) - p pᵀ) ⊗ x xᵀ, of a softmax of linear logits."""
+    """Return 1/N Σ (diag(p) - p pᵀ) ⊗ x xᵀ for a softmax of linear logits."""
     parts = [torch.kron(p.diag() - torch.outer(p, p), torch.outer(x, x)) for p, x in zip(p_NV, X_ND, strict=True)]
     return torch.stack(parts).mean(0)
 

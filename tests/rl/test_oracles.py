@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[Algorithm, dict[str, Any]]] = {
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of the policy, of the policy before, of the reference, and entropies; fp64."""
+    """Return log-probs of the policy, the old policy and the reference, and entropies, all in fp64."""
     generator = torch.Generator().manual_seed(0)
     now_BT, old_BT, reference_BT, entropy_BT = torch.randn(4, 4, 6, generator=generator, dtype=torch.float64)
     now_BT = (now_BT - 3).requires_grad_()
@@ -72,7 +72,7 @@ def ours(row: Algorithm, now_BT: Tensor, old_BT: Tensor, reference_BT: Tensor, e
 
 
 def trainer(now_BT: Tensor, entropy_BT: Tensor, **said: Any) -> SimpleNamespace:
-    """What TRL's `_compute_loss` reads of its trainer."""
+    """Return the trainer attributes that TRL's `_compute_loss` reads."""
     given = {"loss_type": "grpo", "level": "token", "low": 0.2, "high": 0.2, "beta": 0.0, "delta": None} | said
     entropy = given.get("entropy", 0.0)
     return SimpleNamespace(
@@ -140,7 +140,7 @@ def test_rloo_at_ratio_one_has_trls_gradient() -> None:
 
 
 def test_the_clip_is_torchrls() -> None:
-    """With other bounds above and below, as DAPO's, token by token."""
+    """The upper and lower bounds differ, as in DAPO, per token."""
     now_BT, old_BT, _, _ = tensors()
     tokens = Tokens(now_BT, old_BT, ADVANTAGES_B[:, None].expand(4, 6), torch.ones(4, 6).bool())
     objective = GRPOLoss(clip_epsilon=(0.2, 0.28))
@@ -150,7 +150,7 @@ def test_the_clip_is_torchrls() -> None:
 
 
 def test_torchrls_cispo_has_no_gradient_where_the_weight_is_clipped() -> None:
-    """The paper's has, and so has ours; within the bounds the two gradients are one."""
+    """The paper's loss and ours have one there; within the bounds, the gradients are equal."""
     now_BT, old_BT, reference_BT, entropy_BT = tensors()
     theirs_BT, _ = CISPOLoss(clip_epsilon=(0.2, 0.2))._compute_policy_objective(
         now_BT - old_BT, ADVANTAGES_B[:, None].expand(4, 6)

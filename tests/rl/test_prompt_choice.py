@@ -1,4 +1,4 @@
-"""Which prompts a step takes."""
+"""The choice of a step's prompts."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ def test_uniformly_all_are_seen_in_turn() -> None:
 
 
 def test_prioritised_in_proportion_to_one_minus_the_success_rate() -> None:
-    """Success rates 1, ¾, 0 and unknown (0): drawn first 0, 1/9, 4/9 and 4/9 of the time."""
+    """Prompts with success rates 1, ¾, 0 and unknown (0) are drawn first 0, 1/9, 4/9 and 4/9 of the time."""
     asked = choice("prioritised", count=4, per_step=1)
     asked.learn([0] * 4 + [1] * 4 + [2] * 4, [True] * 4 + [True] * 3 + [False] + [False] * 4)
     assert [asked.success_rate(prompt) for prompt in range(4)] == [1.0, 0.75, 0.0, 0.0]
@@ -39,7 +39,7 @@ def test_what_is_always_right_is_drawn_only_where_nothing_else_is_left() -> None
 
 
 def test_a_curriculum_begins_with_the_easy_ones_and_ends_prioritised() -> None:
-    """Over the first half of 20 steps one prompt more a step is among those that are drawn."""
+    """Over the first half of 20 steps, each step draws from one more prompt."""
     order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     asked = choice("curriculum", easiest_first=order)
     assert set(asked.of_step(0)) == {9, 8}

@@ -1,4 +1,4 @@
-"""Rows of a rollout, and rollouts of several processes as one."""
+"""Rows of a rollout, and the merging of several processes' rollouts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ LENGTHS = ((3, 2), (20, 17), (5, 1))
 
 
 def rollout(columns: int = 32, rows: Sequence[int] = (0, 1, 2)) -> Rollout:
-    """Prompts of 3, 20 and 5 tokens in so many columns, completions of 2, 17 and 1 in 24."""
+    """Return prompts of 3, 20 and 5 tokens in `columns` columns, with completions of 2, 17 and 1 in 24."""
     mask_BL = torch.zeros(len(rows), columns + 24, dtype=torch.bool)
     for place, row in enumerate(rows):
         prompt, completion = LENGTHS[row]
@@ -58,7 +58,7 @@ def test_prompts_repeated_are_groups() -> None:
 
 
 class _Both(Processes):
-    """This process and another, that has another rollout."""
+    """This process and a simulated second one with another rollout."""
 
     def __init__(self, other: Rollout) -> None:
         super().__init__(rank=0, count=2)
@@ -72,7 +72,7 @@ class _Both(Processes):
 
 
 def test_rollouts_of_two_processes_are_one_in_the_order_of_the_prompts() -> None:
-    """Three prompts dealt to two: the last is given to the second process twice."""
+    """Three prompts are sharded over two processes, and the second one has the last prompt twice."""
     mine, other = rollout(16, [0, 2]), rollout(32, [1, 1])
     prompts = EncodedPrompts([Prompt((), name) for name in "abc"], [[0], [2], [1]], [7, 8, 9])
     both = mine.gather(_Both(other), prompts)

@@ -1,4 +1,4 @@
-"""The rows of the table in a recipe: what overrides them, what is refused, and two steps of each."""
+"""The table's rows in a recipe: overrides, refused settings, and two steps of each."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SETTINGS = {"steps": 2, "prompts_per_step": 4, "max_new_tokens": 6, "eval_prompt
 
 @pytest.fixture
 def load(write_recipe: WriteRecipe) -> Load:
-    """A recipe of this row with these overrides of `rl`."""
+    """Load a recipe of this row with these overrides of `rl`."""
     file = write_recipe(reward=None, rl=SETTINGS | {"reward": {"function": "rewards.py:length"}})
     return lambda name, *said: load_recipe(file, [f"rl.algorithm={name}", *(f"rl.{one}" for one in said)])
 
@@ -59,8 +59,8 @@ def test_every_cell_and_constant_can_be_overridden(key: str, load: Load) -> None
 
 
 def test_what_says_no_more_than_the_row_is_as_if_left_out(load: Load) -> None:
-    """So that a folder of an earlier version, which wrote these keys down, is this recipe's; and another
-    algorithm brings its own row.
+    """A folder of an earlier version, which recorded these keys, then matches this recipe; another algorithm
+    uses its own row.
     """
     plain, said = (
         load("ppo"),

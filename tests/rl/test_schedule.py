@@ -1,4 +1,4 @@
-"""How RL's learning rate goes over the steps."""
+"""The schedule of RL's learning rate."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from perl.rl.update import learning_rate_shares
 @pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"])
 @pytest.mark.parametrize("steps", [1, 7, 60, 1000])
 def test_warmup_is_a_share_of_the_steps(name: str, steps: int) -> None:
-    """The first step of a run of any length learns, and the rate is full after a tenth of it."""
+    """The first step's rate is above zero for any number of steps, and the rate is full after a tenth of them."""
     shares = learning_rate_shares(name, 0.1, steps)
     full = round(0.1 * steps)
     assert len(shares) == steps

@@ -28,7 +28,7 @@ ADVANTAGES_BT = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.5, 0.5], [-2.0, 0.0]])
 
 @pytest.fixture
 def roles() -> SharedBase:
-    """A policy that has learned something."""
+    """Return roles with a policy that differs from its initial state."""
     roles = SharedBase(lora(random_llama(vocab_size=12), rank=1, targets=["q_proj", "down_proj"]))
     roles.add(Role.POLICY)
     roles.train_only(Role.POLICY)
@@ -50,7 +50,7 @@ def region(roles: SharedBase, name: str = "trpo", limit: float = 0.01, micro_bat
 
 
 def distributions(roles: SharedBase) -> Categorical:
-    """Of the six tokens of the rollout."""
+    """Return the distributions of the rollout's six tokens."""
     batch = rollout(ids_BL=IDS)
     with roles.role(Role.POLICY):
         logits_BLV = roles.lm(batch.ids_BL, attention_mask=batch.mask_BL.long()).logits
@@ -75,7 +75,7 @@ def test_the_probes_kl_is_exact_and_what_was_before_is_no_distance_away(roles: S
 
 
 def test_the_fisher_matrix_is_that_of_the_adapter(roles: SharedBase) -> None:
-    """Against Jᵀ (diag(p) - p pᵀ) J with the Jacobian of every logit written out."""
+    """It equals Jᵀ (diag(p) - p pᵀ) J with the explicit Jacobian of all logits."""
     held = region(roles)
     logits_NV, parameters = distributions(roles).logits[[0, 1, 3, 4]], held.parameters  # every other completion
     rows = [
@@ -148,7 +148,7 @@ def test_a_step_that_only_harms_is_undone(roles: SharedBase) -> None:
 def test_no_step_of_a_run_leaves_the_region(
     changes: dict[str, Any], run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """With adapters on the upper half, in several micro-batches, blocks computed again for the gradient."""
+    """Adapters are on the upper half; there are several micro-batches, with activation checkpointing."""
     rl = {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 3, "max_new_tokens": 6, "eval_prompts": 2}
     rl |= {"reward": {"function": "rewards.py:length"}, "trust_region": 1e-6, **changes}
     recipe = write_recipe(

@@ -1,4 +1,4 @@
-"""Adapters of every kind as plain LoRA: what peft loads computes as the role, or lacks what is said to be lost."""
+"""Adapters of every kind as plain LoRA: in peft they equal the role or lack only what is reported as lost."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.tiny import adapter_of_kind
 
 
 def peft_logits(roles: SharedBase, fresh: torch.nn.Module, folder: Path) -> torch.Tensor:
-    """What plain peft makes of the policy's export."""
+    """Return plain peft's logits with the policy's export."""
     save_adapter(roles, Role.POLICY, Role.POLICY, "base", folder)
     loaded = PeftModel.from_pretrained(fresh, folder)  # type: ignore[arg-type]
     assert type(loaded.peft_config["default"]).__name__ == "LoraConfig"

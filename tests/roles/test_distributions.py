@@ -11,7 +11,7 @@ from perl.roles.distributions import kl_of_states
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_kl_and_its_gradient(cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of two tokens, with a head that has a bias."""
+    """They are computed in chunks of two tokens, with a head that has a bias."""
     monkeypatch.setattr(log_probs, "LOGITS_AT_ONCE", 22)
     torch.manual_seed(0)
     old_ND, new_ND, weight_VD, bias_V = torch.randn(5, 6), torch.randn(5, 6), torch.randn(11, 6), torch.randn(11)

@@ -1,4 +1,4 @@
-"""Scores that depend on how likely an answer is, against transformers' own log-probabilities."""
+"""Scores that depend on an answer's likelihood, against transformers' log-probs."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ ROWS = [
 
 @pytest.fixture
 def roles() -> SharedBase:
-    """On one block of two, as two members whose weights and heads differ."""
+    """Return roles with adapters on one of two blocks, and two members with different weights and heads."""
     roles = SharedBase(lora(random_llama(), 4, 8, layers=[1]))
     roles.asked_score_terms = ("likelihood",)
     generator = torch.Generator().manual_seed(1)
@@ -32,7 +32,7 @@ def roles() -> SharedBase:
 
 
 def by_transformers(roles: SharedBase, role: Role, row: Tokens) -> Tensor:
-    """The score of a row alone, from the logits and hidden states of the model's own forward."""
+    """Return the score of a single row, from logits and hidden states of the model's own forward pass."""
     ids_L = torch.tensor(row.ids)
     with roles.role(role):
         output = roles.lm(input_ids=ids_L[None], output_hidden_states=True)

@@ -1,4 +1,4 @@
-"""Chunked log-probs: equal to those of full logits, with equal gradients, in less memory."""
+"""Chunked log-probs: values and gradients equal to those with full logits, in less memory."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_frozen_head_gets_no_gradient() -> None:
 
 
 def test_bf16_head_gives_fp32_of_its_own_logits() -> None:
-    """What a bf16 model samples from: logits rounded to bf16, the softmax in fp32."""
+    """A bf16 model samples from logits rounded to bf16, with the softmax in fp32."""
     hidden_ND, weight_VD, _, targets_N = problem(6, 200, 16)
     hidden_ND, weight_VD = hidden_ND.detach().bfloat16(), weight_VD.bfloat16()
     log_probs_N, entropies_N = log_probs_and_entropy(hidden_ND, weight_VD, None, targets_N, 1.0, 64)

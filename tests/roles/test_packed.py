@@ -1,4 +1,4 @@
-"""Packed weights: the same products, the same bytes afterwards and no more memory in between."""
+"""Packed weights: equal products, equal bytes afterwards and no more memory in between."""
 
 import pytest
 import torch

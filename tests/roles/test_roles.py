@@ -1,4 +1,4 @@
-"""One base, four roles: what is shared, what is not, and that switching is exact."""
+"""One base, four roles: shared and separate parts, and exact switching."""
 
 import copy
 from functools import partial
@@ -48,7 +48,7 @@ def randomize(roles: Roles, *which: Role) -> None:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Three rows, prompts padded on the left and answers (the last 4 columns) on the right."""
+    """Return three rows, with prompts padded on the left and answers (the last 4 columns) on the right."""
     torch.manual_seed(2)
     ids_BL = torch.randint(3, 50, (3, 10))
     mask_BL = torch.ones(3, 10, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_a_switch_that_is_interrupted_half_way_is_taken_back(monkeypatch: pytest
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("role", TRAINED)
 def test_gradients_are_those_of_a_model_that_holds_the_adapter_alone(role: Role, checkpointed: bool) -> None:
-    """Forwards of all roles first, their backwards afterwards: the order that goes wrong without care."""
+    """All roles' forward passes come before their backward passes, the order that is easiest to get wrong."""
     roles = roles_on(llama())
     randomize(roles, *TRAINED)
     roles.train_only(*TRAINED)

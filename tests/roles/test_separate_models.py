@@ -1,4 +1,4 @@
-"""Full tuning: a whole model for each role, what it shares with no other, and what transformers reads of it."""
+"""Full tuning: a separate model for each role, no shared weights, and loading in transformers."""
 
 import copy
 import gc
@@ -44,7 +44,7 @@ def randomize(roles: SeparateModels, *which: Role) -> None:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Three rows, prompts padded on the left and answers (the last 4 columns) on the right."""
+    """Return three rows, with prompts padded on the left and answers (the last 4 columns) on the right."""
     ids_BL = torch.randint(3, 250, (3, 10), generator=torch.Generator().manual_seed(2))
     mask_BL = torch.ones(3, 10, dtype=torch.bool)
     mask_BL[1, :3] = mask_BL[2, :5] = False
@@ -116,7 +116,7 @@ def test_learning_changes_the_learner_only() -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_are_those_of_a_plain_model(checkpointed: bool) -> None:
-    """Forwards of both roles first, their backwards afterwards."""
+    """Both roles' forward passes come before their backward passes."""
     roles = models()
     roles.add(Role.POLICY)
     roles.add(Role.CRITIC, head=True)
@@ -205,7 +205,7 @@ def test_a_critic_may_be_only_a_head() -> None:
 
 
 def saved_base(folder: Path, tokenizer: Path, tied: bool = False) -> Path:
-    """A folder with weights of this file's and the tokenizer of another tiny base."""
+    """Write a folder with this file's weights and another tiny base's tokenizer."""
     llama(tied).save_pretrained(folder)
     for file in tokenizer.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Adapters on a bf16 base: they learn in fp32, compute in bf16, and keep no fp32 copy of what they are given."""
+"""Adapters on a bf16 base: they train in fp32, compute in bf16, and keep no fp32 copy of their inputs."""
 
 from functools import partial
 
@@ -65,7 +65,7 @@ def test_adapters_learn_in_fp32_what_bf16_would_round_away() -> None:
 
 
 def saved_of(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """What autograd keeps of a forward beside the parameters, which are there anyway."""
+    """Return the tensors that autograd saves in a forward pass, except parameters."""
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(x)
@@ -109,7 +109,7 @@ def test_a_frozen_adapter_keeps_nothing() -> None:
 
 
 def biggest_fp32(roles: SharedBase) -> int:
-    """Elements of the largest fp32 tensor that the blocks keep for the backward."""
+    """Return the number of elements of the largest fp32 tensor that the blocks save for the backward pass."""
     kept: list[Tensor] = []
     x = torch.randn(ROWS, LENGTH, HIDDEN, dtype=roles.lm.dtype, requires_grad=True)
     block = roles.lm.model.layers[0]
@@ -149,7 +149,7 @@ def test_bf16_comes_close_to_fp32() -> None:
 
 
 def test_an_fp32_base_computes_as_before() -> None:
-    """Casting to the dtype that is there already changes no bit."""
+    """Casting to the existing dtype changes no bit."""
     roles = policy_on(llama(torch.float32))
     layer = roles.lm.model.layers[0].mlp.gate_proj
     x = torch.randn(ROWS, LENGTH, HIDDEN)

@@ -1,4 +1,4 @@
-"""Going on from the shared blocks changes no result; where it would, it is not done."""
+"""Continuing from the shared blocks changes no result, and is not done where it would."""
 
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ def roles_on(lm: LlamaForCausalLM, layers: str | list[int] = "top-half") -> Shar
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Three rows padded on both sides."""
+    """Return three rows padded on both sides."""
     ids_BL = torch.randint(3, 50, (3, 12), generator=torch.Generator().manual_seed(2))
     mask_BL = torch.ones(3, 12, dtype=torch.bool)
     mask_BL[1, :4] = mask_BL[2, 9:] = False
@@ -103,7 +103,7 @@ def test_a_model_of_layers_of_several_kinds_is_not_split() -> None:
 
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_a_cache_says_what_was_computed(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory and in a file; rows in other company and padded otherwise the second time."""
+    """The cache is in memory or in a file; the second time, batches and padding differ."""
     monkeypatch.setattr(split_layers, "SHARE_OF_FREE_MEMORY", share)
     roles = roles_on(llama(torch.float32))
     ids_BL, mask_BL = batch()

@@ -1,4 +1,4 @@
-"""Scores blended with TF-IDF of the tokens, against scikit-learn's own pipeline."""
+"""Scores blended with TF-IDF of the tokens, against scikit-learn's pipeline."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from perl.stages.reward_tfidf import fit_mix, fit_words
 from tests.tiny import lora, random_llama
 
 NEW = [Tokens.joined([5, 6, 7, 7], [8, 9, 8]), Tokens.joined([5], [199]), Tokens.joined([198, 5], [10, 11, 12])]
-"""Of the second no answer's token is known, of the third one of the context's."""
+"""In the second row no token of the answer is known, in the third one of the context's."""
 
 
 def rated(tokens: list[Tokens], labels: list[bool], pairs: list[tuple[int, int]] | None = None) -> Rows:
@@ -42,7 +42,7 @@ def rated(tokens: list[Tokens], labels: list[bool], pairs: list[tuple[int, int]]
 
 
 def training_rows(seed: int = 0) -> Rows:
-    """Answers with token 9 are mostly good, contexts with token 6 mostly have bad ones."""
+    """Return rows in which answers with token 9 are mostly good, and those to contexts with token 6 mostly bad."""
     generator = np.random.default_rng(seed)
     tokens, labels = [], []
     for _ in range(120):
@@ -53,7 +53,7 @@ def training_rows(seed: int = 0) -> Rows:
 
 
 def by_scikit_learn(train: Rows, rows: list[Tokens]) -> list[float]:
-    """Log-odds of a pipeline on the tokens' numbers as words."""
+    """Return log-odds of a pipeline with token ids as words."""
 
     def texts(of: list[Tokens]) -> np.ndarray:
         halves = [(one.ids[: one.prompt_length()], one.ids[one.prompt_length() :]) for one in of]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, the newest few, and loud when damaged."""
+"""Checkpoints on disk: complete or absent, only the newest few, with an error when damaged."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""OpenAI's API: its form, the numbers of the library, and refusals in OpenAI's words."""
+"""OpenAI's API: its format, the library's values, and errors in OpenAI's format."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ CHAT = [{"role": "user", "content": "A latte, please."}]
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
-    """A run whose roles have weights drawn at random."""
+    """Return a run whose roles have random weights."""
     return perl.load_run(make(tmp_path_factory.mktemp("runs") / "out", recipe_on(tiny_llama, mixed_data)))
 
 

@@ -1,4 +1,4 @@
-"""One computation at a time, in order, and a queue with an end."""
+"""One computation at a time, in order, with a bounded queue."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Architectures that do one thing unlike Llama: RL on each, whose preflight finds nothing."""
+"""Architectures that differ from Llama in one respect: RL on each, with preflight passing."""
 
 import json
 from collections.abc import Callable
@@ -42,39 +42,39 @@ ALIBI: dict[str, Any] = {
 
 
 def mixtral() -> PreTrainedModel:
-    """Weights as transformers draws them: of larger ones rounding to bf16 makes the router choose others."""
+    """Return a Mixtral with transformers' default weights; with larger ones, bf16 rounding changes the routing."""
     return MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2))
 
 
 def bloom() -> PreTrainedModel:
-    """It adds ALiBi, counted over the mask, to what its attention sees."""
+    """Return a BLOOM, which adds ALiBi, counted over the mask, to its attention scores."""
     return BloomForCausalLM(BloomConfig(**ALIBI))
 
 
 def falcon() -> PreTrainedModel:
-    """With ALiBi and without RoPE, as Falcon-RW has it."""
+    """Return a Falcon with ALiBi and without RoPE, like Falcon-RW."""
     return FalconForCausalLM(FalconConfig(**ALIBI, alibi=True, multi_query=False, parallel_attn=False, bias=True))
 
 
 def granite() -> PreTrainedModel:
-    """It divides its logits."""
+    """Return a Granite, which divides its logits."""
     return GraniteForCausalLM(GraniteConfig(**LLAMA, initializer_range=0.2, logits_scaling=3.0))
 
 
 def cohere() -> PreTrainedModel:
-    """It multiplies them."""
+    """Return a Cohere, which multiplies its logits."""
     return CohereForCausalLM(CohereConfig(**LLAMA, initializer_range=0.2, logit_scale=0.3))
 
 
 def gemma2() -> PreTrainedModel:
-    """It caps them."""
+    """Return a Gemma 2, which caps its logits."""
     config = Gemma2Config(**LLAMA, initializer_range=0.2, head_dim=8, final_logit_softcapping=4.0)
     return Gemma2ForCausalLM(config)
 
 
 @pytest.fixture
 def write_base(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[], PreTrainedModel]], Path]:
-    """Write a model, the same at every call, with the tokenizer of the tiny Llama."""
+    """Write a model with reproducible weights and the tokenizer of the tiny Llama."""
 
     def write(make: Callable[[], PreTrainedModel]) -> Path:
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_rl_passes_its_preflight(
 
 @pytest.mark.parametrize("make", [bloom, falcon, granite, cohere, gemma2])
 def test_what_is_sampled_is_what_the_model_says(make: Callable[[], PreTrainedModel]) -> None:
-    """The sampler's log-probs, those that are learned from, and those of the model's own logits."""
+    """The sampler's log-probs, those used in training, and those of the model's own logits are equal."""
     torch.manual_seed(0)
     lm = make().eval()
     with torch.no_grad():

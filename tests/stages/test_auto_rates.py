@@ -1,4 +1,4 @@
-"""What `learning_rate: auto` comes to, and that it is what a stage learns at."""
+"""The value of `learning_rate: auto`, and its use in a stage."""
 
 import json
 from pathlib import Path

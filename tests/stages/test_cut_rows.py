@@ -1,4 +1,4 @@
-"""Rows that are too long: how many is said, and written down; the first token and the system's turn stay."""
+"""Rows that are too long: their number is printed and recorded; the first token and the system turn are kept."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
 
 
 def asked(drink: str, turns: int = 3) -> list[dict[str, str]]:
-    """A dialogue whose last turn is the user's."""
+    """Return a dialogue that ends with a user turn."""
     said = [f"A {drink}, please.", "What size would you like?"]
     roles = ["user", "assistant"]
     return [SYSTEM, *({"role": roles[i % 2], "content": said[i % 2]} for i in range(turns))]
@@ -31,7 +31,7 @@ def asked(drink: str, turns: int = 3) -> list[dict[str, str]]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Any]:
-    """60 ratings and as many demonstrations, of 30 dialogues."""
+    """Write 60 ratings and as many demonstrations of 30 dialogues."""
     rows: list[Any] = []
     for index in range(30):
         prompt = asked(DRINKS[index % 10])
@@ -98,7 +98,7 @@ def test_nothing_is_said_where_all_rows_fit(
 def test_a_template_that_rewrites_history_gives_each_answer_a_row_and_says_so(
     tiny_llama: Path, run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """Qwen3's: earlier answers lose the (empty) thoughts that the last one has."""
+    """Qwen3's template removes the (empty) thoughts from all answers but the last."""
     rows = [{"messages": [*asked(drink), {"role": "assistant", "content": "Large."}]} for drink in DRINKS]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     model = shutil.copytree(tiny_llama, tmp_path / "model")

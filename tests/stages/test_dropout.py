@@ -1,4 +1,4 @@
-"""One rule for dropout in all stages: the base's own is off; LoRA's acts where SFT and reward are trained."""
+"""One rule for dropout in all stages: the base's is off; LoRA's is active in SFT and reward training."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,7 @@ from perl.stages.pipeline import TRAIN
 from tests.conftest import RunCli, WriteRecipe
 
 LORAS = 0.25
-"""Of LoRA's dropout; the models' own is 0.1."""
+"""LoRA's dropout; the models' own is 0.1."""
 ALL = {
     "sft": {"max_length": 64, "batch_size": 4},
     "reward": {"epochs": 1, "batch_size": 4, "max_length": 64},
@@ -30,7 +30,7 @@ ALL = {
 
 @pytest.fixture(scope="module")
 def tiny_opt(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OPT: its blocks call dropout themselves, as a function, and attention has one of its own."""
+    """Return an OPT, whose blocks call dropout as a function, and whose attention has its own dropout."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "tiny-opt", AutoTokenizer.from_pretrained(tiny_llama)
     config = OPTConfig(
         vocab_size=len(tokenizer),
@@ -52,7 +52,7 @@ def tiny_opt(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def dropped(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, float]]:
-    """How often dropout has acted, by stage and share; in attention too."""
+    """Count the calls of active dropout by stage and share, including attention's."""
     counts: Counter[tuple[str, float]] = Counter()
     stage = [""]
     dropout, attention = F.dropout, F.scaled_dot_product_attention
@@ -85,7 +85,7 @@ COMBINATIONS = [
     for two, model in enumerate(("tiny_gpt2", "tiny_opt"))
     for checkpointing in (False, True)
 ]
-"""Each pair of settings; all three of each where time is no matter."""
+"""Each pair of settings; all combinations if time does not matter."""
 
 
 @pytest.mark.parametrize(("tuning", "model", "checkpointing"), COMBINATIONS)

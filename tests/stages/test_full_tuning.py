@@ -1,4 +1,4 @@
-"""Whole runs under full tuning."""
+"""Whole runs with full tuning."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def test_full_tuning_of_4_bit_weights_is_refused(write_recipe: WriteRecipe, run_
 
 @pytest.fixture(scope="module")
 def full_runs() -> dict[str, Path]:
-    """Folders of finished runs, made once."""
+    """Cache of finished runs' folders."""
     return {}
 
 
@@ -50,7 +50,7 @@ def full(
     mixed_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The folder of a run of all three stages under full tuning, with a critic of its own."""
+    """Return the folder of a run of all three stages with full tuning and a separate critic."""
     if "full" not in full_runs:
         out = tmp_path_factory.mktemp("full") / "out"
         recipe = write_recipe(**settings(mixed_data, "full", critic="adapter"))

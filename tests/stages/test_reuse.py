@@ -1,4 +1,4 @@
-"""Stages of another run are taken where they fit, continued where they are longer, and else trained again."""
+"""Stages of another run are reused if they fit, continued if the recipe has more steps, else trained again."""
 
 import json
 from pathlib import Path
@@ -230,7 +230,7 @@ def test_rl_against_a_model_that_is_not_fit_is_asked_for(
 def test_from_a_csv_of_thumbs_to_a_verdict_and_from_there_to_a_policy(
     run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A newcomer's commands and edits: two and one to the verdict, one of each to the policy."""
+    """A new user needs two commands and one edit for the verdict, then one of each for the policy."""
     monkeypatch.chdir(tmp_path)
     lines = [
         f"order {n},with {word} {n},{thumb}"

@@ -1,4 +1,4 @@
-"""The reward stage: its losses, its rows, and what it writes."""
+"""The reward stage: its losses, rows and output files."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_a_reward_only_recipe_trains_writes_and_is_evaluated(
 
 
 def answers_to(drinks: list[str]) -> list[dict[str, Any]]:
-    """Ratings that tell some answers apart, and pairs that tell others."""
+    """Return ratings that distinguish some answers, and pairs that distinguish others."""
     rows: list[dict[str, Any]] = []
     for drink in drinks:
         asked = [{"role": "user", "content": f"A {drink}, please."}]

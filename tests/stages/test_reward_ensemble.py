@@ -1,4 +1,4 @@
-"""Reward ensembles: their scores, their combination in RL, and that they resume, are reused and exported."""
+"""Reward ensembles: scores, combination in RL, resuming, reuse and export."""
 
 import json
 import math

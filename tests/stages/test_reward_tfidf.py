@@ -1,4 +1,4 @@
-"""`reward.tfidf` wherever a reward model can be: every loss, tuning and kind of base, one member or several."""
+"""`reward.tfidf` with every loss, tuning and kind of base, and one or several members."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The RL stage: each algorithm learns, from several seeds, and a run repeats to the byte."""
+"""The RL stage: each algorithm learns with several seeds, and runs are reproducible to the byte."""
 
 import json
 from collections.abc import Callable
@@ -68,7 +68,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 32 words, prompts, and the reward: the answer is to contain w7."""
+    """Return a random Llama with 32 words, prompts, and a reward for completions that contain w7."""
     folder = tmp_path_factory.mktemp("toy")
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<end>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -195,7 +195,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(
 def test_micro_batches_and_checkpointing_change_no_step(
     name: str, toy: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    """The gradients of micro-batches add up to the whole rollout's."""
+    """The micro-batches' gradients add up to the gradient of the whole rollout."""
     curves = []
     for size, checkpointing in ((32, "false"), (5, "false"), (32, "true")):
         out = tmp_path / f"{size}{checkpointing}"
@@ -215,7 +215,7 @@ def test_micro_batches_and_checkpointing_change_no_step(
 def test_the_lower_half_computed_once_changes_no_step(
     name: str, toy: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run whose adapters are on the upper half ends in the adapters of one that computes all blocks anew."""
+    """With adapters on the upper half, the run ends with the adapters of one that computes all blocks each time."""
     ends = []
     for place in ("once", "anew"):
         if place == "anew":
@@ -253,7 +253,7 @@ UNDO: dict[str, Callable[[float], float]] = {
 def test_the_scale_of_the_reward_changes_nothing_but_rounding(
     name: str, changes: tuple[str, ...], toy: Path, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    """Critic and KL penalty weigh against the normalised reward; the raw one is what is reported."""
+    """Critic and KL penalty use the normalized reward; reports have the raw one."""
     curves = {}
     for reward in ("contains", *changes):
         settings = ALGORITHMS[name] | {"steps": 6, "kl_coef": 0.2}
@@ -270,7 +270,7 @@ def test_the_scale_of_the_reward_changes_nothing_but_rounding(
 
 @pytest.mark.parametrize("name", ["reinforce", "ppo, own critic", "rloo"])
 def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
-    """Scaled to unit spread, what is left would be a full-size step of noise."""
+    """Scaled to unit spread, the remaining rounding would give a full-size step of noise."""
     settings = ALGORITHMS[name] | {"steps": 3, "missing_end_penalty": 1.0, "guard": "off"}
     file, out = recipe(toy, tmp_path / "r.yaml", reward="constant", **settings), tmp_path / "out"
     code, text = run_cli("run", str(file), "--out", str(out))
@@ -286,7 +286,7 @@ def test_a_rollout_of_equal_rewards_makes_no_step(name: str, toy: Path, tmp_path
 
 
 def test_a_missing_end_is_no_signal_where_rewards_are_equal(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:
-    """Else a policy whose reward is rare learns to stop at once from all the rollouts that earn none."""
+    """Otherwise a policy with a rare reward would learn to stop at once from all rollouts without reward."""
     settings = ALGORITHMS["ppo"] | {"steps": 4, "missing_end_penalty": 1.0, "guard": "off"}
     _, steps = run(run_cli, recipe(toy, tmp_path / "r.yaml", reward="once", **settings), tmp_path / "out")
     assert 0 < steps[-1]["ended"] < 1  # the penalty tells completions apart
@@ -328,7 +328,7 @@ def test_a_run_says_how_good_its_critic_is_and_what_the_clip_took(
 
 @pytest.mark.parametrize("name", ["ppo", "rloo"])
 def test_settings_of_an_algorithm_are_the_recipes(name: str, toy: Path, tmp_path: Path) -> None:
-    """What is left out has the algorithm's own default; what is said is kept."""
+    """Keys that are unset get the algorithm's default; those that are set are kept."""
     left_out = load_recipe(recipe(toy, tmp_path / "r.yaml"), [f"rl.algorithm={name}"]).rl
     said = load_recipe(recipe(toy, tmp_path / "r.yaml"), [f"rl.algorithm={name}", "rl.epochs=3"]).rl
     assert left_out is not None

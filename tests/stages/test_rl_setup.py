@@ -1,4 +1,4 @@
-"""What RL begins with: an adapter critic, learning rates, and the penalty for a missing end."""
+"""The start of RL: an adapter critic, learning rates, and the penalty for a missing end."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def begun(recipe_file: Path, out: Path) -> Loop:
 def test_an_adapter_critic_begins_as_the_reward_model_with_a_head_of_zeros(
     tuning: str, write_recipe: WriteRecipe, tmp_path: Path, run_cli: RunCli
 ) -> None:
-    """The reward head gives log-odds, the critic is asked for returns: another scale, and often another sign."""
+    """The reward head gives log-odds, the critic predicts returns: another scale, and often another sign."""
     rl = {"critic": "adapter", "steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2}
     file = write_recipe(tuning=tuning, reward=REWARD, rl=rl)
     code, text = run_cli("reward", file, "--out", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Stages that start from an adapter trained elsewhere: it computes as there; what cannot be used is refused."""
+"""Stages that start from an external adapter: outputs are equal, and adapters that cannot be used are refused."""
 
 import json
 import re
@@ -51,11 +51,11 @@ FOREIGN: dict[str, Callable[[], PeftConfig]] = {
     "vera": lambda: VeraConfig(r=5, target_modules=QV, projection_prng_key=7),
     "miss": lambda: MissConfig(r=4, target_modules=r".*\.1\..*(q|k)_proj"),
 }
-"""Adapters as others make them, by the kind that they are here."""
+"""peft's configurations by PERL's kind of adapter."""
 
 
 def make(folder: Path, base: Path, config: PeftConfig, scores: bool = False) -> PeftModel:
-    """An adapter made, and written, by peft alone."""
+    """Create and save an adapter with peft alone."""
     config.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
     torch.manual_seed(3)
     options = {"num_labels": 1, "pad_token_id": 0} if scores else {}
@@ -69,7 +69,7 @@ def make(folder: Path, base: Path, config: PeftConfig, scores: bool = False) -> 
 
 
 def kind_of(folder: AdapterFolder, lm: LlamaForCausalLM) -> SharedBase:
-    """What a recipe makes of it."""
+    """Return the kind that a recipe detects for the adapter."""
     row, named = ADAPTERS[folder.kind], {} if folder.kind == "lora" else {"kind": folder.kind}
     return SharedBase(row(lm, row.settings_type.model_validate({**named, **folder.settings})))
 
@@ -101,7 +101,7 @@ def test_an_adapter_of_peft_computes_here_as_there(kind: str, tiny_llama: Path, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_run_has_written_can_be_started_from(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
-    """From the run folder, and as it was exported."""
+    """This works from the run folder and from an export."""
     base, lm = load_base(str(tiny_llama), torch.float32, CPU)
     roles = SharedBase(adapter_of_kind(lm, kind, layers="top-half"))
     roles.add(Role.SFT)
@@ -124,7 +124,7 @@ def test_what_a_run_has_written_can_be_started_from(kind: str, tiny_llama: Path,
 
 
 def test_an_encoder_decoders_adapter_is_started_from(tmp_path: Path) -> None:
-    """Of peft's task for them; a reward model's, which has its head beside it, by a reward model alone."""
+    """It has peft's task type for them; a reward model's adapter, with its head, is only for a reward model."""
     base, lm = load_base(str(tiny_t5(tmp_path / "t5")), torch.float32, CPU)
     theirs = get_peft_model(lm, LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
     theirs.save_pretrained(str(tmp_path / "theirs"))
@@ -160,7 +160,7 @@ def foreign(tiny_llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(write_recipe: WriteRecipe, mixed_data: Path, foreign: Path) -> Callable[..., Path]:
-    """A recipe of SFT alone that starts from the foreign adapter; what is given replaces its keys."""
+    """Return a writer of SFT recipes that start from the foreign adapter; `changes` replace keys."""
 
     def write(**changes: Any) -> Path:
         data = {"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}
@@ -270,7 +270,7 @@ def test_what_it_will_need_is_estimated_of_its_shape(recipe: Callable[..., Path]
 
 
 def edited(**keys: Any) -> Callable[[Path], None]:
-    """Change keys of a configuration; None takes one out."""
+    """Change keys of a configuration; None removes one."""
 
     def change(folder: Path) -> None:
         file = folder / "adapter_config.json"
@@ -469,7 +469,7 @@ def test_what_rl_started_from_is_taken_with_it(
 def test_another_adapter_may_be_named_until_rl_has_a_checkpoint(
     recipe: Callable[..., Path], foreign: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """What a run that came to nothing has copied is not taken for it."""
+    """The copy made by a failed run is not used instead."""
     settings = {"adapter": "foreign", "reward": {"function": "rewards.py:length"}, "prompts_per_step": 2}
     file = recipe(sft=None, rl={**settings, "max_new_tokens": 4})
     other = tmp_path / "other"

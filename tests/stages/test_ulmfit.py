@@ -1,4 +1,4 @@
-"""ULMFiT's full tuning: rates by step and by layer as in the paper, and layers that wait for their epoch."""
+"""ULMFiT's full tuning: learning rates by step and layer as in the paper, and gradual unfreezing."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_layers_are_the_head_the_blocks_from_the_top_and_the_embeddings(
 
 
 def sft(base: Path, data: Path, out: Path, full: dict[str, Any], **settings: Any) -> dict[str, torch.Tensor]:
-    """SFT under full tuning; by how much each weight has moved at most."""
+    """Run SFT with full tuning; return the largest change of each weight."""
     settings = {
         "batch_size": 8,
         "learning_rate": RATE,
@@ -97,7 +97,7 @@ def sft(base: Path, data: Path, out: Path, full: dict[str, Any], **settings: Any
 
 
 def of_layers(moved: dict[str, torch.Tensor]) -> list[float]:
-    """The most that a weight of each layer moved, the topmost first; the embeddings are untied."""
+    """Return the largest weight change per layer, from the top; embeddings are untied."""
     layers = (("model.norm", "lm_head"), ("layers.1",), ("layers.0",), ("embed_tokens",))
     return [max(float(moved[name]) for name in moved if any(part in name for part in layer)) for layer in layers]
 
@@ -105,7 +105,7 @@ def of_layers(moved: dict[str, torch.Tensor]) -> list[float]:
 def test_each_layer_learns_at_a_lower_rate_than_the_one_above_it(
     tiny_llama: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """AdamW's first step moves every weight with a gradient by its rate."""
+    """AdamW's first step moves every weight with a gradient by its learning rate."""
     data = small_data / "demonstrations.jsonl"
     moved = sft(tiny_llama, data, tmp_path / "run", {"layer_decay": 2.6}, epochs=1)
     assert of_layers(moved) == pytest.approx([RATE / 2.6**depth for depth in range(4)], rel=1e-3)

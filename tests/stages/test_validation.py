@@ -1,4 +1,4 @@
-"""Best, not last: validation rows, early stopping, and which weights a stage keeps."""
+"""Best instead of last weights: validation rows, early stopping, and the weights that a stage keeps."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_validation_rows_are_of_other_dialogues_and_too_few_are_refused(
 def test_rows_that_both_sides_have_are_left_out_and_the_rest_validates(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """Greetings are in every second dialogue, as in real data: this was refused as too few dialogues."""
+    """Every second dialogue has greetings, as in real data, which used to be refused as too few dialogues."""
     rows = []
     for number, drink in enumerate(DRINKS):
         asked = [{"role": "user", "content": f"A {drink}, please."}]

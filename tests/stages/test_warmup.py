@@ -1,4 +1,4 @@
-"""The learning rate of SFT and reward training over the steps, as the recipe says."""
+"""The learning rate schedule of SFT and reward training."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ from tests.conftest import RunCli, WriteRecipe
 
 RATE = 0.01
 STEPS = 16
-"""Of the SFT below: 8 demonstrations are left to train on, two a step, four times."""
+"""Steps of the SFT below: 8 training demonstrations, two per step, four epochs."""
 
 
 def rates(name: str, warmup: int) -> list[float]:
-    """The schedule written out: the rate of each step."""
+    """Return the expected learning rate of each step."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     schedule = get_scheduler(name, optimizer, warmup, STEPS)
@@ -30,7 +30,7 @@ def rates(name: str, warmup: int) -> list[float]:
 
 
 def sft(run_cli: RunCli, write_recipe: WriteRecipe, data: Path, out: Path, **more: Any) -> list[float]:
-    """Train SFT alone; the rate of each step, from its metrics."""
+    """Train only SFT; return each step's learning rate from its metrics."""
     recipe = write_recipe(
         reward=None,
         rl=None,

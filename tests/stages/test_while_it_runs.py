@@ -1,4 +1,4 @@
-"""What can be read of a run that is not finished: its page, its samples, its metrics elsewhere."""
+"""Output of a run that is not finished: its page, its samples, and metrics sent to trackers."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ RL = {
 def test_an_interrupted_run_can_be_read(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page is there, `report` writes it anew, and steps that are taken again have their samples once."""
+    """The page exists, `report` rewrites it, and repeated steps have their samples once."""
     monkeypatch.setattr(report_file, "PAGE_EVERY", 0.0)
     monkeypatch.setattr(report_file, "PAGE_SHARE", 1.0)
     monkeypatch.setenv("LEAVE_AT", "5")
@@ -73,7 +73,7 @@ def test_metrics_of_every_stage_are_in_tensorboard(
 
 
 class Elsewhere(ModuleType):
-    """A stand-in for wandb or trackio: notes what it is told."""
+    """A stand-in for wandb or trackio that records its calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -82,20 +82,20 @@ class Elsewhere(ModuleType):
         self.config = self
 
     def init(self, **options: Any) -> "Elsewhere":
-        """Note how a run is begun."""
+        """Record the arguments of a run's start."""
         self.told.append(("init", options))
         return self
 
     def update(self, values: dict[str, Any], **_: Any) -> None:
-        """Note the configuration."""
+        """Record the configuration."""
         self.told.append(("config", values))
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Note metrics."""
+        """Record metrics."""
         self.told.append(("log", (step, values)))
 
     def finish(self) -> None:
-        """Note the end."""
+        """Record the end."""
         self.told.append(("finish", None))
 
 

@@ -1,4 +1,4 @@
-"""A dtype that the CPU has no instructions for is named before a run takes hours in it."""
+"""A dtype without CPU instructions is reported before a run spends hours in it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Progress where nobody draws a bar: a log of a long run says regularly where it is."""
+"""Progress without a bar: the log of a long run regularly shows its position."""
 
 import io
 import time
@@ -23,7 +23,7 @@ def test_a_line_every_half_minute_without_a_terminal(monkeypatch: pytest.MonkeyP
 
 
 def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What shows no progress of its own says what it is at; what is inside another goes first."""
+    """Work without its own progress prints what it is doing; of nested work, the innermost is printed."""
     written = io.StringIO()
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     monkeypatch.setattr(progress, "console", Console(file=written, soft_wrap=True))

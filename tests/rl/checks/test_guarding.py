@@ -1,4 +1,4 @@
-"""What alarms lead to: a run stops where all was still right, goes on, or is not watched, as its recipe says."""
+"""Effects of alarms: a run stops at its last good state, continues, or is not watched, as its recipe says."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def absurd(completions, **columns):
 
 @pytest.fixture
 def write_recipe(write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path) -> WriteRecipe:
-    """On a base whose logits are large enough for a policy to get far from it."""
+    """Return a writer of recipes on a base with logits large enough for a policy to move far from it."""
     folder = shutil.copytree(tiny_llama, tmp_path / "loud")
     config = LlamaConfig.from_pretrained(tiny_llama, initializer_range=0.2)
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def checkpointed(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """The policy of a checkpoint, by the names of its adapter."""
+    """Return a checkpoint's policy tensors by their names in the adapter."""
     state = load_file(out / "policy" / "checkpoints" / f"step-{step:08}" / "state.safetensors")
     found = {name.removeprefix("policy."): tensor for name, tensor in state.items() if name.startswith("policy.")}
     return {f"base_model.model.{name}": tensor for name, tensor in found.items()}

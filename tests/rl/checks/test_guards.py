@@ -1,4 +1,4 @@
-"""The guards: each sees its own trouble, soon and once, and none sees trouble in runs that went well.
+"""The guards: each detects its own kind of trouble soon and once, and none raises an alarm in healthy runs.
 
 `recorded/` holds the metrics of three real runs: quickstart.yaml (the seed whose gold judge wavered most),
 tinystories-animals.yaml, and tinystories-collapse.yaml with `guard: warn`.
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 Change = Callable[[int, Figures], None]
 
 BEGIN = 31
-"""The step at which made-up troubles begin."""
+"""The step at which simulated trouble begins."""
 
 
 def recorded(name: str) -> list[Figures]:
@@ -30,7 +30,7 @@ def recorded(name: str) -> list[Figures]:
 
 
 def made_up(change: Change, steps: int = 60, seed: int = 0) -> list[Figures]:
-    """A run that goes well, with noise; `change` spoils it."""
+    """Simulate a healthy run with noise, which `change` can spoil."""
     noise = random.Random(seed)
     rows = []
     for step in range(1, steps + 1):
@@ -56,7 +56,7 @@ def read(rows: list[Figures], guard: Guard | None = None) -> list[Alarm]:
 
 
 def spoil(**values: float) -> Change:
-    """From `BEGIN` on the metrics are these."""
+    """Replace metrics from `BEGIN` on."""
 
     def change(step: int, row: Figures) -> None:
         if step >= BEGIN:
@@ -138,7 +138,7 @@ def test_a_bad_step_or_two_are_noise(trouble: str) -> None:
 
 
 def test_a_base_that_was_unsure_of_everything_may_become_sure() -> None:
-    """Entropy falls from a little known to the ordinary while the reward rises: said, and the run goes on."""
+    """Entropy falls from nearly uniform to normal while the reward rises: reported, and the run continues."""
 
     def change(step: int, row: Figures) -> None:
         row["entropy"] = max(0.4, 5.5 - 0.2 * step)
@@ -149,7 +149,7 @@ def test_a_base_that_was_unsure_of_everything_may_become_sure() -> None:
 
 
 def test_stories_that_score_better_need_not_end() -> None:
-    """Plain text pays nothing for a missing end: said once, and the run goes on."""
+    """Plain text has no penalty for a missing end: reported once, and the run continues."""
 
     def change(step: int, row: Figures) -> None:
         row["ended"] = max(0.0, 0.9 - 0.05 * step)
@@ -160,7 +160,7 @@ def test_stories_that_score_better_need_not_end() -> None:
 
 
 def test_a_dip_of_what_was_gained_is_no_collapse() -> None:
-    """Shorter completions that score far better than at the start, and a little less than at best."""
+    """Completions get shorter, with rewards far above those at the start and slightly below the best."""
 
     def change(step: int, row: Figures) -> None:
         row["answer_tokens"] = max(8.0, row["answer_tokens"] - step)
@@ -234,7 +234,7 @@ def test_entropy_may_rise_with_the_reward_and_little_may_double() -> None:
 
 @pytest.mark.parametrize("penalized", [True, False])
 def test_completions_that_shrink_under_a_penalty_for_a_missing_end(penalized: bool) -> None:
-    """The reward falls and completions end by themselves: the penalty, not learning rate or KL coefficient."""
+    """The reward falls and completions end: the cause is the penalty, not the learning rate or KL coefficient."""
 
     def change(step: int, row: Figures) -> None:
         row.update(ended=min(1.0, step / 40), answer_tokens=max(1.0, 48 - step), reward=0.4 - 0.005 * step)

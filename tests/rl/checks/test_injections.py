@@ -1,4 +1,4 @@
-"""Twelve faults injected into the real code, each of which once ended in a run that learned nothing, in silence.
+"""Twelve faults injected into the real code, each of which once made a run silently learn nothing.
 
 Each stops the run within two steps, with status 1 and a message that names it; nothing injected stops nothing.
 Where the fault can be in a recipe with RL alone, it is: all roles equal the base there before the first update.
@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16")
 
 @pytest.fixture(scope="module")
 def loud(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose log-probs differ, as a trained one's do."""
+    """Return a base whose log-probs differ as a trained base's do."""
     folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("loud") / "model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama, initializer_range=0.2)).save_pretrained(folder)
@@ -52,7 +52,7 @@ def loud(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loud_gpt2(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of another family, with dropout in its configuration and Conv1D layers."""
+    """Return such a base of another family, with dropout in its configuration and Conv1D layers."""
     folder = shutil.copytree(tiny_gpt2, tmp_path_factory.mktemp("loud") / "gpt2")
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config.from_pretrained(tiny_gpt2, initializer_range=0.2)).save_pretrained(folder)
@@ -74,7 +74,7 @@ def adapter_not_trained(patch: Patch) -> None:
 
 
 def gradient_cut(patch: Patch) -> None:
-    """The adapter takes gradients, and none reaches it."""
+    """Cut the gradient, so that none reaches the adapter, although it requires gradients."""
     step = torch.optim.AdamW.step
 
     def step_without(self: Any, closure: Any = None) -> Any:
@@ -177,7 +177,7 @@ def dropout_left_on(patch: Patch) -> None:
 
 
 def head_lost(patch: Patch) -> None:
-    """A new head is in the place of the one that is trained: values are 0."""
+    """Replace the trained head by a new one, so that values are 0."""
     forward = Roles.forward
 
     def without(self: Roles, *arguments: Any, **keywords: Any) -> Any:
@@ -249,7 +249,7 @@ FAULT_CASES = [
     for number, fault in enumerate(FAULTS)
     for dtype in DTYPES
 ]
-"""In bfloat16, whose rounding could hide them, all; in float32 every third where time matters."""
+"""All run in bfloat16, whose rounding could hide them; in float32 every third unless time does not matter."""
 
 
 @pytest.mark.parametrize(("fault", "dtype"), FAULT_CASES)
@@ -319,7 +319,7 @@ CLEAN_CASES = [
     for number, name in enumerate(CLEAN)
     for place, base in enumerate(BASES)
 ]
-"""Each configuration on one of both families in one of both dtypes; all combinations where time is no matter."""
+"""Each configuration with one family and one dtype; all combinations if time does not matter."""
 
 
 @pytest.mark.parametrize(("configuration", "family", "dtype"), CLEAN_CASES)

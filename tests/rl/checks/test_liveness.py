@@ -1,4 +1,4 @@
-"""What is checked around the first updates: below rounding, without a trace, and where only training shows it."""
+"""Checks around the first updates: updates below rounding or without effect; faults that only training shows."""
 
 import json
 import math
@@ -36,7 +36,7 @@ RL: dict[str, Any] = {
 
 @pytest.fixture
 def write_recipe(write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path) -> WriteRecipe:
-    """On a base whose log-probs differ, as a trained one's do."""
+    """Return a writer of recipes on a base whose log-probs differ as a trained base's do."""
     folder = shutil.copytree(tiny_llama, tmp_path / "loud")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama, initializer_range=0.2)).save_pretrained(folder)
@@ -44,7 +44,7 @@ def write_recipe(write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path) ->
 
 
 def opened(recipe: Path, *overrides: str) -> tuple[Collector, Samples]:
-    """The collector of a session whose policy is there, and completions that it drew."""
+    """Return the collector of a session with a policy, and completions that it drew."""
     session = open_session(load_recipe(recipe, list(overrides)), recipe.parent / "out")
     session.roles.add(Role.POLICY)
     collector, prompts = setup_collector(session), tokenized_prompts(session, session.train.prompts[:4])
@@ -69,7 +69,7 @@ def test_a_learning_rate_at_which_nothing_can_be_learned_ends_the_run_and_is_nam
 def test_a_rollout_that_something_else_than_the_policy_drew_is_seen_at_the_second_step(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What preflight samples is right then; only the rollouts themselves are not."""
+    """The samples of preflight are correct in this case; only the rollouts are not."""
     collect = Collector.collect
 
     def stale(self: Collector, role: Role, *arguments: Any, **keywords: Any) -> Rollout:
@@ -121,7 +121,7 @@ def test_movement_is_measured_below_what_bfloat16_rounds_away(write_recipe: Writ
 @pytest.mark.parametrize("moved", [0.05, 0.06, 0.08])
 @pytest.mark.parametrize("power", [1.0, 3.0, 4.0])
 def test_a_small_magnification_that_takes_the_policy_far_is_taken_back(moved: float, power: float) -> None:
-    """As after a dozen steps: the policy is almost where it need not be magnified."""
+    """After about a dozen steps, the policy needs almost no magnification."""
     assert moved / 10 < below_rounding(lambda factor: moved * factor**power) < 10 * moved
 
 

@@ -1,4 +1,4 @@
-"""Preflight: all checks pass on what was trained here, and each fails on its own sabotage, naming the cause."""
+"""Preflight: all checks pass on trained roles, and each fails on its own sabotage and names the cause."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ HEAD = "base_model.model.score.weight"
 
 @dataclasses.dataclass
 class Parts:
-    """What preflight looks at, before RL; tests spoil it."""
+    """Inputs of preflight, before RL, which tests spoil."""
 
     session: Session
     collector: Collector
@@ -76,7 +76,7 @@ class Parts:
         self.collector = dataclasses.replace(self.collector, sampling=sampling)
 
     def fails(self, check: str) -> str:
-        """The message of a preflight whose first failure is this check."""
+        """Return the message of a preflight whose first failure is this check."""
         with pytest.raises(PreflightError) as caught:
             self.check()
         assert caught.value.status == 1
@@ -86,7 +86,7 @@ class Parts:
 
 
 def recipe(file: Path, base: Path, data: Path, **changes: Any) -> Path:
-    """A recipe of all stages; learning rates so large that reward and policy are far from zero."""
+    """Write a recipe of all stages, with learning rates that move reward and policy far from zero."""
     content = {
         "name": "checked",
         "base": {"model": str(base), "dtype": "float32"},
@@ -102,7 +102,7 @@ def recipe(file: Path, base: Path, data: Path, **changes: Any) -> Path:
 
 
 def ready(session: Session) -> Parts:
-    """As RL begins: what was trained is loaded, and the policy is a copy of the reference."""
+    """Prepare a session for RL: load trained roles and make the policy a copy of the reference."""
     if session.recipe.sft is not None:
         session.load(Role.SFT)
     collector = setup_collector(session)
@@ -113,7 +113,7 @@ def ready(session: Session) -> Parts:
 
 @pytest.fixture(scope="module")
 def trained_once(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a recipe whose SFT and reward stages are finished."""
+    """Return a run folder with finished SFT and reward stages."""
     folder = tmp_path_factory.mktemp("trained")
     loaded = load_recipe(recipe(folder / "recipe.yaml", tiny_llama, mixed_data))
     session = open_session(loaded, folder / "out")
@@ -125,7 +125,7 @@ def trained_once(tiny_llama: Path, mixed_data: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def trained(trained_once: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
+    """Return a copy that the test may spoil."""
     return shutil.copytree(trained_once, tmp_path / "out")
 
 
@@ -243,7 +243,7 @@ def test_a_sampler_at_another_temperature(parts: Parts) -> None:
 def test_positions_counted_over_the_padding(
     tiny_gpt2: Path, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GPT-2 numbers its positions itself unless told: rows padded on the left are then read wrongly."""
+    """GPT-2 counts positions itself unless given, so rows padded on the left are then read wrongly."""
     base = {"model": str(tiny_gpt2), "dtype": "float32"}
     session = open_session(load_recipe(write_recipe(reward=None, base=base, rl=RL | FUNCTION)), tmp_path / "out")
     spread_positions(session)
@@ -260,7 +260,7 @@ def test_positions_counted_over_the_padding(
 
 @torch.no_grad()
 def spread_positions(session: Session) -> None:
-    """Untrained embeddings of positions hardly differ."""
+    """Spread the position embeddings, which hardly differ when untrained."""
     roles = session.roles
     assert isinstance(roles, SharedBase)
     roles.lm.base_model.wpe.weight.mul_(20)
@@ -276,7 +276,7 @@ def test_answers_that_end_with_another_token_than_the_reward_was_trained_on(part
 
 
 def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: Parts) -> None:
-    """Whatever else ended it: here what the generation configuration names too."""
+    """This holds for any other end token, here one from the generation configuration."""
     chat = parts.session.base.chat
     other = chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     chat.end_ids = (chat.end_id, other)

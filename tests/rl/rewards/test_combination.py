@@ -1,4 +1,4 @@
-"""Several rewards at once: parts, weights, names, and how they are shown."""
+"""Several rewards at once: parts, weights, names, and their display."""
 
 import json
 import math
@@ -24,7 +24,7 @@ NUMBERS = st.floats(-1e6, 1e6)
 
 
 class Given(RewardSource):
-    """Gives what it was made with."""
+    """Returns the given rewards."""
 
     def __init__(self, name: str, returned: Any) -> None:
         self.name, self._returned = name, returned
@@ -89,7 +89,7 @@ def test_a_kind_of_ones_own_is_checked_as_functions_are(returned: Any, says: str
 def test_the_reward_model_beside_a_length_is_what_it_is_alone(
     write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """Held-out completions before RL are the same whatever the reward is, and so is the model's part of it."""
+    """Held-out completions before RL do not depend on the reward, nor does the model's part of it."""
 
     def evaluated(name: str, reward: object) -> tuple[dict[str, Any], dict[str, float]]:
         settings = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2}

@@ -1,4 +1,4 @@
-"""What a reward function of the user's own may return and asks for."""
+"""Users' reward functions: their return values and their parameters."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Functions with a time limit, and in a process of their own."""
+"""Functions with a time limit, and in a separate process."""
 
 import os
 from pathlib import Path

@@ -54,7 +54,7 @@ def rules_recipe(write_recipe: WriteRecipe, tmp_path: Path, rows: list[dict[str,
 
 
 def test_pass_at_k_is_the_policys_and_shown(write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path) -> None:
-    """Two rules: a completion is right that fulfils both; the length is no rule."""
+    """There are two rules: a completion is right if it satisfies both; the length is not a rule."""
     rows = [{"prompt": f"Number {n} is", "answer": n} for n in range(8)]
     reward = [
         {"kind": "regex", "pattern": "[aeiou]"},

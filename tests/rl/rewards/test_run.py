@@ -1,4 +1,4 @@
-"""The reward model of another run: what is refused, and what RL then depends on."""
+"""The reward model of another run: refused inputs, and the dependence of RL on it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ RL = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2}
 
 @pytest.fixture
 def trained(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> Path:
-    """A run with a reward model, which so few ratings do not make fit."""
+    """Return a run with a reward model that is not good enough for RL because of its few ratings."""
     folder = tmp_path / "trained"
     assert run_cli("run", write_recipe(rl=None), "--out", folder)[0] == 0
     return folder

@@ -43,7 +43,7 @@ def test_equal_rewards_are_normalised_to_zero(value: float) -> None:
 
 
 def test_an_absurd_reward_does_not_make_all_others_equal() -> None:
-    """As first of all, by the median distance from the median; later, by the spread so far."""
+    """At the start the median distance from the median detects it, later the spread so far."""
     first, *rest = rollouts()
     for absurd in (first, *rest):
         absurd[2] = 1e9
@@ -73,7 +73,7 @@ def test_rewards_that_are_mostly_equal_do_not_say_how_far_is_far() -> None:
 
 
 def test_two_levels_with_a_small_difference_within_them_are_no_outliers() -> None:
-    """Right or wrong, and a tie-break: the median distance sees only the tie-break."""
+    """Rewards are right or wrong plus a tie-break, and the median distance reflects only the tie-break."""
     scale, random = RewardScale(), np.random.default_rng(0)
     for _ in range(4):
         rewards_B = torch.from_numpy((random.random(16) < 0.3) + 1e-4 * random.standard_normal(16))

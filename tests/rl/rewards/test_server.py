@@ -1,4 +1,4 @@
-"""A reward model on servers: what is asked for, what comes back, and how each fault is named."""
+"""A reward model on servers: requests, responses, and the error for each fault."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ ENDS = (7, 8)
 
 
 class Served:
-    """A reward model in memory, and the folder that a server has it from."""
+    """A reward model in memory, and the folder from which a server loads it."""
 
     def __init__(self, folder: Path) -> None:
         with torch.random.fork_rng():
@@ -61,7 +61,7 @@ def source_of(*urls: str, **changes: Any) -> ServedModel:
 
 
 def samples(count: int = 40) -> Samples:
-    """Completions of two tokens after prompts of one to three; the second token of every other is an end."""
+    """Return completions of two tokens after prompts of one to three; every other one ends with an end token."""
     generator = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(20, 300, (count, 5), generator=generator)
     ids_BL[::2, -1] = ENDS[1]
@@ -75,7 +75,7 @@ def rewards(source: ServedModel, drawn: Samples) -> list[float]:
 
 
 def test_scores_are_those_here_by_row_and_read_at_the_written_end(served: Served) -> None:
-    """Of two replicas, each asked for a part, in requests of some rows."""
+    """There are two replicas, each of which scores a part in requests of a few rows."""
     other = FakeRewardServer(served.fake._folder, served.fake._adapter)
     served.fake.asked.clear()
     with other.serving():
@@ -145,7 +145,7 @@ def test_another_adapter_in_the_middle_of_a_run_is_seen(served: Served, monkeypa
 RL = {"algorithm": "rloo", "samples_per_prompt": 2, "steps": 2, "prompts_per_step": 2, "max_new_tokens": 4}
 RL |= {"eval_prompts": 2, "eval_samples": 2, "learning_rate": 0.01, "micro_batch_size": 4, "critic": "none"}
 REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 0.05}
-"""Of which more is left than rounding without the adapter."""
+"""Settings under which the trained adapter changes scores by more than rounding."""
 
 
 NAMED = {
@@ -191,7 +191,7 @@ def test_a_server_that_scores_otherwise_than_the_reward_model_is_named(
 def test_rl_with_a_server_is_rl_with_the_model_that_it_serves(
     tiny_llama: Path, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """The same rewards; on another port it is no other run; that nothing is compared is said."""
+    """Rewards are equal, another port does not make another run, and it says that nothing is compared."""
     local, out = tmp_path / "local", tmp_path / "out"
     assert run_cli("run", write(write_recipe, {"kind": "model"}), "--out", local)[0] == 0
     assert run_cli("export", local, "reward", tmp_path / "adapter")[0] == 0

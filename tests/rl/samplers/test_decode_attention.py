@@ -1,4 +1,4 @@
-"""One token's attention as batched products: what the kernel says, or the kernel itself."""
+"""One token's attention as batched products: equal to the kernel, or the kernel itself."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Attention(torch.nn.Module):
-    """All that transformers' function reads of a layer."""
+    """The attributes of a layer that transformers' function reads."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Attention(torch.nn.Module):
 
 
 def states(groups: int, dtype: torch.dtype, shift: float = 0.0) -> list[Tensor]:
-    """Query, keys and values."""
+    """Return query, keys and values."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(ROWS, HEADS, 1, SIZE, generator=generator)
     key, value = (torch.randn(ROWS, groups, LENGTH, SIZE, generator=generator) for _ in "kv")
@@ -66,7 +66,7 @@ def test_it_says_what_the_kernel_says(dtype: torch.dtype, groups: int, masked: b
 
 
 def test_by_hand() -> None:
-    """Scores ln 3 and 0, so weights of ¾ and ¼; a third key is masked."""
+    """Scores ln 3 and 0 give weights of ¾ and ¼; a third key is masked."""
     query = torch.tensor([1.0]).view(1, 1, 1, 1)
     key = torch.tensor([3.0, 1.0, 50.0]).log().view(1, 1, 3, 1)
     value = torch.tensor([4.0, 8.0, 100.0]).view(1, 1, 3, 1)
@@ -78,7 +78,7 @@ def test_by_hand() -> None:
 
 @torch.no_grad()
 def test_a_layer_whose_scores_are_too_large_for_bf16_stays_with_the_kernel() -> None:
-    """As with the biases of some models' keys: all scores near 400, where bf16 knows even numbers only."""
+    """As with some models' key biases, all scores are near 400, where bf16 has only even numbers."""
     query, key, value = states(HEADS, torch.bfloat16, shift=10.0)
     layer = Attention(HEADS)
     expected, _ = sdpa_attention_forward(layer, query, key, value, None)
@@ -102,7 +102,7 @@ def test_other_work_is_the_kernels(rest: dict[str, Any], monkeypatch: pytest.Mon
 
 @torch.no_grad()
 def test_views_of_a_longer_cache_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of them would be copied, and each length would be another shape."""
+    """Batched products would copy them, and each length would be another shape."""
     monkeypatch.setattr(decode_attention, "attend", lambda *args: pytest.fail("asked"))
     query, key, value = states(HEADS, torch.float32)
     with fast_decoding(CPU):

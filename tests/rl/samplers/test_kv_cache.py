@@ -1,4 +1,4 @@
-"""The cache written in place says what transformers' own says, and stays where it is."""
+"""The cache written in place equals transformers' own, and is not moved."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ PROMPT, CAPACITY = 6, 12
 
 @pytest.fixture(params=[("tiny_llama", 5), ("tiny_llama", None), ("tiny_gpt2", 5), ("tiny_gpt2", None)])
 def lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    """Whose caches grow in steps of 5 positions, or show what is filled and no more."""
+    """Return a model whose caches grow in steps of 5 positions, or show only filled positions."""
     name, step = request.param
     folder: Path = request.getfixturevalue(name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -39,7 +39,7 @@ def lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTr
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Four prompts padded on the left, and the tokens that follow them."""
+    """Return four prompts padded on the left, and the tokens that follow them."""
     ids_BL = torch.randint(3, 250, (4, CAPACITY), generator=torch.Generator().manual_seed(1))
     mask_BL = torch.ones(4, CAPACITY, dtype=torch.long)
     mask_BL[1, :3] = mask_BL[3, :5] = 0
@@ -52,7 +52,7 @@ def room(lm: PreTrainedModel, capacity: int = CAPACITY, batch: int = 4) -> KVCac
 
 @torch.no_grad()
 def stepwise(lm: PreTrainedModel, cache: Cache, keeps: dict[int, list[int]] | None = None) -> list[Tensor]:
-    """Hidden states of the prompt, and of each further token; `keeps` says which rows go on from a position."""
+    """Return hidden states of the prompt and each further token; `keeps` has the rows kept from a position on."""
     ids_BL, mask_BL = batch()
     positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
     start, found = 0, []
@@ -92,7 +92,7 @@ def test_it_is_no_matter_how_much_more_the_cache_could_hold(lm: PreTrainedModel)
 
 
 def test_rows_that_go_on_keep_what_they_wrote(lm: PreTrainedModel) -> None:
-    """As computed alone, without the rows that ended."""
+    """They equal a computation without the rows that ended."""
     together = stepwise(lm, room(lm), {8: [3]})
     ids_BL, mask_BL = (tensor[3:] for tensor in batch())
     with torch.no_grad():
@@ -111,7 +111,7 @@ def states(rows: int, positions: int) -> Tensor:
 
 
 def seen(lm: PreTrainedModel, filled: int) -> int:
-    """The positions that attention sees."""
+    """Return the positions visible to attention."""
     return min(CAPACITY, -(-filled // 5) * 5) if lm._can_compile_fullgraph else filled
 
 
@@ -198,7 +198,7 @@ def test_skipped_positions_are_taken_for_filled(lm: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_prompts_written_a_few_at_a_time_are_those_written_at_once(lm: PreTrainedModel) -> None:
-    """Trimmed to their own columns, equal ones computed once; then one further token on top of them."""
+    """Prompts are trimmed to their own columns and equal ones computed once; then one further token follows."""
     ids_BL, mask_BL = batch()
     ids_BL[2], mask_BL[2] = ids_BL[3], mask_BL[3]
     whole, parts = KVCache(lm, 4, PROMPT, 1), KVCache(lm, 4, PROMPT, 1)

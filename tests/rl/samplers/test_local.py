@@ -1,4 +1,4 @@
-"""What the sampler says it drew is what a teacher-forced forward says of it."""
+"""The sampler's log-probs equal those of a teacher-forced forward pass."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -57,7 +57,7 @@ def test_sampled_log_probs_and_values_equal_teacher_forced_ones(
 
 
 def test_states_below_the_adapters_are_kept_while_sampling(tiny_llama: Path) -> None:
-    """Of every token, the last ones too, which rewards are read from: what a pass over the samples would say."""
+    """They equal a pass over the samples for every token, including the last ones, which rewards are read from."""
     roles, samples, _ = rollout(tiny_llama, layers="top-half")
     assert roles.shared_blocks == 1
     assert 0 < samples.ended_B.sum() < len(samples.ended_B)
@@ -81,7 +81,7 @@ def test_answers_end_with_the_end_token_or_are_cut(tiny_llama: Path) -> None:
 
 
 def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
-    """The first of them that is drawn, whichever it is: nothing after it is an answer's."""
+    """The first end token ends the completion, whichever it is; nothing after it belongs to it."""
     _, lm = load_base(str(tiny_llama), torch.float32, torch.device("cpu"))
     roles = SharedBase(lora(lm, 4, 8)).eval()
     ends = (3, *range(20, 60))
@@ -96,7 +96,7 @@ def test_answers_end_at_any_of_several_tokens(tiny_llama: Path) -> None:
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    """Of 100,000 draws within four standard deviations; what has no probability never, first and last neither."""
+    """100,000 draws are within four standard deviations; impossible tokens, even first or last, are not drawn."""
     shares = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [0.5, 0.0, 0.0, 0.0, 0.0, 0.5]])
     count = 100_000
     uniform = torch.rand(2 * count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -128,7 +128,7 @@ def test_micro_batches_hold_each_row_once_and_lose_no_token(tiny_llama: Path) ->
 
 
 def test_the_same_prompt_is_computed_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five prompts of eight answers each, two at once: three prefills of five rows together."""
+    """Five prompts with eight completions each, two prompts at once, take three prefills of five rows in total."""
     widths = []
     real = Decoder.extend
 

@@ -1,4 +1,4 @@
-"""Completions drawn over prompts that are kept once are those drawn over prompts kept for each."""
+"""Completions sampled with prompts cached once equal those with prompts cached for each row."""
 
 import gc
 from functools import partial
@@ -23,7 +23,7 @@ COPIES = [3, 1, 4, 2]
 
 
 def drawn(lm: Any, shares: bool, end_ids: tuple[int, ...] = tuple(range(2, 50, 6))) -> tuple[Samples, Timeline]:
-    """Ten completions of four prompts, of which most end early, and what was in memory meanwhile."""
+    """Draw ten completions of four prompts, most of which end early; return them and the memory used."""
     roles = roles_on(lm)
     roles.shares_prompts = shares
     generator = torch.Generator().manual_seed(3)
@@ -39,7 +39,7 @@ def drawn(lm: Any, shares: bool, end_ids: tuple[int, ...] = tuple(range(2, 50, 6
 
 @pytest.mark.parametrize("made", [partial(random_llama, vocab_size=50), gpt2, qwen3])
 def test_what_is_drawn_is_what_a_cache_of_rows_draws(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows leave one by one, and with the last of a prompt's the prompt."""
+    """Rows are removed one by one, and a prompt with its last row."""
     monkeypatch.setattr(kv_cache, "STEP", 8)  # the part of the rows grows twice
     prompts_left, attends = [], SharedPromptsLayer.attend
 
@@ -87,7 +87,7 @@ def test_attention_is_that_over_prompts_and_rows_joined(copies: list[int], dtype
 
 
 def test_prompts_take_their_memory_once_and_give_it_back() -> None:
-    """Ten rows of 24 positions and four prompts of 20, padded to 32: not ten rows of 56."""
+    """The cache has ten rows of 24 positions and four prompts of 20, padded to 32, not ten rows of 56."""
     gc.disable()
     try:
         found = [drawn(random_llama(), shares, ()) for shares in (True, False)]

@@ -1,4 +1,4 @@
-"""Whole runs whose completions a server draws."""
+"""Whole runs whose completions are sampled by a server."""
 
 import json
 import time
@@ -70,7 +70,7 @@ def test_a_run_says_which_weights_drew_each_rollout(
 def test_a_fault_in_the_middle_ends_the_run_before_the_next_update_and_it_goes_on_from_there(
     fake: FakeVllm, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is drawn anew is what would have been drawn: the run ends as one that was left in peace."""
+    """Repeated draws give the same completions, so the run ends like an uninterrupted one."""
     recipe = write(write_recipe, fake, tmp_path)
     status, said = run_cli("run", recipe, "checkpoint_every=1", "--out", tmp_path / "whole")
     assert status == 0, said
@@ -102,7 +102,7 @@ def test_a_fault_in_the_middle_ends_the_run_before_the_next_update_and_it_goes_o
 def test_a_server_draws_ahead_while_the_policy_learns(
     fake: FakeVllm, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first two rollouts are of the same weights, each later one of those that the one before began with."""
+    """The first two rollouts use the same weights; each later one uses those from the start of the step before."""
     update, asked = perl.rl.loop.update, []
 
     def slowly(*arguments: Any) -> dict[str, float]:

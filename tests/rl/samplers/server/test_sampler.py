@@ -1,4 +1,4 @@
-"""Sampling by a server: what is asked for and what comes back; every fault is named in the next draw."""
+"""Sampling by a server: requests and responses; every fault is reported in the next draw."""
 
 import threading
 import time
@@ -41,7 +41,7 @@ def fake(model: Path) -> Iterator[FakeVllm]:
 
 
 def roles_on(model: Path) -> SharedBase:
-    """A policy, and a reference beside it, that are not where they began."""
+    """Return a policy and a reference that are not in their initial state."""
     roles = SharedBase(lora(random_llama(num_hidden_layers=1), 4, 8)).eval()
     for role in (Role.SFT, Role.POLICY):
         roles.add(role)
@@ -50,7 +50,7 @@ def roles_on(model: Path) -> SharedBase:
 
 
 def move(roles: SharedBase, size: float, role: Role = Role.POLICY) -> None:
-    """An update of the policy: every weight by some noise."""
+    """Update the policy by adding noise to every weight."""
     generator = torch.Generator().manual_seed(1)
     for weight in roles.weights(role).values():
         weight.data += size * torch.randn(weight.shape, generator=generator)
@@ -68,7 +68,7 @@ def draw(sampler: ServerSampler | LocalSampler, role: Role = Role.POLICY, **chan
 
 @pytest.mark.parametrize("role", [Role.BASE, Role.SFT, Role.POLICY])
 def test_what_a_server_draws_is_of_the_role(role: Role, model: Path, fake: FakeVllm, tmp_path: Path) -> None:
-    """Log-probs by peft on the server are those of a pass here; completions end where they should."""
+    """Log-probs of peft on the server equal those of a local forward pass; completions end where they should."""
     roles = roles_on(model)
     samples = draw(sampler_of(roles, tmp_path, fake), role)
     own_BT, _ = read_completions(roles, role, samples, 8, temperature=0.7, head=None)
@@ -86,7 +86,7 @@ def test_what_a_server_draws_is_of_the_role(role: Role, model: Path, fake: FakeV
 def test_each_completion_has_a_seed_of_its_own_that_follows_from_the_runs(
     model: Path, fake: FakeVllm, tmp_path: Path
 ) -> None:
-    """The same whatever order the server answers in, and for each process's share of the rows."""
+    """It does not depend on the order of the server's responses or on the processes' shares of the rows."""
     sampler = sampler_of(roles_on(model), tmp_path, fake)
     first, again, other = draw(sampler), draw(sampler), draw(sampler, seed=1)
     assert torch.equal(first.ids_BL, again.ids_BL)
@@ -131,7 +131,7 @@ def test_versions_are_new_folders_and_go_two_updates_later(model: Path, fake: Fa
 def test_a_draw_that_was_begun_keeps_its_version_on_the_server(
     model: Path, fake: FakeVllm, tmp_path: Path
 ) -> None:
-    """However many come after it meanwhile; and it is compared with the weights that it was begun with."""
+    """This holds however many versions follow, and the draw is compared with the weights at its start."""
     roles = roles_on(model)
     sampler = sampler_of(roles, tmp_path, fake, staleness=1)
     expected = draw(sampler)
@@ -209,7 +209,7 @@ def test_a_fault_is_named_in_the_draw_after_the_update_where_it_begins(
 def test_a_version_that_is_one_small_update_old_is_told_from_the_newest(
     model: Path, fake: FakeVllm, tmp_path: Path
 ) -> None:
-    """Though its log-probs differ by less than the limit; updates too small to tell apart are counted together."""
+    """Its log-probs differ by less than the limit; updates too small to distinguish are accumulated."""
     roles = roles_on(model)
     sampler = sampler_of(roles, tmp_path, fake)
     draw(sampler)
@@ -224,7 +224,7 @@ def test_a_version_that_is_one_small_update_old_is_told_from_the_newest(
 
 
 def test_a_server_that_was_started_anew_gets_its_adapter_again(model: Path, tmp_path: Path) -> None:
-    """Between draws and in the middle of one; a run that waits for it says so."""
+    """The restart happens between draws or during one; a run that waits for the server says so."""
     fake, roles = FakeVllm(model), roles_on(model)
     with fake.serving():
         sampler = sampler_of(roles, tmp_path, fake, patience=20.0)

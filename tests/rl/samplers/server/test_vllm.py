@@ -33,10 +33,10 @@ SHORT = [
     "rl.best_of_n=0",
 ]
 KILLED_AFTER = 8
-"""Steps."""
+"""Number of steps."""
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"}
-"""With the user's own cache, where the demo's base may lie already, and one thread."""
+"""Environment with the user's cache, which may already have the demo's base, and one thread."""
 ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.vllm
@@ -49,7 +49,7 @@ def _users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo by the sampler and the reward model in its own process."""
+    """Run the demo with the sampler and the reward model in its own process."""
     if not (VENV / "bin" / "python").exists():
         pytest.skip("make vllm sets it up")
     folder = tmp_path_factory.mktemp("local") / "run"
@@ -61,7 +61,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Vllm:
-    """A server that can be killed and started again.
+    """A server that can be killed and restarted.
 
     Args:
         command: what `perl-rlhf sampler` prints.
@@ -101,7 +101,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def when(reached: Callable[[], bool], act: Callable[[], None]) -> None:
-    """Act once something is reached, beside the test."""
+    """Call `act` in a thread once `reached` is true."""
 
     def wait() -> None:
         while not reached():
@@ -147,7 +147,7 @@ def test_the_demos_rl_learns_as_much_with_vllm_which_is_killed_and_started_anew(
 def test_the_demos_rewards_are_those_of_its_reward_model_on_vllm(
     local: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    """The same completions, of the sampler here, before the first update and in the first steps."""
+    """The local sampler's completions are the same before the first update and in the first steps."""
     served, adapter = tmp_path / "served", tmp_path / "reward"
     assert run_cli("export", local, "reward", adapter)[0] == 0
     server = ["rl.reward.kind=server", f"rl.reward.url={REWARD_URL}", "rl.steps=2"]

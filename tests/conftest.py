@@ -1,6 +1,7 @@
 """Fixtures of all tests: tiny models, small files of every kind of record, and the command line in-process.
 
-torch and the libraries on it are imported where they are used: the process that hands out tests needs none.
+torch and libraries based on it are imported where they are used, because the process that distributes tests does
+not need them.
 """
 
 import contextlib
@@ -73,7 +74,7 @@ def make_tokenizer(special: list[str], template: str | None, **tokens: str) -> "
 def pytest_collection_finish() -> None:
     """Hide all imported objects from the garbage collector before the first test, and prepare to fork.
 
-    A measured stage collects at several points, and each time would walk the objects of all modules.
+    A measured stage collects several times, and would traverse the objects of all modules each time.
     """
     import hypothesis  # noqa: F401  it looks for modules' references when it is imported, before they are frozen
 

@@ -2,11 +2,11 @@
 
     python -m tests.docker_steps docker/cpu.Dockerfile docker/cuda.Dockerfile
 
-It needs root on Linux, for mounts of its own. Nothing of this machine is in the root folder but /usr and /etc,
-which with the Python that runs this stand in for the base image (changes to them go elsewhere), and where pip is
-told to look for packages. Every RUN, COPY, ENV, WORKDIR and USER is done in order; at the end the image's user
-runs the entry point and the health check. With `--installed` pip finds the libraries of this Python there already,
-and needs no network: the same steps in seconds.
+It needs root on Linux to make mounts. The root folder has only /usr and /etc of this machine, which replace the
+base image together with this Python (changes to them go elsewhere), and the folders in which pip is configured to
+look for packages. Every RUN, COPY, ENV, WORKDIR and USER is executed in order; at the end the image's user runs
+the entry point and the health check. With `--installed`, pip finds this Python's libraries already installed and
+needs no network, so the same steps take seconds.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A server with vLLM's endpoints on transformers and peft, in a thread, with faults to switch on.
 
-It samples one request after the other, without a cache, from the bytes that peft reads in the adapter's folder: it
-shares no code with the sampler that asks it.
+It samples requests one by one, without a cache, with weights that peft loads from the adapter's folder, and shares
+no code with the sampler that calls it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Processes for runs, forked from one that has imported all libraries, because the import takes longer than a run.
 
-The parent of the forks is itself a fork of the test process, made before any test: torch refuses to compute
-gradients in a fork of a process that has computed some.
+The parent of the forks is itself a fork of the test process, made before any test, because torch refuses to
+compute gradients in a fork of a process that has computed some.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python -m tests.killing --count 20 --seed 0
 
 Each stage is killed `count` times, every third time while a checkpoint is being written. A run that ends before it
-could be killed is compared and begun anew. The killed processes are forks of this one: they import nothing again.
+can be killed is compared and started again. The killed processes are forks of this one, which saves the imports.
 """
 
 import argparse

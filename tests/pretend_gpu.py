@@ -1,9 +1,9 @@
 """A GPU simulated on the CPU: tensors on `cuda` with their contents on the CPU, and a count of the host's waits.
 
-Real values, so a whole run goes as on a CPU and ends with the same; what is on one device only is refused as CUDA
-does. To torch's C++ the tensors are on `meta`, the only device besides the CPU that a build without CUDA can take
-gradients on; to Python they are on `cuda`. Kernels are the CPU's: speed, memory and CUDA's own rounding are not
-shown.
+Values are real, so a whole run gives the same results as on a CPU; operators on tensors of different devices fail
+as in CUDA. In torch's C++ the tensors are on `meta`, the only device besides the CPU on which a build without CUDA
+can compute gradients; in Python they are on `cuda`. Kernels are the CPU's, so speed, memory and CUDA's rounding are
+not simulated.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the contents; its results are on the GPU where CUDA's would be.
 
     Raises:
-        RuntimeError: its tensors are on two devices.
+        RuntimeError: the tensors are on different devices.
     """
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     given = [one for one in tensors if isinstance(one, OnGpu)]

@@ -40,7 +40,7 @@ def kubernetes() -> dict[str, Any]:
 
 @pytest.mark.skipif(not MOUNTS, reason="mounts folders and changes users, which needs root on Linux")
 def test_the_steps_and_the_health_check_run() -> None:
-    """They run in a clean root with this Python's libraries instead of downloads (`make docker-steps` downloads)."""
+    """They run in a clean root with this Python's libraries; `make docker-steps` downloads them instead."""
     name = "cpu" if version("torch").endswith("+cpu") else "cuda"
     steps = [sys.executable, "-m", "tests.docker_steps", "--installed", str(FILES[name])]
     done = subprocess.run(steps, cwd=PROJECT, capture_output=True, text=True, timeout=600, check=False)

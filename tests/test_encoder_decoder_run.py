@@ -53,7 +53,7 @@ def tiny_recipe(base: Path, data: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the folders of whole runs with LoRA; on T5, the critic has its own weights and roles share a block."""
+    """Return folders of whole runs with LoRA; on T5, the critic has its own weights and roles share a block."""
     found = {}
     for name, maker in MAKERS.items():
         folder = tmp_path_factory.mktemp(name)

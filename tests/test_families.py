@@ -1,6 +1,6 @@
 """One model of each common family in transformers: every role computes and trains, and the base does not change.
 
-A test holds the table of docs/models.md against them.
+A test compares the table in docs/models.md with them.
 """
 
 import re

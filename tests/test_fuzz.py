@@ -1,8 +1,8 @@
 """Fuzzing: any content of a data file or a recipe is read, or refused with a message.
 
-10,000 cases, of which `make test` draws a fifth.
+There are 10,000 cases, of which `make test` draws a fifth.
 
-The cases are the same in every run; `PERL_FUZZ=20` draws 20 times as many, others each time.
+The cases are the same in every run; `PERL_FUZZ=20` draws 20 times as many, different ones each time.
 """
 
 import contextlib

@@ -50,8 +50,8 @@ REMEMBERS: dict[str, dict[str, Any]] = {
         **{"prompt_sampling": "curriculum", "overlong_penalty": 0.5, "reward": {"function": "leaves.py:seldom"}},
     },
 }
-"""What a run remembers between two steps beside weights and optimizer: β, success rates, the measured order of a
-curriculum, the scale of the rewards. No step of these depends on the process's own generators."""
+"""Recipes with state besides weights and optimizer: β, success rates, the measured order of a curriculum, the
+scale of the rewards. None of their steps depends on the process's own generators."""
 
 
 @pytest.mark.parametrize("name", REMEMBERS)

@@ -1,7 +1,7 @@
 """Exports satisfy the published requirements of vLLM and TGI; commands and code of docs/serving.md work.
 
-No engine runs here. Each requirement stands beside where it is published, in the repositories vllm-project/vllm
-and huggingface/text-generation-inference.
+No engine runs here. Each requirement names its source in the repositories vllm-project/vllm and
+huggingface/text-generation-inference.
 """
 
 import json
@@ -25,12 +25,12 @@ from tests.tiny import random_llama
 
 ROOT = Path(__file__).parent.parent
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vllm/config/lora.py: MaxLoRARanks, what --max-lora-rank may be; the default is 16."""
+"""vllm/config/lora.py: MaxLoRARanks, the allowed values of --max-lora-rank; the default is 16."""
 WEIGHT = re.compile(
     r"base_model\.model\.(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj))\.lora_([AB])\.weight"
 )
-"""Of a Llama. vLLM, vllm/lora/utils.py, parse_fine_tuned_lora_name: base_model.model.MODULE.lora_A.weight. TGI,
-server/text_generation_server/adapters/lora.py, map_weights_for_model: the same."""
+"""Names in a Llama. vLLM, vllm/lora/utils.py, parse_fine_tuned_lora_name: base_model.model.MODULE.lora_A.weight.
+TGI, server/text_generation_server/adapters/lora.py, map_weights_for_model: the same."""
 LLAMA_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """vLLM, vllm/model_executor/models/llama.py, packed_modules_mapping and the other linear layers. TGI,
 server/text_generation_server/utils/adapter.py, build_layer_weight_lookup: the same seven."""

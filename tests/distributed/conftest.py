@@ -32,10 +32,10 @@ def length(completions, **columns):
 
 @pytest.fixture(scope="session")
 def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SFT, reward and PPO on one base; then PPO with a critic of its own, REINFORCE and RLOO on the bare one.
+    """SFT, reward and PPO on one base; then PPO with a separate critic, REINFORCE and RLOO without SFT.
 
-    Seven demonstrations, fourteen ratings and batches of four: the last batch of an epoch cannot be divided:
-    in four processes it leaves one without a row.
+    With seven demonstrations, fourteen ratings and batches of four, an epoch's last batch cannot be divided
+    evenly: with four processes, one has no row.
     """
     folder = tmp_path_factory.mktemp("recipes")
     rows: list[Any] = []

@@ -1,7 +1,7 @@
 """Launch runs in several processes and read their results.
 
-`torchrun` does it as users do: each process imports the libraries, which takes longer than a tiny run. `fork` has
-processes that have them, and does for them what torchrun does.
+`torchrun` does it as users do: each process imports the libraries, which takes longer than a tiny run. `fork` uses
+processes that have imported them, and does torchrun's work.
 """
 
 import json
@@ -81,13 +81,13 @@ class ForkedLaunch:
         """Wait at most `limit` seconds; when a process fails, stop the others, as torchrun does.
 
         Returns:
-            the exit status of the first that failed, 0 if none did; and what they all said.
+            the exit status of the first that failed, 0 if none did; and the output of all.
         """
         deadline, failed = time.monotonic() + limit, 0
         while None in (statuses := [process.poll() for process in self.processes]):
             assert time.monotonic() < deadline, f"still running after {limit} s:\n{self.log.read_text()[-4000:]}"
             if not failed and (failed := next(filter(None, statuses), 0)):
-                time.sleep(1)  # they notice it themselves
+                time.sleep(1)  # the others may notice it themselves
                 for process in self.processes:
                     if process.poll() is None:
                         process.send_signal(signal.SIGTERM)

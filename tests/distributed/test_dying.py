@@ -1,6 +1,6 @@
 """Processes that end early: the others stop and say why; any engine and number of processes can resume the run.
 
-What accelerate's launcher says of an engine is compared for each; the last part of the run is launched by it.
+The environment that accelerate's launcher sets is compared for each engine; it launches the last part of the run.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Runs in each process of one launch, because imports and the process group cost more than tiny runs.
 
-Arguments, in order: an engine's name, of which what follows is; RECIPE=DIR, a recipe to run; the name of a check.
-What a check found, in every process, is printed by the main one as `NAME: JSON`.
+Arguments: an engine's name, which applies to those after it; RECIPE=DIR, a recipe to run; the name of a check. The
+main process prints a check's results in all processes as `NAME: JSON`.
 """
 
 import copy

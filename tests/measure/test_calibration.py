@@ -82,8 +82,7 @@ def test_balanced_weights_and_overconfidence_are_mended() -> None:
 def test_nothing_leaks_from_the_dialogue_judged() -> None:
     """Each of five dialogues has its own scores and share of ups, which are not informative about the others.
 
-    One fit on all five follows them; fitted on the other four, the line points elsewhere, and the error that a
-    new dialogue would meet shows.
+    A fit on all five follows them; a fit on the other four differs and shows the error on a new dialogue.
     """
     shares = [0.5, 0.9, 0.1, 0.9, 0.5]
     scores = np.repeat([-2.0, -1.0, 0.0, 1.0, 2.0], 40)

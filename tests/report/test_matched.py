@@ -37,7 +37,7 @@ def test_at_kl() -> None:
 def test_match() -> None:
     """After smoothing, the first run has KL .5 1 2 3 3.5 and reward 1 2 4 6 7, the second KL .25 .5 1 1.5 1.75.
 
-    All reached 1.75. The first passes it three quarters of the way from its second step to its third.
+    All reach 1.75, the first three quarters of the way from its second step to its third.
     """
     first = curve(_metrics([0, 1, 2, 3, 4], [0, 2, 4, 6, 8]))
     second = curve(_metrics([0, 0.5, 1, 1.5, 2], [0, 1, 2, 3, 4], gold=[0, 0, 0, 1, 1]))

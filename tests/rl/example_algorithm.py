@@ -1,6 +1,6 @@
 """An algorithm of one's own, as a plugin: `plugins: [example_algorithm.py]`, `rl: {algorithm: group-baseline}`.
 
-A completion's advantage is its return less the mean of its group's, and advantages are scaled to unit spread over
+A completion's advantage is its return minus its group's mean, and advantages are scaled to unit spread over
 the whole rollout, so that groups in which little is at stake teach little.
 """
 

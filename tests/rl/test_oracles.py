@@ -1,8 +1,8 @@
 """The rows' losses and gradients against the loss functions of TRL and torchrl themselves, to 1e-6.
 
-Where they differ by intent: TRL's CISPO bounds the weight above alone (so does the row); torchrl's lets the
-gradient flow through the clipped weight instead of log π; TRL's RLOO clips the product of a completion's ratios
-where ours clips each token's, so that the two agree, up to the average's factor, where the ratio is 1.
+Intended differences: TRL's CISPO bounds the weight only from above (so does the row); torchrl's lets the gradient
+flow through the clipped weight instead of log π; TRL's RLOO clips the product of a completion's ratios, ours clips
+each token's ratio, so that the two agree, up to the average's factor, where the ratio is 1.
 """
 
 from collections import defaultdict

@@ -215,7 +215,7 @@ def test_micro_batches_and_checkpointing_change_no_step(
 def test_the_lower_half_computed_once_changes_no_step(
     name: str, toy: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With adapters on the upper half, the run ends with the adapters of one that computes all blocks each time."""
+    """With adapters on the upper half, the run ends with the adapters of one that always computes all blocks."""
     ends = []
     for place in ("once", "anew"):
         if place == "anew":

@@ -1,7 +1,7 @@
 """Twelve faults injected into the real code, each of which once made a run silently learn nothing.
 
-Each stops the run within two steps, with status 1 and a message that names it; nothing injected stops nothing.
-Where the fault can be in a recipe with RL alone, it is: all roles equal the base there before the first update.
+Each stops the run within two steps, with status 1 and a message that names it; without a fault, no run stops.
+Recipes have only RL where the fault allows it; there all roles equal the base before the first update.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from perl.rl.rewards import REWARDS, RewardContext, RewardPart, RewardSource
 
 
 class Keywords(RewardSource):
-    """Of the words, the share that a completion has in it."""
+    """The share of the words that a completion contains."""
 
     name = "keywords"
 

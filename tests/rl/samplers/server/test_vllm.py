@@ -1,6 +1,6 @@
 """The demo's RL with vLLM itself: `make vllm` sets it up, `pytest -m vllm -n 0` runs this.
 
-DEMO_RUN may name a finished run of recipes/quickstart.yaml, whose SFT and reward model are taken then.
+DEMO_RUN may name a finished run of recipes/quickstart.yaml, whose SFT and reward model are then reused.
 """
 
 import json
@@ -64,7 +64,7 @@ class Vllm:
     """A server that can be killed and restarted.
 
     Args:
-        command: what `perl-rlhf sampler` prints.
+        command: the output of `perl-rlhf sampler`.
     """
 
     def __init__(self, command: str, folder: Path) -> None:

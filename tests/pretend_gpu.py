@@ -2,7 +2,7 @@
 
 Values are real, so a whole run gives the same results as on a CPU; operators on tensors of different devices fail
 as in CUDA. In torch's C++ the tensors are on `meta`, the only device besides the CPU on which a build without CUDA
-can compute gradients; in Python they are on `cuda`. Kernels are the CPU's, so speed, memory and CUDA's rounding are
+can compute gradients; in Python they are on `cuda`. Kernels are the CPU's: speed, memory and CUDA's rounding are
 not simulated.
 """
 

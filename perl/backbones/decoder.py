@@ -1,11 +1,13 @@
 """Decoders, i.e. causal language models: they generate, and score a row at its last token."""
 
 import copy
-from typing import Any
+from collections.abc import Container
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Cache,
@@ -31,6 +33,8 @@ class Decoder(Backbone):
 
     kind = "a causal LM"
     auto_class = AutoModelForCausalLM
+    configs: ClassVar[Container[type]] = MODEL_FOR_CAUSAL_LM_MAPPING
+    """The configurations for which transformers has a model of this kind."""
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -50,7 +54,10 @@ class Decoder(Backbone):
         return refused
 
     def prepare(self, where: str) -> None:
-        """Refuse a configuration that names an architecture without a language-model head."""
+        """Refuse a configuration without a language model of this kind, or of an architecture without its head."""
+        if type(self.config) not in self.configs and not has_own_code(self.config):
+            what = f"not {self.kind}: transformers has none of type {self.config.model_type}"
+            raise UserError(what, where=where, remedy="Use a base of another type, such as llama or qwen3.")
         architectures = self.config.architectures or []
         if any(not name.endswith(GENERATES) for name in architectures):
             raise UserError(f"not a causal LM but {', '.join(architectures)}", where=where, remedy=REMEDY)

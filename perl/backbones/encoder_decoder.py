@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForSeq2SeqLM,
     Cache,
     PreTrainedConfig,
@@ -44,6 +45,7 @@ class EncoderDecoder(Decoder):
 
     kind = "an encoder-decoder"
     auto_class = AutoModelForSeq2SeqLM
+    configs = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     task_type = "SEQ_2_SEQ_LM"
     encodes_prompts = True
     tried = ((0, START, 1, 2), (0, START, 1, 3))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from perl.backbones.base import weights_sha256
-from perl.backbones.loading import load_base, random_base
+from perl.backbones.loading import load_base, load_config, random_base
 from perl.errors import UserError
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
@@ -135,8 +135,12 @@ def test_a_configuration_of_no_causal_lm_is_refused(tiny_llama: Path, copy_of: C
         json.dumps({"model_type": "vit", "hidden_size": 32, "num_attention_heads": 2})
     )
     for seed in (None, 0):
-        with pytest.raises(UserError, match=r"base\.model"):
+        with pytest.raises(UserError, match=r"base\.model .*: not a causal LM: transformers has none of type vit"):
             load_base(str(folder), torch.float32, CPU, random_seed=seed)
+    with pytest.raises(UserError, match="of type vit"):
+        load_config(str(folder))  # for `estimate`, which loads no weights
+    with pytest.raises(UserError, match=r"base\.config: not a causal LM"):
+        random_base({"model_type": "vit"}, torch.float32, CPU, 0)
 
 
 def test_random_weights_repeat_with_their_seed_and_differ_with_another(tiny_llama: Path) -> None:
@@ -170,11 +174,10 @@ def test_a_random_base_has_a_tokenizer_of_its_size(size: int) -> None:
     [
         {},
         {"model_type": "xyzzy"},
-        {"model_type": "vit"},
         {**CONFIG, "num_attention_heads": 5},
         {**CONFIG, "vocab_size": -1},
     ],
-    ids=["empty", "unknown", "vit", "heads", "negative"],
+    ids=["empty", "unknown", "heads", "negative"],
 )
 def test_a_configuration_that_makes_no_model_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"base\.config") as caught:

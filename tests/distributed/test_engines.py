@@ -58,7 +58,7 @@ class Launch:
 def launches(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
     """Return launches by their number of processes, started on first access; each runs all engines.
 
-    torchrun starts launches of four processes. Each launch's last recipe has batches that cannot be divided evenly.
+    torchrun starts four processes per launch. Each launch's last recipe has batches that cannot be divided evenly.
     """
     pytest.importorskip("deepspeed")
 

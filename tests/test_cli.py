@@ -263,7 +263,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     metrics = out / "policy" / "metrics.jsonl"
     process = forks.start(cli.main, "run", recipe, "--out", out, log=tmp_path / "log")
     wait_for(metrics, process, lambda: None)
-    process.send_signal(signal.SIGSTOP)  # or it might be done before the next line is
+    process.send_signal(signal.SIGSTOP)  # otherwise it might finish before the next line
     status, refusal = run_cli("run", recipe, "--out", out)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)

@@ -45,7 +45,7 @@ def test_sampling_waits_once_in_sixteen_tokens_and_draws_the_same() -> None:
         found = drawn(roles)
     assert waits.total() == TOKENS // 16, waits
     assert found.completion_lengths == expected.completion_lengths
-    assert len(set(found.completion_lengths)) > 3  # they end at various tokens, most between two looks
+    assert len(set(found.completion_lengths)) > 3  # they end at various tokens, most of them between two checks
     assert min(found.completion_lengths) < 16 < max(found.completion_lengths)
     for name in ("ids_BL", "mask_BL", "ended_B", "sampler_log_probs_BT"):
         one = getattr(found, name)

@@ -84,7 +84,7 @@ def interrupted_and_resumed(
     code, text = run_cli("run", recipe, "--out", str(tmp_path / "peaceful"))
     assert code == 0, text
     out = tmp_path / "interrupted"
-    # What is asked before is one call, or two where a curriculum is measured; a step is one, and one a redraw.
+    # There is one call before the steps (two if a curriculum is measured), one per step and one per redraw.
     monkeypatch.setenv("LEAVE_AT", "4")
     code, text = run_cli("run", recipe, "--out", str(out))
     assert code == 130

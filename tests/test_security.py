@@ -168,7 +168,7 @@ def own_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """Give the model its own Python code for a model type; return the file that the code creates."""
     cache = tmp_path / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
-    monkeypatch.syspath_prepend(cache)  # transformers does so too: here it is taken back
+    monkeypatch.syspath_prepend(cache)  # transformers adds it too; this removes it again
 
     def give(model_type: str) -> Path:
         ran = tmp_path / "ran"
@@ -264,7 +264,7 @@ def test_a_download_cannot_be_put_out_of_its_folder(
     assert contents(tmp_path) == before
 
 
-# What is told.
+# Leaks.
 
 SECRETS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> [/red] $x_1$"

@@ -68,7 +68,7 @@ def test_vllm_can_load_an_exported_language_model(
     # vllm/lora/peft_helper.py, PEFTHelper: required, with these types.
     assert isinstance(config["r"], int)
     assert config["r"] > 0
-    assert isinstance(config["lora_alpha"], int) == (name != "attention")  # 8.5 stays what it is
+    assert isinstance(config["lora_alpha"], int) == (name != "attention")  # 8.5 stays a float
     assert isinstance(config["target_modules"], list)
     # vllm/lora/peft_helper.py, _validate_features and validate_legal: no other kind of LoRA.
     assert not config["modules_to_save"]
@@ -116,7 +116,7 @@ def test_tgi_can_load_an_exported_language_model(name: str, runs: dict[str, Run]
     for layers in kinds.values():
         assert set(layers) == set(range(depth))
         assert len({tensor.shape for tensor in layers.values()}) == 1
-    # Those that were not trained change nothing.
+    # Modules that were not trained change nothing.
     run.session.load(Role.POLICY)
     trained = {run.session.roles.prefix + key for key in run.session.roles.weights(Role.POLICY)}
     assert len(tensors) - len(trained) == (14 if name == "top-half" else 0)

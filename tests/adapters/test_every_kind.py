@@ -105,7 +105,7 @@ def test_roles_are_trained_one_after_the_other(kind: str, dtype: torch.dtype) ->
         parameters = roles.train_only(role)
         assert {parameter.dtype for parameter in parameters} == {torch.float32}
         optimizer = torch.optim.AdamW(parameters, lr=0.05)
-        for _ in range(2):  # what stands before a zero has no gradient at first
+        for _ in range(2):  # factors before a zero have no gradient at first
             optimizer.zero_grad()
             loss = -log_probs(roles, role).mean()
             if role is Role.REWARD:

@@ -28,7 +28,7 @@ from tests.conftest import RunCli, WriteRecipe
 from tests.encoder_decoders import tiny_t5
 from tests.tiny import adapter_of_kind, lora, random_llama
 
-ADAPTERS.pop("bias")  # importing the example has registered it, for all tests
+ADAPTERS.pop("bias")  # importing the example registered it for all tests
 
 
 @pytest.fixture

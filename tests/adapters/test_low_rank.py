@@ -117,10 +117,10 @@ def test_kept_factors_end_with_the_sampling_and_are_one_roles_only() -> None:
         inside = read(Role.POLICY)
         assert torch.equal(read(Role.SFT), inside)  # the same weights so far
         learn(Role.SFT, 1)
-        assert not torch.equal(read(Role.SFT), inside)  # the other role's are read as they are
+        assert not torch.equal(read(Role.SFT), inside)  # the other role's are read unchanged
         assert torch.equal(read(Role.POLICY), inside)
     learn(Role.POLICY, 1)
     assert not torch.equal(read(Role.POLICY), inside)
     assert roles.active is Role.BASE
-    with roles.train().sampling(Role.POLICY):  # dropout is on: another result each time
+    with roles.train().sampling(Role.POLICY):  # dropout is active, so results differ
         assert not torch.equal(read(Role.POLICY), read(Role.POLICY))

@@ -110,7 +110,7 @@ def test_a_new_head_scores_0_and_leaves_the_base_as_it_was(tmp_path: Path) -> No
     roles.add(Role.REWARD, head=True)
     assert scores(roles, [[2, 9, 3]]).item() == 0
     optimizer = torch.optim.SGD(roles.train_only(Role.REWARD), lr=1.0)
-    for _ in range(2):  # from a score of 0 only the last layer learns at first
+    for _ in range(2):  # with a score of 0, only the last layer trains at first
         scores(roles, [[2, 9, 3]]).sum().backward()
         optimizer.step()
     learned = roles.head_weights(Role.REWARD)

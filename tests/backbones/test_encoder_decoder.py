@@ -166,7 +166,7 @@ def drawn(roles: SharedBase, prompts: list[list[int]], end_ids: tuple[int, ...],
 def test_greedy_sampling_is_that_of_generate(name: str, tmp_path: Path) -> None:
     base, roles = opened(MAKERS[name](tmp_path))  # transformers' cache fails where the decoder is the deeper part
     prompts, _ = rows_of(base)
-    roles.lm.get_input_embeddings().weight *= 0.1  # else T5 says its last token again
+    roles.lm.get_input_embeddings().weight *= 0.1  # else T5 repeats its last token
     samples = drawn(roles, prompts, base.chat.end_ids, temperature=1e-6)
     first = {"forced_bos_token_id": base.chat.first_ids[0]} if base.chat.first_ids else {}
     settings = GenerationConfig(

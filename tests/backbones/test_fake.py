@@ -80,5 +80,5 @@ def test_real_tensors_keep_their_values_among_unknown_ones() -> None:
             assert not isinstance(made, FakeTensor)
         assert torch.full((2,), 7).tolist() == [7, 7]
         assert torch.tensor([1.5]).tolist() == [1.5]
-        assert isinstance(torch.zeros(3), FakeTensor)  # a buffer that fake values are to be written to
+        assert isinstance(torch.zeros(3), FakeTensor)  # a buffer that fake values would be written to
     assert not isinstance(torch.zeros(3), FakeTensor)

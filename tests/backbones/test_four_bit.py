@@ -145,7 +145,7 @@ def test_all_stages_on_one_4_bit_base(
     assert {file.split("/")[0] for file in tensors} >= learners
     for file, adapter in tensors.items():
         assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}, file
-        assert all(tensor.any() for tensor in adapter.values()), file  # every factor has learned
+        assert all(tensor.any() for tensor in adapter.values()), file  # every factor was trained
 
     if algorithm == "ppo-adapter":
         before = {file: (out / file).read_bytes() for file in tensors}

@@ -79,7 +79,7 @@ def test_an_answer_follows_what_a_server_sends(named: tuple[str, ChatFormat], tu
     if OPEN_THOUGHTS.search(name):
         assert chat.tokenizer.decode(row.ids[len(prompt) :]).startswith("</think>\n\n")
         assert chat.tokenizer.decode(prompt).endswith("<think>\n")
-    else:  # GLM's ends no answer: what ends it begins the next turn
+    else:  # GLM has no end token: an answer ends where the next turn begins
         assert sent(chat, turns)[: len(row.ids) - 1] == row.ids[:-1]
 
 

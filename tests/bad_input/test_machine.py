@@ -32,7 +32,7 @@ def another_recipe(out: Path) -> None:
     out.mkdir()
     text = (out.parent / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | {"seed": 7}))
-    (out / "policy" / "checkpoints" / "step-00000000").mkdir(parents=True)  # where nothing was trained, it is free
+    (out / "policy" / "checkpoints" / "step-00000000").mkdir(parents=True)  # else the folder could be reused
 
 
 def broken_recipe(out: Path) -> None:

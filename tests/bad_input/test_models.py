@@ -210,7 +210,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_named(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port without a listener
     hub.why_not_asked.cache_clear()
     says = (
         "http://127.0.0.1:9 cannot be reached: [Errno 111]",

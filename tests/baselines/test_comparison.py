@@ -7,7 +7,7 @@ def test_each_prompt_is_interpolated_where_the_kl_is_first_reached() -> None:
     curve = [
         Point(0, {"kl": [0.0, 0.0], "gold": [0.0, 1.0]}),
         Point(2, {"kl": [1.0, 3.0], "gold": [1.0, 1.0]}),  # KL 2
-        Point(4, {"kl": [0.5, 0.5], "gold": [0.0, 0.0]}),  # KL 0.5: it fell
+        Point(4, {"kl": [0.5, 0.5], "gold": [0.0, 0.0]}),  # KL 0.5: lower than before
         Point(8, {"kl": [5.0, 3.0], "gold": [1.0, 0.0]}),  # KL 4
     ]
     assert at_kl(curve, 0.0) == curve[0].metrics

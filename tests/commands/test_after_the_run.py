@@ -30,7 +30,7 @@ def test_a_finished_policy_is_of_use_after_the_reward_has_changed(
     assert status == 0, text
     status, text = run_cli("export", out, "policy", tmp_path / "exported")
     assert status == 0, text
-    status, text = run_cli("run", recipe, "--out", out)  # to train on is another matter
+    status, text = run_cli("run", recipe, "--out", out)  # to continue training is refused
     assert status == 2, text
     assert "has changed" in text or "has no" in text
 

@@ -66,10 +66,10 @@ def test_it_says_what_would_make_it_fit(run_cli: RunCli, write_recipe: WriteReci
     assert "checkpoint_activations=true" in changes
     assert "lora.layers=top-half" in changes
     assert "reward.batch_size=1" in changes
-    # Each asks for less than the recipe as it is, and all of them together for the least.
+    # Each needs less than the unchanged recipe, and all together need the least.
     assert all(change["peak"] < peak(found["lora"]) for change in changes.values())
     assert changes[together]["peak"] == min(change["peak"] for change in changes.values())
-    # What it says is what a real step holds.
+    # The estimate equals the memory of a real step.
     with trial_session(load_recipe(recipe), Trial(2)) as session:
         measured = TRY["reward"](session).memory
     for name, phase in found["lora"]["reward"].items():

@@ -45,7 +45,7 @@ def trained(tiny_llama: Path, small_data: Path, tmp_path_factory: pytest.TempPat
     )
     status, written = command("run", recipe, "--out", folder / "out")
     assert status == 0, written
-    assert "Not fit for RL" in written  # of a dozen held-out answers nothing can be told
+    assert "Not fit for RL" in written  # a dozen held-out answers show nothing
     assert "Too few to tell" in written
     return folder / "out"
 
@@ -71,7 +71,7 @@ def test_the_card_of_other_data(trained: Path, run_cli: RunCli, tmp_path: Path) 
     assert {"auroc", "balanced_accuracy", "accuracy", "majority_accuracy", "ece", "pairwise_accuracy"} <= set(card)
     assert {"calibration", "slices", "length", "tfidf_baseline", "mistakes", "verdict", "reliability"} <= set(card)
     assert card["majority_accuracy"] == 0.5
-    # TF-IDF tells these apart as well as anything can, so nothing can be shown to be better.
+    # TF-IDF separates these perfectly, so nothing can be shown to be better.
     assert card["tfidf_baseline"]["value"] == 1.0
     assert not card["verdict"]["fit"]
     sources = {one["name"]: one["n"] for one in card["slices"] if one["by"] == "source"}
@@ -159,7 +159,7 @@ def test_impostors_are_told_from_reward_models(
         rl=None,
     )
     out = tmp_path / "out"
-    # Another seed, other rows held out: intervals of 95 % let one impostor in twenty or so through.
+    # Another seed holds out other rows: 95 % intervals let about one impostor in twenty pass.
     code, text = run_cli("run", recipe, "seed=1", "--out", out)
     assert code == 0, text
     if name == "constant":

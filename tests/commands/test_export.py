@@ -101,7 +101,7 @@ def scores(model: Any, tokenizer: Any, dialogues: list[Any], **options: Any) -> 
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    assert expected.std() > 1e-3  # they say something
+    assert expected.std() > 1e-3  # they are not all equal
     torch.testing.assert_close(actual.float(), expected, rtol=0, atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_a_pipeline_gives_the_score_or_what_the_card_says(name: str, runs: dict[
 
     assert_same(given(function_to_apply="none"), expected)
     assert_same(given(function_to_apply="none", batch_size=3), expected)
-    # Of thumbs the probability, of pairs the score: see the card.
+    # The probability for thumbs, the score for pairs: see the card.
     assert_same(given(), expected if name == "text" else expected.sigmoid())
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("returns the score;" if name == "text" else "returns σ(score)") in card
@@ -401,7 +401,7 @@ def test_an_unfinished_stage_and_a_missing_critic_are_refused(
     code, text = run_cli("export", folder, "policy", tmp_path / "out")
     assert code == 2
     assert "initialized at random" in " ".join(text.split())
-    (tmp_path / "out").mkdir()  # empty: as good as new
+    (tmp_path / "out").mkdir()  # empty folders are like new ones
     code, text = run_cli("export", folder, "policy", tmp_path / "out", "--merge")
     assert code == 0, text
     assert (tmp_path / "out" / "model.safetensors").exists()

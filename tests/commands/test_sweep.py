@@ -73,7 +73,7 @@ def _check_table(out: Path) -> None:
     assert found["seeds"] == [0, 3]
     assert [row["name"] for row in found["rows"]] == ["lora-attention-1", "lora-attention-2", "miss-mlp-2", "full"]
     one, two, miss, full = found["rows"]
-    # A head of 32; in each of two blocks four projections of 32 by 32, a rank of which has 64 weights.
+    # A head of 32; in each of two blocks, four projections of 32 by 32, with 64 weights per rank.
     assert one["trained_weights"] == 32 + 2 * 4 * 64
     assert two["trained_weights"] == 32 + 2 * 2 * 4 * 64
     assert miss["trained_weights"] == 32 + 2 * 2 * (64 + 64 + 32)  # a rank has a weight for each output
@@ -136,7 +136,7 @@ def test_rl_alone_varies(run_cli: RunCli, write_recipe: WriteRecipe, mixed_data:
     assert set(earlier["stages"]) == {"sft", "reward"}
     bases = {report["base"]["sha256_before"] for report in reports.values()}
     assert len(bases) == 1
-    assert bases != {earlier["base"]["sha256_before"]}  # it has learned what the SFT policy has
+    assert bases != {earlier["base"]["sha256_before"]}  # it includes the SFT policy's training
     before = {report["stages"]["rl"]["eval"]["reward_before"] for report in reports.values()}
     assert len(before) == 1
     weights = {name: report["stages"]["rl"]["trainable_parameters"] for name, report in reports.items()}

@@ -240,7 +240,7 @@ def test_the_published_test_part_is_held_out_and_nothing_leaks(name: str, file: 
     write(part / f"train.{file}", *(row(f"q{n}") for n in range(5)))
     write(part / f"test.{file}", *(row(f"q{n}") for n in range(3, 7)), row("q6"))
     write(part / f"validation.{file}", row("q9"))
-    if name == "tldr":  # which says it in the rows, of the files nothing
+    if name == "tldr":  # where the rows have the split, not the files
         for old, part_name in (("train", "train"), ("test", "valid1"), ("validation", "valid2")):
             rows = [json.loads(line) for line in (part / f"{old}.{file}").read_text().splitlines()]
             write(part / f"batch_{part_name}.json", *({**row, "split": part_name} for row in rows))

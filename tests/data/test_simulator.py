@@ -187,7 +187,7 @@ def test_prompts_end_before_every_kind_of_turn_and_carry_their_state(records: Re
         assert json.loads(json.dumps(prompt.columns)) == prompt.columns
         assert State.from_json(prompt.columns["state"]) == state
         assert prompt.context[-1].speaker in ("user", "api")
-        # What has been said, and what the API has said, stands in the context.
+        # The context has all that was said and all that the API returned.
         words = set(re.findall(r"[a-z]+|[0-9.]*\d", " ".join(turn.text for turn in prompt.context)))
         assert words.issuperset(state.said.values())
         assert words.issuperset(state.sold_out)

@@ -236,7 +236,7 @@ def test_real_split_does_not_leak(real: Path, domain: Domain, seed: int) -> None
     train, held = split(whole(real, domain), held_out=0.2, seed=seed)
     assert not first_user_turns(train.ratings) & first_user_turns(held.ratings)
     assert not {d.dialogue for d in train.demonstrations} & {r.dialogue for r in held.ratings}
-    # No context on one side begins one on the other; those without a user turn say nothing of a dialogue.
+    # No context on one side starts one on the other; those without a user turn do not identify a dialogue.
     beginnings = {r.context[:n] for r in train.ratings for n in range(1, len(r.context) + 1)}
     leaked = [r for r in held.ratings if has_user(r) and r.context in beginnings]
     assert leaked == []

@@ -86,7 +86,7 @@ def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_i
 
     launch = fork(2, cli.main, *command, log=tmp_path / "first", engine="fsdp2")
     wait_for_steps(out, 2)
-    launch.processes[1].send_signal(signal.SIGTERM)  # to one: all leave together
+    launch.processes[1].send_signal(signal.SIGTERM)  # sent to one process: all stop together
     status, said = launch.finished()
     assert status != 0
     assert "interrupted: finished stages are saved" in said

@@ -40,7 +40,7 @@ def test_one_of_this_host_is_dead_when_its_process_has_ended(store: dist.TCPStor
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     own = json.loads(store.get("perl/process/0"))
     store.set("perl/process/1", json.dumps([*own[:2], process.pid]))
-    assert heart.cause(0.5) is None  # it beats not, but it runs
+    assert heart.cause(0.5) is None  # it has no heartbeat, but runs
     process.communicate()
     assert heart.cause(10) == f"process 1 (host {os.uname().nodename}, pid {process.pid})"
     heart.leave(1)

@@ -142,7 +142,7 @@ def test_checkpointing_adds_operations_and_nothing_useful() -> None:
     plain, again = trained(checkpointed=False), trained(checkpointed=True)
     assert plain[1] == pytest.approx(plain[0] * 12 / 16)
     assert again[1] == pytest.approx(plain[1])
-    # Computed again are all linear layers and attention of all blocks, but for what nothing saved of the last
+    # All linear layers and attention of all blocks are recomputed, except results that nothing saved of the last
     # operators: checkpointing stops early.
     assert plain[0] < again[0] < 2 * plain[0]
 
@@ -159,4 +159,4 @@ def test_the_operations_of_a_llamas_trunk() -> None:
     attention = 2 * 2 * 2 * 8 * 8 * HIDDEN  # two products of 8 x 8 positions, in 2 rows, over all heads' widths
     assert flops.total == pytest.approx(
         LAYERS * (linear + attention), rel=1e-3
-    )  # rotary angles are as good as free
+    )  # rotary angles cost almost nothing

@@ -40,7 +40,7 @@ def test_a_phase_begins_with_what_is_there_and_peaks_by_itself() -> None:
         "load": PhaseMemory(400, {"base_weights": 400}),
         "generate": PhaseMemory(800, {"base_weights": 400, "kv_cache": 200, "activations": 200}),
         "score": PhaseMemory(700, {"base_weights": 400, "activations": 300}),
-        "update": PhaseMemory(700, {"base_weights": 400, "activations": 300}),  # it ends with less than it began
+        "update": PhaseMemory(700, {"base_weights": 400, "activations": 300}),  # it ends below its start
     }
 
 
@@ -75,7 +75,7 @@ def test_a_new_storage_at_a_freed_ones_place_does_not_inherit_its_kind() -> None
     timeline = Timeline({})
     with timeline:
         timeline.phase("update")
-        for _ in range(100):  # Python gives the ids of freed storages again
+        for _ in range(100):  # Python reuses the ids of freed storages
             gradient = torch.zeros(10)  # 40
             timeline.mark("gradients", [gradient])
             del gradient
@@ -241,5 +241,5 @@ def test_the_allocators_phases_that_recur(card: Card) -> None:
 
 def test_the_allocators_activations_are_never_less_than_none(card: Card) -> None:
     card.to(100)
-    memory = Allocator(CUDA, {"base_weights": [torch.zeros(100)]}).memory()  # on the CPU, so to say
+    memory = Allocator(CUDA, {"base_weights": [torch.zeros(100)]}).memory()  # on the simulated CPU
     assert memory["load"].kinds["activations"] == 0

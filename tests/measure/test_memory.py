@@ -160,7 +160,7 @@ def test_repeats_exactly() -> None:
 
     peak, current = step()
     parameters = sum(p.nbytes for p in torch.nn.TransformerEncoderLayer(16, 2, 32).parameters())
-    assert current >= 3 * parameters  # AdamW's two moments besides
+    assert current >= 3 * parameters  # plus AdamW's two moments
     assert peak > current
     assert step() == (peak, current)
     assert step() == (peak, current)

@@ -59,7 +59,7 @@ def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     assert kinds["adapters"] == kinds["gradients"] == WEIGHTS
     assert kinds["optimizer"] == 2 * WEIGHTS + 4  # two moments, and the count of steps
     assert sum(kinds.values()) == memory["update"].peak
-    # The second step samples beside the state that the first left, and without gradients.
+    # The second step samples with the optimizer state of the first, and without gradients.
     kinds = memory["generate"].kinds
     assert kinds["optimizer"] == 2 * WEIGHTS + 4
     assert "gradients" not in kinds

@@ -126,7 +126,7 @@ def test_training_dialogues_are_not_held_out(data: Made, baseline: TfidfScores) 
     assert not found.fit
     assert found.reasons[0].startswith("40 of these 1,000 answers are from dialogues it was trained on")
     assert found.reasons[0].endswith("evaluate it on other data (data.eval_path or --data), or set neither.")
-    # A published test part repeats a few rows of the training part: that is said, and decides nothing.
+    # A published test part repeats a few training rows, which is reported and does not affect the verdict.
     found = card_of(2 * data.quality, data, baseline, seen=10).verdict
     assert found.fit
     assert found.reasons[0].endswith("dialogues it was not trained on, except for 10 that it has seen, or nearly.")

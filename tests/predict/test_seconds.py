@@ -32,7 +32,7 @@ def test_rates_lie_on_logarithmic_lines() -> None:
 
 
 def test_a_call_takes_the_longer_of_operations_and_bytes() -> None:
-    assert device().seconds(LARGE) == 10  # 1000 at 100 a second; its bytes take 5
+    assert device().seconds(LARGE) == 10  # 1000 at 100 per second; its bytes take 5
     assert device().seconds(Operation("product", "float32", 1000, 400, "model")) == 20
     assert device().seconds(MOVED) == 5  # no rates of bf16: those of fp32
     assert device().seconds(VIEW) == 0

@@ -102,7 +102,7 @@ def test_one_rates_by_keyboard_is_closed_and_goes_on(browser: Any, keys: Any, tm
         assert browser.get_log("browser") == [], "nothing is fetched from elsewhere, nothing refused"
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
         assert all(name.startswith(f"{address}/") for name in loaded)
-    # The server is gone: what cannot be saved is not called saved, and stays on the page.
+    # The server is gone: ratings that cannot be saved are not reported as saved, and stay on the page.
     assert page.press(keys.ARROW_UP).startswith("Not saved: the server does not answer")
     assert page.completions() == ["fifth"]
     records = read_jsonl(file)

@@ -125,7 +125,7 @@ def test_a_full_run_can_be_evaluated(role: str, full: Path, run_cli: RunCli, tmp
     stage = json.loads((full / "report.json").read_text())["stages"]["rl" if role == "policy" else "reward"]
     compared = {name for name in metrics if isinstance(metrics[name], float) and name in stage["eval"]}
     assert compared
-    for name in compared:  # what the run said of the models in memory, these from disk say too
+    for name in compared:  # models loaded from disk give the run's results for those in memory
         assert metrics[name] == pytest.approx(stage["eval"][name], abs=1e-5), name
 
 

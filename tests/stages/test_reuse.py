@@ -64,7 +64,7 @@ def test_three_settings_of_rl_cost_three_stages_of_rl(
     assert len({one["policy"], two["policy"], three["policy"]}) == 3
     code, log = run_cli("run", recipe, "rl.learning_rate=0.002", "--from", "runs/tiny")
     assert "rl is already finished" in log, "the same setting again is the same run"
-    # A stage that was taken is this run's own: the other may go, and this one is read and exported.
+    # A reused stage belongs to this run: the other may be deleted, and this one can be read and exported.
     code, log = run_cli("evaluate", "runs/tiny-3", "reward")
     assert code == 0, log
 

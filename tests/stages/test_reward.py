@@ -175,7 +175,7 @@ def test_both_learns_ratings_and_pairs_in_one_training(
     recipe = write_recipe(
         seed=1,  # decides which drinks are held out: what a random base learned carries over to these
         data={"source": "jsonl", "path": str(own), "held_out": 0.3},
-        lora={"rank": 2, "alpha": 4, "layers": "top-half"},  # what the lower layer makes of each row is kept
+        lora={"rank": 2, "alpha": 4, "layers": "top-half"},  # the lower layer's activations of each row are cached
         reward={"loss": "both", "epochs": 40, "batch_size": 64, "learning_rate": 0.01},
         rl=None,
     )
@@ -251,5 +251,5 @@ def test_the_loss_at_the_best_temperature_by_hand() -> None:
             [(scores_B, batch), (-scores_B, batch | {"targets_E": 1 - batch["targets_E"]})]
         )
         assert found == pytest.approx(entropy, rel=1e-6)
-    # What ranks the wrong way around is best left out.
+    # A scorer that ranks in the wrong order gets weight 0.
     assert loss_at_best_temperature([(-scores_4, rated)]) == pytest.approx(math.log(2), abs=1e-2)

@@ -133,7 +133,7 @@ def test_an_ensemble_is_trained_resumed_scored_exported_and_taken(
     assert all(torch.equal(exported[name], second[name]) for name in second)
     assert run_cli("export", out, "reward_3", tmp_path / "third")[0] == 2
 
-    # Another run takes it as it is, and trains on one of its members while another chooses.
+    # Another run reuses it, trains on one of its members and selects with another.
     judged = (
         "rl.reward={kind: model, members: [1]}",
         "rl.eval_reward={kind: model, members: [2]}",

@@ -220,7 +220,7 @@ def test_the_lower_half_computed_once_changes_no_step(
     for place in ("once", "anew"):
         if place == "anew":
             monkeypatch.setattr(SharedBase, "shared_blocks", 0)
-        # Where a gradient is nearly nothing, Adam makes a share of a full step of its rounding.
+        # Where a gradient is nearly zero, Adam turns its rounding into part of a full step.
         settings = ALGORITHMS[name] | {"steps": 3, "learning_rate": 0.005, "head_learning_rate": 0.1}
         file = recipe(toy, tmp_path / "r.yaml", **settings)
         code, text = run_cli("run", str(file), "lora.layers=top-half", "--out", str(tmp_path / place))

@@ -202,7 +202,7 @@ def test_sft_goes_on_from_it_and_says_so(
     code, text = run_cli("run", file, "--out", out)
     assert code == 0, text
     assert learned.read_bytes() == before
-    # Another adapter in its place is another stage.
+    # With another adapter it is another stage.
     weights = foreign / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     code, text = run_cli("run", file, "--out", out)
@@ -233,7 +233,7 @@ def test_policy_and_reference_start_as_it(
     assert (stamp["parent"], stamp["started_from"]) == ("sft", str(foreign))
     result = json.loads((out / "policy/result.json").read_text())
     assert "sft reloaded" in {check["name"] for check in result["preflight"]}
-    # The run has all that it needs.
+    # The run folder is self-contained.
     shutil.rmtree(foreign)
     code, text = run_cli("evaluate", out, "policy")
     assert code == 0, text

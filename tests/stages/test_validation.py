@@ -72,7 +72,7 @@ def test_supervised_stages_keep_the_best_weights_and_stop_early(
         assert kept["step"] == min(values, key=lambda step: (values[step], step))
         assert kept["taken"] == len(metrics) < kept["steps"], "it stopped early"
         assert f"The kept weights are those of step {kept['step']} of" in " ".join(text.split())
-        # What was saved is what the best step's checkpoint holds.
+        # The saved weights are those of the best step's checkpoint.
         state = load_file(out / role / "checkpoints" / f"step-{kept['step']:08}" / "state.safetensors")
         saved = load_file(out / role / "adapter" / WEIGHTS)
         name = next(name for name in saved if "lora_B" in name)

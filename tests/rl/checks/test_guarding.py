@@ -96,7 +96,7 @@ def test_a_run_that_goes_too_far_stops_and_its_last_good_policy_remains(
     assert f"RL was stopped at step {incident['step']}." in page
     assert (
         run_cli("run", recipe, "--out", out)[1].count("RL was stopped at step") == 1
-    )  # said again, not run again
+    )  # reported again, not run again
     assert len(steps_of(out)) == len(lines)
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_only_warns_goes_on_and_one_that_is_not_watched_says_nothing(
         assert ("away from its reference" in text) is (mode == "warn")
         assert stage["eval"]["steps"] == len(steps_of(tmp_path / mode)) == RL["steps"]
     assert found == {"warn": [("kl", "warned")], "off": []}
-    assert same(policy(tmp_path / "warn"), policy(tmp_path / "off"))  # to look changes nothing
+    assert same(policy(tmp_path / "warn"), policy(tmp_path / "off"))  # watching changes nothing
     assert [line["step"] for line in steps_of(tmp_path / "warn") if "held_out" in line] == []
 
 

@@ -199,7 +199,7 @@ def test_equal_rewards_are_said_after_ten_steps_and_are_grave_after_fifty() -> N
     rows = made_up(lambda step, row: row.update(no_signal=1.0) if step > 5 or step == 2 else None)
     alarms = read(rows)
     assert [(a.name, a.step, a.since, a.good_until, a.grave) for a in alarms] == [
-        ("no_signal", 15, 6, 15, False),  # no update is made without one: nothing is to be gone back from
+        ("no_signal", 15, 6, 15, False),  # without one, no update was made, so there is nothing to roll back
         ("no_signal", 55, 6, 55, True),
     ]
     assert "The reward does not distinguish completions" in alarms[0].causes

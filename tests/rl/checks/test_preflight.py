@@ -146,7 +146,7 @@ def test_all_checks_pass_on_what_was_trained(parts: Parts) -> None:
     ]
     assert all(finding.figure <= 1e-4 for finding in found)
     recorded = json.loads((parts.session.saved(Role.REWARD).parent / "result.json").read_text())["recorded"]
-    assert len({row["score"] for row in recorded}) > 2  # or equal scores would have proved nothing
+    assert len({row["score"] for row in recorded}) > 2  # otherwise equal scores would prove nothing
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -292,7 +292,7 @@ def test_an_answer_is_scored_with_the_end_that_the_reward_was_trained_on(parts: 
     stamps = {Role.REWARD: parts.session.stamp(Role.REWARD)}
     read = RewardModel(parts.session.roles, stamps, 4, (chat.end_id,)).scores(samples)[0]
     assert float(read[1]) != usual
-    chat.end_ids = (chat.end_id, *range(20, 250))  # so many that all answers end with others
+    chat.end_ids = (chat.end_id, *range(20, 250))  # enough that all answers end with other tokens
     parts.collector = setup_collector(parts.session)
     assert all(finding.figure <= 1e-5 for finding in parts.check())
 

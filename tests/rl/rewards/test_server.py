@@ -89,7 +89,7 @@ def test_scores_are_those_here_by_row_and_read_at_the_written_end(served: Served
     asked = [row for body in (*served.fake.asked, *other.asked) for row in body["input"]]
     assert sorted(asked) == sorted(
         row.ids for row in (*rows, rows[0], rows[0], rows[0])
-    )  # one again: at first, and of each
+    )  # one compared again: at the start, and for each
     assert other.asked
     assert source.weights_sha256 is not None
     probable = rewards(source_of(served.fake.url, probability=True), drawn)

@@ -33,7 +33,7 @@ def lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTr
     else:
         monkeypatch.setattr(kv_cache, "STEP", step)
     with torch.no_grad():
-        for parameter in model.parameters():  # as initialized, attention hardly matters
+        for parameter in model.parameters():  # with the initial weights, attention hardly matters
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     return model
 

@@ -30,7 +30,7 @@ def rollout(folder: Path, seed: int = 0, layers: str = "all") -> tuple[Roles, Sa
     for parameter in roles.parameters_of(Role.POLICY, Role.CRITIC):
         parameter.data.normal_(std=0.3)
     prompts = [torch.randint(3, 250, (length,)).tolist() for length in (3, 20, 9, 14, 1)]
-    # A token of some likelihood ends answers here, so that some end early and some are cut.
+    # A fairly likely token ends completions here, so that some end early and some are truncated.
     logits = roles.lm(torch.tensor([prompts[1]])).logits[0, -1]
     end_id = int(logits.argmax())
     samples = LocalSampler(roles).draw(
@@ -140,7 +140,7 @@ def test_the_same_prompt_is_computed_once(tiny_llama: Path, monkeypatch: pytest.
     rollout(tiny_llama)
     prefills = [shape for shape in widths if shape[1] > 1]
     assert prefills == [(2, 16), (2, 16), (1, 32)]
-    # Rows leave once a quarter of the batch has ended, and never come back.
+    # Rows are removed once a quarter of the batch has ended, and do not return.
     batches = [shape[0] for shape in widths if shape[1] == 1]
     assert batches[0] == 40
     assert batches == sorted(batches, reverse=True)

@@ -63,7 +63,7 @@ def test_a_run_says_which_weights_drew_each_rollout(
     asked = len(fake.asked)
     status, said = run_cli("evaluate", out, "policy")
     assert status == 0, said
-    assert len(fake.asked) == asked  # the server may be gone by then
+    assert len(fake.asked) == asked  # the server may have stopped by then
     assert variant(load_recipe(recipe), "full", 0).rl.sampler.kind == "local"
 
 
@@ -118,7 +118,7 @@ def test_a_server_draws_ahead_while_the_policy_learns(
     assert first == second != third
     mismatch = [step["sampler_mismatch"] for step in lines(out)]
     assert mismatch[0] < 1e-5 < min(mismatch[1:])
-    # Both rollouts of the first weights were asked for before the first update was made.
+    # Both rollouts of the first weights were requested before the first update.
     assert first not in {one["model"] for one in fake.asked[asked[0] :]}
     assert [one["model"] for one in fake.asked[: asked[0]]].count(first) >= 8
 

@@ -122,7 +122,7 @@ def test_versions_are_new_folders_and_go_two_updates_later(model: Path, fake: Fa
     assert [*fake.loaded] == [*sft, *names[2:]]
     assert fake.unloaded == names[:2]
     assert {path.name for path in tmp_path.iterdir()} == {*sft, *names[1:]}  # the second was unloaded just now
-    # A run that is resumed finds what its earlier process left, and clears it away.
+    # A resumed run finds and removes the versions left by its earlier process.
     again = sampler_of(roles, tmp_path, fake)
     newest = draw(again).versions[0]  # type: ignore[index]
     assert [*fake.loaded] == [*sft, newest]

@@ -103,7 +103,7 @@ def test_costs_alone_leave_no_runs(run_cli: RunCli, recipe: Path, tmp_path: Path
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--steps", "3", "--out", str(out))
     assert code == 0, text
-    assert "3 steps are too few for a speed" in text
+    assert "3 steps are too few to measure speed" in text
     assert text.count("(few steps)") == 3, "beside the ratios of speeds"
     assert re.findall(r"\d+/\d+", text) == ["3/3"] * 6, "the bars count the steps that are taken"
     assert [path.name for path in out.iterdir()] == ["compare.json"]
@@ -193,7 +193,7 @@ def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path
         (["compare", str(recipe), "--steps", "2"], "--steps"),
         (["compare", str(recipe), "--steps", "3", "--search-rates"], "Leave one of the two out"),
         (["compare", str(recipe), "--baselines", "ppo"], "not one of kto, dpo"),
-        (["compare", str(recipe), "--baselines", "kto,kto"], "twice"),
+        (["compare", str(recipe), "--baselines", "kto,kto"], "repeated"),
         (["compare", str(recipe), "--baselines", "dpo:fast"], "not a learning rate"),
         (["compare", str(recipe), "--baselines", "kto", "--search-rates"], "--baselines"),
         (["compare", str(recipe), "--baselines", "kto", "tuning=full"], "tuning: lora"),

@@ -146,7 +146,7 @@ def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecip
         ([str(recipe), "base.model=/no/model"], "/no/model"),
         ([str(recipe), "--devices", "0"], "--devices"),
         ([str(recipe), "--device", "b9000"], "--device: unknown device 'b9000'"),
-        ([str(recipe), "--device", "h100", "--calibrate"], "--device: this machine is measured"),
+        ([str(recipe), "--device", "h100", "--calibrate"], "--device: --calibrate measures this machine"),
         ([str(recipe), "--price", "-1"], "--price"),
     ):
         code, text = run_cli("estimate", *arguments)

@@ -94,7 +94,7 @@ def test_the_server_of_a_reward_adapter(write_recipe: WriteRecipe, run_cli: RunC
     save_file(weights | read_too, adapter / "adapter_model.safetensors")
     status, said = run_cli("sampler", recipe, "--reward", adapter)
     assert status == 2
-    assert "reads likelihood too" in said
+    assert "also uses likelihood" in said
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
     for folder, expected in ((tmp_path / "nowhere", "no adapter"), (adapter, "this adapter has no head")):

@@ -26,9 +26,7 @@ def test_parts_of_the_reward_follow_it(tmp_path: Path) -> None:
 def test_best_of_n_the_ensemble_and_the_kept_weights_are_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     text = write_page([run], run / "report.html").read_text(encoding="utf-8")
-    assert (
-        "Against the best of 4 completions by the policy before RL (KL 0.64, no training), on 128 prompts" in text
-    )
+    assert "Compared with the best of 4 completions before RL (KL 0.64, no training), on 128 prompts" in text
     assert "Crosses: best of n completions" in text
     assert "its 2 members alone have AUROC 0.810, 0.800" in text
     assert "member 2: Scores are the sum of the model's and TF-IDF's of the words" in html.unescape(text)

@@ -59,8 +59,8 @@ def test_a_direction_is_said_only_where_the_interval_excludes_zero(run: Run) -> 
     sweep = Sweep("made", "reward", (0, 1, 2), (3, 4, 5), (first, better, same))
     difference = stats.ttest_1samp([0.01, 0.012, 0.009], 0).confidence_interval(0.95)
     shown, unclear, rate, rate_unclear = sweep.sentences
-    assert shown == f"AUROC, beside lora, higher: dora ({difference.low:+.3f} to {difference.high:+.3f})."
-    assert unclear.startswith("AUROC, beside lora, no difference shown: lora on mlp, rank 4 (−")
+    assert shown == f"AUROC compared with lora, higher: dora ({difference.low:+.3f} to {difference.high:+.3f})."
+    assert unclear.startswith("AUROC compared with lora, no difference shown: lora on mlp, rank 4 (−")
     ends = 10 ** np.array(stats.ttest_1samp(np.log10([8, 10, 12.5]), 0).confidence_interval(0.95))
     words = f"10 times, {ends[0]:.2g} to {ends[1]:.2g}, at the edge of the search"
     assert rate == f"Best learning rate compared with lora, higher: dora ({words})."

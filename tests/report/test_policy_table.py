@@ -29,7 +29,7 @@ def test_best_of_n_the_ensemble_and_the_kept_weights_are_told(tmp_path: Path) ->
     assert "Compared with the best of 4 completions before RL (KL 0.64, no training), on 128 prompts" in text
     assert "Crosses: best of n completions" in text
     assert "its 2 members alone have AUROC 0.810, 0.800" in text
-    assert "member 2: Scores are the sum of the model's and TF-IDF's of the words" in html.unescape(text)
+    assert "member 2: Scores are the sum of the model's score and a TF-IDF score" in html.unescape(text)
     assert "kept weights are those of step 40 of 100, the best of 3 validations by loss (0.4) on 160 rows" in text
 
 

@@ -34,7 +34,7 @@ def test_a_recipe_without_it_says_where_it_is_looked_for(tmp_path: Path) -> None
     assert model is not None
     with pytest.raises(UserError, match="no such folder") as refused:
         load_base(model, torch.float32, torch.device("cpu"))
-    assert "beside the recipe" in str(refused.value)
+    assert "next to the recipe" in str(refused.value)
 
 
 def test_it_is_small_and_the_one_that_was_measured(loaded: tuple[Base, PreTrainedModel]) -> None:

@@ -72,8 +72,8 @@ def _slow_dtype(name: str) -> list[str]:
     if name == "float32" or (times := slowdown(getattr(torch, name))) < SLOW:
         return []
     return [
-        f"this CPU computes {name} {times:.0f} times slower than float32: base.dtype=float32 is faster, but needs "
-        "twice the memory"
+        f"this CPU computes {name} about {times:.0f} times slower than float32: base.dtype=float32 is faster, but "
+        "needs twice the memory"
     ]
 
 

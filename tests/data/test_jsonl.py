@@ -172,7 +172,10 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
         (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1' + b"0" * 400 + b"}", "margin is 1000"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', "margin is '1'"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "c", "probability": 1.1}', "probability is 1.1; a number"),
-        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "probability": 0.9}', "of which only one is allowed"),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "probability": 0.9}',
+            "of which only one is allowed",
+        ),
         (b'{"prompt": "a", "completion": "b", "label": "yes"}', "label is 'yes'"),
         (b'{"prompt": "a", "completion": "b", "label": null}', "label is None"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),

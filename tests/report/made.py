@@ -215,6 +215,7 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         stage["useful_flops_share"] = 0.81
         stage["data_sha256"] = "5e" * 32
         stage["waited_seconds"] = stage["seconds"] + 25.0
+        stage["reused_from"] = "runs/earlier"
         stage["started_from"] = {"folder": "adapters/elsewhere", "sha256": "a1" * 32}
     report["stages"]["rl"]["eval"] |= {
         "gold_before": 0.53,

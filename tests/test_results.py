@@ -88,7 +88,8 @@ def test_no_field_is_without_a_run_that_has_it(tmp_path: Path) -> None:
 
 def test_the_names_that_scripts_rely_on() -> None:
     promised = (
-        "algorithm steps n reward_before reward_after reward_interval gold_before gold_after gold_interval kl"
+        "algorithm steps n reward_before reward_after reward_interval gold_before gold_after gold_interval kl "
+        "pass_at_1_before pass_at_1_after"
     )
     assert set(promised.split()) <= {field.name for field in dataclasses.fields(RlEval)}
 

@@ -267,6 +267,7 @@ def _add_optional(report: dict[str, Any], noise: random.Random, tuning: str) -> 
         {"k": 1, "before": 0.24, "after": 0.38, "interval": [0.08, 0.2]}
         | {"before_interval": [0.2, 0.29], "after_interval": [0.32, 0.43]}
     ]
+    report["stages"]["rl"]["eval"] |= {"pass_at_1_before": 0.24, "pass_at_1_after": 0.38}
     report["stages"]["reward"]["eval"] |= {"pairwise_accuracy": 0.89, "auroc_labels": 0.83}
     report["stages"]["reward"]["kept_below_bytes"] = 1_000_000
     blend = {"model": 1.9, "words": 2.2, "intercept": 0.1, "rows": 160}

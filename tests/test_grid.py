@@ -124,7 +124,7 @@ def test_a_cell_of_another_plan_is_not_taken_for_finished(tmp_path: Path) -> Non
     assert _finished(mine, tmp_path) is None
     (folder / "cell.json").write_text(json.dumps({**asdict(mine), "exit": 0}))
     assert _finished(mine, tmp_path) == {**asdict(mine), "exit": 0}
-    with pytest.raises(SystemExit, match="another steps"):
+    with pytest.raises(SystemExit, match="was run with steps 2, not 3"):
         _finished(plan(tmp_path, "gpt2", "dense", steps=3), tmp_path)
 
 

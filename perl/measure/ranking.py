@@ -18,6 +18,11 @@ from perl.measure.rated_rows import RatedRows
 Metric = Literal["AUROC", "pairwise accuracy"]
 
 
+def metric_of(compared: bool) -> Metric:
+    """Return the metric by which a ranking of pairs, or of rated completions, is measured."""
+    return "pairwise accuracy" if compared else "AUROC"
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The ranked rows and their values.
@@ -41,7 +46,7 @@ class Ranking:
     @property
     def metric(self) -> Metric:
         """The metric of the ranking."""
-        return "pairwise accuracy" if self.compared else "AUROC"
+        return metric_of(self.compared)
 
     def statistic(self, score_N: Floats, truth_N: Labels) -> Statistic:
         """Return the metric of these scores, which may be a part of the ranking's."""

@@ -25,7 +25,7 @@ from perl.measure.metrics import (
     reliability,
     score_histogram,
 )
-from perl.measure.ranking import Metric, Ranking, ranking_of
+from perl.measure.ranking import Metric, Ranking, metric_of, ranking_of
 from perl.measure.rated_rows import RatedRows
 from perl.measure.slices import Slice, slices
 from perl.measure.tfidf_baseline import TfidfBaseline, TfidfScores, tfidf_baseline
@@ -101,7 +101,7 @@ class RewardMetrics:
     @property
     def metric(self) -> Metric:
         """The metric of the ranking."""
-        return "pairwise accuracy" if self.compared else "AUROC"
+        return metric_of(self.compared)
 
     @property
     def ranked(self) -> tuple[float | None, Interval | None]:

@@ -188,8 +188,8 @@ def test_gradients_are_those_of_a_model_that_holds_the_adapter_alone(role: Role,
     expected += [] if role is Role.POLICY else [alone.head.weight.grad]
     assert len(actual) == len(expected)
     for got, want in zip(actual, expected, strict=True):
-        # Rounding differs between CPUs by up to 2e-6; a gradient taken as another role is off by its own size.
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        # Without AVX-512 rounding reaches 1.8e-6; a gradient taken as another role is off by its own size.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
     assert sum(float(gradient.abs().sum()) for gradient in actual) > 0
 
 

@@ -34,6 +34,20 @@ from tests.distributed.launching import (
 )
 
 STEPS = 14
+HELD = """
+import contextlib
+import time
+from pathlib import Path
+
+HOLD, LOG = Path({hold!r}), Path({log!r})
+
+def length(completions, **columns):
+    with contextlib.suppress(FileNotFoundError):
+        while len(LOG.read_text().splitlines()) >= int(HOLD.read_text()):
+            time.sleep(0.02)
+    return [float(len(str(text))) for text in completions]
+"""
+"""A reward function that waits, after as many steps as the file `hold` says, until that file is removed."""
 
 
 @pytest.fixture
@@ -41,7 +55,9 @@ def long_recipe(recipes: dict[str, Path], tmp_path: Path) -> Path:
     """Write a recipe of PPO with both roles trained, for many steps."""
     content = yaml.safe_load(recipes["adapter"].read_text())
     content["checkpoint_every"] = 2
-    content["rl"] |= {"steps": STEPS, "reward": {"function": f"{recipes['adapter'].parent}/rewards.py:length"}}
+    function = HELD.format(hold=f"{tmp_path}/hold", log=f"{tmp_path}/out/policy/metrics.jsonl")
+    (tmp_path / "held.py").write_text(function)
+    content["rl"] |= {"steps": STEPS, "reward": {"function": f"{tmp_path}/held.py:length"}}
     content["data"]["path"] = str(recipes["adapter"].parent / "rows.jsonl")
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump(content))
@@ -83,10 +99,13 @@ def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_i
     pytest.importorskip("deepspeed")
     out = tmp_path / "out"
     command = ["run", long_recipe, "--out", out]
+    hold = tmp_path / "hold"
 
+    hold.write_text("2")
     launch = fork(2, cli.main, *command, log=tmp_path / "first", engine="fsdp2")
     wait_for_steps(out, 2)
     launch.processes[1].send_signal(signal.SIGTERM)  # sent to one process: all stop together
+    hold.unlink()
     status, said = launch.finished()
     assert status != 0
     assert "interrupted: finished stages are saved" in said
@@ -94,11 +113,13 @@ def test_a_run_is_interrupted_then_a_process_dies_then_another_engine_finishes_i
     newest = max(folder.name for folder in (out / "policy" / "checkpoints").iterdir())
     assert newest == f"step-{done:08}"
 
+    hold.write_text(f"{done + 2}")
     launch = fork(4, cli.main, *command, log=tmp_path / "second")
     wait_for_steps(out, done + 2)
     victim = launch.processes[1]
     begin = time.monotonic()
     victim.send_signal(signal.SIGKILL)
+    hold.unlink()
     status, said = launch.finished()
     assert status != 0
     assert time.monotonic() - begin < 60

@@ -80,7 +80,7 @@ class Parts:
         with pytest.raises(PreflightError) as caught:
             self.check()
         assert caught.value.status == 1
-        shown = {"recorded": "recorded evaluation", "sampled": "forward pass", "end": "last token", "KL": "KL of"}
+        shown = {"recorded": "recorded values", "sampled": "forward pass", "end": "last token", "KL": "KL of"}
         assert shown.get(check, check) in caught.value.what.split(".")[0]
         return caught.value.remedy
 

@@ -215,8 +215,8 @@ def unsupported_reason(
     try:
         with sharing(lm, SharedPrompts.of([0, 0, 1, 1], completion_length), mask_BL) as attended:
             shared_BLD = backbone.hidden(lm, ids_BL, mask_BL)
-    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        return f"{name} cannot compute several completions in one row: {str(error).splitlines()[0][:200]}"
+    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return f"{name} does not accept the attention mask and positions that several completions in one row need"
     if len(attended) != len(backbone.blocks(lm)):
         return f"{name} does not use transformers' {KERNEL} attention in every block"
     at_N = mask_BL.nonzero(as_tuple=True)

@@ -5,6 +5,7 @@ the words for up and down, and an empty cell has no value. If the columns have o
 formats, the user maps them; a mapping can be suggested.
 """
 
+import codecs
 import contextlib
 import csv
 import json
@@ -176,18 +177,22 @@ def _values(row: Mapping[str, str]) -> Row:
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
     """Yield the last line number, the header and the cells of each row of a CSV or TSV file.
 
+    Spreadsheets also write semicolons or tabs into .csv files, and UTF-16 with a byte order mark.
+
     Raises:
         UserError: it is not such a file.
         OSError: it cannot be read.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    with path.open("rb") as binary:
+        encoding = "utf-16" if binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with path.open(encoding=encoding, newline="") as file:
         try:
+            names = file.readline()
+            file.seek(0)
+            separator = max(",;\t", key=names.count)
+            rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else separator, strict=True)
             header = [name.strip() for name in next(rows, [])]
-            if len(header) == 1 and ";" in header[0]:  # as Excel writes in Europe
-                what, remedy = "its columns are separated by semicolons", "Save it with commas, or as TSV."
-                raise UserError(what, where=str(path), remedy=remedy)
             if twice := [name for name in header if name and header.count(name) > 1]:
                 what = f"has the column {twice[0]!r} twice"
                 raise UserError(what, where=str(path), remedy="Give every column a different name.")
@@ -197,14 +202,15 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             where = f"{path}:{rows.line_num}"
             raise UserError(f"is not valid CSV: {error}", where=where, remedy="Correct this row.") from None
         except UnicodeDecodeError as error:
-            what, remedy = f"is not UTF-8: byte 0x{error.object[error.start]:02x}", "Save it as UTF-8."
+            what = f"is not {encoding.removesuffix('-sig').upper()}: byte 0x{error.object[error.start]:02x}"
+            remedy = "Save it as UTF-8."
             raise UserError(what, where=str(path), remedy=remedy) from None
 
 
 def row_of(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, str]:
     """Return a row without empty cells. Raises `RowError` if a column has no cell, or a cell no column."""
     if len(cells) != len(header):
-        raise RowError("has more or fewer cells than the header: text with commas must be in quotes")
+        raise RowError("has more or fewer cells than the header: text with separators must be in quotes")
     return {name: text for name, text in zip(header, cells, strict=True) if text}
 
 

@@ -1,5 +1,6 @@
 """Files of rows in other formats and with other column names."""
 
+import csv
 import gzip
 import json
 from datetime import datetime
@@ -128,13 +129,27 @@ def test_what_is_read_as_it_is_gets_no_advice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("separator", "encoding"), [(";", "utf-8-sig"), (";", "utf-16"), ("\t", "utf-16"), (",", "utf-16-be")]
+)
+def test_what_spreadsheets_call_csv_is_read(separator: str, encoding: str, tmp_path: Path) -> None:
+    rows = [["prompt", "completion", "label"], ["a tea; please", '"one, café"', "1"], ["b", "no\n→", "0"]]
+    with (file := tmp_path / "own.csv").open("w", encoding=encoding, newline="") as out:
+        out.write("\ufeff" if encoding == "utf-16-be" else "")
+        csv.writer(out, delimiter=separator).writerows(rows)
+    found = read_jsonl(file)
+    assert [(rating.context[-1].text, rating.answer.text, rating.label) for rating in found.ratings] == [
+        ("a tea; please", '"one, café"', True),
+        ("b", "no\n→", False),
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("own.xlsx", b"PK", ".xlsx files are not supported"),
         ("own.parquet", b"nothing", "is not a Parquet file"),
         ("own.json", b"[1, 2", "is not a JSON array"),
         ("own.csv", b'prompt,completion\n"a,b\n', "is not valid CSV"),
-        ("own.csv", b"prompt;label\na;1\n", "separated by semicolons"),
         ("own.csv", b"prompt\ncaf\xe9\n", "is not UTF-8: byte 0xe9"),
         ("own.csv.gz", b"", "compressed .csv files are not supported"),
     ],

@@ -109,6 +109,10 @@ def _additive_mask(mask_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
     return zeros_BQL.masked_fill_(~attends_BQL, torch.finfo(dtype).min)[:, None]
 
 
+class _ShortWindowError(Exception):
+    """A layer attends to fewer tokens than the rows have."""
+
+
 class _ByParts:
     """Replacement for transformers' attention function, for all positions of a layout."""
 
@@ -122,11 +126,11 @@ class _ByParts:
         """Attend as in transformers: query, key and value (1, H, N, S) to (1, N, H, S), with the layout's masks.
 
         Raises:
-            ValueError: the layer's sliding window is shorter than the rows.
+            _ShortWindowError: the layer's sliding window is shorter than the rows.
         """
         layout = self.layout
         if (window := rest.get("sliding_window")) and window < layout.completion_mask_B1TL.shape[3]:
-            raise ValueError(f"its layers attend to the last {window} tokens only")
+            raise _ShortWindowError(f"its layers attend to the last {window} tokens only")
         self.attended.add(module)
         shared, own = zip(*(layout.heads(one) for one in (query, key, value)), strict=True)
         keys, values = (
@@ -215,6 +219,8 @@ def unsupported_reason(
     try:
         with sharing(lm, SharedPrompts.of([0, 0, 1, 1], completion_length), mask_BL) as attended:
             shared_BLD = backbone.hidden(lm, ids_BL, mask_BL)
+    except _ShortWindowError as error:
+        return f"{name} cannot compute several completions in one row: {error}"
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return f"{name} does not accept the attention mask and positions that several completions in one row need"
     if len(attended) != len(backbone.blocks(lm)):

@@ -59,7 +59,7 @@ def init(
     chat = speakers_of(records) == {"text"} and has_chat_format(base)
     if chat:
         console.print(f"The rows are plain text: {base}'s chat format is applied to them.", markup=False)
-    content = draft(file.stem, base, path, named, records, chat)
+    content = draft(file.stem, base, _dtype(), path, named, records, chat)
     recipe = Recipe.model_validate(content)
     console.print(f"Predicting the memory that {base} needs …", markup=False)
     print_prediction(recipe)
@@ -68,6 +68,20 @@ def init(
     console.print(f"Written: {file}. Next:", markup=False)
     for stage in recipe.stages:
         console.print(f"  perl-rlhf {stage} {file}  # {GIVES[stage]}", markup=False)
+
+
+def _dtype() -> str:
+    """Return the base's dtype: bfloat16, or float32 on a CPU that is slow in bfloat16."""
+    import torch
+
+    from perl.system.device import SLOW, slowdown
+
+    if torch.cuda.is_available() or (times := slowdown(torch.bfloat16)) < SLOW:
+        return "bfloat16"
+    console.print(
+        f"This CPU computes bfloat16 about {times:.0f} times slower than float32, which the recipe sets."
+    )
+    return "float32"
 
 
 def _asked(option: str, question: str, default: str | None, yes: bool) -> str:

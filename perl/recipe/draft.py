@@ -15,17 +15,20 @@ LONG_PROMPT = 1_000
 """Length in characters above which prompts are cut: one that leaves no room for a completion would be refused."""
 
 
-def draft(name: str, base: str, data: str, columns: Mapping[str, str], records: Records, chat: bool) -> Content:
+def draft(
+    name: str, base: str, dtype: str, data: str, columns: Mapping[str, str], records: Records, chat: bool
+) -> Content:
     """Return the content of a recipe.
 
     Args:
         name: of the recipe's file.
+        dtype: the base's dtype.
         data: the path of the file of rows.
         columns: the column names in it, by field name of TRL's formats.
         chat: whether plain text is turned into chats.
     """
     content: Content = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-_")[:100] or "mine", "seed": 0}
-    content["base"] = {"model": base, "dtype": "bfloat16"}
+    content["base"] = {"model": base, "dtype": dtype}
     content["lora"] = {"rank": 16, "alpha": 32}
     named: Content = {"columns": dict(columns)} if columns else {}
     content["data"] = {"path": data, **named, **({"chat": True} if chat else {}), "held_out": 0.2}

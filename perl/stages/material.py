@@ -23,11 +23,8 @@ from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.parallel.processes import ALONE
 from perl.recipe import Recipe, StageName
-from perl.system.device import slowdown
+from perl.system.device import SLOW, slowdown
 from perl.system.progress import console, counted
-
-SLOW = 2.0
-"""A dtype gets a note if fp32 is at least this many times faster on this CPU."""
 
 
 @dataclass(frozen=True)

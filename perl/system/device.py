@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SLOW = 2.0
+"""A dtype counts as slow if fp32 is at least this many times faster on this CPU."""
+
 
 def to_device(values: Any, device: torch.device) -> Tensor:
     """Return a tensor of these numbers on a device, without waiting for pending work of the device.

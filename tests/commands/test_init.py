@@ -168,3 +168,17 @@ def test_a_recipe_is_never_written_over(run_cli: RunCli, tmp_path: Path) -> None
     assert status == 2
     assert "exists already" in written
     assert (tmp_path / "mine.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("times", "dtype"), [(7.2, "float32"), (0.4, "bfloat16")])
+def test_a_cpu_that_is_slow_in_bfloat16_gets_a_recipe_in_float32(
+    times: float, dtype: str, run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)
+    monkeypatch.setattr("perl.system.device.slowdown", lambda dtype: times)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = tmp_path / "mine.yaml"
+    status, written = run_cli("init", file, "--data", thumbs(tmp_path / "thumbs.csv"), "--base", tiny_llama)
+    assert status == 0, written
+    assert yaml.safe_load(file.read_text())["base"]["dtype"] == dtype
+    assert ("bfloat16 about 7 times slower" in " ".join(written.split())) == (dtype == "float32")

@@ -29,6 +29,7 @@ from perl.measure.cost import Cost
 from perl.measure.meter import Meter
 from perl.private.trl import TokenizedDpo, TokenizedKto
 from perl.roles.role import Role
+from perl.stages.adamw import exact_on_average
 from perl.stages.reward_rows import max_length
 from perl.stages.session import Session
 from perl.stages.sft import trainable_model
@@ -153,7 +154,7 @@ def train_baseline(session: Session, name: str, rate: float, snapshot: Callable[
         for ratio, weights in roles.by_learning_rate(Role.POLICY).items()
         if weights
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = exact_on_average(torch.optim.AdamW(groups, weight_decay=settings.weight_decay))
     steps, meter = optimizer_steps(len(rows), settings), session.meter()
     console.print(f"{name}: computing the reference's log-probs of {counted(len(rows), 'row')} before step 1")
     with (

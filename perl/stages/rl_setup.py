@@ -30,6 +30,7 @@ from perl.rl.update import Learner, learning_rate_shares
 from perl.rl.validation import PolicyValidation
 from perl.roles.role import Role
 from perl.runs.validation import Validation
+from perl.stages.adamw import exact_on_average
 from perl.stages.auto_rates import auto_head_learning_rate, learning_rate
 from perl.stages.rl_preflight import earlier_stages
 from perl.stages.rl_rewards import combined_reward, end_ids, reward_context, settings_of
@@ -213,11 +214,12 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         for parameters, rate in zip(of_rates, rates, strict=True)
         if parameters  # DeepSpeed fails on an empty group
     ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     return Learner(
         roles=roles,
         algorithm=settings.row,
         trained=trained,
-        optimizer=session.engine.optimizer(torch.optim.AdamW(groups, weight_decay=settings.weight_decay)),
+        optimizer=session.engine.optimizer(exact_on_average(optimizer)),
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
         epochs=settings.epochs,

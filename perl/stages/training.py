@@ -23,6 +23,7 @@ from perl.rl.checks.alarms import WORDS
 from perl.rl.checks.guard_state import Limits
 from perl.runs import snapshot
 from perl.runs.validation import Kept
+from perl.stages.adamw import exact_on_average
 from perl.stages.training_run import TrainingRun
 from perl.stages.ulmfit import GradualUnfreezing, layers_of, slanted_triangular
 from perl.system.progress import console
@@ -188,7 +189,7 @@ class ResumableTrainer(HookedTrainer):
         for ratio, weights in by_rate.items():
             if ratio != 1.0:
                 scale_learning_rate(optimizer, weights, ratio)
-        self.optimizer = self.run.session.engine.optimizer(optimizer)
+        self.optimizer = self.run.session.engine.optimizer(exact_on_average(optimizer))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

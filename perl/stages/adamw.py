@@ -13,8 +13,9 @@ from torch import Tensor
 
 from perl.system.seeds import derived_seed
 
-PIECE = 1 << 18
-"""Number of weights that are in fp32 at the same time."""
+PIECE = 1 << 16
+"""Number of weights that are in fp32 at the same time on a CPU: they stay in its cache."""
+PIECE_ON_GPU = 1 << 22
 
 
 def exact_on_average(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -52,10 +53,11 @@ class StochasticAdamW(torch.optim.AdamW):
         step = int(state["step"].item())
         generator = torch.Generator(parameter.device).manual_seed(derived_seed(number, "rounding", step))
         whole = [parameter, gradient, state["exp_avg"], state["exp_avg_sq"]]
-        rows = max(1, PIECE * len(parameter) // max(1, parameter.numel())) if parameter.dim() else 1
-        pieces = zip(*(one.split(rows) for one in whole), strict=True) if parameter.dim() else [whole]
-        for weight, gradient_piece, mean, square in pieces:
-            _update_piece(weight, gradient_piece, mean, square, step, group, generator)
+        size = PIECE if parameter.device.type == "cpu" else PIECE_ON_GPU
+        count = -(-parameter.numel() // size) if parameter.dim() else 1
+        pieces = (one.chunk(count) if count > 1 else [one] for one in whole)
+        for weight, of_gradient, mean, square in zip(*pieces, strict=True):
+            _update_piece(weight, of_gradient, mean, square, step, group, generator)
 
 
 def _update_piece(

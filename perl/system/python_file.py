@@ -30,7 +30,7 @@ def import_file(file: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # the user's own code
         del sys.modules[spec.name]
         what = f"cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(what, where=_place(file, error), remedy="Fix the file.") from error
+        raise UserError(what, where=failed_line(file, error), remedy="Fix the file.") from error
     return module
 
 
@@ -50,8 +50,11 @@ def import_function(location: str) -> Callable[..., Any]:
     return function
 
 
-def _place(file: Path, error: BaseException) -> str:
-    """Return the file, and the line in it if that is known."""
+def failed_line(file: Path, error: BaseException) -> str:
+    """Return the file, and the line in it that failed if that is known.
+
+    The innermost frame is often in a library that the file calls, which is not what the user has to correct.
+    """
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file):
         lines.append(error.lineno)

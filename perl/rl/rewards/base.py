@@ -1,16 +1,18 @@
 """Base class of reward sources: they are called with prompts and completions and return one number for each."""
 
+import inspect
 import math
 import reprlib
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perl.data.records import Prompt
 from perl.errors import UserError
 from perl.system.progress import counted
+from perl.system.python_file import failed_line
 
 if TYPE_CHECKING:  # a plugin with a custom reward is read without torch
     from perl.measure.ensemble import Combine
@@ -85,6 +87,11 @@ class RewardSource(ABC):
         """The place that messages name."""
         return f"rl.reward {self.name}"
 
+    @property
+    def file(self) -> Path:
+        """The Python file whose line is named if it raises."""
+        return Path(inspect.getfile(type(self)))
+
     def __call__(self, prompts: Sequence[Prompt], samples: "Samples", texts: Sequence[str]) -> list[float]:
         """Return the checked rewards; arrays, tensors and booleans are accepted as numbers."""
         try:
@@ -92,12 +99,12 @@ class RewardSource(ABC):
             if isinstance(returned, Iterator):  # a generator runs only when it is read
                 returned = list(returned)
         except (Exception, SystemExit) as error:  # the user's own code
-            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"{self.title} failed: {type(error).__name__}: {error}",
-                where=f"{frame.filename}:{frame.lineno}",
-                remedy="Correct the function, and use another --out: training so far used the old function. No "
-                "completion is scored 0 because of a failure.",
+                where=failed_line(self.file, error),
+                remedy="If the cause was temporary, run the same command again: it resumes from the last "
+                "checkpoint. Otherwise correct the function, and use another --out: training so far used the old "
+                "one. No completion is scored 0 because of a failure.",
             ) from error
         return self._check(returned, len(texts))
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
@@ -49,6 +50,10 @@ class RewardFunction(RewardSource):
     @property
     def where(self) -> str:
         return self._location
+
+    @property
+    def file(self) -> Path:
+        return Path(self._location.rpartition(":")[0]).absolute()
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> Sequence[float]:
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in self._columns}

@@ -52,22 +52,26 @@ def test_numbers_of_every_kind_are_taken_and_columns_of_other_rows_too(
 
 
 FAILING = """
+import json
 def divides(completions, **columns):
     yield 1.0
     yield 1 / 0
 def unordered(completions, **columns):
     return {0.5, 1.0}
+def parses(completions, **columns):
+    return [json.loads(text) for text in completions]
 """
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("divides", r"own\.py:4: the reward function failed: ZeroDivisionError"),
+        ("divides", r"own\.py:5: the reward function failed: ZeroDivisionError"),
+        ("parses", r"own\.py:9: the reward function failed: JSONDecodeError(.|\n)*run the same command again"),
         ("unordered", r"must return 2 finite numbers, one per completion; it returned set"),
     ],
 )
-def test_generators_that_fail_and_sets_are_refused(name: str, what: str, tmp_path: Path) -> None:
+def test_a_failure_is_told_with_the_line_of_the_users_file(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(FAILING)
     prompts = [Prompt((Turn("text", text),), text, {}) for text in ("one", "two")]
     reward = RewardFunction(f"{tmp_path}/own.py:{name}", prompts)

@@ -127,11 +127,13 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
 def _plan(session: Session, loop: Loop) -> str:
     """Describe a step: the algorithm's resolved row, and the values that `auto` resolved to."""
     settings, (rate, *_, head_rate) = settings_of(session), loop.learner.rates
-    head = f", {head_rate:.2g} for the critic's head" if loop.algorithm.needs_critic else ""
+    rates = [] if loop.algorithm.direction == "natural" else [f"{rate:.2g}"]  # the natural gradient has no rate
+    rates += [f"{head_rate:.2g} for the critic's head"] if loop.algorithm.needs_critic else []
+    at = f"; learning rate {', '.join(rates)}" if rates else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
     return (
         f"RL with {settings.algorithm}: {counted(settings.steps, 'step')} of {completions} and "
-        f"{counted(settings.epochs, 'update')}; learning rate {rate:.2g}{head}.\n"
+        f"{counted(settings.epochs * settings.minibatches, 'update')}{at}.\n"
         f"{settings.algorithm}: {loop.algorithm.words}."
     )
 

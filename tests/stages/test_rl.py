@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from perl.roles.outputs import Outputs
 from perl.roles.role import Role
 from perl.roles.roles import Roles
 from perl.roles.shared_base import SharedBase
-from perl.stages import rl_setup
+from perl.stages import rl, rl_setup
 from tests.conftest import RunCli
 from tests.tiny import random_llama
 
@@ -336,6 +337,23 @@ def test_settings_of_an_algorithm_are_the_recipes(name: str, toy: Path, tmp_path
     assert said.epochs == 3
     row = said.model_copy(update={"gae_lambda": 0.5, "clip": 0.1, "value_clip": 0.0}).row
     assert (row.gae_lambda, row.clip, row.value_clip) == (0.5, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rl.minibatches=2"], "and 4 updates; learning rate 0.01, 0.2 for the critic's head."),
+        (["rl.algorithm=trpo"], "and 1 update; learning rate 0.2 for the critic's head."),
+        (["rl.algorithm=rloo", "rl.direction=natural", "rl.trust_region=0.01", "rl.epochs=1"], "and 1 update.\n"),
+    ],
+)
+def test_the_plan_counts_all_updates_and_a_natural_gradient_has_no_learning_rate(
+    overrides: list[str], said: str, toy: Path, tmp_path: Path
+) -> None:
+    loaded = load_recipe(recipe(toy, tmp_path / "r.yaml"), overrides)
+    assert loaded.rl is not None
+    loop = SimpleNamespace(learner=SimpleNamespace(rates=[0.01, 0.2]), algorithm=loaded.rl.row)
+    assert said in rl._plan(cast(Any, SimpleNamespace(recipe=loaded)), cast(Any, loop))
 
 
 def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

@@ -24,6 +24,7 @@ NO_JUDGE = (
 )
 NO_INTERVAL = "The report has no interval of the change, so it may be chance."
 EXPLOITS = "It exploits errors in its reward: stop earlier, or raise kl_coef."
+SAME = "It did not change on any prompt, so more prompts would hardly help: look at the reward and the samples."
 SHOWN_STEPS = 5
 
 
@@ -49,7 +50,8 @@ def verdict(group: Group) -> Finding:
     if decisive.clear is None:
         return Finding("The policy cannot be judged.", [*lines, NO_INTERVAL], "open")
     if not decisive.clear:
-        return Finding("No clear difference.", [*lines, _too_few(group)], "open")
+        same = decisive.interval == (0.0, 0.0)
+        return Finding("No clear difference.", [*lines, SAME if same else _too_few(group)], "open")
     if gold is None:
         if reward.rise > 0:
             return Finding("The reward rose; nothing else has checked it.", [*lines, NO_JUDGE], "open")
@@ -200,18 +202,18 @@ def _machine(run: Run) -> str:
 
 def _reward_meaning(run: Run) -> str:
     """Return what the reward's scale is; empty without RL or recipe, and for a sum of several rewards."""
-    source = run.section("rl").get("reward")
+    source = run.section("rl").get("reward") or {}
     if run.report.stages.rl is None or not run.recipe or isinstance(source, list):
         return ""
-    if isinstance(source, dict) and source.get("function"):
+    kind = source.get("kind", "function" if source.get("function") else "model")
+    if kind not in ("function", "model") or source.get("weight", 1.0) != 1.0:
+        return f"The reward has {joined([f'{key} {value}' for key, value in source.items()])}."
+    if kind == "function":
         return f"The reward is what the function {source['function']} returns."
-    what, unit = "score", ""
-    if run.section("reward").get("loss") == "thumbs":
-        what, unit = "probability of a thumb up", ", 1 is one standard deviation better"
-    return (
-        f"The reward is the reward model's {what}, in standard deviations from the mean of its training answers: "
-        f"0 is an average answer{unit}."
-    )
+    thumbs = run.section("reward").get("loss") == "thumbs"
+    what, unit = ("probability of a thumb up", ", 1 is one standard deviation better") if thumbs else ("score", "")
+    scale = "in standard deviations from the mean of its training answers"
+    return f"The reward is the reward model's {what}, {scale}: 0 is an average answer{unit}."
 
 
 def _base_unchanged(run: Run) -> str:
@@ -250,8 +252,7 @@ def next_steps(group: Group, compared: bool) -> list[tuple[str, str]]:
     if not run.recipe:
         return steps
     if group.rl:
-        rl_steps = recipe("rl").get("steps")
-        longer = f"rl.steps={2 * rl_steps}" if isinstance(rl_steps, int) else "rl.kl_coef=0.1"
+        longer = f"rl.steps={2 * n}" if isinstance(n := recipe("rl").get("steps"), int) else "rl.kl_coef=0.1"
         words = "Train only RL again, with another setting"
         steps += [(words, f"{again} {longer} --from {folder} --out {folder}-2")]
     if len(group.runs) == 1:

@@ -7,11 +7,15 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from perl.errors import UserError
 from perl.report.page import write_page
+from perl.report.runs import Group, read_run
+from perl.report.words import summary
 from tests.report.made import make_report, make_run, write
 
 EVIL = "<script>alert(1)</script>\"'&$x_1$"
@@ -101,6 +105,28 @@ def test_only_the_report(tmp_path: Path, kept: list[str]) -> None:
     assert "perl-rlhf chat a" in text or "rl" not in kept
     assert "None" not in text
     assert "nan" not in re.sub(r"<[^>]*>", "", text)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({"kind": "length", "target": 40}, "The reward has kind length and target 40."),
+        ({"kind": "run", "run": "runs/other"}, "The reward has kind run and run runs/other."),
+        ({"kind": "model", "weight": 2.0}, "The reward has kind model and weight 2.0."),
+        ({"function": "own.py:f"}, "The reward is what the function own.py:f returns."),
+        ({}, "0 is an average answer, 1 is one standard deviation better."),
+    ],
+)
+def test_the_meaning_of_the_reward_is_that_of_its_kind(reward: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Only the reward stage's model returns a probability of a thumb up."""
+    file = make_run(tmp_path / "a") / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    recipe["rl"]["reward"] = reward
+    file.write_text(yaml.safe_dump(recipe))
+    run = read_run(file.parent)
+    text = " ".join(summary(Group("lora", (run,)), [run]))
+    assert said in text
+    assert ("thumb" in text) == (not reward)
 
 
 def test_full_tuning_alone(tmp_path: Path) -> None:

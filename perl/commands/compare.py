@@ -157,7 +157,7 @@ def _compare_runs(
 def _say_rates(
     kind: str, used: Mapping[str, Mapping[StageName, float | Literal["auto"]]], searched_on: int | None
 ) -> None:
-    how = "the recipe's, and for full tuning a tenth of it by assumption (--search-rates searches for both)"
+    how = "by the recipe, with a tenth for full tuning by assumption (--search-rates searches for both)"
     if searched_on is not None:
         how = f"searched for on both sides, with seed {searched_on}, which is not reported"
     pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]

@@ -86,18 +86,20 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
     """Return the recipe under another tuning: full tuning has a separate critic.
 
     Args:
-        rates: learning rates by stage; of the others full tuning has a tenth of the recipe's for LoRA.
+        rates: learning rates by stage; of the others full tuning has a tenth of LoRA's, whichever of the two the
+            recipe is for.
 
     Raises:
         UserError: the recipe uses something that this tuning does not support.
     """
     content, rates = recipe.model_dump(), rates or {}
-    full = tuning == "full" and recipe.tuning == "lora"
+    full, lora = (tuning == one != recipe.tuning for one in ("full", "lora"))
     for stage in recipe.stages:
         if stage in rates:
             content[stage]["learning_rate"] = rates[stage]
-        elif full and content[stage]["learning_rate"] != "auto":  # which depends on the tuning
-            content[stage]["learning_rate"] *= FULL_SHARE
+        elif (full or lora) and content[stage]["learning_rate"] != "auto":  # which depends on the tuning
+            rate = content[stage]["learning_rate"]
+            content[stage]["learning_rate"] = rate * FULL_SHARE if full else min(rate / FULL_SHARE, 1.0)
     if full and content["rl"] is not None and content["rl"]["critic"] == "shared":
         content["rl"]["critic"] = None
     if recipe.rl is not None and recipe.rl.sampler.kind == "server":  # full tuning has no adapters for it

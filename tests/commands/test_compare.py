@@ -43,6 +43,18 @@ def test_full_tuning_is_the_same_recipe_conventionally(recipe: Path) -> None:
     assert variant(lora, "lora", 0) == lora
 
 
+def test_a_recipe_for_full_tuning_is_compared_at_its_own_rate(recipe: Path) -> None:
+    """The ratio of the two rates is the same as for the same recipe under LoRA."""
+    overrides = ["tuning=full", "sft.learning_rate=1e-4", "reward.learning_rate=0.5", "rl=null"]
+    full = load_recipe(recipe, overrides)
+    assert variant(full, "full", 0) == full
+    lora = variant(full, "lora", 0)
+    assert lora.sft is not None
+    assert lora.sft.learning_rate == pytest.approx(1e-3)
+    assert lora.reward is not None
+    assert lora.reward.learning_rate == 1.0  # the largest that a recipe accepts
+
+
 def test_a_rate_that_follows_the_tuning_by_itself_is_left_to_it(recipe: Path) -> None:
     full = variant(load_recipe(recipe, ["rl.learning_rate=auto"]), "full", 0)
     assert full.rl is not None

@@ -20,12 +20,13 @@ from perl.report.runs import Run, read_run
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.export import export_role
+from perl.stages.identity import identify, recorded, refuse_changed
 from perl.stages.material import Material, read_material
 from perl.stages.opening import adapters_for, open_run
 from perl.stages.pipeline import run
 from perl.stages.training import NotFiniteError
 from perl.sweep.setting import FULL, Setting, size_key
-from perl.system.progress import console
+from perl.system.progress import console, silence
 
 DIVERGED = "diverged"
 """File in a cell's folder that marks it as diverged, so that it is not tried again."""
@@ -79,6 +80,29 @@ class Cells:
                 RunFolder(setting.folder(self.out, seed)).check(setting.recipe(self.alone(seed), seed))
             if setting.kind != FULL:
                 adapters_for(setting.recipe(self.alone(seeds[0]), seeds[0]), lm)
+        del lm  # frees its memory for that of another seed
+        for seed in seeds:
+            self._check_unchanged(settings, seed)
+
+    def _check_unchanged(self, settings: Sequence[Setting], seed: int) -> None:
+        """Refuse to go on if the data, the base or a file has changed since a cell of this seed was trained.
+
+        A cell that diverged with something else than there is now is tried again.
+        """
+        cells = [(setting.folder(self.out, seed), setting.recipe(self.alone(seed), seed)) for setting in settings]
+        if self.stage == "rl" and (before := self._recipe_before(seed)) is not None:
+            cells.insert(0, (self._earlier(seed), before))
+        for path, recipe in cells:
+            folder = RunFolder(path)
+            if not any(recorded(folder, stage) for stage in recipe.stages):
+                continue
+            with silence():
+                found = self._read(recipe.model_copy(update={"tuning": "lora"}))  # full tuning's are the same
+            now = identify(recipe, found.train, found.held_out, found.base, {})
+            refuse_changed(folder, now)
+            there = {stage: recorded(folder, stage) for stage in now}
+            if any(one and one.differences(now[stage]) for stage, one in there.items()):
+                (path / DIVERGED).unlink(missing_ok=True)
 
     def _check_merged(self, lm: PreTrainedModel) -> None:
         kind, quantization = type(adapters_for(self.recipe, lm)), self.recipe.base.quantization
@@ -93,6 +117,7 @@ class Cells:
         """Train a cell, resume it, or read it if it is finished; return None if its training diverged."""
         recipe, folder = setting.recipe(self.alone(seed), seed), setting.folder(self.out, seed)
         RunFolder(folder).check(recipe)
+        self._check_unchanged([setting], seed)  # its rate may not have been known before
         if (folder / DIVERGED).exists():
             return None
         if not (folder / "report.json").exists():

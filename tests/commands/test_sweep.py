@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from scipy import stats
 from perl.recipe import load_recipe
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
+from perl.stages.pipeline import TRAIN
+from perl.stages.session import Session
 from perl.stages.training import NotFiniteError
 from perl.sweep.cells import Cells
 from tests.conftest import RunCli, WriteRecipe
@@ -166,17 +169,37 @@ def test_training_that_diverged_is_not_tried_again(
 ) -> None:
     calls = []
 
-    def diverge(_: object, folder: Path, **__: object) -> None:
+    def diverge(session: Session) -> None:
         calls.append(1)
-        folder.mkdir(parents=True)
         raise NotFiniteError("the loss was not finite", where="stage of reward", remedy="Lower its learning_rate.")
 
-    monkeypatch.setattr("perl.sweep.cells.run", diverge)
+    monkeypatch.setitem(TRAIN, "reward", diverge)
+    command = ("sweep", recipe, "--kinds", "lora", "--seeds", "0", "--out", tmp_path / "out")
     for _ in range(2):
-        code, text = run_cli("sweep", recipe, "--kinds", "lora", "--seeds", "0", "--out", tmp_path / "out")
+        code, text = run_cli(*command)
         assert code == 0, text
         assert "lora is left out because its training diverged on every seed" in " ".join(text.split())
     assert len(calls) == 1
+    assert run_cli(*command, "reward.learning_rate=1e-4")[0] == 0  # as the error advises
+    assert len(calls) == 2
+
+
+def test_changed_data_are_not_mixed_with_earlier_results(
+    run_cli: RunCli, recipe: Path, small_data: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "ratings.jsonl", tmp_path / "out"
+    shutil.copyfile(small_data / "ratings.jsonl", data)
+    command = ("sweep", recipe, f"data.path={data}", "--ranks", "1", "--seeds", "0", "--out", out, "--kinds")
+    code, text = run_cli(*command, "lora")
+    assert code == 0, text
+    before = (out / "sweep.json").read_bytes()
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:-1]))
+    code, text = run_cli(*command, "miss,lora")
+    assert code == 2, text
+    assert "since reward was trained here, the data have changed (1 row removed)" in " ".join(text.split())
+    assert (out / "sweep.json").read_bytes() == before
+    assert not (out / "miss-1-0").exists()
 
 
 def test_it_goes_on_where_it_stopped(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:

@@ -253,6 +253,8 @@ def test_two_origins_in_overrides_are_refused(tmp_path: Path) -> None:
         ("adapter: {kind: miss}", ["lora={rank: 4}"], {"rank": 4, "alpha": 16}),
         ("adapter: {kind: miss}", ["lora.rank=4"], {"kind": "miss", "rank": 4}),
         ("lora: {rank: 4}", ["adapter.rank=2", "adapter.kind=dora"], {"kind": "dora", "rank": 2}),
+        ("lora: {rank: 4, alpha: 8}", ["adapter.kind=prefix"], {"kind": "prefix"}),
+        ("adapter: {kind: prefix, length: 4}", ["adapter.kind=dora"], {"kind": "dora", "rank": 8}),
         ("lora: {rank: 4}", ["adapter.kind=lora"], {"rank": 4, "alpha": 16}),
         ("lora: {rank: 4}", ["adapter=null"], {"rank": 4, "alpha": 16}),
     ],
@@ -264,6 +266,10 @@ def test_an_override_of_the_adapters_replaces_the_other_section(
     recipe = load_recipe(write(tmp_path, f"name: x\nbase: {{model: org/m}}\n{found}\nreward: {{}}\n"), overrides)
     assert recipe.adapter_settings.model_dump(include={"kind", "rank", "alpha"} & set(left)) == left
     assert recipe.adapter_kind == left.get("kind", "lora")
+
+
+def test_a_setting_that_an_override_gives_is_not_dropped_with_the_old_kind(tmp_path: Path) -> None:
+    assert "rank is no setting" in refused(write(tmp_path, GOOD), "adapter.kind=prefix", "adapter.rank=4")
 
 
 def test_two_sections_of_adapters_in_overrides_are_refused(tmp_path: Path) -> None:

@@ -166,6 +166,11 @@ BUILT_IN: dict[str, type[AdapterSettings]] = {
 """Settings of the kinds in `perl.adapters.ADAPTERS` other than LoRA, for callers that do not import torch."""
 
 
+def all_settings() -> set[str]:
+    """Return the names of the settings of LoRA and of all kinds in `BUILT_IN`."""
+    return {*LoraSettings.model_fields, *(name for kind in BUILT_IN.values() for name in kind.model_fields)}
+
+
 def _of_its_kind(section: Any) -> Any:
     """Validate the section with the settings of its kind."""
     kind = section.get("kind") if isinstance(section, Mapping) else None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from perl.errors import UserError
 from perl.plugins import load_plugins
-from perl.recipe.adapter import LORA, section_meant
+from perl.recipe.adapter import BUILT_IN, LORA, all_settings, section_meant
 from perl.recipe.base import ORIGINS
 from perl.recipe.complaints import explain
 from perl.recipe.recipe import STAGES, Recipe
@@ -87,11 +87,23 @@ def _replace_origin(content: dict[str, Any], overrides: list[str]) -> None:
 
 
 def _replace_adapters(content: dict[str, Any], overrides: list[str]) -> None:
-    """If an override is the whole section `lora` or `adapter`, remove the recipe's other one."""
+    """Remove what an override replaces.
+
+    If it is the whole section `lora` or `adapter`, the recipe's other one; if it is `adapter.kind`, the recipe's
+    settings that only other kinds have.
+    """
     said = {override.partition("=")[0] for override in overrides}
     given = {key for key in (LORA, "adapter") if key in said and content.get(key) is not None}
     if len(given) == 1:
         content.pop("adapter" if given == {LORA} else LORA, None)
+    section = content.get("adapter")
+    if not isinstance(section, dict) or "adapter.kind" not in said:
+        return
+    kind = section["kind"]
+    if isinstance(kind, str) and kind in BUILT_IN:  # other kinds say themselves what they have
+        gone = all_settings() - BUILT_IN[kind].model_fields.keys()
+        gone -= {key.partition(".")[2] for key in said}
+        content["adapter"] = {key: value for key, value in section.items() if key not in gone}
 
 
 def _settings_of_sources(content: dict[str, Any]) -> None:

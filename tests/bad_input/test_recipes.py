@@ -188,7 +188,7 @@ async def later(completions, **columns):
         ("short", "own.py:short: the reward function must return 32 finite numbers, one per completion; "),
         ("short", "it returned 1 of 32: [0.0]"),
         ("nan", "score 0 is nan"),
-        ("none", "score 1 is None"),
+        ("none", "score 1 is None, for '"),
         ("string", "score 0 is '0.5'"),
         ("text", "it returned str '0000"),
         ("mapping", "it returned dict {0: 1.0, 1: 1.0, "),

@@ -106,10 +106,11 @@ class RewardSource(ABC):
                 "checkpoint. Otherwise correct the function, and use another --out: training so far used the old "
                 "one. No completion is scored 0 because of a failure.",
             ) from error
-        return self._check(returned, len(texts))
+        return self._check(returned, texts)
 
-    def _check(self, returned: Any, count: int) -> list[float]:
-        """Return the numbers of a list of `count` scores."""
+    def _check(self, returned: Any, texts: Sequence[str]) -> list[float]:
+        """Return the numbers of a list of scores, one for each text."""
+        count = len(texts)
         try:
             scores = None if isinstance(returned, str | bytes | Mapping | Set) else list(returned)
         except TypeError:  # not iterable
@@ -121,7 +122,7 @@ class RewardSource(ABC):
         numbers = [_number(score) for score in scores]
         for row, (score, number) in enumerate(zip(scores, numbers, strict=True)):
             if not math.isfinite(number):
-                raise self._misfit(count, f"score {row} is {reprlib.repr(score)}")
+                raise self._misfit(count, f"score {row} is {reprlib.repr(score)}, for {reprlib.repr(texts[row])}")
             if abs(number) > LARGEST_REWARD:
                 raise UserError(
                     f"score {row} of {self.title} is {number:g}; its absolute value may be at most "
@@ -135,7 +136,7 @@ class RewardSource(ABC):
         return UserError(
             f"{self.title} must return {counted(count, 'finite number')}, one per completion; {what}",
             where=self.where,
-            remedy="Return a list of floats.",
+            remedy="Return a list of floats, and use another --out: training so far used the old rewards.",
         )
 
 

@@ -79,7 +79,7 @@ class ServedModel(RewardSource):
 
     def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """Return the checked `rewards`; there is no user code whose failures would have to be distinguished."""
-        return self._check(self.rewards(prompts, samples, texts), len(texts))
+        return self._check(self.rewards(prompts, samples, texts), texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """See `RewardSource`.

@@ -88,6 +88,11 @@ class Recipe(Section):
             raise ValueError(
                 "full tuning cannot train 4-bit weights: set base.quantization: none, or tuning: lora"
             )
+        if self.tuning == "full" and self.base.dtype == "float16":
+            raise ValueError(
+                "full tuning cannot train float16 weights, because the squares of small gradients, by which AdamW "
+                "divides, are zero in float16: set base.dtype: bfloat16 or float32, or tuning: lora"
+            )
         why = self.adapter.four_bit_refusal if self.adapter is not None else None
         if why and self.base.quantization != "none":
             raise ValueError(

@@ -36,6 +36,17 @@ def test_full_tuning_of_4_bit_weights_is_refused(write_recipe: WriteRecipe, run_
     assert "4-bit" in text
 
 
+def test_full_tuning_in_float16_is_refused(write_recipe: WriteRecipe) -> None:
+    """Its first update would already be infinite: the squares of gradients of 1e-4 are zero in float16."""
+    weight = torch.nn.Parameter(torch.full((3,), 0.05, dtype=torch.float16))
+    weight.grad = torch.full_like(weight, 1e-4)
+    torch.optim.AdamW([weight], lr=5e-5).step()
+    assert not weight.isfinite().any()
+    file = write_recipe(tuning="full", base={"model": "some/model", "dtype": "float16"})
+    with pytest.raises(UserError, match="full tuning cannot train float16 weights"):
+        load_recipe(file)
+
+
 @pytest.fixture(scope="module")
 def full_runs() -> dict[str, Path]:
     """Cache of finished runs' folders."""

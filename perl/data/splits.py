@@ -50,7 +50,7 @@ def split(records: Records, held_out: float, seed: int) -> tuple[Records, Record
     """
     dialogues = {record.dialogue for record in records.rows()}
     if len(dialogues) < 2:
-        remedy = "Use more data, or give each row's conversation its own `dialogue`."
+        remedy = "Use more data, give each row's conversation its own `dialogue`, or set data.eval_path."
         what = "; ".join([f"{len(dialogues)} dialogue cannot be split", *records.notes])
         raise UserError(what, where="data.held_out", remedy=remedy)
     if records.published_test:

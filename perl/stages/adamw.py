@@ -16,6 +16,7 @@ from perl.system.seeds import derived_seed
 PIECE = 1 << 16
 """Number of weights that are in fp32 at the same time on a CPU: they stay in its cache."""
 PIECE_ON_GPU = 1 << 22
+"""The same on a GPU, where a kernel launch costs more than its memory."""
 
 
 def exact_on_average(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -31,6 +31,7 @@ class Stage(Cost):
     """The result and the cost of a stage.
 
     Attributes:
+        learning_rate: the peak learning rate; None: not recorded.
         kept: for each training, which weights were kept and why, if they were chosen by validation.
         rows: number of training and held-out rows.
         rows_cut: number of these rows that were cut to the maximum length.
@@ -42,6 +43,7 @@ class Stage(Cost):
     """
 
     trainable_parameters: int
+    learning_rate: float | None = None
     rows: int | None = None
     rows_cut: int | None = None
     data_sha256: str | None = None
@@ -152,9 +154,8 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class RlStage(Stage):
-    """Reinforcement learning: peak learning rate, checks before and after the first update, and alarms."""
+    """Reinforcement learning: checks before and after the first update, and alarms."""
 
-    learning_rate: float
     algorithm_row: Algorithm | None = None
     """The algorithm's row with the recipe's overrides."""
     preflight: list[Check]

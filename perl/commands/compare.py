@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -134,8 +134,8 @@ def _compare_runs(
         table.add_row("quality", quality.metric, *quality.cells)
     console.print(table)
     used = {
-        tuning: {stage: one.section(stage).learning_rate for stage in one.stages}
-        for tuning, one in recipes.items()
+        tuning: {name: rate for name, stage in group.first.stages.items() if (rate := stage.learning_rate)}
+        for tuning, group in zip(TUNINGS, (lora, full), strict=True)
     }
     _say_rates(adapter_label(recipe.adapter_kind), used, searched_on)
     rows = [{"stage": row.stage.lower(), "figure": row.metric, **_means(row)} for row in costs]
@@ -154,13 +154,11 @@ def _compare_runs(
     console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/")
 
 
-def _say_rates(
-    kind: str, used: Mapping[str, Mapping[StageName, float | Literal["auto"]]], searched_on: int | None
-) -> None:
+def _say_rates(kind: str, used: Mapping[str, Mapping[StageName, float]], searched_on: int | None) -> None:
     how = "by the recipe, with a tenth for full tuning by assumption (--search-rates searches for both)"
     if searched_on is not None:
         how = f"searched for on both sides, with seed {searched_on}, which is not reported"
-    pairs = [f"{stage} {rate} and {used['full'][stage]}" for stage, rate in used["lora"].items()]
+    pairs = [f"{stage} {used['lora'][stage]:g} and {used['full'][stage]:g}" for stage in used["lora"]]
     console.print(f"Learning rates: {how}; those of {kind} and full tuning are {', '.join(pairs)}.")
 
 

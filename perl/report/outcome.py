@@ -45,9 +45,10 @@ class MeanChange:
 
     @property
     def places(self) -> int:
-        """Decimal places that show the change, at least two."""
+        """Decimal places that show the change, at least two for values below 100."""
         width = 0.0 if self.interval is None else self.interval[1] - self.interval[0]
-        return max(2, places_of(width or max(abs(self.before.mean), abs(self.after.mean))))
+        largest = max(abs(self.before.mean), abs(self.after.mean))
+        return max(2 if largest < 100 else 0, places_of(width or largest))
 
     @property
     def clear(self) -> bool | None:

@@ -9,6 +9,7 @@ from perl.measure.change import places_of
 from perl.report import charts, policy_charts, words
 from perl.report.baselines import COLUMNS, table_rows, trainings
 from perl.report.card import Row, card, folded
+from perl.report.next_steps import next_steps
 from perl.report.numbers import (
     NONE,
     Spread,
@@ -97,7 +98,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
             f"{words.STAGE[name]}: {told}" for name, stage in main.first.stages.items() for told in stage.notes
         ],
         "shown_samples": SHOWN_SAMPLES,
-        "next": words.next_steps(main, compared=len(by_tuning) > 1),
+        "next": next_steps(main, compared=len(by_tuning) > 1),
     }
 
 

@@ -180,6 +180,7 @@ def summary(group: Group, runs: Sequence[Run]) -> list[str]:
     lines = [
         f"{group.label}, {which}: {done}, on {name} ({count_text(base.parameters)} parameters, {base.dtype}).",
         *_starts(group.first),
+        *_chosen_rates(group.first),
         f"Everything ran on {machines}.",
         _reward_meaning(group.first),
         *dict.fromkeys(_base_unchanged(run) for run in runs),
@@ -192,6 +193,14 @@ def _starts(run: Run) -> Iterator[str]:
     for name, stage in run.stages.items():
         if (start := stage.started_from) is not None:
             yield f"{STAGE[name]} started from the adapter in {start.folder} (SHA-256 {start.sha256[:16]}…)."
+
+
+def _chosen_rates(run: Run) -> Iterator[str]:
+    """Yield a sentence with the learning rates that were chosen automatically, if any."""
+    chosen = [name for name in run.stages if run.section(name).get("learning_rate") == "auto"]
+    rates = [f"{rate:.2g} ({STAGE[name]})" for name in chosen if (rate := run.stages[name].learning_rate)]
+    if rates:
+        yield f"Learning rates, chosen from the base's width and kind: {joined(rates)}."
 
 
 def _machine(run: Run) -> str:
@@ -225,42 +234,6 @@ def _base_unchanged(run: Run) -> str:
     if before == after:
         return f"The base is unchanged: the SHA-256 of its weights is {before[:16]}… before and after."
     return f"⚠ The base has changed: SHA-256 {before[:16]}… before, {after[:16]}… after. This is a bug."
-
-
-def next_steps(group: Group, compared: bool) -> list[tuple[str, str]]:
-    """Return what can be done with these runs, as pairs of purpose and command.
-
-    Args:
-        compared: whether the page compares two tunings.
-    """
-    run, recipe = group.first, group.first.section
-    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
-    again = f"perl-rlhf run {folder}/recipe.yaml"
-    steps = []
-    if group.rl:
-        steps += [
-            ("Chat with the policy, side by side with base and SFT", f"perl-rlhf chat {folder}"),
-            ("Export it for peft and vLLM", f"perl-rlhf export {folder} policy exported/policy"),
-        ]
-    elif group.reward:
-        steps += [
-            ("Score your own completions", f"perl-rlhf score {folder} FILE --out scores.jsonl"),
-            ("Export the reward model", f"perl-rlhf export {folder} reward exported/reward"),
-        ]
-    elif group.sft:
-        steps += [("Export the model for peft and vLLM", f"perl-rlhf export {folder} sft exported/sft")]
-    if not run.recipe:
-        return steps
-    if group.rl:
-        longer = f"rl.steps={2 * n}" if isinstance(n := recipe("rl").get("steps"), int) else "rl.kl_coef=0.1"
-        words = "Train only RL again, with another setting"
-        steps += [(words, f"{again} {longer} --from {folder} --out {folder}-2")]
-    if len(group.runs) == 1:
-        seed = run.report.seed + 1
-        steps += [("See whether another seed agrees", f"{again} seed={seed} --out {folder}-seed-{seed}")]
-    if run.stages and not compared:
-        steps += [("Compare with full tuning", f"perl-rlhf compare {folder}/recipe.yaml")]
-    return steps
 
 
 def incidents(runs: Sequence[Run]) -> list[Finding]:

@@ -79,7 +79,7 @@ def train_reward(session: Session) -> RewardStage:
     if others:
         parameters = sum(one.trainable_parameters for one in stages)
         kept = [one for trained in stages for one in trained.kept or ()] or None
-        stage = Stage(**vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
+        stage = replace(stage, **vars(costs_in_turn(stages)), trainable_parameters=parameters, kept=kept)
     chosen = range(0, len(held_out.tokens), -(-len(held_out.tokens) // RECORDED_ROWS))
     recorded = recorded_scores(session, held_out, chosen)
     session.answer_tokens.clear()
@@ -110,7 +110,7 @@ def _train_member(
     with reward_trainer(session, role, train, validation) as trainer:
         trainer.lower_layers = lower_layers
         trainer.resume()
-    stage = session.stage(trainer.run.meter, trained, kept=trainer.kept)
+    stage = session.stage(trainer.run.meter, trained, trainer.run.learning_rate, kept=trainer.kept)
     session.roles.eval()
     return stage
 

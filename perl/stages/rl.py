@@ -73,7 +73,7 @@ def train_rl(session: Session) -> RlStage:
     found = None if loop.validation is None else loop.validation.found
     # A guard can stop RL before the first validation.
     kept = found.kept(kept_step, settings.steps) if found is not None and found.values else None
-    stage = session.stage(loop.meter, trained, rows, cut, kept)
+    stage = session.stage(loop.meter, trained, loop.learner.rates[0], rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     best = None
     if settings.best_of_n > 1:
@@ -83,7 +83,6 @@ def train_rl(session: Session) -> RlStage:
     change = policy_change(initial.before, after, held_out, settings.eval_samples)
     return RlStage(
         **vars(stage),
-        learning_rate=loop.learner.rates[0],
         preflight=initial.preflight,
         liveness=loop.liveness.found or [],
         algorithm_row=loop.algorithm,

@@ -98,16 +98,18 @@ class Session:
         self,
         meter: Meter,
         trained: Sequence[nn.Parameter],
+        learning_rate: float,
         rows: int | None = None,
         rows_cut: int | None = None,
         kept: Kept | None = None,
     ) -> Stage:
-        """Return what a stage trained, and its cost over all processes."""
+        """Return what a stage trained, at what peak learning rate, and its cost over all processes."""
         cost = meter.cost()
         cost = cost.of_all(self.processes.all_gather(cost))
         return Stage(
             **vars(cost),
             trainable_parameters=sum(one.numel() for one in trained),
+            learning_rate=learning_rate,
             rows=rows,
             rows_cut=rows_cut,
             kept=None if kept is None else [kept],

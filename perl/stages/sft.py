@@ -54,7 +54,7 @@ def train_sft(session: Session) -> SftStage:
         before = trainer.losses(held_out)
         trainer.resume()
         after = trainer.losses(held_out)
-    stage = session.stage(trainer.run.meter, trained, rows, cut, trainer.kept)
+    stage = session.stage(trainer.run.meter, trained, trainer.run.learning_rate, rows, cut, trainer.kept)
     session.save(Role.SFT)
     found = SftEval(
         n=len(held_out),

@@ -79,6 +79,7 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
         share = seconds / sum(SECONDS[phase] for phase in PHASES[stage])
         return {
             "trainable_parameters": 494_032_768 if full else 8_798_208,
+            "learning_rate": 1e-3,
             "rows": 1_600,
             "rows_cut": 12,
             "seconds": seconds + noise.random(),
@@ -115,7 +116,6 @@ def make_report(noise: random.Random, seed: int, tuning: str, steps: int) -> dic
             },
             "rl": {
                 **cost("rl", 209.0, 3_700.0 * (1.05 if full else 1.0), 4.1e9),
-                "learning_rate": 1e-3,
                 "algorithm_row": as_json(ALGORITHMS["reinforce"]),
                 "preflight": [],
                 "liveness": [],

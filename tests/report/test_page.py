@@ -129,6 +129,17 @@ def test_the_meaning_of_the_reward_is_that_of_its_kind(reward: dict[str, Any], s
     assert ("thumb" in text) == (not reward)
 
 
+def test_an_automatic_learning_rate_is_named(tmp_path: Path) -> None:
+    """The recipe has only the word "auto"."""
+    file = make_run(tmp_path / "a") / "recipe.yaml"
+    assert "Learning rates" not in " ".join(summary(Group("lora", (run := read_run(file.parent),)), [run]))
+    recipe = yaml.safe_load(file.read_text())
+    recipe["rl"]["learning_rate"] = "auto"
+    file.write_text(yaml.safe_dump(recipe))
+    text = " ".join(summary(Group("lora", (run := read_run(file.parent),)), [run]))
+    assert "Learning rates, chosen from the base's width and kind: 0.001 (RL)." in text
+
+
 def test_full_tuning_alone(tmp_path: Path) -> None:
     """There is no shared base, and the page suggests LoRA for comparison."""
     text = _page(tmp_path, make_run(tmp_path / "a", tuning="full", rich=False))

@@ -86,6 +86,10 @@ def test_a_reward_that_changed_on_no_prompt_asks_for_no_more_prompts() -> None:
         (FELL | {"reward_after": -0.7}, "The reward fell, 0.10 before and −0.70 after"),
         (OPEN | {"reward_after": 0.15}, "The reward did not clearly change, 0.10 before and 0.15 after"),
         ({"reward_after": 0.15}, "The reward was 0.10 before and 0.15 after."),
+        (
+            {"reward_before": -1118.0, "reward_after": 5602.0, "reward_interval": (6300.0, 7113.0)},
+            "The reward rose, −1118 before and 5602 after (95 % interval of the change: +6300 to +7113).",
+        ),
     ],
 )
 def test_the_reward_rose_only_where_its_interval_excludes_0(metrics: dict[str, Any], said: str) -> None:

@@ -130,9 +130,7 @@ def _build(stranger: Stranger, rows: list[stories.Row], folder: Path) -> None:
     end = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(stranger.config(len(tokenizer), end), dtype=torch.float32)
     texts = [_row(stranger, tokenizer, row, short=index % 2 == 1)[:LENGTH] for index, row in enumerate(rows)]
-    # Without autocast's cache of bf16 weights, which would outlive a step.
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        pretrain(model, texts, STEPS, BATCH_TOKENS, LEARNING_RATE, seed=0)
+    pretrain(model, texts, STEPS, BATCH_TOKENS, LEARNING_RATE, seed=0)
     if stranger.kind == "chat":  # as Qwen3's own generation_config.json
         model.generation_config.eos_token_id = [end, 0]
     unfinished = folder.with_name(f".{folder.name}")

@@ -7,9 +7,8 @@ A deep base is run at two smaller depths, and each kind of memory and of operati
 all layers are the same.
 """
 
-import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,16 +147,8 @@ def _extend(low: Tried, high: Tried, share: float) -> Memory:
 
 
 def _trial_at(recipe: Recipe, subject: Subject, stage: StageName, depth: int) -> Tried:
-    with fake_session(recipe, subject, depth) as session, _frozen_gc():
+    with fake_session(recipe, subject, depth) as session:
+        # Every measured step runs Python's garbage collector, which need not traverse what exists by now.
+        gc.collect()
+        gc.freeze()
         return TRY[stage](session)
-
-
-@contextlib.contextmanager
-def _frozen_gc() -> Iterator[None]:
-    """Exclude existing objects from Python's garbage collector, which runs at every measured step."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -1,7 +1,7 @@
 """Temporary perturbation of parameters by a known amount, to find out who computes with them.
 
-A training update is smaller than the rounding of a bfloat16 base, and if RL starts from the bare base all roles are
-equal: a stale sampler, or one that computes as another role, would go unnoticed. A perturbation is as large as
+A training update is smaller than the rounding of a bfloat16 base, and if RL starts from the bare base all roles
+are equal: a stale sampler, or one that computes as another role, would go unnoticed. A perturbation is as large as
 necessary, and afterwards the parameters are restored to the byte.
 """
 

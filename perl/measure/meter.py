@@ -27,6 +27,8 @@ class _Times:
     measured_tokens: int = 0
     seconds: float = 0.0
     measured_seconds: float = 0.0
+    measured_flops: float = 0.0
+    useful_flops: float = 0.0
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
 
 
@@ -80,6 +82,8 @@ class Meter:
         if measured:
             times.measured_seconds += seconds
             times.measured_tokens += times.tokens - tokens
+            if self._flops is not None:
+                times.measured_flops, times.useful_flops = self._flops.total, self._flops.useful
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -122,12 +126,14 @@ class Meter:
         self._times.tokens += tokens
 
     def times(self) -> dict[str, object]:
-        """Return seconds and tokens so far, for a process that resumes the stage."""
+        """Return seconds, tokens and operations so far, for a process that resumes the stage."""
         return asdict(self._times)
 
     def resume_from(self, times: Mapping[str, Any]) -> None:
-        """Continue from the seconds and tokens of an earlier process; the next steps' memory is measured again."""
+        """Continue from the counts of an earlier process; the next steps' memory is measured again."""
         self._times = _Times(**times)
+        if self._flops is not None:
+            self._flops.total, self._flops.useful = self._times.measured_flops, self._times.useful_flops
 
     def cost(self) -> Cost:
         """Return the stage's cost so far in this process."""

@@ -86,6 +86,19 @@ def test_operations_of_all_steps_are_those_of_the_followed_by_tokens() -> None:
     assert work.cost().useful_flops_share == 1.0
 
 
+def test_a_resumed_stage_has_done_the_operations_of_all_its_processes() -> None:
+    whole, first, second = Work(), Work(), Work()
+    for _ in range(2 * MEASURED_STEPS):
+        whole.step(tokens=10)
+    for _ in range(MEASURED_STEPS):
+        first.step(tokens=10)
+    second.meter.resume_from(first.meter.times())
+    for _ in range(MEASURED_STEPS):
+        second.step(tokens=10)
+    assert second.cost().flops == whole.cost().flops
+    assert second.cost().useful_flops_share == 1.0
+
+
 def test_without_steps_or_tokens_nothing_is_divided_by_zero() -> None:
     cost = Work().cost()
     assert cost.seconds == cost.tokens_per_second == cost.flops == 0

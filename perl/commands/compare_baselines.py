@@ -2,7 +2,7 @@
 
 import gc
 import math
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from perl.errors import UserError
+from perl.errors import MachineError, UserError
 from perl.recipe import Recipe
 from perl.sweep.setting import variant
+from perl.system.child import run_child
 from perl.system.files import write_json, write_metrics, write_whole
 from perl.system.progress import console, silence
+from perl.system.signals import LEAVE
 from perl.system.typed_json import as_json, parse
 
 if TYPE_CHECKING:
@@ -116,10 +118,23 @@ def _finished(file: Path, belongs: str) -> "BaselineResult | None":
 
 
 def run_apart(recipe: Recipe, folder: Path) -> None:
-    """Run a recipe in a separate process, for its peak memory; finished stages are not repeated."""
+    """Run a recipe in a separate process, for its peak memory; finished stages are not repeated.
+
+    Raises:
+        MachineError: a signal ended that process.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         write_whole(file, recipe.to_yaml())
-        done = subprocess.run([sys.executable, "-m", "perl", "run", str(file), "--out", str(folder)], check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)  # it has printed why
+        status = run_child([sys.executable, "-m", "perl", "run", str(file), "--out", str(folder)])
+    if -status in LEAVE:
+        raise KeyboardInterrupt  # it was still starting
+    if status < 0:
+        raise MachineError(
+            f"the run was ended by {signal.Signals(-status).name}",
+            where=str(folder),
+            remedy="The system does that with SIGKILL when memory runs out: `perl-rlhf estimate` shows what the "
+            "recipe needs. Run the same command again: it continues where this run was saved.",
+        )
+    if status:
+        raise SystemExit(status)  # it has printed why

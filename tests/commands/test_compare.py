@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_both_tunings_are_run_and_compared(
     run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each tuning runs in its own process, here a fork."""
-    monkeypatch.setattr("perl.commands.compare_baselines.subprocess", SimpleNamespace(run=forks.run))
+    monkeypatch.setattr("perl.commands.compare_baselines.run_child", lambda words: forks.run(words).returncode)
     out = tmp_path / "out"
     code, text = run_cli("compare", str(recipe), "--out", str(out))
     assert code == 0, text
@@ -85,6 +86,19 @@ def test_both_tunings_are_run_and_compared(
     page = (out / "report.html").read_text()
     assert "full tuning" in page
     assert 'src="http' not in page
+
+
+@pytest.mark.parametrize(("ended_by", "code"), [(signal.SIGKILL, 1), (signal.SIGTERM, 130)])
+def test_a_run_that_a_signal_ends_is_told(
+    ended_by: int, code: int, run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perl.predict.predict", lambda *_: {})
+    monkeypatch.setattr("perl.commands.compare_baselines.run_child", lambda _: -ended_by)
+    status, written = run_cli("compare", recipe, "--out", tmp_path / "out")
+    assert status == code
+    words = " ".join(written.split())
+    assert ("out/lora-0: the run was ended by SIGKILL" in words) == (code == 1), written
+    assert "un the same command again" in words
 
 
 def test_rates_are_searched_on_both_sides(

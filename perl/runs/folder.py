@@ -107,8 +107,8 @@ class RunFolder:
                 raise UserError(
                     f"contains another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
-                    remedy=f"Use another --out; with --from {self.path} the new run reuses the stages that still "
-                    "fit.",
+                    remedy=f"Use another --out; there, `perl-rlhf run` with --from {self.path} reuses the "
+                    "stages that still fit.",
                 )
 
     def begun(self, stage: StageName) -> bool:

@@ -174,8 +174,8 @@ def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) 
             raise UserError(
                 f"since {stage} was trained here, {'; '.join(found)}",
                 where=str(folder.path),
-                remedy="Restore what it was trained with; or train the affected stages again, into a new folder: "
-                f"add --from {folder.path}.",
+                remedy="Restore what it was trained with, or use another --out; there, `perl-rlhf run` with "
+                f"--from {folder.path} trains only the affected stages again.",
             )
 
 

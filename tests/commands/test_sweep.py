@@ -197,7 +197,9 @@ def test_changed_data_are_not_mixed_with_earlier_results(
     data.write_text("".join(rows[:-1]))
     code, text = run_cli(*command, "miss,lora")
     assert code == 2, text
-    assert "since reward was trained here, the data have changed (1 row removed)" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "since reward was trained here, the data have changed (1 row removed)" in words
+    assert "use another --out; there, `perl-rlhf run` with --from" in words, "`sweep` itself has no --from"
     assert (out / "sweep.json").read_bytes() == before
     assert not (out / "miss-1-0").exists()
 

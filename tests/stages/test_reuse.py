@@ -153,7 +153,7 @@ def test_changed_rows_are_refused_by_count_and_trained_again_elsewhere(
     assert (
         "since reward was trained here, the data have changed (2 rows added, 1 row removed, 1 row edited)" in text
     )
-    assert f"add --from {out}" in text
+    assert f"`perl-rlhf run` with --from {out} trains" in text
     code, text = run_cli("evaluate", out, "reward")
     assert code == 2, "held-out rows may be among those that were trained on"
     assert "2 rows added" in text

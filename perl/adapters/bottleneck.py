@@ -21,6 +21,8 @@ from perl.adapters.targets import adaptable, chosen_layers, layer_index
 from perl.errors import UserError
 from perl.recipe.adapter import BottleneckSettings
 
+RATE_SIZE = 32
+"""The bottleneck at which `rate_factor` was measured."""
 NAMES = {"mlp": ("mlp", "ffn", "feed_forward"), "attention": ("attn", "attention")}
 """Words that occur in the name of a block's part of each kind."""
 
@@ -44,6 +46,11 @@ class Bottleneck(AdapterKind):
             if weight.dim() > 1 and any(name.startswith(f"{part}.") for part in self._widths)
         )
         self._activation = ACT2FN[settings.activation]
+
+    @classmethod
+    def rate_factor_at(cls, settings: BottleneckSettings) -> float:
+        """See `AdapterKind`: Adam moves an output by the rate times the sum over the K units."""
+        return cls.rate_factor * min(1.0, RATE_SIZE / settings.bottleneck)
 
     def __str__(self) -> str:
         return f"{self.settings.kind} adapters with bottleneck {self.settings.bottleneck}"

@@ -68,7 +68,7 @@ class AdapterKind(ABC):
     """What injection adds to the names of the base's own tensors, such as `base_layer.`."""
 
     rate_factor: ClassVar[float] = 1.0
-    """Factor on LoRA's learning rate for learning rates that are `auto`."""
+    """Factor on LoRA's learning rate for learning rates that are `auto`; see `rate_factor_at`."""
     rescales: ClassVar[bool] = False
     """Whether it rescales whole rows or columns of weights, so that its change of the weights is not low-rank."""
 
@@ -81,6 +81,11 @@ class AdapterKind(ABC):
         self.lm, self.settings = lm, settings
         self.removal = contextlib.ExitStack()
         """Callbacks that undo the injection when the adapters are removed."""
+
+    @classmethod
+    def rate_factor_at(cls, settings: Any) -> float:
+        """Return the factor for adapters with these settings."""
+        return cls.rate_factor
 
     @property
     def shape(self) -> list[str]:

@@ -3,6 +3,7 @@
 Letters: I inputs and O outputs of a layer, R rank.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +16,9 @@ from perl.errors import UserError
 from perl.private.peft import MissLayer
 from perl.recipe.adapter import MissSettings
 
+RATE_SIZE = 16
+"""The rank at which MiSS's best learning rate was measured: LoRA's."""
+
 
 class Miss(PeftKind):
     """MiSS with peft's layers, in its original form."""
@@ -25,6 +29,11 @@ class Miss(PeftKind):
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r"}
     meaning = ("init_weights",)
     settings: MissSettings
+
+    @classmethod
+    def rate_factor_at(cls, settings: MissSettings) -> float:
+        """See `AdapterKind`: Adam moves an output by the rate times R sums of I / R inputs: √(R I)."""
+        return cls.rate_factor * min(1.0, math.sqrt(RATE_SIZE / settings.rank))
 
     def peft_config(self) -> MissConfig:
         """See `PeftKind`."""

@@ -48,6 +48,12 @@ def test_the_updates_from_a_rollout_share_it() -> None:
 def test_kinds_of_adapters_and_of_models_have_their_factors() -> None:
     assert rate("reward", llama(4096), adapter={"kind": "ia3"}) == pytest.approx(25 * 1.25e-4, rel=0.05)
     assert rate("reward", llama(4096), adapter={"kind": "dora"}) == rate("reward", llama(4096))
+    for kind in ("series", "parallel"):  # measured with 32 units, in each of which the output's step has a part
+        for size, expected in {8: 6e-3, 32: 6e-3, 256: 7.5e-4}.items():
+            assert rate("reward", llama(128), adapter={"kind": kind, "bottleneck": size}) == expected
+        assert rate("reward", llama(128), adapter={"kind": kind}) == 7.5e-4, "the default bottleneck is 256"
+    assert rate("reward", llama(128), adapter={"kind": "miss", "rank": 16}) == 2e-3
+    assert rate("reward", llama(128), adapter={"kind": "miss"}) == 1e-3, "the default rank is 64"
     assert rate("rl", llama(8), adapter={"kind": "prefix"}) == 1.0, "a rate is 1 at most"
     encoder = BertConfig(hidden_size=384, num_attention_heads=4, architectures=["BertModel"])
     assert rate("reward", encoder) == pytest.approx(4e-4, rel=0.05)

@@ -15,7 +15,7 @@ LINE_EVERY = 30.0
 """Seconds between two lines if there is no terminal for a bar."""
 LOOK_EVERY = 1.0
 """Seconds between two checks whether a line is due."""
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 """For all output except a command's result."""
 
 

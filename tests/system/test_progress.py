@@ -2,11 +2,13 @@
 
 import io
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from perl.system import progress
+from tests.conftest import RunCli
 
 
 def test_a_line_every_half_minute_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +39,13 @@ def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_counted() -> None:
     assert [progress.counted(number, "step") for number in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
+
+
+def test_words_between_colons_are_not_emojis(
+    capsys: pytest.CaptureFixture[str], run_cli: RunCli, tmp_path: Path
+) -> None:
+    progress.console.print("error: own.py:two: the function failed")
+    assert "own.py:two:" in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Is a long enough question about :two: also quoted as it was written?"}\n')
+    assert "about :two: also" in run_cli("data", "leaks", rows, rows)[1]

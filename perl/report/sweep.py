@@ -130,9 +130,9 @@ class Sweep:
         }
 
     def _rate_text(self, cell: Cell) -> str:
-        rate = next(iter(cell.runs.values())).section(self.stage).get("learning_rate", NONE)
+        rate = next(iter(cell.runs.values())).stages[self.stage].learning_rate
         edge = " (edge)" if cell.searched_at_edge else ""
-        return f"{rate:.2g}{edge}" if isinstance(rate, float) else f"{rate}"
+        return NONE if rate is None else f"{rate:.2g}{edge}"
 
     def weights(self, cell: Cell) -> int:
         """Return the number of trainable weights, including a head's."""

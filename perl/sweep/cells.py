@@ -120,7 +120,9 @@ class Cells:
         self._check_unchanged([setting], seed)  # its rate may not have been known before
         if (folder / DIVERGED).exists():
             return None
-        if not (folder / "report.json").exists():
+        if (folder / "report.json").exists():
+            console.print(f"[bold]{setting.words}, seed {seed}[/] is finished in {folder}")
+        else:
             if self.stage == "rl":
                 self._train_earlier(seed)
             console.print(f"[bold]{setting.words}, seed {seed}[/] in {folder}")

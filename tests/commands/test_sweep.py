@@ -114,7 +114,9 @@ def test_rates_are_searched_on_seeds_that_are_not_reported(
     assert "Best learning rate" in found["sentences"][-1]
     assert "one seed" in found["sentences"][-1]
     made = (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns
-    assert run_cli("sweep", recipe, *narrow)[0] == 0
+    code, text = run_cli("sweep", recipe, *narrow)
+    assert code == 0, text
+    assert text.count("is finished in") == 8, "three rates and the best one, on both sides"
     assert (out / "full-lr0.0001-1" / "report.json").stat().st_mtime_ns == made
 
 

@@ -66,6 +66,9 @@ def test_a_direction_is_said_only_where_the_interval_excludes_zero(run: Run) -> 
     assert rate == f"Best learning rate compared with lora, higher: dora ({words})."
     assert "no difference shown: lora on mlp, rank 4 (1 times" in rate_unclear
     assert json.loads(json.dumps(sweep.as_json()))["rows"][1]["difference"]["mean"] == pytest.approx(0.031 / 3)
+    assert [sweep.columns["rate"](one) for one in (first, better)] == ["0.001", "0.001 (edge)"], (
+        "not the recipe's auto"
+    )
 
 
 def test_a_seed_that_diverged_is_left_out_of_the_pairs(run: Run) -> None:

@@ -120,6 +120,8 @@ class Memory:
     metrics: dict[str, Series] = field(default_factory=dict)
     troubles: dict[str, Trouble] = field(default_factory=dict)
     best_reward: float = LEAST
+    doublings: int = 0
+    """Number of times that the KL has doubled, as counted by `Guard.moved_far`."""
     refused: int = 0
     """Consecutive refused updates."""
     flat: int = 0

@@ -75,8 +75,9 @@ class Guarding:
         Args:
             step: the step that is checkpointed now; trouble that shows next may have begun a window earlier.
         """
-        needed = {*self.guard.needed, max(0, step - WINDOW)}
-        return {last_good(good_until, steps) for good_until in needed} if steps else set()
+        begun = max(0, step - WINDOW)
+        later = {one for one in steps if one > begun}
+        return later | {last_good(good_until, steps) for good_until in {*self.guard.needed, begun} if steps}
 
     def incidents(self, stopped_by: Sequence[Alarm], remains: int) -> list[Incident]:
         """Return all alarms for the report.

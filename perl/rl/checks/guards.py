@@ -66,6 +66,17 @@ class Guard:
         memory.alarms += new
         return new
 
+    def moved_far(self) -> bool:
+        """Return whether the KL has doubled again on its way from an eighth of its limit.
+
+        The policy is saved then: one that moves fast can pass the limit between two regular checkpoints.
+        """
+        share = self._series("kl").now / self._limits.kl
+        doublings = math.floor(math.log2(8 * share)) + 1 if share >= 1 / 8 else 0
+        farther = doublings > self._memory.doublings
+        self._memory.doublings = max(doublings, self._memory.doublings)
+        return farther
+
     def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = as_json(self._memory)
         return state

@@ -109,6 +109,18 @@ def test_where_the_trouble_is_older_than_any_checkpoint_the_reference_remains(
     assert stage["eval"]["reward_after"] == stage["eval"]["reward_before"]
 
 
+def test_a_policy_that_moves_far_is_saved_between_the_regular_checkpoints(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """It is slower here than above, where the KL passes its limit within the five steps whose median is read."""
+    rl = RL | {"learning_rate": 0.006, "kl_limit": 2.0}
+    stage, _ = run(run_cli, write_recipe(reward=None, rl=rl, checkpoint_every=100), tmp_path / "out")
+    (incident,) = stage["incidents"]
+    assert incident["action"] == "stopped"
+    assert 0 < incident["remains"] <= incident["good_until"] < 100
+    assert rl["kl_limit"] / 4 < stage["eval"]["kl"] < rl["kl_limit"]
+
+
 def test_a_run_that_only_warns_goes_on_and_one_that_is_not_watched_says_nothing(
     run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

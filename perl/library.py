@@ -32,7 +32,7 @@ Messages = Sequence[Mapping[str, str]]
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 """The roles that generate."""
 COLDEST = 1e-4
-"""Lowest temperature: the most likely token is sampled, unless two are almost equal. Below it, logits overflow."""
+"""Lowest temperature, also for 0: the most likely token is sampled, unless two are almost equal."""
 MICRO_BATCH_SIZE = 32
 BATCH = 64
 """Prompts that `LoadedRun.generate` samples at a time."""
@@ -126,7 +126,7 @@ class LoadedRun:
                 its oldest turns.
             role: `base`, `sft` or `policy`.
             max_new_tokens: largest number of tokens of a completion; the recipe's by default, else 128.
-            temperature: sampling temperature, at least `COLDEST`; the recipe's by default, else 1.
+            temperature: sampling temperature; 0: the most likely token. The recipe's by default, else 1.
             seed: seed of the sampling.
 
         Raises:
@@ -207,7 +207,7 @@ class LoadedRun:
         self._check(role, len(kinds), max_new_tokens, temperature)
         chat = self.session.base.chat
         ends = chat.ends(contexts[0]) if contexts else ()
-        return Sampling(max_new_tokens, temperature, ends, chat.pad_id, MICRO_BATCH_SIZE)
+        return Sampling(max_new_tokens, max(temperature, COLDEST), ends, chat.pad_id, MICRO_BATCH_SIZE)
 
     def _prompt(self, context: Context, sampling: Sampling) -> list[int]:
         room = self.session.base.context_length - sampling.max_new_tokens
@@ -244,8 +244,8 @@ class LoadedRun:
             raise UserError(f"the run has no role {role!r} that generates", where=where, remedy=remedy)
         if kinds > 1:
             raise UserError("the prompts are of two kinds, text and messages", remedy="Generate each separately.")
-        if not COLDEST <= temperature < math.inf:
-            remedy = f"Give a number of at least {COLDEST:g}, which takes the most likely token."
+        if not 0 <= temperature < math.inf:
+            remedy = "Give a positive number, or 0 for the most likely token."
             raise UserError(f"temperature is {temperature:g}", remedy=remedy)
         context_length = self.session.base.context_length
         if not 0 < max_new_tokens < context_length:

@@ -21,7 +21,8 @@ def generate(
         int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="The recipe's by default, or 1.")
+        float | None,
+        typer.Option("--temperature", metavar="T", help="0: the most likely token; default: the recipe's, or 1."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed for sampling.")] = 0,
     out: Out = None,

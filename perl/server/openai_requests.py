@@ -12,7 +12,6 @@ from perl.data.jsonl import parse_row
 from perl.data.records import Context, Rating, Record, Turn
 from perl.data.rows import RowError
 from perl.errors import UserError
-from perl.library import COLDEST
 
 MAX_ROWS = 64
 """Largest number of completions or scores per request."""
@@ -91,7 +90,7 @@ class _Request:
         """Return the settings."""
         return Generation(
             max_tokens=self.max_tokens,
-            temperature=None if self.temperature is None else max(self.temperature, COLDEST),
+            temperature=self.temperature,
             n=self.n or 1,
             seed=self.seed if self.seed is not None else secrets.randbits(31),
             stop=tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or [])),

@@ -67,12 +67,12 @@ class Guard:
         return new
 
     def moved_far(self) -> bool:
-        """Return whether the KL has doubled again on its way from an eighth of its limit.
+        """Return whether the KL of the last step has doubled again on its way from a 32nd of its limit.
 
         The policy is saved then: one that moves fast can pass the limit between two regular checkpoints.
         """
-        share = self._series("kl").now / self._limits.kl
-        doublings = math.floor(math.log2(8 * share)) + 1 if share >= 1 / 8 else 0
+        share = (self._series("kl").last or [0.0])[-1] / self._limits.kl
+        doublings = math.floor(math.log2(32 * share)) + 1 if share >= 1 / 32 else 0
         farther = doublings > self._memory.doublings
         self._memory.doublings = max(doublings, self._memory.doublings)
         return farther

@@ -158,7 +158,8 @@ def _say_rates(kind: str, used: Mapping[str, Mapping[StageName, float]], searche
     how = "by the recipe, with a tenth for full tuning by assumption (--search-rates searches for both)"
     if searched_on is not None:
         how = f"searched for on both sides, with seed {searched_on}, which is not reported"
-    pairs = [f"{stage} {used['lora'][stage]:g} and {used['full'][stage]:g}" for stage in used["lora"]]
+    lora, full = (used[tuning] for tuning in TUNINGS)
+    pairs = [f"{stage} {lora[stage]:g} and {full[stage]:g}" for stage in lora if stage in full]
     console.print(f"Learning rates: {how}; those of {kind} and full tuning are {', '.join(pairs)}.")
 
 

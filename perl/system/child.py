@@ -1,10 +1,9 @@
 """Programs that this process starts and waits for."""
 
-import signal
 import subprocess
 from collections.abc import Sequence
 
-from perl.system.signals import LEAVE, handle
+from perl.system.signals import LEAVE, handled
 
 
 def run_child(command: Sequence[str]) -> int:
@@ -14,9 +13,5 @@ def run_child(command: Sequence[str]) -> int:
     session of its own: the terminal would send it Ctrl-C too, and twice means to stop at once.
     """
     child = subprocess.Popen(command, start_new_session=True)
-    before = handle(LEAVE, lambda signum, _: child.send_signal(signum))
-    try:
+    with handled(LEAVE, lambda signum, _: child.send_signal(signum)):
         return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

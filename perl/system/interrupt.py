@@ -1,7 +1,6 @@
 """Requests to stop between steps: after the first signal the step ends and is saved, the second stops at once."""
 
 import contextlib
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from types import FrameType
 
 from perl.parallel.processes import ALONE, Processes
 from perl.system.progress import console
-from perl.system.signals import LEAVE, handle
+from perl.system.signals import LEAVE, handled
 
 GRACE = 3.0
 """Seconds during which a launcher may forward a signal that the terminal has sent to all processes."""
@@ -49,9 +48,5 @@ def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
         stop.requested, first = True, time.monotonic()
         console.print("Stopping after this step; interrupt again to stop at once.")
 
-    before = handle(LEAVE, note)
-    try:
+    with handled(LEAVE, note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

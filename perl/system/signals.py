@@ -1,9 +1,10 @@
 """The signals that ask a process to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal closes."""
 
+import contextlib
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,17 @@ def handle(
 
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return {n: signal.signal(n, on_signal) for n in numbers if not (ignored and n is signal.SIGHUP)}
+
+
+@contextlib.contextmanager
+def handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals inside the block, as with `handle`."""
+    before = handle(numbers, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _mute_lost_terminal() -> None:

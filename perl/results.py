@@ -31,7 +31,7 @@ class Stage(Cost):
     """The result and the cost of a stage.
 
     Attributes:
-        learning_rate: the peak learning rate; None: not recorded.
+        learning_rate: the peak learning rate; None: not recorded, or none, as for a policy's natural gradient.
         kept: for each training, which weights were kept and why, if they were chosen by validation.
         rows: number of training and held-out rows.
         rows_cut: number of these rows that were cut to the maximum length.

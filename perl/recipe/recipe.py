@@ -213,9 +213,12 @@ class Recipe(Section):
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML, with defaults: reading it again gives an equal recipe."""
+        """Return the resolved recipe as YAML, with defaults: reading it again gives an equal recipe.
+
+        The algorithm's row is a comment: as keys, its values would override another `algorithm`'s.
+        """
         text: str = yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
-        return text
+        return text if self.rl is None else f"# rl.algorithm {self.rl.algorithm}: {self.rl.row.words}\n{text}"
 
 
 def _received(content: dict[str, Any]) -> Recipe:

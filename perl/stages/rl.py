@@ -73,7 +73,7 @@ def train_rl(session: Session) -> RlStage:
     found = None if loop.validation is None else loop.validation.found
     # A guard can stop RL before the first validation.
     kept = found.kept(kept_step, settings.steps) if found is not None and found.values else None
-    stage = session.stage(loop.meter, trained, loop.learner.rates[0], rows, cut, kept)
+    stage = session.stage(loop.meter, trained, _policy_rate(loop), rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     best = None
     if settings.best_of_n > 1:
@@ -125,8 +125,8 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
 
 def _plan(session: Session, loop: Loop) -> str:
     """Describe a step: the algorithm's resolved row, and the values that `auto` resolved to."""
-    settings, (rate, *_, head_rate) = settings_of(session), loop.learner.rates
-    rates = [] if loop.algorithm.direction == "natural" else [f"{rate:.2g}"]  # the natural gradient has no rate
+    settings, rate, head_rate = settings_of(session), _policy_rate(loop), loop.learner.rates[-1]
+    rates = [] if rate is None else [f"{rate:.2g}"]
     rates += [f"{head_rate:.2g} for the critic's head"] if loop.algorithm.needs_critic else []
     at = f"; learning rate {', '.join(rates)}" if rates else ""
     completions = counted(settings.prompts_per_step * settings.samples_per_prompt, "completion")
@@ -135,6 +135,11 @@ def _plan(session: Session, loop: Loop) -> str:
         f"{counted(settings.epochs * settings.minibatches, 'update')}{at}.\n"
         f"{settings.algorithm}: {loop.algorithm.words}."
     )
+
+
+def _policy_rate(loop: Loop) -> float | None:
+    """Return the policy's peak learning rate; None under the natural gradient, whose step `trust_region` sets."""
+    return None if loop.algorithm.direction == "natural" else loop.learner.rates[0]
 
 
 def _save(session: Session, loop: Loop, held_out: EncodedPrompts) -> None:

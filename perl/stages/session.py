@@ -98,12 +98,12 @@ class Session:
         self,
         meter: Meter,
         trained: Sequence[nn.Parameter],
-        learning_rate: float,
+        learning_rate: float | None,
         rows: int | None = None,
         rows_cut: int | None = None,
         kept: Kept | None = None,
     ) -> Stage:
-        """Return what a stage trained, at what peak learning rate, and its cost over all processes."""
+        """Return what a stage trained, at what peak learning rate if any, and its cost over all processes."""
         cost = meter.cost()
         cost = cost.of_all(self.processes.all_gather(cost))
         return Stage(

@@ -71,6 +71,12 @@ def test_what_says_no_more_than_the_row_is_as_if_left_out(load: Load) -> None:
     assert not {"clip", "gae_lambda", "surrogate", "kl"} & yaml.safe_load(said.to_yaml())["rl"].keys()
 
 
+def test_the_resolved_recipe_says_the_row_in_a_comment(load: Load) -> None:
+    first = load("grpo", "clip=0.1").to_yaml().splitlines()[0]
+    assert first.startswith("# rl.algorithm grpo: advantage group-std, ")
+    assert first.endswith("kl loss-k3, clip 0.1")
+
+
 def test_the_critic_is_the_rows_or_the_recipes(load: Load) -> None:
     assert load("reinforce++").critic == "none"
     assert load("reinforce++", "critic=shared").critic == "shared"

@@ -354,6 +354,9 @@ def test_the_plan_counts_all_updates_and_a_natural_gradient_has_no_learning_rate
     assert loaded.rl is not None
     loop = SimpleNamespace(learner=SimpleNamespace(rates=[0.01, 0.2]), algorithm=loaded.rl.row)
     assert said in rl._plan(cast(Any, SimpleNamespace(recipe=loaded)), cast(Any, loop))
+    assert rl._policy_rate(cast(Any, loop)) == (
+        0.01 if "minibatches" in overrides[0] else None
+    )  # what report.json has
 
 
 def test_a_finished_stage_is_not_run_again(toy: Path, tmp_path: Path, run_cli: RunCli) -> None:

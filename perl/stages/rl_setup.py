@@ -154,7 +154,7 @@ def _validation(session: Session, collector: Collector, prompts: Sequence[Prompt
 def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
     """Compute each prompt once for all its completions, or print why that is not possible."""
     roles, length = session.roles, settings_of(session).max_new_tokens
-    reason = unsupported_reason(roles.backbone, roles.model(), max(prompts.ids, key=len), length)
+    reason = unsupported_reason(roles.backbone, roles.models()[0], max(prompts.ids, key=len), length)
     roles.shares_prompts = reason is None
     if reason is not None:
         console.print(f"[yellow]Prompts are computed separately for each of their completions[/]: {reason}.")

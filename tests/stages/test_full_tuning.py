@@ -61,10 +61,10 @@ def full(
     mixed_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Return the folder of a run of all three stages with full tuning and a separate critic."""
+    """Return the folder of a run of all three stages with full tuning, a separate critic and groups."""
     if "full" not in full_runs:
         out = tmp_path_factory.mktemp("full") / "out"
-        recipe = write_recipe(**settings(mixed_data, "full", critic="adapter"))
+        recipe = write_recipe(**settings(mixed_data, "full", critic="adapter", samples_per_prompt=2))
         code, text = run_cli("run", str(recipe), "--out", str(out))
         assert code == 0, text
         full_runs["full"] = out

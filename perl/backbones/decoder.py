@@ -21,7 +21,7 @@ from perl.backbones.chat import ChatFormat
 from perl.backbones.logits import logits_transform
 from perl.backbones.padding import left_pad, positions
 from perl.errors import LOADING, UserError, machine_fault
-from perl.private.transformers import caches_keys_and_values, is_derived
+from perl.private.transformers import cache_argument, caches_keys_and_values, is_derived
 
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Suffixes of architectures that generate text."""
@@ -139,8 +139,8 @@ class Decoder(Backbone):
             input_ids=ids_BN,
             attention_mask=attention_mask,
             position_ids=positions(mask_BL)[:, -ids_BN.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(lm).forward): cache},
         ).last_hidden_state
         return hidden_BND
 

@@ -30,6 +30,7 @@ from perl.backbones.chat import ChatFormat
 from perl.backbones.decoder import Decoder, configured_ends
 from perl.backbones.encoder_decoder_format import START, EncoderDecoderFormat
 from perl.errors import UserError
+from perl.private.transformers import cache_argument
 
 DECODER_DEPTH = {
     "t5": "num_decoder_layers",
@@ -183,8 +184,8 @@ class EncoderDecoder(Decoder):
             attention_mask=attention_mask,
             encoder_hidden_states=states_BSD,
             encoder_attention_mask=mask_BL[:, :columns],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(lm).forward): cache},
         ).last_hidden_state
         return hidden_BND
 

@@ -1,6 +1,8 @@
 """The private interfaces of transformers that PERL uses."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -48,13 +50,20 @@ def is_derived(generation: GenerationConfig) -> bool:
     return bool(generation._from_model_config)
 
 
+@functools.cache
+def cache_argument(forward: Callable[..., object]) -> str:
+    """Return the argument of a model's `forward` that takes the cache, which 5.24 renamed; empty if none does."""
+    arguments = inspect.signature(forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in arguments), "")
+
+
 def caches_keys_and_values(config: Any) -> bool:
     """Return whether a causal LM of this configuration caches attention keys and values, and nothing else.
 
     Recurrent and convolutional layers carry a state from token to token; some models have another cache, or none.
     """
     model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
+    if model is not None and not cache_argument(model.forward):
         return False
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     return layers <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}

@@ -3,10 +3,10 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import moe
 from transformers.models.auto import modeling_auto
@@ -52,9 +52,14 @@ def is_derived(generation: GenerationConfig) -> bool:
 
 @functools.cache
 def cache_argument(forward: Callable[..., object]) -> str:
-    """Return the argument of a model's `forward` that takes the cache, which 5.24 renamed; empty if none does."""
+    """Return the argument of a model's `forward` that takes its keys and values; empty if there is none.
+
+    transformers 5.24 renamed it. There, recurrent models have one of that name too, of another type.
+    """
     arguments = inspect.signature(forward).parameters
-    return next((name for name in ("past_key_values", "cache") if name in arguments), "")
+    if "past_key_values" in arguments:
+        return "past_key_values"
+    return "cache" if "cache" in arguments and Cache in get_args(arguments["cache"].annotation) else ""
 
 
 def caches_keys_and_values(config: Any) -> bool:

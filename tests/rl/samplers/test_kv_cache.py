@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from perl.backbones.padding import BUCKET
 from perl.measure.ledger import Timeline
 from perl.measure.probe import listening
+from perl.private.transformers import cache_argument
 from perl.rl.samplers import kv_cache
 from perl.rl.samplers import local as sampler
 from perl.rl.samplers.base import Sampling
@@ -68,8 +69,8 @@ def stepwise(lm: PreTrainedModel, cache: Cache, keeps: dict[int, list[int]] | No
             input_ids=ids_BL[:, start:end],
             attention_mask=mask_BL[:, :end],
             position_ids=positions_BL[:, start:end],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(lm).forward): cache},
         ).last_hidden_state
         found.append(hidden[mask_BL[:, start:end].bool()])
         start = end
@@ -213,8 +214,8 @@ def test_prompts_written_a_few_at_a_time_are_those_written_at_once(lm: PreTraine
                 input_ids=ids_BL[:, PROMPT : PROMPT + 1],
                 attention_mask=mask_BL[:, : PROMPT + 1],
                 position_ids=(mask_BL.cumsum(1) - 1)[:, PROMPT : PROMPT + 1],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(type(lm).forward): cache},
             ).last_hidden_state
         )
     torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-5, atol=1e-5)
@@ -231,6 +232,6 @@ def prefill(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(lm).forward): cache},
         )

@@ -50,7 +50,7 @@ def look_up(recipe: Recipe, stage: StageName, here: Identity, source: RunFolder)
     if not changed:
         return Found(source, "take")
     keys = differing(there.settings, here.settings)
-    if len(changed) > 1 or not keys <= set(LENGTH):
+    if len(changed) > 1 or not keys or not keys <= set(LENGTH):  # without keys, the data or the base changed
         return Found(source, "train", "; ".join(changed))
     section = recipe.section(stage)
     full = None if isinstance(section, Rl) else recipe.full_tuning.schedule

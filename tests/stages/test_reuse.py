@@ -162,6 +162,19 @@ def test_changed_rows_are_refused_by_count_and_trained_again_elsewhere(
     assert "reward is trained again: the data have changed (2 rows added" in text
 
 
+def test_a_stage_of_any_length_is_not_continued_on_changed_rows(
+    run_cli: RunCli, write_recipe: WriteRecipe, data: Path, tmp_path: Path
+) -> None:
+    where = {"source": "jsonl", "path": str(data), "held_out": 0.3}
+    sft = SFT | {"lr_scheduler_type": "constant"}
+    recipe, out = write_recipe(data=where, sft=sft, reward=None, rl=None), tmp_path / "out"
+    assert run_cli("run", recipe, "--out", out)[0] == 0
+    write_rows(data, [*rows(), {"prompt": "new", "completion": "x"}])
+    code, text = run_cli("run", recipe, "--from", out, "--out", tmp_path / "again")
+    assert code == 0, text
+    assert "sft is trained again: the data have changed (1 row added" in text
+
+
 def test_rows_added_during_an_interrupted_stage_are_noticed(
     run_cli: RunCli, write_recipe: WriteRecipe, data: Path, tmp_path: Path
 ) -> None:

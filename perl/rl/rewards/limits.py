@@ -57,18 +57,17 @@ class FunctionProcess:
             TimeoutError: it took longer than `seconds`.
             RuntimeError: it failed, or its process ended.
         """
-        connection = self._started()
         try:
+            connection = self._started()
             connection.send(arguments)
             if not connection.poll(seconds):
                 raise _too_long(seconds or 0.0)
             done, returned = connection.recv()
-        except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                self._end()
-                raise
-            code = self._end()
-            raise RuntimeError(f"its process ended with exit code {code}") from None
+        except TimeoutError:
+            self._end()
+            raise
+        except (EOFError, OSError):
+            raise RuntimeError(f"its process ended with exit code {self._end()}") from None
         if not done:
             raise RuntimeError(returned)
         return returned
@@ -105,6 +104,11 @@ def _too_long(seconds: float) -> TimeoutError:
 
 def _serve(connection: Connection, location: str) -> None:
     """Answer calls, in the new process, until the other end is closed."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # Ctrl-C reaches this process, too, but the run decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     function = import_function(location)
     connection.send("ready")
     with contextlib.suppress(EOFError):

@@ -1,6 +1,7 @@
 """Functions with a time limit, and in a separate process."""
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -52,3 +53,18 @@ def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
     assert second != first
     with pytest.raises(UserError, match="longer than time_limit"):
         reward([PROMPT], SAMPLES, ["sleep"])
+
+
+def test_ctrl_c_does_not_end_a_process_of_its_own(location: str) -> None:
+    reward = RewardFunction(location, [PROMPT], time_limit=60.0, own_process=True)
+    first = reward([PROMPT], SAMPLES, ["go"])
+    os.kill(int(first[0]), signal.SIGINT)
+    assert reward([PROMPT], SAMPLES, ["go"]) == first
+
+
+def test_a_process_that_ends_while_it_imports_the_function_is_named(location: str) -> None:
+    with Path(location.rpartition(":")[0]).open("a") as file:
+        file.write("import multiprocessing\nif multiprocessing.parent_process():\n    os._exit(4)\n")
+    reward = RewardFunction(location, [PROMPT], own_process=True)
+    with pytest.raises(UserError, match="its process ended with exit code 4"):
+        reward([PROMPT], SAMPLES, ["go"])

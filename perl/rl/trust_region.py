@@ -90,7 +90,7 @@ class TrustRegion:
         count = len(self.local.texts)
         probed = list(range(0, count, max(1, count // COMPLETIONS)))[:COMPLETIONS]
         everyone = self.roles.engine.processes.all_reduce_sum
-        mask_BT, learned_BT = (mask_BT[probed] for mask_BT in self._masks())
+        mask_BT, learned_BT = self.local.completion_mask_BT[probed], self.targets.mask(self.local)[probed]
         self._tokens = everyone(float(mask_BT.sum()))
         learned, completions = everyone(float(learned_BT.sum())), everyone(float(learned_BT.any(1).sum()))
         self._sizes = Sizes(max(learned, 1.0), max(completions, 1.0), self.max_new_tokens)
@@ -100,13 +100,11 @@ class TrustRegion:
         natural = self.algorithm.direction == "natural"
         self._highest_loss = everyone(sum(part.old_loss for part in self._parts)) if natural else math.inf
 
-    def _masks(self) -> tuple[Tensor, Tensor]:
-        """Return the masks of all completion tokens and of those that are trained on."""
-        return self.local.completion_mask_BT, self.targets.mask(self.local)
-
     @torch.no_grad()
     def _micro_batches(self, probed: list[int]) -> list[_Part]:
         """Return these rows in micro-batches, with the outputs of the current policy."""
+        if not probed:  # the process has a single completion
+            return []
         batch = self.local.take(probed)
         targets, parts = self.targets.take(probed, batch.completion_length), []
         for rows in micro_batches(batch, self.micro_batch_size):

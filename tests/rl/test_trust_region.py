@@ -74,6 +74,14 @@ def test_the_probes_kl_is_exact_and_what_was_before_is_no_distance_away(roles: S
     assert held.probe().kl == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_process_may_have_a_single_completion(roles: SharedBase) -> None:
+    batch = rollout(ids_BL=IDS).take([0])
+    row, targets = replace(ALGORITHMS["trpo"], trust_region=0.01), Targets(ADVANTAGES_BT[:1], None)
+    assert TrustRegion(roles, row, batch, targets, 0.01, 0.8, 8, 3, False).probe().kl == pytest.approx(
+        0.0, abs=1e-6
+    )
+
+
 def test_the_fisher_matrix_is_that_of_the_adapter(roles: SharedBase) -> None:
     """It equals Jᵀ (diag(p) - p pᵀ) J with the explicit Jacobian of all logits."""
     held = region(roles)

@@ -82,7 +82,7 @@ def _same_number(text: str, reference: str) -> bool:
 
 
 def _same_letter(text: str, reference: str) -> bool:
-    return first_letter(text) == reference.strip()
+    return first_letter(text) == reference.replace(",", "").strip()
 
 
 def _same_latex(text: str, reference: str) -> bool:

@@ -37,6 +37,7 @@ def test_the_first_letter_stands_anywhere() -> None:
         ("number", "", "8", False),
         ("letter", "(B)", "B", True),
         ("letter", "(C)", "B", False),
+        ("letter", "(B)", "B,", True),
     ],
 )
 def test_right_and_wrong(kind: AnswerKind, text: str, reference: JSON, right: bool) -> None:

@@ -219,7 +219,7 @@ def _reward_meaning(run: Run) -> str:
         return f"The reward has {joined([f'{key} {value}' for key, value in source.items()])}."
     if kind == "function":
         return f"The reward is what the function {source['function']} returns."
-    thumbs = run.section("reward").get("loss") == "thumbs"
+    thumbs = run.section("reward").get("loss") != "pairs"
     what, unit = ("probability of a thumb up", ", 1 is one standard deviation better") if thumbs else ("score", "")
     scale = "in standard deviations from the mean of its training answers"
     return f"The reward is the reward model's {what}, {scale}: 0 is an average answer{unit}."

@@ -129,6 +129,18 @@ def test_the_meaning_of_the_reward_is_that_of_its_kind(reward: dict[str, Any], s
     assert ("thumb" in text) == (not reward)
 
 
+@pytest.mark.parametrize(("loss", "thumbs"), [("thumbs", True), ("both", True), ("pairs", False)])
+def test_scores_are_probabilities_unless_the_model_learned_from_comparisons_alone(
+    loss: str, thumbs: bool, tmp_path: Path
+) -> None:
+    file = make_run(tmp_path / "a") / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    recipe["reward"]["loss"] = loss
+    file.write_text(yaml.safe_dump(recipe))
+    run = read_run(file.parent)
+    assert ("probability of a thumb up" in " ".join(summary(Group("lora", (run,)), [run]))) == thumbs
+
+
 def test_an_automatic_learning_rate_is_named(tmp_path: Path) -> None:
     """The recipe has only the word "auto"."""
     file = make_run(tmp_path / "a") / "recipe.yaml"

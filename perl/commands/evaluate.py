@@ -1,6 +1,5 @@
 """`evaluate`: evaluate a trained reward model on rated data, or a policy on prompts."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -84,7 +83,6 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
 
 def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
     from perl.rl.evaluate import evaluate_policy, policy_change
-    from perl.rl.samplers.local import LocalSampler
     from perl.roles.role import Role
     from perl.stages.cut_rows import say_cut
     from perl.stages.identity import refuse_changed
@@ -96,8 +94,6 @@ def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
         refuse_changed(session.folder, {"rl": session.identities["rl"]})
     prompts = eval_prompts(session)
     say_cut(prompts.cut, len(prompts), session.recipe.rl.max_prompt_length or 0, "rl.max_prompt_length")
-    if session.recipe.rl.sampler.kind == "server":  # which may no longer run
-        collector = replace(collector, sampler=LocalSampler(session.roles))
     before = evaluate_policy(collector, session.roles.reference, prompts, judge)
     after = evaluate_policy(collector, Role.POLICY, prompts, judge)
     change = policy_change(before, after, prompts, collector.eval_samples)

@@ -26,6 +26,7 @@ from perl.rl.rewards.scale import RewardScale
 from perl.rl.rollout import EncodedPrompts
 from perl.rl.samplers import SAMPLERS
 from perl.rl.samplers.base import Sampling
+from perl.rl.samplers.local import LocalSampler
 from perl.rl.update import Learner, learning_rate_shares
 from perl.rl.validation import PolicyValidation
 from perl.roles.role import Role
@@ -81,7 +82,10 @@ def finished_collector(session: Session) -> Collector:
     """Return a collector for a finished run, with its reference and its policy loaded."""
     session.load_reference()
     session.load(Role.POLICY)
-    return setup_collector(session)
+    collector = setup_collector(session)
+    if settings_of(session).sampler.kind == "server":  # which may no longer run
+        collector = replace(collector, sampler=LocalSampler(session.roles))
+    return collector
 
 
 def setup(session: Session, held_out: EncodedPrompts) -> Loop:

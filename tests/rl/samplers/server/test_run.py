@@ -48,7 +48,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_says_which_weights_drew_each_rollout(
-    fake: FakeVllm, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path
+    fake: FakeVllm, write_recipe: WriteRecipe, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = write(write_recipe, fake, tmp_path), tmp_path / "out"
     status, said = run_cli("run", recipe, "--out", out)
@@ -61,8 +61,10 @@ def test_a_run_says_which_weights_drew_each_rollout(
     assert all(drew.count(version) >= 4 for version in versions)
     assert (out / "report.html").exists()
     asked = len(fake.asked)
-    status, said = run_cli("evaluate", out, "policy")
-    assert status == 0, said
+    monkeypatch.setattr("perl.stages.two_runs.MIN_DIALOGUES", 3)
+    for command in (["evaluate", out, "policy"], ["compare-runs", out, out]):
+        status, said = run_cli(*command)
+        assert status == 0, said
     assert len(fake.asked) == asked  # the server may have stopped by then
     assert variant(load_recipe(recipe), "full", 0).rl.sampler.kind == "local"
 

@@ -64,9 +64,7 @@ def evaluate_policy(
             found.setdefault(name, []).extend(values)
     if say_spread:
         console.print(_spread(found["reward"]))
-    means = {
-        name: [statistics.fmean(group) for group in by_prompt(values, each)] for name, values in found.items()
-    }
+    means = {name: prompt_means(values, each) for name, values in found.items()}
     rules = [found[f"{PART}{name}"] for name in collector.reward.rules]
     if rules:
         right = by_prompt([all(values) for values in zip(*rules, strict=True)], each)
@@ -88,6 +86,11 @@ def by_prompt(values: Sequence[T], each: int) -> list[Sequence[T]]:
     return [values[start : start + each] for start in range(0, len(values), each)]
 
 
+def prompt_means(values: Sequence[float], each: int) -> list[float]:
+    """Return each prompt's mean of the values of its completions."""
+    return [statistics.fmean(group) for group in by_prompt(values, each)]
+
+
 def success_rates(
     collector: Collector, role: Role, prompts: EncodedPrompts, each: int, success: float
 ) -> list[float]:
@@ -100,7 +103,7 @@ def success_rates(
     right: list[bool] = []
     for rollout in rollouts(collector, role, asked, generator):
         right += (rollout.rewards_B >= success).tolist()
-    return [sum(of_prompt) / each for of_prompt in by_prompt(right, each)]
+    return prompt_means(right, each)
 
 
 def _spread(rewards: list[float]) -> str:

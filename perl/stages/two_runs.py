@@ -12,7 +12,7 @@ from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import Recipe, StageName, changes_nothing
 from perl.recipe.reward_parts import ServerPart
-from perl.rl.evaluate import PART, by_prompt, of_each, rollouts, samples_per_prompt
+from perl.rl.evaluate import PART, of_each, prompt_means, rollouts, samples_per_prompt
 from perl.rl.written import Written, rewards_of
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
@@ -161,7 +161,7 @@ def _compare_policies(found: TwoRuns, runs: Both, held_out: Records) -> TwoRuns:
         judged = _judge(run, held_out, [one.written for one in drawn])
         name = "reward" if same else f"reward of {'AB'[number]}"
         for of_policy, rewards in zip(metrics, judged, strict=True):
-            of_policy[name] = [sum(group) / each for group in by_prompt(rewards, each)]
+            of_policy[name] = prompt_means(rewards, each)
     if not same:
         for one in metrics:
             del one["reward"]  # scored by each run's own reward
@@ -182,11 +182,7 @@ def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
             written += map(Written, rollout.prompts, rollout.texts, ended)
             for name, values in of_each(rollout, held_out.judge).items():
                 found.setdefault(name, []).extend(values)
-        metrics = {
-            name: [sum(group) / each for group in by_prompt(values, each)]
-            for name, values in found.items()
-            if not name.startswith(PART)
-        }
+        metrics = {name: prompt_means(values, each) for name, values in found.items() if not name.startswith(PART)}
         return _Drawn(written, metrics, _reward_identity(session), session.identities["rl"].base)
 
 

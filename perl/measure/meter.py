@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from perl.measure.cost import Cost
 from perl.measure.flops import Flops
 from perl.measure.ledger import Allocator, Timeline
 from perl.measure.memory import peak_rss_bytes
-from perl.measure.probe import Kind, Phase, listening, mark
+from perl.measure.probe import Kind, Phase, PhaseMemory, highest, listening, mark
 
 MEASURED_STEPS = 2
 """First steps whose memory and operations are measured, which makes small models up to 2.4 times slower."""
@@ -30,6 +30,8 @@ class _Times:
     measured_flops: float = 0.0
     useful_flops: float = 0.0
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
+    memory: dict[Phase, PhaseMemory] = field(default_factory=dict)
+    """Measured by earlier processes."""
 
 
 class Meter:
@@ -126,23 +128,27 @@ class Meter:
         self._times.tokens += tokens
 
     def times(self) -> dict[str, object]:
-        """Return seconds, tokens and operations so far, for a process that resumes the stage."""
-        return asdict(self._times)
+        """Return seconds, tokens, operations and memory so far, for a process that resumes the stage."""
+        return asdict(replace(self._times, memory=self._memory()))
 
     def resume_from(self, times: Mapping[str, Any]) -> None:
-        """Continue from the counts of an earlier process; the next steps' memory is measured again."""
-        self._times = _Times(**times)
+        """Continue from the counts of an earlier process; the next steps' memory is measured, too."""
+        memory = {phase: PhaseMemory(**one) for phase, one in times.get("memory", {}).items()}
+        self._times = _Times(**{**times, "memory": memory})
         if self._flops is not None:
             self._flops.total, self._flops.useful = self._times.measured_flops, self._times.useful_flops
 
+    def _memory(self) -> dict[Phase, PhaseMemory]:
+        return highest([self._times.memory, self._ledger.memory()])
+
     def cost(self) -> Cost:
-        """Return the stage's cost so far in this process."""
+        """Return the stage's cost so far."""
         times = self._times
         tokens, seconds = times.tokens, times.seconds
         # Speed is that of the steps without measurement, if there are any.
         if len(self.step_seconds) > self._measured_steps:
             tokens, seconds = tokens - times.measured_tokens, seconds - times.measured_seconds
-        memory, flops = self._ledger.memory(), self._flops
+        memory, flops = self._memory(), self._flops
         return Cost(
             seconds=round(times.seconds, 2),
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),

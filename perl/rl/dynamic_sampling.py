@@ -11,20 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
+from perl.rl.algorithm import ROUNDING
 from perl.rl.maths import equal_groups
 from perl.rl.rollout import Rollout
 
 
-def differing(rollout: Rollout, tolerance: float) -> Tensor:
+def differing(rollout: Rollout) -> Tensor:
     """Return, as bool (B), whether the rewards of a completion's group differ by a share of the largest."""
     size = float(rollout.rewards_B.abs().max()) or 1.0
-    return ~equal_groups(rollout.rewards_B / size, rollout.group_size, tolerance)
+    return ~equal_groups(rollout.rewards_B / size, rollout.group_size, ROUNDING)
 
 
-def assembled(drawn: Sequence[Rollout], completions: int, tolerance: float) -> Rollout:
+def assembled(drawn: Sequence[Rollout], completions: int) -> Rollout:
     """Return the first `completions` completions of several rollouts, groups whose rewards differ first."""
     rollout = joined(drawn)
-    differ = [keeps for one in drawn for keeps in differing(one, tolerance).tolist()]
+    differ = [keeps for one in drawn for keeps in differing(one).tolist()]
     order = sorted(range(len(differ)), key=lambda row: not differ[row])[:completions]  # stable: groups stay whole
     return rollout.take(order)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from perl.data.records import Judge
 from perl.measure.meter import Meter
 from perl.results import Check
-from perl.rl.algorithm import ROUNDING, Algorithm, Targets
+from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.checks.alarms import Alarm
 from perl.rl.checks.guarding import Guarding
 from perl.rl.checks.guards import last_good
@@ -158,11 +158,11 @@ def collect_step(loop: Loop, step: int) -> tuple[Rollout, Rollout, list[Rollout]
         drawn.append(rollout)
         right_B = rollout.rewards_B >= loop.objective.success_reward
         loop.prompt_choice.learn([chosen[group] for group in rollout.groups], right_B.tolist())
-        differ = sum(int(differing(one, ROUNDING).sum()) for one in drawn)
+        differ = sum(int(differing(one).sum()) for one in drawn)
         if len(drawn) > loop.algorithm.redraws or differ >= len(rollout.groups):
             break
     if len(drawn) > 1:
-        rollout = assembled(drawn, len(rollout.groups), ROUNDING)
+        rollout = assembled(drawn, len(rollout.groups))
         local = rollout.take(loop.collector.processes.shard(len(rollout.groups)))
     return local, rollout, drawn
 

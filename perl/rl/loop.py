@@ -236,7 +236,7 @@ def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
         liveness=as_json(loop.liveness.found),
         meter=loop.meter.times(),
         guard=loop.guarding.guard.state_dict(),
-        reward_scale=loop.reward_scale.state_dict(),
+        reward_scale=as_json(loop.reward_scale),
         prompt_choice=loop.prompt_choice.state_dict(),
         kl_coef=loop.kl_coef,
     )

@@ -12,7 +12,6 @@ others equal for the rest of the run, so rewards are clipped to `FARTHEST` stand
 Axis letter: B completions.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -86,7 +85,3 @@ class RewardScale:
         if self.std == 0.0:
             return torch.zeros_like(rewards_B, dtype=torch.float32)
         return ((rewards_B.double() - self.mean) / self.std).float()
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the whole state, as JSON."""
-        return dataclasses.asdict(self)

@@ -152,6 +152,10 @@ class OtherRunsModel(RewardSource):
     def __init__(self, model: RewardModel) -> None:
         self._model = model
 
+    def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
+        """Same as `rewards`, as in `RewardModel`."""
+        return self.rewards(prompts, samples, texts)
+
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """Return that model's rewards; it cannot use hidden states of the policy's lower layers."""
         return self._model.rewards(prompts, replace(samples, lower_hidden_BLD=None), texts)

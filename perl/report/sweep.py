@@ -141,7 +141,11 @@ class Sweep:
     def seconds(self, cell: Cell) -> float:
         """Return the mean seconds per step."""
         role = STAGE_ROLE[self.stage]
-        steps = [max(map(len, run.metrics[role].values()), default=1) for run in cell.runs.values()]
+        steps = [  # of all members of a reward model; the metrics are those of the first
+            max(map(len, run.metrics[role].values()), default=1)
+            * (run.section("reward").get("members", 1) if self.stage == "reward" else 1)
+            for run in cell.runs.values()
+        ]
         return cell.mean(self.stage, lambda stage: stage.seconds) * len(steps) / sum(steps)
 
     @property

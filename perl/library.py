@@ -278,8 +278,7 @@ class LoadedRun:
             where, remedy = str(self.session.folder.path), "Run its recipe with a section reward."
             raise UserError("the run has no finished reward model", where=where, remedy=remedy)
         chat = self.session.base.chat
-        length = min(self.recipe.reward.max_length, self.session.base.context_length)
-        as_chat = self.recipe.data.chat
+        length, as_chat = self.session.max_length("reward"), self.recipe.data.chat
         rows = [chat.row(asked(context, as_chat), answered(one, as_chat), length) for context, one in answers]
         scores_MN = run_member_scores(self.session, rows, MICRO_BATCH_SIZE)
         fitted, log_odds = self.results.reward.eval.calibration, scores_are_log_odds(self.session)

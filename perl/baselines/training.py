@@ -30,7 +30,6 @@ from perl.measure.meter import Meter
 from perl.private.trl import TokenizedDpo, TokenizedKto
 from perl.roles.role import Role
 from perl.stages.adamw import exact_on_average
-from perl.stages.reward_rows import max_length
 from perl.stages.session import Session
 from perl.stages.sft import trainable_model
 from perl.stages.training_run import optimizer_steps, trainer_arguments
@@ -113,7 +112,7 @@ def dpo_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
 
 def _ids(session: Session, context: Context, answers: Sequence[Turn]) -> tuple[list[int], list[list[int]]]:
     """Return a prompt as in RL, truncated to fit its completions as in reward modelling, and the completions."""
-    chat, length = session.base.chat, max_length(session)
+    chat, length = session.base.chat, session.max_length("reward")
     completions = [chat.completion(context, answer)[-length + 1 :] for answer in answers]
     return chat.context(context, length - max(map(len, completions))), completions
 

@@ -65,7 +65,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     from perl.stages.cut_rows import say_cut
     from perl.stages.identity import refuse_changed
     from perl.stages.reward_card import evaluate_rows, print_card
-    from perl.stages.reward_rows import answers_of, max_length, session_rows
+    from perl.stages.reward_rows import answers_of, session_rows
 
     for role in session.reward_members:
         session.load(role)
@@ -74,7 +74,7 @@ def _reward(session: "Session", run: Path, data: str | None) -> "RewardModelCard
     assert session.recipe.reward is not None
     # Ratings are evaluated as ratings, whatever the model was trained on; a single class is not an error.
     rows = session_rows(session, session.held_out, "any", data)
-    say_cut(rows.cut, len(rows.tokens), max_length(session), "reward.max_length")
+    say_cut(rows.cut, len(rows.tokens), session.max_length("reward"), "reward.max_length")
     trained_on = answers_of(session.train, session.recipe.reward.loss, session.recipe.data.source)
     card = evaluate_rows(session, rows.tokens, rows, trained_on)
     print_card(f"reward of {run}", card)

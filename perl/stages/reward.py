@@ -31,7 +31,6 @@ from perl.stages.reward_rows import (
     Rows,
     bootstrapped,
     held_out_rows,
-    max_length,
     training_examples,
     training_rows,
 )
@@ -65,7 +64,7 @@ def train_reward(session: Session) -> RewardStage:
     everything, held_out = training_rows(session), held_out_rows(session)
     train, validation = _train_and_validation_rows(session)
     rows, cut = len(everything.tokens) + len(held_out.tokens), everything.cut + held_out.cut
-    say_cut(cut, rows, max_length(session), "reward.max_length")
+    say_cut(cut, rows, session.max_length("reward"), "reward.max_length")
     with tempfile.TemporaryDirectory() as scratch:
         reused = settings.epochs > 1 or len(members) > 1
         lower_layers = lower_layer_cache(session, train, Path(scratch)) if reused else None

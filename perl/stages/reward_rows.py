@@ -91,15 +91,10 @@ def session_rows(session: Session, records: Records, loss: str, source: str | No
 
 
 def _tokens(session: Session, context: Sequence[Turn], answer: Turn) -> Tokens:
-    key = (tuple(context), answer, max_length(session))
+    key = (tuple(context), answer, session.max_length("reward"))
     if key not in session.answer_tokens:
         session.answer_tokens[key] = session.base.chat.row(*key)
     return session.answer_tokens[key]
-
-
-def max_length(session: Session) -> int:
-    assert session.recipe.reward is not None
-    return min(session.recipe.reward.max_length, session.base.context_length)
 
 
 def answers_of(records: Records, loss: str, source: str) -> RatedRows:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from perl.measure.meter import Meter
 from perl.measure.probe import Kind
 from perl.parallel.engine import Engine
 from perl.parallel.processes import Processes
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, Rl, StageName
 from perl.results import Stage, Start
 from perl.roles.role import REWARD_MEMBERS, Role
 from perl.roles.roles import Roles
@@ -127,6 +127,12 @@ class Session:
         self.processes.broadcast_tensors(trained)
         if not self.processes.main:
             torch.manual_seed(derived_seed(self.recipe.seed, "process", self.processes.rank))
+
+    def max_length(self, stage: Literal["sft", "reward"]) -> int:
+        """Return the largest number of tokens of a supervised stage's rows."""
+        section = self.recipe.section(stage)
+        assert not isinstance(section, Rl)
+        return min(section.max_length, self.base.context_length)
 
     def saved(self, role: Role) -> Path:
         """Return the folder of a role's weights."""

@@ -155,7 +155,7 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
     Raises:
         UserError: no demonstration has an agent turn left after truncation to `sft.max_length`.
     """
-    length, chat, rows = _max_length(session), session.base.chat, []
+    length, chat, rows = session.max_length("sft"), session.base.chat, []
     for record in demonstrations:
         for tokens in chat.rows(record.context, record.answer, length):
             if any(tokens.spoken):
@@ -172,11 +172,6 @@ def tokenized(session: Session, demonstrations: list[Demonstration]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _max_length(session: Session) -> int:
-    assert session.recipe.sft is not None
-    return min(session.recipe.sft.max_length, session.base.context_length)
-
-
 def _say_rows(session: Session, rows: int, cut: int) -> None:
     demonstrations = len(session.train.demonstrations) + len(session.held_out.demonstrations)
     if rows > demonstrations:
@@ -185,7 +180,7 @@ def _say_rows(session: Session, rows: int, cut: int) -> None:
             "answers differently from the last one, so each answer is trained on in a row of its own, rendered "
             "as it will be generated."
         )
-    say_cut(cut, rows, _max_length(session), "sft.max_length")
+    say_cut(cut, rows, session.max_length("sft"), "sft.max_length")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig, KTOConfig
 
-from perl.data.pairs import pair_ratings
+from perl.data.pairs import to_compare
 from perl.data.records import Context, Records, Turn
 from perl.errors import UserError
 from perl.measure.cost import Cost
@@ -96,7 +96,7 @@ def dpo_rows(session: Session, records: Records, batch_size: int) -> list[Row]:
     Raises:
         UserError: there are none.
     """
-    pairs = records.comparisons or pair_ratings(records.ratings)
+    pairs = to_compare(records, "pairs")
     if not pairs:
         raise UserError(
             f"{session.recipe.data.source} has neither pairs nor ratings of one context with both labels",

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
 
-from perl.data.records import Comparison, Context, Rating, Turn
+from perl.data.records import Comparison, Context, Rating, Records, Turn
 
 
 def labels_by_answer(ratings: Iterable[Rating]) -> dict[tuple[Context, Turn], set[bool]]:
@@ -42,3 +42,10 @@ def pair_ratings(ratings: Iterable[Rating], at_most: int = 4) -> list[Comparison
         for up, down in pairs[:at_most]:
             comparisons.append(Comparison(context, ups[up].answer, downs[down].answer, ups[up].dialogue))
     return comparisons
+
+
+def to_compare(records: Records, loss: str) -> list[Comparison]:
+    """Return the comparisons that a reward model with this loss learns from, or those of the data for `any`."""
+    if loss in ("pairs", "both"):
+        return records.comparisons or pair_ratings(records.ratings)
+    return [] if loss == "thumbs" and records.ratings else records.comparisons

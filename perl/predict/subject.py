@@ -16,6 +16,7 @@ from perl.backbones.base import Base
 from perl.backbones.build import tiny_config, train_tokenizer
 from perl.backbones.fake import fake_lm, unknown_values
 from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
+from perl.data.pairs import to_compare
 from perl.data.records import Records, Turn
 from perl.predict.trial import Trial, TrialSession, longest
 from perl.recipe import Recipe, StageName
@@ -101,16 +102,18 @@ def _rows(
 
 
 def _texts(recipe: Recipe, stage: StageName, records: Records) -> list[str]:
-    turns: list[Sequence[Turn]]
+    """Return the text of each training example; of a pair, that of the longer answer."""
+    turns: list[Sequence[Turn]] = []
     if stage == "sft":
-        turns = [(*one.context, *one.answer) for one in records.demonstrations]
+        turns += [(*one.context, *one.answer) for one in records.demonstrations]
     elif stage == "rl":
-        turns = [one.context for one in records.prompts]
-    else:
-        loss = recipe.reward.loss if recipe.reward is not None else "thumbs"
-        rated = [(*one.context, one.answer) for one in records.ratings if loss != "pairs"]
-        compared = [(*one.context, one.better, one.worse) for one in records.comparisons if loss != "thumbs"]
-        turns = [*rated, *compared]
+        turns += [one.context for one in records.prompts]
+    elif recipe.reward is not None:
+        loss = recipe.reward.loss
+        turns += [(*one.context, one.answer) for one in records.ratings if loss != "pairs"]
+        for one in to_compare(records, loss):
+            answers = sorted((one.better, one.worse), key=lambda answer: len(answer.text))
+            turns += [(*one.context, answer) for answer in (answers if loss == "thumbs" else answers[1:])]
     return [" ".join(turn.text for turn in one) for one in turns]
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from transformers.trainer_utils import SaveStrategy
 
+from perl.data.pairs import to_compare
 from perl.data.records import Rating, Records, Turn
 from perl.measure.cost import Cost
 from perl.measure.meter import MEASURED_STEPS, Meter
@@ -114,9 +115,14 @@ def trial_session(recipe: Recipe, trial: Trial) -> Iterator[TrialSession]:
 
 
 def longest(records: Records, recipe: Recipe, steps: int) -> Records:
-    """Return the longest records, in characters, which determine the peak: enough for `steps` of every stage."""
+    """Return the longest records, in characters, which determine the peak: enough for `steps` of every stage.
+
+    Pairs are made first, because the longest ratings need not have contexts in common.
+    """
     sizes = [section.batch_size for section in (recipe.sft, recipe.reward) if section is not None]
     count = max(ROWS, steps * max([*sizes, recipe.rl.prompts_per_step if recipe.rl is not None else 0]))
+
+    comparisons = records.comparisons if recipe.reward is None else to_compare(records, recipe.reward.loss)
 
     def size(turns: Sequence[Turn]) -> int:
         return sum(len(turn.text) for turn in turns)
@@ -134,7 +140,7 @@ def longest(records: Records, recipe: Recipe, steps: int) -> Records:
         demonstrations=top(records.demonstrations, lambda one: size((*one.context, *one.answer))),
         ratings=[*rated(True), *rated(False)],  # a reward model needs both
         comparisons=top(
-            records.comparisons, lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text))
+            comparisons, lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text))
         ),
         prompts=top(records.prompts, lambda one: size(one.context)),
         corpus=[],

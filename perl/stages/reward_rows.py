@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perl.backbones.tokens import Tokens
-from perl.data.pairs import pair_ratings
+from perl.data.pairs import to_compare
 from perl.data.records import Comparison, Prompt, Rating, Records, Turn
 from perl.errors import UserError
 from perl.measure.rated_rows import RatedRows
@@ -61,8 +61,7 @@ def held_out_rows(session: Session) -> Rows:
     """
     assert session.recipe.reward is not None
     records, loss = session.held_out, str(session.recipe.reward.loss)
-    paired = bool(records.comparisons or pair_ratings(records.ratings))
-    if (loss != "thumbs" and not paired) or (loss == "both" and not records.ratings):
+    if (loss != "thumbs" and not to_compare(records, loss)) or (loss == "both" and not records.ratings):
         loss = "any"
     return session_rows(session, records, loss)
 
@@ -103,12 +102,7 @@ def answers_of(records: Records, loss: str, source: str) -> RatedRows:
 
 
 def _chosen(records: Records, loss: str, source: str) -> tuple[list[Rating], list[Comparison]]:
-    ratings = [] if loss == "pairs" else records.ratings
-    comparisons = records.comparisons
-    if loss in ("pairs", "both"):
-        comparisons = comparisons or pair_ratings(records.ratings)
-    elif loss == "thumbs" and ratings:
-        comparisons = []
+    ratings, comparisons = [] if loss == "pairs" else records.ratings, to_compare(records, loss)
     if not records.ratings and not records.comparisons:
         raise UserError(
             f"{source} has neither ratings nor pairs",

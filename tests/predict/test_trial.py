@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from perl.data.records import Records
-from perl.predict import TRY, Trial, trial_session
+from perl.predict import TRY, Trial, read_subject, trial_session
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.roles.role import Role
+from perl.stages.material import read_data
+from perl.stages.reward_rows import training_examples, training_rows
 from tests.conftest import WriteRecipe
 
 TRAINED = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}
@@ -48,6 +50,29 @@ def test_the_longest_rows_are_tried(write_recipe: WriteRecipe, mixed_data: Path)
             lengths = [len(row.context[0].text) for row in rows]
             assert lengths == sorted(lengths, reverse=True)
         assert {rating.label for rating in session.train.ratings} == {True, False}
+
+
+@pytest.mark.parametrize("loss", ["thumbs", "pairs", "both"])
+def test_a_reward_models_examples_are_counted(loss: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The long answers of each label have no context in common, so pairs are made before the longest are kept."""
+    rows = [
+        {
+            "prompt": f"question {n}",
+            "completion": ("long " * 9 if good == (n < 200) else "") + str(good),
+            "label": good,
+        }
+        for n in range(400)
+        for good in (True, False)
+    ]
+    file = tmp_path / "rated.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = {"source": "jsonl", "path": str(file), "held_out": 0.3}
+    tried = load_recipe(write_recipe(data=data, reward=TRAINED | {"loss": loss}, rl=None))
+    with trial_session(tried, Trial(2)) as session:
+        everything = read_data(tried)[0]
+        examples = training_examples(training_rows(session, everything), loss)
+        assert read_subject(tried).sizes["reward"].train == len(examples) > 0
+        assert len(TRY["reward"](session).step_seconds) == 2
 
 
 def test_a_trials_answers_are_as_long_as_they_can_get(write_recipe: WriteRecipe, mixed_data: Path) -> None:

@@ -133,13 +133,23 @@ class _ByParts:
             raise _ShortWindowError(f"its layers attend to the last {window} tokens only")
         self.attended.add(module)
         shared, own = zip(*(layout.heads(one) for one in (query, key, value)), strict=True)
-        keys, values = (
-            torch.cat([shared[which][layout.prompt_B], own[which]], 2) for which in (1, 2)
-        )  # (B, H, L, S)
+        # Of each completion with its prompt, (B, H, L, S).
+        keys, values = (torch.cat([shared[which][layout.prompt_B], own[which]], 2) for which in (1, 2))
         of_prompts_GPHS, _ = self._kernel(module, *shared, layout.prompt_mask_G1PP, **rest)
         of_completions_BTHS, _ = self._kernel(module, own[0], keys, values, layout.completion_mask_B1TL, **rest)
         both = of_prompts_GPHS.flatten(0, 1), of_completions_BTHS.flatten(0, 1)
         return torch.cat(both)[None], None
+
+
+@contextlib.contextmanager
+def using(attention: Callable[..., Any]) -> Iterator[None]:
+    """Replace transformers' attention function inside the context."""
+    kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = attention
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
 
 
 @contextlib.contextmanager
@@ -148,13 +158,9 @@ def attending(layout: Layout | None) -> Iterator[set[nn.Module]]:
     if layout is None:
         yield set()
         return
-    kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
-    by_parts = _ByParts(kernel, layout)
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = by_parts
-    try:
+    by_parts = _ByParts(ALL_ATTENTION_FUNCTIONS[KERNEL], layout)
+    with using(by_parts):
         yield by_parts.attended
-    finally:
-        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
 
 
 def attention_as_now() -> Callable[[], AbstractContextManager[object]]:
@@ -259,9 +265,6 @@ def _attends_to_cache(backbone: Backbone, lm: PreTrainedModel) -> bool:
 
     ids_BN = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
     mask_BL = torch.ones_like(ids_BN)
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = recording
-    try:
+    with using(recording):
         backbone.extend(lm, ids_BN, mask_BL, mask_BL, cache)
-    finally:
-        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
     return all(cached)

@@ -10,8 +10,8 @@ If a cache holds prompts once for several rows, attention is that of `SharedProm
 Axis letters: B rows, H query heads, G key and value heads, L positions, D head size.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from perl.backbones.shared_prompts import KERNEL, using
 from perl.rl.samplers.shared_prompts_cache import SharedPromptsCache
 
-KERNEL = "sdpa"
-"""transformers' name of the function that calls torch's kernel and is replaced here."""
 OTHER_WORK = ("softcap", "position_bias", "cache", "output_attentions")
 """Further options of that function, for which it is called."""
 
@@ -121,19 +120,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, scal
     return (weights_XNL @ value.reshape(rows * groups, length, -1)).view(rows, 1, heads, -1)
 
 
-@contextlib.contextmanager
-def fast_decoding(device: torch.device, cache: Cache | None = None) -> Iterator[None]:
+def fast_decoding(device: torch.device, cache: Cache | None = None) -> AbstractContextManager[None]:
     """Use this attention in models that attend through transformers' interface, where it is faster: on a CPU.
 
     Args:
         cache: the cache of the models inside the block.
     """
     if device.type != "cpu":
-        yield
-        return
+        return nullcontext()
     kernel = ALL_ATTENTION_FUNCTIONS[KERNEL]
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = _OneToken(kernel, cache if isinstance(cache, SharedPromptsCache) else None)
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS[KERNEL] = kernel
+    return using(_OneToken(kernel, cache if isinstance(cache, SharedPromptsCache) else None))

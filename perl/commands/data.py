@@ -30,6 +30,8 @@ from perl.system.progress import console as messages
 from perl.system.progress import counted
 
 SHOWN_LEAKS = 3
+console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+"""For results, which quote rows: these must not be read as markup or wrapped."""
 
 
 def data_fetch(
@@ -52,8 +54,6 @@ def data_leaks(
     tests: Annotated[list[str], typer.Argument(metavar="TEST...", help="Test data: SOURCE[:PATH] or a file.")],
 ) -> None:
     """Count the questions of test sets that also occur in a training set."""
-    # The output quotes questions, which must not be read as markup or wrapped.
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     trained_on = load_rows(*parse_source(train), 0)
     for test in tests:
         leak = find_leak(trained_on, load_rows(*parse_source(test), 0))
@@ -100,8 +100,6 @@ def check(source: str, columns: Mapping[str, str] | None = None) -> int:
         (name, path), seed = parse_source(source), 0
     row, records = find_source(name), load_rows(name, path, seed, columns)
     kinds = {kind: rows for kind, rows in records.by_kind().items() if rows}
-    # The output quotes rows, which must not be read as markup or wrapped.
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     console.print(f"{name}: {'; '.join(filter(None, (row.description, row.licence, row.homepage)))}")
     console.print(_table("", {kind: counts(rows) for kind, rows in kinds.items()}))
     console.print(_table("median/95 %/longest", {kind: sizes(rows) for kind, rows in kinds.items()}))

@@ -11,8 +11,6 @@ from perl.commands.options import Host, Port, Run, one_of
 from perl.errors import UserError
 from perl.system.progress import console, silence
 
-CHOICES = ["random", "uncertainty"]
-
 
 def rate(
     run: Run,
@@ -34,13 +32,13 @@ def rate(
 ) -> None:
     """Rate a run's completions in the browser: thumbs, corrections and pairs, saved as JSON Lines for training."""
     from perl.library import load_run
+    from perl.rating.questions import CHOICES, Questions
     from perl.server.listen import address_of, is_loopback, open_port, require_server, serve
 
-    one_of("--choose", choose, CHOICES)
+    one_of("--choose", choose, list(CHOICES))
     require_server("rate")
     from perl.rating.app import RatingApp
     from perl.rating.log import RatingLog
-    from perl.rating.questions import Questions
     from perl.runs.folder import RunFolder
     from perl.server.guard import Guard
 

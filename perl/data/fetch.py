@@ -8,11 +8,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
 from perl.errors import MachineError, UserError, machine_fault
-from perl.system.files import user_cache
+from perl.system.files import file_sha256, user_cache
+from perl.system.progress import console
 
 _TIMEOUT_SECONDS = 60
 
@@ -92,7 +92,7 @@ def fetch(release: str, repository: Repository) -> Path:
         MachineError: the network or the disk fails; complete files are kept.
     """
     root, needed = cache_folder(repository), pins(release, repository)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task(release, total=sum(pin.size for pin in needed))
         for pin in needed:
             if not _is_right(root / pin.path, pin):
@@ -103,13 +103,9 @@ def fetch(release: str, repository: Repository) -> Path:
 
 def _is_right(path: Path, pin: Pin) -> bool:
     try:
-        return path.stat().st_size == pin.size and _sha256(path.read_bytes()) == pin.sha256
+        return path.stat().st_size == pin.size and file_sha256(path) == pin.sha256
     except OSError:
         return False
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _download(url: str, target: Path, pin: Pin, by_hand: str) -> None:
@@ -119,7 +115,7 @@ def _download(url: str, target: Path, pin: Pin, by_hand: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             content = response.read(pin.size + 1)  # the largest pinned file has a few MB
-        size, sha256 = len(content), _sha256(content)
+        size, sha256 = len(content), hashlib.sha256(content).hexdigest()
         if (size, sha256) != (pin.size, pin.sha256):
             actual = f"{size:,} bytes, SHA-256 {sha256}" if size <= pin.size else f"more than {pin.size:,} bytes"
             what = f"is not the pinned file: {actual}; {pin.size:,} bytes, SHA-256 {pin.sha256} expected"

@@ -107,9 +107,8 @@ def _reader(source: Source, columns: Mapping[str, str] | None, otherwise: Reader
 
 
 def _load(name: str, read: Reader, path: str | None, seed: int, key: str = "data.path") -> Records:
-    location = (
-        None if path is None else Path(os.path.expanduser(path))
-    )  # Path.expanduser raises for an unknown user's home
+    # Path.expanduser raises for an unknown user's home.
+    location = None if path is None else Path(os.path.expanduser(path))
     try:
         if location is not None:
             with contextlib.suppress(OSError):
@@ -194,14 +193,6 @@ def _file(path: Path | None, columns: Mapping[str, str]) -> Records:
     return read_jsonl(path, columns)
 
 
-def _jsonl(path: Path | None, seed: int) -> Records:
-    return _file(path, {})
-
-
-def _hub(path: Path | None, seed: int) -> Records:
-    return read_hub(path, {})
-
-
 def _taskmaster(domain: Domain, description: str) -> Source:
     def read(path: Path | None, seed: int, every_row: bool = False) -> Records:
         return read_taskmaster(
@@ -261,14 +252,14 @@ SOURCES: dict[str, Source] = {
     "taskmaster-coffee": _taskmaster("coffee", "coffee orders with people: dialogues and rated turns"),
     "taskmaster-ticketing": _taskmaster("ticketing", "movie ticket orders with people: rated turns"),
     "jsonl": Source(
-        _jsonl,
+        lambda path, _: _file(path, {}),
         "a file of your own in TRL's formats",
         remedy=f"Write rows with the fields {FORMATS}, in .jsonl one JSON object per line; data.columns maps "
         "other names.",
         mapped=_file,
     ),
     "hub": Source(
-        _hub,
+        lambda path, _: read_hub(path, {}),
         "a data set on the hub in TRL's formats, by its id",
         remedy=f"Its rows should have the fields {FORMATS}; data.columns maps other names.",
         mapped=read_hub,

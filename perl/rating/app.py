@@ -20,11 +20,9 @@ from perl.rating.questions import Question, Questions
 from perl.rating.summary import summarize
 from perl.rl.rewards.function import messages
 from perl.server.bodies import body_of
-from perl.server.worker import BusyError, Worker
+from perl.server.worker import RETRY_AFTER, BusyError, Worker
 from perl.system.typed_json import as_json
 
-RETRY_AFTER = 5
-"""Seconds after which a page whose request was refused may retry."""
 MAX_NAME = 60
 PAGE = {
     "/": ("perl.rating", "page.html", "text/html"),

@@ -217,10 +217,9 @@ class Roles(nn.Module, ABC):
         """Return the hidden states (B, L, D) after the shared blocks, in the base's dtype, for `forward`."""
         return self.backbone.lower(self.model(), self.shared_blocks, ids_BL, mask_BL)
 
-    def trunk(self, ids_BL: Tensor, mask_BL: Tensor, lower_hidden_BLD: Tensor | None = None) -> Tensor:
+    def trunk(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return the hidden states (B, L, D) after the last norm, under the active role."""
-        with self._above(lower_hidden_BLD) as model:
-            return self.backbone.hidden(model, ids_BL, mask_BL, lower_hidden_BLD)
+        return self.backbone.hidden(self.model(), ids_BL, mask_BL)
 
     @contextlib.contextmanager
     def _above(self, lower_hidden_BLD: Tensor | None) -> Iterator[PreTrainedModel]:

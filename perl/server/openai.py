@@ -22,10 +22,8 @@ from perl.errors import UserError
 from perl.library import LoadedRun
 from perl.server.bodies import body_of
 from perl.server.openai_requests import MAX_ROWS, ChatRequest, CompletionRequest, Generation, ScoreRequest
-from perl.server.worker import BusyError, Worker
+from perl.server.worker import RETRY_AFTER, BusyError, Worker
 
-RETRY_AFTER = 5
-"""Seconds after which a refused request may be sent again."""
 REWARD = "reward"
 
 

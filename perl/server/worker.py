@@ -9,6 +9,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PLACES = 64
+RETRY_AFTER = 5
+"""Seconds after which a refused request may be sent again."""
 
 
 class BusyError(Exception):

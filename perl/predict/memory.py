@@ -106,9 +106,8 @@ def weight_sizes(config: Any, dtype: torch.dtype) -> WeightSizes:
     lm = fake_lm(config, dtype)
     linear = [lm.get_submodule(name).weight.nbytes for name in linear_layers(lm)]
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())  # an encoder has no output embeddings
-    outside = sum(
-        {id(end.weight): end.weight.nbytes for end in ends if end is not None}.values()
-    )  # tied weights count once
+    # Tied weights count once.
+    outside = sum({id(end.weight): end.weight.nbytes for end in ends if end is not None}.values())
     blocks = sum(parameter.nbytes for parameter in lm.parameters()) - outside
     depth = backbone_of(config).depth
     return WeightSizes(dtype.itemsize, sum(linear), max(linear), blocks // depth, outside)

@@ -39,10 +39,8 @@ class PolicyValidation:
             return {}
         metrics = evaluate_policy(self.collector, Role.POLICY, self.prompts, self.judge)
         worth = statistics.fmean(metrics["reward" if self.judge is None else "gold"])
-        if (
-            not self.found.unit
-        ):  # one unit for all steps, so that they are comparable; 0 until rewards have differed
-            self.found.unit = reward_std
+        if not self.found.unit:  # 0 until rewards have differed
+            self.found.unit = reward_std  # kept, so that all steps are comparable
         worth -= self.kl_weight * self.found.unit * statistics.fmean(metrics["kl"])
         self.found.values[step] = worth
         return {"validation": worth}

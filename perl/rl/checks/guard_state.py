@@ -22,9 +22,7 @@ NOTHING = 1.5
 class Limits:
     """Limits of the alarms; chosen on some 40 recorded runs that went well and a dozen that did not."""
 
-    kl: float = (
-        50.0  # nats per completion; healthy runs end at 0.3 to 12, exploding ones pass 50 on the way to hundreds
-    )
+    kl: float = 50.0  # nats per completion; healthy runs end at 0.3 to 12, exploding ones reach hundreds
     entropy: float = 0.1  # share of the value at the start; healthy runs keep half of it or more
     entropy_nats: float = 0.1  # nats per token; below this a rise of the reward is no excuse
     ended: float = 0.05  # share of completions that end by themselves, if at least half did at the start

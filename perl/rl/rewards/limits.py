@@ -104,10 +104,8 @@ def _too_long(seconds: float) -> TimeoutError:
 
 def _serve(connection: Connection, location: str) -> None:
     """Answer calls, in the new process, until the other end is closed."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # Ctrl-C reaches this process, too, but the run decides when to stop
+    # Ctrl-C reaches this process, too, but the run decides when to stop.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     function = import_function(location)
     connection.send("ready")

@@ -67,9 +67,8 @@ class Layer(DynamicLayer):
 
     def _room(self, positions: int) -> int:
         """Return the number of positions to lay out if `positions` are needed."""
-        return (
-            self._capacity if self._step is None else min(self._capacity, -(-positions // self._step) * self._step)
-        )
+        step = self._step
+        return self._capacity if step is None else min(self._capacity, -(-positions // step) * step)
 
     def _lay_out(self, length: int) -> None:
         """Make room for more positions."""

@@ -1,9 +1,14 @@
 """Prefix tuning: learned keys and values that every query of a block also attends to (Li and Liang 2021).
 
-o = attention(x) + tanh(g) * softmax(q Kᵀ / √H) V, before the block's output projection. The separate softmax and
-the gate g per head, zero at the start, are from LLaMA-Adapter (Zhang et al. 2023): in one softmax with the text, a
-prefix would change the base's output before anything is learned. The keys have no position, and the queries are
-taken before rotation, so positions, masks and the KV cache are unaffected by a prefix.
+o + rms(o) * tanh(g) * softmax(q Kᵀ / √H) V, where o = attention(x), before the block's output projection. The
+separate softmax and the gate g per head, zero at the start, are from LLaMA-Adapter (Zhang et al. 2023): in one
+softmax with the text, a prefix would change the base's output before anything is learned. The keys have no
+position, and the queries are taken before rotation, so positions, masks and the KV cache are unaffected.
+
+Unlike in LLaMA-Adapter, a prefix is measured in units of the attention's own output at each position, so that one
+learning rate suits every base and block. The size of these outputs differs by a factor of a hundred: in the first
+block of a model without a norm before attention, such as OLMo 2, they are as small as the embeddings, and the norm
+after attention would turn the first step of an absolute prefix into most of the block's output.
 
 Letters: B rows, N positions, P prefix length, G key-value heads, S query heads per key-value head, H width of a
 head, D width of the model.
@@ -25,6 +30,8 @@ from perl.recipe.adapter import PrefixSettings
 
 OUTPUTS = ("o_proj", "out_proj", "dense")
 """Possible names of the output projection."""
+TINY = 1e-12
+"""Added to a mean square, so that its root has a gradient where attention's output is 0, as on padding."""
 
 
 class Prefix(AdapterKind):
@@ -76,13 +83,13 @@ class Prefix(AdapterKind):
         state.q = None if self.active is None else q
 
     def _add(self, attention: Any, site: "_Site", state: "_Queries", layer: nn.Module, inputs: Any) -> Any:
-        """Return the output projection's input plus the output of the active role's prefix."""
+        """Return the output projection's input plus what the active role's prefix adds."""
         q, state.q = state.q, None
         if q is None or self.active is None:
             return None
         o = inputs[0]
-        added = site.attend(getattr(attention, self.mark)[self.active], q)
-        return (o + added.view_as(o), *inputs[1:])
+        added = site.attend(getattr(attention, self.mark)[self.active], q).view_as(o)
+        return (o + _size(o).to(o.dtype) * added, *inputs[1:])
 
     def starting_value(self, name: str) -> float | None:
         """Return zero for the gates; keys and values are random."""
@@ -110,11 +117,16 @@ class Prefix(AdapterKind):
         for head, q_NH in enumerate(q_NQ.split(site.width, 1)):
             group = head // (site.heads // site.groups)
             k_PH, v_PH = learned.keys[group], learned.values[group]
-            heads.append(learned.gate[head].tanh() * (q_NH @ k_PH.T / site.width**0.5).softmax(1) @ v_PH)
-        o_NQ = torch.cat(heads, 1).to(self.lm.dtype)
+            heads.append(learned.relative_gate[head].tanh() * (q_NH @ k_PH.T / site.width**0.5).softmax(1) @ v_PH)
+        o_NQ = (_size(q_NQ) * torch.cat(heads, 1)).to(self.lm.dtype)
         zero: Tensor = site.output.forward(torch.zeros_like(o_NQ))
         added_ND: Tensor = (site.output.forward(o_NQ) - zero).float()
         return added_ND
+
+
+def _size(o: Tensor) -> Tensor:
+    """Return the root mean square of attention's output at each position: (..., 1), fp32."""
+    return (o.float().square().mean(-1, keepdim=True) + TINY).sqrt()
 
 
 class _Queries:
@@ -137,24 +149,24 @@ class _Site(NamedTuple):
     """Width of a head, H."""
 
     def attend(self, learned: "_Learned", q: Tensor) -> Tensor:
-        """Return what a prefix adds, in the dtype and shape of the queries (..., G S H)."""
+        """Return what a prefix adds, in units of attention's output; as the queries: dtype and (..., G S H)."""
         q_NGSH = q.view(-1, self.groups, self.heads // self.groups, self.width)
         keys_GPH, values_GPH = learned.keys.to(q.dtype), learned.values.to(q.dtype)
         scores = torch.einsum("ngsh,gph->ngsp", q_NGSH, keys_GPH).float() / self.width**0.5
         o_NGSH = torch.einsum("ngsp,gph->ngsh", scores.softmax(-1).to(q.dtype), values_GPH)
-        gate_GS1 = learned.gate.tanh().to(q.dtype).view(self.groups, -1, 1)
+        gate_GS1 = learned.relative_gate.tanh().to(q.dtype).view(self.groups, -1, 1)
         return (gate_GS1 * o_NGSH).reshape(q.shape)
 
 
 class _Learned(nn.Module):
-    """One role's prefix of one attention, fp32: `keys` and `values` (G, P, H), and `gate` (G S)."""
+    """One role's prefix of one attention, fp32: `keys` and `values` (G, P, H), and `relative_gate` (G S)."""
 
     def __init__(self, site: _Site, length: int, device: torch.device) -> None:
         super().__init__()
         self.keys, self.values = (
             nn.Parameter(torch.randn(site.groups, length, site.width, device=device)) for _ in range(2)
         )
-        self.gate = nn.Parameter(torch.zeros(site.heads, device=device))
+        self.relative_gate = nn.Parameter(torch.zeros(site.heads, device=device))
 
 
 def _attention(lm: PreTrainedModel, layers: str | list[int]) -> list[str]:

@@ -457,3 +457,31 @@ def test_a_prefix_fits_the_context_and_the_model() -> None:
         adapter_of_kind(random_llama(), "prefix", length=257)
     with pytest.raises(UserError, match="GPT2LMHeadModel does not support prefixes"):
         adapter_of_kind(gpt2(), "prefix")
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_what_a_prefix_adds_is_relative_to_the_size_of_attention(size: float) -> None:
+    lm = random_llama()
+    for layer in lm.model.layers:
+        layer.self_attn.v_proj.weight.data *= size
+    projections = [layer.self_attn.o_proj for layer in lm.model.layers]
+    roles, given = learned(SharedBase(adapter_of_kind(lm, "prefix")), Role.SFT), list[Tensor]()
+    ids_BL, mask_BL = batch()
+    with torch.no_grad():
+        for role in (Role.BASE, Role.SFT):
+            hook = projections[0].register_forward_hook(lambda layer, inputs, y: given.append(inputs[0]))
+            log_probs(roles, role, ids_BL, mask_BL)
+            hook.remove()
+    plain, added = given[0], given[1] - given[0]
+    relative = float(added.square().mean().sqrt() / plain.square().mean().sqrt())
+    assert relative == pytest.approx(0.21, abs=0.01)
+
+
+def test_a_prefix_has_gradients_where_attention_gives_nothing() -> None:
+    lm = random_llama()
+    for layer in lm.model.layers:
+        layer.self_attn.v_proj.weight.data.zero_()
+    roles = learned(SharedBase(adapter_of_kind(lm, "prefix")), Role.SFT)
+    roles.train_only(Role.SFT)
+    log_probs(roles, Role.SFT).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in roles.parameters_of(Role.SFT))

@@ -59,10 +59,12 @@ def verdict(metrics: "RewardMetrics") -> Verdict:
 def _enough(metrics: "RewardMetrics") -> Iterator[_Criterion]:
     """Check whether there are enough completions for a verdict."""
     fewer, kind = min((metrics.up, "up"), (metrics.n - metrics.up, "down"))
-    what = f"{fewer:,} of {metrics.n:,} answers are rated {kind}"
+    rated = f"{fewer:,} of {metrics.n:,} answers {'is' if fewer == 1 else 'are'} rated {kind}"
+    what = f"{rated}, and {MIN_OF_A_CLASS} of each label are needed"
     if metrics.compared:
-        what = f"there {'is' if metrics.pairs == 1 else 'are'} {counted(metrics.pairs, 'pair')}"
-    yield fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}, and {MIN_OF_A_CLASS} are needed."
+        there = f"there {'is' if metrics.pairs == 1 else 'are'} {counted(metrics.pairs, 'pair')}"
+        what = f"{there}, and {MIN_OF_A_CLASS} are needed"
+    yield fewer >= MIN_OF_A_CLASS, f"Too few to tell: {what}."
     what = f"the answers are from {counted(metrics.dialogues, 'dialogue')}"
     yield metrics.dialogues >= MIN_DIALOGUES, f"Too few to tell: {what}, and {MIN_DIALOGUES} are needed."
 

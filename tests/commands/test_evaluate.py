@@ -120,7 +120,7 @@ def test_one_thumb_down_in_all_is_learned_from_and_judged_less(
     assert "AUROC cannot be computed" in written
     card = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["reward"]["eval"]
     assert card["auroc"] is None
-    assert "are rated down, and 30 are needed" in card["verdict"]["reasons"][0]
+    assert "are rated down, and 30 of each label are needed" in card["verdict"]["reasons"][0]
 
 
 def liked_by_length(count: int, shuffle: bool) -> list[dict[str, Any]]:

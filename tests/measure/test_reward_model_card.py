@@ -135,7 +135,8 @@ def test_training_dialogues_are_not_held_out(data: Made, baseline: TfidfScores) 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"labels": [True] * 1000}, "0 of 1,000 answers are rated down, and 30 are needed"),
+        ({"labels": [True] * 1000}, "0 of 1,000 answers are rated down, and 30 of each label are needed"),
+        ({"labels": [n >= 1 for n in range(1000)]}, "1 of 1,000 answers is rated down"),
         ({"labels": [n >= 29 for n in range(1000)]}, "29 of 1,000 answers are rated down"),
         ({"labels": [n < 29 for n in range(1000)]}, "29 of 1,000 answers are rated up"),
         ({"dialogues": [str(n % 9) for n in range(1000)]}, "from 9 dialogues, and 10 are needed"),

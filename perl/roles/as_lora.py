@@ -29,12 +29,14 @@ class Truncation:
     Attributes:
         error: ‖Δ - B A‖ / ‖Δ‖ in the Frobenius norm, over all layers.
         enough: the lowest rank whose error is at most `ENOUGH`.
+        most: the highest rank that `check_convertible` accepts.
         biases: whether biases change too; LoRA then gets biases, which are exact.
     """
 
     rank: int
     error: float
     enough: int
+    most: int
     biases: bool
 
 
@@ -109,4 +111,5 @@ def _truncation(singular: list[Tensor], rank: int, biases: bool) -> Truncation:
         squares[: len(s_K)] += s_K.square()
     left = squares.flip(0).cumsum(0).flip(0)  # at R: what rank R drops
     errors = (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).sqrt()
-    return Truncation(rank, float(errors[rank]), int((errors > ENOUGH).sum()), biases)
+    enough, most = int((errors > ENOUGH).sum()), min(map(len, singular))
+    return Truncation(rank, float(errors[rank]), enough, most, biases)

@@ -62,7 +62,9 @@ class Conversion:
         """Advice on a better conversion; empty if nothing is lost."""
         cost, lines = self.truncation, []
         if cost.error > ENOUGH:
-            lines.append(f"A relative error of {ENOUGH:g} needs rank {cost.enough}.")
+            line = f"A relative error of {ENOUGH:g} needs rank {cost.enough}"
+            above = f", more than a layer's {cost.most}: --merge loses nothing" if cost.enough > cost.most else ""
+            lines.append(f"{line}{above}.")
             if self.rescales:
                 lines.append("It rescales whole rows or columns of weights, which a low rank keeps only in part.")
         if cost.biases:

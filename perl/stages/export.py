@@ -151,11 +151,16 @@ def _start_ids(session: Session) -> tuple[int, ...]:
 def _largest_difference(
     session: Session, role: Role, trunk: Role, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
-    """Return the largest difference of transformers' scores of held-out text from the run's; None without rows."""
-    chat, differences = session.base.chat, []
+    """Return the largest difference of transformers' scores of held-out text from the run's; None without rows.
+
+    Rows that the run cuts are left out: transformers does not cut them.
+    """
+    chat, differences, longest = session.base.chat, [], session.base.context_length
+    if role in session.reward_members and session.recipe.reward is not None:
+        longest = min(longest, session.recipe.reward.max_length)
     for context, answer in answered(session)[:COMPARED_ROWS]:
         ids = chat.row(context, answer).ids
-        if len(ids) > session.base.context_length:
+        if len(ids) > longest:
             continue
         ours = session.roles(trunk, *left_pad([ids], chat.pad_id, session.device), head=role).scores_B
         row, is_text = messages((*context, answer)), answer.speaker == "text"

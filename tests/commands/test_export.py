@@ -22,10 +22,12 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from perl.commands.export import export
+from perl.roles.as_lora import Truncation
 from perl.roles.export_formats import merge
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import RunFolder
+from perl.stages.conversion import Conversion
 from perl.stages.pipeline import run
 from tests.conftest import RunCli, write_rows
 from tests.exported import Run, made_up, make, recipe_on
@@ -221,7 +223,7 @@ def test_a_base_in_bf16_stays_in_bf16_and_what_rounding_costs_is_said(
     made = runs["bf16"]
     code, said = run_cli("export", made.folder, "reward", tmp_path / "out", "--merge")
     assert code == 0, said
-    (cost,) = (float(number) for number in re.findall(r"by at most ([\d.e-]+)\.\n", said))
+    (cost,) = (float(number) for number in re.findall(r"by at most ([\d.e-]+) on rows of up to 64 tokens", said))
     assert f"at most {cost:.1g}" in (tmp_path / "out" / "README.md").read_text()
     model, tokenizer = classifier(tmp_path / "out", True)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -438,6 +440,19 @@ def test_without_room_nothing_is_left(runs: dict[str, Run], run_cli: RunCli, tmp
     assert not any(tmp_path.iterdir())
 
 
+def test_rows_that_the_run_cuts_are_not_compared(
+    tiny_llama: Path, mixed_data: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    """Only the run cuts them, so a small difference on whole rows would say nothing about its scores."""
+    recipe = recipe_on(tiny_llama, mixed_data, sft=None, rl=None, reward={"max_length": 8})
+    code, said = run_cli("export", make(tmp_path / "run", recipe), "reward", tmp_path / "out", "--merge")
+    assert code == 0, said
+    assert "differ from the run's" not in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The run drops the oldest turns of rows of more than 8 tokens" in card
+    assert "differ from the run's" not in card
+
+
 @torch.no_grad()
 def test_an_adapter_is_written_as_lora_with_what_that_costs(
     runs: dict[str, Run], run_cli: RunCli, tmp_path: Path
@@ -463,6 +478,14 @@ def test_an_adapter_is_written_as_lora_with_what_that_costs(
     assert len(rows) == int(said[2])
     assert float(rms[1]) == pytest.approx(float(difference.square().mean().sqrt()), rel=0.05)
     assert "written as LoRA" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("most", "above"), [(83, False), (48, True)])
+def test_no_rank_is_advised_that_the_command_refuses(most: int, above: bool) -> None:
+    truncation = Truncation(rank=24, error=0.3, enough=83, most=most, biases=False)
+    advice = Conversion("adapters of kind ia3", truncation, rescales=False, rows=8).advice
+    assert advice.startswith("A relative error of 0.01 needs rank 83")
+    assert ("more than a layer's 48: --merge loses nothing" in advice) == above
 
 
 def test_the_kl_to_a_policy_as_lora_is_measured(runs: dict[str, Run], run_cli: RunCli, tmp_path: Path) -> None:

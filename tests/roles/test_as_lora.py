@@ -71,6 +71,7 @@ def test_the_loss_is_that_of_the_singular_values_left_out() -> None:
     _, truncation = as_lora(roles, Role.POLICY, 5)
     assert truncation.error == pytest.approx(errors[5], rel=1e-4)
     assert errors[truncation.enough] <= ENOUGH < errors[truncation.enough - 1]
+    assert truncation.most == 32
 
 
 def test_what_lora_cannot_be_is_refused() -> None:

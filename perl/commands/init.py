@@ -103,6 +103,14 @@ def _describe(records: Records) -> None:
     if set(found) != {"prompts"}:
         found.pop("prompts", None)  # the contexts of the other rows
     console.print(f"{' and '.join(counted(number, KINDS[kind]) for kind, number in found.items())}.")
+    others = list(dict.fromkeys(name for prompt in records.prompts for name in prompt.columns))
+    if others and not (records.ratings or records.comparisons):
+        console.print(
+            f"Only reward functions read {', '.join(others)}. If one of these columns rates the answers, remove "
+            "the recipe and give --columns label=NAME.",
+            style="yellow",
+            markup=False,
+        )
     if records.problems:
         first = records.problems[0]
         left_out = counted(len(records.problems), "row")

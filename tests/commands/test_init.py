@@ -116,6 +116,18 @@ def test_the_stages_are_those_that_the_rows_allow(
     assert "  # A hub id or a folder" in text
 
 
+@pytest.mark.parametrize(("extra", "told"), [({"helpful": "yes"}, True), ({}, False), ({"label": True}, False)])
+def test_columns_that_no_stage_reads_are_named(
+    extra: dict[str, Any], told: bool, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ratings under an unknown name would make demonstrations of the answers that are rated down."""
+    monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)
+    file = write_rows(tmp_path / "rows.jsonl", [DEMONSTRATION | extra])
+    status, written = run_cli("init", tmp_path / "mine.yaml", "--data", file, "--yes")
+    assert status == 0, written
+    assert ("Only reward functions read helpful." in " ".join(written.split())) == told
+
+
 def test_what_the_recipe_needs_is_shown(run_cli: RunCli, tiny_llama: Path, tmp_path: Path) -> None:
     asked = [[{"role": "user", "content": f"A {drink}, please."}] for drink in DRINKS]
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": one, "completion": "Yes."} for one in asked])

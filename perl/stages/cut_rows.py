@@ -12,9 +12,11 @@ def say_cut(cut: int, rows: int, length: int, key: str) -> None:
     """
     if cut:
         verb = "is" if cut == 1 else "are"
+        answers = "" if key.startswith("rl.") else " An answer that is longer by itself is cut, too."
         console.print(
             f"[yellow]{cut:,} of {counted(rows, 'row')} {verb} longer than {length} tokens ({key})[/]: the oldest "
             "turns are dropped, as whole turns if possible; the system turn and the first token are kept."
+            f"{answers}"
         )
 
 

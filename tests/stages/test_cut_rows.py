@@ -62,6 +62,7 @@ def test_all_rows_of_a_file_too_long_are_said_aloud(
     assert code == 0, text
     assert "60 of 60 rows are longer than 80 tokens (sft.max_length)" in text
     assert "60 of 60 rows are longer than 70 tokens (reward.max_length)" in text
+    assert " ".join(text.split()).count("An answer that is longer by itself is cut, too.") == 2, "not of prompts"
     stages = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
     prompts = stages["rl"]["rows"]
     assert f"{prompts} of {prompts} rows are longer than 60 tokens (rl.max_prompt_length)" in text

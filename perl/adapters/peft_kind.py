@@ -175,6 +175,26 @@ class PeftKind(AdapterKind):
         return {**self.parameters(role)}
 
 
+class SharingKind(PeftKind):
+    """A kind from peft with fixed tensors, which its tuner makes for the first role and all roles share."""
+
+    tuner_type: ClassVar[Any]
+    _tuner: Any = None
+    _first = ""
+
+    def _inject_layers(self, role: str) -> None:
+        if self._tuner is None:
+            self._tuner, self._first = self.tuner_type(self.lm, self.config, role), role
+        else:
+            self._tuner.peft_config[role] = self.config
+            self._tuner.inject_adapter(self.lm, role)
+
+    def remove(self) -> None:
+        """Restore every wrapped layer, and drop the fixed tensors."""
+        super().remove()
+        self._tuner = None
+
+
 def unmoved(now: Tensor, start: Tensor | None, rank_axis: int) -> Tensor:
     """Return which ranks of a factor are unchanged; (R,), bool.
 

@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 
 from peft import TinyLoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from perl.adapters.low_rank import compute_as
-from perl.adapters.peft_kind import PeftKind
+from perl.adapters.peft_kind import SharingKind
 from perl.errors import UserError
 from perl.parallel.engine import Engine
 from perl.private.peft import SharedDecomposition, TinyLoraLayer, TinyLoraModel
 from perl.recipe.adapter import TinyLoraSettings
 
 
-class TinyLora(PeftKind):
+class TinyLora(SharingKind):
     """TinyLoRA with peft's layers."""
 
     settings_type = TinyLoraSettings
@@ -33,12 +32,8 @@ class TinyLora(PeftKind):
         "weight_tying": "weight_tying",
         "projection_seed": "projection_seed",
     }
+    tuner_type = TinyLoraModel
     settings: TinyLoraSettings
-
-    def __init__(self, lm: PreTrainedModel, settings: TinyLoraSettings) -> None:
-        super().__init__(lm, settings)
-        self._tuner: TinyLoraModel | None = None
-        self._first = ""
 
     def peft_config(self) -> TinyLoraConfig:
         settings = self.settings
@@ -61,22 +56,13 @@ class TinyLora(PeftKind):
             )
 
     def _inject_layers(self, role: str) -> None:
-        """Decompose the weights for the first role, and share the result with all others."""
-        if self._tuner is None:
-            self._tuner, self._first = TinyLoraModel(self.lm, self.config, role), role
-        else:
-            self._tuner.peft_config[role] = self.config
-            self._tuner.inject_adapter(self.lm, role)
+        super()._inject_layers(role)
         for _, layer in self.named_layers():
             if role == self._first:
                 _set_signs(layer, role)
                 compute_as(layer, SharedDecomposition)
             for fixed in (layer.tinylora_A, layer.tinylora_B, layer.tinylora_P):
                 fixed[role] = fixed[self._first].float()
-
-    def remove(self) -> None:
-        super().remove()
-        self._tuner = None
 
     def starting_value(self, name: str) -> float | None:
         """Return zero for all of v."""

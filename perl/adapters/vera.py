@@ -11,12 +11,12 @@ from typing import ClassVar
 from peft import VeraConfig
 from torch import Tensor
 
-from perl.adapters.peft_kind import PeftKind
+from perl.adapters.peft_kind import SharingKind
 from perl.private.peft import HostDrawnVera, VeraLayer
 from perl.recipe.adapter import VeraSettings
 
 
-class Vera(PeftKind):
+class Vera(SharingKind):
     """VeRA with peft's layers."""
 
     settings_type = VeraSettings
@@ -24,9 +24,8 @@ class Vera(PeftKind):
     rate_factor = 20.0
     layer_type = VeraLayer
     in_peft: ClassVar[Mapping[str, str]] = {"rank": "r", "projection_seed": "projection_prng_key"}
+    tuner_type = HostDrawnVera
     settings: VeraSettings
-    _tuner: HostDrawnVera | None = None
-    """The tuner, which holds the random matrices."""
 
     def peft_config(self) -> VeraConfig:
         """See `PeftKind`. The matrices are not saved, but drawn again when an adapter is loaded."""
@@ -42,23 +41,12 @@ class Vera(PeftKind):
             )
 
     def _inject_layers(self, role: str) -> None:
-        """Draw the matrices for the first role, and share them with all others."""
-        if self._tuner is None:
-            self._tuner, self._first = HostDrawnVera(self.lm, self.config, role), role
-        else:
-            self._tuner.peft_config[role] = self.config
-            self._tuner.inject_adapter(self.lm, role)
+        super()._inject_layers(role)
         for matrices in (self._tuner.vera_A, self._tuner.vera_B):  # peft casts them to the base's dtype
             matrices[role] = matrices[self._first].float()
 
-    def remove(self) -> None:
-        """Remove the layers and drop the matrices."""
-        super().remove()
-        self._tuner = None
-
     def fixed(self, role: str) -> Mapping[str, Tensor]:
         """Return the random matrices."""
-        assert self._tuner is not None
         return {"base_model.vera_A": self._tuner.vera_A[role], "base_model.vera_B": self._tuner.vera_B[role]}
 
     def starting_value(self, name: str) -> float | None:

@@ -110,6 +110,8 @@ def train(
             log(step + 1, metrics, served)
             bar(reward=metrics["reward"], kl=metrics["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, metrics):
+                if stop.poll():  # a resumed run has the same alarm
+                    raise KeyboardInterrupt
                 return stopped_by
             best = validation is not None and validation.best() == step + 1
             last = stop.poll() or step + 1 == loop.steps or (validation is not None and validation.exhausted)

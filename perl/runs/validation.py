@@ -87,9 +87,11 @@ class Validation:
         self.values = {step: value for step, value in dict(state["values"]).items() if self.due(step, steps)}
         self.unit = state["unit"]
 
-    def kept(self, step: int, steps: int) -> Kept:
-        """Return a description, for the report, of the step whose weights were kept, of `steps` planned."""
-        taken = max(self.values)
-        return Kept(
-            step=step, taken=taken, steps=steps, by=self.by, rows=self.rows, values=list(self.values.items())
-        )
+    def kept(self, step: int, steps: int, stopped_at: int | None = None) -> Kept:
+        """Return a description, for the report, of the step whose weights were kept, of `steps` planned.
+
+        Args:
+            stopped_at: the step at which something else than validation ended the training.
+        """
+        taken, values = stopped_at or max(self.values), list(self.values.items())
+        return Kept(step=step, taken=taken, steps=steps, by=self.by, rows=self.rows, values=values)

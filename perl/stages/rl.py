@@ -72,7 +72,8 @@ def train_rl(session: Session) -> RlStage:
     kept_step = choose(loop, stopped_by)
     found = None if loop.validation is None else loop.validation.found
     # A guard can stop RL before the first validation.
-    kept = found.kept(kept_step, settings.steps) if found is not None and found.values else None
+    stopped_at = stopped_by[0].step if stopped_by else None
+    kept = found.kept(kept_step, settings.steps, stopped_at) if found is not None and found.values else None
     stage = session.stage(loop.meter, trained, _policy_rate(loop), rows, cut, kept)
     after = evaluate_policy(loop.collector, Role.POLICY, held_out, judge)
     best = None

@@ -23,7 +23,7 @@ NO_JUDGE = (
     "independent confirms it: read the samples."
 )
 NO_INTERVAL = "The report has no interval of the change, so it may be chance."
-EXPLOITS = "It exploits errors in its reward: stop earlier, or raise kl_coef."
+EXPLOITS = "It exploits errors in its reward: stop earlier, or strengthen the KL term (rl.kl, rl.kl_coef)."
 SAME = "It did not change on any prompt, so more prompts would hardly help: look at the reward and the samples."
 SHOWN_STEPS = 5
 

@@ -113,6 +113,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
+        hold=how_to_hold(settings.row),
     )
     guarded = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))
     preflight = Preflight(collector, few, str(session.folder.path), earlier_stages(session, collector.reward))
@@ -162,6 +163,13 @@ def share_prompts(session: Session, prompts: EncodedPrompts) -> None:
     roles.shares_prompts = reason is None
     if reason is not None:
         console.print(f"[yellow]Prompts are computed separately for each of their completions[/]: {reason}.")
+
+
+def how_to_hold(row: Algorithm) -> str:
+    """Return what a user can do to keep the policy closer to its reference: without a KL term, β has no effect."""
+    if row.kl != "none":
+        return "raise rl.kl_coef"
+    return "raise rl.tau" if row.surrogate == "mirror" else "set rl.kl, such as to loss-k3"
 
 
 def _objective(settings: Rl, row: Algorithm, penalty: float) -> Objective:

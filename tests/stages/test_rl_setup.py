@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from perl.recipe import load_recipe
+from perl.rl.algorithms import ALGORITHMS
+from perl.rl.checks.guard_state import Limits
+from perl.rl.checks.guards import Guard
 from perl.rl.loop import Loop
 from perl.roles.role import Role
 from perl.stages.opening import open_session
-from perl.stages.rl_setup import eval_prompts, missing_end_penalty, setup
+from perl.stages.rl_setup import eval_prompts, how_to_hold, missing_end_penalty, setup
 from tests.conftest import DRINKS, RunCli, WriteRecipe, write_rows
 
 REWARD = {"loss": "thumbs", "epochs": 2, "batch_size": 4, "learning_rate": 0.01, "max_length": 64}
@@ -48,6 +51,15 @@ def test_learning_rates_are_the_recipes_or_follow_the_base(write_recipe: WriteRe
     assert 0.2 / 32 / 2 < head < 0.2 / 32 * 2  # its last norm leaves states of about 1
     assert rates(algorithm="ppo")[0] == pytest.approx(adapters / 2, rel=0.05)
     assert rates(learning_rate=1e-5, head_learning_rate=1e-4) == [1e-5, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "remedy"), [("ppo", "raise rl.kl_coef"), ("cispo", "set rl.kl"), ("kimi", "raise rl.tau")]
+)
+def test_an_alarm_advises_a_key_that_has_an_effect(algorithm: str, remedy: str) -> None:
+    guard = Guard(Limits(kl=1.0, hold=how_to_hold(ALGORITHMS[algorithm])))
+    alarms = [alarm for step in range(1, 10) for alarm in guard.check(step, {"kl": 2.0})]
+    assert f"Lower rl.learning_rate or {remedy}" in alarms[0].remedy
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,15 @@ class Words(NamedTuple):
 WORDS = {
     "kl": Words(
         "the policy is {value:.0f} nats per completion away from its reference; the limit is {limit:.0f}",
-        "Usually the learning rate is too large, or the KL coefficient is too small to hold the policy.",
-        "Lower rl.learning_rate or raise rl.kl_coef; if completions are long and read well, raise rl.kl_limit.",
+        "Usually the learning rate is too large, or the KL term is too weak, or missing, to hold the policy.",
+        "Lower rl.learning_rate or {hold}; if completions are long and read well, raise rl.kl_limit.",
     ),
     "entropy": Words(
         "the entropy has collapsed to {value:.3f} nats per token, less than {limit:.3f}, a tenth of its value at "
         "the start; completions have {length.now:.0f} tokens, {length.start:.0f} at the start",
-        "The policy gives the same completion to every prompt: the learning rate is too large, the KL coefficient "
-        "is too small, or one completion exploits the reward.",
-        "Read the samples; lower rl.learning_rate or raise rl.kl_coef.",
+        "The policy gives the same completion to every prompt: the learning rate is too large, the KL term is too "
+        "weak or missing, or one completion exploits the reward.",
+        "Read the samples; lower rl.learning_rate or {hold}.",
     ),
     "length_limit": Words(
         "{value:.0%} of the completions end by themselves; at the start {start:.0%} did",
@@ -67,7 +67,7 @@ WORDS = {
         "the entropy has risen to {value:.2f} nats per token, from {start:.2f} at the start; the reward has not "
         "risen",
         "The policy is becoming random: the learning rate is too large, or the reward is mostly noise.",
-        "Read the samples; lower rl.learning_rate, or raise rl.prompts_per_step or rl.kl_coef.",
+        "Read the samples; lower rl.learning_rate, raise rl.prompts_per_step, or {hold}.",
     ),
     "sampler_mismatch": Words(
         "the sampler's log-probs differ from the policy's by {value:.2g} nats per token; by {start:.2g} at the "
@@ -93,7 +93,7 @@ WORDS = {
     "divergence": Words(
         "{check} fell from {start:.2f} to {value:.2f} while the reward in training rose",
         "The policy exploits errors of its reward, or has memorised its training prompts.",
-        "Stop earlier (rl.steps), raise rl.kl_coef, or improve the reward with more ratings of such completions.",
+        "Stop earlier (rl.steps), {hold}, or improve the reward with more ratings of such completions.",
     ),
     "not_finite": Words(
         "loss or gradient was not finite: the update was refused",

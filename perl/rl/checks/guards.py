@@ -189,7 +189,7 @@ class Guard:
                 value=value, limit=reading.limit, start=reading.start, check=check, length=length
             ),
             causes=words.causes,
-            remedy=words.remedy.format(rate=rate),
+            remedy=words.remedy.format(rate=rate, hold=self._limits.hold),
         )
 
 

@@ -19,7 +19,7 @@ from perl.runs.folder import RunFolder
 from perl.runs.trackers import require
 from perl.stages.material import Material, read_material
 from perl.stages.session import Session
-from perl.system.progress import console
+from perl.system.progress import console, counted
 from perl.system.seeds import seed_everything
 
 
@@ -69,6 +69,14 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
     }
     for key, size in sizes.items():
         engine.processes.check_divides(size or 0, key)
+    if (rl := recipe.rl) is not None:
+        completions = rl.prompts_per_step * rl.samples_per_prompt // engine.processes.count
+        if rl.minibatches > completions:
+            raise UserError(
+                f"{counted(completions, 'completion')} per process cannot make {rl.minibatches} minibatches",
+                where="rl.minibatches",
+                remedy=f"Set it to at most {completions}, raise rl.prompts_per_step, or launch fewer processes.",
+            )
     if recipe.tuning == "full" and type(engine) is not Engine:
         raise UserError(
             f"{engine.name} shards a frozen base and the optimizer of adapters; full tuning has neither",

@@ -72,6 +72,15 @@ def test_what_an_engine_cannot_shard_is_refused(
     check_engine(Engine(Processes(0, 2)), recipe)
 
 
+def test_each_process_needs_a_completion_for_each_minibatch(recipes: dict[str, Path]) -> None:
+    sizes = ["rl.prompts_per_step=4", "rl.samples_per_prompt=2", "rl.epochs=1"]
+    recipe = load_recipe(recipes["rloo"], [*sizes, "rl.minibatches=5"])
+    with pytest.raises(UserError, match="4 completions per process cannot make 5 minibatches") as refusal:
+        check_engine(Engine(Processes(0, 2)), recipe)
+    assert "at most 4" in str(refusal.value)
+    check_engine(Engine(ALONE), recipe)
+
+
 def test_one_process_needs_no_launcher_and_divides_everything(recipes: dict[str, Path]) -> None:
     assert engine_from_environment(ALONE).name == "ddp"
     check_engine(Engine(ALONE), load_recipe(recipes["all"]))

@@ -13,7 +13,7 @@ from perl.commands.estimate_workers import Workers
 from perl.commands.options import JsonFile, Overrides, RecipeFile, say_loading
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
-from perl.report.numbers import bytes_text, seconds_text
+from perl.report.numbers import bytes_text, joined, seconds_text
 from perl.sweep.setting import variant
 from perl.system.files import write_metrics
 from perl.system.progress import console, counted
@@ -225,9 +225,11 @@ def _say_seconds(
         console.print(f"{line}.", markup=False)
     hours = _hours(times)
     money = "" if price is None else f", {hours * price * devices:,.2f} at {price:g} per device-hour"
-    alone = "" if devices == 1 else ", without communication between devices"
+    left_out = ["communication between devices"] * (devices > 1)
+    left_out += ["training the tiny base"] * (recipe.base.build is not None)
+    without = f", without {joined(left_out)}" if left_out else ""
     console.print(
-        f"All of {recipe.name} ({recipe.tuning}) on {speed.name}: about {seconds_text(hours * 3600)}{alone}"
+        f"All of {recipe.name} ({recipe.tuning}) on {speed.name}: about {seconds_text(hours * 3600)}{without}"
         f"{money}. This is a prediction; its basis: {speed.basis}.",
         markup=False,
     )

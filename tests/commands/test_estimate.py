@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from perl.commands.estimate import parse_bytes
+from perl.commands.estimate import _say_seconds, parse_bytes
 from perl.commands.estimate_workers import share
 from perl.errors import UserError
 from perl.predict import TRY, Trial, trial_session
+from perl.predict.device import Device
 from perl.recipe import load_recipe
 from tests.conftest import RunCli, WriteRecipe
 from tests.encoder_decoders import tiny_t5
@@ -135,6 +137,18 @@ def test_seconds_hours_and_money(
     assert "assumed" in fast["basis"]
     assert "cost" not in fast
     assert fast["hours"]["full"] < slow["hours"]["full"]
+
+
+def test_what_the_total_leaves_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, devices, left_out in (
+        ("arithmetic", 1, "training the tiny base."),
+        ("quickstart", 2, "communication between devices."),
+        ("arithmetic", 2, "communication between devices and training the tiny base."),
+    ):
+        speed = cast(Device, SimpleNamespace(name="cpu", basis="none"))
+        _say_seconds(load_recipe(f"recipes/{name}.yaml"), {}, speed, devices, None)
+        captured = capsys.readouterr()
+        assert f", without {left_out}" in " ".join((captured.out + captured.err).split())
 
 
 def test_what_it_cannot_use_is_refused(run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Writes the page: findings, plots and tables in one HTML file that loads nothing from a network."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from perl.baselines.results import BaselineResult
@@ -191,11 +193,13 @@ def _policy_row(
 
 
 def _part_rows(group: Group) -> list[Row]:
-    """Return a row for each part of the reward, if it has several."""
+    """Return a row for each part of the reward, unless the only part is the reward itself."""
     pairs = [(one.reward_parts_before or {}, one.reward_parts_after or {}) for one in group.rl]
     names = dict.fromkeys(name for before, after in pairs for name in (*before, *after))
-    if len(names) == 1 and all(before and after for before, after in pairs):
-        return []  # the only part is the reward itself
+    rewards = [reward for one in group.rl for reward in (one.reward_before, one.reward_after)]
+    parts = [value for pair in pairs for side in pair for value in side.values()]
+    if len(parts) == len(rewards) and all(map(partial(math.isclose, rel_tol=1e-5), parts, rewards)):
+        return []
     rows = []
     for name in names:
         ends = [spread(parts.get(name) for parts in side) for side in zip(*pairs, strict=True)]

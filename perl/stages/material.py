@@ -100,8 +100,11 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     print_left_out([*records.problems, *(own.problems if own is not None else ())])
     _print_notes(records.notes)
     train, held_out = (records, own) if own is not None else split(records, data.held_out, recipe.seed)
-    for note in held_out.notes:
-        console.print(f"[yellow]Split[/]: {escape(note)}")
+    if own is not None:
+        _print_notes(own.notes)
+    else:
+        for note in held_out.notes:
+            console.print(f"[yellow]Split[/]: {escape(note)}")
     _check_records(recipe, train, held_out)
     train.fingerprints = fingerprints(records)
     if own is not None:

@@ -37,6 +37,15 @@ def test_a_single_reward_has_no_parts(tmp_path: Path) -> None:
     assert "…" not in rows(make_run(tmp_path / "a", rich=False))
 
 
+def test_a_single_part_with_a_weight_is_not_the_reward(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", rich=False)
+    report = json.loads((run / "report.json").read_text())
+    report["stages"]["rl"]["eval"]["reward_parts_before"] = {"model": 0.36}
+    report["stages"]["rl"]["eval"]["reward_parts_after"] = {"model": 1.6}
+    (run / "report.json").write_text(json.dumps(report))
+    assert '… model</th><td class="number">0.36</td><td class="number">1.60</td>' in rows(run)
+
+
 def test_a_part_that_came_later_has_one_end(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     report = json.loads((run / "report.json").read_text())

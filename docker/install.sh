@@ -7,7 +7,13 @@
 set -eu
 
 install() {
-    pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"
+    pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt "$@"
+}
+
+# pip would compile to bytecode on one core, and the packages' own tests too. Some files are no valid Python.
+compile() {
+    packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    python -m compileall -q -j 0 -x '/tests/' "$packages" >/dev/null || true
 }
 
 case "$1" in
@@ -29,3 +35,4 @@ requirements)
     install "$@"
     ;;
 esac
+compile

@@ -18,7 +18,9 @@ ROW_DEFAULTS = ("epochs", "samples_per_prompt")
 """Keys whose default is the algorithm's and is written into the resolved recipe."""
 DOCUMENTED_UNSET = Field(json_schema_extra={"default": None})
 """Marks a key whose default depends on other keys and is described in words."""
-CELLS = tuple(field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline"))
+CELLS = tuple(
+    field.name for field in fields(Algorithm) if field.name not in (*ROW_DEFAULTS, "value_baseline", "rate_factor")
+)
 """Keys that are null unless they override the row, so that another `algorithm` uses its own values."""
 
 

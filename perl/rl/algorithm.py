@@ -120,6 +120,8 @@ class Algorithm:
     allows, without a learning rate or gradient clipping. The critic's step is always the optimizer's."""
     trust_region: float | None = None
     """δ, in nats per token: a step that moves the policy by a larger mean KL is shortened; None: no limit."""
+    rate_factor: float = 1.0
+    """Factor of `learning_rate: auto`."""
 
     @property
     def compares_groups(self) -> bool:

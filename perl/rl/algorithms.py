@@ -43,7 +43,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         "group-std", "clip", ratio="answer", average="answers", kl="loss-k3", clip=3e-4, clip_high=4e-4
     ),
     # MiniMax 2025, arXiv 2506.13585; no lower bound, as in the paper; upper bound 5, as in TRL
-    "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0),
+    # Half the rate: in the second epoch all tokens keep their gradient, and no KL holds the policy
+    "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0, rate_factor=0.5),
     # Schulman et al. 2015, arXiv 1502.05477
     "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.002),
     # arXiv 2602.02710

@@ -3,8 +3,8 @@
     rate = AT_WIDTH · (WIDTH / width)^WIDTH_POWER · factor / updates
 
 `width` is the base's hidden size. The factor is the adapter kind's `rate_factor_at` its settings, or `FULL_SHARE`
-under full tuning, times the `rate_factor` of the kind of model (docs/sweeps.md and docs/experiments.md). In RL,
-the rate is divided by the number of `updates` per rollout.
+under full tuning, times the `rate_factor` of the kind of model and, in RL, of the algorithm (docs/sweeps.md and
+docs/experiments.md). In RL, the rate is divided by the number of `updates` per rollout.
 """
 
 from transformers import PreTrainedConfig
@@ -33,11 +33,12 @@ def learning_rate(recipe: Recipe, stage: StageName, config: PreTrainedConfig) ->
     own = recipe.section(stage).learning_rate
     if own != "auto":
         return own
-    updates = recipe.rl.epochs * recipe.rl.minibatches if stage == "rl" and recipe.rl is not None else 1
     kind, settings = ADAPTERS[recipe.adapter_kind], recipe.adapter_settings
     factor = FULL_SHARE if recipe.tuning == "full" else kind.rate_factor_at(settings)
     factor *= backbone_of(config).rate_factor
-    rate = AT_WIDTH[stage] * (WIDTH / config.get_text_config().hidden_size) ** WIDTH_POWER * factor / updates
+    if stage == "rl" and recipe.rl is not None:
+        factor *= recipe.rl.row.rate_factor / (recipe.rl.epochs * recipe.rl.minibatches)
+    rate = AT_WIDTH[stage] * (WIDTH / config.get_text_config().hidden_size) ** WIDTH_POWER * factor
     return min(1.0, float(f"{rate:.2g}"))
 
 

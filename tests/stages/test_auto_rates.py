@@ -43,6 +43,8 @@ def test_the_updates_from_a_rollout_share_it() -> None:
     assert rate("rl", llama(4096), rl={"algorithm": "ppo", "epochs": 2, "minibatches": 2}) == pytest.approx(
         2.5e-4 / 4, rel=0.05
     )
+    cispo, grpo = (rate("rl", llama(128), rl={"algorithm": name}) for name in ("cispo", "grpo"))
+    assert cispo == grpo / 2
 
 
 def test_kinds_of_adapters_and_of_models_have_their_factors() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from perl.measure.rate_search import BestRates
@@ -92,3 +93,10 @@ def test_rl_is_judged_where_its_kl_is_first_reached_or_at_its_end(run: Run, tmp_
     assert "1 of 2 runs stay below it" in sweep.reached
     matched = replace(sweep, at=None)
     assert matched.kl == pytest.approx(0.039)  # the largest that both reached
+
+
+def test_the_seconds_of_a_step_are_those_of_one_member(run: Run) -> None:
+    recipe = {**run.recipe, "reward": {**run.section("reward"), "members": 2}}
+    ensemble = Cell(FIRST, {0: replace(run, recipe_yaml=yaml.safe_dump(recipe))})
+    sweep = Sweep("made", "reward", (0,), (), (ensemble,))
+    assert sweep.seconds(ensemble) == pytest.approx(sweep.seconds(Cell(FIRST, {0: run})) / 2)

@@ -1,16 +1,19 @@
 """Effects of alarms: a run stops at its last good state, continues, or is not watched, as its recipe says."""
 
+import contextlib
 import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from perl.rl import loop
 from perl.stages import reward, sft
 from tests.conftest import LEAVES, RunCli, WriteRecipe
 
@@ -229,3 +232,21 @@ def test_the_supervised_stages_refuse_too(
     weights = load_file(tmp_path / "out" / stage / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert "1 of" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("requested", [True, False])
+def test_a_request_to_stop_in_the_step_of_an_alarm_stops_the_run(
+    requested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the run would go on with its evaluation; a resumed run has the same alarm."""
+    monkeypatch.setattr(loop, "take_step", lambda *step: ({"reward": 0.0, "kl": 99.0}, {}))
+    stop = SimpleNamespace(poll=lambda: requested, requested=requested)
+    monkeypatch.setattr(loop, "between_steps", lambda processes: contextlib.nullcontext(stop))
+    made_up: Any = SimpleNamespace(
+        validation=None,
+        steps=1,
+        collector=SimpleNamespace(processes=None),
+        guarding=SimpleNamespace(alarms=lambda step, metrics: ["alarm"]),
+    )
+    with pytest.raises(KeyboardInterrupt) if requested else contextlib.nullcontext():
+        assert loop.train(made_up, cast(Any, None), 0, lambda *logged: None) == ["alarm"]

@@ -1,10 +1,16 @@
 """The reward model of another run: refused inputs, and the dependence of RL on it."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from perl.recipe import Recipe, load_recipe
+from perl.rl.rewards.model import OtherRunsModel, RewardModel
+from perl.rl.samplers.base import Samples
 from perl.stages.identity import stage_settings
 from tests.conftest import RunCli, WriteRecipe
 
@@ -33,6 +39,19 @@ def test_what_cannot_score_is_refused_before_anything_is_trained(
         assert code == 2, text
         assert expected in " ".join(text.split())
         assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_for_it_is_not_blamed_on_a_function() -> None:
+    def score(*rows: object) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    @dataclass(frozen=True)
+    class Rows:
+        lower_hidden_BLD: None = None
+
+    reward = OtherRunsModel(cast(RewardModel, SimpleNamespace(rewards=score)))
+    with pytest.raises(torch.OutOfMemoryError):
+        reward([], cast(Samples, Rows()), [])
 
 
 def test_rl_depends_on_what_the_reward_model_depends_on(write_recipe: WriteRecipe, trained: Path) -> None:

@@ -59,7 +59,7 @@ def test_make_and_both_images_install_by_one_script(stages: list[Stage]) -> None
     assert not re.search(r"pip3? +install", makefile + " ".join(ran))
     script = (DOCKER / "install.sh").read_text()
     assert re.findall(r"^ *pip install .*$", script, re.MULTILINE) == [
-        '    pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"'
+        '    pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt "$@"'
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from perl.rl.rewards.scale import RewardScale
+from perl.system.typed_json import as_json, made
 
 
 def rollouts(scale: float = 1.0, shift: float = 0.0) -> list[torch.Tensor]:
@@ -98,7 +99,7 @@ def test_it_goes_on_from_its_state() -> None:
     scale = RewardScale()
     first, *rest = rollouts()
     scale.update(first)
-    again = RewardScale(**json.loads(json.dumps(scale.state_dict())))
+    again = made(RewardScale, json.loads(json.dumps(as_json(scale))))
     for rewards_B in rest:
         scale.update(rewards_B)
         again.update(rewards_B)

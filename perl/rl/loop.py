@@ -119,6 +119,8 @@ def train(
                 checkpoint(loop, step + 1, initial)
             if stop.requested:
                 raise KeyboardInterrupt
+        if stop.poll():  # again: the last poll was before the last step's checkpoint
+            raise KeyboardInterrupt
     return []
 
 

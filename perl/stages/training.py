@@ -209,7 +209,7 @@ class ResumableTrainer(HookedTrainer):
         run = self.run
         if run.validation is None or not run.validation.exhausted:
             self._train()
-        if run.stop.requested:
+        if run.stop.poll():  # again: the last poll may have been before the last step's checkpoint
             raise KeyboardInterrupt
         if run.validation is not None and (best := run.validation.best()) is not None:
             tensors = run.checkpoints.read(best).tensors

@@ -20,11 +20,14 @@ class StopRequest:
     """A request to stop after the current step."""
 
     processes: Processes = ALONE
+    noted: bool = False
+    """Whether this process was asked, which it may be at any time, even inside `poll`."""
     requested: bool = False
+    """Whether the last poll found that any process was asked: all processes agree on it."""
 
     def poll(self) -> bool:
         """Return whether any process was asked to stop; to be called by all processes, once per step."""
-        self.requested = self.processes.any_true(self.requested)
+        self.requested = self.processes.any_true(self.noted)
         return self.requested
 
 
@@ -41,11 +44,11 @@ def between_steps(processes: Processes = ALONE) -> Iterator[StopRequest]:
 
     def note(signum: int, frame: FrameType | None) -> None:
         nonlocal first
-        if stop.requested and (processes.count == 1 or time.monotonic() > first + GRACE):
+        if stop.noted and (processes.count == 1 or time.monotonic() > first + GRACE):
             raise KeyboardInterrupt
-        if stop.requested:
+        if stop.noted:
             return
-        stop.requested, first = True, time.monotonic()
+        stop.noted, first = True, time.monotonic()
         console.print("Stopping after this step; interrupt again to stop at once.")
 
     with handled(LEAVE, note):

@@ -102,6 +102,7 @@ def train(
         PreflightError: the first updates did not have the expected effect.
     """
     validation = None if loop.validation is None else loop.validation.found
+    stopped_by: list[Alarm] = []
     with track("rl", loop.steps, done) as bar, between_steps(loop.collector.processes) as stop:
         for step in range(done, loop.steps):
             if validation is not None and validation.exhausted:
@@ -110,18 +111,17 @@ def train(
             log(step + 1, metrics, served)
             bar(reward=metrics["reward"], kl=metrics["kl"])
             if stopped_by := loop.guarding.alarms(step + 1, metrics):
-                if stop.poll():  # a resumed run has the same alarm
-                    raise KeyboardInterrupt
-                return stopped_by
+                break
             best = validation is not None and validation.best() == step + 1
             last = stop.poll() or step + 1 == loop.steps or (validation is not None and validation.exhausted)
             if loop.guarding.guard.moved_far() or last or best or loop.checkpoints.due(step + 1):
                 checkpoint(loop, step + 1, initial)
             if stop.requested:
                 raise KeyboardInterrupt
-        if stop.poll():  # again: the last poll was before the last step's checkpoint
+        # Again: an alarm skips the poll, and a resumed run has the same one; otherwise it was before a checkpoint.
+        if stop.poll():
             raise KeyboardInterrupt
-    return []
+    return stopped_by
 
 
 def take_step(loop: Loop, step: int) -> tuple[dict[str, float], dict[str, str]]:

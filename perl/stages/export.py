@@ -155,9 +155,9 @@ def _largest_difference(
 
     Rows that the run cuts are left out: transformers does not cut them.
     """
-    chat, differences, longest = session.base.chat, [], session.base.context_length
-    if role in session.reward_members and session.recipe.reward is not None:
-        longest = min(longest, session.recipe.reward.max_length)
+    chat, differences = session.base.chat, []
+    is_cut = role in session.reward_members
+    longest = session.max_length("reward") if is_cut else session.base.context_length
     for context, answer in answered(session)[:COMPARED_ROWS]:
         ids = chat.row(context, answer).ids
         if len(ids) > longest:

@@ -117,7 +117,7 @@ class Algorithm:
     """Weight of the entropy bonus, the entropy's mean over tokens."""
     direction: Direction = "adam"
     """How the policy's step is taken: by the optimizer, or along the natural gradient as far as `trust_region`
-    allows, without a learning rate or gradient clipping. The critic's step is always the optimizer's."""
+    allows, without a learning rate. The critic's step is always the optimizer's."""
     trust_region: float | None = None
     """δ, in nats per token: a step that moves the policy by a larger mean KL is shortened; None: no limit."""
     rate_factor: float = 1.0

@@ -1,6 +1,11 @@
 """The natural gradient (Amari 1998) as computed by TRPO: conjugate gradients with Fisher-vector products.
 
 Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: one number per trained weight.
+
+A Fisher matrix from a few completions says nothing about most directions, and one rollout's gradient is mostly
+noise. So the gradient is Adam's mean over rollouts, and the damping is proportional to the size of each weight's
+gradients, which also preconditions the solution (Martens 2010, section 4.7). Where the Fisher matrix is silent,
+the direction is therefore Adam's.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +39,19 @@ def set_to(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None
     """Set the parameters to these values."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
+
+
+@torch.no_grad()
+def adams_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Return m̂ and √v̂ + ε of an AdamW that has seen the gradients of these parameters, as two vectors."""
+    of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    means, sizes = [], []
+    for parameter in parameters:
+        state, (first, second), epsilon = optimizer.state[parameter], of[parameter]["betas"], of[parameter]["eps"]
+        step = float(state["step"])
+        means.append((state["exp_avg"] / (1 - first**step)).flatten())
+        sizes.append((state["exp_avg_sq"] / (1 - second**step)).sqrt().add(epsilon).flatten())
+    return torch.cat(means), torch.cat(sizes)
 
 
 SAME_SCALE = 4.0
@@ -113,3 +131,17 @@ def conjugate_gradients(
         last, square = square, residual.dot(residual)
         direction = residual + square / last * direction
     return x
+
+
+def natural_direction(
+    product: Callable[[Tensor], Tensor], gradient: Tensor, sizes: Tensor, iterations: int, damping: float
+) -> Tensor:
+    """Solve (F + λD) x = g for x, approximately, by conjugate gradients preconditioned with D.
+
+    Args:
+        product, gradient, iterations: as in `conjugate_gradients`.
+        sizes: the diagonal of D, positive.
+        damping: as in `conjugate_gradients`, of D^-½ F D^-½ along D^-½ g.
+    """
+    root = sizes.rsqrt()
+    return root * conjugate_gradients(lambda v: root * product(root * v), root * gradient, iterations, damping)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
-from perl.rl.natural_gradient import Fisher, add, conjugate_gradients, set_to, take_gradient
+from perl.rl.natural_gradient import Fisher, add, natural_direction, set_to, take_gradient
 from perl.rl.rollout import Rollout
 from perl.roles.log_probs import places
 from perl.roles.outputs import Outputs
@@ -143,17 +143,19 @@ class TrustRegion:
         processes.all_reduce_gradients(self.parameters)
         return processes.all_reduce_sum(total), take_gradient(self.parameters)
 
-    def natural_step(self, gradient: Tensor, share: float) -> None:
-        """Move the policy along -x, where F x is the gradient, until the KL is slightly less than δ.
+    def natural_step(self, gradient: Tensor, sizes: Tensor, share: float) -> None:
+        """Move the policy from its old weights along -x until the KL is slightly less than δ.
 
         The length is measured rather than derived from the curvature, which is too imprecise in bf16.
 
         Args:
-            gradient: gradient of the loss, flat.
+            gradient: mean gradient of the loss, flat; x is its natural gradient.
+            sizes: size of each weight's gradients, flat.
             share: share of that length that is taken.
         """
+        set_to(self.parameters, self._old)
         fisher = Fisher(self.parameters, self.kl_gradient, self.limit)
-        x = conjugate_gradients(fisher.product, gradient, ITERATIONS, DAMPING)
+        x = natural_direction(fisher.product, gradient, sizes, ITERATIONS, DAMPING)
         if not x.any():
             return
         length = float(fisher.length / x.norm())

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
-from perl.rl.natural_gradient import take_gradient
+from perl.rl.natural_gradient import adams_moments
 from perl.rl.rollout import Rollout
 from perl.rl.trust_region import TrustRegion
 from perl.roles.role import Role
@@ -214,11 +214,12 @@ class Learner:
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
                 group["lr"] = rate * self.rate_shares[step]
-            if region is not None and self.algorithm.direction == "natural":
-                # Taking the gradients makes the optimizer skip the policy.
-                region.natural_step(take_gradient(region.parameters), self.rate_shares[step])
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if finite and region is not None and self.algorithm.direction == "natural":
+            # It replaces the optimizer's step of the policy, of which only the moments remain.
+            moments = adams_moments(self.optimizer, region.parameters)
+            region.natural_step(*moments, self.rate_shares[step])
         return finite
 
 

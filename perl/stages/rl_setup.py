@@ -226,12 +226,14 @@ def _learner(session: Session, trained: tuple[Role, ...], prompts: EncodedPrompt
         for parameters, rate in zip(of_rates, rates, strict=True)
         if parameters  # DeepSpeed fails on an empty group
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = exact_on_average(torch.optim.AdamW(groups, weight_decay=settings.weight_decay))
+    if settings.row.direction != "natural":  # which reads all moments in every process
+        optimizer = session.engine.optimizer(optimizer)
     return Learner(
         roles=roles,
         algorithm=settings.row,
         trained=trained,
-        optimizer=session.engine.optimizer(exact_on_average(optimizer)),
+        optimizer=optimizer,
         rates=rates,
         rate_shares=learning_rate_shares(settings.lr_scheduler_type, settings.warmup_ratio, settings.steps),
         epochs=settings.epochs,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from perl.rl.natural_gradient import Fisher, conjugate_gradients, take_gradient
+from perl.rl.natural_gradient import Fisher, adams_moments, conjugate_gradients, natural_direction, take_gradient
 
 torch.manual_seed(0)
 X_ND = torch.randn(7, 3, dtype=torch.float64)
@@ -61,3 +61,36 @@ def test_conjugate_gradients_solve_the_damped_system() -> None:
 
 def test_no_curvature_gives_no_step() -> None:
     assert not conjugate_gradients(torch.zeros_like, VECTORS[0], iterations=3, damping=0.1).any()
+
+
+def test_the_preconditioned_system_is_damped_in_proportion_to_the_sizes() -> None:
+    fisher, gradient, sizes = explicit_fisher(), VECTORS[0], torch.logspace(-3, 2, 12, dtype=torch.float64)
+    x = natural_direction(lambda v: fisher @ v, gradient, sizes, iterations=60, damping=0.1)
+    first = gradient / sizes
+    added = 0.1 * first @ fisher @ first / (first @ gradient)
+    torch.testing.assert_close((fisher + added * sizes.diag()) @ x, gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_where_the_fisher_matrix_is_silent_the_direction_is_adams() -> None:
+    sizes = torch.logspace(-3, 2, 12, dtype=torch.float64)
+    x = natural_direction(lambda v: fisher_of_last(v), VECTORS[0], sizes, iterations=20, damping=1e6)
+    adam = VECTORS[0] / sizes
+    torch.testing.assert_close(x / x.norm(), adam / adam.norm(), rtol=1e-4, atol=1e-6)
+
+
+def fisher_of_last(vector: Tensor) -> Tensor:
+    """Return F v where only the last weight has curvature."""
+    return torch.cat([torch.zeros(11, dtype=torch.float64), vector[11:]])
+
+
+def test_the_moments_are_those_of_adams_steps() -> None:
+    weights = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.AdamW(weights, lr=0.5, weight_decay=0.0)
+    for _ in range(3):
+        before = torch.cat([weight.detach().flatten() for weight in weights])
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape)
+        optimizer.step()
+        mean, size = adams_moments(optimizer, weights)
+        after = torch.cat([weight.detach().flatten() for weight in weights])
+        torch.testing.assert_close(before - after, 0.5 * mean / size)

@@ -106,7 +106,8 @@ def test_a_natural_step_is_as_long_as_the_region_and_lowers_the_loss(
 ) -> None:
     held = region(roles, limit=1e-3, micro_batch_size=micro_batch_size)
     before = held.probe().loss
-    held.natural_step(loss_gradient(held), 1.0)
+    gradient = loss_gradient(held)
+    held.natural_step(gradient, torch.ones_like(gradient), 1.0)
     found = held.probe()
     assert 0.7e-3 <= found.kl <= 1e-3
     assert found.loss < before
@@ -139,7 +140,8 @@ def test_too_long_a_step_goes_back_on_the_line_and_a_short_one_stays(roles: Shar
 def test_a_step_that_only_harms_is_undone(roles: SharedBase) -> None:
     held = region(roles, limit=1e-3)
     old = [one.detach().clone() for one in held.parameters]
-    held.natural_step(-loss_gradient(held), 1.0)
+    gradient = loss_gradient(held)
+    held.natural_step(-gradient, torch.ones_like(gradient), 1.0)
     found = held.search()
     assert (found["step_share"], found["step_kl"]) == (0.0, 0.0)
     assert all(torch.equal(one, before) for one, before in zip(held.parameters, old, strict=True))

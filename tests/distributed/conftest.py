@@ -69,6 +69,7 @@ def recipes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             "lora": {"rank": 2, "alpha": 4, "layers": "top-half"},
             "rl": function | {"algorithm": "reinforce"},
         },
+        "trpo": {"rl": function | {"algorithm": "trpo"}},
         "rloo": {"rl": RL | {"algorithm": "rloo", "samples_per_prompt": 2, "reward": parts}},
         **{
             kind: {"lora": None, "adapter": {"kind": kind, **KINDS[kind]}, "rl": function | {"algorithm": "ppo"}}

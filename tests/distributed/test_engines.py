@@ -14,12 +14,15 @@ from tests.distributed.launching import LIMIT, finished, fork, learned, steps, t
 from tests.distributed.worker import SAMPLED
 
 CLOSE = 1e-5
+LOOSE = {"trpo": 2e-3}
+"""Larger tolerances of metrics by recipe, whose weights are not compared: the curvature is a difference of fp32
+gradients, and a weight with hardly any gradient follows its rounding."""
 STAGES = {"all": ("sft", "reward", "policy")}
 LORA = ("all", "adapter", "reinforce", "rloo")
 FEW = {
     "ddp": ("all", "rloo", "full"),
     "fsdp2": ("all", "adapter", "series"),
-    "zero2": ("all", "optimizer"),
+    "zero2": ("all", "trpo", "optimizer"),
     "zero3": ("all", "adapter", "lengths", "vera"),
     "zero3-offload": ("adapter",),
 }
@@ -95,10 +98,10 @@ def test_processes_together_do_what_one_does_alone(
         out = launch.folder / engine / name
         assert (out / "report.json").exists(), launch.said
         for role in STAGES.get(name, ("policy",)):
-            _same_steps(steps(alone[name], role), steps(out, role), f"{name} {role}")
+            _same_steps(steps(alone[name], role), steps(out, role), f"{name} {role}", LOOSE.get(name, CLOSE))
         one, several = learned(alone[name]), learned(out)
         assert one.keys() == several.keys()
-        for tensor in one:
+        for tensor in one if name not in LOOSE else ():
             torch.testing.assert_close(several[tensor], one[tensor], rtol=0, atol=CLOSE, msg=f"{name}: {tensor}")
         hardware = json.loads((out / "report.json").read_text())["hardware"]
         assert (hardware["processes"], hardware["engine"]) == (count, engine.removesuffix("-offload"))
@@ -133,7 +136,7 @@ def test_a_batch_that_the_processes_cannot_divide_is_refused_once(launches: dict
     assert not (launch.folder / "uneven").exists()
 
 
-def _same_steps(one: list[dict[str, float]], several: list[dict[str, float]], where: str) -> None:
+def _same_steps(one: list[dict[str, float]], several: list[dict[str, float]], where: str, close: float) -> None:
     """Compare all metrics of all steps, such as losses, gradient norm, rewards and KL."""
     assert len(one) == len(several)
     for before, after in zip(one, several, strict=True):
@@ -141,4 +144,4 @@ def _same_steps(one: list[dict[str, float]], several: list[dict[str, float]], wh
         for figure, value in before.items():
             if figure in ("entropy", "mean_token_accuracy", "num_tokens") and "learning_rate" in before:
                 continue  # TRL's own, of shares
-            assert after[figure] == pytest.approx(value, rel=CLOSE, abs=CLOSE), f"{where}: {figure}"
+            assert after[figure] == pytest.approx(value, rel=close, abs=close), f"{where}: {figure}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from perl.data.jsonl import parse_row
 from perl.data.records import Problem
 from perl.data.rows import Row, RowError, list_of, object_with, parsed, shown, soft_label, strict_json, usable_text
-from perl.data.tables import Value, cell_value, csv_rows, numbered_values, row_of
+from perl.data.tables import Value, csv_rows, numbered_values, row_of
 from perl.errors import UserError, machine_fault
 
 
@@ -29,17 +29,17 @@ def read_import(source: str, file: Path, columns: Mapping[str, str]) -> Iterator
     values = _gradio_cells(file) if source == "gradio" else numbered_values(file, columns, form)
     try:
         for number, value in values:
-            yield parsed(f"{file}:{number}", _usable, convert, value)
+            yield parsed(f"{file}:{number}", _usable, convert, value, columns)
     except OSError as error:
         remedy = f"Name a file in the format {source}, see data/README.md."
         what = f"cannot be read: {error.strerror}"
         raise machine_fault(error) or UserError(what, where=str(file), remedy=remedy) from None
 
 
-def _usable(convert: Callable[[Row], Row], value: Value) -> Row:
+def _usable(convert: Callable[[Row], Row], value: Value, columns: Mapping[str, str]) -> Row:
     """Return a row that `data.source: jsonl` accepts. Raises `RowError`."""
     row = convert(object_with(value()))
-    parse_row(row)
+    parse_row(row, columns)
     return row
 
 
@@ -94,7 +94,7 @@ def _gradio(row: Row) -> Row:
     *before, answer = ({"role": turn["role"], "content": _content(turn["content"])} for turn in path)
     if answer["role"] != "assistant":
         raise RowError(f"message {index} is by {shown(answer['role'])}; one by the assistant expected")
-    label = soft_label(cell_value("label", cells["flag"]), "flag")
+    label = soft_label(cells["flag"], "flag")
     return {"prompt": before, "completion": answer["content"], "label": label, "time": cells.get("timestamp")}
 
 

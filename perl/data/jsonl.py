@@ -7,8 +7,8 @@
     {"chosen": …, "rejected": …}                      a comparison; their common beginning is the prompt
     {"prompt": …}                                     a prompt
 
-A `label` between 0 and 1 is the probability that the answer is rated up. A comparison may have a `margin`, as in
-TRL, or the `probability` that `chosen` is better.
+A `label` between 0 and 1 is the probability that the answer is rated up; its words are in `perl.data.rows`. A
+comparison may have a `margin`, as in TRL, or the `probability` that `chosen` is better.
 
 Of the rows that `perl-rlhf rate` has written, only those in force are read (`perl.data.rated`).
 
@@ -23,6 +23,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from perl.data.rated import RATED, in_force, rated_of
@@ -103,7 +104,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
         if rated is not None and rated.undone:
             return rated.id, []
         names.update(list(row) if isinstance(row, dict) else [])
-        return None if rated is None else rated.id, parse_row(row)
+        return None if rated is None else rated.id, parse_row(row, columns)
 
     written, problems = sifted(parsed(f"{where}:{number}", parse, value) for number, value in values)
     rows = in_force(written)
@@ -137,8 +138,11 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
     return records
 
 
-def parse_row(value: object) -> list[Record]:
+def parse_row(value: object, names: Mapping[str, str] = MappingProxyType({})) -> list[Record]:
     """Return the records of one row: the row itself, and its context as a prompt.
+
+    Args:
+        names: the user's names of the fields, for messages.
 
     Raises:
         RowError: the row fits no format.
@@ -146,7 +150,10 @@ def parse_row(value: object) -> list[Record]:
     row = object_with(value)
     if _FIELDS.intersection(row) - ({"messages"} if "chosen" in row else set()) not in TRL_FORMATS:
         raise RowError(f"the fields {shown(list(row))} fit no format")
-    record = _record(row)
+    try:
+        record = _record(row)
+    except RowError as error:  # most messages begin with the name of the field
+        raise RowError(re.sub(r"^\w+", lambda field: names.get(field[0], field[0]), str(error))) from None
     used = _FIELDS.union(_DIALOGUE_FIELDS, _CERTAINTY_FIELDS if isinstance(record, Comparison) else ())
     used |= {RATED} if rated_of(row) is not None else set()
     columns = {key: cast(JSON, value) for key, value in row.items() if key not in used}
@@ -201,7 +208,7 @@ def _comparison(row: Row, context: Context, chosen: object, rejected: object) ->
     better = _answer(chosen, "chosen", context)
     worse = _answer(rejected, "rejected", context)
     if better == worse:
-        raise RowError("chosen and rejected are the same")
+        raise RowError("both answers are the same")
     comparison = Comparison(context, better, worse, _dialogue(row, context))
     match [name for name in _CERTAINTY_FIELDS if row.get(name) is not None]:
         case ["margin"]:

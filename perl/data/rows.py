@@ -6,6 +6,7 @@ A row that cannot be used raises `RowError`, which `parsed` converts to a `Probl
 import contextlib
 import gzip
 import json
+import math
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -191,6 +192,38 @@ def binary_label(value: object, name: str) -> bool:
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
 
 
+UP = ("true", "yes", "y", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
+DOWN = (
+    "false",
+    "no",
+    "n",
+    "down",
+    "thumbs down",
+    "thumbs_down",
+    "bad",
+    "negative",
+    "dislike",
+    "disliked",
+    "-1",
+    "-1.0",
+    "👎",
+)
+"""Words for a thumb up and a thumb down, case ignored."""
+
+
+def label_value(value: object) -> object:
+    """Convert a label that is text to a number, or to a boolean for a word in `UP` or `DOWN`, if possible."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().casefold()
+    if word in (*UP, *DOWN):
+        return word in UP
+    try:
+        return float(word)
+    except ValueError:
+        return value
+
+
 STARS = "convert one to five stars to (stars - 1) / 4"
 """Advice for a label above 1."""
 MOST_STARS = 0.1
@@ -200,12 +233,13 @@ FEW_STARS = 3
 
 
 def soft_label(value: object, name: str) -> float:
-    """Return a label as `binary_label` does, or a number between 0 and 1, the probability of up."""
-    if isinstance(value, bool | int | float) and 0 <= value <= 1:
-        return float(value)
-    if isinstance(value, int | float) and value == -1:  # a thumb down where 1 is up
+    """Return a label as `binary_label` does, or a number from 0 to 1, the probability of up; text is converted."""
+    label = label_value(value)
+    if isinstance(label, bool | int | float) and 0 <= label <= 1:
+        return float(label)
+    if isinstance(label, int | float) and label == -1:  # a thumb down where 1 is up
         return 0.0
-    stars = f"; {STARS}" if isinstance(value, int | float) and value > 1 else ""
+    stars = f"; {STARS}" if isinstance(label, int | float) and 1 < label < math.inf else ""
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0), or a number between, expected{stars}")
 
 

@@ -1,8 +1,8 @@
 """Reads the rows of a user's file of any form: JSON Lines, a JSON array, CSV, TSV or Parquet.
 
-In CSV and TSV everything is text: a cell of `label`, `margin` or `probability` is read as a number or as one of
-the words for up and down, and an empty cell has no value. If the columns have other names than the fields of TRL's
-formats, the user maps them; a mapping can be suggested.
+In CSV and TSV everything is text: a cell of `label`, `margin` or `probability` is read as a number, and an empty
+cell has no value. In every form, `label` may be a word for up or down. If the columns have other names than the
+fields of TRL's formats, the user maps them; a mapping can be suggested.
 """
 
 import codecs
@@ -21,6 +21,7 @@ from perl.data.rows import (
     MAX_LINE_BYTES,
     Row,
     RowError,
+    label_value,
     line_value,
     numbered_lines,
     object_with,
@@ -32,22 +33,6 @@ from perl.errors import UserError
 
 Value = Callable[[], object]
 """Returns the row; raises `RowError`."""
-UP = ("true", "yes", "y", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
-DOWN = (
-    "false",
-    "no",
-    "n",
-    "down",
-    "thumbs down",
-    "thumbs_down",
-    "bad",
-    "negative",
-    "dislike",
-    "disliked",
-    "-1",
-    "-1.0",
-    "👎",
-)
 NUMBERS = ("label", "margin", "probability")
 ANSWERS = ("completion", "chosen", "rejected")
 """Fields whose text may be JSON without being a chat, for example if a schema asks for JSON."""
@@ -218,13 +203,12 @@ def cell_value(name: str, cell: object) -> object:
     """Convert a text cell to a number or label if its field has one, or to messages if it has them as JSON."""
     if not isinstance(cell, str):
         return cell
-    word = cell.strip().casefold()
-    if name == "label" and word in (*UP, *DOWN):
-        return word in UP
+    if name == "label":
+        return label_value(cell)
     with contextlib.suppress(ValueError):
         if name in NUMBERS:
-            return float(word)
-        if word.startswith("[{"):
+            return float(cell)
+        if cell.lstrip().startswith("[{"):
             value: object = json.loads(cell)
             return cell if name in ANSWERS and not _are_messages(value) else value
     return cell

@@ -127,7 +127,7 @@ ROWS = {
         b'{"prompt": "a", "completion": "b", "label": 1.5}',
         "true or false (or 1, 0), or a number between",
     ),
-    "a label in words": (b'{"prompt": "a", "completion": "b", "label": "up"}', "label is 'up'"),
+    "a label in words": (b'{"prompt": "a", "completion": "b", "label": "maybe"}', "label is 'maybe'"),
     "both labels": (
         b'{"prompt": "a", "completion": "b", "label": true, "label": false}',
         "the field 'label' occurs twice",

@@ -147,7 +147,7 @@ def test_a_table_with_named_columns(run_cli: RunCli, tmp_path: Path) -> None:
         Rating(ask, Turn("text", "5"), False, "2 + 2?", probability=0.25),
     ]
     assert read.prompts[0].columns["username"] == "ann"
-    assert ":5: label is 'perhaps'" in written  # the line of the file: a cell has two
+    assert ":5: flag is 'perhaps'" in written  # the line of the file: a cell has two
 
     pairs = table(
         tmp_path / "pairs.csv", ["q", "a", "b"], [json.dumps([{"role": "user", "content": "x"}]), "y", "z"]

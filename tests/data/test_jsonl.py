@@ -176,7 +176,7 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
             b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1, "probability": 0.9}',
             "of which only one is allowed",
         ),
-        (b'{"prompt": "a", "completion": "b", "label": "yes"}', "label is 'yes'"),
+        (b'{"prompt": "a", "completion": "b", "label": "maybe"}', "label is 'maybe'"),
         (b'{"prompt": "a", "completion": "b", "label": null}', "label is None"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
         (b'{"chosen": "b c", "rejected": "d e"}', "prompt is empty"),
@@ -271,6 +271,28 @@ def test_few_pairs_use_many_answers() -> None:
 def test_repeats_are_kept_once_in_order() -> None:
     ratings = [rating("b", True), rating("a", False), rating("b", True), rating("c", True), rating("c", False)]
     assert without_repeats(ratings) == ratings[:2]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_labels_as_text_are_the_same_in_every_form_and_errors_name_the_users_column(
+    form: str, tmp_path: Path
+) -> None:
+    words = {"yes": 1.0, " Thumbs down ": 0.0, "👍": 1.0, "1": 1.0, "0.7": 0.7, "-1": 0.0, "maybe": None}
+    file = tmp_path / f"own.{form}"
+    if form == "csv":
+        lines = [f"{n},c,{word}" for n, word in enumerate(words)]
+        file.write_text("\n".join(["prompt,completion,rating", *lines]))
+    else:
+        rows = [{"prompt": f"{n}", "completion": "c", "rating": word} for n, word in enumerate(words)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for columns in ({"label": "rating"}, {}):
+        if not columns:
+            file.write_text(file.read_text().replace("rating", "label"))
+        found = read_jsonl(file, columns)
+        values = [float(one.label) if one.probability is None else one.probability for one in found.ratings]
+        assert values == [value for value in words.values() if value is not None]
+        (problem,) = found.problems
+        assert problem.what.startswith(f"{'rating' if columns else 'label'} is 'maybe'; true or false")
 
 
 def test_stars_are_not_read_as_thumbs(tmp_path: Path) -> None:

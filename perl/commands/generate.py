@@ -41,6 +41,4 @@ def generate(
     pairs = zip(contexts, texts, strict=True)
     write_lines(out, ({"prompt": messages(context), "completion": text, "role": role} for context, text in pairs))
     if empty := sum(not text.strip() for text in texts):
-        console.print(
-            f"{role} ended {counted(empty, 'completion')} immediately; `score` does not accept empty completions."
-        )
+        console.print(f"{role} ended {counted(empty, 'completion')} immediately: their score will be null.")

@@ -22,6 +22,8 @@ REMEDY = "Fix or remove that line: every line read gives one line of output."
 def read_records(file: Path) -> list[tuple[str, Row, Record]]:
     """Read the lines of a file: the place of each, its fields, and its record.
 
+    A line with an empty completion is read as a prompt.
+
     Raises:
         UserError: a line fits no format, or the file is empty, missing or a table.
     """
@@ -34,7 +36,9 @@ def read_records(file: Path) -> list[tuple[str, Row, Record]]:
             where = f"{file}:{number}"
             try:
                 row = object_with(line_value(line))
-                records.append((where, row, parse_row(row)[0]))
+                unread = ("completion", "label") if has_empty_completion(row) else ()
+                record = parse_row({name: one for name, one in row.items() if name not in unread})[0]
+                records.append((where, row, record))
             except RowError as error:
                 raise UserError(str(error), where=where, remedy=REMEDY) from None
     except OSError as error:
@@ -43,6 +47,12 @@ def read_records(file: Path) -> list[tuple[str, Row, Record]]:
     if not records:
         raise no_usable_row([], str(file), "Give one line per completion or prompt.")
     return records
+
+
+def has_empty_completion(row: Row) -> bool:
+    """Return whether a row's completion is empty text, as `generate` writes it if a role ends immediately."""
+    completion = row.get("completion")
+    return isinstance(completion, str) and not completion.strip()
 
 
 def write_lines(out: Path | None, rows: Iterable[Mapping[str, object]]) -> None:

@@ -59,6 +59,26 @@ def test_empty_completions_are_said(
     assert [row["completion"] for row in read(tmp_path / "drawn.jsonl")] == ["", "No."]
 
 
+def test_an_empty_completion_has_the_score_null_and_the_others_their_own(
+    run_cli: RunCli, folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": CHAT, "completion": text, "label": True} for text in (" ", "No.", "")]
+    nothing = {"score": None, "probability": None, "confidence": None}
+    expected = perl.load_run(folder).score([CHAT], ["No."])[0]
+    for some in (rows, rows[:1]):
+        file, scored = write_rows(tmp_path / "rows.jsonl", some), tmp_path / "scored.jsonl"
+        status, written = run_cli("score", folder, file, "--out", scored)
+        assert status == 0, written
+        assert "without text: score null" in " ".join(written.split())
+        for line, row in zip(read(scored), some, strict=True):
+            if row["completion"] == "No.":
+                assert line["score"] == pytest.approx(expected)
+            else:
+                assert line == {**row, **nothing}
+    status, written = run_cli("generate", folder, file, "--out", tmp_path / "drawn.jsonl", "--max-new-tokens", 2)
+    assert status == 0, written
+
+
 def test_a_conversation_is_scored_by_its_last_answer(run_cli: RunCli, folder: Path, tmp_path: Path) -> None:
     turns = [*CHAT, {"role": "assistant", "content": "What size?"}, {"role": "user", "content": "Large."}]
     answer = "One latte."

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from perl.system.plain_yaml import flat_keys
 from perl.system.progress import console
 from perl.system.seeds import derived_seed
 
+if TYPE_CHECKING:
+    from perl.stages.sft import SftRows
+
 AnswerKey = tuple[tuple[Turn, ...], Turn, int]
 """A context, an answer, and the maximum length of both together."""
 
@@ -61,6 +64,8 @@ class Session:
     """Called after each checkpoint has been written."""
     answer_tokens: dict[AnswerKey, Tokens] = field(default_factory=dict)
     """Cache of tokenized answers: rows are tokenized for the checks, and again for training."""
+    sft_rows: "SftRows | None" = None
+    """Rows of SFT that have been tokenized for its check, until it trains on them."""
 
     def __post_init__(self) -> None:
         self.roles.asked_score_terms = self.recipe.reward.score_terms if self.recipe.reward is not None else ()

@@ -30,22 +30,21 @@ from perl.stages.training_run import loss_validation, optimizer_steps, training_
 from perl.stages.validation_rows import validation_split
 from perl.system.progress import console, counted
 
+SftRows = tuple[Dataset, Dataset | None, Dataset]
+"""Rows to train on, validation rows if any, and held-out rows, as returned by `tokenized`."""
 METADATA_COLUMNS = ["cut", "dialogue"]
 """Columns that describe a row and are not part of a batch."""
 
 
 def check(session: Session) -> None:
-    """Refuse data that SFT cannot use."""
-    for records in (*validation_split(session, "sft"), session.held_out):
-        if records is not None:
-            tokenized(session, records.demonstrations)
+    """Refuse data that SFT cannot use; its rows are kept for `train_sft`."""
+    session.sft_rows = _session_rows(session)
 
 
 def train_sft(session: Session) -> SftStage:
     """Train the `sft` role, evaluate it before and after, and save it."""
-    own, held_back = validation_split(session, "sft")
-    train, held_out = (tokenized(session, one.demonstrations) for one in (own, session.held_out))
-    validation = None if held_back is None else tokenized(session, held_back.demonstrations)
+    train, validation, held_out = session.sft_rows or _session_rows(session)
+    session.sft_rows = None
     all_rows = [train, held_out] if validation is None else [train, validation, held_out]
     rows, cut = sum(map(len, all_rows)), sum(sum(one["cut"]) for one in all_rows)
     _say_rows(session, rows, cut)
@@ -63,6 +62,12 @@ def train_sft(session: Session) -> SftStage:
         loss_interval=before.interval_to(after, held_out["dialogue"]),
     )
     return SftStage(**vars(stage), eval=found)
+
+
+def _session_rows(session: Session) -> SftRows:
+    own, held_back = validation_split(session, "sft")
+    train, held_out = (tokenized(session, one.demonstrations) for one in (own, session.held_out))
+    return train, None if held_back is None else tokenized(session, held_back.demonstrations), held_out
 
 
 @contextmanager

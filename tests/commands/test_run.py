@@ -16,7 +16,7 @@ from perl.roles.role import Role
 from perl.roles.saved import load_role, read_stamp, weights_sha256
 from perl.roles.shared_base import SharedBase
 from perl.stages.opening import open_session
-from perl.stages.sft import tokenized, train_sft
+from perl.stages.sft import check, tokenized, train_sft
 from tests.blank import drawn
 from tests.conftest import RunCli, WriteRecipe, command, recipe_file
 from tests.tiny import lora
@@ -138,7 +138,7 @@ def test_stages_run_one_by_one_come_to_the_same(
 
 
 def test_sft_learns_agent_turns_only_and_leaves_the_base_as_it_was(
-    write_recipe: WriteRecipe, small_data: Path, tmp_path: Path
+    write_recipe: WriteRecipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"source": "jsonl", "path": str(small_data / "demonstrations.jsonl"), "held_out": 0.3}
     recipe = load_recipe(write_recipe(data=data, sft=SFT, reward=None, rl=None))
@@ -149,7 +149,10 @@ def test_sft_learns_agent_turns_only_and_leaves_the_base_as_it_was(
     chat = session.base.chat
     assert learned == chat.completion(turns[:1], turns[1]) + chat.completion(turns[:3], turns[3])
     session.folder.claim(recipe)
+    check(session)
+    monkeypatch.setattr(chat, "rows", None)  # the rows of the check are trained on
     train_sft(session)
+    assert session.sft_rows is None
     assert "forward" not in vars(session.roles.lm)  # TRL's patched forward is gone
     assert {name for name, p in session.roles.named_parameters() if p.requires_grad} == {
         name for name, _ in session.roles.named_parameters() if ".sft." in name

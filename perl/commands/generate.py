@@ -1,21 +1,23 @@
 """`generate`: a role's completions of the prompts in a file."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perl.commands.json_lines import FILE, Out, read_records, write_lines
+from perl.commands.json_lines import Lines, Out, read_records, write_lines
 from perl.commands.options import Run, say_loading
+from perl.errors import UserError
 from perl.system.progress import console, counted
 
 
 def generate(
     run: Run,
-    role: Annotated[
-        str, typer.Argument(metavar="ROLE", help="base, sft or policy; if left out, the last trained.")
-    ],
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help=FILE, show_default=False)] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ROLE", help="base, sft or policy; if left out, the last trained."),
+    ] = None,
+    *,
+    file: Lines,
     role_option: Annotated[str | None, typer.Option("--role", hidden=True)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", help="The recipe's by default, or 128.")
@@ -32,11 +34,12 @@ def generate(
     from perl.library import load_run
     from perl.rl.rewards.function import messages
 
-    if file is None:  # RUN FILE: the first of the two may be left out
-        role, file = role_option or "", Path(role)
+    roles = roles or [role_option or ""]
+    if len(roles) > 1:
+        raise UserError(f"{len(roles)} roles are given: {', '.join(roles)}", where="ROLE", remedy="Name one.")
     contexts = [record.context for _, _, record in read_records(file)]
     loaded = load_run(run)
-    role = role or next(reversed(loaded.policies), "policy")
+    role = roles[0] or next(reversed(loaded.policies), "policy")
     texts = loaded.complete(contexts, role, max_new_tokens, temperature, seed)
     pairs = zip(contexts, texts, strict=True)
     write_lines(out, ({"prompt": messages(context), "completion": text, "role": role} for context, text in pairs))

@@ -115,6 +115,15 @@ def test_a_line_that_cannot_be_used_is_named_and_nothing_written(
     assert what in written
 
 
+def test_the_help_of_generate_says_that_only_the_role_may_be_left_out(run_cli: RunCli, tmp_path: Path) -> None:
+    status, written = run_cli("generate", "--help")
+    assert status == 0, written
+    assert [line.split()[0] for line in written.splitlines() if line.endswith("[required]")] == ["RUN", "FILE"]
+    status, written = run_cli("generate", tmp_path, "sft", "policy", tmp_path / "prompts.jsonl")
+    assert status == 2
+    assert "2 roles are given: sft, policy" in written
+
+
 def test_what_is_no_file_is_an_error(run_cli: RunCli, folder: Path, tmp_path: Path) -> None:
     assert run_cli("score", folder, tmp_path / "none.jsonl")[0] == 2
     (tmp_path / "empty.jsonl").touch()

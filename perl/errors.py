@@ -1,4 +1,4 @@
-"""Errors that are printed as one message: the user's mistakes, and faults of the machine."""
+"""Errors that are printed as one message: the user's mistakes, faults of the machine, bugs in processes."""
 
 import errno
 import os
@@ -27,6 +27,12 @@ class UserError(Exception):
 
 class MachineError(UserError):
     """The input is right, but the machine lacks the disk space, memory, network or permission for it."""
+
+    status = 1
+
+
+class InternalError(UserError):
+    """A bug in this package whose traceback has been written to a file."""
 
     status = 1
 

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
-from perl.errors import UserError
+from perl.errors import InternalError, MachineError, UserError, machine_fault
 from perl.recipe import Recipe, Rl, StageName
 from perl.recipe.section import Section
 from perl.system.progress import track
@@ -52,9 +54,25 @@ class Workers:
             for label, recipe in recipes.items():
                 found: dict[StageName, Traced] = {}
                 for stage in recipe.stages:
-                    found[stage] = futures[label, stage].result()
+                    try:
+                        found[stage] = futures[label, stage].result()
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        raise _as_one_message(error, f"estimate of {stage}, tuning {recipe.tuning}") from None
                     bar()
                 yield label, found
+
+
+def _as_one_message(error: Exception, where: str) -> UserError:
+    """Return the error of a process as one message, with its traceback in a file."""
+    if isinstance(error, BrokenProcessPool):
+        remedy = "The system may have ended it for lack of memory: free some, then run the same command again."
+        return MachineError("a process ended abruptly", where=where, remedy=remedy)
+    with NamedTemporaryFile("w", prefix="perl-rlhf-estimate-", suffix=".txt", delete=False) as file:
+        file.write(str(error.__cause__))  # the pool's copy of the traceback
+    remedy = f"This is a bug in PERL. Please report it with the recipe and the traceback, which is in {file.name}"
+    return InternalError(str(error), where=where, remedy=remedy)
 
 
 def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -> "Traced":
@@ -70,7 +88,7 @@ def _trace(recipe: Recipe, subject: "Subject", stage: StageName, devices: int) -
     except UserError:
         raise
     except Exception as error:  # some of torch's exceptions cannot be pickled
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise machine_fault(error) or RuntimeError(f"{type(error).__name__}: {error}") from error
     if devices == 1:
         return traced
     size = weight_sizes(subject.config, getattr(torch, recipe.base.dtype))

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from perl.commands.estimate import _say_seconds, parse_bytes
-from perl.commands.estimate_workers import share
-from perl.errors import UserError
+from perl.commands.estimate_workers import Workers, share
+from perl.errors import InternalError, UserError
 from perl.predict import TRY, Trial, trial_session
 from perl.predict.device import Device
 from perl.recipe import load_recipe
@@ -43,6 +43,21 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_size_without_its_unit_is_asked_for_at_once() -> None:
     with pytest.raises(UserError, match=r"'24' is 24 bytes\n  Write 24GB."):
         parse_bytes("24")
+
+
+def test_a_bug_in_a_process_is_one_message_with_its_traceback_in_a_file(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    recipe = load_recipe(write_recipe(sft=None, rl=None))
+    with Workers(1) as workers:
+        workers.subject = cast(Any, "no subject")
+        with pytest.raises(InternalError) as raised:
+            list(workers.in_turn({"lora": recipe}))
+    (file,) = tmp_path.glob("perl-rlhf-estimate-*.txt")
+    assert str(raised.value).startswith("estimate of reward, tuning lora: AttributeError: 'str' object has no")
+    assert str(file) in str(raised.value)
+    assert "perl/predict/" in file.read_text()
 
 
 def estimated(run_cli: RunCli, recipe: Path, *arguments: str) -> tuple[dict[str, Any], str]:

@@ -34,6 +34,7 @@ from perl.commands import sweep as sweep_command
 from perl.errors import UserError, machine_fault
 from perl.parallel.launcher import ranks, skips_finalization
 from perl.system.allocator import keep_freed_memory
+from perl.system.child import stop_with_parent
 from perl.system.progress import console
 from perl.system.signals import handle
 
@@ -113,6 +114,7 @@ def before_any(
 def main() -> None:
     """Run a command; turn an error into one message and an exit code."""
     handle((signal.SIGTERM, signal.SIGHUP), _interrupt)
+    stop_with_parent()
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without dashes, say, gets escapes
         sys.stdout.reconfigure(errors="backslashreplace")

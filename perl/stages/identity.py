@@ -162,8 +162,13 @@ def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:
     write_json(path / FILE, as_json(identity))
 
 
-def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) -> None:
+def refuse_changed(
+    folder: RunFolder, identities: Mapping[StageName, Identity], elsewhere: str | None = None
+) -> None:
     """Refuse to continue a run in whose stages anything has changed since they were started.
+
+    Args:
+        elsewhere: what another --out means for the user; by default, what it means for `perl-rlhf run`.
 
     Raises:
         UserError: says what has changed, with numbers of rows.
@@ -171,11 +176,11 @@ def refuse_changed(folder: RunFolder, identities: Mapping[StageName, Identity]) 
     for stage, here in identities.items():
         there = recorded(folder, stage) if folder.begun(stage) else None
         if there is not None and (found := there.differences(here)):
+            run = f"there, `perl-rlhf run` with --from {folder.path} trains only the affected stages again"
             raise UserError(
                 f"since {stage} was trained here, {'; '.join(found)}",
                 where=str(folder.path),
-                remedy="Restore what it was trained with, or use another --out; there, `perl-rlhf run` with "
-                f"--from {folder.path} trains only the affected stages again.",
+                remedy=f"Restore what it was trained with, or use another --out; {elsewhere or run}.",
             )
 
 

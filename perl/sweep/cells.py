@@ -99,7 +99,7 @@ class Cells:
             with silence():
                 found = self._read(recipe.model_copy(update={"tuning": "lora"}))  # full tuning's are the same
             now = identify(recipe, found.train, found.held_out, found.base, {})
-            refuse_changed(folder, now)
+            refuse_changed(folder, now, "there, the sweep trains every setting again")
             there = {stage: recorded(folder, stage) for stage in now}
             if any(one and one.differences(now[stage]) for stage, one in there.items()):
                 (path / DIVERGED).unlink(missing_ok=True)

@@ -201,7 +201,7 @@ def test_changed_data_are_not_mixed_with_earlier_results(
     assert code == 2, text
     words = " ".join(text.split())
     assert "since reward was trained here, the data have changed (1 row removed)" in words
-    assert "use another --out; there, `perl-rlhf run` with --from" in words, "`sweep` itself has no --from"
+    assert "use another --out; there, the sweep trains every setting again." in words, "`sweep` has no --from"
     assert (out / "sweep.json").read_bytes() == before
     assert not (out / "miss-1-0").exists()
 

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from perl.commands.compare_baselines import compare_baselines, parse_baselines, run_apart
 from perl.commands.options import Out, Overrides, RecipeFile, say_loading, writing
+from perl.data.fingerprint import sha256_of
 from perl.errors import UserError
 from perl.recipe import Recipe, StageName, load_recipe
 from perl.recipe.adapter import adapter_label
 from perl.sweep.setting import FULL, Setting, variant
 from perl.system.files import user_named, write_json, write_metrics
-from perl.system.progress import console, counted
+from perl.system.progress import console, counted, silence
 from perl.system.typed_json import as_json
 
 if TYPE_CHECKING:
@@ -187,10 +188,16 @@ def _compare_costs(recipe: Recipe, steps: int, out: Path) -> None:
 
 
 def _measure(recipe: Recipe, steps: int, out: Path) -> dict[str, dict[str, float]]:
-    """Measure the costs of each stage under each tuning, or read those that an interrupted command measured."""
-    from perl.predict import TRY, Trial, trial_session
+    """Measure the costs of each stage under each tuning.
 
-    begun = {"recipe": recipe.to_yaml(), "steps": steps}
+    Those that an interrupted command measured are read, if it had the same recipe, data and number of steps.
+    """
+    from perl.predict import TRY, Trial, trial_session
+    from perl.stages.material import read_data
+
+    with silence():
+        data = read_data(recipe)
+    begun = {"recipe": recipe.to_yaml(), "data": sha256_of(data, data[0].by_kind()), "steps": steps}
     found: dict[str, dict[str, float]] = {}
     with contextlib.suppress(OSError, ValueError):
         before = json.loads((out / STEPS).read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -178,9 +179,10 @@ def test_rl_is_compared_with_baselines_at_the_same_kl(
     assert code == 0, text
 
 
-def test_an_interrupted_measurement_goes_on(
-    run_cli: RunCli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_measurement_goes_on_with_the_same_data(
+    run_cli: RunCli, recipe: Path, mixed_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    data = shutil.copyfile(mixed_data, tmp_path / "rows.jsonl")
     tried: list[str] = []
 
     @contextlib.contextmanager
@@ -195,7 +197,7 @@ def test_an_interrupted_measurement_goes_on(
 
     monkeypatch.setattr("perl.predict.trial_session", session)
     monkeypatch.setattr("perl.predict.TRY", {stage: partial(measure, stage) for stage in ("sft", "reward", "rl")})
-    command = ("compare", recipe, "--steps", "20", "--out", tmp_path / "out")
+    command = ("compare", recipe, f"data.path={data}", "--steps", "20", "--out", tmp_path / "out")
     status, written = run_cli(*command)
     assert status == 130
     assert "interrupted: finished stages are saved; run the same command again" in written
@@ -209,6 +211,15 @@ def test_an_interrupted_measurement_goes_on(
     )
     assert "too few" not in written
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["compare.json"]
+
+    tried.clear()
+    assert run_cli(*command)[0] == 130
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "One more", "completion": "row"}) + "\n")
+    status, written = run_cli(*command)
+    assert status == 0, written
+    assert "measured before" not in written
+    assert len(tried) == 4 + 6
 
 
 def test_what_they_cannot_use_is_refused(run_cli: RunCli, recipe: Path, tmp_path: Path) -> None:

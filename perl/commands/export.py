@@ -119,9 +119,9 @@ def _say(session: "Session", exported: "Exported", folder: Path) -> None:
             console.print(advice, style="yellow", markup=False)
     if (difference := exported.difference) is not None:
         by = f"Its scores with transformers ({settings.dtype}) differ from the run's by at most {difference:.1g}"
-        reward = session.recipe.reward if exported.stage == "reward" else None
-        by += "." if reward is None else f" on rows of up to {reward.max_length} tokens; the run cuts longer ones."
-        console.print(by, markup=False)
+        if exported.stage == "reward":
+            by += f" on rows of up to {session.max_length('reward')} tokens; the run cuts longer ones"
+        console.print(f"{by}.", markup=False)
     if exported.role in (members := session.reward_members)[: len(members) * (len(members) > 1)]:
         others = ", ".join(role for role in members if role is not exported.role)
         console.print(f"It is one of {len(members)} members of an ensemble; the others: {others}.", markup=False)

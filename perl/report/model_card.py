@@ -89,6 +89,7 @@ def model_card(session: Session, exported: Exported) -> str:
             "starts": _starts(session, exported.stage),
             "rank": rank,
             "served_rank": served_rank,
+            "longest": session.max_length("reward") if exported.stage == "reward" else None,
             "members": session.reward_members,
             "ends": " or ".join(f"`{token}`" for token in tokens),
             "metrics": _metrics(session, exported),

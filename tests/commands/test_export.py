@@ -28,6 +28,7 @@ from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
 from perl.runs.folder import RunFolder
 from perl.stages.conversion import Conversion
+from perl.stages.opening import open_run
 from perl.stages.pipeline import run
 from tests.conftest import RunCli, write_rows
 from tests.exported import Run, made_up, make, recipe_on
@@ -451,6 +452,19 @@ def test_rows_that_the_run_cuts_are_not_compared(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The run drops the oldest turns of rows of more than 8 tokens" in card
     assert "differ from the run's" not in card
+
+
+def test_the_card_names_the_bases_context_where_it_is_what_limits_rows(
+    tiny_llama: Path, mixed_data: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    recipe = recipe_on(tiny_llama, mixed_data, sft=None, rl=None, reward={"max_length": 100_000})
+    code, said = run_cli("export", folder := make(tmp_path / "run", recipe), "reward", tmp_path / "out", "--merge")
+    assert code == 0, said
+    context = open_run(folder).base.context_length
+    assert f"on rows of up to {context} tokens" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"rows of more than {context} tokens (the base's context)" in card
+    assert f"held-out rows of up to {context} tokens differ" in card
 
 
 @torch.no_grad()

@@ -113,6 +113,7 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
         mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
         learning_rate=learner.rates[0],
         check_every=validation_interval(settings.steps),
+        kl_term=settings.row.kl != "none" and settings.kl_coef > 0,
         hold=how_to_hold(settings.row),
     )
     guarded = held_out.take(range(min(len(held_out), MOST, max(FEWEST, settings.prompts_per_step))))

@@ -63,6 +63,19 @@ def test_an_alarm_advises_a_key_that_has_an_effect(algorithm: str, remedy: str) 
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "kl_coef", "kl_term"), [("grpo", 0.1, True), ("grpo", 0, False), ("cispo", 0.1, False)]
+)
+def test_the_guard_knows_whether_a_kl_term_holds_the_policy(
+    algorithm: str, kl_coef: float, kl_term: bool, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "p.jsonl", [{"prompt": f"A {drink}, please."} for drink in DRINKS])
+    data = {"source": "jsonl", "path": str(rows), "held_out": 0.5}
+    rl = {"reward": {"function": "rewards.py:length"}, "algorithm": algorithm, "kl_coef": kl_coef}
+    loop = begun(write_recipe(reward=None, sft=None, data=data, rl=rl), tmp_path / "out")
+    assert loop.guarding.guard._limits.kl_term is kl_term
+
+
+@pytest.mark.parametrize(
     ("chat", "given", "expected"), [(False, None, 0.0), (True, None, 0.5), (False, 0.5, 0.5), (True, 0.0, 0.0)]
 )
 def test_a_missing_end_costs_nothing_on_plain_text(

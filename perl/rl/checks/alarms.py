@@ -57,6 +57,11 @@ WORDS = {
         "rate or the KL coefficient is too large. Meanwhile KL falls, as if all were well.",
         "Lower rl.learning_rate, rl.kl_coef, or both.",
     ),
+    "shrinking_without_kl": Words(
+        "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
+        "The learning rate is too large, or the reward is highest for the shortest completions.",
+        "Read the samples; lower rl.learning_rate or {hold}.",
+    ),
     "shrinking_by_penalty": Words(
         "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start, while more of them end by "
         "themselves",

@@ -41,6 +41,7 @@ class Limits:
     fall: float = 4.0  # standard errors by which the validation score is below its best while the reward rises
     refused: int = 3  # consecutive refused updates
     check_every: int = 10  # steps between validation scores
+    kl_term: bool = True  # whether a KL term holds the policy to its reference
     hold: str = "raise rl.kl_coef"  # what keeps the policy closer to its reference under this algorithm
 
 

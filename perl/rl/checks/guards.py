@@ -174,6 +174,8 @@ class Guard:
         ended = self._series("ended")
         if name == "shrinking" and self._limits.penalized and ended.now >= ended.start + 0.1:
             words = WORDS["shrinking_by_penalty"]
+        elif name == "shrinking" and not self._limits.kl_term:
+            words = WORDS["shrinking_without_kl"]
         rate = f"{min(LARGEST_RATE, self._limits.learning_rate * AIM / value):.1g}" if value > 0 else "auto"
         length = self._series("answer_tokens")
         check = "the gold judge" if judged else "the reward on held-out prompts"

@@ -248,6 +248,14 @@ def test_completions_that_shrink_under_a_penalty_for_a_missing_end(penalized: bo
     assert ("rl.kl_coef" in alarm.remedy) is not penalized
 
 
+def test_shrinking_is_not_blamed_on_a_kl_penalty_that_does_not_exist() -> None:
+    limits = Limits(kl_term=False, hold="set rl.kl, such as to loss-k3")
+    (alarm,) = read(made_up(TROUBLES["shrinking"][1]), Guard(limits))
+    assert alarm.name == "shrinking"
+    assert "penalty" not in alarm.causes
+    assert alarm.remedy == "Read the samples; lower rl.learning_rate or set rl.kl, such as to loss-k3."
+
+
 def test_a_mismatch_that_rounding_explains_is_left_alone() -> None:
     rows = made_up(lambda step, row: row.update(sampler_mismatch=0.02 * (1 + step / 60)))
     assert read(rows, Guard(Limits(mismatch=0.04))) == []
@@ -308,5 +316,5 @@ def test_the_last_good_checkpoint(until: int, step: int) -> None:
 
 
 def test_every_alarm_has_words_that_say_what_to_do() -> None:
-    special = {"not_finite", "no_signal", "shrinking_by_penalty"}
+    special = {"not_finite", "no_signal", "shrinking_by_penalty", "shrinking_without_kl"}
     assert {name for name, _, _ in TROUBLES.values()} | special == set(WORDS)

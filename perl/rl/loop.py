@@ -114,7 +114,7 @@ def train(
                 break
             best = validation is not None and validation.best() == step + 1
             last = stop.poll() or step + 1 == loop.steps or (validation is not None and validation.exhausted)
-            if loop.guarding.guard.moved_far() or last or best or loop.checkpoints.due(step + 1):
+            if loop.guarding.guard.moved_far or last or best or loop.checkpoints.due(step + 1):
                 checkpoint(loop, step + 1, initial)
             if stop.requested:
                 raise KeyboardInterrupt

@@ -121,7 +121,7 @@ class Memory:
     troubles: dict[str, Trouble] = field(default_factory=dict)
     best_reward: float = LEAST
     doublings: int = 0
-    """Number of times that the KL has doubled, as counted by `Guard.moved_far`."""
+    """Largest number of times that the KL had doubled from a 32nd of its limit."""
     refused: int = 0
     """Consecutive refused updates."""
     flat: int = 0

@@ -23,11 +23,17 @@ LARGEST_RATE = 1e-2
 
 
 class Guard:
-    """Watches the metrics of a run; a resumed run raises the same alarms as an uninterrupted one."""
+    """Watches the metrics of a run; a resumed run raises the same alarms as an uninterrupted one.
+
+    Attributes:
+        moved_far: whether the KL of the last step has doubled again on its way from a 32nd of its limit. The
+            policy is saved then: one that moves fast can pass the limit between two regular checkpoints.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._memory = Memory()
+        self.moved_far = False
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -53,6 +59,8 @@ class Guard:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for name, value in finite.items():
             memory.metrics.setdefault(name, Series()).add(value)
+        doublings = self._kl_doublings()
+        self.moved_far, memory.doublings = doublings > memory.doublings, max(doublings, memory.doublings)
         for reading in self._readings(step, finite):
             if not reading.shows:
                 memory.troubles.pop(reading.name, None)
@@ -66,17 +74,6 @@ class Guard:
         memory.alarms += new
         return new
 
-    def moved_far(self) -> bool:
-        """Return whether the KL of the last step has doubled again on its way from a 32nd of its limit.
-
-        The policy is saved then: one that moves fast can pass the limit between two regular checkpoints.
-        """
-        share = (self._series("kl").last or [0.0])[-1] / self._limits.kl
-        doublings = math.floor(math.log2(32 * share)) + 1 if share >= 1 / 32 else 0
-        farther = doublings > self._memory.doublings
-        self._memory.doublings = max(doublings, self._memory.doublings)
-        return farther
-
     def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = as_json(self._memory)
         return state
@@ -86,6 +83,10 @@ class Guard:
 
     def _series(self, name: str) -> Series:
         return self._memory.metrics.get(name, Series())
+
+    def _kl_doublings(self) -> int:
+        share = (self._series("kl").last or [0.0])[-1] / self._limits.kl
+        return math.floor(math.log2(32 * share)) + 1 if share >= 1 / 32 else 0
 
     def _readings(self, step: int, metrics: dict[str, float]) -> Iterator[Reading]:
         since = max(1, step - WINDOW + 1)  # the median may lag by that much

@@ -69,6 +69,8 @@ class RewardSource(ABC):
     """NAME in `reward/NAME` in metrics.jsonl and in the report."""
     is_rule: ClassVar[bool] = False
     """Whether 1 means correct and 0 wrong; if so, pass@k is measured."""
+    runs_user_code: ClassVar[bool] = True
+    """Whether a failure is the user's; if not, exceptions are raised as they are, and rewards are not checked."""
     title: ClassVar[str] = "the reward"
     """Its name in messages."""
 
@@ -94,11 +96,13 @@ class RewardSource(ABC):
 
     def __call__(self, prompts: Sequence[Prompt], samples: "Samples", texts: Sequence[str]) -> list[float]:
         """Return the checked rewards; arrays, tensors and booleans are accepted as numbers."""
+        if not self.runs_user_code:
+            return list(self.rewards(prompts, samples, texts))
         try:
             returned = self.rewards(prompts, samples, texts)
             if isinstance(returned, Iterator):  # a generator runs only when it is read
                 returned = list(returned)
-        except (Exception, SystemExit) as error:  # the user's own code
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"{self.title} failed: {type(error).__name__}: {error}",
                 where=failed_line(self.file, error),

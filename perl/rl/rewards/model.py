@@ -36,7 +36,7 @@ class RewardModel(RewardSource):
         combine, std_weight: see `combined`.
     """
 
-    name = "model"
+    name, runs_user_code = "model", False
 
     def __init__(
         self,
@@ -55,10 +55,6 @@ class RewardModel(RewardSource):
     def members(self) -> list[Role]:
         """The roles that score, in the order of `scores`."""
         return list(self._stamps)
-
-    def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """Same as `rewards`: there is no user code whose failures would have to be distinguished from ours."""
-        return self.rewards(prompts, samples, texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         pairs = zip(self._stamps.values(), self.scores(samples), strict=True)
@@ -147,14 +143,10 @@ def member_scores(
 class OtherRunsModel(RewardSource):
     """A reward model on its own base, which has the policy's tokenizer."""
 
-    name = "run"
+    name, runs_user_code = "run", False
 
     def __init__(self, model: RewardModel) -> None:
         self._model = model
-
-    def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """Same as `rewards`, as in `RewardModel`."""
-        return self.rewards(prompts, samples, texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """Return that model's rewards; it cannot use hidden states of the policy's lower layers."""

@@ -66,7 +66,7 @@ class ServedModel(RewardSource):
         stamp: the model's stamp, if this run has it.
     """
 
-    name, title = "server", "the reward server"
+    name, title, runs_user_code = "server", "the reward server", False
 
     def __init__(self, asked: RewardServers, limit: float, ends: tuple[int, ...], stamp: Stamp | None) -> None:
         self.servers = [Server(url, asked.time_limit, asked.patience, SECTION) for url in asked.urls]
@@ -76,10 +76,6 @@ class ServedModel(RewardSource):
         self.weights_sha256: str | None = None
         """The start of the SHA-256 of the served weights file, if it is visible on this machine; set by the first
         rollout."""
-
-    def __call__(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
-        """Return the checked `rewards`; there is no user code whose failures would have to be distinguished."""
-        return self._check(self.rewards(prompts, samples, texts), texts)
 
     def rewards(self, prompts: Sequence[Prompt], samples: Samples, texts: Sequence[str]) -> list[float]:
         """See `RewardSource`.
@@ -94,8 +90,7 @@ class ServedModel(RewardSource):
             scores_B = standardized(self._stamp, scores_B)
         elif self._asked.probability:
             scores_B = scores_B.sigmoid()
-        rewards: list[float] = scores_B.tolist()
-        return rewards
+        return self._check(scores_B.tolist(), texts)
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         """Return the scores of rows, computed by all servers together."""

@@ -55,8 +55,11 @@ def _print(title: str, row: str, compared: "Comparison") -> None:
 def _told(one: "Difference") -> tuple[str, str]:
     if one.interval is None:
         return "unknown", ""
+    from perl.measure.change import equal_words
+
     low, high = one.interval
-    return f"{low:+.4g} to {high:+.4g}", ("no difference is shown", "A is higher", "B is higher")[one.higher]
+    ends = f"{low:+.4g} in every resample" if equal_words(one.interval) else f"{low:+.4g} to {high:+.4g}"
+    return ends, ("no difference is shown", "A is higher", "B is higher")[one.higher]
 
 
 def _on_pairs(compared: "Comparison") -> bool:

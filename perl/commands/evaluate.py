@@ -120,4 +120,8 @@ def _print(title: str, found: "PolicyChange") -> None:
 
 
 def _ends(interval: "Interval | None") -> str:
-    return "unknown" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+    from perl.measure.change import equal_words
+
+    if interval is None:
+        return "unknown"
+    return equal_words(interval) or f"{interval[0]:+.4g} to {interval[1]:+.4g}"

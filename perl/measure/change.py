@@ -7,6 +7,8 @@ from perl.measure.bootstrap import Interval
 
 HARDLY = 0.02
 """A loss has hardly changed if the interval shows a change by a smaller share."""
+ROUNDING = 1e-9
+"""Share of a change by which the ends of its interval may differ from rounding errors alone."""
 LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
 """Numbers of at least the first, or below the second and with more places than the third, have an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
@@ -44,6 +46,16 @@ def change_words(before: str, after: str, interval: Interval | None, little: flo
     return f"was {ends}" if interval is None else f"{change_verb(interval, little)}, {ends}"
 
 
+def equal_words(interval: Interval | None) -> str | None:
+    """Return what the 95 % interval of a change says if it has no width: all dialogues have the same mean change.
+
+    None if it has a width, or is None.
+    """
+    if interval is None or interval[1] - interval[0] > ROUNDING * max(map(abs, interval)):
+        return None
+    return f"{'equal' if any(interval) else '0'} in every dialogue"
+
+
 def measured_words(
     before: float,
     after: float,
@@ -62,7 +74,8 @@ def measured_words(
         rows: name of the rows.
     """
     scale, unit, points = (100.0, " %", " points") if percent else (1.0, "", "")
-    width = interval[1] - interval[0] if interval else 0.0
+    equal = equal_words(interval)
+    width = interval[1] - interval[0] if interval and not equal else 0.0
     moved = width or abs(after - before)
     places = places_of(scale * moved) if moved else max(2, places_of(scale * abs(before)))
     words = change_words(
@@ -70,6 +83,8 @@ def measured_words(
     )
     if interval is None:
         return f"{words} (all {rows} are from one dialogue: too few to tell)"
+    if equal:
+        return f"{words} (the change is {equal})"
     low, high = (fixed(scale * end, places, sign=True) for end in interval)
     return f"{words} (95 % interval of the change: {low} to {high}{points})"
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from perl.baselines.results import BaselineResult, Reached
+from perl.measure.change import equal_words
 from perl.measure.two_runs import Difference
 from perl.report.numbers import NONE, bytes_text, decimal, interval_text, joined, seconds_text
 from perl.report.outcome import interval_of_mean
@@ -58,7 +59,7 @@ def _by_method(results: Sequence[BaselineResult]) -> list[tuple[str, list[Baseli
 
 def _row(method: str, seed: str, kl: str, found: Difference) -> tuple[str, ...]:
     ends = (NONE if one is None else decimal(one, 3) for one in (found.first, found.second))
-    change = interval_text(found.interval, 3)
+    change = equal_words(found.interval) or interval_text(found.interval, 3)
     return method.upper(), seed, kl, found.metric, *ends, change, VERDICT[found.higher]
 
 

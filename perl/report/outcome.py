@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perl.measure.bootstrap import Interval
-from perl.measure.change import places_of
+from perl.measure.change import equal_words, places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
 from perl.rl.results import Change, PairedMetric, RlEval
@@ -46,7 +46,8 @@ class MeanChange:
     @property
     def places(self) -> int:
         """Decimal places that show the change, at least two for values below 100."""
-        width = 0.0 if self.interval is None else self.interval[1] - self.interval[0]
+        equal = equal_words(self.interval)
+        width = 0.0 if self.interval is None or equal else self.interval[1] - self.interval[0]
         largest = max(abs(self.before.mean), abs(self.after.mean))
         return max(2 if largest < 100 else 0, places_of(width or largest))
 

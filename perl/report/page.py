@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perl.baselines.results import BaselineResult
 from perl.measure.bootstrap import Interval
-from perl.measure.change import places_of
+from perl.measure.change import equal_words, places_of
 from perl.report import charts, policy_charts, words
 from perl.report.baselines import COLUMNS, table_rows, trainings
 from perl.report.card import Row, card, folded
@@ -184,12 +184,13 @@ def _policy_row(
 ) -> Row:
     """Return a row with the means before and after, with enough decimal places to show the change."""
     known = [abs(end.mean) for end in ends if end is not None]
-    if interval is not None:
+    equal = equal_words(interval)
+    if interval is not None and not equal:
         interval = (scale * interval[0], scale * interval[1])
         places = max(places, places_of(interval[1] - interval[0]))
     elif len(known) == len(ends):
         places = max(places, places_of(max(known)))
-    return (label, *(spread_text(end, places) for end in ends), interval_text(interval, places))
+    return (label, *(spread_text(end, places) for end in ends), equal or interval_text(interval, places))
 
 
 def _part_rows(group: Group) -> list[Row]:

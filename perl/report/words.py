@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import HARDLY, change_verb, change_words
+from perl.measure.change import HARDLY, change_verb, change_words, equal_words
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
@@ -87,6 +87,8 @@ def _evidence(change: MeanChange, scale: float, places: int, unit: str = "") -> 
     seeds = "" if change.after.n == 1 else f"; {moved[0]} in {moved[1]} of {change.after.n} seeds"
     if change.interval is None:
         return seeds
+    if equal := equal_words(change.interval):
+        return f" (the change is {equal}{' of a seed' if seeds else ''}{seeds})"
     low, high = (signed(scale * end, places) for end in change.interval)
     return f" (95 % interval of the change: {low} to {high}{unit}{seeds})"
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from perl.measure.change import equal_words
 from perl.measure.paired import TokenLosses, changes
 
 
@@ -37,6 +38,13 @@ def test_prompts_of_one_dialogue_are_drawn_together() -> None:
     apart = interval(change) or (0.0, 0.0)
     together = interval(change, [str(n // 20) for n in range(200)]) or (0.0, 0.0)
     assert together[1] - together[0] > 3 * (apart[1] - apart[0])
+
+
+def test_where_all_prompts_change_equally_this_is_said_and_no_interval() -> None:
+    assert equal_words(interval([0.1] * 7)) == "equal in every dialogue"
+    assert equal_words(interval([0.0] * 7)) == "0 in every dialogue"
+    assert equal_words(interval([0.1] * 6 + [0.1001])) is None
+    assert equal_words(None) is None
 
 
 def test_of_one_dialogue_nothing_can_be_said() -> None:

@@ -33,6 +33,14 @@ def test_best_of_n_the_ensemble_and_the_kept_weights_are_told(tmp_path: Path) ->
     assert "kept weights are those of step 40 of 100, the best of 3 validations by loss (0.4) on 160 rows" in text
 
 
+def test_a_change_that_is_equal_on_all_prompts_has_no_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    report = json.loads((run / "report.json").read_text())
+    report["stages"]["rl"]["eval"] |= {"reward_after": 0.9, "reward_interval": [0.6, 0.6 + 1e-16]}
+    (run / "report.json").write_text(json.dumps(report))
+    assert '<td class="number">0.90</td><td class="number">equal in every dialogue</td>' in rows(run)
+
+
 def test_a_single_reward_has_no_parts(tmp_path: Path) -> None:
     assert "…" not in rows(make_run(tmp_path / "a", rich=False))
 

@@ -76,6 +76,7 @@ def test_verdict(metrics: dict[str, Any], headline: str, kind: str) -> None:
 def test_a_reward_that_changed_on_no_prompt_asks_for_no_more_prompts() -> None:
     lines = " ".join(_verdict(_rl(reward_after=0.1, reward_interval=(0.0, 0.0))).lines)
     assert "did not change on any prompt" in lines
+    assert "(the change is 0 in every dialogue)" in lines
     assert "eval_prompts" not in lines
 
 

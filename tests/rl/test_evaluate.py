@@ -78,7 +78,7 @@ def test_evaluate_gives_the_same_figures_and_shows_their_intervals(
     metrics, _ = run(run_cli, recipe, tmp_path / "out")
     code, text = run_cli("evaluate", tmp_path / "out", "policy", "--json", tmp_path / "eval.json")
     assert code == 0, text
-    assert "+0 to +0" in text
+    assert "0 in every dialogue" in text
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found == {name: metrics[name] for name in found}
     assert {"reward_before", "reward_after", "reward_interval", "kl", "kl_interval", "n"} <= set(found)
@@ -107,7 +107,9 @@ def test_evaluate_gives_the_same_figures_and_shows_their_intervals(
         (3787878.86, 3790000.0, (1e4, 9e4), "rose, 3.788e6 before and 3.790e6 after"),
         (-0.001, 0.5, (0.4, 0.6), "rose, 0.00 before and 0.50 after"),
         (1e-6, 1e-6, (0.0, 0.0), "did not clearly change, 1.0e-6 before and 1.0e-6 after"),
-        (1.0, 1.0, (0.0, 0.0), "did not clearly change, 1.00 before and 1.00 after"),
+        (1.0, 1.0, (0.0, 0.0), "did not clearly change, 1.00 before and 1.00 after (the change is 0 in every"),
+        (1.0, 1.5, (0.5, 0.5), "rose, 1.00 before and 1.50 after (the change is equal in every dialogue)"),
+        (1.0, 1.5, (0.5 - 1e-15, 0.5), "rose, 1.00 before and 1.50 after (the change is equal in every dialogue)"),
     ],
 )
 def test_words_of_a_change(before: float, after: float, interval: tuple[float, float] | None, words: str) -> None:

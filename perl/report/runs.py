@@ -18,12 +18,15 @@ from perl.recipe.adapter import LORA, adapter_label
 from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, Sample, SftEval, StageResult
 from perl.rl.results import RlEval
+from perl.roles.role import REWARD_MEMBERS, Role
 from perl.system.plain_yaml import flat_keys
 from perl.system.typed_json import parse
 
 T = TypeVar("T")
 DAMAGED = "Remove the damaged part and run the stage again."
 TUNINGS = ("lora", "full")
+LOGGED = (Role.SFT, *REWARD_MEMBERS, Role.POLICY)
+"""Roles whose training has a metrics.jsonl."""
 SHARED = ("name", "base.", "data.")
 """Recipe keys that must be the same under both tunings."""
 Series = NDArray[np.float64]
@@ -36,7 +39,7 @@ class Run:
 
     Attributes:
         recipe_yaml: the resolved recipe; empty if the folder has none.
-        metrics: a series per metric, for sft, reward and policy.
+        metrics: a series per metric, for sft, policy, and each member of the reward model.
     """
 
     path: Path
@@ -95,7 +98,7 @@ def read_run(folder: Path) -> Run:
         path=folder,
         report=parse(Report, text, str(file), DAMAGED),
         recipe_yaml=_text(folder / "recipe.yaml") or "",
-        metrics={role: _metrics(folder / role / "metrics.jsonl") for role in ("sft", "reward", "policy")},
+        metrics={role: _metrics(folder / role.folder / "metrics.jsonl") for role in LOGGED},
         samples=_lines(Sample, folder / "policy" / "samples.jsonl"),
         samples_by_step=_lines(Sample, folder / "policy" / "samples-by-step.jsonl"),
     )

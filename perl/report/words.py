@@ -13,6 +13,7 @@ from perl.report.outcome import MeanChange, mean_change, mean_of
 from perl.report.runs import Group, Run
 from perl.results import Incident
 from perl.rl.results import Change
+from perl.roles.role import REWARD_MEMBERS, Role
 from perl.system.progress import counted
 
 STAGE: dict[StageName, str] = {"sft": "SFT", "reward": "Reward", "rl": "RL"}
@@ -245,7 +246,9 @@ def incidents(runs: Sequence[Run]) -> list[Finding]:
 
 
 def _of_run(run: Run, which: str) -> Iterator[Finding]:
-    for role, label in (("sft", STAGE["sft"]), ("reward", STAGE["reward"])):
+    labels = {Role.SFT: STAGE["sft"], Role.REWARD: STAGE["reward"]}
+    labels |= {role: f"{STAGE['reward']}, member {n}" for n, role in enumerate(REWARD_MEMBERS[1:], 2)}
+    for role, label in labels.items():
         refused = run.metrics[role].get("refused")
         if refused is not None:
             steps = (np.flatnonzero(refused == 1) + 1).tolist()

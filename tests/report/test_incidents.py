@@ -1,6 +1,7 @@
 """Incidents are shown prominently on the page, in words, and only if there are any."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,21 @@ def test_of_several_runs_the_seed_is_named(tmp_path: Path) -> None:
     assert "RL was stopped at step 39 (seed 1)." in page(*runs)
 
 
-def test_updates_refused_in_supervised_stages_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "label"), [("sft", "SFT"), ("reward", "Reward"), ("reward/member-2", "Reward, member 2")]
+)
+def test_updates_refused_in_supervised_stages_are_counted(folder: str, label: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
-    file = run / "sft" / "metrics.jsonl"
+    file = run / folder / "metrics.jsonl"
+    if not file.exists():
+        file.parent.mkdir()
+        shutil.copyfile(run / "reward" / "metrics.jsonl", file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines[2:9]:
         line |= {"refused": 1.0, "grad_norm": None}
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (found,) = incidents([read_run(run)])
-    assert found.headline == "SFT: 7 of 31 updates were refused."
+    assert found.headline == f"{label}: 7 of {len(lines)} updates were refused."
     assert found.lines[0].startswith("At steps 3, 4, 5, 6 and 7 and 2 more ")
     assert found.kind == "open"
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from perl.system.python_file import import_function
@@ -36,6 +37,17 @@ def limited(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the program's main module: a new process imports it, which would start a script's run once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class FunctionProcess:
@@ -78,7 +90,8 @@ class FunctionProcess:
         context = get_context("spawn")  # a fork would share torch's threads and locks
         ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._location), daemon=True)
-        self._process.start()
+        with _without_main():
+            self._process.start()
         theirs.close()
         if not ours.poll(STARTING_SECONDS):
             self._end()

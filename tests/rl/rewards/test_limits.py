@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -68,3 +70,22 @@ def test_a_process_that_ends_while_it_imports_the_function_is_named(location: st
     reward = RewardFunction(location, [PROMPT], own_process=True)
     with pytest.raises(UserError, match="its process ended with exit code 4"):
         reward([PROMPT], SAMPLES, ["go"])
+
+
+SCRIPT = """
+print("started")
+from types import SimpleNamespace
+from perl.data.records import Prompt, Turn
+from perl.rl.rewards.function import RewardFunction
+prompt = Prompt((Turn("text", "one"),), "one")
+reward = RewardFunction("own.py:judge", [prompt], own_process=True)
+print(reward([prompt], SimpleNamespace(completions=lambda: [[1]]), ["go"]))
+"""
+
+
+def test_a_script_is_not_run_again_in_the_process(location: str, tmp_path: Path) -> None:
+    """A script for the library needs no `if __name__ == "__main__"`."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("started") == 1

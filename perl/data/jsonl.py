@@ -198,6 +198,8 @@ def _comparison_without_prompt(row: Row) -> Comparison:
         cut = _shared_text(chosen, rejected)
         return _comparison(row, _context(chosen[:cut]), chosen[cut:], rejected[cut:])
     better, worse = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    if better == worse:  # all of it would be the prompt
+        raise RowError("chosen and rejected are the same")
     cut = _shared(better, worse)
     if not cut:
         raise RowError("chosen and rejected share no first message, and there is no prompt")

@@ -179,6 +179,10 @@ def test_the_examples_of_the_readme_are_what_it_says() -> None:
         (b'{"prompt": "a", "completion": "b", "label": "maybe"}', "label is 'maybe'"),
         (b'{"prompt": "a", "completion": "b", "label": null}', "label is None"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are the same"),
+        (
+            b'{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "a"}]}',
+            "are the same",
+        ),
         (b'{"chosen": "b c", "rejected": "d e"}', "prompt is empty"),
         (b'{"chosen": "a b", "rejected": "a b c"}', None),
         (b'{"chosen": "a b", "rejected": "a"}', "prompt is empty"),

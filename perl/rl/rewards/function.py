@@ -1,8 +1,11 @@
 """A user-defined function as reward."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
@@ -40,7 +43,8 @@ class RewardFunction(RewardSource):
         own_process: bool = False,
     ) -> None:
         self._location = location
-        self._function = import_function(location)
+        with _torch_as_it_was():
+            self._function = import_function(location)
         self._time_limit = time_limit
         self._process = FunctionProcess(location) if own_process else None
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
@@ -71,8 +75,10 @@ class RewardFunction(RewardSource):
         if self._process is not None:
             returned = self._process.call(arguments, self._time_limit)
         else:
-            with limited(self._time_limit):
+            with limited(self._time_limit), _torch_as_it_was():
                 returned = self._function(**arguments)
+                if isinstance(returned, Iterator):  # a generator runs only when it is read
+                    returned = list(returned)
         return returned
 
     def _check_signature(self) -> None:
@@ -96,6 +102,17 @@ class RewardFunction(RewardSource):
                 where=self._location,
                 remedy="Let it accept prompts, completions, completion_ids and **kwargs.",
             ) from None
+
+
+@contextlib.contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Restore torch's global settings, which files with a model of their own change: training needs gradients."""
+    dtype = torch.get_default_dtype()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def messages(context: Context) -> str | list[dict[str, str]]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from perl.data.records import Prompt, Turn
 from perl.errors import UserError
@@ -78,3 +79,24 @@ def test_a_failure_is_told_with_the_line_of_the_users_file(name: str, what: str,
     samples = cast(Any, SimpleNamespace(completions=lambda: [[1], [2]]))
     with pytest.raises(UserError, match=what):
         reward(prompts, cast(Samples, samples), ["a", "b"])
+
+
+SETTINGS = """
+import torch
+torch.set_grad_enabled(False)
+def judge(completions, **columns):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.bfloat16)
+    yield 1.0
+"""
+
+
+def test_the_settings_of_torch_that_a_file_changes_are_restored(tmp_path: Path) -> None:
+    """Scripts that only score with a model turn gradients off once for all; the policy needs them."""
+    (tmp_path / "own.py").write_text(SETTINGS)
+    prompt = Prompt((Turn("text", "one"),), "one", {})
+    reward = RewardFunction(f"{tmp_path}/own.py:judge", [prompt])
+    assert torch.is_grad_enabled()
+    assert reward([prompt], cast(Samples, SimpleNamespace(completions=lambda: [[1]])), ["a"]) == [1.0]
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32

@@ -1,7 +1,7 @@
 """PERL from Python: run a recipe, and use what a run has trained."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,10 +9,9 @@ import torch
 
 from perl.completion import Completion
 from perl.data.chats import answered, asked
-from perl.data.jsonl import parse_row
-from perl.data.records import Context, Rating, Record, Turn
-from perl.data.rows import RowError
+from perl.data.records import Context, Rating, Turn
 from perl.errors import UserError
+from perl.library_input import Messages, lists, record
 from perl.measure.ensemble import ensemble_scores
 from perl.measure.metrics import probabilities
 from perl.parallel.process_group import process_group
@@ -27,8 +26,6 @@ from perl.stages.reward_scores import run_disagreement, run_member_scores, score
 from perl.stages.session import Session
 from perl.system.seeds import derived_seed
 
-Messages = Sequence[Mapping[str, str]]
-"""Chat messages, each with `role` and `content`, as in TRL and chat templates."""
 POLICIES = (Role.BASE, Role.SFT, Role.POLICY)
 """The roles that generate."""
 COLDEST = 1e-4
@@ -130,9 +127,10 @@ class LoadedRun:
             seed: seed of the sampling.
 
         Raises:
-            UserError: a prompt is neither text nor messages, or the run has no such role.
+            UserError: `prompts` is no list, a prompt is neither text nor messages, or the run has no such role.
         """
-        contexts = [_record(f"prompts[{index}]", prompt).context for index, prompt in enumerate(prompts)]
+        (given,) = lists(prompts=prompts)
+        contexts = [record(f"prompts[{index}]", prompt).context for index, prompt in enumerate(given)]
         return self.complete(contexts, role, max_new_tokens, temperature, seed)
 
     @property
@@ -263,13 +261,15 @@ class LoadedRun:
                 fitted on the run's held-out ratings; a model of pairs subtracts its mean training score first.
 
         Raises:
-            UserError: the run has no finished reward model, or a prompt or a completion cannot be read.
+            UserError: the run has no finished reward model, there are more prompts than completions or fewer, or
+                one of them cannot be read.
         """
         answers = []
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            record = _record(f"prompts[{index}]", prompt, completion=completion, label=True)
-            assert isinstance(record, Rating)
-            answers.append((record.context, record.answer))
+        rows = zip(*lists(prompts=prompts, completions=completions), strict=True)
+        for index, (prompt, completion) in enumerate(rows):
+            rating = record(f"prompts[{index}]", prompt, completion=completion, label=True)
+            assert isinstance(rating, Rating)
+            answers.append((rating.context, rating.answer))
         return [one.probability if probability else one.score for one in self.score_answers(answers)]
 
     def score_answers(self, answers: Sequence[tuple[Context, Turn]]) -> list[Score]:
@@ -288,12 +288,3 @@ class LoadedRun:
         several = len(scores_MN) > 1
         differ = run_disagreement(self.session, scores_MN).tolist() if several else [None] * len(rows)
         return [Score(*one) for one in zip(scores_N.tolist(), probabilities_N.tolist(), differ, strict=True)]
-
-
-def _record(where: str, prompt: str | Messages, **fields: object) -> Record:
-    """Parse a row of TRL's formats as a record. Raises `UserError` if it fits none."""
-    plain = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-    try:
-        return parse_row({"prompt": plain, **fields})[0]
-    except RowError as error:
-        raise UserError(str(error), where=where, remedy="Give a text, or a list of messages.") from None

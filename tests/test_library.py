@@ -137,6 +137,15 @@ def test_the_probability_of_a_model_of_pairs_is_relative_to_an_average_answer(
 def test_what_cannot_be_read_is_named(loaded: perl.LoadedRun) -> None:
     with pytest.raises(perl.UserError, match=r"prompts\[1\]: .*unknown role 'robot'"):
         loaded.generate([CHAT, [{"role": "robot", "content": "x"}]])
+    with pytest.raises(perl.UserError, match=r"prompts\[0\]: prompt is an object; text or a list of messages"):
+        loaded.generate(CHAT)  # one conversation, not a list of them
+    for one in ("A latte", ["A latte"]):
+        with pytest.raises(
+            perl.UserError, match="prompts: is a text" if isinstance(one, str) else "2 completions"
+        ):
+            loaded.score(one, ["Hot?", "No."])
+    with pytest.raises(perl.UserError, match="prompts: is a text; a list expected"):
+        loaded.generate("A latte")  # not a prompt for each character
     with pytest.raises(perl.UserError, match="no role 'critic' that generates"):
         loaded.generate([CHAT], "critic")
     with pytest.raises(perl.UserError, match="of two kinds"):

@@ -101,6 +101,15 @@ def test_an_unknown_key_names_the_nearest(key: str, meant: str | None, tmp_path:
     assert (f"Did you mean {meant}?" if meant else "Valid keys: ") in message
 
 
+def test_the_short_form_of_a_function_takes_the_settings_of_the_long_one(tmp_path: Path) -> None:
+    short = {"function": "own.py:f", "time_limit": 5, "own_process": True}
+    file = write(tmp_path, {"name": "x", "base": {"model": "org/model"}, "rl": {"reward": short}})
+    rl = load_recipe(file).rl
+    assert rl is not None
+    assert rl.reward_parts == load_recipe(file, ["rl.reward.kind=function"]).rl.reward_parts  # type: ignore[union-attr]
+    assert "Did you mean rl.reward.own_process?" in refused(file, "rl.reward.ownprocess=true")
+
+
 LORA = {"name": "x", "base": {"model": "org/model"}, "reward": {}}
 
 

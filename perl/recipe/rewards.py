@@ -1,7 +1,7 @@
 """The key `rl.reward`: where the RL reward comes from, one source or the weighted sum of several.
 
     reward: {}                               the reward stage's model
-    reward: {function: FILE.py:NAME}         a function
+    reward: {function: FILE.py:NAME}         a function; time_limit, own_process and weight may be added
     reward:                                  several, each of a kind of `REWARDS`
       - {kind: model}
       - {kind: length, target: 40, weight: 0.01}
@@ -25,7 +25,11 @@ class RewardFrom(Section):
 
     @classmethod
     def variant(cls, given: Any) -> type[Section]:
-        return part_settings(given) if isinstance(given, dict) and "kind" in given else cls
+        if not isinstance(given, dict):
+            return cls
+        if "kind" in given:
+            return part_settings(given)
+        return FunctionPart if "function" in given and len(given) > 1 else cls
 
     @property
     def part(self) -> RewardPart:
@@ -51,7 +55,8 @@ def _rewards(given: Any) -> Section | list[RewardPart]:
         raise ValueError("an empty list is not a reward: list the kinds of reward, or leave the key out")
     if isinstance(given, list):
         return _PARTS.validate_python(given)
-    return RewardFrom.variant(given).model_validate(given)
+    settings = RewardFrom.variant(given)
+    return settings.model_validate({"kind": "function", **given} if settings is FunctionPart else given)
 
 
 def reward_parts(reward: Any) -> list[RewardPart]:

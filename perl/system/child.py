@@ -1,16 +1,15 @@
 """Programs that this process starts and waits for."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from perl.system.signals import LEAVE, handled
 
 _PARENT = "PERL_RLHF_PARENT"
-_PR_SET_PDEATHSIG = 1
 
 
 def run_child(command: Sequence[str]) -> int:
@@ -25,10 +24,16 @@ def run_child(command: Sequence[str]) -> int:
 
 
 def stop_with_parent() -> None:
-    """Have Linux send SIGTERM when the process that started this one with `run_child` ends, even by SIGKILL."""
-    parent = os.environ.pop(_PARENT, None)
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it has ended before
+    """Send this process SIGTERM when the process that started it with `run_child` has ended, even by SIGKILL.
+
+    Linux's PR_SET_PDEATHSIG may send several, one for each thread of the parent, and twice means to stop at once.
+    """
+    parent = int(os.environ.pop(_PARENT, 0))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()

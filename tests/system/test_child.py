@@ -59,7 +59,6 @@ def test_an_interrupted_program_is_told_once_and_waited_for(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
 def test_a_program_is_told_to_stop_when_its_parent_is_killed(tmp_path: Path) -> None:
     starts = f"import sys; from perl.system.child import run_child; run_child([sys.executable, '-c', {STOPS!r}])"
     parent = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path)

@@ -252,7 +252,7 @@ def _say_whether_it_fits(recipe: Recipe, own: Prediction, device_memory: int) ->
 
 def _table(label: str, prediction: Prediction, devices: int, device_memory: int | None) -> Table:
     where = f", each of {devices} devices (ZeRO-3 or FSDP)" if devices > 1 else ""
-    table = Table(title=f"{label}{where}", padding=(0, 1, 0, 0))
+    table = Table(title=f"{label}{where}", padding=0, show_edge=False)  # fits in 80 columns
     for column in ("stage", "phase", "peak", *SHORT.values()):
         table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "phase") else "right")
     for stage, memory in prediction.items():

@@ -1,13 +1,15 @@
 """`estimate`: whether a recipe fits, changes that make it fit, and sizes as people write them."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
-from perl.commands.estimate import _say_seconds, parse_bytes
+from perl.commands.estimate import SHORT, _say_seconds, _table, parse_bytes
 from perl.commands.estimate_workers import Workers, share
 from perl.errors import InternalError, UserError
 from perl.predict import TRY, Trial, trial_session
@@ -152,6 +154,17 @@ def test_seconds_hours_and_money(
     assert "assumed" in fast["basis"]
     assert "cost" not in fast
     assert fast["hours"]["full"] < slow["hours"]["full"]
+
+
+def test_no_number_of_the_table_is_cut_off_in_80_columns() -> None:
+    """That is the width of a log file: rich cut `80.0 MB` to `80.0 …`, which may be anything."""
+    phase = SimpleNamespace(peak=888_800_000, kinds=dict.fromkeys(SHORT, 88_800_000))
+    prediction = cast(Any, {"reward": {"generate": phase, "update": phase}})
+    console = Console(width=80, file=io.StringIO())
+    console.print(_table("r", prediction, 1, None))
+    written = cast(io.StringIO, console.file).getvalue()
+    assert "…" not in written
+    assert written.replace("\xa0", " ").count("88.8 MB") == 2 * len(SHORT)
 
 
 def test_what_the_total_leaves_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:

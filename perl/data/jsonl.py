@@ -10,10 +10,9 @@
 A `label` between 0 and 1 is the probability that the answer is rated up; its words are in `perl.data.rows`. A
 comparison may have a `margin`, as in TRL, or the `probability` that `chosen` is better.
 
-Of the rows that `perl-rlhf rate` has written, only those in force are read (`perl.data.rated`).
-
-Every row also yields a prompt: its context, with the row's other fields as columns. A row that fits no format is a
-`Problem` and is left out; only a file that cannot be used at all is an error.
+Of the rows that `perl-rlhf rate` has written, only those in force are read (`perl.data.rated`). Every row also
+yields a prompt: its context, with the row's other fields as columns. A row that fits no format is a `Problem` and
+is left out; only a file that cannot be used at all is an error.
 """
 
 import json
@@ -23,7 +22,6 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType
 from typing import cast
 
 from perl.data.rated import RATED, in_force, rated_of
@@ -138,7 +136,7 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
     return records
 
 
-def parse_row(value: object, names: Mapping[str, str] = MappingProxyType({})) -> list[Record]:
+def parse_row(value: object, names: Mapping[str, str] = {}) -> list[Record]:
     """Return the records of one row: the row itself, and its context as a prompt.
 
     Args:

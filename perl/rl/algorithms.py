@@ -46,7 +46,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # Half the rate: in the second epoch all tokens keep their gradient, and no KL holds the policy
     "cispo": _of_groups("group-std", "clip-weight", kl="none", clip=1.0, clip_high=4.0, rate_factor=0.5),
     # Schulman et al. 2015, arXiv 1502.05477
-    "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.002),
+    "trpo": Algorithm("gae", "ratio", whiten=True, direction="natural", trust_region=0.001),
     # arXiv 2602.02710
     "maxrl": _of_groups("group-relative", "clip", average="answers", kl="loss-k3", normalize_rewards=False),
     # Kimi Team 2025 (k1.5), arXiv 2501.12599, section 2.3.2

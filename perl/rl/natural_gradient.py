@@ -5,11 +5,12 @@ Schulman et al. 2015, arXiv 1502.05477, appendix C. Vectors are fp32 and flat: o
 A Fisher matrix from a few completions says nothing about most directions, and one rollout's gradient is mostly
 noise. So the gradient is Adam's mean over rollouts, and the damping is proportional to the size of each weight's
 gradients, which also preconditions the solution (Martens 2010, section 4.7). Where the Fisher matrix is silent,
-the direction is therefore Adam's.
+the direction is therefore Adam's. The first steps are shorter, because a mean over few rollouts is noise too.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,29 @@ def set_to(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None
         parameter.copy_(value)
 
 
+class Moments(NamedTuple):
+    """What AdamW knows about the gradients of all steps so far."""
+
+    mean: Tensor
+    """m̂, flat."""
+    sizes: Tensor
+    """√v̂ + ε, flat."""
+    weight: float
+    """1 - β₁ᵗ, between 0 and 1: the weight of the t steps so far in a mean that begins at 0."""
+
+
 @torch.no_grad()
-def adams_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Return m̂ and √v̂ + ε of an AdamW that has seen the gradients of these parameters, as two vectors."""
+def adams_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Moments:
+    """Return the moments of an AdamW that has seen the gradients of these parameters equally often."""
     of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    means, sizes = [], []
+    means, sizes, weight = [], [], 0.0
     for parameter in parameters:
         state, (first, second), epsilon = optimizer.state[parameter], of[parameter]["betas"], of[parameter]["eps"]
         step = float(state["step"])
-        means.append((state["exp_avg"] / (1 - first**step)).flatten())
+        weight = 1 - first**step
+        means.append((state["exp_avg"] / weight).flatten())
         sizes.append((state["exp_avg_sq"] / (1 - second**step)).sqrt().add(epsilon).flatten())
-    return torch.cat(means), torch.cat(sizes)
+    return Moments(torch.cat(means), torch.cat(sizes), weight)
 
 
 SAME_SCALE = 4.0

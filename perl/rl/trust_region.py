@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from perl.rl.algorithm import Algorithm, Targets
 from perl.rl.batches import micro_batches, trim
 from perl.rl.losses import Sizes
-from perl.rl.natural_gradient import Fisher, add, natural_direction, set_to, take_gradient
+from perl.rl.natural_gradient import Fisher, Moments, add, natural_direction, set_to, take_gradient
 from perl.rl.rollout import Rollout
 from perl.roles.log_probs import places
 from perl.roles.outputs import Outputs
@@ -143,19 +143,18 @@ class TrustRegion:
         processes.all_reduce_gradients(self.parameters)
         return processes.all_reduce_sum(total), take_gradient(self.parameters)
 
-    def natural_step(self, gradient: Tensor, sizes: Tensor, share: float) -> None:
+    def natural_step(self, moments: Moments, share: float) -> None:
         """Move the policy from its old weights along -x until the KL is slightly less than δ.
 
         The length is measured rather than derived from the curvature, which is too imprecise in bf16.
 
         Args:
-            gradient: mean gradient of the loss, flat; x is its natural gradient.
-            sizes: size of each weight's gradients, flat.
-            share: share of that length that is taken.
+            moments: of the loss's gradients; x is the natural gradient of their mean.
+            share: share of that length that is taken, before it is multiplied by the moments' weight.
         """
         set_to(self.parameters, self._old)
         fisher = Fisher(self.parameters, self.kl_gradient, self.limit)
-        x = natural_direction(fisher.product, gradient, sizes, ITERATIONS, DAMPING)
+        x = natural_direction(fisher.product, moments.mean, moments.sizes, ITERATIONS, DAMPING)
         if not x.any():
             return
         length = float(fisher.length / x.norm())
@@ -166,7 +165,7 @@ class TrustRegion:
             if SHORT * self.limit <= kl <= self.limit:
                 break
             length *= min(1 / SHORTEST, _fitting(kl, self.limit))
-        add(self.parameters, x, -share * length)
+        add(self.parameters, x, -share * moments.weight * length)
 
     def search(self) -> dict[str, float]:
         """Shorten the step until it is within the region, or undo it; return metrics."""

@@ -218,8 +218,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if finite and region is not None and self.algorithm.direction == "natural":
             # It replaces the optimizer's step of the policy, of which only the moments remain.
-            moments = adams_moments(self.optimizer, region.parameters)
-            region.natural_step(*moments, self.rate_shares[step])
+            region.natural_step(adams_moments(self.optimizer, region.parameters), self.rate_shares[step])
         return finite
 
 

@@ -1,5 +1,6 @@
 """Fisher-vector products and conjugate gradients against explicit matrices."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -88,11 +89,12 @@ def fisher_of_last(vector: Tensor) -> Tensor:
 def test_the_moments_are_those_of_adams_steps() -> None:
     weights = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))]
     optimizer = torch.optim.AdamW(weights, lr=0.5, weight_decay=0.0)
-    for _ in range(3):
+    for step in range(1, 4):
         before = torch.cat([weight.detach().flatten() for weight in weights])
         for weight in weights:
             weight.grad = torch.randn(weight.shape)
         optimizer.step()
-        mean, size = adams_moments(optimizer, weights)
+        mean, size, weight_so_far = adams_moments(optimizer, weights)
         after = torch.cat([weight.detach().flatten() for weight in weights])
         torch.testing.assert_close(before - after, 0.5 * mean / size)
+        assert weight_so_far == pytest.approx(1 - 0.9**step)

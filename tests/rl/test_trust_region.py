@@ -14,7 +14,7 @@ from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.rl.algorithm import Targets
 from perl.rl.algorithms import ALGORITHMS
-from perl.rl.natural_gradient import Fisher
+from perl.rl.natural_gradient import Fisher, Moments
 from perl.rl.trust_region import TrustRegion
 from perl.roles.role import Role
 from perl.roles.shared_base import SharedBase
@@ -107,7 +107,7 @@ def test_a_natural_step_is_as_long_as_the_region_and_lowers_the_loss(
     held = region(roles, limit=1e-3, micro_batch_size=micro_batch_size)
     before = held.probe().loss
     gradient = loss_gradient(held)
-    held.natural_step(gradient, torch.ones_like(gradient), 1.0)
+    held.natural_step(Moments(gradient, torch.ones_like(gradient), 1.0), 1.0)
     found = held.probe()
     assert 0.7e-3 <= found.kl <= 1e-3
     assert found.loss < before
@@ -141,7 +141,7 @@ def test_a_step_that_only_harms_is_undone(roles: SharedBase) -> None:
     held = region(roles, limit=1e-3)
     old = [one.detach().clone() for one in held.parameters]
     gradient = loss_gradient(held)
-    held.natural_step(-gradient, torch.ones_like(gradient), 1.0)
+    held.natural_step(Moments(-gradient, torch.ones_like(gradient), 1.0), 1.0)
     found = held.search()
     assert (found["step_share"], found["step_kl"]) == (0.0, 0.0)
     assert all(torch.equal(one, before) for one, before in zip(held.parameters, old, strict=True))

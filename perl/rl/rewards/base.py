@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a plugin with a custom reward is read without torch
     from perl.rl.rewards.model import RewardModel
     from perl.rl.samplers.base import Samples
 
+ANOTHER_OUT = "If RL has already taken steps with the old rewards, use another --out."
 LARGEST_REWARD = 1e30
 """Largest absolute value. Rewards are kept in fp32, which ends at 3e38, and squared for their variance."""
 
@@ -107,8 +108,8 @@ class RewardSource(ABC):
                 f"{self.title} failed: {type(error).__name__}: {error}",
                 where=failed_line(self.file, error),
                 remedy="If the cause was temporary, run the same command again: it resumes from the last "
-                "checkpoint. Otherwise correct the function, and use another --out: training so far used the old "
-                "one. No completion is scored 0 because of a failure.",
+                f"checkpoint. Otherwise correct the function. {ANOTHER_OUT} No completion is scored 0 because "
+                "of a failure.",
             ) from error
         return self._check(returned, texts)
 
@@ -140,7 +141,7 @@ class RewardSource(ABC):
         return UserError(
             f"{self.title} must return {counted(count, 'finite number')}, one per completion; {what}",
             where=self.where,
-            remedy="Return a list of floats, and use another --out: training so far used the old rewards.",
+            remedy=f"Return a list of floats. {ANOTHER_OUT}",
         )
 
 

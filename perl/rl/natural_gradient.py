@@ -48,7 +48,7 @@ class Moments(NamedTuple):
     mean: Tensor
     """m̂, flat."""
     sizes: Tensor
-    """√v̂ + ε, flat."""
+    """√v̂ + ε, flat; infinite for a weight that never had a gradient, which therefore stays where it is."""
     weight: float
     """1 - β₁ᵗ, between 0 and 1: the weight of the t steps so far in a mean that begins at 0."""
 
@@ -63,7 +63,8 @@ def adams_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         step = float(state["step"])
         weight = 1 - first**step
         means.append((state["exp_avg"] / weight).flatten())
-        sizes.append((state["exp_avg_sq"] / (1 - second**step)).sqrt().add(epsilon).flatten())
+        size = (state["exp_avg_sq"] / (1 - second**step)).sqrt().add(epsilon)
+        sizes.append(size.masked_fill(state["exp_avg_sq"] == 0, torch.inf).flatten())
     return Moments(torch.cat(means), torch.cat(sizes), weight)
 
 
@@ -153,7 +154,7 @@ def natural_direction(
 
     Args:
         product, gradient, iterations: as in `conjugate_gradients`.
-        sizes: the diagonal of D, positive.
+        sizes: the diagonal of D, positive or infinite.
         damping: as in `conjugate_gradients`, of D^-½ F D^-½ along D^-½ g.
     """
     root = sizes.rsqrt()

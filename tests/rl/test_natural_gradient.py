@@ -86,6 +86,18 @@ def fisher_of_last(vector: Tensor) -> Tensor:
     return torch.cat([torch.zeros(11, dtype=torch.float64), vector[11:]])
 
 
+def test_a_weight_that_never_had_a_gradient_stays() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.tensor([1.0, 0.0, -2.0])
+    optimizer.step()
+    moments = adams_moments(optimizer, [weight])
+    curvature = torch.diag(torch.tensor([1.0, 0.0, 2.0])) + 0.1  # noise of a finite difference
+    x = natural_direction(lambda v: curvature @ v, moments.mean, moments.sizes, iterations=5, damping=1.0)
+    assert x.isfinite().all()
+    assert (x == 0).tolist() == [False, True, False]
+
+
 def test_the_moments_are_those_of_adams_steps() -> None:
     weights = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))]
     optimizer = torch.optim.AdamW(weights, lr=0.5, weight_decay=0.0)

@@ -167,7 +167,8 @@ def test_no_step_of_a_run_leaves_the_region(
     code, text = run_cli("rl", recipe, "--out", tmp_path / "out")
     assert code == 0, text
     steps = [json.loads(line) for line in (tmp_path / "out/policy/metrics.jsonl").read_text().splitlines()]
-    assert all(0 < step["step_kl"] <= step["step_kl_limit"] == 1e-6 for step in steps)
+    assert all(abs(step["step_kl"]) <= step["step_kl_limit"] == 1e-6 for step in steps)
+    assert steps[0]["step_kl"] > 0  # the last are so short that rounding may make it negative
     assert changes["algorithm"] == "trpo" or any(step["backtracks"] for step in steps)
 
 

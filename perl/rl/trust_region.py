@@ -104,7 +104,7 @@ class TrustRegion:
         natural = self.algorithm.direction == "natural"
         self._old_loss = everyone(sum(part.old_loss for part in self._parts)) if natural else math.inf
         # The standard error of the loss's change at a KL of 1: see `_is_no_worse`.
-        squares = everyone(float(self.targets.advantages_BT[probed].double().square()[learned_BT].sum()))
+        squares = everyone(float((self.targets.advantages_BT[probed] * learned_BT).double().square().sum()))
         self._noise = math.sqrt(2 * squares) / self._sizes.tokens
 
     @torch.no_grad()

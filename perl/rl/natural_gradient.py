@@ -55,17 +55,14 @@ class Moments(NamedTuple):
 
 @torch.no_grad()
 def adams_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Moments:
-    """Return the moments of an AdamW that has seen the gradients of these parameters equally often."""
-    of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    means, sizes, weight = [], [], 0.0
-    for parameter in parameters:
-        state, (first, second), epsilon = optimizer.state[parameter], of[parameter]["betas"], of[parameter]["eps"]
-        step = float(state["step"])
-        weight = 1 - first**step
-        means.append((state["exp_avg"] / weight).flatten())
-        size = (state["exp_avg_sq"] / (1 - second**step)).sqrt().add(epsilon)
-        sizes.append(size.masked_fill(state["exp_avg_sq"] == 0, torch.inf).flatten())
-    return Moments(torch.cat(means), torch.cat(sizes), weight)
+    """Return the moments of an AdamW with one setting for all, which has seen these parameters equally often."""
+    group, states = optimizer.param_groups[0], [optimizer.state[parameter] for parameter in parameters]
+    (first, second), step = group["betas"], float(states[0]["step"])  # on a GPU, each read makes the host wait
+    mean = torch.cat([state["exp_avg"].flatten() for state in states])
+    squares = torch.cat([state["exp_avg_sq"].flatten() for state in states])
+    weight = 1 - first**step
+    sizes = (squares / (1 - second**step)).sqrt().add(group["eps"]).masked_fill(squares == 0, torch.inf)
+    return Moments(mean / weight, sizes, weight)
 
 
 SAME_SCALE = 4.0

@@ -1,7 +1,7 @@
 """PERL from Python: run a recipe, and use what a run has trained."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from perl.library_input import Messages, lists, record
 from perl.measure.ensemble import ensemble_scores
 from perl.measure.metrics import probabilities
 from perl.parallel.process_group import process_group
-from perl.recipe import Recipe, StageName
+from perl.recipe import Recipe, StageName, load_recipe
 from perl.results import Stages
 from perl.rl.samplers.base import Sampling, Share
 from perl.rl.samplers.local import LocalSampler
@@ -60,7 +60,7 @@ class Score:
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, object],
     out: str | Path | None = None,
     stages: Sequence[StageName] | None = None,
     source: str | Path | None = None,
@@ -68,6 +68,7 @@ def run(
     """Run the unfinished stages of a recipe, as `perl-rlhf run` does; in one process or several.
 
     Args:
+        recipe: as returned by `load_recipe`, or its argument.
         out: the run folder; runs/NAME by default.
         stages: the stages to run; all of the recipe's by default.
         source: folder of another run, whose stages are reused if they fit.
@@ -76,8 +77,9 @@ def run(
         The results of all finished stages, as in report.json under `stages`.
 
     Raises:
-        UserError: the input of a stage cannot be used; nothing has been written in this case.
+        UserError: the recipe or the input of a stage cannot be used; nothing has been written in this case.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with process_group() as engine:
         folder = Path(out or Path("runs") / recipe.name)
         return pipeline.run(recipe, folder, stages, engine=engine, source=None if source is None else Path(source))

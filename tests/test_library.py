@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 import perl
 from perl.backbones.chat import ChatFormat
@@ -43,6 +44,22 @@ def test_the_readmes_lines_run(
     assert len(eval(scores)) == len(eval(chances)) == 1
     assert 0 < eval(chances)[0] < 1
     assert (tmp_path / "runs" / "quickstart" / "report.html").exists()
+
+
+def test_a_recipe_may_be_given_as_a_file_or_as_what_the_file_contains(
+    write_recipe: WriteRecipe, mixed_data: Path, tmp_path: Path
+) -> None:
+    rl = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 4, "eval_prompts": 2, "best_of_n": 0}
+    rl["reward"] = [{"kind": "length", "weight": 1.0}]
+    file = write_recipe(data={"source": "jsonl", "path": str(mixed_data), "held_out": 0.3}, rl=rl)
+    content = yaml.safe_load(file.read_text())
+    assert perl.load_recipe(content, ["seed=3"]) == perl.load_recipe(file, ["seed=3"])
+    assert "seed" not in content or content["seed"] != 3, "the caller's mapping stays as it is"
+    with pytest.raises(perl.UserError, match=r"the recipe: rl\.stepps: unknown key"):
+        perl.load_recipe({**content, "rl": {"stepps": 2}})
+    with pytest.raises(perl.UserError, match="no such recipe"):
+        perl.run(tmp_path / "absent.yaml")
+    assert perl.run(content, tmp_path / "out").rl is not None
 
 
 def test_importing_it_imports_no_torch() -> None:

@@ -4,7 +4,6 @@ import difflib
 import re
 import reprlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
@@ -26,17 +25,17 @@ class _Place(NamedTuple):
     """The last key, if that section has it."""
 
 
-def explain(error: ValidationError, content: dict[str, Any], path: Path) -> UserError:
+def explain(error: ValidationError, content: dict[str, Any], recipe: str) -> UserError:
     """Return pydantic's first error in the recipe's terms, with the nearest valid key.
 
     Args:
         content: what was validated.
-        path: of the recipe's file.
+        recipe: what to call it: its file.
     """
     first = error.errors(include_url=False)[0]
     place = _place(first["loc"], content)
     key = ".".join(place.keys)
-    where = f"{path}: {key}" if key else str(path)
+    where = f"{recipe}: {key}" if key else recipe
     if first["type"] == "extra_forbidden":
         valid = [field.alias or name for name, field in place.section.model_fields.items()]
         near = difflib.get_close_matches(place.keys[-1], valid, n=1, cutoff=0.5)

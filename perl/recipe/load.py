@@ -1,7 +1,9 @@
 """Reading a recipe: its file, the overrides of the command line, its paths, and messages about mistakes in it."""
 
+import copy
 import os
 import reprlib
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ from perl.recipe.recipe import STAGES, Recipe
 from perl.system import plain_yaml
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolved: bool = False) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, object], overrides: list[str] | None = None, *, resolved: bool = False
+) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, resolve its paths, import its plugins and check it.
 
     A relative path is looked up in the recipe's folder first, then in the working directory.
 
     Args:
+        source: a YAML file, or what such a file would contain.
         resolved: whether it is the recipe of a run folder, for which adapters that stages start from were read
             before.
 
@@ -30,23 +35,26 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, resolve
         UserError: unreadable file, broken YAML, a plugin that cannot be imported, unknown key, invalid value, or
             an adapter to start from that is missing or does not match the recipe.
     """
-    path = Path(path)
-    content = plain_yaml.read_mapping(path)
+    if isinstance(source, Mapping):
+        content, folder, named = copy.deepcopy(dict[str, Any](source)), Path(), "the recipe"
+    else:
+        path = Path(source)
+        content, folder, named = plain_yaml.read_mapping(path), path.parent, str(path)
     for override in overrides or []:
         _apply_override(content, override)
     _replace_origin(content, overrides or [])
     _replace_adapters(content, overrides or [])
-    _resolve_paths(content, path.parent)
+    _resolve_paths(content, folder)
     _settings_of_sources(content)
     files = content.get("plugins")
     if isinstance(files, list) and all(isinstance(file, str) for file in files):  # others are refused later
-        load_plugins(files, where=f"{path}: plugins")
+        load_plugins(files, where=f"{named}: plugins")
     if not resolved:
         _settings_of_adapters(content)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise explain(error, content, path) from None
+        raise explain(error, content, named) from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -66,7 +66,7 @@ class Setting:
         try:
             return Recipe.model_validate(content)
         except ValidationError as error:
-            raise explain(error, content, Path(self.name)) from None
+            raise explain(error, content, self.name) from None
 
     def _adapter(self, recipe: Recipe) -> dict[str, object]:
         """Return the recipe's adapter settings that this kind has too, with this setting."""
@@ -109,7 +109,7 @@ def variant(recipe: Recipe, tuning: str, seed: int, rates: Mapping[StageName, fl
     try:
         return Recipe.model_validate(content | {"tuning": tuning, "seed": seed})
     except ValidationError as error:
-        raise explain(error, content, Path(f"{recipe.name} under tuning: {tuning}")) from None
+        raise explain(error, content, f"{recipe.name} under tuning: {tuning}") from None
 
 
 def size_key(kind: str) -> str | None:

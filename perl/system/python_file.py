@@ -12,6 +12,19 @@ from typing import Any
 from perl.errors import UserError
 
 
+class UserCodeError(RuntimeError):
+    """An exception of user code in another process.
+
+    Args:
+        what: its description, by `described`.
+        where: its place, by `failed_line`.
+    """
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where)  # both, so that it can be pickled
+        self.what, self.where = what, where
+
+
 def import_file(file: Path) -> ModuleType:
     """Run a file as a new module, whose name also identifies its folder.
 
@@ -29,7 +42,7 @@ def import_file(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code
         del sys.modules[spec.name]
-        what = f"cannot be imported: {type(error).__name__}: {error}"
+        what = f"cannot be imported: {described(error)}"
         raise UserError(what, where=failed_line(file, error), remedy="Fix the file.") from error
     return module
 
@@ -50,11 +63,18 @@ def import_function(location: str) -> Callable[..., Any]:
     return function
 
 
+def described(error: BaseException) -> str:
+    """Return an exception's type and message."""
+    return error.what if isinstance(error, UserCodeError) else f"{type(error).__name__}: {error}"
+
+
 def failed_line(file: Path, error: BaseException) -> str:
     """Return the file, and the line in it that failed if that is known.
 
     The innermost frame is often in a library that the file calls, which is not what the user has to correct.
     """
+    if isinstance(error, UserCodeError):
+        return error.where
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file):
         lines.append(error.lineno)

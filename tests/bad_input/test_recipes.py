@@ -177,8 +177,6 @@ def few(completions):
     return [0.0 for _ in completions]
 def more(completions, colour, **columns):
     return [0.0 for _ in completions]
-async def later(completions, **columns):
-    return [0.0 for _ in completions]
 """
 
 
@@ -202,7 +200,6 @@ async def later(completions, **columns):
         ("few", "own.py:few: the reward function cannot be called with prompts, completions, completion_ids: "),
         ("few", "accept prompts, completions, completion_ids and **kwargs"),
         ("more", "missing a required"),
-        ("later", "own.py:later: the reward function is async"),
     ],
 )
 def test_a_reward_function_that_fails_is_named(

@@ -4,15 +4,16 @@ import inspect
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perl.data.records import Prompt
 from perl.errors import UserError
+from perl.rl.rewards.limits import result
 from perl.system.progress import counted
-from perl.system.python_file import failed_line
+from perl.system.python_file import described, failed_line
 
 if TYPE_CHECKING:  # a plugin with a custom reward is read without torch
     from perl.measure.ensemble import Combine
@@ -100,12 +101,10 @@ class RewardSource(ABC):
         if not self.runs_user_code:
             return list(self.rewards(prompts, samples, texts))
         try:
-            returned = self.rewards(prompts, samples, texts)
-            if isinstance(returned, Iterator):  # a generator runs only when it is read
-                returned = list(returned)
+            returned = result(self.rewards, prompts=prompts, samples=samples, texts=texts)
         except (Exception, SystemExit) as error:
             raise UserError(
-                f"{self.title} failed: {type(error).__name__}: {error}",
+                f"{self.title} failed: {described(error)}",
                 where=failed_line(self.file, error),
                 remedy="If the cause was temporary, run the same command again: it resumes from the last "
                 f"checkpoint. Otherwise correct the function. {ANOTHER_OUT} No completion is scored 0 because "

@@ -11,7 +11,7 @@ from perl.backbones.template import MESSAGE_ROLES
 from perl.data.records import Context, Prompt
 from perl.errors import UserError
 from perl.rl.rewards.base import RewardSource
-from perl.rl.rewards.limits import FunctionProcess, limited
+from perl.rl.rewards.limits import FunctionProcess, limited, result
 from perl.rl.samplers.base import Samples
 from perl.system.python_file import import_function
 
@@ -76,19 +76,11 @@ class RewardFunction(RewardSource):
             returned = self._process.call(arguments, self._time_limit)
         else:
             with limited(self._time_limit), _torch_as_it_was():
-                returned = self._function(**arguments)
-                if isinstance(returned, Iterator):  # a generator runs only when it is read
-                    returned = list(returned)
+                returned = result(self._function, **arguments)
         return returned
 
     def _check_signature(self) -> None:
         """Refuse a function that cannot be called with these arguments, before a model is loaded."""
-        if inspect.iscoroutinefunction(self._function):
-            raise UserError(
-                "the reward function is async; it must return its scores, not a coroutine",
-                where=self._location,
-                remedy="Define it with def, and call asyncio.run inside it if something must be awaited.",
-            )
         try:
             signature = inspect.signature(self._function)
         except ValueError:  # written in C

@@ -1,20 +1,36 @@
-"""A time limit and a separate process for user-defined functions."""
+"""Calling user-defined functions: what they return, a time limit, and a separate process."""
 
+import asyncio
 import contextlib
+import inspect
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from perl.system.python_file import import_function
+from perl.system.python_file import UserCodeError, described, failed_line, import_function
 
 STARTING_SECONDS = 120.0
 """Time limit for the process to import the function's file."""
+
+
+def result(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function; await a coroutine and read a generator, which run only then."""
+    returned = function(**arguments)
+    if inspect.isawaitable(returned):
+        returned = asyncio.run(_awaited(returned))
+    return list(returned) if isinstance(returned, Iterator) else returned
+
+
+async def _awaited(returned: Awaitable[Any]) -> Any:
+    return await returned
 
 
 @contextlib.contextmanager
@@ -67,21 +83,22 @@ class FunctionProcess:
 
         Raises:
             TimeoutError: it took longer than `seconds`.
-            RuntimeError: it failed, or its process ended.
+            UserCodeError: it raised an exception.
+            RuntimeError: its process ended.
         """
         try:
             connection = self._started()
             connection.send(arguments)
             if not connection.poll(seconds):
                 raise _too_long(seconds or 0.0)
-            done, returned = connection.recv()
+            returned = connection.recv()
         except TimeoutError:
             self._end()
             raise
         except (EOFError, OSError):
             raise RuntimeError(f"its process ended with exit code {self._end()}") from None
-        if not done:
-            raise RuntimeError(returned)
+        if isinstance(returned, UserCodeError):
+            raise returned
         return returned
 
     def _started(self) -> Connection:
@@ -117,17 +134,16 @@ def _too_long(seconds: float) -> TimeoutError:
 
 def _serve(connection: Connection, location: str) -> None:
     """Answer calls, in the new process, until the other end is closed."""
-    # Ctrl-C reaches this process, too, but the run decides when to stop.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    os.setsid()  # Ctrl-C and signals to the run's process group do not reach it: the run decides when to stop
     function = import_function(location)
     connection.send("ready")
     with contextlib.suppress(EOFError):
         while True:
             arguments = connection.recv()
             try:
-                returned = function(**arguments)
-                answer = True, returned if isinstance(returned, str | bytes | Mapping) else list(returned)
+                returned = result(function, **arguments)
+                plain = isinstance(returned, str | bytes | Mapping | Set)
+                connection.send(returned if plain else list(returned))
             except (Exception, SystemExit) as error:
-                answer = False, f"{type(error).__name__}: {error}"
-            connection.send(answer)
+                file = Path(location.rpartition(":")[0]).absolute()
+                connection.send(UserCodeError(described(error), failed_line(file, error)))

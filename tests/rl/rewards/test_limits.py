@@ -1,7 +1,6 @@
 """Functions with a time limit, and in a separate process."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ def judge(prompts, completions, **columns):
         os._exit(3)
     if completions[0] == "fail":
         raise KeyError("colour")
+    if completions[0] == "set":
+        return {1.0}
     return (float(os.getpid()) for _ in completions)
 """
 PROMPT = Prompt((Turn("text", "one"),), "one")
@@ -46,8 +47,10 @@ def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
     reward = RewardFunction(location, [PROMPT], time_limit=1.0, own_process=True)
     first = reward([PROMPT], SAMPLES, ["go"])
     assert first != [os.getpid()]
-    with pytest.raises(UserError, match="KeyError: 'colour'"):
+    with pytest.raises(UserError, match=r"own\.py:9: the reward function failed: KeyError: 'colour'"):
         reward([PROMPT], SAMPLES, ["fail"])
+    with pytest.raises(UserError, match="it returned set"):
+        reward([PROMPT], SAMPLES, ["set"])
     assert reward([PROMPT], SAMPLES, ["go"]) == first
     with pytest.raises(UserError, match="its process ended with exit code 3"):
         reward([PROMPT], SAMPLES, ["die"])
@@ -57,10 +60,10 @@ def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
         reward([PROMPT], SAMPLES, ["sleep"])
 
 
-def test_ctrl_c_does_not_end_a_process_of_its_own(location: str) -> None:
+def test_signals_to_the_run_do_not_end_a_process_of_its_own(location: str) -> None:
     reward = RewardFunction(location, [PROMPT], time_limit=60.0, own_process=True)
     first = reward([PROMPT], SAMPLES, ["go"])
-    os.kill(int(first[0]), signal.SIGINT)
+    assert os.getpgid(int(first[0])) != os.getpgid(0), "signals to the run's process group do not reach it"
     assert reward([PROMPT], SAMPLES, ["go"]) == first
 
 
@@ -89,3 +92,20 @@ def test_a_script_is_not_run_again_in_the_process(location: str, tmp_path: Path)
     ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("started") == 1
+
+
+WAITING = """
+import asyncio
+async def judge(completions, **columns):
+    await asyncio.sleep(60.0 if completions[0] == "sleep" else 0.0)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+def test_a_function_may_be_async(own_process: bool, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(WAITING)
+    reward = RewardFunction(f"{tmp_path}/own.py:judge", [PROMPT], time_limit=1.0, own_process=own_process)
+    assert reward([PROMPT], SAMPLES, ["four"]) == [4.0]
+    with pytest.raises(UserError, match="longer than time_limit"):
+        reward([PROMPT], SAMPLES, ["sleep"])

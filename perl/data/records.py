@@ -127,7 +127,7 @@ class Records:
     """All records of a source, and the rows that could not be read.
 
     Attributes:
-        corpus: dialogues to train a tiny base on, which are in no other record.
+        corpus: returns dialogues to train a tiny base on, which are in no other record; most runs need none.
         published_test: the dialogues of the published test part, which is held out instead of a share.
         fingerprints: fingerprints of all rows by kind, before the split (`perl.data.fingerprint`).
         notes: messages for the user about the source or the split.
@@ -140,7 +140,7 @@ class Records:
     prompts: list[Prompt] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     judge: Judge | None = None
-    corpus: list[Demonstration] = field(default_factory=list)
+    corpus: Callable[[], list[Demonstration]] | None = None
     published_test: frozenset[str] = frozenset()
     fingerprints: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -175,7 +175,7 @@ def _no_files(source: str, path: Path | None) -> None:
 def _arithmetic_simulator(path: Path | None, seed: int) -> Records:
     _no_files("arithmetic-simulator", path)
     records = simulate_arithmetic(seed, demonstrations=2_000, prompts=2_000)
-    records.corpus = arithmetic_corpus(seed=0, count=40_000)
+    records.corpus = partial(arithmetic_corpus, seed=0, count=40_000)
     return records
 
 
@@ -183,7 +183,7 @@ def _coffee_simulator(path: Path | None, seed: int) -> Records:
     _no_files("coffee-simulator", path)
     records = simulate(seed=seed, dialogues=1250, ratings=8000, prompts=1500, noise=0.1)
     # The same corpus for every seed: all runs have the same base.
-    records.corpus = corpus(seed=0, dialogues=8_000)
+    records.corpus = partial(corpus, seed=0, dialogues=8_000)
     return records
 
 

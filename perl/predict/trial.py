@@ -143,5 +143,5 @@ def longest(records: Records, recipe: Recipe, steps: int) -> Records:
             comparisons, lambda one: size(one.context) + max(len(one.better.text), len(one.worse.text))
         ),
         prompts=top(records.prompts, lambda one: size(one.context)),
-        corpus=[],
+        corpus=None,
     )

@@ -78,6 +78,14 @@ class Learner:
         """The critic if it is a head on the policy's trunk; None if it has its own weights or there is none."""
         return None if self.critic is None or self.roles.weights(self.critic) else self.critic
 
+    @property
+    def step_size(self) -> tuple[str, float]:
+        """The key of section `rl` that sets the size of the policy's steps, and its value."""
+        if self.algorithm.direction == "natural":
+            assert self.algorithm.trust_region is not None
+            return "trust_region", self.algorithm.trust_region
+        return "learning_rate", self.rates[0]
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of weights in this step."""
         return self.rates[0] * self.rate_shares[step]

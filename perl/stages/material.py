@@ -155,8 +155,8 @@ def generates(recipe: Recipe) -> bool:
 
 def corpus(train: Records) -> list[Demonstration]:
     """Return what a tiny base is trained on: the source's own corpus, or all training records."""
-    if train.corpus:
-        return train.corpus
+    if train.corpus is not None:
+        return train.corpus()
     rated = [Demonstration(record.context, (record.answer,), record.dialogue) for record in train.ratings]
     compared = [Demonstration(record.context, (record.better,), record.dialogue) for record in train.comparisons]
     return [*train.demonstrations, *rated, *compared]

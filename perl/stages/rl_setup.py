@@ -106,12 +106,14 @@ def setup(session: Session, held_out: EncodedPrompts) -> Loop:
     learner = _learner(session, trained, prompts)
     penalty = missing_end_penalty(settings, session.train.prompts[0])
     few = prompts.take(range(min(COMPLETIONS, len(prompts), settings.prompts_per_step)))
+    step_key, step_size = learner.step_size
     limits = Limits(
         kl=settings.kl_limit,
         penalized=penalty > 0,
         # A lagging sampler differs by the policy's movement, and is checked with the weights it sampled with.
         mismatch=math.inf if collector.sampler.lags else CLOSE_LOG_PROBS[collector.dtype],
-        learning_rate=learner.rates[0],
+        step_key=step_key,
+        step_size=step_size,
         check_every=validation_interval(settings.steps),
         kl_term=settings.row.kl != "none" and settings.kl_coef > 0,
         hold=how_to_hold(settings.row),

@@ -36,15 +36,15 @@ class Words(NamedTuple):
 WORDS = {
     "kl": Words(
         "the policy is {value:.0f} nats per completion away from its reference; the limit is {limit:.0f}",
-        "Usually the learning rate is too large, or the KL term is too weak, or missing, to hold the policy.",
-        "Lower rl.learning_rate or {hold}; if completions are long and read well, raise rl.kl_limit.",
+        "Usually the {step} is too large, or the KL term is too weak, or missing, to hold the policy.",
+        "Lower rl.{step_key} or {hold}; if completions are long and read well, raise rl.kl_limit.",
     ),
     "entropy": Words(
         "the entropy has collapsed to {value:.3f} nats per token, less than {limit:.3f}, a tenth of its value at "
         "the start; completions have {length.now:.0f} tokens, {length.start:.0f} at the start",
-        "The policy gives the same completion to every prompt: the learning rate is too large, the KL term is too "
+        "The policy gives the same completion to every prompt: the {step} is too large, the KL term is too "
         "weak or missing, or one completion exploits the reward.",
-        "Read the samples; lower rl.learning_rate or {hold}.",
+        "Read the samples; lower rl.{step_key} or {hold}.",
     ),
     "length_limit": Words(
         "{value:.0%} of the completions end by themselves; at the start {start:.0%} did",
@@ -53,14 +53,14 @@ WORDS = {
     ),
     "shrinking": Words(
         "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
-        "The KL penalty is paid per token, so stopping at once is the cheapest way to reduce it: the learning "
-        "rate or the KL coefficient is too large. Meanwhile KL falls, as if all were well.",
-        "Lower rl.learning_rate, rl.kl_coef, or both.",
+        "The KL penalty is paid per token, so stopping at once is the cheapest way to reduce it: the {step} "
+        "or the KL coefficient is too large. Meanwhile KL falls, as if all were well.",
+        "Lower rl.{step_key}, rl.kl_coef, or both.",
     ),
     "shrinking_without_kl": Words(
         "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start",
-        "The learning rate is too large, or the reward is highest for the shortest completions.",
-        "Read the samples; lower rl.learning_rate or {hold}.",
+        "The {step} is too large, or the reward is highest for the shortest completions.",
+        "Read the samples; lower rl.{step_key} or {hold}.",
     ),
     "shrinking_by_penalty": Words(
         "completions have shrunk to {value:.0f} tokens, from {start:.0f} at the start, while more of them end by "
@@ -71,21 +71,21 @@ WORDS = {
     "entropy_rising": Words(
         "the entropy has risen to {value:.2f} nats per token, from {start:.2f} at the start; the reward has not "
         "risen",
-        "The policy is becoming random: the learning rate is too large, or the reward is mostly noise.",
-        "Read the samples; lower rl.learning_rate, raise rl.prompts_per_step, or {hold}.",
+        "The policy is becoming random: the {step} is too large, or the reward is mostly noise.",
+        "Read the samples; lower rl.{step_key}, raise rl.prompts_per_step, or {hold}.",
     ),
     "sampler_mismatch": Words(
         "the sampler's log-probs differ from the policy's by {value:.2g} nats per token; by {start:.2g} at the "
         "start",
         "The sampler no longer computes the same as the policy: its weights are stale, or rounding errors have "
         "grown with them.",
-        "Set base.dtype: float32, or lower rl.learning_rate; if the mismatch remains, this is a bug.",
+        "Set base.dtype: float32, or lower rl.{step_key}; if the mismatch remains, this is a bug.",
     ),
     "nothing_learned": Words(
         "nothing is learned: at this pace the policy will have moved by {value:.1g} nats per token by the end of "
         "the run, less than {limit:.1g}, although the rewards differ",
-        "The learning rate is too small, or the updated weights have no effect.",
-        "Set rl.learning_rate: {rate}.",
+        "The {step} is too small, or the updated weights have no effect.",
+        "Set rl.{step_key}: {better}.",
     ),
     "no_signal": Words(
         "the rewards have given no advantage for {value:.0f} steps: there is nothing to learn from",
@@ -102,7 +102,7 @@ WORDS = {
     ),
     "not_finite": Words(
         "loss or gradient was not finite: the update was refused",
-        "A reward is extremely large, the learning rate is too large, or values exceed the base dtype's range.",
-        "Look at the rewards; lower rl.learning_rate; instead of base.dtype float16 use bfloat16 or float32.",
+        "A reward is extremely large, the {step} is too large, or values exceed the base dtype's range.",
+        "Look at the rewards; lower rl.{step_key}; instead of base.dtype float16 use bfloat16 or float32.",
     ),
 }

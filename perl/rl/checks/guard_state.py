@@ -35,7 +35,8 @@ class Limits:
     mismatch_rise: float = 4.0  # multiple of the first step's mismatch
     movement: float = 3e-3  # predicted movement of the policy by the end, nats per token; less is nothing learned
     no_movement: float = 1e-4  # a smaller movement stops the run
-    learning_rate: float = 0.0  # of the run; the alarm derives a better one from it
+    step_key: str = "learning_rate"  # key that sets the size of the policy's steps, or "trust_region"
+    step_size: float = 0.0  # its value in this run; the alarm derives a better one from it
     flat: int = 10  # consecutive steps whose rewards were all equal
     flat_for_good: int = 50  # number of such steps that stops the run
     fall: float = 4.0  # standard errors by which the validation score is below its best while the reward rises

@@ -177,7 +177,7 @@ class Guard:
             words = WORDS["shrinking_by_penalty"]
         elif name == "shrinking" and not self._limits.kl_term:
             words = WORDS["shrinking_without_kl"]
-        rate = f"{min(LARGEST_RATE, self._limits.learning_rate * AIM / value):.1g}" if value > 0 else "auto"
+        key, better = self._limits.step_key, self._better_step_size(value)
         length = self._series("answer_tokens")
         check = "the gold judge" if judged else "the reward on held-out prompts"
         return Alarm(
@@ -191,9 +191,16 @@ class Guard:
             what=words.what.format(
                 value=value, limit=reading.limit, start=reading.start, check=check, length=length
             ),
-            causes=words.causes,
-            remedy=words.remedy.format(rate=rate, hold=self._limits.hold),
+            causes=words.causes.format(step=key.replace("_", " ")),
+            remedy=words.remedy.format(better=better, hold=self._limits.hold, step_key=key),
         )
+
+    def _better_step_size(self, movement: float) -> str:
+        """Return the value of the step's key with which the policy would move by `AIM` nats per token."""
+        natural = self._limits.step_key == "trust_region"  # a KL, which grows with the square of the movement
+        if movement <= 0:
+            return f"{LARGEST_RATE:g}" if natural else "auto"
+        return f"{min(LARGEST_RATE, self._limits.step_size * (AIM / movement) ** (2 if natural else 1)):.1g}"
 
 
 def last_good(good_until: int, steps: Sequence[int]) -> int:

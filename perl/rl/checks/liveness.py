@@ -117,7 +117,7 @@ class Liveness:
             shows = learner.rate_shares[step] >= SHOWN_SHARE
             self._findings = [
                 bugs("no dropout in the update", "dropout modules in training mode", len(dropout), cause),
-                *(self._learned(before, gradients, learner.learning_rate(step)) if shows else ()),
+                *(self._learned(before, gradients) if shows else ()),
                 bugs(
                     "frozen roles unchanged",
                     "tensors of frozen roles that have changed",
@@ -159,8 +159,9 @@ class Liveness:
         words = "share of the policy's first movement that the rollout's log-probs miss"
         yield from moves_alike("rollout by the policy", words, policy, self._preflight.noise(rollout))
 
-    def _learned(self, before: Fingerprint, gradients: dict[str, Tensor], rate: float) -> Iterator[Finding]:
+    def _learned(self, before: Fingerprint, gradients: dict[str, Tensor]) -> Iterator[Finding]:
         """Check that each trained role has changed: its weights in at least one module, and its head."""
+        adams = "learning_rate", self._learner.rates[0]
         roles, trained = self._learner.roles, self._learner.trained
         # In a whole model every tensor counts as its own module.
         module_of = roles.adapter.module_of if isinstance(roles, SharedBase) else str
@@ -172,11 +173,12 @@ class Liveness:
                 modules = {module_of(name) for name in weights}
                 still = modules - {module_of(name) for name in weights if name not in unchanged}
                 words = f"unchanged modules of the {role}"
-                cause = _why_unchanged(weights, gradients, rate)
+                size = self._learner.step_size if role is Role.POLICY else adams
+                cause = _why_unchanged(weights, gradients, *size)
                 yield Finding(f"{role} learns", words, len(still), len(modules) - 1, cause)
             if heads:
                 words = f"unchanged tensors of the {role}'s head"
-                cause = _why_unchanged(heads, gradients, rate)
+                cause = _why_unchanged(heads, gradients, *adams)
                 yield Finding(f"{role}'s head learns", words, len(unchanged & set(heads)), 0, cause)
         if isinstance(roles, SharedBase):
             still_ranks = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
@@ -184,15 +186,16 @@ class Liveness:
             yield bugs("all ranks learn", "unchanged ranks of the policy's adapter", still_ranks, cause)
 
 
-def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], rate: float) -> str:
+def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], key: str, size: float) -> str:
+    """Return why weights have not changed, where a key of section `rl` sets the size of their steps."""
     largest = max((float(gradients[name]) for name in names if name in gradients), default=None)
     if largest is None:
         return "the adapter or head is not trained: no gradient reached it. This is a bug."
     if largest == 0:
         return "the adapter or head is not trained: its gradient is zero everywhere. This is a bug."
     return (
-        f"there is a gradient (largest element {largest:.1g}), but the update at learning rate {rate:.1g} is "
-        "lost: the rate is too small for the weights' precision (raise rl.learning_rate), or the optimizer "
+        f"there is a gradient (largest element {largest:.1g}), but the update at {key.replace('_', ' ')} "
+        f"{size:.1g} is lost: it is too small for the weights' precision (raise rl.{key}), or the optimizer "
         "works on copies."
     )
 

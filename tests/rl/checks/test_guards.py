@@ -211,10 +211,18 @@ def test_equal_rewards_are_said_after_ten_steps_and_are_grave_after_fifty() -> N
     [(1e-3, False, "0.01"), (2.5e-3, False, "0.004"), (1e-9, True, "0.01"), (0, True, "auto")],
 )
 def test_a_policy_that_will_not_move_is_said_with_the_rate_to_try(moves: float, grave: bool, rate: str) -> None:
-    guard = Guard(Limits(learning_rate=1e-4))
+    guard = Guard(Limits(step_size=1e-4))
     (alarm,) = read(made_up(lambda step, row: row.update(movement_at_the_end=moves) if step == 1 else None), guard)
     assert (alarm.name, alarm.step, alarm.good_until, alarm.grave) == ("nothing_learned", 1, 0, grave)
     assert alarm.remedy == f"Set rl.learning_rate: {rate}."
+
+
+@pytest.mark.parametrize(("moves", "better"), [(1e-4, "0.01"), (2.9e-3, "0.001"), (0, "0.01")])
+def test_under_the_natural_gradient_the_trust_region_is_named(moves: float, better: str) -> None:
+    guard = Guard(Limits(step_key="trust_region", step_size=1e-6))
+    (alarm,) = read(made_up(lambda step, row: row.update(movement_at_the_end=moves) if step == 1 else None), guard)
+    assert alarm.remedy == f"Set rl.trust_region: {better}."
+    assert alarm.causes.startswith("The trust region is too small")
 
 
 def test_a_policy_that_moves_is_left_alone() -> None:

@@ -99,14 +99,14 @@ def differences(first: list[Judged], second: list[Judged]) -> list[tuple[str, li
         for arm in (first, second)
     ]
     prompts = [one.dialogue for one in UNSEEN.prompts]
-    changed = changes({"gold": gold[0]}, {"gold": gold[1]}, prompts)["gold_interval"]
+    changed = changes({"gold": gold[0]}, {"gold": gold[1]}, prompts)["gold"].interval
     labels = [one.label for one in UNSEEN.ratings]
     ranks = [[auroc(*checked(one.scores, labels)) for one in arm] for arm in (first, second)]
     resamples = ClusterBootstrap([one.dialogue for one in UNSEEN.ratings], seed=0)
     ranked = resamples.estimate(
         lambda drawn_SN: np.mean([b(drawn_SN) - a(drawn_SN) for a, b in zip(*ranks, strict=True)], axis=0)
     ).interval
-    assert isinstance(changed, tuple)
+    assert changed is not None
     assert ranked is not None
     pairs = list(zip(first, second, strict=True))
     return [

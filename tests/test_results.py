@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from perl.errors import UserError
+from perl.measure.change import Change
 from perl.measure.slices import Slice
 from perl.results import Hardware, Report, RewardStage, RlStage, SftStage
-from perl.rl.results import Change, RlEval
+from perl.rl.results import RlEval
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.typed_json import as_json, made, parse
 from tests.report.made import make_run

@@ -1,7 +1,8 @@
-"""A metric before and after, in words."""
+"""A metric before and after, with its change in words."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from perl.measure.bootstrap import Interval
 
@@ -13,6 +14,15 @@ LARGEST, SMALLEST, LEAST_PLACES = 1e5, 1e-3, 4
 """Numbers of at least the first, or below the second and with more places than the third, have an exponent."""
 MOST_PLACES, MOST_DIGITS = 15, 4
 """Largest number of digits after the point, without and with an exponent."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after, and the 95 % interval of its change; None if there is no interval."""
+
+    before: float
+    after: float
+    interval: Interval | None
 
 
 def told(value: float | None, interval: Sequence[float] | None = None, places: int = 2) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from perl.measure.bootstrap import ClusterBootstrap, Floats, Interval, ratio
+from perl.measure.change import Change
 
 Metrics = Mapping[str, Sequence[float]]
 """Values of each prompt, by the metric's name."""
@@ -46,23 +47,19 @@ class TokenLosses:
         return _interval(change_N, size_N, ClusterBootstrap(dialogues, seed=0), len(set(dialogues)))
 
 
-def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, float | Interval | None]:
-    """Return the means over the prompts before and after, and the 95 % interval of the change.
+def changes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> dict[str, Change]:
+    """Return the change of each metric's mean over the prompts; its interval is None with a single dialogue.
 
     Args:
         before: the metrics of each prompt; `dialogues` likewise has one entry per prompt.
         after: those of the same prompts in the same order, under the same names.
-
-    Returns:
-        `NAME_before`, `NAME_after` and `NAME_interval` of each metric; the interval is None with a single
-        dialogue.
     """
     bootstrap, size_N = ClusterBootstrap(dialogues, seed=0), np.ones(len(dialogues))
-    changed: dict[str, float | Interval | None] = {}
+    changed: dict[str, Change] = {}
     for name, values in before.items():
         before_N, after_N = np.asarray(values, dtype=np.float64), np.asarray(after[name], dtype=np.float64)
-        changed[f"{name}_before"], changed[f"{name}_after"] = float(before_N.mean()), float(after_N.mean())
-        changed[f"{name}_interval"] = _interval(after_N - before_N, size_N, bootstrap, len(set(dialogues)))
+        interval = _interval(after_N - before_N, size_N, bootstrap, len(set(dialogues)))
+        changed[name] = Change(float(before_N.mean()), float(after_N.mean()), interval)
     return changed
 
 

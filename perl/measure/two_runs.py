@@ -4,7 +4,6 @@ Both are measured on the same resamples of whole dialogues, so that rows that ar
 interval.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,14 +76,11 @@ def compare_scores(first: Sequence[float], second: Sequence[float], rows: RatedR
 
 def compare_metrics(first: Metrics, second: Metrics, dialogues: Sequence[str]) -> Comparison:
     """Compare two policies by those metrics of the same prompts that both have."""
-    both = [name for name in first if name in second]
-    found = changes({name: first[name] for name in both}, second, dialogues)
-    differences = []
-    for name in both:
-        interval = found[f"{name}_interval"]
-        assert not isinstance(interval, float)
-        means = [statistics.fmean(one[name]) for one in (first, second)]
-        differences.append(Difference(metric=name, first=means[0], second=means[1], interval=interval))
+    both = {name: values for name, values in first.items() if name in second}
+    differences = [
+        Difference(metric=name, first=one.before, second=one.after, interval=one.interval)
+        for name, one in changes(both, second, dialogues).items()
+    ]
     return Comparison(rows=len(dialogues), dialogues=len(set(dialogues)), differences=differences)
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from perl.measure.bootstrap import Interval
-from perl.measure.change import equal_words, places_of
+from perl.measure.change import Change, equal_words, places_of
 from perl.report.numbers import Spread, spread
 from perl.report.runs import Group, Series
-from perl.rl.results import Change, PairedMetric, RlEval
+from perl.rl.results import PairedMetric, RlEval
 
 MIN_STEPS = 5
 """Minimum number of steps of a curve."""

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perl.measure.change import HARDLY, change_verb, change_words, equal_words
+from perl.measure.change import HARDLY, Change, change_verb, change_words, equal_words
 from perl.measure.reward_model_card import RewardModelCard
 from perl.recipe import StageName
 from perl.report.numbers import bytes_text, count_text, decimal, joined, percent, signed, spread
 from perl.report.outcome import MeanChange, mean_change, mean_of
 from perl.report.runs import Group, Run
 from perl.results import Incident
-from perl.rl.results import Change
 from perl.roles.role import REWARD_MEMBERS, Role
 from perl.system.progress import counted
 

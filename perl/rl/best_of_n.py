@@ -5,6 +5,7 @@ It needs no training and is the baseline that RL has to beat at an equal KL (Gao
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from perl.rl.results import BestOfN
 from perl.rl.rollout import EncodedPrompts
 from perl.roles.role import Role
 from perl.system.progress import counted, doing
-from perl.system.typed_json import made
 
 FEWEST_PROMPTS = 16
 """Smallest number of prompts; fewer would show little."""
@@ -65,8 +65,7 @@ def best_of_n(
 
 
 def _beside(n: int, best: dict[str, Floats], policy: Metrics, dialogues: Sequence[str]) -> BestOfN:
-    found: dict[str, object] = dict(changes({name: list(of) for name, of in best.items()}, policy, dialogues))
-    for name in policy:
-        found[f"rl_{name}"] = found.pop(f"{name}_after")
-        found[name] = found.pop(f"{name}_before")
-    return made(BestOfN, {"n": n, "kl": best_of_n_kl(n), "prompts": len(dialogues), **found})
+    found: dict[str, Any] = {}
+    for name, one in changes({name: list(of) for name, of in best.items()}, policy, dialogues).items():
+        found |= {name: one.before, f"rl_{name}": one.after, f"{name}_interval": one.interval}
+    return BestOfN(n=n, kl=best_of_n_kl(n), prompts=len(dialogues), **found)

@@ -148,36 +148,35 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     }
     dialogues = [prompt.dialogue for prompt in prompts.prompts]
     passes = _passes(before, after, dialogues)
-    first = next(
-        ({"pass_at_1_before": p.before, "pass_at_1_after": p.after} for p in passes or () if p.k == 1), {}
-    )
+    first = {"pass_at_1_before": passes[0].before, "pass_at_1_after": passes[0].after} if passes else {}
     edges = np.histogram_bin_edges([*before["reward"], *after["reward"]], BINS)
     counts = {when: np.histogram(of["reward"], edges)[0] for when, of in (("before", before), ("after", after))}
     histogram = {"edges": edges.tolist()} | {when: count.tolist() for when, count in counts.items()}
     before = {name: values for name, values in before.items() if not name.startswith((PART, PASS))}
     before["kl"] = [0.0] * len(prompts)  # the reference's KL to itself, which rounding may have left above 0
     found = changes(before, after, dialogues)
-    del found["kl_before"]
-    found["kl"] = found.pop("kl_after")
-    counts_of = {"n": len(prompts), "samples_per_prompt": each or samples_per_prompt(len(prompts))}
-    return made(
-        PolicyChange, {**counts_of, "reward_histogram": histogram, "pass_at": passes, **first, **parts, **found}
-    )
+    kl = found.pop("kl")
+    flat = {f"{name}_{key}": value for name, one in found.items() for key, value in vars(one).items()}
+    flat |= {"n": len(prompts), "samples_per_prompt": each or samples_per_prompt(len(prompts))}
+    flat |= {"kl": kl.after, "kl_interval": kl.interval, "reward_histogram": histogram, "pass_at": passes}
+    return made(PolicyChange, flat | first | parts)
 
 
 def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[PassAtK] | None:
-    """Return pass@k before and after; None without rules."""
+    """Return pass@k before and after, in ascending order of k from 1; None without rules."""
     names = [name for name in before if name.startswith(PASS)]
     changed = changes({name: before[name] for name in names}, after, dialogues)
     none = {name: [0.0] * len(dialogues) for name in names}  # the change from 0 is the value itself
-    ends = {when: changes(none, of, dialogues) for when, of in (("before", before), ("after", after))}
-    rows = [
-        {"k": int(name.removeprefix(PASS)), "interval": changed[f"{name}_interval"]}
-        | {when: changed[f"{name}_{when}"] for when in ends}
-        | {f"{when}_interval": found[f"{name}_interval"] for when, found in ends.items()}
-        for name in names
-    ]
-    return [made(PassAtK, row) for row in rows] or None
+    start, end = (changes(none, of, dialogues) for of in (before, after))
+    return [
+        PassAtK(
+            **vars(one),
+            k=int(name.removeprefix(PASS)),
+            before_interval=start[name].interval,
+            after_interval=end[name].interval,
+        )
+        for name, one in changed.items()
+    ] or None
 
 
 def describe(rollout: Rollout, judge: Judge | None) -> dict[str, float]:

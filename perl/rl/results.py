@@ -4,19 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perl.measure.bootstrap import Interval
-from perl.measure.change import fixed, places_of
+from perl.measure.change import Change, fixed, places_of
 from perl.system.progress import counted
 
 PairedMetric = Literal["reward", "gold", "answer_tokens", "ended"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A metric before and after RL, with the 95 % interval of its change, paired by prompt."""
-
-    before: float
-    after: float
-    interval: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from perl.measure.paired import TokenLosses, changes
 def interval(change: list[float], dialogues: list[str] | None = None) -> tuple[float, float] | None:
     names = dialogues or [str(n) for n in range(len(change))]
     before = np.random.default_rng(0).normal(scale=5.0, size=len(change))
-    found = changes({"reward": before.tolist()}, {"reward": (before + change).tolist()}, names)
-    assert found["reward_before"] == pytest.approx(before.mean())
-    assert found["reward_after"] == pytest.approx((before + change).mean())
-    return found["reward_interval"]  # type: ignore[return-value]
+    found = changes({"reward": before.tolist()}, {"reward": (before + change).tolist()}, names)["reward"]
+    assert found.before == pytest.approx(before.mean())
+    assert found.after == pytest.approx((before + change).mean())
+    return found.interval
 
 
 @pytest.mark.parametrize("prompts", [2, 4, 24, 128])

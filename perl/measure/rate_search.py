@@ -18,23 +18,6 @@ LARGEST = 1.0
 
 
 @dataclass(frozen=True)
-class RateSearch:
-    """Result of a search.
-
-    Attributes:
-        rates: the tried rates in ascending order.
-        scores: the score of each rate; higher is better, -inf means that training failed.
-        best: the best rate, which may lie between tried rates.
-        edge: whether the best is the smallest or largest tried, so that the true one may lie beyond.
-    """
-
-    rates: tuple[float, ...]
-    scores: tuple[float, ...]
-    best: float
-    edge: bool
-
-
-@dataclass(frozen=True)
 class BestRates:
     """The best rates of one setting on several seeds.
 
@@ -52,8 +35,15 @@ class BestRates:
         return grid_rate(math.exp(sum(map(math.log, self.rates)) / len(self.rates)), 0)
 
 
-def search_rate(score: Callable[[float], float], default: float) -> RateSearch:
-    """Search around a default; among equal scores the rate nearest to it wins."""
+def search_rate(score: Callable[[float], float], default: float) -> tuple[float, bool]:
+    """Search around a default; among equal scores the rate nearest to it wins.
+
+    Args:
+        score: returns the score of a rate; higher is better, -inf means that training failed.
+
+    Returns:
+        the best rate, which may lie between tried rates, and whether the best of these is the smallest or largest.
+    """
     tried: dict[int, float] = {}
     waiting = [-1, 0, 1]
     while waiting:
@@ -66,11 +56,9 @@ def search_rate(score: Callable[[float], float], default: float) -> RateSearch:
             for k in (best - 1, best + 1)
             if k not in tried and abs(k) <= MOST and grid_rate(default, k) <= LARGEST
         ]
-    points = sorted(tried)
-    rates, scores = (grid_rate(default, k) for k in points), (tried[k] for k in points)
-    edge = best in (points[0], points[-1])
+    edge = best in (min(tried), max(tried))
     top = best + (0.0 if edge else _top(tried[best - 1], tried[best], tried[best + 1]))
-    return RateSearch(tuple(rates), tuple(scores), grid_rate(default, top), edge)
+    return grid_rate(default, top), edge
 
 
 def grid_rate(default: float, k: float) -> float:

@@ -30,8 +30,8 @@ def search(cells: Cells, setting: Setting, seeds: Sequence[int], kl: float | Non
         return -math.inf if value is None else -value if quality.less_is_better else value
 
     default = _default(cells, setting)
-    found = [search_rate(partial(score, seed=seed), default) for seed in seeds]
-    searched = BestRates(tuple(one.best for one in found), any(one.edge for one in found))
+    rates, edges = zip(*(search_rate(partial(score, seed=seed), default) for seed in seeds), strict=True)
+    searched = BestRates(rates, any(edges))
     beyond = "; it is at the edge of the range tried, so the best may lie beyond" if searched.edge else ""
     on = ", ".join(map(str, seeds))
     console.print(f"[bold]{setting.words}[/]: learning rate {searched.best:g}, found with seed {on}{beyond}")

@@ -11,7 +11,6 @@ from perl.measure.change import equal_words, places_of
 from perl.report import charts, policy_charts, words
 from perl.report.baselines import COLUMNS, table_rows, trainings
 from perl.report.card import Row, card, folded
-from perl.report.next_steps import next_steps
 from perl.report.numbers import (
     NONE,
     Spread,
@@ -100,7 +99,7 @@ def _content(by_tuning: Sequence[Group]) -> dict[str, object]:
             f"{words.STAGE[name]}: {told}" for name, stage in main.first.stages.items() for told in stage.notes
         ],
         "shown_samples": SHOWN_SAMPLES,
-        "next": next_steps(main, compared=len(by_tuning) > 1),
+        "next": _next_steps(main, compared=len(by_tuning) > 1),
     }
 
 
@@ -237,3 +236,40 @@ def _tunings(by_tuning: Sequence[Group]) -> dict[str, object]:
         "matched": matched,
         "seeds": [len(group.runs) for group in by_tuning],
     }
+
+
+def _next_steps(group: Group, compared: bool) -> list[tuple[str, str]]:
+    """Return what can be done with these runs, as pairs of purpose and command.
+
+    Args:
+        compared: whether the page compares two tunings.
+    """
+    run = group.first
+    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
+    again = f"perl-rlhf run {folder}/recipe.yaml"
+    steps = []
+    if group.rl:
+        steps += [
+            ("Chat with the policy, side by side with base and SFT", f"perl-rlhf chat {folder}"),
+            ("Export it for peft and vLLM", f"perl-rlhf export {folder} policy exported/policy"),
+        ]
+    elif group.reward:
+        steps += [
+            ("Score your own completions", f"perl-rlhf score {folder} FILE --out scores.jsonl"),
+            ("Export the reward model", f"perl-rlhf export {folder} reward exported/reward"),
+        ]
+    elif group.sft:
+        steps += [("Export the model for peft and vLLM", f"perl-rlhf export {folder} sft exported/sft")]
+    if not run.recipe:
+        return steps
+    if group.rl:
+        done = run.section("rl").get("steps")
+        setting = f"rl.steps={2 * done}" if isinstance(done, int) else "rl.kl_coef=0.1"
+        command = f"{again} {setting} --from {folder} --out {folder}-2"
+        steps += [("Train only RL again, with another setting", command)]
+    if len(group.runs) == 1:
+        seed = run.report.seed + 1
+        steps += [("See whether another seed agrees", f"{again} seed={seed} --out {folder}-seed-{seed}")]
+    if run.stages and not compared:
+        steps += [("Compare with full tuning", f"perl-rlhf compare {folder}/recipe.yaml")]
+    return steps

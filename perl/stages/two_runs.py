@@ -1,4 +1,7 @@
-"""Compares two finished runs' reward models and policies on the rows that both hold out."""
+"""Compares two finished runs' reward models and policies on the rows that both hold out.
+
+Axis letters: B completions, T completion positions, L positions of prompt and completion.
+"""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -6,14 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perl.data.records import Records, content_of
+import torch
+
+from perl.backbones.padding import joined
+from perl.data.records import Prompt, Records, Speaker, Turn, content_of
 from perl.errors import UserError
 from perl.measure.two_runs import Comparison, compare_metrics, compare_scores
 from perl.measure.verdict import MIN_DIALOGUES
 from perl.recipe import Recipe, StageName, changes_nothing
 from perl.recipe.reward_parts import ServerPart
-from perl.rl.evaluate import PART, of_each, prompt_means, rollouts, samples_per_prompt
-from perl.rl.written import Written, rewards_of
+from perl.rl.collector import Collector
+from perl.rl.evaluate import EVAL_BATCH, PART, of_each, prompt_means, rollouts, samples_per_prompt
+from perl.rl.samplers.base import Samples
 from perl.roles.role import Role
 from perl.runs.folder import RunFolder
 from perl.stages.identity import refuse_changed
@@ -47,10 +54,19 @@ class TwoRuns:
 
 
 @dataclass(frozen=True)
+class _Written:
+    """A completion as text, without its end token; `ended` says whether it had one."""
+
+    prompt: Prompt
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
 class _Drawn:
     """A policy's completions, grouped by prompt, and metrics per prompt."""
 
-    written: list[Written]
+    written: list[_Written]
     metrics: dict[str, list[float]]
     reward: dict[str, str]
     """What the reward depends on."""
@@ -176,21 +192,52 @@ def _draw(run: Path, held_out: Records, each: int) -> _Drawn:
         collector = finished_collector(session)
         prompts = tokenized_prompts(session, held_out.prompts)
         generator, found = collector.generator("evaluate"), dict[str, list[float]]()
-        written: list[Written] = []
+        written: list[_Written] = []
         for rollout in rollouts(collector, Role.POLICY, prompts.repeat(each), generator):
             ended = rollout.ended_B.tolist()
-            written += map(Written, rollout.prompts, rollout.texts, ended)
+            written += map(_Written, rollout.prompts, rollout.texts, ended)
             for name, values in of_each(rollout, held_out.judge).items():
                 found.setdefault(name, []).extend(values)
         metrics = {name: prompt_means(values, each) for name, values in found.items() if not name.startswith(PART)}
         return _Drawn(written, metrics, _reward_identity(session), session.identities["rl"].base)
 
 
-def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[Written]]) -> list[list[float]]:
+def _judge(run: Path, held_out: Records, of_both: Sequence[Sequence[_Written]]) -> list[list[float]]:
     """Return the run's rewards of each policy's completions."""
     with _opened(run, "rl", held_out) as session:
         collector = finished_collector(session)
-        return [rewards_of(collector, written) for written in of_both]
+        return [_rewards_of(collector, written) for written in of_both]
+
+
+def _rewards_of(collector: Collector, written: Sequence[_Written]) -> list[float]:
+    """Return the collector's reward of each text, tokenized like completions of its base."""
+    rewards: list[float] = []
+    for start in range(0, len(written), EVAL_BATCH):
+        part = written[start : start + EVAL_BATCH]
+        prompts, texts = [one.prompt for one in part], [one.text for one in part]
+        rewards += collector.reward(prompts, _samples(collector, part), texts).total_B.tolist()
+    return rewards
+
+
+def _samples(collector: Collector, written: Sequence[_Written]) -> Samples:
+    """Return the texts as tokens; they were not sampled, so their log-probs are 0."""
+    prompts, completions = [], []
+    for one in written:
+        speaker: Speaker = "text" if one.prompt.context[-1].speaker == "text" else "agent"
+        ids = collector.chat.completion(one.prompt.context, Turn(speaker, one.text))
+        prompts.append(collector.chat.context(one.prompt.context))
+        completions.append(ids if one.ended or len(ids) == 1 else ids[:-1])
+    device, pad_id = collector.roles.device, collector.sampling.pad_id
+    ids_BL, mask_BL = joined(prompts, completions, pad_id, device)
+    length = max(map(len, completions))
+    return Samples(
+        ids_BL=ids_BL,
+        mask_BL=mask_BL,
+        prompt_lengths=[len(ids) for ids in prompts],
+        completion_lengths=[len(ids) for ids in completions],
+        ended_B=torch.tensor([one.ended for one in written], device=device),
+        sampler_log_probs_BT=torch.zeros(len(written), length, device=device),
+    )
 
 
 def _reward_identity(session: Session) -> dict[str, str]:

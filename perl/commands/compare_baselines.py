@@ -18,7 +18,7 @@ from perl.system.child import run_child
 from perl.system.files import write_json, write_metrics, write_whole
 from perl.system.progress import console, silence
 from perl.system.signals import LEAVE
-from perl.system.typed_json import as_json, parse
+from perl.system.typed_json import as_json, read
 
 if TYPE_CHECKING:
     from perl.baselines.results import BaselineResult
@@ -111,10 +111,8 @@ def _finished(file: Path, belongs: str) -> "BaselineResult | None":
     """Return the result of an earlier call, if it belongs to the same run."""
     from perl.baselines.results import BaselineResult
 
-    if not file.exists():
-        return None
-    found = parse(BaselineResult, file.read_text(encoding="utf-8"), str(file), "Remove it to train it again.")
-    return found if found.belongs == belongs else None
+    found = read(BaselineResult, file, "Remove it to train it again.")
+    return found if found is not None and found.belongs == belongs else None
 
 
 def run_apart(recipe: Recipe, folder: Path) -> None:

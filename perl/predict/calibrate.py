@@ -19,7 +19,7 @@ from perl.predict.device import Curve, Device
 from perl.private.torch import PACKS_BF16, packed_linear, packed_weight
 from perl.system.device import hardware_name
 from perl.system.files import user_cache, user_named, write_json
-from perl.system.typed_json import as_json, parse
+from perl.system.typed_json import as_json, read
 
 REPEATS, LEAST = 3, 0.02
 """Number of measurements of an operation, of which the median is used, and the minimum seconds of each."""
@@ -47,11 +47,7 @@ def _file() -> Path:
 
 def calibrated() -> Device | None:
     """Return this machine's cached measurement; None if there is none."""
-    if not _file().exists():
-        return None
-    return parse(
-        Device, _file().read_text(), str(_file()), "Measure again: perl-rlhf estimate RECIPE --calibrate."
-    )
+    return read(Device, _file(), "Measure again: perl-rlhf estimate RECIPE --calibrate.")
 
 
 def measure() -> Device:

@@ -19,8 +19,9 @@ from perl.report.numbers import Spread, joined, spread
 from perl.results import Report, Sample, SftEval, StageResult
 from perl.rl.results import RlEval
 from perl.roles.role import REWARD_MEMBERS, Role
+from perl.system.files import text_if_any
 from perl.system.plain_yaml import flat_keys
-from perl.system.typed_json import parse
+from perl.system.typed_json import parse, read
 
 T = TypeVar("T")
 DAMAGED = "Remove the damaged part and run the stage again."
@@ -87,17 +88,16 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it was not started, or a file in it is damaged.
     """
-    file = next((one for one in (folder / "progress.json", folder / "report.json") if one.exists()), folder)
-    text = _text(file) if file != folder else None
-    if text is None:
+    report = read(Report, folder / "progress.json", DAMAGED) or read(Report, folder / "report.json", DAMAGED)
+    if report is None:
         remedy = f"Start it with `perl-rlhf run RECIPE --out {folder}`."
         raise UserError(
             "not a run: it has neither report.json nor progress.json", where=str(folder), remedy=remedy
         )
     return Run(
         path=folder,
-        report=parse(Report, text, str(file), DAMAGED),
-        recipe_yaml=_text(folder / "recipe.yaml") or "",
+        report=report,
+        recipe_yaml=text_if_any(folder / "recipe.yaml", DAMAGED) or "",
         metrics={role: _metrics(folder / role.folder / "metrics.jsonl") for role in LOGGED},
         samples=_lines(Sample, folder / "policy" / "samples.jsonl"),
         samples_by_step=_lines(Sample, folder / "policy" / "samples-by-step.jsonl"),
@@ -112,17 +112,8 @@ def _metrics(file: Path) -> dict[str, Series]:
 
 def _lines(kind: type[T], file: Path) -> list[T]:
     """Return the values of the non-empty lines; none if there is no such file."""
-    lines = enumerate((_text(file) or "").split("\n"), start=1)
+    lines = enumerate((text_if_any(file, DAMAGED) or "").split("\n"), start=1)
     return [parse(kind, line, f"{file}, line {number}", DAMAGED) for number, line in lines if line.strip()]
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), remedy="Check the file.") from None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from perl.roles.role import Role
 from perl.runs.trackers import Send
 from perl.system.files import write_json, write_whole
 from perl.system.plain_yaml import flat_keys
-from perl.system.typed_json import as_json, made, parse
+from perl.system.typed_json import as_json, made, read
 
 STAGE_ROLE: dict[StageName, Role] = {"sft": Role.SFT, "reward": Role.REWARD, "rl": Role.POLICY}
 """The role that each stage trains; the stage's folder has the role's name."""
@@ -167,17 +167,7 @@ class RunFolder:
         Raises:
             UserError: its result.json cannot be read, or is not a result of this stage; names the field.
         """
-        file = self.role(STAGE_ROLE[stage]) / "result.json"
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            what = f"cannot be read: {error.strerror}"
-            raise UserError(what, where=str(file), remedy="Check its permissions.") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"not text: {error.reason}", where=str(file), remedy=RERUN) from None
-        return parse(RESULTS[stage], text, str(file), RERUN)
+        return read(RESULTS[stage], self.role(STAGE_ROLE[stage]) / "result.json", RERUN)
 
     def waited(self, stage: StageName) -> float:
         """Return the seconds that the user has waited for a stage until its last checkpoint; 0 if not started."""

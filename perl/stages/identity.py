@@ -21,7 +21,7 @@ from perl.results import Start
 from perl.roles.role import Role
 from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.system.files import file_sha256, write_json
-from perl.system.typed_json import as_json, parse
+from perl.system.typed_json import as_json, read
 
 KINDS: dict[StageName, tuple[str, ...]] = {
     "sft": ("demonstrations",),
@@ -148,11 +148,7 @@ def settings_sha256(recipe: Recipe, stage: StageName, *, any_length: bool = Fals
 def recorded(folder: RunFolder, stage: StageName) -> Identity | None:
     """Return the recorded identity of a stage; None if none is recorded."""
     file = folder.role(STAGE_ROLE[stage]) / FILE
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return parse(Identity, text, str(file), "Remove the stage's folder to train it again.")
+    return read(Identity, file, "Remove the stage's folder to train it again.")
 
 
 def record(folder: RunFolder, stage: StageName, identity: Identity) -> None:

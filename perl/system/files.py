@@ -49,6 +49,21 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def text_if_any(file: Path, remedy: str) -> str | None:
+    """Return a file's text; None if there is no such file.
+
+    Raises:
+        UserError: it is not text, with this remedy, or cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not text: {error.reason}"
+        raise machine_fault(error) or UserError(f"cannot be read: {why}", where=str(file), remedy=remedy) from None
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old content or the new."""
     unfinished = file.with_name(f".{file.name}.unfinished")

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from perl.errors import UserError
+from perl.system.files import text_if_any
 
 T = TypeVar("T")
 _ADAPTERS: dict[object, TypeAdapter[Any]] = {}
@@ -47,6 +49,12 @@ def parse(kind: type[T], text: str, where: str, remedy: str) -> T:
         raise UserError(f"{key or 'the value'}: {first['msg']}", where=where, remedy=remedy) from None
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, remedy=remedy) from None
+
+
+def read(kind: type[T], file: Path, remedy: str) -> T | None:
+    """Parse a result's file; None if there is none. Raises `UserError` as `parse` and `text_if_any` do."""
+    text = text_if_any(file, remedy)
+    return None if text is None else parse(kind, text, str(file), remedy)
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:

@@ -13,8 +13,6 @@ Advance = Callable[..., None]
 
 LINE_EVERY = 30.0
 """Seconds between two lines if there is no terminal for a bar."""
-LOOK_EVERY = 1.0
-"""Seconds between two checks whether a line is due."""
 console = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 """For all output except a command's result."""
 
@@ -34,46 +32,29 @@ def silence() -> Iterator[None]:
         console.quiet = before
 
 
-class _Log:
-    """The current activities, innermost last, and the time of the last line about them."""
-
-    def __init__(self) -> None:
-        self.doing: list[str] = []
-        self.last = 0.0
-
-    def due(self) -> bool:
-        """Return whether a line is due; if so, it counts as written."""
-        now = time.monotonic()
-        if console.is_terminal or now - self.last < LINE_EVERY:
-            return False
-        self.last = now
-        return True
-
-    def watch(self, ended: threading.Event, began: float) -> None:
-        """Print the current activity every half minute, unless something else has been printed."""
-        while not ended.wait(LOOK_EVERY):
-            if self.doing and self.due():
-                minutes, seconds = divmod(int(time.monotonic() - began), 60)
-                console.print(f"{self.doing[-1]} … {minutes} min {seconds:02} s", markup=False)
-
-
-_log = _Log()
+_doing: list[str] = []
+"""What is being done, innermost last."""
 
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Print at least every half minute what is being done inside, if there is no terminal; calls may be nested."""
-    outermost, ended = not _log.doing, threading.Event()
-    _log.doing.append(what)
-    watcher = threading.Thread(target=_log.watch, args=(ended, time.monotonic()), daemon=True)
+    """Print every half minute what is being done inside, if there is no terminal; calls may be nested."""
+    outermost, ended, began = not _doing, threading.Event(), time.monotonic()
+    _doing.append(what)
+
+    def watch() -> None:
+        while not ended.wait(LINE_EVERY):
+            minutes, seconds = divmod(int(time.monotonic() - began), 60)
+            for now in _doing[-1:]:
+                console.print(f"{now} … {minutes} min {seconds:02} s", markup=False)
+
     if outermost and not console.is_terminal:
-        _log.last = time.monotonic()
-        watcher.start()
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        _log.doing.pop()
+        _doing.pop()
 
 
 @contextlib.contextmanager
@@ -92,8 +73,6 @@ def track(what: str, total: int, done: int = 0) -> Iterator[Advance]:
             nonlocal count
             shown, count = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), count + 1
             progress.update(task, advance=1, metrics=shown)
-            _log.doing[-1] = f"{what} {count} of {total}"
-            if _log.due():
-                console.print(f"{what} {count} of {total}  {shown}")
+            _doing[-1] = f"{what} {count} of {total}  {shown}".rstrip()
 
         yield advance

@@ -21,7 +21,7 @@ from perl.private.torch import (
     FLASH_ATTENTION_BACKWARD,
     HAS_PACKED_LINEAR,
     PACKED_LINEAR,
-    TorchDispatchMode,
+    Observer,
     operator_of,
 )
 
@@ -42,7 +42,7 @@ if HAS_PACKED_LINEAR:
     FORMULAS[PACKED_LINEAR] = _packed_linear
 
 
-class Flops(TorchDispatchMode, Listener):
+class Flops(Observer, Listener):  # type: ignore[no-untyped-call]
     """Counts operations while active.
 
     Args:
@@ -50,7 +50,7 @@ class Flops(TorchDispatchMode, Listener):
     """
 
     def __init__(self, trunks: Iterable[nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._trunks = list(trunks)
         self._real_share, self._recomputing = 1.0, 0
         self.total = self.useful = 0.0
@@ -75,18 +75,9 @@ class Flops(TorchDispatchMode, Listener):
         else:
             self._real_share = float(mask[:, -ids.shape[1] :].float().mean())
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator and count it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Count the operator."""
         if formula := FORMULAS.get(operator_of(func)):
             count = formula(*args, **kwargs, out_val=result)
             self.total += count
             self.useful += 0.0 if self._recomputing else count * self._real_share
-        return result

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perl.private.torch import TorchDispatchMode
+from perl.private.torch import Observer
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -40,7 +40,7 @@ def holder(tensor: Tensor) -> Holder | None:
     return tensor if tensor.is_mkldnn else None
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Observer):
     """Counts the bytes of tensor storages created while active, and their peak, on any device.
 
     A storage counts once, regardless of its views, from the operator that creates it until it is freed, which is
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, start: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Holder]] = {}
         self.current = 0
@@ -73,16 +73,8 @@ class LiveBytes(TorchDispatchMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator and count the storages that it created."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Count the storages that the operator created."""
         # A fake result is a different object from the `out` tensor.
         for tensor in tensors_in((kwargs.get("out", result),)):
             storage = holder(tensor)
@@ -92,7 +84,6 @@ class LiveBytes(TorchDispatchMode):
             ):
                 self._count(storage)
         self.peak = max(self.peak, self.current)
-        return result
 
     def _is_from_before(
         self, storage: Holder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]

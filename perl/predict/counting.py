@@ -6,7 +6,7 @@ block has a second forward. If only parts of a step are run, each counts as ofte
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from perl.measure.ledger import Timeline
 from perl.measure.memory import tensors_in
 from perl.measure.meter import Meter
 from perl.measure.probe import Phase, PhaseMemory
-from perl.private.torch import ITEM, TorchDispatchMode, in_backward, operator_of, returns_view
+from perl.private.torch import ITEM, Observer, in_backward, operator_of, returns_view
 
 Kind = Literal["product", "rows", "rank", "cache", "attention", "exponential", "other"]
 """Matrix products; products with few rows, of low rank, and of one row with each sequence's cache, which take the
@@ -115,20 +115,14 @@ def counted() -> Iterator[Work]:
         yield work  # type: ignore[misc]
 
 
-class _Counting(TorchDispatchMode):
-    def __init__(self, count: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+class _Counting(Observer):  # type: ignore[no-untyped-call]
+    def __init__(self, count: Callable[[Operation], None]) -> None:
+        super().__init__()
         self._count = count
 
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func.namespace == "prim" or func is ITEM:  # queries, not work
-            return result
-        self._count(operation_of(func, args, kwargs, result))
-        return result
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if func.namespace != "prim" and func is not ITEM:  # these are queries, not work
+            self._count(operation_of(func, args, kwargs, result))
 
 
 def operation_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Operation:

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +21,28 @@ FakeTensorMode = _subclasses.FakeTensorMode
 """Context in which operations create fake tensors."""
 
 
-class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context that intercepts every operation. It skips torch's guard against dynamo, which is slow in each."""
+class Observer(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context that observes every operation. It skips torch's guard against dynamo, which is slow in each."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and observe it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.observe(func, args, kwargs, result)
+        return result
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Take note of an operator that has run."""
+        raise NotImplementedError
 
 
 HAS_PACKED_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -5,7 +5,7 @@ Letters: N tokens, I the width of an adapter's input, O that of the part's outpu
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from perl.adapters.kind import AdaptedLayer, AdapterKind
-from perl.adapters.peft_kind import unmoved
 from perl.adapters.targets import adaptable, chosen_layers, layer_index
 from perl.errors import UserError
 from perl.recipe.adapter import BottleneckSettings
@@ -137,15 +136,12 @@ class Bottleneck(AdapterKind):
         given = _first(part.forward(x_NI[None].to(self.lm.dtype)))[0].float() if self.takes_output else x_NI
         return self._adapter_output(part, role, given)
 
-    def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Count the units of the bottleneck whose column is unchanged in every `up`.
+    def rank_axis(self, name: str, parameter: Tensor) -> int | None:
+        """Return that of the bottleneck's units in `up`.
 
         Under relu a unit that no token activates has no gradient, which is common with short completions.
         """
-        if self.settings.activation == "relu":
-            return 0
-        still = [unmoved(up_OK, start.get(name), 1) for name, up_OK in now.items() if name.endswith("up")]
-        return int(torch.stack(still).all(0).sum())
+        return 1 if name.endswith("up") and self.settings.activation != "relu" else None
 
 
 class _Maps(nn.Module):

@@ -162,9 +162,9 @@ class AdapterKind(ABC):
         """Yield the layers whose adapters of this role can be tested one by one."""
         return iter(())
 
-    def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Count the ranks unchanged in all modules; a parameter that `start` lacks was newly initialized."""
-        return 0
+    def rank_axis(self, name: str, parameter: Tensor) -> int | None:
+        """Return the axis (0 or 1) of a factor, initially zero, along which each rank learns; None for others."""
+        return None
 
     # Files.
 

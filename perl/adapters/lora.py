@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from perl.adapters import experts, low_rank
 from perl.adapters.kind import AdaptedLayer, AdapterKind
-from perl.adapters.peft_kind import PeftKind, unmoved
+from perl.adapters.peft_kind import PeftKind
 from perl.adapters.targets import choose, linear_layers
 from perl.backbones import backbone_of
 from perl.errors import UserError
@@ -167,11 +167,9 @@ class Lora(PeftKind):
         product: Tensor = x_NI @ a_RI.T @ b_OR.T
         return self.scale * product
 
-    def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Count the ranks whose column is unchanged in every B; experts are ignored."""
-        factors = {name: b_OR for name, b_OR in now.items() if "lora_B" in name and b_OR.dim() == 2}
-        still = [unmoved(b, start.get(name), 1) for name, b in factors.items() if b.shape[1] == self.config.r]
-        return int(torch.stack(still).all(0).sum()) if still else 0
+    def rank_axis(self, name: str, parameter: Tensor) -> int | None:
+        """Return that of the columns of B, except of experts."""
+        return 1 if "lora_B" in name and parameter.dim() == 2 and parameter.shape[1] == self.config.r else None
 
     def export(self, role: str, folder: Path, base: str, heads: list[str] | None) -> dict[str, Tensor]:
         """Export for peft; a language model's adapter also gets the form that vLLM and TGI load.

@@ -11,7 +11,7 @@ import torch
 from peft import MissConfig
 from torch import Tensor
 
-from perl.adapters.peft_kind import PeftKind, unmoved
+from perl.adapters.peft_kind import PeftKind
 from perl.errors import UserError
 from perl.private.peft import MissLayer
 from perl.recipe.adapter import MissSettings
@@ -51,10 +51,9 @@ class Miss(PeftKind):
         """Return zero for all parameters."""
         return 0.0
 
-    def ranks_unchanged(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-        """Count the sums whose mix is unchanged in every layer."""
-        still = [unmoved(block_RO, start.get(name), 0) for name, block_RO in now.items()]
-        return int(torch.stack(still).all(0).sum()) if still else 0
+    def rank_axis(self, name: str, parameter: Tensor) -> int:
+        """Return that of the sums, each of which has its mix."""
+        return 0
 
     def delta(self, layer: Any, role: str) -> Tensor:
         """Return each output's mix, repeated along its inputs."""

@@ -193,14 +193,3 @@ class SharingKind(PeftKind):
         """Restore every wrapped layer, and drop the fixed tensors."""
         super().remove()
         self._tuner = None
-
-
-def unmoved(now: Tensor, start: Tensor | None, rank_axis: int) -> Tensor:
-    """Return which ranks of a factor are unchanged; (R,), bool.
-
-    Args:
-        start: the factor's initial value; None for zero.
-        rank_axis: which of the factor's two axes is that of ranks.
-    """
-    same = now == (torch.zeros_like(now) if start is None else start)
-    return same.all(1 - rank_axis)

@@ -22,6 +22,7 @@ from perl.parallel.processes import ALONE
 from perl.recipe import Recipe
 from perl.recipe.adapter import BUILT_IN
 from perl.results import RlStage
+from perl.rl.checks.liveness import unchanged_ranks
 from perl.rl.checks.wiring import adapters_as_configured
 from perl.rl.collector import read_completions
 from perl.rl.samplers.base import Sampling
@@ -156,7 +157,7 @@ def test_what_is_trained_is_counted_and_has_the_start_that_is_told(kind: str) ->
     assert known
     for name, value in known.items():
         assert (weights[name] == value).all(), name
-    assert roles.adapter.ranks_unchanged(weights, {}) == {
+    assert unchanged_ranks(roles.adapter, weights, {}) == {
         "ia3": 0,
         "vera": 0,
         "miss": 6,
@@ -165,7 +166,7 @@ def test_what_is_trained_is_counted_and_has_the_start_that_is_told(kind: str) ->
     }.get(kind, 8 if kind in ("series", "parallel") else 4)
     for parameter in weights.values():
         parameter.data += 0.1
-    assert roles.adapter.ranks_unchanged(weights, {}) == 0
+    assert unchanged_ranks(roles.adapter, weights, {}) == 0
 
 
 @both_dtypes

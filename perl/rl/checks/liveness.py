@@ -5,11 +5,12 @@ its reference. The first updates of each process are therefore checked, tensor b
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from perl.adapters.kind import AdapterKind
 from perl.results import Check
 from perl.rl.checks.findings import Finding, bugs, named, require
 from perl.rl.checks.guarding import Mode
@@ -181,9 +182,20 @@ class Liveness:
                 cause = _why_unchanged(heads, gradients, *adams)
                 yield Finding(f"{role}'s head learns", words, len(unchanged & set(heads)), 0, cause)
         if isinstance(roles, SharedBase):
-            still_ranks = roles.adapter.ranks_unchanged(roles.weights(Role.POLICY), roles.weights(roles.reference))
+            now, start = roles.weights(Role.POLICY), roles.weights(roles.reference)
+            still_ranks = unchanged_ranks(roles.adapter, now, start)
             cause = "the rank is truncated: part of the adapter's factors is never used"
             yield bugs("all ranks learn", "unchanged ranks of the policy's adapter", still_ranks, cause)
+
+
+def unchanged_ranks(adapter: AdapterKind, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
+    """Count the ranks that are unchanged in all modules; a factor that `start` lacks was zero."""
+    still_R = [
+        (factor == start.get(name, 0)).all(1 - axis)
+        for name, factor in now.items()
+        if (axis := adapter.rank_axis(name, factor)) is not None
+    ]
+    return int(torch.stack(still_R).all(0).sum()) if still_R else 0
 
 
 def _why_unchanged(names: Sequence[str], gradients: dict[str, Tensor], key: str, size: float) -> str:

@@ -15,6 +15,7 @@ from tests.tiny import KINDS, LLAMA
 
 SHORT, LONG = 48, 144
 WIDER = {"model_type": "llama", **LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
 Memory = dict[str, dict[str, tuple[int, dict[str, int]]]]
 
 
@@ -92,8 +93,9 @@ def assert_close(actual: Memory, expected: Memory, relative: float) -> None:
         (LONG, {"critic": "adapter", "checkpoint_activations": True, "lora": {"rank": 4, "targets": "attention"}}),
         (LONG, {"tuning": "full", "critic": "adapter"}),
         (SHORT, {"tuning": "full", "checkpoint_activations": True, "algorithm": "ppo", "stages": "rl"}),
+        (SHORT, {"config": EXPERTS, "dtype": "float32", "stages": "rl"}),
     ],
-    ids=["lora", "lora-long-checkpointed", "full-long", "full-checkpointed"],
+    ids=["lora", "lora-long-checkpointed", "full-long", "full-checkpointed", "experts"],
 )
 def test_all_layers_tried_it_is_what_is_measured(length: int, changes: dict[str, Any], dialogues: Path) -> None:
     tried = recipe(dialogues, 2, length, **changes)

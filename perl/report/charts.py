@@ -76,7 +76,7 @@ def step_plot(
         axes.fill_between(steps, mean - half, mean + half, color=SERIES[0], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, color=SERIES[0], linewidth=2.4)
         _end_lines(axes, [None if end is None else scale * end.mean for end in ends])
-        spoken = f"{title}: from {decimal(mean[0])} to {decimal(mean[-1])} ({unit})"
+        spoken = f"{title}: from {plain(mean[0])} to {plain(mean[-1])} ({unit})"
         hovers = step_hovers(axes, title, mean)
         svg = to_svg(drawn, f"steps-{role}-{metric}", spoken, hovers)
     return Plot(svg, caption + (" Dashed: held-out prompts before and after RL." if any(ends) else ""))

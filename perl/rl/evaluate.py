@@ -1,8 +1,8 @@
 """Evaluation of a policy by its completions of held-out prompts, and comparison of two policies."""
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
-from math import comb
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from perl.rl.collector import Collector
 from perl.rl.maths import kl_k1, masked_mean
 from perl.rl.results import PassAtK, PolicyChange
 from perl.rl.rewards.function import messages
+from perl.rl.rewards.scale import ROUNDING
 from perl.rl.rollout import EncodedPrompts, Rollout
 from perl.roles.role import Role
 from perl.system.progress import console, counted, doing
@@ -63,7 +64,7 @@ def evaluate_policy(
         for name, values in metrics.items():
             found.setdefault(name, []).extend(values)
     if say_spread:
-        console.print(_spread(found["reward"]))
+        console.print(spread_words(found["reward"]))
     means = {name: prompt_means(values, each) for name, values in found.items()}
     rules = [found[f"{PART}{name}"] for name in collector.reward.rules]
     if rules:
@@ -106,13 +107,19 @@ def success_rates(
     return prompt_means(right, each)
 
 
-def _spread(rewards: list[float]) -> str:
+def spread_words(rewards: list[float]) -> str:
     """Describe a reward's scale before anything is trained on it."""
     std, said = statistics.pstdev(rewards), f"Preflight: the rewards of {len(rewards)} completions before RL"
     if std == 0.0:
         return f"[yellow]{said} are all {rewards[0]:.3g}[/]: as long as they are equal, nothing can be learned."
-    low, high = min(rewards), max(rewards)
-    return f"{said}: mean {statistics.fmean(rewards):.3g}, standard deviation {std:.3g}, {low:.3g} to {high:.3g}."
+    mean, low, high = statistics.fmean(rewards), min(rewards), max(rewards)
+    if std <= ROUNDING * abs(mean):
+        said = f"{said} have a standard deviation of only {std:.3g} around {mean:.3g}"
+        return f"[yellow]{said}, which training takes for rounding[/]: subtract a constant from all of them."
+    digits = 3 + max(
+        0, math.floor(math.log10(max(-low, high) / std))
+    )  # rewards may differ little from a large mean
+    return f"{said}: mean {mean:.{digits}g}, standard deviation {std:.3g}, {low:.{digits}g} to {high:.{digits}g}."
 
 
 def pass_at_k(right: Sequence[bool], k: int) -> float:
@@ -122,7 +129,7 @@ def pass_at_k(right: Sequence[bool], k: int) -> float:
     of Chen et al. 2021 (arXiv 2107.03374). k is at most n.
     """
     n, c = len(right), sum(right)
-    return 1.0 - comb(n - c, k) / comb(n, k)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def measured_ks(n: int) -> list[int]:

@@ -174,6 +174,14 @@ def test_few_steps(tmp_path: Path) -> None:
     assert "this may be chance" in text
 
 
+def test_plots_of_tiny_rewards_are_read_aloud_with_their_digits(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, "lora")
+    file = run / "policy" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"reward": 1e-5 * row["reward"]}) + "\n" for row in rows))
+    assert re.search(r'aria-label="Reward: from [0-9.]+e−6 to [0-9.]+e−6 ', _page(tmp_path, run))
+
+
 def test_escaped(tmp_path: Path) -> None:
     """Content from models, data and machines is always text, never markup."""
     folder = make_run(tmp_path / "a")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from perl.measure.change import fixed, measured_words
-from perl.rl.evaluate import samples_per_prompt
+from perl.rl.evaluate import samples_per_prompt, spread_words
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
 REWARD = """
@@ -26,6 +26,21 @@ def flip(completions, **columns):
 @pytest.mark.parametrize(("prompts", "each"), [(1, 32), (8, 32), (24, 11), (100, 3), (128, 2), (256, 1), (999, 1)])
 def test_few_prompts_are_answered_several_times(prompts: int, each: int) -> None:
     assert samples_per_prompt(prompts) == each
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        ([0.0, 1.0], ": mean 0.5, standard deviation 0.5, 0 to 1."),
+        ([1e-5, 2e-5, 3e-5], ": mean 2e-05, standard deviation 8.16e-06, 1e-05 to 3e-05."),
+        ([1e6, 1003e3, 1006e3], ": mean 1.003e+06, standard deviation 2.45e+03, 1e+06 to 1.006e+06."),
+        ([-10.2, -10.1, -10.1], ": mean -10.133, standard deviation 0.0471, -10.2 to -10.1."),
+        ([1e6, 1e6 + 1], "only 0.5 around 1e+06, which training takes for rounding"),
+        ([2.0, 2.0], "are all 2"),
+    ],
+)
+def test_rewards_of_any_scale_are_described(rewards: list[float], words: str) -> None:
+    assert words in spread_words(rewards)
 
 
 def run(run_cli: RunCli, recipe: Path, out: Path) -> tuple[dict[str, Any], str]:

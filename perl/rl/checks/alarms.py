@@ -96,7 +96,7 @@ WORDS = {
         "higher rl.temperature helps.",
     ),
     "divergence": Words(
-        "{check} fell from {start:.2f} to {value:.2f} while the reward in training rose",
+        "{check} fell from {ends} while the reward in training rose",
         "The policy exploits errors of its reward, or has memorised its training prompts.",
         "Stop earlier (rl.steps), {hold}, or improve the reward with more ratings of such completions.",
     ),

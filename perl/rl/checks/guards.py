@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from perl.measure.change import fixed, places_of
 from perl.rl.checks.alarms import WORDS, Alarm
 from perl.rl.checks.guard_state import NOTHING, WINDOW, Limits, Memory, Reading, Series, Trouble, Validation
 from perl.system.typed_json import as_json, made
@@ -180,6 +181,7 @@ class Guard:
         key, better = self._limits.step_key, self._better_step_size(value)
         length = self._series("answer_tokens")
         check = "the gold judge" if judged else "the reward on held-out prompts"
+        places = max(2, places_of(abs(reading.start - value)))  # rewards may be of any scale
         return Alarm(
             name=name,
             step=step,
@@ -189,7 +191,12 @@ class Guard:
             limit=reading.limit,
             grave=reading.grave,
             what=words.what.format(
-                value=value, limit=reading.limit, start=reading.start, check=check, length=length
+                value=value,
+                limit=reading.limit,
+                start=reading.start,
+                check=check,
+                length=length,
+                ends=f"{fixed(reading.start, places)} to {fixed(value, places)}",
             ),
             causes=words.causes.format(step=key.replace("_", " ")),
             remedy=words.remedy.format(better=better, hold=self._limits.hold, step_key=key),

@@ -137,6 +137,17 @@ def test_a_bad_step_or_two_are_noise(trouble: str) -> None:
     assert read(made_up(lambda step, row: change(BEGIN, row) if step in (33, 34, 44) else None)) == []
 
 
+def test_tiny_rewards_on_held_out_prompts_are_told_with_their_digits() -> None:
+    def change(step: int, row: Figures) -> None:
+        learns_by_heart(step, row)
+        row |= {
+            name: 1e-5 * row[name] for name in ("reward", "score", "held_out", "held_out_error") if name in row
+        }
+
+    (alarm,) = read(made_up(change))
+    assert "fell from 6.0e-6 to 2.0e-6 while" in alarm.what
+
+
 def test_a_base_that_was_unsure_of_everything_may_become_sure() -> None:
     """Entropy falls from nearly uniform to normal while the reward rises: reported, and the run continues."""
 

@@ -200,6 +200,7 @@ def more(completions, colour, **columns):
         ("few", "own.py:few: the reward function cannot be called with prompts, completions, completion_ids: "),
         ("few", "accept prompts, completions, completion_ids and **kwargs"),
         ("more", "missing a required"),
+        ("none", "Where TRL's functions return None, return 0"),
     ],
 )
 def test_a_reward_function_that_fails_is_named(

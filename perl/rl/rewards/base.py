@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # a plugin with a custom reward is read without torch
     from perl.rl.samplers.base import Samples
 
 ANOTHER_OUT = "If RL has already taken steps with the old rewards, use another --out."
+FLOATS = "Return a list of floats."
+NOT_NONE = "Where TRL's functions return None, return 0, which is what TRL then adds."
 LARGEST_REWARD = 1e30
 """Largest absolute value. Rewards are kept in fp32, which ends at 3e38, and squared for their variance."""
 
@@ -126,7 +128,8 @@ class RewardSource(ABC):
         numbers = [_number(score) for score in scores]
         for row, (score, number) in enumerate(zip(scores, numbers, strict=True)):
             if not math.isfinite(number):
-                raise self._misfit(count, f"score {row} is {reprlib.repr(score)}, for {reprlib.repr(texts[row])}")
+                what = f"score {row} is {reprlib.repr(score)}, for {reprlib.repr(texts[row])}"
+                raise self._misfit(count, what, NOT_NONE if score is None else FLOATS)
             if abs(number) > LARGEST_REWARD:
                 raise UserError(
                     f"score {row} of {self.title} is {number:g}; its absolute value may be at most "
@@ -136,11 +139,11 @@ class RewardSource(ABC):
                 )
         return numbers
 
-    def _misfit(self, count: int, what: str) -> UserError:
+    def _misfit(self, count: int, what: str, remedy: str = FLOATS) -> UserError:
         return UserError(
             f"{self.title} must return {counted(count, 'finite number')}, one per completion; {what}",
             where=self.where,
-            remedy=f"Return a list of floats. {ANOTHER_OUT}",
+            remedy=f"{remedy} {ANOTHER_OUT}",
         )
 
 

@@ -65,7 +65,10 @@ def init(
     print_prediction(recipe)
     with user_named(file):
         write_whole(file, commented(content))
-    console.print(f"Written: {file}. Next:", markup=False)
+    console.print(f"Written: {file}.", markup=False)
+    if recipe.stages == ("rl",):
+        console.print("Its rl.reward is a placeholder: replace it with your own reward first.", style="yellow")
+    console.print("Next:")
     for stage in recipe.stages:
         console.print(f"  perl-rlhf {stage} {file}  # {GIVES[stage]}", markup=False)
 

@@ -112,7 +112,7 @@ def test_the_stages_are_those_that_the_rows_allow(
     content = yaml.safe_load(text)
     assert [stage for stage in ("sft", "reward", "rl") if stage in content] == stages
     assert content.get("reward", {}).get("loss") == loss
-    assert ("placeholder" in text) == (stages == ["rl"])
+    assert ("placeholder" in text) == ("rl.reward is a placeholder" in written) == (stages == ["rl"])
     assert "  # A hub id or a folder" in text
 
 

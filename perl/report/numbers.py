@@ -48,8 +48,8 @@ def decimal(value: float, places: int = 2) -> str:
 
 
 def true_minus(text: str) -> str:
-    """Replace the hyphens before numbers with true minus signs."""
-    return re.sub(r"(?<!\w)-(?=\d)", MINUS, text)
+    """Replace the hyphens before numbers and exponents with true minus signs."""
+    return re.sub(r"((?<!\w)|(?<=\de))-(?=\d)", MINUS, text)
 
 
 def signed(value: float, places: int = 2) -> str:

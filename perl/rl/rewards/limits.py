@@ -21,6 +21,10 @@ STARTING_SECONDS = 120.0
 """Time limit for the process to import the function's file."""
 
 
+class _Expired(BaseException):
+    """The time limit is over; no `Exception`, because functions often score 0 after any of those."""
+
+
 def result(function: Callable[..., Any], **arguments: Any) -> Any:
     """Call a function; await a coroutine and read a generator, which run only then."""
     returned = function(**arguments)
@@ -35,7 +39,7 @@ async def _awaited(returned: Awaitable[Any]) -> Any:
 
 @contextlib.contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after this many seconds; None: never.
+    """Raise `TimeoutError` after this many seconds, or when the block ends if it catches everything; None: never.
 
     This uses SIGALRM, which only the main thread can receive: in other threads there is no limit.
     """
@@ -43,16 +47,25 @@ def limited(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    expired = False
+
     def expire(number: int, frame: FrameType | None) -> None:
-        raise _too_long(seconds)
+        nonlocal expired
+        expired = True
+        raise _Expired
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    except _Expired as error:  # its traceback has the line of the user's file
+        raise _too_long(seconds).with_traceback(error.__traceback__) from None
+    if expired:
+        raise _too_long(seconds)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,26 @@ def test_a_slow_function_ends_the_run_and_a_quick_one_is_left_in_peace(location:
     assert reward([PROMPT], SAMPLES, ["go"]) == [os.getpid()]
 
 
+CATCHING = """
+import time
+def judge(completions, **columns):
+    try:
+        time.sleep(60.0)
+    except {caught}:
+        return [0.0]
+"""
+
+
+@pytest.mark.parametrize(("caught", "line"), [("Exception", ":5"), ("BaseException", "")])
+def test_a_function_that_scores_0_after_a_failure_does_not_do_so_after_the_limit(
+    caught: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(CATCHING.format(caught=caught))
+    reward = RewardFunction(f"{tmp_path}/own.py:judge", [PROMPT], time_limit=0.1)
+    with pytest.raises(UserError, match=rf"own\.py{line}: the reward function failed: TimeoutError"):
+        reward([PROMPT], SAMPLES, ["go"])
+
+
 def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
     reward = RewardFunction(location, [PROMPT], time_limit=1.0, own_process=True)
     first = reward([PROMPT], SAMPLES, ["go"])

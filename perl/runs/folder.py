@@ -16,6 +16,7 @@ progress.json                            instead of report.json until the run is
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -85,10 +86,29 @@ class RunFolder:
                     remedy="Wait for it, or use another --out.",
                 ) from None
             except OSError as error:
-                raise UserError(
-                    f"cannot be written: {error.strerror}", where=str(self.path), remedy="Use another --out."
-                ) from None
+                raise self._unwritable(error.strerror) from None
             yield
+
+    def check_writable(self) -> None:
+        """Refuse a folder in which `claim` would fail for want of a permission, before anything is loaded.
+
+        Raises:
+            UserError: the folder, or the nearest above it that exists, cannot be written.
+        """
+        if not self._processes.main:
+            return
+        path = self.path.absolute()
+        try:
+            nearest = next(one for one in (path, *path.parents) if one.exists())
+        except OSError as error:
+            raise self._unwritable(error.strerror) from None
+        if not nearest.is_dir():
+            raise self._unwritable(os.strerror(errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._unwritable(os.strerror(errno.EACCES))
+
+    def _unwritable(self, why: str | None) -> UserError:
+        return UserError(f"cannot be written: {why}", where=str(self.path), remedy="Use another --out.")
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a folder with another recipe's run; a section whose stage has not been started may change.

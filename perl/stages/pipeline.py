@@ -8,11 +8,12 @@ from typing import Any
 
 from perl.errors import UserError
 from perl.parallel.engine import Engine
+from perl.parallel.processes import ALONE
 from perl.recipe import Recipe, StageName
 from perl.recipe.reward_parts import ServerPart
 from perl.results import StageResult, Stages
 from perl.roles.shared_base import SharedBase
-from perl.runs.folder import STAGE_ROLE
+from perl.runs.folder import STAGE_ROLE, RunFolder
 from perl.stages import identity, reuse, reward, rl
 from perl.stages.material import Material
 from perl.stages.opening import open_session
@@ -78,6 +79,7 @@ def run(
     for stage in stages or ():
         if stage not in recipe.stages:
             raise UserError(f"the recipe has no section {stage}", where=f"recipe {recipe.name}", remedy="Add it.")
+    RunFolder(out, engine.processes if engine is not None else ALONE).check_writable()
     since = time.monotonic()
     with doing("reading the data and the base"):
         session = open_session(recipe, out, material=material, engine=engine)

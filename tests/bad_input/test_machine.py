@@ -221,11 +221,12 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_no_permission_for_the_run_folder(
+def test_no_permission_for_the_run_folder_is_told_before_the_base_is_trained(
     read_only: Path, refused_in: RefusedIn, write_recipe: WriteRecipe
 ) -> None:
     says = ("cannot be written", str(read_only / "out"), "another --out")
-    refused_in(says, "run", write_recipe(), "--out", read_only / "out")
+    recipe = write_recipe(base={"build": {"steps": 100_000}})
+    refused_in(says, "run", recipe, "--out", read_only / "out")
 
 
 def test_no_permission_for_the_cache_is_told_before_the_base_is_trained(

@@ -93,10 +93,14 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
     return [
         name
         for name, module in lm.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit"))
-        and module is not head
-        and layer_index(name) is not None
+        if _is_linear(module) and module is not head and layer_index(name) is not None
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, not a subclass with another result, as Phimoe's router."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or type(module).__name__ in ("Conv1D", "Linear4bit")
 
 
 def layer_index(name: str) -> int | None:

@@ -12,9 +12,11 @@ from peft.functional import inject_adapter_in_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from perl.adapters import ADAPTERS, low_rank
 from perl.adapters.lora import Lora
+from perl.adapters.targets import linear_layers
 from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
@@ -249,3 +251,21 @@ def test_parts_of_t5_are_found_inside_its_lists(kind: str, targets: str | list[s
         assert torch.equal(lm(**given).logits, bare)
     learned = {name.partition(".bottleneck")[0].rpartition(".")[2] for name in roles.weights(Role.POLICY)}
     assert learned == ({"SelfAttention", "EncDecAttention"} if targets == "attention" else {"DenseReluDense"})
+
+
+def test_a_subclass_of_linear_that_returns_something_else_is_no_linear_layer() -> None:
+    """The router of Phimoe is a Linear that returns two tensors."""
+    config = PhimoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    lm = PhimoeForCausalLM(config)
+    names = linear_layers(lm)
+    assert any(name.endswith("q_proj") for name in names)
+    assert not [name for name in names if "router" in name]

@@ -98,9 +98,9 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, not a subclass with another result, as Phimoe's router."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or type(module).__name__ in ("Conv1D", "Linear4bit")
+    """Return whether a module is a linear layer; routers of experts may subclass it but return several tensors."""
+    name = type(module).__name__
+    return (isinstance(module, nn.Linear) and "Router" not in name) or name in ("Conv1D", "Linear4bit")
 
 
 def layer_index(name: str) -> int | None:

@@ -12,7 +12,7 @@ from peft.functional import inject_adapter_in_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PhimoeConfig, PhimoeForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 from perl.adapters import ADAPTERS, low_rank
 from perl.adapters.lora import Lora
@@ -253,19 +253,16 @@ def test_parts_of_t5_are_found_inside_its_lists(kind: str, targets: str | list[s
     assert learned == ({"SelfAttention", "EncDecAttention"} if targets == "attention" else {"DenseReluDense"})
 
 
-def test_a_subclass_of_linear_that_returns_something_else_is_no_linear_layer() -> None:
-    """The router of Phimoe is a Linear that returns two tensors."""
-    config = PhimoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        pad_token_id=0,
-    )
-    lm = PhimoeForCausalLM(config)
+def test_a_router_that_subclasses_linear_gets_no_adapter() -> None:
+    """The router of Phimoe returns two tensors."""
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = PhimoeForCausalLM(PhimoeConfig(**shape, intermediate_size=32, num_key_value_heads=2, num_local_experts=4))
     names = linear_layers(lm)
     assert any(name.endswith("q_proj") for name in names)
     assert not [name for name in names if "router" in name]
+
+
+def test_a_subclass_of_linear_with_a_forward_of_its_own_gets_an_adapter() -> None:
+    """All linear layers of Falcon are of such a class."""
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    assert len(linear_layers(FalconForCausalLM(FalconConfig(**shape)))) == 4

@@ -158,9 +158,12 @@ def _rl_recipe(shape: dict[str, int], folder: Path, **rl: Any) -> dict[str, Any]
     content = work.recipe("100m", "lora", "all", 1, checkpointing=False)
     content["base"]["config"] |= shape | {"num_key_value_heads": shape["num_attention_heads"]}
     content["base"]["config"] |= {"max_position_embeddings": 4096}
+    content["base"]["dtype"] = "float32"  # many CPUs only emulate bfloat16
     content["data"] = {"source": "jsonl", "path": str(file)}
     del content["reward"]
-    content["rl"] |= {"prompts_per_step": 4, "reward": [{"kind": "length"}]} | rl
+    reward = folder / "letters.py"
+    reward.write_text("def letters(completions, **kwargs):\n    return [len(set(text)) for text in completions]\n")
+    content["rl"] |= {"prompts_per_step": 4, "reward": {"function": f"{reward}:letters"}} | rl
     return content
 
 

@@ -3,6 +3,7 @@
 The policy starts as a copy of the reference (the SFT adapter or the bare base) and is kept near it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 from perl.errors import UserError
@@ -65,6 +66,7 @@ def train_rl(session: Session) -> RlStage:
             preflight=loop.preflight.check(),
             before=evaluate_policy(loop.collector, reference, held_out, judge, say_spread=True),
         )
+        _check_sign(loop, initial.before["reward"], settings.algorithm)
         checkpoint(loop, 0, initial)
     with session.metrics(Role.POLICY, done) as log:
         stopped_by = train(loop, initial, done, partial(_log, session, loop, held_out, log))
@@ -122,6 +124,22 @@ def measure_difficulty(session: Session, loop: Loop) -> None:
         each, success = max(MIN_ATTEMPTS, loop.samples_per_prompt), loop.objective.success_reward
         rates = success_rates(loop.collector, session.roles.reference, loop.prompts, each, success)
         choice.easiest_first = sorted(range(len(rates)), key=lambda prompt: -rates[prompt])
+
+
+def _check_sign(loop: Loop, rewards: Sequence[float], algorithm: str) -> None:
+    """Refuse rewards that an algorithm that divides by their mean cannot use.
+
+    Args:
+        rewards: each prompt's mean before training.
+    """
+    if loop.algorithm.advantage == "group-relative" and max(rewards) < 0.0:
+        raise UserError(
+            f"{algorithm} divides by the mean reward of a prompt's completions, which has to be above 0, but "
+            f"before RL it is {min(rewards):.3g} to {max(rewards):.3g}: nothing would be learned",
+            where="rl.algorithm",
+            remedy="Add a constant to the reward, so that it is never negative, or set another algorithm, such "
+            "as rloo.",
+        )
 
 
 def _plan(session: Session, loop: Loop) -> str:

@@ -87,6 +87,19 @@ def test_the_change_has_an_interval_and_chance_is_not_called_a_rise(
     assert "rose" not in text
 
 
+def test_rewards_that_an_algorithm_cannot_use_are_refused_before_the_first_step(
+    recipe: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    (tmp_path / "flip.py").write_text(
+        "def flip(completions, **kwargs):\n    return [-len(one) - 1 for one in completions]\n"
+    )
+    asked = ("rl.algorithm=maxrl", "rl.samples_per_prompt=4")
+    code, text = run_cli("run", recipe, *asked, "--out", tmp_path / "out")
+    assert code == 2, text
+    assert "maxrl divides by the mean reward of a prompt's completions" in " ".join(text.split())
+    assert not (tmp_path / "out" / "policy" / "metrics.jsonl").exists()
+
+
 def test_evaluate_gives_the_same_figures_and_shows_their_intervals(
     recipe: Path, run_cli: RunCli, tmp_path: Path
 ) -> None:

@@ -34,12 +34,12 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> Any:
+def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, dtype: str, clock: Clock) -> Any:
     """Return TRL's trainer for `steps` rollouts; it counts updates, so its `max_steps` is `steps * epochs`."""
     vocabulary = work.MODELS[model]["vocab_size"]
     tokenizer = _tokenizer(vocabulary)
     ids = torch.randint(5, vocabulary, (work.PROMPTS * 4, work.PROMPT_TOKENS)).tolist()
-    policy = made(LlamaForCausalLM, model)
+    policy = made(LlamaForCausalLM, model, dtype)
     policy.generation_config.eos_token_id = None  # no completion ends early
     if tuning == "full":  # TRL loads the reference from the policy's path
         policy.config._name_or_path = tempfile.mkdtemp()
@@ -47,7 +47,7 @@ def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, cl
     make_config, make_trainer = TRAINERS[algorithm]
     return make_trainer(
         model=policy,
-        reward_funcs=made(LlamaForSequenceClassification, model),
+        reward_funcs=made(LlamaForSequenceClassification, model, dtype),
         reward_processing_classes=tokenizer,
         processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{one}" for one in row) for row in ids]}),
@@ -78,4 +78,4 @@ def trainer(algorithm: str, model: str, tuning: str, epochs: int, steps: int, cl
 
 if __name__ == "__main__":
     epochs, steps = int(sys.argv[4]), int(sys.argv[5])
-    measure(partial(trainer, *sys.argv[1:4], epochs, steps), ticks=epochs).print()
+    measure(partial(trainer, *sys.argv[1:4], epochs, steps, sys.argv[6]), ticks=epochs).print()

@@ -23,7 +23,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> Any:
+def trainer(model: str, tuning: str, epochs: int, steps: int, dtype: str, clock: Clock) -> Any:
     """Return TRL's trainer for `steps` steps."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -54,10 +54,10 @@ def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> A
             disable_tqdm=True,
         ),
         processing_class=_tokenizer(),
-        model=made(LlamaForCausalLM, model),
-        ref_model=None if tuning == "lora" else made(LlamaForCausalLM, model),
-        reward_model=made(LlamaForSequenceClassification, model),
-        value_model=made(LlamaForSequenceClassification, model),
+        model=made(LlamaForCausalLM, model, dtype),
+        ref_model=None if tuning == "lora" else made(LlamaForCausalLM, model, dtype),
+        reward_model=made(LlamaForSequenceClassification, model, dtype),
+        value_model=made(LlamaForSequenceClassification, model, dtype),
         train_dataset=prompts,
         eval_dataset=prompts.select(range(work.PROMPTS)),
         callbacks=[clock],
@@ -66,4 +66,4 @@ def trainer(model: str, tuning: str, epochs: int, steps: int, clock: Clock) -> A
 
 
 if __name__ == "__main__":
-    measure(partial(trainer, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))).print()
+    measure(partial(trainer, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])).print()

@@ -33,11 +33,11 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def made(kind: Any, model: str) -> Any:
-    """Return a model of this class with the shape `work.MODELS[model]` and random weights."""
+def made(kind: Any, model: str, dtype: str) -> Any:
+    """Return a model of this class with the shape `work.MODELS[model]` and random weights of this dtype."""
     shape = {"tie_word_embeddings": False, **work.MODELS[model]}
     config = LlamaConfig(num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape)
-    return kind(config).to(device=DEVICE, dtype=torch.bfloat16)
+    return kind(config).to(device=DEVICE, dtype=getattr(torch, dtype))
 
 
 def adapters(tuning: str) -> dict[str, LoraConfig]:

@@ -187,7 +187,7 @@ def peer(size: Size, algorithm: str) -> Metrics:
     from benchmarks.trl_work import measure
 
     steps = max(3, size.steps // 2)
-    found = measure(partial(trainer, algorithm, size.models["1b"], "lora", 1, steps))
+    found = measure(partial(trainer, algorithm, size.models["1b"], "lora", 1, steps, "bfloat16"))
     return {
         "seconds": statistics.median(one["all"] for one in found.steps[1:]),
         "peak_bytes": found.peak_over_start_bytes,

@@ -46,7 +46,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def recipe(
-    model: str, tuning: str, layers: str, epochs: int, checkpointing: bool, algorithm: str = "ppo"
+    model: str,
+    tuning: str,
+    layers: str,
+    epochs: int,
+    checkpointing: bool,
+    algorithm: str = "ppo",
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Return the workload as a recipe; the reward model is an adapter with random weights and a zero head."""
     each = 1 if algorithm == "ppo" else GROUP
@@ -57,7 +63,7 @@ def recipe(
         "base": {
             "config": {"model_type": "llama", "tie_word_embeddings": False, **MODELS[model]},
             "random_init": True,
-            "dtype": "bfloat16",
+            "dtype": dtype,
         },
         "lora": {"rank": RANK, "alpha": ALPHA, "layers": layers if tuning == "lora" else "all"},
         "data": {"source": "coffee-simulator"},

@@ -29,7 +29,7 @@ WARM_UP = 1
 first."""
 TUNINGS = {"lora": "LoRA", "full": "full"}
 READS = {
-    "step": ("algorithm", "model", "layers", "epochs", "repeats", "steps", "checkpointing", "peer_trl"),
+    "step": ("algorithm", "model", "layers", "epochs", "repeats", "steps", "dtype", "checkpointing", "peer_trl"),
     "rollout": ("model", "repeats"),
     "reward": ("model", "repeats"),
     "limit": ("model", "layers"),
@@ -56,6 +56,9 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measurements of each side.")] = 3,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Counted steps per measurement.")] = 2,
     model: Annotated[str, typer.Option("--model", help="100m, 1b or 8b: the size of the random Llama.")] = "100m",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bfloat16, or float32 for a CPU that only emulates it.")
+    ] = "bfloat16",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Checkpoint activations on our side.")
     ] = False,
@@ -66,6 +69,7 @@ def bench(
     one_of("--algorithm", algorithm, ["ppo", "rloo", "grpo"])
     one_of("--layers", layers, ["all", "top-half"])
     one_of("--model", model, list(work.MODELS))
+    one_of("--dtype", dtype, ["bfloat16", "float32"])
     one_of("PART", part, list(READS))
     sources = {name: context.get_parameter_source(name) for name in context.params}
     refuse_unread(part, [name for name, source in sources.items() if source and source.name == "COMMANDLINE"])
@@ -76,6 +80,7 @@ def bench(
         "epochs": epochs,
         "repeats": repeats,
         "steps": steps,
+        "dtype": dtype,
     }
     options |= {"checkpointing": checkpointing, "peer_trl": peer_trl, "figure": figure}
     measure: Callable[..., dict[str, Any]] = bench_step if part == "step" else measure_of(part)
@@ -139,6 +144,7 @@ def bench_step(
     epochs: int,
     repeats: int,
     steps: int,
+    dtype: str,
     checkpointing: bool,
     peer_trl: Path | None,
 ) -> dict[str, Any]:
@@ -164,12 +170,12 @@ def bench_step(
         )
     runners: dict[str, Callable[[], Measurement]] = {}
     for tuning, label in TUNINGS.items():
-        content = work.recipe(model, tuning, layers, epochs, checkpointing, algorithm)
+        content = work.recipe(model, tuning, layers, epochs, checkpointing, algorithm, dtype)
         ours = ["-m", "perl.bench.ours", Recipe.model_validate(content).model_dump_json(), steps + WARM_UP]
         runners[f"ours, {label}"] = partial(_measure, "ours", ours)
         if algorithm != "ppo" or peer_trl is not None:
             peer: list[object] = [script("trl_ppo")] if algorithm == "ppo" else [script("trl_groups"), algorithm]
-            peer += [model, tuning, epochs, steps + WARM_UP]
+            peer += [model, tuning, epochs, steps + WARM_UP, dtype]
             runners[f"trl, {label}"] = partial(_measure, "trl", peer, peer_trl)
     runs: dict[str, list[Measurement]] = {name: [] for name in runners}
     for repeat in range(repeats):
@@ -181,7 +187,7 @@ def bench_step(
     lora, full = (_tuning(sides[f"ours, {one}"], sides.get(f"trl, {one}")) for one in TUNINGS.values())
     lora_to_full = sides["ours, LoRA"].ratio(sides["ours, full"])
     ratios = {"ours / trl, LoRA": lora.get("ratio"), "ours / trl, full": full.get("ratio")}
-    title = f"{model} Llama, {epochs} epoch(s), our adapters on {layers} blocks"
+    title = f"{model} Llama in {dtype}, {epochs} epoch(s), our adapters on {layers} blocks"
     _print(algorithm, sides, ratios | {"ours, LoRA / full": lora_to_full}, title)
     return lora | {"tuning_full": full, "lora_to_full": lora_to_full}
 

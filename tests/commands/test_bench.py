@@ -44,14 +44,16 @@ def test_trl_is_measured_beside_ours(run_cli: RunCli, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(command, "_measure", measured)
     file = tmp_path / "bench.json"
-    code, text = run_cli("bench", "--algorithm", "grpo", "--repeats", "1", "--json", str(file))
+    asked = ("--algorithm", "grpo", "--repeats", "1", "--dtype", "float32")
+    code, text = run_cli("bench", *asked, "--json", str(file))
     assert code == 0, text
     found = json.loads(file.read_text())
     assert set(found) == {"ours", "trl", "ratio", "tuning_full", "lora_to_full"}
     assert found["ratio"] == found["tuning_full"]["ratio"] == {"time": 0.25, "memory": 0.25}
     assert [Path(one[0]).name for one in commands[1::2]] == ["trl_groups.py"] * 2
+    assert all('"dtype":"float32"' in one[2] for one in commands[::2])
     assert [one[1:] for one in commands[1::2]] == [
-        ["grpo", "100m", tuning, "1", "3"] for tuning in ("lora", "full")
+        ["grpo", "100m", tuning, "1", "3", "float32"] for tuning in ("lora", "full")
     ]
     assert '"algorithm":"grpo"' in commands[0][2]
 

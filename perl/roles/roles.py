@@ -36,6 +36,7 @@ from perl.roles.outputs import Outputs
 from perl.roles.packed import packed
 from perl.roles.role import Role
 from perl.roles.score_terms import ScoredRows, ScoreTerms
+from perl.roles.transposed import transposed
 
 
 class Roles(nn.Module, ABC):
@@ -193,8 +194,10 @@ class Roles(nn.Module, ABC):
         stays empty if there are no shared blocks, or if they are in an encoder.
         """
         watched = 0 if self.backbone.encodes_prompts else self.shared_blocks
-        with self.role(role), packed(self.model()), self.backbone.watched(self.model(), watched) as seen:
-            yield seen
+        with self.role(role):
+            model = self.model()
+            with packed(model), transposed(model), self.backbone.watched(model, watched) as seen:
+                yield seen
 
     @contextlib.contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:

@@ -172,8 +172,9 @@ class RunFolder:
         """Add completions of the policy after a step, and remove those of later steps, left by an interruption."""
         if self._processes.main:
             file = self.role(Role.POLICY) / "samples-by-step.jsonl"
-            found = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            kept = [line for line in found if json.loads(line)["step"] < step]
+            # not splitlines, which also ends lines at separators that JSON leaves in texts, such as U+2028
+            found = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+            kept = [line for line in found if line and json.loads(line)["step"] < step]
             added = [json.dumps(as_json(replace(one, step=step)), ensure_ascii=False) for one in samples]
             write_whole(file, "".join(f"{line}\n" for line in [*kept, *added]))
 

@@ -43,7 +43,7 @@ class Generation:
         """Return the part of an unfinished text that is final: without partial characters or stop sequences."""
         text, _ = self.cut(completion)
         held_back = max(map(len, self.stop), default=1) - 1
-        return text[: len(text) - held_back].rstrip("\ufffd")
+        return text[: max(0, len(text) - held_back)].rstrip("\ufffd")
 
 
 @dataclass(frozen=True)

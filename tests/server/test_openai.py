@@ -110,6 +110,7 @@ def test_a_stop_sequence_ends_and_no_beginning_of_it_is_streamed() -> None:
     assert settings.cut(Completion("one", False, 5, 5)) == ("one", "length")
     assert settings.settled(Completion("one EN", False, 5, 5)) == "one"
     assert settings.settled(Completion("one END", False, 5, 5)) == "o"
+    assert settings.settled(Completion("EN", False, 5, 5)) == ""  # shorter than what is held back
     assert Generation(None, None, 1, 0, ()).settled(Completion("caf\ufffd", False, 5, 5)) == "caf"
 
 

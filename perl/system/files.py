@@ -65,7 +65,11 @@ def text_if_any(file: Path, remedy: str) -> str | None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new."""
+    """Write a text file atomically: a reader sees the old content or the new. Links, pipes, devices are kept."""
+    if file.exists() and not file.is_file():  # such as /dev/stdout
+        file.write_text(text, encoding="utf-8")
+        return
+    file = Path(os.path.realpath(file))
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from perl.data.jsonl import parse_row
 from perl.data.records import Problem
-from perl.data.rows import Row, RowError, list_of, object_with, parsed, shown, soft_label, strict_json, usable_text
+from perl.data.rows import (
+    Row,
+    RowError,
+    content_text,
+    list_of,
+    object_with,
+    parsed,
+    shown,
+    soft_label,
+    strict_json,
+)
 from perl.data.tables import Value, csv_rows, numbered_values, row_of
 from perl.errors import UserError, machine_fault
 
@@ -69,7 +79,7 @@ def _open_webui(row: Row) -> Row:
         if not isinstance(identity, str) or identity not in messages or len(path) > len(messages):
             raise RowError(f"history.messages lacks {shown(identity)}, or has a cycle")
         message = object_with(messages[identity], ("role", "content"), f"message {identity}")
-        path.append({"role": message["role"], "content": _content(message["content"])})
+        path.append({"role": message["role"], "content": content_text(message["content"], f"message {identity}")})
         identity = message.get("parentId")
     if not path or path[0]["role"] != "assistant":
         raise RowError(f"meta.message_id is {shown(meta.get('message_id'))}; a message by the assistant expected")
@@ -91,21 +101,13 @@ def _gradio(row: Row) -> Row:
     if not isinstance(index, int) or not 0 < index < len(turns):
         raise RowError(f"index is {shown(cells['index'])}; the index of a message after the first expected")
     path = [object_with(turn, ("role", "content"), "a message") for turn in turns[: index + 1]]
-    *before, answer = ({"role": turn["role"], "content": _content(turn["content"])} for turn in path)
+    *before, answer = (
+        {"role": turn["role"], "content": content_text(turn["content"], "a message")} for turn in path
+    )
     if answer["role"] != "assistant":
         raise RowError(f"message {index} is by {shown(answer['role'])}; one by the assistant expected")
     label = soft_label(cells["flag"], "flag")
     return {"prompt": before, "completion": answer["content"], "label": label, "time": cells.get("timestamp")}
-
-
-def _content(content: object) -> object:
-    """Return a message's text, joined if the chat program stores it in parts."""
-    if not isinstance(content, list):
-        return content
-    parts = [object_with(part, ("type",), "a part of the content") for part in content]
-    if any(part["type"] != "text" for part in parts):
-        raise RowError("the message contains more than text")
-    return "".join(usable_text(part.get("text"), "a part of the content") for part in parts)
 
 
 FORMATS: dict[str, tuple[str, Callable[[Row], Row]]] = {

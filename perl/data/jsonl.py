@@ -21,8 +21,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
+from operator import eq
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from perl.data.rated import RATED, in_force, rated_of
 from perl.data.records import (
@@ -42,6 +43,7 @@ from perl.data.records import (
 from perl.data.rows import (
     Row,
     RowError,
+    content_text,
     first_user_key,
     has_prompt_twice,
     kind,
@@ -66,6 +68,7 @@ MAX_MARGIN = 1e6
 """Maximum margin. Margins are differences of scores; larger ones cannot be learned."""
 
 _SPEAKERS: dict[str, Speaker] = {"system": "system", "user": "user", "assistant": "agent", "tool": "api"}
+_SPEAKERS["developer"] = "system"  # OpenAI's newer name for it
 _FIELDS = set[str]().union(*TRL_FORMATS)
 _DIALOGUE_FIELDS = ("dialogue", "conversation_id")
 _CERTAINTY_FIELDS = ("margin", "probability")
@@ -115,19 +118,16 @@ def read_values(where: str, values: Iterable[tuple[int, Value]], columns: Mappin
         problems = [Problem(one.where, f"{one.what}. {hint}") for one in problems]
     records, copies = Records(problems=problems), 0
     prompts: dict[Hashable, Prompt] = {}
+    others: dict[type[Record], list[Any]]
+    others = {Demonstration: records.demonstrations, Rating: records.ratings, Comparison: records.comparisons}
     for row in rows:
         for record in row:
-            match record:
-                case Demonstration():
-                    records.demonstrations.append(record)
-                case Rating():
-                    records.ratings.append(record)
-                case Comparison():
-                    records.comparisons.append(record)
-                case Prompt():
-                    key = content_of(record)
-                    copies += key in prompts and len(row) == 1
-                    prompts.setdefault(key, record)
+            if isinstance(record, Prompt):
+                key = content_of(record)
+                copies += key in prompts and len(row) == 1
+                prompts.setdefault(key, record)
+            else:
+                others[type(record)].append(record)
     records.prompts = list(prompts.values())
     if hint:
         records.notes.append(hint)
@@ -266,7 +266,7 @@ def _message(message: object, name: str) -> Turn:
     speaker = _SPEAKERS.get(role) if isinstance(role, str) else None
     if speaker is None:
         raise RowError(f"{name} has the unknown role {shown(role)}; one of {', '.join(_SPEAKERS)} expected")
-    text = usable_text(message["content"], f"{name}.content")
+    text = content_text(message["content"], f"{name}.content")
     if not text.strip():
         raise RowError(f"{name}.content is empty")
     return Turn(speaker, text)
@@ -285,7 +285,7 @@ def _dialogue(row: Row, turns: Context) -> str:
 
 def _shared(one: Iterable[object], other: Iterable[object]) -> int:
     """Return the length of the common prefix of two sequences."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return sum(takewhile(bool, map(eq, one, other)))
 
 
 def _shared_text(chosen: str, rejected: str) -> int:

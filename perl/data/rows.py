@@ -185,6 +185,13 @@ def usable_text(value: object, name: str) -> str:
     return value
 
 
+def content_text(value: object, name: str) -> str:
+    """Return a message's content as one text: it is text, or a list of text parts as in OpenAI's API."""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(usable_text(part.get("text"), f"a part of {name}") for part in value)
+    return usable_text(value, name)
+
+
 def binary_label(value: object, name: str) -> bool:
     """Return a binary label: true or 1 is up, false or 0 is down."""
     if isinstance(value, bool | int | float) and value in (0, 1):

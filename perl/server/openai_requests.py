@@ -154,13 +154,13 @@ class ScoreRequest:
 
 
 def _answered(prompt: object, answer: str) -> tuple[Context, Turn]:
-    record = _record({"prompt": _plain(prompt), "completion": answer, "label": True})
+    record = _record({"prompt": prompt, "completion": answer, "label": True})
     assert isinstance(record, Rating)
     return record.context, record.answer
 
 
 def _context(prompt: object) -> Context:
-    return _record({"prompt": _plain(prompt)}).context
+    return _record({"prompt": prompt}).context
 
 
 def _record(row: Mapping[str, object]) -> Record:
@@ -168,19 +168,3 @@ def _record(row: Mapping[str, object]) -> Record:
         return parse_row(row)[0]
     except RowError as error:
         raise UserError(str(error), where=WHERE, remedy="Correct this field.") from None
-
-
-def _plain(prompt: object) -> object:
-    """Convert OpenAI's messages to TRL's: text parts are joined, and the role developer becomes system."""
-    if not isinstance(prompt, list):
-        return prompt
-    plain = []
-    for message in prompt:
-        role, content = message.get("role"), message.get("content")
-        if isinstance(content, list) and all(
-            isinstance(one, dict) and one.get("type") == "text" and isinstance(one.get("text"), str)
-            for one in content
-        ):
-            content = "".join(one["text"] for one in content)
-        plain.append({"role": "system" if role == "developer" else role, "content": content})
-    return plain

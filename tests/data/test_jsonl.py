@@ -55,6 +55,16 @@ def test_chat_messages_become_turns_by_their_speakers() -> None:
     assert rating.dialogue == "hi there", "the first user turn, not the system's"
 
 
+def test_content_in_parts_and_the_role_developer_are_read_as_in_openais_api() -> None:
+    parts = [{"type": "text", "text": "Hi  "}, {"type": "text", "text": "There", "image": None}]
+    row = {"messages": [{"role": "developer", "content": "Be kind."}, {**USER, "content": parts}, AGENT]}
+    demonstration, prompt = parse(row)
+    assert prompt.context == (Turn("system", "Be kind."), Turn("user", "Hi  There"))
+    assert demonstration.answer == (Turn("agent", "hello"),)
+    for content in ([*parts, {"type": "image"}], [{"type": "text"}], []):
+        assert isinstance(parse({"prompt": [{"role": "user", "content": content}]}), Problem)
+
+
 def test_a_text_completion_of_a_chat_is_the_agents() -> None:
     assert parse({"prompt": [USER], "completion": "hello"})[0].answer == (Turn("agent", "hello"),)
 

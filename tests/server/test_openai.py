@@ -167,7 +167,7 @@ def test_scores_are_the_reward_models(path: str, client: TestClient, run: Loaded
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
             400,
-            "a list",
+            "content is null",
         ),
         ("/v1/chat/completions", {"messages": CHAT, "tools": [{}]}, 400, "tools"),
         ("/v1/chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_"),

@@ -5,11 +5,13 @@ cell has no value. In every form, `label` may be a word for up or down. If the c
 fields of TRL's formats, the user maps them; a mapping can be suggested.
 """
 
+import ast
 import codecs
 import contextlib
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -34,6 +36,8 @@ from perl.errors import UserError
 Value = Callable[[], object]
 """Returns the row; raises `RowError`."""
 NUMBERS = ("label", "margin", "probability")
+_PYTHON = re.compile(r"\s*\[\{'(role|content)': ")
+"""Beginning of a list of messages as pandas writes it into a cell."""
 ANSWERS = ("completion", "chosen", "rejected")
 """Fields whose text may be JSON without being a chat, for example if a schema asks for JSON."""
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are supported"
@@ -211,6 +215,11 @@ def cell_value(name: str, cell: object) -> object:
         if cell.lstrip().startswith("[{"):
             value: object = json.loads(cell)
             return cell if name in ANSWERS and not _are_messages(value) else value
+    if _PYTHON.match(cell):  # else it would be taken for plain text
+        try:
+            return ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError):
+            raise RowError(f"{name} has messages, but neither as JSON nor as a list in Python") from None
     return cell
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 
+import numpy
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -37,6 +38,18 @@ def test_every_form_gives_the_same_records(tmp_path: Path) -> None:
     for form in ("csv", "tsv", "parquet", "json"):
         found = read_jsonl(tmp_path / f"rows.{form}", COLUMNS)
         assert (found.ratings, found.prompts, found.problems) == (expected.ratings, expected.prompts, []), form
+
+
+def test_messages_that_pandas_wrote_into_cells_are_read_and_never_taken_for_text(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": 'It\'s "5"?\n'}, {"role": "assistant", "content": "No."}]
+    rows = [{"prompt": said[:1], "completion": said[1:]}, {"prompt": said[:1], "completion": "Yes."}]
+    file = tmp_path / "rows.csv"
+    pandas.DataFrame(rows).to_csv(file, index=False)
+    texts = [(one.context[0].text, one.answer[0].text) for one in read_jsonl(file).demonstrations]
+    assert texts == [(said[0]["content"], "No."), (said[0]["content"], "Yes.")]
+    pandas.DataFrame({"messages": [numpy.array(said, dtype=object)]}).to_csv(file, index=False)  # without commas
+    (problem,) = read_jsonl(file).problems
+    assert problem.what == "messages has messages, but neither as JSON nor as a list in Python"
 
 
 def test_what_json_has_no_form_for_is_text_in_the_rows_of_parquet(run_cli: RunCli, tmp_path: Path) -> None:

@@ -147,20 +147,21 @@ def fetch_source(name: str) -> Path:
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
-    """Return name and path from the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
+    """Return name and path, its `~` expanded, from the command line's `SOURCE`, `SOURCE:PATH` or `FILE`.
 
     Raises:
         UserError: neither a known source nor a file.
     """
+    text = os.path.expanduser(text)
     name, colon, path = text.partition(":")
     # A file in our own formats needs no source name.
     own = text.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet"))
-    if name not in SOURCES and (own or os.path.isfile(os.path.expanduser(text))):
+    if name not in SOURCES and (own or os.path.isfile(text)):
         return "jsonl", text
     find_source(name)
     if colon and not path:
         raise UserError(f"{text!r} has no path", remedy=f"Write {name} or {name}:PATH.")
-    return name, path or None
+    return name, os.path.expanduser(path) or None
 
 
 # The sources of this package.

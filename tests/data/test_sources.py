@@ -11,6 +11,7 @@ from perl.data.fetch import TASKMASTER, pins
 from perl.data.records import Problem, Records
 from perl.data.simulator.source import simulate
 from perl.data.sources import SOURCES, load_records, load_rows, parse_source
+from perl.data.tables import columns_in
 from perl.errors import UserError
 from perl.recipe import load_recipe
 from perl.stages.material import read_data
@@ -75,6 +76,16 @@ def test_an_unknown_source_is_refused_with_the_nearest_name(load: object) -> Non
     with pytest.raises(UserError, match="Did you mean taskmaster-coffee") as error:
         load("taskmaster-cofee", None, 0)
     assert all((name in error.value.remedy) != ("/" in name) for name in SOURCES), "parts of sets are not listed"
+
+
+def test_a_home_that_the_shell_left_unexpanded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bash does not expand `--data=~/thumbs.csv`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "thumbs.csv").write_text("question,response,rating\na,b,1\n")
+    for text in ("~/thumbs.csv", "jsonl:~/thumbs.csv"):
+        name, path = parse_source(text)
+        assert (name, path) == ("jsonl", str(tmp_path / "thumbs.csv"))
+    assert columns_in(Path(str(path)))["label"] == "rating"
 
 
 def test_sources_and_files_of_the_command_line(tmp_path: Path) -> None:

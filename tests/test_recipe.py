@@ -73,6 +73,17 @@ def test_overrides_take_yaml_values_and_make_sections(tmp_path: Path) -> None:
     assert load_recipe(file, ["data.path=a=b"]).data.path == "a=b", "the first = divides"
 
 
+def test_yes_is_no_number_and_off_is_none_of_it(tmp_path: Path) -> None:
+    """YAML reads on and yes as true, which would be 1: a validation after every step, or a learning rate of 1."""
+    file = write(tmp_path, GOOD)
+    for override in ("sft.eval_steps=on", "sft.learning_rate=yes", "rl.steps=true", "lora.rank=true", "seed=yes"):
+        key = override.partition("=")[0]
+        assert f"{key}: input should be a valid number (the value is True)" in refused(file, override)
+    recipe = load_recipe(file, ["rl.best_of_n=off", "rl.whiten=on"])
+    assert recipe.rl is not None
+    assert (recipe.rl.best_of_n, recipe.rl.whiten) == (0, True)
+
+
 def test_an_override_takes_a_value_back_to_its_default(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD)
     assert load_recipe(file, ["data.path="]).data.path is None

@@ -2,11 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -35,10 +43,26 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `eval_steps: on`, which would be 1; `best_of_n: off` is 0."""
+        types = set(_types(cls.model_fields[info.field_name or ""].annotation)) if value is True else set()
+        if types & {int, float} and bool not in types:
+            raise PydanticKnownError("float_type")
+        return value
+
     @classmethod
     def variant(cls, given: Any) -> "type[Section]":
         """Return the section whose keys a value must have, if that depends on the value."""
         return cls
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Yield the members of a type, at any depth, and the type itself."""
+    yield annotation
+    for member in get_args(annotation):
+        yield from _types(member)
 
 
 def nearest(name: str, valid: Collection[str]) -> str:

@@ -110,7 +110,7 @@ def line_value(line: bytes) -> object:
 
 
 def strict_json(text: str, **options: Any) -> object:
-    """Parse JSON; NaN and infinities are refused.
+    """Parse JSON; NaN and infinities are refused, and so is 1e999, which would be one.
 
     Args:
         options: options of `json.loads`, such as `strict=False`, which allows raw tabs and newlines in strings.
@@ -122,8 +122,13 @@ def strict_json(text: str, **options: Any) -> object:
     def refuse(constant: str) -> None:
         raise RowError(f"{constant} is not JSON")
 
+    def finite(number: str) -> float:
+        if math.isinf(float(number)):
+            raise RowError(f"{number} is too large a number")
+        return float(number)
+
     try:
-        value: object = json.loads(text, parse_constant=refuse, **options)
+        value: object = json.loads(text, parse_constant=refuse, parse_float=finite, **options)
     except RowError:
         raise
     except ValueError as error:

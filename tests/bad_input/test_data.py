@@ -122,7 +122,7 @@ ROWS = {
     "null for an answer": (b'{"prompt": "a", "completion": null}', "completion is null"),
     "a list of numbers for messages": (b'{"messages": [1, 2]}', "an object with role and content expected"),
     "a NaN label": (b'{"prompt": "a", "completion": "b", "label": NaN}', "NaN is not JSON"),
-    "an infinite label": (b'{"prompt": "a", "completion": "b", "label": 1e999}', "label is inf"),
+    "an infinite label": (b'{"prompt": "a", "completion": "b", "label": 1e999}', "1e999 is too large a number"),
     "a label above 1": (
         b'{"prompt": "a", "completion": "b", "label": 1.5}',
         "true or false (or 1, 0), or a number between",

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import math
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -204,36 +205,21 @@ def binary_label(value: object, name: str) -> bool:
     raise RowError(f"{name} is {shown(value)}; true or false (or 1, 0) expected")
 
 
-UP = ("true", "yes", "y", "up", "thumbs up", "thumbs_up", "good", "positive", "like", "liked", "👍")
-DOWN = (
-    "false",
-    "no",
-    "n",
-    "down",
-    "thumbs down",
-    "thumbs_down",
-    "bad",
-    "negative",
-    "dislike",
-    "disliked",
-    "-1",
-    "-1.0",
-    "👎",
-)
-"""Words for a thumb up and a thumb down, case ignored."""
+UP = ("true", "yes", "y", "up", "thumbs up", "thumb up", "good", "positive", "like", "liked", "👍")
+DOWN = ("false", "no", "n", "down", "thumbs down", "thumb down", "bad", "negative", "dislike", "disliked", "👎")
+"""Words for a thumb up and a thumb down, case, hyphens and underscores ignored."""
+_EMOJI_FORM = re.compile("[\ufe0f\U0001f3fb-\U0001f3ff]")
+"""What follows an emoji to choose its form or its skin colour."""
 
 
 def label_value(value: object) -> object:
     """Convert a label that is text to a number, or to a boolean for a word in `UP` or `DOWN`, if possible."""
     if not isinstance(value, str):
         return value
-    word = value.strip().casefold()
-    if word in (*UP, *DOWN):
-        return word in UP
-    try:
-        return float(word)
-    except ValueError:
-        return value
+    with contextlib.suppress(ValueError):
+        return float(value)
+    word = " ".join(re.split(r"[\s_-]+", _EMOJI_FORM.sub("", value).strip().casefold()))
+    return word in UP if word in (*UP, *DOWN) else value
 
 
 STARS = "convert one to five stars to (stars - 1) / 4"

@@ -293,6 +293,7 @@ def test_labels_as_text_are_the_same_in_every_form_and_errors_name_the_users_col
     form: str, tmp_path: Path
 ) -> None:
     words = {"yes": 1.0, " Thumbs down ": 0.0, "👍": 1.0, "1": 1.0, "0.7": 0.7, "-1": 0.0, "maybe": None}
+    words |= {"thumbs-up": 1.0, "Thumb_Down": 0.0, "👍\U0001f3fd": 1.0, "👎\ufe0f": 0.0}  # as phones send thumbs
     file = tmp_path / f"own.{form}"
     if form == "csv":
         lines = [f"{n},c,{word}" for n, word in enumerate(words)]

@@ -214,6 +214,9 @@ def _rows(question: Question, opinion: Opinion) -> list[Row]:
             return [{**start, "chosen": texts[better], "rejected": texts[1 - better]}]
         case Opinion(label=None, better=None, correction=str(correction)), [text]:
             _check_correction(correction, text)
+            if question.context[-1].speaker == "text" and not correction[0].isspace():
+                # The text field gives it without the space between prompt and completion.
+                correction = text[: len(text) - len(text.lstrip())] + correction
             pair = {**start, "chosen": correction, "rejected": text}
             return [{**start, "completion": correction}, pair]
     what = "a single completion needs label or correction, two completions need better (0 or 1)"

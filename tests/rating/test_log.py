@@ -14,6 +14,7 @@ from perl.data.jsonl import read_jsonl
 from perl.data.records import Comparison, Demonstration, Rating, Records, Turn
 from perl.errors import MachineError, UserError
 from perl.rating.log import Opinion, RatingLog
+from perl.rating.questions import Question
 from perl.rating.summary import summarize
 from tests.rating.asking import CHAT, one, two
 
@@ -53,6 +54,18 @@ def test_each_opinion_is_a_row_of_its_kind_with_all_that_is_known_of_it(file: Pa
         **{"text": "What size?", "role": "policy", "base_sha256": "base", "adapter_sha256": "adapter"},
         **{"temperature": 1.0, "max_new_tokens": 8, "seed": 5, "place": 0, "of": 1},
     }
+
+
+def test_a_correction_of_plain_text_keeps_the_space_that_joins_it_to_the_prompt(file: Path) -> None:
+    """The page's text field gives it without; a reward model would learn the space, not the answer."""
+    text = (Turn("text", "Q: What is 2 + 2?\nA:"),)
+    log = RatingLog(file)
+    for number, correction in enumerate(("4", "  4", "4\n")):
+        drawn = one(f" {number + 5}").completions
+        log.add(Question(text, "d", drawn, "random"), "ann", Opinion(correction=correction))
+    records = read(file)
+    assert [pair.better.text for pair in records.comparisons] == [" 4", "  4", " 4\n"]
+    assert [one.answer[0].text for one in records.demonstrations] == [" 4", "  4", " 4\n"]
 
 
 def test_the_last_word_on_the_same_wins_and_each_rater_has_one(file: Path) -> None:

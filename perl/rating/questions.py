@@ -111,10 +111,12 @@ class Questions:
             raise UserError("the run has no finished reward model to choose by", where=where, remedy=remedy)
         held_out = run.session.held_out
         kinds = (held_out.prompts, held_out.ratings, held_out.comparisons, held_out.demonstrations)
-        rows = next((rows for rows in kinds if rows), None)
-        if rows is None:
-            raise UserError("the run has no held-out data", where=where, remedy="Set data.held_out above 0.")
-        self.contexts: list[tuple[Context, str]] = list(dict.fromkeys((row.context, row.dialogue) for row in rows))
+        asked = ([(row.context, row.dialogue) for row in rows if row.context] for rows in kinds)
+        contexts = next(filter(None, asked), None)
+        if contexts is None:  # in conversations that the assistant begins there is no prompt
+            remedy = "Rate a run on data with prompts, or with conversations that the user begins."
+            raise UserError("the run has no held-out prompts", where=where, remedy=remedy)
+        self.contexts: list[tuple[Context, str]] = list(dict.fromkeys(contexts))
         self.is_text = self.contexts[0][0][-1].speaker == "text"
         self.roles: list[str] = [str(role) for role in run.policies]
         self._order = self._endless()

@@ -11,6 +11,7 @@ from perl.library import LoadedRun, Score
 from perl.rating.questions import ASKED_AT_ONCE, CHOSEN, POOL, Questions, distance_from_even
 from perl.roles.role import Role
 from perl.roles.saved import weights_sha256
+from tests.conftest import write_rows
 from tests.exported import make, recipe_on
 
 
@@ -26,9 +27,6 @@ def test_questions_are_held_out_prompts_with_completions_of_all_roles(run: Loade
     held_out = {(prompt.context, prompt.dialogue) for prompt in run.session.held_out.prompts}
     assert {(one.context, one.dialogue) for one in asked} <= held_out
     assert {one.completions[0].role for one in asked} == {"base", "sft", "policy"}
-    assert (
-        not any(one.completions[0].role == asked[0].completions[0].role for one in asked[:ASKED_AT_ONCE]) or True
-    )
     for one in questions.draw(2, set()):
         first, second = one.completions
         assert first.role != second.role
@@ -93,3 +91,13 @@ def test_what_cannot_be_asked_is_refused(run: LoadedRun, monkeypatch: pytest.Mon
     monkeypatch.setattr(run, "results", replace(run.results, reward=None))
     with pytest.raises(UserError, match="no finished reward model to choose by"):
         Questions(run, "uncertainty")
+
+
+def test_conversations_that_all_begin_with_the_assistant_have_nothing_to_ask_about(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "A latte."}]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"{n}?"}], "dialogue": n} for n in range(9)]
+    recipe = recipe_on(tiny_llama, write_rows(tmp_path / "rows.jsonl", rows), reward=None, rl=None)
+    with pytest.raises(UserError, match="the run has no held-out prompts"):
+        Questions(perl.load_run(make(tmp_path / "out", recipe)))

@@ -1,4 +1,4 @@
-"""JSON Lines that commands read and write, one line per line read."""
+"""Files of rows that commands read, and JSON Lines that they write: one line per row."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,43 +9,41 @@ import typer
 
 from perl.data.jsonl import parse_row
 from perl.data.records import Record
-from perl.data.rows import Row, RowError, line_value, no_usable_row, numbered_lines, object_with
+from perl.data.rows import Row, RowError, no_usable_row, object_with
+from perl.data.tables import numbered_values
 from perl.errors import UserError
 from perl.system.files import user_named, write_whole
 
-FILE = "JSON Lines, as `data check` describes them."
+FILE = "Rows, as `data check` describes them."
 Lines = Annotated[Path, typer.Argument(metavar="FILE", help=FILE)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to this file, not to stdout.")]
-REMEDY = "Fix or remove that line: every line read gives one line of output."
+REMEDY = "Fix or remove that row: every row read gives one line of output."
 
 
 def read_records(file: Path) -> list[tuple[str, Row, Record]]:
-    """Read the lines of a file: the place of each, its fields, and its record.
+    """Read the rows of a file: the place of each, its fields, and its record.
 
-    A line with an empty completion is read as a prompt.
+    A row with an empty completion is read as a prompt.
 
     Raises:
-        UserError: a line fits no format, or the file is empty, missing or a table.
+        UserError: a row fits no format, or the file is empty, missing or of another form.
     """
     records = []
-    if file.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        remedy = f"Convert it: perl-rlhf data import trl {file} --out {file.with_suffix('.jsonl').name}"
-        raise UserError(f"{file.suffix} files are not supported here", where=str(file), remedy=remedy)
     try:
-        for number, line in numbered_lines(file):
+        for number, value in numbered_values(file, {}):
             where = f"{file}:{number}"
             try:
-                row = object_with(line_value(line))
+                row = object_with(value())
                 unread = ("completion", "label") if has_empty_completion(row) else ()
                 record = parse_row({name: one for name, one in row.items() if name not in unread})[0]
                 records.append((where, row, record))
             except RowError as error:
                 raise UserError(str(error), where=where, remedy=REMEDY) from None
     except OSError as error:
-        remedy = "Name a JSON Lines file."
+        remedy = "Name a file of rows."
         raise UserError(f"cannot be read: {error.strerror}", where=str(file), remedy=remedy) from None
     if not records:
-        raise no_usable_row([], str(file), "Give one line per completion or prompt.")
+        raise no_usable_row([], str(file), "Give one row per completion or prompt.")
     return records
 
 

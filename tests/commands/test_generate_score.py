@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 import perl
@@ -124,16 +125,31 @@ def test_the_help_of_generate_says_that_only_the_role_may_be_left_out(run_cli: R
     assert "2 roles are given: sft, policy" in written
 
 
+def test_rows_of_every_form_are_read(run_cli: RunCli, folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": CHAT, "completion": text, "label": 1.0} for text in ("No.", "Yes, of course.")]
+    table = pandas.DataFrame({**row, "prompt": json.dumps(row["prompt"])} for row in rows)
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    scored = []
+    for form in ("jsonl", "json", "csv", "parquet"):
+        status, written = run_cli("score", folder, tmp_path / f"rows.{form}", "--out", tmp_path / "scored.jsonl")
+        assert status == 0, written
+        scored.append(read(tmp_path / "scored.jsonl"))
+    assert scored[0][0].items() > rows[0].items()
+    assert scored == [scored[0]] * 4
+
+
 def test_what_is_no_file_is_an_error(run_cli: RunCli, folder: Path, tmp_path: Path) -> None:
     assert run_cli("score", folder, tmp_path / "none.jsonl")[0] == 2
     (tmp_path / "empty.jsonl").touch()
     status, written = run_cli("generate", folder, tmp_path / "empty.jsonl")
     assert status == 2
     assert "it is empty" in written
-    (tmp_path / "table.csv").write_text("prompt,completion\na,b\n")
-    status, written = run_cli("score", folder, tmp_path / "table.csv")
+    status, written = run_cli("score", folder, tmp_path / "table.xlsx")
     assert status == 2
-    assert ".csv files are not supported here" in written
+    assert ".xlsx files are not supported" in written
     file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": CHAT}])
     status, written = run_cli("generate", folder, "critic", file)
     assert status == 2

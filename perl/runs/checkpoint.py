@@ -68,7 +68,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps on disk, oldest first."""
-        return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-*"))
+        numbers = (folder.name.removeprefix("step-") for folder in self.folder.glob("step-*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def write(self, state: State, keep: Collection[int] = ()) -> None:
         """Write a state, and only then remove the oldest ones.

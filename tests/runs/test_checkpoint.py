@@ -47,6 +47,14 @@ def test_what_an_interrupted_write_left_is_removed(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_users_copy_of_a_checkpoint_is_ignored(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 20)
+    checkpoints.write(state(20))
+    for name in ("step-00000020 (copy)", "step-00000020.bak", "step-best"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.steps() == [20]
+
+
 def cut(folder: Path) -> None:
     file = folder / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-4])

@@ -310,6 +310,18 @@ def test_paths_are_looked_up_beside_the_recipe_then_here(tmp_path: Path, monkeyp
     assert recipe.rl.reward.function == f"{(beside / 'f.py').resolve()}:f"
 
 
+def test_a_link_keeps_its_name_whose_suffix_says_how_to_read_it(tmp_path: Path) -> None:
+    """In the hub's cache, and with git-annex or DVC, files are links to others that are named by their hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b2c").write_text("prompt,completion\na,b\n")
+    for name in ("rows.csv", "f.py"):
+        (tmp_path / name).symlink_to("blobs/0a1b2c")
+    recipe = load_recipe(write(tmp_path, GOOD), ["data.path=blobs/../rows.csv", "rl.reward.function=f.py:f"])
+    assert recipe.data.path == str(tmp_path / "rows.csv")
+    assert recipe.rl is not None
+    assert recipe.rl.reward.function == f"{tmp_path / 'f.py'}:f"
+
+
 def test_what_is_no_path_stays_as_it_is(tmp_path: Path) -> None:
     overrides = ["base={model: org/model}", "data.path=~no-such-user/x", f"rl.reward.function={'x' * 5000}.py:f"]
     recipe = load_recipe(write(tmp_path, GOOD), overrides)

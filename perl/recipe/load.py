@@ -175,7 +175,9 @@ def _resolved(text: str, folder: Path) -> str:
         given = Path(os.path.expanduser(file))  # Path's own raises for an unknown user's home
         for candidate in (folder / given, given):
             if candidate.exists():
-                return str(candidate.resolve()) + (f":{name}" if colon else "")
+                # A file's own name is kept, even if it is a link: its suffix says how to read it.
+                whole = candidate.resolve() if candidate.is_dir() else candidate.parent.resolve() / candidate.name
+                return str(whole) + (f":{name}" if colon else "")
     except OSError:  # a name too long to be a path
         pass
     return text

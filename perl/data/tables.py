@@ -38,7 +38,7 @@ Value = Callable[[], object]
 NUMBERS = ("label", "margin", "probability")
 _PYTHON = re.compile(r"\s*\[\{'(role|content)': ")
 """Beginning of a list of messages as pandas writes it into a cell."""
-ANSWERS = ("completion", "chosen", "rejected")
+TEXTS = ("prompt", "completion", "chosen", "rejected")
 """Fields whose text may be JSON without being a chat, for example if a schema asks for JSON."""
 READ = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv) and Parquet (.parquet) are supported"
 REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".tar", ".arrow", ".feather", ".pkl", ".pickle", ".docx", ".pdf")
@@ -83,7 +83,7 @@ def numbered_values(path: Path, columns: Mapping[str, str], form: str = "") -> I
         raise UserError(f"{suffix} files are not supported", where=str(path), remedy=f"Convert it: {READ}.")
     read = {".csv": _cells, ".tsv": _cells, ".parquet": _parquet}.get(suffix, _json)
     for number, value in read(path):
-        yield number, lambda value=value: _renamed(value(), columns)  # type: ignore[misc]
+        yield number, lambda value=value: _renamed(value(), columns, read is _cells)  # type: ignore[misc]
 
 
 def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, str]) -> Iterator[tuple[int, Value]]:
@@ -96,12 +96,19 @@ def numbered_rows(rows: Iterable[Mapping[str, object]], columns: Mapping[str, st
         yield number, lambda row=row: _renamed(_with_values(row), columns)  # type: ignore[misc]
 
 
-def _renamed(value: object, columns: Mapping[str, str]) -> object:
-    if not columns:
+def _renamed(value: object, columns: Mapping[str, str], cells: bool = False) -> object:
+    """Return a row by the formats' names; values that are stored as text, such as chats, are converted.
+
+    Args:
+        cells: whether all values are cells of text, of which those of other columns are converted too.
+    """
+    if not columns and not isinstance(value, dict):
         return value
     row, named = object_with(value), set(columns.values())
     kept = {name: one for name, one in row.items() if name not in named and name not in columns}
-    return kept | {field: cell_value(field, row[name]) for field, name in columns.items() if name in row}
+    kept |= {field: row[name] for field, name in columns.items() if name in row}
+    converted = kept if cells else {*TEXTS, "messages", *columns}
+    return {name: cell_value(name, one) if name in converted else one for name, one in kept.items()}
 
 
 def _json(path: Path) -> Iterator[tuple[int, Value]]:
@@ -156,11 +163,7 @@ def _plain(value: object) -> object:
 
 def _cells(path: Path) -> Iterator[tuple[int, Value]]:
     for number, header, cells in csv_rows(path):
-        yield number, lambda header=header, cells=cells: _values(row_of(header, cells))  # type: ignore[misc]
-
-
-def _values(row: Mapping[str, str]) -> Row:
-    return {name: cell_value(name, text) for name, text in row.items()}
+        yield number, lambda header=header, cells=cells: row_of(header, cells)  # type: ignore[misc]
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
@@ -214,7 +217,7 @@ def cell_value(name: str, cell: object) -> object:
             return float(cell)
         if cell.lstrip().startswith("[{"):
             value: object = json.loads(cell)
-            return cell if name in ANSWERS and not _are_messages(value) else value
+            return cell if name in TEXTS and not _has_messages(value) else value
     if _PYTHON.match(cell):  # else it would be taken for plain text
         try:
             return ast.literal_eval(cell.strip())
@@ -223,10 +226,10 @@ def cell_value(name: str, cell: object) -> object:
     return cell
 
 
-def _are_messages(value: object) -> bool:
-    """Return whether a value is a list of chat messages."""
+def _has_messages(value: object) -> bool:
+    """Return whether a value is a list with chat messages; it may have a bad one too, which is refused later."""
     wanted = {"role", "content"}
-    return isinstance(value, list) and all(isinstance(one, dict) and wanted <= set(one) for one in value)
+    return isinstance(value, list) and any(isinstance(one, dict) and wanted <= set(one) for one in value)
 
 
 # Suggestions for `data.columns`.

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from perl.data.jsonl import read_jsonl
+from perl.data.records import Turn
 from perl.errors import UserError
 from tests.conftest import RunCli
 
@@ -38,6 +39,24 @@ def test_every_form_gives_the_same_records(tmp_path: Path) -> None:
     for form in ("csv", "tsv", "parquet", "json"):
         found = read_jsonl(tmp_path / f"rows.{form}", COLUMNS)
         assert (found.ratings, found.prompts, found.problems) == (expected.ratings, expected.prompts, []), form
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "q", "completion": "a"}])
+def test_chats_stored_as_json_text_are_messages_in_every_form(columns: dict[str, str], tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    texts = [json.dumps(said[:1]), '[{"role": "admin"}]', json.dumps([said[0], {"role": "user"}])]
+    question, answer = (columns.get(name, name) for name in ("prompt", "completion"))
+    table = pandas.DataFrame({question: texts, answer: [json.dumps(said[1:]), '[{"n": 1}]', "?"]})
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    for form in ("csv", "parquet", "jsonl"):
+        found = read_jsonl(tmp_path / f"rows.{form}", columns)
+        chat, text = found.demonstrations
+        assert (chat.context[0], chat.answer[0]) == (Turn("user", "Hi"), Turn("agent", "Hello!")), form
+        assert (text.context[0], text.answer[0]) == (Turn("text", texts[1]), Turn("text", '[{"n": 1}]')), form
+        (problem,) = found.problems
+        assert problem.what.startswith(f"{question}[1] is {{'role': 'user'}}"), form
 
 
 def test_messages_that_pandas_wrote_into_cells_are_read_and_never_taken_for_text(tmp_path: Path) -> None:

@@ -102,8 +102,9 @@ class Template:
             )
         except Exception as error:  # a template can raise anything
             speakers = ", ".join(turn.speaker for turn in turns)
-            remedy = "Use a base whose chat template accepts these roles in this order."
-            raise self._refusal(f"refuses a dialogue of {speakers}: {error}", remedy) from None
+            remedy = "Remove or correct the row, or use a base whose template accepts these roles in this order."
+            begins = f" (it begins {turns[0].text[:60]!r})" if turns else ""
+            raise self._refusal(f"refuses a dialogue of {speakers}: {error}{begins}", remedy) from None
         assert isinstance(text, str)
         return text
 

@@ -224,5 +224,5 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
 def test_a_template_that_refuses_a_role_is_named() -> None:
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     tokenizer = make_tokenizer(["<|end|>"], template + "{{ m.content }}<|end|>{% endfor %}", eos_token="<|end|>")
-    with pytest.raises(UserError, match="refuses a dialogue of user, agent, api: no tools"):
+    with pytest.raises(UserError, match=r"refuses a dialogue of user, agent, api: no tools \(it begins '"):
         ChatFormat(tokenizer).context(CONTEXTS[3])

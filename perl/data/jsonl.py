@@ -273,7 +273,7 @@ def _message(message: object, name: str) -> Turn:
 
 
 def _dialogue(row: Row, turns: Context) -> str:
-    key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) is not None), None)
+    key = next((row[name] for name in _DIALOGUE_FIELDS if row.get(name) not in (None, "")), None)
     if key is None:
         return first_user_key(turns)
     if isinstance(key, float) and key.is_integer():  # pandas writes columns with missing integers as floats

@@ -117,7 +117,10 @@ def test_further_fields_are_columns_and_a_dialogue_is_the_key() -> None:
     (prompt,) = parse({"prompt": "1+1", "answer": 2, "dialogue": "d7"})
     assert prompt == Prompt((Turn("text", "1+1"),), "d7", {"answer": 2})
     assert parse({"prompt": "1+1", "conversation_id": 12})[0].dialogue == "12"
-    assert parse({"prompt": "1+1", "dialogue": None, "conversation_id": "c"})[0].dialogue == "c"
+    for no_value in (None, ""):
+        row = {"prompt": "1+1", "dialogue": no_value}
+        assert parse({**row, "conversation_id": "c"})[0].dialogue == "c"
+        assert parse(row)[0].dialogue == "1+1"
 
 
 def test_a_label_between_false_and_true_is_a_soft_one() -> None:

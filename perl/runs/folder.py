@@ -21,6 +21,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,8 @@ class RunFolder:
     def check(self, recipe: Recipe) -> None:
         """Refuse a folder with another recipe's run; a section whose stage has not been started may change.
 
+        So may a path, if what it named is now elsewhere: the stages' identities say whether it is the same.
+
         Raises:
             UserError: names the first key that differs.
         """
@@ -123,7 +126,9 @@ class RunFolder:
             section = key.partition(".")[0]
             stages = [section] if section in STAGE_ROLE else STAGE_ROLE
             begun = any(self.begun(stage) for stage in stages)
-            if begun and new.get(key) != old.get(key) and not changes_nothing(key):
+            if not begun or changes_nothing(key) or _has_moved(old.get(key), new.get(key)):
+                continue
+            if new.get(key) != old.get(key):
                 raise UserError(
                     f"contains another run: there {key} is {old.get(key)!r}, here {new.get(key)!r}",
                     where=str(self.path),
@@ -204,6 +209,16 @@ class RunFolder:
         if self._processes.main:
             write_json(self.role(STAGE_ROLE[stage]) / "result.json", as_json(result))
         self._processes.barrier()
+
+
+def _has_moved(old: object, new: object) -> bool:
+    """Return whether a file or folder is now elsewhere; identities compare its content."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(a == b or _has_moved(a, b) for a, b in zip(old, new, strict=True))
+    if not (isinstance(old, str) and isinstance(new, str) and os.path.isabs(old)):
+        return False
+    before, now = (Path(re.sub(r"\.py:\w+\Z", ".py", path)) for path in (old, new))  # of FILE.py:NAME, the file
+    return Path(old).name == Path(new).name and not before.exists() and now.exists()
 
 
 class MetricsLog:

@@ -1,6 +1,7 @@
 """All three stages on one base: the files that `run` writes; stages share only adapter folders."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,30 @@ def test_sft_learns_agent_turns_only_and_leaves_the_base_as_it_was(
     assert {name for name, p in session.roles.named_parameters() if p.requires_grad} == {
         name for name, _ in session.roles.named_parameters() if ".sft." in name
     }
+
+
+def test_a_project_that_has_moved_goes_on_with_the_same_content(
+    tiny_llama: Path, small_data: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    shutil.copytree(tiny_llama, before / "model")
+    shutil.copy(small_data / "ratings.jsonl", before)
+    recipe_file(before, before / "model", before)
+    status, text = run_cli("run", before / "recipe.yaml", "--out", before / "out")
+    assert status == 0, text
+    before.rename(after)
+    recipe_file(after, after / "model", after)
+    status, text = run_cli("run", after / "recipe.yaml", "--out", after / "out")
+    assert status == 0, text
+    assert "rl is already finished" in text
+    moved = load_recipe(after / "out" / "recipe.yaml")
+    assert (moved.base.model, moved.data.path) == (str(after / "model"), str(after / "ratings.jsonl"))
+
+    after.rename(before)
+    recipe_file(before, before / "model", before)
+    with (before / "ratings.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "completion": "b", "label": true}\n')
+    status, text = run_cli("run", before / "recipe.yaml", "--out", before / "out")
+    assert status == 2
+    assert "the data have changed (1 row added)" in text

@@ -46,7 +46,8 @@ class Flops(Observer, Listener):  # type: ignore[no-untyped-call]
     """Counts operations while active.
 
     Args:
-        trunks: modules called with `attention_mask`, whose share of real tokens applies until the next call.
+        trunks: modules called with ids or embeddings and `attention_mask`, whose share of real tokens applies
+            until the next call.
     """
 
     def __init__(self, trunks: Iterable[nn.Module]) -> None:
@@ -69,11 +70,12 @@ class Flops(Observer, Listener):  # type: ignore[no-untyped-call]
                 yield
 
     def _read_real_share(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if ids is None or mask is None or ids.shape[1] == 1:  # one token per row, none of which is padding
+        given, mask = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
+        length = next((one.shape[1] for one in given if one is not None), 1)
+        if mask is None or length == 1:  # one token per row, none of which is padding
             self._real_share = 1.0
         else:
-            self._real_share = float(mask[:, -ids.shape[1] :].float().mean())
+            self._real_share = float(mask[:, -length:].float().mean())
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Count the operator."""

@@ -71,8 +71,13 @@ class Trunk(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4, bias=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.layer(torch.ones(*input_ids.shape, 4))
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        return self.layer(torch.ones(*input_ids.shape, 4) if inputs_embeds is None else inputs_embeds)
 
 
 def test_useful_is_the_share_of_real_tokens() -> None:
@@ -90,6 +95,17 @@ def test_useful_is_the_share_of_real_tokens() -> None:
     assert counted(flops) == (48 * product, 36 * product)
     trunk(input_ids=ids, attention_mask=mask)
     assert not trunk._forward_pre_hooks
+
+
+def test_padding_is_seen_however_the_trunk_is_called() -> None:
+    """BERT gets its ids by position; above shared blocks, a trunk gets hidden states instead."""
+    flops = Flops([trunk := Trunk()])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])  # 5 of 8
+    with flops.counting():
+        trunk(torch.zeros(2, 4, dtype=torch.long), attention_mask=mask)
+        assert counted(flops) == (8 * 32, 5 * 32)
+        trunk(inputs_embeds=torch.ones(2, 4, 4), attention_mask=mask)
+    assert counted(flops) == (16 * 32, 10 * 32)
 
 
 def test_with_a_cache_the_mask_is_longer_than_what_is_computed() -> None:

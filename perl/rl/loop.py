@@ -247,7 +247,7 @@ def checkpoint(loop: Loop, step: int, initial: InitialEval) -> None:
     keep = loop.guarding.worth_keeping(step, loop.checkpoints.steps())
     if loop.validation is not None:
         state.values["validation"] = loop.validation.found.state_dict()
-        keep |= {loop.validation.found.best() or step}
+        keep |= loop.validation.found.worth_keeping()
     loop.checkpoints.write(state, keep)
 
 

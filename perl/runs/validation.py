@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perl.system.progress import counted
@@ -72,6 +72,14 @@ class Validation:
             if math.isfinite(value) and (until is None or step <= until)
         ]
         return min(known)[1] if known else None
+
+    def worth_keeping(self) -> set[int]:
+        """Return the steps whose weights may be needed: the best, and the best of a longer run.
+
+        A longer run that continues this one does not have the extra validation after the last step.
+        """
+        regular = replace(self, values={step: one for step, one in self.values.items() if step % self.every == 0})
+        return {step for step in (self.best(), regular.best()) if step is not None}
 
     @property
     def exhausted(self) -> bool:

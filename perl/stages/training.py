@@ -245,11 +245,9 @@ class ResumableTrainer(HookedTrainer):
         state.values["trainer"] = json.loads(file.read_text(encoding="utf-8"))
         state.values["schedule"] = self.lr_scheduler.state_dict()
         state.values["meter"] = run.meter.times()
-        best = None
         if run.validation is not None:
             state.values["validation"] = run.validation.state_dict()
-            best = run.validation.best()
-        run.checkpoints.write(state, keep=() if best is None else (best,))
+        run.checkpoints.write(state, keep=run.validation.worth_keeping() if run.validation is not None else ())
 
     def load_state(self) -> None:
         if (state := self.run.resumed) is not None:

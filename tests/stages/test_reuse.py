@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from perl.stages.sft import RoleTrainer
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
 SFT = {"epochs": 1, "batch_size": 4, "learning_rate": 0.01}
@@ -91,6 +92,29 @@ def test_more_epochs_and_steps_continue_where_the_schedule_allows_it(
         assert "sft is trained again" in log
         assert "its learning rate depends on the number of steps (cosine)" in log
         assert "sft.lr_scheduler_type: constant would allow continuing it" in log
+
+
+def test_a_continued_stage_keeps_the_best_weights_of_the_shorter_run(
+    run_cli: RunCli, write_recipe: WriteRecipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shorter run's best is the extra validation after its last step, which the longer run does not have."""
+    losses = {4: 2.0, 6: 1.0}  # step 4 is the longer run's best
+
+    def loss(trainer: RoleTrainer) -> float:
+        return losses.get(trainer.state.global_step, 3.0)
+
+    monkeypatch.setattr(RoleTrainer, "validation_loss", loss)
+    where = {"source": "jsonl", "path": str(data), "held_out": 0.3}
+    sft = {**SFT, "batch_size": 1, "eval_steps": 4, "validation_share": 0.3, "lr_scheduler_type": "constant"}
+    recipe = write_recipe(data=where, sft=sft, reward=None, rl=None, checkpoint_every=5)
+    code, log = run_cli("run", recipe, "--out", tmp_path / "short")
+    assert "weights are those of step 6 of 6" in log
+    longer = "sft.epochs=2"
+    code, log = run_cli("run", recipe, longer, "--from", tmp_path / "short", "--out", tmp_path / "more")
+    assert code == 0, log
+    assert "sft is continued from" in log
+    assert run_cli("run", recipe, longer, "--out", tmp_path / "at-once")[0] == 0
+    assert weights(tmp_path / "more") == weights(tmp_path / "at-once")
 
 
 def test_a_stage_that_was_not_begun_may_change_in_its_folder(

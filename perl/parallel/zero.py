@@ -48,7 +48,8 @@ def zero_from_environment(processes: Processes) -> "Zero":
     try:
         config: dict[str, Any] = copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"DeepSpeed's config cannot be used: {str(error).splitlines()[0]}"
+        reason, _, _ = str(error).partition("\n")
+        what = f"DeepSpeed's config cannot be used: {reason}"
         raise UserError(what, where=where, remedy="See recipes/engines for configs that work.") from None
     for section in REFUSED:
         if section in config:

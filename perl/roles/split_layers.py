@@ -42,7 +42,8 @@ def unsupported_reason(backbone: Backbone, lm: PreTrainedModel, count: int) -> s
         with backbone.only(lm, slice(count, None)):
             split = backbone.hidden(lm, ids_BL, mask_BL, lower_hidden_BLD)
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        return f"{name} cannot run in two parts: {str(error).splitlines()[0][:200]}"
+        reason, _, _ = str(error).partition("\n")
+        return f"{name} cannot run in two parts: {reason[:200]}"
     rounding = 16 * torch.finfo(unsplit.dtype).eps
     split, unsplit = (states.masked_fill(~mask_BL[..., None], 0.0) for states in (split, unsplit))
     if not torch.allclose(split, unsplit, rtol=rounding, atol=rounding):

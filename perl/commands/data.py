@@ -45,7 +45,7 @@ def data_check(
     source: Annotated[str, typer.Argument(metavar="SOURCE[:PATH]", help="A source, a file or a recipe.")],
     columns: Columns = None,
 ) -> None:
-    """Describe a source or file, and name every bad row."""
+    """Describe a source or file, count its bad rows and name the first 50."""
     raise typer.Exit(check(source, parse_columns(columns)))
 
 
@@ -68,7 +68,7 @@ def data_import(
     columns: Columns = None,
     out: Out = None,
 ) -> None:
-    """Convert ratings exported elsewhere to JSON Lines, and name every row without one."""
+    """Convert ratings exported elsewhere to JSON Lines, and count the rows without one."""
     one_of("FORMAT", source, list(imports.FORMATS))
     names = parse_columns(columns)
     rows, problems = sifted(imports.read_import(source, file, names))

@@ -1,4 +1,4 @@
-"""`report`: one page from finished runs."""
+"""`report`: one page about runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,13 @@ from perl.system.progress import console
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page; report.html in the first run by default."),
     ] = None,
 ) -> None:
-    """Write the HTML page of finished runs: seeds of one recipe, under one tuning or both."""
+    """Write the HTML page of runs of one recipe, finished or not: its seeds, under one tuning or both."""
     say_loading()
     from perl.report.page import write_page
 

@@ -118,7 +118,7 @@ def print_left_out(problems: Sequence[Problem]) -> None:
         quoted = escape(f"{problems[0].where}: {problems[0].what}")
         console.print(
             f"[yellow]{counted(len(problems), 'row')} left out[/]; the first: {quoted} "
-            "(`perl-rlhf data check` lists them all)"
+            "(`perl-rlhf data check` names more)"
         )
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Healthy if all three stages of recipes/health.yaml run and write a report: about ten seconds on one core.
+# Healthy if all three stages of recipes/health.yaml run and write a report, which takes seconds.
 #
 #   healthcheck [DEVICE]    with cuda, it must have run on a GPU
 #

@@ -50,7 +50,7 @@ class Base(Section):
     """The frozen base that all roles share."""
 
     model: str | None = None
-    """A hub id or a folder with a causal language model."""
+    """A hub id or a folder with a model of a supported family (docs/models.md)."""
     build: Build | None = None
     config: dict[str, JsonValue] | None = None
     """A transformers configuration with its `model_type`; needs `random_init: true`."""

@@ -87,7 +87,7 @@ class Rl(Validation):
     """The reward to train on, or a list of several; see perl/recipe/rewards.py. Unset: the reward stage's
     model."""
     anyway: bool = False
-    """Train against the reward stage's model even if its card says that it is not fit for RL."""
+    """Train against a reward model even if its card says that it is not fit for RL."""
     sampler: SamplerFrom = SamplerFrom()
     sampler_correction: Literal["truncate", "none"] = "truncate"
     """truncate: weight each token's advantage by the policy's probability over the sampler's, at most 2. This has
@@ -107,7 +107,7 @@ class Rl(Validation):
     minibatches: Positive = 1
     """Minibatches per rollout; in each of the `epochs`, each has its own update."""
     epochs: Annotated[Positive, DOCUMENTED_UNSET] = 1
-    """Passes over each rollout, with one update per minibatch. Unset: 2; 1 for reinforce, which is on-policy."""
+    """Passes over each rollout, with one update per minibatch. Unset: 2; 1 for reinforce and trpo."""
     micro_batch_size: Positive = 4
     """Completions per forward and backward pass: a larger value is faster and takes more memory; results do not
     change."""
@@ -120,7 +120,8 @@ class Rl(Validation):
     """Sampling temperature, by which logits are divided. Outside the bounds, log-probs of samples are numerically
     unusable."""
     learning_rate: Rate | Literal["auto"] = "auto"
-    """Peak learning rate. auto: as in the stages before, divided by the number of updates per rollout."""
+    """Peak learning rate. auto: twice that of the stages before, divided by the number of updates per rollout;
+    half of that for cispo."""
     head_learning_rate: Rate | Literal["auto"] = "auto"
     """Learning rate of the critic's head. auto: chosen by the width and magnitude of the base's hidden states."""
     lr_scheduler_type: LrSchedulerType = "cosine"
@@ -155,7 +156,8 @@ class Rl(Validation):
     eval_prompts: Positive = 128
     """Held-out prompts on which the policy is evaluated before and after."""
     eval_samples: Positive | None = None
-    """Completions of each of these prompts; pass@k is measured up to this k. Unset: enough for 256 in all."""
+    """Completions of each of these prompts; pass@k is measured up to this k. Unset: enough for 256 in all, at
+    most 32."""
     sample_every: Positive = 50
     """Steps between samples: completions of a few held-out prompts for people to read."""
     best_of_n: Annotated[int, Field(ge=0, le=64)] = 8

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from perl.commands.compare_baselines import compare_baselines, parse_baselines, run_apart
@@ -122,7 +123,7 @@ def _compare_runs(
     for seed in range(recipe.seed, recipe.seed + seeds):
         for tuning, one in recipes.items():
             folder = out / f"{tuning}-{seed}"
-            console.print(f"[bold]{tuning}, seed {seed}[/] in {folder}")
+            console.print(f"[bold]{tuning}, seed {seed}[/] in {escape(str(folder))}")
             run_apart(one.model_copy(update={"seed": seed}), folder)
             _note(folder, predicted[tuning])
             folders.append(folder)
@@ -152,7 +153,7 @@ def _compare_runs(
         },
     )
     page = write_page(folders, out / "report.html")
-    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/")
+    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/", markup=False)
 
 
 def _say_rates(kind: str, used: Mapping[str, Mapping[StageName, float]], searched_on: int | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from perl.errors import MachineError, UserError
@@ -83,7 +84,7 @@ def compare_baselines(recipe: Recipe, asked: Mapping[str, float | None], seeds: 
         console.print(line, markup=False)
     write_metrics(out / "compare.json", {"name": recipe.name, "seeds": seeds, "baselines": as_json(results)})
     page = write_page(list(folders.values()), out / "report.html", results)
-    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/")
+    console.print(f"Written: {page}, compare.json next to it, and the runs in {out}/", markup=False)
 
 
 def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[BaselineResult]":
@@ -92,7 +93,7 @@ def _of_seed(recipe: Recipe, folder: Path, rates: Mapping[str, float]) -> "list[
     from perl.stages.opening import open_session
 
     gc.collect()  # the previous seed's base: the run is a separate process
-    console.print(f"[bold]seed {recipe.seed}[/] in {folder}")
+    console.print(f"[bold]seed {recipe.seed}[/] in {escape(str(folder))}")
     run_apart(recipe, folder)
     session, results = open_session(recipe, folder), []
     belongs, judging = session.identities["rl"].sha256, None

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from perl.commands.options import JsonFile, say_loading
@@ -30,7 +31,7 @@ def compare_runs(
     if found.recipes:
         table = Table("key", "A", "B", title="Differences between the recipes")
         for key, values in found.recipes.items():
-            table.add_row(key, *("–" if value is None else str(value) for value in values))
+            table.add_row(key, *("–" if value is None else escape(str(value)) for value in values))
         console.print(table)
     if found.reward is not None:
         _print("reward model", "answer", found.reward)

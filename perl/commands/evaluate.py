@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from perl.commands.options import JsonFile, Run, say_loading
@@ -104,7 +105,7 @@ def _policy(session: "Session", run: Path, data: str | None) -> "PolicyChange":
 def _print(title: str, found: "PolicyChange") -> None:
     from perl.rl.results import PairedMetric
 
-    table = Table("metric", "before", "after", "change (95 %)", title=title)
+    table = Table("metric", "before", "after", "change (95 %)", title=escape(title))
     rows = [(name, found.change(name)) for name in get_args(PairedMetric)]
     rows += [(f"pass@{one.k}", one) for one in found.pass_at or []]
     for name, change in rows:

@@ -119,7 +119,7 @@ def _sweep(
         console.print(_table(result))
         for sentence in result.sentences:
             console.print(sentence, markup=False)
-        console.print(f"Written: {cells.out}/report.html, sweep.json next to it, and the runs")
+        console.print(f"Written: {cells.out}/report.html, sweep.json next to it, and the runs", markup=False)
 
 
 def _parse_list(option: str, text: str, kind: Callable[[str], T]) -> list[T]:

@@ -122,7 +122,8 @@ def _run(session: Session, chosen: Sequence[StageName], source: Path | None, sin
         from perl.report.page import write_page  # matplotlib takes a second to import
 
         page = write_page([out], out / "report.html")
-        console.print(f"Written: {page}, report.json next to it, and each role's trained weights, in {out}/")
+        written = f"Written: {page}, report.json next to it, and each role's trained weights, in {out}/"
+        console.print(written, markup=False)
     if unfit is not None:
         raise unfit
     return session.folder.results()

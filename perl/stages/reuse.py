@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
+
 from perl.errors import UserError
 from perl.recipe import Recipe, Rl, StageName
 from perl.roles.role import Role
@@ -114,13 +116,14 @@ def find_stages(
 
 def take(folder: RunFolder, stage: StageName, found: Found, main: bool) -> None:
     """Copy the reusable parts of a stage into this run, and print what happens to the stage."""
+    source, why = escape(str(found.source.path)), escape(found.why)  # which may contain a pattern such as [/-]
     match found.use:
         case "take":
-            console.print(f"[green]{stage}[/] is taken from {found.source.path}.")
+            console.print(f"[green]{stage}[/] is taken from {source}.")
         case "continue":
-            console.print(f"[green]{stage}[/] is continued from {found.source.path}: {found.why}.")
+            console.print(f"[green]{stage}[/] is continued from {source}: {why}.")
         case "train":
-            console.print(f"[yellow]{stage}[/] is trained again: {found.why}.")
+            console.print(f"[yellow]{stage}[/] is trained again: {why}.")
             return
     roles, result = ROLES[stage], found.source.result(stage) if found.use == "take" else None
     if stage == "rl" and found.use == "take" and found.source.result("sft") is None:

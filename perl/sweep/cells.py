@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from perl.adapters import AdapterKind
@@ -121,15 +122,15 @@ class Cells:
         if (folder / DIVERGED).exists():
             return None
         if (folder / "report.json").exists():
-            console.print(f"[bold]{setting.words}, seed {seed}[/] is finished in {folder}")
+            console.print(f"[bold]{setting.words}, seed {seed}[/] is finished in {escape(str(folder))}")
         else:
             if self.stage == "rl":
                 self._train_earlier(seed)
-            console.print(f"[bold]{setting.words}, seed {seed}[/] in {folder}")
+            console.print(f"[bold]{setting.words}, seed {seed}[/] in {escape(str(folder))}")
             try:
                 run(recipe, folder, material=self._read(recipe))
             except NotFiniteError as error:
-                console.print(f"[yellow]Diverged[/]: {error}")
+                console.print(f"[yellow]Diverged[/]: {escape(str(error))}")
                 (folder / DIVERGED).touch()
                 return None
         return read_run(folder)
@@ -170,7 +171,7 @@ class Cells:
         if recipe is None:
             return
         if not (folder / "report.json").exists():
-            console.print(f"[bold]stages before RL, seed {seed}[/] in {folder}")
+            console.print(f"[bold]stages before RL, seed {seed}[/] in {escape(str(folder))}")
             run(recipe, folder)
         if self.recipe.sft is not None and not (folder / "merged").exists():
             export_role(open_run(folder), Role.SFT, "sft", folder / "merged", whole=True)

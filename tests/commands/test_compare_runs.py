@@ -163,3 +163,25 @@ def test_the_reference_is_the_adapter_that_rl_started_from(
     assert status == 0, written
     differences = json.loads((tmp_path / "found.json").read_text())["policy"]["differences"]
     assert [one["first"] for one in differences if one["metric"] == "kl"] == [pytest.approx(0, abs=1e-3)]
+
+
+def test_patterns_and_folders_in_brackets_are_no_markup(
+    run_cli: RunCli, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"On day {number}"} for number in range(24)])
+    rl = {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 2, "eval_prompts": 12}
+    recipe = write_recipe(data={"path": str(file), "held_out": 0.5}, reward=None, rl=rl)
+    folders, dates = [tmp_path / name for name in ("[/a]", "[/b]")], (r"\d+[/-]\d+", "[a-z]+[/-]")
+    for folder, pattern in zip(folders, dates, strict=True):
+        reward = f"rl.reward={{kind: regex, pattern: '{pattern}'}}"
+        more = () if folder is folders[0] else ("--from", folders[0])
+        status, written = run_cli("run", recipe, reward, "--out", folder, *more)
+        assert status == 0, written
+        assert f"Written: {folder}/report.html" in written
+    assert f"rl.reward.pattern was {json.dumps(dates[0])} and is {json.dumps(dates[1])}" in written
+    status, written = run_cli("compare-runs", *folders)
+    assert status == 0, written
+    assert all(pattern in written for pattern in dates)
+    status, written = run_cli("evaluate", folders[0], "policy")
+    assert status == 0, written
+    assert "[/a]" in " ".join(written.split())

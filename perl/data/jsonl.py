@@ -227,10 +227,7 @@ def _comparison(row: Row, context: Context, chosen: object, rejected: object) ->
 
 
 def _context(value: object) -> Context:
-    if isinstance(value, str):
-        turns: Context = (Turn("text", usable_text(value, "prompt")),)
-    else:
-        turns = _messages(value, "prompt")
+    turns = (Turn("text", usable_text(value, "prompt")),) if isinstance(value, str) else _messages(value, "prompt")
     if not any(turn.text.strip() for turn in turns):
         raise RowError("prompt is empty")
     return turns
@@ -256,7 +253,8 @@ def _answer(value: object, name: str, context: Context) -> Turn:
 def _messages(value: object, name: str) -> Context:
     if not isinstance(value, list):
         raise RowError(f"{name} is {kind(value)}; text or a list of messages expected")
-    return tuple(_message(message, f"{name}[{index}]") for index, message in enumerate(value))
+    turns = (_message(message, f"{name}[{index}]") for index, message in enumerate(value))
+    return tuple(turn for turn in turns if turn.text.strip())  # without empty system messages, which say nothing
 
 
 def _message(message: object, name: str) -> Turn:
@@ -267,7 +265,7 @@ def _message(message: object, name: str) -> Turn:
     if speaker is None:
         raise RowError(f"{name} has the unknown role {shown(role)}; one of {', '.join(_SPEAKERS)} expected")
     text = content_text(message["content"], f"{name}.content")
-    if not text.strip():
+    if not text.strip() and speaker != "system":
         raise RowError(f"{name}.content is empty")
     return Turn(speaker, text)
 

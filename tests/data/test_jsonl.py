@@ -65,6 +65,15 @@ def test_content_in_parts_and_the_role_developer_are_read_as_in_openais_api() ->
         assert isinstance(parse({"prompt": [{"role": "user", "content": content}]}), Problem)
 
 
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_an_empty_system_message_is_left_out(content: object) -> None:
+    empty = {"role": "system", "content": content}
+    assert parse({"prompt": [empty, USER]})[0].context == (Turn("user", "Hi  There"),)
+    demonstration, _ = parse({"messages": [empty, USER, AGENT]})
+    assert demonstration.context == (Turn("user", "Hi  There"),)
+    assert isinstance(parse({"prompt": [empty]}), Problem)
+
+
 def test_a_text_completion_of_a_chat_is_the_agents() -> None:
     assert parse({"prompt": [USER], "completion": "hello"})[0].answer == (Turn("agent", "hello"),)
 

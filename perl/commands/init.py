@@ -1,5 +1,6 @@
 """`init`: a recipe for the user's data, with the stages that the rows allow, and the memory that it needs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +64,7 @@ def init(
     recipe = Recipe.model_validate(content)
     console.print(f"Predicting the memory that {base} needs …", markup=False)
     print_prediction(recipe)
+    content["base"]["model"], content["data"]["path"] = (_seen_from(file.parent, one) for one in (base, path))
     with user_named(file):
         write_whole(file, commented(content))
     console.print(f"Written: {file}.", markup=False)
@@ -71,6 +73,14 @@ def init(
     console.print("Next:")
     for stage in recipe.stages:
         console.print(f"  perl-rlhf {stage} {file}  # {GIVES[stage]}", markup=False)
+
+
+def _seen_from(folder: Path, given: str) -> str:
+    """Return a relative path as seen from the recipe's folder, where it is looked for; a hub id is unchanged."""
+    there, path = folder.resolve(), Path(given)
+    if path.is_absolute() or there == Path.cwd() or not path.exists():
+        return given
+    return os.path.relpath(path, there)
 
 
 def _dtype() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from perl.recipe import load_recipe
 from tests.conftest import DRINKS, RunCli, write_rows
 
 README = Path(__file__).parents[2] / "README.md"
@@ -114,6 +115,23 @@ def test_the_stages_are_those_that_the_rows_allow(
     assert content.get("reward", {}).get("loss") == loss
     assert ("placeholder" in text) == ("rl.reward is a placeholder" in written) == (stages == ["rl"])
     assert "  # A hub id or a folder" in text
+
+
+def test_paths_are_written_as_seen_from_the_recipe(
+    run_cli: RunCli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file of that name beside the recipe is not read instead."""
+    monkeypatch.setattr("perl.commands.init.print_prediction", lambda recipe: None)
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    Path("base").symlink_to(tiny_llama)
+    write_rows(Path("rows.jsonl"), [DEMONSTRATION])
+    write_rows(Path("sub/rows.jsonl"), [{"prompt": ASKED}])
+    status, written = run_cli("init", "sub/mine.yaml", "--data", "rows.jsonl", "--base", "base")
+    assert status == 0, written
+    recipe = load_recipe(Path("sub/mine.yaml"))
+    assert recipe.data.path == str(tmp_path / "rows.jsonl")
+    assert recipe.base.model == str(tiny_llama)
 
 
 @pytest.mark.parametrize(("extra", "told"), [({"helpful": "yes"}, True), ({}, False), ({"label": True}, False)])

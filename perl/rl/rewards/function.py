@@ -15,12 +15,15 @@ from perl.rl.rewards.limits import FunctionProcess, limited, result
 from perl.rl.samplers.base import Samples
 from perl.system.python_file import import_function
 
+OWN = ("prompts", "completions", "completion_ids")
+"""Arguments that describe the completions; a column of the same name would replace them."""
+
 
 class RewardFunction(RewardSource):
     """A function `FILE.py:NAME`, called like TRL's reward functions.
 
-    It receives `prompts`, `completions`, `completion_ids` and the other columns of the rows, each a list with one
-    entry per completion (chat prompts as lists of messages), and returns a list of numbers.
+    It receives `prompts`, `completions`, `completion_ids` and the rows' columns with other names, each a list with
+    one entry per completion (chat prompts as lists of messages), and returns a list of numbers.
 
     Args:
         location: `FILE.py:NAME`.
@@ -47,7 +50,7 @@ class RewardFunction(RewardSource):
             self._function = import_function(location)
         self._time_limit = time_limit
         self._process = FunctionProcess(location) if own_process else None
-        self._columns = sorted({name for prompt in prompts for name in prompt.columns})
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns} - set(OWN))
         self.name = location.rpartition(":")[2]
         self._check_signature()
 
@@ -85,7 +88,7 @@ class RewardFunction(RewardSource):
             signature = inspect.signature(self._function)
         except ValueError:  # written in C
             return
-        names = ("prompts", "completions", "completion_ids", *self._columns)
+        names = (*OWN, *self._columns)
         try:
             signature.bind(**dict.fromkeys(names))
         except TypeError as error:

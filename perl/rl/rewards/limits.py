@@ -25,8 +25,11 @@ class _Expired(BaseException):
     """The time limit is over; no `Exception`, because functions often score 0 after any of those."""
 
 
-def result(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function; await a coroutine and read a generator, which run only then."""
+def result(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    """Call a function; await a coroutine and read a generator, which run only then.
+
+    The arguments may have any name, because most are the user's columns.
+    """
     returned = function(**arguments)
     if inspect.isawaitable(returned):
         returned = asyncio.run(_awaited(returned))

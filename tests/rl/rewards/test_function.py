@@ -52,6 +52,22 @@ def test_numbers_of_every_kind_are_taken_and_columns_of_other_rows_too(
     assert reward(prompts, cast(Samples, samples), ["a", "b"]) == expected
 
 
+NAMED = """
+def seen(prompts, completions, completion_ids, **columns):
+    assert (prompts, completions, completion_ids) == (["one"], ["a"], [[1]])
+    return [float(columns == {"function": ["f"]})]
+"""
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+def test_columns_may_have_any_name_and_replace_no_completion(own_process: bool, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(NAMED)
+    columns: dict[str, Any] = {"completions": ["good"], "prompts": "p", "completion_ids": 3, "function": "f"}
+    prompt = Prompt((Turn("text", "one"),), "one", columns)
+    reward = RewardFunction(f"{tmp_path}/own.py:seen", [prompt], own_process=own_process)
+    assert reward([prompt], cast(Samples, SimpleNamespace(completions=lambda: [[1]])), ["a"]) == [1.0]
+
+
 FAILING = """
 import json
 def divides(completions, **columns):

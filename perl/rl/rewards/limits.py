@@ -159,7 +159,12 @@ def _serve(connection: Connection, location: str) -> None:
             try:
                 returned = result(function, **arguments)
                 plain = isinstance(returned, str | bytes | Mapping | Set)
-                connection.send(returned if plain else list(returned))
+                connection.send(returned if plain else [_number_of(score) for score in returned])
             except (Exception, SystemExit) as error:
                 file = Path(location.rpartition(":")[0]).absolute()
                 connection.send(UserCodeError(described(error), failed_line(file, error)))
+
+
+def _number_of(score: Any) -> Any:
+    """Return the number in a tensor of one element, because tensors with gradients cannot be sent."""
+    return score.item() if hasattr(score, "numel") and score.numel() == 1 else score

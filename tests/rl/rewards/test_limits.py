@@ -14,7 +14,7 @@ from perl.errors import UserError
 from perl.rl.rewards.function import RewardFunction
 
 FUNCTIONS = """
-import os, time
+import os, time, torch
 def judge(prompts, completions, **columns):
     if completions[0] == "sleep":
         time.sleep(60)
@@ -24,6 +24,8 @@ def judge(prompts, completions, **columns):
         raise KeyError("colour")
     if completions[0] == "set":
         return {1.0}
+    if completions[0] == "learned":
+        return torch.ones(1, requires_grad=True)
     return (float(os.getpid()) for _ in completions)
 """
 PROMPT = Prompt((Turn("text", "one"),), "one")
@@ -71,6 +73,7 @@ def test_a_process_of_its_own_lasts_until_it_fails(location: str) -> None:
         reward([PROMPT], SAMPLES, ["fail"])
     with pytest.raises(UserError, match="it returned set"):
         reward([PROMPT], SAMPLES, ["set"])
+    assert reward([PROMPT], SAMPLES, ["learned"]) == [1.0]
     assert reward([PROMPT], SAMPLES, ["go"]) == first
     with pytest.raises(UserError, match="its process ended with exit code 3"):
         reward([PROMPT], SAMPLES, ["die"])

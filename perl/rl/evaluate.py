@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from perl.data.records import Judge
+from perl.measure.bootstrap import Floats
 from perl.measure.paired import Metrics, changes
 from perl.results import Completion, Sample
 from perl.rl.collector import Collector
@@ -156,7 +157,7 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     dialogues = [prompt.dialogue for prompt in prompts.prompts]
     passes = _passes(before, after, dialogues)
     first = {"pass_at_1_before": passes[0].before, "pass_at_1_after": passes[0].after} if passes else {}
-    edges = np.histogram_bin_edges([*before["reward"], *after["reward"]], BINS)
+    edges = _bin_edges([*before["reward"], *after["reward"]])
     counts = {when: np.histogram(of["reward"], edges)[0] for when, of in (("before", before), ("after", after))}
     histogram = {"edges": edges.tolist()} | {when: count.tolist() for when, count in counts.items()}
     before = {name: values for name, values in before.items() if not name.startswith((PART, PASS))}
@@ -167,6 +168,14 @@ def policy_change(before: Metrics, after: Metrics, prompts: EncodedPrompts, each
     flat |= {"n": len(prompts), "samples_per_prompt": each or samples_per_prompt(len(prompts))}
     flat |= {"kl": kl.after, "kl_interval": kl.interval, "reward_histogram": histogram, "pass_at": passes}
     return made(PolicyChange, flat | first | parts)
+
+
+def _bin_edges(rewards: Sequence[float]) -> Floats:
+    """Return the edges of the histogram's bins; around rewards that differ only by rounding they are wider."""
+    low, high = min(rewards), max(rewards)
+    rounding = ROUNDING * max(-low, high)
+    margin = 0.0 if high - low > rounding else max(0.5, rounding)
+    return np.linspace(low - margin, high + margin, BINS + 1)
 
 
 def _passes(before: Metrics, after: Metrics, dialogues: Sequence[str]) -> list[PassAtK] | None:

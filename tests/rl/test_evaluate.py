@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from perl.data.records import Prompt
 from perl.measure.change import fixed, measured_words
-from perl.rl.evaluate import samples_per_prompt, spread_words
+from perl.rl.evaluate import policy_change, samples_per_prompt, spread_words
+from perl.rl.rollout import EncodedPrompts
 from tests.conftest import RunCli, WriteRecipe, write_rows
 
 REWARD = """
@@ -41,6 +43,16 @@ def test_few_prompts_are_answered_several_times(prompts: int, each: int) -> None
 )
 def test_rewards_of_any_scale_are_described(rewards: list[float], words: str) -> None:
     assert words in spread_words(rewards)
+
+
+@pytest.mark.parametrize("rewards", [[0.6, 0.1 + 0.2 + 0.3], [1e17, 1e17], [-1e30, -1e30], [0, 0], [0, 1e-9]])
+def test_rewards_that_differ_by_rounding_or_not_at_all_have_a_histogram(rewards: list[float]) -> None:
+    prompts = EncodedPrompts([Prompt((), name) for name in "ab"], [[1], [2]], [0, 1])
+    metrics = {"reward": rewards} | {name: [0.0, 1.0] for name in ("kl", "answer_tokens", "ended")}
+    histogram = policy_change(metrics, dict(metrics), prompts, 1).reward_histogram
+    assert histogram is not None
+    assert histogram.edges == sorted(set(histogram.edges))
+    assert sum(histogram.before) == sum(histogram.after) == 2
 
 
 def run(run_cli: RunCli, recipe: Path, out: Path) -> tuple[dict[str, Any], str]:

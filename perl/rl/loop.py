@@ -269,7 +269,9 @@ def resume(loop: Loop) -> tuple[InitialEval | None, int]:
         loop.validation.found.load_state_dict(values["validation"], loop.steps)
     found = values["liveness"]
     loop.liveness.found = None if found is None else [made(Check, check) for check in found]
-    return made(InitialEval, values["initial_eval"]), state.step
+    initial = made(InitialEval, values["initial_eval"])
+    loop.preflight.resume_from(initial.preflight)
+    return initial, state.step
 
 
 def choose(loop: Loop, alarms: list[Alarm]) -> int:

@@ -10,7 +10,7 @@ from perl.recipe import load_recipe
 from perl.rl.algorithms import ALGORITHMS
 from perl.rl.checks.guard_state import Limits
 from perl.rl.checks.guards import Guard
-from perl.rl.loop import Loop
+from perl.rl.loop import InitialEval, Loop, checkpoint, resume
 from perl.roles.role import Role
 from perl.stages.opening import open_session
 from perl.stages.rl_setup import eval_prompts, how_to_hold, missing_end_penalty, setup
@@ -51,6 +51,18 @@ def test_learning_rates_are_the_recipes_or_follow_the_base(write_recipe: WriteRe
     assert 0.2 / 32 / 2 < head < 0.2 / 32 * 2  # its last norm leaves states of about 1
     assert rates(algorithm="ppo")[0] == pytest.approx(adapters / 2, rel=0.05)
     assert rates(learning_rate=1e-5, head_learning_rate=1e-4) == [1e-5, 1e-4]
+
+
+def test_a_resumed_run_knows_how_far_rounding_moved_the_log_probs_before(
+    write_recipe: WriteRecipe, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Its first updates are checked again, with limits that follow from this."""
+    rl = {"reward": {"function": "rewards.py:length"}, "max_new_tokens": 4}
+    file = write_recipe(reward=None, rl=rl, base={"model": str(tiny_llama), "dtype": "bfloat16"})
+    first, resumed = (begun(file, tmp_path / "out") for _ in range(2))
+    checkpoint(first, 0, InitialEval(first.preflight.check(), {}))
+    resume(resumed)
+    assert resumed.preflight.apart == first.preflight.apart > 0
 
 
 @pytest.mark.parametrize(

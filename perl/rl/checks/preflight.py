@@ -6,7 +6,7 @@ Axis letters: B completions, T completion positions.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,8 @@ COMPLETIONS = 8
 """Maximum number of completions that are read."""
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Allowed difference of mathematically equal scores, by the base's dtype."""
+AS_READ = "sampled as read"
+"""Name of the check that the sampler's log-probs are those of a forward pass."""
 KL_LIMIT = 1e-3
 """Nats per completion, before the first update, when policy and reference have the same weights."""
 
@@ -70,6 +72,10 @@ class Preflight:
         Large adapters round in every layer, which the embeddings' rounding does not show.
         """
         return max(rounding_noise(self.collector, samples), self.apart)
+
+    def resume_from(self, found: Sequence[Check]) -> None:
+        """Restore what the checks before the first update, made by an earlier process, measured."""
+        self.apart = next(check.figure for check in found if check.name == AS_READ)
 
     def check(self, again: bool = False) -> list[Check]:
         """Run the checks, with one console line each, and return the findings.
@@ -188,7 +194,7 @@ def sampled_as_read(collector: Collector, samples: Samples, noise: float) -> Fin
     limit = max(CLOSE_LOG_PROBS[collector.dtype], 2 * noise)
     cause = "" if figure <= limit else _why_not_as_read(collector, off, samples, figure / 2)
     words = "the sampler's log-probs against a forward pass over its completions, mean difference per token"
-    return Finding("sampled as read", words, figure, limit, cause)
+    return Finding(AS_READ, words, figure, limit, cause)
 
 
 def _why_not_as_read(collector: Collector, off: Callable[[Tensor], float], samples: Samples, enough: float) -> str:

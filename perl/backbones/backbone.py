@@ -117,7 +117,7 @@ class Backbone(ABC):
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):  # some configurations compute it
             text.layer_types = text.layer_types[:depth]
         return config
 

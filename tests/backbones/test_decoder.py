@@ -84,3 +84,8 @@ def test_a_model_that_fails_when_it_is_tested_is_refused() -> None:
     lm = Failing(random_llama(torch.float32).config)
     with pytest.raises(UserError, match=r"Failing does not work like the causal LMs of transformers: Attr"):
         backbone_of(lm.config).check(lm, "base.model tiny")
+
+
+def test_the_depth_of_a_configuration_that_computes_its_layer_types() -> None:
+    config = AutoConfig.for_model("jamba", num_hidden_layers=16)
+    assert len(backbone_of(config).with_depth(4).layer_types) == 4

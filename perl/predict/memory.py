@@ -3,8 +3,8 @@
 The training code of a stage takes two steps on the longest rows of its data (`Trial`), with a base that has all
 shapes but no weights. There is no separate memory model that could diverge from the code.
 
-A deep base is run at two smaller depths, and each kind of memory and of operation is extrapolated linearly, since
-all layers are the same.
+A deep base is run at two smaller depths, and each kind of memory and of operation is extrapolated linearly, if its
+weights are on the line through both, as when all layers are the same (`Subject.depths`).
 """
 
 import gc
@@ -25,8 +25,6 @@ from perl.predict.trial import Tried
 from perl.recipe import Recipe, StageName
 from perl.recipe.adapter import LORA
 
-DEPTHS = (2, 4)
-"""Numbers of layers at which a deeper base is run."""
 FOUR_BIT_BYTES = 0.5 + 4 / 64
 """Bytes per NF4 weight: four bits, and a 4-byte scale per 64 weights."""
 
@@ -60,12 +58,13 @@ def trace(recipe: Recipe, subject: Subject, stage: StageName) -> Traced:
         recipe = _on_all_layers(recipe)
     # If layers are listed individually, or the kind is unknown, no smaller depth is representative.
     whole = not isinstance(getattr(recipe.adapter_settings, "layers", None), str)
-    if whole or subject.depth <= max(DEPTHS):
+    depths = None if whole else subject.depths
+    if depths is None:
         tried = _trial_at(recipe, subject, stage, subject.depth)
         traced = Traced(tried.memory, tried.work)
     else:
-        low, high = (_trial_at(recipe, subject, stage, depth) for depth in DEPTHS)
-        share = (subject.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        low, high = (_trial_at(recipe, subject, stage, depth) for depth in depths)
+        share = (subject.depth - depths[0]) / (depths[1] - depths[0])
         work = {
             phase: added(scaled(low.work[phase], 1 - share), scaled(high.work[phase], share)) for phase in low.work
         }

@@ -1,9 +1,11 @@
 """The inputs of predictions: the longest rows of the data, a tokenizer, and a base with fake weights."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,8 +32,10 @@ from perl.system.seeds import seed_everything
 
 STEPS = 2
 """Steps per trial: the first creates gradients and optimizer state; in the second they exist from the start."""
-
-
+DEPTHS = ((2, 4), (4, 8), (8, 16))
+"""Pairs of numbers of layers at which a deeper base can be run."""
+TOLERANCE = 0.01
+"""Share by which the weights on the line through two depths may differ from the base's."""
 TYPICAL = 64
 """Number of rows from which the typical length is determined."""
 
@@ -63,6 +67,25 @@ class Subject:
     @property
     def depth(self) -> int:
         return backbone_of(self.config).depth
+
+    @cached_property
+    def depths(self) -> tuple[int, int] | None:
+        """The first of `DEPTHS` whose weights lie on a line with the base's; None if the base is run as it is.
+
+        Not all layers are alike in every base: DeepSeek-V3's first three have no experts, and every fourth of
+        Qwen3-Next has another kind of attention.
+        """
+        for low, high in (pair for pair in DEPTHS if pair[1] < self.depth):
+            first, last, whole = (_weights(self.config, depth) for depth in (low, high, self.depth))
+            on_line = first + (last - first) * (self.depth - low) / (high - low)
+            if math.isclose(on_line, whole, rel_tol=TOLERANCE):
+                return low, high
+        return None
+
+
+def _weights(config: Any, depth: int) -> int:
+    lm = fake_lm(backbone_of(config).with_depth(depth), torch.bfloat16)
+    return sum(parameter.numel() for parameter in lm.parameters())
 
 
 def read_subject(recipe: Recipe) -> Subject:

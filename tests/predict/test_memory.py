@@ -7,8 +7,7 @@ import pytest
 
 from perl.measure.probe import listeners
 from perl.predict import TRY, Trial, predict, read_subject, trial_session
-from perl.predict.memory import DEPTHS
-from perl.predict.subject import fake_session
+from perl.predict.subject import DEPTHS, fake_session
 from perl.recipe import Recipe
 from tests.conftest import write_rows
 from tests.tiny import KINDS, LLAMA
@@ -139,7 +138,7 @@ def test_groups_that_micro_batches_cut_are_tried_whole(dialogues: Path) -> None:
     ids=["lora", "full"],
 )
 def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, Any], dialogues: Path) -> None:
-    tried = recipe(dialogues, max(DEPTHS) + 2, SHORT, **changes)
+    tried = recipe(dialogues, DEPTHS[0][1] + 2, SHORT, **changes)
     found, expected = predicted(tried), measured(tried)
     for stage, phases in expected.items():
         for phase, (peak, kinds) in phases.items():
@@ -148,11 +147,39 @@ def test_a_deeper_base_lies_on_the_line_through_two_depths(changes: dict[str, An
                 assert found[stage][phase][1].get(kind, 0) == kinds.get(kind, 0), (stage, phase, kind)
 
 
+DENSE_FIRST = {
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    **{
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 64,
+    },
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+}
+
+
+def test_layers_without_experts_below_those_with(dialogues: Path) -> None:
+    tried = recipe(dialogues, 10, SHORT, "reward", config=DENSE_FIRST)
+    subject = read_subject(tried)
+    assert subject.depths == (4, 8)
+    weights = predict(tried, subject)["reward"]["update"].kinds["base_weights"]
+    with fake_session(tried, subject, subject.depth) as session:
+        lm = session.roles.models()[0]
+        assert weights == pytest.approx(
+            sum(tensor.nbytes for tensor in (*lm.parameters(), *lm.buffers())), rel=0.01
+        )
+
+
 def test_the_peak_of_a_deeper_base_may_be_at_another_moment(dialogues: Path) -> None:
     """With few layers it is in the loss, with more in the optimizer's step, with all gradients."""
     wide = {"hidden_size": 256, "intermediate_size": 1024}
     changes = {"tuning": "full", "checkpoint_activations": True}
-    shallow, deep = (recipe(dialogues, layers, SHORT, "sft", config=wide, **changes) for layers in (DEPTHS[0], 24))
+    shallow, deep = (
+        recipe(dialogues, layers, SHORT, "sft", config=wide, **changes) for layers in (DEPTHS[0][0], 24)
+    )
     found, first = predicted(deep)["sft"]["update"], predicted(shallow)["sft"]["update"]
     assert "gradients" not in first[1]
     assert found[1]["gradients"] == pytest.approx(found[1]["base_weights"], rel=0.01)
@@ -174,7 +201,7 @@ def test_every_kind_of_adapters_is_predicted(kind: str, dialogues: Path) -> None
     adapter = {"lora": None, "adapter": {"kind": kind, "layers": "top-half", **KINDS[kind]}}
     tried = recipe(dialogues, 2, SHORT, "sft rl", algorithm="ppo", critic="adapter", **adapter)
     assert_close(predicted(tried), measured(tried), 0.001)
-    deeper = recipe(dialogues, max(DEPTHS) + 2, SHORT, "rl", **adapter)
+    deeper = recipe(dialogues, DEPTHS[0][1] + 2, SHORT, "rl", **adapter)
     found, expected = predicted(deeper)["rl"], measured(deeper)["rl"]
     for phase, (peak, kinds) in expected.items():
         assert found[phase][0] == pytest.approx(peak, rel=0.05), phase

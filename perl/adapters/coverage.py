@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from perl.adapters.targets import layer_index
+from perl.adapters.targets import layer_index, modules_in_blocks
 from perl.backbones.four_bit import weights_of
 
 HALF = 0.5
@@ -29,9 +29,10 @@ class Coverage(NamedTuple):
 def coverage(lm: PreTrainedModel, adapted: Set[str]) -> Coverage:
     """Return the coverage of adapters on these weights; the base has none yet, and its weights are not sharded."""
     sizes = {
-        name: weights_of(parameter)
-        for name, parameter in lm.named_parameters()
-        if layer_index(name) is not None and parameter.dim() > 1 and not name.endswith("bias")
+        f"{name}.{own}": weights_of(parameter)
+        for name, module in modules_in_blocks(lm).items()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and not own.endswith("bias")
     }
     kinds = {name: _in_a_block(name) for name in sizes}
     reached = {kinds[name] for name in sizes if name in adapted}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perl.adapters.kind import AdaptedLayer, AdapterKind
-from perl.adapters.targets import chosen_layers, layer_index
+from perl.adapters.targets import chosen_layers, layer_index, modules_in_blocks
 from perl.backbones import backbone_of
 from perl.errors import UserError
 from perl.recipe.adapter import PrefixSettings
@@ -172,7 +172,7 @@ class _Learned(nn.Module):
 def _attention(lm: PreTrainedModel, layers: str | list[int]) -> list[str]:
     """Return the names of the chosen blocks' attention modules, which must have a separate query projection."""
     chosen = chosen_layers(lm, layers, "adapter")
-    found = [name.removesuffix(".q_proj") for name, _ in lm.named_modules() if name.endswith(".q_proj")]
+    found = [name.removesuffix(".q_proj") for name in modules_in_blocks(lm) if name.endswith(".q_proj")]
     found = [name for name in found if layer_index(name) in chosen]
     if {layer_index(name) for name in found} != set(chosen):
         raise _unsupported(lm, "not every block has attention with a layer q_proj")

@@ -81,20 +81,21 @@ def adaptable(lm: PreTrainedModel) -> dict[str, tuple[int, int]]:
         layer: Any = lm.get_submodule(name)
         conv1d = type(layer).__name__ == "Conv1D"
         found[name] = tuple(layer.weight.shape) if conv1d else (layer.in_features, layer.out_features)
-    for name, module in lm.named_modules():
-        if layer_index(name) is not None:
-            found |= {f"{name}.{own}": tuple(getattr(module, own).shape[1:]) for own in expert_parameters(module)}
+    for name, module in modules_in_blocks(lm).items():
+        found |= {f"{name}.{own}": tuple(getattr(module, own).shape[1:]) for own in expert_parameters(module)}
     return found
 
 
 def linear_layers(lm: PreTrainedModel) -> list[str]:
     """Return the names of the linear layers inside the blocks (including GPT-2's Conv1D)."""
-    head = lm.get_output_embeddings()
-    return [
-        name
-        for name, module in lm.named_modules()
-        if _is_linear(module) and module is not head and layer_index(name) is not None
-    ]
+    return [name for name, module in modules_in_blocks(lm).items() if _is_linear(module)]
+
+
+def modules_in_blocks(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return all modules inside the blocks, by name; not those of a part that reads images."""
+    inside = set(backbone_of(lm.config).text_model(lm).modules())
+    named = lm.named_modules()
+    return {name: module for name, module in named if layer_index(name) is not None and module in inside}
 
 
 def _is_linear(module: nn.Module) -> bool:

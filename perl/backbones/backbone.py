@@ -127,6 +127,11 @@ class Backbone(ABC):
         """Return the modules that all tokens pass through, called with `input_ids` and `attention_mask`."""
         return [lm.base_model]
 
+    def text_model(self, lm: PreTrainedModel) -> nn.Module:
+        """Return the part of the model with the blocks; a model that also reads images has other parts."""
+        model: nn.Module = getattr(lm.base_model, "language_model", lm.base_model)
+        return model
+
     @property
     def cache_layers(self) -> int:
         """Number of layers of the KV cache."""
@@ -138,11 +143,11 @@ class Backbone(ABC):
         Raises:
             UserError: no list has as many modules as the configuration has layers.
         """
-        count = self.depth
-        for name, part in lm.base_model.named_modules():
+        count, model = self.depth, self.text_model(lm)
+        for name, part in model.named_modules():
             if isinstance(part, nn.ModuleList) and len(part) == count:
                 above, _, own = name.rpartition(".")
-                return lm.base_model.get_submodule(above), own
+                return model.get_submodule(above), own
         remedy = "Set checkpoint_activations: false, and launch with recipes/engines/ddp.yaml."
         raise UserError(f"{type(lm).__name__} has no list of {count} blocks", where=lm.name_or_path, remedy=remedy)
 

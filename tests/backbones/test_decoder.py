@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from perl.adapters.targets import layer_index
 from perl.backbones import backbone_of
 from perl.errors import UserError
-from tests.tiny import random_llama
+from perl.roles.shared_base import SharedBase
+from tests.tiny import adapter_of_kind, lora, random_llama
 
 
 def test_a_model_that_changes_its_logits_is_refused() -> None:
@@ -89,3 +91,21 @@ def test_a_model_that_fails_when_it_is_tested_is_refused() -> None:
 def test_the_depth_of_a_configuration_that_computes_its_layer_types() -> None:
     config = AutoConfig.for_model("jamba", num_hidden_layers=16)
     assert len(backbone_of(config).with_depth(4).layer_types) == 4
+
+
+def test_a_model_that_also_reads_images_has_adapters_on_its_language_model_only() -> None:
+    """Gemma 3 from 4B on: here its vision tower has as many blocks as its language model."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    text = {**shape, "model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    lm = AutoModelForCausalLM.from_config(config)
+    assert {type(block).__name__ for block in backbone_of(config).blocks(lm)} == {"Gemma3DecoderLayer"}
+    assert any("vision_tower" in name for name, _ in lm.named_modules())
+    for kind, targets in (("lora", "all-linear"), ("prefix", None), ("series", "both")):
+        adapter = adapter_of_kind(lm, kind, **({} if targets is None else {"targets": targets}))
+        assert {name.partition(".layers.")[0] for name in adapter.adapted} == {"model.language_model"}
+        assert {layer_index(name) for name in adapter.adapted} == {0, 1}
+    roles = SharedBase(lora(lm))
+    assert roles.coverage.share == 1
+    assert not roles.coverage.without

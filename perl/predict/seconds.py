@@ -68,10 +68,11 @@ def stage_time(
     share = _share(rows, settings.max_length)
     usual = sum(phase_seconds(one, device, share) for one in work.values())
     members = recipe.reward.members if stage == "reward" and recipe.reward is not None else 1
-    steps = members * optimizer_steps(rows.train, settings)
-    validations = 0 if settings.eval_steps is None else steps // settings.eval_steps
+    held_back = 0 if settings.eval_steps is None else round(settings.validation_share * rows.train)
+    of_member = optimizer_steps(rows.train - held_back, settings)
     judged = (2 if stage == "sft" else members) * rows.held_out
-    judged += round(validations * settings.validation_share * rows.train)
+    judged += members * _validations(of_member, settings.eval_steps) * held_back
+    steps = members * of_member
     return StageTime(step, steps, steps * usual, judged / settings.batch_size * usual * FORWARD, 1)
 
 
@@ -86,7 +87,7 @@ def _rl_time(
     drawn = usual.get("generate", 0.0) + usual.get("score", 0.0)
     completions = settings.prompts_per_step * settings.samples_per_prompt
     prompts = min(settings.eval_prompts, rows.held_out)
-    validations = 0 if settings.eval_steps is None else settings.steps // settings.eval_steps
+    validations = _validations(settings.steps, settings.eval_steps)
     each = settings.eval_samples or samples_per_prompt(prompts)
     judged = prompts * each * (2 + (settings.best_of_n > 1) + validations)
     return StageTime(
@@ -96,6 +97,11 @@ def _rl_time(
         judged / completions * drawn,
         1 + settings.row.redraws,
     )
+
+
+def _validations(steps: int, every: int | None) -> int:
+    """Return the number of validations, one of which is after the last step."""
+    return 0 if every is None else -(-steps // every)
 
 
 def _share(rows: Rows, limit: int | None, extra: int = 0) -> float:

@@ -61,6 +61,22 @@ def test_supervised_steps_evaluation_and_rows_of_the_usual_length() -> None:
     assert found.evaluation == pytest.approx(2 * 30 / 10 * 6 / 3)  # a forward pass of three, before and after
 
 
+def test_rows_held_back_for_validation_are_not_trained_on() -> None:
+    reward = {
+        "epochs": 2,
+        "batch_size": 10,
+        "max_length": 50,
+        "members": 2,
+        "eval_steps": 7,
+        "validation_share": 0.2,
+    }
+    timed = recipe(reward=reward)
+    found = stage_time(timed, "reward", {"update": {LARGE: 1.0}}, Rows(100, 30, 50.0, 50.0), device())
+    assert found.steps == 2 * 2 * 8  # of 80 rows
+    judged = 2 * 30 + 2 * 3 * 20  # each member is validated after its steps 7, 14 and 16
+    assert found.evaluation == pytest.approx(judged / 10 * 11 / 3)
+
+
 def test_rl_steps_evaluation_and_the_most_that_is_drawn() -> None:
     rl = {"algorithm": "dapo", "prompts_per_step": 4, "steps": 10, "eval_prompts": 8, "eval_samples": 4}
     timed = recipe(rl={**rl, "best_of_n": 0, "max_new_tokens": 60, "reward": {"kind": "length", "target": 3}})

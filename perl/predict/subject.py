@@ -19,7 +19,7 @@ from perl.backbones.build import tiny_config, train_tokenizer
 from perl.backbones.fake import fake_lm, unknown_values
 from perl.backbones.loading import load_config, load_tokenizer, numbered_tokens
 from perl.data.pairs import to_compare
-from perl.data.records import Records, Turn
+from perl.data.records import Demonstration, Records, Turn
 from perl.predict.trial import Trial, TrialSession, longest
 from perl.recipe import Recipe, StageName
 from perl.roles.fake import FakeSeparateModels, FakeSharedBase
@@ -108,35 +108,53 @@ def read_subject(recipe: Recipe) -> Subject:
         assert spec.model is not None
         config = load_config(spec.model, spec.trust_remote_code, generates=generates(recipe))
         tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
-    sizes = {stage: _rows(recipe, stage, tokenizer, train, held_out) for stage in recipe.stages}
+    apart = recipe.sft is not None and _are_apart(config, tokenizer, train.demonstrations)
+    sizes = {stage: _rows(recipe, stage, tokenizer, train, held_out, apart) for stage in recipe.stages}
     return Subject(config, tokenizer, longest(train, recipe, STEPS), longest(held_out, recipe, STEPS), sizes)
 
 
+def _are_apart(config: Any, tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration]) -> bool:
+    """Return whether each of the agent's turns in a demonstration is a row of its own."""
+    several = (one for one in demonstrations if sum(turn.speaker == "agent" for turn in one.answer) > 1)
+    if (one := next(several, None)) is None:
+        return False
+    backbone = backbone_of(config)
+    chat = backbone.chat_format(fake_lm(backbone.with_depth(1), torch.bfloat16), tokenizer)
+    return len(chat.rows(one.context, one.answer)) > 1
+
+
 def _rows(
-    recipe: Recipe, stage: StageName, tokenizer: PreTrainedTokenizerBase, train: Records, held_out: Records
+    recipe: Recipe,
+    stage: StageName,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Records,
+    held_out: Records,
+    apart: bool,
 ) -> Rows:
     """Return the number of a stage's rows, and their lengths without the chat format's tokens."""
-    texts = sorted(_texts(recipe, stage, train), key=len)
+    texts = sorted(_texts(recipe, stage, train, apart), key=len)
     spaced, last = texts[:: max(1, len(texts) // TYPICAL)], texts[-TYPICAL:]
     usual, longest = (
         fmean(len(tokenizer.encode(text)) for text in some) if some else 1.0 for some in (spaced, last)
     )
-    return Rows(len(texts), len(_texts(recipe, stage, held_out)), max(longest, 1.0), max(usual, 1.0))
+    return Rows(len(texts), len(_texts(recipe, stage, held_out, apart)), max(longest, 1.0), max(usual, 1.0))
 
 
-def _texts(recipe: Recipe, stage: StageName, records: Records) -> list[str]:
+def _texts(recipe: Recipe, stage: StageName, records: Records, apart: bool) -> list[str]:
     """Return the text of each training example; of a pair, that of the longer answer."""
     turns: list[Sequence[Turn]] = []
     if stage == "sft":
-        turns += [(*one.context, *one.answer) for one in records.demonstrations]
+        for one in records.demonstrations:
+            ends = [end for end, turn in enumerate(one.answer, 1) if turn.speaker in ("agent", "text")]
+            turns += [(*one.context, *one.answer[:end]) for end in (ends if apart else ends[-1:])]
     elif stage == "rl":
         turns += [one.context for one in records.prompts]
     elif recipe.reward is not None:
         loss = recipe.reward.loss
-        turns += [(*one.context, one.answer) for one in records.ratings if loss != "pairs"]
-        for one in to_compare(records, loss):
-            answers = sorted((one.better, one.worse), key=lambda answer: len(answer.text))
-            turns += [(*one.context, answer) for answer in (answers if loss == "thumbs" else answers[1:])]
+        turns += [(*rated.context, rated.answer) for rated in records.ratings if loss != "pairs"]
+        for pair in to_compare(records, loss):
+            answers = sorted((pair.better, pair.worse), key=lambda answer: len(answer.text))
+            turns += [(*pair.context, answer) for answer in (answers if loss == "thumbs" else answers[1:])]
     return [" ".join(turn.text for turn in one) for one in turns]
 
 

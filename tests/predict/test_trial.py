@@ -12,7 +12,10 @@ from perl.recipe import Recipe, StageName, load_recipe
 from perl.roles.role import Role
 from perl.stages.material import read_data
 from perl.stages.reward_rows import training_examples, training_rows
-from tests.conftest import WriteRecipe
+from perl.stages.sft import tokenized
+from tests.conftest import WriteRecipe, write_rows
+from tests.encoder_decoders import T5
+from tests.tiny import LLAMA
 
 TRAINED = {"epochs": 4, "batch_size": 4, "learning_rate": 0.003}
 RL = {"steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "max_new_tokens": 6, "reward": {}}
@@ -50,6 +53,36 @@ def test_the_longest_rows_are_tried(write_recipe: WriteRecipe, mixed_data: Path)
             lengths = [len(row.context[0].text) for row in rows]
             assert lengths == sorted(lengths, reverse=True)
         assert {rating.label for rating in session.train.ratings} == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_rows_of_a_demonstration_are_counted(kind: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """An encoder-decoder's demonstration is a row per answer, each with the turns before it."""
+    said = [
+        ("user", "What is there?"),
+        ("assistant", "Tea."),
+        ("user", "One, please."),
+        ("assistant", "Here it is."),
+    ]
+    messages = [{"role": role, "content": text} for role, text in said]
+    data = {
+        "source": "jsonl",
+        "path": str(write_rows(tmp_path / "said.jsonl", said_often(messages))),
+        "held_out": 0.3,
+    }
+    shape = LLAMA if kind == "llama" else T5
+    base = {"config": {"model_type": kind, **shape}, "random_init": True, "dtype": "float32"}
+    tried = load_recipe(write_recipe(data=data, base=base, sft=TRAINED, reward=None, rl=None))
+    with trial_session(tried, Trial(2)) as session:
+        train, held_out = read_data(tried)
+        found, each = read_subject(tried).sizes["sft"], 1 if kind == "llama" else 2
+        assert found.train == len(tokenized(session, train.demonstrations)) == each * len(train.demonstrations)
+        assert found.held_out == len(tokenized(session, held_out.demonstrations))
+
+
+def said_often(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    first, *others = messages
+    return [{"messages": [{**first, "content": f"{first['content']} {n}"}, *others]} for n in range(20)]
 
 
 @pytest.mark.parametrize("loss", ["thumbs", "pairs", "both"])

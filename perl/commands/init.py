@@ -60,11 +60,12 @@ def init(
     chat = speakers_of(records) == {"text"} and has_chat_format(base)
     if chat:
         console.print(f"The rows are plain text: {base}'s chat format is applied to them.", markup=False)
-    content = draft(file.stem, base, _dtype(), path, named, records, chat)
-    recipe = Recipe.model_validate(content)
+    name, dtype = file.stem, _dtype()
+    recipe = Recipe.model_validate(draft(name, base, dtype, path, named, records, chat))
     console.print(f"Predicting the memory that {base} needs …", markup=False)
     print_prediction(recipe)
-    content["base"]["model"], content["data"]["path"] = (_seen_from(file.parent, one) for one in (base, path))
+    base, path = (_seen_from(file.parent, one) for one in (base, path))
+    content = draft(name, base, dtype, path, named, records, chat)
     with user_named(file):
         write_whole(file, commented(content))
     console.print(f"Written: {file}.", markup=False)

@@ -104,7 +104,7 @@ class Learner:
             reset(self.optimizer)
         rows = self.roles.engine.processes.shard(len(rollout.rewards_B))
         taken = targets.take(slice(rows[0], rows[-1] + 1), rollout.completion_length)
-        whole = _Minibatch(local, taken, _sizes(rollout, targets, self.max_new_tokens), _tokens(rollout))
+        whole = _Minibatch(local, taken, self._sizes(*_counts(rollout, targets)), _tokens(rollout))
         region = self._trust_region(local, taken)
         sums: dict[str, float] = {}
         mismatch: float | None = None
@@ -131,9 +131,12 @@ class Learner:
             for part in range(min(self.minibatches, count)):
                 rows = order[part :: self.minibatches]
                 batch, targets = whole.batch.take(rows), whole.targets.take(rows, whole.batch.completion_length)
-                own = _sizes(batch, targets, self.max_new_tokens)
-                sizes = Sizes(everyone(own.tokens), everyone(own.completions), own.longest)
+                sizes = self._sizes(*map(everyone, _counts(batch, targets)))
                 yield _Minibatch(batch, targets, sizes, everyone(_tokens(batch)))
+
+    def _sizes(self, tokens: float, completions: float) -> Sizes:
+        """Return the divisors of a minibatch's losses; at least 1, because there may be no tokens to train on."""
+        return Sizes(max(1.0, tokens), max(1.0, completions), self.max_new_tokens)
 
     def _gradients(self, minibatch: _Minibatch) -> list[Tensor]:
         """Accumulate a minibatch's gradients over all processes; return `METRICS` of each micro-batch."""
@@ -234,14 +237,13 @@ def _tokens(batch: Rollout) -> float:
     return float(sum(batch.completion_lengths))
 
 
-def _sizes(batch: Rollout, targets: Targets, longest: int) -> Sizes:
-    """Return the divisors of these completions' losses; at least 1, because there may be no tokens to train on."""
-    if targets.learned_BT is None:
-        tokens, completions = _tokens(batch), float(sum(length > 0 for length in batch.completion_lengths))
-    else:
-        learned_BT = targets.learned_BT
-        tokens, completions = torch.stack([learned_BT.sum(), learned_BT.any(1).sum()]).tolist()
-    return Sizes(max(1.0, float(tokens)), max(1.0, float(completions)), longest)
+def _counts(batch: Rollout, targets: Targets) -> tuple[float, float]:
+    """Return the numbers of tokens and of completions that are trained on."""
+    learned_BT = targets.learned_BT
+    if learned_BT is None:
+        return _tokens(batch), float(sum(length > 0 for length in batch.completion_lengths))
+    tokens, completions = torch.stack([learned_BT.sum(), learned_BT.any(1).sum()]).tolist()
+    return float(tokens), float(completions)
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:

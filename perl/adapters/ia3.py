@@ -36,8 +36,8 @@ class Ia3(PeftKind):
         """See `PeftKind`."""
         model_type = self.lm.config.get_text_config().model_type
         feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, [])
-        targets: str | list[str]
-        if self.settings.targets == "published":
+        targets: str | list[str] = self.settings.targets
+        if targets == "published":
             names = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model_type)
             if names is None:
                 raise UserError(
@@ -47,8 +47,6 @@ class Ia3(PeftKind):
                 )
             everything = choose(self.lm, "all-linear", self.settings.layers, self.section)
             targets = [name for name in everything if name.endswith(tuple(f".{one}" for one in names))]
-        else:
-            targets = self.settings.targets
         chosen = list(self.linear_targets(targets, self.settings.layers))
         return IA3Config(
             target_modules=chosen,

@@ -8,7 +8,7 @@ bytes.
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +49,19 @@ class _Product:
         return packed_linear(x, self.weight, self._bias)
 
 
-def _packable(part: nn.Module) -> bool:
+def is_ordinary(part: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
+    """Return whether a module is a plain linear layer with its own forward and a CPU weight of this dtype."""
     return (
         is_plain_linear(part)
         and "forward" not in vars(part)
         and type(part.weight.data) is Tensor
-        and part.weight.dtype == torch.bfloat16
+        and part.weight.dtype == dtype
         and part.weight.device.type == "cpu"
-        and part.weight.numel() > 0
     )
+
+
+def _packable(part: nn.Module) -> bool:
+    return is_ordinary(part, torch.bfloat16) and part.weight.numel() > 0
 
 
 def _pack(layer: Any) -> None:

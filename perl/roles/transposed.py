@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perl.adapters.low_rank import is_plain_linear
+from perl.roles.packed import is_ordinary
 
 FEW = range(2, 65)
 """Numbers of rows that are computed this way."""
@@ -24,7 +24,7 @@ LARGE = 2**19
 def transposed(model: nn.Module) -> Iterator[None]:
     """Make large linear layers compute products with few rows as (W xᵀ)ᵀ; without gradients."""
     several = torch.get_num_threads() > 1
-    layers: list[Any] = [part for part in model.modules() if several and _applies(part)]
+    layers: list[Any] = [part for part in model.modules() if several and _is_large(part)]
     try:
         for layer in layers:
             layer.forward = _Product(layer)
@@ -49,12 +49,5 @@ class _Product:
         return y if self._bias_O is None else y.add_(self._bias_O)
 
 
-def _applies(part: nn.Module) -> bool:
-    return (
-        is_plain_linear(part)
-        and "forward" not in vars(part)
-        and type(part.weight.data) is Tensor
-        and part.weight.dtype == torch.float32
-        and part.weight.device.type == "cpu"
-        and part.weight.numel() >= LARGE
-    )
+def _is_large(part: nn.Module) -> bool:
+    return is_ordinary(part, torch.float32) and part.weight.numel() >= LARGE

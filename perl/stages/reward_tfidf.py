@@ -56,8 +56,9 @@ def fit_words(blend: TfidfBlend, rows: Rows) -> None:
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.linear_model import LogisticRegression
 
-    labels = rows.labels[:: -(-len(rows.labels) // MAX_TRAINING_ROWS)]
-    tokens = rows.tokens[: len(rows.labels)][:: -(-len(rows.labels) // MAX_TRAINING_ROWS)]
+    count = len(rows.labels)
+    chosen = slice(0, count, -(-count // MAX_TRAINING_ROWS))
+    labels, tokens = rows.labels[chosen], rows.tokens[chosen]
     vocabulary = blend.idf_2V.shape[1]
     contexts = _counts([row.ids[: row.prompt_length()] for row in tokens], vocabulary)
     answers = _counts([row.ids[row.prompt_length() :] for row in tokens], vocabulary)

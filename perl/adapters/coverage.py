@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from perl.adapters.targets import layer_index, modules_in_blocks
+from perl.adapters.targets import in_a_block, modules_in_blocks
 from perl.backbones.four_bit import weights_of
 
 HALF = 0.5
@@ -34,14 +34,8 @@ def coverage(lm: PreTrainedModel, adapted: Set[str]) -> Coverage:
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1 and not own.endswith("bias")
     }
-    kinds = {name: _in_a_block(name) for name in sizes}
+    kinds = {name: in_a_block(name).removesuffix(".weight") for name in sizes}
     reached = {kinds[name] for name in sizes if name in adapted}
     without = sorted({kind for kind in kinds.values() if kind not in reached})
     share = sum(size for name, size in sizes.items() if name in adapted) / sum(sizes.values())
     return Coverage(share, without)
-
-
-def _in_a_block(name: str) -> str:
-    """Return a weight's name inside its block: `mlp.down_proj` for `model.layers.3.mlp.down_proj.weight`."""
-    _, _, inner = name.partition(f".{layer_index(name)}.")
-    return inner.removesuffix(".weight")

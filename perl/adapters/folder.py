@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from perl.adapters import ADAPTERS
 from perl.adapters.kind import CONFIG, AdapterKind
 from perl.adapters.peft_kind import PeftKind
-from perl.adapters.targets import layer_index
+from perl.adapters.targets import in_a_block, layer_index
 from perl.errors import UserError, machine_fault
 from perl.recipe.adapter import LORA, REFUSED
 
@@ -161,16 +161,22 @@ def _settings(config: Mapping[str, Any], kind: str, names: Iterable[str]) -> dic
 
 
 def _places(config: Mapping[str, Any], names: Iterable[str], row: type[AdapterKind]) -> dict[str, object]:
-    """Return the equivalent `targets` and `layers`, with short names of modules where they are sufficient."""
+    """Return the equivalent `targets` and `layers`, with short names of modules where they are sufficient.
+
+    They are if the configuration itself has them; otherwise a block may have another module of that name, as BERT
+    and GPT-2 do (`dense`, `c_proj`), and they begin at the block.
+    """
     given = config.get("target_modules") or []
     named = [*given, *(config.get("target_parameters") or [])]
     if isinstance(given, str) or any(layer_index(name) is None for name in named):  # then the tensors tell
         own = (name.removeprefix(PREFIX).partition(f".{row.mark}") for name in names)
         named = [module for module, mark, _ in own if mark and layer_index(module) is not None]
     layers: dict[str, list[int]] = {}
+    listed = [] if isinstance(given, str) else given
     for module in set(named):
         if (index := layer_index(module)) is not None:
-            layers.setdefault(module.rpartition(".")[2], []).append(index)
+            short = module.rpartition(".")[2]
+            layers.setdefault(short if short in listed else in_a_block(module), []).append(index)
     first, *others = [sorted(indices) for indices in layers.values()] or [[]]
     if len(set(first)) == len(first) and all(indices == first for indices in others):
         return {"targets": sorted(layers), "layers": first}

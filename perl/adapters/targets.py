@@ -53,7 +53,7 @@ def _wanted(name: str, targets: str | list[str]) -> bool:
         return True
     if targets in ("attention", "mlp"):
         return ("attn" in name or "attention" in name.lower()) == (targets == "attention")
-    return name.rsplit(".", 1)[-1] in targets or name in targets
+    return not {name.rsplit(".", 1)[-1], in_a_block(name), name}.isdisjoint(targets)
 
 
 def _refuse_unmatched(targets: str | list[str], there: list[str], wanted: list[str], section: str) -> None:
@@ -107,6 +107,11 @@ def _is_linear(module: nn.Module) -> bool:
 def layer_index(name: str) -> int | None:
     """Return the index of the block that a module or weight of this name is in; None if it is in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def in_a_block(name: str) -> str:
+    """Return a name as seen from its block: `mlp.down_proj` for `model.layers.3.mlp.down_proj`."""
+    return name.partition(f".{layer_index(name)}.")[2]
 
 
 def has_transposed_weights(lm: PreTrainedModel) -> bool:

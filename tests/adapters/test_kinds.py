@@ -10,16 +10,26 @@ import torch
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import FalconConfig, FalconForCausalLM, PhimoeConfig, PhimoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from perl.adapters import ADAPTERS, low_rank
+from perl.adapters.folder import PREFIX, WEIGHTS, read_adapter_folder
 from perl.adapters.lora import Lora
 from perl.adapters.targets import linear_layers
 from perl.backbones.loading import load_base
 from perl.errors import UserError
 from perl.recipe import Recipe, load_recipe
+from perl.recipe.adapter import LoraSettings
 from perl.roles.export_formats import merge, save_adapter
 from perl.roles.role import Role
 from perl.roles.saved import load_role, save_role, stamp_for
@@ -266,3 +276,17 @@ def test_a_subclass_of_linear_with_a_forward_of_its_own_gets_an_adapter() -> Non
     """All linear layers of Falcon are of such a class."""
     shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     assert len(linear_layers(FalconForCausalLM(FalconConfig(**shape)))) == 4
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_targets_of_a_folder_are_its_modules_and_no_others_of_their_name(kind: str, tmp_path: Path) -> None:
+    """Attention's output layer has the name of one in the MLP: `dense`, `c_proj`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    written = lora(auto.from_config(config), targets="attention")
+    written.inject("reward")
+    written.write_config(tmp_path, "base", None)
+    save_file({f"{PREFIX}{name}": one for name, one in written.parameters("reward").items()}, tmp_path / WEIGHTS)
+    settings = read_adapter_folder(tmp_path, "reward.adapter").settings
+    assert Lora(auto.from_config(config), LoraSettings(**settings)).adapted == written.adapted

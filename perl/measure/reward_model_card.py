@@ -63,10 +63,11 @@ class Mistakes:
 class RewardMetrics:
     """The metrics of a reward model.
 
-    Rankings and accuracies are measured against the gold judgement if there is one, probabilities always against
-    the thumbs. If there are ratings and pairs, the pairs are used only for the pairwise accuracy.
-    If there are only pairs (`compared`), only differences of scores are meaningful (`perl.measure.ranking`): the
-    score of a completion is the difference from the other one of its pair, and the AUROC is of these differences.
+    Rankings, accuracies, `ece` and `reliability` are measured against the gold judgement if there is one, the
+    probabilities in `calibration` always against the thumbs. If there are ratings and pairs, the pairs are used
+    only for the pairwise accuracy. If there are only pairs (`compared`), only differences of scores are meaningful
+    (`perl.measure.ranking`): the score of a completion is the difference from the other one of its pair, and the
+    AUROC is of these differences.
 
     Attributes:
         ensemble: the members and their disagreement, if there are several.

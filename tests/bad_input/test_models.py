@@ -171,7 +171,7 @@ CASES = [
     ),
     Case(
         "template of roles it lacks",
-        ("the chat template refuses", "only lists", "Use a base whose chat template"),
+        ("the chat template refuses", "only lists", "Remove or correct the row"),
         spoil=lambda folder: (folder / "chat_template.jinja").write_text(
             "{{ raise_exception('only lists') if messages|length else '' }}"
         ),

@@ -32,6 +32,11 @@ LOGITS_AT_ONCE = 2**23
 """Maximum number of logits held at a time."""
 
 
+CHUNKS_OF_A_SUM = 32
+"""Maximum number of chunks whose gradients are added up in 16 bits. Its relative error is then 0.6 % or less; with
+126 chunks it was 1.8 %, with 512 it was 13 % (8,192 tokens)."""
+
+
 def tokens_at_once(vocabulary: int) -> int:
     """Return the number of tokens per chunk: 1,024 for a vocabulary of 8,192, 65 for one of 128,256."""
     return max(1, LOGITS_AT_ONCE // vocabulary)
@@ -158,6 +163,8 @@ def completion_log_probs(
     """
     at_N = mask_BT.nonzero(as_tuple=True) if lengths is None else places(lengths, mask_BT.device)
     weight_VD, chunk = embedding.weight, tokens_at_once(len(embedding.weight))
+    if weight_VD.requires_grad and weight_VD.itemsize < 4:
+        chunk = max(chunk, -(-len(at_N[0]) // CHUNKS_OF_A_SUM))
     log_probs_N, entropies_N = log_probs_and_entropy(
         states_BTD[at_N], weight_VD, embedding.bias, ids_BT[at_N], temperature, chunk, transform
     )
